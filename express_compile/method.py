@@ -1,0 +1,96 @@
+"""The registry of methods: one :class:`Method` per file in ``kernels/``. A leaf beside ``spec``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .spec import AttentionSpec, Policy, Refusal
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to compute attention at a site.
+
+    name: the name used in ``Policy.methods``; ``torch.ops.express_compile.<name>`` is its op.
+    summary, supports, refuses: one line each, shown by tables and the README.
+    refuse(spec, policy): ``None``, or why the method must not be used at this site.
+    params(spec, policy): the keyword arguments of the op beyond
+        ``(query, key, value, padding, seed, scale, layer)``; plain data. Raises ``ValueError`` for a bad policy.
+    min_length: number of keys from which the method was measured to beat exact attention, by device type;
+        a device that is not listed was not measured and is never chosen unless the method is named.
+    options: the names and defaults of the method's own options (``Policy.method_options[name]``).
+    """
+
+    name: str
+    summary: str
+    supports: str
+    refuses: str
+    refuse: Callable[[AttentionSpec, Policy], Refusal | None]
+    params: Callable[[AttentionSpec, Policy], Mapping[str, Any]]
+    min_length: Mapping[str, int] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def op(self) -> torch._ops.OpOverload:
+        """The custom op with signature ``(query, key, value, padding, seed, scale, layer, **params)``."""
+        return getattr(torch.ops.express_compile, self.name).default
+
+    def own_options(self, policy: Policy) -> dict[str, Any]:
+        """Defaults updated by ``policy.method_options``; raises ``TypeError`` for an unknown option."""
+        given = policy.method_options.get(self.name, {})
+        unknown = sorted(set(given) - set(self.options))
+        if unknown:
+            raise TypeError(
+                f"method_options[{self.name!r}]: unknown option {', '.join(map(repr, unknown))}; "
+                f"allowed are {', '.join(sorted(self.options)) or 'none'}"
+            )
+        return {**self.options, **given}
+
+
+class _Methods(Mapping[str, Method]):
+    """Name -> :class:`Method`. The shipped methods are imported on first use, never at package import."""
+
+    shipped = ("express", "exact")
+
+    def __init__(self) -> None:
+        self._methods: dict[str, Method] = {}
+
+    def load(self) -> None:
+        """Import the shipped methods, which registers their ops; call before tracing starts."""
+        for name in self.shipped:
+            importlib.import_module(f"express_compile.kernels.{name}")
+
+    def add(self, method: Method) -> Method:
+        if self._methods.get(method.name, method) is not method:
+            raise ValueError(f"method {method.name!r} is registered already; choose another name")
+        self._methods[method.name] = method
+        return method
+
+    def __getitem__(self, name: str) -> Method:
+        self.load()
+        if name not in self._methods:
+            raise ValueError(f"unknown method {name!r}: allowed are {', '.join(self._methods)}")
+        return self._methods[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self.load()
+        return iter(self._methods)
+
+    def __len__(self) -> int:
+        self.load()
+        return len(self._methods)
+
+
+METHODS = _Methods()
+
+
+def register(method: Method) -> Method:
+    """Add a method to :data:`METHODS` and return it. Raises ``ValueError`` if its name is taken."""
+    if not isinstance(method, Method):
+        raise TypeError(f"method={method!r}: must be an express_compile.method.Method")
+    return METHODS.add(method)
