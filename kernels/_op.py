@@ -1,0 +1,71 @@
+"""Custom ops: one place for their definition and for the only shape checks there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+LIBRARY = torch.library.Library("express_compile", "FRAGMENT")
+
+# float64 has no kernel: it is for references and their tests, on the CPU
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def define_op(
+    name: str,
+    schema: str,
+    body: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> torch._ops.OpOverload:
+    """Define ``express_compile::<name>`` with one body for CPU and CUDA, a fake and a gradient.
+
+    ``body`` runs below autograd: a ``backward`` must call an op of its own. Without one the op is not
+    differentiable and says so when it is tried.
+    """
+    qualified = f"express_compile::{name}"
+    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, body, key)
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+    return getattr(torch.ops.express_compile, name).default
+
+
+def check_qkv(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding: torch.Tensor | None = None
+) -> None:
+    """Raise ``ValueError`` or ``TypeError`` unless the tensors fit together.
+
+    ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]`` of one floating
+    dtype and device, ``H_kv`` dividing ``H``, ``Lq <= Lk``; ``padding`` bool ``[B, Lk]`` or None.
+    """
+    tensors = {"query": query, "key": key, "value": value}
+    for name, x in tensors.items():
+        if x.dim() != 4:
+            raise ValueError(f"{name}: shape {tuple(x.shape)}; must be [batch, heads, length, head size]")
+        if x.dtype not in DTYPES or x.dtype != query.dtype:
+            allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            raise TypeError(f"{name}: dtype {x.dtype}; query, key and value must share one of {allowed}")
+        if x.device != query.device:
+            raise ValueError(f"{name}: on {x.device}, but query is on {query.device}; all must be on one device")
+    B, H, Lq, D = query.shape
+    if key.shape[0] != B or key.shape[3] != D:
+        raise ValueError(f"key: shape {tuple(key.shape)}; batch and head size must be those of query, {B} and {D}")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value: shape {tuple(value.shape)}; must begin like key's, {tuple(key.shape[:3])}")
+    if key.shape[1] == 0 or H % key.shape[1]:
+        raise ValueError(f"key: {key.shape[1]} heads; must divide the {H} heads of query")
+    if not 0 < Lq <= key.shape[2]:
+        raise ValueError(f"query: {Lq} rows; must be from 1 to the number of keys, {key.shape[2]}")
+    if padding is None:
+        return
+    if padding.dtype != torch.bool:
+        raise TypeError(f"padding: dtype {padding.dtype}; must be torch.bool, True for a real token")
+    if padding.shape != (B, key.shape[2]) or padding.device != query.device:
+        raise ValueError(
+            f"padding: shape {tuple(padding.shape)} on {padding.device}; must be {(B, key.shape[2])} on {query.device}"
+        )

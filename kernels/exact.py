@@ -1,0 +1,52 @@
+"""Exact attention: PyTorch's own ``scaled_dot_product_attention``, the answer that is always right.
+
+    out_i = sum_{j <= i} exp(scale <q_i, k_j>) v_j / sum_{j <= i} exp(scale <q_i, k_j>)
+
+As a method it leaves a site as it is, whatever its mask. :func:`exact_attention` serves the other methods where
+exact is cheaper than they are: the fastest exact kernel of the device, with the log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from express_compile.method import Method, register
+
+from .segments import causal_table, segment_attention
+
+
+def exact_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention aligned bottom-right: ``(out, lse)`` as in ``segments``.
+
+    Shapes as in ``segments.segment_attention``. Uses PyTorch's CPU flash kernel, cuDNN or flash attention
+    where they apply (self-attention with Dv = D), and segment attention over a table without segments elsewhere.
+    """
+    Lq, Lk, H = query.shape[2], key.shape[2], query.shape[1]
+    if Lq == Lk and query.shape[-1] == value.shape[-1]:
+        if query.device.type == "cpu":
+            k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, k, v, 0.0, True, scale=scale)
+            return out.contiguous(), lse.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+        if query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128:
+            # cuDNN was faster than flash at every length measured on an H200 (bench.md)
+            out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                query, key, value, None, True, 0.0, True, False, scale=scale
+            )[:2]
+            return out.contiguous(), lse.reshape(query.shape[:3])
+    table = causal_table(Lq, Lk)
+    return segment_attention(query, key, value, key[:, :, :0], value[:, :, :0], table, scale)
+
+
+METHOD = register(
+    Method(
+        name="exact",
+        summary="PyTorch's own scaled_dot_product_attention",
+        supports="everything PyTorch supports",
+        refuses="nothing",
+        refuse=lambda spec, policy: None,
+        params=lambda spec, policy: {},
+        min_length={"cpu": 0, "cuda": 0},
+    )
+)

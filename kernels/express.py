@@ -1,0 +1,496 @@
+"""Express: causal attention over a coreset of O(s) rows that is thinned as the sequence grows.
+
+    out_i = sum_j w_j exp(scale <q_i, k_j>) v_j / sum_j w_j exp(scale <q_i, k_j>)
+
+over four parts: the first ``sinks`` tokens and the last ``window`` tokens exactly (w = 1), ``protected``
+distinctive rows exactly, and of everything else fewer than ``6 s`` rows kept by repeated halving, each standing
+for ``w`` tokens. Paper: *Express Language Modeling*, arXiv 2606.10944; here with weight 1 for the newest tokens,
+and a subsampling group enters when it is complete.
+
+Error law (bounded inputs, R = max norm): ``|out - exact|_inf = O(exp(2 R^2 / sqrt(D)) *
+sqrt(log(D n) log s log(s log n)) / sqrt(2**M s) * max_j |v_j|)``. Exact while ``n <= 4 s + sinks + window``.
+Every token is kept with probability 1 / w, so sums over the kept rows are unbiased.
+
+Supports causal self-attention aligned bottom-right (continuing a longer key/value sequence), grouped queries,
+Dv != D, any length, key padding on any side, float16, bfloat16, float32 (float64 in the reference). Refuses
+non-causal masks, windows, biases, dropout, and single-token decoding from a full cache (it would thin the
+cache again at every step).
+
+Prefill form: queries come in blocks of ``block``; a block sees the coreset as it stood ``window`` tokens before
+its start, and every later token exactly. :class:`express_compile.kernels.express_state.ExpressState` is the
+streaming form of the same rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from express_compile.method import Method, register
+from express_compile.spec import AttentionSpec, Policy, Refusal, floor_power_of_two, known_equal
+
+from ._op import check_qkv, define_op
+from ._triton import philox_uniform
+from .exact import exact_attention
+from .halving import HalvingRule, get_rule, halve, halve_reference
+from .schedule import Schedule, admitted, check_budget, make_schedule
+from .segments import (
+    COMPACTED,
+    TOKENS,
+    SegmentTable,
+    segment_attention,
+    segment_attention_backward,
+    segment_attention_reference,
+)
+
+CONTEST = 256  # rows that compete for the protected places at a time
+
+
+@dataclass(frozen=True)
+class ExpressConfig:
+    """What decides the rows of Express besides the data: see ``Policy`` for the fields."""
+
+    s: int
+    M: int
+    sinks: int = 32
+    window: int = 256
+    protected: int = 0
+    rule: HalvingRule = get_rule("balanced")
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        check_budget(self.s, self.M)
+        for name in ("sinks", "window", "protected"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be a number of rows, 0 or more")
+        if self.block not in (16, 32, 64, 128):
+            raise ValueError(f"block={self.block!r}: must be 16, 32, 64 or 128 queries")
+
+    def contests(self, tokens: int) -> int:
+        """Contests for the protected places held once ``tokens`` tokens have left sinks and window."""
+        return tokens // CONTEST if self.protected else 0
+
+    def streamed(self, tokens: int) -> int:
+        """Tokens in the thinning stream once ``tokens`` tokens have left sinks and window."""
+        return tokens if not self.protected else max(0, CONTEST * self.contests(tokens) - self.protected)
+
+    @property
+    def exact_up_to(self) -> int:
+        """Sequences of at most this many tokens get exact attention."""
+        return 4 * self.s + self.sinks + self.window + self.protected
+
+
+def default_inflation(s: int) -> int:
+    """``M = h - 2`` for ``s = 2**h``, the paper's choice for prefill."""
+    return max(0, s.bit_length() - 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The layout: shapes only, built once per (config, Lq, Lk)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What a prefill of ``Lq`` queries over ``Lk`` tokens does, as integers."""
+
+    config: ExpressConfig
+    schedule: Schedule
+    contests: int
+    size: int  # rows of the arena: the schedule's, then `protected` places per contest
+    compacted_from: int  # arena rows before this one are read where they are, in the token buffers
+    table: SegmentTable
+
+
+@functools.lru_cache(maxsize=64)
+def make_layout(config: ExpressConfig, Lq: int, Lk: int) -> Layout:
+    """The layout of the last ``Lq`` of ``Lk`` tokens as queries. Raises ``ValueError`` for ``Lq > Lk``."""
+    if not 0 < Lq <= Lk:
+        raise ValueError(f"Lq={Lq}: must be from 1 to the number of keys, Lk={Lk}")
+    begin = np.arange(Lk - Lq, Lk, config.block, dtype=np.int64)
+    left = np.maximum(0, begin - config.sinks - config.window)
+    streamed = np.array([config.streamed(int(t)) for t in left], dtype=np.int64)
+    complete = np.array([admitted(int(t), config.s, config.M) for t in streamed], dtype=np.int64)
+    schedule = make_schedule(int(complete[-1]), config.s, config.M)
+    contests = config.contests(int(left[-1]))
+    size = schedule.size + contests * config.protected
+    compacted_from = 0 if config.protected else schedule.tokens
+
+    offset, length, log2_weight = schedule.segments(complete)
+    in_tokens = offset < compacted_from
+    source = np.where(in_tokens, TOKENS, COMPACTED)
+    offset = np.where(in_tokens, offset + config.sinks, offset - compacted_from)
+    n_sinks = np.minimum(config.sinks, begin)
+    if config.protected:
+        held = np.array([config.contests(int(t)) for t in left], dtype=np.int64)
+        places = np.minimum(config.protected, CONTEST * held)
+        waiting = streamed - complete  # streamed, but their subsampling group is not complete
+        tail = n_sinks + CONTEST * held
+        extra = [
+            (COMPACTED, schedule.size + (held - 1) * config.protected, places),
+            (COMPACTED, complete, waiting),
+        ]
+    else:
+        tail = n_sinks + complete
+        extra = []
+    columns = [(np.zeros_like(begin), np.zeros_like(begin), n_sinks, np.zeros_like(begin))]
+    columns += [(np.full_like(begin, kind), first, rows, np.zeros_like(begin)) for kind, first, rows in extra]
+    columns += [(source[:, i], offset[:, i], length[:, i], log2_weight[:, i]) for i in range(offset.shape[1])]
+    segments = np.stack([np.stack(column[:3], -1) for column in columns], 1)
+    weights = np.stack([column[3] for column in columns], 1) * math.log(2.0)
+    # rows before the first thinning are all tokens in order: one tail says it shorter
+    whole = (segments[:, :, 0] * segments[:, :, 2] == 0).all(1) & (segments[:, :, 2].sum(1) == tail)
+    segments[whole], tail[whole] = 0, 0
+    segments[segments[:, :, 2] == 0] = 0
+    table = SegmentTable(config.block, Lk - Lq, segments, weights, tail)
+    return Layout(config, schedule, contests, size, compacted_from, table)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reference
+
+
+def sequence_counter(batch: int, heads: int, device: torch.device, first_batch: int = 0) -> torch.Tensor:
+    """Counter word of (batch, KV head): int64 ``[batch, heads]``."""
+    b = torch.arange(first_batch, first_batch + batch, device=device)[:, None]
+    return b * 65536 + torch.arange(heads, device=device)
+
+
+def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``x`` ``[B, H, L, D]`` at ``index`` ``[B, H, ...]``: ``[B, H, ..., D]``."""
+    flat = index.flatten(2).long()
+    return x.gather(2, flat[..., None].expand(*flat.shape, x.shape[-1])).unflatten(2, index.shape[2:])
+
+
+def contest(
+    places: torch.Tensor, place_scores: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor, protected: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One contest for the protected places: the best ``protected`` of places and rows stay, by score.
+
+    ``places`` and ``rows`` hold token indices ``[B, H, .]`` in position order, with their scores. Returns the
+    new places, their scores, and the losers in position order.
+    """
+    index, score = torch.cat([places, rows], 2), torch.cat([place_scores, scores], 2)
+    if index.shape[2] <= protected:
+        return index, score, index[:, :, :0]
+    best = score.topk(protected, dim=2).indices
+    wins = torch.zeros_like(score, dtype=torch.bool).scatter_(2, best, True)
+    order = wins.to(torch.int8).argsort(dim=2, stable=True)  # losers, then winners, both in position order
+    index, score = index.gather(2, order), score.gather(2, order)
+    split = index.shape[2] - protected
+    return index[:, :, split:], score[:, :, split:], index[:, :, :split]
+
+
+def distinctiveness(key: torch.Tensor, key_sum: torch.Tensor, count: int) -> torch.Tensor:
+    """Score of rows that leave the window: minus the cosine similarity to the running mean key.
+
+    ``key`` ``[B, H, C, D]``, ``key_sum`` ``[B, H, D]`` the sum of the ``count`` keys that left so far.
+    """
+    return -torch.cosine_similarity(key.to(key_sum), (key_sum / count)[:, :, None], dim=-1)
+
+
+def _stream(key: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Token index of every stream row ``[B, H_kv, tokens]``, and the places after each contest."""
+    config, tokens = layout.config, layout.schedule.tokens
+    B, H = key.shape[:2]
+    if not config.protected:
+        index = torch.arange(config.sinks, config.sinks + tokens, dtype=torch.int32, device=key.device)
+        return index.expand(B, H, tokens), []
+    dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
+    key_sum = key[:, :, : config.sinks].to(dtype).sum(2)
+    places = torch.empty(B, H, 0, dtype=torch.int32, device=key.device)
+    scores = torch.empty(B, H, 0, dtype=dtype, device=key.device)
+    stream, history = [places], []
+    for i in range(layout.contests):
+        first = config.sinks + i * CONTEST
+        rows = torch.arange(first, first + CONTEST, dtype=torch.int32, device=key.device).expand(B, H, CONTEST)
+        keys = key[:, :, first : first + CONTEST]
+        key_sum = key_sum + keys.to(dtype).sum(2)
+        places, scores, losers = contest(
+            places, scores, rows, distinctiveness(keys, key_sum, first + CONTEST), config.protected
+        )
+        stream.append(losers)
+        history.append(places)
+    return torch.cat(stream, 2)[:, :, :tokens], history
+
+
+def thin_reference(
+    key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, seed: torch.Tensor, layer: int
+) -> torch.Tensor:
+    """Which token every arena row is: int32 ``[B, H_kv, layout.size]``. ``key`` ``[B, H_kv, Lk, D]``,
+    ``value`` ``[B, H_kv, Lk, Dv]``. Halves on CUDA with the kernel, elsewhere with the reference."""
+    return _thin(key, value, layout, scale, seed, layer, _halve_with_reference)
+
+
+def _halve_with_reference(arena, key, value, launch, rule, scale, seed, layer) -> None:
+    sequence = sequence_counter(*key.shape[:2], key.device)[..., None, None]
+    for job in launch:
+        source = arena[:, :, job.source : job.source + job.rows * job.buckets].unflatten(2, (job.buckets, job.rows))
+        pairs = torch.arange(job.rows // 2, device=key.device)
+        bucket = torch.arange(job.first, job.first + job.buckets, device=key.device)[:, None]
+        draws = philox_uniform(seed, layer, pairs, bucket, job.stage, sequence)
+        rows = gather_rows(key, source), gather_rows(value, source)
+        second = halve_reference(*rows, draws, rule, job.delta, scale)
+        kept = torch.where(second, source[..., 1::2], source[..., 0::2])
+        arena[:, :, job.target : job.target + job.rows // 2 * job.buckets] = kept.flatten(2)
+
+
+def _thin(key, value, layout, scale, seed, layer, halve_launch) -> torch.Tensor:
+    B, H = key.shape[:2]
+    schedule, config = layout.schedule, layout.config
+    arena = torch.empty(B, H, layout.size, dtype=torch.int32, device=key.device)
+    stream, history = _stream(key, layout)
+    arena[:, :, : schedule.tokens] = stream
+    for i, places in enumerate(history):
+        at = schedule.size + i * config.protected
+        arena[:, :, at : at + config.protected] = torch.nn.functional.pad(places, (0, config.protected - places.shape[2]))
+    for job in schedule.subsamples:
+        rows = torch.arange(job.rows, device=key.device)
+        draws = philox_uniform(seed, layer, rows, 0, job.stage, sequence_counter(B, H, key.device)[..., None])
+        pick = job.source + rows * job.group + (draws * job.group).long()
+        arena[:, :, job.target : job.target + job.rows] = arena.gather(2, pick)
+    for launch in schedule.launches:
+        halve_launch(arena, key, value, launch, config.rule, scale, seed, layer)
+    return arena
+
+
+def express_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    config: ExpressConfig,
+    scale: float,
+    seed: torch.Tensor,
+    layer: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Express attention in plain PyTorch on any device: the definition of correct.
+
+    ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``; query i is token
+    ``Lk - Lq + i``. ``seed`` is a 0-dim int64 tensor. Returns ``(out, lse)`` as
+    :func:`segment_attention_reference` does. Differentiable with the selection held fixed.
+    """
+    layout = make_layout(config, query.shape[2], key.shape[2])
+    with torch.no_grad():
+        arena = thin_reference(key, value, layout, scale, seed, layer)
+    kept = arena[:, :, layout.compacted_from :]
+    return segment_attention_reference(
+        query, key, value, gather_rows(key, kept), gather_rows(value, kept), layout.table, scale
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Launcher: the reference on the CPU, the kernels on CUDA
+
+
+def _prefill(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    config: ExpressConfig,
+    scale: float,
+    seed: torch.Tensor,
+    layer: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    layout, compacted = _select(query, key, value, config, scale, seed, layer)
+    return segment_attention(query, key, value, *compacted[1:], layout.table, scale)
+
+
+def _select(query, key, value, config, scale, seed, layer) -> tuple[Layout, tuple]:
+    """The layout, and (token index, keys, values) of the compacted rows."""
+    layout = make_layout(config, query.shape[2], key.shape[2])
+    arena = _thin(key, value, layout, scale, seed, layer, halve if key.is_cuda else _halve_with_reference)
+    kept = arena[:, :, layout.compacted_from :]
+    return layout, (kept, gather_rows(key, kept), gather_rows(value, kept))
+
+
+def _backward(grad, query, key, value, config, scale, seed, layer) -> tuple[torch.Tensor, ...]:
+    layout, (kept, *compacted) = _select(query, key, value, config, scale, seed, layer)
+    out, lse = segment_attention(query, key, value, *compacted, layout.table, scale)
+    d_query, d_key, d_value, *d_compacted = segment_attention_backward(
+        grad, query, key, value, *compacted, out, lse, layout.table, scale
+    )
+    for target, part in zip((d_key, d_value), d_compacted, strict=True):
+        target.scatter_add_(2, kept.long()[..., None].expand_as(part), part)
+    return d_query, d_key, d_value
+
+
+class _Padding:
+    """Moves the real tokens of each sequence to its front, in order, and results back to where they belong.
+
+    Rows behind the real ones are zero. Queries are placed at their token's position, so that every sequence of
+    the batch starts at 0 whatever its padding.
+    """
+
+    def __init__(self, padding: torch.Tensor, Lq: int) -> None:
+        self.real, self.Lq = padding, Lq
+        self.order = (~padding).to(torch.int8).argsort(1, stable=True)
+        self.rank = self.order.argsort(1)
+        self.front = torch.arange(padding.shape[1], device=padding.device) < padding.sum(1, keepdim=True)
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.pad(x, (0, 0, self.real.shape[1] - x.shape[2], 0))
+        x = x.gather(2, self.order[:, None, :, None].expand(x.shape))
+        return x.masked_fill(~self.front[:, None, :, None], 0)
+
+    def unpack(self, x: torch.Tensor, length: int, fill: float = 0.0) -> torch.Tensor:
+        """``[B, H, Lk, .]`` back to the last ``length`` positions, ``fill`` where the token is padding."""
+        x = x.gather(2, self.rank[:, None, :, None].expand(x.shape))
+        return x.masked_fill(~self.real[:, None, :, None], fill)[:, :, x.shape[2] - length :].contiguous()
+
+
+def _config(s, fraction, inflation, sinks, window, protected, halving, flatten, block, Lk) -> ExpressConfig:
+    if fraction:
+        s = max(4, floor_power_of_two(int(fraction * Lk)))
+    rule = get_rule(halving)
+    if flatten:
+        rule = replace(rule, flatten=flatten)
+    # one cap for a fraction that resolves to a small s: M may not exceed h + 1
+    M = default_inflation(s) if inflation < 0 else min(inflation, s.bit_length()) if fraction else inflation
+    return ExpressConfig(s, M, sinks, window, protected, rule, block)
+
+
+def _express_body(query, key, value, padding, seed, scale, layer, min_length, **options):
+    check_qkv(query, key, value, padding)
+    Lq, Lk = query.shape[2], key.shape[2]
+    config = _config(**options, Lk=Lk)
+    pad = None if padding is None else _Padding(padding, Lq)
+    if pad is not None:
+        query, key, value = pad.pack(query), pad.pack(key), pad.pack(value)
+    if Lk < min_length or Lk <= config.exact_up_to:
+        out, lse = exact_attention(query, key, value, scale)
+    else:
+        out, lse = _prefill(query, key, value, config, scale, seed, layer)
+    if pad is not None:
+        out, lse = pad.unpack(out, Lq), pad.unpack(lse[..., None], Lq, -math.inf)[..., 0]
+    return out, lse
+
+
+def _express_backward_body(grad, query, key, value, padding, seed, scale, layer, min_length, **options):
+    check_qkv(query, key, value, padding)
+    Lq, Lk = query.shape[2], key.shape[2]
+    config = _config(**options, Lk=Lk)
+    if Lk < min_length:
+        config = replace(config, window=Lk)  # exact
+    tensors = (grad, query, key, value)
+    if padding is None:
+        grads = _backward(*tensors, config, scale, seed, layer)
+    else:
+        pad = _Padding(padding, Lq)
+        grads = _backward(*map(pad.pack, tensors), config, scale, seed, layer)
+        grads = tuple(pad.unpack(g, x.shape[2]) for g, x in zip(grads, tensors[1:], strict=True))
+    return tuple(g.to(x.dtype) for g, x in zip(grads, tensors[1:], strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Op
+
+_PARAMETERS = (
+    "Tensor? padding, Tensor seed, float scale, int layer, *, int s, float fraction, int inflation, int sinks, "
+    "int window, int protected, str halving, float flatten, int block, int min_length"
+)
+
+
+def _express_fake(query, key, value, *args, **options):
+    B, H, Lq, _ = query.shape
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(B, H, Lq, value.shape[-1]), query.new_empty(B, H, Lq, dtype=lse_dtype)
+
+
+def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
+    query, key, value, padding, seed, scale, layer = inputs
+    ctx.save_for_backward(query, key, value, padding, seed)
+    ctx.scale, ctx.layer, ctx.options = scale, layer, keyword_only_inputs
+    ctx.mark_non_differentiable(output[1])
+
+
+def _express_autograd(ctx, grad, _):
+    query, key, value, padding, seed = ctx.saved_tensors
+    grads = BACKWARD(grad, query, key, value, padding, seed, ctx.scale, ctx.layer, **ctx.options)
+    return *grads, None, None, None, None
+
+
+OP = define_op(
+    "express",
+    f"(Tensor query, Tensor key, Tensor value, {_PARAMETERS}) -> (Tensor, Tensor)",
+    _express_body,
+    _express_fake,
+    _express_autograd,
+    _setup_context,
+)
+BACKWARD = define_op(
+    "express_backward",
+    f"(Tensor grad, Tensor query, Tensor key, Tensor value, {_PARAMETERS}) -> (Tensor, Tensor, Tensor)",
+    _express_backward_body,
+    lambda grad, query, key, value, *args, **options: tuple(
+        x.new_empty(x.shape) for x in (query, key, value)
+    ),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Method
+
+
+def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
+    mask = spec.mask
+    reason = None
+    if mask.unknown is not None:
+        reason = f"its mask is not proven: {mask.unknown}"
+    elif not mask.causal:
+        reason = "it is not causal; Express thins what came before each query"
+    elif mask.window is not None:
+        reason = f"it has a sliding window of {mask.window} tokens"
+    elif not (known_equal(spec.Lq, spec.Lk) and known_equal(mask.offset, 0)) and not known_equal(
+        mask.offset, spec.Lk - spec.Lq
+    ):
+        reason = f"its causal mask has offset {mask.offset}; needed is Lk - Lq, the last query sees every key"
+    elif spec.dropout_p > 0:
+        reason = f"it drops attention weights (dropout_p={spec.dropout_p}); call model.eval()"
+    elif isinstance(spec.Lq, int) and spec.Lq < MIN_QUERIES and not known_equal(spec.Lq, spec.Lk):
+        reason = f"decoding {spec.Lq} token(s) from a full cache would thin the whole cache again at every step"
+    elif spec.dtype not in (torch.float16, torch.bfloat16, torch.float32) and spec.device != "cpu":
+        reason = f"there is no kernel for {spec.dtype}"
+    elif spec.device not in ("cpu", "cuda"):
+        reason = f"there is no kernel for device {spec.device}"
+    return None if reason is None else Refusal("express", reason)
+
+
+MIN_QUERIES = 16  # below, a call that continues a cache counts as decoding
+
+
+def _params(spec: AttentionSpec, policy: Policy) -> dict:
+    own = METHOD.own_options(policy)
+    get_rule(policy.halving)
+    s = 0 if isinstance(policy.budget, float) else floor_power_of_two(policy.budget)
+    inflation = -1 if policy.inflation is None else policy.inflation
+    params = {
+        "s": s,
+        "fraction": policy.budget if isinstance(policy.budget, float) else 0.0,
+        "inflation": inflation,
+        "sinks": policy.sinks,
+        "window": policy.window,
+        "protected": policy.protected,
+        "halving": policy.halving,
+        "flatten": own["flatten"],
+        "block": own["block"],
+        "min_length": policy.min_length or 0,
+    }
+    # the same checks as at run time, so that a bad value is reported when the model is rewritten
+    _config(**{name: value for name, value in params.items() if name != "min_length"}, Lk=1 << 20)
+    return params
+
+
+METHOD = register(
+    Method(
+        name="express",
+        summary="causal attention over a coreset thinned by halving, O(s) rows per query",
+        supports="causal self-attention (also continuing a cache), GQA, Dv != D, key padding, fp16/bf16/fp32, any length",
+        refuses="non-causal masks, sliding windows, biases, dropout, decoding from a full cache",
+        refuse=_refuse,
+        params=_params,
+        options={"flatten": 0.0, "block": 128},
+    )
+)
