@@ -114,7 +114,7 @@ def make_layout(config: ExpressConfig, Lq: int, Lk: int) -> Layout:
     left = np.maximum(0, begin - config.sinks - config.window)
     streamed = np.array([config.streamed(int(t)) for t in left], dtype=np.int64)
     complete = np.array([admitted(int(t), config.s, config.M) for t in streamed], dtype=np.int64)
-    schedule = make_schedule(int(complete[-1]), config.s, config.M)
+    schedule = make_schedule(int(streamed[-1]), config.s, config.M)
     contests = config.contests(int(left[-1]))
     size = schedule.size + contests * config.protected
     compacted_from = 0 if config.protected else schedule.tokens

@@ -159,7 +159,7 @@ class Schedule:
 
 
 def make_schedule(tokens: int, s: int, M: int) -> Schedule:
-    """The schedule for ``tokens`` admitted stream tokens.
+    """The schedule for ``tokens`` stream tokens; those of an unfinished subsampling group are laid out but unused.
 
     Raises ``ValueError`` unless ``s`` is a power of two, at least 2, and ``2**(M-1)`` divides ``s``.
     """

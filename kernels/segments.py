@@ -29,7 +29,7 @@ class SegmentTable:
 
     block: queries per block. q_offset: position of query 0 among the tokens.
     segments: int32 ``[blocks, n, 3]``: source, first row, number of rows.
-    log_weight: float32 ``[blocks, n]``. tail: int32 ``[blocks]``: first token of the exact tail.
+    log_weight: float64 ``[blocks, n]``. tail: int32 ``[blocks]``: first token of the exact tail.
     """
 
     block: int
@@ -57,7 +57,7 @@ def causal_table(Lq: int, Lk: int, block: int = 128) -> SegmentTable:
     """The table of exact causal attention of the last ``Lq`` of ``Lk`` tokens."""
     blocks = -(-Lq // block)
     return SegmentTable(
-        block, Lk - Lq, np.zeros((blocks, 1, 3), np.int32), np.zeros((blocks, 1), np.float32), np.zeros(blocks, np.int32)
+        block, Lk - Lq, np.zeros((blocks, 1, 3), np.int32), np.zeros((blocks, 1)), np.zeros(blocks, np.int32)
     )
 
 
@@ -68,10 +68,10 @@ def _block_rows(table: SegmentTable, block: int, buffers: tuple) -> tuple[list, 
     for (source, first, length), weight in zip(table.segments[block].tolist(), table.log_weight[block], strict=True):
         if length:
             slices.append((source, first, first + length))
-            weights.append(np.full(length, weight, np.float32))
+            weights.append(np.full(length, weight))
     stop = min(begin + table.block, buffers[TOKENS].shape[2])
     slices.append((TOKENS, int(table.tail[block]), stop))
-    weights.append(np.zeros(stop - int(table.tail[block]), np.float32))
+    weights.append(np.zeros(stop - int(table.tail[block])))
     return slices, torch.from_numpy(np.concatenate(weights))
 
 
