@@ -1,0 +1,642 @@
+"""Rewriting of Hugging Face models that run eagerly, without ``torch.compile``.
+
+transformers lets a model choose its attention by name. :func:`rewrite_attention` registers the name
+``"express_compile"`` (an attention function *and* a mask function) and points the attention modules of one model
+instance to it; :func:`restore_attention` undoes that. What is proven about a mask travels with the mask itself
+(:class:`CausalMask`), so models, threads and generate() calls cannot mix up each other's facts; a mask that arrives
+as anything else is a dense tensor of which nothing is proven, and the site runs exactly.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from types import CodeType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from .method import METHODS
+from .spec import AttentionSpec, Mask, Plan, Policy, layer_key
+
+if TYPE_CHECKING:
+    from .report import SiteReport
+
+Model = TypeVar("Model", bound=nn.Module)
+
+NAME = "express_compile"
+_SITE = "_express_compile_site"
+_ORIGINALS = "_express_compile_originals"
+_MAX_PLANS = 1024
+
+# Arguments that change what attention computes and that the ops do not take. transformers' sdpa function ignores
+# some of them, which is one more reason not to rewrite such a site.
+_EXTRAS = {
+    "softcap": "a logit soft-cap",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "position_bias": "a position bias",
+    "cache": "a paged cache",
+    "indices": "sparse indices",
+    "cu_seq_lens_q": "packed sequences",
+}
+_NEEDS_EAGER = ("softcap", "s_aux", "sinks")
+
+_recorder: ContextVar[list[SiteReport] | None] = ContextVar("express_compile_sites", default=None)
+
+
+# --------------------------------------------------------------------------------------------- public functions
+
+
+def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any) -> Model:
+    """Let the attention sites of a Hugging Face model run sub-quadratic attention, in place; returns ``model``.
+
+    model: any ``nn.Module`` that contains transformers models. Only this instance changes: it gets its own copy of
+        its configuration until :func:`restore_attention`. Rewriting a rewritten model replaces the policy.
+    policy: a :class:`Policy`; or give its fields as keyword arguments (``budget=512``, ``methods=["express"]``, ...).
+
+    A call whose mask, shape or arguments a method does not support runs transformers' own exact attention;
+    :func:`record_sites` shows each decision. With ``strict=True`` such a call raises ``RuntimeError`` instead
+    (which includes every one-token decoding step of ``generate()``).
+
+    Raises ``TypeError`` or ``ValueError`` for a bad policy, an unknown option or an unknown method, and
+    ``ValueError`` when the model has no attention that could be rewritten.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r}: must be a torch.nn.Module")
+    policy = _checked_policy(policy, options)
+    sites = _find_sites(model)
+    if is_rewritten(model):
+        restore_attention(model)
+    _register_interface()
+    _point_configs(model, sites)
+    plans = _Plans(policy)
+    for path, (module, exact) in sites.items():
+        setattr(module, _SITE, _Site(path, layer_key(path), exact, plans))
+    return model
+
+
+def restore_attention(model: Model) -> Model:
+    """Undo :func:`rewrite_attention`, in place; returns ``model``, whose outputs are bitwise those of before.
+
+    The configuration objects of before come back too; changes made to the copies are lost with them.
+    Raises ``ValueError`` when the model is not rewritten.
+    """
+    if not is_rewritten(model):
+        raise ValueError(f"model={type(model).__name__}: is not rewritten, so there is nothing to restore")
+    for module in model.modules():
+        for name, original in module.__dict__.pop(_ORIGINALS, {}).items():
+            setattr(module, name, original)
+        module.__dict__.pop(_SITE, None)
+    return model
+
+
+def is_rewritten(model: nn.Module) -> bool:
+    """Whether :func:`rewrite_attention` is in force in ``model`` or a part of it."""
+    return any(_SITE in module.__dict__ for module in model.modules())
+
+
+@contextmanager
+def record_sites() -> Iterator[list[SiteReport]]:
+    """While active, each attention call of a rewritten model in this thread appends one ``SiteReport`` to the list.
+
+    >>> with record_sites() as sites:
+    ...     model(input_ids)
+    >>> print(sites[0].module, sites[0].verdict, sites[0].reason)
+    """
+    sites: list[SiteReport] = []
+    token = _recorder.set(sites)
+    try:
+        yield sites
+    finally:
+        _recorder.reset(token)
+
+
+# ------------------------------------------------------------------------------------------------------ policy
+
+
+def _checked_policy(policy: Policy | None, options: dict[str, Any]) -> Policy:
+    if policy is None:
+        policy = Policy.from_options(options)
+    elif not isinstance(policy, Policy):
+        raise TypeError(f"policy={policy!r}: must be a Policy; give single options by name, e.g. budget=512")
+    elif options:
+        raise TypeError(f"policy and {', '.join(sorted(options))} were both given: put the options into the policy")
+    for name in policy.methods or ():
+        METHODS[name]
+    for name in policy.method_options:
+        METHODS[name].own_options(policy)
+    return policy
+
+
+class _Plans:
+    """The policy of one rewriting and its decisions so far, shared by the sites of that rewriting."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._plans: dict[AttentionSpec, Plan] = {}
+
+    def __call__(self, spec: AttentionSpec) -> Plan:
+        plan = self._plans.get(spec)
+        if plan is None:
+            from .passes.plan import plan as decide
+
+            if len(self._plans) >= _MAX_PLANS:  # a long generate() asks about a new length at every step
+                self._plans.clear()
+            plan = self._plans[spec] = decide(spec, self.policy)
+        return plan
+
+
+@dataclass
+class _Site:
+    """What an attention module needs to know; lives on the module, so copies of the model are independent.
+
+    exact: the name of transformers' own attention that computes what is not rewritten, "sdpa" or "eager".
+    """
+
+    path: str
+    layer: int
+    exact: str
+    plans: _Plans = field(repr=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _register_interface()  # a rewritten model may be unpickled in a process that never rewrote one
+
+
+# --------------------------------------------------------------------------------------------- finding the sites
+
+
+def _find_sites(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Module path -> (attention module, name of its exact attention)."""
+    if not _can_import_transformers():
+        raise ValueError(
+            f"model={type(model).__name__}: no attention found, because rewrite_attention handles Hugging Face models "
+            "and transformers is not installed (pip install 'express-compile[transformers]'); "
+            "torch.compile(model, backend='express') handles every other model"
+        )
+    sites: dict[str, tuple[nn.Module, str]] = {}
+    for path, module, owner in _with_owners(model):
+        function = _calls_interface(type(module))
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if function is None or implementation is None or not _uses_standard_sdpa(function):
+            continue
+        exact = "sdpa" if owner is None or owner._supports_sdpa else "eager"
+        if exact == "eager" and (_ORIGINALS not in module.__dict__ and implementation != "eager"):
+            continue
+        if not _depends_on_name(type(module), exact):
+            sites[path] = (module, exact)
+    if not sites:
+        raise ValueError(
+            f"model={type(model).__name__}: no attention found. Looked for modules that choose their attention through "
+            "transformers' AttentionInterface, whatever its name is, and found none; "
+            "torch.compile(model, backend='express') handles every other model"
+        )
+    return sites
+
+
+def _can_import_transformers() -> bool:
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _with_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Every module with its path and the innermost transformers model around it (or None)."""
+    from transformers import PreTrainedModel
+
+    owners: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        parent = path.rpartition(".")[0] if path else None
+        owners[path] = module if isinstance(module, PreTrainedModel) else owners.get(parent)
+        yield path, module, owners[path]
+
+
+@cache
+def _functions(cls: type) -> tuple[Callable[..., Any], ...]:
+    """The functions that a module's class and its bases define, library bases left out."""
+    from transformers import GenerationMixin, PreTrainedModel
+
+    library = {*PreTrainedModel.__mro__, *GenerationMixin.__mro__}
+    members = [member for base in cls.__mro__ if base not in library for member in vars(base).values()]
+    members = [getattr(member, "__func__", getattr(member, "fget", member)) for member in members]
+    return tuple(inspect.unwrap(member) for member in members if inspect.isroutine(member))
+
+
+def _code(function: Callable[..., Any]) -> Iterator[CodeType]:
+    pending = [code for code in [getattr(function, "__code__", None)] if code is not None]
+    while pending:
+        code = pending.pop()
+        yield code
+        pending += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+
+
+@cache
+def _calls_interface(cls: type) -> Callable[..., Any] | None:
+    """The method of ``cls`` that looks its attention up in transformers' interface, if there is one."""
+    for function in _functions(cls):
+        if any("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in _code(function)):
+            return function
+    return None
+
+
+@cache
+def _depends_on_name(cls: type, name: str) -> bool:
+    """Whether a method of ``cls`` reads the name of the attention and mentions ``name``.
+
+    Such code (the sparse indexers of DeepSeek V3.2, Falcon's own attention) takes another branch under another
+    name, so it must go on reading the old one.
+    """
+    for function in _functions(cls):
+        codes = list(_code(function))
+        constants = {c for code in codes for c in _flat(code.co_consts)}
+        if name in constants and any("_attn_implementation" in code.co_names for code in codes):
+            return True
+    return False
+
+
+def _flat(constants: Any) -> Iterator[Any]:
+    for constant in constants:
+        if isinstance(constant, (tuple, frozenset)):
+            yield from _flat(constant)
+        else:
+            yield constant
+
+
+def _uses_standard_sdpa(function: Callable[..., Any]) -> bool:
+    """False for a model file that brings its own "sdpa", of which we know nothing."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    interface = function.__globals__.get("ALL_ATTENTION_FUNCTIONS")
+    return interface is not None and interface.get("sdpa") is ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def _point_configs(model: nn.Module, sites: dict[str, tuple[nn.Module, str]]) -> None:
+    """Give the model copies of its configurations that name our attention; keep the originals on each module."""
+    from transformers import PreTrainedConfig
+
+    copies: dict[int, Any] = {}  # one memo for all, so that shared configurations stay shared
+    changes: list[tuple[nn.Module, dict[str, Any]]] = []
+    for path, module, owner in _with_owners(model):
+        supports_sdpa = owner is None or owner._supports_sdpa
+        # Where the model only runs "eager", the masks must stay eager masks: change nothing but the sites.
+        # Attention that is no site, and code that branches on the name, must go on reading the old name.
+        if path not in sites and (
+            not supports_sdpa or _calls_interface(type(module)) or _depends_on_name(type(module), "sdpa")
+        ):
+            continue
+        originals = {name: value for name, value in module.__dict__.items() if isinstance(value, PreTrainedConfig)}
+        if originals:
+            changes.append((module, originals))
+            for original in originals.values():
+                deepcopy(original, copies)
+    for config in copies.values():
+        if isinstance(config, PreTrainedConfig) and config._attn_implementation is not None:
+            config._attn_implementation_internal = NAME
+    for module, originals in changes:
+        for name, original in originals.items():
+            setattr(module, name, copies[id(original)])
+        module.__dict__[_ORIGINALS] = originals
+
+
+# -------------------------------------------------------------------------------------------------------- masks
+
+_untraced = torch.compiler.disable(
+    reason="a model rewritten by rewrite_attention runs its attention eagerly; to compile it whole, call "
+    "restore_attention(model) and then torch.compile(model, backend='express')"
+)
+
+
+def _register_interface() -> None:
+    # Both or none: with the attention function alone transformers would hand every site mask=None.
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+class CausalMask(torch.Tensor):
+    """A mask ``[B, 1, Lq, Lk]`` that is proven causal, and is only computed if somebody looks at it.
+
+    Query ``i`` sees key ``j`` iff ``j <= i + offset`` and ``padding[b, j]``. Any torch operation on it yields the
+    plain boolean tensor that transformers' sdpa mask would hold, so code that does not know the class gets the
+    right numbers and loses the proof.
+
+    padding: bool ``[B, visible]``, True for real tokens, or None when there are only real ones; ``visible`` is the
+        number of leading keys that any query may see.
+    """
+
+    offset: int
+    padding: torch.Tensor | None
+    _arguments: dict[str, Any]
+    _exact: list[torch.Tensor | None]
+
+    @staticmethod
+    def __new__(
+        cls: type[CausalMask], offset: int, padding: torch.Tensor | None, arguments: dict[str, Any]
+    ) -> CausalMask:
+        shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
+        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=arguments["device"])
+        mask.offset, mask.padding, mask._arguments, mask._exact = offset, padding, arguments, []
+        return mask
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return args[0]  # gradient checkpointing detaches its inputs
+        args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.dense, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def __repr__(self, **_: Any) -> str:
+        return f"CausalMask(shape={tuple(self.shape)}, offset={self.offset}, padding={self.padding is not None})"
+
+    def dense(self) -> torch.Tensor:
+        """The boolean tensor ``[B, 1, Lq, Lk]``."""
+        return _sdpa_mask()(**{**self._arguments, "allow_is_causal_skip": False})
+
+    def exact(self) -> torch.Tensor | None:
+        """What transformers' sdpa attention would have been given: the dense tensor, or None for ``is_causal``."""
+        if not self._exact:
+            self._exact.append(_sdpa_mask()(**self._arguments))
+        return self._exact[0]
+
+
+def _sdpa_mask() -> Callable[..., torch.Tensor | None]:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    **rest: Any,
+) -> torch.Tensor | None:
+    """transformers' mask function under our name: a :class:`CausalMask` where proven, else what sdpa would get."""
+    from transformers.masking_utils import causal_mask_function
+
+    arguments = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": causal_mask_function if mask_function is None else mask_function,
+        "attention_mask": attention_mask,
+        "device": "cpu",
+        **rest,
+    }
+    if torch.compiler.is_compiling() and q_length == 1:
+        return _sdpa_mask()(**arguments)
+    return _make_mask(arguments)
+
+
+@_untraced
+def _make_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
+    from transformers.masking_utils import causal_mask_function
+    from transformers.utils.import_utils import is_tracing
+
+    q_length, kv_length = arguments["q_length"], arguments["kv_length"]
+    q_offset, kv_offset = arguments["q_offset"], arguments["kv_offset"]
+    mask_function, attention_mask = arguments["mask_function"], arguments["attention_mask"]
+    local_size = arguments.get("local_size")
+    tracing = is_tracing(attention_mask if attention_mask is not None else q_offset)
+    if tracing or mask_function is not causal_mask_function or local_size is not None or q_length == 1:
+        # One query needs no mask function: its mask *is* the padding, which the attention function reads off.
+        mask = _sdpa_mask()(**arguments)
+        if mask is not None and not tracing:
+            mask._express_compile_reason = _describe(mask_function, local_size)
+        return mask
+    offset = int(q_offset) - kv_offset  # a StaticCache keeps q_offset in a tensor
+    visible = min(kv_length, q_length + offset)
+    if offset < 0 or (attention_mask is not None and attention_mask.shape[:-1] != (arguments["batch_size"],)):
+        return _sdpa_mask()(**arguments)
+    padding = None
+    if attention_mask is not None:
+        padding = attention_mask[:, kv_offset : kv_offset + visible].bool()
+        padding = nn.functional.pad(padding, (0, visible - padding.shape[1]))
+        # transformers' own mask functions read this one bit back, too
+        padding = None if bool(padding.all()) else padding
+    return CausalMask(offset, padding, arguments)
+
+
+def _describe(mask_function: Callable[..., Any], local_size: int | None) -> str:
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    if local_size is not None:
+        return f"local attention over {local_size} keys"
+    if mask_function is bidirectional_mask_function:
+        return "a dense mask of bidirectional attention"
+    if mask_function is causal_mask_function:
+        return "a dense causal mask"
+    return "packed sequences, blocks or a custom mask function"
+
+
+def _prove(
+    module: nn.Module,
+    site: _Site,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    arguments: dict[str, Any],
+) -> tuple[Mask, torch.Tensor | None, int]:
+    """What is proven about the mask of a call, its padding ``[B, visible]``, and how many leading keys are visible."""
+    B, H, Lq, D = query.shape
+    H_kv, Lk = key.shape[1], key.shape[2]
+    causal = arguments.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    window = arguments.get("sliding_window")
+    given = [f"{what} ({name})" for name, what in _EXTRAS.items() if arguments.get(name) is not None]
+    padding: torch.Tensor | None = None
+    unknown = None
+    if given:
+        unknown = f"the attention takes {', '.join(given)}, which no method computes"
+    elif site.exact == "eager":
+        unknown = "the model supports transformers' eager attention only"
+    elif key.shape[:3] != value.shape[:3] or key.shape[0] != B or key.shape[3] != D or H % H_kv != 0:
+        unknown = f"query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+    elif not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:
+        unknown = "query, key and value differ in dtype or device"
+    elif window is not None and window < Lk:
+        unknown = f"local attention over {window} keys"
+    elif isinstance(attention_mask, CausalMask):
+        if attention_mask.shape[2:] != (Lq, Lk) or attention_mask.shape[0] != B:
+            unknown = f"the mask has shape {tuple(attention_mask.shape)} and does not fit {Lq} queries and {Lk} keys"
+        elif not causal:
+            unknown = "the mask is causal, the module says it is not"
+        else:
+            visible = min(Lk, Lq + attention_mask.offset)
+            padding = attention_mask.padding
+            return Mask(causal=True, offset=attention_mask.offset, padding=padding is not None), padding, visible
+    elif attention_mask is None:
+        if not causal:
+            return Mask(), None, Lk
+        if Lq == 1:
+            return Mask(causal=True, offset=Lk - 1), None, Lk
+        return Mask(causal=True), None, min(Lk, Lq)  # sdpa's is_causal is aligned top-left
+    elif Lq == 1 and attention_mask.dtype == torch.bool and attention_mask.shape == (B, 1, 1, Lk):
+        return Mask(causal=True, offset=Lk - 1, padding=True), attention_mask[:, 0, 0], Lk
+    else:
+        unknown = getattr(attention_mask, "_express_compile_reason", "a dense mask that the caller built")
+    return Mask(unknown=unknown), None, Lk
+
+
+# ---------------------------------------------------------------------------------------------------- attention
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **arguments: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function under our name: ``[B, H, L, D]`` in, ``[B, Lq, H, Dv]`` out."""
+    if torch.compiler.is_compiling() and query.shape[2] == 1:
+        # generate() compiles the decoding steps over a StaticCache by itself; those are exact in any case
+        return _exact(module, module.__dict__[_SITE], query, key, value, attention_mask, arguments)
+    return _attend(module, query, key, value, attention_mask, arguments)
+
+
+@_untraced
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    arguments: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    site = module.__dict__.get(_SITE)
+    if site is None:
+        raise RuntimeError(
+            f"{type(module).__name__} was sent to express_compile's attention but was never rewritten: it was added to "
+            "a rewritten model, or its configuration was copied from one; call rewrite_attention on this model"
+        )
+    if arguments.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True: the weights of rewritten attention do not exist; call restore_attention(model) "
+            "and use attn_implementation='eager' to look at attention weights"
+        )
+    scale = arguments.get("scaling")
+    mask, padding, visible = _prove(module, site, query, key, value, attention_mask, arguments)
+    spec = AttentionSpec(
+        B=query.shape[0],
+        H=query.shape[1],
+        H_kv=key.shape[1],
+        Lq=query.shape[2],
+        Lk=visible,
+        D=query.shape[3],
+        Dv=value.shape[3],
+        dtype=query.dtype,
+        device=query.device.type,
+        scale=float(query.shape[3] ** -0.5 if scale is None else scale),
+        mask=mask,
+        dropout_p=float(arguments.get("dropout") or 0.0),
+    )
+    plan = site.plans(spec)
+    _record(module, site, spec, plan)
+    if plan.verdict == "refused" and site.plans.policy.strict:
+        raise RuntimeError(f"strict=True and {site.path!r} was not rewritten: {plan.reason}")
+    if plan.verdict != "rewritten":
+        return _exact(module, site, query, key, value, attention_mask, arguments)
+    seed = _seed(site.plans.policy.seed, query.device)
+    out, _ = METHODS[plan.method].op(
+        query, key[:, :, :visible], value[:, :, :visible], padding, seed, spec.scale, site.layer, **plan.params
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _exact(
+    module: nn.Module,
+    site: _Site,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    arguments: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    """transformers' own attention, with exactly the arguments it would have had."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if isinstance(attention_mask, CausalMask):
+        attention_mask = attention_mask.exact()
+    if site.exact == "sdpa" and all(arguments.get(name) is None for name in _NEEDS_EAGER):
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **arguments)
+    # sdpa has no soft-cap and no sinks: some versions raise, others silently leave them out
+    function = _calls_interface(type(module))
+    eager = function.__globals__.get("eager_attention_forward") if function is not None else None
+    if eager is None:
+        raise RuntimeError(f"{site.path!r}: {type(module).__module__} has no eager_attention_forward to fall back to")
+    if site.exact == "sdpa" or attention_mask is not None:
+        attention_mask = _additive(module, query, key, attention_mask, arguments.get("is_causal"))
+    return eager(module, query, key, value, attention_mask, **arguments)[0], None
+
+
+def _additive(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    causal: bool | None,
+) -> torch.Tensor | None:
+    """The additive mask of eager attention that means what ``attention_mask`` means to sdpa."""
+    Lq, Lk = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if not causal or Lq == 1:
+            return None
+        attention_mask = torch.ones(Lq, Lk, dtype=torch.bool, device=query.device).tril()[None, None]
+    if attention_mask.dtype != torch.bool:
+        return attention_mask
+    zero = torch.zeros((), dtype=query.dtype, device=query.device)
+    return torch.where(attention_mask, zero, torch.finfo(query.dtype).min)
+
+
+def _seed(seed: int | None, device: torch.device) -> torch.Tensor:
+    if seed is None:
+        return torch.randint(0, 2**31 - 1, (), dtype=torch.int64, device=device)
+    return _fixed_seed(seed, device)
+
+
+@lru_cache(maxsize=64)
+def _fixed_seed(seed: int, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # the tensor outlives the inference_mode block that happens to come first
+        return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def _record(module: nn.Module, site: _Site, spec: AttentionSpec, plan: Plan) -> None:
+    sites = _recorder.get()
+    if sites is None:
+        return
+    from .report import SiteReport
+
+    sites.append(
+        SiteReport(
+            module=site.path,
+            source=f"{type(module).__module__}.{type(module).__qualname__}",
+            form="transformers attention interface",
+            mask=str(spec.mask),
+            method=plan.method,
+            verdict=plan.verdict,
+            reason=plan.reason,
+            rejected=plan.rejected,
+        )
+    )
