@@ -59,11 +59,14 @@ class _Methods(Mapping[str, Method]):
 
     def __init__(self) -> None:
         self._methods: dict[str, Method] = {}
+        self._loaded = False
 
     def load(self) -> None:
         """Import the shipped methods, which registers their ops; call before tracing starts."""
-        for name in self.shipped:
-            importlib.import_module(f"express_compile.kernels.{name}")
+        if not self._loaded:
+            for name in self.shipped:
+                importlib.import_module(f"express_compile.kernels.{name}")
+            self._loaded = True
 
     def add(self, method: Method) -> Method:
         if self._methods.get(method.name, method) is not method:

@@ -160,9 +160,7 @@ class Policy:
         if not isinstance(self.method_options, Mapping) or not all(
             isinstance(options, Mapping) for options in self.method_options.values()
         ):
-            raise TypeError(
-                f"method_options={self.method_options!r}: must map method names to mappings of options"
-            )
+            raise TypeError(f"method_options={self.method_options!r}: must map method names to mappings of options")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Policy:

@@ -35,9 +35,7 @@ def define_op(
     return getattr(torch.ops.express_compile, name).default
 
 
-def check_qkv(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding: torch.Tensor | None = None
-) -> None:
+def check_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding: torch.Tensor | None = None) -> None:
     """Raise ``ValueError`` or ``TypeError`` unless the tensors fit together.
 
     ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]`` of one floating

@@ -246,7 +246,9 @@ def _thin(key, value, layout, scale, seed, layer, halve_launch) -> torch.Tensor:
     arena[:, :, : schedule.tokens] = stream
     for i, places in enumerate(history):
         at = schedule.size + i * config.protected
-        arena[:, :, at : at + config.protected] = torch.nn.functional.pad(places, (0, config.protected - places.shape[2]))
+        arena[:, :, at : at + config.protected] = torch.nn.functional.pad(
+            places, (0, config.protected - places.shape[2])
+        )
     for job in schedule.subsamples:
         rows = torch.arange(job.rows, device=key.device)
         draws = philox_uniform(seed, layer, rows, 0, job.stage, sequence_counter(B, H, key.device)[..., None])
@@ -326,7 +328,7 @@ class _Padding:
 
     def __init__(self, padding: torch.Tensor, Lq: int) -> None:
         self.real, self.Lq = padding, Lq
-        self.order = (~padding).to(torch.int8).argsort(1, stable=True)
+        self.order = (~padding).to(torch.int8).argsort(dim=1, stable=True)
         self.rank = self.order.argsort(1)
         self.front = torch.arange(padding.shape[1], device=padding.device) < padding.sum(1, keepdim=True)
 
@@ -424,9 +426,7 @@ BACKWARD = define_op(
     "express_backward",
     f"(Tensor grad, Tensor query, Tensor key, Tensor value, {_PARAMETERS}) -> (Tensor, Tensor, Tensor)",
     _express_backward_body,
-    lambda grad, query, key, value, *args, **options: tuple(
-        x.new_empty(x.shape) for x in (query, key, value)
-    ),
+    lambda grad, query, key, value, *args, **options: tuple(x.new_empty(x.shape) for x in (query, key, value)),
 )
 
 

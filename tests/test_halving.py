@@ -109,7 +109,7 @@ def test_reference_is_the_definition(name):
         assert torch.equal(halve_reference(key, value, draws, RULES[name], 0.1, 0.7), literal)
 
 
-def discrepancy(name: str, batch: int = 300, rows: int = 512) -> float:
+def discrepancy(name: str, batch: int = 100, rows: int = 512) -> float:
     """Mean |sum kept - sum dropped| for zero keys and scalar values uniform in (-1, 1)."""
     value = torch.rand(batch, rows, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
     second = halve_reference(torch.zeros_like(value), value, draws_for(batch, rows // 2), RULES[name], 0.5, 1.0)
