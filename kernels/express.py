@@ -487,7 +487,7 @@ METHOD = register(
     Method(
         name="express",
         summary="causal attention over a coreset thinned by halving, O(s) rows per query",
-        supports="causal self-attention (also continuing a cache), GQA, Dv != D, key padding, fp16/bf16/fp32, any length",
+        supports="causal self-attention (also continuing a cache), GQA, Dv != D, key padding, any length",
         refuses="non-causal masks, sliding windows, biases, dropout, decoding from a full cache",
         refuse=_refuse,
         params=_params,

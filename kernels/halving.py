@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._triton import draw_uniform, jit, next_power_of_two, require_triton, tl, triton
+from ._triton import draw_uniform, jit, next_power_of_two, require_triton, tl
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ._triton import jit, next_power_of_two, require_triton, tl, triton
+from ._triton import jit, next_power_of_two, require_triton, tl
 
 TOKENS, COMPACTED = 0, 1  # the two sources of rows
 

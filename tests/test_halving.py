@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from express_compile.kernels._triton import draw_uniform, jit, philox_uniform, tl
 from express_compile.kernels.halving import (
     RULES,
@@ -18,8 +21,6 @@ from express_compile.kernels.halving import (
     walk,
 )
 from express_compile.kernels.schedule import Halving
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 SEED = torch.tensor(1234)
 

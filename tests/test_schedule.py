@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from express_compile.kernels.schedule import Round, admitted, check_budget, make_schedule, round_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from express_compile.kernels.schedule import Round, admitted, check_budget, make_schedule, round_of
 
 
 @st.composite

@@ -7,6 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from express_compile.kernels.segments import (
     SegmentTable,
     causal_table,
@@ -14,8 +17,6 @@ from express_compile.kernels.segments import (
     segment_attention_reference,
     segment_attention_triton,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 
 def random_problem(seed, Lq, past, segments, block, B=1, H=2, H_kv=1, D=16, Dv=16, dtype=torch.float64):

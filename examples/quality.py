@@ -1,0 +1,236 @@
+"""How good are the answers: KL to exact attention and needle recall of SmolLM2 under many policies.
+
+    python examples/quality.py --out examples/results/quality.csv         # on a GPU: about five minutes
+    python examples/quality.py --length 2048 --texts 1 --needles 0        # a taste on a CPU
+
+Every policy runs on the same texts, so that rows of one table are paired. StreamingLLM (sinks and a window,
+nothing else; arXiv 2309.17453) is the baseline at the same number of rows, plugged in with ``register``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import functools
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+from measures import chunk_bootstrap, recalls, token_statistics
+from models import load_smollm2, long_texts, needle_prompts
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from express_compile import Method, Policy, Refusal, register, restore_attention, rewrite_attention
+from express_compile.kernels._op import check_qkv, define_op
+from express_compile.kernels.express import ExpressConfig, default_inflation, make_layout
+from express_compile.kernels.segments import TOKENS, SegmentTable, segment_attention
+
+COLUMNS = "date,gpu,commit,model,task,n,method,params,rows,metric,value,low,high".split(",")
+MODEL = "SmolLM2-135M-Instruct"
+FROM = 2048  # positions before this one see most of their past exactly whatever the method
+
+# -- StreamingLLM as a method of its own -------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=8)
+def streaming_table(n: int, sinks: int, window: int, block: int = 128) -> SegmentTable:
+    begin = np.arange(0, n, block)
+    tail = np.where(begin - window > sinks, begin - window, 0)
+    segments = np.zeros((len(begin), 1, 3), dtype=np.int64)
+    segments[:, 0, 0], segments[:, 0, 2] = TOKENS, np.where(tail > 0, sinks, 0)
+    return SegmentTable(block, 0, segments, np.zeros((len(begin), 1)), tail)
+
+
+def _streaming_body(query, key, value, padding, seed, scale, layer, *, sinks, window):
+    check_qkv(query, key, value)
+    table = streaming_table(query.shape[2], sinks, window)
+    return segment_attention(query, key, value, key[:, :, :0], value[:, :, :0], table, scale)
+
+
+define_op(
+    "streaming_llm",
+    "(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor seed, float scale, int layer, *, int sinks, "
+    "int window) -> (Tensor, Tensor)",
+    _streaming_body,
+    lambda query, key, value, *args, **options: (
+        query.new_empty(*query.shape[:3], value.shape[-1]),
+        query.new_empty(query.shape[:3], dtype=torch.float32),
+    ),
+)
+register(
+    Method(
+        name="streaming_llm",
+        summary="the first and the last tokens only (baseline)",
+        supports="unpadded causal self-attention",
+        refuses="everything else",
+        refuse=lambda spec, policy: (
+            None
+            if spec.mask.causal and not spec.mask.padding and spec.Lq == spec.Lk
+            else Refusal("streaming_llm", "it takes unpadded causal self-attention only")
+        ),
+        params=lambda spec, policy: {"sinks": policy.sinks, "window": policy.window},
+    )
+)
+
+# -- the policies ------------------------------------------------------------------------------------------------
+
+
+def express(budget: int, sinks: int, window: int, halving: str = "balanced", flatten: float = 0.0, **more) -> Policy:
+    options = {"express": {"flatten": flatten}} if flatten else {}
+    return Policy(budget=budget, sinks=sinks, window=window, halving=halving, methods=("express",), min_length=0,
+                  method_options=options, **more)  # fmt: skip
+
+
+def streaming(sinks: int, window: int) -> Policy:
+    return Policy(sinks=sinks, window=window, methods=("streaming_llm",), min_length=0)
+
+
+def rows_seen(policy: Policy, n: int, first: int = FROM) -> float:
+    """Rows that a query sees on average over the positions from ``first`` on, itself included."""
+    if policy.methods == ("streaming_llm",):
+        return float(streaming_table(n, policy.sinks, policy.window).rows_seen(n)[first:].mean())
+    s = policy.budget
+    config = ExpressConfig(s, default_inflation(s), policy.sinks, policy.window, policy.protected)
+    return float(make_layout(config, n, n).table.rows_seen(n)[first:].mean())
+
+
+def describe(policy: Policy) -> str:
+    parts = {"sinks": policy.sinks, "window": policy.window}
+    if policy.methods == ("express",):
+        flatten = policy.method_options.get("express", {}).get("flatten")
+        parts = {"s": policy.budget, **parts, "protected": policy.protected, "halving": policy.halving}
+        parts |= {"flatten": flatten} if flatten else {}
+        parts |= {"seed": policy.seed} if policy.seed else {}
+    return " ".join(f"{name}={value}" for name, value in parts.items())
+
+
+KL_GRID = [
+    *[express(256, 0, 0, rule) for rule in ("balanced", "kernel", "uniform")],
+    *[express(256, 32, window, rule) for window in (32, 512) for rule in ("balanced", "kernel", "uniform")],
+    *[express(256, 32, window, "balanced", flatten) for window in (32, 512) for flatten in (1.0, 0.5, 0.0625, 0.015625)],
+    *[express(256, 32, window, rule, seed=1) for window in (32, 512) for rule in ("balanced", "uniform")],
+    express(512, 32, 256),
+    express(512, 32, 32),
+    express(128, 32, 1024),
+    express(256, 32, 512, protected=256),
+    express(128, 32, 256, protected=512),
+    express(64, 32, 256, protected=768),
+    streaming(32, 1200),
+    streaming(32, 1984),
+]  # fmt: skip
+NEEDLE_GRID = [
+    express(256, 32, 512),
+    express(256, 32, 512, "uniform"),
+    express(512, 32, 256),
+    express(256, 32, 512, protected=256),
+    express(128, 32, 256, protected=512),
+    express(64, 32, 256, protected=768),
+    streaming(32, 1200),
+]
+
+# -- running -----------------------------------------------------------------------------------------------------
+
+
+def kl_rows(model, tokenizer, device: str, length: int, texts: int, policies: list[Policy]) -> list[dict]:
+    """KL, top-1 agreement and perplexities of every policy over the first ``texts`` long texts."""
+    ids = [tokenizer(text, return_tensors="pt").input_ids[:, :length].to(device) for text in long_texts().values()]
+    ids = [x for x in ids if x.shape[1] == length][:texts]
+    first = min(FROM, length // 4)
+
+    def hidden(x):
+        return model.model(x, use_cache=False).last_hidden_state
+
+    with torch.no_grad():
+        exact = [hidden(x).cpu() for x in ids]
+    rows = []
+    for policy in track(policies, description=f"KL over {len(ids)} texts of {length} tokens"):
+        rewrite_attention(model, policy=policy)
+        stats = []
+        for x, reference in zip(ids, exact, strict=True):
+            with torch.no_grad():
+                stats.append(token_statistics(reference.to(device), hidden(x), model.lm_head, x).tail(first))
+        restore_attention(model)
+        common = dict(task="texts", n=length, method=policy.methods[0], params=describe(policy))
+        common["rows"] = round(rows_seen(policy, length, first), 1)
+        for metric, values in (
+            ("kl", [s.kl for s in stats]),
+            ("top1", [s.agree for s in stats]),
+            ("nll_increase", [s.nll - s.nll_exact for s in stats]),
+        ):
+            mean, low, high = chunk_bootstrap(values)
+            rows.append({**common, "metric": metric, "value": mean, "low": low, "high": high})
+        p99 = float(np.quantile(np.concatenate([s.kl for s in stats]), 0.99))
+        rows.append({**common, "metric": "kl_p99", "value": p99})
+        for name, s in zip(long_texts(), stats, strict=False):
+            rows.append({**common, "task": f"text:{name}", "metric": "kl", "value": s.kl.mean()})
+    return rows
+
+
+def needle_rows(model, tokenizer, device: str, length: int, depths: int, policies: list[Policy]) -> list[dict]:
+    """Recall of a 7-digit needle over the depths that exact attention solves."""
+    rows = []
+    for task, distractors in (("needle", 0), ("needle among 4", 3)):
+        at = np.linspace(0.02, 0.98, depths).tolist()
+        cases = needle_prompts(tokenizer, length, at, distractors, seed=0)
+        cases = [(torch.tensor(p, device=device), torch.tensor(a, device=device)) for p, a in cases]
+        solved = [case for case in cases if recalls(model, *case)]
+        common = dict(task=task, n=length, metric="recalled")
+        rows.append({**common, "method": "exact", "rows": length, "value": len(solved), "high": len(cases)})
+        for policy in track(policies, description=f"{task}, {length} tokens, {len(solved)} cases"):
+            rewrite_attention(model, policy=policy)
+            value = sum(recalls(model, *case) for case in solved)
+            restore_attention(model)
+            rows.append({**common, "method": policy.methods[0], "params": describe(policy), "value": value,
+                         "rows": round(rows_seen(policy, length), 1), "high": len(solved)})  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--texts", type=int, default=99)
+    parser.add_argument("--needles", type=int, default=24, help="depths per needle task; 0 for none")
+    parser.add_argument("--needle-lengths", type=int, nargs="*", default=[4096, 8064])
+    parser.add_argument("--policies", type=int, default=99, help="only the first policies of each grid")
+    parser.add_argument("--out", type=Path, help="CSV file to append to")
+    parser.add_argument("--commit", default=None, help="commit to record; asked from git if not given")
+    args = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_smollm2(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    rows = kl_rows(model, tokenizer, device, args.length, args.texts, KL_GRID[: args.policies])
+    for length in args.needle_lengths if args.needles else []:
+        rows += needle_rows(model, tokenizer, device, length, args.needles, NEEDLE_GRID[: args.policies])
+
+    commit = (
+        args.commit
+        or subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    )
+    gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    common = dict(date=datetime.date.today().isoformat(), gpu=gpu, commit=commit, model=MODEL)
+    table = Table("task", "n", "method", "params", "rows", "metric", "value", "low", "high")
+    for row in rows:
+        row.update(common)
+        if not row["task"].startswith("text:"):
+            cells = (
+                row.get(c, "") for c in ("task", "n", "method", "params", "rows", "metric", "value", "low", "high")
+            )
+            table.add_row(*(f"{x:.4f}" if isinstance(x, float) else str(x) for x in cells))
+    Console(width=160).print(table)
+    if args.out:
+        new = not args.out.exists()
+        with args.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, restval="")
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

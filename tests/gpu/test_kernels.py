@@ -1,0 +1,194 @@
+"""The kernels at real sizes on a GPU: ``make gpu-test``. Outcomes are kept in examples/results/gpu-tests.txt."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from express_compile.kernels import express as E
+from express_compile.kernels._triton import philox_uniform
+from express_compile.kernels.exact import exact_attention
+from express_compile.kernels.halving import get_rule, halve, halving_matrix, walk
+from express_compile.kernels.schedule import stage
+from express_compile.kernels.segments import segment_attention_reference, segment_attention_triton
+from express_compile.method import METHODS
+
+OPTIONS = dict(
+    s=256, fraction=0.0, inflation=-1, sinks=32, window=256, protected=0, halving="balanced", flatten=0.0, block=128,
+    min_length=0,
+)  # fmt: skip
+
+
+def seed() -> torch.Tensor:
+    return torch.tensor(7, device="cuda")
+
+
+def tokens(n, B=1, H=8, H_kv=2, D=128, Dv=128, dtype=torch.bfloat16):
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = ((B, n, H, D), (B, n, H_kv, D), (B, n, H_kv, Dv))
+    parts = [torch.randn(shape, generator=generator, device="cuda").to(dtype) for shape in shapes]
+    return tuple(x.transpose(1, 2) for x in parts)  # strided as models produce them
+
+
+def error(x, truth):
+    return ((x.double() - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "D, Dv, H, H_kv", [(64, 64, 9, 3), (80, 80, 4, 4), (96, 64, 4, 1), (128, 128, 8, 2), (256, 256, 2, 1)]
+)
+@pytest.mark.parametrize("block", [64, 128])
+def test_segment_attention(poison, dtype, D, Dv, H, H_kv, block):
+    """The tolerance rule: at most twice the error of the reference in the same precision, both against float64."""
+    n = 4000
+    q, k, v = tokens(n, 2, H, H_kv, D, Dv, dtype)
+    config = E.ExpressConfig(64, 4, 32, 100, 200, block=block)
+    layout = E.make_layout(config, n, n)
+    kept = E.thin_reference(k, v, layout, D**-0.5, seed(), 0)[:, :, layout.compacted_from :]
+    rows = (q, k, v, E.gather_rows(k, kept), E.gather_rows(v, kept))
+    truth, truth_lse = segment_attention_reference(*(x.double() for x in rows), layout.table, D**-0.5)
+    reference, _ = segment_attention_reference(*rows, layout.table, D**-0.5)
+    out, lse = segment_attention_triton(*rows, layout.table, D**-0.5)
+    assert error(out, truth) <= 2 * error(reference, truth)
+    assert (lse.double() - truth_lse).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("rule", ["kernel", "balanced", "uniform"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_halving_decisions(poison, rule, dtype, D):
+    """Replayed in float64 along the kernel's own decisions, every decision agrees or had a margin within rounding."""
+    n, s = 20000, 256
+    _, k, v = tokens(n, 1, 2, 2, D, D, dtype)
+    config = E.ExpressConfig(s, E.default_inflation(s), 32, 64, rule=get_rule(rule))
+    layout = E.make_layout(config, n, n)
+    scale = D**-0.5
+    arena = E._thin(k, v, layout, scale, seed(), 1, halve)
+    judged = 0
+    for launch in layout.schedule.launches:
+        for job in launch:
+            source = arena[:, :, job.source : job.source + job.rows * job.buckets].unflatten(2, (job.buckets, job.rows))
+            kept = arena[:, :, job.target : job.target + job.rows * job.buckets // 2].unflatten(2, (job.buckets, -1))
+            second = kept == source[..., 1::2]
+            assert (second | (kept == source[..., 0::2])).all(), "one row of every pair, in order"
+            pairs = torch.arange(job.rows // 2, device="cuda")
+            bucket = torch.arange(job.first, job.first + job.buckets, device="cuda")[:, None]
+            draws = philox_uniform(
+                seed(), 1, pairs, bucket, job.stage, E.sequence_counter(1, 2, k.device)[..., None, None]
+            )
+            if rule == "uniform":
+                assert torch.equal(second, draws < 0.5)
+                continue
+            keys, values = E.gather_rows(k, source).double(), E.gather_rows(v, source).double()
+            matrix = halving_matrix(keys, values, scale, config.rule.centre, config.rule.flatten)
+            gain = config.rule.gain(job.rows, job.delta)
+            own, alpha, product = walk(matrix, draws.double(), gain, second)
+            # float32 scores of size |k|^2: a relative error of 2^-20 in every entry that alpha sums up
+            slack = 2.0**-20 * matrix.abs().sum(-2) * (1 + scale * keys.square().sum(-1).amax(-1)[..., None])
+            margin = (alpha - (1 - 2 * draws.double()) * gain * product).abs()
+            assert not ((own != second) & (margin > slack)).any(), stage(0, 0)
+            judged += second.numel()
+    assert rule == "uniform" or judged > 10000
+
+
+@pytest.mark.parametrize("B, n, H, H_kv", [(1, 32768, 32, 8), (2, 8192, 32, 8), (1, 1 << 20, 8, 2)])
+def test_op_at_real_sizes(B, n, H, H_kv):
+    """The op against its own reference attention for the rows that it chose; n up to a million."""
+    q, k, v = tokens(n, B, H, H_kv)
+    options = {**OPTIONS, "s": 512}
+    out, lse = METHODS["express"].op(q, k, v, None, seed(), 128**-0.5, 3, **options)
+    again, _ = METHODS["express"].op(q, k, v, None, seed(), 128**-0.5, 3, **options)
+    assert torch.equal(out, again), "same seed, same bits"
+    layout = E.make_layout(E.ExpressConfig(512, 7), n, n)
+    arena = E._thin(k, v, layout, 128**-0.5, seed(), 3, halve)
+    kept = arena[:, :, layout.compacted_from :]
+    rows = (k, v, E.gather_rows(k, kept), E.gather_rows(v, kept))
+    # a few blocks of queries in float64 are enough, and all that fits in the time
+    for block in (0, n // 256, n // 128 - 1):
+        one = E.SegmentTable(128, block * 128, *(x[block : block + 1] for x in
+                             (layout.table.segments, layout.table.log_weight, layout.table.tail)))  # fmt: skip
+        part = q[:, :, block * 128 : block * 128 + 128]
+        truth, truth_lse = segment_attention_reference(*(x.double() for x in (part, *rows)), one, 128**-0.5)
+        reference, _ = segment_attention_reference(part, *rows, one, 128**-0.5)
+        assert error(out[:, :, block * 128 : block * 128 + 128], truth) <= 2 * error(reference, truth)
+        assert (lse[:, :, block * 128 : block * 128 + 128] - truth_lse).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("protected", [0, 300])
+def test_padding_continuation_and_gradients(protected):
+    n, Lq = 3000, 1000
+    q, k, v = (x.detach().requires_grad_() for x in tokens(n, 2, 4, 2, 64, 64))
+    options = {**OPTIONS, "s": 64, "window": 100, "protected": protected}
+    padding = torch.ones(2, n, dtype=torch.bool, device="cuda")
+    padding[0, :777] = False
+    run = METHODS["express"].op
+    whole = run(q, k, v, padding, seed(), 0.125, 3, **options)[0]
+    part = run(q[:, :, -Lq:], k, v, padding, seed(), 0.125, 3, **options)[0]
+    torch.testing.assert_close(part, whole[:, :, -Lq:])
+    assert (whole[0, :, :777] == 0).all()
+    config = E.ExpressConfig(64, 4, 32, 100, protected)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    expected = []
+    for b in range(2):
+        rows = padding[b].nonzero()[:, 0]
+        expected.append(E.express_reference(*(x[:, :, rows] for x in leaves), config, 0.125, seed(), 3)[0][b])
+    actual = torch.cat([whole[b][:, padding[b]] for b in range(2)], 1)
+    assert error(actual, torch.cat(expected, 1).double()) < 1e-2
+    grad = torch.randn_like(actual)
+    for a, e in zip(
+        torch.autograd.grad(actual, (q, k, v), grad),
+        torch.autograd.grad(torch.cat(expected, 1), leaves, grad),
+        strict=True,
+    ):
+        assert error(a, e.double()) < 2e-2
+
+
+def test_opcheck_and_compile():
+    q, k, v = (x.requires_grad_() for x in tokens(2500, 2, 4, 2, 64, 64, torch.float32))
+    options = {**OPTIONS, "s": 64}
+    run = torch.ops.express_compile.express.default
+    torch.library.opcheck(run, (q, k, v, None, seed(), 0.125, 3), options)
+    q, k, v = (x.detach() for x in (q, k, v))
+    compiled = torch.compile(lambda *x: run(*x, None, seed(), 0.125, 3, **options)[0], fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), run(q, k, v, None, seed(), 0.125, 3, **options)[0])
+
+
+def test_cuda_graph():
+    q, k, v = tokens(8192, 1, 8, 2)
+    run = METHODS["express"].op
+    drawn = seed()
+    expected = run(q, k, v, None, drawn, 0.09, 3, **OPTIONS)[0]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(q, k, v, None, drawn, 0.09, 3, **OPTIONS)[0]
+    graph.replay()
+    assert torch.equal(out, expected)
+    drawn += 1  # the seed is read on the device: a replay draws with the new one
+    graph.replay()
+    assert not torch.equal(out, expected)
+    assert torch.equal(out, run(q, k, v, None, drawn, 0.09, 3, **OPTIONS)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("Lq", [2048, 100])
+def test_exact_attention(dtype, Lq):
+    q, k, v = tokens(2048, 2, 8, 2, 64, 64, dtype)
+    q = q[:, :, -Lq:]
+    out, lse = exact_attention(q, k, v, 0.125)
+    scores = (q.double() @ k.double().repeat_interleave(4, 1).mT) * 0.125
+    hidden = torch.ones(Lq, 2048, dtype=torch.bool, device="cuda").triu(2048 - Lq + 1)
+    scores = scores.masked_fill(hidden, -math.inf)
+    truth = scores.softmax(-1) @ v.double().repeat_interleave(4, 1)
+    assert error(out, truth) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert (lse.double() - scores.logsumexp(-1)).abs().max() < 1e-3
+
+
+def test_tensors_on_two_devices():
+    q, k, v = tokens(300, 1, 2, 1, 64, 64)
+    with pytest.raises(ValueError, match="key: on cpu, but query is on cuda:0; all must be on one device"):
+        METHODS["express"].op(q, k.cpu(), v, None, seed(), 0.125, 0, **OPTIONS)
+    with pytest.raises(TypeError, match="query: dtype torch.float64; the kernel takes"):
+        METHODS["express"].op(*(x.double() for x in tokens(2500)), None, seed(), 0.125, 0, **OPTIONS)
