@@ -111,7 +111,7 @@ def describe(policy: Policy) -> str:
 KL_GRID = [
     *[express(256, 0, 0, rule) for rule in ("balanced", "kernel", "uniform")],
     *[express(256, 32, window, rule) for window in (32, 512) for rule in ("balanced", "kernel", "uniform")],
-    *[express(256, 32, window, "balanced", flatten) for window in (32, 512) for flatten in (1.0, 0.5, 0.0625, 0.015625)],
+    *[express(256, 32, window, "balanced", x) for window in (32, 512) for x in (1.0, 0.5, 0.0625, 0.015625)],
     *[express(256, 32, window, rule, seed=1) for window in (32, 512) for rule in ("balanced", "uniform")],
     express(512, 32, 256),
     express(512, 32, 32),
@@ -214,7 +214,8 @@ def main() -> None:
     )
     gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     common = dict(date=datetime.date.today().isoformat(), gpu=gpu, commit=commit, model=MODEL)
-    table = Table("task", "n", "method", "params", "rows", "metric", "value", "low", "high")
+    shown = ("task", "n", "method", "params", "rows", "metric", "value", "low", "high")
+    table = Table(*shown)
     for row in rows:
         row.update(common)
         if not row["task"].startswith("text:"):
