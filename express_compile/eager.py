@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from types import CodeType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from .causal_mask import CausalMask, make_mask, untraced
 from .method import METHODS
 from .spec import AttentionSpec, Mask, Plan, Policy, layer_key
 
@@ -62,7 +63,7 @@ def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any
     policy: a :class:`Policy`; or give its fields as keyword arguments (``budget=512``, ``methods=["express"]``, ...).
 
     A call whose mask, shape or arguments a method does not support runs transformers' own exact attention;
-    :func:`record_sites` shows each decision. With ``strict=True`` such a call raises ``RuntimeError`` instead
+    :func:`record_sites` shows each decision. With ``strict=True`` such a call raises ``ValueError`` instead
     (which includes every one-token decoding step of ``generate()``).
 
     Raises ``TypeError`` or ``ValueError`` for a bad policy, an unknown option or an unknown method, and
@@ -128,11 +129,20 @@ def _checked_policy(policy: Policy | None, options: dict[str, Any]) -> Policy:
         raise TypeError(f"policy={policy!r}: must be a Policy; give single options by name, e.g. budget=512")
     elif options:
         raise TypeError(f"policy and {', '.join(sorted(options))} were both given: put the options into the policy")
-    for name in policy.methods or ():
-        METHODS[name]
-    for name in policy.method_options:
-        METHODS[name].own_options(policy)
+    from .passes.plan import DEFAULT_METHODS, check_policy
+
+    check_policy(policy)
+    for name in policy.methods or DEFAULT_METHODS:
+        if METHODS[name].refuse(_PROBE, policy) is None:
+            METHODS[name].params(_PROBE, policy)  # raises for values that a method does not know, e.g. a halving rule
     return policy
+
+
+# A site to try a policy on before any real one is known.
+_PROBE = AttentionSpec(
+    B=1, H=1, H_kv=1, Lq=1 << 20, Lk=1 << 20, D=64, Dv=64, dtype=torch.float32, device="cpu", scale=0.125,
+    mask=Mask(causal=True),
+)  # fmt: skip
 
 
 class _Plans:
@@ -140,6 +150,7 @@ class _Plans:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+        self._lenient = replace(policy, strict=False)  # strict is judged per call, where the site's name is known
         self._plans: dict[AttentionSpec, Plan] = {}
 
     def __call__(self, spec: AttentionSpec) -> Plan:
@@ -149,7 +160,7 @@ class _Plans:
 
             if len(self._plans) >= _MAX_PLANS:  # a long generate() asks about a new length at every step
                 self._plans.clear()
-            plan = self._plans[spec] = decide(spec, self.policy)
+            plan = self._plans[spec] = decide(spec, self._lenient)
         return plan
 
 
@@ -307,12 +318,7 @@ def _point_configs(model: nn.Module, sites: dict[str, tuple[nn.Module, str]]) ->
         module.__dict__[_ORIGINALS] = originals
 
 
-# -------------------------------------------------------------------------------------------------------- masks
-
-_untraced = torch.compiler.disable(
-    reason="a model rewritten by rewrite_attention runs its attention eagerly; to compile it whole, call "
-    "restore_attention(model) and then torch.compile(model, backend='express')"
-)
+# ------------------------------------------------------------------------------------------------- registration
 
 
 def _register_interface() -> None:
@@ -320,131 +326,7 @@ def _register_interface() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
-
-
-class CausalMask(torch.Tensor):
-    """A mask ``[B, 1, Lq, Lk]`` that is proven causal, and is only computed if somebody looks at it.
-
-    Query ``i`` sees key ``j`` iff ``j <= i + offset`` and ``padding[b, j]``. Any torch operation on it yields the
-    plain boolean tensor that transformers' sdpa mask would hold, so code that does not know the class gets the
-    right numbers and loses the proof.
-
-    padding: bool ``[B, visible]``, True for real tokens, or None when there are only real ones; ``visible`` is the
-        number of leading keys that any query may see.
-    """
-
-    offset: int
-    padding: torch.Tensor | None
-    _arguments: dict[str, Any]
-    _exact: list[torch.Tensor | None]
-
-    @staticmethod
-    def __new__(
-        cls: type[CausalMask], offset: int, padding: torch.Tensor | None, arguments: dict[str, Any]
-    ) -> CausalMask:
-        shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
-        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=arguments["device"])
-        mask.offset, mask.padding, mask._arguments, mask._exact = offset, padding, arguments, []
-        return mask
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return args[0]  # gradient checkpointing detaches its inputs
-        args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.dense, (args, kwargs or {}))
-        return function(*args, **kwargs)
-
-    def __repr__(self, **_: Any) -> str:
-        return f"CausalMask(shape={tuple(self.shape)}, offset={self.offset}, padding={self.padding is not None})"
-
-    def dense(self) -> torch.Tensor:
-        """The boolean tensor ``[B, 1, Lq, Lk]``."""
-        return _sdpa_mask()(**{**self._arguments, "allow_is_causal_skip": False})
-
-    def exact(self) -> torch.Tensor | None:
-        """What transformers' sdpa attention would have been given: the dense tensor, or None for ``is_causal``."""
-        if not self._exact:
-            self._exact.append(_sdpa_mask()(**self._arguments))
-        return self._exact[0]
-
-
-def _sdpa_mask() -> Callable[..., torch.Tensor | None]:
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
-
-
-def _mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | torch.Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] | None = None,
-    attention_mask: torch.Tensor | None = None,
-    **rest: Any,
-) -> torch.Tensor | None:
-    """transformers' mask function under our name: a :class:`CausalMask` where proven, else what sdpa would get."""
-    from transformers.masking_utils import causal_mask_function
-
-    arguments = {
-        "batch_size": batch_size,
-        "q_length": q_length,
-        "kv_length": kv_length,
-        "q_offset": q_offset,
-        "kv_offset": kv_offset,
-        "mask_function": causal_mask_function if mask_function is None else mask_function,
-        "attention_mask": attention_mask,
-        "device": "cpu",
-        **rest,
-    }
-    if torch.compiler.is_compiling() and q_length == 1:
-        return _sdpa_mask()(**arguments)
-    return _make_mask(arguments)
-
-
-@_untraced
-def _make_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
-    from transformers.masking_utils import causal_mask_function
-    from transformers.utils.import_utils import is_tracing
-
-    q_length, kv_length = arguments["q_length"], arguments["kv_length"]
-    q_offset, kv_offset = arguments["q_offset"], arguments["kv_offset"]
-    mask_function, attention_mask = arguments["mask_function"], arguments["attention_mask"]
-    local_size = arguments.get("local_size")
-    tracing = is_tracing(attention_mask if attention_mask is not None else q_offset)
-    if tracing or mask_function is not causal_mask_function or local_size is not None or q_length == 1:
-        # One query needs no mask function: its mask *is* the padding, which the attention function reads off.
-        mask = _sdpa_mask()(**arguments)
-        if mask is not None and not tracing:
-            mask._express_compile_reason = _describe(mask_function, local_size)
-        return mask
-    offset = int(q_offset) - kv_offset  # a StaticCache keeps q_offset in a tensor
-    visible = min(kv_length, q_length + offset)
-    if offset < 0 or (attention_mask is not None and attention_mask.shape[:-1] != (arguments["batch_size"],)):
-        return _sdpa_mask()(**arguments)
-    padding = None
-    if attention_mask is not None:
-        padding = attention_mask[:, kv_offset : kv_offset + visible].bool()
-        padding = nn.functional.pad(padding, (0, visible - padding.shape[1]))
-        # transformers' own mask functions read this one bit back, too
-        padding = None if bool(padding.all()) else padding
-    return CausalMask(offset, padding, arguments)
-
-
-def _describe(mask_function: Callable[..., Any], local_size: int | None) -> str:
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-
-    if local_size is not None:
-        return f"local attention over {local_size} keys"
-    if mask_function is bidirectional_mask_function:
-        return "a dense mask of bidirectional attention"
-    if mask_function is causal_mask_function:
-        return "a dense causal mask"
-    return "packed sequences, blocks or a custom mask function"
+    AttentionMaskInterface.register(NAME, make_mask)
 
 
 def _prove(
@@ -493,7 +375,7 @@ def _prove(
     elif Lq == 1 and attention_mask.dtype == torch.bool and attention_mask.shape == (B, 1, 1, Lk):
         return Mask(causal=True, offset=Lk - 1, padding=True), attention_mask[:, 0, 0], Lk
     else:
-        unknown = getattr(attention_mask, "_express_compile_reason", "a dense mask that the caller built")
+        unknown = getattr(attention_mask, "_express_compile_reason", "a dense mask that the model or the caller built")
     return Mask(unknown=unknown), None, Lk
 
 
@@ -515,7 +397,7 @@ def _attention(
     return _attend(module, query, key, value, attention_mask, arguments)
 
 
-@_untraced
+@untraced
 def _attend(
     module: nn.Module,
     query: torch.Tensor,
@@ -553,8 +435,10 @@ def _attend(
     )
     plan = site.plans(spec)
     _record(module, site, spec, plan)
-    if plan.verdict == "refused" and site.plans.policy.strict:
-        raise RuntimeError(f"strict=True and {site.path!r} was not rewritten: {plan.reason}")
+    if site.plans.policy.strict:
+        from .passes.plan import require
+
+        require([(site.path, plan)], site.plans.policy)
     if plan.verdict != "rewritten":
         return _exact(module, site, query, key, value, attention_mask, arguments)
     seed = _seed(site.plans.policy.seed, query.device)
@@ -628,15 +512,6 @@ def _record(module: nn.Module, site: _Site, spec: AttentionSpec, plan: Plan) -> 
         return
     from .report import SiteReport
 
-    sites.append(
-        SiteReport(
-            module=site.path,
-            source=f"{type(module).__module__}.{type(module).__qualname__}",
-            form="transformers attention interface",
-            mask=str(spec.mask),
-            method=plan.method,
-            verdict=plan.verdict,
-            reason=plan.reason,
-            rejected=plan.rejected,
-        )
-    )
+    function = _calls_interface(type(module))
+    source = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}" if function is not None else ""
+    sites.append(SiteReport.from_plan(site.path, source, "transformers", spec.mask, plan))
