@@ -1,0 +1,91 @@
+"""The ``torch.compile`` backend: match, plan, rewrite, then hand the graph to inductor.
+
+``torch.compile(model, backend="express", options={...})`` finds :func:`express` through the entry point group
+``torch_dynamo_backends``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from .method import METHODS
+from .passes.match import AttentionSite, find_sites
+from .passes.plan import check_policy, plan_sites
+from .passes.rewrite import rewrite
+from .spec import Plan, Policy
+
+# importing this module is the last step before tracing, and ops cannot be registered during it
+METHODS.load()
+
+
+def express(
+    gm: GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    **kwargs: Any,
+) -> Callable[..., Any]:
+    """Rewrite the attention sites of ``gm`` and compile it with inductor.
+
+    ``options`` holds the fields of :class:`~express_compile.spec.Policy`; every other key must be one of inductor's
+    options and is passed on. ``mode`` is inductor's. Raises ``ValueError`` or ``TypeError`` that names the option,
+    its value and what is allowed; with ``strict=True`` also for a refused site and for a graph without any.
+    Dynamo shows such an error wrapped in ``BackendCompilerFailed``.
+    """
+    if kwargs:
+        raise TypeError(
+            f"unknown argument {', '.join(map(repr, sorted(kwargs)))} of the backend 'express': "
+            "allowed are options and mode"
+        )
+    policy, patches = split_options(options or {}, mode)
+    rewrite_graph(gm, policy)
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, example_inputs, config_patches=patches)
+
+
+def rewrite_graph(gm: GraphModule, policy: Policy) -> list[tuple[AttentionSite, Plan]]:
+    """Match, plan and rewrite a Dynamo graph in place; returns every site with its plan.
+
+    Raises ``ValueError`` if ``policy.strict`` and a site was refused or the graph has none.
+    """
+    planned = plan_sites(find_sites(gm), policy)
+    if policy.strict and not planned:
+        raise ValueError(
+            "strict=True: no attention was found in this graph; allowed are graphs that call "
+            "torch.nn.functional.scaled_dot_product_attention (set strict=False to compile it as it is)"
+        )
+    rewrite(gm, planned, policy)
+    return planned
+
+
+def split_options(options: Mapping[str, Any], mode: str | None = None) -> tuple[Policy, dict[str, Any]]:
+    """Our options as a checked :class:`Policy`, and inductor's as config patches (those of ``mode`` included)."""
+    ours = Policy.option_names()
+    inductor = set(torch._inductor.list_options())
+    own: dict[str, Any] = {}
+    patches: dict[str, Any] = {}
+    if mode is not None:
+        modes = torch._inductor.list_mode_options()
+        if mode not in modes:
+            raise ValueError(f"mode={mode!r}: allowed are {', '.join(map(repr, modes))}")
+        patches.update(modes[mode])
+    for key, value in options.items():
+        name = str(key).replace("-", "_")
+        if name in ours:
+            own[name] = value
+        elif name in inductor:
+            patches[name] = value
+        else:
+            raise TypeError(
+                f"options: unknown option {key!r}; allowed are {', '.join(ours)}, "
+                "and the options of inductor (torch._inductor.list_options() shows them)"
+            )
+    policy = Policy.from_options(own)
+    check_policy(policy)
+    return policy, patches

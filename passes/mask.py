@@ -1,0 +1,244 @@
+"""Prove what a mask lets a query see, or say why it cannot be proven.
+
+The mask is evaluated at symbolic coordinates ``(b, h, q, k)`` (``symbolic.py``). The boolean result is a
+conjunction; each of its literals is causal (``k <= q + c``), a window (``q - k <= d``), a condition on the key
+alone (key padding), true everywhere, or else the whole mask is unknown. What sympy cannot decide from the sizes'
+own assumptions is not proven.
+
+Rows whose keys are all masked: this package's ops give 0 there, as PyTorch does for boolean masks and for ``-inf``;
+for ``finfo.min`` PyTorch gives the mean over all values, so those rows (an unpadded batch has none) differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
+from sympy.logic.boolalg import Boolean
+from torch.fx import Node
+
+from ..spec import Mask, known_equal
+from .symbolic import COORDINATES, Evaluator, Unproven, example_of, is_one, size_expr
+
+_B, _H, _Q, _K = COORDINATES
+
+
+@dataclass(frozen=True)
+class PaddingTerm:
+    """``node[index] relation constant``: a condition on a key, ``[B or 1, Lk]`` after restoring a lost dimension.
+
+    index: one entry per dimension of ``node``, an int or ``slice(None)``.
+    has_batch: whether the batch dimension is among the kept ones (the key dimension always is).
+    relation: one of ``"eq ne lt le gt ge"``.
+    """
+
+    node: Node
+    index: tuple[Any, ...]
+    has_batch: bool
+    relation: str
+    constant: int | float
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How to get the key padding ``[B, Lk]`` (bool, True = visible): the conjunction of ``terms``.
+
+    Where the terms cannot be read in the site's own graph, ``last_row`` is the mask itself, whose last query row
+    sees exactly the keys that are not padding.
+    """
+
+    terms: tuple[PaddingTerm, ...] = ()
+    last_row: Node | None = None
+
+
+def prove(
+    mask: Node,
+    sizes: tuple[Any, Any, Any, Any],
+    *,
+    outer: Mapping[Node, Node] | None = None,
+    mutated: Callable[[Node], bool] = lambda node: False,
+) -> tuple[Mask, Padding | None]:
+    """What ``mask``, the ``attn_mask`` of a site with ``sizes`` ``(B, H, Lq, Lk)``, allows.
+
+    ``outer`` maps placeholders of a sub-graph to the nodes that feed them; ``mutated(node)`` tells whether a
+    node's memory is written anywhere. Returns the proven :class:`Mask` and, if it has a key padding, where to
+    find it; an unproven mask has ``Mask.unknown`` set. Never raises for a mask it does not understand.
+    """
+    try:
+        evaluator = Evaluator(outer or {}, mutated)
+        return _classify(evaluator.visible(mask, sizes), evaluator, mask, sizes)
+    except Unproven as error:
+        return Mask(unknown=str(error)), None
+
+
+def _classify(
+    condition: Boolean, evaluator: Evaluator, mask: Node, sizes: tuple[Any, Any, Any, Any]
+) -> tuple[Mask, Padding | None]:
+    B, _, Lq, Lk = sizes
+    q_len, k_len = size_expr(Lq), size_expr(Lk)
+    single = q_len == 1
+    if single:
+        condition = condition.xreplace({_Q: sympy.S.Zero})
+    condition = condition.xreplace({literal: _without_abs(literal) for literal in condition.atoms(Relational)})
+    decided = {
+        literal: truth
+        for literal in condition.atoms(Relational)
+        if (truth := _everywhere(literal, q_len, k_len)) is not None
+    }
+    condition = sympy.to_nnf(condition.xreplace(decided), simplify=False)
+    if condition is sympy.false:
+        raise Unproven("it hides every key")
+    offsets: list[Any] = []
+    reaches: list[Any] = []
+    paddings: list[Relational] = []
+    for literal in sympy.And.make_args(condition):
+        if literal is sympy.true:
+            continue
+        if not isinstance(literal, Relational):
+            raise Unproven(_words(literal, evaluator))
+        if literal.atoms(AppliedUndef):
+            if not literal.free_symbols <= {_B, _K} | k_len.free_symbols:
+                raise Unproven(_words(literal, evaluator))
+            paddings.append(literal)
+            continue
+        excess = _at_most_zero(literal)
+        slope = None if excess is None else (excess.coeff(_Q), excess.coeff(_K))
+        rest = None if excess is None else sympy.expand(excess - slope[0] * _Q - slope[1] * _K)
+        if rest is None or rest.has(*COORDINATES):
+            raise Unproven(_words(literal, evaluator))
+        if slope == (-1, 1) or (single and slope == (0, 1)):
+            offsets.append(-rest)
+        elif slope == (1, -1) or (single and slope == (0, -1)):
+            reaches.append(-rest)
+        else:
+            raise Unproven(_words(literal, evaluator))
+    offset = _smallest(offsets, "causal")
+    reach = _smallest(reaches, "window")
+    bottom_right = k_len - q_len
+    if offset is not None and not known_equal(offset, bottom_right):
+        # the mask may spell the lengths with other symbols than key does; SDPA forces them to agree
+        shape = example_of(mask).shape
+        if len(shape) >= 2 and known_equal(offset, size_expr(shape[-1]) - size_expr(shape[-2])):
+            if not is_one(shape[-1]) and not (is_one(shape[-2]) and not single):
+                offset = bottom_right
+    if offset is None and single and reach is None:
+        offset = bottom_right  # a single query that may see every key
+    window = None
+    if reach is not None:
+        if offset is None:
+            raise Unproven(f"it hides keys more than {reach} tokens back, but none that come after the query")
+        width = sympy.expand(reach + offset + 1)
+        if not width.is_Integer or width < 1:
+            raise Unproven(f"its window of {width} tokens is not a fixed positive number")
+        window = int(width)
+    if offset is not None:
+        offset = int(offset) if offset.is_Integer else offset
+    proven = Mask(
+        causal=offset is not None, offset=0 if offset is None else offset, window=window, padding=bool(paddings)
+    )
+    if not paddings:
+        return proven, None
+    terms = tuple(_padding_term(literal, evaluator, mask, B, k_len) for literal in paddings)
+    if None not in terms:
+        return proven, Padding(terms=terms)
+    if window is None and (offset is None or known_equal(offset, bottom_right)):
+        return proven, Padding(last_row=mask)
+    raise Unproven(_words(sympy.And(*paddings), evaluator))
+
+
+def _words(literal: Any, evaluator: Evaluator) -> str:
+    text = str(literal)
+    for leaf in sorted(literal.atoms(AppliedUndef), key=lambda leaf: -len(str(leaf))):
+        text = text.replace(leaf.func.__name__, evaluator.leaves[leaf.func].name)
+    if literal.atoms(AppliedUndef):
+        return f"it depends on values that are not known when compiling: {text}"
+    return f"a query sees a key only where {text}, which is no causal mask, window or key padding"
+
+
+def _at_most_zero(literal: Relational) -> sympy.Expr | None:
+    """``e`` with ``literal`` equivalent to ``e <= 0`` over the integers; None for other relations."""
+    a, b = literal.lhs, literal.rhs
+    if not (a.is_integer and b.is_integer):
+        return None
+    if isinstance(literal, sympy.Le):
+        return sympy.expand(a - b)
+    if isinstance(literal, sympy.Lt):
+        return sympy.expand(a - b + 1)
+    if isinstance(literal, sympy.Ge):
+        return sympy.expand(b - a)
+    return sympy.expand(b - a + 1) if isinstance(literal, sympy.Gt) else None
+
+
+def _without_abs(literal: Relational) -> Boolean:
+    """``|x| <= c`` as ``x <= c and -x <= c``; other relations as they are."""
+    if isinstance(literal.rhs, sympy.Abs):
+        literal = literal.reversed
+    if isinstance(literal.lhs, sympy.Abs) and isinstance(literal, sympy.Le | sympy.Lt):
+        (x,) = literal.lhs.args
+        return sympy.And(literal.func(x, literal.rhs), literal.func(-x, literal.rhs))
+    return literal
+
+
+def _everywhere(literal: Relational, q_len: Any, k_len: Any) -> Boolean | None:
+    """Whether a relation that is linear in q and k holds (or fails) for all queries and keys; None if neither."""
+    excess = _at_most_zero(literal)
+    if excess is None or excess.atoms(AppliedUndef) or excess.has(_B, _H):
+        return None
+    slopes = [(excess.coeff(x), x, size - 1) for x, size in ((_Q, q_len), (_K, k_len))]
+    constant = sympy.expand(excess - sum(slope * x for slope, x, _ in slopes))
+    if constant.has(_Q, _K) or not all(slope.is_Integer for slope, _, _ in slopes):
+        return None
+    high = constant + sum(max(slope, 0) * last for slope, _, last in slopes)
+    low = constant + sum(min(slope, 0) * last for slope, _, last in slopes)
+    if sympy.expand(high).is_nonpositive:
+        return sympy.true
+    return sympy.false if sympy.expand(low).is_positive else None
+
+
+def _smallest(bounds: list[Any], what: str) -> Any:
+    if not bounds:
+        return None
+    for bound in bounds:
+        if all(sympy.expand(other - bound).is_nonnegative for other in bounds):
+            return bound
+    raise Unproven(f"it is not known which of its {what} limits {', '.join(map(str, bounds))} is the smaller")
+
+
+_RELATIONS = {"Equality": "eq", "Unequality": "ne", "StrictLessThan": "lt", "LessThan": "le"} | {
+    "StrictGreaterThan": "gt",
+    "GreaterThan": "ge",
+}
+
+
+def _padding_term(literal: Relational, evaluator: Evaluator, mask: Node, B: Any, k_len: Any) -> PaddingTerm | None:
+    """How to read a literal in the site's graph, or None."""
+    if not isinstance(literal.lhs, AppliedUndef):
+        literal = literal.reversed
+    leaf, constant = literal.lhs, literal.rhs
+    if not isinstance(leaf, AppliedUndef) or not constant.is_number:
+        return None
+    if not leaf.is_integer and not isinstance(literal, sympy.Eq | sympy.Ne):
+        return None  # NaN: "not >" is not "<="
+    node = evaluator.leaves[leaf.func]
+    if node.graph is not mask.graph or _K not in leaf.args:
+        return None
+    shape = example_of(node).shape
+    index: list[Any] = []
+    for coord, size in zip(leaf.args, shape, strict=True):
+        if coord in (_B, _K):
+            if not known_equal(size_expr(size), k_len if coord == _K else size_expr(B)):
+                return None
+            index.append(slice(None))
+        elif coord.is_Integer:
+            index.append(int(coord))
+        else:
+            return None
+    kept = [coord for coord in leaf.args if coord in (_B, _K)]
+    if kept not in ([_K], [_B, _K]):
+        return None
+    number = int(constant) if constant.is_Integer else float(constant)
+    return PaddingTerm(node, tuple(index), _B in kept, _RELATIONS[type(literal).__name__], number)

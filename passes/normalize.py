@@ -1,0 +1,230 @@
+"""One spelling per operation, nothing else.
+
+Dynamo hands over the program as it was written: ``x & y``, ``torch.bitwise_and(x, y)``, ``x.bitwise_and(other=y)``
+and ``torch.ops.aten.bitwise_and.Tensor(x, y)`` are four different nodes. :func:`operation` reads all of them as
+``Operation("bitwise_and", {"input": x, "other": y})``. It changes no graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import GraphModule, Node
+
+# Parameters by position; "*name" takes all that are left, given one by one or as one sequence.
+# Sizes are mostly left out: the node's own example_value says the size of its result.
+_BINARY = ("input", "other")
+_UNARY = ("input",)
+SIGNATURES: dict[str, tuple[str, ...]] = {
+    "add": ("input", "other", "alpha"),
+    "sub": ("input", "other", "alpha"),
+    **dict.fromkeys(("mul", "div", "eq", "ne", "lt", "le", "gt", "ge"), _BINARY),
+    **dict.fromkeys(("bitwise_and", "bitwise_or", "bitwise_xor"), _BINARY),
+    **dict.fromkeys(("logical_and", "logical_or", "logical_xor"), _BINARY),
+    **dict.fromkeys(("neg", "abs", "bitwise_not", "logical_not"), _UNARY),
+    "where": ("condition", "input", "other"),
+    "masked_fill": ("input", "mask", "value"),
+    "tril": ("input", "diagonal"),
+    "triu": ("input", "diagonal"),
+    "cumsum": ("input", "dim"),
+    "diff": ("input", "n", "dim", "prepend", "append"),
+    "arange": ("start", "end", "step"),
+    "tensor": ("data",),
+    "scalar_tensor": ("data",),
+    "full": ("size", "fill_value"),
+    "new_full": ("input", "size", "fill_value"),
+    "full_like": ("input", "fill_value"),
+    **dict.fromkeys(("ones", "zeros"), ("*size",)),
+    **dict.fromkeys(("new_ones", "new_zeros"), ("input", "*size")),
+    **dict.fromkeys(("ones_like", "zeros_like"), _UNARY),
+    "getitem": ("input", "index"),
+    "unsqueeze": ("input", "dim"),
+    "squeeze": ("input", "*dim"),
+    "flatten": ("input", "start_dim", "end_dim"),
+    **dict.fromkeys(("view", "reshape"), ("input", "*shape")),
+    **dict.fromkeys(("expand", "broadcast_to"), ("input", "*size")),
+    "expand_as": ("input", "other"),
+    "repeat": ("input", "*repeats"),
+    "repeat_interleave": ("input", "repeats", "dim"),
+    "transpose": ("input", "dim0", "dim1"),
+    "permute": ("input", "*dims"),
+    "to": ("input", "*how"),
+    **dict.fromkeys(("contiguous", "clone", "detach"), _UNARY),
+    "scaled_dot_product_attention": (
+        *("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
+    ),
+    "softmax": ("input", "dim", "dtype"),
+    "dropout": ("input", "p", "training", "inplace"),
+    **dict.fromkeys(("matmul", "bmm"), _BINARY),
+    "baddbmm": ("input", "batch1", "batch2"),
+    "einsum": ("equation", "*operands"),
+}
+
+_ALIASES = {
+    "and": "bitwise_and",
+    "or": "bitwise_or",
+    "xor": "bitwise_xor",
+    "invert": "bitwise_not",
+    "inv": "bitwise_not",
+    "truediv": "div",
+    "true_divide": "div",
+    "divide": "div",
+    "multiply": "mul",
+    "subtract": "sub",
+    "negative": "neg",
+    "absolute": "abs",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "not_equal": "ne",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "_unsafe_view": "view",
+    "_softmax": "softmax",
+    **dict.fromkeys(("bool", "int", "long", "float", "double", "half", "bfloat16", "type", "type_as"), "to"),
+    **dict.fromkeys(("cpu", "cuda", "_to_copy"), "to"),
+}
+_KEYWORDS = {"self": "input", "tensor": "input", "axis": "dim", "tensor1": "input", "mat2": "other"}
+_NAMESPACES = (torch, F, torch.Tensor, torch._C._nn, torch._C._VariableFunctions, operator)
+_REFLECTED = {f"__r{name}__": name for name in ("add", "sub", "mul", "and", "or", "xor", "truediv")}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A canonical name (a key of :data:`SIGNATURES`) and its arguments by canonical parameter name."""
+
+    name: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The argument ``name``, or ``default`` where it was not given."""
+        return self.args.get(name, default)
+
+
+def operation(node: Node) -> Operation | None:
+    """The operation a node performs in its one spelling; None if it is not a pure operation known here."""
+    name, reflected = _name(node)
+    if name not in SIGNATURES or node.kwargs.get("out") is not None:
+        return None
+    args = tuple(node.args)
+    if reflected:
+        args = args[::-1]
+    if name == "arange":
+        return _arange(args, dict(node.kwargs))
+    if name in ("view", "reshape") and len(args) == 2 and isinstance(args[1], torch.dtype):
+        return None  # reinterprets the bits
+    bound: dict[str, Any] = {}
+    parameters = SIGNATURES[name]
+    for i, parameter in enumerate(parameters):
+        if parameter.startswith("*"):
+            rest = args[i:]
+            if rest:
+                bound[parameter[1:]] = tuple(rest[0]) if isinstance(rest[0], list | tuple) else rest
+            break
+        if i < len(args):
+            bound[parameter] = args[i]
+    for keyword, value in node.kwargs.items():
+        bound[_KEYWORDS.get(keyword, keyword)] = value
+    if name == "where" and "other" not in bound:
+        return None  # where(condition) lists indices
+    if name == "einsum" and not isinstance(bound.get("equation"), str):
+        return None
+    return Operation(name, bound)
+
+
+def _name(node: Node) -> tuple[str | None, bool]:
+    """The canonical name of what a node calls, and whether its two operands are the other way round."""
+    target = node.target
+    if node.op == "call_method":
+        if target in _REFLECTED:
+            return _ALIASES.get(_REFLECTED[target], _REFLECTED[target]), True
+        name = target.removeprefix("__").removesuffix("__") if target.startswith("__") else target
+    elif node.op == "call_function" and isinstance(target, torch._ops.OpOverload):
+        if target.namespace != "aten" or target._schema.is_mutable:
+            return None, False
+        name = target._schema.name.removeprefix("aten::")
+    elif node.op == "call_function":
+        name = getattr(target, "__name__", None)
+        # a user's function may carry any name: it counts only if it *is* torch's
+        if name is None or not any(getattr(space, name, None) is target for space in _NAMESPACES):
+            return None, False
+        if getattr(operator, name, None) is target:
+            name = name.removesuffix("_")
+    else:
+        return None, False
+    return _ALIASES.get(name, name), False
+
+
+def _arange(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation:
+    names = ("end",) if len(args) == 1 else ("start", "end", "step")
+    bound = {"start": 0, "step": 1, **dict(zip(names, args, strict=False))}
+    return Operation("arange", bound | {k: v for k, v in kwargs.items() if k in ("start", "end", "step")})
+
+
+def mutated_inputs(node: Node) -> list[Node]:
+    """The tensors a node writes into, as far as its target tells; empty for a pure node."""
+    target, args, kwargs = node.target, node.args, node.kwargs
+    written: list[Any] = [kwargs["out"]] if kwargs.get("out") is not None else []
+    if node.op == "call_method":
+        if target.startswith("__"):
+            if target == "__setitem__" or (target.startswith("__i") and target != "__invert__"):
+                written.append(args[0])
+        elif target.endswith("_"):
+            written.append(args[0])
+    elif node.op == "call_function":
+        name = getattr(target, "__name__", "")
+        if isinstance(target, torch._ops.OpOverload):
+            for i, parameter in enumerate(target._schema.arguments):
+                if parameter.alias_info is not None and parameter.alias_info.is_write:
+                    written.append(args[i] if i < len(args) else kwargs.get(parameter.name))
+        elif isinstance(target, torch._ops.HigherOrderOperator):
+            if "mutation" in target.name() or any(
+                any(mutated_inputs(inner) for inner in body.graph.nodes) for body in bodies(node)
+            ):
+                written.extend(node.all_input_nodes)
+        elif getattr(operator, name, None) is target:
+            if name == "setitem" or name in _IN_PLACE:
+                written.append(args[0])
+        elif name.endswith("_") and not name.endswith("__") or _inplace_flag(target, args, kwargs):
+            written.append(args[0] if args else kwargs.get("input"))
+    flat: list[Node] = []
+    for value in written:
+        flat.extend(v for v in (value if isinstance(value, list | tuple) else (value,)) if isinstance(v, Node))
+    return flat
+
+
+_IN_PLACE = frozenset(
+    ("iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub")
+    + ("itruediv", "ixor")
+)
+
+
+def _inplace_flag(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    if kwargs.get("inplace"):
+        return True
+    if not inspect.isfunction(target) or len(args) < 2:
+        return False
+    names = list(inspect.signature(target).parameters)
+    return "inplace" in names and names.index("inplace") < len(args) and bool(args[names.index("inplace")])
+
+
+def bodies(node: Node) -> list[GraphModule]:
+    """The graph modules that a higher-order operator's node runs (checkpointed regions, branches)."""
+    return [body for source in node.all_input_nodes if (body := graph_module(source)) is not None]
+
+
+def graph_module(node: Node) -> GraphModule | None:
+    """The graph module a ``get_attr`` node reads; None for every other node."""
+    if node.op != "get_attr":
+        return None
+    owner: Any = node.graph.owning_module
+    for part in node.target.split("."):
+        owner = getattr(owner, part, None)
+    return owner if isinstance(owner, GraphModule) else None

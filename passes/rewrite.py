@@ -1,0 +1,198 @@
+"""Put the planned ops into the graph, and take out what only the replaced attention needed."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, GraphModule, Node
+
+from ..method import METHODS
+from ..spec import Plan, Policy, known_equal
+from .mask import Padding, PaddingTerm
+from .match import AttentionSite
+from .normalize import operation
+
+_COMPARISONS: dict[str, Callable[..., Any]] = {
+    name: getattr(torch, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")
+}
+_VIEWS = frozenset(("transpose", "permute", "getitem", "unsqueeze", "squeeze", "detach"))
+
+
+def rewrite(gm: GraphModule, planned: Iterable[tuple[AttentionSite, Plan]], policy: Policy) -> int:
+    """Replace every site whose plan says so, in place; returns how many were.
+
+    Each op gets one seed per graph and device: ``policy.seed``, or a number drawn in the graph from torch's
+    default generator if that is None. Mask and repeat code that no one else uses is removed. Raises ``ValueError``
+    if a site does not belong to ``gm``.
+    """
+    modules = set(gm.modules())
+    changed: dict[GraphModule, dict[str, Node]] = {}
+    count = 0
+    for site, decision in planned:
+        if decision.verdict != "rewritten":
+            continue
+        if site.graph_module not in modules or site.node.graph is not site.graph_module.graph:
+            raise ValueError(f"site {site.module!r}: its node {site.node.name!r} is not in the graph module given")
+        seeds = changed.setdefault(site.graph_module, {})
+        _replace(site, decision, policy, seeds)
+        count += 1
+    for module in changed:
+        module.graph.lint()
+        module.recompile()
+    return count
+
+
+def _replace(site: AttentionSite, decision: Plan, policy: Policy, seeds: dict[str, Node]) -> None:
+    node, spec, graph = site.node, site.spec, site.graph_module.graph
+    device = node.meta["example_value"].device
+    if str(device) not in seeds:
+        seeds[str(device)] = _seed(graph, device, policy, node)
+    with graph.inserting_before(node):
+        # under autocast SDPA casts its inputs; an op of ours is not known to autocast
+        inputs = [_cast(graph, x, spec.dtype, node) for x in (site.query, site.key, site.value)]
+        padding = None if site.padding is None else _padding(graph, site, site.padding)
+        arguments = (*inputs, padding, seeds[str(device)], spec.scale, site.layer)
+        call = _emit(graph, METHODS[decision.method].op, arguments, dict(decision.params), like=node)
+        out = _emit(graph, operator.getitem, (call, 0), like=node)
+        if _layout_matters(node):
+            out = _with_layout_of(graph, out, node)
+    for key, value in node.meta.items():
+        if key != "example_value":
+            out.meta.setdefault(key, value)
+    node.replace_all_uses_with(out)
+    dead = list(node.all_input_nodes)
+    graph.erase_node(node)
+    _sweep(graph, dead)
+
+
+def _seed(graph: Graph, device: torch.device, policy: Policy, like: Node) -> Node:
+    first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+    with graph.inserting_before(first):
+        kwargs = {"dtype": torch.int64, "device": device}
+        if policy.seed is None:
+            return _emit(graph, torch.randint, (0, 2**32, ()), kwargs, like=like, inherit=False)
+        return _emit(graph, torch.full, ((), policy.seed), kwargs, like=like, inherit=False)
+
+
+def _emit(
+    graph: Graph,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    like: Node,
+    inherit: bool = True,
+) -> Node:
+    """A new call with its example value, and with the module and source of ``like`` if it is to ``inherit``."""
+    kwargs = kwargs or {}
+    node = graph.call_function(target, args, kwargs)
+    values = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
+    mode = _fake_mode(like)
+    with mode:
+        node.meta["example_value"] = target(*values[0], **values[1])
+    if inherit:
+        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+            if key in like.meta:
+                node.meta[key] = like.meta[key]
+    return node
+
+
+def _fake_mode(node: Node) -> Any:
+    example = node.meta["example_value"]
+    if not isinstance(example, FakeTensor):
+        raise ValueError(f"node {node.name!r}: its example_value is a {type(example).__name__}, must be a FakeTensor")
+    return example.fake_mode
+
+
+def _cast(graph: Graph, x: Node, dtype: torch.dtype, like: Node) -> Node:
+    return x if x.meta["example_value"].dtype == dtype else _emit(graph, torch.Tensor.to, (x, dtype), like=like)
+
+
+def _padding(graph: Graph, site: AttentionSite, padding: Padding) -> Node:
+    """Nodes that compute the bool ``[B, Lk]`` key padding."""
+    if padding.last_row is not None:
+        return _full_batch(graph, site, _last_row(graph, site, padding.last_row))
+    conditions = [_condition(graph, site, term) for term in padding.terms]
+    result = conditions[0]
+    for condition in conditions[1:]:
+        result = _emit(graph, torch.logical_and, (result, condition), like=site.node)
+    return _full_batch(graph, site, result)
+
+
+def _last_row(graph: Graph, site: AttentionSite, mask: Node) -> Node:
+    example = mask.meta["example_value"]
+    index = (*([slice(None)] if example.dim() == 4 else []), *([0] if example.dim() >= 3 else []))
+    index = (*index, *([-1] if example.dim() >= 2 else []), slice(None))
+    row = _emit(graph, operator.getitem, (mask, index), like=site.node)
+    if example.dtype != torch.bool:
+        row = _emit(graph, torch.eq, (row, 0), like=site.node)
+    return row if example.dim() == 4 else _emit(graph, torch.unsqueeze, (row, 0), like=site.node)
+
+
+def _condition(graph: Graph, site: AttentionSite, term: PaddingTerm) -> Node:
+    like, result = site.node, term.node
+    if any(item != slice(None) for item in term.index):
+        result = _emit(graph, operator.getitem, (result, term.index), like=like)
+    if term.node.meta["example_value"].dtype != torch.bool:
+        result = _emit(graph, _COMPARISONS[term.relation], (result, term.constant), like=like)
+    elif (term.relation == "eq") != bool(term.constant):
+        result = _emit(graph, torch.logical_not, (result,), like=like)
+    return result if term.has_batch else _emit(graph, torch.unsqueeze, (result, 0), like=like)
+
+
+def _full_batch(graph: Graph, site: AttentionSite, row: Node) -> Node:
+    if known_equal(row.meta["example_value"].shape[0], site.spec.B):
+        return row
+    size = _emit(graph, torch.Tensor.size, (site.query, 0), like=site.node)
+    return _emit(graph, torch.Tensor.expand, (row, size, -1), like=site.node)
+
+
+def _layout_matters(node: Node) -> bool:
+    """Whether strides decide what becomes of the result of ``node``: a ``view`` is taken of it, or they are read."""
+    open_nodes = [node]
+    while open_nodes:
+        for user in open_nodes.pop().users:
+            op = operation(user)
+            if (op is not None and op.name == "view") or user.target in ("as_strided", "stride", "is_contiguous"):
+                return True
+            if op is not None and op.name in _VIEWS:
+                open_nodes.append(user)
+    return False
+
+
+def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return all(known_equal(x, y) for x, y in zip(a.stride(), b.stride(), strict=True))
+
+
+def _with_layout_of(graph: Graph, out: Node, like: Node) -> Node:
+    """``out`` with its dimensions in the memory order of ``like``'s, copied if that is another one."""
+    example, target = out.meta["example_value"], like.meta["example_value"]
+    if _same_strides(example, target):
+        return out
+    for order in itertools.permutations(range(4)):
+        inverse = tuple(order.index(d) for d in range(4))
+        with target.fake_mode:
+            candidate = example.permute(order).contiguous().permute(inverse)
+        if _same_strides(candidate, target):
+            moved = _emit(graph, torch.permute, (out, order), like=like)
+            moved = _emit(graph, torch.Tensor.contiguous, (moved,), like=like)
+            return _emit(graph, torch.permute, (moved, inverse), like=like)
+    return out
+
+
+def _sweep(graph: Graph, candidates: list[Node]) -> None:
+    """Erase pure nodes without users, and what only they used."""
+    erased: set[Node] = set()
+    while candidates:
+        node = candidates.pop()
+        if node in erased or node.users or operation(node) is None:
+            continue
+        inputs = list(node.all_input_nodes)
+        graph.erase_node(node)
+        erased.add(node)
+        candidates.extend(inputs)
