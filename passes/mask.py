@@ -110,6 +110,9 @@ def _classify(
         rest = None if excess is None else sympy.expand(excess - slope[0] * _Q - slope[1] * _K)
         if rest is None or rest.has(*COORDINATES):
             raise Unproven(_words(literal, evaluator))
+        factor = sympy.gcd(*slope)
+        if factor > 1 and rest.is_Integer:  # 2 k - 2 q + 1 <= 0 is k - q <= floor(-1 / 2)
+            slope, rest = (slope[0] / factor, slope[1] / factor), -(-rest // factor)
         if slope == (-1, 1) or (single and slope == (0, 1)):
             offsets.append(-rest)
         elif slope == (1, -1) or (single and slope == (0, -1)):

@@ -290,14 +290,16 @@ def _specify(
             raise _Refused(f"its {name} has batch size {_shape(other)[0]}, its query {B}")
     if not known_equal(_shape(value)[1], H_kv):
         raise _Refused(f"its key has {H_kv} heads, its value {_shape(value)[1]}")
-    if not isinstance(H, int) or not isinstance(H_kv, int):
-        raise _Refused(f"its numbers of heads {H} and {H_kv} are not known when compiling")
-    if H_kv < 1 or H % H_kv or (H != H_kv != 1 and not args.get("enable_gqa", False) and _shape(args["key"])[1] != H):
-        raise _Refused(f"its {H_kv} key heads do not fit its {H} query heads")
+    if not known_equal(H, H_kv):
+        if not isinstance(H, int) or not isinstance(H_kv, int):
+            raise _Refused(f"its numbers of heads {H} and {H_kv} are not known when compiling")
+        fits = H_kv == 1 or args.get("enable_gqa", False) or known_equal(_shape(args["key"])[1], H)
+        if H_kv < 1 or H % H_kv or not fits:
+            raise _Refused(f"its {H_kv} key heads do not fit its {H} query heads")
     scale = _constant(args.get("scale"), "scale")
     if scale is None:
         if not isinstance(D, int):
-            raise _Refused(f"its head size {D} is not known when compiling")
+            raise _Refused(f"its head size {D} is not known when compiling, and so its scale 1 / sqrt({D})")
         scale = 1.0 / math.sqrt(D)
     dropout_p = _constant(args.get("dropout_p", 0.0), "dropout_p")
     mask, padding = _mask(scope, node, args, (B, H, Lq, Lk))

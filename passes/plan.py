@@ -17,13 +17,15 @@ DEFAULT_METHODS = ("express", "exact")
 
 def check_policy(policy: Policy) -> None:
     """Raise ``ValueError`` or ``TypeError`` for method names or method options that do not exist."""
-    allowed = ", ".join(METHODS)
+    known = tuple(METHODS)
     for name in policy.methods or ():
-        if name not in METHODS.keys():
-            raise ValueError(f"methods={list(policy.methods)!r}: unknown method {name!r}; allowed are {allowed}")
+        if name not in known:
+            raise ValueError(
+                f"methods={list(policy.methods)!r}: unknown method {name!r}; allowed are {', '.join(known)}"
+            )
     for name in policy.method_options:
-        if name not in METHODS.keys():
-            raise ValueError(f"method_options: unknown method {name!r}; allowed are {allowed}")
+        if name not in known:
+            raise ValueError(f"method_options: unknown method {name!r}; allowed are {', '.join(known)}")
         METHODS[name].own_options(policy)
 
 

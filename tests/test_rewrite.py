@@ -176,7 +176,7 @@ def test_dead_mask_and_repeat_code_is_removed_and_live_code_stays() -> None:
         run.model(IDS, use_cache=False)
     targets = run.targets()
     assert not {"cumsum", "diff", "le", "and_", "expand_1"} & set(targets)
-    assert targets.count("toy_rewrite.default") == 0 and sum("toy_rewrite" in t for t in targets) == 2
+    assert targets.count("toy_rewrite.default") == 2
     assert targets.count("full") == 1  # one seed for both sites
 
     def shared(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -388,11 +388,12 @@ def test_seed_none_is_drawn_in_the_graph() -> None:
 
 def test_symbolic_length_gets_min_length_at_run_time_and_a_static_one_is_decided() -> None:
     policy = Policy(methods=("toy_rewrite",), min_length=50)
-    f = lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True)  # noqa: E731
-    run = Run(f, policy, dynamic=True)
-    run.model(torch.randn(2, 4, 6, 8))
+    q = torch.randn(2, 4, 6, 8)
+    torch._dynamo.mark_dynamic(q, 2)
+    run = Run(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), policy)
+    run.model(q)
     assert run.verdicts() == ["rewritten"] and SEEN[0]["min_length"] == 50
-    run = Run(f, policy)
+    run = Run(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), policy)
     run.model(torch.randn(2, 4, 6, 8))
     assert run.verdicts() == ["exact"] and not SEEN
     assert run.plans[0][1].reason == "6 keys are fewer than min_length 50"

@@ -1,0 +1,255 @@
+"""The torch.compile backend end to end, with Express and with inductor."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+from express_compile.backend import express, rewrite_graph, split_options
+from express_compile.method import METHODS, Method, register
+from express_compile.spec import Policy, Refusal, layer_key
+
+NAMED = {"methods": ["express"]}
+
+
+class Attention(nn.Module):
+    """Causal grouped-query self-attention with projections."""
+
+    def __init__(self, dim: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(dim, dim + dim)
+        self.out = nn.Linear(dim, dim)
+        self.heads = heads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, L, C = x.shape
+        q, k, v = self.qkv(x).split([C, C // 2, C // 2], -1)
+        q = q.view(B, L, self.heads, -1).transpose(1, 2)
+        k, v = (y.view(B, L, self.heads // 2, -1).transpose(1, 2) for y in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.out(y.transpose(1, 2).reshape(B, L, C))
+
+
+class Net(nn.Module):
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attention() for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+class Counting:
+    """A backend that rewrites, counts its graphs and runs them without inductor."""
+
+    def __init__(self, **options: Any) -> None:
+        self.policy = Policy(**options)
+        self.plans: list[list[Any]] = []
+
+    def __call__(self, gm: torch.fx.GraphModule, _: list[Any]) -> Any:
+        self.plans.append(rewrite_graph(gm, self.policy))
+        return gm
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_short_sequences_come_out_exact_through_inductor_with_gradients(net: Net) -> None:
+    # Express is exact for n <= 4 s, so the whole chain must reproduce the untouched model
+    x = torch.randn(2, 24, 32)
+    expected = net(x)
+    grads = torch.autograd.grad(expected.square().sum(), list(net.parameters()))
+    compiled = torch.compile(net, backend=express, fullgraph=True, options={**NAMED, "budget": 16, "window": 8})
+    got = compiled(x)
+    assert relative(got, expected) < 1e-6
+    for a, b in zip(torch.autograd.grad(got.square().sum(), list(net.parameters())), grads, strict=True):
+        assert relative(a, b) < 1e-5
+
+
+def test_thinned_sequences_are_the_ops_own_result() -> None:
+    torch.manual_seed(0)
+    net, x = Net(depth=1), torch.randn(1, 160, 32)
+    backend = Counting(budget=8, methods=("express",), sinks=4, window=8, seed=5)
+    with torch.no_grad():
+        got = torch.compile(net, backend=backend, fullgraph=True)(x)
+        again = torch.compile(net, backend=backend, fullgraph=True)(x)
+    assert torch.equal(got, again)
+    ((site, plan),) = backend.plans[0]
+    assert plan.verdict == "rewritten" and site.module == "layers.0"
+
+    # the op by hand, with the seed and the layer key that the pass promises
+    layer = net.layers[0]
+
+    def by_hand(seed: int) -> torch.Tensor:
+        q, k, v = layer.qkv(x).split([32, 16, 16], -1)
+        q, k, v = (y.view(1, 160, -1, 8).transpose(1, 2) for y in (q, k, v))
+        key = layer_key("layers.0", 0)
+        out, _ = METHODS["express"].op(q, k, v, None, torch.tensor(seed), 8**-0.5, key, **plan.params)
+        return x + layer.out(out.transpose(1, 2).reshape(1, 160, 32))
+
+    with torch.no_grad():
+        assert relative(got, by_hand(5)) < 1e-6
+        assert relative(got, by_hand(6)) > 1e-4  # another seed keeps other rows
+        assert 1e-4 < relative(got, net(x)) < 0.5
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_one_compilation_serves_all_lengths(net: Net, marked: bool) -> None:
+    backend = Counting(budget=16, methods=("express",), window=8, sinks=4)
+    compiled = torch.compile(net, backend=backend, dynamic=None if marked else True, fullgraph=True)
+    lengths = (20, 33, 47, 64)
+    with torch.no_grad():
+        for n in lengths:
+            x = torch.randn(2, n, 32, generator=torch.Generator().manual_seed(n))
+            if marked:
+                torch._dynamo.mark_dynamic(x, 1)
+            got = compiled(x)
+            assert relative(got, net(x)) < 1e-6
+    assert len(backend.plans) == 1
+    assert [plan.verdict for _, plan in backend.plans[0]] == ["rewritten"] * 2
+
+
+def test_without_hints_only_torchs_own_second_compilation_happens(net: Net) -> None:
+    backend = Counting(budget=16, methods=("express",), window=8, sinks=4)
+    compiled = torch.compile(net, backend=backend)
+    with torch.no_grad():
+        for n in (20, 33, 47, 64):
+            compiled(torch.randn(2, n, 32))
+    assert len(backend.plans) == 2  # static first, then dynamic: what torch does for any model
+
+
+def test_dynamic_shapes_through_inductor(net: Net) -> None:
+    compiled = torch.compile(
+        net, backend=express, dynamic=True, options={**NAMED, "budget": 16, "window": 8, "sinks": 4}
+    )
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (20, 33, 64):
+            x = torch.randn(2, n, 32)
+            assert relative(compiled(x), net(x)) < 1e-6
+
+
+def test_a_graph_without_attention_is_just_compiled() -> None:
+    f = torch.compile(lambda x: torch.sin(x) * 2, backend=express)
+    x = torch.randn(5)
+    torch.testing.assert_close(f(x), torch.sin(x) * 2)
+    with pytest.raises(BackendCompilerFailed, match="strict=True: no attention was found in this graph"):
+        torch.compile(lambda x: torch.cos(x) * 2, backend=express, options={"strict": True})(x)
+
+
+def test_strict_lists_every_refused_site() -> None:
+    def f(q: torch.Tensor) -> torch.Tensor:
+        q = F.scaled_dot_product_attention(q, q, q)
+        return F.scaled_dot_product_attention(q, q, q, dropout_p=0.5, is_causal=True)
+
+    compiled = torch.compile(f, backend=express, options={**NAMED, "strict": True})
+    with pytest.raises(BackendCompilerFailed) as error:
+        compiled(torch.randn(2, 4, 6, 8))
+    message = str(error.value)
+    assert "strict=True: 2 attention sites were refused" in message
+    assert "not causal" in message and "dropout" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"budgets": 5}, ["unknown option 'budgets'", "budget, methods, sinks", "options of inductor"]),
+        ({"budget": 2}, ["budget=2", "at least 4"]),
+        ({"window": -1}, ["window=-1", "0 or more"]),
+        ({"methods": ["expres"]}, ["unknown method 'expres'", "express"]),
+        ({"methods": "express"}, ["methods='express'", "['express']"]),
+        ({"method_options": {"flash": {}}}, ["method_options", "unknown method 'flash'"]),
+        ({"method_options": {"express": {"nope": 1}}}, ["method_options['express']", "'nope'"]),
+        ({"methods": ["express"], "halving": "coin"}, ["coin"]),
+    ],
+)
+def test_bad_options_name_themselves(options: dict[str, Any], words: list[str]) -> None:
+    f = torch.compile(
+        lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), backend=express, options=options
+    )
+    with pytest.raises(BackendCompilerFailed) as error:
+        f(torch.randn(1, 2, 8, 4))
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_inductor_options_and_modes_are_passed_on_and_nothing_global_changes() -> None:
+    before = torch._inductor.config.get_config_copy()
+    policy, patches = split_options({"budget": 64, "max-autotune": False, "epilogue_fusion": True}, None)
+    assert policy.budget == 64 and patches == {"max_autotune": False, "epilogue_fusion": True}
+    _, patches = split_options({}, "max-autotune")
+    assert patches["max_autotune"] is True
+    with pytest.raises(ValueError, match="mode='fast': allowed are 'default'"):
+        split_options({}, "fast")
+    with pytest.raises(TypeError, match="unknown argument 'colour'"):
+        express(torch.fx.symbolic_trace(nn.Identity()), [], colour=1)
+    assert torch._inductor.config.get_config_copy() == before
+
+
+def test_defaults_do_not_choose_a_method_that_was_not_measured() -> None:
+    backend = Counting()
+    q = torch.randn(1, 2, 64, 8)
+    f = torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), backend=backend)
+    out = f(q)
+    ((_, plan),) = backend.plans[0]
+    fastest = METHODS["express"].min_length.get("cpu")
+    assert plan.verdict == "exact" and (
+        "not measured" in plan.reason if fastest is None else str(fastest) in plan.reason
+    )
+    assert torch.equal(out, F.scaled_dot_product_attention(q, q, q, is_causal=True))
+
+
+def test_a_registered_method_is_used_and_an_exact_one_named_first_wins() -> None:
+    if "picky" not in set(METHODS):
+        register(
+            Method(
+                name="picky",
+                summary="refuses",
+                supports="nothing",
+                refuses="everything",
+                refuse=lambda spec, policy: Refusal("picky", "it never runs"),
+                params=lambda spec, policy: {},
+            )
+        )
+    q = torch.randn(1, 2, 64, 8)
+    expected = {("picky", "express"): "rewritten", ("picky", "exact"): "exact", ("picky",): "refused"}
+    for methods, verdict in {**expected, ("exact", "express"): "exact"}.items():
+        torch._dynamo.reset()
+        backend = Counting(methods=methods)
+        torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), backend=backend)(q)
+        ((_, plan),) = backend.plans[0]
+        assert plan.verdict == verdict
+        assert [str(r) for r in plan.rejected] == (["picky: it never runs"] if methods[0] == "picky" else [])
+
+
+def test_the_entry_point_needs_no_import() -> None:
+    code = (
+        "import sys, torch, torch.nn.functional as F\n"
+        "f = torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), backend='express',\n"
+        "                  options={'methods': ['express'], 'budget': 16})\n"
+        "q = torch.randn(1, 2, 24, 8)\n"
+        "error = (f(q) - F.scaled_dot_product_attention(q, q, q, is_causal=True)).abs().max().item()\n"
+        "print('error', error < 1e-5, hasattr(torch.ops.express_compile, 'express'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["error", "True", "True"]

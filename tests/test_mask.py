@@ -1,0 +1,383 @@
+"""The mask prover against brute force: what it claims is what the mask is, and what it should know it knows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from express_compile.passes.mask import Padding
+from express_compile.passes.match import AttentionSite, find_sites
+from express_compile.spec import Mask
+
+B, H, D = 2, 2, 4
+LOWEST = torch.finfo(torch.float32).min
+
+
+class Values(torch.fx.Interpreter):
+    """Runs a graph and keeps the value of every node."""
+
+    def __init__(self, gm: torch.fx.GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+
+
+def padding_of(padding: Padding, values: dict[torch.fx.Node, Any]) -> torch.Tensor:
+    """The key padding ``[B, Lk]`` that a recipe stands for."""
+    if padding.last_row is not None:
+        mask = values[padding.last_row]
+        mask = mask[(None,) * (4 - mask.dim())][:, 0, -1]
+        return (mask if mask.dtype == torch.bool else mask == 0).expand(B, -1)
+    result = torch.tensor(True)
+    for term in padding.terms:
+        row = getattr(torch, term.relation)(values[term.node][term.index], term.constant)
+        result = result & (row if term.has_batch else row[None])
+    return result.expand(B, -1)
+
+
+def dense(mask: Mask, padding: torch.Tensor | None, Lq: int, Lk: int) -> torch.Tensor:
+    """``[B, Lq, Lk]`` by the definition in ``spec.Mask``."""
+    i, j = torch.arange(Lq)[:, None], torch.arange(Lk)
+    seen = torch.ones(B, Lq, Lk, dtype=torch.bool)
+    if mask.causal:
+        seen &= j <= i + int(mask.offset)
+    if mask.window is not None:
+        seen &= i + int(mask.offset) - j < mask.window
+    return seen if padding is None else seen & padding[:, None]
+
+
+def prove(make: Callable[..., torch.Tensor], *inputs: torch.Tensor, Lq: int = 6, Lk: int = 6) -> Mask:
+    """Compile attention with ``make(*inputs)`` as its mask; whatever is proven must equal the mask that arrives."""
+    found: list[AttentionSite] = []
+    values: dict[torch.fx.Node, Any] = {}
+
+    def backend(gm: torch.fx.GraphModule, _: list[Any]) -> Callable:
+        found.extend(find_sites(gm))
+
+        def run(*args: Any) -> Any:
+            interpreter = Values(gm)
+            result = interpreter.run(*args)
+            values.update(interpreter.env)
+            return result
+
+        return run
+
+    def attend(q: torch.Tensor, k: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = make(*inputs)
+        return F.scaled_dot_product_attention(q, k, k, attn_mask=mask), mask
+
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(B, H, Lq, D, generator=generator)
+    k = torch.randn(B, H, Lk, D, generator=generator)
+    _, actual = torch.compile(attend, backend=backend, fullgraph=True)(q, k, *inputs)
+    (site,) = found
+    mask = site.spec.mask
+    if mask.unknown is None:
+        assert (site.padding is not None) == mask.padding
+        padding = padding_of(site.padding, values) if site.padding is not None else None
+        seen = actual if actual.dtype == torch.bool else actual == 0
+        if actual.dtype != torch.bool:
+            assert (actual[~seen] <= LOWEST).all()
+        seen = seen[(None,) * (4 - seen.dim())].expand(B, H, Lq, Lk)
+        claimed = dense(mask, padding, Lq, Lk)
+        for h in range(H):
+            assert torch.equal(claimed, seen[:, h]), f"claimed {mask}"
+    return mask
+
+
+Q, K = (lambda n: torch.arange(n)[:, None]), (lambda n: torch.arange(n)[None, :])
+
+CAUSAL: dict[str, Callable[[int], torch.Tensor]] = {
+    "k <= q": lambda n: K(n) <= Q(n),
+    "q >= k": lambda n: torch.ge(Q(n), K(n)),
+    "k < q + 1": lambda n: K(n).lt(Q(n) + 1),
+    "not k > q": lambda n: ~(K(n) > Q(n)),
+    "logical_not": lambda n: torch.logical_not(K(n).gt(other=Q(n))),
+    "k - q <= 0": lambda n: K(n) - Q(n) <= 0,
+    "-q <= -k": lambda n: -Q(n) <= -K(n),
+    "tril": lambda n: torch.ones(n, n, dtype=torch.bool).tril(),
+    "torch.tril of ones": lambda n: torch.tril(torch.ones(n, n)) == 1,
+    "tril bool cast": lambda n: torch.tril(torch.ones(n, n)).bool(),
+    "not triu": lambda n: ~torch.triu(torch.ones(n, n, dtype=torch.bool), diagonal=1),
+    "triu transposed": lambda n: torch.ones(n, n, dtype=torch.bool).triu().mT.transpose(0, 1).transpose(0, 1),
+    "permuted": lambda n: (Q(n)[None] <= K(n)[None]).permute(0, 2, 1)[0],
+    "full -inf triu": lambda n: torch.full((n, n), float("-inf")).triu(1),
+    "full min triu": lambda n: torch.triu(torch.full((n, n), LOWEST), diagonal=1),
+    "where": lambda n: torch.where(K(n) <= Q(n), 0.0, LOWEST),
+    "where other polarity": lambda n: torch.where(K(n) > Q(n), float("-inf"), 0.0),
+    "masked_fill": lambda n: torch.zeros(n, n).masked_fill(K(n) > Q(n), float("-inf")),
+    "masked_fill of cast": lambda n: torch.zeros(n, n).masked_fill((K(n) <= Q(n)).logical_not(), LOWEST),
+    "(1 - m) * min": lambda n: (1.0 - (K(n) <= Q(n)).float()) * LOWEST,
+    "4-D": lambda n: (K(n) <= Q(n))[None, None].expand(B, 1, n, n),
+    "view": lambda n: (K(n) <= Q(n)).view(1, 1, n, n),
+    "arange step and start": lambda n: torch.arange(2, 2 * n + 2, 2)[None] <= 2 * torch.arange(1, n + 1)[:, None],
+    "new_ones and": lambda n: K(n).new_ones((), dtype=torch.bool) & (K(n) <= Q(n)),
+    "bool sum": lambda n: ((K(n) < Q(n)) | (K(n) == Q(n))) & (K(n) <= Q(n)),
+    "int32": lambda n: torch.arange(n, dtype=torch.int32)[None] <= torch.arange(n, dtype=torch.int32)[:, None],
+    "indexed": lambda n: torch.arange(n)[None].expand(2, n)[:1, K(n)[0]] <= torch.arange(n)[Q(n)],
+    "sliced": lambda n: torch.ones(2 * n, 2 * n, dtype=torch.bool).tril()[None, None, :n, :n],
+    "sliced later": lambda n: torch.ones(2 * n, 2 * n, dtype=torch.bool).tril()[n:, n:],
+}
+# spellings of a causal mask that are true but beyond the rules: they may be unknown, never wrong
+TOO_HARD = {"triu transposed", "bool sum"}
+
+
+@pytest.mark.parametrize("spelling", CAUSAL)
+def test_causal_spellings(spelling: str) -> None:
+    mask = prove(lambda: CAUSAL[spelling](6))
+    assert mask == Mask(causal=True) or (spelling in TOO_HARD and mask.unknown is not None), mask
+
+
+NEAR_MISSES: dict[str, Callable[[int], torch.Tensor]] = {
+    "k < q hides the diagonal": lambda n: K(n) < Q(n),
+    "one too many": lambda n: K(n) <= Q(n) + 1,
+    "flipped": lambda n: K(n) >= Q(n),
+    "one element more": lambda n: (K(n) <= Q(n)) | ((K(n) == 5) & (Q(n) == 0)),
+    "or a prefix": lambda n: (K(n) <= Q(n)) | (K(n) < 2),
+    "xor": lambda n: (K(n) <= Q(n)) ^ (K(n) == 0),
+    "every second key": lambda n: (K(n) <= Q(n)) & (K(n) % 2 == 0),
+    "2 k <= q": lambda n: 2 * K(n) <= Q(n),
+    "queries too": lambda n: (K(n) <= Q(n)) & (Q(n) > 2),
+    "a block": lambda n: K(n) // 2 <= Q(n) // 2,
+    "a bias": lambda n: torch.where(K(n) <= Q(n), 0.5, LOWEST),
+    "only -10000": lambda n: torch.where(K(n) <= Q(n), 0.0, -1e4),
+    "alibi": lambda n: torch.where(K(n) <= Q(n), (K(n) - Q(n)).float(), LOWEST),
+    "all hidden": lambda n: torch.zeros(n, n, dtype=torch.bool),
+    "dilated": lambda n: (K(n) <= Q(n)) & ((Q(n) - K(n)) % 2 == 0),
+    "window that ends nowhere": lambda n: Q(n) - K(n) < 3,
+    "tril one up": lambda n: torch.ones(n, n, dtype=torch.bool).tril(1),
+    "tril one down": lambda n: torch.ones(n, n, dtype=torch.bool).tril(-1),
+    "triu": lambda n: torch.ones(n, n, dtype=torch.bool).triu(),
+    "rounded in bfloat16": lambda n: (K(n) + 256).bfloat16() <= (Q(n) + 256).bfloat16(),
+    "wrapped in int8": lambda n: (K(n) + 125).to(torch.int8) <= (Q(n) + 125).to(torch.int8),
+    "uint8 or": lambda n: ((K(n) <= Q(n)).to(torch.uint8) | 2) == 3,
+    "reads a row": lambda n: (K(n) <= Q(n))[torch.tensor([0, 1, 2, 3, 5, 4])],
+    "flip": lambda n: (K(n) >= Q(n)).flip(1),
+    "negative slice": lambda n: torch.ones(n + 1, n + 1, dtype=torch.bool).tril()[-n:, :n],
+    "cumsum of ones, flipped": lambda n: torch.ones(n, n).cumsum(0) <= torch.ones(n, n).cumsum(1),
+    "half": lambda n: 2 * K(n) <= 2 * Q(n) - 1,
+}
+PROVEN_AS_WHAT_THEY_ARE = {
+    *("one too many", "k < q hides the diagonal", "tril one up", "tril one down", "negative slice", "half"),
+    "every second key",  # causal with a key padding
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses_are_never_taken_for_causal(name: str) -> None:
+    # `prove` has compared every claim with the mask itself
+    mask = prove(lambda: NEAR_MISSES[name](6))
+    assert mask != Mask(causal=True)
+    if name not in PROVEN_AS_WHAT_THEY_ARE:
+        assert mask.unknown, mask
+
+
+@pytest.mark.parametrize(("Lq", "Lk"), [(4, 9), (9, 9), (1, 7)])
+def test_offsets(Lq: int, Lk: int) -> None:
+    past = Lk - Lq
+    mask = prove(lambda: torch.arange(Lk) <= (torch.arange(Lq) + past)[:, None], Lq=Lq, Lk=Lk)
+    assert mask == Mask(causal=True, offset=past)
+    mask = prove(lambda: torch.ones(Lq, Lk, dtype=torch.bool).tril(past), Lq=Lq, Lk=Lk)
+    assert mask == Mask(causal=True, offset=past)
+    if past:
+        top_left = prove(lambda: torch.ones(Lq, Lk, dtype=torch.bool).tril(), Lq=Lq, Lk=Lk)
+        assert top_left == Mask(causal=True, offset=0)
+
+
+def test_windows() -> None:
+    def back(n: int) -> torch.Tensor:
+        return Q(n) - K(n)
+
+    assert prove(lambda: (back(6) >= 0) & (back(6) < 3)) == Mask(causal=True, window=3)
+    assert prove(lambda: (K(6) > Q(6) - 3) & (K(6) <= Q(6))) == Mask(causal=True, window=3)
+    assert prove(lambda: back(6).abs() <= 2) == Mask(causal=True, offset=2, window=5)
+    assert prove(lambda: (back(6) >= 0) & (back(6) < 100)) == Mask(causal=True)  # wider than the sequence
+    assert prove(lambda: torch.ones(6, 6, dtype=torch.bool).tril().triu(-2)) == Mask(causal=True, window=3)
+    later = prove(lambda: (K(9)[:, :9] <= Q(4) + 5) & (K(9) > Q(4) + 5 - 3), Lq=4, Lk=9)
+    assert later == Mask(causal=True, offset=5, window=3)
+
+
+REAL = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 0]])
+PADDINGS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]] = {
+    "bool": (lambda p: p, REAL.bool()),
+    "int to bool": (lambda p: p.bool(), REAL),
+    "== 1": (lambda p: p == 1, REAL),
+    "!= 0": (lambda p: p.ne(0), REAL),
+    "> 0": (lambda p: p > 0, REAL),
+    "not of pads": (lambda p: ~p, ~REAL.bool()),
+    "float to bool": (lambda p: p.to(torch.bool), REAL.float()),
+    "float > 0.5": (lambda p: p > 0.5, REAL.float()),
+    "token ids": (lambda p: p != 3, 3 + REAL),
+    "one row for all": (lambda p: p[:1].bool(), REAL),
+    "2 of 3": (lambda p: p[1].bool()[None], REAL),
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", PADDINGS)
+def test_key_paddings(name: str, causal: bool) -> None:
+    read, given_padding = PADDINGS[name]
+
+    def make(p: torch.Tensor) -> torch.Tensor:
+        keys = read(p)[:, None, None, :]
+        return keys & (K(6) <= Q(6)) if causal else keys.expand(-1, 1, 6, 6)
+
+    assert prove(make, given_padding) == Mask(causal=causal, padding=True)
+
+    def additive(p: torch.Tensor) -> torch.Tensor:
+        bias = torch.where(read(p), 0.0, LOWEST)[:, None, None, :]
+        return bias + torch.full((6, 6), LOWEST).triu(1) if causal else bias.expand(-1, 1, 6, 6)
+
+    assert prove(additive, given_padding) == Mask(causal=causal, padding=True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: p[:, None, :, None].expand(-1, 1, 6, 6),  # of the queries
+        lambda p: p[:, None, None, :] & p[:, None, :, None],
+        lambda p: p[:, None, None, :] | (K(6) <= Q(6)),
+        lambda p: p[:, None, None, :] == p[:, None, :, None],
+        lambda p: p[:, None, None, :].roll(1, 2).expand(-1, 2, 6, 6) ^ (torch.arange(2)[:, None, None] == 1),
+        lambda p: torch.where(p, 0.0, 1.0)[:, None, None, :].expand(-1, 1, 6, 6),
+    ],
+)
+def test_what_is_no_key_padding(make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    assert prove(make, REAL.bool()).unknown
+
+
+def test_masks_that_users_supply_are_unknown_unless_they_name_no_query() -> None:
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    assert "not known when compiling" in prove(lambda m: m, causal).unknown
+    assert "'l_inputs_0_'" in prove(lambda m: m, torch.zeros(6, 6)).unknown
+    assert prove(lambda m: m, REAL.bool()[:, None, None, :]) == Mask(padding=True)
+    assert prove(lambda m: m * 1.0, REAL[:, None, None, :].float()).unknown  # 0 and 1 are a bias
+
+
+def test_tensors_that_are_written_are_not_trusted() -> None:
+    def written(step: torch.Tensor) -> torch.Tensor:
+        mask = K(6) <= Q(6) + step
+        step.add_(1)
+        return mask
+
+    assert prove(written, torch.tensor(0)).unknown
+
+    def filled() -> torch.Tensor:
+        mask = torch.ones(6, 6, dtype=torch.bool).tril()
+        mask[0, 5] = True
+        return mask
+
+    assert "modified in place" in prove(filled).unknown
+
+    def through_a_view() -> torch.Tensor:
+        mask = torch.zeros(6, 6).masked_fill(K(6) > Q(6), -math.inf)
+        mask[1].view(6).fill_(0.0)
+        return mask
+
+    assert "modified in place" in prove(through_a_view).unknown
+
+
+def test_packed_sequences() -> None:
+    def segments(position: torch.Tensor) -> torch.Tensor:
+        steps = torch.diff(position, prepend=position[:, :1] - 1, dim=-1)
+        number = (steps != 1).cumsum(-1)
+        return (number[:, None, :, None] == number[:, None, None, :]) & (K(6) <= Q(6))
+
+    assert prove(lambda: segments(torch.arange(6)[None].expand(2, -1))) == Mask(causal=True)
+    assert prove(lambda: segments(3 + torch.arange(6)[None])) == Mask(causal=True)
+    assert prove(lambda: segments(2 * torch.arange(6)[None])).unknown is not None  # a segment per token
+    assert prove(segments, torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, -1)).unknown is not None
+
+
+def literal(kind: str, shift: int, n: int, p: torch.Tensor) -> torch.Tensor:
+    if kind == "causal":
+        return K(n) <= Q(n) + shift
+    if kind == "window":
+        return Q(n) - K(n) < 3 + shift
+    if kind == "padding":
+        return p[:, None, None, :] != 0
+    if kind == "anti":
+        return K(n) >= Q(n) + shift
+    if kind == "stripe":
+        return (K(n) + shift) * 2 != Q(n)
+    return Q(n) >= shift
+
+
+KINDS = ("causal", "window", "padding", "anti", "stripe", "query")
+
+
+@settings(max_examples=40)
+@given(
+    terms=st.lists(st.tuples(st.sampled_from(KINDS), st.integers(-2, 3)), min_size=1, max_size=4),
+    joins=st.lists(st.sampled_from(["and", "and", "and", "mul", "where", "add", "or"]), min_size=4, max_size=4),
+    additive=st.booleans(),
+    causal_too=st.booleans(),
+)
+def test_any_combination_is_proven_right_or_unknown(
+    terms: list[tuple[str, int]], joins: list[str], additive: bool, causal_too: bool
+) -> None:
+    if causal_too:
+        terms = [("causal", 0), *terms[:3]]
+
+    def make(p: torch.Tensor) -> torch.Tensor:
+        mask = literal(*terms[0], 6, p)
+        for (kind, shift), join in zip(terms[1:], joins, strict=False):
+            other = literal(kind, shift, 6, p)
+            if join == "or":
+                mask = torch.logical_or(mask, other)
+            elif join == "mul":
+                mask = mask * other
+            elif join == "where":
+                mask = torch.where(other, mask, False)
+            elif join == "add":
+                both = torch.where(mask, 0.0, LOWEST) + torch.where(other, 0.0, -math.inf)
+                mask = both == 0
+            else:
+                mask = mask & other
+        if additive:
+            mask = torch.zeros(()).masked_fill(~mask, -math.inf)
+        return mask.expand(B, 1, 6, 6)
+
+    mask = prove(make, REAL)
+    only = {kind for kind, _ in terms}
+    if only <= {"causal", "padding"} and "or" not in joins[: len(terms) - 1]:
+        shifts = [shift for kind, shift in terms if kind == "causal"]
+        assert mask.unknown is None
+        assert mask.padding == ("padding" in only)
+        assert not mask.causal or mask.offset == min(shifts)
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_symbolic_sizes(continues: bool) -> None:
+    """One proof for all lengths: the offset is an expression, and no guard fixes a length."""
+    found: list[AttentionSite] = []
+
+    def backend(gm: torch.fx.GraphModule, _: list[Any]) -> Callable:
+        found.extend(find_sites(gm))
+        return gm
+
+    def attend(q: torch.Tensor, k: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        Lq, Lk = q.shape[2], k.shape[2]
+        mask = torch.arange(Lk) <= torch.arange(Lq)[:, None] + (Lk - Lq)
+        return F.scaled_dot_product_attention(q, k, k, attn_mask=mask & p[:, None, None, :])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend=backend)
+    for Lq, Lk in ((5, 9), (6, 11), (7, 23)) if continues else ((5, 5), (6, 6), (9, 9)):
+        q, k = torch.randn(B, H, Lq, D), torch.randn(B, H, Lk, D)
+        p = torch.ones(B, Lk, dtype=torch.bool)
+        for x, d in ((q, 2), (k, 2), (p, 1)):
+            torch._dynamo.mark_dynamic(x, d)
+        compiled(q, k, p)
+    (site,) = found
+    mask = site.spec.mask
+    assert mask.causal and mask.padding and mask.window is None
+    difference = site.spec.Lk.node.expr - site.spec.Lq.node.expr
+    assert (mask.offset - difference).expand() == 0
+    assert (mask.offset == 0) is False

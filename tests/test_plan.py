@@ -1,0 +1,157 @@
+"""The planner: every verdict and its reason, with methods whose answers are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from express_compile.method import METHODS, Method
+from express_compile.passes.match import AttentionSite
+from express_compile.passes.plan import check_policy, plan, plan_sites, require
+from express_compile.spec import AttentionSpec, Mask, Policy, Refusal
+
+SPEC = AttentionSpec(1, 4, 2, 100, 100, 8, 8, torch.float32, "cpu", 0.5, Mask(causal=True))
+UNKNOWN = replace(SPEC, mask=Mask(unknown="it is made up"))
+
+
+def refuse(name: str, *, dropout: bool = True) -> Any:
+    def answer(spec: AttentionSpec, policy: Policy) -> Refusal | None:
+        if spec.mask.unknown is not None:
+            return Refusal(name, f"its mask is not proven: {spec.mask.unknown}")
+        if dropout and spec.dropout_p > 0:
+            return Refusal(name, f"dropout_p={spec.dropout_p}")
+        return None
+
+    return answer
+
+
+@pytest.fixture(autouse=True)
+def _methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two methods that exist in this test alone: ``first`` (measured on CPU) and ``second`` (takes dropout)."""
+    METHODS.load()
+    known = dict(METHODS._methods)
+    base = {"summary": "", "supports": "", "refuses": ""}
+    known["first"] = Method(
+        name="first",
+        refuse=refuse("first"),
+        params=lambda spec, policy: {"s": policy.budget},
+        min_length={"cpu": 64},
+        options={"depth": 1},
+        **base,
+    )
+    known["second"] = Method(
+        name="second", refuse=refuse("second", dropout=False), params=lambda spec, policy: {}, **base
+    )
+    monkeypatch.setattr(METHODS, "_methods", known)
+    monkeypatch.setattr("express_compile.passes.plan.DEFAULT_METHODS", ("first", "exact"))
+    yield
+
+
+def test_a_method_that_was_measured_to_win_is_chosen_by_default() -> None:
+    decision = plan(SPEC, Policy(budget=32))
+    assert (decision.method, decision.verdict, decision.params) == ("first", "rewritten", {"s": 32})
+    assert decision.rejected == () and decision.reason == "causal attention"
+
+
+def test_short_static_sequences_are_exact() -> None:
+    decision = plan(replace(SPEC, Lk=63, Lq=63), Policy())
+    assert (decision.method, decision.verdict) == ("exact", "exact")
+    assert decision.reason == "63 keys are fewer than min_length 64"
+    assert plan(replace(SPEC, Lk=64, Lq=64), Policy()).verdict == "rewritten"
+    assert plan(replace(SPEC, Lk=63, Lq=63), Policy(methods=("first",))).verdict == "rewritten"  # named: from 0 on
+    assert plan(SPEC, Policy(methods=("first",), min_length=101)).verdict == "exact"
+    assert plan(SPEC, Policy(methods=("first",), min_length=100)).verdict == "rewritten"
+
+
+def test_a_device_without_measurements_is_exact_unless_the_method_is_named() -> None:
+    spec = replace(SPEC, device="cuda")
+    decision = plan(spec, Policy())
+    assert decision.verdict == "exact" and "not measured to be faster than exact attention on cuda" in decision.reason
+    assert plan(spec, Policy(methods=("first",))).method == "first"
+    assert plan(spec, Policy(min_length=50)).method == "first"
+
+
+def test_the_order_of_methods_is_kept_and_every_rejection_is_told() -> None:
+    spec = replace(SPEC, dropout_p=0.1)
+    decision = plan(spec, Policy(methods=("first", "second", "exact")))
+    assert (decision.method, decision.verdict) == ("second", "rewritten")
+    assert decision.rejected == (Refusal("first", "dropout_p=0.1"),)
+    assert plan(SPEC, Policy(methods=("second", "first"))).method == "second"
+
+
+@pytest.mark.parametrize(
+    ("spec", "methods", "verdict"),
+    [
+        (replace(SPEC, dropout_p=0.1), None, "exact"),  # nothing was named, only exact remains
+        (replace(SPEC, dropout_p=0.1), ("first",), "refused"),
+        (replace(SPEC, dropout_p=0.1), ("first", "exact"), "exact"),  # the policy allows exact
+        (UNKNOWN, None, "refused"),
+        (UNKNOWN, ("first", "second"), "refused"),
+        (UNKNOWN, ("exact",), "exact"),
+        (SPEC, ("exact", "first"), "exact"),
+    ],
+)
+def test_verdicts(spec: AttentionSpec, methods: tuple[str, ...] | None, verdict: str) -> None:
+    decision = plan(spec, Policy(methods=methods))
+    assert (decision.method, decision.verdict) == ("exact", verdict)
+    assert decision.reason
+    if spec is UNKNOWN and verdict == "refused":
+        assert "it is made up" in decision.reason
+
+
+def test_a_symbolic_length_is_decided_by_the_op_or_not_at_all() -> None:
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+    shapes = ShapeEnv()
+    source = ConstantSource("n")
+    symbol = shapes.create_symbol(100, source, DimDynamic.DYNAMIC)
+    n = shapes.create_symintnode(symbol, hint=100, source=source)
+    spec = replace(SPEC, Lq=n, Lk=n)
+    guards = len(shapes.guards)
+    decision = plan(spec, Policy(methods=("express",), min_length=512))
+    assert decision.verdict == "rewritten" and decision.params["min_length"] == 512
+    torch.library.define("express_compile::second", "(Tensor query) -> Tensor")
+    decision = plan(spec, Policy(methods=("second",), min_length=512))
+    assert decision.verdict == "refused" and "needs a known number of keys" in decision.reason
+    assert plan(spec, Policy(methods=("second",))).verdict == "rewritten"
+    assert len(shapes.guards) == guards  # a decision adds no guard
+
+
+def test_unknown_names_are_told() -> None:
+    with pytest.raises(ValueError, match=r"methods=\['frist'\]: unknown method 'frist'; allowed are .*first"):
+        plan(SPEC, Policy(methods=("frist",)))
+    with pytest.raises(ValueError, match="method_options: unknown method 'frist'; allowed are"):
+        check_policy(Policy(method_options={"frist": {}}))
+    with pytest.raises(TypeError, match=r"method_options\['first'\]: unknown option 'width'; allowed are depth"):
+        check_policy(Policy(method_options={"first": {"width": 2}}))
+    check_policy(Policy(methods=("first",), method_options={"first": {"depth": 2}}))
+
+
+def test_strict() -> None:
+    strict = Policy(methods=("first",), strict=True)
+    assert plan(SPEC, strict).verdict == "rewritten"
+    with pytest.raises(ValueError, match="1 attention site was refused.*\n.*it is made up"):
+        plan(UNKNOWN, strict)
+    assert plan(SPEC, replace(strict, min_length=1000)).verdict == "exact"  # too short is a choice, no refusal
+    refused = plan(UNKNOWN, replace(strict, strict=False))
+    require([("a", refused)], replace(strict, strict=False))
+    with pytest.raises(ValueError) as error:
+        require([("a", refused), ("fine", plan(SPEC, strict)), ("b", refused)], strict)
+    assert str(error.value).count("it is made up") == 2 and "fine" not in str(error.value)
+
+
+def test_sites_that_only_are_listed_keep_their_reason() -> None:
+    graph = torch.fx.Graph()
+    gm = torch.fx.GraphModule({}, graph)
+    site = AttentionSite(graph.placeholder("x"), gm, "m", 0, "", "softmax", refusal="not supported yet")
+    for methods, verdict in ((None, "refused"), (("first",), "refused"), (("exact",), "exact")):
+        ((_, decision),) = plan_sites([site], Policy(methods=methods))
+        assert (decision.method, decision.verdict) == ("exact", verdict)
+        assert (decision.reason == "not supported yet") == (verdict == "refused")
+    with pytest.raises(ValueError, match="m  not supported yet"):
+        plan_sites([site], Policy(strict=True))
