@@ -116,9 +116,11 @@ def operation(node: Node) -> Operation | None:
     args = tuple(node.args)
     if reflected:
         args = args[::-1]
+    if name == "where" and (node.op == "call_method" or node.target is torch.Tensor.where):
+        args = (*args[1:2], args[0], *args[2:])  # x.where(condition, other)
     if name == "arange":
         return _arange(args, dict(node.kwargs))
-    if name in ("view", "reshape") and len(args) == 2 and isinstance(args[1], torch.dtype):
+    if name == "view" and any(isinstance(value, torch.dtype) for value in (*args, *node.kwargs.values())):
         return None  # reinterprets the bits
     bound: dict[str, Any] = {}
     parameters = SIGNATURES[name]

@@ -1,0 +1,168 @@
+"""explain: what it says about a model, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from express_compile.report import Report, SiteReport, explain
+from express_compile.spec import Refusal
+
+Q = torch.randn(2, 4, 24, 8, generator=torch.Generator().manual_seed(0))
+NAMED: dict[str, Any] = {"methods": ("express",), "budget": 16}
+
+
+class Mixed(nn.Module):
+    """A causal site, a full one, and one written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.causal = Site(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True))
+        self.full = Site(lambda q: F.scaled_dot_product_attention(q, q, q))
+        self.hand = Site(lambda q: torch.softmax(q @ q.mT, -1) @ q)
+
+    def forward(self, q: torch.Tensor, times: float = 1.0) -> torch.Tensor:
+        return self.hand(self.full(self.causal(q * times)))
+
+
+class Site(nn.Module):
+    def __init__(self, f: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        return self.f(q)
+
+
+def test_every_site_is_reported_with_its_verdict() -> None:
+    report = explain(Mixed(), Q, **NAMED)
+    assert [(s.module, s.form, s.mask, s.method, s.verdict) for s in report.sites] == [
+        ("causal", "sdpa", "causal", "express", "rewritten"),
+        ("full", "sdpa", "none", "exact", "refused"),
+        ("hand", "softmax", "", "exact", "refused"),
+    ]
+    assert report.graphs == 1
+    causal, full, hand = report.sites
+    assert causal.rejected == () and full.rejected == (f"express: {full.reason}",)
+    assert "not causal" in full.reason and "form not supported yet" in hand.reason
+    assert all(s.source.startswith(__file__ + ":") for s in report.sites)
+
+    without_names = explain(Mixed(), Q)
+    assert [s.verdict for s in without_names.sites] == ["exact", "exact", "refused"]
+    asked = explain(Mixed(), Q, methods=("exact",))
+    assert [s.verdict for s in asked.sites] == ["exact"] * 3
+
+
+def test_text_and_json_agree() -> None:
+    report = explain(Mixed(), Q, example_kwargs={"times": 2.0}, **NAMED)
+    text = str(report)
+    for site in report.sites:
+        line = next(line for line in text.splitlines() if f" {site.module} " in line)
+        assert site.reason in line and site.verdict in line and site.source in line  # nothing is cut off
+    assert text.endswith("3 attention sites: 1 rewritten, 0 exact, 2 refused")
+    data = json.loads(report.to_json())
+    assert data["totals"] == {"rewritten": 1, "exact": 0, "refused": 2}
+    assert [SiteReport(**site) for site in data["sites"]] == list(report.sites)
+
+
+def test_long_reasons_and_brackets_survive() -> None:
+    reason = "because [bold]of[/bold] " + "x" * 300
+    site = SiteReport("m", "", "sdpa", "causal", "exact", "refused", reason, (Refusal("express", reason),))
+    assert site.rejected == (f"express: {reason}",)
+    text = str(Report((site, SiteReport("", "a.py:1", "sdpa", "", "exact", "exact", "r"))))
+    assert reason in text and "(root)" in text
+    assert str(Report(())) == "no attention site was found"
+
+
+def test_the_model_runs_once_unrewritten_and_untouched() -> None:
+    calls = []
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8))
+            self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            self.steps.add_(1)
+            out = F.scaled_dot_product_attention(q * self.weight, q, q, is_causal=True)
+            calls.append(out)
+            return out
+
+    model = Counted()
+    state = torch.get_rng_state()
+    report = explain(model, Q, **NAMED)
+    assert [s.verdict for s in report.sites] == ["rewritten"]
+    assert model.steps.item() == 1 and model.weight.grad is None
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(calls) == 1 and not calls[0].requires_grad
+    exact = F.scaled_dot_product_attention(Q, Q, Q, is_causal=True)
+    assert (calls[0] - exact).abs().max() < 1e-6
+
+
+def test_a_model_can_be_explained_as_often_as_one_likes_also_after_compiling() -> None:
+    model = Mixed()
+    compiled = torch.compile(model, backend="eager")
+    compiled(Q)
+    limit = torch._dynamo.config.recompile_limit
+    reports = [explain(compiled, Q, **NAMED)] + [explain(model, Q, budget=2 ** (4 + i % 4)) for i in range(10)]
+    assert [len(r.sites) for r in reports] == [3] * 11
+    assert torch._dynamo.config.recompile_limit == limit
+    # the user's own compiled model still runs what it had compiled
+    assert torch.equal(compiled(Q), model(Q))
+
+
+def test_graph_breaks_are_counted_and_every_graph_is_searched() -> None:
+    def f(q: torch.Tensor) -> torch.Tensor:
+        q = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        torch._dynamo.graph_break()
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    report = explain(f, Q, **NAMED)
+    assert report.graphs == 2 and [s.verdict for s in report.sites] == ["rewritten"] * 2
+
+
+def test_bad_input_is_told() -> None:
+    with pytest.raises(TypeError, match="unknown option 'budgets': allowed are budget"):
+        explain(Mixed(), Q, budgets=3)
+    with pytest.raises(ValueError, match="unknown method 'fast'"):
+        explain(Mixed(), Q, methods=("fast",))
+    with pytest.raises(TypeError, match="model=5: must be a torch.nn.Module or a function"):
+        explain(5, Q)
+    with pytest.raises(RuntimeError, match="captured no graph"), torch.compiler.set_stance("force_eager"):
+        explain(Mixed(), Q)
+    assert explain(lambda x: x + 1, Q).sites == ()
+
+
+def test_rewritten_models_report_what_was_done() -> None:
+    transformers = pytest.importorskip("transformers")
+    from express_compile.eager import restore_attention, rewrite_attention
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 64, (1, 24))
+    before = explain(model, ids, example_kwargs={"use_cache": False}, **NAMED)
+    rewrite_attention(model, methods=["express"], budget=16)
+    during = explain(model, ids, example_kwargs={"use_cache": False})
+    with pytest.raises(ValueError, match="budget: the model was changed by rewrite_attention"):
+        explain(model, ids, budget=32)
+    restore_attention(model)
+    assert [(s.module, s.method, s.verdict) for s in before.sites] == [
+        (s.module, s.method, s.verdict) for s in during.sites
+    ]
+    assert [s.verdict for s in before.sites] == ["rewritten"] * 2
+    assert (before.graphs, during.graphs) == (1, 0)
