@@ -48,6 +48,8 @@ def check_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, paddi
         if x.dtype not in DTYPES or x.dtype != query.dtype:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
             raise TypeError(f"{name}: dtype {x.dtype}; query, key and value must share one of {allowed}")
+        if x.dtype == torch.float64 and x.is_cuda:
+            raise TypeError(f"{name}: dtype {x.dtype}; the kernels take float16, bfloat16 or float32")
         if x.device != query.device:
             raise ValueError(f"{name}: on {x.device}, but query is on {query.device}; all must be on one device")
     B, H, Lq, D = query.shape

@@ -316,7 +316,10 @@ def halve(
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     (B, H, _, D), Dv = key.shape, value.shape[-1]
     jobs, gains, rows = _job_table(launch, rule.gain, key.device)
-    pairs = max(8, min(_PAIRS, next_power_of_two(rows // 2)))
+    BD, BDV = (max(16, next_power_of_two(x)) for x in (D, Dv))
+    # two tiles of keys and two of values are in shared memory at once
+    most = _PAIRS if (BD + BDV) * key.element_size() <= 1024 else _PAIRS // 2
+    pairs = max(8, min(most, next_power_of_two(rows // 2)))
     uniform = math.isinf(rule.gain(rows, launch[0].delta))
     scratch = functools.partial(torch.empty, dtype=torch.float32, device=key.device)
     sign = bias = tile = gains  # not touched by fair coins
@@ -343,8 +346,8 @@ def halve(
         PRECISION="ieee" if key.dtype == torch.float32 else "tf32",
         D=D,
         DV=Dv,
-        BD=max(16, next_power_of_two(D)),
-        BDV=max(16, next_power_of_two(Dv)),
+        BD=BD,
+        BDV=BDV,
         BP=pairs,
         num_warps=4,
     )

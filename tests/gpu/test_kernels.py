@@ -12,7 +12,7 @@ from express_compile.kernels._triton import philox_uniform
 from express_compile.kernels.exact import exact_attention
 from express_compile.kernels.halving import get_rule, halve, halving_matrix, walk
 from express_compile.kernels.schedule import stage
-from express_compile.kernels.segments import segment_attention_reference, segment_attention_triton
+from express_compile.kernels.segments import SegmentTable, segment_attention_reference, segment_attention_triton
 from express_compile.method import METHODS
 
 OPTIONS = dict(
@@ -107,7 +107,7 @@ def test_op_at_real_sizes(B, n, H, H_kv):
     rows = (k, v, E.gather_rows(k, kept), E.gather_rows(v, kept))
     # a few blocks of queries in float64 are enough, and all that fits in the time
     for block in (0, n // 256, n // 128 - 1):
-        one = E.SegmentTable(128, block * 128, *(x[block : block + 1] for x in
+        one = SegmentTable(128, block * 128, *(x[block : block + 1] for x in
                              (layout.table.segments, layout.table.log_weight, layout.table.tail)))  # fmt: skip
         part = q[:, :, block * 128 : block * 128 + 128]
         truth, truth_lse = segment_attention_reference(*(x.double() for x in (part, *rows)), one, 128**-0.5)
@@ -189,5 +189,5 @@ def test_tensors_on_two_devices():
     q, k, v = tokens(300, 1, 2, 1, 64, 64)
     with pytest.raises(ValueError, match="key: on cpu, but query is on cuda:0; all must be on one device"):
         METHODS["express"].op(q, k.cpu(), v, None, seed(), 0.125, 0, **OPTIONS)
-    with pytest.raises(TypeError, match="query: dtype torch.float64; the kernel takes"):
+    with pytest.raises(TypeError, match="query: dtype torch.float64; the kernels take"):
         METHODS["express"].op(*(x.double() for x in tokens(2500)), None, seed(), 0.125, 0, **OPTIONS)
