@@ -173,6 +173,24 @@ def gemma2() -> nn.Module:
     return transformers.Gemma2ForCausalLM(config)
 
 
+def gpt_oss() -> nn.Module:
+    config = transformers.GptOssConfig(
+        **common(num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=6)
+    )
+    return transformers.GptOssForCausalLM(config)
+
+
+def llava() -> nn.Module:
+    """A vision model and a language model, each with its own part of one configuration."""
+    vision = {name: size for name, size in common().items() if name.startswith(("hidden", "interm", "num_"))}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision, image_size=16, patch_size=4),
+        text_config=llama_config(),
+        image_token_index=VOCAB - 1,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
 def falcon() -> nn.Module:
     return transformers.FalconForCausalLM(
         transformers.FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
@@ -188,6 +206,7 @@ MODELS = [
     pytest.param(mistral, ["refused"] * 2, "local attention over 6 keys", id="mistral"),
     pytest.param(bert, ["refused"] * 2, "bidirectional", id="bert"),
     pytest.param(gemma2, ["refused"] * 2, "soft-cap", id="gemma2"),
+    pytest.param(gpt_oss, ["refused"] * 2, "attention sinks", id="gpt-oss"),
 ]
 
 
@@ -372,6 +391,27 @@ def test_two_models_that_share_one_config_are_independent():
     assert one.config is config and one.model.layers[0].self_attn.config is config
     assert torch.equal(logits(one, ids, mask), before)
     assert is_rewritten(two) and (logits(two, ids, mask) - before)[mask.bool()].abs().max() <= 1e-5
+
+
+def test_a_model_made_of_models_with_nested_configurations():
+    model = build(llava)
+    config, parts = model.config, (model.config.text_config, model.config.vision_config)
+    before_names = [part._attn_implementation for part in (config, *parts)]
+    ids, mask = padded_batch("right")
+    ids = torch.cat([torch.full((3, 16), VOCAB - 1), ids.clamp(max=VOCAB - 2)], 1)
+    mask = torch.cat([torch.ones(3, 16, dtype=torch.int64), mask], 1)
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    before = logits(model, ids, mask, pixel_values=pixels)
+    rewrite_attention(model, **TOY_ONLY)
+    with record_sites() as sites:
+        after = logits(model, ids, mask, pixel_values=pixels)
+    assert (after - before)[mask.bool()].abs().max() <= 1e-5
+    verdicts = {(site.verdict, "vision" in site.module, "language" in site.module) for site in sites}
+    assert verdicts == {("refused", True, False), ("rewritten", False, True)} and len(sites) == 4
+    assert [part._attn_implementation for part in (config, *parts)] == before_names
+    restore_attention(model)
+    assert model.config is config and (config.text_config, config.vision_config) == parts
+    assert torch.equal(logits(model, ids, mask, pixel_values=pixels), before)
 
 
 def test_restore_leaves_no_trace():

@@ -41,8 +41,13 @@ def sources() -> dict[str, Path]:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout, so that building leaves nothing in the real one."""
     copy = tmp_path_factory.mktemp("checkout")
-    for name in ("pyproject.toml", "LICENSE", *FOLDERS):
-        source = ROOT / name
+    for source in (
+        ROOT / "pyproject.toml",
+        *ROOT.glob("LICENSE*"),
+        *ROOT.glob("README*"),
+        *map(ROOT.joinpath, FOLDERS),
+    ):
+        name = source.name
         if source.is_dir():
             shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
