@@ -152,6 +152,10 @@ def _name(node: Node) -> tuple[str | None, bool]:
         if target.namespace != "aten" or target._schema.is_mutable:
             return None, False
         name = target._schema.name.removeprefix("aten::")
+    elif node.op == "call_function" and isinstance(target, torch._ops.OpOverloadPacket):
+        if not target._qualified_op_name.startswith("aten::"):
+            return None, False
+        name = target.__name__
     elif node.op == "call_function":
         name = getattr(target, "__name__", None)
         # a user's function may carry any name: it counts only if it *is* torch's
@@ -186,6 +190,11 @@ def mutated_inputs(node: Node) -> list[Node]:
             for i, parameter in enumerate(target._schema.arguments):
                 if parameter.alias_info is not None and parameter.alias_info.is_write:
                     written.append(args[i] if i < len(args) else kwargs.get(parameter.name))
+        elif isinstance(target, torch._ops.OpOverloadPacket):
+            if any(
+                getattr(target, overload)._schema.is_mutable for overload in target.overloads() if overload != "out"
+            ):
+                written.extend(node.all_input_nodes)
         elif isinstance(target, torch._ops.HigherOrderOperator):
             if "mutation" in target.name() or any(
                 any(mutated_inputs(inner) for inner in body.graph.nodes) for body in bodies(node)

@@ -271,6 +271,17 @@ def test_tensors_that_are_written_are_not_trusted() -> None:
 
     assert prove(written, torch.tensor(0)).unknown
 
+    @torch.library.custom_op("express_compile::toy_write", mutates_args=("x",))
+    def write(x: torch.Tensor) -> None:
+        x.fill_(True)
+
+    def by_an_op() -> torch.Tensor:
+        mask = torch.ones(6, 6, dtype=torch.bool).tril()
+        write(mask)
+        return mask
+
+    assert "modified in place" in prove(by_an_op).unknown
+
     def filled() -> torch.Tensor:
         mask = torch.ones(6, 6, dtype=torch.bool).tril()
         mask[0, 5] = True

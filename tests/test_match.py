@@ -138,6 +138,7 @@ def test_writes_are_found() -> None:
         graph.call_function(F.dropout, (x, 0.5, True, True)),
         graph.call_function(torch.ops.aten.copy_.default, (x, y)),
     ]
+    assert set(mutated_inputs(graph.call_function(torch.ops.aten.copy_, (x, y)))) == {x, y}
     assert all(mutated_inputs(node) == [x] for node in writes)
     reads = [
         graph.call_method("__and__", (x, y)),
@@ -147,6 +148,7 @@ def test_writes_are_found() -> None:
         graph.call_function(F.relu, (x,)),
         graph.call_function(F.dropout, (x, 0.5, True, False)),
         graph.call_function(torch.ops.aten.add.Tensor, (x, y)),
+        graph.call_function(torch.ops.aten.copy, (x, y)),
     ]
     assert all(mutated_inputs(node) == [] for node in reads)
 
@@ -231,7 +233,12 @@ def test_the_spec_of_plain_calls() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", [torch._C._nn.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default]
+    "target",
+    [
+        torch._C._nn.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention.default,
+        torch.ops.aten.scaled_dot_product_attention,
+    ],
 )
 def test_other_names_of_the_same_function(target: Callable) -> None:
     site = only(lambda q: target(q, q, q, is_causal=True), Q)
