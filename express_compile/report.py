@@ -89,7 +89,9 @@ class Report:
 
         columns = ("module", "source", "form", "mask", "method", "verdict", "reason")
         rows = [
-            [getattr(site, name) or ("(root)" if name == "module" else "-") for name in columns] for site in self.sites
+            [site.module or "(root)", _short(site.source) or "-", site.form, site.mask or "-"]
+            + [site.method, site.verdict, site.reason]
+            for site in self.sites
         ]
         table = Table(*columns)
         for row in rows:
@@ -101,6 +103,11 @@ class Report:
         totals = ", ".join(f"{count} {verdict}" for verdict, count in self._totals().items())
         plural = "site" if len(self.sites) == 1 else "sites"
         return f"{console.file.getvalue()}{len(self.sites)} attention {plural}: {totals}"
+
+
+def _short(source: str) -> str:
+    """The last two parts of a path; the JSON has all of it."""
+    return "/".join(source.replace("\\", "/").split("/")[-2:])
 
 
 def explain(

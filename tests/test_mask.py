@@ -309,21 +309,24 @@ def test_packed_sequences() -> None:
     assert prove(segments, torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, -1)).unknown is not None
 
 
-def literal(kind: str, shift: int, n: int, p: torch.Tensor) -> torch.Tensor:
+def literal(kind: str, shift: int, Lq: int, p: torch.Tensor) -> torch.Tensor:
+    q, k = Q(Lq), K(6)
     if kind == "causal":
-        return K(n) <= Q(n) + shift
+        return k <= q + shift
     if kind == "window":
-        return Q(n) - K(n) < 3 + shift
+        return q - k < 3 + shift
     if kind == "padding":
         return p[:, None, None, :] != 0
     if kind == "anti":
-        return K(n) >= Q(n) + shift
+        return k >= q + shift
     if kind == "stripe":
-        return (K(n) + shift) * 2 != Q(n)
-    return Q(n) >= shift
+        return (k + shift) * 2 != q
+    if kind == "prefix":
+        return k < 3 + shift
+    return q >= shift
 
 
-KINDS = ("causal", "window", "padding", "anti", "stripe", "query")
+KINDS = ("causal", "window", "padding", "anti", "stripe", "prefix", "query")
 
 
 @settings(max_examples=40)
@@ -332,17 +335,18 @@ KINDS = ("causal", "window", "padding", "anti", "stripe", "query")
     joins=st.lists(st.sampled_from(["and", "and", "and", "mul", "where", "add", "or"]), min_size=4, max_size=4),
     additive=st.booleans(),
     causal_too=st.booleans(),
+    Lq=st.sampled_from([6, 6, 4, 1]),
 )
 def test_any_combination_is_proven_right_or_unknown(
-    terms: list[tuple[str, int]], joins: list[str], additive: bool, causal_too: bool
+    terms: list[tuple[str, int]], joins: list[str], additive: bool, causal_too: bool, Lq: int
 ) -> None:
     if causal_too:
         terms = [("causal", 0), *terms[:3]]
 
     def make(p: torch.Tensor) -> torch.Tensor:
-        mask = literal(*terms[0], 6, p)
+        mask = literal(*terms[0], Lq, p)
         for (kind, shift), join in zip(terms[1:], joins, strict=False):
-            other = literal(kind, shift, 6, p)
+            other = literal(kind, shift, Lq, p)
             if join == "or":
                 mask = torch.logical_or(mask, other)
             elif join == "mul":
@@ -356,11 +360,11 @@ def test_any_combination_is_proven_right_or_unknown(
                 mask = mask & other
         if additive:
             mask = torch.zeros(()).masked_fill(~mask, -math.inf)
-        return mask.expand(B, 1, 6, 6)
+        return mask.expand(B, 1, Lq, 6)
 
-    mask = prove(make, REAL)
+    mask = prove(make, REAL, Lq=Lq)
     only = {kind for kind, _ in terms}
-    if only <= {"causal", "padding"} and "or" not in joins[: len(terms) - 1]:
+    if Lq == 6 and only <= {"causal", "padding"} and "or" not in joins[: len(terms) - 1]:
         shifts = [shift for kind, shift in terms if kind == "causal"]
         assert mask.unknown is None
         assert mask.padding == ("padding" in only)
