@@ -35,6 +35,7 @@ from express_compile.spec import AttentionSpec, Policy, Refusal, floor_power_of_
 
 from ._op import check_qkv, define_op
 from ._triton import philox_uniform
+from .contest import CONTEST, compete, compete_reference
 from .exact import exact_attention
 from .halving import HalvingRule, get_rule, halve, halve_reference
 from .schedule import Schedule, admitted, check_budget, make_schedule
@@ -46,8 +47,6 @@ from .segments import (
     segment_attention_backward,
     segment_attention_reference,
 )
-
-CONTEST = 256  # rows that compete for the protected places at a time
 
 
 @dataclass(frozen=True)
@@ -165,64 +164,19 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.gather(2, flat[..., None].expand(*flat.shape, x.shape[-1])).unflatten(2, index.shape[2:])
 
 
-def contest(
-    places: torch.Tensor, place_scores: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor, protected: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One contest for the protected places: the best ``protected`` of places and rows stay, by score.
-
-    ``places`` and ``rows`` hold token indices ``[B, H, .]`` in position order, with their scores. Returns the
-    new places, their scores, and the losers in position order.
-    """
-    index, score = torch.cat([places, rows], 2), torch.cat([place_scores, scores], 2)
-    if index.shape[2] <= protected:
-        return index, score, index[:, :, :0]
-    best = score.topk(protected, dim=2).indices
-    wins = torch.zeros_like(score, dtype=torch.bool).scatter_(2, best, True)
-    order = wins.to(torch.int8).argsort(dim=2, stable=True)  # losers, then winners, both in position order
-    index, score = index.gather(2, order), score.gather(2, order)
-    split = index.shape[2] - protected
-    return index[:, :, split:], score[:, :, split:], index[:, :, :split]
-
-
-def distinctiveness(key: torch.Tensor, key_sum: torch.Tensor, count: int) -> torch.Tensor:
-    """Score of rows that leave the window: minus the cosine similarity to the running mean key.
-
-    ``key`` ``[B, H, C, D]``, ``key_sum`` ``[B, H, D]`` the sum of the ``count`` keys that left so far.
-    """
-    return -torch.cosine_similarity(key.to(key_sum), (key_sum / count)[:, :, None], dim=-1)
-
-
-def _stream(key: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Token index of every stream row ``[B, H_kv, tokens]``, and the places after each contest."""
-    config, tokens = layout.config, layout.schedule.tokens
-    B, H = key.shape[:2]
-    if not config.protected:
-        index = torch.arange(config.sinks, config.sinks + tokens, dtype=torch.int32, device=key.device)
-        return index.expand(B, H, tokens), []
-    dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
-    key_sum = key[:, :, : config.sinks].to(dtype).sum(2)
-    places = torch.empty(B, H, 0, dtype=torch.int32, device=key.device)
-    scores = torch.empty(B, H, 0, dtype=dtype, device=key.device)
-    stream, history = [places], []
-    for i in range(layout.contests):
-        first = config.sinks + i * CONTEST
-        rows = torch.arange(first, first + CONTEST, dtype=torch.int32, device=key.device).expand(B, H, CONTEST)
-        keys = key[:, :, first : first + CONTEST]
-        key_sum = key_sum + keys.to(dtype).sum(2)
-        places, scores, losers = contest(
-            places, scores, rows, distinctiveness(keys, key_sum, first + CONTEST), config.protected
-        )
-        stream.append(losers)
-        history.append(places)
-    return torch.cat(stream, 2)[:, :, :tokens], history
-
-
 def thin_reference(
     key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, seed: torch.Tensor, layer: int
 ) -> torch.Tensor:
     """Which token every arena row is: int32 ``[B, H_kv, layout.size]``. ``key`` ``[B, H_kv, Lk, D]``,
-    ``value`` ``[B, H_kv, Lk, Dv]``. Halves on CUDA with the kernel, elsewhere with the reference."""
-    return _thin(key, value, layout, scale, seed, layer, _halve_with_reference)
+    ``value`` ``[B, H_kv, Lk, Dv]``."""
+    return _thin(key, value, layout, scale, seed, layer, compete_reference, _halve_with_reference)
+
+
+def thin_triton(
+    key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, seed: torch.Tensor, layer: int
+) -> torch.Tensor:
+    """:func:`thin_reference` with the kernels."""
+    return _thin(key, value, layout, scale, seed, layer, compete, halve)
 
 
 def _halve_with_reference(arena, key, value, launch, rule, scale, seed, layer) -> None:
@@ -238,17 +192,17 @@ def _halve_with_reference(arena, key, value, launch, rule, scale, seed, layer) -
         arena[:, :, job.target : job.target + job.rows // 2 * job.buckets] = kept.flatten(2)
 
 
-def _thin(key, value, layout, scale, seed, layer, halve_launch) -> torch.Tensor:
+def _thin(key, value, layout, scale, seed, layer, competition, halve_launch) -> torch.Tensor:
     B, H = key.shape[:2]
     schedule, config = layout.schedule, layout.config
     arena = torch.empty(B, H, layout.size, dtype=torch.int32, device=key.device)
-    stream, history = _stream(key, layout)
-    arena[:, :, : schedule.tokens] = stream
-    for i, places in enumerate(history):
-        at = schedule.size + i * config.protected
-        arena[:, :, at : at + config.protected] = torch.nn.functional.pad(
-            places, (0, config.protected - places.shape[2])
-        )
+    if config.protected:
+        stream, places = competition(key, config.sinks, layout.contests, config.protected)
+        arena[:, :, : schedule.tokens] = stream[:, :, : schedule.tokens]
+        arena[:, :, schedule.size :] = places.flatten(2)
+    else:
+        first = config.sinks
+        arena[:, :, : schedule.tokens] = torch.arange(first, first + schedule.tokens, device=key.device)
     for job in schedule.subsamples:
         rows = torch.arange(job.rows, device=key.device)
         draws = philox_uniform(seed, layer, rows, 0, job.stage, sequence_counter(B, H, key.device)[..., None])
@@ -303,7 +257,7 @@ def _prefill(
 def _select(query, key, value, config, scale, seed, layer) -> tuple[Layout, tuple]:
     """The layout, and (token index, keys, values) of the compacted rows."""
     layout = make_layout(config, query.shape[2], key.shape[2])
-    arena = _thin(key, value, layout, scale, seed, layer, halve if key.is_cuda else _halve_with_reference)
+    arena = (thin_triton if key.is_cuda else thin_reference)(key, value, layout, scale, seed, layer)
     kept = arena[:, :, layout.compacted_from :]
     return layout, (kept, gather_rows(key, kept), gather_rows(value, kept))
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 
 from ._triton import philox_uniform
-from .express import CONTEST, ExpressConfig, contest, distinctiveness, gather_rows, sequence_counter
+from .contest import CONTEST, contest, distinctiveness
+from .express import ExpressConfig, gather_rows, sequence_counter
 from .halving import halve_reference
 from .schedule import CLOSE_FIRST, CLOSE_SECOND, SUBSAMPLE, Round, stage
 

@@ -61,31 +61,34 @@ def causal_table(Lq: int, Lk: int, block: int = 128) -> SegmentTable:
     )
 
 
-def _block_rows(table: SegmentTable, block: int, buffers: tuple) -> tuple[list, torch.Tensor]:
-    """Slices of the two buffers that a block sees: ``[(source, start, stop)]``, and the log-weight per row."""
+def _block_rows(table: SegmentTable, block: int, queries: int) -> tuple[list, torch.Tensor]:
+    """What a block sees of the two buffers, ``[(source, start, stop)]``, and the log-weight per row.
+
+    ``queries`` is the number of queries in all: the last block may be shorter than the others.
+    """
     begin = block * table.block + table.q_offset
     slices, weights = [], []
     for (source, first, length), weight in zip(table.segments[block].tolist(), table.log_weight[block], strict=True):
         if length:
             slices.append((source, first, first + length))
             weights.append(np.full(length, weight))
-    stop = min(begin + table.block, buffers[TOKENS].shape[2])
+    stop = min(begin + table.block, table.q_offset + queries)
     slices.append((TOKENS, int(table.tail[block]), stop))
     weights.append(np.zeros(stop - int(table.tail[block])))
     return slices, torch.from_numpy(np.concatenate(weights))
 
 
-def _block_scores(
-    query: torch.Tensor, keys: torch.Tensor, weight: torch.Tensor, scale: float, begin: int, stop: int
-) -> torch.Tensor:
-    """Masked scores ``[B, H_kv, g * b, R]`` of queries ``[B, H_kv, g, b, D]`` at positions ``begin ..``."""
+def _block_scores(query: torch.Tensor, keys: torch.Tensor, weight: torch.Tensor, scale: float) -> torch.Tensor:
+    """Masked scores ``[B, H_kv, g * b, R]`` of the queries ``[B, H_kv, g, b, D]`` of one block.
+
+    The last b of the R rows are the queries' own tokens; every other row is visible to the whole block.
+    """
     B, H_kv, g, b, _ = query.shape
-    scores = (query.reshape(B, H_kv, g * b, -1) @ keys.mT) * scale
-    scores = scores + weight.to(scores)
-    position = torch.arange(begin, begin + b, device=query.device)
-    # the tail comes last and ends at token `stop`; everything before it is visible to the whole block
-    hidden = torch.arange(stop - keys.shape[2], stop, device=query.device) > position[:, None]
-    return scores.masked_fill(hidden.repeat(g, 1), -math.inf)
+    scores = (query.reshape(B, H_kv, g * b, -1) * scale) @ keys.mT
+    scores += weight.to(scores)
+    hidden = torch.ones(b, b, dtype=torch.bool, device=query.device).triu(1)
+    scores[..., scores.shape[-1] - b :].masked_fill_(hidden.repeat(g, 1), -math.inf)
+    return scores
 
 
 def _grouped(x: torch.Tensor, H_kv: int) -> torch.Tensor:
@@ -114,13 +117,15 @@ def segment_attention_reference(
     lse = torch.empty(query.shape[:3], dtype=dtype, device=query.device)
     for block in range(len(table.tail)):
         first, last = block * table.block, min((block + 1) * table.block, Lq)
-        slices, weight = _block_rows(table, block, (key, compacted_key))
+        slices, weight = _block_rows(table, block, Lq)
         keys = torch.cat([(key, compacted_key)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
         values = torch.cat([(value, compacted_value)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
         rows = q[:, :, :, first:last].to(dtype)
-        scores = _block_scores(rows, keys, weight, scale, first + table.q_offset, slices[-1][2])
-        total = scores.logsumexp(-1)
-        result = torch.exp(scores - total[..., None]) @ values
+        scores = _block_scores(rows, keys, weight, scale)
+        top = scores.detach().amax(-1, keepdim=True)
+        weights = scores.sub_(top).exp_()
+        mass = weights.sum(-1, keepdim=True)
+        result, total = weights @ values / mass, (top + mass.log())[..., 0]
         _grouped(out, H_kv)[:, :, :, first:last] = result.unflatten(2, (rows.shape[2], -1)).to(out.dtype)
         _grouped(lse, H_kv)[:, :, :, first:last] = total.unflatten(2, (rows.shape[2], -1))
     return out, lse
@@ -150,12 +155,12 @@ def segment_attention_backward(
     q, o, do, total = (_grouped(x, H_kv) for x in (query, out, grad, lse))
     for block in range(len(table.tail)):
         first, last = block * table.block, min((block + 1) * table.block, Lq)
-        slices, weight = _block_rows(table, block, (key, compacted_key))
+        slices, weight = _block_rows(table, block, Lq)
         keys = torch.cat([(key, compacted_key)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
         values = torch.cat([(value, compacted_value)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
         rows = q[:, :, :, first:last].to(dtype)
         g = rows.shape[2]
-        scores = _block_scores(rows, keys, weight, scale, first + table.q_offset, slices[-1][2])
+        scores = _block_scores(rows, keys, weight, scale)
         probability = torch.exp(scores - total[:, :, :, first:last].flatten(2, 3)[..., None])
         d_out = do[:, :, :, first:last].to(dtype).flatten(2, 3)
         delta = (d_out * o[:, :, :, first:last].to(dtype).flatten(2, 3)).sum(-1, keepdim=True)

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from express_compile.kernels import express as E
+from express_compile.kernels.contest import CONTEST, compete, compete_reference
 from express_compile.kernels.express_state import ExpressState
-from express_compile.kernels.halving import get_rule, halve
+from express_compile.kernels.halving import get_rule
 from express_compile.method import METHODS
 from express_compile.spec import AttentionSpec, Mask, Policy
 
@@ -230,16 +231,44 @@ def test_a_fraction_of_the_keys():
     n=st.integers(60, 110),
     D=st.sampled_from([8, 20]),
     Dv=st.sampled_from([8, 12]),
-    protected=st.sampled_from([0, 5]),
     dtype=st.sampled_from([torch.float16, torch.float32]),
 )
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_kernels_end_to_end(poison, n, D, Dv, protected, dtype):
-    q, k, v = tokens(n, 1, 2, 1, D, Dv, dtype)
-    config = E.ExpressConfig(8, 2, 2, 5, protected, block=32)
-    layout = E.make_layout(config, n, n)
-    arena = E._thin(k, v, layout, 0.3, SEED, 1, halve)
-    assert torch.equal(arena, E.thin_reference(k, v, layout, 0.3, SEED, 1))
+def test_kernels_end_to_end(poison, n, D, Dv, dtype):
+    _, k, v = tokens(n, 1, 2, 1, D, Dv, dtype)
+    layout = E.make_layout(E.ExpressConfig(8, 2, 2, 5, block=32), n, n)
+    assert torch.equal(E.thin_triton(k, v, layout, 0.3, SEED, 1), E.thin_reference(k, v, layout, 0.3, SEED, 1))
+
+
+# -- protected rows ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protected, contests", [(5, 0), (5, 1), (200, 3), (300, 1), (300, 3), (256, 2)])
+def test_contest_kernel(poison, protected, contests):
+    sinks = 3
+    _, k, _ = tokens(sinks + contests * CONTEST, H_kv=2, D=20, dtype=torch.float32)
+    k = k + torch.randn(20, generator=torch.Generator().manual_seed(1))
+    stream, places = compete(k, sinks, contests, protected)
+    expected_stream, expected_places = compete_reference(k, sinks, contests, protected)
+    assert torch.equal(stream, expected_stream)
+    assert torch.equal(places.sort(-1).values, expected_places.sort(-1).values)
+
+
+def test_protected_rows_are_the_most_distinctive_so_far():
+    protected, contests, sinks = 100, 4, 7
+    _, k, _ = tokens(sinks + contests * CONTEST, D=6)
+    k = k + 0.5
+    stream, places = compete_reference(k, sinks, contests, protected)
+    score = torch.empty(contests * CONTEST)
+    for i in range(contests):  # frozen when the row leaves: the mean of all keys up to the end of its contest
+        rows = slice(sinks + i * CONTEST, sinks + (i + 1) * CONTEST)
+        mean = k[0, 0, : rows.stop].mean(0)
+        score[i * CONTEST : (i + 1) * CONTEST] = -torch.cosine_similarity(k[0, 0, rows], mean[None], dim=-1)
+    for i in range(contests):
+        best = score[: (i + 1) * CONTEST].topk(protected).indices + sinks
+        assert torch.equal(places[0, 0, i].sort().values.long(), best.sort().values)
+    everything = torch.cat([stream[0, 0], places[0, 0, -1]]).sort().values
+    assert torch.equal(everything.long(), torch.arange(sinks, sinks + contests * CONTEST)), "protected or streamed"
 
 
 @pytest.mark.parametrize("kv_heads, protected, padded", [(2, 0, False), (1, 5, True)])

@@ -10,7 +10,7 @@ import torch
 from express_compile.kernels import express as E
 from express_compile.kernels._triton import philox_uniform
 from express_compile.kernels.exact import exact_attention
-from express_compile.kernels.halving import get_rule, halve, halving_matrix, walk
+from express_compile.kernels.halving import get_rule, halving_matrix, walk
 from express_compile.kernels.schedule import stage
 from express_compile.kernels.segments import SegmentTable, segment_attention_reference, segment_attention_triton
 from express_compile.method import METHODS
@@ -65,7 +65,7 @@ def test_halving_decisions(poison, rule, dtype, D):
     config = E.ExpressConfig(s, E.default_inflation(s), 32, 64, rule=get_rule(rule))
     layout = E.make_layout(config, n, n)
     scale = D**-0.5
-    arena = E._thin(k, v, layout, scale, seed(), 1, halve)
+    arena = E.thin_triton(k, v, layout, scale, seed(), 1)
     judged = 0
     for launch in layout.schedule.launches:
         for job in launch:
@@ -102,7 +102,7 @@ def test_op_at_real_sizes(B, n, H, H_kv):
     again, _ = METHODS["express"].op(q, k, v, None, seed(), 128**-0.5, 3, **options)
     assert torch.equal(out, again), "same seed, same bits"
     layout = E.make_layout(E.ExpressConfig(512, 7), n, n)
-    arena = E._thin(k, v, layout, 128**-0.5, seed(), 3, halve)
+    arena = E.thin_triton(k, v, layout, 128**-0.5, seed(), 3)
     kept = arena[:, :, layout.compacted_from :]
     rows = (k, v, E.gather_rows(k, kept), E.gather_rows(v, kept))
     # a few blocks of queries in float64 are enough, and all that fits in the time
