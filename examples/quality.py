@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from measures import chunk_bootstrap, recalls, token_statistics
-from models import load_smollm2, long_texts, needle_prompts
+from models import REPETITIVE, load_smollm2, long_texts, needle_prompts
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -111,62 +111,74 @@ def describe(policy: Policy) -> str:
 KL_GRID = [
     *[express(256, 0, 0, rule) for rule in ("balanced", "kernel", "uniform")],
     *[express(256, 32, window, rule) for window in (32, 512) for rule in ("balanced", "kernel", "uniform")],
-    *[express(256, 32, window, "balanced", x) for window in (32, 512) for x in (1.0, 0.5, 0.0625, 0.015625)],
+    *[express(256, 32, window, "balanced", x) for window in (32, 512) for x in (1.0, 0.0625)],
     *[express(256, 32, window, rule, seed=1) for window in (32, 512) for rule in ("balanced", "uniform")],
     express(512, 32, 256),
     express(512, 32, 32),
     express(128, 32, 1024),
     express(256, 32, 512, protected=256),
+    express(256, 32, 256, protected=256),
+    express(512, 32, 256, protected=256),
+    express(128, 32, 512, protected=256),
+    express(128, 32, 512, protected=512),
     express(128, 32, 256, protected=512),
     express(64, 32, 256, protected=768),
-    streaming(32, 1200),
-    streaming(32, 1984),
-]  # fmt: skip
+    streaming(32, 1250),
+    streaming(32, 1904),
+]
 NEEDLE_GRID = [
     express(256, 32, 512),
     express(256, 32, 512, "uniform"),
     express(512, 32, 256),
     express(256, 32, 512, protected=256),
+    express(256, 32, 256, protected=256),
+    express(512, 32, 256, protected=256),
+    express(128, 32, 512, protected=512),
     express(128, 32, 256, protected=512),
     express(64, 32, 256, protected=768),
-    streaming(32, 1200),
+    streaming(32, 1250),
 ]
 
 # -- running -----------------------------------------------------------------------------------------------------
 
 
-def kl_rows(model, tokenizer, device: str, length: int, texts: int, policies: list[Policy]) -> list[dict]:
-    """KL, top-1 agreement and perplexities of every policy over the first ``texts`` long texts."""
-    ids = [tokenizer(text, return_tensors="pt").input_ids[:, :length].to(device) for text in long_texts().values()]
-    ids = [x for x in ids if x.shape[1] == length][:texts]
+def kl_rows(model, tokenizer, device: str, length: int, names: list[str], policies: list[Policy]) -> list[dict]:
+    """KL, top-1 agreement and loss of every policy over the texts ``names``, natural and repetitive ones apart."""
+    ids = {name: tokenizer(long_texts()[name], return_tensors="pt").input_ids[:, :length].to(device) for name in names}
     first = min(FROM, length // 4)
 
     def hidden(x):
         return model.model(x, use_cache=False).last_hidden_state
 
     with torch.no_grad():
-        exact = [hidden(x).cpu() for x in ids]
+        exact = {name: hidden(x).cpu() for name, x in ids.items()}
     rows = []
     for policy in track(policies, description=f"KL over {len(ids)} texts of {length} tokens"):
         rewrite_attention(model, policy=policy)
-        stats = []
-        for x, reference in zip(ids, exact, strict=True):
+        stats = {}
+        for name, x in ids.items():
             with torch.no_grad():
-                stats.append(token_statistics(reference.to(device), hidden(x), model.lm_head, x).tail(first))
+                stats[name] = token_statistics(exact[name].to(device), hidden(x), model.lm_head, x).tail(first)
         restore_attention(model)
-        common = dict(task="texts", n=length, method=policy.methods[0], params=describe(policy))
+        common = dict(n=length, method=policy.methods[0], params=describe(policy))
         common["rows"] = round(rows_seen(policy, length, first), 1)
-        for metric, values in (
-            ("kl", [s.kl for s in stats]),
-            ("top1", [s.agree for s in stats]),
-            ("nll_increase", [s.nll - s.nll_exact for s in stats]),
-        ):
-            mean, low, high = chunk_bootstrap(values)
-            rows.append({**common, "metric": metric, "value": mean, "low": low, "high": high})
-        p99 = float(np.quantile(np.concatenate([s.kl for s in stats]), 0.99))
-        rows.append({**common, "metric": "kl_p99", "value": p99})
-        for name, s in zip(long_texts(), stats, strict=False):
-            rows.append({**common, "task": f"text:{name}", "metric": "kl", "value": s.kl.mean()})
+        groups = {"natural texts": [n for n in names if n not in REPETITIVE]}
+        groups["repetitive texts"] = [n for n in names if n in REPETITIVE]
+        for task, members in groups.items():
+            if not members:
+                continue
+            chosen = [stats[name] for name in members]
+            for metric, values in (
+                ("kl", [s.kl for s in chosen]),
+                ("top1", [s.agree for s in chosen]),
+                ("nll_increase", [s.nll - s.nll_exact for s in chosen]),
+            ):
+                mean, low, high = chunk_bootstrap(values)
+                rows.append({**common, "task": task, "metric": metric, "value": mean, "low": low, "high": high})
+            p99 = float(np.quantile(np.concatenate([s.kl for s in chosen]), 0.99))
+            rows.append({**common, "task": task, "metric": "kl_p99", "value": p99})
+        for name, s in stats.items():
+            rows.append({**common, "task": f"text:{name}", "metric": "kl", "value": float(s.kl.mean())})
     return rows
 
 
@@ -202,7 +214,7 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_smollm2(device, torch.bfloat16 if device == "cuda" else torch.float32)
-    rows = kl_rows(model, tokenizer, device, args.length, args.texts, KL_GRID[: args.policies])
+    rows = kl_rows(model, tokenizer, device, args.length, list(long_texts())[: args.texts], KL_GRID[: args.policies])
     for length in args.needle_lengths if args.needles else []:
         rows += needle_rows(model, tokenizer, device, length, args.needles, NEEDLE_GRID[: args.policies])
 

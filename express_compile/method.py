@@ -80,6 +80,10 @@ class _Methods(Mapping[str, Method]):
             raise ValueError(f"unknown method {name!r}: allowed are {', '.join(self._methods)}")
         return self._methods[name]
 
+    def __contains__(self, name: object) -> bool:
+        self.load()
+        return name in self._methods
+
     def __iter__(self) -> Iterator[str]:
         self.load()
         return iter(self._methods)
