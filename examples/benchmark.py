@@ -33,11 +33,11 @@ COLUMNS = (
     "opponent_ms_p50,speedup,error,peak_mb"
 ).split(",")
 SETTINGS = [
-    Policy(budget=512, sinks=32, window=32),
-    Policy(budget=256, sinks=32, window=512),
+    Policy(budget=512, sinks=32, window=32, protected=0),
+    Policy(budget=256, sinks=32, window=512, protected=0),
+    Policy(budget=1024, sinks=32, window=32, protected=0),
+    Policy(budget=256, sinks=32, window=256, protected=256),
     Policy(),
-    Policy(budget=1024, sinks=32, window=32),
-    Policy(budget=256, sinks=32, window=512, protected=256),
 ]
 LAYER = 0
 

@@ -79,10 +79,20 @@ register(
 # -- the policies ------------------------------------------------------------------------------------------------
 
 
-def express(budget: int, sinks: int, window: int, halving: str = "balanced", flatten: float = 0.0, **more) -> Policy:
+def express(
+    budget: int, sinks: int, window: int, halving: str = "balanced", flatten: float = 0.0, protected: int = 0, **more
+) -> Policy:
     options = {"express": {"flatten": flatten}} if flatten else {}
-    return Policy(budget=budget, sinks=sinks, window=window, halving=halving, methods=("express",), min_length=0,
-                  method_options=options, **more)  # fmt: skip
+    return Policy(
+        budget=budget,
+        sinks=sinks,
+        window=window,
+        protected=protected,
+        halving=halving,
+        methods=("express",),
+        method_options=options,
+        **more,
+    )
 
 
 def streaming(sinks: int, window: int) -> Policy:

@@ -97,7 +97,8 @@ class Policy:
         a fraction of the number of keys, resolved at run time.
     methods: names of the methods to try, in order of preference; ``None`` leaves the choice to us.
     sinks, window: the first and the last tokens, which are always held exactly.
-    protected: places for distinctive rows that are held exactly wherever they are.
+    protected: places for the most distinctive rows, which are held exactly wherever they are; without them
+        thinning forgets single facts (README, "What it forgets").
     halving: name of a registered halving rule.
     inflation: M of the Express paper; ``None`` means ``h - 2`` for ``s = 2**h``.
     seed: an int gives the same result at every call; ``None`` draws a fresh seed from torch's default
@@ -114,7 +115,7 @@ class Policy:
     methods: tuple[str, ...] | None = None
     sinks: int = 32
     window: int = 256
-    protected: int = 0
+    protected: int = 256
     halving: str = "balanced"
     inflation: int | None = None
     seed: int | None = 0
