@@ -140,8 +140,9 @@ def halve_reference(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Kernel: one program per (bucket, sequence). The kernel matrix lives in tiles of BR rows; what earlier tiles
-# decided enters through g(x) = sum_r sigma_r kappa(x_r, x), so that only the diagonal tile is walked.
+# Kernels. A bucket is walked in tiles of BR rows, one program per tile: what the tiles before it decided enters
+# through g(x) = sum_r sigma_r kappa(x_r, x), so that only the tile on the diagonal is walked. Programs of one
+# bucket run side by side; each computes its kernel values while it waits for the signs of the tile before.
 
 
 @jit
@@ -165,60 +166,36 @@ def _kappa(b_k, b_v, b_bias, b_k2, b_v2, b_bias2, scale, shift, v_max, PRECISION
 
 
 @jit
-def _halve_kernel(
-    p_arena,
-    p_sign,
-    p_bias,
-    p_tile,
-    p_k,
-    p_v,
-    p_jobs,
-    p_gain,
-    p_seed,
-    layer,
-    scale,
-    arena_rows,
-    H,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    CENTRE: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BD: tl.constexpr,
-    BDV: tl.constexpr,
-    BP: tl.constexpr,
-):
-    BR: tl.constexpr = 2 * BP
+def _coin_kernel(
+    p_arena, p_jobs, p_seed, layer, arena_rows, H, BP: tl.constexpr,
+):  # fmt: skip
+    """A fair coin per pair: one program per (bucket, sequence)."""
+    i_seq = tl.program_id(1).to(tl.int64)
+    p_job = p_jobs + tl.program_id(0) * 5
+    source, target, rows = tl.load(p_job), tl.load(p_job + 1), tl.load(p_job + 2)
+    stage, bucket = tl.load(p_job + 3), tl.load(p_job + 4)
+    seed, sequence = tl.load(p_seed), ((i_seq // H) * 65536 + i_seq % H).to(tl.int32)
+    p_arena += i_seq * arena_rows
+    for pair in range(0, rows // 2, BP):
+        o_p = pair + tl.arange(0, BP)
+        b_u = draw_uniform(seed, layer, o_p, bucket, stage, sequence)
+        b_row = tl.load(p_arena + source + 2 * o_p + (b_u < 0.5).to(tl.int32), mask=o_p < rows // 2, other=0)
+        tl.store(p_arena + target + o_p, b_row, mask=o_p < rows // 2)
+
+
+@jit
+def _statistics_kernel(
+    p_arena, p_bias, p_statistics, p_k, p_v, p_jobs, scale, arena_rows, H,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    CENTRE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Centring term of every row, and the shift and v_max of the bucket: one program per (bucket, sequence)."""
     i_job, i_seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i_b, i_h = i_seq // H, i_seq % H
-    source, target, rows = tl.load(p_jobs + i_job * 5), tl.load(p_jobs + i_job * 5 + 1), tl.load(p_jobs + i_job * 5 + 2)
-    stage, bucket = tl.load(p_jobs + i_job * 5 + 3), tl.load(p_jobs + i_job * 5 + 4)
-    seed, sequence = tl.load(p_seed), (i_b * 65536 + i_h).to(tl.int32)
+    source, rows = tl.load(p_jobs + i_job * 5), tl.load(p_jobs + i_job * 5 + 2)
+    p_k += (i_seq // H) * stride_kb + (i_seq % H) * stride_kh
+    p_v += (i_seq // H) * stride_vb + (i_seq % H) * stride_vh
     p_in = p_arena + i_seq * arena_rows + source
-    p_out = p_arena + i_seq * arena_rows + target
-    o_p, o_r = tl.arange(0, BP), tl.arange(0, BR)
-
-    if UNIFORM:
-        for pair in range(0, rows // 2, BP):
-            m_p = pair + o_p < rows // 2
-            b_u = draw_uniform(seed, layer, pair + o_p, bucket, stage, sequence)
-            b_row = tl.load(p_in + 2 * (pair + o_p) + (b_u < 0.5).to(tl.int32), mask=m_p, other=0)
-            tl.store(p_out + pair + o_p, b_row, mask=m_p)
-        return
-
-    p_k += i_b * stride_kb + i_h * stride_kh
-    p_v += i_b * stride_vb + i_h * stride_vh
-    p_sign += i_seq * arena_rows + target
-    p_bias += i_seq * arena_rows + source
-    p_tile += (i_seq * tl.num_programs(0) + i_job) * BP * BP
-    gain = tl.load(p_gain + i_job)
-
+    o_r = tl.arange(0, BR)
     b_centre = tl.zeros([BD], tl.float32)
     b_v_max = tl.zeros([BR], tl.float32)
     for r in range(0, rows, BR):
@@ -228,73 +205,118 @@ def _halve_kernel(
         b_v_max = tl.maximum(b_v_max, tl.max(tl.abs(b_v), 1))
     b_centre = b_centre / rows if CENTRE else b_centre * 0.0
     half = 0.5 * tl.sum(b_centre * b_centre)
-    v_max = tl.max(b_v_max)
     b_norm = tl.full([BR], float("-inf"), tl.float32)
     for r in range(0, rows, BR):
         m_r = r + o_r < rows
         b_k = _load_rows(p_k, p_in, r + o_r, m_r, stride_kn, D, BD).to(tl.float32)
         b_bias = tl.sum(b_k * b_centre[None, :], 1) - half
         b_norm = tl.maximum(b_norm, tl.where(m_r, tl.sum(b_k * b_k, 1) - 2.0 * b_bias, float("-inf")))
-        tl.store(p_bias + r + o_r, b_bias, mask=m_r)
-    shift = tl.max(b_norm) * scale
-    tl.debug_barrier()
+        tl.store(p_bias + i_seq * arena_rows + source + r + o_r, b_bias, mask=m_r)
+    p_statistics += (i_seq * tl.num_programs(0) + i_job) * 2
+    tl.store(p_statistics, tl.max(b_norm) * scale)
+    tl.store(p_statistics + 1, tl.max(b_v_max))
 
+
+@jit
+def _walk_kernel(
+    p_arena, p_sign, p_bias, p_tile, p_top, p_statistics, p_done, p_ticket, p_k, p_v, p_jobs, p_gain, p_tiles, p_seed,
+    layer, scale, arena_rows, jobs, sequences, H,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    BP: tl.constexpr,
+):  # fmt: skip
+    """One tile of pairs of one bucket of one sequence.
+
+    Tiles are numbered in the order in which programs start (a ticket), first tiles of all buckets first: a
+    program only ever waits for one that started before it, so that the wait always ends.
+    """
+    BR: tl.constexpr = 2 * BP
+    ticket = tl.atomic_add(p_ticket, 1)
+    i_tile, i_seq = ticket // sequences, (ticket % sequences).to(tl.int64)
+    i_job, i_block = tl.load(p_tiles + i_tile * 2), tl.load(p_tiles + i_tile * 2 + 1)
+    p_job = p_jobs + i_job * 5
+    source, target, rows = tl.load(p_job), tl.load(p_job + 1), tl.load(p_job + 2)
+    stage, bucket, gain = tl.load(p_job + 3), tl.load(p_job + 4), tl.load(p_gain + i_job)
+    seed, sequence = tl.load(p_seed), ((i_seq // H) * 65536 + i_seq % H).to(tl.int32)
+    p_k += (i_seq // H) * stride_kb + (i_seq % H) * stride_kh
+    p_v += (i_seq // H) * stride_vb + (i_seq % H) * stride_vh
+    p_in = p_arena + i_seq * arena_rows + source
+    p_out = p_arena + i_seq * arena_rows + target
+    p_sign += i_seq * arena_rows + target
+    p_bias += i_seq * arena_rows + source
+    p_top += i_seq * jobs + i_job
+    p_done += i_seq * jobs + i_job
+    p_tile += ticket.to(tl.int64) * BP * BP
+    shift = tl.load(p_statistics + (i_seq * jobs + i_job) * 2)
+    v_max = tl.load(p_statistics + (i_seq * jobs + i_job) * 2 + 1)
+
+    o_p, o_r = tl.arange(0, BP), tl.arange(0, BR)
+    r = i_block * BR
+    m_r, m_p = r + o_r < rows, r // 2 + o_p < rows // 2
     alternating = (1 - 2 * (o_r % 2)).to(tl.float32)  # [BR] + for the first row of a pair, - for the second
-    b_top = tl.zeros([BP], tl.float32)  # largest b of all earlier tiles
-    for r in range(0, rows, BR):
-        m_r = r + o_r < rows
-        m_p = r // 2 + o_p < rows // 2
-        b_k = _load_rows(p_k, p_in, r + o_r, m_r, stride_kn, D, BD)
-        b_v = _load_rows(p_v, p_in, r + o_r, m_r, stride_vn, DV, BDV)
-        b_bias = tl.load(p_bias + r + o_r, mask=m_r, other=0.0)
-        b_g = tl.zeros([BR], tl.float32)
-        for j in range(0, r, BR):
-            b_k2 = _load_rows(p_k, p_in, j + o_r, o_r < BR, stride_kn, D, BD)
-            b_v2 = _load_rows(p_v, p_in, j + o_r, o_r < BR, stride_vn, DV, BDV)
-            b_bias2 = tl.load(p_bias + j + o_r)
-            b_sigma = tl.load(p_sign + (j + o_r) // 2) * alternating
-            b_kappa = _kappa(b_k2, b_v2, b_bias2, b_k, b_v, b_bias, scale, shift, v_max, PRECISION)
-            b_g += tl.sum(b_kappa * b_sigma[:, None], 0)
-        b_alpha = -tl.sum(tl.reshape(b_g * alternating, [BP, 2]), 1)  # [BP]
+    b_k = _load_rows(p_k, p_in, r + o_r, m_r, stride_kn, D, BD)
+    b_v = _load_rows(p_v, p_in, r + o_r, m_r, stride_vn, DV, BDV)
+    b_bias = tl.load(p_bias + r + o_r, mask=m_r, other=0.0)
+    b_kappa = _kappa(b_k, b_v, b_bias, b_k, b_v, b_bias, scale, shift, v_max, PRECISION)
+    b_kappa = tl.where(m_r[:, None] & m_r[None, :], b_kappa * alternating[:, None] * alternating[None, :], 0.0)
+    b_d = tl.sum(tl.sum(tl.reshape(b_kappa, [BP, 2, BP, 2]), 3), 1)  # [BP, BP]
+    tl.store(p_tile + o_p[:, None] * BP + o_p[None, :], tl.where(o_p[:, None] < o_p[None, :], b_d, 0.0))
+    b_b = tl.sqrt(tl.maximum(tl.sum(tl.where(o_p[:, None] == o_p[None, :], b_d, 0.0), 1), 0.0))
+    b_largest = tl.associative_scan(b_b, 0, _max)
+    b_u = draw_uniform(seed, layer, r // 2 + o_p, bucket, stage, sequence)
 
-        b_kappa = _kappa(b_k, b_v, b_bias, b_k, b_v, b_bias, scale, shift, v_max, PRECISION)
-        b_kappa = tl.where(m_r[:, None] & m_r[None, :], b_kappa * alternating[:, None] * alternating[None, :], 0.0)
-        b_d = tl.sum(tl.sum(tl.reshape(b_kappa, [BP, 2, BP, 2]), 3), 1)  # [BP, BP]
-        tl.store(p_tile + o_p[:, None] * BP + o_p[None, :], tl.where(o_p[:, None] < o_p[None, :], b_d, 0.0))
-        b_b = tl.sqrt(tl.maximum(tl.sum(tl.where(o_p[:, None] == o_p[None, :], b_d, 0.0), 1), 0.0))
-        b_product = b_b * tl.maximum(tl.associative_scan(b_b, 0, _max), b_top)
-        b_top = tl.maximum(b_top, tl.max(b_b))
-        b_u = draw_uniform(seed, layer, r // 2 + o_p, bucket, stage, sequence)
-        # u < 1/2 (1 - alpha / a) as a threshold on alpha; a tie (alpha = 0) and a_i = 0 become fair coins
-        b_threshold = (1.0 - 2.0 * b_u) * tl.maximum(gain * b_product, 1e-37)
-        b_threshold = tl.where(b_product > 0, b_threshold, tl.where(b_u < 0.5, float("inf"), float("-inf")))
-        tl.debug_barrier()
-        for i in tl.static_range(BP):
-            b_row = tl.load(p_tile + i * BP + o_p)  # row i of D, zero up to column i
-            b_now = tl.where(b_alpha < b_threshold, -1.0, 1.0)
-            b_alpha -= tl.gather(b_now, tl.full([BP], i, tl.int32), 0) * b_row
-        b_sign = tl.where(b_alpha < b_threshold, -1.0, 1.0)
-        tl.store(p_sign + r // 2 + o_p, b_sign, mask=m_p)
-        b_row = tl.load(p_in + r + 2 * o_p + (b_sign < 0).to(tl.int32), mask=m_p, other=0)
-        tl.store(p_out + r // 2 + o_p, b_row, mask=m_p)
-        tl.debug_barrier()
+    b_g = tl.zeros([BR], tl.float32)
+    done = 0
+    for j in range(0, i_block):
+        o_j = j * BR + o_r
+        b_k2 = _load_rows(p_k, p_in, o_j, o_r < BR, stride_kn, D, BD)
+        b_v2 = _load_rows(p_v, p_in, o_j, o_r < BR, stride_vn, DV, BDV)
+        b_kappa = _kappa(b_k2, b_v2, tl.load(p_bias + o_j), b_k, b_v, b_bias, scale, shift, v_max, PRECISION)
+        while done <= j:
+            done = tl.atomic_add(p_done, 0, sem="acquire")
+        # past L1, which may hold what was there before the other program wrote
+        b_sigma = tl.load(p_sign + o_j // 2, cache_modifier=".cg") * alternating
+        b_g += tl.sum(b_kappa * b_sigma[:, None], 0)
+    b_alpha = -tl.sum(tl.reshape(b_g * alternating, [BP, 2]), 1)  # [BP]
+    top = 0.0
+    if i_block > 0:
+        top = tl.load(p_top, cache_modifier=".cg")  # largest b of all earlier tiles
+    b_product = b_b * tl.maximum(b_largest, top)
+    # u < 1/2 (1 - alpha / a) as a threshold on alpha; a tie (alpha = 0) and a_i = 0 become fair coins
+    b_threshold = (1.0 - 2.0 * b_u) * tl.maximum(gain * b_product, 1e-37)
+    b_threshold = tl.where(b_product > 0, b_threshold, tl.where(b_u < 0.5, float("inf"), float("-inf")))
+    tl.debug_barrier()
+    for i in tl.static_range(BP):
+        b_row = tl.load(p_tile + i * BP + o_p)  # row i of D, zero up to column i
+        b_now = tl.where(b_alpha < b_threshold, -1.0, 1.0)
+        b_alpha -= tl.gather(b_now, tl.full([BP], i, tl.int32), 0) * b_row
+    b_sign = tl.where(b_alpha < b_threshold, -1.0, 1.0)
+    tl.store(p_sign + r // 2 + o_p, b_sign, mask=m_p)
+    tl.store(p_top, tl.maximum(top, tl.max(b_b)))
+    tl.debug_barrier()
+    tl.atomic_add(p_done, 1, sem="release")
+    b_row = tl.load(p_in + r + 2 * o_p + (b_sign < 0).to(tl.int32), mask=m_p, other=0)
+    tl.store(p_out + r // 2 + o_p, b_row, mask=m_p)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Launcher
 
-_PAIRS = 32  # pairs walked per diagonal tile
+_PAIRS = 32  # pairs walked per tile
 
 
 @functools.lru_cache(maxsize=256)
-def _job_table(launch: tuple, gain: Callable, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
-    jobs, gains = [], []
+def _job_table(launch: tuple, gain: Callable, pairs: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Buckets (source, target, rows, stage, bucket) and their gains, and tiles (job, place in its bucket)."""
+    jobs, gains, tiles = [], [], []
     for job in launch:
         for i in range(job.buckets):
+            tiles += [(block, len(jobs)) for block in range(-(-job.rows // (2 * pairs)))]
             jobs.append((job.source + i * job.rows, job.target + i * job.rows // 2, job.rows, job.stage, job.first + i))
             gains.append(gain(job.rows, job.delta))
-    rows = max(job.rows for job in launch)
-    return torch.tensor(jobs, dtype=torch.int32, device=device), torch.tensor(gains, device=device), rows
+    order = [(job, block) for block, job in sorted(tiles)]
+    tensors = (torch.tensor(table, dtype=torch.int32, device=device) for table in (jobs, order))
+    return *tensors, torch.tensor(gains, dtype=torch.float32, device=device)
 
 
 def halve(
@@ -315,39 +337,28 @@ def halve(
     require_triton()
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     (B, H, _, D), Dv = key.shape, value.shape[-1]
-    jobs, gains, rows = _job_table(launch, rule.gain, key.device)
     BD, BDV = (max(16, next_power_of_two(x)) for x in (D, Dv))
+    rows = max(job.rows for job in launch)
     # two tiles of keys and two of values are in shared memory at once
     most = _PAIRS if (BD + BDV) * key.element_size() <= 1024 else _PAIRS // 2
     pairs = max(8, min(most, next_power_of_two(rows // 2)))
-    uniform = math.isinf(rule.gain(rows, launch[0].delta))
+    jobs, tiles, gains = _job_table(launch, rule.gain, pairs, key.device)
+    sequences, n_jobs, n_tiles = B * H, len(jobs), len(tiles)
+    if math.isinf(rule.gain(rows, launch[0].delta)):
+        _coin_kernel[(n_jobs, sequences)](arena, jobs, seed, layer, arena.shape[2], H, BP=pairs, num_warps=1)
+        return
     scratch = functools.partial(torch.empty, dtype=torch.float32, device=key.device)
-    sign = bias = tile = gains  # not touched by fair coins
-    if not uniform:
-        sign, bias, tile = scratch(arena.shape), scratch(arena.shape), scratch(B * H * len(jobs) * pairs * pairs)
-    _halve_kernel[(len(jobs), B * H)](
-        arena,
-        sign,
-        bias,
-        tile,
-        key,
-        value,
-        jobs,
-        gains,
-        seed,
-        layer,
-        scale * rule.flatten,
-        arena.shape[2],
-        H,
-        *key.stride()[:3],
-        *value.stride()[:3],
-        CENTRE=rule.centre,
-        UNIFORM=uniform,
-        PRECISION="ieee" if key.dtype == torch.float32 else "tf32",
-        D=D,
-        DV=Dv,
-        BD=BD,
-        BDV=BDV,
-        BP=pairs,
-        num_warps=4,
-    )
+    sign, bias, statistics = scratch(arena.shape), scratch(arena.shape), scratch(sequences * n_jobs * 2)
+    top, tile = scratch(sequences * n_jobs), scratch(sequences * n_tiles * pairs * pairs)
+    done = torch.zeros(sequences * n_jobs + 1, dtype=torch.int32, device=key.device)  # the last one is the ticket
+    strides = (*key.stride()[:3], *value.stride()[:3])
+    sizes = dict(D=D, DV=Dv, BD=BD, BDV=BDV)
+    _statistics_kernel[(n_jobs, sequences)](
+        arena, bias, statistics, key, value, jobs, scale * rule.flatten, arena.shape[2], H, *strides,
+        CENTRE=rule.centre, **sizes, BR=min(64, next_power_of_two(rows)), num_warps=4,
+    )  # fmt: skip
+    _walk_kernel[(n_tiles * sequences,)](
+        arena, sign, bias, tile, top, statistics, done, done[sequences * n_jobs :], key, value, jobs, gains, tiles,
+        seed, layer, scale * rule.flatten, arena.shape[2], n_jobs, sequences, H, *strides,
+        PRECISION="ieee" if key.dtype == torch.float32 else "tf32", **sizes, BP=pairs, num_warps=4,
+    )  # fmt: skip

@@ -194,6 +194,7 @@ def _attend_rows(
     stop,
     scale_log2,
     log2_weight,
+    MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -202,25 +203,32 @@ def _attend_rows(
     BDV: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Online softmax over the rows ``first .. stop``; CAUSAL hides row j from query o_q where j > o_q."""
+    """Online softmax over the rows ``first .. stop``, whole tiles unless MASKED; CAUSAL hides row j where j > o_q."""
     o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
     for start in range(first, stop, BN):
         o_n = start + tl.arange(0, BN)
-        m_n = o_n < stop
         o_row = o_n.to(tl.int64)
-        m_k = (o_d < D)[:, None] & m_n[None, :]
-        b_k = tl.load(p_k + o_d[:, None] + o_row[None, :] * stride_k, mask=m_k, other=0.0)  # [BD, BN]
+        m_n = o_n < stop
+        p_k_tile = p_k + o_d[:, None] + o_row[None, :] * stride_k
+        p_v_tile = p_v + o_row[:, None] * stride_v + o_dv[None, :]
+        if MASKED or D != BD:
+            b_k = tl.load(p_k_tile, mask=(o_d < D)[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
+        else:
+            b_k = tl.load(p_k_tile)
         b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale_log2 + log2_weight  # [BM, BN]
-        m_s = m_n[None, :]
-        if CAUSAL:
-            m_s = m_s & (o_n[None, :] <= o_q[:, None])
-        b_s = tl.where(m_s, b_s, float("-inf"))
+        if MASKED:
+            m_s = m_n[None, :]
+            if CAUSAL:
+                m_s = m_s & (o_n[None, :] <= o_q[:, None])
+            b_s = tl.where(m_s, b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_new[:, None])
         b_rescale = tl.exp2(b_max - b_new)
         b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
-        m_v = m_n[:, None] & (o_dv < DV)[None, :]
-        b_v = tl.load(p_v + o_row[:, None] * stride_v + o_dv[None, :], mask=m_v, other=0.0)  # [BN, BDV]
+        if MASKED or DV != BDV:
+            b_v = tl.load(p_v_tile, mask=m_n[:, None] & (o_dv < DV)[None, :], other=0.0)  # [BN, BDV]
+        else:
+            b_v = tl.load(p_v_tile)
         b_acc = b_acc * b_rescale[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
         b_max = b_new
     return b_acc, b_max, b_sum
@@ -294,9 +302,14 @@ def _segment_kernel(
         p_k_from, p_v_from, stride_k, stride_v = p_k, p_v, stride_kn, stride_vn
         if compacted:
             p_k_from, p_v_from, stride_k, stride_v = p_ck, p_cv, stride_ckn, stride_cvn
+        whole = first + rows // BN * BN
         b_acc, b_max, b_sum = _attend_rows(
-            b_acc, b_max, b_sum, b_q, o_q, p_k_from, p_v_from, stride_k, stride_v, first, first + rows,
-            scale_log2, log2_weight, False, PRECISION, D, DV, BD, BDV, BN,
+            b_acc, b_max, b_sum, b_q, o_q, p_k_from, p_v_from, stride_k, stride_v, first, whole,
+            scale_log2, log2_weight, False, False, PRECISION, D, DV, BD, BDV, BN,
+        )  # fmt: skip
+        b_acc, b_max, b_sum = _attend_rows(
+            b_acc, b_max, b_sum, b_q, o_q, p_k_from, p_v_from, stride_k, stride_v, whole, first + rows,
+            scale_log2, log2_weight, True, False, PRECISION, D, DV, BD, BDV, BN,
         )  # fmt: skip
     # the last block may be shorter: no token lies behind the last query
     stop = q_offset + tl.minimum((i_block + 1) * BM, Lq)
@@ -304,11 +317,11 @@ def _segment_kernel(
     middle = tail + (q_offset + i_block * BM - tail) // BN * BN  # up to here every query sees every row
     b_acc, b_max, b_sum = _attend_rows(
         b_acc, b_max, b_sum, b_q, o_q, p_k, p_v, stride_kn, stride_vn, tail, middle,
-        scale_log2, 0.0, False, PRECISION, D, DV, BD, BDV, BN,
+        scale_log2, 0.0, False, False, PRECISION, D, DV, BD, BDV, BN,
     )  # fmt: skip
     b_acc, b_max, b_sum = _attend_rows(
         b_acc, b_max, b_sum, b_q, o_q, p_k, p_v, stride_kn, stride_vn, middle, stop,
-        scale_log2, 0.0, True, PRECISION, D, DV, BD, BDV, BN,
+        scale_log2, 0.0, True, True, PRECISION, D, DV, BD, BDV, BN,
     )  # fmt: skip
 
     b_out = b_acc / b_sum[:, None]

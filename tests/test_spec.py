@@ -41,7 +41,7 @@ def test_defaults_are_those_promised() -> None:
         "methods": None,
         "sinks": 32,
         "window": 256,
-        "protected": 0,
+        "protected": 256,
         "halving": "balanced",
         "inflation": None,
         "seed": 0,
