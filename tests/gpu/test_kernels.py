@@ -9,6 +9,7 @@ import torch
 
 from express_compile.kernels import express as E
 from express_compile.kernels._triton import philox_uniform
+from express_compile.kernels.contest import compete, compete_reference
 from express_compile.kernels.exact import exact_attention
 from express_compile.kernels.halving import get_rule, halving_matrix, walk
 from express_compile.kernels.schedule import stage
@@ -91,6 +92,39 @@ def test_halving_decisions(poison, rule, dtype, D):
             assert not ((own != second) & (margin > slack)).any(), stage(0, 0)
             judged += second.numel()
     assert rule == "uniform" or judged > 10000
+
+
+@pytest.mark.parametrize(
+    "dtype, D, s", [(torch.bfloat16, 64, 512), (torch.bfloat16, 128, 256), (torch.float32, 64, 128)]
+)
+def test_programs_that_wait_for_each_other_leave_no_race(D, s):
+    """The tiles of a bucket run side by side: thirty repetitions give the same rows, under changing load."""
+    _, k, v = tokens(9000, 2, 4, 4, D, D)
+    layout = E.make_layout(E.ExpressConfig(s, E.default_inflation(s), 32, 64), 9000, 9000)
+    first = E.thin_triton(k, v, layout, D**-0.5, seed(), 1)
+    noise, other = torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
+    for repetition in range(30):
+        if repetition % 3 == 0:  # a matrix product beside it changes when programs start
+            with torch.cuda.stream(other):
+                noise = torch.tanh(noise @ noise)
+        assert torch.equal(E.thin_triton(k, v, layout, D**-0.5, seed(), 1), first)
+
+
+@pytest.mark.parametrize("n, protected", [(9000, 256), (30000, 300), (2000, 40)])
+def test_contests(n, protected):
+    """Same losers and same places as the reference, up to rows whose scores are equal within rounding."""
+    _, k, _ = tokens(n, 2, 4, 4, 128, 128)
+    k = k + torch.randn(128, device="cuda", dtype=k.dtype)
+    contests = (n - 32) // 256
+    stream, places = compete(k, 32, contests, protected)
+    expected_stream, expected_places = compete_reference(k, 32, contests, protected)
+    assert (places.sort(-1).values == expected_places.sort(-1).values).float().mean() > 0.99
+    everything = torch.cat([stream, places[:, :, -1]], 2).sort(-1).values
+    index = torch.arange(32, 32 + contests * 256, device="cuda", dtype=torch.int32)
+    assert torch.equal(everything, index.expand_as(everything)), "every row is protected or streamed, once"
+    leaving = stream[:, :, -256:]
+    assert (leaving.diff(dim=-1) > 0).all(), "losers of one contest leave in position order"
+    assert (stream == expected_stream).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("B, n, H, H_kv", [(1, 32768, 32, 8), (2, 8192, 32, 8), (1, 1 << 20, 8, 2)])

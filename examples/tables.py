@@ -1,0 +1,192 @@
+"""Write the README's tables and plot from the committed result files, so that no number in it is typed by hand.
+
+python examples/tables.py            # rewrites the parts of README.md between the markers, and the plot
+python examples/tables.py --check    # fails if README.md is not what the result files say
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+from express_compile import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "examples" / "results"
+SHIPPED = ("express", "exact")
+
+
+def read(name: str) -> list[dict[str, str]]:
+    with (RESULTS / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def newest(rows: list[dict[str, str]], *key: str) -> list[dict[str, str]]:
+    """One row per value of the columns ``key``: the last one in the file supersedes the others."""
+    return list({tuple(row[k] for k in key): row for row in rows}.values())
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def setting(row: dict[str, str]) -> str:
+    values = dict(part.split("=") for part in row["params"].split())
+    name = f"s={row['s']}, sinks {values['sinks']}, window {values['window']}"
+    return name + (f", protected {values['protected']}" if values["protected"] != "0" else "")
+
+
+def speed_rows() -> list[dict[str, str]]:
+    rows = [row for row in read("speed.csv") if row["job"] == "prefill" and row["gpu"] != "CPU"]
+    return newest(rows, "gpu", "params", "s", "Lq", "H", "H_kv", "D")
+
+
+def methods_table() -> str:
+    rows = [[f"`{name}`", METHODS[name].summary, METHODS[name].supports, METHODS[name].refuses] for name in SHIPPED]
+    return markdown(["method", "what it is", "supports", "refuses"], rows)
+
+
+def speed_table() -> str:
+    rows = speed_rows()
+    lengths = sorted({int(row["Lq"]) for row in rows})
+    exact = {int(row["Lq"]): row for row in rows}
+    header = ["", *(f"n = {n:,}" for n in lengths)]
+    body = [["best exact", *(f"{float(exact[n]['opponent_ms_p50']):.2f} ms ({exact[n]['opponent']})" for n in lengths)]]
+    for name in dict.fromkeys(map(setting, rows)):
+        cells = {int(row["Lq"]): row for row in rows if setting(row) == name}
+        body.append([f"Express {name}"] + [cell(cells.get(n)) for n in lengths])
+    first = rows[0]
+    note = (
+        f"{first['gpu']}, torch {first['torch']}, triton {first['triton']}; B={first['B']}, H={first['H']}, "
+        f"H_kv={first['H_kv']}, D={first['D']}, {first['dtype']}, causal prefill, compression included; measured "
+        f"{first['date']}. Bold: faster than the best exact backend."
+    )
+    return markdown(header, body) + f"\n\n{note}"
+
+
+def cell(row: dict[str, str] | None) -> str:
+    if row is None:
+        return "–"
+    try:
+        speedup = float(row["speedup"])
+    except ValueError:
+        return row["speedup"]
+    text = f"{float(row['ms_p50']):.2f} ms, {speedup:.2f}×"
+    return f"**{text}**" if speedup > 1 else text
+
+
+def quality_rows() -> list[dict[str, str]]:
+    return newest(read("quality.csv"), "gpu", "task", "n", "method", "params", "metric")
+
+
+def quality_table() -> str:
+    rows = [row for row in quality_rows() if row["metric"] == "kl" and row["task"].endswith("texts")]
+    # repetitions with another seed and variants of one rule's constant stay in the file
+    rows = [row for row in rows if "seed=" not in row["params"] and "flatten=" not in row["params"]]
+    top1 = {(r["task"], r["method"], r["params"]): r for r in quality_rows() if r["metric"] == "top1"}
+    body = []
+    for key in dict.fromkeys((row["method"], row["params"]) for row in rows):
+        natural, repetitive = (
+            next(r for r in rows if (r["method"], r["params"]) == key and r["task"] == task)
+            for task in ("natural texts", "repetitive texts")
+        )
+        agreement = float(top1[("natural texts", *key)]["value"])
+        body.append(
+            [
+                policy(natural),
+                f"{float(natural['rows']):.0f}",
+                f"{float(natural['value']):.3f} ({float(natural['low']):.3f}–{float(natural['high']):.3f})",
+                f"{agreement:.3f}",
+                f"{float(repetitive['value']):.3f}",
+            ]
+        )
+    header = ["policy", "rows seen", "KL, natural texts (95%)", "top-1", "KL, repetitive texts"]
+    first = rows[0]
+    note = (
+        f"{first['model']} in bfloat16, {int(first['n']):,} tokens per text, positions from 2,048 on, all 30 layers "
+        f"rewritten; {first['gpu']}, {first['date']}. KL(exact ‖ policy) in nats per token; the interval resamples "
+        "chunks of 512 tokens."
+    )
+    return markdown(header, body) + f"\n\n{note}"
+
+
+def policy(row: dict[str, str]) -> str:
+    name = {"express": "Express", "streaming_llm": "StreamingLLM", "exact": "exact"}[row["method"]]
+    values = dict(part.split("=") for part in row["params"].split())
+    values = {k: v for k, v in values.items() if not (k == "protected" and v == "0")}
+    if values.get("halving") == "balanced":
+        del values["halving"]
+    return " ".join([name, ", ".join(f"{k} {v}" for k, v in values.items())]).strip()
+
+
+def needle_table() -> str:
+    rows = [row for row in quality_rows() if row["metric"] == "recalled"]
+    columns = list(dict.fromkeys((row["task"], row["n"]) for row in rows))
+    body = []
+    for key in dict.fromkeys((row["method"], row["params"]) for row in rows):
+        cells = {(r["task"], r["n"]): r for r in rows if (r["method"], r["params"]) == key}
+        rows_seen = "n" if key[0] == "exact" else f"{float(cells[columns[-1]]['rows']):.0f}"
+        counts = [f"{cells[c]['value']}/{cells[c]['high']}" if c in cells else "–" for c in columns]
+        body.append([policy(next(iter(cells.values()))), rows_seen, *counts])
+    return markdown(["policy", "rows seen", *(f"{task}, {int(n):,}" for task, n in columns)], body)
+
+
+PARTS = {"methods": methods_table, "speed": speed_table, "quality": quality_table, "needles": needle_table}
+
+
+def filled(text: str) -> str:
+    """``text`` with every part between ``<!-- name -->`` and ``<!-- /name -->`` written anew."""
+    for name, table in PARTS.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, rest = text.split(begin)
+        text = before + begin + "\n" + table() + "\n" + end + rest.split(end)[1]
+    return text
+
+
+def plot(path: Path) -> None:
+    """Speed-up over the best exact backend against n, with the FLOP floor of each setting dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = speed_rows()
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name in dict.fromkeys(map(setting, rows)):
+        points = sorted((int(row["Lq"]), float(row["speedup"])) for row in rows if setting(row) == name)
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=f"Express {name}")
+        row = next(row for row in rows if setting(row) == name)
+        values = dict(part.split("=") for part in row["params"].split())
+        seen = 3.5 * int(row["s"]) + sum(int(values[k]) for k in ("sinks", "window", "protected"))
+        axes.plot([n for n, _ in points], [max(1, n / 2 / seen) for n, _ in points], "--", color=line.get_color(), lw=1)
+    axes.axhline(1, color="black", lw=1)
+    first = rows[0]
+    axes.set(
+        xscale="log", yscale="log", xlabel="tokens n", ylabel="speed-up over the best exact backend",
+        title=f"Causal prefill, {first['gpu']}; dashed: ratio of FLOPs",
+    )  # fmt: skip
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is out of date")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    new = filled(text)
+    if args.check:
+        if new != text:
+            print("README.md is not what examples/results says: run python examples/tables.py")
+        return int(new != text)
+    readme.write_text(new, encoding="utf-8")
+    plot(RESULTS / "speedup.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
