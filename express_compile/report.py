@@ -166,7 +166,8 @@ def _dry_run(model: Any, example_inputs: tuple[Any, ...], kwargs: dict[str, Any]
     if not graphs:
         raise RuntimeError(
             "Dynamo captured no graph of the model, so there is nothing to explain: "
-            "is compilation disabled (TORCHDYNAMO_DISABLE, torch.compiler.set_stance, torch.compiler.disable)?"
+            "is compilation disabled (TORCHDYNAMO_DISABLE, torch.compiler.set_stance, torch.compiler.disable), or did "
+            "earlier compilations use up torch's limit for this code (torch.compiler.reset() clears it)?"
         )
     return Report(tuple(found), len(graphs))
 
