@@ -204,6 +204,19 @@ def test_padding_on_any_side(poison, options):
         assert (out[b][:, ~padding[b]] == 0).all() and (lse[b][:, ~padding[b]] == -math.inf).all()
 
 
+def test_each_sequence_of_a_padded_batch_has_a_state_of_its_own():
+    n, lengths = 220, (220, 150)
+    q, k, v = tokens(n, B=2, H=4, H_kv=2)
+    padding = torch.ones(2, n, dtype=torch.bool)
+    padding[1, : n - lengths[1]] = False
+    out, _ = op(q, k, v, padding)
+    config = E.ExpressConfig(8, 1, 2, 9, block=16)
+    for b, length in enumerate(lengths):
+        state = ExpressState(config, 0.5, SEED, 3, batch_index=b)
+        parts = (x[b : b + 1, :, n - length :] for x in (q, k, v))
+        torch.testing.assert_close(state.extend(*parts), out[b : b + 1, :, n - length :], rtol=1e-10, atol=1e-10)
+
+
 def test_padding_of_a_continued_prefill():
     n, Lq = 260, 50
     q, k, v = tokens(n, B=2)
