@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 from typing import Any
@@ -242,6 +243,8 @@ def test_a_registered_method_is_used_and_an_exact_one_named_first_wins() -> None
 
 
 def test_the_entry_point_needs_no_import() -> None:
+    if not any(importlib.metadata.distributions(name="express-compile")):
+        pytest.skip("express-compile is not installed (PYTHONPATH only), and entry points belong to installations")
     code = (
         "import sys, torch, torch.nn.functional as F\n"
         "f = torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), backend='express',\n"

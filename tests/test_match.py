@@ -91,15 +91,45 @@ def test_one_spelling_per_operation(name: str) -> None:
         gm.recompile()
         canonical = make_fx(gm)(*placeholders(gm))
         assert torch.equal(canonical(*placeholders(gm))[0], f(A, T))
-        assert aten_names(canonical)[-1] == aten_names(expected)[-1]
+        assert last_operation(canonical) == last_operation(expected)
 
 
 def placeholders(gm: torch.fx.GraphModule) -> list[torch.Tensor]:
     return [{"l_a_": A, "l_t_": T}[n.name] for n in gm.graph.nodes if n.op == "placeholder"]
 
 
-def aten_names(gm: torch.fx.GraphModule) -> list[str]:
-    return [n.target._schema.name for n in gm.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+TURNED = {"le": "ge", "ge": "le", "lt": "gt", "gt": "lt", "eq": "eq", "ne": "ne"}
+
+
+def last_operation(gm: torch.fx.GraphModule) -> str:
+    """The last aten operation; a comparison as if its constant came second, ``ge(2, t)`` being ``le(t, 2)``."""
+    last = [n for n in gm.graph.nodes if isinstance(n.target, torch._ops.OpOverload)][-1]
+    name = last.target._schema.name.removeprefix("aten::")
+    constant_first = not (isinstance(last.args[0], torch.fx.Node) and last.args[0].op == "placeholder")
+    return TURNED[name] if name in TURNED and constant_first else name
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_comparisons_keep_their_sides(name: str) -> None:
+    """Dynamo of torch 2.11 leaves ``2 >= t`` as it is, that of 2.13 writes ``t <= 2``: both must be read alike."""
+    numbers = torch.arange(5)
+    for turned in (False, True):
+        graph = torch.fx.Graph()
+        t = graph.placeholder("t")
+        operands = (2, t) if turned else (t, 2)
+        calls = [graph.call_function(getattr(operator, name), operands)]
+        if not turned:
+            calls += [graph.call_method(f"__{name}__", operands), graph.call_method(name, operands)]
+            calls += [graph.call_function(getattr(torch, name), operands)]
+            calls += [graph.call_function(getattr(torch.ops.aten, name).Scalar, operands)]
+        for call in calls:
+            op = operation(call)
+            values = [numbers if op.args[side] is t else torch.tensor(op.args[side]) for side in ("input", "other")]
+            read = getattr(torch, op.name)(*values)
+            meant = getattr(operator, name)(*((2, numbers) if turned else (numbers, 2)))
+            assert torch.equal(read, meant), (call.target, op)
+            if name not in ("eq", "ne"):
+                assert not torch.equal(read, getattr(torch, TURNED[op.name])(*values))
 
 
 def test_reflected_operands_are_turned_round() -> None:
