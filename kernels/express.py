@@ -24,6 +24,7 @@ streaming form of the same rows.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -43,6 +44,7 @@ from .segments import (
     COMPACTED,
     TOKENS,
     SegmentTable,
+    compact_triton,
     segment_attention,
     segment_attention_backward,
     segment_attention_reference,
@@ -179,9 +181,9 @@ def thin_triton(
     return _thin(key, value, layout, scale, seed, layer, compete, halve)
 
 
-def _halve_with_reference(arena, key, value, launch, rule, scale, seed, layer) -> None:
+def _halve_with_reference(arena, key, value, launches, rule, scale, seed, layer) -> None:
     sequence = sequence_counter(*key.shape[:2], key.device)[..., None, None]
-    for job in launch:
+    for job in itertools.chain(*launches):
         source = arena[:, :, job.source : job.source + job.rows * job.buckets].unflatten(2, (job.buckets, job.rows))
         pairs = torch.arange(job.rows // 2, device=key.device)
         bucket = torch.arange(job.first, job.first + job.buckets, device=key.device)[:, None]
@@ -192,7 +194,7 @@ def _halve_with_reference(arena, key, value, launch, rule, scale, seed, layer) -
         arena[:, :, job.target : job.target + job.rows // 2 * job.buckets] = kept.flatten(2)
 
 
-def _thin(key, value, layout, scale, seed, layer, competition, halve_launch) -> torch.Tensor:
+def _thin(key, value, layout, scale, seed, layer, competition, halve_all) -> torch.Tensor:
     B, H = key.shape[:2]
     schedule, config = layout.schedule, layout.config
     arena = torch.empty(B, H, layout.size, dtype=torch.int32, device=key.device)
@@ -208,8 +210,7 @@ def _thin(key, value, layout, scale, seed, layer, competition, halve_launch) -> 
         draws = philox_uniform(seed, layer, rows, 0, job.stage, sequence_counter(B, H, key.device)[..., None])
         pick = job.source + rows * job.group + (draws * job.group).long()
         arena[:, :, job.target : job.target + job.rows] = arena.gather(2, pick)
-    for launch in schedule.launches:
-        halve_launch(arena, key, value, launch, config.rule, scale, seed, layer)
+    halve_all(arena, key, value, schedule.launches, config.rule, scale, seed, layer)
     return arena
 
 
@@ -259,6 +260,8 @@ def _select(query, key, value, config, scale, seed, layer) -> tuple[Layout, tupl
     layout = make_layout(config, query.shape[2], key.shape[2])
     arena = (thin_triton if key.is_cuda else thin_reference)(key, value, layout, scale, seed, layer)
     kept = arena[:, :, layout.compacted_from :]
+    if key.is_cuda:
+        return layout, (kept, *compact_triton(key, value, kept))
     return layout, (kept, gather_rows(key, kept), gather_rows(value, kept))
 
 

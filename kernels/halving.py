@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import torch
 
 from ._triton import draw_uniform, jit, next_power_of_two, require_triton, tl
+from .schedule import Halving
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,7 @@ def _walk_kernel(
 _PAIRS = 32  # pairs walked per tile
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1024)
 def _job_table(launch: tuple, gain: Callable, pairs: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Buckets (source, target, rows, stage, bucket) and their gains, and tiles (job, place in its bucket)."""
     jobs, gains, tiles = [], [], []
@@ -323,42 +324,50 @@ def halve(
     arena: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    launch: tuple,
+    launches: tuple[tuple[Halving, ...], ...],
     rule: HalvingRule,
     scale: float,
     seed: torch.Tensor,
     layer: int,
 ) -> None:
-    """One launch of independent halvings (``schedule.Halving``) in place on ``arena`` int32 ``[B, H_kv, A]``.
+    """Halvings in place on ``arena`` int32 ``[B, H_kv, A]``, launch after launch.
 
     ``key`` ``[B, H_kv, L, D]`` and ``value`` ``[B, H_kv, L, Dv]`` are the tokens that the arena's entries
     index; ``seed`` is a 0-dim int64 tensor on their device. Draws the same numbers as the reference.
     """
     require_triton()
+    if not launches:
+        return
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    (B, H, _, D), Dv = key.shape, value.shape[-1]
+    (B, H, _, D), Dv, device = key.shape, value.shape[-1], key.device
     BD, BDV = (max(16, next_power_of_two(x)) for x in (D, Dv))
-    rows = max(job.rows for job in launch)
     # two tiles of keys and two of values are in shared memory at once
     most = _PAIRS if (BD + BDV) * key.element_size() <= 1024 else _PAIRS // 2
-    pairs = max(8, min(most, next_power_of_two(rows // 2)))
-    jobs, tiles, gains = _job_table(launch, rule.gain, pairs, key.device)
-    sequences, n_jobs, n_tiles = B * H, len(jobs), len(tiles)
-    if math.isinf(rule.gain(rows, launch[0].delta)):
-        _coin_kernel[(n_jobs, sequences)](arena, jobs, seed, layer, arena.shape[2], H, BP=pairs, num_warps=1)
+    rows = [max(job.rows for job in launch) for launch in launches]
+    pairs = [max(8, min(most, next_power_of_two(r // 2))) for r in rows]
+    tables = [_job_table(launch, rule.gain, p, device) for launch, p in zip(launches, pairs, strict=True)]
+    sequences, arena_rows = B * H, arena.shape[2]
+    if math.isinf(rule.gain(rows[0], launches[0][0].delta)):
+        for (jobs, _, _), p in zip(tables, pairs, strict=True):
+            _coin_kernel[(len(jobs), sequences)](arena, jobs, seed, layer, arena_rows, H, BP=p, num_warps=1)
         return
-    scratch = functools.partial(torch.empty, dtype=torch.float32, device=key.device)
-    sign, bias, statistics = scratch(arena.shape), scratch(arena.shape), scratch(sequences * n_jobs * 2)
-    top, tile = scratch(sequences * n_jobs), scratch(sequences * n_tiles * pairs * pairs)
-    done = torch.zeros(sequences * n_jobs + 1, dtype=torch.int32, device=key.device)  # the last one is the ticket
+    scratch = functools.partial(torch.empty, dtype=torch.float32, device=device)
+    most_jobs = max(len(jobs) for jobs, _, _ in tables) * sequences
+    sign, bias, statistics, top = scratch(arena.shape), scratch(arena.shape), scratch(2 * most_jobs), scratch(most_jobs)
+    tile = scratch(max(len(tiles) * p * p for (_, tiles, _), p in zip(tables, pairs, strict=True)) * sequences)
+    # per launch, the ticket and how many tiles of each bucket are done; whole 16 bytes, or Triton compiles anew
+    sections = [4 + (len(jobs) * sequences + 3) // 4 * 4 for jobs, _, _ in tables]
+    counters = torch.zeros(sum(sections), dtype=torch.int32, device=device).split(sections)
     strides = (*key.stride()[:3], *value.stride()[:3])
     sizes = dict(D=D, DV=Dv, BD=BD, BDV=BDV)
-    _statistics_kernel[(n_jobs, sequences)](
-        arena, bias, statistics, key, value, jobs, scale * rule.flatten, arena.shape[2], H, *strides,
-        CENTRE=rule.centre, **sizes, BR=min(64, next_power_of_two(rows)), num_warps=4,
-    )  # fmt: skip
-    _walk_kernel[(n_tiles * sequences,)](
-        arena, sign, bias, tile, top, statistics, done, done[sequences * n_jobs :], key, value, jobs, gains, tiles,
-        seed, layer, scale * rule.flatten, arena.shape[2], n_jobs, sequences, H, *strides,
-        PRECISION="ieee" if key.dtype == torch.float32 else "tf32", **sizes, BP=pairs, num_warps=4,
-    )  # fmt: skip
+    flat = scale * rule.flatten
+    for (jobs, tiles, gains), counter, p, r in zip(tables, counters, pairs, rows, strict=True):
+        _statistics_kernel[(len(jobs), sequences)](
+            arena, bias, statistics, key, value, jobs, flat, arena_rows, H, *strides,
+            CENTRE=rule.centre, **sizes, BR=min(64, next_power_of_two(r)), num_warps=4,
+        )  # fmt: skip
+        _walk_kernel[(len(tiles) * sequences,)](
+            arena, sign, bias, tile, top, statistics, counter[4:], counter, key, value, jobs, gains, tiles, seed,
+            layer, flat, arena_rows, len(jobs), sequences, H, *strides,
+            PRECISION="ieee" if key.dtype == torch.float32 else "tf32", **sizes, BP=p, num_warps=4,
+        )  # fmt: skip

@@ -176,6 +176,43 @@ def segment_attention_backward(
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Compaction: a kept row is read by many blocks of queries, so it is copied once to where its neighbours are
+
+
+@jit
+def _compact_kernel(
+    p_ck, p_cv, p_k, p_v, p_index, rows, H, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ib, stride_ih, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    i_tile, i_seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_seq // H, i_seq % H
+    o_n, o_d, o_dv = i_tile * BN + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
+    m_n = o_n < rows
+    i_row = tl.load(p_index + i_b * stride_ib + i_h * stride_ih + o_n, mask=m_n, other=0).to(tl.int64)[:, None]
+    o_out = (i_seq * rows + o_n)[:, None]
+    m_k, m_v = m_n[:, None] & (o_d < D)[None, :], m_n[:, None] & (o_dv < DV)[None, :]
+    b_k = tl.load(p_k + i_b * stride_kb + i_h * stride_kh + i_row * stride_kn + o_d[None, :], mask=m_k)  # [BN, BD]
+    b_v = tl.load(p_v + i_b * stride_vb + i_h * stride_vh + i_row * stride_vn + o_dv[None, :], mask=m_v)
+    tl.store(p_ck + o_out * D + o_d[None, :], b_k, mask=m_k)
+    tl.store(p_cv + o_out * DV + o_dv[None, :], b_v, mask=m_v)
+
+
+def compact_triton(key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies of the rows ``index`` int32 ``[B, H_kv, A]`` of ``key`` and ``value``: ``[B, H_kv, A, .]`` each."""
+    require_triton()
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    (B, H, _, D), Dv, rows = key.shape, value.shape[-1], index.shape[2]
+    compacted_key, compacted_value = key.new_empty(B, H, rows, D), value.new_empty(B, H, rows, Dv)
+    if rows:
+        _compact_kernel[(-(-rows // 32), B * H)](
+            compacted_key, compacted_value, key, value, index, rows, H, *key.stride()[:3], *value.stride()[:3],
+            *index.stride()[:2],
+            D=D, DV=Dv, BD=max(16, next_power_of_two(D)), BDV=max(16, next_power_of_two(Dv)), BN=32, num_warps=4,
+        )  # fmt: skip
+    return compacted_key, compacted_value
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Kernel: one program per (block of queries, query head)
 
 

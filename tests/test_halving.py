@@ -200,7 +200,7 @@ def run_kernel(key, value, rule, delta, scale):
     B, H, rows, _ = key.shape
     arena = torch.full((B, H, rows + rows // 2), -1, dtype=torch.int32)
     arena[:, :, :rows] = torch.arange(rows, dtype=torch.int32)
-    halve(arena, key, value, (Halving(0, rows, rows, 1, 3, 2, delta),), rule, scale, SEED, 9)
+    halve(arena, key, value, ((Halving(0, rows, rows, 1, 3, 2, delta),),), rule, scale, SEED, 9)
     kept = arena[:, :, rows:]
     pairs = torch.arange(rows // 2)
     counter = (torch.arange(B)[:, None] * 65536 + torch.arange(H))[..., None]
@@ -249,7 +249,7 @@ def test_kernel_takes_buckets_of_different_sizes_and_strides(poison):
     arena = torch.full((2, 3, 100), -1, dtype=torch.int32)
     arena[:, :, :50] = torch.stack([torch.randperm(50, generator=generator) for _ in range(6)]).view(2, 3, 50)
     before = arena.clone()
-    halve(arena, key, value, launch, rule, 0.25, SEED, 9)
+    halve(arena, key, value, (launch,), rule, 0.25, SEED, 9)
     counter = (torch.arange(2)[:, None] * 65536 + torch.arange(3))[..., None]
     for job in launch:
         for i in range(job.buckets):

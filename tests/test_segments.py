@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from express_compile.kernels.segments import (
     SegmentTable,
     causal_table,
+    compact_triton,
     segment_attention_backward,
     segment_attention_reference,
     segment_attention_triton,
@@ -110,6 +111,21 @@ def test_kernel_reads_strided_inputs_and_nothing_else(poison):
         strided.append(wide[:, : x.shape[2], :, : x.shape[3]].transpose(1, 2))
     out = check_kernel(strided, table, 0.2)
     assert torch.equal(out, segment_attention_triton(*tensors, table, 0.2)[0])
+
+
+@given(
+    rows=st.integers(0, 70),
+    sizes=st.sampled_from([(16, 16), (20, 8), (5, 40)]),
+    dtype=st.sampled_from([torch.float16, torch.float32, torch.bfloat16]),
+)
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_compaction_copies_the_rows(poison, rows, sizes, dtype):
+    generator = torch.Generator().manual_seed(rows)
+    key, value = (torch.randn(2, 40, 3, size, generator=generator).to(dtype).transpose(1, 2) for size in sizes)
+    index = torch.randint(40, (2, 3, rows + 9), generator=generator, dtype=torch.int32)[:, :, 9:]
+    for source, copy in zip((key, value), compact_triton(key, value, index), strict=True):
+        expected = source.gather(2, index.long()[..., None].expand(-1, -1, -1, source.shape[-1]))
+        assert torch.equal(copy, expected)
 
 
 def test_a_wrong_weight_is_noticed():

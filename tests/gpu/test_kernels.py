@@ -13,7 +13,12 @@ from express_compile.kernels.contest import compete, compete_reference
 from express_compile.kernels.exact import exact_attention
 from express_compile.kernels.halving import get_rule, halving_matrix, walk
 from express_compile.kernels.schedule import stage
-from express_compile.kernels.segments import SegmentTable, segment_attention_reference, segment_attention_triton
+from express_compile.kernels.segments import (
+    SegmentTable,
+    compact_triton,
+    segment_attention_reference,
+    segment_attention_triton,
+)
 from express_compile.method import METHODS
 
 OPTIONS = dict(
@@ -138,7 +143,8 @@ def test_op_at_real_sizes(B, n, H, H_kv):
     layout = E.make_layout(E.ExpressConfig(512, 7), n, n)
     arena = E.thin_triton(k, v, layout, 128**-0.5, seed(), 3)
     kept = arena[:, :, layout.compacted_from :]
-    rows = (k, v, E.gather_rows(k, kept), E.gather_rows(v, kept))
+    rows = (k, v, *compact_triton(k, v, kept))
+    assert torch.equal(rows[2], E.gather_rows(k, kept)) and torch.equal(rows[3], E.gather_rows(v, kept))
     # a few blocks of queries in float64 are enough, and all that fits in the time
     for block in (0, n // 256, n // 128 - 1):
         one = SegmentTable(128, block * 128, *(x[block : block + 1] for x in
