@@ -7,6 +7,8 @@ own assumptions is not proven.
 
 Rows whose keys are all masked: this package's ops give 0 there, as PyTorch does for boolean masks and for ``-inf``;
 for ``finfo.min`` PyTorch gives the mean over all values, so those rows (an unpadded batch has none) differ.
+A key padding is taken for what its name says: in self-attention the rows of padded tokens are nobody's, and the
+ops give 0 there too, where PyTorch lets them attend to the real tokens.
 """
 
 from __future__ import annotations
@@ -224,8 +226,6 @@ def _padding_term(literal: Relational, evaluator: Evaluator, mask: Node, B: Any,
     leaf, constant = literal.lhs, literal.rhs
     if not isinstance(leaf, AppliedUndef) or not constant.is_number:
         return None
-    if not leaf.is_integer and not isinstance(literal, sympy.Eq | sympy.Ne):
-        return None  # NaN: "not >" is not "<="
     node = evaluator.leaves[leaf.func]
     if node.graph is not mask.graph or _K not in leaf.args:
         return None

@@ -79,6 +79,11 @@ class _Scope:
     def writes(self) -> list[tuple[int, Node]]:
         return [(i, target) for node, i in self.order.items() for target in mutated_inputs(node)]
 
+    @cached_property
+    def grad_switches(self) -> list[int]:
+        names = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
+        return [i for node, i in self.order.items() if getattr(node.target, "__name__", "") in names]
+
     def written(self, node: Node, after: int = -1, before: int | None = None) -> bool:
         """Whether the memory of ``node`` is written by a node between the two positions."""
         if node not in self.order:
@@ -390,6 +395,9 @@ def _base(scope: _Scope, node: Node, repeated: Node) -> Node | None:
     site = scope.order[node]
     if scope.written(base, after=scope.order[base], before=site):
         return None
+    # gradients stop at a repetition that was made without them
+    if any(scope.order[base] < i < scope.order[repeated] for i in scope.grad_switches):
+        return None
     return None if any(scope.written(step, before=site) for step in chain) else base
 
 
@@ -404,10 +412,11 @@ def _rank(node: Any) -> int:
 
 
 def _fits(base: Node, repeated: Node) -> bool:
-    """Whether two nodes differ in the number of heads alone."""
-    a, b = _shape(base), _shape(repeated)
-    same_type = base.meta["example_value"].dtype == repeated.meta["example_value"].dtype
-    return same_type and len(a) == len(b) == 4 and all(known_equal(a[i], b[i]) for i in (0, 2, 3))
+    """Whether two nodes differ in the number of heads alone; gradients must reach both or neither."""
+    x, y = base.meta["example_value"], repeated.meta["example_value"]
+    if x.dtype != y.dtype or x.requires_grad != y.requires_grad:
+        return False
+    return x.dim() == y.dim() == 4 and all(known_equal(x.shape[i], y.shape[i]) for i in (0, 2, 3))
 
 
 def _interleaved(repeated: Node, op: Any) -> Node | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..method import METHODS, Method
-from ..spec import AttentionSpec, Plan, Policy, Refusal
+from ..spec import AttentionSpec, Plan, Policy, Refusal, known_equal
 from .match import AttentionSite
 
 DEFAULT_METHODS = ("express", "exact")
@@ -77,11 +77,12 @@ def _plan_site(site: AttentionSite, policy: Policy) -> Plan:
 def _decide(spec: AttentionSpec, policy: Policy) -> Plan:
     rejected: list[Refusal] = []
     too_short = False
+    lonely = _without_keys(spec)
     for name in policy.methods or DEFAULT_METHODS:
         if name == "exact":
             return _exact(spec, policy, rejected)
         method = METHODS[name]
-        refusal = method.refuse(spec, policy)
+        refusal = method.refuse(spec, policy) if lonely is None else Refusal(name, lonely)
         if refusal is not None:
             rejected.append(refusal)
             continue
@@ -103,6 +104,17 @@ def _decide(spec: AttentionSpec, policy: Policy) -> Plan:
     if too_short:
         return Plan("exact", "exact", rejected[-1].reason, rejected=tuple(rejected))
     return Plan("exact", "refused", _reasons(rejected), rejected=tuple(rejected))
+
+
+def _without_keys(spec: AttentionSpec) -> str | None:
+    """Why a query sees no key at all, or there is no query; None where that is not so or not known."""
+    for size, what in ((spec.Lq, "queries"), (spec.Lk, "keys")):
+        if known_equal(size, 0):
+            return f"it has no {what}"
+    mask = spec.mask
+    if mask.unknown is None and mask.causal and isinstance(mask.offset, int) and mask.offset < 0:
+        return f"its causal mask has offset {mask.offset}: the first queries see no key"
+    return None
 
 
 def _exact(spec: AttentionSpec, policy: Policy, rejected: list[Refusal]) -> Plan:

@@ -233,15 +233,42 @@ def _settle_number(x: Any, dtype: torch.dtype) -> Any:
                 return _real(torch.tensor(float(x), dtype=dtype).item())
             except OverflowError:
                 return sympy.S.Infinity if x > 0 else sympy.S.NegativeInfinity
-        if dtype == torch.float64:
+        if dtype == torch.float64 and (not x.is_integer or _largest(x) <= 2**53):
             return x
     elif x.is_number:
         info = torch.iinfo(dtype)
         if x.is_Integer and info.min <= x <= info.max:
             return x
-    elif dtype in (torch.int64, torch.int32) and x.is_integer:
+    elif dtype in (torch.int64, torch.int32) and x.is_integer and _largest(x) <= torch.iinfo(dtype).max:
         return x
     raise _NoRule
+
+
+_SIZE_BITS = 24  # sizes are taken to be below 2**24: no mask of more tokens fits into memory
+
+
+def _largest(x: sympy.Expr) -> int:
+    """A bound on the absolute value of an integer expression in coordinates and sizes; 0 for a leaf."""
+    if isinstance(x, AppliedUndef):
+        return 0
+    total = 0
+    for term in sympy.Add.make_args(sympy.expand(x)):
+        factor, rest = term.as_coeff_Mul()
+        powers = (part.as_base_exp() for part in sympy.Mul.make_args(rest))
+        degree = sum(int(exponent) * len(base.free_symbols) for base, exponent in powers if exponent.is_Integer)
+        total += math.ceil(abs(factor)) << (_SIZE_BITS * max(0, degree))
+    return total
+
+
+def _known(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, but no rule for the values of a leaf, which may overflow, be rounded or be NaN."""
+
+    def checked(*values: Any) -> Any:
+        if any(value.atoms(AppliedUndef) for value in values):
+            raise _NoRule
+        return function(*values)
+
+    return checked
 
 
 def _additive(value: Any, lowest: float, evaluator: Evaluator) -> Boolean:
@@ -273,7 +300,7 @@ def _arithmetic(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
         if isinstance(op.get("alpha", 1), Node):
             raise _NoRule
         alpha = _real(float(op.get("alpha", 1)))
-        return _map(function, _number(a), _map(lambda x: x * alpha, _number(b)))
+        return _map(_known(lambda x, y: function(x, y * alpha)), _number(a), _number(b))
 
     return rule
 
@@ -284,6 +311,9 @@ def _comparison(relation: type[Relational]) -> Callable[..., Any]:
         if not (a.is_number and b.is_number) and not (a.is_integer and b.is_integer):
             if not any(isinstance(x, AppliedUndef) and y.is_number for x, y in ((a, b), (b, a))):
                 raise _NoRule
+        ordered = relation not in (sympy.Eq, sympy.Ne)
+        if ordered and any(isinstance(x, AppliedUndef) and not x.is_integer for x in (a, b)):
+            raise _NoRule  # NaN: "not >" is not "<="
         return relation(a, b)
 
     def rule(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
@@ -305,7 +335,7 @@ def _logic(function: Callable[..., Boolean], bitwise: bool) -> Callable[..., Any
 
 def _unary(function: Callable[[Any], Any]) -> Callable[..., Any]:
     def rule(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-        return _map(function, _number(evaluator.operand(op.get("input"), node, coords)))
+        return _map(_known(function), _number(evaluator.operand(op.get("input"), node, coords)))
 
     return rule
 
@@ -351,6 +381,14 @@ def _arange(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, 
 
 def _same(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
     return evaluator.operand(op.get("input"), node, coords)
+
+
+def _cast(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
+    value = evaluator.operand(op.get("input"), node, coords)
+    old, new = example_of(op.get("input")).dtype, example_of(node).dtype
+    if isinstance(value, AppliedUndef) and new != torch.bool and torch.promote_types(old, new) != new:
+        raise _NoRule  # unknown values that may not fit
+    return value
 
 
 def _reshape(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
@@ -410,11 +448,11 @@ def _diff(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ..
 
     i = coords[dim]
     if prepend is None:
-        return _map(operator.sub, at(source, i + 1), at(source, i))
+        return _map(_known(operator.sub), at(source, i + 1), at(source, i))
     if not isinstance(prepend, Node) or not is_one(example_of(prepend).shape[dim]):
         raise _NoRule
-    first = _map(operator.sub, at(source, sympy.S.Zero), at(prepend, sympy.S.Zero))
-    return _select(sympy.Eq(i, 0), first, _map(operator.sub, at(source, i), at(source, i - 1)))
+    first = _map(_known(operator.sub), at(source, sympy.S.Zero), at(prepend, sympy.S.Zero))
+    return _select(sympy.Eq(i, 0), first, _map(_known(operator.sub), at(source, i), at(source, i - 1)))
 
 
 def _getitem(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
@@ -515,7 +553,8 @@ _RULES: dict[str, Callable[..., Any]] = {
     **{name: _constant(0) for name in ("zeros", "new_zeros", "zeros_like")},
     "getitem": _getitem,
     **{name: _reshape for name in ("unsqueeze", "squeeze", "flatten", "view", "reshape")},
-    **{name: _same for name in ("expand", "broadcast_to", "expand_as", "to", "contiguous", "clone", "detach")},
+    **{name: _same for name in ("expand", "broadcast_to", "expand_as", "contiguous", "clone", "detach")},
+    "to": _cast,
     "repeat": _repeat,
     **{name: _permuted for name in ("transpose", "permute")},
 }

@@ -297,6 +297,46 @@ def test_tensors_that_are_written_are_not_trusted() -> None:
     assert "modified in place" in prove(through_a_view).unknown
 
 
+NAN = torch.tensor([1.0, -1.0, math.nan, 0.0, 2.0, math.inf])
+HUGE = torch.tensor([2**63 - 1, 0, 2**32, 5, -1, 2**31])
+
+
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        # both sides wrap round, so the order of the coordinates is not that of their multiples
+        (lambda x: K(6).int() * 2**30 <= Q(6).int() * 2**30, HUGE),
+        (lambda x: K(6) * 2**62 <= Q(6) * 2**62, HUGE),
+        (lambda x: K(6).int() + (2**31 - 3) <= Q(6).int() + (2**31 - 3), HUGE),
+        (lambda x: K(6).double() + 2.0**60 <= Q(6).double() + 2.0**60, HUGE),
+        # NaN is neither above 0 nor not above it, and 0 times NaN is NaN
+        (lambda x: (K(6) <= Q(6)) & ((x > 0) | (x <= 0)), NAN),
+        (lambda x: torch.where(K(6) <= Q(6), 0.0, -math.inf) + x * 0, NAN),
+        (lambda x: torch.where(K(6) <= Q(6), 0.0, -math.inf) + (x - x), NAN),
+    ],
+)
+def test_what_computers_do_to_numbers_is_not_simplified_away(make: Callable, x: torch.Tensor) -> None:
+    actual = make(x)
+    if actual.dtype == torch.bool:
+        assert not torch.equal(actual, torch.ones(6, 6, dtype=torch.bool).tril())
+    else:
+        assert actual.isnan().any()
+    assert "values that are not known" in prove(make, x).unknown or "adds the values of" in prove(make, x).unknown
+
+
+def test_unknown_keys_are_read_from_the_tensor_that_was_compared() -> None:
+    for make, x in (
+        (lambda x: (K(6) <= Q(6)) & (x + 1 > x), HUGE),  # false for the largest integer
+        (lambda x: (K(6) <= Q(6)) & (x.int() > 0), HUGE),  # 2**32 becomes 0
+        (lambda x: (K(6) <= Q(6)) & ~(x > 0), NAN),  # true for NaN
+        (lambda x: (K(6) <= Q(6)) & (x.abs() >= 0), torch.where(HUGE == 5, -(2**63), HUGE)),
+    ):
+        assert 0 < int(make(x)[-1].sum()) < 6
+        assert prove(make, x) == Mask(causal=True, padding=True)
+    small = (lambda x: K(6).int() * 3 + 7 <= Q(6).int() * 3 + 7), (lambda x: K(6) * 2**20 <= Q(6) * 2**20)
+    assert [prove(make, HUGE) for make in small] == [Mask(causal=True)] * 2
+
+
 def test_packed_sequences() -> None:
     def segments(position: torch.Tensor) -> torch.Tensor:
         steps = torch.diff(position, prepend=position[:, :1] - 1, dim=-1)

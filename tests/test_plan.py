@@ -155,3 +155,21 @@ def test_sites_that_only_are_listed_keep_their_reason() -> None:
         assert (decision.reason == "not supported yet") == (verdict == "refused")
     with pytest.raises(ValueError, match="m  not supported yet"):
         plan_sites([site], Policy(strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"Lq": 0, "Lk": 0}, "it has no queries"),
+        ({"Lk": 0, "mask": Mask()}, "it has no keys"),
+        ({"Lq": 120, "mask": Mask(causal=True, offset=-20)}, "offset -20: the first queries see no key"),
+    ],
+)
+def test_queries_without_keys_are_refused_for_every_method(change: dict[str, Any], words: str) -> None:
+    decision = plan(replace(SPEC, **change), Policy(methods=("first", "second")))
+    assert decision.verdict == "refused" and words in decision.reason
+    assert [(refusal.method, words in refusal.reason) for refusal in decision.rejected] == [
+        ("first", True),
+        ("second", True),
+    ]
+    assert plan(SPEC, Policy(methods=("first",))).verdict == "rewritten"

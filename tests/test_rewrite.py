@@ -17,7 +17,7 @@ from express_compile.method import METHODS, Method, register
 from express_compile.passes.match import find_sites
 from express_compile.passes.plan import plan_sites
 from express_compile.passes.rewrite import rewrite
-from express_compile.spec import AttentionSpec, Policy, Refusal, known_equal
+from express_compile.spec import AttentionSpec, Mask, Policy, Refusal, known_equal
 
 transformers = pytest.importorskip("transformers")
 
@@ -302,6 +302,71 @@ def test_repeated_heads_are_seen_through_only_when_proven(repeat: str, heads: in
     run = Run(Block(repeat))
     assert_same(run.model(q, k.clone(), v.clone()), expected)
     assert run.verdicts() == ["rewritten"] and SEEN[0]["H_kv"] == heads
+
+
+class Stopped(nn.Module):
+    """Grouped-query attention whose repeated heads pass no gradient on, in one of the ways people write it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if self.how == "detach":
+            k, v = k.repeat_interleave(2, 1).detach(), v.repeat_interleave(2, 1).detach()
+        elif self.how == "no_grad":
+            with torch.no_grad():
+                k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        elif self.how == "view without, copy with":
+            with torch.no_grad():
+                k, v = k[:, :, None], v[:, :, None]
+            k, v = (x.expand(-1, -1, 2, -1, -1).flatten(1, 2) for x in (k, v))
+        else:
+            k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize("how", ["detach", "no_grad", "view without, copy with", "not at all"])
+def test_gradients_stop_where_they_stopped_before(how: str) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, heads, 6, 8) for heads in (4, 2, 2)]
+    model, gradients = Stopped(how), []
+
+    def backend(gm: torch.fx.GraphModule, _: list[Any]) -> torch.fx.GraphModule:
+        ((_, plan),) = rewrite_graph(gm, Policy(methods=("express",), budget=16))
+        assert plan.verdict == "rewritten"
+        return gm
+
+    torch._dynamo.reset()
+    for f in (model, torch.compile(model, backend=backend, fullgraph=True)):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        f(*leaves).square().sum().backward()
+        gradients.append([x.grad for x in leaves])
+    for expected, got in zip(*gradients, strict=True):
+        assert (expected is None) == (got is None)
+        assert expected is None or (expected - got).abs().max() < 1e-5 < expected.abs().max()
+    assert [x is None for x in gradients[0]] == [False, *[how != "not at all"] * 2]
+
+
+def test_rows_of_real_tokens_are_equal_and_those_of_padding_are_zero() -> None:
+    """The one place where a rewritten site differs by design: nobody reads the rows of padded tokens."""
+    torch.manual_seed(0)
+    q, real = torch.randn(2, 4, 6, 8), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]).bool()
+
+    def attend(q: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones(6, 6, dtype=torch.bool).tril() & real[:, None, None]
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+    def backend(gm: torch.fx.GraphModule, _: list[Any]) -> torch.fx.GraphModule:
+        ((site, plan),) = rewrite_graph(gm, Policy(methods=("express",), budget=16))
+        assert plan.verdict == "rewritten" and site.spec.mask == Mask(causal=True, padding=True)
+        return gm
+
+    torch._dynamo.reset()
+    got, expected = torch.compile(attend, backend=backend)(q, real), attend(q, real)
+    assert (got - expected).abs().amax((1, 3))[real].max() < 1e-5
+    assert (got.abs().amax((1, 3))[~real] == 0).all()
+    assert expected[1, :, 5].abs().max() > 0.1  # PyTorch lets this padded token attend to the five real ones
 
 
 def test_one_head_that_broadcasts() -> None:
