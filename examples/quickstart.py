@@ -1,34 +1,54 @@
 """The main job: a real language model reads a long text with exact and with Express attention.
 
-    python examples/quickstart.py             # GPU if there is one, else the CPU in a few minutes
+    python examples/quickstart.py             # GPU if there is one, else the CPU in about five minutes
+    python examples/quickstart.py --layers 2  # a fast taste: only the first layers of the model
 
 Prints what was rewritten, how far the answers are from the exact ones, what it forgot, and how long it took;
 draws the error per position and the rows that each query saw.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
+os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers' loading; read when torch imports tqdm
+
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from measures import TokenStats, recalls, token_statistics
 from models import load_smollm2, long_texts, needle_prompts
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from express_compile import Policy, explain, restore_attention, rewrite_attention
+from express_compile import Policy, explain, record_sites, restore_attention, rewrite_attention
 from express_compile.kernels.express import ExpressConfig, default_inflation, make_layout
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+OPTIONS = dict(budget=256, sinks=32, window=256, protected=256, methods=["express"])
+# the same number of rows, none of them protected: shows what protection is good for
+WITHOUT_PROTECTION = {**OPTIONS, "protected": 0, "window": 512}
+NEEDLE_TOKENS = 2304
+WIDTH = 120
 
-OPTIONS = dict(budget=256, sinks=32, window=512, methods=["express"])
+
+@dataclass
+class Run:
+    """One row of the table. ``policy`` is None for exact attention, ``sites`` then too; ``recalled`` is optional."""
+
+    hidden: torch.Tensor
+    seconds: float
+    policy: Policy | None = None
+    sites: str = "-"
+    recalled: str = "-"
 
 
 def timed(call: Callable[[], torch.Tensor], repeats: int) -> tuple[torch.Tensor, float]:
@@ -44,124 +64,193 @@ def timed(call: Callable[[], torch.Tensor], repeats: int) -> tuple[torch.Tensor,
 
 
 def rows_seen(n: int, policy: Policy) -> np.ndarray:
-    """Rows that each query attends to, itself included."""
-    config = ExpressConfig(policy.budget, default_inflation(policy.budget), policy.sinks, policy.window)
+    """Rows that each query attends to, itself included; ``[n]``."""
+    s, M = policy.budget, default_inflation(policy.budget)
+    config = ExpressConfig(s, M, policy.sinks, policy.window, policy.protected)
+    if n <= config.exact_up_to:
+        return np.arange(1, n + 1)
     return make_layout(config, n, n).table.rows_seen(n)
 
 
-def draw(stats: dict[str, TokenStats], rows: np.ndarray, path: Path, title: str) -> None:
-    """KL per position (mean over 64 positions) above, rows seen per query below."""
-    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, layout="constrained")
-    for name, s in stats.items():
-        kl = s.kl[: len(s.kl) // 64 * 64].reshape(-1, 64).mean(1)
-        above.plot(np.arange(len(kl)) * 64 + 32, kl, label=name)
-    above.set(ylabel="KL to exact, nats per token", title=title)
-    above.legend()
-    below.plot(np.arange(len(rows)) + 1, label="exact")
-    below.plot(rows, label="Express")
-    below.set(xlabel="position", ylabel="rows a query attends to")
-    below.legend()
+def rewritten(sites: tuple | list) -> str:
+    """How many of the sites found were rewritten, as ``"30/30"``."""
+    return f"{sum(site.verdict == 'rewritten' for site in sites)}/{len(sites)}"
+
+
+def number(x: float) -> str:
+    """``x`` in a few characters, whatever its size."""
+    return f"{x:.4f}" if 1e-3 <= x < 1 else f"{x:.2f}" if 1 <= x < 1000 else f"{x:.1e}"
+
+
+def draw(runs: dict[str, Run], stats: dict[str, TokenStats], n: int, first: int, path: Path, title: str) -> None:
+    """KL per position (median and mean of 64 positions) above, rows seen per query below."""
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    approximate = {name: run for name, run in runs.items() if run.policy is not None and name in stats}
+    for color, width, (name, run) in zip(("C0", "C1"), (4, 1.5), approximate.items(), strict=False):
+        kl = stats[name].kl
+        bins = kl[: len(kl) // 64 * 64].clip(1e-9).reshape(-1, 64)
+        middle, rows = np.arange(len(bins)) * 64 + 32, rows_seen(n, run.policy)
+        thinned = middle >= np.argmax(rows < np.arange(1, n + 1))  # before it every row is kept: KL is rounding
+        label = f"protected={run.policy.protected}, window={run.policy.window}"
+        above.plot(middle[thinned], bins.mean(1)[thinned], color=color, label=f"{label}: mean of 64 positions")
+        above.plot(middle[thinned], np.median(bins, 1)[thinned], ":", color=color, label=f"{label}: median")
+        below.plot(np.arange(1, n + 1), rows, color=color, linewidth=width, label=f"Express, {label}")
+    above.set(ylabel="KL to exact, nats per token", yscale="log")
+    above.set_title(title, fontsize=11)
+    below.plot(np.arange(1, n + 1), np.arange(1, n + 1), color="0.4", linestyle="--", label="exact")
+    below.set(xlabel="position", ylabel="rows a query attends to", xlim=(0, n), ylim=(0, None))
+    for axes in (above, below):
+        axes.axvline(first, color="0.7", linewidth=1)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=9)
+    below.annotate("the table counts\nfrom here on", (first, 0), (first + n * 0.01, n * 0.02), color="0.4", fontsize=9)
     figure.savefig(path, dpi=120)
+
+
+def table_of(runs: dict[str, Run], stats: dict[str, TokenStats], n: int, first: int, title: str) -> Table:
+    """One row per run; the measures are means over the positions from ``first`` on."""
+    table = Table(title=title)
+    for column in ("run", "sites", "rows kept / n", "KL to exact", "top-1", "perplexity (exact)", "seconds", "needles"):
+        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
+    for name, run in runs.items():
+        s = next(iter(stats.values())).tail(first) if name == "exact" else stats[name].tail(first)
+        rows = n if run.policy is None else rows_seen(n, run.policy)[first:].mean()
+        perplexity = number(s.perplexity_exact if name == "exact" else s.perplexity)
+        table.add_row(
+            name,
+            run.sites,
+            f"{rows:.0f} / {n}",
+            "-" if name == "exact" else number(max(0.0, s.kl.mean())),
+            "-" if name == "exact" else f"{s.agree.mean():.3f}",
+            f"{perplexity} ({number(s.perplexity_exact)})",
+            f"{run.seconds:.2f}",
+            run.recalled,
+        )
+    return table
+
+
+def arguments(on_gpu: bool) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=8192 if on_gpu else 4096, help="length of the text")
+    parser.add_argument("--needles", type=int, default=12 if on_gpu else 3, help="needle depths to try; 0 for none")
+    parser.add_argument("--layers", type=int, help="run only the first layers of the model: fast, but it babbles")
+    parser.add_argument("--picture", type=Path, default=Path("quickstart.png"))
+    args = parser.parse_args()
+    if args.tokens < 64:
+        parser.error(f"--tokens={args.tokens}: must be at least 64")
+    if args.needles < 0:
+        parser.error(f"--needles={args.needles}: must be 0 or more")
+    if args.layers is not None and args.layers < 1:
+        parser.error(f"--layers={args.layers}: must be 1 or more")
+    if not args.picture.resolve().parent.is_dir():
+        parser.error(f"--picture={args.picture}: there is no such folder")
+    return args
 
 
 def main() -> None:
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=8192 if on_gpu else 4608, help="length of the text")
-    parser.add_argument("--needles", type=int, default=12 if on_gpu else 3, help="needle depths to try")
-    parser.add_argument("--picture", type=Path, default=Path("quickstart.png"))
-    args = parser.parse_args()
-
-    console = Console()
+    args = arguments(on_gpu)
+    if "express" not in torch._dynamo.list_backends():
+        sys.exit(
+            "torch.compile does not know the backend 'express', because express-compile is not installed here "
+            "(PYTHONPATH is not enough): run `pip install -e .` in the root of the checkout"
+        )
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     machine = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    model, tokenizer = load_smollm2(device, dtype)
-    name, text = next(iter(long_texts().items()))
-    ids = tokenizer(text, return_tensors="pt").input_ids[:, : args.tokens].to(device)
-    n = ids.shape[1]
-    policy = Policy(**OPTIONS)
-    rows = rows_seen(n, policy)
-    console.print(f"SmolLM2-135M-Instruct reads {n} tokens of {name} on {machine}")
-
     repeats = 3 if on_gpu else 1
-    hidden, seconds, recalled, sites = {}, {}, {}, {}
-    lengths = max(3000, n // 2)
-    depths = np.linspace(0.1, 0.9, args.needles).tolist()
-    cases = [
-        (torch.tensor(prompt, device=device), torch.tensor(answer, device=device))
-        for prompt, answer in needle_prompts(tokenizer, lengths, depths, n_distractors=0, seed=0)
-    ]
-
-    def read(body: Callable) -> torch.Tensor:
-        with torch.no_grad():
-            return body(input_ids=ids, use_cache=False).last_hidden_state
 
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
-        def step(description: str) -> None:
-            for task in progress.task_ids:
-                progress.update(task, total=1, completed=1)
-            progress.add_task(description, total=None)
+        @contextmanager
+        def step(description: str) -> Iterator[None]:
+            task, start = progress.add_task(description, total=None), time.perf_counter()
+            yield
+            progress.update(task, total=1, completed=1)
+            if progress.disable:  # a log file: a line per step
+                console.print(f"  {description}, {time.perf_counter() - start:.0f} s", highlight=False)
 
-        def run(name: str, body: Callable, how: str) -> None:
-            step(f"{name}: {how}")
-            if on_gpu or "compile" in name:
-                read(body)  # compilation and autotuning are not what is timed
-            hidden[name], seconds[name] = timed(lambda: read(body), repeats)
-
-        run("exact", model.model, "forward")
-        step("exact: needles")
-        solved = [case for case in cases if recalls(model, *case)]
-        recalled["exact"] = f"{len(solved)}/{len(cases)}"
-
-        rewrite_attention(model, policy=policy)
-        run("rewrite_attention", model.model, "forward")
-        step("rewrite_attention: needles")
-        recalled["rewrite_attention"] = f"{sum(recalls(model, *case) for case in solved)}/{len(solved)}"
-        step("rewrite_attention: explain")
-        sites["rewrite_attention"] = explain(model, ids[:, :2048], example_kwargs={"use_cache": False}).sites
-        restore_attention(model)
-
-        step("torch.compile: explain")
-        report = explain(model, ids, example_kwargs={"use_cache": False}, **OPTIONS)
-        sites['torch.compile(backend="express")'] = report.sites
-        run('torch.compile(backend="inductor")', torch.compile(model.model), "compile and forward")
-        compiled = torch.compile(model.model, backend="express", options=OPTIONS)
-        run('torch.compile(backend="express")', compiled, "compile and forward")
-        step("comparing")
-        stats = {
-            name: token_statistics(hidden["exact"], x, model.lm_head, ids)
-            for name, x in hidden.items()
-            if name != "exact"
-        }
-
-    first = 2048
-    table = Table(title=f"SmolLM2-135M-Instruct, {n} tokens, {machine}; positions from {first} on")
-    for column in ("run", "sites", "rows kept / n", "KL to exact", "top-1", "perplexity (exact)", "seconds", "needles"):
-        table.add_column(column, justify="left" if column == "run" else "right")
-    for name in hidden:
-        approximate = name in sites
-        s = stats[name].tail(first) if name in stats else None
-        table.add_row(
-            name,
-            f"{sum(site.verdict == 'rewritten' for site in sites[name])}/{len(sites[name])}" if approximate else "-",
-            f"{rows[first:].mean():.0f} / {n}" if approximate else f"{n} / {n}",
-            f"{s.kl.mean():.4f}" if s else "0",
-            f"{s.agree.mean():.3f}" if s else "1",
-            f"{s.perplexity:.2f} ({s.perplexity_exact:.2f})" if s else "-",
-            f"{seconds[name]:.2f}",
-            recalled.get(name, "-"),
+        with step("loading the model"):
+            model, tokenizer = load_smollm2(device, dtype)
+        body = model.model
+        if args.layers is not None:
+            body.layers = body.layers[: args.layers]
+            model.config.num_hidden_layers = len(body.layers)
+        text_name, text = next(iter(long_texts().items()))
+        ids = tokenizer(text, return_tensors="pt").input_ids[:, : args.tokens].to(device)
+        n = ids.shape[1]
+        if n < args.tokens:
+            sys.exit(f"--tokens={args.tokens}: the text {text_name} has {n} tokens only")
+        first = 2048 if n > 2048 else n // 2
+        depths = np.linspace(0.1, 0.9, args.needles).tolist()
+        prompts = needle_prompts(tokenizer, NEEDLE_TOKENS, depths, n_distractors=0, seed=0)
+        cases = [
+            (torch.tensor(prompt, device=device), torch.tensor(answer, device=device)) for prompt, answer in prompts
+        ]
+        progress.console.print(
+            f"SmolLM2-135M-Instruct, {len(body.layers)} layers, reads {n} tokens of {text_name} on {machine}"
         )
-    console.print(table)
-    methods = sorted({site.method for found in sites.values() for site in found})
+        runs: dict[str, Run] = {}
+
+        def read(module: Callable) -> torch.Tensor:
+            with torch.no_grad():
+                return module(input_ids=ids, use_cache=False).last_hidden_state
+
+        def run(name: str, module: Callable, policy: Policy | None = None) -> Run:
+            if on_gpu or module is not body:
+                with step(f"{name}: first run, which compiles"):
+                    read(module)  # is not timed
+            with step(f"{name}: reading"):
+                runs[name] = Run(*timed(lambda: read(module), repeats), policy)
+            return runs[name]
+
+        def recalled(name: str, cases: list) -> list:
+            if not cases:
+                return []
+            with step(f"{name}: {len(cases)} needle{'s' * (len(cases) != 1)}"):
+                found = [case for case in cases if recalls(model, *case)]
+            runs[name].recalled = f"{len(found)}/{len(cases)}"
+            return found
+
+        run("exact", body)
+        solved = recalled("exact", cases)
+        for name, options in (("rewrite_attention", OPTIONS), ("… protected=0, window=512", WITHOUT_PROTECTION)):
+            policy = Policy(**options)
+            rewrite_attention(body, policy)
+            with record_sites() as sites:
+                run(name, body, policy)
+            runs[name].sites = rewritten(sites[-len(body.layers) :])
+            recalled(name, solved)
+            restore_attention(body)
+
+        if on_gpu:
+            run("torch.compile, inductor", torch.compile(body))
+        name = "torch.compile, express"
+        with step(f"{name}: explain"):  # methods are named, so the length decides nothing
+            report = explain(body, ids[:, :256], example_kwargs={"use_cache": False}, **OPTIONS)
+        run(name, torch.compile(body, backend="express", options=OPTIONS), Policy(**OPTIONS)).sites = rewritten(
+            report.sites
+        )
+        stats: dict[str, TokenStats] = {}
+        for name, one in runs.items():
+            if name != "exact":
+                with step(f"{name}: comparing"):
+                    stats[name] = token_statistics(runs["exact"].hidden, one.hidden, model.lm_head, ids)
+
+    title = f"{n} tokens, {machine}; means over positions from {first} on"
+    Console(width=max(WIDTH, console.width)).print(table_of(runs, stats, n, first, title))
     console.print(
-        f"methods: {', '.join(methods)}; needles: a 7-digit number hidden in {lengths} tokens of noise, counted where "
-        "exact attention finds it.\nThinning keeps a fraction of the rows and forgets single facts; `protected` holds "
-        "some of them, see the README."
+        f"Express with {', '.join(f'{k}={v}' for k, v in OPTIONS.items() if k != 'methods')}, if not said otherwise.\n"
+        f"needles: a 7-digit number hidden in {NEEDLE_TOKENS} tokens of noise; counted are those that exact attention "
+        "finds.\nThinning forgets single facts; protected rows hold some of them: see the README.",
+        highlight=False,
     )
-    draw({name: s for name, s in stats.items() if name in sites}, rows, args.picture, f"{n} tokens, {machine}")
-    console.print(f"picture: {args.picture.resolve()}")
+    if not on_gpu:
+        console.print("seconds on a CPU are those of the reference, which is written to be read; kernels need a GPU.")
+    draw(runs, stats, n, first, args.picture, f"{n} tokens of {text_name}, {len(body.layers)} layers, {machine}")
+    console.print(f"picture: {args.picture.resolve()}", soft_wrap=True)
 
 
 if __name__ == "__main__":
