@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def rewrite(gm: GraphModule, planned: Iterable[tuple[AttentionSite, Plan]], poli
     """
     modules = set(gm.modules())
     changed: dict[GraphModule, dict[str, Node]] = {}
+    replaced: dict[Node, Node] = {}  # attention of attention: a later site still names the node that is gone
     count = 0
     for site, decision in planned:
         if decision.verdict != "rewritten":
@@ -39,7 +41,8 @@ def rewrite(gm: GraphModule, planned: Iterable[tuple[AttentionSite, Plan]], poli
         if site.graph_module not in modules or site.node.graph is not site.graph_module.graph:
             raise ValueError(f"site {site.module!r}: its node {site.node.name!r} is not in the graph module given")
         seeds = changed.setdefault(site.graph_module, {})
-        _replace(site, decision, policy, seeds)
+        site = _renamed(site, replaced)
+        replaced[site.node] = _replace(site, decision, policy, seeds)
         count += 1
     for module in changed:
         module.graph.lint()
@@ -47,7 +50,18 @@ def rewrite(gm: GraphModule, planned: Iterable[tuple[AttentionSite, Plan]], poli
     return count
 
 
-def _replace(site: AttentionSite, decision: Plan, policy: Policy, seeds: dict[str, Node]) -> None:
+def _renamed(site: AttentionSite, replaced: dict[Node, Node]) -> AttentionSite:
+    """``site`` with the nodes that took the place of those it names."""
+    padding = site.padding
+    if padding is not None:
+        terms = tuple(replace(term, node=replaced.get(term.node, term.node)) for term in padding.terms)
+        padding = Padding(terms, replaced.get(padding.last_row, padding.last_row))
+    inputs = {name: getattr(site, name) for name in ("query", "key", "value")}
+    return replace(site, padding=padding, **{name: replaced.get(node, node) for name, node in inputs.items()})
+
+
+def _replace(site: AttentionSite, decision: Plan, policy: Policy, seeds: dict[str, Node]) -> Node:
+    """Put the op in the place of ``site``; returns the node of its result."""
     node, spec, graph = site.node, site.spec, site.graph_module.graph
     device = node.meta["example_value"].device
     if str(device) not in seeds:
@@ -68,6 +82,7 @@ def _replace(site: AttentionSite, decision: Plan, policy: Policy, seeds: dict[st
     dead = list(node.all_input_nodes)
     graph.erase_node(node)
     _sweep(graph, dead)
+    return out
 
 
 def _seed(graph: Graph, device: torch.device, policy: Policy, like: Node) -> Node:

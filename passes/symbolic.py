@@ -472,7 +472,10 @@ def _getitem(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any,
         raise _NoRule
     if tensors and any(isinstance(item, int) or _is_size(item) for item in items):
         raise _NoRule
-    block = max((example_of(items[i]).dim() for i in tensors), default=0)
+    ranks = [example_of(items[i]).dim() for i in tensors]
+    block = max(ranks, default=0)
+    if block > 0 and 0 in ranks:
+        raise _NoRule  # a scalar tensor selects like an int, which decides where the other indices' dimensions go
     together = not tensors or tensors == list(range(tensors[0], tensors[-1] + 1))
     start = 0 if not together or not tensors else sum(not _is_tensor(item) for item in items[: tensors[0]])
     indexed, rest = coords[start : start + block], list(coords[:start] + coords[start + block :])

@@ -324,6 +324,23 @@ def test_what_computers_do_to_numbers_is_not_simplified_away(make: Callable, x: 
     assert "values that are not known" in prove(make, x).unknown or "adds the values of" in prove(make, x).unknown
 
 
+def test_a_scalar_tensor_indexes_like_an_int() -> None:
+    """``x[tensor(0), :, i]`` has its dimensions in order, ``x[tensor([0, ...]), :, i]`` the indexed one first."""
+
+    def upper() -> torch.Tensor:
+        return torch.ones(1, 6, 6, dtype=torch.bool).triu()
+
+    def selected() -> torch.Tensor:
+        return upper()[torch.tensor(0), :, torch.arange(6)]
+
+    def gathered() -> torch.Tensor:
+        return upper()[torch.zeros(6, dtype=torch.int64), :, torch.arange(6)]
+
+    assert torch.equal(selected(), upper()[0]) and torch.equal(gathered(), upper()[0].T)
+    assert prove(selected).unknown
+    assert prove(gathered) == Mask(causal=True)
+
+
 def test_unknown_keys_are_read_from_the_tensor_that_was_compared() -> None:
     for make, x in (
         (lambda x: (K(6) <= Q(6)) & (x + 1 > x), HUGE),  # false for the largest integer

@@ -304,6 +304,28 @@ def test_repeated_heads_are_seen_through_only_when_proven(repeat: str, heads: in
     assert run.verdicts() == ["rewritten"] and SEEN[0]["H_kv"] == heads
 
 
+def test_attention_of_attention() -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 2, 6, 8) for _ in range(3)]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones(6, 6, dtype=torch.bool).tril()
+        k = F.scaled_dot_product_attention(k, k, v, is_causal=True)
+        seen = mask & (F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :1, None, :, 0] > -9)
+        q = F.scaled_dot_product_attention(q, k, k, attn_mask=seen)
+        return F.scaled_dot_product_attention(q, k, q, is_causal=True)
+
+    def backend(gm: torch.fx.GraphModule, _: list[Any]) -> torch.fx.GraphModule:
+        planned = rewrite_graph(gm, Policy(methods=("express",), budget=16))
+        assert [plan.verdict for _, plan in planned] == ["rewritten"] * 4
+        assert not [n for n in gm.graph.nodes if "scaled_dot_product" in str(n.target)]
+        return gm
+
+    torch._dynamo.reset()
+    got = torch.compile(attend, backend=backend, fullgraph=True)(*inputs)
+    assert (got - attend(*inputs)).abs().max() < 1e-5
+
+
 class Stopped(nn.Module):
     """Grouped-query attention whose repeated heads pass no gradient on, in one of the ways people write it."""
 
