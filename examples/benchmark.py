@@ -152,7 +152,7 @@ def measure(n: int, policy: Policy, opponents: dict[str, float], tensors, clock:
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 131072, 524288])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 24576, 32768, 131072, 524288])
     parser.add_argument("--settings", type=int, default=99, help="only the first settings")
     parser.add_argument("--heads", type=int, nargs=2, default=[32, 8], metavar=("H", "H_kv"))
     parser.add_argument("--head-size", type=int, default=128)
@@ -186,7 +186,7 @@ def main() -> None:
         shapes = ((1, H, n, D), (1, H_kv, n, D), (1, H_kv, n, D))
         tensors = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
         # seconds per exact call at half a million tokens: fewer repeats there
-        repeats = args.repeats if n < 200_000 else 3
+        repeats = args.repeats if n < 200_000 else 2
         opponents = exact_times(*tensors, clock, repeats)
         for policy in SETTINGS[: args.settings]:
             row = measure(n, policy, opponents, tensors, clock, repeats)

@@ -99,9 +99,7 @@ def test_halving_decisions(poison, rule, dtype, D):
     assert rule == "uniform" or judged > 10000
 
 
-@pytest.mark.parametrize(
-    "dtype, D, s", [(torch.bfloat16, 64, 512), (torch.bfloat16, 128, 256), (torch.float32, 64, 128)]
-)
+@pytest.mark.parametrize("D, s", [(64, 512), (128, 256), (96, 128), (64, 16)])
 def test_programs_that_wait_for_each_other_leave_no_race(D, s):
     """The tiles of a bucket run side by side: thirty repetitions give the same rows, under changing load."""
     _, k, v = tokens(9000, 2, 4, 4, D, D)
