@@ -1,6 +1,6 @@
 """The main job: a real language model reads a long text with exact and with Express attention.
 
-    python examples/quickstart.py             # GPU if there is one, else the CPU in about five minutes
+    python examples/quickstart.py             # GPU if there is one, else the CPU in about four minutes
     python examples/quickstart.py --layers 2  # a fast taste: only the first layers of the model
 
 Prints what was rewritten, how far the answers are from the exact ones, what it forgot, and how long it took;
