@@ -102,7 +102,7 @@ def check(q, k, v, out, policy: Policy) -> tuple[float, float]:
         policy.budget, E.default_inflation(policy.budget), policy.sinks, policy.window, policy.protected
     )
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
-    layout, (_, *compacted) = E._select(q, k, v, config, scale, seed, LAYER)
+    layout, (_, *compacted) = E.select_rows(q, k, v, config, scale, seed, LAYER)
     table, worst, allowed = layout.table, 0.0, 0.0
     for block in {0, len(table.tail) // 2, len(table.tail) - 1}:
         first, last = block * table.block, min((block + 1) * table.block, n)

@@ -251,12 +251,20 @@ def _prefill(
     seed: torch.Tensor,
     layer: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    layout, compacted = _select(query, key, value, config, scale, seed, layer)
+    layout, compacted = select_rows(query, key, value, config, scale, seed, layer)
     return segment_attention(query, key, value, *compacted[1:], layout.table, scale)
 
 
-def _select(query, key, value, config, scale, seed, layer) -> tuple[Layout, tuple]:
-    """The layout, and (token index, keys, values) of the compacted rows."""
+def select_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    config: ExpressConfig,
+    scale: float,
+    seed: torch.Tensor,
+    layer: int,
+) -> tuple[Layout, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The layout, and token index ``[B, H_kv, A]``, keys and values of the compacted rows."""
     layout = make_layout(config, query.shape[2], key.shape[2])
     arena = (thin_triton if key.is_cuda else thin_reference)(key, value, layout, scale, seed, layer)
     kept = arena[:, :, layout.compacted_from :]
@@ -266,7 +274,7 @@ def _select(query, key, value, config, scale, seed, layer) -> tuple[Layout, tupl
 
 
 def _backward(grad, query, key, value, config, scale, seed, layer) -> tuple[torch.Tensor, ...]:
-    layout, (kept, *compacted) = _select(query, key, value, config, scale, seed, layer)
+    layout, (kept, *compacted) = select_rows(query, key, value, config, scale, seed, layer)
     out, lse = segment_attention(query, key, value, *compacted, layout.table, scale)
     d_query, d_key, d_value, *d_compacted = segment_attention_backward(
         grad, query, key, value, *compacted, out, lse, layout.table, scale
@@ -283,8 +291,8 @@ class _Padding:
     the batch starts at 0 whatever its padding.
     """
 
-    def __init__(self, padding: torch.Tensor, Lq: int) -> None:
-        self.real, self.Lq = padding, Lq
+    def __init__(self, padding: torch.Tensor) -> None:
+        self.real = padding
         self.order = (~padding).to(torch.int8).argsort(dim=1, stable=True)
         self.rank = self.order.argsort(1)
         self.front = torch.arange(padding.shape[1], device=padding.device) < padding.sum(1, keepdim=True)
@@ -315,7 +323,7 @@ def _express_body(query, key, value, padding, seed, scale, layer, min_length, **
     check_qkv(query, key, value, padding)
     Lq, Lk = query.shape[2], key.shape[2]
     config = _config(**options, Lk=Lk)
-    pad = None if padding is None else _Padding(padding, Lq)
+    pad = None if padding is None else _Padding(padding)
     if pad is not None:
         query, key, value = pad.pack(query), pad.pack(key), pad.pack(value)
     if Lk < min_length or Lk <= config.exact_up_to:
@@ -329,7 +337,7 @@ def _express_body(query, key, value, padding, seed, scale, layer, min_length, **
 
 def _express_backward_body(grad, query, key, value, padding, seed, scale, layer, min_length, **options):
     check_qkv(query, key, value, padding)
-    Lq, Lk = query.shape[2], key.shape[2]
+    Lk = key.shape[2]
     config = _config(**options, Lk=Lk)
     if Lk < min_length:
         config = replace(config, window=Lk)  # exact
@@ -337,7 +345,7 @@ def _express_backward_body(grad, query, key, value, padding, seed, scale, layer,
     if padding is None:
         grads = _backward(*tensors, config, scale, seed, layer)
     else:
-        pad = _Padding(padding, Lq)
+        pad = _Padding(padding)
         grads = _backward(*map(pad.pack, tensors), config, scale, seed, layer)
         grads = tuple(pad.unpack(g, x.shape[2]) for g, x in zip(grads, tensors[1:], strict=True))
     return tuple(g.to(x.dtype) for g, x in zip(grads, tensors[1:], strict=True))

@@ -68,7 +68,8 @@ class ExpressState:
         self.length = 0  # tokens seen
         self.streamed = 0  # tokens that entered the thinning stream
         self._rows: dict[str, Rows] = {}
-        self._buckets: list[Rows] = []
+        self._buckets: list[Rows] = []  # S_0 .. of the round
+        self._halved: list[int] = []  # how often each of them was halved in this round
         self._scores = self._key_sum = None
 
     # -- adding tokens ------------------------------------------------------------------------------------------

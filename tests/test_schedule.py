@@ -46,6 +46,7 @@ def test_every_token_is_represented_once(budget, n, data):
     s, M = budget
     schedule = make_schedule(n, s, M)
     start, stop = represented(schedule)
+    assert (start >= 0).all(), "every row of the arena is written: all of it is compacted"
     times = {data.draw(st.integers(0, n)) for _ in range(5)} | {n, min(n, 4 * s), min(n, 4 * s + 1)}
     times = np.array(sorted({admitted(t, s, M) for t in times}))
     offset, length, log2_weight = schedule.segments(times)
