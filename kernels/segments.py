@@ -91,6 +91,18 @@ def _block_scores(query: torch.Tensor, keys: torch.Tensor, weight: torch.Tensor,
     return scores
 
 
+def _blocks(query, key, value, compacted_key, compacted_value, table: SegmentTable, scale: float, dtype):
+    """Block by block: the queries' range, the slices of its rows, queries, keys, values and masked scores."""
+    Lq, q = query.shape[2], _grouped(query, key.shape[1])
+    for block in range(len(table.tail)):
+        first, last = block * table.block, min((block + 1) * table.block, Lq)
+        slices, weight = _block_rows(table, block, Lq)
+        keys = torch.cat([(key, compacted_key)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
+        values = torch.cat([(value, compacted_value)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
+        rows = q[:, :, :, first:last].to(dtype)
+        yield slice(first, last), slices, rows, keys, values, _block_scores(rows, keys, weight, scale)
+
+
 def _grouped(x: torch.Tensor, H_kv: int) -> torch.Tensor:
     return x.unflatten(1, (H_kv, x.shape[1] // H_kv))
 
@@ -110,24 +122,18 @@ def segment_attention_reference(
     Returns ``out`` ``[B, H, Lq, Dv]`` in the dtype of ``query`` and ``lse`` ``[B, H, Lq]`` in float32
     (float64 for float64 inputs); computed in that same precision from the inputs as they are.
     """
-    H_kv, Lq = key.shape[1], query.shape[2]
+    H_kv = key.shape[1]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    q = _grouped(query, H_kv)
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     lse = torch.empty(query.shape[:3], dtype=dtype, device=query.device)
-    for block in range(len(table.tail)):
-        first, last = block * table.block, min((block + 1) * table.block, Lq)
-        slices, weight = _block_rows(table, block, Lq)
-        keys = torch.cat([(key, compacted_key)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
-        values = torch.cat([(value, compacted_value)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
-        rows = q[:, :, :, first:last].to(dtype)
-        scores = _block_scores(rows, keys, weight, scale)
+    blocks = _blocks(query, key, value, compacted_key, compacted_value, table, scale, dtype)
+    for queries, _, rows, _, values, scores in blocks:
         top = scores.detach().amax(-1, keepdim=True)
         weights = scores.sub_(top).exp_()
         mass = weights.sum(-1, keepdim=True)
         result, total = weights @ values / mass, (top + mass.log())[..., 0]
-        _grouped(out, H_kv)[:, :, :, first:last] = result.unflatten(2, (rows.shape[2], -1)).to(out.dtype)
-        _grouped(lse, H_kv)[:, :, :, first:last] = total.unflatten(2, (rows.shape[2], -1))
+        _grouped(out, H_kv)[:, :, :, queries] = result.unflatten(2, (rows.shape[2], -1)).to(out.dtype)
+        _grouped(lse, H_kv)[:, :, :, queries] = total.unflatten(2, (rows.shape[2], -1))
     return out, lse
 
 
@@ -148,24 +154,17 @@ def segment_attention_backward(
     Probabilities are recomputed from ``lse`` block by block, so that memory stays O(n D). Plain PyTorch on any
     device. Gradients are float32 (float64 for float64 inputs).
     """
-    H_kv, Lq = key.shape[1], query.shape[2]
-    dtype = lse.dtype
+    H_kv, dtype = key.shape[1], lse.dtype
     grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value)]
     compacted = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (compacted_key, compacted_value)]
-    q, o, do, total = (_grouped(x, H_kv) for x in (query, out, grad, lse))
-    for block in range(len(table.tail)):
-        first, last = block * table.block, min((block + 1) * table.block, Lq)
-        slices, weight = _block_rows(table, block, Lq)
-        keys = torch.cat([(key, compacted_key)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
-        values = torch.cat([(value, compacted_value)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
-        rows = q[:, :, :, first:last].to(dtype)
-        g = rows.shape[2]
-        scores = _block_scores(rows, keys, weight, scale)
-        probability = torch.exp(scores - total[:, :, :, first:last].flatten(2, 3)[..., None])
-        d_out = do[:, :, :, first:last].to(dtype).flatten(2, 3)
-        delta = (d_out * o[:, :, :, first:last].to(dtype).flatten(2, 3)).sum(-1, keepdim=True)
+    o, do, total = (_grouped(x, H_kv) for x in (out, grad, lse))
+    blocks = _blocks(query, key, value, compacted_key, compacted_value, table, scale, dtype)
+    for queries, slices, rows, keys, values, scores in blocks:
+        probability = torch.exp(scores - total[:, :, :, queries].flatten(2, 3)[..., None])
+        d_out = do[:, :, :, queries].to(dtype).flatten(2, 3)
+        delta = (d_out * o[:, :, :, queries].to(dtype).flatten(2, 3)).sum(-1, keepdim=True)
         d_scores = probability * (d_out @ values.mT - delta) * scale
-        _grouped(grads[0], H_kv)[:, :, :, first:last] = (d_scores @ keys).unflatten(2, (g, -1))
+        _grouped(grads[0], H_kv)[:, :, :, queries] = (d_scores @ keys).unflatten(2, (rows.shape[2], -1))
         d_keys, d_values = d_scores.mT @ rows.flatten(2, 3), probability.mT @ d_out
         at = 0
         for source, a, b in slices:
