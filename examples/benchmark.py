@@ -98,11 +98,8 @@ def check(q, k, v, out, policy: Policy) -> tuple[float, float]:
     The rows are those that the op itself selected.
     """
     n, scale = q.shape[2], q.shape[-1] ** -0.5
-    config = E.ExpressConfig(
-        policy.budget, E.default_inflation(policy.budget), policy.sinks, policy.window, policy.protected
-    )
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
-    layout, (_, *compacted) = E.select_rows(q, k, v, config, scale, seed, LAYER)
+    layout, (_, *compacted) = E.select_rows(q, k, v, E.config_of(policy, n), scale, seed, LAYER)
     table, worst, allowed = layout.table, 0.0, 0.0
     for block in {0, len(table.tail) // 2, len(table.tail) - 1}:
         first, last = block * table.block, min((block + 1) * table.block, n)

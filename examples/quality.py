@@ -26,7 +26,7 @@ from rich.table import Table
 
 from express_compile import Method, Policy, Refusal, register, restore_attention, rewrite_attention
 from express_compile.kernels._op import check_qkv, define_op
-from express_compile.kernels.express import ExpressConfig, default_inflation, make_layout
+from express_compile.kernels.express import rows_seen as express_rows_seen
 from express_compile.kernels.segments import TOKENS, SegmentTable, segment_attention
 
 COLUMNS = "date,gpu,commit,model,task,n,method,params,rows,metric,value,low,high".split(",")
@@ -103,9 +103,7 @@ def rows_seen(policy: Policy, n: int, first: int = FROM) -> float:
     """Rows that a query sees on average over the positions from ``first`` on, itself included."""
     if policy.methods == ("streaming_llm",):
         return float(streaming_table(n, policy.sinks, policy.window).rows_seen(n)[first:].mean())
-    s = policy.budget
-    config = ExpressConfig(s, default_inflation(s), policy.sinks, policy.window, policy.protected)
-    return float(make_layout(config, n, n).table.rows_seen(n)[first:].mean())
+    return float(express_rows_seen(policy, n)[first:].mean())
 
 
 def describe(policy: Policy) -> str:

@@ -31,7 +31,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from express_compile import Policy, explain, record_sites, restore_attention, rewrite_attention
-from express_compile.kernels.express import ExpressConfig, default_inflation, make_layout
+from express_compile.kernels.express import rows_seen
 
 OPTIONS = dict(budget=256, sinks=32, window=256, protected=256, methods=["express"])
 # the same number of rows, none of them protected: shows what protection is good for
@@ -63,15 +63,6 @@ def timed(call: Callable[[], torch.Tensor], repeats: int) -> tuple[torch.Tensor,
     return result, best
 
 
-def rows_seen(n: int, policy: Policy) -> np.ndarray:
-    """Rows that each query attends to, itself included; ``[n]``."""
-    s, M = policy.budget, default_inflation(policy.budget)
-    config = ExpressConfig(s, M, policy.sinks, policy.window, policy.protected)
-    if n <= config.exact_up_to:
-        return np.arange(1, n + 1)
-    return make_layout(config, n, n).table.rows_seen(n)
-
-
 def rewritten(sites: tuple | list) -> str:
     """How many of the sites found were rewritten, as ``"30/30"``."""
     return f"{sum(site.verdict == 'rewritten' for site in sites)}/{len(sites)}"
@@ -90,7 +81,7 @@ def draw(runs: dict[str, Run], stats: dict[str, TokenStats], n: int, first: int,
     for color, width, (name, run) in zip(("C0", "C1"), (4, 1.5), approximate.items(), strict=False):
         kl = stats[name].kl
         bins = kl[: len(kl) // 64 * 64].clip(1e-9).reshape(-1, 64)
-        middle, rows = np.arange(len(bins)) * 64 + 32, rows_seen(n, run.policy)
+        middle, rows = np.arange(len(bins)) * 64 + 32, rows_seen(run.policy, n)
         thinned = middle >= np.argmax(rows < np.arange(1, n + 1))  # before it every row is kept: KL is rounding
         label = f"protected={run.policy.protected}, window={run.policy.window}"
         above.plot(middle[thinned], bins.mean(1)[thinned], color=color, label=f"{label}: mean of 64 positions")
@@ -115,7 +106,7 @@ def table_of(runs: dict[str, Run], stats: dict[str, TokenStats], n: int, first: 
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
     for name, run in runs.items():
         s = next(iter(stats.values())).tail(first) if name == "exact" else stats[name].tail(first)
-        rows = n if run.policy is None else rows_seen(n, run.policy)[first:].mean()
+        rows = n if run.policy is None else rows_seen(run.policy, n)[first:].mean()
         perplexity = number(s.perplexity_exact if name == "exact" else s.perplexity)
         table.add_row(
             name,

@@ -53,6 +53,5 @@ METHOD = register(
         refuses="nothing",
         refuse=lambda spec, policy: None,
         params=lambda spec, policy: {},
-        min_length={"cpu": 0, "cuda": 0},
     )
 )

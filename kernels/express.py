@@ -308,7 +308,8 @@ class _Padding:
         return x.masked_fill(~self.real[:, None, :, None], fill)[:, :, x.shape[2] - length :].contiguous()
 
 
-def _config(s, fraction, inflation, sinks, window, protected, halving, flatten, block, Lk) -> ExpressConfig:
+def _config(s, fraction, inflation, sinks, window, protected, halving, flatten, block, min_length, Lk) -> ExpressConfig:
+    """The configuration that the op's options mean for ``Lk`` keys; exact for fewer than ``min_length``."""
     if fraction:
         s = max(4, floor_power_of_two(int(fraction * Lk)))
     rule = get_rule(halving)
@@ -316,17 +317,17 @@ def _config(s, fraction, inflation, sinks, window, protected, halving, flatten, 
         rule = replace(rule, flatten=flatten)
     # one cap for a fraction that resolves to a small s: M may not exceed h + 1
     M = default_inflation(s) if inflation < 0 else min(inflation, s.bit_length()) if fraction else inflation
-    return ExpressConfig(s, M, sinks, window, protected, rule, block)
+    return ExpressConfig(s, M, sinks, max(window, Lk) if Lk < min_length else window, protected, rule, block)
 
 
-def _express_body(query, key, value, padding, seed, scale, layer, min_length, **options):
+def _express_body(query, key, value, padding, seed, scale, layer, **options):
     check_qkv(query, key, value, padding)
     Lq, Lk = query.shape[2], key.shape[2]
     config = _config(**options, Lk=Lk)
     pad = None if padding is None else _Padding(padding)
     if pad is not None:
         query, key, value = pad.pack(query), pad.pack(key), pad.pack(value)
-    if Lk < min_length or Lk <= config.exact_up_to:
+    if Lk <= config.exact_up_to:
         out, lse = exact_attention(query, key, value, scale)
     else:
         out, lse = _prefill(query, key, value, config, scale, seed, layer)
@@ -335,12 +336,9 @@ def _express_body(query, key, value, padding, seed, scale, layer, min_length, **
     return out, lse
 
 
-def _express_backward_body(grad, query, key, value, padding, seed, scale, layer, min_length, **options):
+def _express_backward_body(grad, query, key, value, padding, seed, scale, layer, **options):
     check_qkv(query, key, value, padding)
-    Lk = key.shape[2]
-    config = _config(**options, Lk=Lk)
-    if Lk < min_length:
-        config = replace(config, window=Lk)  # exact
+    config = _config(**options, Lk=key.shape[2])
     tensors = (grad, query, key, value)
     if padding is None:
         grads = _backward(*tensors, config, scale, seed, layer)
@@ -398,6 +396,8 @@ BACKWARD = define_op(
 # ---------------------------------------------------------------------------------------------------------------
 # Method
 
+MIN_QUERIES = 16  # below, a call that continues a cache counts as decoding
+
 
 def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
     mask = spec.mask
@@ -423,18 +423,13 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
     return None if reason is None else Refusal("express", reason)
 
 
-MIN_QUERIES = 16  # below, a call that continues a cache counts as decoding
-
-
-def _params(spec: AttentionSpec, policy: Policy) -> dict:
+def _params(spec: AttentionSpec | None, policy: Policy) -> dict:
     own = METHOD.own_options(policy)
-    get_rule(policy.halving)
     s = 0 if isinstance(policy.budget, float) else floor_power_of_two(policy.budget)
-    inflation = -1 if policy.inflation is None else policy.inflation
     params = {
         "s": s,
         "fraction": policy.budget if isinstance(policy.budget, float) else 0.0,
-        "inflation": inflation,
+        "inflation": -1 if policy.inflation is None else policy.inflation,
         "sinks": policy.sinks,
         "window": policy.window,
         "protected": policy.protected,
@@ -444,8 +439,18 @@ def _params(spec: AttentionSpec, policy: Policy) -> dict:
         "min_length": policy.min_length or 0,
     }
     # the same checks as at run time, so that a bad value is reported when the model is rewritten
-    _config(**{name: value for name, value in params.items() if name != "min_length"}, Lk=1 << 20)
+    _config(**params, Lk=1 << 20)
     return params
+
+
+def config_of(policy: Policy, n: int) -> ExpressConfig:
+    """The configuration that ``policy`` means for ``n`` keys. Raises ``ValueError`` as the op would."""
+    return _config(**_params(None, policy), Lk=n)
+
+
+def rows_seen(policy: Policy, n: int) -> np.ndarray:
+    """Rows that each query of a prefill of ``n`` tokens attends to, itself included: int64 ``[n]``."""
+    return make_layout(config_of(policy, n), n, n).table.rows_seen(n)
 
 
 METHOD = register(
