@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from express_compile import METHODS, Policy
 from express_compile.kernels import express as E
-from express_compile.kernels.segments import SegmentTable, segment_attention_reference
+from express_compile.kernels.segments import segment_attention_reference
 
 COLUMNS = (
     "date,gpu,torch,triton,commit,job,method,params,B,H,H_kv,Lq,Lk,D,Dv,dtype,s,ms_p20,ms_p50,ms_p80,opponent,"
@@ -99,16 +99,15 @@ def check(q, k, v, out, policy: Policy) -> tuple[float, float]:
     """
     n, scale = q.shape[2], q.shape[-1] ** -0.5
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
-    layout, (_, *compacted) = E.select_rows(q, k, v, E.config_of(policy, n), scale, seed, LAYER)
+    layout = E.make_layout(E.config_of(policy, n), n, n)
+    _, *compacted = E.select_rows(k, v, layout, scale, seed, LAYER)
     table, worst, allowed = layout.table, 0.0, 0.0
     for block in {0, len(table.tail) // 2, len(table.tail) - 1}:
-        first, last = block * table.block, min((block + 1) * table.block, n)
-        arrays = (x[block : block + 1] for x in (table.segments, table.log_weight, table.tail))
-        part = (q[:, :, first:last], k, v, *compacted)
-        one = SegmentTable(table.block, first, *arrays)
+        own, one = table.of_block(block, n)
+        part = (q[:, :, own], k, v, *compacted)
         truth, _ = segment_attention_reference(*(x.double() for x in part), one, scale)
         reference, _ = segment_attention_reference(*part, one, scale)
-        worst = max(worst, ((out[:, :, first:last] - truth).norm() / truth.norm()).item())
+        worst = max(worst, ((out[:, :, own] - truth).norm() / truth.norm()).item())
         allowed = max(allowed, 2 * ((reference - truth).norm() / truth.norm()).item())
     return worst, allowed
 

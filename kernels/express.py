@@ -38,17 +38,18 @@ from ._op import check_qkv, define_op
 from ._triton import philox_uniform
 from .contest import CONTEST, compete, compete_reference
 from .exact import exact_attention
-from .halving import HalvingRule, get_rule, halve, halve_reference
+from .halving import HalvingRule, get_rule, halve_reference
 from .schedule import Schedule, admitted, check_budget, make_schedule
 from .segments import (
     COMPACTED,
     TOKENS,
     SegmentTable,
-    compact_triton,
     segment_attention,
     segment_attention_backward,
     segment_attention_reference,
 )
+from .segments_backward import accumulate_rows, segment_attention_backward_triton
+from .thinning import thin
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,14 @@ class ExpressConfig:
         """Tokens in the thinning stream once ``tokens`` tokens have left sinks and window."""
         return tokens if not self.protected else max(0, CONTEST * self.contests(tokens) - self.protected)
 
+    def in_block(self, position: int) -> int:
+        """How far ``position`` lies behind the start of its block of queries.
+
+        Blocks start ``sinks + window`` tokens behind multiples of ``block``, wherever a prefill starts: one in
+        chunks gives what one in a single piece does, and the slices of the coreset keep even lengths.
+        """
+        return (position - self.sinks - self.window) % self.block
+
     @property
     def exact_up_to(self) -> int:
         """Sequences of at most this many tokens get exact attention."""
@@ -96,13 +105,17 @@ def default_inflation(s: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """What a prefill of ``Lq`` queries over ``Lk`` tokens does, as integers."""
+    """What a prefill of ``Lq`` queries over ``Lk`` tokens does, as integers.
+
+    The compacted rows are those that the schedule writes, ``copied`` in number, and with protected rows, behind
+    them, the ``schedule.tokens`` rows of the stream and ``protected`` places per contest.
+    """
 
     config: ExpressConfig
     schedule: Schedule
     contests: int
-    size: int  # rows of the arena: the schedule's, then `protected` places per contest
-    compacted_from: int  # arena rows before this one are read where they are, in the token buffers
+    copied: int  # compacted rows that are copied to lie side by side; the others are read through their index
+    size: int  # compacted rows in all
     table: SegmentTable
 
 
@@ -111,34 +124,38 @@ def make_layout(config: ExpressConfig, Lq: int, Lk: int) -> Layout:
     """The layout of the last ``Lq`` of ``Lk`` tokens as queries. Raises ``ValueError`` for ``Lq > Lk``."""
     if not 0 < Lq <= Lk:
         raise ValueError(f"Lq={Lq}: must be from 1 to the number of keys, Lk={Lk}")
-    begin = np.arange(Lk - Lq, Lk, config.block, dtype=np.int64)
+    shift = config.in_block(Lk - Lq)
+    begin = np.maximum(0, np.arange(Lk - Lq - shift, Lk, config.block, dtype=np.int64))
     left = np.maximum(0, begin - config.sinks - config.window)
     streamed = np.array([config.streamed(int(t)) for t in left], dtype=np.int64)
     complete = np.array([admitted(int(t), config.s, config.M) for t in streamed], dtype=np.int64)
     schedule = make_schedule(int(streamed[-1]), config.s, config.M)
     contests = config.contests(int(left[-1]))
-    size = schedule.size + contests * config.protected
-    compacted_from = 0 if config.protected else schedule.tokens
+    copied = schedule.size - schedule.tokens
 
     offset, length, log2_weight = schedule.segments(complete)
-    in_tokens = offset < compacted_from
-    source = np.where(in_tokens, TOKENS, COMPACTED)
-    offset = np.where(in_tokens, offset + config.sinks, offset - compacted_from)
-    n_sinks = np.minimum(config.sinks, begin)
+    in_stream = offset < schedule.tokens
     if config.protected:
+        size = copied + schedule.tokens + contests * config.protected
+        source = np.full_like(offset, COMPACTED)
+        offset = np.where(in_stream, offset + copied, offset - schedule.tokens)
         held = np.array([config.contests(int(t)) for t in left], dtype=np.int64)
         places = np.minimum(config.protected, CONTEST * held)
         waiting = streamed - complete  # streamed, but their subsampling group is not complete
-        tail = n_sinks + CONTEST * held
+        tail = np.minimum(config.sinks, begin) + CONTEST * held
         extra = [
-            (COMPACTED, schedule.size + (held - 1) * config.protected, places),
-            (COMPACTED, complete, waiting),
+            (COMPACTED, copied + schedule.tokens + (held - 1) * config.protected, places),
+            (COMPACTED, copied + complete, waiting),
         ]
     else:
-        tail = n_sinks + complete
+        size = copied
+        source = np.where(in_stream, TOKENS, COMPACTED)
+        offset = np.where(in_stream, offset + config.sinks, offset - schedule.tokens)
+        tail = np.minimum(config.sinks, begin) + complete
         extra = []
-    columns = [(np.zeros_like(begin), np.zeros_like(begin), n_sinks, np.zeros_like(begin))]
-    columns += [(np.full_like(begin, kind), first, rows, np.zeros_like(begin)) for kind, first, rows in extra]
+    zero = np.zeros_like(begin)
+    columns = [(zero, zero, np.minimum(config.sinks, begin), zero)]
+    columns += [(np.full_like(begin, kind), first, rows, zero) for kind, first, rows in extra]
     columns += [(source[:, i], offset[:, i], length[:, i], log2_weight[:, i]) for i in range(offset.shape[1])]
     segments = np.stack([np.stack(column[:3], -1) for column in columns], 1)
     weights = np.stack([column[3] for column in columns], 1) * math.log(2.0)
@@ -146,8 +163,8 @@ def make_layout(config: ExpressConfig, Lq: int, Lk: int) -> Layout:
     whole = (segments[:, :, 0] * segments[:, :, 2] == 0).all(1) & (segments[:, :, 2].sum(1) == tail)
     segments[whole], tail[whole] = 0, 0
     segments[segments[:, :, 2] == 0] = 0
-    table = SegmentTable(config.block, Lk - Lq, segments, weights, tail)
-    return Layout(config, schedule, contests, size, compacted_from, table)
+    table = SegmentTable(config.block, Lk - Lq, segments, weights, tail, shift)
+    return Layout(config, schedule, contests, copied, size, table)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -169,49 +186,48 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def thin_reference(
     key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, seed: torch.Tensor, layer: int
 ) -> torch.Tensor:
-    """Which token every arena row is: int32 ``[B, H_kv, layout.size]``. ``key`` ``[B, H_kv, Lk, D]``,
+    """Which token every compacted row is: int32 ``[B, H_kv, layout.size]``. ``key`` ``[B, H_kv, Lk, D]``,
     ``value`` ``[B, H_kv, Lk, Dv]``."""
-    return _thin(key, value, layout, scale, seed, layer, compete_reference, _halve_with_reference)
+    B, H = key.shape[:2]
+    schedule, config = layout.schedule, layout.config
+    arena = torch.empty(B, H, schedule.size, dtype=torch.int32, device=key.device)
+    behind = []
+    if config.protected:
+        stream, places = compete_reference(key, config.sinks, layout.contests, config.protected)
+        arena[:, :, : schedule.tokens] = stream[:, :, : schedule.tokens]
+        behind = [stream[:, :, : schedule.tokens], places.flatten(2)]
+    else:
+        first = config.sinks
+        arena[:, :, : schedule.tokens] = torch.arange(first, first + schedule.tokens, device=key.device)
+    sequence = sequence_counter(B, H, key.device)[..., None]
+    for job in schedule.subsamples:
+        rows = torch.arange(job.rows, device=key.device)
+        draws = philox_uniform(seed, layer, rows, 0, job.stage, sequence)
+        pick = job.source + rows * job.group + (draws * job.group).long()
+        arena[:, :, job.target : job.target + job.rows] = arena.gather(2, pick)
+    for job in itertools.chain(*schedule.launches):
+        source = arena[:, :, job.source : job.source + job.rows * job.buckets].unflatten(2, (job.buckets, job.rows))
+        pairs = torch.arange(job.rows // 2, device=key.device)
+        bucket = torch.arange(job.first, job.first + job.buckets, device=key.device)[:, None]
+        draws = philox_uniform(seed, layer, pairs, bucket, job.stage, sequence[..., None])
+        rows = gather_rows(key, source), gather_rows(value, source)
+        second = halve_reference(*rows, draws, config.rule, job.delta, scale)
+        kept = torch.where(second, source[..., 1::2], source[..., 0::2])
+        arena[:, :, job.target : job.target + job.rows // 2 * job.buckets] = kept.flatten(2)
+    return torch.cat([arena[:, :, schedule.tokens :], *behind], 2)
 
 
 def thin_triton(
     key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, seed: torch.Tensor, layer: int
-) -> torch.Tensor:
-    """:func:`thin_reference` with the kernels."""
-    return _thin(key, value, layout, scale, seed, layer, compete, halve)
-
-
-def _halve_with_reference(arena, key, value, launches, rule, scale, seed, layer) -> None:
-    sequence = sequence_counter(*key.shape[:2], key.device)[..., None, None]
-    for job in itertools.chain(*launches):
-        source = arena[:, :, job.source : job.source + job.rows * job.buckets].unflatten(2, (job.buckets, job.rows))
-        pairs = torch.arange(job.rows // 2, device=key.device)
-        bucket = torch.arange(job.first, job.first + job.buckets, device=key.device)[:, None]
-        draws = philox_uniform(seed, layer, pairs, bucket, job.stage, sequence)
-        rows = gather_rows(key, source), gather_rows(value, source)
-        second = halve_reference(*rows, draws, rule, job.delta, scale)
-        kept = torch.where(second, source[..., 1::2], source[..., 0::2])
-        arena[:, :, job.target : job.target + job.rows // 2 * job.buckets] = kept.flatten(2)
-
-
-def _thin(key, value, layout, scale, seed, layer, competition, halve_all) -> torch.Tensor:
-    B, H = key.shape[:2]
-    schedule, config = layout.schedule, layout.config
-    arena = torch.empty(B, H, layout.size, dtype=torch.int32, device=key.device)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`thin_reference` with the kernels: the index, and copies of the first ``layout.copied`` rows."""
+    schedule, config, copied = layout.schedule, layout.config, layout.copied
+    index = torch.empty(*key.shape[:2], layout.size, dtype=torch.int32, device=key.device)
     if config.protected:
-        stream, places = competition(key, config.sinks, layout.contests, config.protected)
-        arena[:, :, : schedule.tokens] = stream[:, :, : schedule.tokens]
-        arena[:, :, schedule.size :] = places.flatten(2)
-    else:
-        first = config.sinks
-        arena[:, :, : schedule.tokens] = torch.arange(first, first + schedule.tokens, device=key.device)
-    for job in schedule.subsamples:
-        rows = torch.arange(job.rows, device=key.device)
-        draws = philox_uniform(seed, layer, rows, 0, job.stage, sequence_counter(B, H, key.device)[..., None])
-        pick = job.source + rows * job.group + (draws * job.group).long()
-        arena[:, :, job.target : job.target + job.rows] = arena.gather(2, pick)
-    halve_all(arena, key, value, schedule.launches, config.rule, scale, seed, layer)
-    return arena
+        stream, places = compete(key, config.sinks, layout.contests, config.protected)
+        index[:, :, copied : copied + schedule.tokens] = stream[:, :, : schedule.tokens]
+        index[:, :, copied + schedule.tokens :] = places.flatten(2)
+    return index, *thin(key, value, index, schedule, config.sinks, config.rule, scale, seed, layer)
 
 
 def express_reference(
@@ -231,10 +247,9 @@ def express_reference(
     """
     layout = make_layout(config, query.shape[2], key.shape[2])
     with torch.no_grad():
-        arena = thin_reference(key, value, layout, scale, seed, layer)
-    kept = arena[:, :, layout.compacted_from :]
+        index = thin_reference(key, value, layout, scale, seed, layer)
     return segment_attention_reference(
-        query, key, value, gather_rows(key, kept), gather_rows(value, kept), layout.table, scale
+        query, key, value, gather_rows(key, index), gather_rows(value, index), layout.table, scale
     )
 
 
@@ -251,36 +266,35 @@ def _prefill(
     seed: torch.Tensor,
     layer: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    layout, compacted = select_rows(query, key, value, config, scale, seed, layer)
-    return segment_attention(query, key, value, *compacted[1:], layout.table, scale)
+    if not key.is_cuda:
+        return express_reference(query, key, value, config, scale, seed, layer)
+    layout = make_layout(config, query.shape[2], key.shape[2])
+    index, *compacted = thin_triton(key, value, layout, scale, seed, layer)
+    return segment_attention(query, key, value, *compacted, layout.table, scale, index if config.protected else None)
 
 
 def select_rows(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    config: ExpressConfig,
-    scale: float,
-    seed: torch.Tensor,
-    layer: int,
-) -> tuple[Layout, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """The layout, and token index ``[B, H_kv, A]``, keys and values of the compacted rows."""
+    key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, seed: torch.Tensor, layer: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token index ``[B, H_kv, A]`` of all compacted rows, and their keys and values."""
+    if not key.is_cuda:
+        index = thin_reference(key, value, layout, scale, seed, layer)
+        return index, gather_rows(key, index), gather_rows(value, index)
+    index, *compacted = thin_triton(key, value, layout, scale, seed, layer)
+    if layout.config.protected:
+        behind = index[:, :, layout.copied :]
+        compacted = [torch.cat([c, gather_rows(x, behind)], 2) for c, x in zip(compacted, (key, value), strict=True)]
+    return index, *compacted
+
+
+def _backward(grad, out, lse, query, key, value, config, scale, seed, layer) -> tuple[torch.Tensor, ...]:
+    """Gradients with the selection held fixed; it is made again, so that training stores nothing for it."""
     layout = make_layout(config, query.shape[2], key.shape[2])
-    arena = (thin_triton if key.is_cuda else thin_reference)(key, value, layout, scale, seed, layer)
-    kept = arena[:, :, layout.compacted_from :]
-    if key.is_cuda:
-        return layout, (kept, *compact_triton(key, value, kept))
-    return layout, (kept, gather_rows(key, kept), gather_rows(value, kept))
-
-
-def _backward(grad, query, key, value, config, scale, seed, layer) -> tuple[torch.Tensor, ...]:
-    layout, (kept, *compacted) = select_rows(query, key, value, config, scale, seed, layer)
-    out, lse = segment_attention(query, key, value, *compacted, layout.table, scale)
-    d_query, d_key, d_value, *d_compacted = segment_attention_backward(
-        grad, query, key, value, *compacted, out, lse, layout.table, scale
-    )
+    index, *compacted = select_rows(key, value, layout, scale, seed, layer)
+    run = segment_attention_backward_triton if query.is_cuda else segment_attention_backward
+    d_query, d_key, d_value, *d_compacted = run(grad, query, key, value, *compacted, out, lse, layout.table, scale)
     for target, part in zip((d_key, d_value), d_compacted, strict=True):
-        target.scatter_add_(2, kept.long()[..., None].expand_as(part), part)
+        accumulate_rows(target, index, part)
     return d_query, d_key, d_value
 
 
@@ -336,17 +350,18 @@ def _express_body(query, key, value, padding, seed, scale, layer, **options):
     return out, lse
 
 
-def _express_backward_body(grad, query, key, value, padding, seed, scale, layer, **options):
+def _express_backward_body(grad, out, lse, query, key, value, padding, seed, scale, layer, **options):
     check_qkv(query, key, value, padding)
     config = _config(**options, Lk=key.shape[2])
-    tensors = (grad, query, key, value)
+    tensors = (grad, out, lse, query, key, value)
     if padding is None:
         grads = _backward(*tensors, config, scale, seed, layer)
     else:
         pad = _Padding(padding)
-        grads = _backward(*map(pad.pack, tensors), config, scale, seed, layer)
-        grads = tuple(pad.unpack(g, x.shape[2]) for g, x in zip(grads, tensors[1:], strict=True))
-    return tuple(g.to(x.dtype) for g, x in zip(grads, tensors[1:], strict=True))
+        grad, out, lse, *tensors = (pad.pack(x) for x in (grad, out, lse[..., None], query, key, value))
+        grads = _backward(grad, out, lse[..., 0], *tensors, config, scale, seed, layer)
+        grads = tuple(pad.unpack(g, x.shape[2]) for g, x in zip(grads, (query, key, value), strict=True))
+    return tuple(g.to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -366,14 +381,13 @@ def _express_fake(query, key, value, *args, **options):
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
     query, key, value, padding, seed, scale, layer = inputs
-    ctx.save_for_backward(query, key, value, padding, seed)
+    ctx.save_for_backward(*output, query, key, value, padding, seed)
     ctx.scale, ctx.layer, ctx.options = scale, layer, keyword_only_inputs
     ctx.mark_non_differentiable(output[1])
 
 
 def _express_autograd(ctx, grad, _):
-    query, key, value, padding, seed = ctx.saved_tensors
-    grads = BACKWARD(grad, query, key, value, padding, seed, ctx.scale, ctx.layer, **ctx.options)
+    grads = BACKWARD(grad, *ctx.saved_tensors, ctx.scale, ctx.layer, **ctx.options)
     return *grads, None, None, None, None
 
 
@@ -387,9 +401,10 @@ OP = define_op(
 )
 BACKWARD = define_op(
     "express_backward",
-    f"(Tensor grad, Tensor query, Tensor key, Tensor value, {_PARAMETERS}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, {_PARAMETERS}) "
+    "-> (Tensor, Tensor, Tensor)",
     _express_backward_body,
-    lambda grad, query, key, value, *args, **options: tuple(x.new_empty(x.shape) for x in (query, key, value)),
+    lambda grad, out, lse, *args, **options: tuple(x.new_empty(x.shape) for x in args[:3]),
 )
 
 

@@ -254,9 +254,14 @@ class ExpressState:
         return (scores.softmax(-1) @ v[:, :, None]).flatten(1, 2).to(query.dtype)
 
     def extend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Continue a prefill: attend and update in blocks of ``config.block`` tokens; ``[B, H, n, Dv]``."""
+        """Continue a prefill: attend and update block by block; ``[B, H, n, Dv]``.
+
+        The same as the prefill form if every piece but the last ends where a block of queries does.
+        """
+        block, n = self.config.block, query.shape[2]
+        stops = tuple(range(block - self.config.in_block(self.length), n, block))
         out = []
-        for q, k, v in zip(*(x.split(self.config.block, 2) for x in (query, key, value)), strict=True):
+        for q, k, v in zip(*(x.tensor_split(stops, 2) for x in (query, key, value)), strict=True):
             out.append(self.attend(q, k, v))
             self.update(k, v)
         return torch.cat(out, 2)

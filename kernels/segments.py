@@ -12,6 +12,7 @@ segments. Memory O(n D) beyond the inputs; supports grouped queries, Dv != D, fl
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -28,8 +29,10 @@ class SegmentTable:
     """The segments of every block of queries.
 
     block: queries per block. q_offset: position of query 0 among the tokens.
-    segments: int32 ``[blocks, n, 3]``: source, first row, number of rows.
-    log_weight: float64 ``[blocks, n]``. tail: int32 ``[blocks]``: first token of the exact tail.
+    segments: int32 ``[blocks, n, 3]``: source, first row, number of rows, all visible to the whole block.
+    log_weight: float64 ``[blocks, n]``. tail: int32 ``[blocks]``: first token of the exact tail, at most the
+    position of the first query of the block. shift: query i belongs to block ``(i + shift) // block``, so that
+    block 0 is shorter by ``shift`` queries and blocks can start at the same positions whatever ``q_offset`` is.
     """
 
     block: int
@@ -37,7 +40,12 @@ class SegmentTable:
     segments: np.ndarray
     log_weight: np.ndarray
     tail: np.ndarray
-    _on_device: dict = field(default_factory=dict, repr=False)
+    shift: int = 0
+    _on_device: dict = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shift < self.block:
+            raise ValueError(f"shift={self.shift}: must be from 0 to block - 1 = {self.block - 1}")
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The three arrays as tensors on ``device``, copied there once."""
@@ -46,13 +54,32 @@ class SegmentTable:
             self._on_device[device] = tuple(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays)
         return self._on_device[device]
 
+    def tiles_on(
+        self, device: torch.device, rows: int, Lq: int, Lk: int, compacted: int, indexed: int
+    ) -> tuple[torch.Tensor, ...]:
+        """What :func:`_tile_lists` gives for tiles of ``rows`` rows, checked and copied to ``device`` once."""
+        key = (device, rows, Lq, Lk, compacted, indexed)
+        if key not in self._on_device:
+            _check(self, Lq, Lk, compacted, indexed)
+            lists = _tile_lists(self, rows, compacted)
+            self._on_device[key] = tuple(torch.from_numpy(x).to(device) for x in lists)
+        return self._on_device[key]
+
     def rows_seen(self, queries: int) -> np.ndarray:
         """Rows that each of the first ``queries`` queries attends to, itself included: int64 ``[queries]``."""
         position = np.arange(queries)
-        block = position // self.block
+        block = (position + self.shift) // self.block
         return self.segments[block, :, 2].sum(-1) + position + self.q_offset - self.tail[block] + 1
 
+    def of_block(self, block: int, queries: int) -> tuple[slice, SegmentTable]:
+        """Which of the ``queries`` belong to ``block``, and the table of that block alone."""
+        first = max(0, block * self.block - self.shift)
+        arrays = (x[block : block + 1] for x in (self.segments, self.log_weight, self.tail))
+        own = slice(first, min((block + 1) * self.block - self.shift, queries))
+        return own, SegmentTable(self.block, self.q_offset + first, *arrays, 0 if block else self.shift)
 
+
+@functools.lru_cache(maxsize=64)
 def causal_table(Lq: int, Lk: int, block: int = 128) -> SegmentTable:
     """The table of exact causal attention of the last ``Lq`` of ``Lk`` tokens."""
     blocks = -(-Lq // block)
@@ -61,12 +88,40 @@ def causal_table(Lq: int, Lk: int, block: int = 128) -> SegmentTable:
     )
 
 
+def _check(table: SegmentTable, Lq: int, Lk: int, compacted: int, indexed: int) -> None:
+    """Raise ``ValueError`` unless ``table`` fits that many queries, tokens, compacted and indexed rows."""
+    blocks = -(-(Lq + table.shift) // table.block)
+    if len(table.tail) != blocks:
+        raise ValueError(f"table: {len(table.tail)} blocks; {Lq} queries with shift {table.shift} are {blocks}")
+    source, first, length = (table.segments[..., i].astype(np.int64) for i in range(3))
+    stop = (first + length) * (length > 0)
+    if stop[source == TOKENS].max(initial=0) > Lk:
+        raise ValueError(f"table: a segment reads tokens up to {stop[source == TOKENS].max()}; there are {Lk}")
+    if stop[source == COMPACTED].max(initial=0) > compacted + indexed:
+        raise ValueError(
+            f"table: a segment reads compacted rows up to {stop[source == COMPACTED].max()}; there are {compacted} "
+            f"and {indexed} more by index"
+        )
+    if ((source == COMPACTED) & (first < compacted) & (stop > compacted)).any():
+        raise ValueError(f"table: a segment crosses compacted row {compacted}, behind which rows are read by index")
+
+
+def _indexed(compacted_key: torch.Tensor, index: torch.Tensor | None) -> int:
+    """Rows that are read by index, behind the compacted ones."""
+    if index is None:
+        return 0
+    B, H_kv, A = compacted_key.shape[:3]
+    if index.shape[:2] != (B, H_kv) or index.shape[2] < A:
+        raise ValueError(f"index: shape {tuple(index.shape)}; must be ({B}, {H_kv}, {A} compacted rows or more)")
+    return index.shape[2] - A
+
+
 def _block_rows(table: SegmentTable, block: int, queries: int) -> tuple[list, torch.Tensor]:
     """What a block sees of the two buffers, ``[(source, start, stop)]``, and the log-weight per row.
 
     ``queries`` is the number of queries in all: the last block may be shorter than the others.
     """
-    begin = block * table.block + table.q_offset
+    begin = block * table.block + table.q_offset - table.shift
     slices, weights = [], []
     for (source, first, length), weight in zip(table.segments[block].tolist(), table.log_weight[block], strict=True):
         if length:
@@ -95,7 +150,8 @@ def _blocks(query, key, value, compacted_key, compacted_value, table: SegmentTab
     """Block by block: the queries' range, the slices of its rows, queries, keys, values and masked scores."""
     Lq, q = query.shape[2], _grouped(query, key.shape[1])
     for block in range(len(table.tail)):
-        first, last = block * table.block, min((block + 1) * table.block, Lq)
+        begin = block * table.block - table.shift
+        first, last = max(begin, 0), min(begin + table.block, Lq)
         slices, weight = _block_rows(table, block, Lq)
         keys = torch.cat([(key, compacted_key)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
         values = torch.cat([(value, compacted_value)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
@@ -115,14 +171,25 @@ def segment_attention_reference(
     compacted_value: torch.Tensor,
     table: SegmentTable,
     scale: float,
+    index: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of correct. ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value``
     ``[B, H_kv, Lk, Dv]``, compacted rows ``[B, H_kv, A, D]`` and ``[B, H_kv, A, Dv]``.
 
+    ``index`` int32 ``[B, H_kv, A + I]`` gives I compacted rows more, which are not copies but read where they are:
+    row ``A + i`` is token ``index[:, :, A + i]``. A segment lies on one side of A.
+
     Returns ``out`` ``[B, H, Lq, Dv]`` in the dtype of ``query`` and ``lse`` ``[B, H, Lq]`` in float32
     (float64 for float64 inputs); computed in that same precision from the inputs as they are.
     """
-    H_kv = key.shape[1]
+    H_kv, A = key.shape[1], compacted_key.shape[2]
+    _check(table, query.shape[2], key.shape[2], A, _indexed(compacted_key, index))
+    if index is not None:
+        rows = index[:, :, A:, None].long()
+        compacted_key, compacted_value = (
+            torch.cat([copies, x.gather(2, rows.expand(-1, -1, -1, x.shape[-1]))], 2)
+            for copies, x in ((compacted_key, key), (compacted_value, value))
+        )
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     lse = torch.empty(query.shape[:3], dtype=dtype, device=query.device)
@@ -175,196 +242,166 @@ def segment_attention_backward(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Compaction: a kept row is read by many blocks of queries, so it is copied once to where its neighbours are
+# Kernel: one program per (part of a block of queries, query head), which walks lists of tiles of rows
+
+
+def _tile_lists(table: SegmentTable, rows: int, compacted: int) -> tuple[np.ndarray, ...]:
+    """What a program reads of the table: the segments cut into tiles of ``rows`` rows.
+
+    start: int32 ``[3 * blocks + 1]``: block b sees the compacted tiles ``start[3 b] .. start[3 b + 1]``, then
+    tiles read by index, then tiles of tokens, up to ``start[3 b + 3]``. tiles: int32 ``[tiles, 2]``: first row,
+    number of rows. log2_weight: float32 ``[tiles]``. tail: int32 ``[blocks]``, which includes a segment that it
+    continues. The tail itself is not listed: it may be as long as the sequence.
+    """
+    source, first, length = (table.segments[..., i].astype(np.int64) for i in range(3))
+    tail = table.tail.astype(np.int64)
+    continued = (source == TOKENS) & (length > 0) & (table.log_weight == 0) & (first + length == tail[:, None])
+    joined, column = continued.any(1).nonzero()[0], continued.argmax(1)
+    tail[joined] = first[joined, column[joined]]
+    length[joined, column[joined]] = 0
+
+    kind = np.where(source == TOKENS, 2, first >= compacted)
+    block, column = length.nonzero()
+    order = np.argsort(3 * block + kind[block, column], kind="stable")
+    at = block[order], column[order]
+    count = -(-length[at] // rows)
+    which = np.repeat(np.arange(len(count)), count)
+    done = (np.arange(len(which)) - (count.cumsum() - count)[which]) * rows
+    tiles = np.stack([first[at][which] + done, np.minimum(length[at][which] - done, rows)], 1)
+    start = np.bincount(3 * at[0] + kind[at] + 1, count, 3 * len(tail) + 1).cumsum()
+    log2_weight = table.log_weight[at][which] / math.log(2.0)
+    return start.astype(np.int32), tiles.astype(np.int32), log2_weight.astype(np.float32), tail.astype(np.int32)
 
 
 @jit
-def _compact_kernel(
-    p_ck, p_cv, p_k, p_v, p_index, rows, H, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_ib, stride_ih, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
+def _attend_tile(
+    b_acc, b_max, b_sum, b_q, b_k, b_v, scale_log2, log2_weight, shown, slope, skip, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    i_tile, i_seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i_b, i_h = i_seq // H, i_seq % H
-    o_n, o_d, o_dv = i_tile * BN + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
-    m_n = o_n < rows
-    i_row = tl.load(p_index + i_b * stride_ib + i_h * stride_ih + o_n, mask=m_n, other=0).to(tl.int64)[:, None]
-    o_out = (i_seq * rows + o_n)[:, None]
-    m_k, m_v = m_n[:, None] & (o_d < D)[None, :], m_n[:, None] & (o_dv < DV)[None, :]
-    b_k = tl.load(p_k + i_b * stride_kb + i_h * stride_kh + i_row * stride_kn + o_d[None, :], mask=m_k)  # [BN, BD]
-    b_v = tl.load(p_v + i_b * stride_vb + i_h * stride_vh + i_row * stride_vn + o_dv[None, :], mask=m_v)
-    tl.store(p_ck + o_out * D + o_d[None, :], b_k, mask=m_k)
-    tl.store(p_cv + o_out * DV + o_dv[None, :], b_v, mask=m_v)
-
-
-def compact_triton(key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copies of the rows ``index`` int32 ``[B, H_kv, A]`` of ``key`` and ``value``: ``[B, H_kv, A, .]`` each."""
-    require_triton()
-    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    (B, H, _, D), Dv, rows = key.shape, value.shape[-1], index.shape[2]
-    compacted_key, compacted_value = key.new_empty(B, H, rows, D), value.new_empty(B, H, rows, Dv)
-    if rows:
-        _compact_kernel[(-(-rows // 32), B * H)](
-            compacted_key, compacted_value, key, value, index, rows, H, *key.stride()[:3], *value.stride()[:3],
-            *index.stride()[:2],
-            D=D, DV=Dv, BD=max(16, next_power_of_two(D)), BDV=max(16, next_power_of_two(Dv)), BN=32, num_warps=4,
-        )  # fmt: skip
-    return compacted_key, compacted_value
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Kernel: one program per (block of queries, query head)
-
-
-@jit
-def _attend_rows(
-    b_acc,
-    b_max,
-    b_sum,
-    b_q,
-    o_q,
-    p_k,
-    p_v,
-    stride_k,
-    stride_v,
-    first,
-    stop,
-    scale_log2,
-    log2_weight,
-    MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BD: tl.constexpr,
-    BDV: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Online softmax over the rows ``first .. stop``, whole tiles unless MASKED; CAUSAL hides row j where j > o_q."""
-    o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
-    for start in range(first, stop, BN):
-        o_n = start + tl.arange(0, BN)
-        o_row = o_n.to(tl.int64)
-        m_n = o_n < stop
-        p_k_tile = p_k + o_d[:, None] + o_row[None, :] * stride_k
-        p_v_tile = p_v + o_row[:, None] * stride_v + o_dv[None, :]
-        if MASKED or D != BD:
-            b_k = tl.load(p_k_tile, mask=(o_d < D)[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
-        else:
-            b_k = tl.load(p_k_tile)
-        b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale_log2 + log2_weight  # [BM, BN]
-        if MASKED:
-            m_s = m_n[None, :]
-            if CAUSAL:
-                m_s = m_s & (o_n[None, :] <= o_q[:, None])
-            b_s = tl.where(m_s, b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_p = tl.exp2(b_s - b_new[:, None])
-        b_rescale = tl.exp2(b_max - b_new)
-        b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
-        if MASKED or DV != BDV:
-            b_v = tl.load(p_v_tile, mask=m_n[:, None] & (o_dv < DV)[None, :], other=0.0)  # [BN, BDV]
-        else:
-            b_v = tl.load(p_v_tile)
-        b_acc = b_acc * b_rescale[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
-        b_max = b_new
-    return b_acc, b_max, b_sum
+    """Online softmax over one tile, of which query i sees the first ``shown + slope * max(0, i - skip)`` rows."""
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+    if shown < BN:
+        o_m = tl.maximum(tl.arange(0, BM) - skip, 0)[:, None]
+        b_s = tl.where(tl.arange(0, BN)[None, :] < shown + slope * o_m, b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2 + log2_weight)
+    b_p = tl.exp2(b_s * scale_log2 - (b_new - log2_weight)[:, None])
+    b_rescale = tl.exp2(b_max - b_new)
+    b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_rescale[:, None], input_precision=PRECISION)
+    return b_acc, b_new, b_sum
 
 
 @jit
 def _segment_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_ck,
-    p_cv,
-    p_out,
-    p_lse,
-    p_segments,
-    p_log_weight,
-    p_tail,
-    H,
-    G,
-    Lq,
-    q_offset,
-    scale_log2,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_ckb,
-    stride_ckh,
-    stride_ckn,
-    stride_cvb,
-    stride_cvh,
-    stride_cvn,
-    N_SEGMENTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BD: tl.constexpr,
-    BDV: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    i_block, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    d_k, d_v, d_ck, d_cv, p_q, p_k, p_v, p_index, p_out, p_lse, p_start, p_tiles, p_log2_weight, p_tail, H, G, Lq,
+    q_offset, shift, scale_log2, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+    stride_vn, stride_ib, stride_ih, PARTS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    i_part, i_bh = tl.program_id(0) + shift // BM, tl.program_id(1)  # no program for parts before the first query
     i_b, i_h = i_bh // H, i_bh % H
-    i_kv = i_h // G
-    p_k += i_b * stride_kb + i_kv * stride_kh
-    p_v += i_b * stride_vb + i_kv * stride_vh
-    p_ck += i_b * stride_ckb + i_kv * stride_ckh
-    p_cv += i_b * stride_cvb + i_kv * stride_cvh
-
-    o_m = i_block * BM + tl.arange(0, BM)
-    o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
-    m_q = (o_m < Lq)[:, None] & (o_d < D)[None, :]
-    p_q += i_b * stride_qb + i_h * stride_qh + o_m.to(tl.int64)[:, None] * stride_qn
-    b_q = tl.load(p_q + o_d[None, :], mask=m_q, other=0.0)  # [BM, BD]
-    o_q = o_m + q_offset
+    i_kv, i_block = i_h // G, i_part // PARTS
+    o_n, o_d, o_dv = tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
+    o_m = i_part * BM - shift + tl.arange(0, BM)
+    m_m = (o_m >= 0) & (o_m < Lq)
+    skip = tl.maximum(shift - i_part * BM, 0)
+    p_q += i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
+    b_q = tl.load(
+        p_q + o_m.to(tl.int64)[:, None] * stride_qn + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0
+    )  # [BM, BD]
     b_acc = tl.zeros([BM, BDV], tl.float32)
     b_max = tl.full([BM], float("-inf"), tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
 
-    for i in range(N_SEGMENTS):
-        o_segment = i_block * N_SEGMENTS + i
-        compacted = tl.load(p_segments + o_segment * 3) == 1
-        first = tl.load(p_segments + o_segment * 3 + 1)
-        rows = tl.load(p_segments + o_segment * 3 + 2)
-        log2_weight = tl.load(p_log_weight + o_segment) * 1.4426950408889634
-        p_k_from, p_v_from, stride_k, stride_v = p_k, p_v, stride_kn, stride_vn
-        if compacted:
-            p_k_from, p_v_from, stride_k, stride_v = p_ck, p_cv, stride_ckn, stride_cvn
-        whole = first + rows // BN * BN
-        b_acc, b_max, b_sum = _attend_rows(
-            b_acc, b_max, b_sum, b_q, o_q, p_k_from, p_v_from, stride_k, stride_v, first, whole,
-            scale_log2, log2_weight, False, False, PRECISION, D, DV, BD, BDV, BN,
+    # rows behind the end of a segment are read and hidden
+    p_start += i_block * 3
+    for t in range(tl.load(p_start), tl.load(p_start + 1)):
+        row = tl.load(p_tiles + 2 * t)
+        b_k = d_ck.load([i_b, i_kv, row, 0]).reshape(BN, BD)
+        b_v = d_cv.load([i_b, i_kv, row, 0]).reshape(BN, BDV)
+        b_acc, b_max, b_sum = _attend_tile(
+            b_acc, b_max, b_sum, b_q, b_k, b_v, scale_log2, tl.load(p_log2_weight + t), tl.load(p_tiles + 2 * t + 1),
+            0, 0, PRECISION, BM, BN,
         )  # fmt: skip
-        b_acc, b_max, b_sum = _attend_rows(
-            b_acc, b_max, b_sum, b_q, o_q, p_k_from, p_v_from, stride_k, stride_v, whole, first + rows,
-            scale_log2, log2_weight, True, False, PRECISION, D, DV, BD, BDV, BN,
-        )  # fmt: skip
-    # the last block may be shorter: no token lies behind the last query
-    stop = q_offset + tl.minimum((i_block + 1) * BM, Lq)
-    tail = tl.load(p_tail + i_block)
-    middle = tail + (q_offset + i_block * BM - tail) // BN * BN  # up to here every query sees every row
-    b_acc, b_max, b_sum = _attend_rows(
-        b_acc, b_max, b_sum, b_q, o_q, p_k, p_v, stride_kn, stride_vn, tail, middle,
-        scale_log2, 0.0, False, False, PRECISION, D, DV, BD, BDV, BN,
-    )  # fmt: skip
-    b_acc, b_max, b_sum = _attend_rows(
-        b_acc, b_max, b_sum, b_q, o_q, p_k, p_v, stride_kn, stride_vn, middle, stop,
-        scale_log2, 0.0, True, True, PRECISION, D, DV, BD, BDV, BN,
-    )  # fmt: skip
 
+    if p_index is not None:
+        p_index += i_b.to(tl.int64) * stride_ib + i_kv.to(tl.int64) * stride_ih
+        p_k += i_b.to(tl.int64) * stride_kb + i_kv.to(tl.int64) * stride_kh
+        p_v += i_b.to(tl.int64) * stride_vb + i_kv.to(tl.int64) * stride_vh
+        for t in range(tl.load(p_start + 1), tl.load(p_start + 2)):
+            row, rows = tl.load(p_tiles + 2 * t), tl.load(p_tiles + 2 * t + 1)
+            m_n = (o_n < rows)[:, None]
+            i_row = tl.load(p_index + row + o_n, mask=o_n < rows, other=0).to(tl.int64)[:, None]
+            b_k = tl.load(p_k + i_row * stride_kn + o_d[None, :], mask=m_n & (o_d < D)[None, :], other=0.0)
+            b_v = tl.load(p_v + i_row * stride_vn + o_dv[None, :], mask=m_n & (o_dv < DV)[None, :], other=0.0)
+            b_acc, b_max, b_sum = _attend_tile(
+                b_acc, b_max, b_sum, b_q, b_k, b_v, scale_log2, tl.load(p_log2_weight + t), rows, 0, 0,
+                PRECISION, BM, BN,
+            )  # fmt: skip
+
+    # segments of tokens and the tail in one loop: a loop of its own for a tile or two costs its start-up
+    tile, tail = tl.load(p_start + 2), tl.load(p_tail + i_block)
+    last = tl.load(p_start + 3)
+    tail -= last * BN
+    position = q_offset + i_part * BM - shift + skip  # of the first query
+    stop = q_offset + tl.minimum((i_part + 1) * BM - shift, Lq)  # no token lies behind the last query
+    for t in range(tile, tl.cdiv(stop - tail, BN)):
+        in_list = t < last
+        tail_row = tail + t * BN
+        row = tl.load(p_tiles + 2 * t, mask=in_list, other=0)
+        rows = tl.load(p_tiles + 2 * t + 1, mask=in_list, other=0)
+        log2_weight = tl.load(p_log2_weight + t, mask=in_list, other=0.0)
+        row = tl.where(in_list, row, tail_row)
+        rows = tl.where(in_list, rows, position + 1 - tail_row)
+        b_k = d_k.load([i_b, i_kv, row, 0]).reshape(BN, BD)
+        b_v = d_v.load([i_b, i_kv, row, 0]).reshape(BN, BDV)
+        b_acc, b_max, b_sum = _attend_tile(
+            b_acc, b_max, b_sum, b_q, b_k, b_v, scale_log2, log2_weight, rows, tl.where(in_list, 0, 1), skip,
+            PRECISION, BM, BN,
+        )  # fmt: skip
+
+    o_row = i_bh.to(tl.int64) * Lq + o_m
+    p_out += o_row[:, None] * DV + o_dv[None, :]
     b_out = b_acc / b_sum[:, None]
-    o_row = i_bh * Lq + o_m
-    m_out = (o_m < Lq)[:, None] & (o_dv < DV)[None, :]
-    tl.store(p_out + o_row[:, None] * DV + o_dv[None, :], b_out.to(p_out.dtype.element_ty), mask=m_out)
-    tl.store(p_lse + o_row, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=o_m < Lq)
+    tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & (o_dv < DV)[None, :])
+    tl.store(p_lse + o_row, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=m_m)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Launchers
+
+
+def tile_sizes(width: int, itemsize: int, block: int) -> tuple[int, int, int, int]:
+    """Queries and rows per tile, warps and pipeline stages; ``width`` is D + Dv, rounded up to powers of two.
+
+    Measured on an H200, bf16, n = 32,768: 421 TFLOP/s for D = 128, 255 for D = 64. Wider rows and float32, whose
+    products need registers instead of tensor cores, were chosen by what fits, compiled for sm_90.
+    """
+    if itemsize == 4:
+        queries, rows, warps, stages = 64, 32 if width <= 128 else 16, 8, 2
+    elif width <= 128:
+        queries, rows, warps, stages = 64, 64, 4, 3
+    elif width <= 256:
+        queries, rows, warps, stages = 128, 64, 4, 3
+    else:
+        queries, rows, warps, stages = 128, 64, 8, 2
+    return math.gcd(queries, block), rows, warps, stages
+
+
+def _describe(x: torch.Tensor, rows: int, width: int):
+    """Descriptor of tiles of ``rows`` rows of ``x`` ``[B, H, L, D]``; rows and columns outside of ``x`` are 0.
+
+    It takes rows without gaps, and a base and strides that are multiples of 16 bytes; anything else is copied.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    shape, unit = list(x.shape), 16 // x.element_size()
+    # the stride of an axis of size 1 means nothing, but has to be valid
+    strides = [stride if size > 1 else unit for size, stride in zip(shape[:3], x.stride(), strict=False)]
+    if x.stride(3) != 1 or x.data_ptr() % 16 or any(not stride or stride % unit for stride in strides):
+        columns = -(-shape[3] // unit) * unit
+        return _describe(x.new_empty(*shape[:3], columns)[..., : shape[3]].copy_(x), rows, width)
+    return TensorDescriptor(x, shape, [*strides, 1], [1, 1, rows, width])
 
 
 def segment_attention_triton(
@@ -375,33 +412,37 @@ def segment_attention_triton(
     compacted_value: torch.Tensor,
     table: SegmentTable,
     scale: float,
+    index: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`segment_attention_reference` as a Triton kernel; same arguments and results.
 
-    Raises ``TypeError`` for dtypes other than float16, bfloat16 and float32.
+    All values must be finite, those that nobody attends to as well: whole tiles are read, and 0 times infinity is
+    not 0. Raises ``TypeError`` for dtypes other than float16, bfloat16 and float32.
     """
     require_triton()
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(f"query: dtype {query.dtype}; the kernel takes float16, bfloat16 or float32")
-    tensors = (query, key, value, compacted_key, compacted_value)
-    q, k, v, ck, cv = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-    (B, H, Lq, D), Dv = q.shape, v.shape[-1]
-    segments, log_weight, tail = table.on(q.device)
+    if scale <= 0:  # the kernel takes the maximum before it scales
+        query, scale = (-query, -scale) if scale else (torch.zeros_like(query), 1.0)
+    (B, H, Lq, D), (H_kv, Lk), Dv, A = query.shape, key.shape[1:3], value.shape[-1], compacted_key.shape[2]
+    BD, BDV = (max(16, next_power_of_two(x)) for x in (D, Dv))
+    BM, BN, warps, stages = tile_sizes(BD + BDV, query.element_size(), table.block)
+    lists = table.tiles_on(query.device, BN, Lq, Lk, A, _indexed(compacted_key, index))
+    q = query if query.stride(3) == 1 else query.contiguous()
+    d_k, d_v = _describe(key, BN, BD), _describe(value, BN, BDV)
+    # without compacted rows nothing is read from them, but a descriptor has to describe something
+    d_ck, d_cv = (_describe(compacted_key, BN, BD), _describe(compacted_value, BN, BDV)) if A else (d_k, d_v)
+    k, v = d_k.base, d_v.base
+    index = index if index is None or index.stride(2) == 1 else index.contiguous()
     out = torch.empty(B, H, Lq, Dv, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, Lq, dtype=torch.float32, device=q.device)
-    BD, BDV = (max(16, next_power_of_two(x)) for x in (D, Dv))
-    # measured on an H200 at n = 32,768, bf16: 128 x 64 tiles, 8 warps, 3 stages for D = 128 (328 TFLOP/s), 128 x 32
-    # tiles, 4 warps for D = 64 (270 TFLOP/s, 192 with the former); wider rows leave shared memory for 2 stages
-    narrow, wide = BD + BDV <= 128, q.dtype == torch.float32 or BD + BDV > 256
-    _segment_kernel[(len(table.tail), B * H)](
-        q, k, v, ck, cv, out, lse, segments, log_weight, tail,
-        H, H // k.shape[1], Lq, table.q_offset, scale * 1.4426950408889634,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *ck.stride()[:3], *cv.stride()[:3],
-        N_SEGMENTS=segments.shape[1],
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        D=D, DV=Dv, BD=BD, BDV=BDV, BM=table.block, BN=32 if narrow or wide else 64,
-        num_warps=8 if table.block == 128 and not narrow else 4,
-        num_stages=2 if wide else 3,
+    parts = -(-(Lq + table.shift) // BM) - table.shift // BM
+    _segment_kernel[(parts, B * H)](
+        d_k, d_v, d_ck, d_cv, q, k, v, index, out, lse, *lists,
+        H, H // H_kv, Lq, table.q_offset, table.shift, scale * 1.4426950408889634,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0) if index is None else index.stride()[:2]),
+        PARTS=table.block // BM, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        D=D, DV=Dv, BD=BD, BDV=BDV, BM=BM, BN=BN, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse
 
@@ -414,7 +455,8 @@ def segment_attention(
     compacted_value: torch.Tensor,
     table: SegmentTable,
     scale: float,
+    index: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Segment attention with the kernel on CUDA and the reference elsewhere; see the reference for shapes."""
     run = segment_attention_triton if query.is_cuda else segment_attention_reference
-    return run(query, key, value, compacted_key, compacted_value, table, scale)
+    return run(query, key, value, compacted_key, compacted_value, table, scale, index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -60,3 +60,42 @@ def poison() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(was_deterministic, warn_only=was_warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = was_filling
+
+
+@pytest.fixture(scope="session")
+def judge_contests() -> Callable[..., None]:
+    """A function that fails unless ``(stream, places)`` is what contests give, up to scores within ``tolerance``."""
+    return _judge_contests
+
+
+def _judge_contests(key, sinks, stream, places, tolerance) -> None:
+    from express_compile.kernels.contest import CONTEST
+
+    B, H, contests, protected = places.shape
+    rows, first = contests * CONTEST, torch.arange(contests, device=key.device) * CONTEST
+    keys = key[:, :, sinks : sinks + rows].double().unflatten(2, (contests, CONTEST))
+    sums = keys.sum(3).cumsum(2) + key[:, :, :sinks].double().sum(2)[:, :, None]
+    mean = sums / (sinks + first + CONTEST)[:, None]
+    score = -torch.cosine_similarity(keys, mean[:, :, :, None], dim=-1).flatten(2)
+
+    lost = (stream - sinks).long()
+    assert ((lost >= 0) & (lost < rows)).all(), "losers are rows"
+    ends = (first + CONTEST - protected).clamp(min=0)
+    contest = torch.searchsorted(ends, torch.arange(lost.shape[2], device=key.device), right=True).expand_as(lost)
+    assert ((lost.diff() > 0) | (contest.diff() > 0)).all(), "losers of one contest leave in position order"
+    assert (lost.sort().values.diff() > 0).all(), "a row leaves once"
+    leaves = torch.full_like(score, contests, dtype=torch.int64).scatter_(2, lost, contest)
+    assert (leaves >= torch.arange(rows, device=key.device) // CONTEST).all(), "no row leaves before it comes"
+
+    filled = torch.arange(protected, device=key.device) >= (protected - first - CONTEST)[:, None]
+    held = places.long().sort().values - sinks  # free places first
+    assert (held + sinks)[:, :, ~filled].eq(0).all(), "free places are 0"
+    assert ((held.diff() > 0) | ~filled[:, :-1]).all(), "a row has one place"
+    held = held.where(filled, first[:, None])
+    assert (((held >= 0) & (held < (first + CONTEST)[:, None])) | ~filled).all(), "rows that came have places"
+    here = leaves.gather(2, held.flatten(2)).unflatten(2, (contests, protected)) > first[:, None] // CONTEST
+    assert (here | ~filled).all(), "rows that did not leave have places"
+
+    worst = score.gather(2, held.flatten(2)).view(held.shape).masked_fill(~filled, float("inf")).amin(-1)
+    best = torch.full_like(worst, -float("inf")).scatter_reduce(2, contest, score.gather(2, lost), "amax")
+    assert (worst >= best - tolerance).all(), f"better rows lost: by {(best - worst).max():.1e}"

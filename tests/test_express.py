@@ -47,12 +47,12 @@ def configs(draw, protected=True):
 
 def rows_of_block(layout, arena, block):
     """Token index and weight of every row that a block of queries sees before its own tokens, head 0 of sequence 0."""
-    begin = block * layout.table.block + layout.table.q_offset
+    begin = max(0, block * layout.table.block + layout.table.q_offset - layout.table.shift)
     rows = []
     segments, weights = layout.table.segments[block].tolist(), layout.table.log_weight[block]
     for (source, first, length), weight in zip(segments, weights, strict=True):
         at = range(first, first + length)
-        index = at if source == 0 else arena[0, 0, layout.compacted_from :][list(at)].tolist()
+        index = at if source == 0 else arena[0, 0, list(at)].tolist()
         rows += [(i, round(math.exp(weight))) for i in index]
     return sorted(rows + [(i, 1) for i in range(layout.table.tail[block], begin)])
 
@@ -74,7 +74,8 @@ def test_streaming_and_prefill_hold_the_same_rows(config, n, seed):
             assert held == rows_of_block(layout, arena, block)
             assert weights.sum() == state.length
             assert state.thinned < 6 * config.s
-        state.update(k[:, :, block * 16 : block * 16 + 16], v[:, :, block * 16 : block * 16 + 16])
+        own = slice(max(0, block * 16 - layout.table.shift), (block + 1) * 16 - layout.table.shift)
+        state.update(k[:, :, own], v[:, :, own])
     assert state.coreset()[1].sum() == n
 
 
@@ -138,7 +139,7 @@ def test_tokens_are_kept_with_the_probability_that_their_weight_claims(rule, M):
     for (source, first, length), log_weight in zip(segments, weights, strict=True):
         if source == 0 or not length:
             continue
-        kept = arena[:, layout.compacted_from + first : layout.compacted_from + first + length].long()
+        kept = arena[:, first : first + length].long()
         p = math.exp(-log_weight)
         count = torch.zeros(n, dtype=torch.float64).index_add_(0, kept.flatten(), torch.ones(kept.numel()).double())
         assert count.sum() == seeds * length
@@ -250,7 +251,10 @@ def test_a_fraction_of_the_keys():
 def test_kernels_end_to_end(poison, n, D, Dv, dtype):
     _, k, v = tokens(n, 1, 2, 1, D, Dv, dtype)
     layout = E.make_layout(E.ExpressConfig(8, 2, 2, 5, block=32), n, n)
-    assert torch.equal(E.thin_triton(k, v, layout, 0.3, SEED, 1), E.thin_reference(k, v, layout, 0.3, SEED, 1))
+    index, *copies = E.thin_triton(k, v, layout, 0.3, SEED, 1)
+    assert torch.equal(index, E.thin_reference(k, v, layout, 0.3, SEED, 1))
+    for x, copy in zip((k, v), copies, strict=True):
+        assert torch.equal(copy, E.gather_rows(x, index))
 
 
 # -- protected rows ----------------------------------------------------------------------------------------------
@@ -295,7 +299,8 @@ def test_opcheck(kv_heads, protected, padded):
     options = {**OPTIONS, "protected": protected}
     torch.library.opcheck(METHODS["express"].op, (q, k, v, padding, SEED, 0.5, 3), options)
     q, k, v = (x.detach() for x in (q, k, v))
-    args = (torch.randn(2, 2, 120, 4), q, k, v, padding, SEED, 0.5, 3)
+    forward = METHODS["express"].op(q, k, v, padding, SEED, 0.5, 3, **options)
+    args = (torch.randn(2, 2, 120, 4), *forward, q, k, v, padding, SEED, 0.5, 3)
     torch.library.opcheck(torch.ops.express_compile.express_backward.default, args, options)
 
 

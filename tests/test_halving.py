@@ -1,4 +1,4 @@
-"""Halving: the random numbers, the rules, and the kernel judged decision by decision."""
+"""Halving: the random numbers and the rules."""
 
 from __future__ import annotations
 
@@ -6,21 +6,15 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from express_compile.kernels._triton import draw_uniform, jit, philox_uniform, tl
 from express_compile.kernels.halving import (
     RULES,
     HalvingRule,
     get_rule,
-    halve,
     halve_reference,
-    halving_matrix,
     register_rule,
-    walk,
 )
-from express_compile.kernels.schedule import Halving
 
 SEED = torch.tensor(1234)
 
@@ -171,95 +165,3 @@ def test_registering_rules():
         get_rule("nope")
     with pytest.raises(ValueError, match="flatten=0"):
         HalvingRule("bad", lambda rows, delta: 1.0, flatten=0)
-
-
-# -- kernel ------------------------------------------------------------------------------------------------------
-
-
-def misjudged(key, value, draws, decisions, rule, delta, scale, eps):
-    """Decisions that a float64 walk along them would not have made, although the margin exceeds rounding.
-
-    A score is off by ``eps`` times the largest |k|^2, so that each entry of D carries that relative error on
-    four kernel values, and alpha adds up one such error per pair.
-    """
-    k, v = key.double(), value.double()
-    matrix = halving_matrix(k, v, scale, rule.centre, rule.flatten)
-    gain = rule.gain(k.shape[-2], delta)
-    second, alpha, product = walk(matrix, draws.double(), gain, decisions)
-    norm = (k - k.mean(-2, keepdim=True) if rule.centre else k).norm(dim=-1).amax(-1)
-    relative = eps * (8 + 4 * scale * rule.flatten * norm**2)
-    v_max = v.abs().amax((-2, -1))
-    largest = (v.norm(dim=-1).amax(-1) ** 2 + v_max**2) * 4
-    slack = (relative * largest)[..., None] * torch.arange(1, alpha.shape[-1] + 1)
-    margin = (alpha - (1 - 2 * draws.double()) * gain * product).abs()
-    return (second != decisions) & (margin > slack)
-
-
-def run_kernel(key, value, rule, delta, scale):
-    """Halve one bucket per sequence with the kernel: decisions ``[B, H, m]`` and the draws."""
-    B, H, rows, _ = key.shape
-    arena = torch.full((B, H, rows + rows // 2), -1, dtype=torch.int32)
-    arena[:, :, :rows] = torch.arange(rows, dtype=torch.int32)
-    halve(arena, key, value, ((Halving(0, rows, rows, 1, 3, 2, delta),),), rule, scale, SEED, 9)
-    kept = arena[:, :, rows:]
-    pairs = torch.arange(rows // 2)
-    counter = (torch.arange(B)[:, None] * 65536 + torch.arange(H))[..., None]
-    assert torch.equal(kept // 2, pairs.to(torch.int32).expand_as(kept)), "one row of every pair, in order"
-    return kept % 2 == 1, philox_uniform(SEED, 9, pairs, 2, 3, counter)
-
-
-@given(
-    name=st.sampled_from(["kernel", "balanced", "uniform"]),
-    pairs=st.integers(1, 96),
-    D=st.sampled_from([8, 20, 32]),
-    Dv=st.sampled_from([4, 16]),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
-    spread=st.sampled_from([0.1, 1.0, 4.0]),
-    seed=st.integers(0, 1000),
-)
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_kernel_decisions_are_those_of_the_reference(poison, name, pairs, D, Dv, dtype, spread, seed):
-    generator = torch.Generator().manual_seed(seed)
-    key = (torch.randn(1, 2, 2 * pairs, D, generator=generator) * spread + 1).to(dtype)
-    value = torch.randn(1, 2, 2 * pairs, Dv, generator=generator).to(dtype)
-    rule, scale = RULES[name], D**-0.5
-    decisions, draws = run_kernel(key, value, rule, 0.25, scale)
-    if name == "uniform":
-        assert torch.equal(decisions, draws < 0.5)
-    else:
-        assert not misjudged(key, value, draws, decisions, rule, 0.25, scale, 2.0**-22).any()
-
-
-def test_a_wrong_decision_is_noticed():
-    generator = torch.Generator().manual_seed(0)
-    key, value = torch.randn(1, 1, 64, 8, generator=generator), torch.randn(1, 1, 64, 8, generator=generator)
-    rule = RULES["balanced"]
-    decisions, draws = run_kernel(key, value, rule, 0.25, 0.35)
-    assert not misjudged(key, value, draws, decisions, rule, 0.25, 0.35, 2.0**-22).any()
-    decisions[0, 0, 20] ^= True
-    assert misjudged(key, value, draws, decisions, rule, 0.25, 0.35, 2.0**-22)[0, 0, 20]
-
-
-def test_kernel_takes_buckets_of_different_sizes_and_strides(poison):
-    generator = torch.Generator().manual_seed(3)
-    key = torch.randn(2, 50, 3, 16, generator=generator).transpose(1, 2)  # as models produce it: [B, L, H, D]
-    value = torch.randn(2, 50, 3, 12, generator=generator).transpose(1, 2)
-    launch = (Halving(0, 60, 4, 3, 5, 1, 0.5), Halving(12, 70, 38, 1, 6, 0, 0.1))
-    rule = RULES["balanced"]
-    arena = torch.full((2, 3, 100), -1, dtype=torch.int32)
-    arena[:, :, :50] = torch.stack([torch.randperm(50, generator=generator) for _ in range(6)]).view(2, 3, 50)
-    before = arena.clone()
-    halve(arena, key, value, (launch,), rule, 0.25, SEED, 9)
-    counter = (torch.arange(2)[:, None] * 65536 + torch.arange(3))[..., None]
-    for job in launch:
-        for i in range(job.buckets):
-            source = before[:, :, job.source + i * job.rows : job.source + (i + 1) * job.rows]
-            index = source.long()[..., None]
-            rows = [x.gather(2, index.expand(-1, -1, -1, x.shape[-1])) for x in (key, value)]
-            draws = philox_uniform(SEED, 9, torch.arange(job.rows // 2), job.first + i, job.stage, counter)
-            second = halve_reference(*rows, draws, rule, job.delta, 0.25)
-            at = job.target + i * job.rows // 2
-            expected = torch.where(second, source[..., 1::2], source[..., 0::2])
-            assert torch.equal(arena[:, :, at : at + job.rows // 2], expected)
-            before[:, :, at : at + job.rows // 2] = expected
-    assert torch.equal(arena, before), "nothing else was written"
