@@ -3,8 +3,9 @@
     python examples/benchmark.py --out examples/results/speed.csv       # on a GPU: about two minutes
     python examples/benchmark.py --lengths 4096 8192 --settings 1       # a taste, also on a CPU
 
-One row per (length, setting). The opponent is the faster of torch's flash and cuDNN backends (on a CPU: torch's
-own flash kernel) in the same run on the same inputs. A kernel whose output fails its check gets no speed-up.
+One row per (length, setting), then the other jobs: the last eighth of a prefill as a chunk, a batch padded on the
+left, forward and backward. The opponent is the faster of torch's flash and cuDNN backends (on a CPU: torch's own
+flash kernel) in the same run on the same inputs. A kernel whose output fails its check gets no speed-up.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from express_compile import METHODS, Policy
 from express_compile.kernels import express as E
-from express_compile.kernels.segments import segment_attention_reference
+from express_compile.kernels.exact import exact_attention
+from express_compile.kernels.segments import segment_attention_backward, segment_attention_reference
 
 COLUMNS = (
     "date,gpu,torch,triton,commit,job,method,params,B,H,H_kv,Lq,Lk,D,Dv,dtype,s,ms_p20,ms_p50,ms_p80,opponent,"
@@ -68,42 +71,58 @@ class Clock:
         return times
 
 
+def commit_of() -> str:
+    """The commit that is checked out here."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def quantile(times: list[float], q: float) -> float:
     return torch.tensor(times, dtype=torch.float64).quantile(q).item()
 
 
-def exact_times(q, k, v, clock: Clock, repeats: int) -> dict[str, float]:
-    """Median milliseconds of every exact backend that takes the shape."""
+def exact_times(q, k, v, clock: Clock, repeats: int, grad: torch.Tensor | None = None) -> dict[str, float]:
+    """Median milliseconds of every exact backend that takes the shape; with ``grad``, forward and backward.
+
+    Queries are the last tokens of the keys. For fewer queries than keys the backends need a mask that says so.
+    """
     backends = {"flash": SDPBackend.FLASH_ATTENTION}
     if q.is_cuda:
         backends["cudnn"] = SDPBackend.CUDNN_ATTENTION
+    whole = q.shape[2] == k.shape[2]
+    options = dict(is_causal=True) if whole else dict(attn_mask=causal_lower_right(q.shape[2], k.shape[2]))
+    if not whole and not q.is_cuda:  # no CPU backend takes this mask unless it is spelled out
+        options, backends = dict(attn_mask=options["attn_mask"]._materialize("cpu")), {"math": SDPBackend.MATH}
     times = {}
     for name, backend in backends.items():
 
         def call(backend=backend):
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                out = F.scaled_dot_product_attention(q, k, v, **options, enable_gqa=True)
+            return out if grad is None else torch.autograd.grad(out, (q, k, v), grad)
 
         try:
             times[name] = quantile(clock(call, repeats), 0.5)
         except RuntimeError as error:
             if "No available kernel" not in str(error):
                 raise
+    if not whole and q.is_cuda:  # our own exact kernel knows bottom-right masks
+        times["segments"] = quantile(clock(lambda: exact_attention(q, k, v, q.shape[-1] ** -0.5), repeats), 0.5)
     return times
 
 
-def check(q, k, v, out, policy: Policy) -> tuple[float, float]:
+def check(q, k, v, out, config: E.ExpressConfig) -> tuple[float, float]:
     """Relative error of ``out`` in three blocks of queries against float64, and that of the reference.
 
     The rows are those that the op itself selected.
     """
-    n, scale = q.shape[2], q.shape[-1] ** -0.5
+    Lq, scale = q.shape[2], q.shape[-1] ** -0.5
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
-    layout = E.make_layout(E.config_of(policy, n), n, n)
+    layout = E.make_layout(config, Lq, k.shape[2])
     _, *compacted = E.select_rows(k, v, layout, scale, seed, LAYER)
     table, worst, allowed = layout.table, 0.0, 0.0
     for block in {0, len(table.tail) // 2, len(table.tail) - 1}:
-        own, one = table.of_block(block, n)
+        own, one = table.of_block(block, Lq)
         part = (q[:, :, own], k, v, *compacted)
         truth, _ = segment_attention_reference(*(x.double() for x in part), one, scale)
         reference, _ = segment_attention_reference(*part, one, scale)
@@ -112,37 +131,124 @@ def check(q, k, v, out, policy: Policy) -> tuple[float, float]:
     return worst, allowed
 
 
-def measure(n: int, policy: Policy, opponents: dict[str, float], tensors, clock: Clock, repeats: int) -> dict:
-    q, k, v = tensors
-    spec = dict(budget=policy.budget, sinks=policy.sinks, window=policy.window, protected=policy.protected)
-    params = METHODS["express"].params(None, policy)
+def check_gradients(q, k, v, policy: Policy) -> tuple[float, float]:
+    """Relative error of the gradients of the first 6,000 tokens against float64, and that of the reference."""
+    q, k, v = (x[:, :, :6000].detach().requires_grad_() for x in (q, k, v))
+    n, scale = q.shape[2], q.shape[-1] ** -0.5
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
-    run = METHODS["express"].op
+    params = METHODS["express"].params(None, policy)
+    out, _ = METHODS["express"].op(q, k, v, None, seed, scale, LAYER, **params)
+    grad = torch.randn_like(out)
+    actual = torch.autograd.grad(out, (q, k, v), grad)
+    layout = E.make_layout(E.config_of(policy, n), n, n)
+    index, *_ = E.select_rows(k, v, layout, scale, seed, LAYER)
+    gradients = []
+    for dtype in (torch.float64, q.dtype):
+        leaves = [x.detach().to(dtype) for x in (q, k, v)]
+        rows = (*leaves, *(E.gather_rows(x, index) for x in leaves[1:]))
+        result = segment_attention_reference(*rows, layout.table, scale)
+        d_query, *parts = segment_attention_backward(grad.to(dtype), *rows, *result, layout.table, scale)
+        for target, part in zip(parts[:2], parts[2:], strict=True):
+            target.scatter_add_(2, index.long()[..., None].expand_as(part), part)
+        gradients.append((d_query, *parts[:2]))
+    truth, reference = gradients
+
+    def worst(xs):
+        return max(((x.to(q.dtype) - t).norm() / t.norm()).item() for x, t in zip(xs, truth, strict=True))
+
+    return worst(actual), 2 * worst(reference)
+
+
+def row_of(
+    policy: Policy, times: list[float], opponents: dict[str, float], errors: tuple[float, float], **more
+) -> dict:
+    """A row of results; no speed-up for what failed its check."""
+    params = dict(sinks=policy.sinks, window=policy.window, protected=policy.protected, **more.pop("params", {}))
+    best, p50 = min(opponents, key=opponents.get), quantile(times, 0.5)
+    error, allowed = errors
+    return dict(
+        method="express", params=" ".join(f"{a}={b}" for a, b in params.items()),
+        s=policy.budget, ms_p20=quantile(times, 0.2), ms_p50=p50, ms_p80=quantile(times, 0.8), opponent=best,
+        opponent_ms_p50=opponents[best], speedup=opponents[best] / p50 if error <= allowed else "failed its check",
+        error=error, **more,
+    )  # fmt: skip
+
+
+def op_of(policy: Policy, padding: torch.Tensor | None = None) -> Callable:
+    params = METHODS["express"].params(None, policy)
+
+    def call(q, k, v):
+        seed = torch.zeros((), dtype=torch.int64, device=q.device) if call.seed is None else call.seed
+        call.seed = seed
+        return METHODS["express"].op(q, k, v, padding, seed, q.shape[-1] ** -0.5, LAYER, **params)[0]
+
+    call.seed = None
+    return call
+
+
+def peak_of(call: Callable, kept: Callable) -> tuple[torch.Tensor, float]:
+    """What ``call`` returns, and the megabytes it needed at most beyond the inputs and ``kept(result)`` bytes."""
+    if not torch.cuda.is_available():
+        return call(), 0.0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    return result, (torch.cuda.max_memory_allocated() - before - kept(result)) / 2**20
+
+
+def out_and_lse(out: torch.Tensor) -> int:
+    return out.numel() * out.element_size() + out.numel() // out.shape[-1] * 4
+
+
+def prefill(policy: Policy, opponents: dict[str, float], tensors, clock: Clock, repeats: int, **params) -> dict:
+    """The last ``Lq`` of ``Lk`` tokens as queries."""
+    op = op_of(policy)
+    times = clock(lambda: op(*tensors), repeats)
+    out, peak = peak_of(lambda: op(*tensors), out_and_lse)
+    errors = check(*tensors, out, E.config_of(policy, tensors[1].shape[2]))
+    return row_of(policy, times, opponents, errors, job="prefill", params=params, peak_mb=peak)
+
+
+def padded(policy: Policy, tensors, lengths: list[int], clock: Clock, repeats: int) -> dict:
+    """A batch padded on the left; the opponent runs every sequence for itself, without its padding."""
+    q, k, v = tensors
+    n = q.shape[2]
+    padding = torch.arange(n, device=q.device) >= n - torch.tensor(lengths, device=q.device)[:, None]
+    op = op_of(policy, padding)
+    times = clock(lambda: op(*tensors), repeats)
+    out, peak = peak_of(lambda: op(*tensors), out_and_lse)
+    opponents: dict[str, float] = {}
+    for b, length in enumerate(lengths):
+        parts = (x[b : b + 1, :, n - length :] for x in tensors)
+        for name, ms in exact_times(*parts, clock, repeats).items():
+            opponents[name] = opponents.get(name, 0.0) + ms
+    pad = E._Padding(padding)
+    packed = [pad.pack(x) for x in (*tensors, out)]
+    shortest = min(lengths)  # check what all sequences have
+    errors = check(*(x[:, :, :shortest] for x in packed), E.config_of(policy, n))
+    params = dict(padding="left", lengths="/".join(map(str, lengths)))
+    return row_of(policy, times, opponents, errors, job="prefill", params=params, peak_mb=peak)
+
+
+def train(policy: Policy, tensors, clock: Clock, repeats: int) -> dict:
+    """Forward and backward."""
+    q, k, v = (x.requires_grad_() for x in tensors)
+    grad, op = torch.randn_like(q), op_of(policy)
 
     def call():
-        return run(q, k, v, None, seed, q.shape[-1] ** -0.5, LAYER, **params)[0]
+        return torch.autograd.grad(op(q, k, v), (q, k, v), grad)
 
     times = clock(call, repeats)
-    peak = 0.0
-    if q.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        out = call()
-        # beyond the inputs, the output and its log-sum-exp
-        kept = out.numel() * out.element_size() + out.numel() // out.shape[-1] * 4
-        peak = (torch.cuda.max_memory_allocated() - before - kept) / 2**20
-    else:
-        out = call()
-    error, allowed = check(q, k, v, out, policy)
-    best = min(opponents, key=opponents.get)
-    p50 = quantile(times, 0.5)
-    passed = error <= allowed
-    return dict(
-        job="prefill", method="express", params=" ".join(f"{a}={b}" for a, b in spec.items() if a != "budget"),
-        s=policy.budget, ms_p20=quantile(times, 0.2), ms_p50=p50, ms_p80=quantile(times, 0.8), opponent=best,
-        opponent_ms_p50=opponents[best], speedup=opponents[best] / p50 if passed else "failed its check",
-        error=error, peak_mb=peak,
-    )  # fmt: skip
+    kept = sum(x.numel() * x.element_size() for x in (q, k, v)) + out_and_lse(q)
+    _, peak = peak_of(call, lambda _: kept)
+    opponents = exact_times(q, k, v, clock, repeats, grad)
+    return row_of(policy, times, opponents, check_gradients(q, k, v, policy), job="train", peak_mb=peak)
+
+
+def random_tensors(B: int, H: int, H_kv: int, Lq: int, Lk: int, D: int, device: str, dtype: torch.dtype) -> list:
+    torch.manual_seed(Lk)
+    return [torch.randn(B, h, n, D, device=device, dtype=dtype) for h, n in ((H, Lq), (H_kv, Lk), (H_kv, Lk))]
 
 
 def main() -> None:
@@ -152,6 +258,8 @@ def main() -> None:
     parser.add_argument("--settings", type=int, default=99, help="only the first settings")
     parser.add_argument("--heads", type=int, nargs=2, default=[32, 8], metavar=("H", "H_kv"))
     parser.add_argument("--head-size", type=int, default=128)
+    parser.add_argument("--others", type=int, default=32768, help="length of the other jobs, 0 for none: a chunk of "
+                        "a prefill, a padded batch, forward and backward")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, help="CSV file to append to")
     parser.add_argument("--commit", default=None, help="commit to record; asked from git if not given")
@@ -159,12 +267,6 @@ def main() -> None:
 
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     (H, H_kv), D = args.heads, args.head_size
-    commit = (
-        args.commit
-        or subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    )
     try:
         import triton
 
@@ -173,25 +275,51 @@ def main() -> None:
         triton_version = ""
     common = dict(
         date=datetime.date.today().isoformat(), gpu=torch.cuda.get_device_name() if on_gpu else "CPU",
-        torch=torch.__version__, triton=triton_version, commit=commit, B=1, H=H, H_kv=H_kv, D=D, Dv=D,
+        torch=torch.__version__, triton=triton_version, commit=args.commit or commit_of(), H=H, H_kv=H_kv, D=D, Dv=D,
         dtype=str(dtype).removeprefix("torch."),
     )  # fmt: skip
     clock, rows = Clock(device), []
+    settings = SETTINGS[: args.settings]
     for n in track(args.lengths, description="lengths"):
-        torch.manual_seed(n)
-        shapes = ((1, H, n, D), (1, H_kv, n, D), (1, H_kv, n, D))
-        tensors = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+        tensors = random_tensors(1, H, H_kv, n, n, D, device, dtype)
         # seconds per exact call at half a million tokens: fewer repeats there
         repeats = args.repeats if n < 200_000 else 2
         opponents = exact_times(*tensors, clock, repeats)
-        for policy in SETTINGS[: args.settings]:
-            row = measure(n, policy, opponents, tensors, clock, repeats)
-            rows.append({**common, "Lq": n, "Lk": n, **row})
-    shown = ("Lq", "s", "params", "ms_p50", "opponent", "opponent_ms_p50", "speedup", "error", "peak_mb")
+        for policy in settings:
+            rows.append({**common, "B": 1, "Lq": n, "Lk": n, **prefill(policy, opponents, tensors, clock, repeats)})
+    if args.others:
+        n = args.others
+        policies = [settings[0], settings[-1]]
+        tensors = random_tensors(1, H, H_kv, n // 8, n, D, device, dtype)
+        opponents = exact_times(*tensors, clock, args.repeats)
+        for policy in policies:
+            row = prefill(policy, opponents, tensors, clock, args.repeats, chunk="last")
+            rows.append({**common, "B": 1, "Lq": n // 8, "Lk": n, **row})
+        tensors = random_tensors(3, H, H_kv, n, n, D, device, dtype)
+        for policy in policies:
+            row = padded(policy, tensors, [n, n - n // 3, n - 17], clock, args.repeats)
+            rows.append({**common, "B": 3, "Lq": n, "Lk": n, **row})
+        tensors = random_tensors(1, H, H_kv, n, n, D, device, dtype)
+        for policy in policies:
+            rows.append({**common, "B": 1, "Lq": n, "Lk": n, **train(policy, tensors, clock, args.repeats)})
+    shown = (
+        "job",
+        "B",
+        "Lq",
+        "Lk",
+        "s",
+        "params",
+        "ms_p50",
+        "opponent",
+        "opponent_ms_p50",
+        "speedup",
+        "error",
+        "peak_mb",
+    )
     table = Table(*shown)
     for row in rows:
         table.add_row(*(f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in shown))
-    Console(width=130).print(table)
+    Console(width=150).print(table)
     if args.out:
         new = not args.out.exists()
         with args.out.open("a", newline="") as file:

@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from ._triton import jit, next_power_of_two, require_triton, tl
+from ._triton import jit, launch, next_power_of_two, require_triton, tl
 
 CONTEST = 256  # rows that compete for the protected places at a time
 
@@ -144,7 +144,7 @@ def _load_keys(p_k, first, end, stride_n, o_d, BN: tl.constexpr, D: tl.constexpr
     return tl.load(p_k + o_n.to(tl.int64)[:, None] * stride_n + o_d[None, :], mask=mask, other=0.0)  # [BN, BD]
 
 
-@jit
+@jit(general="H sinks contests group")
 def _sum_kernel(
     p_sums, p_k, H, stride_b, stride_h, stride_n, sinks, contests, group,
     ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
@@ -170,7 +170,7 @@ def _sum_kernel(
         tl.store(p_sums + (i_seq * contests + i) * D + o_d, b_sum, mask=o_d < D)
 
 
-@jit
+@jit(general="H sinks group")
 def _score_kernel(
     p_newcomers, p_sums, p_k, H, stride_b, stride_h, stride_n, sinks, group,
     LOG_ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
@@ -215,7 +215,7 @@ def _score_kernel(
     tl.store(p_newcomers + o_row, b_x)
 
 
-@jit
+@jit(general="contests group")
 def _best_kernel(
     p_best, p_newcomers, contests, group, LOG_ROWS: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
@@ -228,7 +228,7 @@ def _best_kernel(
     tl.store(p_best + ((i_seq * tl.num_programs(0) + i_group) << LOG) + o_n, b_x)
 
 
-@jit
+@jit(general="contests protected streamed group span")
 def _contest_kernel(
     p_stream, p_places, p_best, p_newcomers, contests, protected, streamed, group, span,
     LOG_ROWS: tl.constexpr, LOG: tl.constexpr,
@@ -282,16 +282,40 @@ def compete(key: torch.Tensor, sinks: int, contests: int, protected: int) -> tup
         best = empty(B, H, groups, 1 << logs["LOG"], dtype=torch.int64)
         BD = max(16, next_power_of_two(D))
         BD_sum = min(64, BD)
-        _sum_kernel[(groups + 1, -(-D // BD_sum), B * H)](
-            sums, key, H, *key.stride()[:3], sinks, contests, group, ROWS=CONTEST, D=D, BD=BD_sum, num_warps=8
+        launch(
+            _sum_kernel,
+            (groups + 1, -(-D // BD_sum), B * H),
+            sums,
+            key,
+            H,
+            *key.stride()[:3],
+            sinks,
+            contests,
+            group,
+            ROWS=CONTEST,
+            D=D,
+            BD=BD_sum,
+            num_warps=8,
         )
-        _score_kernel[(contests, B * H)](
+        launch(_score_kernel, (contests, B * H),
             newcomers, sums, key, H, *key.stride()[:3], sinks, group,
             LOG_ROWS=logs["LOG_ROWS"], D=D, BD=BD, BN=max(16, min(CONTEST, 8192 // BD)), num_warps=4,
         )  # fmt: skip
         if groups:
-            _best_kernel[(groups, B * H)](best, newcomers, contests, group, **logs, num_warps=warps)
-        _contest_kernel[(-(-contests // span), B * H)](
-            stream, places, best, newcomers, contests, protected, streamed, group, span, **logs, num_warps=warps
+            launch(_best_kernel, (groups, B * H), best, newcomers, contests, group, **logs, num_warps=warps)
+        launch(
+            _contest_kernel,
+            (-(-contests // span), B * H),
+            stream,
+            places,
+            best,
+            newcomers,
+            contests,
+            protected,
+            streamed,
+            group,
+            span,
+            **logs,
+            num_warps=warps,
         )
     return stream, places

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ._triton import jit, next_power_of_two, require_triton, tl
+from ._triton import jit, launch, next_power_of_two, require_triton, tl
 
 TOKENS, COMPACTED = 0, 1  # the two sources of rows
 
@@ -291,7 +291,7 @@ def _attend_tile(
     return b_acc, b_new, b_sum
 
 
-@jit
+@jit(general="H Lq q_offset shift")
 def _segment_kernel(
     d_k, d_v, d_ck, d_cv, p_q, p_k, p_v, p_index, p_out, p_lse, p_start, p_tiles, p_log2_weight, p_tail, H, G, Lq,
     q_offset, shift, scale_log2, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
@@ -437,7 +437,7 @@ def segment_attention_triton(
     out = torch.empty(B, H, Lq, Dv, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, Lq, dtype=torch.float32, device=q.device)
     parts = -(-(Lq + table.shift) // BM) - table.shift // BM
-    _segment_kernel[(parts, B * H)](
+    launch(_segment_kernel, (parts, B * H),
         d_k, d_v, d_ck, d_cv, q, k, v, index, out, lse, *lists,
         H, H // H_kv, Lq, table.q_offset, table.shift, scale * 1.4426950408889634,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0) if index is None else index.stride()[:2]),

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ._triton import jit, next_power_of_two, require_triton, tl
+from ._triton import jit, launch, next_power_of_two, require_triton, tl
 from .segments import TOKENS, SegmentTable
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def plan_on(device: torch.device, table: SegmentTable, *sizes: int) -> tuple[Pla
 # Kernel: delta, and lse in base 2, one program per (tile of queries, query head)
 
 
-@jit
+@jit(general="H Lq shift")
 def _delta_kernel(
     p_grad, p_out, p_lse, p_lse2, p_delta, H, Lq, shift, L_pad, stride_gb, stride_gh, stride_gn, stride_ob, stride_oh,
     stride_on, DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
@@ -230,8 +230,8 @@ def _delta_kernel(
     b_out = tl.load(p_out + o_row * stride_on + o_dv[None, :], mask=m_out, other=0.0).to(tl.float32)
     # where no query is, probabilities are 0
     b_lse = tl.load(p_lse + i_bh * Lq + o_m - shift, mask=m_m, other=float("inf"))
-    tl.store(p_lse2 + i_bh * L_pad + o_m, b_lse * 1.4426950408889634, mask=o_m < L_pad)
-    tl.store(p_delta + i_bh * L_pad + o_m, tl.sum(b_grad * b_out, 1), mask=o_m < L_pad)
+    tl.store(p_lse2 + i_bh * + o_m, b_lse * 1.4426950408889634, mask=o_m < L_pad)
+    tl.store(p_delta + i_bh * + o_m, tl.sum(b_grad * b_out, 1), mask=o_m < L_pad)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def _query_gradient_rows(
     return b_dq
 
 
-@jit
+@jit(general="n_segments H Lq shift q_offset")
 def _query_gradient_kernel(
     p_q, p_k, p_v, p_ck, p_cv, p_do, p_lse2, p_delta, p_dq, p_segments, p_log_weight, p_tail, n_segments, H, G, Lq,
     shift, L_pad, q_offset, scale, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb,
@@ -298,8 +298,8 @@ def _query_gradient_kernel(
     p_do += i_b * stride_gb + i_h * stride_gh
     b_q = tl.load(p_q + o_row * stride_qn + o_d[None, :], mask=m_q, other=0.0)  # [BM, BD]
     b_do = tl.load(p_do + o_row * stride_gn + o_dv[None, :], mask=m_do, other=0.0)  # [BM, BDV]
-    b_lse2 = tl.load(p_lse2 + i_bh * L_pad + o_m)
-    b_delta = tl.load(p_delta + i_bh * L_pad + o_m)
+    b_lse2 = tl.load(p_lse2 + i_bh * + o_m)
+    b_delta = tl.load(p_delta + i_bh * + o_m)
     o_q = o_m + q_offset - shift
     scale_log2 = scale * 1.4426950408889634
     b_dq = tl.zeros([BM, BD], tl.float32)
@@ -363,7 +363,7 @@ def _row_gradient_queries(
             b_q = tl.load(p_q_tile)  # [BM, BD]
         else:
             b_q = tl.load(p_q_tile, mask=m_m & (o_d < D)[None, :], other=0.0)
-        b_lse2 = tl.load(p_lse2 + i_h * L_pad + i_m + o_part)
+        b_lse2 = tl.load(p_lse2 + i_h * + i_m + o_part)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
         b_p = tl.exp2(b_s * scale_log2 + (b_bias[:, None] - b_lse2[None, :]))
         if CAUSAL:
@@ -373,14 +373,14 @@ def _row_gradient_queries(
         else:
             b_do = tl.load(p_do_tile, mask=m_m & (o_dv < DV)[None, :], other=0.0)
         b_dv += tl.dot(b_p.to(b_do.dtype), b_do, input_precision=PRECISION)
-        b_delta = tl.load(p_delta + i_h * L_pad + i_m + o_part)
+        b_delta = tl.load(p_delta + i_h * + i_m + o_part)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
         b_ds = b_p * (b_dp - b_delta[None, :])
         b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision=PRECISION)
     return b_dk, b_dv
 
 
-@jit
+@jit(general="H_kv Lq shift Lk A q_offset")
 def _row_gradient_kernel(
     p_q, p_k, p_v, p_ck, p_cv, p_do, p_lse2, p_delta, p_dk, p_dv, p_dck, p_dcv, p_dk_slots, p_dv_slots, p_chunks,
     p_runs, p_log_weight, H_kv, Lq, shift, L_pad, Lk, A, q_offset, scale, stride_qb, stride_qh, stride_qn, stride_kb,
@@ -440,7 +440,7 @@ def _row_gradient_kernel(
     tl.store(p_dv + o_out * DV + o_dv[None, :], b_dv, mask=m_v)
 
 
-@jit
+@jit(general="Lk A D")
 def _sum_slots_kernel(
     p_slots, p_tokens, p_compacted, p_sums, Lk, A, D, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -518,17 +518,17 @@ class _Problem:
 
     def launch_delta(self) -> None:
         DV, BDV = self.sizes["DV"], self.sizes["BDV"]
-        _delta_kernel[(-(-self.L_pad // 32), self.B * self.H)](
+        launch(_delta_kernel, (-(-self.L_pad // 32), self.B * self.H),
             self.grad, self.out, self.lse, self.lse2, self.delta, self.H, self.Lq, self.table.shift, self.L_pad,
             *self.grad.stride()[:3], *self.out.stride()[:3],
             DV=DV, BDV=BDV, BM=32, num_warps=4,
         )  # fmt: skip
 
-    def launch_queries(self):
+    def launch_queries(self) -> None:
         tiles, table = self.query_tiles, self.table
         segments, log_weight, tail = table.on(self.lse.device)
         parts = table.block // tiles.queries
-        return _query_gradient_kernel[(len(table.tail) * parts, self.B * self.H)](
+        launch(_query_gradient_kernel, (len(table.tail) * parts, self.B * self.H),
             *self.inputs, self.grad, self.lse2, self.delta, self.gradients[0], segments, log_weight, tail,
             segments.shape[1], self.H, self.G, self.Lq, table.shift, self.L_pad, table.q_offset, self.scale,
             *self.strides,
@@ -536,13 +536,13 @@ class _Problem:
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
-    def launch_rows(self):
+    def launch_rows(self) -> None:
         tiles, D, Dv = self.row_tiles, self.sizes["D"], self.sizes["DV"]
         sizes = (self.Lq, self.Lk, self.A, tiles.rows, tiles.queries, self.G)
         self.plan, (chunks, runs, log_weight, self.sums) = plan_on(self.lse.device, self.table, *sizes)
         slots = self.plan.slots * self.B * self.H_kv
         self.slots = tuple(self.delta.new_empty(slots, tiles.rows, d) for d in (D, Dv))
-        return _row_gradient_kernel[(len(chunks), self.B * self.H_kv)](
+        launch(_row_gradient_kernel, (len(chunks), self.B * self.H_kv),
             *self.inputs, self.grad, self.lse2, self.delta, *self.gradients[1:], *self.slots, chunks, runs, log_weight,
             self.H_kv, self.Lq, self.table.shift, self.L_pad, self.Lk, self.A, self.table.q_offset, self.scale,
             *self.strides, EVEN=self.Lq % tiles.queries == self.table.shift % tiles.queries == 0, G=self.G,
@@ -557,7 +557,7 @@ class _Problem:
         for slots, tokens, compacted in zip(self.slots, targets[:2], targets[2:], strict=True):
             d = slots.shape[-1]
             size = self.row_tiles.rows * d
-            _sum_slots_kernel[(len(self.sums), -(-size // 1024), self.B * self.H_kv)](
+            launch(_sum_slots_kernel, (len(self.sums), -(-size // 1024), self.B * self.H_kv),
                 slots, tokens, compacted, self.sums, self.Lk, self.A, d, SIZE=size, BLOCK=1024, num_warps=4
             )  # fmt: skip
 
@@ -588,7 +588,7 @@ def segment_attention_backward_triton(
 # Gradients of copies go back to the rows that they were copied from
 
 
-@jit
+@jit(general="H L A")
 def _accumulate_kernel(
     p_target, p_rows, p_order, p_first, H, L, A, stride_tb, stride_th, stride_tn, stride_td, stride_rb, stride_rh,
     stride_rn, stride_rd, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
@@ -630,7 +630,7 @@ def accumulate_rows_triton(target: torch.Tensor, index: torch.Tensor, rows: torc
     ordered, order = index.sort(dim=-1, stable=True)
     borders = torch.arange(L + 1, device=index.device, dtype=index.dtype).expand(B, H, L + 1).contiguous()
     first = torch.searchsorted(ordered, borders, out_int32=True)
-    _accumulate_kernel[(-(-L // 16), B * H)](
+    launch(_accumulate_kernel, (-(-L // 16), B * H),
         target, rows, order.to(torch.int32), first, H, L, A, *target.stride(), *rows.stride(),
         D=D, BD=max(16, next_power_of_two(D)), BN=16, num_warps=4,
     )  # fmt: skip

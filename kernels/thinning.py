@@ -30,13 +30,13 @@ import heapq
 import numpy as np
 import torch
 
-from ._triton import draw_uniform, jit, next_power_of_two, require_triton, tl
+from ._triton import draw_uniform, jit, launch, next_power_of_two, require_triton, tl
 from .halving import HalvingRule
 from .schedule import Schedule
 
 PAIRS = 32  # pairs walked per tile
 WARPS = 4
-PROGRAMS = 3  # per multiprocessor
+PROGRAMS = 2  # per multiprocessor
 
 # columns of the table of tiles
 (
@@ -263,7 +263,7 @@ def _hand_over(
             tl.atomic_add(p_count + feeds, 1, sem="release")
 
 
-@jit
+@jit(general="units buckets slots H sinks A index_rows")
 def _describe_kernel(
     p_index, p_mean, p_spread, p_centre, p_bound, p_count, p_k, p_v, p_table, units, buckets, slots, H, sinks, A,
     index_rows, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -474,7 +474,7 @@ def _tile(
     _hand_over(p_row, p_count, p_mean, p_spread, p_centre, p_bound, b_k, b_v, m_p, valid, CENTRE, D, BD, BP)
 
 
-@jit
+@jit(general="layer tiles units buckets slots sequences H tokens sinks A index_rows")
 def _thin_kernel(
     p_index, p_ck, p_cv, p_mean, p_spread, p_centre, p_bound, p_scratch, p_ticket, p_count, p_word, p_k, p_v, p_table,
     p_gain, p_seed, layer, scale, tiles, units, buckets, slots, sequences, H, tokens, sinks, A, index_rows,
@@ -550,11 +550,11 @@ def thin(
     strides = (*key.stride()[:3], *value.stride()[:3])
     options = dict(CENTRE=rule.centre, STREAMED=index.shape[2] > A, D=D, DV=Dv, BD=BD, BDV=BDV, BP=pairs)
     if len(described) and not coin:
-        _describe_kernel[(len(described), sequences)](
+        launch(_describe_kernel, (len(described), sequences),
             index, *scratch[:4], arrivals, key, value, described, tiles.units, tiles.buckets, tiles.slots, H, sinks, A,
             index.shape[2], *strides, **options, num_warps=4,
         )  # fmt: skip
-    _thin_kernel[(programs,)](
+    launch(_thin_kernel, (programs,),
         index, kept_key, kept_value, *scratch, ticket, arrivals, words, key, value, table, gains, seed,
         layer, scale * rule.flatten, count, tiles.units, tiles.buckets, tiles.slots, sequences, H, schedule.tokens,
         sinks, A, index.shape[2], *strides, COIN=coin, **options,
