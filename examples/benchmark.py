@@ -251,6 +251,16 @@ def random_tensors(B: int, H: int, H_kv: int, Lq: int, Lk: int, D: int, device: 
     return [torch.randn(B, h, n, D, device=device, dtype=dtype) for h, n in ((H, Lq), (H_kv, Lk), (H_kv, Lk))]
 
 
+def append(path: Path, columns: list[str], rows: list[dict]) -> None:
+    """Append ``rows`` to a CSV file, with a header if it is new."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -279,29 +289,30 @@ def main() -> None:
         dtype=str(dtype).removeprefix("torch."),
     )  # fmt: skip
     clock, rows = Clock(device), []
+
+    def add(q, k, row: dict) -> None:
+        rows.append({**common, "B": q.shape[0], "Lq": q.shape[2], "Lk": k.shape[2], **row})
+        if args.out:
+            append(args.out, COLUMNS, rows[-1:])
+
     settings = SETTINGS[: args.settings]
+    if args.others:
+        n, policies = args.others, [settings[0], settings[-1]]
+        chunk = random_tensors(1, H, H_kv, n // 8, n, D, device, dtype)
+        opponents = exact_times(*chunk, clock, args.repeats)
+        batch = random_tensors(3, H, H_kv, n, n, D, device, dtype)
+        whole = random_tensors(1, H, H_kv, n, n, D, device, dtype)
+        for policy in policies:
+            add(*chunk[:2], prefill(policy, opponents, chunk, clock, args.repeats, chunk="last"))
+            add(*batch[:2], padded(policy, batch, [n, n - n // 3, n - 17], clock, args.repeats))
+            add(*whole[:2], train(policy, whole, clock, args.repeats))
     for n in track(args.lengths, description="lengths"):
         tensors = random_tensors(1, H, H_kv, n, n, D, device, dtype)
         # seconds per exact call at half a million tokens: fewer repeats there
         repeats = args.repeats if n < 200_000 else 2
         opponents = exact_times(*tensors, clock, repeats)
         for policy in settings:
-            rows.append({**common, "B": 1, "Lq": n, "Lk": n, **prefill(policy, opponents, tensors, clock, repeats)})
-    if args.others:
-        n = args.others
-        policies = [settings[0], settings[-1]]
-        tensors = random_tensors(1, H, H_kv, n // 8, n, D, device, dtype)
-        opponents = exact_times(*tensors, clock, args.repeats)
-        for policy in policies:
-            row = prefill(policy, opponents, tensors, clock, args.repeats, chunk="last")
-            rows.append({**common, "B": 1, "Lq": n // 8, "Lk": n, **row})
-        tensors = random_tensors(3, H, H_kv, n, n, D, device, dtype)
-        for policy in policies:
-            row = padded(policy, tensors, [n, n - n // 3, n - 17], clock, args.repeats)
-            rows.append({**common, "B": 3, "Lq": n, "Lk": n, **row})
-        tensors = random_tensors(1, H, H_kv, n, n, D, device, dtype)
-        for policy in policies:
-            rows.append({**common, "B": 1, "Lq": n, "Lk": n, **train(policy, tensors, clock, args.repeats)})
+            add(*tensors[:2], prefill(policy, opponents, tensors, clock, repeats))
     shown = (
         "job",
         "B",
@@ -320,13 +331,6 @@ def main() -> None:
     for row in rows:
         table.add_row(*(f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in shown))
     Console(width=150).print(table)
-    if args.out:
-        new = not args.out.exists()
-        with args.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
 
 
 if __name__ == "__main__":

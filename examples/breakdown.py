@@ -10,13 +10,12 @@ head is halved, replayed as a CUDA graph.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benchmark import LAYER, Clock, commit_of, exact_times, quantile, random_tensors
+from benchmark import LAYER, Clock, append, commit_of, exact_times, quantile, random_tensors
 from rich.console import Console
 from rich.table import Table
 
@@ -111,12 +110,7 @@ def main() -> None:
         table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in cells))
     Console(width=140).print(table)
     if args.out:
-        new = not args.out.exists()
-        with args.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(args.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":

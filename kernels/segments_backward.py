@@ -230,8 +230,8 @@ def _delta_kernel(
     b_out = tl.load(p_out + o_row * stride_on + o_dv[None, :], mask=m_out, other=0.0).to(tl.float32)
     # where no query is, probabilities are 0
     b_lse = tl.load(p_lse + i_bh * Lq + o_m - shift, mask=m_m, other=float("inf"))
-    tl.store(p_lse2 + i_bh * + o_m, b_lse * 1.4426950408889634, mask=o_m < L_pad)
-    tl.store(p_delta + i_bh * + o_m, tl.sum(b_grad * b_out, 1), mask=o_m < L_pad)
+    tl.store(p_lse2 + i_bh * L_pad + o_m, b_lse * 1.4426950408889634, mask=o_m < L_pad)
+    tl.store(p_delta + i_bh * L_pad + o_m, tl.sum(b_grad * b_out, 1), mask=o_m < L_pad)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -298,8 +298,8 @@ def _query_gradient_kernel(
     p_do += i_b * stride_gb + i_h * stride_gh
     b_q = tl.load(p_q + o_row * stride_qn + o_d[None, :], mask=m_q, other=0.0)  # [BM, BD]
     b_do = tl.load(p_do + o_row * stride_gn + o_dv[None, :], mask=m_do, other=0.0)  # [BM, BDV]
-    b_lse2 = tl.load(p_lse2 + i_bh * + o_m)
-    b_delta = tl.load(p_delta + i_bh * + o_m)
+    b_lse2 = tl.load(p_lse2 + i_bh * L_pad + o_m)
+    b_delta = tl.load(p_delta + i_bh * L_pad + o_m)
     o_q = o_m + q_offset - shift
     scale_log2 = scale * 1.4426950408889634
     b_dq = tl.zeros([BM, BD], tl.float32)
@@ -363,7 +363,7 @@ def _row_gradient_queries(
             b_q = tl.load(p_q_tile)  # [BM, BD]
         else:
             b_q = tl.load(p_q_tile, mask=m_m & (o_d < D)[None, :], other=0.0)
-        b_lse2 = tl.load(p_lse2 + i_h * + i_m + o_part)
+        b_lse2 = tl.load(p_lse2 + i_h * L_pad + i_m + o_part)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
         b_p = tl.exp2(b_s * scale_log2 + (b_bias[:, None] - b_lse2[None, :]))
         if CAUSAL:
@@ -373,7 +373,7 @@ def _row_gradient_queries(
         else:
             b_do = tl.load(p_do_tile, mask=m_m & (o_dv < DV)[None, :], other=0.0)
         b_dv += tl.dot(b_p.to(b_do.dtype), b_do, input_precision=PRECISION)
-        b_delta = tl.load(p_delta + i_h * + i_m + o_part)
+        b_delta = tl.load(p_delta + i_h * L_pad + i_m + o_part)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
         b_ds = b_p * (b_dp - b_delta[None, :])
         b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision=PRECISION)
