@@ -5,7 +5,8 @@
 
 One row per (length, setting), then the other jobs: the last eighth of a prefill as a chunk, a batch padded on the
 left, forward and backward. The opponent is the faster of torch's flash and cuDNN backends (on a CPU: torch's own
-flash kernel) in the same run on the same inputs. A kernel whose output fails its check gets no speed-up.
+flash kernel) in the same run on the same inputs. A kernel whose output fails its check gets no speed-up. Rows with
+graph=1 replay both sides as CUDA graphs: what they cost inside a model that keeps the GPU busy.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ SETTINGS = [
     Policy(),
 ]
 LAYER = 0
+GRAPH_UP_TO = 16384  # tokens up to which launching takes as long as computing: measured with a CUDA graph as well
 
 
 class Clock:
@@ -81,7 +83,19 @@ def quantile(times: list[float], q: float) -> float:
     return torch.tensor(times, dtype=torch.float64).quantile(q).item()
 
 
-def exact_times(q, k, v, clock: Clock, repeats: int, grad: torch.Tensor | None = None) -> dict[str, float]:
+def replayed(call: Callable) -> Callable:
+    """``call`` as a CUDA graph."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def exact_times(
+    q, k, v, clock: Clock, repeats: int, grad: torch.Tensor | None = None, graph: bool = False
+) -> dict[str, float]:
     """Median milliseconds of every exact backend that takes the shape; with ``grad``, forward and backward.
 
     Queries are the last tokens of the keys. For fewer queries than keys the backends need a mask that says so.
@@ -102,7 +116,7 @@ def exact_times(q, k, v, clock: Clock, repeats: int, grad: torch.Tensor | None =
             return out if grad is None else torch.autograd.grad(out, (q, k, v), grad)
 
         try:
-            times[name] = quantile(clock(call, repeats), 0.5)
+            times[name] = quantile(clock(replayed(call) if graph else call, repeats), 0.5)
         except RuntimeError as error:
             if "No available kernel" not in str(error):
                 raise
@@ -202,9 +216,10 @@ def out_and_lse(out: torch.Tensor) -> int:
 
 
 def prefill(policy: Policy, opponents: dict[str, float], tensors, clock: Clock, repeats: int, **params) -> dict:
-    """The last ``Lq`` of ``Lk`` tokens as queries."""
+    """The last ``Lq`` of ``Lk`` tokens as queries; ``graph=1`` replays a CUDA graph."""
     op = op_of(policy)
-    times = clock(lambda: op(*tensors), repeats)
+    call = replayed(lambda: op(*tensors)) if params.get("graph") else lambda: op(*tensors)
+    times = clock(call, repeats)
     out, peak = peak_of(lambda: op(*tensors), out_and_lse)
     errors = check(*tensors, out, E.config_of(policy, tensors[1].shape[2]))
     return row_of(policy, times, opponents, errors, job="prefill", params=params, peak_mb=peak)
@@ -313,6 +328,10 @@ def main() -> None:
         opponents = exact_times(*tensors, clock, repeats)
         for policy in settings:
             add(*tensors[:2], prefill(policy, opponents, tensors, clock, repeats))
+        if on_gpu and n <= GRAPH_UP_TO:
+            opponents = exact_times(*tensors, clock, repeats, graph=True)
+            for policy in settings:
+                add(*tensors[:2], prefill(policy, opponents, tensors, clock, repeats, graph=1))
     shown = (
         "job",
         "B",

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benchmark import LAYER, Clock, append, commit_of, exact_times, quantile, random_tensors
+from benchmark import LAYER, Clock, append, commit_of, exact_times, quantile, random_tensors, replayed
 from rich.console import Console
 from rich.table import Table
 
@@ -32,16 +31,6 @@ POLICIES = [
     Policy(),
 ]
 COLUMNS = "date,gpu,torch,triton,commit,part,n,params,ms,share,tflops,floor_ms,ns_per_pair".split(",")
-
-
-def replayed(call: Callable) -> Callable:
-    """``call`` as a CUDA graph."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def lengths(ns: list[int], clock: Clock) -> list[dict]:

@@ -476,7 +476,7 @@ METHOD = register(
         refuses="non-causal masks, sliding windows, biases, dropout, decoding from a full cache",
         refuse=_refuse,
         params=_params,
-        min_length={"cuda": 24576},  # the first length measured at which the defaults win on an H200 (speed.csv)
+        min_length={"cuda": 16384},  # the first length measured at which the defaults win on an H200 (speed.csv)
         options={"flatten": 0.0, "block": 128},
     )
 )
