@@ -11,6 +11,8 @@ import csv
 import sys
 from pathlib import Path
 
+from benchmark import SETTINGS
+
 from express_compile import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,10 +41,23 @@ def setting(row: dict[str, str]) -> str:
     return name + (f", protected {values['protected']}" if values["protected"] != "0" else "")
 
 
-def speed_rows() -> list[dict[str, str]]:
-    rows = [row for row in read("speed.csv") if row["job"] == "prefill" and row["gpu"] != "CPU"]
-    latest = rows[-1]["commit"]  # earlier runs stay in the file as history
-    return newest([row for row in rows if row["commit"] == latest], "gpu", "params", "s", "Lq", "H", "H_kv", "D")
+def speed_rows(**wanted: str) -> list[dict[str, str]]:
+    """The newest GPU rows of the default shape of a head; earlier runs stay in the file as history."""
+    rows = newest(read("speed.csv"), "gpu", "job", "params", "s", "B", "Lq", "Lk", "H", "H_kv", "D")
+    wanted = {"H": "32", "H_kv": "8", "D": "128", **wanted}
+    return [row for row in rows if row["gpu"] != "CPU" and all(row[k] == v for k, v in wanted.items())]
+
+
+def prefill_rows() -> list[dict[str, str]]:
+    """Whole prefills of one sequence with the settings of the benchmark, launched one by one."""
+    settings = [f"sinks={p.sinks} window={p.window} protected={p.protected}" for p in SETTINGS]
+    rows = speed_rows(job="prefill", B="1")
+    return [
+        row
+        for row in rows
+        if row["Lq"] == row["Lk"]
+        and (int(row["s"]), row["params"]) in list(zip([p.budget for p in SETTINGS], settings, strict=True))
+    ]
 
 
 def methods_table() -> str:
@@ -51,7 +66,8 @@ def methods_table() -> str:
 
 
 def speed_table() -> str:
-    rows = speed_rows()
+    rows = prefill_rows()
+    graphs = [row for row in speed_rows(job="prefill", B="1") if "graph" in row["params"]]
     lengths = sorted({int(row["Lq"]) for row in rows})
     exact = {int(row["Lq"]): row for row in rows}
     header = ["", *(f"n = {n:,}" for n in lengths)]
@@ -59,6 +75,9 @@ def speed_table() -> str:
     for name in dict.fromkeys(map(setting, rows)):
         cells = {int(row["Lq"]): row for row in rows if setting(row) == name}
         body.append([f"Express {name}"] + [cell(cells.get(n)) for n in lengths])
+    for name in dict.fromkeys(map(setting, graphs)):
+        cells = {int(row["Lq"]): row for row in graphs if setting(row) == name}
+        body.append([f"… {name}, both as CUDA graphs"] + [cell(cells.get(n)) for n in lengths])
     first = rows[0]
     note = (
         f"{first['gpu']}, torch {first['torch']}, triton {first['triton']}; B={first['B']}, H={first['H']}, "
@@ -66,6 +85,49 @@ def speed_table() -> str:
         f"{first['date']}. Bold: faster than the best exact backend."
     )
     return markdown(header, body) + f"\n\n{note}"
+
+
+def others_table() -> str:
+    special = [row for row in speed_rows() if row["job"] == "train" or row["B"] != "1" or row["Lq"] != row["Lk"]]
+    rows = sorted(special, key=lambda row: (row["job"], row["B"], row["Lq"])) + speed_rows(D="64")
+    body = []
+    for row in rows:
+        values = dict(part.split("=") for part in row["params"].split())
+        n = f"{int(row['Lk']):,}"
+        job = f"prefill of {n}"
+        if row["job"] == "train":
+            job = f"forward and backward, {n}"
+        elif "chunk" in values:
+            job = f"chunk: the last {int(row['Lq']):,} queries of {n}"
+        elif "padding" in values:
+            job = f"batch padded on the left, lengths {values['lengths'].replace('/', ', ')}"
+        opponent = f"{float(row['opponent_ms_p50']):.2f} ms ({row['opponent']})"
+        heads = f"{row['H']}/{row['H_kv']}, {row['D']}"
+        body.append([job, heads, setting(row), opponent, cell(row), f"{float(row['peak_mb']):,.0f}"])
+    return markdown(["job", "heads, D", "setting", "best exact", "Express", "memory, MB"], body)
+
+
+def breakdown_table() -> str:
+    rows = newest(read("breakdown.csv"), "gpu", "part", "n", "params")
+    thin = {(r["n"], r["params"]): r for r in rows if r["part"] == "thin"}
+    body = []
+    for row in (r for r in rows if r["part"] == "attend"):
+        t = thin[row["n"], row["params"]]
+        body.append(
+            [
+                f"{int(row['n']):,}", row["params"].replace("=", " ").replace(" protected 0", ""),
+                f"{float(t['ms']):.2f} ms", f"{float(t['share']):.0%}", f"{float(row['ms']):.2f} ms",
+                f"{float(row['tflops']):.0f}", f"{float(row['floor_ms']):.2f} ms",
+            ]
+        )  # fmt: skip
+    header = ["n", "setting", "thinning", "share", "attention", "TFLOP/s", "floor"]
+    chains = [r for r in rows if r["part"] == "chain"]
+    chain = markdown(
+        ["rows of one bucket per head", *(f"{int(r['n']):,}" for r in chains)],
+        [["µs", *(f"{float(r['ms']) * 1e3:.0f}" for r in chains)],
+         ["ns per pair", *(f"{float(r['ns_per_pair']):.0f}" for r in chains)]],
+    )  # fmt: skip
+    return markdown(header, body) + "\n\n" + chain
 
 
 def cell(row: dict[str, str] | None) -> str:
@@ -135,7 +197,14 @@ def needle_table() -> str:
     return markdown(["policy", "rows seen", *(f"{task}, {int(n):,}" for task, n in columns)], body)
 
 
-PARTS = {"methods": methods_table, "speed": speed_table, "quality": quality_table, "needles": needle_table}
+PARTS = {
+    "methods": methods_table,
+    "speed": speed_table,
+    "others": others_table,
+    "breakdown": breakdown_table,
+    "quality": quality_table,
+    "needles": needle_table,
+}
 
 
 def filled(text: str) -> str:
@@ -154,7 +223,7 @@ def plot(path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = speed_rows()
+    rows = prefill_rows()
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for name in dict.fromkeys(map(setting, rows)):
         points = sorted((int(row["Lq"]), float(row["speedup"])) for row in rows if setting(row) == name)
