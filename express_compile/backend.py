@@ -46,7 +46,11 @@ def express(
     rewrite_graph(gm, policy)
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, example_inputs, config_patches=patches)
+    from .kernels._op import contract
+
+    tag = f"{torch.compiler.config.cache_key_tag}express-compile-{contract()}"
+    with torch.compiler.config.patch(cache_key_tag=tag):
+        return compile_fx(gm, example_inputs, config_patches=patches)
 
 
 def rewrite_graph(gm: GraphModule, policy: Policy) -> list[tuple[AttentionSite, Plan]]:

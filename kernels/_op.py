@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 import torch
 
 LIBRARY = torch.library.Library("express_compile", "FRAGMENT")
+_SCHEMAS: dict[str, str] = {}
 
 # float64 has no kernel: it is for references and their tests, on the CPU
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -26,6 +28,7 @@ def define_op(
     differentiable and says so when it is tried.
     """
     qualified = f"express_compile::{name}"
+    _SCHEMAS[name] = schema
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, body, key)
@@ -33,6 +36,15 @@ def define_op(
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     return getattr(torch.ops.express_compile, name).default
+
+
+def contract() -> str:
+    """A digest of the signatures of all ops.
+
+    PyTorch keeps compiled graphs on disk by what their forward pass calls. One that was compiled when the op of a
+    gradient took other arguments must not be found again.
+    """
+    return hashlib.sha256(repr(sorted(_SCHEMAS.items())).encode()).hexdigest()[:16]
 
 
 def check_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding: torch.Tensor | None = None) -> None:

@@ -28,13 +28,14 @@ def exact_attention(
         if query.device.type == "cpu":
             k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, k, v, 0.0, True, scale=scale)
-            return out.contiguous(), lse.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+            lse = lse.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+            return out.contiguous(), lse.contiguous()
         if _cudnn_takes(query):
             # cuDNN was faster than flash at every length measured on an H200 (bench.md)
             out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
                 query, key, value, None, True, 0.0, True, False, scale=scale
             )[:2]
-            return out.contiguous(), lse.reshape(query.shape[:3])
+            return out.contiguous(), lse.reshape(query.shape[:3]).contiguous()
     table = causal_table(Lq, Lk)
     return segment_attention(query, key, value, key[:, :, :0], value[:, :, :0], table, scale)
 

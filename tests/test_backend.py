@@ -14,6 +14,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from express_compile.backend import express, rewrite_graph, split_options
+from express_compile.kernels import _op
 from express_compile.method import METHODS, Method, register
 from express_compile.spec import Policy, Refusal, layer_key
 
@@ -256,3 +257,21 @@ def test_the_entry_point_needs_no_import() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["error", "True", "True"]
+
+
+def test_graphs_cached_on_disk_are_those_of_these_ops(monkeypatch):
+    """A graph compiled for a gradient op with other arguments is not found again."""
+    tags = []
+
+    def compile_fx(gm, inputs, config_patches):
+        tags.append(torch.compiler.config.cache_key_tag)
+        return gm
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    x = torch.randn(1, 2, 30, 8)
+    for _ in range(2):
+        torch._dynamo.reset()
+        torch.compile(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), backend="express")(x)
+        monkeypatch.setitem(_op._SCHEMAS, "express_backward", "(Tensor grad) -> Tensor")
+    assert tags[0].startswith("express-compile-") and tags[0] != tags[1]
+    assert torch.compiler.config.cache_key_tag == "", "nobody else's graphs are touched"

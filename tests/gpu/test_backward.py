@@ -27,9 +27,7 @@ def problem(n, config, B=1, H=8, H_kv=2, D=128, Dv=128, dtype=torch.bfloat16, Lq
     shapes = ((B, n, H, Dv), (B, n, H, D), (B, n, H_kv, D), (B, n, H_kv, Dv))
     grad, q, k, v = (torch.randn(s, generator=generator, device="cuda").to(dtype).transpose(1, 2) for s in shapes)
     grad, q = (x[:, :, n - (Lq or n) :] for x in (grad, q))
-    kept = torch.randint(
-        n, (B, H_kv, layout.size), generator=generator, device="cuda", dtype=torch.int32
-    )
+    kept = torch.randint(n, (B, H_kv, layout.size), generator=generator, device="cuda", dtype=torch.int32)
     rows = (q, k, v, E.gather_rows(k, kept), E.gather_rows(v, kept))
     return kept, (grad, *rows, *segment_attention_triton(*rows, layout.table, D**-0.5), layout.table, D**-0.5)
 
