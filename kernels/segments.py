@@ -374,8 +374,8 @@ def _segment_kernel(
 def tile_sizes(width: int, itemsize: int, block: int) -> tuple[int, int, int, int]:
     """Queries and rows per tile, warps and pipeline stages; ``width`` is D + Dv, rounded up to powers of two.
 
-    The best of six or more for D = 128 and D = 64 in bf16 at n = 32,768 on an H200. Those for wider rows and for float32,
-    whose products need registers instead of tensor cores, were chosen by what fits, compiled for sm_90.
+    The best of six or more for D = 128 and D = 64 in bf16 at n = 32,768 on an H200. Those for wider rows and for
+    float32, whose products need registers instead of tensor cores, were chosen by what fits, compiled for sm_90.
     """
     if itemsize == 4:
         queries, rows, warps, stages = 64, 32 if width <= 128 else 16, 8, 2
