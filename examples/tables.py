@@ -17,7 +17,7 @@ from express_compile import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "examples" / "results"
-SHIPPED = ("express", "exact")
+SHIPPED = ("express", "thinformer", "exact")
 
 
 def read(name: str) -> list[dict[str, str]]:

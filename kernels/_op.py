@@ -47,11 +47,17 @@ def contract() -> str:
     return hashlib.sha256(repr(sorted(_SCHEMAS.items())).encode()).hexdigest()[:16]
 
 
-def check_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding: torch.Tensor | None = None) -> None:
+def check_qkv(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    padding: torch.Tensor | None = None,
+    causal: bool = True,
+) -> None:
     """Raise ``ValueError`` or ``TypeError`` unless the tensors fit together.
 
     ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]`` of one floating
-    dtype and device, ``H_kv`` dividing ``H``, ``Lq <= Lk``; ``padding`` bool ``[B, Lk]`` or None.
+    dtype and device, ``H_kv`` dividing ``H``, ``Lq <= Lk`` if ``causal``; ``padding`` bool ``[B, Lk]`` or None.
     """
     tensors = {"query": query, "key": key, "value": value}
     for name, x in tensors.items():
@@ -71,7 +77,9 @@ def check_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, paddi
         raise ValueError(f"value: shape {tuple(value.shape)}; must begin like key's, {tuple(key.shape[:3])}")
     if key.shape[1] == 0 or H % key.shape[1]:
         raise ValueError(f"key: {key.shape[1]} heads; must divide the {H} heads of query")
-    if not 0 < Lq <= key.shape[2]:
+    if not causal and not (Lq and key.shape[2]):
+        raise ValueError(f"query, key: {Lq} and {key.shape[2]} rows; must be at least one each")
+    if causal and not 0 < Lq <= key.shape[2]:
         raise ValueError(f"query: {Lq} rows; must be from 1 to the number of keys, {key.shape[2]}")
     if padding is None:
         return

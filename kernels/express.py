@@ -183,6 +183,29 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.gather(2, flat[..., None].expand(*flat.shape, x.shape[-1])).unflatten(2, index.shape[2:])
 
 
+def halve_all_reference(
+    arena: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    schedule: Schedule,
+    rule: HalvingRule,
+    scale: float,
+    seed: torch.Tensor,
+    layer: int,
+) -> None:
+    """All halvings of a schedule in place on ``arena`` ``[B, H_kv, schedule.size]``, which holds token indices."""
+    sequence = sequence_counter(*key.shape[:2], key.device)[..., None, None]
+    for job in itertools.chain(*schedule.launches):
+        source = arena[:, :, job.source : job.source + job.rows * job.buckets].unflatten(2, (job.buckets, job.rows))
+        pairs = torch.arange(job.rows // 2, device=key.device)
+        bucket = torch.arange(job.first, job.first + job.buckets, device=key.device)[:, None]
+        draws = philox_uniform(seed, layer, pairs, bucket, job.stage, sequence)
+        rows = gather_rows(key, source), gather_rows(value, source)
+        second = halve_reference(*rows, draws, rule, job.delta, scale)
+        kept = torch.where(second, source[..., 1::2], source[..., 0::2])
+        arena[:, :, job.target : job.target + job.rows // 2 * job.buckets] = kept.flatten(2)
+
+
 def thin_reference(
     key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, seed: torch.Tensor, layer: int
 ) -> torch.Tensor:
@@ -205,15 +228,7 @@ def thin_reference(
         draws = philox_uniform(seed, layer, rows, 0, job.stage, sequence)
         pick = job.source + rows * job.group + (draws * job.group).long()
         arena[:, :, job.target : job.target + job.rows] = arena.gather(2, pick)
-    for job in itertools.chain(*schedule.launches):
-        source = arena[:, :, job.source : job.source + job.rows * job.buckets].unflatten(2, (job.buckets, job.rows))
-        pairs = torch.arange(job.rows // 2, device=key.device)
-        bucket = torch.arange(job.first, job.first + job.buckets, device=key.device)[:, None]
-        draws = philox_uniform(seed, layer, pairs, bucket, job.stage, sequence[..., None])
-        rows = gather_rows(key, source), gather_rows(value, source)
-        second = halve_reference(*rows, draws, config.rule, job.delta, scale)
-        kept = torch.where(second, source[..., 1::2], source[..., 0::2])
-        arena[:, :, job.target : job.target + job.rows // 2 * job.buckets] = kept.flatten(2)
+    halve_all_reference(arena, key, value, schedule, config.rule, scale, seed, layer)
     return torch.cat([arena[:, :, schedule.tokens :], *behind], 2)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from express_compile.spec import floor_power_of_two
 
-SUBSAMPLE, CLOSE_FIRST, CLOSE_SECOND = 61, 62, 63  # level codes in the random counter beside 0 .. q-1
+STRETCH, SUBSAMPLE, CLOSE_FIRST, CLOSE_SECOND = 60, 61, 62, 63  # level codes in the random counter beside 0 .. q-1
 
 
 def stage(round_: int, level: int) -> int:
@@ -204,6 +204,25 @@ def make_schedule(tokens: int, s: int, M: int) -> Schedule:
             closings.append(Halving(middle, size, 2 * s, 1, stage(r, CLOSE_SECOND), 0, delta))
     ordered = [tuple(launches[level]) for level in sorted(launches)] + [(job,) for job in closings]
     return Schedule(tokens, s, M, size, tuple(subsamples), tuple(ordered), tuple(ends), tuple(levels))
+
+
+def compress_schedule(tokens: int, s: int) -> Schedule:
+    """KH-Compress (*Low-Rank Thinning*, arXiv 2502.12063): ``tokens`` rows become ``s`` by halving them all again
+    and again, in buckets that double, the last of them ``2 s`` rows.
+
+    ``tokens`` must be ``s`` times a power of two. The last ``s`` rows of the arena are the result.
+    """
+    rounds = (tokens // s).bit_length() - 1
+    if s < 1 or tokens != s << rounds:
+        raise ValueError(f"tokens={tokens}: must be s={s} times a power of two")
+    launches, source, size = [], 0, tokens
+    for i in range(rounds):
+        rows = max(2, 2 * s >> (rounds - 1 - i))
+        number = (tokens >> i) // rows
+        # the failure probability of Express's last level, shared by the buckets of all rounds
+        launches.append((Halving(source, size, rows, number, stage(0, i), 0, 0.5 / (rounds * number)),))
+        source, size = size, size + (tokens >> (i + 1))
+    return Schedule(tokens, s, 0, size, (), tuple(launches), (), ())
 
 
 def check_budget(s: int, M: int) -> None:
