@@ -188,16 +188,11 @@ def row_of(
     )  # fmt: skip
 
 
-def op_of(policy: Policy, padding: torch.Tensor | None = None) -> Callable:
+def op_of(policy: Policy, device: torch.device, padding: torch.Tensor | None = None) -> Callable:
+    """The op that ``policy`` means, as a function of query, key and value."""
     params = METHODS["express"].params(None, policy)
-
-    def call(q, k, v):
-        seed = torch.zeros((), dtype=torch.int64, device=q.device) if call.seed is None else call.seed
-        call.seed = seed
-        return METHODS["express"].op(q, k, v, padding, seed, q.shape[-1] ** -0.5, LAYER, **params)[0]
-
-    call.seed = None
-    return call
+    seed = torch.zeros((), dtype=torch.int64, device=device)
+    return lambda q, k, v: METHODS["express"].op(q, k, v, padding, seed, q.shape[-1] ** -0.5, LAYER, **params)[0]
 
 
 def peak_of(call: Callable, kept: Callable) -> tuple[torch.Tensor, float]:
@@ -217,7 +212,7 @@ def out_and_lse(out: torch.Tensor) -> int:
 
 def prefill(policy: Policy, opponents: dict[str, float], tensors, clock: Clock, repeats: int, **params) -> dict:
     """The last ``Lq`` of ``Lk`` tokens as queries; ``graph=1`` replays a CUDA graph."""
-    op = op_of(policy)
+    op = op_of(policy, tensors[0].device)
     call = replayed(lambda: op(*tensors)) if params.get("graph") else lambda: op(*tensors)
     times = clock(call, repeats)
     out, peak = peak_of(lambda: op(*tensors), out_and_lse)
@@ -230,7 +225,7 @@ def padded(policy: Policy, tensors, lengths: list[int], clock: Clock, repeats: i
     q, k, v = tensors
     n = q.shape[2]
     padding = torch.arange(n, device=q.device) >= n - torch.tensor(lengths, device=q.device)[:, None]
-    op = op_of(policy, padding)
+    op = op_of(policy, q.device, padding)
     times = clock(lambda: op(*tensors), repeats)
     out, peak = peak_of(lambda: op(*tensors), out_and_lse)
     opponents: dict[str, float] = {}
@@ -249,7 +244,7 @@ def padded(policy: Policy, tensors, lengths: list[int], clock: Clock, repeats: i
 def train(policy: Policy, tensors, clock: Clock, repeats: int) -> dict:
     """Forward and backward."""
     q, k, v = (x.requires_grad_() for x in tensors)
-    grad, op = torch.randn_like(q), op_of(policy)
+    grad, op = torch.randn_like(q), op_of(policy, q.device)
 
     def call():
         return torch.autograd.grad(op(q, k, v), (q, k, v), grad)
