@@ -8,8 +8,9 @@ power of two is stretched to the next such length n' first: place i holds token 
 uniform u per sequence and head, so that every token is expected equally often and none is dropped systematically.
 (The paper keeps every (L / 4**p)-th token instead.) Sequences of at most ``s`` tokens get exact attention.
 
-Error law (low-rank keys): ``|out - exact|_inf = O(log(n) max_j |v_j| / s)`` up to the rank, against ``1 / sqrt(s)`` for
-a uniform sample.
+Error law (the paper's, for keys of low rank): falls like ``1 / s`` up to logarithms, that of a uniform sample like
+``1 / sqrt(s)``. Of a policy, ``budget``, ``halving``, ``seed`` and ``min_length`` count; there are no sinks, no window
+and no protected rows.
 
 Supports self and cross attention, grouped queries, Dv != D, any length, key padding on any side (a padded key is
 never selected; a sequence without any real key gives 0, as SDPA does). Refuses causal masks, windows, biases and
