@@ -31,6 +31,7 @@ from express_compile import METHODS, Policy
 from express_compile.kernels import express as E
 from express_compile.kernels.exact import exact_attention
 from express_compile.kernels.segments import segment_attention_backward, segment_attention_reference
+from express_compile.kernels.segments_backward import accumulate_rows_reference
 
 COLUMNS = (
     "date,gpu,torch,triton,commit,job,method,params,B,H,H_kv,Lq,Lk,D,Dv,dtype,s,ms_p20,ms_p50,ms_p80,opponent,"
@@ -163,7 +164,7 @@ def check_gradients(q, k, v, policy: Policy) -> tuple[float, float]:
         result = segment_attention_reference(*rows, layout.table, scale)
         d_query, *parts = segment_attention_backward(grad.to(dtype), *rows, *result, layout.table, scale)
         for target, part in zip(parts[:2], parts[2:], strict=True):
-            target.scatter_add_(2, index.long()[..., None].expand_as(part), part)
+            accumulate_rows_reference(target, index, part)
         gradients.append((d_query, *parts[:2]))
     truth, reference = gradients
 

@@ -50,14 +50,9 @@ def speed_rows(**wanted: str) -> list[dict[str, str]]:
 
 def prefill_rows() -> list[dict[str, str]]:
     """Whole prefills of one sequence with the settings of the benchmark, launched one by one."""
-    settings = [f"sinks={p.sinks} window={p.window} protected={p.protected}" for p in SETTINGS]
+    wanted = {(str(p.budget), f"sinks={p.sinks} window={p.window} protected={p.protected}") for p in SETTINGS}
     rows = speed_rows(job="prefill", B="1")
-    return [
-        row
-        for row in rows
-        if row["Lq"] == row["Lk"]
-        and (int(row["s"]), row["params"]) in list(zip([p.budget for p in SETTINGS], settings, strict=True))
-    ]
+    return [row for row in rows if row["Lq"] == row["Lk"] and (row["s"], row["params"]) in wanted]
 
 
 def methods_table() -> str:

@@ -47,6 +47,12 @@ def contract() -> str:
     return hashlib.sha256(repr(sorted(_SCHEMAS.items())).encode()).hexdigest()[:16]
 
 
+def attention_fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **options):
+    """``out`` and ``lse`` of any attention op, without values."""
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(*query.shape[:3], value.shape[-1]), query.new_empty(query.shape[:3], dtype=lse_dtype)
+
+
 def check_qkv(
     query: torch.Tensor,
     key: torch.Tensor,

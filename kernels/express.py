@@ -26,20 +26,20 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from express_compile.method import Method, register
-from express_compile.spec import AttentionSpec, Policy, Refusal, floor_power_of_two, known_equal
+from express_compile.spec import AttentionSpec, Policy, Refusal, known_equal
 
-from ._op import check_qkv, define_op
+from ._op import attention_fake, check_qkv, define_op
 from ._triton import philox_uniform
 from .contest import CONTEST, compete, compete_reference
 from .exact import exact_attention
 from .halving import HalvingRule, get_rule, halve_reference
-from .schedule import Schedule, admitted, check_budget, make_schedule
+from .schedule import Schedule, admitted, budget_options, check_budget, make_schedule, rows_of
 from .segments import (
     COMPACTED,
     TOKENS,
@@ -313,6 +313,11 @@ def _backward(grad, out, lse, query, key, value, config, scale, seed, layer) -> 
     return d_query, d_key, d_value
 
 
+def real_first(padding: torch.Tensor) -> torch.Tensor:
+    """The positions of the real tokens of ``padding`` ``[B, L]``, in order, then the others: int64 ``[B, L]``."""
+    return (~padding).to(torch.int8).argsort(dim=1, stable=True)
+
+
 class _Padding:
     """Moves the real tokens of each sequence to its front, in order, and results back to where they belong.
 
@@ -322,7 +327,7 @@ class _Padding:
 
     def __init__(self, padding: torch.Tensor) -> None:
         self.real = padding
-        self.order = (~padding).to(torch.int8).argsort(dim=1, stable=True)
+        self.order = real_first(padding)
         self.rank = self.order.argsort(1)
         self.front = torch.arange(padding.shape[1], device=padding.device) < padding.sum(1, keepdim=True)
 
@@ -339,11 +344,8 @@ class _Padding:
 
 def _config(s, fraction, inflation, sinks, window, protected, halving, flatten, block, min_length, Lk) -> ExpressConfig:
     """The configuration that the op's options mean for ``Lk`` keys; exact for fewer than ``min_length``."""
-    if fraction:
-        s = max(4, floor_power_of_two(int(fraction * Lk)))
-    rule = get_rule(halving)
-    if flatten:
-        rule = replace(rule, flatten=flatten)
+    s = rows_of(s, fraction, Lk)
+    rule = get_rule(halving, flatten)
     # one cap for a fraction that resolves to a small s: M may not exceed h + 1
     M = default_inflation(s) if inflation < 0 else min(inflation, s.bit_length()) if fraction else inflation
     return ExpressConfig(s, M, sinks, max(window, Lk) if Lk < min_length else window, protected, rule, block)
@@ -388,12 +390,6 @@ _PARAMETERS = (
 )
 
 
-def _express_fake(query, key, value, *args, **options):
-    B, H, Lq, _ = query.shape
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(B, H, Lq, value.shape[-1]), query.new_empty(B, H, Lq, dtype=lse_dtype)
-
-
 def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
     query, key, value, padding, seed, scale, layer = inputs
     ctx.save_for_backward(*output, query, key, value, padding, seed)
@@ -410,7 +406,7 @@ OP = define_op(
     "express",
     f"(Tensor query, Tensor key, Tensor value, {_PARAMETERS}) -> (Tensor, Tensor)",
     _express_body,
-    _express_fake,
+    attention_fake,
     _express_autograd,
     _setup_context,
 )
@@ -455,10 +451,8 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
 
 def _params(spec: AttentionSpec | None, policy: Policy) -> dict:
     own = METHOD.own_options(policy)
-    s = 0 if isinstance(policy.budget, float) else floor_power_of_two(policy.budget)
     params = {
-        "s": s,
-        "fraction": policy.budget if isinstance(policy.budget, float) else 0.0,
+        **budget_options(policy),
         "inflation": -1 if policy.inflation is None else policy.inflation,
         "sinks": policy.sinks,
         "window": policy.window,

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -61,11 +61,14 @@ def register_rule(rule: HalvingRule) -> HalvingRule:
     return rule
 
 
-def get_rule(name: str) -> HalvingRule:
-    """The registered rule; raises ``ValueError`` that lists the rules for an unknown name."""
+def get_rule(name: str, flatten: float = 0.0) -> HalvingRule:
+    """The registered rule, with another ``flatten`` unless that is 0.
+
+    Raises ``ValueError`` that lists the rules for an unknown name.
+    """
     if name not in RULES:
         raise ValueError(f"halving={name!r}: allowed are {', '.join(RULES)}")
-    return RULES[name]
+    return replace(RULES[name], flatten=flatten) if flatten else RULES[name]
 
 
 register_rule(HalvingRule("kernel", lambda rows, delta: 0.5 + math.log(2.0 * rows / delta)))

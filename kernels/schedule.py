@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from express_compile.spec import floor_power_of_two
+from express_compile.spec import Policy, floor_power_of_two
 
 STRETCH, SUBSAMPLE, CLOSE_FIRST, CLOSE_SECOND = 60, 61, 62, 63  # level codes in the random counter beside 0 .. q-1
 
@@ -223,6 +223,18 @@ def compress_schedule(tokens: int, s: int) -> Schedule:
         launches.append((Halving(source, size, rows, number, stage(0, i), 0, 0.5 / (rounds * number)),))
         source, size = size, size + (tokens >> (i + 1))
     return Schedule(tokens, s, 0, size, (), tuple(launches), (), ())
+
+
+def budget_options(policy: Policy) -> dict[str, int | float]:
+    """The options ``s`` and ``fraction`` of an op: rows, or a fraction of the keys, the other one 0."""
+    if isinstance(policy.budget, float):
+        return {"s": 0, "fraction": policy.budget}
+    return {"s": floor_power_of_two(policy.budget), "fraction": 0.0}
+
+
+def rows_of(s: int, fraction: float, Lk: int) -> int:
+    """The budget in rows that those options mean for ``Lk`` keys."""
+    return max(4, floor_power_of_two(int(fraction * Lk))) if fraction else s
 
 
 def check_budget(s: int, M: int) -> None:

@@ -21,18 +21,17 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import replace
 
 import torch
 
 from express_compile.method import Method, register
 from express_compile.spec import AttentionSpec, Policy, Refusal, floor_power_of_two
 
-from ._op import check_qkv, define_op
+from ._op import attention_fake, check_qkv, define_op
 from ._triton import philox_uniform
-from .express import gather_rows, halve_all_reference, sequence_counter
+from .express import gather_rows, halve_all_reference, real_first, sequence_counter
 from .halving import HalvingRule, get_rule
-from .schedule import STRETCH, Schedule, compress_schedule, stage
+from .schedule import STRETCH, Schedule, budget_options, compress_schedule, rows_of, stage
 from .segments_backward import accumulate_rows
 
 
@@ -65,7 +64,7 @@ def select(
         length = torch.full((B,), Lk, device=device)
         hidden = None
     else:
-        order = (~padding).to(torch.int8).argsort(dim=1, stable=True)  # real tokens first, in order
+        order = real_first(padding)
         length = padding.sum(1)
         hidden = (length <= rows)[:, None] & (place >= length[:, None])
     whole = order[:, None, :rows].expand(B, H, rows)
@@ -130,13 +129,8 @@ def attend_backward(
 
 def _resolve(s, fraction, g, halving, flatten, min_length, Lk) -> tuple[int, HalvingRule]:
     """Rows of the coreset of ``Lk`` keys, and the rule; all keys for fewer than ``min_length``."""
-    if g >= 0:
-        s = floor_power_of_two(int(2**g * math.sqrt(Lk)))
-    elif fraction:
-        s = floor_power_of_two(int(fraction * Lk))
-    rule = get_rule(halving)
-    s = max(4, s)
-    return max(s, Lk) if Lk < min_length else s, replace(rule, flatten=flatten) if flatten else rule
+    s = max(4, floor_power_of_two(int(2**g * math.sqrt(Lk))) if g >= 0 else rows_of(s, fraction, Lk))
+    return max(s, Lk) if Lk < min_length else s, get_rule(halving, flatten)
 
 
 def _select(query, key, value, padding, seed, scale, layer, options):
@@ -157,15 +151,10 @@ def _backward_body(grad, query, key, value, padding, seed, scale, layer, **optio
     d_query, *parts = attend_backward(grad, query, *rows, hidden, scale)
     grads = [d_query.to(query.dtype)]
     for x, part in zip((key, value), parts, strict=True):
-        target = torch.zeros(x.shape, dtype=part.dtype)
+        target = part.new_zeros(x.shape)
         accumulate_rows(target, index, part)
         grads.append(target.to(x.dtype))
     return tuple(g.contiguous() for g in grads)
-
-
-def _fake(query, key, value, *args, **options):
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(*query.shape[:3], value.shape[-1]), query.new_empty(query.shape[:3], dtype=dtype)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
@@ -188,7 +177,7 @@ OP = define_op(
     "thinformer",
     f"(Tensor query, Tensor key, Tensor value, {_PARAMETERS}) -> (Tensor, Tensor)",
     _body,
-    _fake,
+    attention_fake,
     _autograd,
     _setup_context,
 )
@@ -226,8 +215,7 @@ def _params(spec: AttentionSpec | None, policy: Policy) -> dict:
             f"g={own['g']!r}: must be an integer, 0 or more (2**g * sqrt(n) rows), or -1 to use the budget"
         )
     params = {
-        "s": 0 if isinstance(policy.budget, float) else floor_power_of_two(policy.budget),
-        "fraction": policy.budget if isinstance(policy.budget, float) else 0.0,
+        **budget_options(policy),
         "g": own["g"],
         "halving": policy.halving,
         "flatten": own["flatten"],
