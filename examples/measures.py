@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+QUALITY_COLUMNS = "date,gpu,commit,model,task,n,method,params,rows,metric,value,low,high".split(",")
 
 
 @dataclass(frozen=True)
@@ -84,3 +88,33 @@ def recalls(model: Callable, prompt: torch.Tensor, answer: torch.Tensor) -> bool
     ids = torch.cat([prompt, answer[:-1]])[None]
     logits = model(ids, logits_to_keep=len(answer)).logits[0]
     return bool((logits.argmax(-1) == answer).all())
+
+
+def retrieval(queries: torch.Tensor, found: torch.Tensor, exact: torch.Tensor) -> dict[str, np.ndarray]:
+    """How well query ``i`` finds passage ``i``: float64 ``[m]`` each, from unit vectors ``[m, d]``.
+
+    recall1, recall10: whether it is the first, or among the first ten, by cosine. overlap10: the part of the first
+    ten by the scores ``exact`` ``[m, m]`` that is still there. spearman: rank correlation of all scores with them.
+    """
+    ranks, exact_ranks = ((-x).argsort(1).argsort(1).double().cpu() for x in (queries @ found.T, exact))
+    first, middle = min(10, len(ranks)), (len(ranks) - 1) / 2
+    values = {
+        "recall1": ranks.diagonal() < 1,
+        "recall10": ranks.diagonal() < 10,
+        "overlap10": ((ranks < first) & (exact_ranks < first)).sum(1) / first,
+        "spearman": F.cosine_similarity(ranks - middle, exact_ranks - middle),
+    }
+    return {name: x.double().numpy() for name, x in values.items()}
+
+
+class Captured(TorchFunctionMode):
+    """While entered: ``calls`` gets query, key and value of every ``scaled_dot_product_attention``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self.calls.append(args[:3])
+        return func(*args, **(kwargs or {}))

@@ -3,8 +3,9 @@
 transformers lets a model choose its attention by name. :func:`rewrite_attention` registers the name
 ``"express_compile"`` (an attention function *and* a mask function) and points the attention modules of one model
 instance to it; :func:`restore_attention` undoes that. What is proven about a mask travels with the mask itself
-(:class:`CausalMask`), so models, threads and generate() calls cannot mix up each other's facts; a mask that arrives
-as anything else is a dense tensor of which nothing is proven, and the site runs exactly.
+(:class:`ProvenMask`), so models, threads and generate() calls cannot mix up each other's facts; a mask that arrives
+as anything else is a dense tensor. Of that only one thing is proven, by its shape: that it is a key padding, the same
+row for all queries. Everything else runs exactly.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from .causal_mask import CausalMask, make_mask, untraced
+from .attention_mask import ProvenMask, make_mask, untraced
 from .method import METHODS
 from .spec import AttentionSpec, Mask, Plan, Policy, layer_key
 
@@ -132,16 +133,20 @@ def _checked_policy(policy: Policy | None, options: dict[str, Any]) -> Policy:
     from .passes.plan import DEFAULT_METHODS, check_policy
 
     check_policy(policy)
-    for name in policy.methods or DEFAULT_METHODS:
-        if METHODS[name].refuse(_PROBE, policy) is None:
-            METHODS[name].params(_PROBE, policy)  # raises for values that a method does not know, e.g. a halving rule
+    for name in dict.fromkeys((*(policy.methods or DEFAULT_METHODS), *policy.method_options)):
+        probe = next((probe for probe in _PROBES if METHODS[name].refuse(probe, policy) is None), None)
+        if probe is not None:
+            METHODS[name].params(probe, policy)  # raises for values that a method does not know, e.g. a halving rule
     return policy
 
 
-# A site to try a policy on before any real one is known.
-_PROBE = AttentionSpec(
-    B=1, H=1, H_kv=1, Lq=1 << 20, Lk=1 << 20, D=64, Dv=64, dtype=torch.float32, device="cpu", scale=0.125,
-    mask=Mask(causal=True),
+# Sites to try a policy on before any real one is known.
+_PROBES = tuple(
+    AttentionSpec(
+        B=1, H=1, H_kv=1, Lq=1 << 20, Lk=1 << 20, D=64, Dv=64, dtype=torch.float32, device="cpu", scale=0.125,
+        mask=Mask(causal=causal),
+    )
+    for causal in (True, False)
 )  # fmt: skip
 
 
@@ -345,7 +350,6 @@ def _prove(
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     window = arguments.get("sliding_window")
     given = [f"{what} ({name})" for name, what in _EXTRAS.items() if arguments.get(name) is not None]
-    padding: torch.Tensor | None = None
     unknown = None
     if given:
         unknown = f"the attention takes {', '.join(given)}, which no method computes"
@@ -357,26 +361,35 @@ def _prove(
         unknown = "query, key and value differ in dtype or device"
     elif window is not None and window < Lk:
         unknown = f"local attention over {window} keys"
-    elif isinstance(attention_mask, CausalMask):
+    elif isinstance(attention_mask, ProvenMask):
         if attention_mask.shape[2:] != (Lq, Lk) or attention_mask.shape[0] != B:
             unknown = f"the mask has shape {tuple(attention_mask.shape)} and does not fit {Lq} queries and {Lk} keys"
-        elif not causal:
-            unknown = "the mask is causal, the module says it is not"
         else:
-            visible = min(Lk, Lq + attention_mask.offset)
-            padding = attention_mask.padding
-            return Mask(causal=True, offset=attention_mask.offset, padding=padding is not None), padding, visible
+            return attention_mask.proven, attention_mask.padding, attention_mask.visible
     elif attention_mask is None:
         if not causal:
             return Mask(), None, Lk
         if Lq == 1:
             return Mask(causal=True, offset=Lk - 1), None, Lk
         return Mask(causal=True), None, min(Lk, Lq)  # sdpa's is_causal is aligned top-left
-    elif Lq == 1 and attention_mask.dtype == torch.bool and attention_mask.shape == (B, 1, 1, Lk):
-        return Mask(causal=True, offset=Lk - 1, padding=True), attention_mask[:, 0, 0], Lk
+    elif (row := _key_padding(attention_mask, (B, H, Lq, Lk))) is not None and (Lq == 1 or not causal):
+        return Mask(causal=causal, offset=Lk - 1 if causal else 0, padding=True), row, Lk
     else:
-        unknown = getattr(attention_mask, "_express_compile_reason", "a dense mask that the model or the caller built")
+        kind = "a dense mask" if attention_mask.dtype == torch.bool else "an additive mask, such as a position bias,"
+        built = f"{kind} that the model or the caller built"
+        unknown = getattr(attention_mask, "_express_compile_reason", built)
     return Mask(unknown=unknown), None, Lk
+
+
+def _key_padding(mask: torch.Tensor, sizes: tuple[int, int, int, int]) -> torch.Tensor | None:
+    """The row ``[B, Lk]`` of a boolean mask that, whatever its values are, is the same for all heads and queries."""
+    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[3] != sizes[3]:
+        return None
+    if any(size not in (1, whole) for size, whole in zip(mask.shape, sizes, strict=True)):
+        return None
+    if any(mask.shape[d] != 1 and mask.stride(d) != 0 for d in (1, 2)):
+        return None
+    return mask[:, 0, 0].expand(sizes[0], sizes[3])
 
 
 # ---------------------------------------------------------------------------------------------------- attention
@@ -392,7 +405,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function under our name: ``[B, H, L, D]`` in, ``[B, Lq, H, Dv]`` out."""
     if torch.compiler.is_compiling() and query.shape[2] == 1:
-        # generate() compiles the decoding steps over a StaticCache by itself; those are exact in any case
+        # generate() compiles the decoding steps over a StaticCache by itself; they are always exact
         return _exact(module, module.__dict__[_SITE], query, key, value, attention_mask, arguments)
     return _attend(module, query, key, value, attention_mask, arguments)
 
@@ -460,7 +473,7 @@ def _exact(
     """transformers' own attention, with exactly the arguments it would have had."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if isinstance(attention_mask, CausalMask):
+    if isinstance(attention_mask, ProvenMask):
         attention_mask = attention_mask.exact()
     if site.exact == "sdpa" and all(arguments.get(name) is None for name in _NEEDS_EAGER):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **arguments)

@@ -1,6 +1,6 @@
 """Exact attention: PyTorch's own ``scaled_dot_product_attention``, the answer that is always right.
 
-    out_i = sum_{j <= i} exp(scale <q_i, k_j>) v_j / sum_{j <= i} exp(scale <q_i, k_j>)
+    out_i = sum_j exp(scale <q_i, k_j>) v_j / sum_j exp(scale <q_i, k_j>),    j <= i if causal
 
 As a method it leaves a site as it is, whatever its mask. :func:`exact_attention` serves the other methods where
 exact is cheaper than they are: the fastest exact kernel of the device, with the log-sum-exp.
@@ -12,32 +12,33 @@ import torch
 
 from express_compile.method import Method, register
 
-from .segments import causal_table, segment_attention
+from .segments import causal_table, dense_table, segment_attention
 
 
 def exact_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention aligned bottom-right: ``(out, lse)`` as in ``segments``.
+    """Exact attention, ``causal`` (aligned bottom-right) or over all keys: ``(out, lse)`` as in ``segments``.
 
-    Shapes as in ``segments.segment_attention``. Uses PyTorch's CPU flash kernel, cuDNN or flash attention
-    where they apply (self-attention with Dv = D), and segment attention over a table without segments elsewhere.
+    Shapes as in ``segments.segment_attention``. Uses PyTorch's CPU flash kernel or cuDNN where they apply (Dv = D,
+    and for causal attention Lq = Lk), and segment attention elsewhere.
     """
     Lq, Lk, H = query.shape[2], key.shape[2], query.shape[1]
-    if Lq == Lk and query.shape[-1] == value.shape[-1]:
+    if (Lq == Lk or not causal) and query.shape[-1] == value.shape[-1]:
         if query.device.type == "cpu":
             k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, k, v, 0.0, True, scale=scale)
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, k, v, 0.0, causal, scale=scale)
             lse = lse.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
             return out.contiguous(), lse.contiguous()
         if _cudnn_takes(query):
             # cuDNN was faster than flash at every length measured on an H200 (bench.md)
             out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-                query, key, value, None, True, 0.0, True, False, scale=scale
+                query, key, value, None, True, 0.0, causal, False, scale=scale
             )[:2]
             return out.contiguous(), lse.reshape(query.shape[:3]).contiguous()
-    table = causal_table(Lq, Lk)
-    return segment_attention(query, key, value, key[:, :, :0], value[:, :, :0], table, scale)
+    if causal:
+        return segment_attention(query, key, value, key[:, :, :0], value[:, :, :0], causal_table(Lq, Lk), scale)
+    return segment_attention(query, key[:, :, :0], value[:, :, :0], key, value, dense_table(Lq, Lk), scale)
 
 
 def _cudnn_takes(query: torch.Tensor) -> bool:

@@ -76,16 +76,26 @@ register_rule(HalvingRule("balanced", lambda rows, delta: 0.0, centre=True, flat
 register_rule(HalvingRule("uniform", lambda rows, delta: math.inf))
 
 
+def shortened(x: torch.Tensor) -> torch.Tensor:
+    """float32 rounded to the 11 significant bits of TF32 (ties away from 0), any other dtype as it is.
+
+    Rows are compared with this many bits and kept with all they have.
+    """
+    if x.dtype != torch.float32:
+        return x
+    return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+
 def halving_matrix(
     key: torch.Tensor, value: torch.Tensor, scale: float, centre: bool = False, flatten: float = 1.0
 ) -> torch.Tensor:
     """``D[..., i, j] = <f_i, f_j>`` up to one positive factor per bucket (the rules are scale-free).
 
-    ``key`` ``[..., 2m, D]`` and ``value`` ``[..., 2m, Dv]`` give ``[..., m, m]``; computed in float32, in
-    float64 for float64 inputs.
+    ``key`` ``[..., 2m, D]`` and ``value`` ``[..., 2m, Dv]`` give ``[..., m, m]``; computed in float32 from
+    :func:`shortened` rows, in float64 for float64 inputs.
     """
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
-    k, v = key.to(dtype), value.to(dtype)
+    k, v = shortened(key).to(dtype), shortened(value).to(dtype)
     if centre:
         k = k - k.mean(-2, keepdim=True)
     gram = (k @ k.mT) * (scale * flatten)

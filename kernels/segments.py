@@ -22,6 +22,7 @@ import torch
 from ._triton import jit, launch, next_power_of_two, require_triton, tl
 
 TOKENS, COMPACTED = 0, 1  # the two sources of rows
+NO_TAIL = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +32,9 @@ class SegmentTable:
     block: queries per block. q_offset: position of query 0 among the tokens.
     segments: int32 ``[blocks, n, 3]``: source, first row, number of rows, all visible to the whole block.
     log_weight: float64 ``[blocks, n]``. tail: int32 ``[blocks]``: first token of the exact tail, at most the
-    position of the first query of the block. shift: query i belongs to block ``(i + shift) // block``, so that
-    block 0 is shorter by ``shift`` queries and blocks can start at the same positions whatever ``q_offset`` is.
+    position of the first query of the block, or ``NO_TAIL``: that block sees its segments alone. shift: query i
+    belongs to block ``(i + shift) // block``, so that block 0 is shorter by ``shift`` queries and blocks can start
+    at the same positions whatever ``q_offset`` is.
     """
 
     block: int
@@ -69,7 +71,8 @@ class SegmentTable:
         """Rows that each of the first ``queries`` queries attends to, itself included: int64 ``[queries]``."""
         position = np.arange(queries)
         block = (position + self.shift) // self.block
-        return self.segments[block, :, 2].sum(-1) + position + self.q_offset - self.tail[block] + 1
+        tail = np.maximum(position + self.q_offset - self.tail[block] + 1, 0)
+        return self.segments[block, :, 2].sum(-1) + tail
 
     def of_block(self, block: int, queries: int) -> tuple[slice, SegmentTable]:
         """Which of the ``queries`` belong to ``block``, and the table of that block alone."""
@@ -88,6 +91,14 @@ def causal_table(Lq: int, Lk: int, block: int = 128) -> SegmentTable:
     )
 
 
+@functools.lru_cache(maxsize=64)
+def dense_table(Lq: int, rows: int, block: int = 128) -> SegmentTable:
+    """The table of ``Lq`` queries that all see the same ``rows`` compacted rows, and nothing else."""
+    blocks = -(-Lq // block)
+    segments = np.tile(np.array([COMPACTED, 0, rows], np.int32), (blocks, 1, 1))
+    return SegmentTable(block, 0, segments, np.zeros((blocks, 1)), np.full(blocks, NO_TAIL, np.int32))
+
+
 def _check(table: SegmentTable, Lq: int, Lk: int, compacted: int, indexed: int) -> None:
     """Raise ``ValueError`` unless ``table`` fits that many queries, tokens, compacted and indexed rows."""
     blocks = -(-(Lq + table.shift) // table.block)
@@ -102,6 +113,8 @@ def _check(table: SegmentTable, Lq: int, Lk: int, compacted: int, indexed: int) 
             f"table: a segment reads compacted rows up to {stop[source == COMPACTED].max()}; there are {compacted} "
             f"and {indexed} more by index"
         )
+    if (source[table.tail == NO_TAIL] == TOKENS).any():
+        raise ValueError("table: a block without a tail reads tokens; it must read compacted rows")
     if ((source == COMPACTED) & (first < compacted) & (stop > compacted)).any():
         raise ValueError(f"table: a segment crosses compacted row {compacted}, behind which rows are read by index")
 
@@ -127,23 +140,35 @@ def _block_rows(table: SegmentTable, block: int, queries: int) -> tuple[list, to
         if length:
             slices.append((source, first, first + length))
             weights.append(np.full(length, weight))
-    stop = min(begin + table.block, table.q_offset + queries)
-    slices.append((TOKENS, int(table.tail[block]), stop))
-    weights.append(np.zeros(stop - int(table.tail[block])))
+    if table.tail[block] != NO_TAIL:
+        stop = min(begin + table.block, table.q_offset + queries)
+        slices.append((TOKENS, int(table.tail[block]), stop))
+        weights.append(np.zeros(stop - int(table.tail[block])))
     return slices, torch.from_numpy(np.concatenate(weights))
 
 
-def _block_scores(query: torch.Tensor, keys: torch.Tensor, weight: torch.Tensor, scale: float) -> torch.Tensor:
+def _block_scores(
+    query: torch.Tensor, keys: torch.Tensor, weight: torch.Tensor, scale: float, tail: bool
+) -> torch.Tensor:
     """Masked scores ``[B, H_kv, g * b, R]`` of the queries ``[B, H_kv, g, b, D]`` of one block.
 
-    The last b of the R rows are the queries' own tokens; every other row is visible to the whole block.
+    With a ``tail`` the last b of the R rows are the queries' own tokens; every other row is visible to the whole
+    block.
     """
     B, H_kv, g, b, _ = query.shape
     scores = (query.reshape(B, H_kv, g * b, -1) * scale) @ keys.mT
     scores += weight.to(scores)
+    if not tail:
+        return scores
     hidden = torch.ones(b, b, dtype=torch.bool, device=query.device).triu(1)
     scores[..., scores.shape[-1] - b :].masked_fill_(hidden.repeat(g, 1), -math.inf)
     return scores
+
+
+def _behind(lengths: torch.Tensor, slices: list, copied: int) -> torch.Tensor:
+    """Which of the rows in ``slices`` lie behind the end of their sequence's compacted rows: bool ``[B, R]``."""
+    rows = [torch.arange(a, b) if s == COMPACTED and b <= copied else torch.full((b - a,), -1) for s, a, b in slices]
+    return torch.cat(rows).to(lengths.device) >= lengths[:, None]
 
 
 def _blocks(query, key, value, compacted_key, compacted_value, table: SegmentTable, scale: float, dtype):
@@ -156,7 +181,9 @@ def _blocks(query, key, value, compacted_key, compacted_value, table: SegmentTab
         keys = torch.cat([(key, compacted_key)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
         values = torch.cat([(value, compacted_value)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
         rows = q[:, :, :, first:last].to(dtype)
-        yield slice(first, last), slices, rows, keys, values, _block_scores(rows, keys, weight, scale)
+        yield slice(first, last), slices, rows, keys, values, _block_scores(
+            rows, keys, weight, scale, tail=table.tail[block] != NO_TAIL
+        )  # fmt: skip
 
 
 def _grouped(x: torch.Tensor, H_kv: int) -> torch.Tensor:
@@ -172,12 +199,15 @@ def segment_attention_reference(
     table: SegmentTable,
     scale: float,
     index: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of correct. ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value``
     ``[B, H_kv, Lk, Dv]``, compacted rows ``[B, H_kv, A, D]`` and ``[B, H_kv, A, Dv]``.
 
     ``index`` int32 ``[B, H_kv, A + I]`` gives I compacted rows more, which are not copies but read where they are:
-    row ``A + i`` is token ``index[:, :, A + i]``. A segment lies on one side of A.
+    row ``A + i`` is token ``index[:, :, A + i]``. A segment lies on one side of A. With ``lengths`` int ``[B]``
+    sequence b sees of the compacted rows that are not read by index the first ``lengths[b]`` only; where it sees
+    no row at all ``out`` is 0 and ``lse`` minus infinity.
 
     Returns ``out`` ``[B, H, Lq, Dv]`` in the dtype of ``query`` and ``lse`` ``[B, H, Lq]`` in float32
     (float64 for float64 inputs); computed in that same precision from the inputs as they are.
@@ -194,11 +224,13 @@ def segment_attention_reference(
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     lse = torch.empty(query.shape[:3], dtype=dtype, device=query.device)
     blocks = _blocks(query, key, value, compacted_key, compacted_value, table, scale, dtype)
-    for queries, _, rows, _, values, scores in blocks:
+    for queries, slices, rows, _, values, scores in blocks:
+        if lengths is not None:
+            scores = scores.masked_fill(_behind(lengths, slices, A)[:, None, None], -math.inf)
         top = scores.detach().amax(-1, keepdim=True)
-        weights = scores.sub_(top).exp_()
+        weights = scores.sub_(top.clamp(min=torch.finfo(dtype).min)).exp_()
         mass = weights.sum(-1, keepdim=True)
-        result, total = weights @ values / mass, (top + mass.log())[..., 0]
+        result, total = weights @ values / mass.clamp(min=1e-30), (top + mass.log())[..., 0]
         _grouped(out, H_kv)[:, :, :, queries] = result.unflatten(2, (rows.shape[2], -1)).to(out.dtype)
         _grouped(lse, H_kv)[:, :, :, queries] = total.unflatten(2, (rows.shape[2], -1))
     return out, lse
@@ -274,12 +306,37 @@ def _tile_lists(table: SegmentTable, rows: int, compacted: int) -> tuple[np.ndar
 
 
 @jit
+def _powers(largest):
+    """The power of two that takes ``largest`` into [2**14, 2**15), and its inverse."""
+    exponent = tl.minimum(tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 30), 230)
+    down, up = (268 - exponent) << 23, (exponent - 14) << 23
+    return down.to(tl.float32, bitcast=True), up.to(tl.float32, bitcast=True)
+
+
+@jit
+def _halves(b_x):
+    """Two float16 whose sum has 22 bits of each float32 of ``b_x``, all below ``2**15``: for tensor cores."""
+    b_high = b_x.to(tl.float16)
+    return b_high, (b_x - b_high.to(tl.float32)).to(tl.float16)
+
+
+@jit
 def _attend_tile(
-    b_acc, b_max, b_sum, b_q, b_k, b_v, scale_log2, log2_weight, shown, slope, skip, PRECISION: tl.constexpr,
+    b_acc, b_max, b_sum, b_q, b_k, b_v, k_power, v_power, scale_log2, log2_weight, shown, slope, skip,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over one tile, of which query i sees the first ``shown + slope * max(0, i - skip)`` rows."""
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+    """Online softmax over one tile, of which query i sees the first ``shown + slope * max(0, i - skip)`` rows.
+
+    float32 rows are multiplied by their powers of two and split in halves; queries come multiplied.
+    """
+    if b_k.dtype == tl.float32:
+        b_qh, b_ql = _halves(b_q)
+        b_kh, b_kl = _halves(b_k * k_power)
+        b_s = tl.dot(b_ql, tl.trans(b_kh))
+        b_s = tl.dot(b_qh, tl.trans(b_kl), b_s)
+        b_s = tl.dot(b_qh, tl.trans(b_kh), b_s)  # [BM, BN]
+    else:
+        b_s = tl.dot(b_q, tl.trans(b_k))  # [BM, BN]
     if shown < BN:
         o_m = tl.maximum(tl.arange(0, BM) - skip, 0)[:, None]
         b_s = tl.where(tl.arange(0, BN)[None, :] < shown + slope * o_m, b_s, float("-inf"))
@@ -287,16 +344,24 @@ def _attend_tile(
     b_p = tl.exp2(b_s * scale_log2 - (b_new - log2_weight)[:, None])
     b_rescale = tl.exp2(b_max - b_new)
     b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_rescale[:, None], input_precision=PRECISION)
+    b_acc *= b_rescale[:, None]
+    if b_v.dtype == tl.float32:
+        b_ph, b_pl = _halves(b_p * 32768.0)
+        b_vh, b_vl = _halves(b_v * v_power)
+        b_part = tl.dot(b_pl, b_vh)
+        b_part = tl.dot(b_ph, b_vl, b_part)
+        b_acc += tl.dot(b_ph, b_vh, b_part)  # tensor cores truncate what they add to: no long sums in them
+    else:
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc)
     return b_acc, b_new, b_sum
 
 
 @jit(general="H Lq q_offset shift")
 def _segment_kernel(
-    d_k, d_v, d_ck, d_cv, p_q, p_k, p_v, p_index, p_out, p_lse, p_start, p_tiles, p_log2_weight, p_tail, H, G, Lq,
-    q_offset, shift, scale_log2, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
-    stride_vn, stride_ib, stride_ih, PARTS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    d_k, d_v, d_ck, d_cv, p_q, p_k, p_v, p_index, p_lengths, p_largest, p_out, p_lse, p_start, p_tiles, p_log2_weight,
+    p_tail, H, G, Lq, q_offset, shift, scale_log2, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ib, stride_ih, PARTS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     i_part, i_bh = tl.program_id(0) + shift // BM, tl.program_id(1)  # no program for parts before the first query
     i_b, i_h = i_bh // H, i_bh % H
@@ -309,19 +374,30 @@ def _segment_kernel(
     b_q = tl.load(
         p_q + o_m.to(tl.int64)[:, None] * stride_qn + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0
     )  # [BM, BD]
+    k_power, v_power, v_inverse = 1.0, 1.0, 1.0
+    if p_largest is not None:  # float32
+        p_largest += (i_b * (H // G) + i_kv) * 2
+        q_power, q_inverse = _powers(tl.max(tl.max(tl.abs(b_q), 1)))
+        k_power, k_inverse = _powers(tl.load(p_largest))
+        v_power, v_inverse = _powers(tl.load(p_largest + 1))
+        b_q *= q_power
+        scale_log2 *= q_inverse * k_inverse
+        v_inverse *= 1.0 / 32768
     b_acc = tl.zeros([BM, BDV], tl.float32)
-    b_max = tl.full([BM], float("-inf"), tl.float32)
+    b_max = tl.full([BM], -1e30, tl.float32)  # not -inf: a tile of hidden rows would give inf - inf
     b_sum = tl.zeros([BM], tl.float32)
 
     # rows behind the end of a segment are read and hidden
     p_start += i_block * 3
     for t in range(tl.load(p_start), tl.load(p_start + 1)):
-        row = tl.load(p_tiles + 2 * t)
+        row, rows = tl.load(p_tiles + 2 * t), tl.load(p_tiles + 2 * t + 1)
+        if p_lengths is not None:
+            rows = tl.minimum(rows, tl.load(p_lengths + i_b) - row)
         b_k = d_ck.load([i_b, i_kv, row, 0]).reshape(BN, BD)
         b_v = d_cv.load([i_b, i_kv, row, 0]).reshape(BN, BDV)
         b_acc, b_max, b_sum = _attend_tile(
-            b_acc, b_max, b_sum, b_q, b_k, b_v, scale_log2, tl.load(p_log2_weight + t), tl.load(p_tiles + 2 * t + 1),
-            0, 0, PRECISION, BM, BN,
+            b_acc, b_max, b_sum, b_q, b_k, b_v, k_power, v_power, scale_log2, tl.load(p_log2_weight + t), rows,
+            0, 0, BM, BN,
         )  # fmt: skip
 
     if p_index is not None:
@@ -335,8 +411,8 @@ def _segment_kernel(
             b_k = tl.load(p_k + i_row * stride_kn + o_d[None, :], mask=m_n & (o_d < D)[None, :], other=0.0)
             b_v = tl.load(p_v + i_row * stride_vn + o_dv[None, :], mask=m_n & (o_dv < DV)[None, :], other=0.0)
             b_acc, b_max, b_sum = _attend_tile(
-                b_acc, b_max, b_sum, b_q, b_k, b_v, scale_log2, tl.load(p_log2_weight + t), rows, 0, 0,
-                PRECISION, BM, BN,
+                b_acc, b_max, b_sum, b_q, b_k, b_v, k_power, v_power, scale_log2, tl.load(p_log2_weight + t), rows,
+                0, 0, BM, BN,
             )  # fmt: skip
 
     # segments of tokens and the tail in one loop: a loop of its own for a tile or two costs its start-up
@@ -356,15 +432,18 @@ def _segment_kernel(
         b_k = d_k.load([i_b, i_kv, row, 0]).reshape(BN, BD)
         b_v = d_v.load([i_b, i_kv, row, 0]).reshape(BN, BDV)
         b_acc, b_max, b_sum = _attend_tile(
-            b_acc, b_max, b_sum, b_q, b_k, b_v, scale_log2, log2_weight, rows, tl.where(in_list, 0, 1), skip,
-            PRECISION, BM, BN,
+            b_acc, b_max, b_sum, b_q, b_k, b_v, k_power, v_power, scale_log2, log2_weight, rows,
+            tl.where(in_list, 0, 1), skip, BM, BN,
         )  # fmt: skip
 
     o_row = i_bh.to(tl.int64) * Lq + o_m
     p_out += o_row[:, None] * DV + o_dv[None, :]
-    b_out = b_acc / b_sum[:, None]
+    b_out = b_acc / b_sum[:, None] * v_inverse
+    b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
+    if p_lengths is not None:  # a query that saw nothing but hidden rows
+        b_out = tl.where((b_sum > 0)[:, None], b_out, 0.0)
     tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & (o_dv < DV)[None, :])
-    tl.store(p_lse + o_row, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=m_m)
+    tl.store(p_lse + o_row, b_lse, mask=m_m)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -374,11 +453,12 @@ def _segment_kernel(
 def tile_sizes(width: int, itemsize: int, block: int) -> tuple[int, int, int, int]:
     """Queries and rows per tile, warps and pipeline stages; ``width`` is D + Dv, rounded up to powers of two.
 
-    The best of six or more for D = 128 and D = 64 in bf16 at n = 32,768 on an H200. Those for wider rows and for
-    float32, whose products need registers instead of tensor cores, were chosen by what fits, compiled for sm_90.
+    The best of four or more for D = 64, 128 and 256 on an H200, in bf16 at n = 32,768.
     """
     if itemsize == 4:
-        queries, rows, warps, stages = 64, 32 if width <= 128 else 16, 8, 2
+        queries, rows, warps, stages = (
+            (128, 64, 4, 2) if width <= 128 else (128, 64, 8, 2) if width <= 256 else (128, 32, 8, 1)
+        )  # fmt: skip
     elif width <= 128:
         queries, rows, warps, stages = 64, 64, 4, 3
     elif width <= 256:
@@ -413,6 +493,7 @@ def segment_attention_triton(
     table: SegmentTable,
     scale: float,
     index: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`segment_attention_reference` as a Triton kernel; same arguments and results.
 
@@ -429,20 +510,26 @@ def segment_attention_triton(
     BM, BN, warps, stages = tile_sizes(BD + BDV, query.element_size(), table.block)
     lists = table.tiles_on(query.device, BN, Lq, Lk, A, _indexed(compacted_key, index))
     q = query if query.stride(3) == 1 else query.contiguous()
-    d_k, d_v = _describe(key, BN, BD), _describe(value, BN, BDV)
-    # without compacted rows nothing is read from them, but a descriptor has to describe something
-    d_ck, d_cv = (_describe(compacted_key, BN, BD), _describe(compacted_value, BN, BDV)) if A else (d_k, d_v)
+    sources = [(_describe(k, BN, BD), _describe(v, BN, BDV)) for k, v in
+               ((key, value), (compacted_key, compacted_value)) if k.shape[2]]  # fmt: skip
+    # of a source without rows nothing is read, but a descriptor has to describe something
+    (d_k, d_v), (d_ck, d_cv) = sources[0], sources[-1]
     k, v = d_k.base, d_v.base
     index = index if index is None or index.stride(2) == 1 else index.contiguous()
+    lengths = None if lengths is None else lengths.to(torch.int32).contiguous()
+    largest = None
+    if q.dtype == torch.float32:
+        norms = [[torch.linalg.vector_norm(x, math.inf, (2, 3)) for x in pair if x.shape[2]]
+                 for pair in ((key, compacted_key), (value, compacted_value))]  # fmt: skip
+        largest = torch.stack([functools.reduce(torch.maximum, x) for x in norms], -1)
     out = torch.empty(B, H, Lq, Dv, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, Lq, dtype=torch.float32, device=q.device)
     parts = -(-(Lq + table.shift) // BM) - table.shift // BM
     launch(_segment_kernel, (parts, B * H),
-        d_k, d_v, d_ck, d_cv, q, k, v, index, out, lse, *lists,
+        d_k, d_v, d_ck, d_cv, q, k, v, index, lengths, largest, out, lse, *lists,
         H, H // H_kv, Lq, table.q_offset, table.shift, scale * 1.4426950408889634,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0) if index is None else index.stride()[:2]),
-        PARTS=table.block // BM, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        D=D, DV=Dv, BD=BD, BDV=BDV, BM=BM, BN=BN, num_warps=warps, num_stages=stages,
+        PARTS=table.block // BM, D=D, DV=Dv, BD=BD, BDV=BDV, BM=BM, BN=BN, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse
 
@@ -456,7 +543,8 @@ def segment_attention(
     table: SegmentTable,
     scale: float,
     index: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Segment attention with the kernel on CUDA and the reference elsewhere; see the reference for shapes."""
     run = segment_attention_triton if query.is_cuda else segment_attention_reference
-    return run(query, key, value, compacted_key, compacted_value, table, scale, index)
+    return run(query, key, value, compacted_key, compacted_value, table, scale, index, lengths)

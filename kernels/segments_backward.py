@@ -8,7 +8,7 @@ dQ walks the segments of a block of queries as the forward pass does. dK and dV 
 sees a row: :func:`make_plan` turns it into lists per *tile* of rows. Some rows are seen by every query and others
 by one block, so the list of a tile is cut into *chunks* of bounded work. A program sums up one chunk; where a
 tile has several, each writes its sum to a *slot* of its own, and the slots are added in order. There are at most
-as many slots as tiles, so that memory stays O(n D): at most once more what float32 dK and dV take.
+as many slots as tiles (or 256), so that memory stays O(n D): at most once more what float32 dK and dV take.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ._triton import jit, launch, next_power_of_two, require_triton, tl
-from .segments import TOKENS, SegmentTable
+from ._triton import FLOAT32_DOT, jit, launch, next_power_of_two, require_triton, tl
+from .segments import NO_TAIL, TOKENS, SegmentTable
 
 # ---------------------------------------------------------------------------------------------------------------
 # The plan: which queries see the rows of a tile, as integers
@@ -49,6 +49,7 @@ class Plan:
         return int(self.chunks[:, 5].max(initial=-1)) + 1
 
 
+MIN_TILES = 256  # fewer tiles than this are cut up as if they were that many: a few rows that many queries see
 MIN_CHUNK = 32  # products of (part of the queries of one head, tile) below which cutting does not pay
 
 
@@ -69,7 +70,7 @@ def make_plan(table: SegmentTable, Lq: int, Lk: int, A: int, rows: int, queries:
     tile = pieces["source"] * tiles[0] + pieces["tile"]
     work = (pieces["last"] - pieces["first"]) // queries
     total = np.bincount(tile, work, tiles.sum()).astype(np.int64)
-    limit = max(-(-2 * total.sum() // max(1, tiles.sum())), -(-MIN_CHUNK // group))
+    limit = max(-(-2 * total.sum() // max(MIN_TILES, tiles.sum())), -(-MIN_CHUNK // group))
     size = np.maximum(1, -(-total // np.maximum(1, -(-total // limit))))
     chunks_of = np.maximum(1, -(-total // size))
     end = work.cumsum() - (total.cumsum() - total)[tile]
@@ -173,7 +174,7 @@ def _causal_pieces(table: SegmentTable, Lq: int, rows: int, queries: int) -> np.
     first = np.arange(len(table.tail)) * table.block
     own, stop = (x + table.q_offset - table.shift for x in (first, np.minimum(first + table.block, Lq + table.shift)))
     begin = np.maximum(own, 0)  # block 0 may begin before the first token
-    block, tile = _expand((stop - 1) // rows - begin // rows + 1)
+    block, tile = _expand(np.where(table.tail == NO_TAIL, 0, (stop - 1) // rows - begin // rows + 1))
     tile += begin[block] // rows
     row = np.maximum(begin[block], tile * rows)
     hidden = (row - own[block]) // queries * queries
@@ -241,7 +242,7 @@ def _delta_kernel(
 @jit
 def _query_gradient_rows(
     b_dq, b_q, b_do, b_lse2, b_delta, o_q, p_k, p_v, stride_k, stride_v, first, stop, scale_log2,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dQ / scale from the rows ``first .. stop``, whole tiles unless MASKED; CAUSAL hides row j where j > o_q."""
@@ -259,16 +260,16 @@ def _query_gradient_rows(
             b_v = tl.load(p_v_tile, mask=m_n[:, None] & (o_dv < DV)[None, :], other=0.0)  # [BN, BDV]
         else:
             b_v = tl.load(p_v_tile)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT)  # [BM, BN]
         b_p = tl.exp2(b_s * scale_log2 - b_lse2[:, None])
         if MASKED:
             m_s = m_n[None, :]
             if CAUSAL:
                 m_s = m_s & (o_n[None, :] <= o_q[:, None])
             b_p = tl.where(m_s, b_p, 0.0)
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=FLOAT32_DOT)
         b_ds = b_p * (b_dp - b_delta[:, None])
-        b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=PRECISION)
+        b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=FLOAT32_DOT)
     return b_dq
 
 
@@ -277,7 +278,7 @@ def _query_gradient_kernel(
     p_q, p_k, p_v, p_ck, p_cv, p_do, p_lse2, p_delta, p_dq, p_segments, p_log_weight, p_tail, n_segments, H, G, Lq,
     shift, L_pad, q_offset, scale, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb,
     stride_vh, stride_vn, stride_ckb, stride_ckh, stride_ckn, stride_cvb, stride_cvh, stride_cvn, stride_gb, stride_gh,
-    stride_gn, PARTS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    stride_gn, PARTS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     i_part, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -316,11 +317,11 @@ def _query_gradient_kernel(
         whole = first + rows // BN * BN
         b_dq = _query_gradient_rows(
             b_dq, b_q, b_do, b_shift, b_delta, o_q, p_k_from, p_v_from, stride_k, stride_v, first, whole,
-            scale_log2, False, False, PRECISION, D, DV, BD, BDV, BN,
+            scale_log2, False, False, D, DV, BD, BDV, BN,
         )  # fmt: skip
         b_dq = _query_gradient_rows(
             b_dq, b_q, b_do, b_shift, b_delta, o_q, p_k_from, p_v_from, stride_k, stride_v, whole, first + rows,
-            scale_log2, True, False, PRECISION, D, DV, BD, BDV, BN,
+            scale_log2, True, False, D, DV, BD, BDV, BN,
         )  # fmt: skip
     stop = q_offset - shift + tl.minimum((i_part + 1) * BM, Lq + shift)
     tail = tl.load(p_tail + i_block)
@@ -328,11 +329,11 @@ def _query_gradient_kernel(
     middle = tail + tl.maximum(q_offset - shift + i_part * BM - tail, 0) // BN * BN
     b_dq = _query_gradient_rows(
         b_dq, b_q, b_do, b_lse2, b_delta, o_q, p_k, p_v, stride_kn, stride_vn, tail, middle,
-        scale_log2, False, False, PRECISION, D, DV, BD, BDV, BN,
+        scale_log2, False, False, D, DV, BD, BDV, BN,
     )  # fmt: skip
     b_dq = _query_gradient_rows(
         b_dq, b_q, b_do, b_lse2, b_delta, o_q, p_k, p_v, stride_kn, stride_vn, middle, stop,
-        scale_log2, True, True, PRECISION, D, DV, BD, BDV, BN,
+        scale_log2, True, True, D, DV, BD, BDV, BN,
     )  # fmt: skip
     tl.store(p_dq + (i_bh * Lq + o_row) * D + o_d[None, :], b_dq * scale, mask=m_q)
 
@@ -345,7 +346,7 @@ def _query_gradient_kernel(
 def _row_gradient_queries(
     b_dk, b_dv, b_k, b_v, b_bias, o_n, p_q, p_do, p_lse2, p_delta, first, last, Lq, shift, L_pad, q_offset, scale_log2,
     stride_qh, stride_qn, stride_gh, stride_gn,
-    CAUSAL: tl.constexpr, EVEN: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
+    CAUSAL: tl.constexpr, EVEN: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """dK / scale and dV from the queries ``first .. last`` of G heads; CAUSAL hides row j where j > the query.
@@ -364,7 +365,7 @@ def _row_gradient_queries(
         else:
             b_q = tl.load(p_q_tile, mask=m_m & (o_d < D)[None, :], other=0.0)
         b_lse2 = tl.load(p_lse2 + i_h * L_pad + i_m + o_part)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=FLOAT32_DOT)  # [BN, BM]
         b_p = tl.exp2(b_s * scale_log2 + (b_bias[:, None] - b_lse2[None, :]))
         if CAUSAL:
             b_p = tl.where(o_n[:, None] <= (i_m + o_part + q_offset - shift)[None, :], b_p, 0.0)
@@ -372,11 +373,11 @@ def _row_gradient_queries(
             b_do = tl.load(p_do_tile)  # [BM, BDV]
         else:
             b_do = tl.load(p_do_tile, mask=m_m & (o_dv < DV)[None, :], other=0.0)
-        b_dv += tl.dot(b_p.to(b_do.dtype), b_do, input_precision=PRECISION)
+        b_dv += tl.dot(b_p.to(b_do.dtype), b_do, input_precision=FLOAT32_DOT)
         b_delta = tl.load(p_delta + i_h * L_pad + i_m + o_part)
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=FLOAT32_DOT)
         b_ds = b_p * (b_dp - b_delta[None, :])
-        b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision=PRECISION)
+        b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision=FLOAT32_DOT)
     return b_dk, b_dv
 
 
@@ -386,7 +387,7 @@ def _row_gradient_kernel(
     p_runs, p_log_weight, H_kv, Lq, shift, L_pad, Lk, A, q_offset, scale, stride_qb, stride_qh, stride_qn, stride_kb,
     stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_ckb, stride_ckh, stride_ckn, stride_cvb, stride_cvh,
     stride_cvn, stride_gb, stride_gh, stride_gn,
-    EVEN: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    EVEN: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     i_bh = tl.program_id(1).to(tl.int64)
@@ -421,7 +422,7 @@ def _row_gradient_kernel(
         b_dk, b_dv = _row_gradient_queries(
             b_dk, b_dv, b_k, b_v, b_bias, o_n, p_q, p_do, p_lse2, p_delta, tl.load(p_runs + run * 4 + 2),
             tl.load(p_runs + run * 4 + 3), Lq, shift, L_pad, q_offset, scale_log2, stride_qh, stride_qn,
-            stride_gh, stride_gn, False, EVEN, G, PRECISION, D, DV, BD, BDV, BM,
+            stride_gh, stride_gn, False, EVEN, G, D, DV, BD, BDV, BM,
         )  # fmt: skip
     for run in range(causal_run, stop_run):
         m_n = (o_n >= tl.load(p_runs + run * 4)) & (o_n < tl.load(p_runs + run * 4 + 1))
@@ -429,7 +430,7 @@ def _row_gradient_kernel(
         b_dk, b_dv = _row_gradient_queries(
             b_dk, b_dv, b_k, b_v, b_bias, o_n, p_q, p_do, p_lse2, p_delta, tl.load(p_runs + run * 4 + 2),
             tl.load(p_runs + run * 4 + 3), Lq, shift, L_pad, q_offset, scale_log2, stride_qh, stride_qn,
-            stride_gh, stride_gn, True, EVEN, G, PRECISION, D, DV, BD, BDV, BM,
+            stride_gh, stride_gn, True, EVEN, G, D, DV, BD, BDV, BM,
         )  # fmt: skip
 
     o_out = i_bh * L + o_row
@@ -477,15 +478,17 @@ def query_tiles(width: int, itemsize: int, block: int) -> Tiles:
 
     Measured on an H200 at n = 32,768, D = 128, bf16, as those below: 430 TFLOP/s, 377 with 128 queries and 8 warps.
     """
-    if itemsize == 4:  # without tensor cores larger tiles spill registers
-        return Tiles(min(32, block), 32, 8, 2)
+    if itemsize == 4:
+        queries, *rest = (128, 64, 8, 1) if width <= 128 else (128, 32, 8, 1) if width <= 256 else (16, 32, 8, 1)
+        return Tiles(min(queries, block), *rest)
     return Tiles(min(64, block), 64, 4, 2) if width <= 256 else Tiles(min(64, block), 32, 4, 3)
 
 
 def row_tiles(width: int, itemsize: int, block: int) -> Tiles:
     """Tiles of the dK and dV kernel: 466 TFLOP/s, 436 with 64 queries, 128 rows and 8 warps."""
     if itemsize == 4:
-        return Tiles(16, 32, 8, 2)
+        queries, *rest = (64, 64, 4, 2) if width <= 128 else (32, 32, 4, 2) if width <= 256 else (16, 16, 4, 1)
+        return Tiles(min(queries, block), *rest)
     return Tiles(min(32, block), 64, 4, 3) if width <= 256 else Tiles(min(32, block), 64, 8, 3)
 
 
@@ -501,7 +504,7 @@ class _Problem:
         self.B, self.H, self.Lq, self.H_kv, self.G = B, H, Lq, H_kv, H // H_kv
         self.Lk, self.A = k.shape[2], ck.shape[2]
         BD, BDV = (max(16, next_power_of_two(x)) for x in (D, Dv))
-        self.sizes = dict(D=D, DV=Dv, BD=BD, BDV=BDV, PRECISION="ieee" if q.dtype == torch.float32 else "tf32")
+        self.sizes = dict(D=D, DV=Dv, BD=BD, BDV=BDV)
         shape = (BD + BDV, q.element_size(), table.block)
         self.query_tiles, self.row_tiles = query_tiles(*shape), row_tiles(*shape)
         self.L_pad = len(table.tail) * table.block

@@ -13,8 +13,8 @@ Error law (the paper's, for keys of low rank): falls like ``1 / s`` up to logari
 and no protected rows.
 
 Supports self and cross attention, grouped queries, Dv != D, any length, key padding on any side (a padded key is
-never selected; a sequence without any real key gives 0, as SDPA does). Refuses causal masks, windows, biases and
-dropout. On the CPU in float16, bfloat16, float32 and float64; there is no CUDA path yet.
+never selected; a sequence without any real key gives 0, as SDPA does), float16, bfloat16, float32 (float64 in the
+reference). Refuses causal masks, windows, biases and dropout.
 """
 
 from __future__ import annotations
@@ -25,20 +25,89 @@ import math
 import torch
 
 from express_compile.method import Method, register
-from express_compile.spec import AttentionSpec, Policy, Refusal, floor_power_of_two
+from express_compile.spec import AttentionSpec, Policy, Refusal, floor_power_of_two, known_equal
 
 from ._op import attention_fake, check_qkv, define_op
-from ._triton import philox_uniform
-from .express import gather_rows, halve_all_reference, real_first, sequence_counter
+from ._triton import draw_uniform, jit, launch, philox_uniform, require_triton, tl
+from .exact import exact_attention
+from .express import MIN_QUERIES, gather_rows, halve_all_reference, real_first, sequence_counter
 from .halving import HalvingRule, get_rule
 from .schedule import STRETCH, Schedule, budget_options, compress_schedule, rows_of, stage
-from .segments_backward import accumulate_rows
+from .segments import dense_table, segment_attention, segment_attention_backward
+from .segments_backward import accumulate_rows, segment_attention_backward_triton
+from .thinning import thin
 
 
 @functools.lru_cache(maxsize=64)
 def make_schedule(Lk: int, s: int) -> Schedule:
     """The halvings of ``Lk > s`` keys, stretched to ``s`` times a power of two."""
     return compress_schedule(s << (-(-Lk // s) - 1).bit_length(), s)
+
+
+def stretch_reference(
+    order: torch.Tensor | None, length: torch.Tensor, n: int, H: int, seed: torch.Tensor, layer: int
+) -> torch.Tensor:
+    """The token at every place of a stream of ``n`` rows: int64 ``[B, H, n]``, ``n`` a power of two.
+
+    ``length`` int64 ``[B]`` counts the real tokens, ``order`` int64 ``[B, Lk]`` lists them first (None: 0, 1, ..).
+    In integers, so that a kernel computes the same: ``floor((i + u) L / n)`` with u a multiple of ``2**-24``.
+    """
+    B, device, bits = len(length), length.device, n.bit_length() - 1
+    place = torch.arange(n, device=device)
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    u = philox_uniform(seed, layer, zero, 0, stage(0, STRETCH), sequence_counter(B, H, device))
+    u = (u.double() * 2**24).long()[..., None]
+    length = length[:, None, None]
+    product = place * length
+    rank = (product >> bits) + ((((product & (n - 1)) << 24) + u * length) >> (24 + bits))
+    rank = torch.minimum(rank, (length - 1).clamp(min=0))
+    return rank if order is None else order[:, None].expand(B, H, order.shape[1]).gather(2, rank)
+
+
+@jit(general="H Lk n bits A stride_b")
+def _stretch_kernel(
+    p_index, p_order, p_length, p_seed, layer, stage, H, Lk, n, bits, A, stride_b, BLOCK: tl.constexpr
+):  # fmt: skip
+    """:func:`stretch_reference` into the entries of ``p_index`` behind the first A."""
+    i_seq = tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_seq // H, i_seq % H
+    o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b_u = draw_uniform(tl.load(p_seed), layer, o_n * 0, 0, stage, (i_b * 65536 + i_h).to(tl.int32))
+    length = Lk.to(tl.int64)
+    if p_length is not None:
+        length = tl.load(p_length + i_b)
+    b_product = o_n.to(tl.int64) * length
+    b_rest = ((b_product & (n - 1)) << 24) + (b_u * 16777216.0).to(tl.int64) * length
+    b_rank = (b_product >> bits) + (b_rest >> (24 + bits))
+    b_rank = tl.minimum(b_rank, tl.maximum(length - 1, 0))
+    if p_order is not None:
+        b_rank = tl.load(p_order + i_b * stride_b + b_rank, mask=o_n < n, other=0)
+    tl.store(p_index + i_seq * (A + n) + A + o_n, b_rank.to(tl.int32), mask=o_n < n)
+
+
+def _thin_reference(key, value, order, length, schedule, rule, scale, seed, layer) -> tuple[torch.Tensor, ...]:
+    """The tokens that are kept, their keys and their values; ``order`` and ``length`` are None without padding."""
+    (B, H, Lk), n = key.shape[:3], schedule.tokens
+    length = torch.full((B,), Lk, device=key.device) if length is None else length
+    arena = torch.empty(B, H, schedule.size, dtype=torch.int64, device=key.device)
+    arena[:, :, :n] = stretch_reference(order, length, n, H, seed, layer)
+    halve_all_reference(arena, key, value, schedule, rule, scale, seed, layer)
+    index = arena[:, :, -schedule.s :]
+    return index, gather_rows(key, index), gather_rows(value, index)
+
+
+def _thin_triton(key, value, order, length, schedule, rule, scale, seed, layer) -> tuple[torch.Tensor, ...]:
+    require_triton()
+    (B, H, Lk), n, s = key.shape[:3], schedule.tokens, schedule.s
+    A, stretched = schedule.size - n, order is not None or Lk != n
+    index = torch.empty(B, H, A + n * stretched, dtype=torch.int32, device=key.device)
+    if stretched:
+        launch(_stretch_kernel, (-(-n // 1024), B * H),
+            index, order, length, seed, layer, stage(0, STRETCH), H, Lk, n, n.bit_length() - 1, A, Lk,
+            BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+    kept = thin(key, value, index, schedule, 0, rule, scale, seed, layer)
+    return tuple(x[:, :, A - s : A] for x in (index, *kept))
 
 
 def select(
@@ -50,77 +119,29 @@ def select(
     scale: float,
     seed: torch.Tensor,
     layer: int,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The coreset: token index ``[B, H_kv, R]``, and which of its rows are hidden, bool ``[B, R]`` or None.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The coreset: which tokens it holds, int ``[B, H_kv, R]``, their keys ``[B, H_kv, R, D]`` and values
+    ``[B, H_kv, R, Dv]``, and how many of its rows count, int64 ``[B]`` (None: all of them).
 
     ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``, ``padding`` bool ``[B, Lk]`` or None; ``R`` is
-    ``min(s, Lk)``.
+    ``min(s, Lk)``. Rows that do not count are 0. With the kernels on CUDA and the references elsewhere, which
+    draw the same numbers.
     """
     B, H, Lk = key.shape[:3]
     device, rows = key.device, min(s, Lk)
-    place = torch.arange(rows, device=device)
+    thin_all = _thin_triton if key.is_cuda else _thin_reference
     if padding is None:
-        order = torch.arange(Lk, device=device).expand(B, Lk)
-        length = torch.full((B,), Lk, device=device)
-        hidden = None
-    else:
-        order = real_first(padding)
-        length = padding.sum(1)
-        hidden = (length <= rows)[:, None] & (place >= length[:, None])
-    whole = order[:, None, :rows].expand(B, H, rows)
-    if Lk <= s:
-        return whole, hidden
-    schedule = make_schedule(Lk, s)
-    n = schedule.tokens
-    u = philox_uniform(seed, layer, torch.zeros((), device=device, dtype=torch.int64), 0, stage(0, STRETCH),
-                       sequence_counter(B, H, device))  # fmt: skip
-    rank = (torch.arange(n, device=device).double() + u.double()[..., None]) * length[:, None, None] / n
-    rank = torch.minimum(rank.long(), (length[:, None, None] - 1).clamp(min=0))
-    arena = torch.empty(B, H, schedule.size, dtype=torch.int64, device=device)
-    arena[:, :, :n] = order[:, None].expand(B, H, Lk).gather(2, rank)
-    halve_all_reference(arena, key, value, schedule, rule, scale, seed, layer)
-    return torch.where((length <= rows)[:, None, None], whole, arena[:, :, -s:]), hidden
-
-
-def _dense(query, key, value, hidden, scale) -> tuple[torch.Tensor, ...]:
-    """Queries ``[B, H_kv, g, Lq, D]``, keys and values ``[B, H_kv, 1, R, .]``, weights and log-sum-exp."""
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    q, k, v = query.unflatten(1, (key.shape[1], -1)).to(dtype), key.to(dtype)[:, :, None], value.to(dtype)[:, :, None]
-    if hidden is not None:
-        k, v = (x.masked_fill(hidden[:, None, None, :, None], 0) for x in (k, v))
-    scores = (q * scale) @ k.mT
-    if hidden is not None:
-        scores = scores.masked_fill(hidden[:, None, None, None], -math.inf)
-    lse = scores.logsumexp(-1)
-    return q, k, v, (scores - lse.clamp(min=torch.finfo(dtype).min)[..., None]).exp(), lse
-
-
-def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor | None, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense attention of ``query`` ``[B, H, Lq, D]`` over the rows of ``key`` ``[B, H_kv, R, D]`` and ``value`` that
-    are not ``hidden`` (bool ``[B, R]``): ``out`` ``[B, H, Lq, Dv]``, ``lse`` ``[B, H, Lq]`` in float32 (or float64).
-
-    Where every row is hidden ``out`` is 0 and ``lse`` minus infinity. Hidden rows may hold anything, NaN too.
-    """
-    _, _, v, weights, lse = _dense(query, key, value, hidden, scale)
-    return (weights @ v).flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
-
-
-def attend_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    hidden: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of ``attend`` for query, key and value, in float32 (float64 for float64 inputs)."""
-    q, k, v, weights, _ = _dense(query, key, value, hidden, scale)
-    grad = grad.unflatten(1, (key.shape[1], -1)).to(q)
-    d_weights = grad @ v.mT
-    d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True)) * scale
-    return (d_scores @ k).flatten(1, 2), (d_scores.mT @ q).sum(2), (weights.mT @ grad).sum(2)
+        if Lk > s:
+            return *thin_all(key, value, None, None, make_schedule(Lk, s), rule, scale, seed, layer), None
+        return torch.arange(rows, device=device).expand(B, H, rows), key, value, None
+    order, length = real_first(padding), padding.sum(1)
+    index = order[:, None, :rows].expand(B, H, rows)
+    if Lk > s:
+        thinned, *_ = thin_all(key, value, order, length, make_schedule(Lk, s), rule, scale, seed, layer)
+        index = torch.where((length <= s)[:, None, None], index, thinned)
+    chosen = gather_rows(key, index), gather_rows(value, index)
+    behind = (torch.arange(rows, device=device) >= length[:, None])[:, None, :, None]
+    return index, *(x.masked_fill(behind, 0) for x in chosen), length.clamp(max=rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -140,17 +161,26 @@ def _select(query, key, value, padding, seed, scale, layer, options):
 
 
 def _body(query, key, value, padding, seed, scale, layer, **options):
-    index, hidden = _select(query, key, value, padding, seed, scale, layer, options)
-    out, lse = attend(query, gather_rows(key, index), gather_rows(value, index), hidden, scale)
-    return out.contiguous(), lse.contiguous()
+    _, k, v, lengths = _select(query, key, value, padding, seed, scale, layer, options)
+    if lengths is None and query.is_cuda:
+        return exact_attention(query, k, v, scale, causal=False)
+    table = dense_table(query.shape[2], k.shape[2])
+    return segment_attention(query, k[:, :, :0], v[:, :, :0], k, v, table, scale, lengths=lengths)
 
 
-def _backward_body(grad, query, key, value, padding, seed, scale, layer, **options):
-    index, hidden = _select(query, key, value, padding, seed, scale, layer, options)
-    rows = gather_rows(key, index), gather_rows(value, index)
-    d_query, *parts = attend_backward(grad, query, *rows, hidden, scale)
+def _backward_body(grad, out, lse, query, key, value, padding, seed, scale, layer, **options):
+    """Gradients with the selection held fixed; it is made again, so that training stores nothing for it."""
+    index, k, v, lengths = _select(query, key, value, padding, seed, scale, layer, options)
+    if lengths is not None:  # queries without any key have probabilities of 0 everywhere
+        lse = lse.masked_fill(lse.isneginf(), math.inf)
+    table = dense_table(query.shape[2], k.shape[2])
+    run = segment_attention_backward_triton if query.is_cuda else segment_attention_backward
+    d_query, _, _, *parts = run(grad, query, k[:, :, :0], v[:, :, :0], k, v, out, lse, table, scale)
     grads = [d_query.to(query.dtype)]
     for x, part in zip((key, value), parts, strict=True):
+        if lengths is not None:
+            behind = torch.arange(part.shape[2], device=part.device) >= lengths[:, None]
+            part.masked_fill_(behind[:, None, :, None], 0)
         target = part.new_zeros(x.shape)
         accumulate_rows(target, index, part)
         grads.append(target.to(x.dtype))
@@ -159,7 +189,7 @@ def _backward_body(grad, query, key, value, padding, seed, scale, layer, **optio
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
     *tensors, scale, layer = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*output, *tensors)
     ctx.scale, ctx.layer, ctx.options = scale, layer, keyword_only_inputs
     ctx.mark_non_differentiable(output[1])
 
@@ -183,9 +213,10 @@ OP = define_op(
 )
 BACKWARD = define_op(
     "thinformer_backward",
-    f"(Tensor grad, Tensor query, Tensor key, Tensor value, {_PARAMETERS}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, {_PARAMETERS}) "
+    "-> (Tensor, Tensor, Tensor)",
     _backward_body,
-    lambda grad, query, key, value, *args, **options: tuple(x.new_empty(x.shape) for x in (query, key, value)),
+    lambda grad, out, lse, *args, **options: tuple(x.new_empty(x.shape) for x in args[:3]),
 )
 
 
@@ -197,14 +228,18 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
     mask, reason = spec.mask, None
     if mask.unknown is not None:
         reason = f"its mask is not proven: {mask.unknown}"
-    elif mask.causal:
-        reason = "it is causal; Thinformer would let queries see what comes after them"
     elif mask.window is not None:
         reason = f"it has a window of {mask.window} tokens"
+    elif mask.causal:
+        reason = "it is causal; Thinformer would let queries see what comes after them"
     elif spec.dropout_p > 0:
         reason = f"it drops attention weights (dropout_p={spec.dropout_p}); call model.eval()"
-    elif spec.device != "cpu":
-        reason = f"there is no path for device {spec.device} yet"
+    elif isinstance(spec.Lq, int) and spec.Lq < MIN_QUERIES and not known_equal(spec.Lq, spec.Lk):
+        reason = f"{spec.Lq} quer{'y' if spec.Lq == 1 else 'ies'}: to choose keys costs more than to attend to all"
+    elif spec.dtype not in (torch.float16, torch.bfloat16, torch.float32) and spec.device != "cpu":
+        reason = f"there is no kernel for {spec.dtype}"
+    elif spec.device not in ("cpu", "cuda"):
+        reason = f"there is no kernel for device {spec.device}"
     return None if reason is None else Refusal("thinformer", reason)
 
 
@@ -229,8 +264,8 @@ METHOD = register(
     Method(
         name="thinformer",
         summary="attention without a causal mask over s of the keys, thinned by halving",
-        supports="self and cross attention, GQA, Dv != D, key padding, any length, on the CPU",
-        refuses="causal masks, sliding windows, biases, dropout, CUDA (not built yet)",
+        supports="self and cross attention, GQA, Dv != D, key padding, any length",
+        refuses="causal masks, sliding windows, biases, dropout",
         refuse=_refuse,
         params=_params,
         options={"g": -1, "flatten": 0.0},

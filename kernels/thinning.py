@@ -221,11 +221,20 @@ def _load_rows(p_x, i_row, m_r, stride, D: tl.constexpr, BD: tl.constexpr):
 
 
 @jit
+def _shortened(b_x):
+    """What :func:`.halving.shortened` gives: what tensor cores read of float32, so that products are exact."""
+    if b_x.dtype == tl.float32:
+        b_x = ((b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return b_x
+
+
+@jit
 def _hand_over(
     p_row, p_count, p_mean, p_spread, p_centre, p_bound, b_k, b_v, m_p, valid,
     CENTRE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Describe the rows of a tile, announce them to the unit that reads them, and complete it if they are the last."""
+    b_k, b_v = _shortened(b_k), _shortened(b_v)
     feeds, slot = tl.load(p_row + 11), tl.load(p_row + 13)
     o_d = tl.arange(0, BD)
     if slot >= 0:
@@ -292,7 +301,7 @@ def _describe_kernel(
 def _decide(
     p_index, p_k, p_v, p_centre, p_bound, p_slot, p_word, seed, layer, stage, sequence,
     source, rows, block, valid, bucket, i_bucket, gain, scale, raw, first, A, sinks, stride_k, stride_v,
-    CENTRE: tl.constexpr, STREAMED: tl.constexpr, PRECISION: tl.constexpr,
+    CENTRE: tl.constexpr, STREAMED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BP: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Which row of each pair of a tile is kept, as arena rows [BP]; hands on the word of the tile."""
@@ -303,12 +312,12 @@ def _decide(
     b_row = source + o_r
     if STREAMED and raw:
         b_row = tl.load(p_index + A + b_row, mask=m_r, other=0) - sinks
-    b_k = _load_rows(p_k, first + b_row, m_r, stride_k, D, BD)  # [BR, BD]
-    b_v = _load_rows(p_v, first + b_row, m_r, stride_v, DV, BDV)
+    b_k = _shortened(_load_rows(p_k, first + b_row, m_r, stride_k, D, BD))  # [BR, BD]
+    b_v = _shortened(_load_rows(p_v, first + b_row, m_r, stride_v, DV, BDV))
     b_centre, half_norm, shift, v_max = tl.zeros([BD], tl.float32), 0.0, 0.0, 0.0
     o_bucket = o_r // rows
     m_same = (o_bucket[:, None] == o_bucket[None, :]) & m_r[:, None] & m_r[None, :]
-    b_gram = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)  # [BR, BR]
+    b_gram = tl.dot(b_k, tl.trans(b_k), input_precision="tf32")  # [BR, BR]
     if i_bucket < 0:  # whole buckets: all statistics are here
         b_bias = tl.zeros([BR], tl.float32)
         if CENTRE:
@@ -330,7 +339,7 @@ def _decide(
     # at most 0 but for rounding, which an outlier key could blow up
     b_s = tl.minimum((b_gram - b_bias[:, None] - b_bias[None, :]) * scale - b_shift[:, None], 0.0)
     b_kappa = tl.exp(b_s)
-    b_kappa *= tl.dot(b_v, tl.trans(b_v), input_precision=PRECISION) + (b_v_max * b_v_max)[:, None]
+    b_kappa *= tl.dot(b_v, tl.trans(b_v), input_precision="tf32") + (b_v_max * b_v_max)[:, None]
     b_kappa = tl.where(m_same, b_kappa * b_alternating[:, None] * b_alternating[None, :], 0.0)
     b_d = tl.sum(tl.sum(tl.reshape(b_kappa, [BP, 2, BP, 2]), 3), 1)  # [BP, BP]
     p_own = p_slot + o_p[:, None] * BP + o_p[None, :]
@@ -350,12 +359,12 @@ def _decide(
         b_row2 = source - (block - j) * BR + o_r
         if STREAMED and raw:
             b_row2 = tl.load(p_index + A + b_row2) - sinks
-        b_k2 = _load_rows(p_k, first + b_row2, o_r < BR, stride_k, D, BD)
-        b_v2 = _load_rows(p_v, first + b_row2, o_r < BR, stride_v, DV, BDV)
+        b_k2 = _shortened(_load_rows(p_k, first + b_row2, o_r < BR, stride_k, D, BD))
+        b_v2 = _shortened(_load_rows(p_v, first + b_row2, o_r < BR, stride_v, DV, BDV))
         # centring is a rank-one correction of the scores, so that the product runs on the rows as they are
         b_bias2 = tl.sum(b_k2.to(tl.float32) * b_centre[None, :], 1) - half_norm
-        b_s = tl.dot(b_k2, tl.trans(b_k), input_precision=PRECISION) - b_bias2[:, None] - b_bias[None, :]
-        b_w = tl.dot(b_v2, tl.trans(b_v), input_precision=PRECISION) + v_max * v_max
+        b_s = tl.dot(b_k2, tl.trans(b_k), input_precision="tf32") - b_bias2[:, None] - b_bias[None, :]
+        b_w = tl.dot(b_v2, tl.trans(b_v), input_precision="tf32") + v_max * v_max
         b_kappa = tl.exp(tl.minimum(b_s * scale - shift, 0.0)) * b_w  # [BR, BR]
         if i == 0:
             b_kappa = tl.where(m_r[None, :], b_kappa * b_alternating[:, None] * b_alternating[None, :], 0.0)
@@ -413,7 +422,7 @@ def _tile(
     ticket, p_index, p_ck, p_cv, p_mean, p_spread, p_centre, p_bound, p_slot, p_count, p_word, p_k, p_v, p_table,
     p_gain, p_seed, layer, scale, tiles, units, buckets, slots, sequences, H, tokens, sinks, A, index_rows,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    COIN: tl.constexpr, CENTRE: tl.constexpr, STREAMED: tl.constexpr, PRECISION: tl.constexpr,
+    COIN: tl.constexpr, CENTRE: tl.constexpr, STREAMED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BP: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     i_seq, p_row = ticket % sequences, p_table + ticket // sequences * 17
@@ -454,7 +463,7 @@ def _tile(
         b_at = _decide(
             p_index, p_k_from, p_v_from, p_centre, p_bound, p_slot, p_word + i_seq * tiles + word, seed, layer, stage,
             sequence, source, rows, block, valid, bucket, i_bucket, tl.load(p_gain + ticket // sequences), scale, raw,
-            first, A, sinks, stride_k, stride_v, CENTRE, STREAMED, PRECISION, D, DV, BD, BDV, BP, W,
+            first, A, sinks, stride_k, stride_v, CENTRE, STREAMED, D, DV, BD, BDV, BP, W,
         )  # fmt: skip
 
     b_row = b_at
@@ -480,7 +489,7 @@ def _thin_kernel(
     p_index, p_ck, p_cv, p_mean, p_spread, p_centre, p_bound, p_scratch, p_ticket, p_count, p_word, p_k, p_v, p_table,
     p_gain, p_seed, layer, scale, tiles, units, buckets, slots, sequences, H, tokens, sinks, A, index_rows,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    COIN: tl.constexpr, CENTRE: tl.constexpr, STREAMED: tl.constexpr, PRECISION: tl.constexpr,
+    COIN: tl.constexpr, CENTRE: tl.constexpr, STREAMED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BP: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     p_slot = p_scratch + tl.program_id(0) * (2 * BP * BP + 4 * BP)
@@ -491,7 +500,7 @@ def _thin_kernel(
             ticket, p_index, p_ck, p_cv, p_mean, p_spread, p_centre, p_bound, p_slot, p_count, p_word, p_k, p_v,
             p_table, p_gain, p_seed, layer, scale, tiles, units, buckets, slots, sequences, H, tokens, sinks, A,
             index_rows, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-            COIN, CENTRE, STREAMED, PRECISION, D, DV, BD, BDV, BP, W,
+            COIN, CENTRE, STREAMED, D, DV, BD, BDV, BP, W,
         )  # fmt: skip
         ticket = tl.atomic_add(p_ticket, 1)
 
@@ -559,7 +568,6 @@ def thin(
         index, kept_key, kept_value, *scratch, ticket, arrivals, words, key, value, table, gains, seed,
         layer, scale * rule.flatten, count, tiles.units, tiles.buckets, tiles.slots, sequences, H, schedule.tokens,
         sinks, A, index.shape[2], *strides, COIN=coin, **options,
-        PRECISION="ieee" if key.dtype == torch.float32 else "tf32", W=32 * WARPS // pairs,
-        num_warps=WARPS, num_stages=1,
+        W=32 * WARPS // pairs, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     return kept_key, kept_value

@@ -9,16 +9,18 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 import transformers
 from torch import nn
 
 import express_compile
-from express_compile.causal_mask import CausalMask
+from express_compile.attention_mask import ProvenMask
 from express_compile.eager import is_rewritten, record_sites, restore_attention, rewrite_attention
 from express_compile.method import METHODS, Method, register
-from express_compile.spec import AttentionSpec, Policy, Refusal, known_equal
+from express_compile.spec import AttentionSpec, Mask, Policy, Refusal, known_equal
 
 VOCAB = 97
 
@@ -108,6 +110,7 @@ TOY = Method(
 )
 TOY_ONLY = {"methods": ["toy_eager"]}
 HALF = {**TOY_ONLY, "method_options": {"toy_eager": {"gain": 0.5}}}
+THIN = {"methods": ["thinformer"], "budget": 64}  # more rows than there are keys
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -506,22 +509,109 @@ def test_gradients_flow_through_the_op(checkpointing):
 # ------------------------------------------------------------------------------------------------ the mask
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_causal_mask_is_the_dense_sdpa_mask_to_everybody_else(padded):
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_a_causal_mask_is_the_dense_sdpa_mask_to_everybody_else(side, skip):
     from transformers.masking_utils import create_causal_mask
 
     model = rewrite_attention(build(llama), **TOY_ONLY)
-    embeds, mask = torch.zeros(3, 16, 32), padded_batch("left")[1] if padded else None
-    arguments = {"inputs_embeds": embeds, "attention_mask": mask, "past_key_values": None}
-    ours = create_causal_mask(config=model.config, **arguments)
-    theirs = create_causal_mask(
-        config=restore_attention(model).config, **arguments, and_mask_function=lambda b, h, q, k: q >= 0
-    )
-    assert isinstance(ours, CausalMask) and ours.shape == theirs.shape and not isinstance(theirs, CausalMask)
-    for operation in (lambda m: m & True, lambda m: m[:, :, 3:, 2:].clone(), lambda m: (~m).float(), torch.logical_not):
+    embeds, padding = torch.zeros(3, 16, 32), padded_batch(side)[1]
+    arguments = {"inputs_embeds": embeds, "attention_mask": padding, "past_key_values": None}
+    ours = create_causal_mask(config=model.config, allow_is_causal_skip=skip, **arguments)
+    theirs = create_causal_mask(config=restore_attention(model).config, allow_is_causal_skip=skip, **arguments)
+    assert (ours is None) == (theirs is None) == (skip and side == "none")
+    if ours is None:
+        return
+    assert isinstance(ours, ProvenMask) and ours.shape == theirs.shape and not isinstance(theirs, ProvenMask)
+    check_looks_like(ours, theirs)
+    assert ours.proven == Mask(causal=True, padding=side != "none") and ours.visible == 16
+    assert ours.padding is None if side == "none" else torch.equal(ours.padding, padding.bool())
+
+
+def check_looks_like(ours: ProvenMask, theirs: torch.Tensor) -> None:
+    for operation in (lambda m: m & True, lambda m: m[:, :, 1:, 1:].clone(), lambda m: (~m).float(), torch.logical_not):
         result = operation(ours)
         assert type(result) is torch.Tensor and torch.equal(result, operation(theirs))
-    assert torch.equal(ours.dense(), theirs) and (ours.exact() is None) == (not padded)
+    assert torch.equal(ours.dense(), theirs) and torch.equal(ours.exact(), theirs)
+    assert ours.exact() is ours.exact()
+
+
+@pytest.fixture(scope="module")
+def bert_configs() -> tuple[transformers.BertConfig, transformers.BertConfig]:
+    """The configuration of a model before and after rewriting."""
+    model = build(bert)
+    return model.config, rewrite_attention(copy.deepcopy(model), **THIN).config
+
+
+@st.composite
+def paddings(draw: st.DrawFn) -> torch.Tensor:
+    """Bool ``[B, Lk]``: any tokens are padding, or none, or all of a sequence."""
+    B, Lk = draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    if draw(st.booleans()):
+        return torch.ones(B, Lk, dtype=torch.bool)
+    return torch.tensor(draw(st.lists(st.lists(st.booleans(), min_size=Lk, max_size=Lk), min_size=B, max_size=B)))
+
+
+@hypothesis.given(padding=paddings(), queries=st.none() | st.integers(1, 6), skip=st.booleans())
+def test_a_bidirectional_mask_is_the_dense_sdpa_mask_to_everybody_else(bert_configs, padding, queries, skip):
+    """Self-attention without ``queries``, else cross attention from so many queries."""
+    from transformers.masking_utils import create_bidirectional_mask
+
+    B, Lk = padding.shape
+    states = torch.zeros(B, Lk, 32)
+    cross = {} if queries is None else {"encoder_hidden_states": states}
+    arguments = {"inputs_embeds": states if queries is None else torch.zeros(B, queries, 32), **cross}
+    plain, rewritten = bert_configs
+    theirs = create_bidirectional_mask(plain, attention_mask=padding, allow_is_bidirectional_skip=skip, **arguments)
+    ours = create_bidirectional_mask(rewritten, attention_mask=padding, allow_is_bidirectional_skip=skip, **arguments)
+    assert (ours is None) == (theirs is None) == bool(skip and padding.all())
+    if ours is None:
+        return
+    if (queries or Lk) == 1:  # there is nothing to save
+        assert type(ours) is torch.Tensor and torch.equal(ours, theirs)
+        return
+    assert isinstance(ours, ProvenMask) and ours.shape == theirs.shape
+    assert ours.proven == Mask(padding=not padding.all()) and ours.visible == Lk
+    assert ours.padding is None if padding.all() else torch.equal(ours.padding, padding)
+    check_looks_like(ours, theirs)
+
+
+PADDING = padded_batch("right")[1].bool()[:, None, None]
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        pytest.param(PADDING, "key padding", id="one-row"),
+        pytest.param(PADDING[1:2], "key padding", id="one-row-for-the-batch"),
+        pytest.param(PADDING.expand(3, 1, 16, 16), "key padding", id="expanded"),
+        pytest.param(PADDING.expand(3, 4, 16, 16), "key padding", id="expanded-to-heads"),
+        pytest.param(PADDING.expand(3, 1, 16, 16).contiguous(), "unknown (a dense mask that", id="dense"),
+        pytest.param(PADDING.expand(3, 4, 1, 16).contiguous(), "unknown (a dense mask that", id="per-head"),
+        pytest.param(PADDING.float().log(), "unknown (an additive mask, such as", id="additive"),
+    ],
+)
+def test_a_boolean_mask_of_one_row_is_a_key_padding_whatever_it_holds(mask, words):
+    model, ids = build(bert), padded_batch("none")[0]
+    before = logits(model, ids, mask)
+    for budget in (64, 4):
+        rewrite_attention(model, methods=["thinformer"], budget=budget)
+        with record_sites() as sites:
+            after = logits(model, ids, mask)
+        assert {site.mask.startswith(words) for site in sites} == {True}
+        if words != "key padding":
+            assert torch.equal(after, before)
+        else:
+            assert ((after - before).abs().max() <= 1e-5 * before.abs().max()) == (budget == 64)
+
+
+def test_a_boolean_mask_of_one_row_in_a_causal_module_is_refused():
+    model, ids = build(llama), padded_batch("none")[0]
+    before = logits(model, ids, PADDING)
+    rewrite_attention(model, **THIN)
+    with record_sites() as sites:
+        assert torch.equal(logits(model, ids, PADDING), before)
+    assert {site.verdict for site in sites} == {"refused"} and "the caller built" in sites[0].mask
 
 
 def test_models_in_threads_do_not_mix_up_their_masks_or_reports():
@@ -588,6 +678,10 @@ def test_models_whose_attention_is_out_of_reach():
         (TypeError, "unknown option 'gian'; allowed are gain", {"method_options": {"toy_eager": {"gian": 1}}}),
         (ValueError, "window=-1", {"window": -1}),
         (ValueError, "halving='fair'", {"halving": "fair"}),
+        (ValueError, "halving='fair'", {"methods": ["thinformer"], "halving": "fair"}),
+        (ValueError, "g=-5: must be", {"methods": ["thinformer"], "method_options": {"thinformer": {"g": -5}}}),
+        (ValueError, "g=-5: must be", {"method_options": {"thinformer": {"g": -5}}}),
+        (ValueError, "flatten=-1", {"methods": ["thinformer"], "method_options": {"thinformer": {"flatten": -1}}}),
         (TypeError, "policy=512", {"policy": 512}),
         (TypeError, "policy and budget", {"policy": Policy(), "budget": 8}),
     ],

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from express_compile.kernels.segments import (
     COMPACTED,
+    NO_TAIL,
     TOKENS,
     SegmentTable,
     _describe,
     _tile_lists,
     causal_table,
+    dense_table,
     segment_attention_backward,
     segment_attention_reference,
     segment_attention_triton,
@@ -210,6 +212,57 @@ def test_causal_table_is_exact_attention(Lq, Lk):
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
+@given(
+    seed=st.integers(0, 10**6),
+    Lq=st.integers(1, 50),
+    R=st.integers(1, 90),
+    lengths=st.none() | st.lists(st.integers(0, 100), min_size=3, max_size=3),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+)
+@settings(max_examples=12)
+def test_dense_table_with_lengths(seed, Lq, R, lengths, dtype):
+    """Not causal, and rows behind a sequence's length are hidden; without any row: 0 and minus infinity."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(3, h, n, 16, generator=generator).to(dtype) for h, n in ((2, Lq), (1, R), (1, R)))
+    seen = torch.ones(3, R, dtype=torch.bool)
+    if lengths is not None:
+        lengths = torch.tensor(lengths)
+        seen = torch.arange(R) < lengths[:, None]
+    truth = torch.nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), seen[:, None, None], scale=0.3, enable_gqa=True
+    )
+    truth[~seen.any(1)] = 0
+    table = dense_table(Lq, R)
+    results = {}
+    for run in (segment_attention_reference, segment_attention_triton):
+        out, lse = run(q, k[:, :, :0], v[:, :, :0], k, v, table, 0.3, lengths=lengths)
+        assert (lse == -math.inf).all(-1).all(-1).tolist() == (~seen.any(1)).tolist()
+        assert out.isfinite().all()
+        results[run] = (out.double() - truth).norm()
+    assert results[segment_attention_triton] <= 2 * results[segment_attention_reference]
+
+
+def test_lengths_count_compacted_rows_alone():
+    """Of rows by index and of the tail none is hidden."""
+    tensors, table, index = random_problem(7, 40, 30, 3, 16, B=2, dtype=torch.float32, indexed=50)
+    lengths = torch.tensor([10, 200])
+    q, k, v, ck, cv = (x.double() for x in tensors)
+    ck, cv = (x.clone() for x in (ck, cv))
+    ck[0, :, 10:], cv[0, :, 10:] = 0, 0
+    log_weight = table.log_weight.copy()
+    whole, _ = segment_attention_reference(q, k, v, ck, cv, table, 0.3, index)
+    for run in (segment_attention_reference, segment_attention_triton):
+        out, _ = run(*tensors, table, 0.3, index, lengths)
+        torch.testing.assert_close(out[1].double(), whole[1], rtol=1e-4, atol=1e-5)
+        segments = table.segments.copy()
+        inside = (segments[..., 0] == COMPACTED) & (segments[..., 1] < 90)
+        segments[..., 2] = np.where(inside, np.clip(10 - segments[..., 1], 0, segments[..., 2]), segments[..., 2])
+        cut = replace(table, segments=segments, log_weight=log_weight)
+        expected, _ = segment_attention_reference(q, k, v, ck, cv, cut, 0.3, index)
+        torch.testing.assert_close(out[0].double(), expected[0], rtol=1e-4, atol=1e-5)
+        assert (out[0].double() - whole[0]).norm() > 1e-3
+
+
 @given(seed=st.integers(0, 10**6), Lq=st.integers(1, 40), past=st.integers(0, 30), shift=st.integers(0, 15))
 @settings(max_examples=15)
 def test_backward_is_autograd_of_the_reference(seed, Lq, past, shift):
@@ -239,6 +292,7 @@ def test_tables_that_do_not_fit(run):
     fails("table: 3 blocks; 40 queries with shift 15 are 4", replace(table, shift=15))
     fails("table: a segment reads tokens up to 71; there are 70", reading(TOKENS, 70, 1))
     fails("reads compacted rows up to 141; there are 90 and 50 more by index", reading(COMPACTED, 100, 41))
+    fails("a block without a tail reads tokens", replace(reading(TOKENS, 0, 1), tail=np.full(3, NO_TAIL)))
     fails("there are 90 and 0 more by index", index=None)
     fails("a segment crosses compacted row 90, behind which rows are read by index", reading(COMPACTED, 80, 20))
     fails(r"index: shape \(1, 1, 89\); must be \(1, 1, 90 compacted rows or more\)", index=index[:, :, :89])

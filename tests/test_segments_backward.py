@@ -17,6 +17,7 @@ from express_compile.kernels.segments import (
     TOKENS,
     SegmentTable,
     causal_table,
+    dense_table,
     segment_attention_backward,
     segment_attention_reference,
 )
@@ -98,7 +99,7 @@ def check_plan(table, Lq, A, rows, queries, group):
     assert all(slots == [-1] for tile, slots in of_tile.items() if tile not in shared), "one chunk writes directly"
     assert {(s, r): (a, b) for s, r, a, b in plan.sums.tolist()} == shared
     assert sorted(plan.chunks[plan.chunks[:, 5] >= 0, 5]) == list(range(plan.slots)), "no slot is shared"
-    assert plan.slots <= len(tiles), "the slots take at most as much memory as the gradients"
+    assert plan.slots <= max(len(tiles), S.MIN_TILES), "the slots take at most as much memory as the gradients"
     return plan
 
 
@@ -115,6 +116,16 @@ def test_plan_inverts_random_tables(seed, Lq, past, A, rows, block, most):
     rng = np.random.default_rng(seed)
     table = random_table(rng, Lq, past, A, 3, block, most)
     check_plan(table, Lq, A, rows, int(rng.choice([16, block])), int(rng.choice([1, 8, 40])))
+
+
+@given(Lq=st.integers(1, 300), R=st.integers(1, 100), rows=st.sampled_from([16, 32]), group=st.sampled_from([1, 8]))
+def test_plan_inverts_dense_tables(Lq, R, rows, group):
+    check_plan(dense_table(Lq, R, 32), Lq, R, rows, 16, group)
+
+
+def test_few_rows_that_many_queries_see_are_cut_into_many_chunks():
+    plan = S.make_plan(dense_table(32768, 256), 32768, 0, 256, 64, 32, 4)
+    assert 128 <= len(plan.chunks) <= 256 and plan.slots == len(plan.chunks)
 
 
 @pytest.mark.parametrize("protected", [0, 20])
@@ -183,6 +194,21 @@ def check_gradients(tensors, table, scale):
 def test_kernels_against_reference(poison, small_tiles, seed, Lq, past, heads, D, Dv, dtype):
     table = random_table(np.random.default_rng(seed), Lq, past, 50, 2, 16)
     check_gradients(random_tensors(seed, table, Lq, 50, 1, *heads, D, Dv, dtype), table, D**-0.5)
+
+
+@pytest.mark.parametrize("Lq, R, dtype", [(40, 50, torch.float16), (33, 64, torch.float32)])
+def test_kernels_of_dense_tables(poison, small_tiles, Lq, R, dtype):
+    """More queries than rows and no tokens; a sequence that sees nothing (lse set to infinity) has gradients of 0."""
+    generator = torch.Generator().manual_seed(Lq)
+    shapes = [(Lq, 2), (Lq, 2), (0, 1), (0, 1), (R, 1), (R, 1)]
+    tensors = [torch.randn(2, n, h, 16, generator=generator).to(dtype).transpose(1, 2) for n, h in shapes]
+    table = dense_table(Lq, R, 32)
+    check_gradients(tensors, table, 0.25)
+    out, lse = segment_attention_reference(*tensors[1:], table, 0.25)
+    out[1], lse[1] = 0, math.inf
+    for run in (segment_attention_backward, S.segment_attention_backward_triton):
+        for x in run(*tensors, out, lse, table, 0.25):
+            assert (x[1] == 0).all() and x.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -62,8 +63,8 @@ def test_every_token_is_kept_equally_often(Lk):
     s, B = 16, 4000
     _, k, v = tokens(1, Lk)
     k, v = k.expand(B, 1, Lk, 4), v.expand(B, 1, Lk, 3)
-    index, hidden = T.select(k, v, None, s, get_rule("balanced"), 0.5, SEED, 1)
-    assert hidden is None and index.shape == (B, 1, s)
+    index, _, _, lengths = T.select(k, v, None, s, get_rule("balanced"), 0.5, SEED, 1)
+    assert lengths is None and index.shape == (B, 1, s)
     count = torch.zeros(Lk, dtype=torch.float64).index_add_(0, index.flatten(), torch.ones(B * s).double())
     p = s / Lk
     deviation = (count - B * p).abs() / math.sqrt(B * p)  # at most binomial; a token twice in a coreset is rare
@@ -96,9 +97,9 @@ def test_padding(lengths):
         x.masked_fill_(~padding[:, None, :, None], math.nan)
     out, _ = op(q, k, v, padding)
     assert out.isfinite().all()
-    index, hidden = T.select(k, v, padding, 16, get_rule("balanced"), 0.5, SEED, 3)
+    index, *_, counts = T.select(k, v, padding, 16, get_rule("balanced"), 0.5, SEED, 3)
     for b, length in enumerate(lengths):
-        rows = index[b, 0][~hidden[b]]
+        rows = index[b, 0, : counts[b]]
         assert len(rows) == min(length, 16) and padding[b, rows].all()
         if length <= 16:
             parts = (x[b : b + 1, :, padding[b]] for x in (k, v))
@@ -121,6 +122,39 @@ def test_budgets():
     assert torch.equal(op(q, k, v, s=0, fraction=0.05)[0], op(q, k, v, s=32)[0])  # 51 rows, rounded down to 32
     assert torch.equal(op(q, k, v, g=1)[0], op(q, k, v, s=64)[0])  # 2 * sqrt(1024)
     torch.testing.assert_close(op(q, k, v, min_length=1025)[0], exact(q, k, v), rtol=1e-12, atol=1e-12)
+
+
+@given(L=st.integers(2, 10**6), extra=st.integers(0, 5), seed=st.integers(0, 2**32 - 1), H=st.integers(1, 3))
+def test_stretch(L, extra, seed, H):
+    """floor((i + u) L / n) in exact arithmetic, in order, and every token is there when n >= L."""
+    n = 1 << ((L - 1).bit_length() + extra)
+    places = sorted({0, 1, n // 3, n - 2, n - 1} & set(range(n)))
+    counter = T.sequence_counter(2, H, "cpu")
+    seed = torch.tensor(seed)
+    u = T.philox_uniform(seed, 5, torch.tensor(0), 0, T.stage(0, T.STRETCH), counter)
+    rank = T.stretch_reference(None, torch.tensor([L, 0]), n, H, seed, 5)
+    for h in range(H):
+        expected = [min(int((i + Fraction(u[0, h].item())) * L / n), L - 1) for i in places]
+        assert rank[0, h, places].tolist() == expected
+    assert (rank[1] == 0).all()
+    steps = rank[0].diff()
+    assert rank[0, :, 0].max() == 0 and (rank[0, :, -1] == L - 1).all() and 0 <= steps.min() and steps.max() <= 1
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("Lk, s", [(64, 16), (100, 16)])
+def test_kernels_select_what_the_reference_selects(Lk, s, padded):
+    """In the interpreter: stretched stream, all halvings, copies of the rows."""
+    B, H = 2, 2
+    _, k, v = tokens(1, Lk, B, H, H, D=8, Dv=8, dtype=torch.float32)
+    order = length = None
+    if padded:
+        real = torch.rand(B, Lk, generator=torch.Generator().manual_seed(1)) < 0.8
+        order, length = T.real_first(real), real.sum(1)
+    arguments = T.make_schedule(Lk, s), get_rule("balanced"), 0.5, SEED, 3
+    expected = T._thin_reference(k, v, order, length, *arguments)
+    for x, y in zip(T._thin_triton(k, v, order, length, *arguments), expected, strict=True):
+        assert torch.equal(x.to(y.dtype), y)
 
 
 @given(h=st.integers(0, 6), rounds=st.integers(0, 6))
@@ -147,8 +181,9 @@ def test_gradients_with_the_selection_held_fixed():
     out, _ = op(q, k, v, padding)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype)
     actual = torch.autograd.grad(out, (q, k, v), grad)
-    index, hidden = T.select(k, v, padding, 16, get_rule("balanced"), 0.5, SEED, 3)
-    result, _ = T.attend(q, T.gather_rows(k, index), T.gather_rows(v, index), hidden, 0.5)
+    index, *_, counts = T.select(k, v, padding, 16, get_rule("balanced"), 0.5, SEED, 3)
+    seen = torch.arange(index.shape[2]) < counts[:, None]
+    result = exact(q, T.gather_rows(k, index), T.gather_rows(v, index), seen)
     for a, e in zip(actual, torch.autograd.grad(result, (q, k, v), grad), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
 
@@ -157,7 +192,8 @@ def test_opcheck_and_gradcheck():
     q, k, v = (x.requires_grad_() for x in tokens(6, 40, 2, 2, 1, dtype=torch.float32))
     padding = torch.ones(2, 40, dtype=torch.bool)
     torch.library.opcheck(METHODS["thinformer"].op, (q, k, v, padding, SEED, 0.5, 3), OPTIONS)
-    args = (torch.randn(2, 2, 6, 3), *(x.detach() for x in (q, k, v)), padding, SEED, 0.5, 3)
+    out, lse = op(q, k, v, padding)
+    args = (torch.randn(2, 2, 6, 3), *(x.detach() for x in (out, lse, q, k, v)), padding, SEED, 0.5, 3)
     torch.library.opcheck(torch.ops.express_compile.thinformer_backward.default, args, OPTIONS)
     leaves = [x.requires_grad_() for x in tokens(3, 20, D=2, Dv=2)]
     assert torch.autograd.gradcheck(lambda *x: op(*x, s=8)[0], leaves, atol=1e-6)
@@ -174,8 +210,12 @@ def spec(**changes):
         (dict(mask=Mask(causal=True)), "it is causal"),
         (dict(mask=Mask(unknown="opaque tensor")), "its mask is not proven: opaque tensor"),
         (dict(mask=Mask(window=64)), "window of 64"),
+        (dict(mask=Mask(causal=True, window=64)), "window of 64"),
+        (dict(Lq=1), "1 query: to choose keys costs more"),
+        (dict(Lq=15), "15 queries: to choose keys costs more"),
         (dict(dropout_p=0.1), r"dropout_p=0.1\); call model.eval"),
-        (dict(device="cuda"), "no path for device cuda yet"),
+        (dict(device="cuda", dtype=torch.float64), "no kernel for torch.float64"),
+        (dict(device="mps"), "no kernel for device mps"),
     ],
 )
 def test_refusals_carry_their_reason(changes, reason):
@@ -186,8 +226,8 @@ def test_refusals_carry_their_reason(changes, reason):
 
 
 def test_what_is_taken():
-    for mask in (Mask(), Mask(padding=True)):
-        assert plan(spec(mask=mask), Policy(methods=("thinformer",))).verdict == "rewritten"
+    for changes in (dict(mask=Mask()), dict(mask=Mask(padding=True)), dict(Lq=16), dict(Lq=3, Lk=3)):
+        assert plan(spec(**changes), Policy(methods=("thinformer",))).verdict == "rewritten"
     with pytest.raises(ValueError, match="g=-2: must be an integer, 0 or more"):
         plan(spec(), Policy(methods=("thinformer",), method_options={"thinformer": {"g": -2}}))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from express_compile.kernels import express as E
 from express_compile.kernels import thinning as T
 from express_compile.kernels._triton import philox_uniform
-from express_compile.kernels.halving import RULES, HalvingRule, halve_reference, halving_matrix, walk
+from express_compile.kernels.halving import RULES, HalvingRule, halve_reference, halving_matrix, shortened, walk
 from express_compile.kernels.schedule import Halving, Schedule, make_schedule
 
 SEED = torch.tensor(1234)
@@ -24,7 +24,7 @@ def misjudged(key, value, draws, decisions, rule, delta, scale, eps):
     A score is off by ``eps`` times the largest |k|^2, so that each entry of D carries that relative error on
     four kernel values, and alpha adds up one such error per pair.
     """
-    k, v = key.double(), value.double()
+    k, v = shortened(key).double(), shortened(value).double()
     matrix = halving_matrix(k, v, scale, rule.centre, rule.flatten)
     gain = rule.gain(k.shape[-2], delta)
     second, alpha, product = walk(matrix, draws.double(), gain, decisions)

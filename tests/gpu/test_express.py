@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from express_compile.kernels import express as E
-from express_compile.kernels._triton import philox_uniform
 from express_compile.kernels.exact import exact_attention
-from express_compile.kernels.halving import get_rule, halving_matrix, walk
-from express_compile.kernels.schedule import stage
+from express_compile.kernels.halving import get_rule
 from express_compile.kernels.segments import segment_attention_reference
 from express_compile.method import METHODS
 
@@ -39,7 +37,7 @@ def error(x, truth):
 @pytest.mark.parametrize("rule", ["kernel", "balanced", "uniform"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("D", [64, 128, 256])
-def test_halving_decisions(poison, rule, dtype, D):
+def test_halving_decisions(poison, judge, rule, dtype, D):
     """Replayed in float64 along the kernel's own decisions, every decision agrees or had a margin within rounding."""
     n, s = 20000, 256
     _, k, v = tokens(n, 1, 2, 2, D, D, dtype)
@@ -49,30 +47,7 @@ def test_halving_decisions(poison, rule, dtype, D):
     index, *_ = E.thin_triton(k, v, layout, scale, seed(), 1)
     stream = torch.arange(32, 32 + layout.schedule.tokens, device="cuda", dtype=torch.int32)
     arena = torch.cat([stream.expand(1, 2, -1), index], 2)
-    judged = 0
-    for launch in layout.schedule.launches:
-        for job in launch:
-            source = arena[:, :, job.source : job.source + job.rows * job.buckets].unflatten(2, (job.buckets, job.rows))
-            kept = arena[:, :, job.target : job.target + job.rows * job.buckets // 2].unflatten(2, (job.buckets, -1))
-            second = kept == source[..., 1::2]
-            assert (second | (kept == source[..., 0::2])).all(), "one row of every pair, in order"
-            pairs = torch.arange(job.rows // 2, device="cuda")
-            bucket = torch.arange(job.first, job.first + job.buckets, device="cuda")[:, None]
-            draws = philox_uniform(
-                seed(), 1, pairs, bucket, job.stage, E.sequence_counter(1, 2, k.device)[..., None, None]
-            )
-            if rule == "uniform":
-                assert torch.equal(second, draws < 0.5)
-                continue
-            keys, values = E.gather_rows(k, source).double(), E.gather_rows(v, source).double()
-            matrix = halving_matrix(keys, values, scale, config.rule.centre, config.rule.flatten)
-            gain = config.rule.gain(job.rows, job.delta)
-            own, alpha, product = walk(matrix, draws.double(), gain, second)
-            # float32 scores of size |k|^2: a relative error of 2^-20 in every entry that alpha sums up
-            slack = 2.0**-20 * matrix.abs().sum(-2) * (1 + scale * keys.square().sum(-1).amax(-1)[..., None])
-            margin = (alpha - (1 - 2 * draws.double()) * gain * product).abs()
-            assert not ((own != second) & (margin > slack)).any(), stage(0, 0)
-            judged += second.numel()
+    judged = judge(k, v, arena, layout.schedule, config.rule, scale, seed(), 1)
     assert rule == "uniform" or judged > 10000
 
 

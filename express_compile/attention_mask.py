@@ -1,8 +1,8 @@
 """The mask of a rewritten Hugging Face model: what is proven about it travels inside it.
 
 transformers builds one mask per forward pass and hands it through the model to every attention module.
-:func:`make_mask` builds it under our name: a :class:`CausalMask` where transformers asked for plain causal
-attention, and in every other case exactly what its sdpa attention would get.
+:func:`make_mask` builds it under our name: a :class:`ProvenMask` where transformers asked for plain causal or
+bidirectional attention and sdpa would get a dense mask, and in every other case exactly what sdpa would get.
 """
 
 from __future__ import annotations
@@ -13,35 +13,38 @@ from typing import Any
 import torch
 from torch import nn
 
+from .spec import Mask
+
 untraced = torch.compiler.disable(
     reason="a model rewritten by rewrite_attention runs its attention eagerly; to compile it whole, call "
     "restore_attention(model) and then torch.compile(model, backend='express')"
 )
 
 
-class CausalMask(torch.Tensor):
-    """A mask ``[B, 1, Lq, Lk]`` that is proven causal, and is only computed if somebody looks at it.
+class ProvenMask(torch.Tensor):
+    """A mask ``[B, 1, Lq, Lk]`` that is proven, and is only computed if somebody looks at it.
 
-    Query ``i`` sees key ``j`` iff ``j <= i + offset`` and ``padding[b, j]``. Any torch operation on it yields the
-    plain boolean tensor that transformers' sdpa mask would hold, so code that does not know the class gets the
-    right numbers and loses the proof.
+    Any torch operation on it yields the plain boolean tensor that transformers' sdpa mask would hold, so code that
+    does not know the class gets the right numbers and loses the proof.
 
-    padding: bool ``[B, visible]``, True for real tokens, or None when there are only real ones; ``visible`` is the
-        number of leading keys that any query may see.
+    proven: what a query sees of the first ``visible`` keys; it sees none of the others.
+    padding: bool ``[B, visible]``, True for real tokens, or None when there are only real ones.
     """
 
-    offset: int
+    proven: Mask
+    visible: int
     padding: torch.Tensor | None
     _arguments: dict[str, Any]
-    _exact: list[torch.Tensor | None]
+    _exact: torch.Tensor | None
 
     @staticmethod
     def __new__(
-        cls: type[CausalMask], offset: int, padding: torch.Tensor | None, arguments: dict[str, Any]
-    ) -> CausalMask:
+        cls: type[ProvenMask], proven: Mask, visible: int, padding: torch.Tensor | None, arguments: dict[str, Any]
+    ) -> ProvenMask:
         shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
         mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=arguments["device"])
-        mask.offset, mask.padding, mask._arguments, mask._exact = offset, padding, arguments, []
+        mask.proven, mask.visible, mask.padding = proven, visible, padding
+        mask._arguments, mask._exact = arguments, None
         return mask
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -54,17 +57,18 @@ class CausalMask(torch.Tensor):
         return function(*args, **kwargs)
 
     def __repr__(self, **_: Any) -> str:
-        return f"CausalMask(shape={tuple(self.shape)}, offset={self.offset}, padding={self.padding is not None})"
+        return f"ProvenMask(shape={tuple(self.shape)}, proven={str(self.proven)!r}, visible={self.visible})"
 
     def dense(self) -> torch.Tensor:
-        """The boolean tensor ``[B, 1, Lq, Lk]``."""
-        return _sdpa_mask()(**{**self._arguments, "allow_is_causal_skip": False})
+        """The boolean tensor ``[B, 1, Lq, Lk]``, computed anew."""
+        never = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return _sdpa_mask()(**{**self._arguments, **never})
 
-    def exact(self) -> torch.Tensor | None:
-        """What transformers' sdpa attention would have been given: the dense tensor, or None for ``is_causal``."""
-        if not self._exact:
-            self._exact.append(_sdpa_mask()(**self._arguments))
-        return self._exact[0]
+    def exact(self) -> torch.Tensor:
+        """The same for transformers' sdpa attention, computed once for all layers."""
+        if self._exact is None:
+            self._exact = self.dense()
+        return self._exact
 
 
 def _sdpa_mask() -> Callable[..., torch.Tensor | None]:
@@ -83,7 +87,7 @@ def make_mask(
     attention_mask: torch.Tensor | None = None,
     **rest: Any,
 ) -> torch.Tensor | None:
-    """transformers' mask function under our name: a :class:`CausalMask` where proven, else what sdpa would get."""
+    """transformers' mask function under our name: a :class:`ProvenMask` where proven, else what sdpa would get."""
     from transformers.masking_utils import causal_mask_function
 
     arguments = {
@@ -104,7 +108,7 @@ def make_mask(
 
 @untraced
 def _make_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
-    from transformers.masking_utils import causal_mask_function
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
     from transformers.utils.import_utils import is_tracing
 
     q_length, kv_length = arguments["q_length"], arguments["kv_length"]
@@ -112,16 +116,19 @@ def _make_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
     mask_function, attention_mask = arguments["mask_function"], arguments["attention_mask"]
     local_size = arguments.get("local_size")
     tracing = is_tracing(attention_mask if attention_mask is not None else q_offset)
-    if tracing or mask_function is not causal_mask_function or local_size is not None or q_length == 1:
+    causal = mask_function is causal_mask_function
+    plain = (causal or mask_function is bidirectional_mask_function) and local_size is None
+    if tracing or not plain or q_length == 1:
         # One query needs no mask function: its mask *is* the padding, which the attention function reads off.
         mask = _sdpa_mask()(**arguments)
-        if mask is not None and not tracing:
-            mask._express_compile_reason = _describe(mask_function, local_size)
+        if mask is not None and not tracing and not plain:
+            other = "packed sequences, blocks or a custom mask function"
+            mask._express_compile_reason = other if local_size is None else f"local attention over {local_size} keys"
         return mask
     # A StaticCache keeps q_offset in a tensor that it advances in place before attention runs: take its value now.
     arguments = {**arguments, "q_offset": int(q_offset)}
-    offset = arguments["q_offset"] - kv_offset
-    visible = min(kv_length, q_length + offset)
+    offset = arguments["q_offset"] - kv_offset if causal else 0
+    visible = min(kv_length, q_length + offset) if causal else kv_length
     if offset < 0 or (attention_mask is not None and attention_mask.shape[:-1] != (arguments["batch_size"],)):
         return _sdpa_mask()(**arguments)
     padding = None
@@ -130,16 +137,7 @@ def _make_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
         padding = nn.functional.pad(padding, (0, visible - padding.shape[1]))
         # transformers' own mask functions read this one bit back, too
         padding = None if bool(padding.all()) else padding
-    return CausalMask(offset, padding, arguments)
-
-
-def _describe(mask_function: Callable[..., Any], local_size: int | None) -> str:
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-
-    if local_size is not None:
-        return f"local attention over {local_size} keys"
-    if mask_function is bidirectional_mask_function:
-        return "a dense mask of bidirectional attention"
-    if mask_function is causal_mask_function:
-        return "a dense causal mask"
-    return "packed sequences, blocks or a custom mask function"
+    may_skip = arguments.get("allow_is_causal_skip", True) if causal else arguments.get("allow_is_bidirectional_skip")
+    if may_skip and padding is None and (offset == 0 or q_length == kv_length) and _sdpa_mask()(**arguments) is None:
+        return None  # model code may behave in another way if there is a mask where sdpa needs none
+    return ProvenMask(Mask(causal=causal, offset=offset, padding=padding is not None), visible, padding, arguments)
