@@ -43,8 +43,8 @@ def setting(row: dict[str, str]) -> str:
 
 def speed_rows(**wanted: str) -> list[dict[str, str]]:
     """The newest GPU rows of the default shape of a head; earlier runs stay in the file as history."""
-    rows = newest(read("speed.csv"), "gpu", "job", "params", "s", "B", "Lq", "Lk", "H", "H_kv", "D")
-    wanted = {"H": "32", "H_kv": "8", "D": "128", **wanted}
+    rows = newest(read("speed.csv"), "gpu", "job", "params", "s", "B", "Lq", "Lk", "H", "H_kv", "D", "dtype")
+    wanted = {"H": "32", "H_kv": "8", "D": "128", "dtype": "bfloat16", **wanted}
     return [row for row in rows if row["gpu"] != "CPU" and all(row[k] == v for k, v in wanted.items())]
 
 
@@ -83,7 +83,8 @@ def speed_table() -> str:
 
 
 def others_table() -> str:
-    special = [row for row in speed_rows() if row["job"] == "train" or row["B"] != "1" or row["Lq"] != row["Lk"]]
+    rows = [row for row in speed_rows() if row["method"] == "express"]
+    special = [row for row in rows if row["job"] == "train" or row["B"] != "1" or row["Lq"] != row["Lk"]]
     rows = sorted(special, key=lambda row: (row["job"], row["B"], row["Lq"])) + speed_rows(D="64")
     body = []
     for row in rows:
@@ -100,6 +101,57 @@ def others_table() -> str:
         heads = f"{row['H']}/{row['H_kv']}, {row['D']}"
         body.append([job, heads, setting(row), opponent, cell(row), f"{float(row['peak_mb']):,.0f}"])
     return markdown(["job", "heads, D", "setting", "best exact", "Express", "memory, MB"], body)
+
+
+def encode_table() -> str:
+    rows = newest(read("speed.csv"), "gpu", "job", "params", "s", "B", "Lq", "Lk", "H", "H_kv", "D", "dtype")
+    body = []
+    for row in (row for row in rows if row["job"] == "encode" and row["gpu"] != "CPU"):
+        values = dict(part.split("=") for part in row["params"].split())
+        n, what = f"{int(row['Lk']):,}", ""
+        if row["Lq"] != row["Lk"]:
+            n = f"{int(row['Lq']):,} queries, {n} keys"
+        if "lengths" in values:
+            n = f"padded batch of {values['lengths'].replace('/', ' and ')}"
+        if "graph" in values:
+            what = ", both as CUDA graphs"
+        shape = f"{row['H']}/{row['H_kv']}, {row['D']}, {row['dtype']}"
+        opponent = f"{float(row['opponent_ms_p50']):.2f} ms ({row['opponent']})"
+        body.append([n + what, shape, row["s"], opponent, cell(row), f"{float(row['peak_mb']):,.0f}"])
+    return markdown(["tokens", "heads, D, dtype", "s", "best exact", "Thinformer", "memory, MB"], body)
+
+
+def encoders_table() -> str:
+    """Whole models with random weights."""
+    rows = newest(read("speed.csv"), "gpu", "job", "params", "s", "Lq")
+    body = []
+    for row in (row for row in rows if row["job"] == "encode_model" and row["gpu"] != "CPU"):
+        values = dict(part.split("=") for part in row["params"].split())
+        opponent = f"{float(row['opponent_ms_p50']):.1f} ms ({row['opponent']})"
+        sites = (
+            f"{values['rewritten']} of {values['rewritten']}" if row["speedup"][0].isdigit() else values["rewritten"]
+        )
+        body.append([values["model"], f"{int(row['Lq']):,}", row["s"], sites, opponent, cell(row)])
+    return markdown(["model", "tokens", "s", "sites rewritten", "best exact", "Thinformer"], body)
+
+
+def embeddings_table() -> str:
+    """How far the embeddings of MiniLM move, and what a search with them finds."""
+    rows = [row for row in quality_rows() if row["model"] == "all-MiniLM-L6-v2" and row["n"] == "512"]
+    values = {(row["method"], row["params"], row["metric"]): row for row in rows}
+    body = []
+    for method, params in dict.fromkeys((row["method"], row["params"]) for row in rows if row["metric"] == "recall1"):
+        cosine, recall, overlap = (values[method, params, metric] for metric in ("cosine", "recall1", "overlap10"))
+        name = {"thinformer": "Thinformer"}.get(method, method) + " " + params.replace("=", " ")
+        body.append(
+            [
+                name.replace(" halving balanced", "").strip(),
+                f"{float(cosine['value']):.3f} ({float(cosine['low']):.3f}–{float(cosine['high']):.3f})",
+                f"{float(recall['value']):.2f} ({float(recall['low']):.2f}–{float(recall['high']):.2f})",
+                f"{float(overlap['value']):.2f}",
+            ]
+        )
+    return markdown(["attention", "cosine to exact (95%)", "recall@1 (95%)", "overlap of the first ten"], body)
 
 
 def breakdown_table() -> str:
@@ -196,6 +248,9 @@ PARTS = {
     "methods": methods_table,
     "speed": speed_table,
     "others": others_table,
+    "encode": encode_table,
+    "encoders": encoders_table,
+    "embeddings": embeddings_table,
     "breakdown": breakdown_table,
     "quality": quality_table,
     "needles": needle_table,

@@ -14,6 +14,7 @@ are there, two more halvings close the round. (*Express Language Modeling*, arXi
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -104,7 +105,7 @@ class Subsample:
     stage: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a cache finds it by identity: to hash all of it takes as long as a launch
 class Schedule:
     """Everything Express does to the first ``tokens`` tokens of a stream, for budget ``s`` and inflation ``M``.
 
@@ -206,6 +207,7 @@ def make_schedule(tokens: int, s: int, M: int) -> Schedule:
     return Schedule(tokens, s, M, size, tuple(subsamples), tuple(ordered), tuple(ends), tuple(levels))
 
 
+@functools.lru_cache(maxsize=64)
 def compress_schedule(tokens: int, s: int) -> Schedule:
     """KH-Compress (*Low-Rank Thinning*, arXiv 2502.12063): ``tokens`` rows become ``s`` by halving them all again
     and again, in buckets that double, the last of them ``2 s`` rows.

@@ -19,7 +19,6 @@ reference). Refuses causal masks, windows, biases and dropout.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -38,7 +37,6 @@ from .segments_backward import accumulate_rows, segment_attention_backward_trito
 from .thinning import thin
 
 
-@functools.lru_cache(maxsize=64)
 def make_schedule(Lk: int, s: int) -> Schedule:
     """The halvings of ``Lk > s`` keys, stretched to ``s`` times a power of two."""
     return compress_schedule(s << (-(-Lk // s) - 1).bit_length(), s)

@@ -509,6 +509,11 @@ def _thin_kernel(
 # Launcher
 
 
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @functools.lru_cache(maxsize=64)
 def _tiles_on(schedule: Schedule, rule: HalvingRule, pairs: int, lanes: int, device: torch.device) -> tuple:
     tiles = Tiles(schedule, rule, pairs, lanes)
@@ -544,7 +549,7 @@ def thin(
     BD, BDV = (max(16, next_power_of_two(x)) for x in (D, Dv))
     # two tiles of keys and two of values are in shared memory at once
     pairs = PAIRS if (BD + BDV) * key.element_size() <= 1024 else PAIRS // 2
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if key.is_cuda else 1
+    processors = _processors(device) if key.is_cuda else 1
     lanes = max(1, PROGRAMS * processors // sequences)
     tiles, table, gains, described, coin = _tiles_on(schedule, rule, pairs, lanes, device)
     count = len(table)
