@@ -32,7 +32,7 @@ call (cross attention, a cache that evicts), the caller advances ``seed`` itself
 Supports 1 to 16 queries, causal and aligned bottom-right (a single query may also have no mask), grouped queries,
 Dv != D, key padding, per-sequence lengths; a query that sees no key gives 0. At most as many keys as draws: exact.
 ``budget`` is S, draws per query head, a float a fraction of the keys; the option ``draws`` sets it per head and per
-layer. Refuses prefill, windows, biases, dropout, and gradients when they are asked for. On the CPU; there is no CUDA
+layer (at most S distinct rows per head; shared, about S for all heads of a KV head that are alike). Refuses prefill, windows, biases, dropout, and gradients when they are asked for. On the CPU; there is no CUDA
 path yet. ``bernoulli`` (Section 4 of the paper) is in the reference only: unbiased scores, a biased softmax.
 """
 
@@ -404,18 +404,21 @@ def _check_sampler(sampler: Any, shared: Any) -> None:
 def _draws_of(policy: Policy, draws: Any) -> tuple[list[int], list[int]]:
     """``draws`` and ``layers`` of the op from the option ``draws``: None (the budget), an integer, a sequence of one
     per head, or a mapping of module paths to either of these."""
-    budget = policy.budget if isinstance(policy.budget, int) else 0
     table = dict(draws) if isinstance(draws, Mapping) else {}
-    others = budget if draws is None or isinstance(draws, Mapping) else draws
-    rows = [list(x) if isinstance(x, Sequence) and not isinstance(x, str) else [x] for x in (*table.values(), others)]
-    width = max(map(len, rows))
+    given = [*table.values()] if draws is None or isinstance(draws, Mapping) else [draws]
+    rows = [list(x) if isinstance(x, Sequence) and not isinstance(x, str) else [x] for x in given]
+    width = max(map(len, rows), default=1)
     for row in rows:
         good = all(isinstance(S, int) and not isinstance(S, bool) and 1 <= S <= MAX_DRAWS for S in row)
-        if len(row) not in (1, width) or not (good or row == [0] and others is budget):
+        if not row or len(row) not in (1, width) or not good:
             raise ValueError(
                 f"draws={draws!r}: must be an integer from 1 to {MAX_DRAWS}, a list of one per head, or a mapping of "
                 "module paths to either"
             )
+    if len(rows) == len(table):
+        rows.append([0 if isinstance(policy.budget, float) else policy.budget])
+        if rows[-1][0] > MAX_DRAWS:
+            raise ValueError(f"budget={policy.budget!r}: must be at most {MAX_DRAWS} draws")
     return [S for row in rows for S in (row if len(row) == width else row * width)], [layer_key(path) for path in table]
 
 
