@@ -32,8 +32,9 @@ call (cross attention, a cache that evicts), the caller advances ``seed`` itself
 Supports 1 to 16 queries, causal and aligned bottom-right (a single query may also have no mask), grouped queries,
 Dv != D, key padding, per-sequence lengths; a query that sees no key gives 0. At most as many keys as draws: exact.
 ``budget`` is S, draws per query head, a float a fraction of the keys; the option ``draws`` sets it per head and per
-layer (at most S distinct rows per head; shared, about S for all heads of a KV head that are alike). Refuses prefill, windows, biases, dropout, and gradients when they are asked for. On the CPU; there is no CUDA
-path yet. ``bernoulli`` (Section 4 of the paper) is in the reference only: unbiased scores, a biased softmax.
+layer. A head reads at most S distinct rows; shared, about S serve all heads of a KV head that are alike. Refuses
+prefill, windows, biases, dropout, and gradients when they are asked for. On the CPU; there is no CUDA path yet.
+``bernoulli`` (Section 4 of the paper) is in the reference only: unbiased scores, a biased softmax.
 """
 
 from __future__ import annotations
