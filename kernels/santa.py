@@ -74,9 +74,9 @@ def strata_per_offset(sampler: str) -> int:
     raise ValueError(f"sampler={sampler!r}: allowed are 'sys', 'strat', 'iid', and 'sys-<r>' for r strata per offset")
 
 
-def fraction_bits(draws: float) -> int:
-    """F: bits behind the point of an expected count, so that prefixes up to ``draws`` fit an int32."""
-    return min(24, 30 - math.ceil(math.log2(draws + 2)))
+def fraction_bits(draws: torch.Tensor) -> torch.Tensor:
+    """F: bits behind the point of an expected count, so that prefixes up to ``draws`` fit an int32; int64."""
+    return (30 - (draws.double() + 2).log2().ceil().long()).clamp(max=24)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ class Comb:
     prefix: ``X_j`` in units of ``2**-bits``, int64 ``[B, H_kv, g, Lq, n]``.
     weight: what one hit of row j counts, float64 ``[B, H_kv, g, Lq, n]`` (never ``[1, 1]``).
     always: rows that are read whatever is drawn, bool like ``prefix``.
-    draws: S per group, int64 ``[H_kv, g, 1]``.
+    draws: S of every query head, int64 ``[H_kv, g, 1]``.
+    bits: F of every comb, int64 ``[H_kv, g, 1]``.
     strata: upper bound of the strata that the prefixes reach.
     """
 
@@ -94,29 +95,31 @@ class Comb:
     weight: torch.Tensor
     always: torch.Tensor
     draws: torch.Tensor
-    bits: int
+    bits: torch.Tensor
     strata: int
 
     @property
     def expected(self) -> torch.Tensor:
         """``x_j``, the expected draws of every row that is not always read: float64 like ``prefix``."""
         x = self.prefix.double()
-        return x.diff(dim=-1, prepend=torch.zeros_like(x[..., :1])) / 2**self.bits
+        return x.diff(dim=-1, prepend=torch.zeros_like(x[..., :1])) / 2.0 ** self.bits[..., None]
 
 
-def make_comb(p: torch.Tensor, draws: torch.Tensor, shared: bool, bits: int | None = None) -> Comb:
+def make_comb(p: torch.Tensor, draws: torch.Tensor, shared: bool) -> Comb:
     """The comb of the probabilities ``p``, float64 ``[B, H_kv, g, Lq, n]``, with ``draws`` int64 ``[H]``."""
     H_kv, g, Lq, n = p.shape[1:]
     S = draws.view(H_kv, g, 1)
-    most = int(S.max()) * (math.sqrt(g * Lq) if shared else 1)
-    bits = fraction_bits(most) if bits is None else bits
     if shared:
+        most = S.amax(1, keepdim=True) * math.sqrt(g * Lq)
+        bits = fraction_bits(most)
+        one = (1 << bits)[..., None]
         pi = (S[..., None] * p).square().mean((2, 3), keepdim=True).sqrt()
-        pi = (pi * 2**bits).ceil().clamp(max=2**bits).long()
-        always = pi == 2**bits
-        weight = torch.where(pi > 0, p * 2**bits / pi, 0.0)
-        strata = math.ceil(most) + (n >> bits) + 1
+        pi = (pi * one).ceil().long().minimum(one)
+        always = pi == one
+        weight = torch.where(pi > 0, p * one / pi, 0.0)
+        strata = math.ceil(most.max()) + (n >> int(bits.min())) + 1
         return Comb(pi.masked_fill(always, 0).cumsum(-1), weight, always, S, bits, strata)
+    bits = fraction_bits(S)
     total = (S << bits)[..., None]
     prefix = torch.minimum((p * total).round().long().cumsum(-1), total)
     place = torch.arange(n, device=p.device)
@@ -142,23 +145,23 @@ def draw_thresholds(
         return (u * 2.0**24).long()
 
     if sampler != "iid":
-        return draw(comb.strata // per + 1 if per else 1, _THRESHOLDS) >> (24 - comb.bits)
+        return draw(comb.strata // per + 1 if per else 1, _THRESHOLDS) >> (24 - comb.bits[..., None])
     count = int(comb.draws.max())
     fine = (draw(count, _THRESHOLDS) << 23) | (draw(count, _LOW_BITS) >> 1)  # 47 bits; times S they fit an int64
-    thresholds = (fine * comb.draws[..., None]) >> (47 - comb.bits)
+    thresholds = (fine * comb.draws[..., None]) >> (47 - comb.bits[..., None])
     unused = torch.arange(count, device=step.device) >= comb.draws[..., None]
     return thresholds.masked_fill(unused, torch.iinfo(torch.int64).max).sort(-1).values
 
 
 def hits(comb: Comb, sampler: str, thresholds: torch.Tensor) -> torch.Tensor:
     """How often every row is drawn: int64, shaped like ``comb.prefix``."""
-    X, per = comb.prefix, strata_per_offset(sampler)
+    X, bits, per = comb.prefix, comb.bits[..., None], strata_per_offset(sampler)
     if sampler == "iid":
         below = torch.searchsorted(thresholds.contiguous(), X.contiguous())
     else:
-        stratum = X >> comb.bits
+        stratum = X >> bits
         index = stratum // per if per else torch.zeros_like(stratum)
-        below = stratum + ((X & (2**comb.bits - 1)) > thresholds.expand(*X.shape[:-1], -1).gather(-1, index))
+        below = stratum + (X - (stratum << bits) > thresholds.expand(*X.shape[:-1], -1).gather(-1, index))
     return below.diff(dim=-1, prepend=torch.zeros_like(below[..., :1])) + comb.always
 
 
@@ -283,17 +286,18 @@ def variance(p: torch.Tensor, value: torch.Tensor, draws: torch.Tensor, sampler:
         spread = (q[..., None] * (v - q[..., None, :] @ v).square()).sum((-1, -2))
         return (spread / comb.draws).flatten(1, 2)
     rows = torch.where(comb.always, 0.0, comb.weight)[..., None] * v
-    prefix = comb.prefix.expand(rows.shape[:-1])
-    return _comb_variance(prefix, rows, comb.bits, strata_per_offset(sampler)).flatten(1, 2)
+    prefix = (comb.prefix << (24 - comb.bits[..., None])).expand(rows.shape[:-1])
+    return _comb_variance(prefix, rows, strata_per_offset(sampler)).flatten(1, 2)
 
 
-def _comb_variance(X: torch.Tensor, rows: torch.Tensor, bits: int, per: int) -> torch.Tensor:
-    """Variance of the sum of ``rows`` ``[..., n, d]`` that the thresholds hit; ``X`` ``[..., n]``, ``[...]`` out.
+def _comb_variance(X: torch.Tensor, rows: torch.Tensor, per: int) -> torch.Tensor:
+    """Variance of the sum of ``rows`` ``[..., n, d]`` that the thresholds hit; ``X`` ``[..., n]`` in units of
+    ``2**-24``, ``[...]`` out.
 
     The rows under the thresholds of one offset change only where U passes ``frac(X_j)``: row j makes room for the
     next. So walk over these places in order and integrate over the pieces between them.
     """
-    one, d = 1 << bits, rows.shape[-1]
+    one, d = 1 << 24, rows.shape[-1]
     strata = max(1, -(-int(X.max()) // one))
     per = per or strata
     blocks = -(-strata // per)
@@ -306,10 +310,10 @@ def _comb_variance(X: torch.Tensor, rows: torch.Tensor, bits: int, per: int) -> 
     change = rows.diff(dim=-2).masked_fill((X % one == 0)[..., None], 0)
     change = torch.cat([torch.zeros_like(held), change], -2)
     begins = (torch.arange(blocks, device=X.device) * one).expand(*X.shape[:-1], blocks).contiguous()
-    place = torch.cat([begins, (X >> bits) // per * one + X % one], -1)
+    place = torch.cat([begins, X // one // per * one + X % one], -1)
     place, order = place.sort(dim=-1, stable=True)
     change = change.gather(-2, order[..., None].expand(change.shape)).cumsum(-2)
-    block = (place >> bits).clamp(max=blocks - 1)
+    block = (place // one).clamp(max=blocks - 1)
     length = place.diff(dim=-1, append=torch.full_like(place[..., :1], blocks * one)).double() / one
     first = torch.searchsorted(place, begins)
     held = held - change.gather(-2, first[..., None].expand(*first.shape, d))
@@ -326,7 +330,7 @@ def read_probability(p: torch.Tensor, draws: torch.Tensor, sampler: str, shared:
     x, per = comb.expected, strata_per_offset(sampler) or comb.strata + 1
     if sampler == "iid":
         return 1 - (1 - x / comb.draws[..., None]) ** comb.draws[..., None]
-    end = comb.prefix.double() / 2**comb.bits
+    end = comb.prefix.double() / 2.0 ** comb.bits[..., None]
     low, high = (end - x).floor(), end.ceil() - 1  # the first and the last stratum of every row
     head, tail = low + 1 - (end - x), end - high  # and how much of them it fills
     apart = torch.where(low // per == high // per, (head + tail).clamp(max=1), 1 - (1 - head) * (1 - tail))
