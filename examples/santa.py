@@ -174,7 +174,8 @@ def kl_rows(model, tokenizer, device: str, args, per_layer: dict[int, dict[str, 
 
 @torch.no_grad()
 def generate_rows(model, tokenizer, device: str, args, console: Console) -> list[dict]:
-    """Greedy generation after a long prompt: tokens that agree with exact greedy before the first other one."""
+    """Greedy generation after a long prompt: tokens that agree with exact greedy before the first other one (many,
+    once a model repeats itself), and how probable the exact model finds what was written, in nats per token."""
     text = long_texts()["genesis"]
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : args.length - args.tokens].to(device)
     mask = torch.ones_like(ids)
@@ -201,7 +202,10 @@ def generate_rows(model, tokenizer, device: str, args, console: Console) -> list
         console.print(f"[b]{name}[/b], {seconds:.1f} s, the first {same} of {len(out)} tokens as exact")
         console.print(tokenizer.decode(out), style="dim", highlight=False, markup=False)
         common = dict(task="generate", n=ids.shape[1], method="exact" if policy is None else "santa", params=name)
+        logits = model(torch.cat([ids[0], out])[None, :-1], use_cache=False, logits_to_keep=len(out)).logits[0]
+        nll = torch.nn.functional.cross_entropy(logits.float(), out).item()
         rows.append({**common, "metric": "tokens as exact", "value": same, "high": len(out)})
+        rows.append({**common, "metric": "nll under exact", "value": nll})
     return rows
 
 
