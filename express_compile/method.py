@@ -55,7 +55,7 @@ class Method:
 class _Methods(Mapping[str, Method]):
     """Name -> :class:`Method`. The shipped methods are imported on first use, never at package import."""
 
-    shipped = ("express", "thinformer", "exact")
+    shipped = ("express", "thinformer", "santa", "exact")
 
     def __init__(self) -> None:
         self._methods: dict[str, Method] = {}

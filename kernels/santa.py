@@ -1,0 +1,477 @@
+"""SANTA: decoding that reads all keys but only a random sample of the value rows, without bias.
+
+    out_i = sum_j c_ij v_j / S,    E[c_ij] = S p_ij,    p_i = softmax(scale <q_i, k_.> + mask)
+
+Paper: *SANTA*, arXiv 2605.01910. ``c_ij`` counts the thresholds that fall on row j when the rows are laid end to end,
+row j taking ``x_j = S p_ij``: with the prefix ``X_j = x_1 + .. + x_j``, ``N(x) = floor(x) + [frac(x) > U_floor(x)]``
+and ``c_j = N(X_j) - N(X_{j-1})``. Stratum m holds one threshold, ``m + U_m``:
+
+* ``sys``: one U for all strata; ``strat``: one per stratum; ``sys-r``: a new one every r strata, e.g. ``sys-16``;
+* ``iid``: S independent thresholds anywhere, the baseline without strata.
+
+``shared``: all query heads and queries of a KV head share their rows (a Horvitz-Thompson estimator). Row j advances
+the comb by ``pi_j = sqrt(mean_i (S p_ij)^2)`` and weighs ``c_j p_ij / pi_j``; where ``pi_j >= 1`` it is always read,
+weighs ``p_ij`` and advances the comb by 0. Heads that are alike get ``pi_j = min(1, S p_j)``.
+
+Error law: ``E|out - exact|^2`` is ``tr(Sigma) / S`` for ``iid`` (``Sigma`` the covariance of a value row under p),
+never more for ``strat``, and between ``1 / S`` and ``1 / S^1.3`` for all combs in practice. ``sys`` has a worst case,
+values of period n / S under flat attention: S times ``iid``; ``sys-r`` caps it at r times. :func:`variance` is exact.
+
+Fixed point: expected counts are integers in units of ``2**-F``, prefixes are integer sums, and U is uniform on the
+same grid. Sums of integers do not depend on their order, so counts telescope and are the same bits for any tiling of
+the same integers; ``E[c_j]`` is ``x_j`` *exactly*. F leaves room for all prefixes in int32. Without ``shared``, ``x_j``
+is rounded to nearest, the last visible row takes what is missing to ``S 2**F``, and the sampled probabilities are
+these integers divided by ``S 2**F``, within ``2**-(F+1) / S`` of the softmax. With ``shared``, ``pi_j`` is rounded up
+(every visible row can be drawn) and the weight divides by the rounded one: unbiased for the softmax itself.
+
+Random numbers: Philox with the key (seed, layer) and a counter of stratum, batch and head, and *step*, the number of
+keys that the query sees. So a constant seed draws anew at every decoding step, also in a CUDA graph over a static
+cache, where the number of keys is counted in ``padding`` or given in ``lengths``. Where it stays the same from call to
+call (cross attention, a cache that evicts), the caller advances ``seed`` itself.
+
+Supports 1 to 16 queries, causal and aligned bottom-right (a single query may also have no mask), grouped queries,
+Dv != D, key padding, per-sequence lengths; a query that sees no key gives 0. At most as many keys as draws: exact.
+``budget`` is S, draws per query head, a float a fraction of the keys; the option ``draws`` sets it per head and per
+layer. A head reads at most S distinct rows; shared, about S serve all heads of a KV head that are alike. Refuses
+prefill, windows, biases, dropout, and gradients when they are asked for. On the CPU; there is no CUDA path yet.
+``bernoulli`` (Section 4 of the paper) is in the reference only: unbiased scores, a biased softmax.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from express_compile.method import Method, register
+from express_compile.spec import AttentionSpec, Policy, Refusal, known_equal, layer_key
+
+from ._op import attention_fake, check_qkv, define_op
+from ._triton import philox_uniform
+
+MAX_QUERIES = 16
+MAX_DRAWS = 1 << 16
+_THRESHOLDS, _LOW_BITS, _ROUNDING = 1 << 30, (1 << 30) + 1, (1 << 30) + 2  # bucket words of the random counter
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sampling on the grid
+
+
+def strata_per_offset(sampler: str) -> int:
+    """How many strata share an offset: 1 for ``"strat"``, r for ``"sys-r"``, 0 (all) for ``"sys"`` and ``"iid"``.
+
+    Raises ``ValueError`` for another name.
+    """
+    names = {"sys": 0, "strat": 1, "iid": 0}
+    if sampler in names:
+        return names[sampler]
+    if isinstance(sampler, str) and re.fullmatch(r"sys-[1-9]\d{0,4}", sampler):
+        return int(sampler[4:])
+    raise ValueError(f"sampler={sampler!r}: allowed are 'sys', 'strat', 'iid', and 'sys-<r>' for r strata per offset")
+
+
+def fraction_bits(draws: torch.Tensor) -> torch.Tensor:
+    """F: bits behind the point of an expected count, so that prefixes up to ``draws`` fit an int32; int64."""
+    return (30 - (draws.double() + 2).log2().ceil().long()).clamp(max=24)
+
+
+@dataclass(frozen=True)
+class Comb:
+    """The rows of a KV head laid end to end. The groups ``[g, Lq]`` are ``[1, 1]`` where rows are shared.
+
+    prefix: ``X_j`` in units of ``2**-bits``, int64 ``[B, H_kv, g, Lq, n]``.
+    weight: what one hit of row j counts, float64 ``[B, H_kv, g, Lq, n]`` (never ``[1, 1]``).
+    always: rows that are read whatever is drawn, bool like ``prefix``.
+    draws: S of every query head, int64 ``[H_kv, g, 1]``.
+    bits: F of every comb, int64 ``[H_kv, g, 1]``.
+    strata: upper bound of the strata that the prefixes reach.
+    """
+
+    prefix: torch.Tensor
+    weight: torch.Tensor
+    always: torch.Tensor
+    draws: torch.Tensor
+    bits: torch.Tensor
+    strata: int
+
+    @property
+    def expected(self) -> torch.Tensor:
+        """``x_j``, the expected draws of every row that is not always read: float64 like ``prefix``."""
+        x = self.prefix.double()
+        return x.diff(dim=-1, prepend=torch.zeros_like(x[..., :1])) / 2.0 ** self.bits[..., None]
+
+
+def make_comb(p: torch.Tensor, draws: torch.Tensor, shared: bool) -> Comb:
+    """The comb of the probabilities ``p``, float64 ``[B, H_kv, g, Lq, n]``, with ``draws`` int64 ``[H]``."""
+    H_kv, g, Lq, n = p.shape[1:]
+    S = draws.view(H_kv, g, 1)
+    if shared:
+        most = S.amax(1, keepdim=True) * math.sqrt(g * Lq)
+        bits = fraction_bits(most)
+        one = (1 << bits)[..., None]
+        pi = (S[..., None] * p).square().mean((2, 3), keepdim=True).sqrt()
+        pi = (pi * one).ceil().long().minimum(one)
+        always = pi == one
+        weight = torch.where(pi > 0, p * one / pi, 0.0)
+        strata = math.ceil(most.max()) + (n >> int(bits.min())) + 1
+        return Comb(pi.masked_fill(always, 0).cumsum(-1), weight, always, S, bits, strata)
+    bits = fraction_bits(S)
+    total = (S << bits)[..., None]
+    prefix = torch.minimum((p * total).round().long().cumsum(-1), total)
+    place = torch.arange(n, device=p.device)
+    last = torch.where(p > 0, place, -1).amax(-1, keepdim=True)
+    prefix = torch.where((place >= last) & (last >= 0), total, prefix)
+    weight = (1 / S.double())[..., None].expand(p.shape)
+    return Comb(prefix, weight, torch.zeros_like(prefix, dtype=torch.bool), S, bits, int(S.max()))
+
+
+def draw_thresholds(
+    comb: Comb, sampler: str, seed: torch.Tensor, layer: int, step: torch.Tensor, sequence: torch.Tensor
+) -> torch.Tensor:
+    """Offsets U of the strata, int64 ``[B, H_kv, g, Lq, m]`` in units of ``2**-comb.bits``; for ``"iid"`` the sorted
+    thresholds themselves.
+
+    ``step`` int64 ``[B, Lq]``; ``sequence`` int64 ``[B, H_kv, g]``; ``Lq`` and ``g`` are 1 for shared rows.
+    """
+    per = strata_per_offset(sampler)
+
+    def draw(count: int, bucket: int) -> torch.Tensor:
+        place = torch.arange(count, device=step.device)
+        u = philox_uniform(seed, layer, place, bucket, step[:, None, None, :, None], sequence[..., None, None])
+        return (u * 2.0**24).long()
+
+    if sampler != "iid":
+        return draw(comb.strata // per + 1 if per else 1, _THRESHOLDS) >> (24 - comb.bits[..., None])
+    count = int(comb.draws.max())
+    fine = (draw(count, _THRESHOLDS) << 23) | (draw(count, _LOW_BITS) >> 1)  # 47 bits; times S they fit an int64
+    thresholds = (fine * comb.draws[..., None]) >> (47 - comb.bits[..., None])
+    unused = torch.arange(count, device=step.device) >= comb.draws[..., None]
+    return thresholds.masked_fill(unused, torch.iinfo(torch.int64).max).sort(-1).values
+
+
+def hits(comb: Comb, sampler: str, thresholds: torch.Tensor) -> torch.Tensor:
+    """How often every row is drawn: int64, shaped like ``comb.prefix``."""
+    X, bits, per = comb.prefix, comb.bits[..., None], strata_per_offset(sampler)
+    if sampler == "iid":
+        below = torch.searchsorted(thresholds.contiguous(), X.contiguous())
+    else:
+        stratum = X >> bits
+        index = stratum // per if per else torch.zeros_like(stratum)
+        below = stratum + (X - (stratum << bits) > thresholds.expand(*X.shape[:-1], -1).gather(-1, index))
+    return below.diff(dim=-1, prepend=torch.zeros_like(below[..., :1])) + comb.always
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reference
+
+
+def visible_keys(
+    B: int, Lq: int, Lk: int, padding: torch.Tensor | None, lengths: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    """Which keys every query sees, bool ``[B, Lq, Lk]``: those up to its own, of which query ``Lq - 1`` is key
+    ``Lk - 1``, or ``lengths[b] - 1``; without the padded ones."""
+    place, query = torch.arange(Lk, device=device), torch.arange(Lq, device=device)
+    end = torch.full((B,), Lk, device=device) if lengths is None else lengths
+    visible = place < end[:, None, None] - Lq + 1 + query[:, None]
+    return visible if padding is None else visible & padding[:, None]
+
+
+def probabilities(
+    query: torch.Tensor, key: torch.Tensor, visible: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``p`` float64 ``[B, H_kv, g, Lq, Lk]``, 0 where not ``visible``, and ``lse`` ``[B, H, Lq]`` in float32 (float64
+    for float64 inputs). Keys that nobody sees may hold anything, NaN too."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    k = key.to(dtype).masked_fill(~visible.any(1)[:, None, :, None], 0)
+    scores = (query.unflatten(1, (key.shape[1], -1)).to(dtype) * scale) @ k[:, :, None].mT
+    scores = scores.masked_fill(~visible[:, None, None], -math.inf)
+    lse = scores.logsumexp(-1)
+    return scores.double().softmax(-1).nan_to_num(0.0), lse.flatten(1, 2)
+
+
+def round_query(query: torch.Tensor, levels: int, seed: torch.Tensor, layer: int, step: torch.Tensor) -> torch.Tensor:
+    """Bernoulli score sampling: ``query`` ``[B, H, Lq, D]`` rounded at random to ``levels`` steps of its largest entry.
+
+    An unbiased ``q``, so unbiased scores; products with keys become additions. ``step`` int64 ``[B, Lq]``.
+    """
+    q = query.double()
+    unit = q.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny) / levels
+    sequence = _sequence(*query.shape[:2], query.device)[..., None, None]
+    place = torch.arange(query.shape[-1], device=query.device)
+    u = philox_uniform(seed, layer, place, _ROUNDING, step[:, None, :, None], sequence).double() + 2.0**-25
+    ratio = (q / unit).abs()
+    return (q.sign() * unit * (ratio.floor() + (u < ratio.frac()))).to(query.dtype)
+
+
+def _sequence(B: int, heads: int, device: torch.device) -> torch.Tensor:
+    """Counter word of (batch, head): int64 ``[B, heads]``."""
+    return torch.arange(B, device=device)[:, None] * 65536 + torch.arange(heads, device=device)
+
+
+def sample_weights(
+    p: torch.Tensor,
+    draws: torch.Tensor,
+    step: torch.Tensor,
+    seed: torch.Tensor,
+    layer: int,
+    sampler: str,
+    shared: bool,
+) -> torch.Tensor:
+    """The weights of the value rows, float64 ``[B, H_kv, g, Lq, n]`` like ``p``; of expectation ``p``, mostly 0.
+
+    ``draws`` int64 ``[H]``; ``step`` int64 ``[B, Lq]``.
+    """
+    B, H_kv, g = p.shape[:3]
+    comb = make_comb(p, draws, shared)
+    if shared:
+        step, sequence = step[:, -1:], _sequence(B, H_kv, p.device)[..., None]
+    else:
+        sequence = _sequence(B, H_kv * g, p.device).unflatten(1, (H_kv, g))
+    thresholds = draw_thresholds(comb, sampler, seed, layer, step, sequence)
+    return hits(comb, sampler, thresholds) * comb.weight
+
+
+def santa_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    draws: torch.Tensor | None,
+    scale: float,
+    seed: torch.Tensor,
+    layer: int = 0,
+    *,
+    sampler: str = "sys",
+    shared: bool = True,
+    padding: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    bernoulli: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """SANTA in plain PyTorch on any device: the definition of correct.
+
+    ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``; ``draws`` int64 ``[H]``,
+    S of every query head, or None for exact attention; ``seed`` 0-dim int64; ``padding`` bool ``[B, Lk]``, True for a
+    real key; ``lengths`` int64 ``[B]``, the keys of every sequence where it does not fill the cache; ``bernoulli``
+    levels of the query's random rounding, 0 for none. Returns ``out`` ``[B, H, Lq, Dv]`` and ``lse`` ``[B, H, Lq]``,
+    that of all keys, in float32 (or float64).
+    """
+    B, Lq = query.shape[0], query.shape[2]
+    visible = visible_keys(B, Lq, key.shape[2], padding, lengths, query.device)
+    step = visible.sum(-1)
+    if bernoulli:
+        query = round_query(query, bernoulli, seed, layer, step)
+    weights, lse = probabilities(query, key, visible, scale)
+    if draws is not None:
+        weights = sample_weights(weights, draws, step, seed, layer, sampler, shared)
+    v = value.to(lse.dtype).masked_fill(~visible.any(1)[:, None, :, None], 0)
+    return (weights.to(v.dtype) @ v[:, :, None]).flatten(1, 2).to(query.dtype), lse
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What to expect: exact, without drawing
+
+
+def variance(p: torch.Tensor, value: torch.Tensor, draws: torch.Tensor, sampler: str, shared: bool) -> torch.Tensor:
+    """``E|out - E out|^2`` for every query, float64 ``[B, H, Lq]``; no randomness, all offsets are integrated over.
+
+    ``p`` as :func:`probabilities` gives it, ``value`` ``[B, H_kv, n, Dv]``, ``draws`` int64 ``[H]``. Takes memory for
+    ``B H Lq n Dv`` float64 numbers.
+    """
+    v, comb = value.double()[:, :, None, None], make_comb(p, draws, shared)
+    if sampler == "iid":
+        q = comb.expected / comb.draws[..., None]
+        spread = (q[..., None] * (v - q[..., None, :] @ v).square()).sum((-1, -2))
+        return (spread / comb.draws).flatten(1, 2)
+    rows = torch.where(comb.always, 0.0, comb.weight)[..., None] * v
+    prefix = (comb.prefix << (24 - comb.bits[..., None])).expand(rows.shape[:-1])
+    return _comb_variance(prefix, rows, strata_per_offset(sampler)).flatten(1, 2)
+
+
+def _comb_variance(X: torch.Tensor, rows: torch.Tensor, per: int) -> torch.Tensor:
+    """Variance of the sum of ``rows`` ``[..., n, d]`` that the thresholds hit; ``X`` ``[..., n]`` in units of
+    ``2**-24``, ``[...]`` out.
+
+    The rows under the thresholds of one offset change only where U passes ``frac(X_j)``: row j makes room for the
+    next. So walk over these places in order and integrate over the pieces between them.
+    """
+    one, d = 1 << 24, rows.shape[-1]
+    strata = max(1, -(-int(X.max()) // one))
+    per = per or strata
+    blocks = -(-strata // per)
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))  # behind the last row: nothing
+    start = (torch.arange(strata, device=X.device) * one).expand(*X.shape[:-1], strata).contiguous()
+    first = torch.searchsorted(X.contiguous(), start, right=True)
+    held = rows.gather(-2, first[..., None].expand(*first.shape, d))
+    held = torch.nn.functional.pad(held, (0, 0, 0, blocks * per - strata)).unflatten(-2, (blocks, per)).sum(-2)
+
+    change = rows.diff(dim=-2).masked_fill((X % one == 0)[..., None], 0)
+    change = torch.cat([torch.zeros_like(held), change], -2)
+    begins = (torch.arange(blocks, device=X.device) * one).expand(*X.shape[:-1], blocks).contiguous()
+    place = torch.cat([begins, X // one // per * one + X % one], -1)
+    place, order = place.sort(dim=-1, stable=True)
+    change = change.gather(-2, order[..., None].expand(change.shape)).cumsum(-2)
+    block = (place // one).clamp(max=blocks - 1)
+    length = place.diff(dim=-1, append=torch.full_like(place[..., :1], blocks * one)).double() / one
+    first = torch.searchsorted(place, begins)
+    held = held - change.gather(-2, first[..., None].expand(*first.shape, d))
+    block = block[..., None].expand(change.shape)
+    state = change + held.gather(-2, block)
+    mean = torch.zeros_like(held).scatter_add(-2, block, state * length[..., None])
+    return ((state - mean.gather(-2, block)).square().sum(-1) * length).sum(-1)
+
+
+def read_probability(p: torch.Tensor, draws: torch.Tensor, sampler: str, shared: bool) -> torch.Tensor:
+    """The probability that a row is read, float64 ``[B, H_kv, g, Lq, n]``, or ``[B, H_kv, 1, 1, n]`` if ``shared``; its
+    sum over n is the expected number of distinct rows. Arguments as for :func:`variance`."""
+    comb = make_comb(p, draws, shared)
+    x, per = comb.expected, strata_per_offset(sampler) or comb.strata + 1
+    if sampler == "iid":
+        return 1 - (1 - x / comb.draws[..., None]) ** comb.draws[..., None]
+    end = comb.prefix.double() / 2.0 ** comb.bits[..., None]
+    low, high = (end - x).floor(), end.ceil() - 1  # the first and the last stratum of every row
+    head, tail = low + 1 - (end - x), end - high  # and how much of them it fills
+    apart = torch.where(low // per == high // per, (head + tail).clamp(max=1), 1 - (1 - head) * (1 - tail))
+    read = torch.where(low == high, x, torch.where(high - low > 1, 1.0, apart))
+    return torch.where(comb.always, 1.0, torch.where(x == 0, 0.0, read))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Op
+
+
+def _resolve(draws: list[int], layers: list[int], fraction: float, H: int, Lk: int, layer: int) -> list[int]:
+    """S of every head at the site ``layer``: ``draws`` holds a row of 1 or H numbers for every entry of ``layers`` and
+    one for all other sites; 0 stands for the fraction of the keys."""
+    width, rest = divmod(len(draws), len(layers) + 1)
+    if rest or width not in (1, H):
+        raise ValueError(
+            f"draws: {len(draws)} numbers; must be 1 or {H} (heads) for each of {len(layers)} layers and 1 more"
+        )
+    row = layers.index(layer) if layer in layers else len(layers)
+    chosen = [S or max(1, round(fraction * Lk)) for S in draws[row * width : (row + 1) * width]]
+    if not 1 <= min(chosen) <= max(chosen) <= MAX_DRAWS:
+        raise ValueError(f"draws={chosen}: must be integers from 1 to {MAX_DRAWS}")
+    return chosen * (H // width)
+
+
+def _body(query, key, value, padding, seed, scale, layer, lengths=None, **options):
+    check_qkv(query, key, value, padding)
+    B, H, Lq = query.shape[:3]
+    Lk = key.shape[2]
+    if Lq > MAX_QUERIES:
+        raise ValueError(f"query: {Lq} rows; must be 1 to {MAX_QUERIES}, the queries of a decoding step")
+    if lengths is not None and (lengths.shape != (B,) or lengths.dtype != torch.int64):
+        raise ValueError(f"lengths: {lengths.dtype} of shape {tuple(lengths.shape)}; must be torch.int64 {(B,)}")
+    S = _resolve(H=H, Lk=Lk, layer=layer, **{x: options[x] for x in ("draws", "layers", "fraction")})
+    sampler, shared = options["sampler"], options["shared"]
+    _check_sampler(sampler, shared)
+    chosen = None if Lk < options["min_length"] or Lk <= min(S) else torch.tensor(S, device=query.device)
+    out, lse = santa_reference(
+        query, key, value, chosen, scale, seed, layer, sampler=sampler, shared=shared, padding=padding, lengths=lengths
+    )
+    return out.contiguous(), lse.contiguous()
+
+
+def _no_gradient(ctx, *grads):
+    names = [name for name, needed in zip(("query", "key", "value"), ctx.needs_input_grad, strict=False) if needed]
+    raise RuntimeError(
+        f"santa: {', '.join(names)} needs a gradient, and sampled decoding has none; decode under torch.no_grad(), or "
+        "leave 'santa' out of methods"
+    )
+
+
+OP = define_op(
+    "santa",
+    "(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor seed, float scale, int layer, "
+    "Tensor? lengths=None, *, int[] draws, int[] layers, float fraction, str sampler, bool shared, int min_length) "
+    "-> (Tensor, Tensor)",
+    _body,
+    attention_fake,
+    _no_gradient,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Method
+
+
+def _check_sampler(sampler: Any, shared: Any) -> None:
+    strata_per_offset(sampler)
+    if not isinstance(shared, bool):
+        raise ValueError(f"shared={shared!r}: must be True or False")
+    if shared and sampler == "iid":
+        raise ValueError("sampler='iid': needs shared=False; shared rows are drawn with 'sys', 'strat' or 'sys-<r>'")
+
+
+def _draws_of(policy: Policy, draws: Any) -> tuple[list[int], list[int]]:
+    """``draws`` and ``layers`` of the op from the option ``draws``: None (the budget), an integer, a sequence of one
+    per head, or a mapping of module paths to either of these."""
+    table = dict(draws) if isinstance(draws, Mapping) else {}
+    given = [*table.values()] if draws is None or isinstance(draws, Mapping) else [draws]
+    rows = [list(x) if isinstance(x, Sequence) and not isinstance(x, str) else [x] for x in given]
+    width = max(map(len, rows), default=1)
+    for row in rows:
+        good = all(isinstance(S, int) and not isinstance(S, bool) and 1 <= S <= MAX_DRAWS for S in row)
+        if not row or len(row) not in (1, width) or not good:
+            raise ValueError(
+                f"draws={draws!r}: must be an integer from 1 to {MAX_DRAWS}, a list of one per head, or a mapping of "
+                "module paths to either"
+            )
+    if len(rows) == len(table):
+        rows.append([0 if isinstance(policy.budget, float) else policy.budget])
+        if rows[-1][0] > MAX_DRAWS:
+            raise ValueError(f"budget={policy.budget!r}: must be at most {MAX_DRAWS} draws")
+    return [S for row in rows for S in (row if len(row) == width else row * width)], [layer_key(path) for path in table]
+
+
+def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
+    params = _params(spec, policy)  # a bad value is reported when the model is rewritten, whatever is refused
+    mask, reason = spec.mask, None
+    width = len(params["draws"]) // (len(params["layers"]) + 1)
+    if mask.unknown is not None:
+        reason = f"its mask is not proven: {mask.unknown}"
+    elif not isinstance(spec.Lq, int) or spec.Lq > MAX_QUERIES:
+        reason = f"it has {spec.Lq} queries, which together read nearly all values; SANTA decodes 1 to {MAX_QUERIES}"
+    elif mask.window is not None:
+        reason = f"it has a window of {mask.window} tokens"
+    elif not mask.causal and spec.Lq > 1:
+        reason = f"it is not causal; SANTA takes the queries of decoding, here are {spec.Lq} that see each other"
+    elif mask.causal and not known_equal(mask.offset, spec.Lk - spec.Lq):
+        reason = f"its causal mask has offset {mask.offset}; needed is Lk - Lq, the last query sees every key"
+    elif spec.dropout_p > 0:
+        reason = f"it drops attention weights (dropout_p={spec.dropout_p}); call model.eval()"
+    elif width not in (1, spec.H):
+        reason = f"draws lists {width} numbers, the site has {spec.H} heads"
+    elif spec.device != "cpu":
+        reason = f"there is no kernel for device {spec.device} yet"
+    return None if reason is None else Refusal("santa", reason)
+
+
+def _params(spec: AttentionSpec | None, policy: Policy) -> dict[str, Any]:
+    own = METHOD.own_options(policy)
+    _check_sampler(own["sampler"], own["shared"])
+    draws, layers = _draws_of(policy, own["draws"])
+    return {
+        "draws": draws,
+        "layers": layers,
+        "fraction": policy.budget if isinstance(policy.budget, float) else 0.0,
+        "sampler": own["sampler"],
+        "shared": own["shared"],
+        "min_length": policy.min_length or 0,
+    }
+
+
+METHOD = register(
+    Method(
+        name="santa",
+        summary="decoding that reads all keys but only a random sample of the values, without bias",
+        supports="1 to 16 queries over a cache, GQA, Dv != D, key padding, budgets per head and layer, on the CPU",
+        refuses="prefill, sliding windows, biases, dropout, gradients, CUDA (not built yet)",
+        refuse=_refuse,
+        params=_params,
+        options={"draws": None, "sampler": "sys", "shared": True},
+    )
+)
