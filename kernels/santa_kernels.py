@@ -1,0 +1,270 @@
+"""SANTA on a GPU: two launches, one that reads the keys and one that draws and reads value rows.
+
+The definition of correct is :func:`.santa.santa_reference` with ``shared=True``: all query heads and queries of a KV
+head read the same rows. Here the rows of a comb come in *tiles*:
+
+* :func:`_score_kernel` streams the keys once. Of every tile it leaves ``u = exp(score - max)`` in float16 (the
+  *stash*, which stays in L2), the maximum and the sum of the rounded u, so that probabilities add up to 1.
+  The last program of a sequence turns these into the factor that makes u a probability, and where each tile starts
+  on the comb.
+* :func:`_draw_kernel` takes a chunk of tiles. An integer scan says which rows are hit; they are listed side by side,
+  and only their values are read. The last program of a sequence adds the partial results in order, which gives the
+  same bits every time.
+
+Where a chunk starts on the comb is a float32 prefix of sums, not the sum of the integers before it. Its offset is
+uniform all the same, so every row is drawn as often as it should be; all that can differ is whether a threshold that
+falls on the border of two chunks, within rounding, counts for one, both or neither.
+
+Needs a GPU with 64-bit atomics and tensor descriptors (emulated before Hopper), or Triton's interpreter. Supports
+float16, bfloat16 and float32, ``H / H_kv * Lq`` up to 256 and any head sizes that fit in shared memory. Reads
+``B H_kv n D`` keys, ``2 B H n Lq`` bytes of stash (also written), and about ``S`` value rows per KV head.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from ._triton import FLOAT32_DOT, draw_uniform, jit, launch, next_power_of_two, require_triton, tl
+from .segments import _describe
+
+MAX_ROWS = 256  # query heads of a KV head times queries
+TILE = 128  # keys per tile
+SCORE_PROGRAMS = 528  # as many as run at once on an H200, up to 4 tiles each; then four times as many
+CHUNK = 2048  # keys per program of the draws
+GROUP = 16  # value rows per product
+WARPS = 4
+
+
+@jit(general="KVH G n T chunk")
+def _score_kernel(
+    d_k, p_q, p_u, p_factor, p_sum, p_start, p_count, p_lse, p_draws, p_lengths, p_padding, KVH, G, n, T, chunk,
+    scale_log2, stride_qb, stride_qh, stride_qn, stride_pb, LQ: tl.constexpr, R: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    i_chunk, i_seq = tl.program_id(0), tl.program_id(1)
+    i_b, i_kv = i_seq // KVH, i_seq % KVH
+    o_m, o_d, o_n = tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BN)
+    m_m = o_m < R
+    p_q += i_b.to(tl.int64) * stride_qb + (i_kv * G + o_m // LQ).to(tl.int64)[:, None] * stride_qh
+    b_q = tl.load(
+        p_q + (o_m % LQ)[:, None] * stride_qn + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0
+    )  # [BM, BD]
+    end = n
+    if p_lengths is not None:
+        end = tl.load(p_lengths + i_b).to(tl.int32)
+    b_end = end - LQ + 1 + o_m % LQ
+    p_factor += i_seq.to(tl.int64) * R * T
+    p_sum += i_seq.to(tl.int64) * R * T
+    for t in range(i_chunk * chunk, tl.minimum(i_chunk * chunk + chunk, T)):
+        b_k = d_k.load([i_b, i_kv, t * BN, 0]).reshape(BN, BD)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT) * scale_log2  # [BM, BN]
+        m_s = (t * BN + o_n)[None, :] < b_end[:, None]
+        if p_padding is not None:
+            b_real = tl.load(p_padding + i_b.to(tl.int64) * stride_pb + t * BN + o_n, mask=t * BN + o_n < n, other=0)
+            m_s = m_s & (b_real != 0)[None, :]
+        b_s = tl.where(m_s, b_s, float("-inf"))
+        b_max = tl.max(b_s, 1)
+        b_u = tl.exp2(b_s - tl.maximum(b_max, -1e30)[:, None]).to(p_u.dtype.element_ty)
+        o_tile = (i_seq.to(tl.int64) * T + t) * (R * BN)
+        tl.store(p_u + o_tile + o_m[:, None] * BN + o_n[None, :], b_u, mask=m_m[:, None])
+        tl.store(p_factor + o_m * T + t, b_max, mask=m_m)
+        tl.store(p_sum + o_m * T + t, tl.sum(b_u.to(tl.float32), 1), mask=m_m)
+    tl.debug_barrier()
+    if tl.atomic_add(p_count + i_seq, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        o_r = tl.arange(0, BR)
+        m_r = o_r < R
+        b_top, b_all = tl.full([BR], -1e30, tl.float32), tl.zeros([BR], tl.float32)
+        for t in range(0, T, BT):
+            o_t = t + tl.arange(0, BT)[None, :]
+            m_t = m_r[:, None] & (o_t < T)
+            b_most = tl.load(p_factor + o_r[:, None] * T + o_t, mask=m_t, other=float("-inf"))
+            b_l = tl.load(p_sum + o_r[:, None] * T + o_t, mask=m_t, other=0.0)
+            b_new = tl.maximum(b_top, tl.max(b_most, 1))
+            b_all = b_all * tl.exp2(b_top - b_new) + tl.sum(tl.exp2(b_most - b_new[:, None]) * b_l, 1)
+            b_top = b_new
+        b_inverse = tl.where(b_all > 0, 1.0 / b_all, 0.0)
+        b_lse = (b_top + tl.log2(b_all)) * 0.6931471805599453
+        tl.store(p_lse + i_seq.to(tl.int64) * R + o_r, tl.where(b_all > 0, b_lse, float("-inf")), mask=m_r)
+        b_rate = tl.load(p_draws + i_kv * G + o_r // LQ, mask=m_r, other=0.0) / R
+        past = 0.0
+        for t in range(0, T, BT):
+            o_t = t + tl.arange(0, BT)
+            m_t = m_r[:, None] & (o_t < T)[None, :]
+            b_most = tl.load(p_factor + o_r[:, None] * T + o_t[None, :], mask=m_t, other=float("-inf"))
+            b_l = tl.load(p_sum + o_r[:, None] * T + o_t[None, :], mask=m_t, other=0.0)
+            b_f = tl.exp2(b_most - b_top[:, None]) * b_inverse[:, None]
+            b_mass = tl.sum(b_f * b_l * b_rate[:, None], 0)  # [BT]
+            tl.store(p_start + i_seq.to(tl.int64) * T + o_t, past + tl.cumsum(b_mass, 0) - b_mass, mask=o_t < T)
+            tl.store(p_factor + o_r[:, None] * T + o_t[None, :], b_f, mask=m_t)
+            past += tl.sum(b_mass)
+
+
+@jit
+def _below(b_x, p_seed, layer, step, sequence, offset, BITS: tl.constexpr, PER: tl.constexpr):
+    """Thresholds below ``b_x``, of which stratum m has one at ``m + U_m``, in units of ``2**-BITS``."""
+    b_stratum = b_x >> BITS
+    b_offset = b_x * 0 + offset
+    if PER > 0:
+        b_u = draw_uniform(tl.load(p_seed), layer, b_stratum // PER, 1 << 30, step, sequence)
+        b_offset = (b_u * 16777216.0).to(tl.int32) >> (24 - BITS)
+    return b_stratum + (b_x - (b_stratum << BITS) > b_offset).to(tl.int32)
+
+
+@jit(general="KVH G T programs layer")
+def _draw_kernel(
+    p_v, p_u, p_factor, p_start, p_count, p_draws, p_seed, p_step, p_offset, p_rows, p_weights, p_part, p_out, layer,
+    KVH, G, T, programs, stride_vb, stride_vh, stride_vn, LQ: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr,
+    PER: tl.constexpr, ALL: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    i_chunk, i_seq = tl.program_id(0), tl.program_id(1)
+    i_b, i_kv = i_seq // KVH, i_seq % KVH
+    o_n = tl.arange(0, BC)
+    first, one = i_chunk * (BC // BN), 1 << BITS
+    o_tile = first + o_n // BN
+    p_u += i_seq.to(tl.int64) * T * (R * BN)
+    p_factor += i_seq.to(tl.int64) * R * T
+    p_draws += i_kv * G
+
+    # the comb of these keys: their expected draws, the mean over heads and queries
+    b_x = tl.zeros([BC], tl.float32)
+    for r in range(0, R):
+        b_u = tl.load(p_u + (o_tile * R + r) * BN + o_n % BN, mask=o_tile < T, other=0.0)
+        b_f = tl.load(p_factor + r * T + o_tile, mask=o_tile < T, other=0.0)
+        b_x += b_u.to(tl.float32) * b_f * tl.load(p_draws + r // LQ)
+    b_x = tl.ceil(b_x * (one / R)).to(tl.int32)
+    start = tl.load(p_start + i_seq.to(tl.int64) * T + first)
+    b_high = (tl.maximum(start, 0.0) * one).to(tl.int32) + tl.cumsum(b_x, 0)
+    step, sequence = tl.load(p_step + i_b).to(tl.int32), (i_b * 65536 + i_kv).to(tl.int32)
+    if p_offset is None:
+        b_draw = draw_uniform(tl.load(p_seed), layer, tl.arange(0, 1), 1 << 30, step, sequence)
+        offset = tl.sum((b_draw * 16777216.0).to(tl.int32) >> (24 - BITS))
+    else:
+        offset = tl.load(p_offset + i_seq)
+    b_hits = _below(b_high, p_seed, layer, step, sequence, offset, BITS, PER) - _below(
+        b_high - b_x, p_seed, layer, step, sequence, offset, BITS, PER
+    )
+    # expected draws of 1 or more: always read, with its own weight
+    b_weight = b_hits.to(tl.float32) * one / tl.maximum(b_x, 1).to(tl.float32)
+    b_weight = tl.where((b_x >= one) | (ALL & (b_x > 0)), 1.0, b_weight)
+
+    # the rows that are hit, side by side, and then their values
+    m_hit = b_weight > 0
+    b_place = tl.cumsum(m_hit.to(tl.int32), 0) - 1
+    hit = tl.sum(m_hit.to(tl.int32), 0)
+    o_list = (i_seq.to(tl.int64) * programs + i_chunk) * BC
+    tl.store(p_rows + o_list + b_place, o_n, mask=m_hit)
+    tl.store(p_weights + o_list + b_place, b_weight, mask=m_hit)
+    tl.debug_barrier()
+    o_m, o_dv, o_g = tl.arange(0, BM), tl.arange(0, BDV), tl.arange(0, BG)
+    m_m = o_m < R
+    p_v += i_b.to(tl.int64) * stride_vb + i_kv.to(tl.int64) * stride_vh
+    b_acc = tl.zeros([BM, BDV], tl.float32)
+    for i in range(0, hit, BG):
+        m_g = i + o_g < hit
+        b_row = tl.load(p_rows + o_list + i + o_g, mask=m_g, other=0)
+        b_w = tl.load(p_weights + o_list + i + o_g, mask=m_g, other=0.0)
+        o_v = (first * BN + b_row).to(tl.int64)[:, None] * stride_vn + o_dv[None, :]
+        b_v = tl.load(p_v + o_v, mask=m_g[:, None] & (o_dv < DV)[None, :], other=0.0)  # [BG, BDV]
+        m_p = m_m[:, None] & m_g[None, :]
+        o_p = ((first + b_row // BN) * (R * BN) + b_row % BN)[None, :] + o_m[:, None] * BN
+        b_p = tl.load(p_u + o_p, mask=m_p, other=0.0).to(tl.float32)
+        b_p *= tl.load(p_factor + o_m[:, None] * T + (first + b_row // BN)[None, :], mask=m_p, other=0.0)
+        b_p *= b_w[None, :]  # [BM, BG]
+        b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision=FLOAT32_DOT)
+
+    o_part = (i_seq.to(tl.int64) * programs + i_chunk) * (R * DV)
+    o_out = o_m[:, None] * DV + o_dv[None, :]
+    m_out = m_m[:, None] & (o_dv < DV)[None, :]
+    tl.store(p_part + o_part + o_out, b_acc, mask=m_out)
+    tl.debug_barrier()
+    if tl.atomic_add(p_count + i_seq, 1, sem="acq_rel") == programs - 1:
+        b_acc = tl.zeros([BM, BDV], tl.float32)
+        p_part += i_seq.to(tl.int64) * programs * (R * DV)
+        for i in range(0, programs):
+            b_acc += tl.load(p_part + i * (R * DV) + o_out, mask=m_out, other=0.0)
+        # rows are (head, query) of this KV head, which lie side by side in the output
+        tl.store(p_out + i_seq.to(tl.int64) * (R * DV) + o_out, b_acc.to(p_out.dtype.element_ty), mask=m_out)
+
+
+@functools.lru_cache(maxsize=256)
+def _draws_on(draws: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(draws, dtype=torch.float32, device=device)
+
+
+@functools.lru_cache(maxsize=256)
+def _step_on(step: int, B: int, device: torch.device) -> torch.Tensor:
+    return torch.full((B,), step, dtype=torch.int64, device=device)
+
+
+def santa_triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    draws: list[int] | None,
+    scale: float,
+    seed: torch.Tensor,
+    layer: int,
+    *,
+    per: int = 0,
+    padding: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`.santa.santa_reference` with ``shared=True``; ``draws`` lists S of every query head, None is exact.
+
+    ``per`` strata share an offset, 0 all of them. ``offset`` int32 ``[B, H_kv]`` in units of ``2**-F`` takes the
+    place of the random one of ``per=0``, for tests. Raises ``ValueError`` for more than 256 rows per KV head.
+    """
+    require_triton()
+    (B, H, Lq, D), (KVH, n), Dv, device = query.shape, key.shape[1:3], value.shape[-1], query.device
+    R = H // KVH * Lq
+    if R > MAX_ROWS:
+        raise ValueError(f"query: {H // KVH} heads per key head times {Lq} queries are {R}; must be at most {MAX_ROWS}")
+    BM, BD, BDV = (max(16, next_power_of_two(x)) for x in (R, D, Dv))
+    T, sequences = -(-n // TILE), B * KVH
+    q = query if query.stride(3) == 1 else query.contiguous()
+    v = value if value.stride(3) == 1 else value.contiguous()
+    most = max(draws) if draws else 1
+    bits = min(24, 30 - math.ceil(math.log2(most + 2)))
+    score_chunk = max(min(4, -(-T * sequences // SCORE_PROGRAMS)), -(-T * sequences // (4 * SCORE_PROGRAMS)))
+    chunk = max(TILE, min(CHUNK, next_power_of_two(n)))
+    programs = -(-n // chunk)
+    if lengths is not None:
+        lengths = lengths.contiguous()
+    if padding is not None:
+        step = padding.sum(1) if lengths is None else (
+            padding & (torch.arange(n, device=device) < lengths[:, None])
+        ).sum(1)  # fmt: skip
+        padding = padding.contiguous().view(torch.uint8)
+    else:
+        step = _step_on(n, B, device) if lengths is None else lengths
+    stash = torch.float32 if q.dtype == torch.float32 else torch.float16
+    u = torch.empty(sequences, T, R, TILE, dtype=stash, device=device)
+    # of every tile: maxima, later factors, and sums; where it starts; and of every program its part of the result
+    sizes = [sequences * R * T, sequences * R * T, sequences * T, sequences * programs * chunk,
+             sequences * programs * R * Dv]  # fmt: skip
+    scratch = torch.empty(sum(sizes), dtype=torch.float32, device=device).split(sizes)
+    factor, total, start, weights, part = scratch
+    rows = torch.empty(sequences, programs, chunk, dtype=torch.int32, device=device)
+    count = torch.zeros(2, sequences, dtype=torch.int32, device=device)
+    counted = _draws_on(tuple(draws or [1] * H), device)
+    out = torch.empty(B, H, Lq, Dv, dtype=q.dtype, device=device)
+    lse = torch.empty(B, H, Lq, dtype=torch.float32, device=device)
+    BR = next_power_of_two(R)
+    launch(_score_kernel, (-(-T // score_chunk), sequences),
+        _describe(key, TILE, BD), q, u, factor, total, start, count[0], lse, counted, lengths, padding, KVH, H // KVH,
+        n, T, score_chunk, scale * 1.4426950408889634, *q.stride()[:3], 0 if padding is None else padding.stride(0),
+        LQ=Lq, R=R, D=D, BD=BD, BR=BR, BM=BM, BN=TILE, BT=max(16, min(4096 // BR, next_power_of_two(T))),
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    launch(_draw_kernel, (programs, sequences),
+        v, u, factor, start, count[1], counted, seed, step, offset, rows, weights, part, out,
+        layer, KVH, H // KVH, T, programs, *v.stride()[:3],
+        LQ=Lq, R=R, BITS=bits, PER=per, ALL=draws is None, DV=Dv, BDV=BDV, BM=BM, BN=TILE, BC=chunk, BG=GROUP,
+        num_warps=WARPS, num_stages=1,
+    )  # fmt: skip
+    return out, lse

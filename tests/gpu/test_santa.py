@@ -1,0 +1,132 @@
+"""SANTA on a GPU: exact where all rows count, the reference's law, no bias, graphs that draw anew, same bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from express_compile.kernels import santa as S
+from express_compile.kernels import santa_kernels as K
+from express_compile.method import METHODS
+
+OPTIONS = dict(draws=[64], layers=[], fraction=0.0, sampler="sys", shared=True, min_length=0)
+
+
+def tensors(n, Lq=1, B=1, H=8, H_kv=2, D=64, Dv=None, dtype=torch.bfloat16):
+    generator = torch.Generator(device="cuda").manual_seed(n)
+    shapes = ((B, H, Lq, D), (B, H_kv, n, D), (B, H_kv, n, Dv or D))
+    q, k, v = (torch.randn(shape, generator=generator, device="cuda") for shape in shapes)
+    return (2 * q).to(dtype), k.to(dtype), v.to(dtype)
+
+
+def seed_of(number):
+    return torch.tensor(number, device="cuda")
+
+
+def op(q, k, v, padding=None, seed=0, layer=1, **options):
+    seed = seed if isinstance(seed, torch.Tensor) else seed_of(seed)
+    return METHODS["santa"].op(q, k, v, padding, seed, q.shape[-1] ** -0.5, layer, **{**OPTIONS, **options})
+
+
+def relative(x, truth):
+    return ((x.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def causal(Lq, n):
+    return torch.ones(Lq, n, dtype=torch.bool, device="cuda").tril(n - Lq)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "n, Lq, B, H, H_kv, D",
+    [(5000, 1, 2, 32, 8, 128), (700, 4, 1, 6, 1, 96), (3333, 16, 1, 16, 1, 64), (1, 1, 1, 1, 1, 256)],
+)
+def test_all_rows_are_exact_attention(poison, dtype, n, Lq, B, H, H_kv, D):
+    q, k, v = tensors(n, Lq, B, H, H_kv, D, dtype=dtype)
+    out, lse = op(q, k, v, min_length=n + 1)
+    mask = causal(Lq, n)
+    truth = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask, enable_gqa=True)
+    reference = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    assert relative(out, truth) <= 2 * relative(reference, truth) + 1e-6
+    scores = torch.einsum("bhqd,bhkd->bhqk", q.double(), k.double().repeat_interleave(H // H_kv, 1)) * D**-0.5
+    expected = scores.masked_fill(~mask, float("-inf")).logsumexp(-1)
+    torch.testing.assert_close(lse.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", ["sys", "strat", "sys-16"])
+@pytest.mark.parametrize("n, Lq, H, H_kv", [(3000, 1, 8, 2), (20000, 1, 4, 1), (900, 5, 6, 2)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_draws_are_those_of_the_reference(sampler, n, Lq, H, H_kv, masked):
+    """In float32 the probabilities agree to 2**-20, and hardly any threshold lies that close to a border."""
+    q, k, v = tensors(n, Lq, 2, H, H_kv, dtype=torch.float32)
+    padding = torch.rand(2, n, device="cuda") < 0.9 if masked else None
+    out, _ = op(q, k, v, padding, sampler=sampler)
+    draws = torch.full((H,), 64, device="cuda")
+    expected, _ = S.santa_reference(
+        q, k, v, draws, 64**-0.5, seed_of(0), 1, sampler=sampler, shared=True, padding=padding
+    )
+    exact, _ = op(q, k, v, padding, min_length=n + 1)
+    assert relative(expected, exact) > 0.05 and relative(out, expected) < 0.02
+
+
+@pytest.mark.parametrize("n", [4096, 100_000])
+def test_no_bias(n):
+    """The mean over M equidistant offsets; one draw errs a hundred times as much."""
+    M, (q, k, v) = 256, tensors(n, H=4, H_kv=1)
+    exact, _ = op(q, k, v, min_length=n + 1)
+    mean, single = 0.0, 0.0
+    for m in range(M):
+        offset = torch.tensor([[int((m + 0.5) / M * 2**23)]], dtype=torch.int32, device="cuda")
+        out, _ = K.santa_triton(q, k, v, [126] * 4, 64**-0.5, seed_of(0), 1, offset=offset)
+        mean, single = mean + out.double() / M, single + relative(out, exact) / M
+    assert relative(mean, exact) < 0.02 * single + 0.002
+
+
+def test_error_falls_with_draws():
+    q, k, v = tensors(30000, B=4)
+    exact, _ = op(q, k, v, min_length=30001)
+    few, many = (sum(relative(op(q, k, v, seed=i, draws=[S])[0], exact) for i in range(8)) / 8 for S in (32, 512))
+    assert many < few / 3  # at least 1 / sqrt(S)
+
+
+def test_same_seed_same_bits_and_every_part_of_the_key_counts():
+    q, k, v = tensors(9000, B=2)
+    base, _ = op(q, k, v)
+    for _ in range(20):
+        assert torch.equal(base, op(q, k, v)[0])
+    assert not torch.equal(base, op(q, k, v, seed=1)[0])
+    assert not torch.equal(base, op(q, k, v, layer=2)[0])
+    same = op(*(x[:1].expand(2, -1, -1, -1) for x in (q, k, v)))[0]
+    assert not torch.equal(same[0], same[1]), "sequences of a batch draw for themselves"
+
+
+def test_cuda_graph_over_a_static_cache():
+    """The step is the number of real keys, which the padding counts: every replay draws anew; so does a new seed."""
+    q, k, v = tensors(4096)
+    padding = torch.arange(4096, device="cuda")[None] < 3000
+    seed = seed_of(0)
+    op(q, k, v, padding, seed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = op(q, k, v, padding, seed)
+    seen = []
+    for step in range(3):
+        padding[:, 3000 + step] = True
+        graph.replay()
+        assert torch.equal(out, op(q, k, v, padding, seed)[0])
+        seen.append(out.clone())
+    seed += 1
+    graph.replay()
+    seen.append(out.clone())
+    exact, _ = op(q, k, v, padding, seed, min_length=5000)
+    errors = [x - exact for x in seen]
+    for i in range(4):
+        for j in range(i):
+            assert relative(errors[i], errors[j]) > 0.3
+
+
+def test_refusals():
+    q, k, v = tensors(3000)
+    with pytest.raises(ValueError, match="shared=False: must be True on CUDA"):
+        op(q, k, v, shared=False)

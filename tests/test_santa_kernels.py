@@ -1,0 +1,132 @@
+"""SANTA's kernels in the interpreter: the reference's draws, no bias over all offsets, exact where all rows count."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from express_compile.kernels import santa as S
+from express_compile.kernels import santa_kernels as K
+
+SEED = torch.tensor(11)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 32 keys, several per program and several programs: small caches have all that large ones have."""
+    monkeypatch.setattr(K, "TILE", 32)
+    monkeypatch.setattr(K, "SCORE_PROGRAMS", 2)
+    monkeypatch.setattr(K, "CHUNK", 64)
+
+
+def tokens(Lq, n, B=1, H=2, H_kv=1, D=16, Dv=16, dtype=torch.float32, seed=0, spread=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((B, H, Lq, D), (B, H_kv, n, D), (B, H_kv, n, Dv))
+    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+    return (spread * q).to(dtype), k.to(dtype), v.to(dtype)
+
+
+def error(x, truth):
+    return ((x.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+@given(
+    n=st.integers(20, 110),
+    Lq=st.sampled_from([1, 1, 3]),
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    sampler=st.sampled_from(["sys", "strat", "sys-3"]),
+    masked=st.sampled_from(["", "padding", "lengths", "both"]),
+    sizes=st.sampled_from([(16, 16), (20, 24), (32, 8)]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_draws_are_those_of_the_reference(poison, small_tiles, n, Lq, heads, sampler, masked, sizes, seed):
+    q, k, v = tokens(Lq, n, 2, *heads, *sizes, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    padding = torch.rand(2, n, generator=generator) < 0.8 if masked in ("padding", "both") else None
+    lengths = torch.tensor([n, n // 2]) if masked in ("lengths", "both") else None
+    draws = torch.randint(2, 12, (heads[0],), generator=generator)
+    masks = dict(padding=padding, lengths=lengths)
+    expected, expected_lse = S.santa_reference(q, k, v, draws, 0.25, SEED, 5, sampler=sampler, shared=True, **masks)
+    per = S.strata_per_offset(sampler)
+    out, lse = K.santa_triton(q, k, v, draws.tolist(), 0.25, SEED, 5, per=per, **masks)
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_a_wrong_count_would_show():
+    """The negative control of the test above: another seed, layer or budget is far outside its tolerance."""
+    q, k, v = tokens(1, 100)
+    out, _ = K.santa_triton(q, k, v, [8, 8], 0.25, SEED, 5)
+    for other in (dict(seed=SEED + 1), dict(layer=6), dict(draws=[9, 8])):
+        arguments = {"draws": [8, 8], "scale": 0.25, "seed": SEED, "layer": 5, **other}
+        assert error(K.santa_triton(q, k, v, **arguments)[0], out) > 0.01
+
+
+def test_no_bias_over_all_offsets(small_tiles):
+    """Over M equidistant offsets every row's mean count is within 1 / M of what it should be, so the outputs agree
+    with exact attention within ``sum_j |p_j v_j| / (M x_j)``."""
+    M, n = 40, 100
+    q, k, v = tokens(1, n, H=2)
+    draws = [8, 8]
+    exact, _ = K.santa_triton(q, k, v, None, 0.25, SEED, 5)
+    mean, spread = torch.zeros_like(exact), 0.0
+    for m in range(M):
+        offset = torch.tensor([[int((m + 0.5) / M * 2**24)]], dtype=torch.int32)
+        out, _ = K.santa_triton(q, k, v, draws, 0.25, SEED, 5, offset=offset)
+        mean += out / M
+        spread += error(out, exact) / M
+    visible = torch.ones(1, 1, n, dtype=torch.bool)
+    p, _ = S.probabilities(q, k, visible, 0.25)
+    x = 8 * p.mean((2, 3), keepdim=True)
+    weight = torch.where(x < 1, p / x / M, 0.0)
+    bound = torch.einsum("bhgqn,bhnd->bhgqd", weight, v.double().abs()).flatten(1, 2)
+    assert ((mean - exact).abs() <= bound + 1e-4).all()
+    assert error(mean, exact) < spread / 8, f"one draw errs by {spread:.2f}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("Lq, H, H_kv", [(1, 4, 2), (4, 6, 1)])
+def test_all_rows_are_exact_attention(poison, small_tiles, dtype, Lq, H, H_kv):
+    n = 90
+    q, k, v = tokens(Lq, n, 2, H, H_kv, dtype=dtype, spread=1.0)
+    out, _ = K.santa_triton(q, k, v, None, 0.25, SEED, 5)
+    mask = torch.ones(Lq, n, dtype=torch.bool).tril(n - Lq)
+    truth, reference = (
+        torch.nn.functional.scaled_dot_product_attention(
+            *(x.to(d) for x in (q, k, v)), mask, scale=0.25, enable_gqa=True
+        )
+        for d in (torch.float64, dtype)
+    )
+    assert error(out, truth) <= 2 * error(reference, truth) + 1e-6
+
+
+def test_queries_without_keys_give_zero(small_tiles):
+    q, k, v = tokens(2, 70, 2)
+    padding = torch.ones(2, 70, dtype=torch.bool)
+    padding[1] = False
+    for x in (k, v):
+        x[1] = math.nan
+    out, lse = K.santa_triton(q, k, v, [4, 4], 0.25, SEED, 5, padding=padding)
+    assert (out[1] == 0).all() and (lse[1] == -math.inf).all() and out[0].isfinite().all()
+
+
+def test_strided_caches(small_tiles):
+    """A slice of a longer cache, as transformers' static caches give, is read where it is."""
+    q, k, v = tokens(1, 60, 2, 4, 2)
+    expected, _ = K.santa_triton(q, k, v, [6] * 4, 0.25, SEED, 5)
+    long = [torch.full((2, 2, 96, 16), math.nan) for _ in range(2)]
+    for x, y in zip(long, (k, v), strict=True):
+        x[:, :, :60] = y
+    assert torch.equal(expected, K.santa_triton(q, *(x[:, :, :60] for x in long), [6] * 4, 0.25, SEED, 5)[0])
+    by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
+    assert torch.equal(expected, K.santa_triton(q, *by_token, [6] * 4, 0.25, SEED, 5)[0])
+
+
+def test_too_many_rows():
+    with pytest.raises(ValueError, match="32 heads per key head times 9 queries are 288; must be at most 256"):
+        K.santa_triton(*tokens(9, 60, H=32), [4] * 32, 0.25, SEED, 5)
