@@ -62,7 +62,8 @@ def rewrite_graph(gm: GraphModule, policy: Policy) -> list[tuple[AttentionSite, 
     if policy.strict and not planned:
         raise ValueError(
             "strict=True: no attention was found in this graph; allowed are graphs that call "
-            "torch.nn.functional.scaled_dot_product_attention (set strict=False to compile it as it is)"
+            "torch.nn.functional.scaled_dot_product_attention, nn.MultiheadAttention or nn.TransformerEncoderLayer "
+            "(set strict=False to compile it as it is)"
         )
     rewrite(gm, planned, policy)
     return planned

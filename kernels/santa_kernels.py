@@ -31,7 +31,7 @@ from ._triton import FLOAT32_DOT, draw_uniform, jit, launch, next_power_of_two, 
 from .segments import _describe
 
 MAX_ROWS = 256  # query heads of a KV head times queries
-TILE = 128  # keys per tile
+TILE = 128  # keys per tile; half as many where a row takes 1 KB
 SCORE_PROGRAMS = 528  # as many as run at once on an H200, up to 4 tiles each; then four times as many
 CHUNK = 2048  # keys per program of the draws
 GROUP = 16  # value rows per product
@@ -225,13 +225,15 @@ def santa_triton(
     if R > MAX_ROWS:
         raise ValueError(f"query: {H // KVH} heads per key head times {Lq} queries are {R}; must be at most {MAX_ROWS}")
     BM, BD, BDV = (max(16, next_power_of_two(x)) for x in (R, D, Dv))
-    T, sequences = -(-n // TILE), B * KVH
+    row_bytes = BD * query.element_size()
+    tile = TILE if row_bytes <= 512 else TILE // 2
+    T, sequences = -(-n // tile), B * KVH
     q = query if query.stride(3) == 1 else query.contiguous()
     v = value if value.stride(3) == 1 else value.contiguous()
     most = max(draws) if draws else 1
     bits = min(24, 30 - math.ceil(math.log2(most + 2)))
     score_chunk = max(min(4, -(-T * sequences // SCORE_PROGRAMS)), -(-T * sequences // (4 * SCORE_PROGRAMS)))
-    chunk = max(TILE, min(CHUNK, next_power_of_two(n)))
+    chunk = max(tile, min(CHUNK, next_power_of_two(n)))
     programs = -(-n // chunk)
     if lengths is not None:
         lengths = lengths.contiguous()
@@ -243,7 +245,7 @@ def santa_triton(
     else:
         step = _step_on(n, B, device) if lengths is None else lengths
     stash = torch.float32 if q.dtype == torch.float32 else torch.float16
-    u = torch.empty(sequences, T, R, TILE, dtype=stash, device=device)
+    u = torch.empty(sequences, T, R, tile, dtype=stash, device=device)
     # of every tile: maxima, later factors, and sums; where it starts; and of every program its part of the result
     sizes = [sequences * R * T, sequences * R * T, sequences * T, sequences * programs * chunk,
              sequences * programs * R * Dv]  # fmt: skip
@@ -256,15 +258,15 @@ def santa_triton(
     lse = torch.empty(B, H, Lq, dtype=torch.float32, device=device)
     BR = next_power_of_two(R)
     launch(_score_kernel, (-(-T // score_chunk), sequences),
-        _describe(key, TILE, BD), q, u, factor, total, start, count[0], lse, counted, lengths, padding, KVH, H // KVH,
+        _describe(key, tile, BD), q, u, factor, total, start, count[0], lse, counted, lengths, padding, KVH, H // KVH,
         n, T, score_chunk, scale * 1.4426950408889634, *q.stride()[:3], 0 if padding is None else padding.stride(0),
-        LQ=Lq, R=R, D=D, BD=BD, BR=BR, BM=BM, BN=TILE, BT=max(16, min(4096 // BR, next_power_of_two(T))),
-        num_warps=4, num_stages=3,
+        LQ=Lq, R=R, D=D, BD=BD, BR=BR, BM=BM, BN=tile, BT=max(16, min(1024 // BR, next_power_of_two(T))),
+        num_warps=4, num_stages=3 if row_bytes <= 256 else 2 if q.element_size() == 2 else 1,
     )  # fmt: skip
     launch(_draw_kernel, (programs, sequences),
         v, u, factor, start, count[1], counted, seed, step, offset, rows, weights, part, out,
         layer, KVH, H // KVH, T, programs, *v.stride()[:3],
-        LQ=Lq, R=R, BITS=bits, PER=per, ALL=draws is None, DV=Dv, BDV=BDV, BM=BM, BN=TILE, BC=chunk, BG=GROUP,
+        LQ=Lq, R=R, BITS=bits, PER=per, ALL=draws is None, DV=Dv, BDV=BDV, BM=BM, BN=tile, BC=chunk, BG=GROUP,
         num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     return out, lse

@@ -228,7 +228,7 @@ def segment_attention_reference(
         if lengths is not None:
             scores = scores.masked_fill(_behind(lengths, slices, A)[:, None, None], -math.inf)
         top = scores.detach().amax(-1, keepdim=True)
-        weights = scores.sub_(top.clamp(min=torch.finfo(dtype).min)).exp_()
+        weights = scores.sub_(top.clamp(min=torch.finfo(top.dtype).min)).exp_()
         mass = weights.sum(-1, keepdim=True)
         result, total = weights @ values / mass.clamp(min=1e-30), (top + mass.log())[..., 0]
         _grouped(out, H_kv)[:, :, :, queries] = result.unflatten(2, (rows.shape[2], -1)).to(out.dtype)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import torch
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
@@ -47,10 +48,10 @@ class PaddingTerm:
 
 @dataclass(frozen=True)
 class Padding:
-    """How to get the key padding ``[B, Lk]`` (bool, True = visible): the conjunction of ``terms``.
+    """How to get the key padding ``[B, Lk]`` (bool, True = visible): the conjunction of ``terms`` and ``last_row``.
 
-    Where the terms cannot be read in the site's own graph, ``last_row`` is the mask itself, whose last query row
-    sees exactly the keys that are not padding.
+    Where the terms of a mask cannot be read in the site's own graph, ``last_row`` is the mask itself, whose last
+    query row sees exactly the keys that are not padding.
     """
 
     terms: tuple[PaddingTerm, ...] = ()
@@ -61,24 +62,50 @@ def prove(
     mask: Node,
     sizes: tuple[Any, Any, Any, Any],
     *,
+    coords: tuple[Any, ...] | None = None,
+    hides: bool = False,
     outer: Mapping[Node, Node] | None = None,
-    mutated: Callable[[Node], bool] = lambda node: False,
+    overwritten: Callable[..., bool] = lambda node, but=(): False,
 ) -> tuple[Mask, Padding | None]:
     """What ``mask``, the ``attn_mask`` of a site with ``sizes`` ``(B, H, Lq, Lk)``, allows.
 
-    ``outer`` maps placeholders of a sub-graph to the nodes that feed them; ``mutated(node)`` tells whether a
-    node's memory is written anywhere. Returns the proven :class:`Mask` and, if it has a key padding, where to
-    find it; an unproven mask has ``Mask.unknown`` set. Never raises for a mask it does not understand.
+    The mask broadcasts to ``sizes``, or has for every dimension an entry of ``coords``, an expression in
+    :data:`~express_compile.passes.symbolic.COORDINATES`. A boolean mask shows where it is True, or ``hides`` there.
+    ``outer`` maps placeholders of a sub-graph to the nodes that feed them; ``overwritten(node, but=nodes)`` tells
+    whether a node's memory is written once it has been computed, by others than ``nodes``. Returns the proven
+    :class:`Mask` and, if it has a key padding, where to find it; an unproven mask has ``Mask.unknown`` set. Never
+    raises for a mask it does not understand.
     """
     try:
-        evaluator = Evaluator(outer or {}, mutated)
-        return _classify(evaluator.visible(mask, sizes), evaluator, mask, sizes)
+        evaluator = Evaluator(outer or {}, overwritten)
+        shape = sizes if coords is None else example_of(mask).shape
+        condition = evaluator.visible(mask, coords or COORDINATES, shape, hides)
+        as_in_sdpa = coords is None and not (hides and example_of(mask).dtype == torch.bool)
+        return _classify(condition, evaluator, mask, sizes, as_in_sdpa)
     except Unproven as error:
         return Mask(unknown=str(error)), None
 
 
+def prove_key_padding(
+    mask: Node, *, outer: Mapping[Node, Node], overwritten: Callable[..., bool]
+) -> tuple[Mask, Padding | None]:
+    """The key padding that ``mask`` ``[B, Lk]`` or ``[Lk]`` is, which hides a key by True or by minus infinity.
+
+    A float mask that may hold anything else than that and 0 is unknown. The arguments and the result are those of
+    :func:`prove`.
+    """
+    example = example_of(mask)
+    if example.dtype != torch.bool:
+        try:
+            Evaluator(outer, overwritten).visible(mask, (_B, _K)[-example.dim() :], example.shape)
+        except Unproven as error:
+            return Mask(unknown=f"of its key padding, {error}; a boolean one needs no proof"), None
+    index = (slice(None),) * example.dim()
+    return Mask(padding=True), Padding((PaddingTerm(mask, index, example.dim() == 2, "eq", 0),))
+
+
 def _classify(
-    condition: Boolean, evaluator: Evaluator, mask: Node, sizes: tuple[Any, Any, Any, Any]
+    condition: Boolean, evaluator: Evaluator, mask: Node, sizes: tuple[Any, Any, Any, Any], as_in_sdpa: bool
 ) -> tuple[Mask, Padding | None]:
     B, _, Lq, Lk = sizes
     q_len, k_len = size_expr(Lq), size_expr(Lk)
@@ -150,7 +177,7 @@ def _classify(
     terms = tuple(_padding_term(literal, evaluator, mask, B, k_len) for literal in paddings)
     if None not in terms:
         return proven, Padding(terms=terms)
-    if window is None and (offset is None or known_equal(offset, bottom_right)):
+    if as_in_sdpa and window is None and (offset is None or known_equal(offset, bottom_right)):
         return proven, Padding(last_row=mask)
     raise Unproven(_words(sympy.And(*paddings), evaluator))
 

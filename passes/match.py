@@ -1,8 +1,8 @@
 """Find the attention sites of a graph and say what each one computes.
 
-A site is anchored at one node: here at ``scaled_dot_product_attention``. What looks like attention but cannot be
-rewritten (a softmax between two products, the opaque kernels of ``nn.MultiheadAttention`` and
-``nn.TransformerEncoderLayer``) is listed too, with the reason in ``AttentionSite.refusal``.
+A site is anchored at one node: at ``scaled_dot_product_attention``, or at one of the opaque calls of torch's own
+layers (``multihead.py``). What looks like attention but cannot be rewritten (a softmax between two products) is
+listed too, with the reason in ``AttentionSite.refusal``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,8 @@ from torch.fx import GraphModule, Node
 
 from ..spec import AttentionSpec, Mask, known_equal, layer_key
 from .mask import Padding, prove
-from .normalize import bodies, graph_module, mutated_inputs, operation
+from .multihead import OPAQUE, Expand, Refused, describe
+from .normalize import bodies, graph_module, mutated_inputs, number, operation
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,13 @@ class AttentionSite:
     module: path of the module it belongs to, relative to the compiled root; ``""`` is the root itself.
     index: its place among the sites of that module; (module, index) is its ``layer`` key.
     source: ``file:line`` of the user's call, ``""`` if unknown.
-    form: ``"sdpa"``, or the name of a form that is only listed.
+    form: ``"sdpa"``, the name of an opaque function, or of a form that is only listed.
     query, key, value: nodes ``[B, H, Lq, D]``, ``[B, H_kv, Lk, D]``, ``[B, H_kv, Lk, Dv]``; key and value are
-        taken before they are repeated for grouped queries.
+        taken before they are repeated for grouped queries. None for an opaque function.
     padding: where to find the key padding, if ``spec.mask.padding``.
     spec: what it computes; None if that is not known.
     refusal: why it cannot be rewritten whatever the policy; None otherwise.
+    expand: opens up an opaque function; None for other forms.
     """
 
     node: Node
@@ -51,6 +53,7 @@ class AttentionSite:
     padding: Padding | None = None
     spec: AttentionSpec | None = None
     refusal: str | None = None
+    expand: Expand | None = None
 
     @property
     def layer(self) -> int:
@@ -58,18 +61,18 @@ class AttentionSite:
         return layer_key(self.module, self.index)
 
 
-class _Refused(Exception):
-    """The site cannot be described by an :class:`AttentionSpec`; the message says why."""
-
-
 @dataclass
 class _Scope:
-    """One graph with what surrounds it: where its inputs come from, what is written, why nothing may change."""
+    """One graph with what surrounds it: where its inputs come from, what is written, why nothing may change.
+
+    autocast: the calls that have entered ``torch.autocast`` and not left it at the node the walk has come to.
+    """
 
     gm: GraphModule
     outer: Mapping[Node, Node] = field(default_factory=dict)
     parent: _Scope | None = None
     refusal: str | None = None
+    autocast: list[Node] = field(default_factory=list)
 
     @cached_property
     def order(self) -> dict[Node, int]:
@@ -84,16 +87,26 @@ class _Scope:
         names = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
         return [i for node, i in self.order.items() if getattr(node.target, "__name__", "") in names]
 
-    def written(self, node: Node, after: int = -1, before: int | None = None) -> bool:
-        """Whether the memory of ``node`` is written by a node between the two positions."""
-        if node not in self.order:
-            return self.parent is not None and self.parent.written(node)
+    def written(self, node: Node, after: int = -1, before: int | None = None, but: Iterable[Node] = ()) -> bool:
+        """Whether the memory of ``node`` is written between the two positions by another node than those of ``but``."""
         storage = _storage(node)
         stop = len(self.order) if before is None else before
+        allowed = {self.order[writer] for writer in but if writer in self.order}
         return any(
-            after < i < stop and (target is node or (storage is not None and storage == _storage(target)))
+            after < i < stop
+            and i not in allowed
+            and (target is node or (storage is not None and storage == _storage(target)))
             for i, target in self.writes
         )
+
+    def overwritten(self, node: Node, but: Iterable[Node] = ()) -> bool:
+        """Whether the memory of ``node`` is written once it has been computed, by another node than those of ``but``.
+
+        ``node`` may also be one of a graph around this one.
+        """
+        if node not in self.order:
+            return self.parent is not None and self.parent.overwritten(node, but)
+        return self.written(node, after=self.order[node], but=but)
 
 
 def _storage(node: Node) -> int | None:
@@ -124,22 +137,17 @@ def find_sites(gm: GraphModule) -> list[AttentionSite]:
             "form": form,
         }
         count[module] += 1
-        if form == "sdpa":
-            found.append(_describe(scope, node, common))
-        else:
-            found.append(AttentionSite(**common, refusal=_LISTED[form]))
+        try:
+            found.append(AttentionSite(**common, **_describe(scope, node, form)))
+        except Refused as error:
+            found.append(AttentionSite(**common, refusal=str(error)))
     return found
 
 
-_LISTED = {
-    "softmax": "softmax attention: form not supported yet in the compiled pass; "
-    "write it with torch.nn.functional.scaled_dot_product_attention",
-    "multi_head_attention_forward": "torch.nn.MultiheadAttention computes everything in one opaque call; "
-    "replace the module by projections around torch.nn.functional.scaled_dot_product_attention",
-    "_transformer_encoder_layer_fwd": "the fast path of torch.nn.TransformerEncoderLayer is one opaque kernel; "
-    "torch.backends.mha.set_fastpath_enabled(False) opens it up to torch.nn.MultiheadAttention, which has to be "
-    "replaced by projections around torch.nn.functional.scaled_dot_product_attention",
-}
+_SOFTMAX = (
+    "softmax attention: form not supported yet in the compiled pass; "
+    "write it with torch.nn.functional.scaled_dot_product_attention"
+)
 
 
 def _form(node: Node) -> str | None:
@@ -148,11 +156,7 @@ def _form(node: Node) -> str | None:
         return "sdpa"
     if op is not None and op.name == "softmax" and _feeds_product(node):
         return "softmax"
-    if node.op == "call_function" and getattr(node.target, "__name__", "") in _LISTED:
-        name = node.target.__name__
-        if node.target in (torch.nn.functional.multi_head_attention_forward, torch._transformer_encoder_layer_fwd):
-            return name
-    return None
+    return OPAQUE.get(node.target) if node.op == "call_function" else None
 
 
 _PASSES_WEIGHTS = frozenset(
@@ -195,6 +199,10 @@ def _walk(scope: _Scope, visited: set[GraphModule]) -> Iterator[tuple[_Scope, No
         scope.refusal = whole
         if whole is None and switches and switches[0] < i < switches[-1]:
             scope.refusal = "it is inside torch.nn.attention.sdpa_kernel, which chooses the kernel"
+        if names[i] == "_enter_autocast":
+            scope.autocast.append(node)
+        elif names[i] == "_exit_autocast":
+            scope.autocast.remove(node.args[0])
         yield scope, node
         for body in bodies(node):
             if body in visited:
@@ -203,7 +211,8 @@ def _walk(scope: _Scope, visited: set[GraphModule]) -> Iterator[tuple[_Scope, No
             refusal = scope.refusal
             if refusal is None and _operator_name(node) not in _OPEN_OPERATORS:
                 refusal = f"it is inside the higher-order operator {_operator_name(node)}"
-            yield from _walk(_Scope(body, _feeds(scope, node, body), scope, refusal), visited)
+            inner = _Scope(body, _feeds(scope, node, body), scope, refusal, list(scope.autocast))
+            yield from _walk(inner, visited)
 
 
 def _operator_name(node: Node) -> str:
@@ -235,7 +244,9 @@ def module_path(node: Node) -> str:
     path = re.sub(r"\._modules\[(?:'(\w+)'|\"(\w+)\")\]", lambda m: f".{m[1] or m[2]}", path)
     root = re.match(r"[LG]\['(\w+)'\]", path)
     if root is not None:
-        path = path[root.end() :] if root[1] == "self" else root[1] + path[root.end() :]
+        # a compiled module of torch.nn itself is the variable fn of a wrapper
+        is_root = root[1] == "self" or root[0] == "L['fn']"
+        path = path[root.end() :] if is_root else root[1] + path[root.end() :]
     path = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path)
     return path.removeprefix(".").removeprefix("_orig_mod").removeprefix(".")
 
@@ -250,28 +261,32 @@ def source_line(node: Node) -> str:
     return ":".join(outside[-1]) if outside else ""
 
 
-def _describe(scope: _Scope, node: Node, common: dict[str, Any]) -> AttentionSite:
+def _describe(scope: _Scope, node: Node, form: str) -> dict[str, Any]:
+    """What ``node`` computes, as fields of its site."""
+    if form == "softmax":
+        raise Refused(_SOFTMAX)
+    if scope.refusal is not None:
+        raise Refused(scope.refusal)
+    if form != "sdpa":
+        autocast = [entered.args for entered in scope.autocast]
+        spec, padding, expand = describe(node, outer=scope.outer, overwritten=scope.overwritten, autocast=autocast)
+        return {"spec": spec, "padding": padding, "expand": expand}
     args = operation(node).args
-    try:
-        if scope.refusal is not None:
-            raise _Refused(scope.refusal)
-        query, key, value = (_tensor(args, name) for name in ("query", "key", "value"))
-        key, value = _unrepeated(scope, node, query, key, value)
-        spec, padding = _specify(scope, node, args, query, key, value)
-    except _Refused as error:
-        return AttentionSite(**common, refusal=str(error))
-    return AttentionSite(**common, query=query, key=key, value=value, padding=padding, spec=spec)
+    query, key, value = (_tensor(args, name) for name in ("query", "key", "value"))
+    key, value = _unrepeated(scope, node, query, key, value)
+    spec, padding = _specify(scope, node, args, query, key, value)
+    return {"query": query, "key": key, "value": value, "padding": padding, "spec": spec}
 
 
 def _tensor(args: Mapping[str, Any], name: str) -> Node:
     node = args.get(name)
     example = node.meta.get("example_value") if isinstance(node, Node) else None
     if not isinstance(example, torch.Tensor):
-        raise _Refused(f"its {name} is not a tensor of the graph")
+        raise Refused(f"its {name} is not a tensor of the graph")
     if example.dim() != 4:
-        raise _Refused(f"its {name} has {example.dim()} dimensions, not 4: [batch, heads, length, head size]")
+        raise Refused(f"its {name} has {example.dim()} dimensions, not 4: [batch, heads, length, head size]")
     if example.layout != torch.strided or example.is_nested:
-        raise _Refused(f"its {name} is a nested or sparse tensor")
+        raise Refused(f"its {name} is a nested or sparse tensor")
     return node
 
 
@@ -279,32 +294,27 @@ def _shape(node: Node) -> torch.Size:
     return node.meta["example_value"].shape
 
 
-def _static(size: Any) -> Any:
-    """A size as an int if it is the same for every input."""
-    return int(size.node.expr) if isinstance(size, torch.SymInt) and size.node.expr.is_number else size
-
-
 def _specify(
     scope: _Scope, node: Node, args: Mapping[str, Any], query: Node, key: Node, value: Node
 ) -> tuple[AttentionSpec, Padding | None]:
     out = node.meta["example_value"]
-    B, H, Lq, D = map(_static, _shape(query))
-    _, H_kv, Lk, _ = map(_static, _shape(key))
+    B, H, Lq, D = map(number, _shape(query))
+    _, H_kv, Lk, _ = map(number, _shape(key))
     for name, other in (("key", key), ("value", value)):
         if not known_equal(_shape(other)[0], B):
-            raise _Refused(f"its {name} has batch size {_shape(other)[0]}, its query {B}")
+            raise Refused(f"its {name} has batch size {_shape(other)[0]}, its query {B}")
     if not known_equal(_shape(value)[1], H_kv):
-        raise _Refused(f"its key has {H_kv} heads, its value {_shape(value)[1]}")
+        raise Refused(f"its key has {H_kv} heads, its value {_shape(value)[1]}")
     if not known_equal(H, H_kv):
         if not isinstance(H, int) or not isinstance(H_kv, int):
-            raise _Refused(f"its numbers of heads {H} and {H_kv} are not known when compiling")
+            raise Refused(f"its numbers of heads {H} and {H_kv} are not known when compiling")
         fits = H_kv == 1 or args.get("enable_gqa", False) or known_equal(_shape(args["key"])[1], H)
         if H_kv < 1 or H % H_kv or not fits:
-            raise _Refused(f"its {H_kv} key heads do not fit its {H} query heads")
+            raise Refused(f"its {H_kv} key heads do not fit its {H} query heads")
     scale = _constant(args.get("scale"), "scale")
     if scale is None:
         if not isinstance(D, int):
-            raise _Refused(f"its head size {D} is not known when compiling, and so its scale 1 / sqrt({D})")
+            raise Refused(f"its head size {D} is not known when compiling, and so its scale 1 / sqrt({D})")
         scale = 1.0 / math.sqrt(D)
     dropout_p = _constant(args.get("dropout_p", 0.0), "dropout_p")
     mask, padding = _mask(scope, node, args, (B, H, Lq, Lk))
@@ -315,7 +325,7 @@ def _specify(
         Lq=Lq,
         Lk=Lk,
         D=D,
-        Dv=_static(_shape(value)[3]),
+        Dv=number(_shape(value)[3]),
         dtype=out.dtype,
         device=out.device.type,
         scale=scale,
@@ -327,13 +337,10 @@ def _specify(
 
 def _constant(arg: Any, name: str) -> float | None:
     """A float argument that is a number or a node with a constant value; None stays None."""
-    if isinstance(arg, Node):
-        arg = arg.meta.get("example_value")
-    if isinstance(arg, torch.SymFloat | torch.SymInt) and arg.node.expr.is_number:
-        arg = float(arg.node.expr)
+    arg = number(arg)
     if arg is None or isinstance(arg, int | float):
         return None if arg is None else float(arg)
-    raise _Refused(f"its {name} is not known when compiling")
+    raise Refused(f"its {name} is not known when compiling")
 
 
 def _mask(
@@ -348,7 +355,7 @@ def _mask(
         return Mask(), None
     if not isinstance(mask, Node) or not isinstance(mask.meta.get("example_value"), torch.Tensor):
         return Mask(unknown="it is not a tensor of the graph"), None
-    proven, padding = prove(mask, sizes, outer=scope.outer, mutated=scope.written)
+    proven, padding = prove(mask, sizes, outer=scope.outer, overwritten=scope.overwritten)
     if proven.unknown is None or mask.meta["example_value"].dtype != torch.bool:
         return proven, padding
     return _same_for_all_queries(mask, sizes) or (proven, padding)

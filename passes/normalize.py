@@ -47,6 +47,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "unsqueeze": ("input", "dim"),
     "squeeze": ("input", "*dim"),
     "flatten": ("input", "start_dim", "end_dim"),
+    "unflatten": ("input", "dim", "sizes"),
     **dict.fromkeys(("view", "reshape"), ("input", "*shape")),
     **dict.fromkeys(("expand", "broadcast_to"), ("input", "*size")),
     "expand_as": ("input", "other"),
@@ -111,6 +112,25 @@ class Operation:
 def operation(node: Node) -> Operation | None:
     """The operation a node performs in its one spelling; None if it is not a pure operation known here."""
     name, reflected = _name(node)
+    return _bound(node, name, reflected)
+
+
+def in_place(node: Node) -> Operation | None:
+    """``x.masked_fill_(...)`` as the ``masked_fill`` of what ``x`` held before; None for every other node."""
+    name, _ = _name(node)
+    return _bound(node, name[:-1], False) if name in ("masked_fill_", "tril_", "triu_") else None
+
+
+def number(arg: Any) -> Any:
+    """An argument as a number, where it is one for every input: Dynamo may hand over a node or a symbol for it."""
+    if isinstance(arg, Node):
+        arg = arg.meta.get("example_value")
+    if isinstance(arg, torch.SymInt | torch.SymFloat) and arg.node.expr.is_number:
+        return (int if isinstance(arg, torch.SymInt) else float)(arg.node.expr)
+    return arg
+
+
+def _bound(node: Node, name: str | None, reflected: bool) -> Operation | None:
     if name not in SIGNATURES or node.kwargs.get("out") is not None:
         return None
     args = tuple(node.args)
@@ -196,9 +216,7 @@ def mutated_inputs(node: Node) -> list[Node]:
             ):
                 written.extend(node.all_input_nodes)
         elif isinstance(target, torch._ops.HigherOrderOperator):
-            if "mutation" in target.name() or any(
-                any(mutated_inputs(inner) for inner in body.graph.nodes) for body in bodies(node)
-            ):
+            if "mutation" in target.name() or any(map(_writes_outside, bodies(node))):
                 written.extend(node.all_input_nodes)
         elif getattr(operator, name, None) is target:
             if name == "setitem" or name in _IN_PLACE:
@@ -215,6 +233,20 @@ _IN_PLACE = frozenset(
     ("iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub")
     + ("itruediv", "ixor")
 )
+
+
+_FACTORIES = frozenset(("zeros", "ones", "full", "zeros_like", "ones_like", "full_like"))
+
+
+def is_new(node: Any) -> bool:
+    """Whether a node makes a tensor that shares its memory with nothing made before."""
+    op = operation(node) if isinstance(node, Node) else None
+    return op is not None and op.name in _FACTORIES
+
+
+def _writes_outside(body: GraphModule) -> bool:
+    """Whether a graph may write into what it is given."""
+    return not all(is_new(target) for node in body.graph.nodes for target in mutated_inputs(node))
 
 
 def _inplace_flag(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

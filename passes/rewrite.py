@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
@@ -16,7 +17,7 @@ from ..method import METHODS
 from ..spec import Plan, Policy, known_equal
 from .mask import Padding, PaddingTerm
 from .match import AttentionSite
-from .normalize import operation
+from .normalize import in_place, is_new, operation
 
 _COMPARISONS: dict[str, Callable[..., Any]] = {
     name: getattr(torch, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")
@@ -42,6 +43,9 @@ def rewrite(gm: GraphModule, planned: Iterable[tuple[AttentionSite, Plan]], poli
             raise ValueError(f"site {site.module!r}: its node {site.node.name!r} is not in the graph module given")
         seeds = changed.setdefault(site.graph_module, {})
         site = _renamed(site, replaced)
+        if site.expand is not None:
+            site, outputs = _expand(site)
+            replaced.update(outputs)
         replaced[site.node] = _replace(site, decision, policy, seeds)
         count += 1
     for module in changed:
@@ -58,6 +62,32 @@ def _renamed(site: AttentionSite, replaced: dict[Node, Node]) -> AttentionSite:
         padding = Padding(terms, replaced.get(padding.last_row, padding.last_row))
     inputs = {name: getattr(site, name) for name in ("query", "key", "value")}
     return replace(site, padding=padding, **{name: replaced.get(node, node) for name, node in inputs.items()})
+
+
+def _expand(site: AttentionSite) -> tuple[AttentionSite, dict[Node, Node]]:
+    """Open up an opaque function: the site of the SDPA node inside, and what its outputs became."""
+    node, graph = site.node, site.graph_module.graph
+    is_tuple = isinstance(node.meta["example_value"], tuple)
+    outputs = list(node.users) if is_tuple else [node]
+    with graph.inserting_before(node):
+
+        def emit(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+            return _emit(graph, target, args, kwargs, like=node)
+
+        attention, out = site.expand(emit)
+    for output in outputs:
+        output.replace_all_uses_with(out)
+        graph.erase_node(output)
+    if is_tuple:
+        graph.erase_node(node)
+    query, key, value = attention.args
+    return replace(site, node=attention, query=query, key=key, value=value), dict.fromkeys(outputs, out)
+
+
+def _tensor_of(node: Node) -> torch.Tensor:
+    """The example value of a node, or its first one."""
+    example = node.meta["example_value"]
+    return example[0] if isinstance(example, tuple) else example
 
 
 def _replace(site: AttentionSite, decision: Plan, policy: Policy, seeds: dict[str, Node]) -> Node:
@@ -107,8 +137,8 @@ def _emit(
     kwargs = kwargs or {}
     node = graph.call_function(target, args, kwargs)
     values = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
-    mode = _fake_mode(like)
-    with mode:
+    # without Python's decompositions some C++ ones turn symbolic sizes into numbers
+    with _fake_mode(like), enable_python_dispatcher():
         node.meta["example_value"] = target(*values[0], **values[1])
     if inherit:
         for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
@@ -118,7 +148,7 @@ def _emit(
 
 
 def _fake_mode(node: Node) -> Any:
-    example = node.meta["example_value"]
+    example = _tensor_of(node)
     if not isinstance(example, FakeTensor):
         raise ValueError(f"node {node.name!r}: its example_value is a {type(example).__name__}, must be a FakeTensor")
     return example.fake_mode
@@ -130,9 +160,9 @@ def _cast(graph: Graph, x: Node, dtype: torch.dtype, like: Node) -> Node:
 
 def _padding(graph: Graph, site: AttentionSite, padding: Padding) -> Node:
     """Nodes that compute the bool ``[B, Lk]`` key padding."""
-    if padding.last_row is not None:
-        return _full_batch(graph, site, _last_row(graph, site, padding.last_row))
     conditions = [_condition(graph, site, term) for term in padding.terms]
+    if padding.last_row is not None:
+        conditions.append(_last_row(graph, site, padding.last_row))
     result = conditions[0]
     for condition in conditions[1:]:
         result = _emit(graph, torch.logical_and, (result, condition), like=site.node)
@@ -201,13 +231,20 @@ def _with_layout_of(graph: Graph, out: Node, like: Node) -> Node:
 
 
 def _sweep(graph: Graph, candidates: list[Node]) -> None:
-    """Erase pure nodes without users, and what only they used."""
+    """Erase pure nodes without users, and what only they used; also what only writes into a tensor of its own."""
     erased: set[Node] = set()
     while candidates:
         node = candidates.pop()
-        if node in erased or node.users or operation(node) is None:
+        if node in erased or node.users or (operation(node) is None and not _fills_its_own(node)):
             continue
         inputs = list(node.all_input_nodes)
         graph.erase_node(node)
         erased.add(node)
         candidates.extend(inputs)
+
+
+def _fills_its_own(node: Node) -> bool:
+    """Whether a node writes in place into a new tensor that nobody else knows."""
+    write = in_place(node)
+    target = None if write is None else write.get("input")
+    return is_new(target) and list(target.users) == [node]

@@ -21,7 +21,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..spec import known_equal
-from .normalize import Operation, operation
+from .normalize import Operation, in_place, operation
 
 COORDINATES = sympy.symbols("b h q k", integer=True, nonnegative=True)
 
@@ -64,26 +64,29 @@ def _nonunit(shape: Sequence[Any]) -> list[int]:
 class Evaluator:
     """Evaluates the nodes of one mask; remembers what it has seen.
 
-    ``outer`` maps placeholders of a sub-graph to the nodes that feed them; ``mutated(node)`` tells whether the
-    memory of a node is written anywhere.
+    ``outer`` maps placeholders of a sub-graph to the nodes that feed them; ``overwritten(node, but=nodes)`` tells
+    whether the memory of a node is written once it has been computed, by others than ``nodes``.
     """
 
-    def __init__(self, outer: Mapping[Node, Node], mutated: Callable[[Node], bool]) -> None:
+    def __init__(self, outer: Mapping[Node, Node], overwritten: Callable[..., bool]) -> None:
         self.outer = outer
-        self.mutated = mutated
+        self.overwritten = overwritten
         self.leaves: dict[Any, Node] = {}
         self.symbols: dict[Node, Any] = {}
         self.memo: dict[Any, Any] = {}
+        self.later: tuple[Node, ...] = ()  # writes that come after everything that is being evaluated
 
-    def visible(self, mask: Node, sizes: tuple[Any, Any, Any, Any]) -> Boolean:
-        """The condition under which query ``q`` of head ``h`` in batch ``b`` sees key ``k``."""
+    def visible(self, mask: Node, coords: Sequence[Any], sizes: Sequence[Any], hides: bool = False) -> Boolean:
+        """The condition under which the element of ``mask`` that broadcasts to ``coords`` of ``sizes`` shows a key.
+
+        ``hides`` turns a boolean mask round: True hides.
+        """
         example = example_of(mask)
-        if example.dim() > 4:
+        if example.dim() > len(coords):
             raise Unproven(f"it has {example.dim()} dimensions")
-        coords = self.broadcast(example.shape, COORDINATES, sizes)
-        value = self.value(mask, coords)
+        value = self.value(mask, self.broadcast(example.shape, coords, sizes))
         if example.dtype == torch.bool:
-            return _boolean(value)
+            return sympy.Not(_boolean(value)) if hides else _boolean(value)
         return _additive(value, torch.finfo(example.dtype).min, self)
 
     def broadcast(self, shape: Sequence[Any], coords: Sequence[Any], sizes: Sequence[Any]) -> tuple[Any, ...]:
@@ -105,18 +108,30 @@ class Evaluator:
         return self.memo[key]
 
     def evaluate(self, node: Node, coords: tuple[Any, ...]) -> Any:
-        if self.mutated(node):
-            raise Unproven(f"'{node.name}', which it is made from, is modified in place")
-        op = operation(node)
-        rule = None if op is None else _RULES.get(op.name)
-        if rule is not None:
-            try:
-                return _settle(rule(self, node, op, coords), example_of(node).dtype)
-            except _NoRule:
-                pass
+        write, op = in_place(node), operation(node)
+        if write is None and self.overwritten(node, but=self.later):
+            raise _modified(node)
+        try:
+            if write is not None:
+                return self.after_write(node, write, coords)
+            if op is not None and op.name in _RULES:
+                return _settle(_RULES[op.name](self, node, op, coords), example_of(node).dtype)
+        except _NoRule:
+            pass
         return self.leaf(node, coords)
 
+    def after_write(self, node: Node, write: Operation, coords: tuple[Any, ...]) -> Any:
+        """The element after an in-place operation: everything it depends on is read before the write."""
+        memo, later = self.memo, self.later
+        self.memo, self.later = {}, (*later, node)
+        try:
+            return _settle(_RULES[write.name](self, node, write, coords), example_of(node).dtype)
+        finally:
+            self.memo, self.later = memo, later
+
     def leaf(self, node: Node, coords: tuple[Any, ...]) -> Any:
+        if self.overwritten(node):  # its values may be read later than here
+            raise _modified(node)
         dtype = example_of(node).dtype
         if dtype.is_complex:
             raise Unproven(f"it is made from the complex tensor '{node.name}'")
@@ -164,6 +179,10 @@ def example_of(node: Node) -> torch.Tensor:
     return example
 
 
+def _modified(node: Node) -> Unproven:
+    return Unproven(f"'{node.name}', which it is made from, is modified in place")
+
+
 def _is_condition(value: Any) -> bool:
     # sympy's symbols are booleans as well as numbers
     return isinstance(value, Boolean) and not isinstance(value, sympy.Expr)
@@ -193,6 +212,8 @@ def _select(condition: Boolean, then: Any, other: Any) -> Any:
     if condition is sympy.false:
         return other
     if _is_condition(then) and _is_condition(other):
+        if then is sympy.true or other is sympy.true:
+            return sympy.Or(condition, other) if then is sympy.true else sympy.Or(sympy.Not(condition), then)
         return sympy.Or(sympy.And(condition, then), sympy.And(sympy.Not(condition), other))
     return _Select(condition, _number(then), _number(other))
 

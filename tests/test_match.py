@@ -227,6 +227,11 @@ def test_module_paths_are_relative_to_what_was_compiled() -> None:
     in_place(Q)
     assert seen == expected
 
+    # Dynamo runs a compiled module of torch.nn inside a wrapper of its own
+    assert [(s.module, s.index) for s in sites_of(nn.Sequential(Leaf(), tree), Q)] == [("0", 0)] + [
+        (f"1.{module}".removesuffix("."), index) for module, index in expected
+    ]
+
     seen.clear()
     torch._dynamo.reset()
     part = Tree()
@@ -366,15 +371,23 @@ def test_a_softmax_that_is_no_attention_is_not_listed() -> None:
     assert sites_of(lambda q: torch.baddbmm(torch.softmax(q[0], -1), q[0] @ q[0].mT, q[0]), Q) == []
 
 
-def test_torchs_opaque_layers_are_listed_with_a_way_out() -> None:
-    x = torch.randn(2, 6, 8)
+def test_torchs_opaque_layers_are_described() -> None:
+    x = torch.randn(3, 6, 8)
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     site = only(lambda x: attention(x, x, x, need_weights=False)[0], x)
-    assert site.form == "multi_head_attention_forward" and "scaled_dot_product_attention" in site.refusal
+    assert (site.form, site.refusal) == ("multi_head_attention_forward", None) and site.expand is not None
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     with torch.no_grad():
-        site = only(lambda x: layer(x), x)
-    assert site.form == "_transformer_encoder_layer_fwd" and "set_fastpath_enabled(False)" in site.refusal
+        fused = only(lambda x: layer(x), x)
+    assert (fused.form, fused.refusal) == ("_transformer_encoder_layer_fwd", None) and fused.expand is not None
+    for s in (site.spec, fused.spec):
+        assert (s.B, s.H, s.H_kv, s.Lq, s.Lk, s.D, s.Dv, s.mask) == (3, 2, 2, 6, 6, 4, 4, Mask())
+
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return attention(x, x, x)[0]
+
+    assert "sdpa_kernel" in only(chosen, x).refusal
 
 
 def test_matching_changes_nothing() -> None:
