@@ -427,14 +427,17 @@ def main() -> None:
         published = random_tensors(1, 8, 8, 16384, 16384, 64, device, torch.float32)
         g = Policy(method_options={"thinformer": {"g": 2}})
         for policy, tensors, lengths in [
-            (ENCODERS[0], stretched, ()), (ENCODERS[0], batch, (n, n - n // 3)), (ENCODERS[0], cross, ()),
+            (ENCODERS[0], stretched, ()),
+            (ENCODERS[0], batch, (n, n - n // 3)),
+            (ENCODERS[0], cross, ()),
             (g, published, ()),
-        ]:  # fmt: skip
-            opponents = without_padding(tensors, lengths or [tensors[1].shape[2]] * len(tensors[0]), clock,
-                                        args.repeats, causal=False)  # fmt: skip
-            row = encode(policy, opponents, tensors, clock, args.repeats, lengths)
+        ]:
+            whole = [tensors[1].shape[2]] * len(tensors[0])
+            opponents = without_padding(tensors, lengths or whole, clock, args.repeats, causal=False)
             s, _ = T._resolve(**METHODS["thinformer"].params(None, policy), Lk=tensors[1].shape[2])
-            add(*tensors[:2], {**row, "s": s})
+            for graph in ({}, {"graph": 1})[: 1 + (policy is g)]:
+                row = encode(policy, opponents, tensors, clock, args.repeats, lengths, **graph)
+                add(*tensors[:2], {**row, "s": s})
     opponents = {}
     for B, n, S in track(DECODE[: args.decode if on_gpu else 0], description="decode"):
         if (B, n) not in opponents:

@@ -17,7 +17,7 @@ from express_compile import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "examples" / "results"
-SHIPPED = ("express", "thinformer", "exact")
+SHIPPED = ("express", "thinformer", "santa", "exact")
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -119,6 +119,21 @@ def encode_table() -> str:
         opponent = f"{float(row['opponent_ms_p50']):.2f} ms ({row['opponent']})"
         body.append([n + what, shape, row["s"], opponent, cell(row), f"{float(row['peak_mb']):,.0f}"])
     return markdown(["tokens", "heads, D, dtype", "s", "best exact", "Thinformer", "memory, MB"], body)
+
+
+def decode_table() -> str:
+    rows = speed_rows(job="decode")
+    columns = list(dict.fromkeys(row["s"] for row in rows))
+    body = []
+    for B, n in dict.fromkeys((row["B"], row["Lk"]) for row in rows):
+        cells = {row["s"]: row for row in rows if (row["B"], row["Lk"]) == (B, n)}
+        first = next(iter(cells.values()))
+        exact = f"{float(first['opponent_ms_p50']) * 1e3:.0f} µs ({first['opponent']})"
+        times = [(float(cells[s]["ms_p50"]) * 1e3, float(cells[s]["speedup"])) for s in columns]
+        texts = [f"{us:.0f} µs, {speedup:.2f}×" for us, speedup in times]
+        texts = [f"**{text}**" if speedup > 1 else text for text, (_, speedup) in zip(texts, times, strict=True)]
+        body.append([B, f"{int(n):,}", exact, *texts])
+    return markdown(["B", "keys", "best exact", *(f"S = {s}" for s in columns)], body)
 
 
 def encoders_table() -> str:
@@ -250,6 +265,7 @@ PARTS = {
     "others": others_table,
     "encode": encode_table,
     "encoders": encoders_table,
+    "decode": decode_table,
     "embeddings": embeddings_table,
     "breakdown": breakdown_table,
     "quality": quality_table,

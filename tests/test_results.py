@@ -84,6 +84,12 @@ def test_express_is_as_fast_as_it_had_to_be(s, window, n, bar):
     assert 0 < float(row["error"]) < 3e-3, "what rounding to bfloat16 costs"
 
 
+@pytest.mark.parametrize("n, params, bar", [(8192, "graph=1", 4.0), (32768, "", 20.0)])
+def test_thinformer_is_as_fast_as_it_had_to_be(n, params, bar):
+    row = speed(job="encode", s="256", Lq=str(n), Lk=str(n), H="32", D="128", B="1", params=params)
+    assert float(row["speedup"]) >= bar and 0 < float(row["error"]) < 3e-3
+
+
 def test_training_is_as_fast_as_it_had_to_be():
     row = speed(job="train", s="512", Lq="32768", params="sinks=32 window=32 protected=0")
     assert float(row["speedup"]) >= 2.0
