@@ -9,9 +9,11 @@ uniform u per sequence and head, so that every token is expected equally often a
 (The paper keeps every (L / 4**p)-th token instead.) Sequences of at most ``s`` tokens get exact attention.
 
 Error law (the paper's, for keys of low rank): falls like ``1 / s`` up to logarithms, that of a uniform sample like
-``1 / sqrt(s)``. Measured on keys of rank 2 with bounded scores: ``s**-0.9``. On the keys of real models it falls no faster
-than that of a uniform sample and is 3 to 10% below it (examples/results/thinformer-error.png). Of a policy, ``budget``, ``halving``, ``seed`` and ``min_length`` count; there are no sinks, no window
-and no protected rows.
+``1 / sqrt(s)``. Measured on keys of rank 2 with bounded scores: ``s**-0.9``. On the keys of real models it falls no
+faster than that of a uniform sample and is 3 to 10% below it (examples/results/thinformer-error.png).
+
+Of a policy, ``budget``, ``halving``, ``seed`` and ``min_length`` count; there are no sinks, no window and no
+protected rows.
 
 Supports self and cross attention, grouped queries, Dv != D, any length, key padding on any side (a padded key is
 never selected; a sequence without any real key gives 0, as SDPA does), float16, bfloat16, float32 (float64 in the
