@@ -10,15 +10,14 @@ nothing else; arXiv 2309.17453) is the baseline at the same number of rows, plug
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import functools
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import torch
-from measures import chunk_bootstrap, recalls, token_statistics
+from benchmark import append, commit_of
+from measures import QUALITY_COLUMNS, chunk_bootstrap, recalls, token_statistics
 from models import REPETITIVE, load_smollm2, long_texts, needle_prompts
 from rich.console import Console
 from rich.progress import track
@@ -29,7 +28,6 @@ from express_compile.kernels._op import check_qkv, define_op
 from express_compile.kernels.express import rows_seen as express_rows_seen
 from express_compile.kernels.segments import TOKENS, SegmentTable, segment_attention
 
-COLUMNS = "date,gpu,commit,model,task,n,method,params,rows,metric,value,low,high".split(",")
 MODEL = "SmolLM2-135M-Instruct"
 FROM = 2048  # positions before this one see most of their past exactly whatever the method
 
@@ -226,12 +224,7 @@ def main() -> None:
     for length in args.needle_lengths if args.needles else []:
         rows += needle_rows(model, tokenizer, device, length, args.needles, NEEDLE_GRID[: args.policies])
 
-    commit = (
-        args.commit
-        or subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    )
+    commit = args.commit or commit_of()
     gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     common = dict(date=datetime.date.today().isoformat(), gpu=gpu, commit=commit, model=MODEL)
     shown = ("task", "n", "method", "params", "rows", "metric", "value", "low", "high")
@@ -245,12 +238,7 @@ def main() -> None:
             table.add_row(*(f"{x:.4f}" if isinstance(x, float) else str(x) for x in cells))
     Console(width=160).print(table)
     if args.out:
-        new = not args.out.exists()
-        with args.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="")
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(args.out, QUALITY_COLUMNS, rows)
 
 
 if __name__ == "__main__":

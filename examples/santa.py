@@ -12,17 +12,17 @@ rows of largest weight of every head, exactly: the best that a fixed choice of r
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
-import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from benchmark import append, commit_of
+from measures import QUALITY_COLUMNS
 from models import load_smollm2, long_texts
-from quality import COLUMNS, MODEL
+from quality import MODEL
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -239,12 +239,7 @@ def main() -> None:
     rows = kl_rows(model, tokenizer, device, args, per_layer) if args.draws else []
     rows += generate_rows(model, tokenizer, device, args, console) if args.tokens else []
 
-    commit = (
-        args.commit
-        or subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    )
+    commit = args.commit or commit_of()
     gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     shown = ("task", "n", "params", "rows", "metric", "value", "low", "high")
     table = Table(*shown)
@@ -253,12 +248,7 @@ def main() -> None:
         table.add_row(*(f"{x:.4f}" if isinstance(x, float) else str(x) for x in (row.get(c, "") for c in shown)))
     console.print(table)
     if args.out:
-        new = not args.out.exists()
-        with args.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="")
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(args.out, QUALITY_COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def define_op(
     """Define ``express_compile::<name>`` with one body for CPU and CUDA, a fake and a gradient.
 
     ``body`` runs below autograd: a ``backward`` must call an op of its own. Without one the op is not
-    differentiable and says so when it is tried.
+    differentiable, and raises ``RuntimeError`` when that is tried.
     """
     qualified = f"express_compile::{name}"
     _SCHEMAS[name] = schema
@@ -33,8 +33,11 @@ def define_op(
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, body, key)
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{qualified} has no gradient; methods=['exact'] has those of every order")
+
+    torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context, lib=LIBRARY)
     return getattr(torch.ops.express_compile, name).default
 
 

@@ -199,6 +199,13 @@ def test_opcheck_and_gradcheck():
     assert torch.autograd.gradcheck(lambda *x: op(*x, s=8)[0], leaves, atol=1e-6)
 
 
+def test_gradients_of_gradients_are_refused():
+    q, k, v = (x.requires_grad_() for x in tokens(6, 40))
+    (grad,) = torch.autograd.grad(op(q, k, v)[0].square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="thinformer_backward has no gradient; methods"):
+        grad.sum().backward()
+
+
 def spec(**changes):
     base = dict(B=1, H=4, H_kv=2, Lq=100, Lk=200, D=8, Dv=8, dtype=torch.float32, device="cpu", scale=0.3)
     return AttentionSpec(**{**base, **changes})
