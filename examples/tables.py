@@ -136,6 +136,18 @@ def decode_table() -> str:
     return markdown(["B", "keys", "best exact", *(f"S = {s}" for s in columns)], body)
 
 
+def steps_table() -> str:
+    """What sampled decoding costs in KL per step, beside the exact rows of largest weight."""
+    rows = [row for row in quality_rows() if row["task"] == "decode"]
+    values = {(row["params"], row["metric"]): row for row in rows}
+    body = []
+    for params in sorted({row["params"] for row in rows}, key=lambda x: (int(x.split("S=")[1]), x)):
+        kl, top1 = values[params, "kl"], values[params, "top1"]
+        interval = f"{float(kl['value']):.4f} ({float(kl['low']):.4f}–{float(kl['high']):.4f})"
+        body.append([params.replace("=", " "), f"{float(kl['rows']):.0f}", interval, f"{float(top1['value']):.2f}"])
+    return markdown(["policy", "value rows per KV head", "KL per step (95%)", "top-1"], body)
+
+
 def encoders_table() -> str:
     """Whole models with random weights."""
     rows = newest(read("speed.csv"), "gpu", "job", "params", "s", "Lq")
@@ -266,6 +278,7 @@ PARTS = {
     "encode": encode_table,
     "encoders": encoders_table,
     "decode": decode_table,
+    "steps": steps_table,
     "embeddings": embeddings_table,
     "breakdown": breakdown_table,
     "quality": quality_table,

@@ -611,7 +611,8 @@ def spec(**changes):
         (dict(mask=Mask(unknown="opaque tensor")), "its mask is not proven: opaque tensor"),
         (dict(mask=Mask(causal=True, offset=199, window=64)), "window of 64"),
         (dict(dropout_p=0.1), r"dropout_p=0.1\); call model.eval"),
-        (dict(device="cuda"), "no kernel for device cuda yet"),
+        (dict(device="mps"), "no kernel for device mps"),
+        (dict(device="cuda", dtype=torch.float64), "no kernel for torch.float64"),
         (dict(H=6), "draws lists 4 numbers, the site has 6 heads"),
     ],
 )
@@ -621,6 +622,15 @@ def test_refusals_carry_their_reason(changes, reason):
     assert decision.verdict == "refused"
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(decision.reason)
+
+
+def test_what_the_kernels_do_not_take():
+    wide = spec(device="cuda", H=64, H_kv=2, Lq=16, mask=Mask(causal=True, offset=184))
+    decision = plan(wide, Policy(methods=("santa",)))
+    assert decision.reason == "32 heads per key head times 16 queries are more than 256 rows"
+    alone = Policy(methods=("santa",), method_options={"santa": {"shared": False}})
+    assert plan(spec(device="cuda"), alone).reason == "there is no CUDA kernel for shared=False"
+    assert plan(spec(device="cuda"), Policy(methods=("santa",))).verdict == "rewritten"
 
 
 def test_what_is_taken():
