@@ -14,18 +14,13 @@ graphs: what they cost inside a model that keeps the GPU busy.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
+from records import SPEED_COLUMNS, add_arguments, append, run_of, show, versions
 from rich.progress import track
-from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
@@ -36,10 +31,6 @@ from express_compile.kernels.exact import exact_attention
 from express_compile.kernels.segments import dense_table, segment_attention_backward, segment_attention_reference
 from express_compile.kernels.segments_backward import accumulate_rows_reference
 
-COLUMNS = (
-    "date,gpu,torch,triton,commit,job,method,params,B,H,H_kv,Lq,Lk,D,Dv,dtype,s,ms_p20,ms_p50,ms_p80,opponent,"
-    "opponent_ms_p50,speedup,error,peak_mb"
-).split(",")
 SETTINGS = [
     Policy(budget=512, sinks=32, window=32, protected=0),
     Policy(budget=256, sinks=32, window=512, protected=0),
@@ -82,12 +73,6 @@ class Clock:
             end.record()
         torch.cuda.synchronize()
         return [begin.elapsed_time(end) for begin, end in events]
-
-
-def commit_of() -> str:
-    """The commit that is checked out here."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def quantile(times: list[float], q: float) -> float:
@@ -237,13 +222,13 @@ def prefill(policy: Policy, opponents: dict[str, float], tensors, clock: Clock, 
     return row_of(policy, times, opponents, errors, job="prefill", params=params, peak_mb=peak)
 
 
-def without_padding(tensors, lengths: Sequence[int], clock: Clock, repeats: int, causal: bool = True) -> dict:
-    """:func:`exact_times` of the sequences of a batch, one by one and each of its own length, summed up."""
+def without_padding(tensors, lengths: Sequence[int], clock: Clock, repeats: int, **options) -> dict:
+    """:func:`exact_times`, with its ``options``, summed up over the sequences of a batch, each of its own length."""
     opponents: dict[str, float] = {}
     for b, length in enumerate(lengths):
         query = slice(-min(length, tensors[0].shape[2]), None)
         parts = (tensors[0][b : b + 1, :, query], *(x[b : b + 1, :, -length:] for x in tensors[1:]))
-        for name, ms in exact_times(*parts, clock, repeats, causal=causal).items():
+        for name, ms in exact_times(*parts, clock, repeats, **options).items():
             opponents[name] = opponents.get(name, 0.0) + ms
     return opponents
 
@@ -345,16 +330,6 @@ def random_tensors(B: int, H: int, H_kv: int, Lq: int, Lk: int, D: int, device: 
     return [torch.randn(B, h, n, D, device=device, dtype=dtype) for h, n in ((H, Lq), (H_kv, Lk), (H_kv, Lk))]
 
 
-def append(path: Path, columns: list[str], rows: list[dict]) -> None:
-    """Append ``rows`` to a CSV file, with a header if it is new."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -367,29 +342,19 @@ def main() -> None:
     parser.add_argument("--encode", type=int, nargs="*", default=ENCODE_LENGTHS, help="lengths without a causal mask")
     parser.add_argument("--decode", type=int, default=len(DECODE), help="how many of the shapes of decoding; 0: none")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="CSV file to append to")
-    parser.add_argument("--commit", default=None, help="commit to record; asked from git if not given")
+    add_arguments(parser)
     args = parser.parse_args()
 
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     (H, H_kv), D = args.heads, args.head_size
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = ""
-    common = dict(
-        date=datetime.date.today().isoformat(), gpu=torch.cuda.get_device_name() if on_gpu else "CPU",
-        torch=torch.__version__, triton=triton_version, commit=args.commit or commit_of(),
-    )  # fmt: skip
+    common = {**run_of(args.commit), **versions()}
     clock, rows = Clock(device), []
 
     def add(q, k, row: dict) -> None:
         shape = dict(B=q.shape[0], H=q.shape[1], H_kv=k.shape[1], Lq=q.shape[2], Lk=k.shape[2], D=q.shape[3])
         rows.append({**common, **shape, "Dv": q.shape[3], "dtype": str(q.dtype).removeprefix("torch."), **row})
         if args.out:
-            append(args.out, COLUMNS, rows[-1:])
+            append(args.out, SPEED_COLUMNS, rows[-1:])
 
     settings = SETTINGS[: args.settings]
     if args.others:
@@ -433,9 +398,11 @@ def main() -> None:
             (g, published, ()),
         ]:
             whole = [tensors[1].shape[2]] * len(tensors[0])
-            opponents = without_padding(tensors, lengths or whole, clock, args.repeats, causal=False)
             s, _ = T._resolve(**METHODS["thinformer"].params(None, policy), Lk=tensors[1].shape[2])
             for graph in ({}, {"graph": 1})[: 1 + (policy is g)]:
+                opponents = without_padding(
+                    tensors, lengths or whole, clock, args.repeats, causal=False, graph=bool(graph)
+                )
                 row = encode(policy, opponents, tensors, clock, args.repeats, lengths, **graph)
                 add(*tensors[:2], {**row, "s": s})
     opponents = {}
@@ -445,12 +412,8 @@ def main() -> None:
             tensors[0] *= 2  # scores of standard deviation 2: neither flat nor a single key
             opponents[B, n] = exact_times(*tensors, clock, 15, graph=True, causal=False)
         add(*tensors[:2], decode(tensors, S, opponents[B, n], clock, 15))
-    shown = ("job", "dtype", "B", "Lq", "Lk", "s", "params", "ms_p50", "opponent", "opponent_ms_p50", "speedup",
-             "error", "peak_mb")  # fmt: skip
-    table = Table(*shown)
-    for row in rows:
-        table.add_row(*(f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in shown))
-    Console(width=150).print(table)
+    shown = "job dtype B Lq Lk s params ms_p50 opponent opponent_ms_p50 speedup error peak_mb"
+    show(rows, shown.split())
 
 
 if __name__ == "__main__":

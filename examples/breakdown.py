@@ -10,13 +10,10 @@ head is halved, replayed as a CUDA graph.
 from __future__ import annotations
 
 import argparse
-import datetime
-from pathlib import Path
 
 import torch
-from benchmark import LAYER, Clock, append, commit_of, exact_times, quantile, random_tensors, replayed
-from rich.console import Console
-from rich.table import Table
+from benchmark import LAYER, Clock, exact_times, quantile, random_tensors, replayed
+from records import add_arguments, append, run_of, show, versions
 
 from express_compile import Policy
 from express_compile.kernels import express as E
@@ -78,26 +75,16 @@ def chains(sizes: list[int], clock: Clock) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072, 524288])
-    parser.add_argument("--out", type=Path, help="CSV file to append to")
-    parser.add_argument("--commit", default=None, help="commit to record; asked from git if not given")
+    add_arguments(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("needs a CUDA GPU: the CPU runs the references, which have no such parts")
-    import triton
-
-    common = dict(
-        date=datetime.date.today().isoformat(), gpu=torch.cuda.get_device_name(), torch=torch.__version__,
-        triton=triton.__version__, commit=args.commit or commit_of(),
-    )  # fmt: skip
+    common = {**run_of(args.commit), **versions()}
     clock = Clock("cuda")
     rows = [
         {**common, **row} for row in chains([128, 256, 512, 1024, 2048, 4096], clock) + lengths(args.lengths, clock)
     ]
-    table = Table(*COLUMNS[5:])
-    for row in rows:
-        cells = (row.get(c, "") for c in COLUMNS[5:])
-        table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in cells))
-    Console(width=140).print(table)
+    show(rows, COLUMNS[5:], width=140)
     if args.out:
         append(args.out, COLUMNS, rows)
 

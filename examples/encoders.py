@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
-import importlib.metadata
 import math
 import os
 import random
@@ -33,14 +31,12 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers' loading;
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchmark import COLUMNS as SPEED_COLUMNS
-from benchmark import Clock, append, commit_of, peak_of, quantile
+from benchmark import Clock, peak_of, quantile
 from matplotlib.figure import Figure
-from measures import QUALITY_COLUMNS, Captured, chunk_bootstrap, retrieval
+from measures import Captured, chunk_bootstrap, retrieval
 from models import REPETITIVE, _file_of, load_smollm2, long_texts
-from rich.console import Console
+from records import QUALITY_COLUMNS, SPEED_COLUMNS, add_arguments, append, run_of, show, versions
 from rich.progress import track
-from rich.table import Table
 from tables import newest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -323,8 +319,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=256, help="keys kept by speed")
     parser.add_argument("--repeats", type=int, default=9, help="timed calls of speed")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers in speed")
-    parser.add_argument("--out", type=Path, help="folder of quality.csv, speed.csv and the plot")
-    parser.add_argument("--commit", default=None, help="commit to record; asked from git if not given")
+    add_arguments(parser, "folder of quality.csv, speed.csv and the plot")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if "plot" in args.jobs and args.out is None:
@@ -337,21 +332,15 @@ def main() -> None:
         clock, models = Clock(device), [(name, n) for n in args.lengths for name in ("vit-b-16", "bert-base")]
         speed = [speed_row(*x, args.budget, device, args.tiny, clock, args.repeats) for x in track(models, "speed")]
 
-    gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    common = dict(date=datetime.date.today().isoformat(), gpu=gpu, commit=args.commit or commit_of())
-    triton = next((d.version for d in importlib.metadata.distributions(name="triton")), "")
     for file, rows, columns, shown, more in (
         ("quality.csv", quality, QUALITY_COLUMNS, "task n method params metric value low high", {}),
         ("speed.csv", speed, SPEED_COLUMNS, "params Lq s ms_p50 opponent opponent_ms_p50 speedup error peak_mb",
-         dict(torch=torch.__version__, triton=triton)),
+         versions()),
     ):  # fmt: skip
-        table = Table(*shown.split())
-        for row in rows:
-            table.add_row(*(f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in shown.split()))
         if rows:
-            Console(width=150).print(table)
+            show(rows, shown.split())
         if rows and args.out:
-            append(args.out / file, columns, [{**common, **more, **row} for row in rows])
+            append(args.out / file, columns, [{**run_of(args.commit), **more, **row} for row in rows])
     if "plot" in args.jobs:
         plot(args.out / "quality.csv", args.out / "thinformer-error.png")
 

@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-QUALITY_COLUMNS = "date,gpu,commit,model,task,n,method,params,rows,metric,value,low,high".split(",")
-
 
 @dataclass(frozen=True)
 class TokenStats:

@@ -10,18 +10,14 @@ nothing else; arXiv 2309.17453) is the baseline at the same number of rows, plug
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
-from pathlib import Path
 
 import numpy as np
 import torch
-from benchmark import append, commit_of
-from measures import QUALITY_COLUMNS, chunk_bootstrap, recalls, token_statistics
+from measures import chunk_bootstrap, recalls, token_statistics
 from models import REPETITIVE, load_smollm2, long_texts, needle_prompts
-from rich.console import Console
+from records import QUALITY_COLUMNS, add_arguments, append, run_of, show
 from rich.progress import track
-from rich.table import Table
 
 from express_compile import Method, Policy, Refusal, register, restore_attention, rewrite_attention
 from express_compile.kernels._op import check_qkv, define_op
@@ -214,8 +210,7 @@ def main() -> None:
     parser.add_argument("--needles", type=int, default=24, help="depths per needle task; 0 for none")
     parser.add_argument("--needle-lengths", type=int, nargs="*", default=[4096, 8064])
     parser.add_argument("--policies", type=int, default=99, help="only the first policies of each grid")
-    parser.add_argument("--out", type=Path, help="CSV file to append to")
-    parser.add_argument("--commit", default=None, help="commit to record; asked from git if not given")
+    add_arguments(parser)
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -224,19 +219,9 @@ def main() -> None:
     for length in args.needle_lengths if args.needles else []:
         rows += needle_rows(model, tokenizer, device, length, args.needles, NEEDLE_GRID[: args.policies])
 
-    commit = args.commit or commit_of()
-    gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    common = dict(date=datetime.date.today().isoformat(), gpu=gpu, commit=commit, model=MODEL)
-    shown = ("task", "n", "method", "params", "rows", "metric", "value", "low", "high")
-    table = Table(*shown)
-    for row in rows:
-        row.update(common)
-        if not row["task"].startswith("text:"):
-            cells = (
-                row.get(c, "") for c in ("task", "n", "method", "params", "rows", "metric", "value", "low", "high")
-            )
-            table.add_row(*(f"{x:.4f}" if isinstance(x, float) else str(x) for x in cells))
-    Console(width=160).print(table)
+    rows = [{**run_of(args.commit), "model": MODEL, **row} for row in rows]
+    shown = "task n method params rows metric value low high"
+    show([row for row in rows if not row["task"].startswith("text:")], shown.split(), width=160, digits=".4f")
     if args.out:
         append(args.out, QUALITY_COLUMNS, rows)
 

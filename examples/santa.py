@@ -12,20 +12,18 @@ rows of largest weight of every head, exactly: the best that a fixed choice of r
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from benchmark import append, commit_of
-from measures import QUALITY_COLUMNS
+from measures import chunk_bootstrap
 from models import load_smollm2, long_texts
 from quality import MODEL
+from records import QUALITY_COLUMNS, add_arguments, append, run_of, show
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from express_compile import (
@@ -163,11 +161,10 @@ def kl_rows(model, tokenizer, device: str, args, per_layer: dict[int, dict[str, 
     rows = []
     for (name, S), values in kl.items():
         per_step = np.array(values).reshape(len(names) * args.steps, -1).mean(1)
-        pick = np.random.default_rng(0).integers(len(per_step), size=(2000, len(per_step)))
-        low, high = np.quantile(per_step[pick].mean(1), [0.025, 0.975])
+        mean, low, high = chunk_bootstrap([per_step], chunk=1)
         common = dict(task="decode", n=args.length, method=chosen[name][0], params=f"{name} S={S}")
         common["rows"] = round(float(np.mean(read[name, S])), 1)
-        rows.append({**common, "metric": "kl", "value": float(per_step.mean()), "low": float(low), "high": float(high)})
+        rows.append({**common, "metric": "kl", "value": mean, "low": low, "high": high})
         rows.append({**common, "metric": "top1", "value": float(np.mean(agree[name, S]))})
     return rows
 
@@ -181,8 +178,11 @@ def generate_rows(model, tokenizer, device: str, args, console: Console) -> list
     mask = torch.ones_like(ids)
     # each model continues from the exact prefill: prefill is never sampled
     options = dict(attention_mask=mask, max_new_tokens=args.tokens, min_new_tokens=args.tokens, do_sample=False)
-    runs = {"exact": None, f"S={args.generate}": santa(args.generate), f"per head S={args.generate}": None}
-    runs[f"per head S={args.generate}"] = santa(args.generate, shared=False)
+    runs = {
+        "exact": None,
+        f"S={args.generate}": santa(args.generate),
+        f"per head S={args.generate}": santa(args.generate, shared=False),
+    }
     rows, truth = [], None
     for name, policy in runs.items():
         if policy is not None:
@@ -222,8 +222,7 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=128, help="tokens to generate; 0 for none")
     parser.add_argument("--generate", type=int, default=128, help="draws of the generation")
-    parser.add_argument("--out", type=Path, help="CSV file to append to")
-    parser.add_argument("--commit", default=None, help="commit to record; asked from git if not given")
+    add_arguments(parser)
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -239,14 +238,8 @@ def main() -> None:
     rows = kl_rows(model, tokenizer, device, args, per_layer) if args.draws else []
     rows += generate_rows(model, tokenizer, device, args, console) if args.tokens else []
 
-    commit = args.commit or commit_of()
-    gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    shown = ("task", "n", "params", "rows", "metric", "value", "low", "high")
-    table = Table(*shown)
-    for row in rows:
-        row.update(date=datetime.date.today().isoformat(), gpu=gpu, commit=commit, model=MODEL)
-        table.add_row(*(f"{x:.4f}" if isinstance(x, float) else str(x) for x in (row.get(c, "") for c in shown)))
-    console.print(table)
+    rows = [{**run_of(args.commit), "model": MODEL, **row} for row in rows]
+    show(rows, "task n params rows metric value low high".split(), width=160, digits=".4f")
     if args.out:
         append(args.out, QUALITY_COLUMNS, rows)
 

@@ -41,11 +41,16 @@ def setting(row: dict[str, str]) -> str:
     return name + (f", protected {values['protected']}" if values["protected"] != "0" else "")
 
 
-def speed_rows(**wanted: str) -> list[dict[str, str]]:
-    """The newest GPU rows of the default shape of a head; earlier runs stay in the file as history."""
+def gpu_rows(**wanted: str) -> list[dict[str, str]]:
+    """The newest GPU row of every measurement with these values; earlier runs stay in the file as history."""
     rows = newest(read("speed.csv"), "gpu", "job", "params", "s", "B", "Lq", "Lk", "H", "H_kv", "D", "dtype")
-    wanted = {"H": "32", "H_kv": "8", "D": "128", "dtype": "bfloat16", **wanted}
     return [row for row in rows if row["gpu"] != "CPU" and all(row[k] == v for k, v in wanted.items())]
+
+
+def speed_rows(**wanted: str) -> list[dict[str, str]]:
+    """Those of the default shape of a head."""
+    wanted = {"H": "32", "H_kv": "8", "D": "128", "dtype": "bfloat16", **wanted}
+    return gpu_rows(**wanted)
 
 
 def prefill_rows() -> list[dict[str, str]]:
@@ -104,9 +109,8 @@ def others_table() -> str:
 
 
 def encode_table() -> str:
-    rows = newest(read("speed.csv"), "gpu", "job", "params", "s", "B", "Lq", "Lk", "H", "H_kv", "D", "dtype")
     body = []
-    for row in (row for row in rows if row["job"] == "encode" and row["gpu"] != "CPU"):
+    for row in gpu_rows(job="encode"):
         values = dict(part.split("=") for part in row["params"].split())
         n, what = f"{int(row['Lk']):,}", ""
         if row["Lq"] != row["Lk"]:
@@ -150,9 +154,8 @@ def steps_table() -> str:
 
 def encoders_table() -> str:
     """Whole models with random weights."""
-    rows = newest(read("speed.csv"), "gpu", "job", "params", "s", "Lq")
     body = []
-    for row in (row for row in rows if row["job"] == "encode_model" and row["gpu"] != "CPU"):
+    for row in gpu_rows(job="encode_model"):
         values = dict(part.split("=") for part in row["params"].split())
         opponent = f"{float(row['opponent_ms_p50']):.1f} ms ({row['opponent']})"
         sites = (

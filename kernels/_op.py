@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from express_compile.spec import AttentionSpec
+
 LIBRARY = torch.library.Library("express_compile", "FRAGMENT")
 _SCHEMAS: dict[str, str] = {}
 
@@ -41,6 +43,39 @@ def define_op(
     return getattr(torch.ops.express_compile, name).default
 
 
+def define_attention(
+    name: str, parameters: str, body: Callable, backward_body: Callable
+) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
+    """The ops ``<name>`` and ``<name>_backward`` of a method whose gradient needs ``out`` and ``lse`` alone.
+
+    ``body(query, key, value, padding, seed, scale, layer, **options)`` returns ``(out, lse)``; ``backward_body(grad,
+    out, lse, ...)``, with the same arguments behind these, the gradients of query, key and value. ``parameters`` is
+    the schema from ``padding`` on.
+    """
+    tensors = "Tensor query, Tensor key, Tensor value"
+
+    def setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
+        *saved, scale, layer = inputs
+        ctx.save_for_backward(*output, *saved)
+        ctx.scale, ctx.layer, ctx.options = scale, layer, keyword_only_inputs
+        ctx.mark_non_differentiable(output[1])
+
+    def differentiate(ctx, grad, _):
+        grads = backward_op(grad, *ctx.saved_tensors, ctx.scale, ctx.layer, **ctx.options)
+        return *grads, None, None, None, None
+
+    op = define_op(
+        name, f"({tensors}, {parameters}) -> (Tensor, Tensor)", body, attention_fake, differentiate, setup_context
+    )
+    backward_op = define_op(
+        f"{name}_backward",
+        f"(Tensor grad, Tensor out, Tensor lse, {tensors}, {parameters}) -> (Tensor, Tensor, Tensor)",
+        backward_body,
+        lambda grad, out, lse, *args, **options: tuple(x.new_empty(x.shape) for x in args[:3]),
+    )
+    return op, backward_op
+
+
 def contract() -> str:
     """A digest of the signatures of all ops.
 
@@ -54,6 +89,13 @@ def attention_fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     """``out`` and ``lse`` of any attention op, without values."""
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty(*query.shape[:3], value.shape[-1]), query.new_empty(query.shape[:3], dtype=lse_dtype)
+
+
+def no_kernel(spec: AttentionSpec) -> str | None:
+    """Why nothing can run on the device of a site; the CPU runs the references, in every dtype."""
+    if spec.dtype not in (torch.float16, torch.bfloat16, torch.float32) and spec.device != "cpu":
+        return f"there is no kernel for {spec.dtype}"
+    return None if spec.device in ("cpu", "cuda") else f"there is no kernel for device {spec.device}"
 
 
 def check_qkv(

@@ -120,6 +120,12 @@ def philox_uniform(
     return (c0 >> 8).to(torch.float32) * 2.0**-24
 
 
+def sequence_counter(batch: int, heads: int, device: torch.device, first_batch: int = 0) -> torch.Tensor:
+    """Counter word of (batch, KV head): int64 ``[batch, heads]``."""
+    b = torch.arange(first_batch, first_batch + batch, device=device)[:, None]
+    return b * 65536 + torch.arange(heads, device=device)
+
+
 @jit
 def draw_uniform(seed, layer, draw, bucket, stage, sequence):
     """The same numbers inside a kernel; ``draw`` is a block of counters, the rest are scalars."""

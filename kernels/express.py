@@ -34,8 +34,8 @@ import torch
 from express_compile.method import Method, register
 from express_compile.spec import AttentionSpec, Policy, Refusal, known_equal
 
-from ._op import attention_fake, check_qkv, define_op
-from ._triton import philox_uniform
+from ._op import check_qkv, define_attention, no_kernel
+from ._triton import philox_uniform, sequence_counter
 from .contest import CONTEST, compete, compete_reference
 from .exact import exact_attention
 from .halving import HalvingRule, get_rule, halve_reference
@@ -45,10 +45,9 @@ from .segments import (
     TOKENS,
     SegmentTable,
     segment_attention,
-    segment_attention_backward,
     segment_attention_reference,
 )
-from .segments_backward import accumulate_rows, segment_attention_backward_triton
+from .segments_backward import accumulate_rows, segment_gradients
 from .thinning import thin
 
 
@@ -169,12 +168,6 @@ def make_layout(config: ExpressConfig, Lq: int, Lk: int) -> Layout:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Reference
-
-
-def sequence_counter(batch: int, heads: int, device: torch.device, first_batch: int = 0) -> torch.Tensor:
-    """Counter word of (batch, KV head): int64 ``[batch, heads]``."""
-    b = torch.arange(first_batch, first_batch + batch, device=device)[:, None]
-    return b * 65536 + torch.arange(heads, device=device)
 
 
 def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -306,8 +299,8 @@ def _backward(grad, out, lse, query, key, value, config, scale, seed, layer) -> 
     """Gradients with the selection held fixed; it is made again, so that training stores nothing for it."""
     layout = make_layout(config, query.shape[2], key.shape[2])
     index, *compacted = select_rows(key, value, layout, scale, seed, layer)
-    run = segment_attention_backward_triton if query.is_cuda else segment_attention_backward
-    d_query, d_key, d_value, *d_compacted = run(grad, query, key, value, *compacted, out, lse, layout.table, scale)
+    gradients = segment_gradients(grad, query, key, value, *compacted, out, lse, layout.table, scale)
+    d_query, d_key, d_value, *d_compacted = gradients
     for target, part in zip((d_key, d_value), d_compacted, strict=True):
         accumulate_rows(target, index, part)
     return d_query, d_key, d_value
@@ -390,33 +383,7 @@ _PARAMETERS = (
 )
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
-    query, key, value, padding, seed, scale, layer = inputs
-    ctx.save_for_backward(*output, query, key, value, padding, seed)
-    ctx.scale, ctx.layer, ctx.options = scale, layer, keyword_only_inputs
-    ctx.mark_non_differentiable(output[1])
-
-
-def _express_autograd(ctx, grad, _):
-    grads = BACKWARD(grad, *ctx.saved_tensors, ctx.scale, ctx.layer, **ctx.options)
-    return *grads, None, None, None, None
-
-
-OP = define_op(
-    "express",
-    f"(Tensor query, Tensor key, Tensor value, {_PARAMETERS}) -> (Tensor, Tensor)",
-    _express_body,
-    attention_fake,
-    _express_autograd,
-    _setup_context,
-)
-BACKWARD = define_op(
-    "express_backward",
-    f"(Tensor grad, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, {_PARAMETERS}) "
-    "-> (Tensor, Tensor, Tensor)",
-    _express_backward_body,
-    lambda grad, out, lse, *args, **options: tuple(x.new_empty(x.shape) for x in args[:3]),
-)
+OP, BACKWARD = define_attention("express", _PARAMETERS, _express_body, _express_backward_body)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -442,10 +409,8 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
         reason = f"it drops attention weights (dropout_p={spec.dropout_p}); call model.eval()"
     elif isinstance(spec.Lq, int) and spec.Lq < MIN_QUERIES and not known_equal(spec.Lq, spec.Lk):
         reason = f"decoding {spec.Lq} token(s) from a full cache would thin the whole cache again at every step"
-    elif spec.dtype not in (torch.float16, torch.bfloat16, torch.float32) and spec.device != "cpu":
-        reason = f"there is no kernel for {spec.dtype}"
-    elif spec.device not in ("cpu", "cuda"):
-        reason = f"there is no kernel for device {spec.device}"
+    else:
+        reason = no_kernel(spec)
     return None if reason is None else Refusal("express", reason)
 
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from ._triton import philox_uniform
+from ._triton import philox_uniform, sequence_counter
 from .contest import CONTEST, contest, distinctiveness
-from .express import ExpressConfig, gather_rows, sequence_counter
+from .express import ExpressConfig, gather_rows
 from .halving import halve_reference
 from .schedule import CLOSE_FIRST, CLOSE_SECOND, SUBSAMPLE, Round, stage
 

@@ -53,9 +53,9 @@ import torch
 from express_compile.method import Method, register
 from express_compile.spec import AttentionSpec, Policy, Refusal, known_equal, layer_key
 
-from ._op import attention_fake, check_qkv, define_op
-from ._triton import philox_uniform
-from .santa_kernels import MAX_ROWS, santa_triton
+from ._op import attention_fake, check_qkv, define_op, no_kernel
+from ._triton import philox_uniform, sequence_counter
+from .santa_kernels import MAX_ROWS, grid_bits, santa_triton
 
 MAX_QUERIES = 16
 MAX_DRAWS = 1 << 16
@@ -80,7 +80,7 @@ def strata_per_offset(sampler: str) -> int:
 
 def fraction_bits(draws: torch.Tensor) -> torch.Tensor:
     """F: bits behind the point of an expected count, so that prefixes up to ``draws`` fit an int32; int64."""
-    return (30 - (draws.double() + 2).log2().ceil().long()).clamp(max=24)
+    return torch.tensor([grid_bits(S) for S in draws.flatten().tolist()], device=draws.device).view(draws.shape)
 
 
 @dataclass(frozen=True)
@@ -203,16 +203,11 @@ def round_query(query: torch.Tensor, levels: int, seed: torch.Tensor, layer: int
     """
     q = query.double()
     unit = q.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny) / levels
-    sequence = _sequence(*query.shape[:2], query.device)[..., None, None]
+    sequence = sequence_counter(*query.shape[:2], query.device)[..., None, None]
     place = torch.arange(query.shape[-1], device=query.device)
     u = philox_uniform(seed, layer, place, _ROUNDING, step[:, None, :, None], sequence).double() + 2.0**-25
     ratio = (q / unit).abs()
     return (q.sign() * unit * (ratio.floor() + (u < ratio.frac()))).to(query.dtype)
-
-
-def _sequence(B: int, heads: int, device: torch.device) -> torch.Tensor:
-    """Counter word of (batch, head): int64 ``[B, heads]``."""
-    return torch.arange(B, device=device)[:, None] * 65536 + torch.arange(heads, device=device)
 
 
 def sample_weights(
@@ -231,9 +226,9 @@ def sample_weights(
     B, H_kv, g = p.shape[:3]
     comb = make_comb(p, draws, shared)
     if shared:
-        step, sequence = step[:, -1:], _sequence(B, H_kv, p.device)[..., None]
+        step, sequence = step[:, -1:], sequence_counter(B, H_kv, p.device)[..., None]
     else:
-        sequence = _sequence(B, H_kv * g, p.device).unflatten(1, (H_kv, g))
+        sequence = sequence_counter(B, H_kv * g, p.device).unflatten(1, (H_kv, g))
     thresholds = draw_thresholds(comb, sampler, seed, layer, step, sequence)
     return hits(comb, sampler, thresholds) * comb.weight
 
@@ -454,18 +449,14 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
         reason = f"it drops attention weights (dropout_p={spec.dropout_p}); call model.eval()"
     elif width not in (1, spec.H):
         reason = f"draws lists {width} numbers, the site has {spec.H} heads"
-    elif spec.device not in ("cpu", "cuda"):
-        reason = f"there is no kernel for device {spec.device}"
-    elif spec.device == "cuda":
-        reason = _refuse_cuda(spec, params)
+    else:
+        reason = no_kernel(spec) or (_refuse_cuda(spec, params) if spec.device == "cuda" else None)
     return None if reason is None else Refusal("santa", reason)
 
 
 def _refuse_cuda(spec: AttentionSpec, params: Mapping[str, Any]) -> str | None:
     if not params["shared"]:
         return "there is no CUDA kernel for shared=False"
-    if spec.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"there is no kernel for {spec.dtype}"
     if spec.H // spec.H_kv * spec.Lq > MAX_ROWS:
         return f"{spec.H // spec.H_kv} heads per key head times {spec.Lq} queries are more than {MAX_ROWS} rows"
     return None

@@ -23,7 +23,6 @@ float16, bfloat16 and float32, ``H / H_kv * Lq`` up to 256 and any head sizes th
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 
@@ -36,6 +35,11 @@ SCORE_PROGRAMS = 528  # as many as run at once on an H200, up to 4 tiles each; t
 CHUNK = 2048  # keys per program of the draws
 GROUP = 16  # value rows per product
 WARPS = 4
+
+
+def grid_bits(draws: int) -> int:
+    """F, the bits behind the point of an expected count, so that prefixes up to ``draws`` fit an int32."""
+    return min(24, 30 - (draws + 1).bit_length())
 
 
 @jit(general="KVH G n T chunk")
@@ -230,8 +234,7 @@ def santa_triton(
     T, sequences = -(-n // tile), B * KVH
     q = query if query.stride(3) == 1 else query.contiguous()
     v = value if value.stride(3) == 1 else value.contiguous()
-    most = max(draws) if draws else 1
-    bits = min(24, 30 - math.ceil(math.log2(most + 2)))
+    bits = grid_bits(max(draws) if draws else 1)
     score_chunk = max(min(4, -(-T * sequences // SCORE_PROGRAMS)), -(-T * sequences // (4 * SCORE_PROGRAMS)))
     chunk = max(tile, min(CHUNK, next_power_of_two(n)))
     programs = -(-n // chunk)

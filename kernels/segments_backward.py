@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ._triton import FLOAT32_DOT, jit, launch, next_power_of_two, require_triton, tl
-from .segments import NO_TAIL, TOKENS, SegmentTable
+from .segments import NO_TAIL, TOKENS, SegmentTable, segment_attention_backward
 
 # ---------------------------------------------------------------------------------------------------------------
 # The plan: which queries see the rows of a tile, as integers
@@ -585,6 +585,13 @@ def segment_attention_backward_triton(
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(f"query: dtype {query.dtype}; the kernel takes float16, bfloat16 or float32")
     return _Problem(grad, query, key, value, compacted_key, compacted_value, out, lse, table, scale).run()
+
+
+def segment_gradients(
+    grad: torch.Tensor, *others: torch.Tensor | SegmentTable | float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`.segments.segment_attention_backward`, with the kernels on CUDA; same arguments and results."""
+    return (segment_attention_backward_triton if grad.is_cuda else segment_attention_backward)(grad, *others)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ uniform u per sequence and head, so that every token is expected equally often a
 
 Error law (the paper's, for keys of low rank): falls like ``1 / s`` up to logarithms, that of a uniform sample like
 ``1 / sqrt(s)``. Measured on keys of rank 2 with bounded scores: ``s**-0.9``. On the keys of real models it falls no
-faster than that of a uniform sample and is 3 to 10% below it (examples/results/thinformer-error.png).
+faster than that of a uniform sample and is 1 to 10% below it (examples/results/thinformer-error.png).
 
 Of a policy, ``budget``, ``halving``, ``seed`` and ``min_length`` count; there are no sinks, no window and no
 protected rows.
@@ -29,14 +29,14 @@ import torch
 from express_compile.method import Method, register
 from express_compile.spec import AttentionSpec, Policy, Refusal, floor_power_of_two, known_equal
 
-from ._op import attention_fake, check_qkv, define_op
-from ._triton import draw_uniform, jit, launch, philox_uniform, require_triton, tl
+from ._op import check_qkv, define_attention, no_kernel
+from ._triton import draw_uniform, jit, launch, philox_uniform, require_triton, sequence_counter, tl
 from .exact import exact_attention
-from .express import MIN_QUERIES, gather_rows, halve_all_reference, real_first, sequence_counter
+from .express import MIN_QUERIES, gather_rows, halve_all_reference, real_first
 from .halving import HalvingRule, get_rule
 from .schedule import STRETCH, Schedule, budget_options, compress_schedule, rows_of, stage
-from .segments import dense_table, segment_attention, segment_attention_backward
-from .segments_backward import accumulate_rows, segment_attention_backward_triton
+from .segments import dense_table, segment_attention
+from .segments_backward import accumulate_rows, segment_gradients
 from .thinning import thin
 
 
@@ -175,8 +175,7 @@ def _backward_body(grad, out, lse, query, key, value, padding, seed, scale, laye
     if lengths is not None:  # queries without any key have probabilities of 0 everywhere
         lse = lse.masked_fill(lse.isneginf(), math.inf)
     table = dense_table(query.shape[2], k.shape[2])
-    run = segment_attention_backward_triton if query.is_cuda else segment_attention_backward
-    d_query, _, _, *parts = run(grad, query, k[:, :, :0], v[:, :, :0], k, v, out, lse, table, scale)
+    d_query, _, _, *parts = segment_gradients(grad, query, k[:, :, :0], v[:, :, :0], k, v, out, lse, table, scale)
     grads = [d_query.to(query.dtype)]
     for x, part in zip((key, value), parts, strict=True):
         if lengths is not None:
@@ -188,37 +187,11 @@ def _backward_body(grad, out, lse, query, key, value, padding, seed, scale, laye
     return tuple(g.contiguous() for g in grads)
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
-    *tensors, scale, layer = inputs
-    ctx.save_for_backward(*output, *tensors)
-    ctx.scale, ctx.layer, ctx.options = scale, layer, keyword_only_inputs
-    ctx.mark_non_differentiable(output[1])
-
-
-def _autograd(ctx, grad, _):
-    grads = BACKWARD(grad, *ctx.saved_tensors, ctx.scale, ctx.layer, **ctx.options)
-    return *grads, None, None, None, None
-
-
 _PARAMETERS = (
     "Tensor? padding, Tensor seed, float scale, int layer, *, int s, float fraction, int g, str halving, "
     "float flatten, int min_length"
 )
-OP = define_op(
-    "thinformer",
-    f"(Tensor query, Tensor key, Tensor value, {_PARAMETERS}) -> (Tensor, Tensor)",
-    _body,
-    attention_fake,
-    _autograd,
-    _setup_context,
-)
-BACKWARD = define_op(
-    "thinformer_backward",
-    f"(Tensor grad, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, {_PARAMETERS}) "
-    "-> (Tensor, Tensor, Tensor)",
-    _backward_body,
-    lambda grad, out, lse, *args, **options: tuple(x.new_empty(x.shape) for x in args[:3]),
-)
+OP, BACKWARD = define_attention("thinformer", _PARAMETERS, _body, _backward_body)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -237,10 +210,8 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
         reason = f"it drops attention weights (dropout_p={spec.dropout_p}); call model.eval()"
     elif isinstance(spec.Lq, int) and spec.Lq < MIN_QUERIES and not known_equal(spec.Lq, spec.Lk):
         reason = f"{spec.Lq} quer{'y' if spec.Lq == 1 else 'ies'}: to choose keys costs more than to attend to all"
-    elif spec.dtype not in (torch.float16, torch.bfloat16, torch.float32) and spec.device != "cpu":
-        reason = f"there is no kernel for {spec.dtype}"
-    elif spec.device not in ("cpu", "cuda"):
-        reason = f"there is no kernel for device {spec.device}"
+    else:
+        reason = no_kernel(spec)
     return None if reason is None else Refusal("thinformer", reason)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from express_compile.kernels import express as E
-from express_compile.kernels._triton import philox_uniform
+from express_compile.kernels._triton import philox_uniform, sequence_counter
 from express_compile.kernels.halving import HalvingRule, halving_matrix, shortened, walk
 from express_compile.kernels.schedule import Schedule
 
@@ -29,7 +29,7 @@ def _judge(
             assert (second | (kept == source[..., 0::2])).all(), "one row of every pair, in order"
             pairs = torch.arange(job.rows // 2, device="cuda")
             bucket = torch.arange(job.first, job.first + job.buckets, device="cuda")[:, None]
-            sequence = E.sequence_counter(*k.shape[:2], k.device)[..., None, None]
+            sequence = sequence_counter(*k.shape[:2], k.device)[..., None, None]
             draws = philox_uniform(seed, layer, pairs, bucket, job.stage, sequence)
             if rule.name == "uniform":
                 distinct = source[..., 0::2] != source[..., 1::2]
