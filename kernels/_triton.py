@@ -42,6 +42,8 @@ def jit(fn: Callable | None = None, *, general: str = "") -> Any:
 
 
 _compiled: dict[tuple, tuple[Any, list]] = {}
+_recent: dict[tuple, tuple[Any, list]] = {}  # the same by values, which is found faster; forgotten when it is full
+_RECENT = 4096
 
 
 def _kind(x: Any) -> Any:
@@ -63,13 +65,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         kernel[grid](*args, **options)
         return
     with torch.cuda.device(device) if device.index != torch.cuda.current_device() else contextlib.nullcontext():
-        key = (kernel.fn, device.index, *options.values(), *map(_kind, args))
-        if key in _compiled:
-            compiled, constants = _compiled[key]
-            compiled[(*grid, 1, 1)[:3]](*args, *constants)
-        else:
-            names = kernel.arg_names[len(args) :]
-            _compiled[key] = kernel[grid](*args, **options), [options[name] for name in names]
+        values = [x if type(x) is int else _kind(x) for x in args]
+        recent = (kernel.fn, device.index, *options.values(), *values)
+        found = _recent.get(recent)
+        if found is None:
+            key = (kernel.fn, device.index, *options.values(), *map(_kind, args))
+            if key not in _compiled:
+                names = kernel.arg_names[len(args) :]
+                _compiled[key] = kernel[grid](*args, **options), [options[name] for name in names]
+                return
+            if len(_recent) == _RECENT:
+                _recent.clear()
+            found = _recent[recent] = _compiled[key]
+        compiled, constants = found
+        compiled[(*grid, 1, 1)[:3]](*args, *constants)
 
 
 def require_triton() -> None:

@@ -8,6 +8,8 @@ exact is cheaper than they are: the fastest exact kernel of the device, with the
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from express_compile.method import Method, register
@@ -30,7 +32,7 @@ def exact_attention(
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, k, v, 0.0, causal, scale=scale)
             lse = lse.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
             return out.contiguous(), lse.contiguous()
-        if _cudnn_takes(query):
+        if _cudnn_takes(query.device, query.dtype, query.shape[-1]):
             # cuDNN was faster than flash at every length measured on an H200 (bench.md)
             out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
                 query, key, value, None, True, 0.0, causal, False, scale=scale
@@ -41,10 +43,11 @@ def exact_attention(
     return segment_attention(query, key[:, :, :0], value[:, :, :0], key, value, dense_table(Lq, Lk), scale)
 
 
-def _cudnn_takes(query: torch.Tensor) -> bool:
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    modern = torch.cuda.get_device_capability(query.device) >= (8, 0)
-    return half and modern and torch.backends.cudnn.is_available() and query.shape[-1] in range(8, 129, 8)
+@functools.cache
+def _cudnn_takes(device: torch.device, dtype: torch.dtype, D: int) -> bool:
+    half = dtype in (torch.float16, torch.bfloat16)
+    modern = torch.cuda.get_device_capability(device) >= (8, 0)
+    return half and modern and torch.backends.cudnn.is_available() and D in range(8, 129, 8)
 
 
 METHOD = register(

@@ -108,7 +108,7 @@ def _thin_triton(key, value, order, length, schedule, rule, scale, seed, layer) 
             BLOCK=1024, num_warps=4,
         )  # fmt: skip
     kept = thin(key, value, index, schedule, 0, rule, scale, seed, layer)
-    return tuple(x[:, :, A - s : A] for x in (index, *kept))
+    return tuple(x.narrow(2, A - s, s) for x in (index, *kept))
 
 
 def select(

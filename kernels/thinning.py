@@ -273,14 +273,30 @@ def _hand_over(
             tl.atomic_add(p_count + feeds, 1, sem="release")
 
 
-@jit(general="units buckets slots H sinks A index_rows")
+@jit
+def _places(p_scratch, p_sync, programs, sequences, units, buckets, slots, D: tl.constexpr, BP: tl.constexpr):
+    """Where the parts of the scratch memory of :func:`thin` begin: statistics of slots and of buckets, then the
+    arrivals at units and the words of tiles. In front of them are what the walks keep, and the ticket."""
+    sequences = sequences.to(tl.int64)
+    p_mean = p_scratch + programs.to(tl.int64) * (2 * BP * BP + 4 * BP)
+    p_centre = p_mean + sequences * slots * D
+    p_spread = p_centre + sequences * buckets * D
+    p_bound = p_spread + sequences * slots * 2
+    p_count = p_sync + 1
+    return p_mean, p_spread, p_centre, p_bound, p_count, p_count + sequences * units
+
+
+@jit(general="programs sequences units buckets slots H sinks A index_rows")
 def _describe_kernel(
-    p_index, p_mean, p_spread, p_centre, p_bound, p_count, p_k, p_v, p_table, units, buckets, slots, H, sinks, A,
+    p_index, p_scratch, p_sync, p_k, p_v, p_table, programs, sequences, units, buckets, slots, H, sinks, A,
     index_rows, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     CENTRE: tl.constexpr, STREAMED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Statistics of stream rows that buckets of several tiles read as they are."""
+    p_mean, p_spread, p_centre, p_bound, p_count, _ = _places(
+        p_scratch, p_sync, programs, sequences, units, buckets, slots, D, BP
+    )
     p_row, i_seq = p_table + tl.program_id(0) * 17, tl.program_id(1).to(tl.int64)
     p_k += (i_seq // H) * stride_kb + (i_seq % H) * stride_kh
     p_v += (i_seq // H) * stride_vb + (i_seq % H) * stride_vh
@@ -486,15 +502,18 @@ def _tile(
 
 @jit(general="layer tiles units buckets slots sequences H tokens sinks A index_rows")
 def _thin_kernel(
-    p_index, p_ck, p_cv, p_mean, p_spread, p_centre, p_bound, p_scratch, p_ticket, p_count, p_word, p_k, p_v, p_table,
-    p_gain, p_seed, layer, scale, tiles, units, buckets, slots, sequences, H, tokens, sinks, A, index_rows,
+    p_index, p_ck, p_cv, p_scratch, p_sync, p_k, p_v, p_table, p_gain, p_seed, layer, scale, tiles, units, buckets,
+    slots, sequences, H, tokens, sinks, A, index_rows,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     COIN: tl.constexpr, CENTRE: tl.constexpr, STREAMED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BP: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     p_slot = p_scratch + tl.program_id(0) * (2 * BP * BP + 4 * BP)
+    p_mean, p_spread, p_centre, p_bound, p_count, p_word = _places(
+        p_scratch, p_sync, tl.num_programs(0), sequences, units, buckets, slots, D, BP
+    )
     total = tiles.to(tl.int64) * sequences
-    ticket = tl.atomic_add(p_ticket, 1)
+    ticket = tl.atomic_add(p_sync, 1)
     while ticket < total:
         _tile(
             ticket, p_index, p_ck, p_cv, p_mean, p_spread, p_centre, p_bound, p_slot, p_count, p_word, p_k, p_v,
@@ -502,7 +521,7 @@ def _thin_kernel(
             index_rows, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
             COIN, CENTRE, STREAMED, D, DV, BD, BDV, BP, W,
         )  # fmt: skip
-        ticket = tl.atomic_add(p_ticket, 1)
+        ticket = tl.atomic_add(p_sync, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -554,25 +573,21 @@ def thin(
     tiles, table, gains, described, coin = _tiles_on(schedule, rule, pairs, lanes, device)
     count = len(table)
     programs = min(count * sequences, PROGRAMS * processors)
-    # statistics of slots and of buckets, and what the walks of the programs keep
-    sizes = [sequences * tiles.slots * D, sequences * tiles.slots * 2, sequences * tiles.buckets * D,
-             sequences * tiles.buckets * 2, programs * (2 * pairs + 4) * pairs]  # fmt: skip
-    sizes = [-(-size // 4) * 4 for size in sizes]
-    scratch = torch.empty(sum(sizes), dtype=torch.float32, device=device).split(sizes)
-    # the ticket, arrivals at every unit, and the word of every tile; whole 16 bytes, or Triton compiles anew
-    sections = [2, -(-sequences * tiles.units // 2) * 2, sequences * count]
-    ticket, arrivals, words = torch.zeros(sum(sections), dtype=torch.int64, device=device).split(sections)
+    # parts of it are views only inside the kernels (_places): every tensor that is passed costs the host a microsecond
+    per_sequence = (tiles.slots + tiles.buckets) * (D + 2)
+    scratch = key.new_empty(programs * (2 * pairs + 4) * pairs + sequences * per_sequence, dtype=torch.float32)
+    sync = key.new_zeros(1 + sequences * (tiles.units + count), dtype=torch.int64)
     strides = (*key.stride()[:3], *value.stride()[:3])
     options = dict(CENTRE=rule.centre, STREAMED=index.shape[2] > A, D=D, DV=Dv, BD=BD, BDV=BDV, BP=pairs)
     if len(described) and not coin:
         launch(_describe_kernel, (len(described), sequences),
-            index, *scratch[:4], arrivals, key, value, described, tiles.units, tiles.buckets, tiles.slots, H, sinks, A,
-            index.shape[2], *strides, **options, num_warps=4,
+            index, scratch, sync, key, value, described, programs, sequences, tiles.units, tiles.buckets, tiles.slots,
+            H, sinks, A, index.shape[2], *strides, **options, num_warps=4,
         )  # fmt: skip
     launch(_thin_kernel, (programs,),
-        index, kept_key, kept_value, *scratch, ticket, arrivals, words, key, value, table, gains, seed,
-        layer, scale * rule.flatten, count, tiles.units, tiles.buckets, tiles.slots, sequences, H, schedule.tokens,
-        sinks, A, index.shape[2], *strides, COIN=coin, **options,
+        index, kept_key, kept_value, scratch, sync, key, value, table, gains, seed, layer, scale * rule.flatten,
+        count, tiles.units, tiles.buckets, tiles.slots, sequences, H, schedule.tokens, sinks, A, index.shape[2],
+        *strides, COIN=coin, **options,
         W=32 * WARPS // pairs, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     return kept_key, kept_value
