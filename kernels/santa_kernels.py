@@ -26,6 +26,8 @@ import functools
 
 import torch
 
+from express_compile.spec import floor_power_of_two
+
 from ._triton import FLOAT32_DOT, draw_uniform, jit, launch, next_power_of_two, require_triton, tl
 from .segments import _describe
 
@@ -42,11 +44,11 @@ def grid_bits(draws: int) -> int:
     return min(24, 30 - (draws + 1).bit_length())
 
 
-@jit(general="KVH G n T chunk")
+@jit(general="KVH G n T chunk span E")
 def _score_kernel(
-    d_k, p_q, p_u, p_factor, p_sum, p_start, p_count, p_lse, p_draws, p_lengths, p_padding, KVH, G, n, T, chunk,
+    d_k, p_q, p_u, p_most, p_entry, p_count, p_lengths, p_padding, KVH, G, n, T, chunk, span, E,
     scale_log2, stride_qb, stride_qh, stride_qn, stride_pb, LQ: tl.constexpr, R: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     i_chunk, i_seq = tl.program_id(0), tl.program_id(1)
     i_b, i_kv = i_seq // KVH, i_seq % KVH
@@ -60,8 +62,10 @@ def _score_kernel(
     if p_lengths is not None:
         end = tl.load(p_lengths + i_b).to(tl.int32)
     b_end = end - LQ + 1 + o_m % LQ
-    p_factor += i_seq.to(tl.int64) * R * T
-    p_sum += i_seq.to(tl.int64) * R * T
+    p_most += i_seq.to(tl.int64) * R * T
+    p_entry += i_seq.to(tl.int64) * 2 * R * E
+    tl.store(p_count + i_seq, 0)
+    b_top, b_all = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)  # of the tiles of an entry
     for t in range(i_chunk * chunk, tl.minimum(i_chunk * chunk + chunk, T)):
         b_k = d_k.load([i_b, i_kv, t * BN, 0]).reshape(BN, BD)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT) * scale_log2  # [BM, BN]
@@ -70,40 +74,18 @@ def _score_kernel(
             b_real = tl.load(p_padding + i_b.to(tl.int64) * stride_pb + t * BN + o_n, mask=t * BN + o_n < n, other=0)
             m_s = m_s & (b_real != 0)[None, :]
         b_s = tl.where(m_s, b_s, float("-inf"))
-        b_max = tl.max(b_s, 1)
-        b_u = tl.exp2(b_s - tl.maximum(b_max, -1e30)[:, None]).to(p_u.dtype.element_ty)
+        b_max = tl.maximum(tl.max(b_s, 1), -1e30)
+        b_u = tl.exp2(b_s - b_max[:, None]).to(p_u.dtype.element_ty)
         o_tile = (i_seq.to(tl.int64) * T + t) * (R * BN)
         tl.store(p_u + o_tile + o_m[:, None] * BN + o_n[None, :], b_u, mask=m_m[:, None])
-        tl.store(p_factor + o_m * T + t, b_max, mask=m_m)
-        tl.store(p_sum + o_m * T + t, tl.sum(b_u.to(tl.float32), 1), mask=m_m)
-    tl.debug_barrier()
-    if tl.atomic_add(p_count + i_seq, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        o_r = tl.arange(0, BR)
-        m_r = o_r < R
-        b_top, b_all = tl.full([BR], -1e30, tl.float32), tl.zeros([BR], tl.float32)
-        for t in range(0, T, BT):
-            o_t = t + tl.arange(0, BT)[None, :]
-            m_t = m_r[:, None] & (o_t < T)
-            b_most = tl.load(p_factor + o_r[:, None] * T + o_t, mask=m_t, other=float("-inf"))
-            b_l = tl.load(p_sum + o_r[:, None] * T + o_t, mask=m_t, other=0.0)
-            b_new = tl.maximum(b_top, tl.max(b_most, 1))
-            b_all = b_all * tl.exp2(b_top - b_new) + tl.sum(tl.exp2(b_most - b_new[:, None]) * b_l, 1)
-            b_top = b_new
-        b_inverse = tl.where(b_all > 0, 1.0 / b_all, 0.0)
-        b_lse = (b_top + tl.log2(b_all)) * 0.6931471805599453
-        tl.store(p_lse + i_seq.to(tl.int64) * R + o_r, tl.where(b_all > 0, b_lse, float("-inf")), mask=m_r)
-        b_rate = tl.load(p_draws + i_kv * G + o_r // LQ, mask=m_r, other=0.0) / R
-        past = 0.0
-        for t in range(0, T, BT):
-            o_t = t + tl.arange(0, BT)
-            m_t = m_r[:, None] & (o_t < T)[None, :]
-            b_most = tl.load(p_factor + o_r[:, None] * T + o_t[None, :], mask=m_t, other=float("-inf"))
-            b_l = tl.load(p_sum + o_r[:, None] * T + o_t[None, :], mask=m_t, other=0.0)
-            b_f = tl.exp2(b_most - b_top[:, None]) * b_inverse[:, None]
-            b_mass = tl.sum(b_f * b_l * b_rate[:, None], 0)  # [BT]
-            tl.store(p_start + i_seq.to(tl.int64) * T + o_t, past + tl.cumsum(b_mass, 0) - b_mass, mask=o_t < T)
-            tl.store(p_factor + o_r[:, None] * T + o_t[None, :], b_f, mask=m_t)
-            past += tl.sum(b_mass)
+        tl.store(p_most + o_m * T + t, b_max, mask=m_m)
+        fresh = t % span == 0
+        b_new = tl.where(fresh, b_max, tl.maximum(b_top, b_max))
+        b_all = tl.where(fresh, 0.0, b_all * tl.exp2(b_top - b_new))
+        b_all += tl.sum(b_u.to(tl.float32), 1) * tl.exp2(b_max - b_new)
+        b_top = b_new
+        tl.store(p_entry + o_m * E + t // span, b_top, mask=m_m)
+        tl.store(p_entry + (R + o_m) * E + t // span, b_all, mask=m_m)
 
 
 @jit
@@ -117,31 +99,61 @@ def _below(b_x, p_seed, layer, step, sequence, offset, BITS: tl.constexpr, PER: 
     return b_stratum + (b_x - (b_stratum << BITS) > b_offset).to(tl.int32)
 
 
-@jit(general="KVH G T programs layer")
+@jit(general="KVH G T E span programs layer")
 def _draw_kernel(
-    p_v, p_u, p_factor, p_start, p_count, p_draws, p_seed, p_step, p_offset, p_rows, p_weights, p_part, p_out, layer,
-    KVH, G, T, programs, stride_vb, stride_vh, stride_vn, LQ: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr,
-    PER: tl.constexpr, ALL: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+    p_v, p_u, p_most, p_entry, p_count, p_draws, p_seed, p_step, p_offset, p_rows, p_weights, p_part, p_out, p_lse,
+    layer, KVH, G, T, E, span, programs, stride_vb, stride_vh, stride_vn, LQ: tl.constexpr, R: tl.constexpr,
+    BITS: tl.constexpr, PER: tl.constexpr, ALL: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
+    BR: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     i_chunk, i_seq = tl.program_id(0), tl.program_id(1)
     i_b, i_kv = i_seq // KVH, i_seq % KVH
-    o_n = tl.arange(0, BC)
-    first, one = i_chunk * (BC // BN), 1 << BITS
-    o_tile = first + o_n // BN
+    TILES: tl.constexpr = BC // BN
+    o_n, o_r, o_key = tl.arange(0, BC), tl.arange(0, BR), tl.arange(0, BN)
+    first, one = i_chunk * TILES, 1 << BITS
+    o_tile = first + tl.arange(0, TILES)
     p_u += i_seq.to(tl.int64) * T * (R * BN)
-    p_factor += i_seq.to(tl.int64) * R * T
+    p_most += i_seq.to(tl.int64) * R * T
+    p_entry += i_seq.to(tl.int64) * 2 * R * E
     p_draws += i_kv * G
 
+    # softmax statistics of all keys, and how much of them lies before these
+    m_r = o_r < R
+    m_t = m_r[:, None] & (o_tile < T)[None, :]
+    b_factor = tl.load(p_most + o_r[:, None] * T + o_tile[None, :], mask=m_t, other=-1e30)
+    b_top, b_all, b_before = tl.full([BR], -1e30, tl.float32), tl.zeros([BR], tl.float32), tl.zeros([BR], tl.float32)
+    for e in range(0, E, BE):
+        o_e = e + tl.arange(0, BE)[None, :]
+        m_e = m_r[:, None] & (o_e < E)
+        b_most = tl.load(p_entry + o_r[:, None] * E + o_e, mask=m_e, other=-1e30)
+        b_l = tl.load(p_entry + (R + o_r)[:, None] * E + o_e, mask=m_e, other=0.0)
+        b_new = tl.maximum(b_top, tl.max(b_most, 1))
+        b_l *= tl.exp2(b_most - b_new[:, None])
+        b_scale = tl.exp2(b_top - b_new)
+        b_all = b_all * b_scale + tl.sum(b_l, 1)
+        b_before = b_before * b_scale + tl.sum(tl.where(o_e * span < first, b_l, 0.0), 1)
+        b_top = b_new
+    b_inverse = tl.where(b_all > 0, 1.0 / b_all, 0.0)
+    if i_chunk == 0:
+        b_lse = (b_top + tl.log2(b_all)) * 0.6931471805599453
+        tl.store(p_lse + i_seq.to(tl.int64) * R + o_r, tl.where(b_all > 0, b_lse, float("-inf")), mask=m_r)
+    b_rate = tl.load(p_draws + o_r // LQ, mask=m_r, other=0.0) / R
+    start = tl.sum(b_before * b_inverse * b_rate)
+    # what makes probabilities of the stash takes the place of the maxima of these tiles
+    b_factor = tl.exp2(b_factor - b_top[:, None]) * b_inverse[:, None]  # [BR, TILES]
+    tl.debug_barrier()
+    tl.store(p_most + o_r[:, None] * T + o_tile[None, :], b_factor, mask=m_t)
+
     # the comb of these keys: their expected draws, the mean over heads and queries
-    b_x = tl.zeros([BC], tl.float32)
-    for r in range(0, R):
-        b_u = tl.load(p_u + (o_tile * R + r) * BN + o_n % BN, mask=o_tile < T, other=0.0)
-        b_f = tl.load(p_factor + r * T + o_tile, mask=o_tile < T, other=0.0)
-        b_x += b_u.to(tl.float32) * b_f * tl.load(p_draws + r // LQ)
+    b_factor *= tl.load(p_draws + o_r // LQ, mask=m_r, other=0.0)[:, None]
+    b_x = tl.zeros([TILES, BN], tl.float32)
+    for r in tl.range(0, R, loop_unroll_factor=min(R, 4)):
+        o_u = (o_tile * R + r)[:, None] * BN + o_key[None, :]
+        b_u = tl.load(p_u + o_u, mask=(o_tile < T)[:, None], other=0.0)
+        b_x += b_u.to(tl.float32) * tl.sum(tl.where((o_r == r)[:, None], b_factor, 0.0), 0)[:, None]
+    b_x = tl.reshape(b_x, [BC])
     b_x = tl.ceil(b_x * (one / R)).to(tl.int32)
-    start = tl.load(p_start + i_seq.to(tl.int64) * T + first)
-    b_high = (tl.maximum(start, 0.0) * one).to(tl.int32) + tl.cumsum(b_x, 0)
+    b_high = (start * one).to(tl.int32) + tl.cumsum(b_x, 0)
     step, sequence = tl.load(p_step + i_b).to(tl.int32), (i_b * 65536 + i_kv).to(tl.int32)
     if p_offset is None:
         b_draw = draw_uniform(tl.load(p_seed), layer, tl.arange(0, 1), 1 << 30, step, sequence)
@@ -176,7 +188,7 @@ def _draw_kernel(
         m_p = m_m[:, None] & m_g[None, :]
         o_p = ((first + b_row // BN) * (R * BN) + b_row % BN)[None, :] + o_m[:, None] * BN
         b_p = tl.load(p_u + o_p, mask=m_p, other=0.0).to(tl.float32)
-        b_p *= tl.load(p_factor + o_m[:, None] * T + (first + b_row // BN)[None, :], mask=m_p, other=0.0)
+        b_p *= tl.load(p_most + o_m[:, None] * T + (first + b_row // BN)[None, :], mask=m_p, other=0.0)
         b_p *= b_w[None, :]  # [BM, BG]
         b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision=FLOAT32_DOT)
 
@@ -186,12 +198,16 @@ def _draw_kernel(
     tl.store(p_part + o_part + o_out, b_acc, mask=m_out)
     tl.debug_barrier()
     if tl.atomic_add(p_count + i_seq, 1, sem="acq_rel") == programs - 1:
-        b_acc = tl.zeros([BM, BDV], tl.float32)
+        o_p, o_x = tl.arange(0, BP), tl.arange(0, BR * BDV)
+        m_x = (o_x // BDV < R) & (o_x % BDV < DV)
+        o_x = o_x // BDV * DV + o_x % BDV
+        b_sum = tl.zeros([BR * BDV], tl.float32)
         p_part += i_seq.to(tl.int64) * programs * (R * DV)
-        for i in range(0, programs):
-            b_acc += tl.load(p_part + i * (R * DV) + o_out, mask=m_out, other=0.0)
+        for i in range(0, programs, BP):
+            m_p = (i + o_p < programs)[:, None] & m_x[None, :]
+            b_sum += tl.sum(tl.load(p_part + (i + o_p)[:, None] * (R * DV) + o_x[None, :], mask=m_p, other=0.0), 0)
         # rows are (head, query) of this KV head, which lie side by side in the output
-        tl.store(p_out + i_seq.to(tl.int64) * (R * DV) + o_out, b_acc.to(p_out.dtype.element_ty), mask=m_out)
+        tl.store(p_out + i_seq.to(tl.int64) * (R * DV) + o_x, b_sum.to(p_out.dtype.element_ty), mask=m_x)
 
 
 @functools.lru_cache(maxsize=256)
@@ -235,9 +251,13 @@ def santa_triton(
     q = query if query.stride(3) == 1 else query.contiguous()
     v = value if value.stride(3) == 1 else value.contiguous()
     bits = grid_bits(max(draws) if draws else 1)
-    score_chunk = max(min(4, -(-T * sequences // SCORE_PROGRAMS)), -(-T * sequences // (4 * SCORE_PROGRAMS)))
     chunk = max(tile, min(CHUNK, next_power_of_two(n)))
     programs = -(-n // chunk)
+    # tiles per program of the scores, and of these per entry of statistics; what is drawn together begins an entry
+    score_chunk = max(min(4, -(-T * sequences // SCORE_PROGRAMS)), -(-T * sequences // (4 * SCORE_PROGRAMS)))
+    span = min(chunk // tile, floor_power_of_two(score_chunk))
+    score_chunk = -(-score_chunk // span) * span if span == chunk // tile else span
+    entries = -(-T // span)
     if lengths is not None:
         lengths = lengths.contiguous()
     if padding is not None:
@@ -249,27 +269,27 @@ def santa_triton(
         step = _step_on(n, B, device) if lengths is None else lengths
     stash = torch.float32 if q.dtype == torch.float32 else torch.float16
     u = torch.empty(sequences, T, R, tile, dtype=stash, device=device)
-    # of every tile: maxima, later factors, and sums; where it starts; and of every program its part of the result
-    sizes = [sequences * R * T, sequences * R * T, sequences * T, sequences * programs * chunk,
+    # of every tile maxima, later factors; of every entry maxima and sums; and of every program its part of the result
+    sizes = [sequences * R * T, sequences * 2 * R * entries, sequences * programs * chunk,
              sequences * programs * R * Dv]  # fmt: skip
-    scratch = torch.empty(sum(sizes), dtype=torch.float32, device=device).split(sizes)
-    factor, total, start, weights, part = scratch
-    rows = torch.empty(sequences, programs, chunk, dtype=torch.int32, device=device)
-    count = torch.zeros(2, sequences, dtype=torch.int32, device=device)
+    most, entry, weights, part = torch.empty(sum(sizes), dtype=torch.float32, device=device).split(sizes)
+    rows = torch.empty(sequences * (programs * chunk + 1), dtype=torch.int32, device=device)
+    count = rows[-sequences:]
     counted = _draws_on(tuple(draws or [1] * H), device)
     out = torch.empty(B, H, Lq, Dv, dtype=q.dtype, device=device)
     lse = torch.empty(B, H, Lq, dtype=torch.float32, device=device)
     BR = next_power_of_two(R)
     launch(_score_kernel, (-(-T // score_chunk), sequences),
-        _describe(key, tile, BD), q, u, factor, total, start, count[0], lse, counted, lengths, padding, KVH, H // KVH,
-        n, T, score_chunk, scale * 1.4426950408889634, *q.stride()[:3], 0 if padding is None else padding.stride(0),
-        LQ=Lq, R=R, D=D, BD=BD, BR=BR, BM=BM, BN=tile, BT=max(16, min(1024 // BR, next_power_of_two(T))),
+        _describe(key, tile, BD), q, u, most, entry, count, lengths, padding, KVH, H // KVH, n, T, score_chunk, span,
+        entries, scale * 1.4426950408889634, *q.stride()[:3], 0 if padding is None else padding.stride(0),
+        LQ=Lq, R=R, D=D, BD=BD, BM=BM, BN=tile,
         num_warps=4, num_stages=3 if row_bytes <= 256 else 2 if q.element_size() == 2 else 1,
     )  # fmt: skip
     launch(_draw_kernel, (programs, sequences),
-        v, u, factor, start, count[1], counted, seed, step, offset, rows, weights, part, out,
-        layer, KVH, H // KVH, T, programs, *v.stride()[:3],
-        LQ=Lq, R=R, BITS=bits, PER=per, ALL=draws is None, DV=Dv, BDV=BDV, BM=BM, BN=tile, BC=chunk, BG=GROUP,
-        num_warps=WARPS, num_stages=1,
+        v, u, most, entry, count, counted, seed, step, offset, rows, weights, part, out, lse,
+        layer, KVH, H // KVH, T, entries, span, programs, *v.stride()[:3],
+        LQ=Lq, R=R, BITS=bits, PER=per, ALL=draws is None, DV=Dv, BDV=BDV, BM=BM, BR=BR,
+        BE=max(16, min(1024 // BR, next_power_of_two(entries))), BN=tile, BC=chunk, BG=GROUP,
+        BP=max(1, min(8, 4096 // (BR * BDV))), num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     return out, lse
