@@ -28,6 +28,7 @@ from express_compile import METHODS, Policy
 from express_compile.kernels import express as E
 from express_compile.kernels import thinformer as T
 from express_compile.kernels.exact import exact_attention
+from express_compile.kernels.santa import probabilities, read_probability, visible_keys
 from express_compile.kernels.segments import dense_table, segment_attention_backward, segment_attention_reference
 from express_compile.kernels.segments_backward import accumulate_rows_reference
 
@@ -306,11 +307,32 @@ def encode(
                   peak_mb=peak)  # fmt: skip
 
 
+def rows_read(q, k, attend: Callable[[torch.Tensor], torch.Tensor], draws: int) -> tuple[float, float]:
+    """Value rows per KV head that ``attend(value)`` reads of one sequence, and how many are expected.
+
+    Which rows are drawn does not depend on the values: one row at a time is 1 in a column of its own, and shows.
+    """
+    (_, H_kv, n, D), value = k.shape, torch.zeros_like(k)
+    seen = 0
+    for start in range(0, n, D):
+        width = min(D, n - start)
+        value[:, :, start : start + width].diagonal(dim1=2, dim2=3).fill_(1)
+        seen += (attend(value).unflatten(1, (H_kv, -1)) != 0).any(2).sum().item()
+        value[:, :, start : start + width] = 0
+    p, _ = probabilities(q, k, visible_keys(1, 1, n, None, None, q.device), D**-0.5)
+    read = read_probability(p, torch.full(q.shape[1:2], draws, device=q.device), "sys", True)
+    return seen / H_kv, read.sum().item() / H_kv
+
+
 def decode(tensors, draws: int, opponents: dict[str, float], clock: Clock, repeats: int) -> dict:
-    """One token by SANTA, both sides as CUDA graphs. The check is on all rows; ``error`` is that of the sample."""
+    """One token by SANTA, both sides as CUDA graphs. The check is on all rows; ``error`` is that of the sample.
+
+    ``rows`` counts the distinct value rows that a KV head read, ``expected`` is what santa.md's formula says. SANTA runs
+    at every length, also where it would leave exact attention to itself.
+    """
     q, k, v = tensors
     scale, seed = q.shape[-1] ** -0.5, torch.zeros((), dtype=torch.int64, device=q.device)
-    params = METHODS["santa"].params(None, Policy(budget=draws))
+    params = METHODS["santa"].params(None, Policy(budget=draws, min_length=0))
     op = METHODS["santa"].op
     out, peak = peak_of(lambda: op(q, k, v, None, seed, scale, LAYER, **params)[0], out_and_lse)
     # two sequences in float64 are enough, and all that fits
@@ -319,9 +341,11 @@ def decode(tensors, draws: int, opponents: dict[str, float], clock: Clock, repea
     whole = op(*part, None, seed, scale, LAYER, **{**params, "min_length": k.shape[2] + 1})[0]
     reference = F.scaled_dot_product_attention(*part, enable_gqa=True)
     sampled, all_rows, allowed = (((x - truth).norm() / truth.norm()).item() for x in (out[:2], whole, reference))
+    first = part[0][:1], part[1][:1]
+    rows, expected = rows_read(*first, lambda v: op(*first, v, None, seed, scale, LAYER, **params)[0], draws)
     times = clock(replayed(lambda: op(q, k, v, None, seed, scale, LAYER, **params)), repeats)
     row = row_of(Policy(budget=draws), times, opponents, (all_rows, 2 * allowed), method="santa", job="decode",
-                 params=dict(graph=1), peak_mb=peak)  # fmt: skip
+                 params=dict(graph=1, rows=round(rows, 1), expected=round(expected, 1)), peak_mb=peak)  # fmt: skip
     return {**row, "error": sampled}
 
 

@@ -5,11 +5,11 @@ head read the same rows. Here the rows of a comb come in *tiles*:
 
 * :func:`_score_kernel` streams the keys once. Of every tile it leaves ``u = exp(score - max)`` in float16 (the
   *stash*, which stays in L2), the maximum and the sum of the rounded u, so that probabilities add up to 1.
-  The last program of a sequence turns these into the factor that makes u a probability, and where each tile starts
-  on the comb.
-* :func:`_draw_kernel` takes a chunk of tiles. An integer scan says which rows are hit; they are listed side by side,
-  and only their values are read. The last program of a sequence adds the partial results in order, which gives the
-  same bits every time.
+  Maxima and sums of a few tiles at a time, an *entry*, are left together.
+* :func:`_draw_kernel` takes a chunk of tiles. From the entries every program finds the factor that makes u a
+  probability, and where its chunk starts on the comb. An integer scan says which rows are hit; they are listed side by
+  side, and only their values are read. The last program of a sequence adds the partial results in order, which gives
+  the same bits every time.
 
 Where a chunk starts on the comb is a float32 prefix of sums, not the sum of the integers before it. Its offset is
 uniform all the same, so every row is drawn as often as it should be; all that can differ is whether a threshold that
@@ -34,7 +34,8 @@ from .segments import _describe
 MAX_ROWS = 256  # query heads of a KV head times queries
 TILE = 128  # keys per tile; half as many where a row takes 1 KB
 SCORE_PROGRAMS = 528  # as many as run at once on an H200, up to 4 tiles each; then four times as many
-CHUNK = 2048  # keys per program of the draws
+CHUNK = 2048  # keys per program of the draws; half as many where these would be fewer than run at once
+DRAW_PROGRAMS = 264
 GROUP = 16  # value rows per product
 WARPS = 4
 
@@ -251,7 +252,8 @@ def santa_triton(
     q = query if query.stride(3) == 1 else query.contiguous()
     v = value if value.stride(3) == 1 else value.contiguous()
     bits = grid_bits(max(draws) if draws else 1)
-    chunk = max(tile, min(CHUNK, next_power_of_two(n)))
+    chunk = CHUNK if n * sequences >= CHUNK * DRAW_PROGRAMS else CHUNK // 2
+    chunk = max(tile, min(chunk, next_power_of_two(n)))
     programs = -(-n // chunk)
     # tiles per program of the scores, and of these per entry of statistics; what is drawn together begins an entry
     score_chunk = max(min(4, -(-T * sequences // SCORE_PROGRAMS)), -(-T * sequences // (4 * SCORE_PROGRAMS)))
@@ -279,11 +281,12 @@ def santa_triton(
     out = torch.empty(B, H, Lq, Dv, dtype=q.dtype, device=device)
     lse = torch.empty(B, H, Lq, dtype=torch.float32, device=device)
     BR = next_power_of_two(R)
+    stages = (2 if score_chunk <= 4 else 3) if row_bytes <= 256 else 2 if q.element_size() == 2 else 1
     launch(_score_kernel, (-(-T // score_chunk), sequences),
         _describe(key, tile, BD), q, u, most, entry, count, lengths, padding, KVH, H // KVH, n, T, score_chunk, span,
         entries, scale * 1.4426950408889634, *q.stride()[:3], 0 if padding is None else padding.stride(0),
         LQ=Lq, R=R, D=D, BD=BD, BM=BM, BN=tile,
-        num_warps=4, num_stages=3 if row_bytes <= 256 else 2 if q.element_size() == 2 else 1,
+        num_warps=4, num_stages=stages,
     )  # fmt: skip
     launch(_draw_kernel, (programs, sequences),
         v, u, most, entry, count, counted, seed, step, offset, rows, weights, part, out, lse,

@@ -21,6 +21,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(K, "TILE", 32)
     monkeypatch.setattr(K, "SCORE_PROGRAMS", 2)
     monkeypatch.setattr(K, "CHUNK", 64)
+    monkeypatch.setattr(K, "DRAW_PROGRAMS", 0)
 
 
 def tokens(Lq, n, B=1, H=2, H_kv=1, D=16, Dv=16, dtype=torch.float32, seed=0, spread=3.0):
