@@ -100,9 +100,8 @@ def measure_layers(
     if not 1 <= steps <= 16:
         raise ValueError(f"steps={steps!r}: must be from 1 to 16")
     options = {"sampler": sampler, "shared": shared}
-    rewrite_attention(
-        model, methods=["santa"], budget=max(4, draws), method_options={"santa": {**options, "draws": draws}}
-    )
+    santa = {"santa": {**options, "draws": draws}}
+    rewrite_attention(model, methods=["santa"], budget=max(4, draws), min_length=0, method_options=santa)
     try:
         per_text = [_measure_text(model, ids, draws, steps, seeds) for ids in texts]
     finally:

@@ -23,6 +23,8 @@ class Method:
         ``(query, key, value, padding, seed, scale, layer)``; plain data. Raises ``ValueError`` for a bad policy.
     min_length: number of keys from which the method was measured to beat exact attention, by device type;
         a device that is not listed was not measured and is never chosen unless the method is named.
+    loses(spec, policy): why exact attention was measured to be faster at a site of these sizes, or ``None``; asked
+        unless the policy gives ``min_length``. Sizes may be symbolic: what is decided at run time is no loss.
     options: the names and defaults of the method's own options (``Policy.method_options[name]``).
     """
 
@@ -33,6 +35,7 @@ class Method:
     refuse: Callable[[AttentionSpec, Policy], Refusal | None]
     params: Callable[[AttentionSpec, Policy], Mapping[str, Any]]
     min_length: Mapping[str, int] = field(default_factory=dict)
+    loses: Callable[[AttentionSpec, Policy], str | None] = lambda spec, policy: None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property

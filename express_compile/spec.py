@@ -104,7 +104,8 @@ class Policy:
     seed: an int gives the same result at every call; ``None`` draws a fresh seed from torch's default
         generator at every call (so ``torch.manual_seed`` decides).
     min_length: sequences with fewer keys use exact attention; ``None`` means 0 when ``methods`` are named
-        and otherwise the length from which the method was measured to win.
+        and otherwise the length from which the method was measured to win. SANTA goes by what was measured
+        wherever this is ``None``.
     strict: raise instead of falling back when a named method is refused or nothing is matched.
     method_options: a mapping from method name to a mapping of that method's own options.
 

@@ -32,7 +32,7 @@ def exact_attention(
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, k, v, 0.0, causal, scale=scale)
             lse = lse.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
             return out.contiguous(), lse.contiguous()
-        if _cudnn_takes(query.device, query.dtype, query.shape[-1]):
+        if cudnn_takes(query.device, query.dtype, query.shape[-1]):
             # cuDNN was faster than flash at every length measured on an H200 (bench.md)
             out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
                 query, key, value, None, True, 0.0, causal, False, scale=scale
@@ -44,7 +44,8 @@ def exact_attention(
 
 
 @functools.cache
-def _cudnn_takes(device: torch.device, dtype: torch.dtype, D: int) -> bool:
+def cudnn_takes(device: torch.device, dtype: torch.dtype, D: int) -> bool:
+    """Whether :func:`exact_attention` runs cuDNN's kernel for ``Dv = D``."""
     half = dtype in (torch.float16, torch.bfloat16)
     modern = torch.cuda.get_device_capability(device) >= (8, 0)
     return half and modern and torch.backends.cudnn.is_available() and D in range(8, 129, 8)

@@ -33,6 +33,7 @@ call (cross attention, a cache that evicts), the caller advances ``seed`` itself
 
 Supports 1 to 16 queries, causal and aligned bottom-right (a single query may also have no mask), grouped queries,
 Dv != D, key padding, per-sequence lengths; a query that sees no key gives 0. At most as many keys as draws: exact.
+On CUDA exact too, at run time, where that was measured to be as fast (:func:`loses`), unless ``min_length`` is given.
 ``budget`` is S, draws per query head, a float a fraction of the keys; the option ``draws`` sets it per head and per
 layer. A head reads at most S distinct rows; shared, about S serve all heads of a KV head that are alike. Refuses
 prefill, windows, biases, dropout, and gradients when they are asked for; on CUDA ``shared=False``, which is there to
@@ -55,10 +56,12 @@ from express_compile.spec import AttentionSpec, Policy, Refusal, known_equal, la
 
 from ._op import attention_fake, check_qkv, define_op, no_kernel
 from ._triton import philox_uniform, sequence_counter
+from .exact import cudnn_takes, exact_attention
 from .santa_kernels import MAX_ROWS, grid_bits, santa_triton
 
 MAX_QUERIES = 16
 MAX_DRAWS = 1 << 16
+MIN_KEY_BYTES = 32 << 20  # on CUDA, for 8 query rows per KV head at most: see loses()
 _THRESHOLDS, _LOW_BITS, _ROUNDING = 1 << 30, (1 << 30) + 1, (1 << 30) + 2  # bucket words of the random counter
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -366,10 +369,17 @@ def _body(query, key, value, padding, seed, scale, layer, lengths=None, **option
     S = _resolve(H=H, Lk=Lk, layer=layer, **{x: options[x] for x in ("draws", "layers", "fraction")})
     sampler, shared = options["sampler"], options["shared"]
     _check_sampler(sampler, shared)
-    chosen = None if Lk < options["min_length"] or Lk <= min(S) else S
+    whole = Lk < options["min_length"] or Lk <= min(S)
+    if query.is_cuda and options["min_length"] < 0:
+        key_bytes = key.numel() * key.element_size()
+        whole = whole or loses(B, H, key.shape[1], Lq, Lk, key_bytes, max(S)) is not None
+    chosen = None if whole else S
     if query.is_cuda:
         if not shared:
             raise ValueError("shared=False: must be True on CUDA; the kernels draw rows for all heads of a KV head")
+        D, plain = query.shape[-1], Lq == 1 and padding is None and lengths is None
+        if whole and plain and D == value.shape[-1] and cudnn_takes(query.device, query.dtype, D):
+            return exact_attention(query, key, value, scale, causal=False)
         per = strata_per_offset(sampler)
         return santa_triton(query, key, value, chosen, scale, seed, layer, per=per, padding=padding, lengths=lengths)
     chosen = None if chosen is None else torch.tensor(chosen)
@@ -377,6 +387,24 @@ def _body(query, key, value, padding, seed, scale, layer, lengths=None, **option
         query, key, value, chosen, scale, seed, layer, sampler=sampler, shared=shared, padding=padding, lengths=lengths
     )
     return out.contiguous(), lse.contiguous()
+
+
+def loses(B: int, H: int, H_kv: int, Lq: int, Lk: int, key_bytes: int, S: int) -> str | None:
+    """Why exact attention was measured to be faster than ``S`` draws per head, on one H200; ``None`` where it is not.
+
+    ``key_bytes`` are those of all keys. SANTA reads fewer bytes at any length, but launches twice; and what it keeps of
+    the scores, of every query its own, is read and written again.
+    """
+    rows = H // H_kv * Lq
+    if 4 * S > Lk:
+        return f"{S} draws from {Lk} keys would read more than a quarter of them"
+    needed = MIN_KEY_BYTES * max(1.0, rows / 8) * (2 if 16 * S > Lk else 1)
+    if key_bytes < needed:
+        return (
+            f"{B} x {Lk} keys are {key_bytes / 2**20:.1f} MiB; below {needed / 2**20:.0f} MiB exact attention was "
+            "measured to be as fast (min_length=0 samples all the same)"
+        )
+    return None
 
 
 def _no_gradient(ctx, *grads):
@@ -462,6 +490,15 @@ def _refuse_cuda(spec: AttentionSpec, params: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _loses(spec: AttentionSpec, policy: Policy) -> str | None:
+    sizes = spec.B, spec.H, spec.H_kv, spec.Lq, spec.Lk, spec.D
+    if spec.device != "cuda" or not all(isinstance(size, int) for size in sizes):
+        return None  # decided at run time
+    params = _params(spec, policy)
+    S = max(draws or max(1, round(params["fraction"] * spec.Lk)) for draws in params["draws"])
+    return loses(*sizes[:5], spec.B * spec.H_kv * spec.Lk * spec.D * spec.dtype.itemsize, S)
+
+
 def _params(spec: AttentionSpec | None, policy: Policy) -> dict[str, Any]:
     own = METHOD.own_options(policy)
     _check_sampler(own["sampler"], own["shared"])
@@ -472,7 +509,7 @@ def _params(spec: AttentionSpec | None, policy: Policy) -> dict[str, Any]:
         "fraction": policy.budget if isinstance(policy.budget, float) else 0.0,
         "sampler": own["sampler"],
         "shared": own["shared"],
-        "min_length": policy.min_length or 0,
+        "min_length": -1 if policy.min_length is None else policy.min_length,
     }
 
 
@@ -484,6 +521,7 @@ METHOD = register(
         refuses="prefill, sliding windows, biases, dropout, gradients",
         refuse=_refuse,
         params=_params,
+        loses=_loses,
         options={"draws": None, "sampler": "sys", "shared": True},
     )
 )

@@ -23,6 +23,7 @@ float16, bfloat16 and float32, ``H / H_kv * Lq`` up to 256 and any head sizes th
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
@@ -33,9 +34,11 @@ from .segments import _describe
 
 MAX_ROWS = 256  # query heads of a KV head times queries
 TILE = 128  # keys per tile; half as many where a row takes 1 KB
+WIDE_TILE = 256  # where it takes 128 bytes at most
 SCORE_PROGRAMS = 528  # as many as run at once on an H200, up to 4 tiles each; then four times as many
 CHUNK = 2048  # keys per program of the draws; half as many where these would be fewer than run at once
-DRAW_PROGRAMS = 264
+DRAW_PROGRAMS = 132
+SUMMED = 8  # parts of the result that one program adds up, at least
 GROUP = 16  # value rows per product
 WARPS = 4
 
@@ -45,9 +48,9 @@ def grid_bits(draws: int) -> int:
     return min(24, 30 - (draws + 1).bit_length())
 
 
-@jit(general="KVH G n T chunk span E")
+@jit(general="KVH G n T chunk span E counts")
 def _score_kernel(
-    d_k, p_q, p_u, p_most, p_entry, p_count, p_lengths, p_padding, KVH, G, n, T, chunk, span, E,
+    d_k, p_q, p_u, p_most, p_entry, p_count, p_lengths, p_padding, KVH, G, n, T, chunk, span, E, counts,
     scale_log2, stride_qb, stride_qh, stride_qn, stride_pb, LQ: tl.constexpr, R: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +68,8 @@ def _score_kernel(
     b_end = end - LQ + 1 + o_m % LQ
     p_most += i_seq.to(tl.int64) * R * T
     p_entry += i_seq.to(tl.int64) * 2 * R * E
-    tl.store(p_count + i_seq, 0)
+    for i in range(i_chunk, counts, tl.num_programs(0)):
+        tl.store(p_count + i_seq * counts + i, 0)
     b_top, b_all = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)  # of the tiles of an entry
     for t in range(i_chunk * chunk, tl.minimum(i_chunk * chunk + chunk, T)):
         b_k = d_k.load([i_b, i_kv, t * BN, 0]).reshape(BN, BD)
@@ -78,7 +82,7 @@ def _score_kernel(
         b_max = tl.maximum(tl.max(b_s, 1), -1e30)
         b_u = tl.exp2(b_s - b_max[:, None]).to(p_u.dtype.element_ty)
         o_tile = (i_seq.to(tl.int64) * T + t) * (R * BN)
-        tl.store(p_u + o_tile + o_m[:, None] * BN + o_n[None, :], b_u, mask=m_m[:, None])
+        tl.store(p_u + o_tile + o_m[:, None] * BN + o_n[None, :], b_u, mask=m_m[:, None], eviction_policy="evict_last")
         tl.store(p_most + o_m * T + t, b_max, mask=m_m)
         fresh = t % span == 0
         b_new = tl.where(fresh, b_max, tl.maximum(b_top, b_max))
@@ -100,12 +104,24 @@ def _below(b_x, p_seed, layer, step, sequence, offset, BITS: tl.constexpr, PER: 
     return b_stratum + (b_x - (b_stratum << BITS) > b_offset).to(tl.int32)
 
 
+@jit
+def _sum_parts(p_part, o_x, m_x, count, stride, BX: tl.constexpr, BP: tl.constexpr):
+    """The sum of ``count`` parts, in order."""
+    o_p = tl.arange(0, BP)
+    b_sum = tl.zeros([BX], tl.float32)
+    for i in range(0, count, BP):
+        m_p = (i + o_p < count)[:, None] & m_x[None, :]
+        b_sum += tl.sum(tl.load(p_part + (i + o_p)[:, None] * stride + o_x[None, :], mask=m_p, other=0.0), 0)
+    return b_sum
+
+
 @jit(general="KVH G T E span programs layer")
 def _draw_kernel(
     p_v, p_u, p_most, p_entry, p_count, p_draws, p_seed, p_step, p_offset, p_rows, p_weights, p_part, p_out, p_lse,
     layer, KVH, G, T, E, span, programs, stride_vb, stride_vh, stride_vn, LQ: tl.constexpr, R: tl.constexpr,
     BITS: tl.constexpr, PER: tl.constexpr, ALL: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
     BR: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr,
+    BS: tl.constexpr,
 ):  # fmt: skip
     i_chunk, i_seq = tl.program_id(0), tl.program_id(1)
     i_b, i_kv = i_seq // KVH, i_seq % KVH
@@ -136,7 +152,7 @@ def _draw_kernel(
         b_top = b_new
     b_inverse = tl.where(b_all > 0, 1.0 / b_all, 0.0)
     if i_chunk == 0:
-        b_lse = (b_top + tl.log2(b_all)) * 0.6931471805599453
+        b_lse = (b_top + tl.log2(tl.where(b_all > 0, b_all, 1.0))) * 0.6931471805599453
         tl.store(p_lse + i_seq.to(tl.int64) * R + o_r, tl.where(b_all > 0, b_lse, float("-inf")), mask=m_r)
     b_rate = tl.load(p_draws + o_r // LQ, mask=m_r, other=0.0) / R
     start = tl.sum(b_before * b_inverse * b_rate)
@@ -150,7 +166,7 @@ def _draw_kernel(
     b_x = tl.zeros([TILES, BN], tl.float32)
     for r in tl.range(0, R, loop_unroll_factor=min(R, 4)):
         o_u = (o_tile * R + r)[:, None] * BN + o_key[None, :]
-        b_u = tl.load(p_u + o_u, mask=(o_tile < T)[:, None], other=0.0)
+        b_u = tl.load(p_u + o_u, mask=(o_tile < T)[:, None], other=0.0, eviction_policy="evict_first")
         b_x += b_u.to(tl.float32) * tl.sum(tl.where((o_r == r)[:, None], b_factor, 0.0), 0)[:, None]
     b_x = tl.reshape(b_x, [BC])
     b_x = tl.ceil(b_x * (one / R)).to(tl.int32)
@@ -193,22 +209,30 @@ def _draw_kernel(
         b_p *= b_w[None, :]  # [BM, BG]
         b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision=FLOAT32_DOT)
 
-    o_part = (i_seq.to(tl.int64) * programs + i_chunk) * (R * DV)
-    o_out = o_m[:, None] * DV + o_dv[None, :]
-    m_out = m_m[:, None] & (o_dv < DV)[None, :]
-    tl.store(p_part + o_part + o_out, b_acc, mask=m_out)
+    # parts are added in groups of BS programs, and then the groups, each by whoever is the last of them
+    p_part += i_seq.to(tl.int64) * programs * (R * DV)
+    p_count += i_seq * (tl.cdiv(programs, BS) + 1)
+    tl.store(
+        p_part + i_chunk * (R * DV) + o_m[:, None] * DV + o_dv[None, :], b_acc,
+        mask=m_m[:, None] & (o_dv < DV)[None, :],
+    )  # fmt: skip
     tl.debug_barrier()
-    if tl.atomic_add(p_count + i_seq, 1, sem="acq_rel") == programs - 1:
-        o_p, o_x = tl.arange(0, BP), tl.arange(0, BR * BDV)
+    group = i_chunk // BS
+    members = tl.minimum(BS, programs - group * BS)
+    if tl.atomic_add(p_count + 1 + group, 1, sem="acq_rel") == members - 1:
+        o_x = tl.arange(0, BR * BDV)
         m_x = (o_x // BDV < R) & (o_x % BDV < DV)
         o_x = o_x // BDV * DV + o_x % BDV
-        b_sum = tl.zeros([BR * BDV], tl.float32)
-        p_part += i_seq.to(tl.int64) * programs * (R * DV)
-        for i in range(0, programs, BP):
-            m_p = (i + o_p < programs)[:, None] & m_x[None, :]
-            b_sum += tl.sum(tl.load(p_part + (i + o_p)[:, None] * (R * DV) + o_x[None, :], mask=m_p, other=0.0), 0)
-        # rows are (head, query) of this KV head, which lie side by side in the output
-        tl.store(p_out + i_seq.to(tl.int64) * (R * DV) + o_x, b_sum.to(p_out.dtype.element_ty), mask=m_x)
+        p_group = p_part + group * BS * (R * DV)
+        b_sum = _sum_parts(p_group, o_x, m_x, members, R * DV, BR * BDV, BP)
+        tl.debug_barrier()
+        tl.store(p_group + o_x, b_sum, mask=m_x)
+        tl.debug_barrier()
+        groups = tl.cdiv(programs, BS)
+        if tl.atomic_add(p_count, 1, sem="acq_rel") == groups - 1:
+            b_sum = _sum_parts(p_part, o_x, m_x, groups, BS * (R * DV), BR * BDV, BP)
+            # rows are (head, query) of this KV head, which lie side by side in the output
+            tl.store(p_out + i_seq.to(tl.int64) * (R * DV) + o_x, b_sum.to(p_out.dtype.element_ty), mask=m_x)
 
 
 @functools.lru_cache(maxsize=256)
@@ -247,13 +271,14 @@ def santa_triton(
         raise ValueError(f"query: {H // KVH} heads per key head times {Lq} queries are {R}; must be at most {MAX_ROWS}")
     BM, BD, BDV = (max(16, next_power_of_two(x)) for x in (R, D, Dv))
     row_bytes = BD * query.element_size()
-    tile = TILE if row_bytes <= 512 else TILE // 2
+    tile = WIDE_TILE if row_bytes <= 128 else TILE if row_bytes <= 512 else TILE // 2
     T, sequences = -(-n // tile), B * KVH
     q = query if query.stride(3) == 1 else query.contiguous()
     v = value if value.stride(3) == 1 else value.contiguous()
     bits = grid_bits(max(draws) if draws else 1)
     chunk = CHUNK if n * sequences >= CHUNK * DRAW_PROGRAMS else CHUNK // 2
-    chunk = max(tile, min(chunk, next_power_of_two(n)))
+    # eight tiles at least: with four the draws took 26 us instead of 11 (D = 64)
+    chunk = max(tile, min(max(chunk, 8 * tile), next_power_of_two(n)))
     programs = -(-n // chunk)
     # tiles per program of the scores, and of these per entry of statistics; what is drawn together begins an entry
     score_chunk = max(min(4, -(-T * sequences // SCORE_PROGRAMS)), -(-T * sequences // (4 * SCORE_PROGRAMS)))
@@ -275,8 +300,10 @@ def santa_triton(
     sizes = [sequences * R * T, sequences * 2 * R * entries, sequences * programs * chunk,
              sequences * programs * R * Dv]  # fmt: skip
     most, entry, weights, part = torch.empty(sum(sizes), dtype=torch.float32, device=device).split(sizes)
-    rows = torch.empty(sequences * (programs * chunk + 1), dtype=torch.int32, device=device)
-    count = rows[-sequences:]
+    summed = max(SUMMED, next_power_of_two(math.isqrt(programs - 1) + 1))
+    counts = -(-programs // summed) + 1
+    rows = torch.empty(sequences * (programs * chunk + counts), dtype=torch.int32, device=device)
+    count = rows[-sequences * counts :]
     counted = _draws_on(tuple(draws or [1] * H), device)
     out = torch.empty(B, H, Lq, Dv, dtype=q.dtype, device=device)
     lse = torch.empty(B, H, Lq, dtype=torch.float32, device=device)
@@ -284,7 +311,7 @@ def santa_triton(
     stages = (2 if score_chunk <= 4 else 3) if row_bytes <= 256 else 2 if q.element_size() == 2 else 1
     launch(_score_kernel, (-(-T // score_chunk), sequences),
         _describe(key, tile, BD), q, u, most, entry, count, lengths, padding, KVH, H // KVH, n, T, score_chunk, span,
-        entries, scale * 1.4426950408889634, *q.stride()[:3], 0 if padding is None else padding.stride(0),
+        entries, counts, scale * 1.4426950408889634, *q.stride()[:3], 0 if padding is None else padding.stride(0),
         LQ=Lq, R=R, D=D, BD=BD, BM=BM, BN=tile,
         num_warps=4, num_stages=stages,
     )  # fmt: skip
@@ -293,6 +320,6 @@ def santa_triton(
         layer, KVH, H // KVH, T, entries, span, programs, *v.stride()[:3],
         LQ=Lq, R=R, BITS=bits, PER=per, ALL=draws is None, DV=Dv, BDV=BDV, BM=BM, BR=BR,
         BE=max(16, min(1024 // BR, next_power_of_two(entries))), BN=tile, BC=chunk, BG=GROUP,
-        BP=max(1, min(8, 4096 // (BR * BDV))), num_warps=WARPS, num_stages=1,
+        BP=max(1, min(4, 4096 // (BR * BDV))), BS=summed, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     return out, lse

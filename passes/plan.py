@@ -86,6 +86,11 @@ def _decide(spec: AttentionSpec, policy: Policy) -> Plan:
         if refusal is not None:
             rejected.append(refusal)
             continue
+        loss = method.loses(spec, policy) if policy.min_length is None else None
+        if loss is not None:
+            rejected.append(Refusal(name, loss))
+            too_short = True
+            continue
         shortest = _min_length(method, spec, policy)
         if isinstance(shortest, Refusal):
             rejected.append(shortest)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -630,7 +632,36 @@ def test_what_the_kernels_do_not_take():
     assert decision.reason == "32 heads per key head times 16 queries are more than 256 rows"
     alone = Policy(methods=("santa",), method_options={"santa": {"shared": False}})
     assert plan(spec(device="cuda"), alone).reason == "there is no CUDA kernel for shared=False"
-    assert plan(spec(device="cuda"), Policy(methods=("santa",))).verdict == "rewritten"
+    assert plan(spec(device="cuda"), Policy(methods=("santa",), min_length=0)).verdict == "rewritten"
+
+
+@pytest.mark.parametrize(
+    "B, H_kv, n, budget, reason",
+    [
+        (1, 8, 16384, 128, None),
+        (1, 8, 16383, 128, r"1 x 16383 keys are 32.0 MiB; below 32 MiB exact attention .* as fast"),
+        (8, 8, 4096, 256, None),
+        (8, 8, 4096, 1024, None),
+        (8, 8, 4096, 2048, "2048 draws from 4096 keys would read more than a quarter of them"),
+        (4, 8, 4096, 512, r"4 x 4096 keys are 32.0 MiB; below 64 MiB"),
+        (4, 8, 4096, 256, None),
+        (1, 2, 65536, 128, r"1 x 65536 keys are 32.0 MiB; below 64 MiB"),
+        (2, 2, 65536, 128, None),
+        (1, 8, 16384, 0.26, "4260 draws from 16384 keys"),
+    ],
+)
+def test_exact_attention_where_it_was_measured_to_be_as_fast(B, H_kv, n, budget, reason):
+    """32 heads of size 128 in bfloat16, on CUDA; a number of keys known only at run time is decided there."""
+    site = replace(
+        spec(device="cuda", B=B, H=32, H_kv=H_kv, Lk=n, D=128, Dv=128, dtype=torch.bfloat16),
+        mask=Mask(causal=True, offset=n - 1),
+    )
+    decision = plan(site, Policy(methods=("santa",), budget=budget, strict=True))
+    assert decision.verdict == ("rewritten" if reason is None else "exact")
+    assert re.search(reason or "causal", decision.reason)
+    for same in (Policy(methods=("santa",), budget=budget, min_length=0), Policy(methods=("santa",), budget=8)):
+        changed = site if same.min_length == 0 else replace(site, device="cpu")
+        assert plan(changed, same).verdict == "rewritten"
 
 
 def test_what_is_taken():

@@ -17,10 +17,12 @@ SEED = torch.tensor(11)
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 32 keys, several per program and several programs: small caches have all that large ones have."""
-    monkeypatch.setattr(K, "TILE", 32)
+    """Tiles of 16 keys, several per program and several programs: small caches have all that large ones have."""
+    monkeypatch.setattr(K, "TILE", 16)
+    monkeypatch.setattr(K, "WIDE_TILE", 16)
     monkeypatch.setattr(K, "SCORE_PROGRAMS", 2)
-    monkeypatch.setattr(K, "CHUNK", 64)
+    monkeypatch.setattr(K, "CHUNK", 32)
+    monkeypatch.setattr(K, "SUMMED", 2)
     monkeypatch.setattr(K, "DRAW_PROGRAMS", 0)
 
 

@@ -29,6 +29,11 @@ def op(q, k, v, padding=None, seed=0, layer=1, **options):
     return METHODS["santa"].op(q, k, v, padding, seed, q.shape[-1] ** -0.5, layer, **{**OPTIONS, **options})
 
 
+def whole(q, k, v, padding=None):
+    """All rows through the kernels; the op itself may leave them to cuDNN."""
+    return K.santa_triton(q, k, v, None, q.shape[-1] ** -0.5, seed_of(0), 1, padding=padding)
+
+
 def relative(x, truth):
     return ((x.double() - truth.double()).norm() / truth.double().norm()).item()
 
@@ -44,7 +49,7 @@ def causal(Lq, n):
 )
 def test_all_rows_are_exact_attention(poison, dtype, n, Lq, B, H, H_kv, D):
     q, k, v = tensors(n, Lq, B, H, H_kv, D, dtype=dtype)
-    out, lse = op(q, k, v, min_length=n + 1)
+    out, lse = whole(q, k, v)
     mask = causal(Lq, n)
     truth = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask, enable_gqa=True)
     reference = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
@@ -70,7 +75,7 @@ def test_draws_are_those_of_the_reference(sampler, n, Lq, H, H_kv, masked):
     expected, _ = S.santa_reference(
         q, k, v, draws, 64**-0.5, seed_of(0), 1, sampler=sampler, shared=True, padding=padding
     )
-    exact, _ = op(q, k, v, padding, min_length=n + 1)
+    exact, _ = whole(q, k, v, padding)
     assert relative(expected, exact) > 0.05 and relative(out, expected) < 0.02
 
 
@@ -79,7 +84,7 @@ def test_no_bias(n, part):
     """The mean over M equidistant offsets. Independent draws would leave 1 / sqrt(M) = 0.0625 of the error of one;
     where most rows are hit by several of the offsets less is left."""
     M, (q, k, v) = 256, tensors(n, H=4, H_kv=1)
-    exact, _ = op(q, k, v, min_length=n + 1)
+    exact, _ = whole(q, k, v)
     mean, single = 0.0, 0.0
     for m in range(M):
         offset = torch.tensor([[int((m + 0.5) / M * 2**23)]], dtype=torch.int32, device="cuda")
@@ -90,7 +95,7 @@ def test_no_bias(n, part):
 
 def test_error_falls_with_draws():
     q, k, v = tensors(30000, B=4)
-    exact, _ = op(q, k, v, min_length=30001)
+    exact, _ = whole(q, k, v)
     few, many = (sum(relative(op(q, k, v, seed=i, draws=[S])[0], exact) for i in range(8)) / 8 for S in (32, 512))
     assert many < few / 3  # at least 1 / sqrt(S)
 
@@ -124,11 +129,25 @@ def test_cuda_graph_over_a_static_cache():
     seed += 1
     graph.replay()
     seen.append(out.clone())
-    exact, _ = op(q, k, v, padding, seed, min_length=5000)
+    exact, _ = whole(q, k, v, padding)
     errors = [x - exact for x in seen]
     for i in range(4):
         for j in range(i):
             assert relative(errors[i], errors[j]) > 0.3
+
+
+def test_exact_attention_where_it_was_measured_to_be_as_fast():
+    """Unless min_length says otherwise: a short cache is left to cuDNN, also inside the op."""
+    for n, faster in ((8192, False), (16384, True)):
+        q, k, v = tensors(n, H=32, H_kv=8, D=128)
+        exact = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        out, lse = op(q, k, v, draws=[128], min_length=-1)
+        assert (relative(out, exact) > 0.1) == faster
+        torch.testing.assert_close(lse, whole(q, k, v)[1], rtol=1e-3, atol=1e-3)
+        assert torch.equal(out, op(q, k, v, draws=[128])[0]) == faster
+        padding = torch.arange(n, device="cuda")[None] >= 10
+        masked = F.scaled_dot_product_attention(q, k, v, padding[:, None, None], enable_gqa=True)
+        assert (relative(op(q, k, v, padding, draws=[128], min_length=-1)[0], masked) > 0.1) == faster
 
 
 def test_refusals():
