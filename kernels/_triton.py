@@ -69,7 +69,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         recent = (kernel.fn, device.index, *options.values(), *values)
         found = _recent.get(recent)
         if found is None:
-            key = (kernel.fn, device.index, *options.values(), *map(_kind, args))
+            general = [parameter.do_not_specialize for parameter in kernel.params]
+            kinds = [x >= 1 << 31 if free else _kind(x) for x, free in zip(args, general, strict=False)]
+            key = (kernel.fn, device.index, *options.values(), *kinds)
             if key not in _compiled:
                 names = kernel.arg_names[len(args) :]
                 _compiled[key] = kernel[grid](*args, **options), [options[name] for name in names]
