@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmark import SETTINGS
 
 from express_compile import METHODS
+from express_compile.kernels.santa import loses
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "examples" / "results"
@@ -88,9 +89,9 @@ def speed_table() -> str:
 
 
 def others_table() -> str:
-    rows = [row for row in speed_rows() if row["method"] == "express"]
+    rows = speed_rows(method="express")
     special = [row for row in rows if row["job"] == "train" or row["B"] != "1" or row["Lq"] != row["Lk"]]
-    rows = sorted(special, key=lambda row: (row["job"], row["B"], row["Lq"])) + speed_rows(D="64")
+    rows = sorted(special, key=lambda row: (row["job"], row["B"], row["Lq"])) + speed_rows(method="express", D="64")
     body = []
     for row in rows:
         values = dict(part.split("=") for part in row["params"].split())
@@ -125,6 +126,17 @@ def encode_table() -> str:
     return markdown(["tokens", "heads, D, dtype", "s", "best exact", "Thinformer", "memory, MB"], body)
 
 
+def left_to_exact(row: dict[str, str]) -> bool:
+    """Whether SANTA leaves the sizes of a row to exact attention unless it is told not to."""
+    B, H, H_kv, Lk, D, S = (int(row[x]) for x in ("B", "H", "H_kv", "Lk", "D", "s"))
+    return loses(B, H, H_kv, 1, Lk, 2 * B * H_kv * Lk * D, S) is not None
+
+
+def decode_cell(row: dict[str, str]) -> str:
+    text = f"{float(row['ms_p50']) * 1e3:.0f} µs, {float(row['speedup']):.2f}×"
+    return f"{text} †" if left_to_exact(row) else f"**{text}**" if float(row["speedup"]) > 1 else text
+
+
 def decode_table() -> str:
     rows = speed_rows(job="decode")
     columns = list(dict.fromkeys(row["s"] for row in rows))
@@ -133,11 +145,38 @@ def decode_table() -> str:
         cells = {row["s"]: row for row in rows if (row["B"], row["Lk"]) == (B, n)}
         first = next(iter(cells.values()))
         exact = f"{float(first['opponent_ms_p50']) * 1e3:.0f} µs ({first['opponent']})"
-        times = [(float(cells[s]["ms_p50"]) * 1e3, float(cells[s]["speedup"])) for s in columns]
-        texts = [f"{us:.0f} µs, {speedup:.2f}×" for us, speedup in times]
-        texts = [f"**{text}**" if speedup > 1 else text for text, (_, speedup) in zip(texts, times, strict=True)]
-        body.append([B, f"{int(n):,}", exact, *texts])
+        body.append([B, f"{int(n):,}", exact, *(decode_cell(cells[s]) for s in columns)])
     return markdown(["B", "keys", "best exact", *(f"S = {s}" for s in columns)], body)
+
+
+def decode_heads_table() -> str:
+    """Other heads, S = 128."""
+    rows = [row for row in gpu_rows(job="decode", s="128") if (row["H_kv"], row["D"]) != ("8", "128")]
+    lengths = sorted({int(row["Lk"]) for row in rows})
+    body = []
+    for H, H_kv, D, B in dict.fromkeys((row["H"], row["H_kv"], row["D"], row["B"]) for row in rows):
+        cells = {int(row["Lk"]): row for row in rows if (row["H_kv"], row["D"], row["B"]) == (H_kv, D, B)}
+        body.append([f"{H}/{H_kv}, {D}", B, *(decode_cell(cells[n]) for n in lengths)])
+    return markdown(["heads, D", "B", *(f"{n:,} keys" for n in lengths)], body)
+
+
+def decode_bytes_table() -> str:
+    """Value rows counted beside those expected, and bytes beside time, both as parts of exact attention's."""
+    rows = {(r["B"], r["Lk"], r["s"]): r for r in speed_rows(job="decode") if "rows" in r["params"]}
+    body = []
+    for (B, n, S), row in rows.items():
+        if (B, n) not in (("1", "32768"), ("1", "131072"), ("8", "32768")):
+            continue
+        values = dict(part.split("=") for part in row["params"].split())
+        group, head = int(row["H"]) // int(row["H_kv"]), int(row["D"])
+        read = (1 + float(values["rows"]) / int(n)) / 2
+        stash = 2 * group * 2 / (head * 2) / 2  # written and read again, 2 bytes per query head and key
+        body.append([
+            B, f"{int(n):,}", S, values["rows"], values["expected"], f"{read:.3f}", f"{read + stash:.3f}",
+            f"{1 / float(row['speedup']):.3f}",
+        ])  # fmt: skip
+    header = ["B", "keys", "S", "value rows read", "expected", "bytes / exact's", "with the stash", "time / exact's"]
+    return markdown(header, body)
 
 
 def steps_table() -> str:
@@ -281,6 +320,8 @@ PARTS = {
     "encode": encode_table,
     "encoders": encoders_table,
     "decode": decode_table,
+    "decode-heads": decode_heads_table,
+    "decode-bytes": decode_bytes_table,
     "steps": steps_table,
     "embeddings": embeddings_table,
     "breakdown": breakdown_table,
