@@ -13,9 +13,10 @@ import torch
 from torch.fx import GraphModule
 
 from .method import METHODS
-from .passes.match import AttentionSite, find_sites
+from .passes.match import find_sites
 from .passes.plan import check_policy, plan_sites
 from .passes.rewrite import rewrite
+from .passes.site import AttentionSite
 from .spec import Plan, Policy
 
 # importing this module is the last step before tracing, and ops cannot be registered during it

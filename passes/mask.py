@@ -13,7 +13,7 @@ ops give 0 there too, where PyTorch lets them attend to the real tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,12 +76,40 @@ def prove(
     :class:`Mask` and, if it has a key padding, where to find it; an unproven mask has ``Mask.unknown`` set. Never
     raises for a mask it does not understand.
     """
+    shape = sizes if coords is None else example_of(mask).shape
+    part = MaskPart(mask, coords or COORDINATES, tuple(shape), hides)
+    as_in_sdpa = coords is None and not (hides and example_of(mask).dtype == torch.bool)
+    return prove_all([part], sizes, outer=outer, overwritten=overwritten, as_in_sdpa=as_in_sdpa)
+
+
+@dataclass(frozen=True)
+class MaskPart:
+    """One of several masks that together hide scores: ``node`` broadcasts to a tensor of ``sizes``, whose dimensions
+    are at ``coords``, expressions in :data:`~express_compile.passes.symbolic.COORDINATES`. A boolean one shows where it
+    is True, or ``hides`` there."""
+
+    node: Node
+    coords: tuple[Any, ...]
+    sizes: tuple[Any, ...]
+    hides: bool = False
+
+
+def prove_all(
+    parts: Sequence[MaskPart],
+    sizes: tuple[Any, Any, Any, Any],
+    *,
+    outer: Mapping[Node, Node] | None = None,
+    overwritten: Callable[..., bool] = lambda node, but=(): False,
+    as_in_sdpa: bool = False,
+) -> tuple[Mask, Padding | None]:
+    """What all ``parts`` allow together; the other arguments and the result are those of :func:`prove`.
+
+    ``as_in_sdpa``: there is one part, and it is an ``attn_mask`` as SDPA takes it.
+    """
     try:
         evaluator = Evaluator(outer or {}, overwritten)
-        shape = sizes if coords is None else example_of(mask).shape
-        condition = evaluator.visible(mask, coords or COORDINATES, shape, hides)
-        as_in_sdpa = coords is None and not (hides and example_of(mask).dtype == torch.bool)
-        return _classify(condition, evaluator, mask, sizes, as_in_sdpa)
+        shown = [evaluator.visible(part.node, part.coords, part.sizes, part.hides) for part in parts]
+        return _classify(sympy.And(*shown), evaluator, parts[0].node, sizes, as_in_sdpa)
     except Unproven as error:
         return Mask(unknown=str(error)), None
 

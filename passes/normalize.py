@@ -61,6 +61,8 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
         *("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
     ),
     "softmax": ("input", "dim", "dtype"),
+    "amax": ("input", "dim", "keepdim"),
+    "max": ("input", "dim", "keepdim"),
     "dropout": ("input", "p", "training", "inplace"),
     **dict.fromkeys(("matmul", "bmm"), _BINARY),
     "baddbmm": ("input", "batch1", "batch2"),
@@ -119,6 +121,19 @@ def in_place(node: Node) -> Operation | None:
     """``x.masked_fill_(...)`` as the ``masked_fill`` of what ``x`` held before; None for every other node."""
     name, _ = _name(node)
     return _bound(node, name[:-1], False) if name in ("masked_fill_", "tril_", "triu_") else None
+
+
+_ARITHMETIC = {
+    **{f"{name}_": name for name in ("add", "sub", "mul", "div", "masked_fill")},
+    **{f"i{name}": _ALIASES.get(name, name) for name in ("add", "sub", "mul", "truediv")},
+    **{f"{name}_": _ALIASES[name] for name in ("subtract", "multiply", "divide", "true_divide")},
+}
+
+
+def arithmetic_in_place(node: Node) -> Operation | None:
+    """``x *= y`` as the ``mul`` of what ``x`` held before, and likewise add, sub, div and masked_fill."""
+    name, _ = _name(node)
+    return _bound(node, _ARITHMETIC.get(name), False)
 
 
 def number(arg: Any) -> Any:

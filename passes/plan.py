@@ -10,7 +10,7 @@ import torch
 
 from ..method import METHODS, Method
 from ..spec import AttentionSpec, Plan, Policy, Refusal, known_equal
-from .match import AttentionSite
+from .site import AttentionSite
 
 DEFAULT_METHODS = ("express", "exact")
 
@@ -67,8 +67,11 @@ def require(planned: Iterable[tuple[str, Plan]], policy: Policy) -> None:
 
 def _plan_site(site: AttentionSite, policy: Policy) -> Plan:
     if site.refusal is None:
-        return _decide(site.spec, policy)
-    if policy.methods is not None and policy.methods[0] == "exact":
+        decision = _decide(site.spec, policy)
+        if site.form == "softmax" and decision.method == "exact" and "exact" in (policy.methods or ()):
+            return replace(decision, verdict="rewritten", reason=f"{decision.reason}; as scaled_dot_product_attention")
+        return decision
+    if policy.methods is not None and policy.methods[0] == "exact" and site.form != "softmax":
         return Plan("exact", "exact", "methods names 'exact' first")
     rejected = tuple(Refusal(name, site.refusal) for name in policy.methods or DEFAULT_METHODS if name != "exact")
     return Plan("exact", "refused", site.refusal, rejected=rejected)

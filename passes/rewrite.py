@@ -16,12 +16,13 @@ from torch.fx import Graph, GraphModule, Node
 from ..method import METHODS
 from ..spec import Plan, Policy, known_equal
 from .mask import Padding, PaddingTerm
-from .match import AttentionSite
-from .normalize import in_place, is_new, operation
+from .normalize import arithmetic_in_place, in_place, is_new, operation
+from .site import AttentionSite
 
 _COMPARISONS: dict[str, Callable[..., Any]] = {
     name: getattr(torch, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")
 }
+_FRESH = frozenset(("matmul", "bmm", "baddbmm", "mul", "div", "add", "sub", "softmax", "masked_fill", "where"))
 _VIEWS = frozenset(("transpose", "permute", "getitem", "unsqueeze", "squeeze", "detach"))
 
 
@@ -46,7 +47,8 @@ def rewrite(gm: GraphModule, planned: Iterable[tuple[AttentionSite, Plan]], poli
         if site.expand is not None:
             site, outputs = _expand(site)
             replaced.update(outputs)
-        replaced[site.node] = _replace(site, decision, policy, seeds)
+        if decision.method != "exact":
+            replaced[site.node] = _replace(site, decision, policy, seeds)
         count += 1
     for module in changed:
         module.graph.lint()
@@ -75,11 +77,15 @@ def _expand(site: AttentionSite) -> tuple[AttentionSite, dict[Node, Node]]:
             return _emit(graph, target, args, kwargs, like=node)
 
         attention, out = site.expand(emit)
+        if not is_tuple and _layout_matters(node):
+            out = _with_layout_of(graph, out, node)
+    dead = list(node.all_input_nodes)
     for output in outputs:
         output.replace_all_uses_with(out)
         graph.erase_node(output)
     if is_tuple:
         graph.erase_node(node)
+    _sweep(graph, dead)
     query, key, value = attention.args
     return replace(site, node=attention, query=query, key=key, value=value), dict.fromkeys(outputs, out)
 
@@ -219,8 +225,8 @@ def _with_layout_of(graph: Graph, out: Node, like: Node) -> Node:
     example, target = out.meta["example_value"], like.meta["example_value"]
     if _same_strides(example, target):
         return out
-    for order in itertools.permutations(range(4)):
-        inverse = tuple(order.index(d) for d in range(4))
+    for order in itertools.permutations(range(example.dim())):
+        inverse = tuple(order.index(d) for d in range(example.dim()))
         with target.fake_mode:
             candidate = example.permute(order).contiguous().permute(inverse)
         if _same_strides(candidate, target):
@@ -245,6 +251,16 @@ def _sweep(graph: Graph, candidates: list[Node]) -> None:
 
 def _fills_its_own(node: Node) -> bool:
     """Whether a node writes in place into a new tensor that nobody else knows."""
-    write = in_place(node)
+    write = in_place(node) or arithmetic_in_place(node)
     target = None if write is None else write.get("input")
-    return is_new(target) and list(target.users) == [node]
+    return isinstance(target, Node) and list(target.users) == [node] and _is_own(target)
+
+
+def _is_own(node: Node) -> bool:
+    """Whether the memory of a node's result is that of no other node, but for those it was written by in place."""
+    op = operation(node)
+    if op is not None:
+        return is_new(node) or op.name in _FRESH
+    write = arithmetic_in_place(node)
+    target = None if write is None else write.get("input")
+    return isinstance(target, Node) and list(target.users) == [node] and _is_own(target)

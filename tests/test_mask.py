@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from express_compile.passes.mask import Padding
-from express_compile.passes.match import AttentionSite, find_sites
+from express_compile.passes.match import find_sites
+from express_compile.passes.site import AttentionSite
 from express_compile.spec import Mask
 
 B, H, D = 2, 2, 4

@@ -13,8 +13,9 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from express_compile.passes.match import AttentionSite, find_sites
+from express_compile.passes.match import find_sites
 from express_compile.passes.normalize import SIGNATURES, mutated_inputs, operation
+from express_compile.passes.site import AttentionSite
 from express_compile.spec import Mask
 
 SHAPE = (2, 4, 6, 8)

@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from express_compile import Policy, explain
 from express_compile.backend import rewrite_graph
 from express_compile.method import METHODS
-from express_compile.passes.match import AttentionSite, find_sites
+from express_compile.passes.match import find_sites
 from express_compile.passes.rewrite import _expand
+from express_compile.passes.site import AttentionSite
 from express_compile.spec import Mask, Plan, layer_key
 
 WHOLE = Policy(methods=("thinformer",), budget=1024)  # more rows than any sequence here has keys

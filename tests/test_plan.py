@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from express_compile.method import METHODS, Method
-from express_compile.passes.match import AttentionSite
 from express_compile.passes.plan import check_policy, plan, plan_sites, require
+from express_compile.passes.site import AttentionSite
 from express_compile.spec import AttentionSpec, Mask, Policy, Refusal
 
 SPEC = AttentionSpec(1, 4, 2, 100, 100, 8, 8, torch.float32, "cpu", 0.5, Mask(causal=True))

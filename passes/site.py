@@ -1,0 +1,161 @@
+"""What an attention site is, and the graph around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..spec import AttentionSpec, Mask, known_equal, layer_key
+from .mask import Padding
+from .multihead import Expand, Refused
+from .normalize import mutated_inputs, number
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention site.
+
+    node, graph_module: the node that computes it and the (sub-)graph module it lives in.
+    module: path of the module it belongs to, relative to the compiled root; ``""`` is the root itself.
+    index: its place among the sites of that module; (module, index) is its ``layer`` key.
+    source: ``file:line`` of the user's call, ``""`` if unknown.
+    form: ``"sdpa"``, the name of an opaque function, or of a form that is only listed.
+    query, key, value: nodes ``[B, H, Lq, D]``, ``[B, H_kv, Lk, D]``, ``[B, H_kv, Lk, Dv]``; key and value are
+        taken before they are repeated for grouped queries. None for an opaque function.
+    padding: where to find the key padding, if ``spec.mask.padding``.
+    spec: what it computes; None if that is not known.
+    refusal: why it cannot be rewritten whatever the policy; None otherwise.
+    expand: opens up an opaque function; None for other forms.
+    """
+
+    node: Node
+    graph_module: GraphModule
+    module: str
+    index: int
+    source: str
+    form: str
+    query: Node | None = None
+    key: Node | None = None
+    value: Node | None = None
+    padding: Padding | None = None
+    spec: AttentionSpec | None = None
+    refusal: str | None = None
+    expand: Expand | None = None
+
+    @property
+    def layer(self) -> int:
+        """The site's key for random numbers."""
+        return layer_key(self.module, self.index)
+
+
+@dataclass
+class Scope:
+    """One graph with what surrounds it: where its inputs come from, what is written, why nothing may change.
+
+    autocast: the calls that have entered ``torch.autocast`` and not left it at the node the walk has come to.
+    """
+
+    gm: GraphModule
+    outer: Mapping[Node, Node] = field(default_factory=dict)
+    parent: Scope | None = None
+    refusal: str | None = None
+    autocast: list[Node] = field(default_factory=list)
+
+    @cached_property
+    def order(self) -> dict[Node, int]:
+        return {node: i for i, node in enumerate(self.gm.graph.nodes)}
+
+    @cached_property
+    def writes(self) -> list[tuple[int, Node]]:
+        return [(i, target) for node, i in self.order.items() for target in mutated_inputs(node)]
+
+    @cached_property
+    def grad_switches(self) -> list[int]:
+        names = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
+        return [i for node, i in self.order.items() if getattr(node.target, "__name__", "") in names]
+
+    def written(self, node: Node, after: int = -1, before: int | None = None, but: Iterable[Node] = ()) -> bool:
+        """Whether the memory of ``node`` is written between the two positions by another node than those of ``but``."""
+        storage = _storage(node)
+        stop = len(self.order) if before is None else before
+        allowed = {self.order[writer] for writer in but if writer in self.order}
+        return any(
+            after < i < stop
+            and i not in allowed
+            and (target is node or (storage is not None and storage == _storage(target)))
+            for i, target in self.writes
+        )
+
+    def overwritten(self, node: Node, but: Iterable[Node] = ()) -> bool:
+        """Whether the memory of ``node`` is written once it has been computed, by another node than those of ``but``.
+
+        ``node`` may also be one of a graph around this one.
+        """
+        if node not in self.order:
+            return self.parent is not None and self.parent.overwritten(node, but)
+        return self.written(node, after=self.order[node], but=but)
+
+
+def _storage(node: Node) -> int | None:
+    example = node.meta.get("example_value")
+    if not isinstance(example, torch.Tensor):
+        return None
+    try:
+        return example.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and some wrapper tensors have none
+        return None
+
+
+def shape_of(node: Node) -> torch.Size:
+    return node.meta["example_value"].shape
+
+
+def check_heads(query: torch.Size, key: torch.Size, value: torch.Size, repeats: bool) -> None:
+    """Raise :class:`Refused` unless shapes ``[B, H, Lq, D]``, ``[B, H_kv, Lk, D]`` and ``[B, H_kv, Lk, Dv]`` fit.
+
+    ``repeats``: keys and values of fewer heads, also of more than one, are meant to be repeated for the query heads.
+    """
+    B, H, H_kv = query[0], number(query[1]), number(key[1])
+    for name, shape in (("key", key), ("value", value)):
+        if not known_equal(shape[0], B):
+            raise Refused(f"its {name} has batch size {shape[0]}, its query {B}")
+    if not known_equal(value[1], H_kv):
+        raise Refused(f"its key has {H_kv} heads, its value {value[1]}")
+    if known_equal(H, H_kv):
+        return
+    if not isinstance(H, int) or not isinstance(H_kv, int):
+        raise Refused(f"its numbers of heads {H} and {H_kv} are not known when compiling")
+    if H_kv < 1 or H % H_kv or not (H_kv == 1 or repeats):
+        raise Refused(f"its {H_kv} key heads do not fit its {H} query heads")
+
+
+def make_spec(
+    out: torch.Tensor,
+    query: torch.Size,
+    key: torch.Size,
+    value: torch.Size,
+    *,
+    scale: float,
+    mask: Mask,
+    dropout_p: float,
+) -> AttentionSpec:
+    """The spec of a site with these shapes, whose result is like ``out``."""
+    B, H, Lq, D = map(number, query)
+    return AttentionSpec(
+        B=B,
+        H=H,
+        H_kv=number(key[1]),
+        Lq=Lq,
+        Lk=number(key[2]),
+        D=D,
+        Dv=number(value[3]),
+        dtype=out.dtype,
+        device=out.device.type,
+        scale=scale,
+        mask=mask,
+        dropout_p=dropout_p,
+    )

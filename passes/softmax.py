@@ -1,0 +1,598 @@
+"""Attention that is written out: a product of queries and keys, a scale, masks, a softmax, a product with values.
+
+:func:`describe` starts at the softmax. Backward it peels off what may happen to scores until it reaches the product of
+queries and keys, and remembers what every step means; forward it follows the weights to the one product that uses
+them. There are no templates: every step is read in its one spelling (``normalize.py``) and either has a meaning here or
+is the reason of a refusal. The :data:`~express_compile.passes.multihead.Expand` that it returns writes
+``scaled_dot_product_attention`` in the place of all of it.
+
+Scores become ``factor * query @ key^T + sum of (factor_i * term_i)``, hidden where a mask says so. Whatever is added
+or filled in is a mask to the prover (``mask.py``), which tells causal masks and paddings from biases; for exact
+attention it stays what it is. Filling with anything down to -1e9 hides a score: scores are taken to be larger.
+
+Reads ``[B, H, L, D]``, ``[B * H, L, D]`` (B and H from a view of the scores, else H = 1), ``[L, D]``, and einsum with
+one or two batch letters. Refuses soft-caps, sinks, scores or weights that are written, and weights that are used again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+from ..spec import AttentionSpec, Mask, known_equal
+from .mask import MaskPart, Padding, PaddingTerm, prove_all
+from .multihead import Emit, Refused
+from .normalize import arithmetic_in_place, number, operation
+from .repeat import unrepeated
+from .site import Scope, check_heads, make_spec
+from .symbolic import COORDINATES, Evaluator, Unproven
+
+HIDDEN = -1e9  # what is filled into scores at most, to hide them
+
+_B, _H, _Q, _K = COORDINATES
+_PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm")
+_VIEWS = ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze")
+_COPIES = ("to", "contiguous", "clone")
+_NAMES = {
+    "tanh": "it caps its scores (tanh)",
+    "cat": "it appends scores of its own (sinks)",
+    "concat": "it appends scores of its own (sinks)",
+    "concatenate": "it appends scores of its own (sinks)",
+    "clamp": "it clamps its scores",
+    "topk": "it keeps the largest scores only",
+}
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """A tensor of the graph and the calls that turn it into ``[B, H, L, D]``."""
+
+    node: Node
+    steps: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = ()
+
+    def then(self, function: Callable[..., Any], *args: Any) -> _Operand:
+        return _Operand(self.node, (*self.steps, (function, args)))
+
+    def emit(self, emit: Emit) -> Node:
+        x = self.node
+        for function, args in self.steps:
+            x = emit(function, x, *args)
+        return x
+
+    @property
+    def shape(self) -> torch.Size:
+        x = _example(self.node)
+        with x.fake_mode:
+            for function, args in self.steps:
+                x = function(x, *args)
+        return x.shape
+
+
+@dataclass
+class _Scores:
+    """What happens between the product of queries and keys and the softmax, from the softmax back.
+
+    factor: of everything further back, so far. added: tensors added to scores, with their factor and the tensor of
+    scores that they broadcast to. filled: the same for boolean masks, and whether True hides.
+    """
+
+    factor: float = 1.0
+    added: list[tuple[Node, float, Node]] = field(default_factory=list)
+    filled: list[tuple[Node, bool, Node]] = field(default_factory=list)
+    steps: list[Node] = field(default_factory=list)
+
+
+def feeds_product(node: Node) -> bool:
+    """Whether a softmax's result is a factor of a matrix product, possibly after dropout, a cast or a slice."""
+    open_nodes, seen = [node], {node}
+    while open_nodes:
+        source = open_nodes.pop()
+        for user in source.users:
+            op = operation(user)
+            if op is None or user in seen:
+                continue
+            if op.name in ("matmul", "bmm", "einsum") or (op.name == "baddbmm" and op.get("input") is not source):
+                return True
+            if op.name in (*_VIEWS, *_COPIES, "dropout", "detach", "getitem", "expand", "transpose"):
+                if op.get("input") is source:
+                    seen.add(user)
+                    open_nodes.append(user)
+    return False
+
+
+def describe(scope: Scope, softmax: Node) -> dict[str, Any]:
+    """What the attention around ``softmax`` computes, as fields of its site, whose node is the product with values.
+
+    Raises :class:`Refused` with the first condition that is not met.
+    """
+    weights, out, dropout_p = _follow(softmax)
+    scores, product = _peel(scope, softmax)
+    query, key, score_shape = _factors(product)
+    value = _values(weights[-1] if weights else softmax, out)
+    chain = [product, *scores.steps, softmax, *weights]
+    _check_order(scope, chain, out, (query.node, key.node), scores)
+    heads = _heads([_shape(node) for node in (*chain, product)], score_shape)
+    query, key, value = (_with_heads(x, heads) for x in (query, key, value))
+    query, key, value = _one_dtype(scope, query, key, value)
+    repeats = known_equal(key.shape[1], query.shape[1])
+    key, value = _before_repeat(scope, out, query, key, value)
+    shapes = [x.shape for x in (query, key, value)]
+    check_heads(*shapes, repeats=repeats)
+    if scores.factor <= 0:
+        raise Refused(f"its scale {scores.factor:g} is not positive")
+    sizes = (*map(number, shapes[0][:3]), number(shapes[1][2]))
+    mask, padding = _prove(scope, scores, sizes, heads)
+    spec = make_spec(_example(out), *shapes, scale=scores.factor, mask=mask, dropout_p=dropout_p)
+    autocast = [entered.args for entered in scope.autocast]
+    expand = partial(_write, query, key, value, scores, spec, heads, out, autocast)
+    return {"node": out, "spec": spec, "padding": padding, "expand": expand}
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def _example(node: Any) -> torch.Tensor:
+    example = node.meta.get("example_value") if isinstance(node, Node) else None
+    if not isinstance(example, torch.Tensor):
+        raise Refused("its operands are not tensors of the graph")
+    return example
+
+
+def _shape(node: Node) -> torch.Size:
+    return _example(node).shape
+
+
+def _follow(softmax: Node) -> tuple[list[Node], Node, float]:
+    """The nodes that the weights pass through, the product that uses them, and the probability of dropping one."""
+    op, rank = operation(softmax), len(_shape(softmax))
+    if op.get("dim") not in (-1, rank - 1):
+        raise Refused(f"its softmax is over dimension {op.get('dim')} of {rank}, not over the last")
+    path, dropout_p, node = [], 0.0, softmax
+    while True:
+        if len(node.users) != 1:
+            raise Refused("its attention weights are used more than once")
+        user = next(iter(node.users))
+        op = operation(user)
+        if op is not None and op.name in _PRODUCTS:
+            return path, user, dropout_p
+        if op is None or op.get("input") is not node or op.name not in (*_VIEWS, *_COPIES, "dropout"):
+            what = "sliced (sinks)" if op is not None and op.name == "getitem" else f"given to '{_words(user)}'"
+            raise Refused(f"its attention weights are {what} before they meet the values")
+        if op.name == "dropout":
+            p, training = (number(op.get(name, default)) for name, default in (("p", 0.5), ("training", True)))
+            if not isinstance(p, int | float) or not isinstance(training, bool) or op.get("inplace"):
+                raise Refused("its dropout is not known when compiling")
+            if training and p > 0:
+                if dropout_p:
+                    raise Refused("it drops attention weights twice")
+                dropout_p = float(p)
+        elif op.name in _VIEWS:
+            _same_scores(node, user)
+        path.append(user)
+        node = user
+
+
+def _words(node: Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _same_scores(before: Node, after: Node) -> None:
+    """A view that leaves queries and keys alone."""
+    a, b = _shape(before), _shape(after)
+    if len(a) < 2 or len(b) < 2 or not all(known_equal(x, y) for x, y in zip(a[-2:], b[-2:], strict=True)):
+        raise Refused(f"its scores are reshaped from {tuple(a)} to {tuple(b)}")
+
+
+def _peel(scope: Scope, softmax: Node) -> tuple[_Scores, Node]:
+    """The scores before ``softmax``, and the product of queries and keys that they begin with."""
+    scores, node = _Scores(), operation(softmax).get("input")
+    evaluator = Evaluator(scope.outer, scope.overwritten)
+    while True:
+        _example(node)
+        op = operation(node) or arithmetic_in_place(node)
+        if op is None:
+            raise Refused(_NAMES.get(_words(node), f"its scores come from '{_words(node)}'"))
+        if op.name in _PRODUCTS:
+            if op.name == "baddbmm":
+                _read_baddbmm(scores, op, node)
+            return scores, node
+        scores.steps.append(node)
+        node = _step(scores, op, node, evaluator)
+
+
+def _step(scores: _Scores, op: Any, node: Node, evaluator: Evaluator) -> Node:
+    """One step back from ``node``: the scores before it."""
+    before, name = op.get("input"), op.name
+    if name in _COPIES:
+        return before
+    if name in _VIEWS:
+        _same_scores(before, node)
+        return before
+    if name in ("mul", "div"):
+        other = op.get("other")
+        if op.get("rounding_mode") is not None:
+            raise Refused("its scores are rounded")
+        if name == "mul" and not _is_scores(before, node):
+            before, other = other, before
+        factor = _scalar(other, evaluator)
+        if factor is None or factor == 0:
+            raise Refused("its scores are scaled by a tensor, whose values are not known when compiling")
+        scores.factor *= factor if name == "mul" else 1 / factor
+        return before
+    if name in ("add", "sub"):
+        other, sign = op.get("other"), number(op.get("alpha", 1))
+        if not isinstance(sign, int | float):
+            raise Refused("its scores are added to with a factor that is not known when compiling")
+        if name == "add" and sign == 1 and not _leads(before, node) and _leads(other, node):
+            before, other = other, before
+        sign = sign if name == "add" else -sign
+        if _scalar(other, evaluator) is not None:
+            return before  # the same for all keys: no softmax sees it
+        if name == "sub" and sign == -1 and _is_row_maximum(other, before):
+            return before
+        scores.added.append((other, scores.factor * sign, node))
+        return before
+    if name == "masked_fill":
+        _check_fill(op.get("value"), evaluator)
+        scores.filled.append((op.get("mask"), True, node))
+        return before
+    if name == "where":
+        then, other = op.get("input"), op.get("other")
+        hides = not _leads(then, node) and _is_scores(other, node)
+        _check_fill(then if hides else other, evaluator)
+        scores.filled.append((op.get("condition"), hides, node))
+        return other if hides else then
+    raise Refused(_NAMES.get(name, f"its scores come from '{name}'"))
+
+
+def _is_scores(node: Any, like: Node) -> bool:
+    """Whether an operand has the shape of the result, and so may be the scores."""
+    example = node.meta.get("example_value") if isinstance(node, Node) else None
+    if not isinstance(example, torch.Tensor) or example.dim() != len(_shape(like)):
+        return False
+    return all(known_equal(x, y) for x, y in zip(example.shape, _shape(like), strict=True))
+
+
+def _leads(node: Any, like: Node) -> bool:
+    """Whether the first operand of a sum is the scores: it has their shape, and leads to a product if both have."""
+    return _is_scores(node, like) and _comes_from_product(node)
+
+
+def _comes_from_product(node: Any) -> bool:
+    """Whether scores can be followed back to a product; what a mask or a bias is made from is not looked at."""
+    while isinstance(node, Node):
+        op = operation(node) or arithmetic_in_place(node)
+        if op is None:
+            return False
+        if op.name in _PRODUCTS:
+            return True
+        if op.name not in (*_VIEWS, *_COPIES, "mul", "div", "add", "sub", "masked_fill", "where"):
+            return False
+        first, other = op.get("input"), op.get("other")
+        node = first if _is_scores(first, node) or op.name in _VIEWS else other
+    return False
+
+
+def _scalar(arg: Any, evaluator: Evaluator) -> float | None:
+    """A number, or the number that a tensor holds everywhere for every input; None for anything else."""
+    if isinstance(number(arg), bool | int | float):
+        return float(number(arg))
+    example = arg.meta.get("example_value") if isinstance(arg, Node) else None
+    if not isinstance(example, torch.Tensor) or example.dim() > 4:
+        return None
+    try:
+        value = evaluator.value(arg, COORDINATES[4 - example.dim() :])
+    except Unproven:
+        return None
+    return float(value) if isinstance(value, sympy.Expr) and value.is_number else None
+
+
+def _check_fill(value: Any, evaluator: Evaluator) -> None:
+    fill = _scalar(value, evaluator)
+    if fill is None:
+        raise Refused("it fills hidden scores with a value that is not known when compiling")
+    if not fill <= HIDDEN:
+        raise Refused(f"it fills hidden scores with {fill:g}; only {HIDDEN:g} or less hides them")
+
+
+def _is_row_maximum(node: Any, scores: Node) -> bool:
+    """``scores.amax(-1, keepdim=True)`` or the values of ``max``: no softmax sees that it is subtracted."""
+    op = operation(node) if isinstance(node, Node) else None
+    if op is not None and op.name == "getitem" and op.get("index") == 0:
+        node, op = op.get("input"), operation(op.get("input"))
+    if op is None or op.name not in ("amax", "max") or op.get("input") is not scores:
+        return False
+    return op.get("dim") in (-1, len(_shape(scores)) - 1, (-1,), [-1]) and op.get("keepdim") is True
+
+
+def _read_baddbmm(scores: _Scores, op: Any, node: Node) -> None:
+    alpha, beta = (number(op.get(name, 1)) for name in ("alpha", "beta"))
+    if not isinstance(alpha, int | float) or not isinstance(beta, int | float):
+        raise Refused("its baddbmm has factors that are not known when compiling")
+    if beta != 0:
+        scores.added.append((op.get("input"), scores.factor * beta, node))
+    scores.factor *= alpha
+
+
+def _factors(product: Node) -> tuple[_Operand, _Operand, torch.Size]:
+    """Query and key, ``[..., L, D]`` each with the same leading dimensions, and the shape of the scores."""
+    op = operation(product)
+    if op.name == "einsum":
+        return *_einsum(op, "q", "k"), _shape(product)
+    names = ("batch1", "batch2") if op.name == "baddbmm" else ("input", "other")
+    query, key = (op.get(name) for name in names)
+    _same_rank(query, key)
+    turned = operation(key)
+    last = turned is not None and _swaps_last(turned, len(_shape(key)))
+    return _Operand(query), _Operand(turned.get("input")) if last else _turned(_Operand(key)), _shape(product)
+
+
+def _same_rank(a: Node, b: Node) -> None:
+    ranks = len(_shape(a)), len(_shape(b))
+    if ranks[0] != ranks[1] or ranks[0] not in (2, 3, 4):
+        raise Refused(f"it multiplies tensors of {ranks[0]} and {ranks[1]} dimensions; needed are 2, 3 or 4, the same")
+
+
+def _turned(x: _Operand) -> _Operand:
+    return x.then(torch.transpose, -2, -1)
+
+
+def _swaps_last(op: Any, rank: int) -> bool:
+    if op.name == "transpose":
+        return sorted(d % rank for d in (op.get("dim0"), op.get("dim1")) if isinstance(d, int)) == [rank - 2, rank - 1]
+    if op.name == "permute":
+        dims = [d % rank for d in op.get("dims") if isinstance(d, int)]
+        return dims == [*range(rank - 2), rank - 1, rank - 2]
+    return op.name == "mT"
+
+
+def _values(weights: Node, out: Node) -> _Operand:
+    """The values ``[..., Lk, Dv]`` that ``weights`` are multiplied with."""
+    op = operation(out)
+    if op.name == "einsum":
+        if op.get("operands", ())[:1] != (weights,):
+            raise Refused("its einsum does not begin with the attention weights")
+        return _einsum(op, "w", "v")[1]
+    names = ("batch1", "batch2") if op.name == "baddbmm" else ("input", "other")
+    if op.name == "baddbmm":
+        raise Refused("it adds to its product with the values (baddbmm)")
+    first, value = (op.get(name) for name in names)
+    if first is not weights or value is weights:
+        raise Refused("its attention weights are not the first factor of their product")
+    _same_rank(weights, value)
+    return _Operand(value)
+
+
+def _einsum(op: Any, first: str, second: str) -> tuple[_Operand, _Operand]:
+    """Both factors with their dimensions in the order (batch, rows, contracted) and (batch, rows, other).
+
+    ``first`` and ``second`` are for words: ``q`` and ``k`` of scores ``[batch, q, k]``, ``w`` and ``v`` of a result
+    ``[batch, q, Dv]`` in any order.
+    """
+    equation, operands = op.get("equation").replace(" ", ""), op.get("operands", ())
+    refusal = Refused(f"its einsum '{equation}' is not a batch of products")
+    if "->" not in equation or "." in equation or len(operands) != 2:
+        raise refusal
+    inputs, result = equation.split("->")
+    a, b = inputs.split(",")
+    if any(len(set(x)) != len(x) for x in (a, b, result)) or len(a) != len(_shape(operands[0])):
+        raise refusal
+    batch = [x for x in result if x in a and x in b]
+    rows, columns = ([x for x in result if x in own and x not in other] for own, other in ((a, b), (b, a)))
+    inner = [x for x in a if x in b and x not in result]
+    if (len(rows), len(columns), len(inner)) != (1, 1, 1) or len(batch) > 2:
+        raise refusal
+    if {*a, *b} != {*batch, *rows, *columns, *inner}:
+        raise refusal
+    if first == "q":
+        if list(result) != [*batch, *rows, *columns]:
+            raise refusal
+        orders = ([*batch, *rows, *inner], [*batch, *columns, *inner])
+    else:
+        if list(a) != [*batch, *rows, *inner] and sorted(a[: len(batch)]) == sorted(batch):
+            batch = list(a[: len(batch)])
+        if list(a) != [*batch, *rows, *inner]:
+            raise refusal
+        orders = (list(a), [*batch, *inner, *columns])
+    pairs = zip((a, b), orders, operands, strict=True)
+    return tuple(_permuted(_Operand(node), [have.index(x) for x in want]) for have, want, node in pairs)
+
+
+def _permuted(x: _Operand, order: list[int]) -> _Operand:
+    return x if order == sorted(order) else x.then(torch.permute, tuple(order))
+
+
+def _check_order(scope: Scope, chain: list[Node], out: Node, factors: Sequence[Node], scores: _Scores) -> None:
+    """That all is still the same where the attention is written anew, at ``out``."""
+    start, end = scope.order[chain[0]], scope.order[out]
+    if any(start < i < end for i in scope.grad_switches):
+        raise Refused("gradients are switched on or off inside it")
+    read = {*factors, *(node for node, *_ in (*scores.added, *scores.filled) if isinstance(node, Node))}
+    for node in read:
+        if node in scope.order and scope.written(node, after=start, before=end, but=chain):
+            raise Refused(f"'{node.name}' is written between its two products")
+    for node in chain:
+        if scope.written(node, before=end, but=chain):
+            raise Refused("its scores or weights are written by something else")
+
+
+# ---- shapes --------------------------------------------------------------------------------------------------------
+
+
+def _heads(shapes: list[torch.Size], scores: torch.Size) -> tuple[Any, Any]:
+    """(B, H) of scores that are ``[B, H, q, k]`` somewhere on their way; else every leading entry is a sequence."""
+    four = [shape for shape in shapes if len(shape) == 4]
+    B, H = map(number, four[0][:2] if four else (scores[0] if len(scores) == 3 else 1, 1))
+    if not isinstance(H, int) and any(len(shape) == 3 for shape in shapes):
+        raise Refused(f"its number of heads {H} is not known when compiling")
+    leading = {4: (B, H), 3: (B * H,), 2: ()}
+    for shape in shapes:
+        fits = len(shape) in leading and all(map(known_equal, shape[:-2], leading[len(shape)]))
+        if not fits or (len(shape) == 2 and not known_equal(B * H, 1)):
+            raise Refused(f"its scores are {tuple(scores)} and {tuple(shape)}, not both {B} sequences of {H} heads")
+    return B, H
+
+
+def _with_heads(x: _Operand, heads: tuple[Any, Any]) -> _Operand:
+    """``x`` as ``[B, H, L, D]``."""
+    rank, H = len(x.shape), heads[1]
+    if rank == 2:
+        x, rank = x.then(torch.unsqueeze, 0), 3
+    if rank == 3:
+        x = x.then(torch.unsqueeze, 1) if H == 1 else x.then(torch.unflatten, 0, (-1, H))
+    return x
+
+
+def _one_dtype(scope: Scope, *operands: _Operand) -> list[_Operand]:
+    """``operands`` of the dtype that values have, those before a cast where that makes them so."""
+    dtype = _example(operands[-1].node).dtype
+    found = []
+    for x in operands:
+        op = operation(x.node)
+        if _example(x.node).dtype != dtype and op is not None and op.name == "to":
+            x = _Operand(op.get("input"), x.steps)
+        if _example(x.node).dtype != dtype and not scope.autocast:
+            raise Refused("its query, key and value have different dtypes")
+        found.append(x)
+    return found
+
+
+def _before_repeat(
+    scope: Scope, out: Node, query: _Operand, key: _Operand, value: _Operand
+) -> tuple[_Operand, _Operand]:
+    """Key and value before their heads are repeated, where nothing else is done to them."""
+    if key.steps or value.steps or query.steps:
+        return key, value
+    base = unrepeated(scope, out, query.node, key.node, value.node)
+    return _Operand(base[0]), _Operand(base[1])
+
+
+def _coordinates(like: Node, heads: tuple[Any, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Where the dimensions of a tensor of scores are, and their sizes."""
+    shape = _shape(like)
+    if len(shape) == 4:
+        return COORDINATES, tuple(shape)
+    if len(shape) == 3:
+        return (_B * heads[1] + _H if heads[1] != 1 else _B, _Q, _K), tuple(shape)
+    return (_Q, _K), tuple(shape)
+
+
+def _prove(
+    scope: Scope, scores: _Scores, sizes: tuple[Any, Any, Any, Any], heads: tuple[Any, Any]
+) -> tuple[Mask, Padding | None]:
+    parts = []
+    for node, factor, like in scores.added:
+        if not isinstance(node, Node):
+            return Mask(unknown="it adds something that is no tensor of the graph"), None
+        if factor <= 0:
+            return Mask(unknown=f"it adds a tensor with the factor {factor:g}"), None
+        parts.append(MaskPart(node, *_coordinates(like, heads)))
+    for node, hides, like in scores.filled:
+        if not isinstance(node, Node) or _example(node).dtype != torch.bool:
+            return Mask(unknown="it fills scores where something is that is not a boolean tensor"), None
+        parts.append(MaskPart(node, *_coordinates(like, heads), hides))
+    if not parts:
+        return Mask(), None
+    proven, padding = prove_all(parts, sizes, outer=scope.outer, overwritten=scope.overwritten)
+    if proven.unknown is None or len(parts) > 1:
+        return proven, padding
+    return _same_for_all_queries(parts[0], sizes) or (proven, padding)
+
+
+def _same_for_all_queries(part: MaskPart, sizes: tuple[Any, Any, Any, Any]) -> tuple[Mask, Padding] | None:
+    """A boolean mask without a query and a head dimension is a key padding, whatever its values are."""
+    shape = _shape(part.node)
+    if _example(part.node).dtype != torch.bool or len(part.sizes) != 4 or not known_equal(shape[-1], sizes[3]):
+        return None
+    if not all(known_equal(size, 1) for size in shape[-3:-1]):
+        return None
+    index = (*([slice(None)] if len(shape) == 4 else []), *([0] * len(shape[-3:-1])), slice(None))
+    relation = PaddingTerm(part.node, index, len(shape) == 4, "eq", 0 if part.hides else 1)
+    return Mask(padding=True), Padding(terms=(relation,))
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    query: _Operand,
+    key: _Operand,
+    value: _Operand,
+    scores: _Scores,
+    spec: AttentionSpec,
+    heads: tuple[Any, Any],
+    out: Node,
+    autocast: Sequence[tuple[Any, ...]],
+    emit: Emit,
+) -> tuple[Node, Node]:
+    with ExitStack() as stack:
+        for arguments in autocast:
+            stack.enter_context(torch.amp.autocast(*arguments))
+        q, k, v = (x.emit(emit) for x in (query, key, value))
+        mask = _emit_mask(scores, heads, _common(q, spec), emit)
+        attention = emit(
+            F.scaled_dot_product_attention, q, k, v,
+            attn_mask=mask, dropout_p=spec.dropout_p, scale=spec.scale, enable_gqa=not known_equal(spec.H, spec.H_kv),
+        )  # fmt: skip
+        result = _like_product(attention, out, emit)
+    return attention, result
+
+
+def _common(query: Node, spec: AttentionSpec) -> torch.dtype:
+    """What SDPA computes in, and wants its mask in."""
+    return spec.dtype if torch.is_autocast_enabled(spec.device) else query.meta["example_value"].dtype
+
+
+def _emit_mask(scores: _Scores, heads: tuple[Any, Any], dtype: torch.dtype, emit: Emit) -> Node | None:
+    bias = visible = None
+    for node, factor, like in scores.added:
+        term = _broadcast(node, like, heads, emit)
+        if factor != 1:
+            term = emit(torch.mul, term, factor)
+        bias = term if bias is None else emit(torch.add, bias, term)
+    for node, hides, like in scores.filled:
+        shown = _broadcast(node, like, heads, emit)
+        shown = emit(torch.logical_not, shown) if hides else shown
+        visible = shown if visible is None else emit(torch.logical_and, visible, shown)
+    if bias is None:
+        return visible
+    if bias.meta["example_value"].dtype != dtype:
+        bias = emit(torch.Tensor.to, bias, dtype)
+    return bias if visible is None else emit(torch.where, visible, bias, float("-inf"))
+
+
+def _broadcast(node: Node, like: Node, heads: tuple[Any, Any], emit: Emit) -> Node:
+    """A tensor that broadcasts to scores of 3 dimensions, so that it broadcasts to those of 4."""
+    shape = _shape(node)
+    if len(_shape(like)) != 3 or len(shape) != 3:
+        return node
+    if known_equal(shape[0], 1) or heads[1] == 1:
+        return emit(torch.unsqueeze, node, 1)
+    return emit(torch.unflatten, node, 0, (-1, heads[1]))
+
+
+def _like_product(attention: Node, out: Node, emit: Emit) -> Node:
+    """``[B, H, Lq, Dv]`` as the product with the values has it."""
+    op, rank = operation(out), len(_shape(out))
+    if rank == 3:
+        attention = emit(torch.flatten, attention, 0, 1)
+    elif rank == 2:
+        attention = emit(torch.reshape, attention, tuple(_shape(out)))
+    if op.name == "einsum":
+        inputs, result = op.get("equation").replace(" ", "").split("->")
+        first, second = inputs.split(",")
+        have = [x for x in first if x in result] + [x for x in second if x in result and x not in first]
+        order = tuple(have.index(x) for x in result)
+        if order != tuple(range(rank)):
+            attention = emit(torch.permute, attention, order)
+    if attention.meta["example_value"].dtype != _example(out).dtype:
+        attention = emit(torch.Tensor.to, attention, _example(out).dtype)
+    return attention
