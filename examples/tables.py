@@ -182,6 +182,7 @@ def decode_bytes_table() -> str:
 def steps_table() -> str:
     """What sampled decoding costs in KL per step, beside the exact rows of largest weight."""
     rows = [row for row in quality_rows() if row["task"] == "decode"]
+    rows = [row for row in rows if row["n"] == rows[-1]["n"]]
     values = {(row["params"], row["metric"]): row for row in rows}
     body = []
     for params in sorted({row["params"] for row in rows}, key=lambda x: (int(x.split("S=")[1]), x)):

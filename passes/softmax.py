@@ -365,7 +365,9 @@ def _values(weights: Node, out: Node) -> _Operand:
     if op.name == "baddbmm":
         raise Refused("it adds to its product with the values (baddbmm)")
     first, value = (op.get(name) for name in names)
-    if first is not weights or value is weights:
+    if first is value:
+        raise Refused("its attention weights are used more than once")
+    if first is not weights:
         raise Refused("its attention weights are not the first factor of their product")
     _same_rank(weights, value)
     return _Operand(value)

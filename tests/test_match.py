@@ -347,25 +347,6 @@ def test_shapes_that_no_op_takes(shapes: list[tuple[int, ...]], options: dict[st
     assert words in only(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **options), *inputs).refusal
 
 
-SOFTMAX: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "matmul": lambda q: torch.softmax(q @ q.mT, -1) @ q,
-    "method": lambda q: torch.matmul((q @ q.mT).softmax(dim=-1), q),
-    "cast": lambda q: F.softmax(q @ q.mT, dim=-1, dtype=torch.float32).to(q.dtype) @ q,
-    "dropout": lambda q: F.dropout(F.softmax(q @ q.mT, -1), 0.1, False) @ q,
-    "bmm": lambda q: torch.bmm(torch.softmax(q[0] @ q[0].mT, -1), q[0]),
-    "einsum": lambda q: torch.einsum("bhqk,bhkd->bhqd", torch.softmax(torch.einsum("bhqd,bhkd->bhqk", q, q), -1), q),
-    "baddbmm": lambda q: torch.baddbmm(q[0], torch.softmax(q[0] @ q[0].mT, -1), q[0]),
-    "sliced": lambda q: torch.softmax(torch.cat([q @ q.mT, q[..., :1]], -1), -1)[..., :-1] @ q,
-}
-
-
-@pytest.mark.parametrize("spelling", SOFTMAX)
-def test_attention_by_hand_is_listed(spelling: str) -> None:
-    site = only(SOFTMAX[spelling], Q)
-    assert site.form == "softmax" and site.spec is None
-    assert site.refusal.startswith("softmax attention: form not supported yet in the compiled pass")
-
-
 def test_a_softmax_that_is_no_attention_is_not_listed() -> None:
     assert sites_of(lambda q: torch.softmax(q, -1).topk(2).values @ q[..., :2].mT, Q) == []
     assert sites_of(lambda q: torch.log(torch.softmax(q, -1)), Q) == []

@@ -148,7 +148,10 @@ def test_strict() -> None:
 def test_sites_that_only_are_listed_keep_their_reason() -> None:
     graph = torch.fx.Graph()
     gm = torch.fx.GraphModule({}, graph)
-    site = AttentionSite(graph.placeholder("x"), gm, "m", 0, "", "softmax", refusal="not supported yet")
+    site = AttentionSite(graph.placeholder("x"), gm, "m", 0, "", "sdpa", refusal="not supported yet")
+    by_hand = replace(site, form="softmax")  # which methods=["exact"] would have rewritten
+    ((_, decision),) = plan_sites([by_hand], Policy(methods=("exact",)))
+    assert (decision.method, decision.verdict, decision.reason) == ("exact", "refused", "not supported yet")
     for methods, verdict in ((None, "refused"), (("first",), "refused"), (("exact",), "exact")):
         ((_, decision),) = plan_sites([site], Policy(methods=methods))
         assert (decision.method, decision.verdict) == ("exact", verdict)

@@ -25,7 +25,7 @@ class Mixed(nn.Module):
         super().__init__()
         self.causal = Site(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True))
         self.full = Site(lambda q: F.scaled_dot_product_attention(q, q, q))
-        self.hand = Site(lambda q: torch.softmax(q @ q.mT, -1) @ q)
+        self.hand = Site(lambda q: torch.softmax(torch.tanh(q @ q.mT), -1) @ q)
 
     def forward(self, q: torch.Tensor, times: float = 1.0) -> torch.Tensor:
         return self.hand(self.full(self.causal(q * times)))
@@ -50,13 +50,13 @@ def test_every_site_is_reported_with_its_verdict() -> None:
     assert report.graphs == 1
     causal, full, hand = report.sites
     assert causal.rejected == () and full.rejected == (f"express: {full.reason}",)
-    assert "not causal" in full.reason and "form not supported yet" in hand.reason
+    assert "not causal" in full.reason and hand.reason == "it caps its scores (tanh)"
     assert all(s.source.startswith(__file__ + ":") for s in report.sites)
 
     without_names = explain(Mixed(), Q)
     assert [s.verdict for s in without_names.sites] == ["exact", "exact", "refused"]
     asked = explain(Mixed(), Q, methods=("exact",))
-    assert [s.verdict for s in asked.sites] == ["exact"] * 3
+    assert [s.verdict for s in asked.sites] == ["exact", "exact", "refused"]
 
 
 def test_text_and_json_agree() -> None:

@@ -1,0 +1,401 @@
+"""Attention that is written out: every spelling is found, proven and equal; what is not attention alone says why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from express_compile import explain
+from express_compile.passes.match import find_sites
+from express_compile.passes.plan import plan_sites
+from express_compile.passes.rewrite import rewrite
+from express_compile.spec import Policy
+
+B, H, L, D = 2, 4, 12, 8
+EXACT = Policy(methods=("exact",), strict=True)
+LOWEST = torch.finfo(torch.float32).min
+
+
+def tensors(*shapes: tuple[int, ...], seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes or [(B, H, L, D)] * 3]
+
+
+def compiled(f: Callable, policy: Policy = EXACT, **options: Any) -> tuple[Callable, list]:
+    """``f`` as Dynamo captures it, rewritten, and the sites with their plans (filled in by the first call)."""
+    found: list = []
+
+    def backend(gm: torch.fx.GraphModule, _: list[Any]) -> Callable:
+        planned = plan_sites(find_sites(gm), policy)
+        rewrite(gm, planned, policy)
+        found.extend(planned)
+        return gm
+
+    torch._dynamo.reset()
+    return torch.compile(f, backend=backend, **options), found
+
+
+def relative(x: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((x - truth).norm() / truth.norm()).item()
+
+
+def check(f: Callable, inputs: list[torch.Tensor], mask: str, scale: float, policy: Policy = EXACT, **options: Any):
+    """Rewritten, with this mask and scale, and equal, gradients too."""
+    inputs = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    g, found = compiled(f, policy, **options)
+    out, truth = g(*inputs), f(*inputs)
+    ((site, decision),) = found
+    assert (site.form, decision.verdict, str(site.spec.mask)) == ("softmax", "rewritten", mask), decision.reason
+    assert site.spec.scale == pytest.approx(scale) and relative(out, truth) < 1e-6
+    leaves = [x for x in inputs if x.requires_grad]
+    weight = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1))
+    grads = (torch.autograd.grad((y * weight).sum(), leaves, allow_unused=True) for y in (out, truth))
+    for ours, theirs in zip(*grads, strict=True):
+        assert (ours is None) == (theirs is None) and (theirs is None or relative(ours, theirs) < 1e-5)
+    return site
+
+
+def causal() -> torch.Tensor:
+    return torch.ones(L, L, dtype=torch.bool).tril()
+
+
+def heads(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(B * H, L, D)
+
+
+def in_place(q, k, v):
+    s = torch.matmul(q, k.transpose(2, 3))
+    s *= 0.5
+    s /= 2.0
+    s += torch.where(causal(), 0.0, LOWEST)
+    return torch.matmul(F.softmax(s, dim=-1), v)
+
+
+def opt(q, k, v):
+    """Three dimensions, the mask in four, dropout that does nothing."""
+    s = torch.bmm(heads(q) * 0.25, heads(k).transpose(1, 2))
+    s = s.view(B, H, L, L) + torch.full((L, L), LOWEST).triu(1)
+    w = F.dropout(F.softmax(s.view(B * H, L, L), dim=-1), p=0.1, training=False)
+    return torch.bmm(w, heads(v)).view(B, H, L, D).transpose(1, 2).reshape(B, L, H * D)
+
+
+def gpt_j(q, k, v):
+    s = torch.matmul(q.to(torch.float32), k.to(torch.float32).transpose(-1, -2))
+    s = torch.where(causal(), s, torch.tensor(LOWEST, dtype=s.dtype)) / torch.full([], 4.0)
+    return torch.matmul(nn.functional.softmax(s, dim=-1).to(v.dtype), v)
+
+
+def shifted(q, k, v):
+    s = (q @ k.mT).masked_fill(~causal(), -math.inf)
+    return (s - s.max(dim=-1, keepdim=True).values).softmax(-1) @ v
+
+
+def two_masks(q, k, v):
+    s = (q @ k.mT).masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -math.inf)
+    keep = torch.arange(L)[:, None] - torch.arange(L) < 5
+    return torch.where(keep, s, -1e9).softmax(-1) @ v
+
+
+SPELLINGS: dict[str, tuple[Callable, str, float]] = {
+    "matmul, no scale": (lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v, "none", 1.0),
+    "method, div": (lambda q, k, v: ((q @ k.transpose(-1, -2)) / math.sqrt(D)).softmax(dim=3) @ v, "none", D**-0.5),
+    "scaled twice": (lambda q, k, v: F.softmax(3.0 * torch.matmul(q, k.permute(0, 1, 3, 2)) / 2, -1) @ v, "none", 1.5),
+    "einsum": (
+        lambda q, k, v: torch.einsum("bhqk,bhkd->bqhd", (torch.einsum("bhqd,bhkd->bhqk", q, k) * 0.2).softmax(-1), v),
+        "none",
+        0.2,
+    ),
+    "einsum of [b, l, h, d]": (
+        lambda q, k, v: torch.einsum(
+            "bhnm, bmhd -> bnhd",
+            torch.einsum("bnhd, bmhd -> bhnm", *(x.transpose(1, 2) for x in (q, k))).softmax(-1),
+            v.transpose(1, 2),
+        ),
+        "none",
+        1.0,
+    ),
+    "in place": (in_place, "causal", 0.25),
+    "masked_fill": (lambda q, k, v: (q @ k.mT).masked_fill(~causal(), -math.inf).softmax(-1) @ v, "causal", 1.0),
+    "where, and a constant for all": (lambda q, k, v: (torch.where(causal(), q @ k.mT, LOWEST) + 3).softmax(-1) @ v,
+                                      "causal", 1.0),
+    "where, turned round": (lambda q, k, v: torch.where(~causal(), -1e9, q @ k.mT).softmax(-1) @ v, "causal", 1.0),
+    "added first, scaled later": (
+        lambda q, k, v: ((torch.where(causal(), 0.0, LOWEST) + q @ k.mT) * 0.3).softmax(-1) @ v, "causal", 0.3,
+    ),
+    "taken away": (
+        lambda q, k, v: (q @ k.mT - torch.where(causal(), 0.0, -LOWEST)).softmax(-1) @ v,
+        "unknown (it adds a tensor with the factor -1)",
+        1.0,
+    ),
+    "of three dimensions": (opt, "causal", 1.0),
+    "of one head": (lambda q, k, v: torch.bmm((q[:, 0] @ k[:, 0].mT).softmax(-1), v[:, 0]), "none", 1.0),
+    "of two dimensions": (lambda q, k, v: (q[0, 0] @ k[0, 0].mT).softmax(-1) @ v[0, 0], "none", 1.0),
+    "a divisor of torch.full": (gpt_j, "causal", 0.25),
+    "softmax in float32": (
+        lambda q, k, v: F.softmax(q @ k.mT, -1, dtype=torch.float32).to(q.dtype).contiguous() @ v, "none", 1.0,
+    ),
+    "less its maximum": (shifted, "causal", 1.0),
+    "two masks": (two_masks, "causal, window 5", 1.0),
+    "baddbmm without a bias": (
+        lambda q, k, v: torch.bmm(
+            torch.baddbmm(q.new_empty(1, L, L), heads(q), heads(k).mT, beta=0, alpha=0.7).softmax(-1), heads(v)
+        ),
+        "none",
+        0.7,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings(name: str) -> None:
+    f, mask, scale = SPELLINGS[name]
+    check(f, tensors(), mask, scale)
+
+
+@pytest.mark.parametrize("name", ["in place", "of three dimensions", "less its maximum", "added first, scaled later"])
+def test_a_causal_spelling_runs_express(name: str) -> None:
+    """Which is exact for so few keys."""
+    f, mask, scale = SPELLINGS[name]
+    check(f, tensors(), mask, scale, Policy(methods=("express",), budget=64, strict=True))
+
+
+@pytest.mark.parametrize("name", ["einsum of [b, l, h, d]", "of one head", "scaled twice", "baddbmm without a bias"])
+def test_a_spelling_without_a_mask_runs_thinformer(name: str) -> None:
+    f, mask, scale = SPELLINGS[name]
+    check(f, tensors(), mask, scale, Policy(methods=("thinformer",), budget=64, strict=True))
+
+
+def test_grouped_queries_are_seen_through() -> None:
+    q, k, v = tensors((B, H, L, D), (B, 2, L, D), (B, 2, L, 5))
+
+    def repeat(x):
+        return x[:, :, None].expand(B, 2, 2, L, x.shape[-1]).reshape(B, H, L, x.shape[-1])
+
+    def f(q, k, v):
+        return (torch.matmul(q, repeat(k).transpose(2, 3)) * 0.3).softmax(-1) @ repeat(v)
+
+    for policy in (EXACT, Policy(methods=("thinformer",), budget=64)):
+        site = check(f, [q, k, v], "none", 0.3, policy)
+        assert (site.spec.H, site.spec.H_kv, site.spec.Dv) == (4, 2, 5)
+    one = check(
+        lambda q, k, v: (q @ k.mT).softmax(-1) @ v, tensors((B, H, L, D), (B, 1, L, D), (B, 1, L, D)), "none", 1
+    )
+    assert one.spec.H_kv == 1
+
+
+def test_cross_attention_with_a_padding() -> None:
+    """Boolean and given by the user, hidden where True: whatever it holds, it is a padding."""
+    q, k, v = tensors((B, H, 40, D), (B, H, L, D), (B, H, L, D))
+    hidden = torch.arange(L) >= torch.tensor([L, 7])[:, None]
+
+    def f(q, k, v, hidden):
+        return (q @ k.mT).masked_fill(hidden[:, None, None], -math.inf).softmax(-1) @ v
+
+    for policy in (EXACT, Policy(methods=("thinformer",), budget=64)):
+        check(f, [q, k, v, hidden], "key padding", 1.0, policy)
+
+
+def test_a_bias_stays_exact() -> None:
+    """ALiBi by baddbmm, before the scale, or in four dimensions: exact attention takes it as its mask."""
+    q, k, v = tensors()
+    alibi, bias = tensors((B * H, 1, L), (1, H, L, L), seed=3)
+
+    def bloom(q, k, v, alibi):
+        return torch.bmm(torch.baddbmm(alibi, heads(q), heads(k).mT, beta=2.0, alpha=0.5).softmax(-1), heads(v))
+
+    def falcon(q, k, v, bias):
+        return ((q @ k.mT + bias) * 0.4).masked_fill(~causal(), -math.inf).softmax(-1) @ v
+
+    for f, extra, scale, leaf in ((bloom, alibi, 0.5, "l_alibi_"), (falcon, bias, 0.4, "l_bias_")):
+        words = f"unknown (it adds the values of '{leaf}', which are not known when compiling)"
+        check(f, [q, k, v, extra], words, scale)
+        g, found = compiled(f, Policy(methods=("express", "thinformer")))
+        assert torch.equal(g(q, k, v, extra), f(q, k, v, extra)) and found[0][1].verdict == "refused"
+
+
+def test_dynamic_sizes() -> None:
+    def f(q, k, v):
+        n = q.shape[2]
+        s = q @ k.mT / math.sqrt(D)
+        return s.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -math.inf).softmax(-1) @ v
+
+    g, found = compiled(f, Policy(methods=("express",), budget=64), dynamic=True)
+    for n in (12, 17, 23):
+        q, k, v = tensors(*[(3, H, n, D)] * 3)
+        assert relative(g(q, k, v), f(q, k, v)) < 1e-6
+    assert len(found) == 1 and found[0][1].verdict == "rewritten"
+
+
+@pytest.mark.parametrize("policy", [EXACT, Policy(methods=("express",), budget=64)], ids=["exact", "express"])
+def test_autocast_and_checkpointing(policy: Policy) -> None:
+    layer = nn.Linear(D, 3 * D)
+
+    def attend(x):
+        q, k, v = layer(x).chunk(3, -1)
+        return (q @ k.mT * 0.3).masked_fill(~causal(), -math.inf).softmax(-1) @ v
+
+    def f(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return checkpoint(attend, x, use_reentrant=False)
+
+    (x,) = tensors((B, H, L, D))
+    g, found = compiled(f, policy)
+    out, truth = g(x), attend(x)
+    assert out.dtype == torch.bfloat16 and found[0][1].verdict == "rewritten"
+    assert relative(out.float(), truth) < 2 * relative(f(x).float(), truth)
+
+
+def test_dropout_is_refused_by_approximations_and_kept_by_exact_attention() -> None:
+    q, k, v = tensors()
+
+    def f(q, k, v):
+        return F.dropout((q @ k.mT).softmax(-1), 0.5) @ v
+
+    g, found = compiled(f, Policy(methods=("thinformer",)))
+    g(q, k, v)
+    assert "dropout_p=0.5" in found[0][1].reason and found[0][1].verdict == "refused"
+    g, found = compiled(f)
+    torch.manual_seed(0)
+    mean = torch.stack([g(q, k, v) for _ in range(400)]).mean(0)
+    truth = (q @ k.mT).softmax(-1) @ v
+    assert found[0][1].verdict == "rewritten" and 0 < relative(mean, truth) < 0.1
+
+
+def test_nothing_of_it_is_left() -> None:
+    q, k, v = tensors()
+    graphs = []
+
+    def backend(gm, _):
+        planned = plan_sites(find_sites(gm), EXACT)
+        rewrite(gm, planned, EXACT)
+        graphs.append(gm)
+        return gm
+
+    torch.compile(in_place, backend=backend)(q, k, v)
+    names = [getattr(node.target, "__name__", node.target) for node in graphs[0].graph.nodes]
+    assert "scaled_dot_product_attention" in names
+    assert not {"softmax", "matmul", "imul", "itruediv", "iadd"} & set(names)
+
+
+# ---- near misses ---------------------------------------------------------------------------------------------------
+
+
+def written_weights(q, k, v):
+    w = (q @ k.mT).softmax(-1)
+    w[..., 0] = 0
+    return w @ v
+
+
+def written_scores(q, k, v):
+    s = q @ k.mT
+    first = s[:, :, 0]
+    first.mul_(2)
+    return s.softmax(-1) @ v
+
+
+def written_keys(q, k, v):
+    k = k.clone()
+    s = q @ k.mT
+    k.mul_(2)
+    return s.softmax(-1) @ v + k
+
+
+def without_gradients(q, k, v):
+    with torch.no_grad():
+        s = q @ k.mT
+    return s.softmax(-1) @ v
+
+
+def sinks(q, k, v):
+    s = torch.cat([q @ k.mT, q[..., :1]], -1)
+    return s.softmax(-1)[..., :-1] @ v
+
+
+NEAR_MISSES: dict[str, tuple[Callable, str]] = {
+    "over queries": (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, "its softmax is over dimension -2 of 4"),
+    "soft-cap": (lambda q, k, v: (torch.tanh(q @ k.mT / 5) * 5).softmax(-1) @ v, "it caps its scores (tanh)"),
+    "sinks": (sinks, "its attention weights are sliced (sinks)"),
+    "weights are used again": (lambda q, k, v: (w := (q @ k.mT).softmax(-1)) @ v + w.mean(), "used more than once"),
+    "weights times weights": (lambda q, k, v: (w := (q @ k.mT).softmax(-1)) @ w @ v, "used more than once"),
+    "weights on the right": (lambda q, k, v: v.mT @ (q @ k.mT).softmax(-1), "not the first factor"),
+    "no product": (lambda q, k, v: torch.softmax(q.sum(-1, keepdim=True) + k.sum(-1)[:, :, None], -1) @ v,
+                   "its scores come from"),
+    "a gate": (lambda q, k, v: F.relu(q).softmax(-1) @ k.mT, "its scores come from 'relu'"),
+    "a learned scale": (lambda q, k, v: (q @ k.mT * v.mean()).softmax(-1) @ v, "scaled by a tensor"),
+    "a scale per head": (lambda q, k, v: (q @ k.mT * v[:, :, :1, :1]).softmax(-1) @ v, "scaled by a tensor"),
+    "negative scale": (lambda q, k, v: (q @ k.mT * -0.5).softmax(-1) @ v, "its scale -0.5 is not positive"),
+    "rounded": (lambda q, k, v: torch.div(q @ k.mT, 2.0, rounding_mode="floor").softmax(-1) @ v, "are rounded"),
+    "filled with -100": (lambda q, k, v: (q @ k.mT).masked_fill(~causal(), -100.0).softmax(-1) @ v,
+                         "it fills hidden scores with -100"),
+    "filled with values": (lambda q, k, v: torch.where(causal(), q @ k.mT, v @ k.mT).softmax(-1) @ v,
+                           "it fills hidden scores with a value that is not known"),
+    "clamped": (lambda q, k, v: (q @ k.mT).clamp(-3, 3).softmax(-1) @ v, "it clamps its scores"),
+    "weights are written": (written_weights, "used more than once"),
+    "scores are written": (written_scores, "written by something else"),
+    "keys are written": (written_keys, "is written between its two products"),
+    "no gradients": (without_gradients, "gradients are switched on or off inside it"),
+    "transposed weights": (lambda q, k, v: (q @ k.mT).softmax(-1).transpose(-1, -2) @ v, "given to 'transpose'"),
+    "added to the result": (
+        lambda q, k, v: torch.baddbmm(heads(q), (heads(q) @ heads(k).mT).softmax(-1), heads(v)), "baddbmm",
+    ),
+    "dropped twice": (lambda q, k, v: F.dropout(F.dropout((q @ k.mT).softmax(-1), 0.3), 0.2) @ v,
+                      "drops attention weights twice"),
+    "five dimensions": (lambda q, k, v: (q[None] @ k[None].mT).softmax(-1) @ v[None], "of 5 and 5 dimensions"),
+    "keys for all": (lambda q, k, v: (q @ k[0, 0].mT).softmax(-1) @ v, "of 4 and 2 dimensions"),
+    "keys of one sequence": (lambda q, k, v: (q @ k[:1].mT).softmax(-1) @ v[:1], "has batch size 1, its query 2"),
+    "an einsum that sums": (
+        lambda q, k, v: torch.einsum("bhqk,bhkd->bqd", (q @ k.mT).softmax(-1), v), "is not a batch of products",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses_are_refused_with_their_reason_and_left_alone(name: str) -> None:
+    f, words = NEAR_MISSES[name]
+    q, k, v = tensors()
+    g, found = compiled(f, Policy(methods=("exact",)))
+    torch.manual_seed(0)
+    out = g(q, k, v)
+    torch.manual_seed(0)
+    assert torch.equal(out, f(q, k, v))
+    ((site, decision),) = found
+    assert site.refusal is not None and words in site.refusal, site.refusal
+    assert decision.verdict == "refused" and decision.reason == site.refusal
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.roll(1, 1),
+        lambda m: m & (torch.arange(L) != 3),
+        lambda m: torch.ones(L, L, dtype=torch.bool).tril(1),
+        lambda m: m ^ ((torch.arange(L)[:, None] == 3) & (torch.arange(L) == 5)),
+    ],
+    ids=["rolled", "a hole", "one more", "one element"],
+)
+def test_almost_causal_masks_stay_what_they_are(change: Callable) -> None:
+    """Under Express they are refused or carried out exactly as they are; under exact attention they are kept."""
+    q, k, v = tensors()
+
+    def f(q, k, v):
+        return (q @ k.mT).masked_fill(~change(causal()), -math.inf).softmax(-1) @ v
+
+    for policy in (Policy(methods=("exact",)), Policy(methods=("express",), budget=64)):
+        g, found = compiled(f, policy)
+        assert relative(g(q, k, v), f(q, k, v)) < 1e-6
+        assert str(found[0][0].spec.mask) != "causal"
+
+
+def test_explain_names_form_mask_and_reason() -> None:
+    (site,) = explain(in_place, *tensors(), methods=["exact"]).sites
+    assert (site.form, site.mask, site.method, site.verdict) == ("softmax", "causal", "exact", "rewritten")
+    assert site.reason == "methods names 'exact' first; as scaled_dot_product_attention"
+    (site,) = explain(in_place, *tensors()).sites
+    assert site.verdict == "exact" and "not measured to be faster" in site.reason
