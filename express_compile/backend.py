@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch.fx import GraphModule
 
 from .method import METHODS
+from .passes.buffers import Buffers
 from .passes.match import find_sites
 from .passes.plan import check_policy, plan_sites
 from .passes.rewrite import rewrite
@@ -44,14 +46,20 @@ def express(
             "allowed are options and mode"
         )
     policy, patches = split_options(options or {}, mode)
-    rewrite_graph(gm, policy)
+    buffers = Buffers(gm, example_inputs)
+    planned = plan_graph(gm, policy, buffers)
+    unchanged = None
+    if buffers.used and any(decision.verdict == "rewritten" for _, decision in planned):
+        unchanged = copy.deepcopy(gm, {id(x): x for x in (*gm.parameters(), *gm.buffers())})
+    rewrite(gm, planned, policy)
     from torch._inductor.compile_fx import compile_fx
 
     from .kernels._op import contract
 
     tag = f"{torch.compiler.config.cache_key_tag}express-compile-{contract()}"
     with torch.compiler.config.patch(cache_key_tag=tag):
-        return compile_fx(gm, example_inputs, config_patches=patches)
+        compiled = compile_fx(gm, example_inputs, config_patches=patches)
+    return compiled if unchanged is None else buffers.guard(compiled, unchanged)
 
 
 def rewrite_graph(gm: GraphModule, policy: Policy) -> list[tuple[AttentionSite, Plan]]:
@@ -59,14 +67,20 @@ def rewrite_graph(gm: GraphModule, policy: Policy) -> list[tuple[AttentionSite, 
 
     Raises ``ValueError`` if ``policy.strict`` and a site was refused or the graph has none.
     """
-    planned = plan_sites(find_sites(gm), policy)
+    planned = plan_graph(gm, policy)
+    rewrite(gm, planned, policy)
+    return planned
+
+
+def plan_graph(gm: GraphModule, policy: Policy, buffers: Buffers | None = None) -> list[tuple[AttentionSite, Plan]]:
+    """Every site of a Dynamo graph with its plan; raises as :func:`rewrite_graph` does."""
+    planned = plan_sites(find_sites(gm, buffers), policy)
     if policy.strict and not planned:
         raise ValueError(
             "strict=True: no attention was found in this graph; allowed are graphs that call "
             "torch.nn.functional.scaled_dot_product_attention, nn.MultiheadAttention or nn.TransformerEncoderLayer "
             "(set strict=False to compile it as it is)"
         )
-    rewrite(gm, planned, policy)
     return planned
 
 

@@ -144,6 +144,7 @@ def _dry_run(model: Any, example_inputs: tuple[Any, ...], kwargs: dict[str, Any]
     import torch
 
     from .method import METHODS
+    from .passes.buffers import Buffers
     from .passes.match import find_sites
     from .passes.plan import check_policy, plan_sites
 
@@ -152,9 +153,9 @@ def _dry_run(model: Any, example_inputs: tuple[Any, ...], kwargs: dict[str, Any]
     found: list[SiteReport] = []
     graphs: list[GraphModule] = []
 
-    def record(gm: GraphModule, _: list[torch.Tensor]) -> Any:
+    def record(gm: GraphModule, inputs: list[torch.Tensor]) -> Any:
         graphs.append(gm)
-        for site, plan in plan_sites(find_sites(gm), policy):
+        for site, plan in plan_sites(find_sites(gm, Buffers(gm, inputs)), policy):
             mask = None if site.spec is None else site.spec.mask
             found.append(SiteReport.from_plan(site.module, site.source, site.form, mask, plan))
         return gm.forward

@@ -25,6 +25,7 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
 from ..spec import Mask, known_equal
+from .buffers import Buffers
 from .symbolic import COORDINATES, Evaluator, Unproven, example_of, is_one, size_expr
 
 _B, _H, _Q, _K = COORDINATES
@@ -66,20 +67,22 @@ def prove(
     hides: bool = False,
     outer: Mapping[Node, Node] | None = None,
     overwritten: Callable[..., bool] = lambda node, but=(): False,
+    buffers: Buffers | None = None,
 ) -> tuple[Mask, Padding | None]:
     """What ``mask``, the ``attn_mask`` of a site with ``sizes`` ``(B, H, Lq, Lk)``, allows.
 
     The mask broadcasts to ``sizes``, or has for every dimension an entry of ``coords``, an expression in
     :data:`~express_compile.passes.symbolic.COORDINATES`. A boolean mask shows where it is True, or ``hides`` there.
     ``outer`` maps placeholders of a sub-graph to the nodes that feed them; ``overwritten(node, but=nodes)`` tells
-    whether a node's memory is written once it has been computed, by others than ``nodes``. Returns the proven
+    whether a node's memory is written once it has been computed, by others than ``nodes``; ``buffers`` knows the values
+    of some placeholders. Returns the proven
     :class:`Mask` and, if it has a key padding, where to find it; an unproven mask has ``Mask.unknown`` set. Never
     raises for a mask it does not understand.
     """
     shape = sizes if coords is None else example_of(mask).shape
     part = MaskPart(mask, coords or COORDINATES, tuple(shape), hides)
     as_in_sdpa = coords is None and not (hides and example_of(mask).dtype == torch.bool)
-    return prove_all([part], sizes, outer=outer, overwritten=overwritten, as_in_sdpa=as_in_sdpa)
+    return prove_all([part], sizes, outer=outer, overwritten=overwritten, buffers=buffers, as_in_sdpa=as_in_sdpa)
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ def prove_all(
     *,
     outer: Mapping[Node, Node] | None = None,
     overwritten: Callable[..., bool] = lambda node, but=(): False,
+    buffers: Buffers | None = None,
     as_in_sdpa: bool = False,
 ) -> tuple[Mask, Padding | None]:
     """What all ``parts`` allow together; the other arguments and the result are those of :func:`prove`.
@@ -107,7 +111,7 @@ def prove_all(
     ``as_in_sdpa``: there is one part, and it is an ``attn_mask`` as SDPA takes it.
     """
     try:
-        evaluator = Evaluator(outer or {}, overwritten)
+        evaluator = Evaluator(outer or {}, overwritten, buffers)
         shown = [evaluator.visible(part.node, part.coords, part.sizes, part.hides) for part in parts]
         return _classify(sympy.And(*shown), evaluator, parts[0].node, sizes, as_in_sdpa)
     except Unproven as error:

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from ..spec import AttentionSpec, Mask, known_equal
 from . import softmax
+from .buffers import Buffers
 from .mask import Padding, prove
 from .multihead import OPAQUE, Refused, describe
 from .normalize import bodies, graph_module, number, operation
@@ -25,11 +26,14 @@ from .repeat import unrepeated
 from .site import AttentionSite, Scope, check_heads, make_spec, shape_of
 
 
-def find_sites(gm: GraphModule) -> list[AttentionSite]:
-    """All attention sites of ``gm`` and of the graph modules inside it, in order of execution. Changes nothing."""
+def find_sites(gm: GraphModule, buffers: Buffers | None = None) -> list[AttentionSite]:
+    """All attention sites of ``gm`` and of the graph modules inside it, in order of execution. Changes nothing.
+
+    With ``buffers`` a mask may be proven by what a module's buffer holds: ``buffers.used`` are those then.
+    """
     found: list[AttentionSite] = []
     count: Counter[str] = Counter()
-    for scope, node in _walk(Scope(gm), set()):
+    for scope, node in _walk(Scope(gm, buffers=buffers or Buffers()), set()):
         form = _form(node)
         if form is None:
             continue
@@ -89,7 +93,7 @@ def _walk(scope: Scope, visited: set[GraphModule]) -> Iterator[tuple[Scope, Node
             refusal = scope.refusal
             if refusal is None and _operator_name(node) not in _OPEN_OPERATORS:
                 refusal = f"it is inside the higher-order operator {_operator_name(node)}"
-            inner = Scope(body, _feeds(scope, node, body), scope, refusal, list(scope.autocast))
+            inner = Scope(body, _feeds(scope, node, body), scope, refusal, list(scope.autocast), scope.buffers)
             yield from _walk(inner, visited)
 
 
@@ -206,7 +210,7 @@ def _mask(
         return Mask(), None
     if not isinstance(mask, Node) or not isinstance(mask.meta.get("example_value"), torch.Tensor):
         return Mask(unknown="it is not a tensor of the graph"), None
-    proven, padding = prove(mask, sizes, outer=scope.outer, overwritten=scope.overwritten)
+    proven, padding = prove(mask, sizes, outer=scope.outer, overwritten=scope.overwritten, buffers=scope.buffers)
     if proven.unknown is None or mask.meta["example_value"].dtype != torch.bool:
         return proven, padding
     return _same_for_all_queries(mask, sizes) or (proven, padding)

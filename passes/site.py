@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..spec import AttentionSpec, Mask, known_equal, layer_key
+from .buffers import Buffers
 from .mask import Padding
 from .multihead import Expand, Refused
 from .normalize import mutated_inputs, number
@@ -57,6 +58,7 @@ class Scope:
     """One graph with what surrounds it: where its inputs come from, what is written, why nothing may change.
 
     autocast: the calls that have entered ``torch.autocast`` and not left it at the node the walk has come to.
+    buffers: what is known of the values of placeholders.
     """
 
     gm: GraphModule
@@ -64,6 +66,7 @@ class Scope:
     parent: Scope | None = None
     refusal: str | None = None
     autocast: list[Node] = field(default_factory=list)
+    buffers: Buffers = field(default_factory=Buffers)
 
     @cached_property
     def order(self) -> dict[Node, int]:

@@ -194,7 +194,7 @@ def _same_scores(before: Node, after: Node) -> None:
 def _peel(scope: Scope, softmax: Node) -> tuple[_Scores, Node]:
     """The scores before ``softmax``, and the product of queries and keys that they begin with."""
     scores, node = _Scores(), operation(softmax).get("input")
-    evaluator = Evaluator(scope.outer, scope.overwritten)
+    evaluator = Evaluator(scope.outer, scope.overwritten, scope.buffers)
     while True:
         _example(node)
         op = operation(node) or arithmetic_in_place(node)
@@ -503,7 +503,7 @@ def _prove(
         parts.append(MaskPart(node, *_coordinates(like, heads), hides))
     if not parts:
         return Mask(), None
-    proven, padding = prove_all(parts, sizes, outer=scope.outer, overwritten=scope.overwritten)
+    proven, padding = prove_all(parts, sizes, outer=scope.outer, overwritten=scope.overwritten, buffers=scope.buffers)
     if proven.unknown is None or len(parts) > 1:
         return proven, padding
     return _same_for_all_queries(parts[0], sizes) or (proven, padding)

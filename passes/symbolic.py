@@ -21,6 +21,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..spec import known_equal
+from .buffers import Buffers
 from .normalize import Operation, in_place, operation
 
 COORDINATES = sympy.symbols("b h q k", integer=True, nonnegative=True)
@@ -65,12 +66,16 @@ class Evaluator:
     """Evaluates the nodes of one mask; remembers what it has seen.
 
     ``outer`` maps placeholders of a sub-graph to the nodes that feed them; ``overwritten(node, but=nodes)`` tells
-    whether the memory of a node is written once it has been computed, by others than ``nodes``.
+    whether the memory of a node is written once it has been computed, by others than ``nodes``. ``buffers`` knows the
+    values of some placeholders.
     """
 
-    def __init__(self, outer: Mapping[Node, Node], overwritten: Callable[..., bool]) -> None:
+    def __init__(
+        self, outer: Mapping[Node, Node], overwritten: Callable[..., bool], buffers: Buffers | None = None
+    ) -> None:
         self.outer = outer
         self.overwritten = overwritten
+        self.buffers = buffers or Buffers()
         self.leaves: dict[Any, Node] = {}
         self.symbols: dict[Node, Any] = {}
         self.memo: dict[Any, Any] = {}
@@ -133,6 +138,12 @@ class Evaluator:
         if self.overwritten(node):  # its values may be read later than here
             raise _modified(node)
         dtype = example_of(node).dtype
+        known = self.buffers.value(node, coords)
+        if known is not None:
+            condition, then, other = known
+            if dtype == torch.bool:
+                return condition if then else sympy.Not(condition)
+            return _select(condition, _real(float(then)), _real(float(other)))
         if dtype.is_complex:
             raise Unproven(f"it is made from the complex tensor '{node.name}'")
         if node not in self.symbols:

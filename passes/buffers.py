@@ -1,0 +1,115 @@
+"""Masks that a module keeps as buffers: their values are looked at when compiling, and guarded when running.
+
+nanoGPT, GPT-Neo and many others register ``tril(ones(n, n))`` once and slice it. To the prover such a buffer is a
+tensor of unknown values. Dynamo hands its memory to the backend, so that it can be compared with a triangle or a band:
+:meth:`Buffers.value`. What was relied on must stay as it is: at every call :meth:`Buffers.guard` looks whether the
+buffer is the same tensor and was not written since, and otherwise runs the graph as it was.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import GraphModule, Node
+
+_MAX_ELEMENTS = 1 << 28  # larger ones are not looked at
+
+
+class Buffers:
+    """The buffers among the placeholders of ``gm``, which Dynamo called with ``inputs``; none without ``inputs``.
+
+    used: those whose values a proof has relied on.
+    """
+
+    def __init__(self, gm: GraphModule | None = None, inputs: Sequence[Any] = ()) -> None:
+        placeholders = [] if gm is None else [node for node in gm.graph.nodes if node.op == "placeholder"]
+        pairs = enumerate(zip(placeholders, inputs, strict=True)) if inputs else ()
+        self.places = {node: i for i, (node, value) in pairs if _is_buffer(node) and _is_readable(value)}
+        self.tensors = {node: inputs[i] for node, i in self.places.items()}
+        self.bands: dict[Node, tuple[Any, ...] | None] = {}
+        self.used: set[Node] = set()
+
+    def value(self, node: Node, coords: Sequence[Any]) -> tuple[Any, Any, Any] | None:
+        """The element at ``coords`` as ``(condition, then, other)``; None for another placeholder or pattern.
+
+        ``condition`` is a sympy boolean of the last two coordinates; ``then`` and ``other`` are Python numbers.
+        """
+        if node not in self.tensors or len(coords) < 2:
+            return None
+        if node not in self.bands:
+            self.bands[node] = _band(self.tensors[node])
+        band = self.bands[node]
+        if band is None:
+            return None
+        self.used.add(node)
+        low, high, inside, outside = band
+        row, column = coords[-2:]
+        conditions = [] if high is None else [sympy.Le(column, row + high)]
+        conditions += [] if low is None else [sympy.Ge(column, row + low)]
+        return sympy.And(*conditions), inside, outside
+
+    def guard(self, compiled: Callable[..., Any], unchanged: Callable[..., Any]) -> Callable[..., Any]:
+        """``compiled`` while the buffers in :attr:`used` are what they were; ``unchanged`` from then on.
+
+        Says so once, by a ``RuntimeWarning``.
+        """
+        watched = [(self.places[node], self.tensors[node], self.tensors[node]._version) for node in self.used]
+        names = ", ".join(sorted(node.name for node in self.used))
+        said = False
+
+        def run(*args: Any) -> Any:
+            nonlocal said
+            if all(args[i] is tensor and tensor._version == version for i, tensor, version in watched):
+                return compiled(*args)
+            if not said:
+                said = True
+                warnings.warn(
+                    f"a mask kept in a buffer changed after it was compiled ({names}): its attention runs exactly and "
+                    "uncompiled; torch.compiler.reset() has it compiled anew",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return unchanged(*args)
+
+        return run
+
+
+def _is_buffer(node: Node) -> bool:
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    while source is not None:
+        if getattr(source, "member", None) == "_buffers":
+            return True
+        source = getattr(source, "base", None)
+    return False
+
+
+def _is_readable(value: Any) -> bool:
+    if type(value) is not torch.Tensor or value.layout != torch.strided or value.is_inference() or value.is_meta:
+        return False
+    return value.dim() >= 2 and 0 < value.numel() <= _MAX_ELEMENTS and not value.is_complex()
+
+
+def _band(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    """``(low, high, inside, outside)`` of a matrix that is ``inside`` where ``low <= column - row <= high`` and
+    ``outside`` elsewhere; a bound that no element tests is None. None for any other tensor."""
+    if any(size != 1 for size in tensor.shape[:-2]):
+        return None
+    matrix = tensor.detach().reshape(tensor.shape[-2:])
+    values = matrix.unique()
+    if len(values) != 2 or values.isnan().any():
+        return None
+    rows, columns = (torch.arange(size, device=matrix.device) for size in matrix.shape)
+    distance = columns - rows[:, None]
+    for inside in values:
+        chosen = matrix == inside
+        low, high = (int(x) for x in distance[chosen].aminmax())
+        if torch.equal(chosen, (distance >= low) & (distance <= high)):
+            (outside,) = values[values != inside]
+            low = None if low == int(distance.min()) else low
+            high = None if high == int(distance.max()) else high
+            return low, high, inside.item(), outside.item()
+    return None
