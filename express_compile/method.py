@@ -1,4 +1,4 @@
-"""The registry of methods: one :class:`Method` per file in ``kernels/``. A leaf beside ``spec``."""
+"""The registry of methods: one :class:`Method` per file in ``kernels/``. A leaf beside ``spec`` and ``cost``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .cost import Cost
 from .spec import AttentionSpec, Policy, Refusal
 
 
@@ -26,6 +27,8 @@ class Method:
     loses(spec, policy): why exact attention was measured to be faster at a site of these sizes, or ``None``; asked
         unless the policy gives ``min_length``. Sizes may be symbolic: what is decided at run time is no loss.
     options: the names and defaults of the method's own options (``Policy.method_options[name]``).
+    cost(spec, params): what a call costs in the symbols of ``cost.py``, for the parameters that ``params`` gave.
+        Of ``spec`` it reads the mask; sizes and the budget stay symbols. ``None``: not known.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Method:
     min_length: Mapping[str, int] = field(default_factory=dict)
     loses: Callable[[AttentionSpec, Policy], str | None] = lambda spec, policy: None
     options: Mapping[str, Any] = field(default_factory=dict)
+    cost: Callable[[AttentionSpec, Mapping[str, Any]], Cost] | None = None
 
     @property
     def op(self) -> torch._ops.OpOverload:

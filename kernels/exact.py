@@ -12,6 +12,7 @@ import functools
 
 import torch
 
+from express_compile.cost import dense_cost, visible_pairs
 from express_compile.method import Method, register
 
 from .segments import causal_table, dense_table, segment_attention
@@ -59,5 +60,6 @@ METHOD = register(
         refuses="nothing",
         refuse=lambda spec, policy: None,
         params=lambda spec, policy: {},
+        cost=lambda spec, params: dense_cost(visible_pairs(spec)),
     )
 )

@@ -26,11 +26,15 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import sympy
 import torch
 
+from express_compile import cost as c
 from express_compile.method import Method, register
 from express_compile.spec import AttentionSpec, Policy, Refusal, known_equal
 
@@ -48,7 +52,7 @@ from .segments import (
     segment_attention_reference,
 )
 from .segments_backward import accumulate_rows, segment_gradients
-from .thinning import thin
+from .thinning import describe_launches, thin
 
 
 @dataclass(frozen=True)
@@ -442,6 +446,87 @@ def rows_seen(policy: Policy, n: int) -> np.ndarray:
     return make_layout(config_of(policy, n), n, n).table.rows_seen(n)
 
 
+def _over_rounds(
+    tokens: sympy.Expr, W: sympy.Expr, of_round: Callable[..., sympy.Expr], of_level: Callable
+) -> sympy.Expr:
+    """``of_round(A, Q, y)`` plus ``of_level(R, tau, y)`` of every bucket, summed over the rounds that ``tokens`` reach.
+
+    A round begins with token ``A = 4**r s`` and y tokens of it have come; ``Q = 2**q`` and ``W = 2**M``. A bucket
+    holds R rows when it is halved, which is every tau tokens.
+    """
+    r, i = sympy.symbols("r i", integer=True, nonnegative=True)
+    A, Q = 4**r * c.s, sympy.Min(4**r, W)
+    y = sympy.Min(tokens - A, 3 * A)
+    level = of_level(4 * c.s * 2**i / Q, A * 4 ** (i + 1) / Q**2, y)
+    levels = sympy.Sum(level, (i, 0, c.floor_log2(Q) - 1))
+    return sympy.Sum(of_round(A, Q, y) + levels, (r, 1, sympy.floor(c.floor_log2(tokens / c.s) / 2)))
+
+
+def _steps_sum(y: sympy.Expr, step: sympy.Expr) -> sympy.Expr:
+    """The sum of ``step * floor(x / step)`` over x = 0 .. y - 1."""
+    k = sympy.floor(y / step)
+    return step**2 * k * (k - 1) / 2 + k * step * (y - k * step)
+
+
+def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
+    """Thinning and attention over the rows that every block of queries sees.
+
+    Exact if a block of queries (with protected rows, a contest) divides 4 s, but for the scores of contests, a few
+    operations per element of a key; up to 12% too little otherwise. Without padding, which costs copies of all tensors.
+    """
+    s, Lk, width = c.s, c.Lk, c.B * c.H_kv * (c.D + c.Dv)
+    sinks, window, protected, block = (params[name] for name in ("sinks", "window", "protected", "block"))
+    W = sympy.Max(1, s / 4) if params["inflation"] < 0 else sympy.Min(2 ** params["inflation"], 2 * s)
+    left = block * sympy.floor((Lk - 1 - sinks - window) / block)
+    stream = sympy.Max(0, CONTEST * sympy.floor(left / CONTEST) - protected) if protected else left
+    rounds = sympy.floor(c.floor_log2(stream / s) / 2)
+    coin = math.isinf(get_rule(params["halving"], params["flatten"]).gain(2, 0.5))
+
+    # R rows are R (R + 2) / 2 entries (see thinformer); a closing halves 4 s rows and then 2 s;
+    # a group of A / (s Q) > 1 tokens gives one picked row
+    entries = 10 * s**2 + 6 * s
+    entries = _over_rounds(stream, W, lambda A, Q, y: entries, lambda R, tau, y: sympy.floor(y / tau) * R * (R + 2) / 2)
+    halved = _over_rounds(stream, W, lambda A, Q, y: 6 * s, lambda R, tau, y: sympy.floor(y / tau) * R)
+    picked = _over_rounds(
+        stream, W, lambda A, Q, y: sympy.Piecewise((0, A <= s * Q), (sympy.floor(y * s * Q / A), True)),
+        lambda R, tau, y: sympy.Integer(0),
+    )  # fmt: skip
+
+    held = sinks + window + protected
+    # queries see the stream as it was when their block began, every ``block`` tokens, or after the last contest: every
+    # CONTEST tokens, but ``late`` tokens behind multiples of that
+    every, late = (CONTEST, -protected % CONTEST) if protected else (block, 0)
+
+    def steps_seen(y: sympy.Expr, step: sympy.Expr) -> sympy.Expr:
+        return _steps_sum(y, sympy.Max(step, every)) + y * step * sympy.floor(late / step)
+
+    def of_round(A: sympy.Expr, Q: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
+        return (s + late) * y + y * (y - 1) / 2 + (s * Q / A - 1) * steps_seen(y, A / (s * Q))
+
+    def seen(queries: sympy.Expr) -> sympy.Expr:
+        """Rows that the first ``queries`` queries see: from round 1 on the s rows that closed a round, those that came
+        since, and half of a bucket less for every halving."""
+        first = sympy.Min(queries, held)
+        x = queries - first
+        x0 = sympy.Min(x, 4 * s + late)
+        whole = first * (first + 1) / 2 + (held + 1) * x + x0 * (x0 - 1) / 2
+        tokens = sympy.Max(x - late, 0)
+        return whole + _over_rounds(tokens, W, of_round, lambda R, tau, y: -R / (2 * tau) * steps_seen(y, tau))
+
+    attention = c.dense_cost(seen(Lk) - seen(Lk - c.Lq))
+    # rows are read to be picked or halved; half of them, and all that are picked, are written and then attended to
+    rows = halved + picked + 2 * (halved / 2 + picked)
+    scored = 2 * c.B * c.H_kv * c.D * left if protected else 0  # the contest reads keys twice
+    thinned = c.Cost(
+        attention.flops + 2 * width * (0 if coin else entries),
+        attention.bytes + c.itemsize * (width * rows + scored),
+        sympy.Integer(0) if coin else 3 * s * rounds,  # closing halvings; what else there is takes less time
+        2 + (0 if coin else describe_launches(4 * s)) + 4 * bool(protected),
+    )
+    exact = (Lk <= 4 * s + held) | (Lk < params["min_length"])
+    return thinned.unless(exact, c.dense_cost(c.visible_pairs(spec)))
+
+
 METHOD = register(
     Method(
         name="express",
@@ -450,6 +535,7 @@ METHOD = register(
         refuses="non-causal masks, sliding windows, biases, dropout, decoding from a full cache",
         refuse=_refuse,
         params=_params,
+        cost=_cost,
         min_length={"cuda": 16384},  # the first length measured at which the defaults win on an H200 (speed.csv)
         options={"flatten": 0.0, "block": 128},
     )

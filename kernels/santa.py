@@ -49,8 +49,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 
+from express_compile import cost as c
 from express_compile.method import Method, register
 from express_compile.spec import AttentionSpec, Policy, Refusal, known_equal, layer_key
 
@@ -513,6 +515,20 @@ def _params(spec: AttentionSpec | None, policy: Policy) -> dict[str, Any]:
     }
 
 
+def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
+    """s is the mean of the draws per head. Value rows are counted as if no row were drawn twice, which is the most
+    that is read, and what flat attention over many more than s keys does read. The stash is written and read once;
+    statistics and partial results, about a hundredth of the keys, are not counted."""
+    draws = sympy.Min(c.s, c.Lk)
+    heads = c.B * c.H * c.Lq
+    rows = draws if params["shared"] else sympy.Min(c.s * c.H * c.Lq / c.H_kv, c.Lk)
+    flops = 2 * heads * (c.Lk * c.D + draws * c.Dv)
+    elements = heads * (c.D + c.Dv) + c.B * c.H_kv * (c.Lk * c.D + rows * c.Dv) + 2 * heads * c.Lk
+    sampled = c.Cost(flops, c.itemsize * elements, launches=sympy.Integer(2))
+    exact = c.dense_cost(c.visible_pairs(spec))
+    return sampled.unless((c.Lk <= c.s) | (c.Lk < params["min_length"]), exact)
+
+
 METHOD = register(
     Method(
         name="santa",
@@ -522,6 +538,7 @@ METHOD = register(
         refuse=_refuse,
         params=_params,
         loses=_loses,
+        cost=_cost,
         options={"draws": None, "sampler": "sys", "shared": True},
     )
 )

@@ -23,9 +23,14 @@ reference). Refuses causal masks, windows, biases and dropout.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
+import sympy
 import torch
 
+from express_compile import cost as c
 from express_compile.method import Method, register
 from express_compile.spec import AttentionSpec, Policy, Refusal, floor_power_of_two, known_equal
 
@@ -37,7 +42,7 @@ from .halving import HalvingRule, get_rule
 from .schedule import STRETCH, Schedule, budget_options, compress_schedule, rows_of, stage
 from .segments import dense_table, segment_attention
 from .segments_backward import accumulate_rows, segment_gradients
-from .thinning import thin
+from .thinning import describe_launches, thin
 
 
 def make_schedule(Lk: int, s: int) -> Schedule:
@@ -232,6 +237,33 @@ def _params(spec: AttentionSpec | None, policy: Policy) -> dict:
     return params
 
 
+def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
+    """Halving of all keys, and attention over s of them: exact. Without padding, which costs a sort of the keys more.
+
+    To halve R rows takes the entries D[j, i] of their pairs j <= i, four products each: ``R (R + 2) / 2``. Round i
+    halves buckets of ``4 s 2**i / Q`` rows, at least 2, and ``s Q / 2**i`` rows in all. (On a GPU tiles are full:
+    ``R (R + 64) / 2``.)
+    """
+    s, Lk = c.s, c.Lk
+    rounds = c.floor_log2(sympy.ceiling(Lk / s) - 1) + 1
+    Q = 2**rounds
+    pairs_only = sympy.Max(0, rounds - 1 - c.floor_log2(s))  # rounds of buckets that would have less than 2 rows
+    more = 2 * s * Q * (1 - sympy.Rational(1, 2) ** pairs_only) - 2 * s**2 * pairs_only
+    coin = math.isinf(get_rule(params["halving"], params["flatten"]).gain(2, 0.5))
+    entries = 0 if coin else 2 * s**2 * rounds + 2 * s * (Q - 1) + more
+    attention = c.dense_cost(c.Lq * s, s)
+    width = c.B * c.H_kv * (c.D + c.Dv)
+    stretch = sympy.Piecewise((0, sympy.Eq(Lk, s * Q)), (1, True))
+    thinned = replace(
+        attention,
+        flops=attention.flops + 2 * width * entries,
+        bytes=attention.bytes + c.itemsize * width * 3 * s * (Q - 1),  # every round reads its rows and writes half
+        steps=sympy.Integer(0) if coin else 2 * s * (1 - 2**pairs_only / Q) + pairs_only,
+        launches=2 + (0 if coin else describe_launches(4 * s / Q)) + stretch,
+    )
+    return thinned.unless((Lk <= s) | (Lk < params["min_length"]), c.dense_cost(c.visible_pairs(spec)))
+
+
 METHOD = register(
     Method(
         name="thinformer",
@@ -240,6 +272,7 @@ METHOD = register(
         refuses="causal masks, sliding windows, biases, dropout",
         refuse=_refuse,
         params=_params,
+        cost=_cost,
         options={"g": -1, "flatten": 0.0},
     )
 )

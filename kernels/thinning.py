@@ -28,6 +28,7 @@ import functools
 import heapq
 
 import numpy as np
+import sympy
 import torch
 
 from ._triton import draw_uniform, jit, launch, next_power_of_two, require_triton, tl
@@ -591,3 +592,8 @@ def thin(
         W=32 * WARPS // pairs, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     return kept_key, kept_value
+
+
+def describe_launches(rows: sympy.Expr) -> sympy.Expr:
+    """Launches of :func:`thin` beside its own, if buckets of stream rows hold ``rows`` rows (D + Dv up to 512)."""
+    return sympy.Piecewise((1, rows > 2 * PAIRS), (0, True))

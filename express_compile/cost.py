@@ -1,0 +1,108 @@
+"""What attention costs, as sympy expressions of its sizes: the currency in which methods are compared.
+
+Every method file says what its own computation costs; this leaf has the symbols they are written in and
+:class:`Cost`, which turns into numbers at a site. Nothing here knows a device or a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import sympy
+import torch
+from sympy.printing.pycode import PythonCodePrinter
+
+from .spec import AttentionSpec, known_equal
+
+# the sizes of AttentionSpec, the budget (rows, or draws for SANTA) and the bytes of one element of query, key and value
+B, H, H_kv, Lq, Lk, D, Dv, s, itemsize = sympy.symbols("B H H_kv Lq Lk D Dv s itemsize", integer=True, positive=True)
+_SIZES = (B, H, H_kv, Lq, Lk, D, Dv)
+
+
+class floor_log2(sympy.Function):
+    """The largest k with ``2**k <= x``, and 0 for ``x < 1``. (``floor(log(x, 2))`` is not exact in sympy.)"""
+
+    @classmethod
+    def eval(cls, x: sympy.Expr) -> sympy.Integer | None:
+        return sympy.Integer(_floor_log2(x)) if x.is_Rational else None
+
+
+def _floor_log2(x: Any) -> int:
+    return int(x).bit_length() - 1 if x >= 1 else 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call costs, in the symbols of this module, or in numbers after :meth:`at`.
+
+    flops: floating-point operations of the matrix products, a multiplication and an addition counting one each;
+        those with keys that a query does not see, softmax and random numbers are not counted.
+    bytes: to and from memory; a pass over rows reads or writes each of them once, as if caches held all it reads again.
+    steps: the longest chain of decisions that wait for each other, one pair of rows each: 0 without halving.
+    launches: kernels on a GPU, one behind the other; memory fills are not counted.
+    """
+
+    flops: Any
+    bytes: Any
+    steps: Any = sympy.Integer(0)
+    launches: Any = sympy.Integer(1)
+
+    def at(self, spec: AttentionSpec, budget: int) -> Cost:
+        """The numbers at a site for ``budget`` rows or draws (the symbol s).
+
+        Raises ``ValueError`` for a size that is not an integer, and for a causal offset that is not known.
+        """
+        values = {s: budget, itemsize: spec.dtype.itemsize} | {x: getattr(spec, x.name) for x in _SIZES}
+        for symbol, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{symbol}={value!r}: must be an integer; a cost in numbers needs every size")
+        numbers = _function(self, tuple(values))(*values.values())
+        return Cost(*(int(x) if float(x).is_integer() else x for x in numbers))
+
+    def unless(self, condition: Any, other: Cost) -> Cost:
+        """This cost, or ``other`` where ``condition`` holds."""
+        pairs = ((getattr(other, field.name), getattr(self, field.name)) for field in fields(self))
+        return Cost(*(sympy.Piecewise((there, condition), (here, True)) for there, here in pairs))
+
+
+@functools.lru_cache(maxsize=256)
+def _function(cost: Cost, symbols: tuple[sympy.Symbol, ...]) -> Callable[..., list[float]]:
+    """The fields as a Python function: quick, and exact in doubles, as all fractions in it are of powers of two."""
+    values = [sympy.sympify(getattr(cost, field.name)) for field in fields(cost)]
+    if unknown := sorted(str(x) for x in {x for value in values for x in value.free_symbols}.difference(symbols)):
+        raise ValueError(f"mask: depends on {', '.join(unknown)}; a cost in numbers needs a known offset")
+    # to put terms in order would take a second
+    options = {"order": "none", "fully_qualified_modules": False, "user_functions": {"floor_log2": "floor_log2"}}
+    modules = [{"floor_log2": _floor_log2}, "math"]
+    return sympy.lambdify(symbols, values, modules, printer=PythonCodePrinter(options))
+
+
+def visible_pairs(spec: AttentionSpec) -> sympy.Expr:
+    """Pairs of a query and a key that it sees, per head. What padding hides is counted, and with a mask that is not
+    proven everything is."""
+    mask = spec.mask
+    if mask.unknown is not None or not mask.causal:
+        return Lq * Lk
+
+    def triangle(x: Any) -> sympy.Expr:
+        x = sympy.Max(x, 0)
+        return x * (x + 1) / 2
+
+    def before(offset: Any) -> sympy.Expr:
+        """Pairs ``j <= i + offset``: query i sees ``i + offset + 1`` keys, at least none and at most all."""
+        return triangle(Lq + offset) - triangle(offset) - triangle(Lq + offset - Lk) + triangle(offset - Lk)
+
+    offset = mask.offset.node.expr if isinstance(mask.offset, torch.SymInt) else mask.offset
+    if known_equal(mask.offset, spec.Lk - spec.Lq):
+        offset = Lk - Lq
+    hidden = 0 if mask.window is None else before(offset - mask.window)
+    return before(offset) - hidden
+
+
+def dense_cost(pairs: Any, rows: Any = Lk) -> Cost:
+    """Attention over ``rows`` keys and values, with ``pairs`` products of a query and a key per head."""
+    elements = B * (H * Lq + H_kv * rows) * (D + Dv)
+    return Cost(2 * B * H * pairs * (D + Dv), itemsize * elements)
