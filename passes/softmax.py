@@ -234,7 +234,7 @@ def _step(scores: _Scores, op: Any, node: Node, evaluator: Evaluator) -> Node:
         if name == "add" and sign == 1 and not _leads(before, node) and _leads(other, node):
             before, other = other, before
         sign = sign if name == "add" else -sign
-        if _scalar(other, evaluator) is not None:
+        if _is_single(other) and _scalar(other, evaluator) is not None:
             return before  # the same for all keys: no softmax sees it
         if name == "sub" and sign == -1 and _is_row_maximum(other, before):
             return before
@@ -293,6 +293,11 @@ def _scalar(arg: Any, evaluator: Evaluator) -> float | None:
     except Unproven:
         return None
     return float(value) if isinstance(value, sympy.Expr) and value.is_number else None
+
+
+def _is_single(arg: Any) -> bool:
+    example = arg.meta.get("example_value") if isinstance(arg, Node) else None
+    return not isinstance(example, torch.Tensor) or all(known_equal(size, 1) for size in example.shape)
 
 
 def _check_fill(value: Any, evaluator: Evaluator) -> None:
