@@ -179,6 +179,22 @@ def decode_bytes_table() -> str:
     return markdown(header, body)
 
 
+def compiling_table() -> str:
+    """What the pass takes, and the whole compilation beside inductor's."""
+    rows = newest(read("speed.csv"), "job", "params")
+    body = []
+    for row in rows:
+        if row["job"] not in ("plan", "compile"):
+            continue
+        values = dict(part.split("=") for part in row["params"].split())
+        attention = {"sdpa": "F.scaled_dot_product_attention", "eager": "written out"}[values["attention"]]
+        what = {"plan": "match, plan and rewrite", "compile": "the whole compilation"}[row["job"]]
+        beside = f"{float(row['opponent_ms_p50']) / 1e3:.1f} s" if row["opponent"] else ""
+        seconds = f"{float(row['ms_p50']) / 1e3:.2f} s"
+        body.append([f"{what}, {values['layers']} layers", attention, seconds, beside, row["gpu"]])
+    return markdown(["", "attention", "express", "plain inductor", "machine"], body)
+
+
 def steps_table() -> str:
     """What sampled decoding costs in KL per step, beside the exact rows of largest weight."""
     rows = [row for row in quality_rows() if row["task"] == "decode"]
@@ -323,6 +339,7 @@ PARTS = {
     "decode": decode_table,
     "decode-heads": decode_heads_table,
     "decode-bytes": decode_bytes_table,
+    "compiling": compiling_table,
     "steps": steps_table,
     "embeddings": embeddings_table,
     "breakdown": breakdown_table,

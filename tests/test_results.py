@@ -126,6 +126,14 @@ def test_thinformer_is_five_times_as_fast_as_the_published_code():
     assert 3.16 / float(row["ms_p50"]) >= 5 and float(row["error"]) < 1e-6
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_pass_is_as_quick_as_it_had_to_be(attention):
+    row = speed(job="plan", params=f"layers=32 attention={attention} sites=32")
+    assert float(row["ms_p50"]) <= 2000
+    row = speed(job="compile", params=f"layers=4 attention={attention}")
+    assert float(row["speedup"]) >= 1 / 1.25 and float(row["error"]) < 1e-6
+
+
 def test_training_is_as_fast_as_it_had_to_be():
     row = speed(job="train", s="512", Lq="32768", params="sinks=32 window=32 protected=0")
     assert float(row["speedup"]) >= 2.0
