@@ -159,19 +159,25 @@ def relative(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
 
 
 def measure(case: Case, fusion: bool = False) -> dict[str, Any]:
-    """The row of a case. A model that cannot be built, run or compiled gives the first line of its error."""
+    """The row of a case.
+
+    Where the model cannot be built, run or compiled, its ``reasons`` are the first line of the error; where Dynamo
+    cuts it into several graphs, which may part the softmax from its products, they say so.
+    """
     row: dict[str, Any] = dict(
         architecture=case.architecture, implementation=case.implementation, mask="padded" if case.masked else "none",
         phase=case.phase, expected=case.expected, found=0, proven=0, rewritten=0, exact=0, refused=0,
     )  # fmt: skip
     planned: list[tuple[AttentionSite, Plan]] = []
+    stage = "the model itself"
     try:
         model = ARCHITECTURES[case.architecture].build(case.implementation)
         expected, gradients = run_case(case, model, model)
-        seconds = 0.0
+        stage, seconds, graphs = "compiled", 0.0, 0
 
         def backend(gm: torch.fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
-            nonlocal seconds
+            nonlocal seconds, graphs
+            graphs += 1
             start = time.perf_counter()
             planned.extend(rewrite_graph(gm, POLICY))
             seconds += time.perf_counter() - start
@@ -180,6 +186,9 @@ def measure(case: Case, fusion: bool = False) -> dict[str, Any]:
         torch._dynamo.reset()
         got, got_gradients = run_case(case, model, torch.compile(model, backend=backend))
         row |= verdicts(planned) | {"seconds": seconds, "error": relative([got], [expected])}
+        if graphs != 1:
+            cut = f"Dynamo cut the model into {graphs} graphs"
+            row["reasons"] = SEPARATOR.join(filter(None, (row["reasons"], cut)))
         if gradients:
             row["gradient_error"] = relative(got_gradients, gradients)
         if fusion:
@@ -188,7 +197,7 @@ def measure(case: Case, fusion: bool = False) -> dict[str, Any]:
             row["torch_fused"] = f"{count} ({already} already)" if already else str(count)
     except Exception as error:
         words = str(error).strip().splitlines()
-        row |= verdicts(planned) | {"reasons": f"{type(error).__name__}: {words[0] if words else ''}"}
+        row |= verdicts(planned) | {"reasons": f"{stage}: {type(error).__name__}: {' '.join(words[:1])}"}
     return row
 
 
@@ -232,7 +241,8 @@ def fused_by_torch(case: Case, model: nn.Module) -> int:
 
     torch._dynamo.reset()
     counters.clear()
-    with torch.no_grad():
+    # what an earlier compilation left on the disk would not be matched again
+    with torch.no_grad(), torch.compiler.config.patch(force_disable_caches=True):
         run_case(case, model, torch.compile(model, backend=backend), inference=True)
     return counters["inductor"]["fuse_attention"]
 

@@ -97,7 +97,7 @@ def test_an_error_is_a_row(coverage: ModuleType, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(coverage.ARCHITECTURES, "broken", coverage.Architecture(fail))
     monkeypatch.setitem(coverage.ARCHITECTURES, "absent", coverage.Architecture("NoSuchModel", "NoSuchConfig"))
     row = coverage.measure(coverage.Case("broken", "eager", False, coverage.PREFILL))
-    assert row["reasons"] == "RuntimeError: no eager" and (row["expected"], row["found"]) == (2, 0)
+    assert row["reasons"] == "the model itself: RuntimeError: no eager" and (row["expected"], row["found"]) == (2, 0)
     row = coverage.measure(coverage.Case("absent", "eager", False, coverage.PREFILL))
     assert "NoSuchConfig" in row["reasons"]
     reasons = "1 x a 'mask_3' | 2 x b", "1 x a 'mask_14'", ""
