@@ -330,6 +330,30 @@ def needle_table() -> str:
     return markdown(["policy", "rows seen", *(f"{task}, {int(n):,}" for task, n in columns)], body)
 
 
+def coverage_table() -> str:
+    """A line per architecture: its sites in all masks and phases, written by hand and as SDPA."""
+    rows = newest(read("coverage.csv"), "architecture", "implementation", "mask", "phase")
+    rows = [row for row in rows if not row["reasons"].startswith("the model itself")]  # transformers does not run it
+
+    def total(chosen: list[dict[str, str]], column: str) -> int:
+        return sum(int(row[column].split()[0]) for row in chosen if row[column])
+
+    body = []
+    for name in dict.fromkeys(row["architecture"] for row in rows):
+        own = [row for row in rows if row["architecture"] == name]
+        eager = [row for row in own if row["implementation"] == "eager"]
+        sdpa = [row for row in own if row["implementation"] != "eager"]
+        cells = [f"{total(own, 'found')} of {total(own, 'expected')}"]
+        for part, counts in ((eager, ("proven", "rewritten", "torch_fused")), (sdpa, ("proven",))):
+            cells += [f"{total(part, column)} of {total(part, 'expected')}" if part else "–" for column in counts]
+        errors = [float(row[column]) for row in own for column in ("error", "gradient_error") if row[column]]
+        body.append([name, *cells, f"{max(errors):.0e}" if errors else "–"])
+    header = ["architecture", "sites found", "by hand: proven", "rewritten", "fused by torch", "SDPA: proven"]
+    first = rows[-1]
+    note = f"torch {first['torch']}, transformers {first['transformers']}, {first['date']}."
+    return markdown([*header, "largest relative error"], body) + f"\n\n{note}"
+
+
 PARTS = {
     "methods": methods_table,
     "speed": speed_table,
