@@ -27,6 +27,10 @@ def exact_attention(
     and for causal attention Lq = Lk), and segment attention elsewhere.
     """
     Lq, Lk, H = query.shape[2], key.shape[2], query.shape[1]
+    # torch's kernels read rows without gaps whatever the strides say, and the CPU's gives NaN for a scale of 0 or less
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    if scale <= 0:
+        query, scale = (-query, -scale) if scale else (torch.zeros_like(query), 1.0)
     if (Lq == Lk or not causal) and query.shape[-1] == value.shape[-1]:
         if query.device.type == "cpu":
             k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))

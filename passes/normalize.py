@@ -94,7 +94,10 @@ _ALIASES = {
     **dict.fromkeys(("bool", "int", "long", "float", "double", "half", "bfloat16", "type", "type_as"), "to"),
     **dict.fromkeys(("cpu", "cuda", "_to_copy"), "to"),
 }
-_KEYWORDS = {"self": "input", "tensor": "input", "axis": "dim", "tensor1": "input", "mat2": "other"}
+_KEYWORDS = {
+    **{"self": "input", "tensor": "input", "axis": "dim", "tensor1": "input", "mat2": "other"},
+    "train": "training",  # of torch.dropout
+}
 _NAMESPACES = (torch, F, torch.Tensor, torch._C._nn, torch._C._VariableFunctions, operator)
 _REFLECTED = {f"__r{name}__": name for name in ("add", "sub", "mul", "and", "or", "xor", "truediv")}
 
@@ -113,8 +116,18 @@ class Operation:
 
 def operation(node: Node) -> Operation | None:
     """The operation a node performs in its one spelling; None if it is not a pure operation known here."""
+    if node.target is getattr and node.args[1:] in (("mT",), ("T",)):
+        return _turned(node)
     name, reflected = _name(node)
     return _bound(node, name, reflected)
+
+
+def _turned(node: Node) -> Operation | None:
+    """``x.mT``, and ``x.T`` of a matrix."""
+    example = node.meta.get("example_value")
+    if node.args[1] == "T" and not (isinstance(example, torch.Tensor) and example.dim() == 2):
+        return None
+    return Operation("transpose", {"input": node.args[0], "dim0": -1, "dim1": -2})
 
 
 def in_place(node: Node) -> Operation | None:

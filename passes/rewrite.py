@@ -45,7 +45,7 @@ def rewrite(gm: GraphModule, planned: Iterable[tuple[AttentionSite, Plan]], poli
         seeds = changed.setdefault(site.graph_module, {})
         site = _renamed(site, replaced)
         if site.expand is not None:
-            site, outputs = _expand(site)
+            site, outputs = _expand(site, replaced)
             replaced.update(outputs)
         if decision.method != "exact":
             replaced[site.node] = _replace(site, decision, policy, seeds)
@@ -60,20 +60,31 @@ def _renamed(site: AttentionSite, replaced: dict[Node, Node]) -> AttentionSite:
     """``site`` with the nodes that took the place of those it names."""
     padding = site.padding
     if padding is not None:
-        terms = tuple(replace(term, node=replaced.get(term.node, term.node)) for term in padding.terms)
-        padding = Padding(terms, replaced.get(padding.last_row, padding.last_row))
+        terms = tuple(replace(term, node=_now(term.node, replaced)) for term in padding.terms)
+        padding = Padding(terms, _now(padding.last_row, replaced))
     inputs = {name: getattr(site, name) for name in ("query", "key", "value")}
-    return replace(site, padding=padding, **{name: replaced.get(node, node) for name, node in inputs.items()})
+    return replace(site, padding=padding, **{name: _now(node, replaced) for name, node in inputs.items()})
 
 
-def _expand(site: AttentionSite) -> tuple[AttentionSite, dict[Node, Node]]:
-    """Open up an opaque function: the site of the SDPA node inside, and what its outputs became."""
+def _now(node: Node | None, replaced: dict[Node, Node]) -> Node | None:
+    """The node that has taken the place of ``node``; what was opened up may have been replaced once more."""
+    while node in replaced:
+        node = replaced[node]
+    return node
+
+
+def _expand(site: AttentionSite, replaced: dict[Node, Node] | None = None) -> tuple[AttentionSite, dict[Node, Node]]:
+    """Write SDPA in the place of an opaque function or of attention written out: its site, and what outputs became.
+
+    ``replaced``: the nodes that have taken the place of others since the site was found.
+    """
     node, graph = site.node, site.graph_module.graph
     is_tuple = isinstance(node.meta["example_value"], tuple)
     outputs = list(node.users) if is_tuple else [node]
     with graph.inserting_before(node):
 
         def emit(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+            args, kwargs = torch.fx.node.map_arg((args, kwargs), lambda x: _now(x, replaced or {}))
             return _emit(graph, target, args, kwargs, like=node)
 
         attention, out = site.expand(emit)

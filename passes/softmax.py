@@ -16,6 +16,7 @@ one or two batch letters. Refuses soft-caps, sinks, scores or weights that are w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from .site import Scope, check_heads, make_spec
 from .symbolic import COORDINATES, Evaluator, Unproven
 
 HIDDEN = -1e9  # what is filled into scores at most, to hide them
+MIN_FACTOR = 1e-3  # of a mask that is added: the lowest number of a dtype hides still, scaled by this
 
 _B, _H, _Q, _K = COORDINATES
 _PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm")
@@ -119,6 +121,7 @@ def describe(scope: Scope, softmax: Node) -> dict[str, Any]:
     value = _values(weights[-1] if weights else softmax, out)
     chain = [product, *scores.steps, softmax, *weights]
     _check_order(scope, chain, out, (query.node, key.node), scores)
+    _check_precision(chain, _example(value.node).dtype)
     heads = _heads([_shape(node) for node in (*chain, product)], score_shape)
     query, key, value = (_with_heads(x, heads) for x in (query, key, value))
     query, key, value = _one_dtype(scope, query, key, value)
@@ -241,13 +244,13 @@ def _step(scores: _Scores, op: Any, node: Node, evaluator: Evaluator) -> Node:
         scores.added.append((other, scores.factor * sign, node))
         return before
     if name == "masked_fill":
-        _check_fill(op.get("value"), evaluator)
+        _check_fill(op.get("value"), scores, evaluator)
         scores.filled.append((op.get("mask"), True, node))
         return before
     if name == "where":
         then, other = op.get("input"), op.get("other")
         hides = not _leads(then, node) and _is_scores(other, node)
-        _check_fill(then if hides else other, evaluator)
+        _check_fill(then if hides else other, scores, evaluator)
         scores.filled.append((op.get("condition"), hides, node))
         return other if hides else then
     raise Refused(_NAMES.get(name, f"its scores come from '{name}'"))
@@ -300,12 +303,23 @@ def _is_single(arg: Any) -> bool:
     return not isinstance(example, torch.Tensor) or all(known_equal(size, 1) for size in example.shape)
 
 
-def _check_fill(value: Any, evaluator: Evaluator) -> None:
+def _check_fill(value: Any, scores: _Scores, evaluator: Evaluator) -> None:
+    """That a filled score stays hidden, whatever is done to it on the way to the softmax."""
     fill = _scalar(value, evaluator)
     if fill is None:
         raise Refused("it fills hidden scores with a value that is not known when compiling")
-    if not fill <= HIDDEN:
-        raise Refused(f"it fills hidden scores with {fill:g}; only {HIDDEN:g} or less hides them")
+    if not fill * scores.factor <= HIDDEN:
+        raise Refused(f"it fills hidden scores with {fill * scores.factor:g}; only {HIDDEN:g} or less hides them")
+    if fill == -math.inf:
+        return
+    for node, factor, like in scores.added:
+        try:
+            shape = _shape(like)
+            evaluator.visible(node, COORDINATES[4 - len(shape) :], shape)
+        except Unproven as error:
+            raise Refused(f"it fills hidden scores with {fill:g} and adds to them later, where {error}") from None
+        if factor <= 0:
+            raise Refused(f"it fills hidden scores with {fill:g} and adds to them later with the factor {factor:g}")
 
 
 def _is_row_maximum(node: Any, scores: Node) -> bool:
@@ -356,7 +370,7 @@ def _swaps_last(op: Any, rank: int) -> bool:
     if op.name == "permute":
         dims = [d % rank for d in op.get("dims") if isinstance(d, int)]
         return dims == [*range(rank - 2), rank - 1, rank - 2]
-    return op.name == "mT"
+    return False
 
 
 def _values(weights: Node, out: Node) -> _Operand:
@@ -431,6 +445,15 @@ def _check_order(scope: Scope, chain: list[Node], out: Node, factors: Sequence[N
             raise Refused("its scores or weights are written by something else")
 
 
+def _check_precision(chain: list[Node], dtype: torch.dtype) -> None:
+    """That scores and weights are nowhere rounded more coarsely than values are."""
+    needed = torch.finfo(dtype)
+    for node in chain:
+        own = _example(node).dtype
+        if not own.is_floating_point or torch.finfo(own).eps > needed.eps or torch.finfo(own).max < needed.max:
+            raise Refused(f"its scores or weights are rounded to {own}, its values are {dtype}")
+
+
 # ---- shapes --------------------------------------------------------------------------------------------------------
 
 
@@ -499,7 +522,7 @@ def _prove(
     for node, factor, like in scores.added:
         if not isinstance(node, Node):
             return Mask(unknown="it adds something that is no tensor of the graph"), None
-        if factor <= 0:
+        if factor < MIN_FACTOR:
             return Mask(unknown=f"it adds a tensor with the factor {factor:g}"), None
         parts.append(MaskPart(node, *_coordinates(like, heads)))
     for node, hides, like in scores.filled:

@@ -332,6 +332,12 @@ NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     "a scale per head": (lambda q, k, v: (q @ k.mT * v[:, :, :1, :1]).softmax(-1) @ v, "scaled by a tensor"),
     "negative scale": (lambda q, k, v: (q @ k.mT * -0.5).softmax(-1) @ v, "its scale -0.5 is not positive"),
     "rounded": (lambda q, k, v: torch.div(q @ k.mT, 2.0, rounding_mode="floor").softmax(-1) @ v, "are rounded"),
+    "in half precision": (lambda q, k, v: (q @ k.mT).bfloat16().softmax(-1).float() @ v,
+                          "rounded to torch.bfloat16, its values are torch.float32"),
+    "filled, and then added to": (
+        lambda q, k, v: ((q @ k.mT).masked_fill(~causal(), LOWEST) + v @ k.mT).softmax(-1) @ v,
+        "and adds to them later, where it adds the values of",
+    ),
     "filled with -100": (lambda q, k, v: (q @ k.mT).masked_fill(~causal(), -100.0).softmax(-1) @ v,
                          "it fills hidden scores with -100"),
     "filled with values": (lambda q, k, v: torch.where(causal(), q @ k.mT, v @ k.mT).softmax(-1) @ v,
