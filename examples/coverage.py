@@ -1,6 +1,6 @@
 """Which attention sites of which architectures are found, proven and rewritten, and what torch's own fusion matches.
 
-    python examples/coverage.py --out examples/results/coverage.csv            # all: about five minutes on two cores
+    python examples/coverage.py --out examples/results/coverage.csv            # all: about ten minutes on two cores
     python examples/coverage.py --only llama t5 --fusion                       # some, beside torch's fusion
 
 Tiny random models (``architectures.py``) in both spellings of attention, without and with padding, in a prefill and
@@ -193,7 +193,8 @@ def measure(case: Case, fusion: bool = False) -> dict[str, Any]:
             row["gradient_error"] = relative(got_gradients, gradients)
         if fusion:
             already = sum(site.form in FUSED_ALREADY for site, _ in planned)
-            count = already + fused_by_torch(case, model)
+            # SDPA that torch takes apart (on a CPU, with a mask for each head) is matched once more
+            count = min(already + fused_by_torch(case, model), case.expected)
             row["torch_fused"] = f"{count} ({already} already)" if already else str(count)
     except Exception as error:
         words = str(error).strip().splitlines()
