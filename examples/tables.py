@@ -332,7 +332,11 @@ def needle_table() -> str:
 
 def coverage_table() -> str:
     """A line per architecture: its sites in all masks and phases, written by hand and as SDPA."""
-    rows = newest(read("coverage.csv"), "architecture", "implementation", "mask", "phase")
+    key = ("architecture", "implementation", "mask", "phase")
+    rows = newest(read("coverage.csv"), *key)
+    fused = newest([row for row in read("coverage.csv") if row["torch_fused"]], *key)
+    fused = {tuple(row[k] for k in key): row["torch_fused"] for row in fused}
+    rows = [{**row, "torch_fused": fused.get(tuple(row[k] for k in key), "")} for row in rows]
     rows = [row for row in rows if not row["reasons"].startswith("the model itself")]  # transformers does not run it
 
     def total(chosen: list[dict[str, str]], column: str) -> int:
@@ -364,6 +368,7 @@ PARTS = {
     "decode-heads": decode_heads_table,
     "decode-bytes": decode_bytes_table,
     "compiling": compiling_table,
+    "coverage": coverage_table,
     "steps": steps_table,
     "embeddings": embeddings_table,
     "breakdown": breakdown_table,

@@ -81,6 +81,11 @@ class Scope:
         names = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
         return [i for node, i in self.order.items() if getattr(node.target, "__name__", "") in names]
 
+    @cached_property
+    def autocast_switches(self) -> list[int]:
+        names = ("_enter_autocast", "_exit_autocast")
+        return [i for node, i in self.order.items() if getattr(node.target, "__name__", "") in names]
+
     def written(self, node: Node, after: int = -1, before: int | None = None, but: Iterable[Node] = ()) -> bool:
         """Whether the memory of ``node`` is written between the two positions by another node than those of ``but``."""
         storage = _storage(node)

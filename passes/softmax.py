@@ -146,6 +146,8 @@ def _example(node: Any) -> torch.Tensor:
     example = node.meta.get("example_value") if isinstance(node, Node) else None
     if not isinstance(example, torch.Tensor):
         raise Refused("its operands are not tensors of the graph")
+    if example.layout != torch.strided or example.is_nested:
+        raise Refused(f"'{node.name}' is a nested or sparse tensor")
     return example
 
 
@@ -241,6 +243,8 @@ def _step(scores: _Scores, op: Any, node: Node, evaluator: Evaluator) -> Node:
             return before  # the same for all keys: no softmax sees it
         if name == "sub" and sign == -1 and _is_row_maximum(other, before):
             return before
+        if not _example(other).dtype.is_floating_point:
+            raise Refused(f"it adds a tensor of {_example(other).dtype} to its scores")
         scores.added.append((other, scores.factor * sign, node))
         return before
     if name == "masked_fill":
@@ -436,9 +440,11 @@ def _check_order(scope: Scope, chain: list[Node], out: Node, factors: Sequence[N
     start, end = scope.order[chain[0]], scope.order[out]
     if any(start < i < end for i in scope.grad_switches):
         raise Refused("gradients are switched on or off inside it")
+    if any(start < i < end for i in scope.autocast_switches):
+        raise Refused("autocast is switched on or off inside it")
     read = {*factors, *(node for node, *_ in (*scores.added, *scores.filled) if isinstance(node, Node))}
     for node in read:
-        if node in scope.order and scope.written(node, after=start, before=end, but=chain):
+        if scope.written(node, after=start, before=end):
             raise Refused(f"'{node.name}' is written between its two products")
     for node in chain:
         if scope.written(node, before=end, but=chain):
@@ -465,6 +471,8 @@ def _heads(shapes: list[torch.Size], scores: torch.Size) -> tuple[Any, Any]:
         raise Refused(f"its number of heads {H} is not known when compiling")
     leading = {4: (B, H), 3: (B * H,), 2: ()}
     for shape in shapes:
+        if not all(map(known_equal, shape[-2:], scores[-2:])):
+            raise Refused(f"its scores are {tuple(scores)} and later {tuple(shape)}")
         fits = len(shape) in leading and all(map(known_equal, shape[:-2], leading[len(shape)]))
         if not fits or (len(shape) == 2 and not known_equal(B * H, 1)):
             raise Refused(f"its scores are {tuple(scores)} and {tuple(shape)}, not both {B} sequences of {H} heads")
@@ -473,7 +481,9 @@ def _heads(shapes: list[torch.Size], scores: torch.Size) -> tuple[Any, Any]:
 
 def _with_heads(x: _Operand, heads: tuple[Any, Any]) -> _Operand:
     """``x`` as ``[B, H, L, D]``."""
-    rank, H = len(x.shape), heads[1]
+    rank, (B, H) = len(x.shape), heads
+    if rank == 3 and not known_equal(x.shape[0], B * H):
+        raise Refused(f"it multiplies {x.shape[0]} matrices for {B} sequences of {H} heads")
     if rank == 2:
         x, rank = x.then(torch.unsqueeze, 0), 3
     if rank == 3:

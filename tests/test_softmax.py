@@ -313,6 +313,21 @@ def without_gradients(q, k, v):
     return s.softmax(-1) @ v
 
 
+def scores_as_bias(q, k, v):
+    s = q @ k.mT
+    first = s[..., :1]
+    s *= 2
+    return (s + first).softmax(-1) @ v
+
+
+def without_autocast(q, k, v):
+    with torch.autocast("cpu", torch.bfloat16):
+        s = q @ k.mT
+        with torch.autocast("cpu", enabled=False):
+            w = s.float().softmax(-1)
+        return w @ v
+
+
 def sinks(q, k, v):
     s = torch.cat([q @ k.mT, q[..., :1]], -1)
     return s.softmax(-1)[..., :-1] @ v
@@ -354,6 +369,17 @@ NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     "dropped twice": (lambda q, k, v: F.dropout(F.dropout((q @ k.mT).softmax(-1), 0.3), 0.2) @ v,
                       "drops attention weights twice"),
     "five dimensions": (lambda q, k, v: (q[None] @ k[None].mT).softmax(-1) @ v[None], "of 5 and 5 dimensions"),
+    "a boolean that is added": (lambda q, k, v: (q @ k.mT + causal()).softmax(-1) @ v, "adds a tensor of torch.bool"),
+    "one query, many biases": (
+        lambda q, k, v: (q[:, :, :1] @ k.mT + v.sum(-1, keepdim=True)).softmax(-1) @ v,
+        "its scores are (2, 4, 1, 12) and later",
+    ),
+    "a bias that scores overwrite": (scores_as_bias, "is written between its two products"),
+    "autocast inside": (without_autocast, "autocast is switched on or off inside it"),
+    "one matrix of keys": (
+        lambda q, k, v: torch.matmul(torch.matmul(heads(q), heads(k)[:1].mT).softmax(-1), heads(v)),
+        "it multiplies 1 matrices for 8 sequences of 1 heads",
+    ),
     "keys for all": (lambda q, k, v: (q @ k[0, 0].mT).softmax(-1) @ v, "of 4 and 2 dimensions"),
     "keys of one sequence": (lambda q, k, v: (q @ k[:1].mT).softmax(-1) @ v[:1], "has batch size 1, its query 2"),
     "an einsum that sums": (
