@@ -534,7 +534,8 @@ def _prove(
             return Mask(unknown="it adds something that is no tensor of the graph"), None
         if factor < MIN_FACTOR:
             return Mask(unknown=f"it adds a tensor with the factor {factor:g}"), None
-        parts.append(MaskPart(node, *_coordinates(like, heads)))
+        shown = _shown(scope, node)
+        parts.append(MaskPart(node if shown is None else shown, *_coordinates(like, heads)))
     for node, hides, like in scores.filled:
         if not isinstance(node, Node) or _example(node).dtype != torch.bool:
             return Mask(unknown="it fills scores where something is that is not a boolean tensor"), None
@@ -545,6 +546,17 @@ def _prove(
     if proven.unknown is None or len(parts) > 1:
         return proven, padding
     return _same_for_all_queries(parts[0], sizes) or (proven, padding)
+
+
+def _shown(scope: Scope, node: Node) -> Node | None:
+    """The boolean mask that a mask which is added is made from: ``where(shown, 0, lowest)``; None for another."""
+    op = operation(node)
+    if op is None or op.name != "where" or _example(op.get("condition")).dtype != torch.bool:
+        return None
+    evaluator = Evaluator(scope.outer, scope.overwritten, scope.buffers)
+    then, other = (_scalar(op.get(name), evaluator) for name in ("input", "other"))
+    hides = other is not None and other <= torch.finfo(_example(node).dtype).min
+    return op.get("condition") if then == 0 and hides and not scope.overwritten(node) else None
 
 
 def _same_for_all_queries(part: MaskPart, sizes: tuple[Any, Any, Any, Any]) -> tuple[Mask, Padding] | None:

@@ -202,6 +202,17 @@ def test_cross_attention_with_a_padding() -> None:
         check(f, [q, k, v, hidden], "key padding", 1.0, policy)
 
 
+def test_an_added_mask_that_names_no_query_is_a_padding_whatever_it_holds() -> None:
+    """As in a decoding step over a static cache: ``where(visible, 0, lowest)`` of a mask made from what is written."""
+    q, k, v = tensors((B, H, 1, D), (B, H, L, D), (B, H, L, D))
+
+    def f(q, k, v, visible):
+        return (q @ k.mT + torch.where(visible, 0.0, LOWEST)).softmax(-1) @ v
+
+    visible = (torch.arange(L) < torch.tensor([L, 7])[:, None])[:, None, None]
+    check(f, [q, k, v, visible], f"causal, offset {L - 1}, key padding", 1.0)
+
+
 def test_a_bias_stays_exact() -> None:
     """ALiBi by baddbmm, before the scale, or in four dimensions: exact attention takes it as its mask."""
     q, k, v = tensors()
