@@ -78,14 +78,14 @@ def test_torchs_fusion(coverage: ModuleType) -> None:
 
 
 def test_a_wrong_rewrite_shows(coverage: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forget_the_mask(gm: torch.fx.GraphModule, policy: object) -> list:
+    def forget_the_mask(gm: torch.fx.GraphModule, *_: object) -> list:
         for node in gm.graph.nodes:
             if node.target is F.scaled_dot_product_attention or "scaled_dot" in str(node.target):
                 node.kwargs = {**node.kwargs, "attn_mask": None}
         gm.recompile()
         return []
 
-    monkeypatch.setattr(coverage, "rewrite_graph", forget_the_mask)
+    monkeypatch.setattr(coverage, "plan_graph", forget_the_mask)
     row = coverage.measure(coverage.Case("llama", "sdpa", False, coverage.PREFILL))
     assert row["found"] == 0 and row["error"] > 0.01 and row["gradient_error"] > 0.01
 
