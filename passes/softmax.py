@@ -122,9 +122,9 @@ def describe(scope: Scope, softmax: Node) -> dict[str, Any]:
     chain = [product, *scores.steps, softmax, *weights]
     _check_order(scope, chain, out, (query.node, key.node), scores)
     _check_precision(chain, _example(value.node).dtype)
-    heads = _heads([_shape(node) for node in (*chain, product)], score_shape)
+    heads = _heads([_shape(node) for node in chain], score_shape)
     query, key, value = (_with_heads(x, heads) for x in (query, key, value))
-    query, key, value = _one_dtype(scope, query, key, value)
+    query, key, value = _one_dtype(scope, out, query, key, value)
     repeats = known_equal(key.shape[1], query.shape[1])
     key, value = _before_repeat(scope, out, query, key, value)
     shapes = [x.shape for x in (query, key, value)]
@@ -491,14 +491,17 @@ def _with_heads(x: _Operand, heads: tuple[Any, Any]) -> _Operand:
     return x
 
 
-def _one_dtype(scope: Scope, *operands: _Operand) -> list[_Operand]:
+def _one_dtype(scope: Scope, out: Node, *operands: _Operand) -> list[_Operand]:
     """``operands`` of the dtype that values have, those before a cast where that makes them so."""
     dtype = _example(operands[-1].node).dtype
     found = []
     for x in operands:
         op = operation(x.node)
         if _example(x.node).dtype != dtype and op is not None and op.name == "to":
-            x = _Operand(op.get("input"), x.steps)
+            before = op.get("input")
+            same = _example(before).device == _example(x.node).device
+            if same and not scope.written(before, after=scope.order[x.node], before=scope.order[out]):
+                x = _Operand(before, x.steps)
         if _example(x.node).dtype != dtype and not scope.autocast:
             raise Refused("its query, key and value have different dtypes")
         found.append(x)

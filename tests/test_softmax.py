@@ -263,6 +263,25 @@ def test_autocast_and_checkpointing(policy: Policy) -> None:
     assert relative(out.float(), truth) < 2 * relative(f(x).float(), truth)
 
 
+def test_scores_of_half_precision_inputs_in_float32() -> None:
+    """Query and key are cast up for their product: SDPA takes them as they were, unless they are written later."""
+
+    def f(q, k, v, write):
+        s = q.float() @ k.float().mT
+        if write:
+            q.mul_(2)
+        return s.softmax(-1).to(v.dtype) @ v
+
+    q, k, v = (x.bfloat16() for x in tensors())
+    truth = (q.float() @ k.float().mT).softmax(-1) @ v.float()
+    for write, verdict in ((False, "rewritten"), (True, "refused")):
+        g, found = compiled(f, Policy(methods=("exact",)))
+        out = g(q.clone(), k, v, write)
+        assert found[0][1].verdict == verdict and out.dtype == torch.bfloat16
+        assert relative(out.float(), truth) <= 2 * relative(f(q.clone(), k, v, write).float(), truth)
+    assert "different dtypes" in found[0][1].reason
+
+
 def test_dropout_is_refused_by_approximations_and_kept_by_exact_attention() -> None:
     q, k, v = tensors()
 
