@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-_MAX_ELEMENTS = 1 << 28  # larger ones are not looked at
+_MAX_ELEMENTS = 1 << 26  # 8,192 x 8,192; larger ones are not looked at
 
 
 class Buffers:
@@ -99,16 +99,15 @@ def _band(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     if any(size != 1 for size in tensor.shape[:-2]):
         return None
     matrix = tensor.detach().reshape(tensor.shape[-2:])
-    values = matrix.unique()
-    if len(values) != 2 or values.isnan().any():
-        return None
-    rows, columns = (torch.arange(size, device=matrix.device) for size in matrix.shape)
+    values = (first := matrix[0, 0]), matrix.reshape(-1)[(matrix != first).reshape(-1).byte().argmax()]
+    if values[0] == values[1] or not torch.all((matrix == values[0]) | (matrix == values[1])):
+        return None  # NaN is no value either: it equals nothing
+    rows, columns = (torch.arange(size, dtype=torch.int32, device=matrix.device) for size in matrix.shape)
     distance = columns - rows[:, None]
-    for inside in values:
+    for inside, outside in (values, values[::-1]):
         chosen = matrix == inside
         low, high = (int(x) for x in distance[chosen].aminmax())
         if torch.equal(chosen, (distance >= low) & (distance <= high)):
-            (outside,) = values[values != inside]
             low = None if low == int(distance.min()) else low
             high = None if high == int(distance.max()) else high
             return low, high, inside.item(), outside.item()
