@@ -29,11 +29,10 @@ from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
 
-from express_compile.backend import plan_graph
+from express_compile.backend import rewrite_graph
 from express_compile.passes.buffers import Buffers
 from express_compile.passes.match import AttentionSite
 from express_compile.passes.multihead import OPAQUE
-from express_compile.passes.rewrite import rewrite
 from express_compile.spec import Plan, Policy
 
 COLUMNS = (
@@ -181,8 +180,7 @@ def measure(case: Case, fusion: bool = False) -> dict[str, Any]:
             nonlocal seconds, graphs
             graphs += 1
             start = time.perf_counter()
-            planned.extend(found := plan_graph(gm, POLICY, Buffers(gm, inputs)))
-            rewrite(gm, found, POLICY)
+            planned.extend(rewrite_graph(gm, POLICY, Buffers(gm, inputs)))
             seconds += time.perf_counter() - start
             return gm.forward
 

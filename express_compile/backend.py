@@ -62,12 +62,13 @@ def express(
     return compiled if unchanged is None else buffers.guard(compiled, unchanged)
 
 
-def rewrite_graph(gm: GraphModule, policy: Policy) -> list[tuple[AttentionSite, Plan]]:
+def rewrite_graph(gm: GraphModule, policy: Policy, buffers: Buffers | None = None) -> list[tuple[AttentionSite, Plan]]:
     """Match, plan and rewrite a Dynamo graph in place; returns every site with its plan.
 
-    Raises ``ValueError`` if ``policy.strict`` and a site was refused or the graph has none.
+    Who gives ``buffers`` guards those in ``buffers.used``, on whose values the result relies. Raises ``ValueError`` if
+    ``policy.strict`` and a site was refused or the graph has none.
     """
-    planned = plan_graph(gm, policy)
+    planned = plan_graph(gm, policy, buffers)
     rewrite(gm, planned, policy)
     return planned
 
@@ -78,8 +79,8 @@ def plan_graph(gm: GraphModule, policy: Policy, buffers: Buffers | None = None) 
     if policy.strict and not planned:
         raise ValueError(
             "strict=True: no attention was found in this graph; allowed are graphs that call "
-            "torch.nn.functional.scaled_dot_product_attention, nn.MultiheadAttention or nn.TransformerEncoderLayer "
-            "(set strict=False to compile it as it is)"
+            "torch.nn.functional.scaled_dot_product_attention, nn.MultiheadAttention or nn.TransformerEncoderLayer, or "
+            "write attention out around a softmax (set strict=False to compile it as it is)"
         )
     return planned
 

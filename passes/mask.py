@@ -136,6 +136,18 @@ def prove_key_padding(
     return Mask(padding=True), Padding((PaddingTerm(mask, index, example.dim() == 2, "eq", 0),))
 
 
+def same_for_all_queries(part: MaskPart, sizes: tuple[Any, Any, Any, Any]) -> tuple[Mask, Padding] | None:
+    """A boolean mask without a query and a head dimension is a key padding, whatever its values are; else None."""
+    shape = example_of(part.node).shape
+    if example_of(part.node).dtype != torch.bool or not len(shape) <= len(part.sizes) == 4:
+        return None
+    if not known_equal(shape[-1], sizes[3]) or not all(known_equal(size, 1) for size in shape[-3:-1]):
+        return None
+    index = (*([slice(None)] if len(shape) == 4 else []), *([0] * len(shape[-3:-1])), slice(None))
+    term = PaddingTerm(part.node, index, len(shape) == 4, "eq", 0 if part.hides else 1)
+    return Mask(padding=True), Padding(terms=(term,))
+
+
 def _classify(
     condition: Boolean, evaluator: Evaluator, mask: Node, sizes: tuple[Any, Any, Any, Any], as_in_sdpa: bool
 ) -> tuple[Mask, Padding | None]:

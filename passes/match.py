@@ -19,11 +19,12 @@ from torch.fx import GraphModule, Node
 from ..spec import AttentionSpec, Mask, known_equal
 from . import softmax
 from .buffers import Buffers
-from .mask import Padding, prove
+from .mask import MaskPart, Padding, prove, same_for_all_queries
 from .multihead import OPAQUE, Refused, describe
 from .normalize import bodies, graph_module, number, operation
 from .repeat import unrepeated
 from .site import AttentionSite, Scope, check_heads, make_spec, shape_of
+from .symbolic import COORDINATES
 
 
 def find_sites(gm: GraphModule, buffers: Buffers | None = None) -> list[AttentionSite]:
@@ -211,16 +212,6 @@ def _mask(
     if not isinstance(mask, Node) or not isinstance(mask.meta.get("example_value"), torch.Tensor):
         return Mask(unknown="it is not a tensor of the graph"), None
     proven, padding = prove(mask, sizes, outer=scope.outer, overwritten=scope.overwritten, buffers=scope.buffers)
-    if proven.unknown is None or mask.meta["example_value"].dtype != torch.bool:
+    if proven.unknown is None:
         return proven, padding
-    return _same_for_all_queries(mask, sizes) or (proven, padding)
-
-
-def _same_for_all_queries(mask: Node, sizes: tuple[Any, Any, Any, Any]) -> tuple[Mask, Padding | None] | None:
-    """A boolean mask without a query and a head dimension is a key padding, whatever its values are."""
-    shape = shape_of(mask)
-    if len(shape) > 4 or not known_equal(shape[-1], sizes[3]):
-        return None
-    if all(known_equal(size, 1) for size in shape[-3:-1]):
-        return Mask(padding=True), Padding(last_row=mask)
-    return None
+    return same_for_all_queries(MaskPart(mask, COORDINATES, sizes), sizes) or (proven, padding)

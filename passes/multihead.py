@@ -23,8 +23,8 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -121,10 +121,17 @@ def describe(
 def _open_up(node: Node, autocast: Sequence[tuple[Any, ...]], emit: Emit) -> tuple[Node, Node]:
     """Read ``node`` as it is now, and write what it computes, with the dtypes ``autocast`` will give at run time."""
     _, expand = _read(node)
+    with entered(autocast):
+        return expand(emit)
+
+
+@contextmanager
+def entered(autocast: Sequence[tuple[Any, ...]]) -> Iterator[None]:
+    """Inside of every ``torch.autocast`` with these arguments, the outermost first."""
     with ExitStack() as stack:
         for arguments in autocast:
             stack.enter_context(torch.amp.autocast(*arguments))
-        return expand(emit)
+        yield
 
 
 def _read(node: Node) -> tuple[_Attention, Expand]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,8 +28,8 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from ..spec import AttentionSpec, Mask, known_equal
-from .mask import MaskPart, Padding, PaddingTerm, prove_all
-from .multihead import Emit, Refused
+from .mask import MaskPart, Padding, prove_all, same_for_all_queries
+from .multihead import Emit, Refused, entered
 from .normalize import arithmetic_in_place, number, operation
 from .repeat import unrepeated
 from .site import Scope, check_heads, make_spec
@@ -249,15 +248,20 @@ def _step(scores: _Scores, op: Any, node: Node, evaluator: Evaluator) -> Node:
         return before
     if name == "masked_fill":
         _check_fill(op.get("value"), scores, evaluator)
-        scores.filled.append((op.get("mask"), True, node))
+        _fill(scores, op.get("mask"), True, node)
         return before
     if name == "where":
         then, other = op.get("input"), op.get("other")
         hides = not _leads(then, node) and _is_scores(other, node)
         _check_fill(then if hides else other, scores, evaluator)
-        scores.filled.append((op.get("condition"), hides, node))
+        _fill(scores, op.get("condition"), hides, node)
         return other if hides else then
     raise Refused(_NAMES.get(name, f"its scores come from '{name}'"))
+
+
+def _fill(scores: _Scores, mask: Any, hides: bool, node: Node) -> None:
+    _example(mask)
+    scores.filled.append((mask, hides, node))
 
 
 def _is_scores(node: Any, like: Node) -> bool:
@@ -349,23 +353,20 @@ def _factors(product: Node) -> tuple[_Operand, _Operand, torch.Size]:
     """Query and key, ``[..., L, D]`` each with the same leading dimensions, and the shape of the scores."""
     op = operation(product)
     if op.name == "einsum":
-        return *_einsum(op, "q", "k"), _shape(product)
+        return *_einsum(op, of_values=False), _shape(product)
     names = ("batch1", "batch2") if op.name == "baddbmm" else ("input", "other")
     query, key = (op.get(name) for name in names)
     _same_rank(query, key)
     turned = operation(key)
     last = turned is not None and _swaps_last(turned, len(_shape(key)))
-    return _Operand(query), _Operand(turned.get("input")) if last else _turned(_Operand(key)), _shape(product)
+    rows = _Operand(turned.get("input")) if last else _Operand(key).then(torch.transpose, -2, -1)
+    return _Operand(query), rows, _shape(product)
 
 
 def _same_rank(a: Node, b: Node) -> None:
     ranks = len(_shape(a)), len(_shape(b))
     if ranks[0] != ranks[1] or ranks[0] not in (2, 3, 4):
         raise Refused(f"it multiplies tensors of {ranks[0]} and {ranks[1]} dimensions; needed are 2, 3 or 4, the same")
-
-
-def _turned(x: _Operand) -> _Operand:
-    return x.then(torch.transpose, -2, -1)
 
 
 def _swaps_last(op: Any, rank: int) -> bool:
@@ -383,11 +384,10 @@ def _values(weights: Node, out: Node) -> _Operand:
     if op.name == "einsum":
         if op.get("operands", ())[:1] != (weights,):
             raise Refused("its einsum does not begin with the attention weights")
-        return _einsum(op, "w", "v")[1]
-    names = ("batch1", "batch2") if op.name == "baddbmm" else ("input", "other")
+        return _einsum(op, of_values=True)[1]
     if op.name == "baddbmm":
         raise Refused("it adds to its product with the values (baddbmm)")
-    first, value = (op.get(name) for name in names)
+    first, value = op.get("input"), op.get("other")
     if first is value:
         raise Refused("its attention weights are used more than once")
     if first is not weights:
@@ -396,12 +396,9 @@ def _values(weights: Node, out: Node) -> _Operand:
     return _Operand(value)
 
 
-def _einsum(op: Any, first: str, second: str) -> tuple[_Operand, _Operand]:
-    """Both factors with their dimensions in the order (batch, rows, contracted) and (batch, rows, other).
-
-    ``first`` and ``second`` are for words: ``q`` and ``k`` of scores ``[batch, q, k]``, ``w`` and ``v`` of a result
-    ``[batch, q, Dv]`` in any order.
-    """
+def _einsum(op: Any, of_values: bool) -> tuple[_Operand, _Operand]:
+    """Both factors, their dimensions in order: ``[batch, q, D]`` and ``[batch, k, D]`` of scores ``[batch, q, k]``; or
+    of values ``[batch, q, k]`` and ``[batch, k, Dv]``, whose result may have any order."""
     equation, operands = op.get("equation").replace(" ", ""), op.get("operands", ())
     refusal = Refused(f"its einsum '{equation}' is not a batch of products")
     if "->" not in equation or "." in equation or len(operands) != 2:
@@ -417,7 +414,7 @@ def _einsum(op: Any, first: str, second: str) -> tuple[_Operand, _Operand]:
         raise refusal
     if {*a, *b} != {*batch, *rows, *columns, *inner}:
         raise refusal
-    if first == "q":
+    if not of_values:
         if list(result) != [*batch, *rows, *columns]:
             raise refusal
         orders = ([*batch, *rows, *inner], [*batch, *columns, *inner])
@@ -442,7 +439,7 @@ def _check_order(scope: Scope, chain: list[Node], out: Node, factors: Sequence[N
         raise Refused("gradients are switched on or off inside it")
     if any(start < i < end for i in scope.autocast_switches):
         raise Refused("autocast is switched on or off inside it")
-    read = {*factors, *(node for node, *_ in (*scores.added, *scores.filled) if isinstance(node, Node))}
+    read = {*factors, *(node for node, *_ in (*scores.added, *scores.filled))}
     for node in read:
         if scope.written(node, after=start, before=end):
             raise Refused(f"'{node.name}' is written between its two products")
@@ -533,14 +530,12 @@ def _prove(
 ) -> tuple[Mask, Padding | None]:
     parts = []
     for node, factor, like in scores.added:
-        if not isinstance(node, Node):
-            return Mask(unknown="it adds something that is no tensor of the graph"), None
         if factor < MIN_FACTOR:
             return Mask(unknown=f"it adds a tensor with the factor {factor:g}"), None
         shown = _shown(scope, node)
         parts.append(MaskPart(node if shown is None else shown, *_coordinates(like, heads)))
     for node, hides, like in scores.filled:
-        if not isinstance(node, Node) or _example(node).dtype != torch.bool:
+        if _example(node).dtype != torch.bool:
             return Mask(unknown="it fills scores where something is that is not a boolean tensor"), None
         parts.append(MaskPart(node, *_coordinates(like, heads), hides))
     if not parts:
@@ -548,7 +543,7 @@ def _prove(
     proven, padding = prove_all(parts, sizes, outer=scope.outer, overwritten=scope.overwritten, buffers=scope.buffers)
     if proven.unknown is None or len(parts) > 1:
         return proven, padding
-    return _same_for_all_queries(parts[0], sizes) or (proven, padding)
+    return same_for_all_queries(parts[0], sizes) or (proven, padding)
 
 
 def _shown(scope: Scope, node: Node) -> Node | None:
@@ -560,18 +555,6 @@ def _shown(scope: Scope, node: Node) -> Node | None:
     then, other = (_scalar(op.get(name), evaluator) for name in ("input", "other"))
     hides = other is not None and other <= torch.finfo(_example(node).dtype).min
     return op.get("condition") if then == 0 and hides and not scope.overwritten(node) else None
-
-
-def _same_for_all_queries(part: MaskPart, sizes: tuple[Any, Any, Any, Any]) -> tuple[Mask, Padding] | None:
-    """A boolean mask without a query and a head dimension is a key padding, whatever its values are."""
-    shape = _shape(part.node)
-    if _example(part.node).dtype != torch.bool or len(part.sizes) != 4 or not known_equal(shape[-1], sizes[3]):
-        return None
-    if not all(known_equal(size, 1) for size in shape[-3:-1]):
-        return None
-    index = (*([slice(None)] if len(shape) == 4 else []), *([0] * len(shape[-3:-1])), slice(None))
-    relation = PaddingTerm(part.node, index, len(shape) == 4, "eq", 0 if part.hides else 1)
-    return Mask(padding=True), Padding(terms=(relation,))
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -588,9 +571,7 @@ def _write(
     autocast: Sequence[tuple[Any, ...]],
     emit: Emit,
 ) -> tuple[Node, Node]:
-    with ExitStack() as stack:
-        for arguments in autocast:
-            stack.enter_context(torch.amp.autocast(*arguments))
+    with entered(autocast):
         q, k, v = (x.emit(emit) for x in (query, key, value))
         mask = _emit_mask(scores, heads, _common(q, spec), emit)
         attention = emit(

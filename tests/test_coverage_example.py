@@ -85,7 +85,7 @@ def test_a_wrong_rewrite_shows(coverage: ModuleType, monkeypatch: pytest.MonkeyP
         gm.recompile()
         return []
 
-    monkeypatch.setattr(coverage, "plan_graph", forget_the_mask)
+    monkeypatch.setattr(coverage, "rewrite_graph", forget_the_mask)
     row = coverage.measure(coverage.Case("llama", "sdpa", False, coverage.PREFILL))
     assert row["found"] == 0 and row["error"] > 0.01 and row["gradient_error"] > 0.01
 
