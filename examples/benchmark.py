@@ -14,17 +14,17 @@ graphs: what they cost inside a model that keeps the GPU busy.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from records import SPEED_COLUMNS, add_arguments, append, run_of, show, versions
+from records import SPEED_COLUMNS, add_arguments, append, run_of, show
 from rich.progress import track
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from express_compile import METHODS, Policy
+from express_compile.devices import versions
 from express_compile.kernels import express as E
 from express_compile.kernels import thinformer as T
 from express_compile.kernels.exact import exact_attention
@@ -32,6 +32,7 @@ from express_compile.kernels.santa import probabilities, read_probability, visib
 from express_compile.kernels.santa_kernels import santa_triton
 from express_compile.kernels.segments import dense_table, segment_attention_backward, segment_attention_reference
 from express_compile.kernels.segments_backward import accumulate_rows_reference
+from express_compile.measure import Clock, replayed
 
 SETTINGS = [
     Policy(budget=512, sinks=32, window=32, protected=0),
@@ -44,53 +45,11 @@ ENCODERS = [Policy(budget=256), Policy(budget=512)]
 ENCODE_LENGTHS = [4096, 8192, 32768, 131072]
 DECODE = [(B, n, S) for B in (1, 8, 32) for n in (4096, 8192, 16384, 32768, 65536, 131072) for S in (64, 128, 512)]
 LAYER = 0
-SETTLE = 0.1  # seconds before a measurement: for some ms after large allocations are freed, kernels take 6% longer
 GRAPH_UP_TO = 16384  # tokens up to which launching takes as long as computing: measured with a CUDA graph as well
-
-
-class Clock:
-    """Milliseconds of a call; on a GPU with a cold L2 and one call queued behind the other, as in a model.
-
-    So the time that the host takes to launch a call shows where it exceeds that of the call before.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.on_gpu = device == "cuda"
-        self.flush = torch.empty(1 << 28, dtype=torch.int8, device=device) if self.on_gpu else None
-
-    def __call__(self, call: Callable[[], object], repeats: int) -> list[float]:
-        call()  # compilation and caches are not what is timed
-        if not self.on_gpu:
-            times = []
-            for _ in range(repeats):
-                start = time.perf_counter()
-                call()
-                times.append((time.perf_counter() - start) * 1e3)
-            return times
-        time.sleep(SETTLE)
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        torch.cuda.synchronize()
-        for begin, end in events:
-            self.flush.zero_()
-            begin.record()
-            call()
-            end.record()
-        torch.cuda.synchronize()
-        return [begin.elapsed_time(end) for begin, end in events]
 
 
 def quantile(times: list[float], q: float) -> float:
     return torch.tensor(times, dtype=torch.float64).quantile(q).item()
-
-
-def replayed(call: Callable) -> Callable:
-    """``call`` as a CUDA graph."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def exact_times(
@@ -327,7 +286,9 @@ def rows_read(q, k, attend: Callable[[torch.Tensor], torch.Tensor], draws: int) 
     return seen / H_kv, read.sum().item() / H_kv
 
 
-def decode(tensors, draws: int, truth: torch.Tensor, opponents: dict[str, float], clock: Clock, repeats: int) -> dict:
+def decode(
+    tensors, draws: int, truth: torch.Tensor, opponents: dict[str, float], clock: Clock, repeats: int, **params
+) -> dict:
     """One token by SANTA, both sides as CUDA graphs. The check is on all rows; ``error`` is that of the sample.
 
     ``truth`` is exact attention of the first sequences in float64. ``rows`` counts the distinct value rows that a KV
@@ -336,9 +297,9 @@ def decode(tensors, draws: int, truth: torch.Tensor, opponents: dict[str, float]
     """
     q, k, v = tensors
     scale, seed = q.shape[-1] ** -0.5, torch.zeros((), dtype=torch.int64, device=q.device)
-    params = METHODS["santa"].params(None, Policy(budget=draws, min_length=0))
+    options = METHODS["santa"].params(None, Policy(budget=draws, min_length=0))
     op = METHODS["santa"].op
-    out, peak = peak_of(lambda: op(q, k, v, None, seed, scale, LAYER, **params)[0], out_and_lse)
+    out, peak = peak_of(lambda: op(q, k, v, None, seed, scale, LAYER, **options)[0], out_and_lse)
     part = [x[: len(truth)] for x in tensors]
     whole = santa_triton(*part, None, scale, seed, LAYER)[0]
     reference = F.scaled_dot_product_attention(*part, enable_gqa=True)
@@ -346,10 +307,12 @@ def decode(tensors, draws: int, truth: torch.Tensor, opponents: dict[str, float]
         ((x - truth).norm() / truth.norm()).item() for x in (out[: len(truth)], whole, reference)
     )
     first = part[0][:1], part[1][:1]
-    rows, expected = rows_read(*first, lambda v: op(*first, v, None, seed, scale, LAYER, **params)[0], draws)
-    times = clock(replayed(lambda: op(q, k, v, None, seed, scale, LAYER, **params)), repeats)
-    row = row_of(Policy(budget=draws), times, opponents, (all_rows, 2 * allowed), method="santa", job="decode",
-                 params=dict(graph=1, rows=round(rows, 1), expected=round(expected, 1)), peak_mb=peak)  # fmt: skip
+    rows, expected = rows_read(*first, lambda v: op(*first, v, None, seed, scale, LAYER, **options)[0], draws)
+    times = clock(replayed(lambda: op(q, k, v, None, seed, scale, LAYER, **options)), repeats)
+    params |= dict(graph=1, rows=round(rows, 1), expected=round(expected, 1))
+    errors = all_rows, 2 * allowed
+    row = row_of(Policy(budget=draws), times, opponents, errors, method="santa", job="decode", params=params,
+                 peak_mb=peak)  # fmt: skip
     return {**row, "error": sampled}
 
 

@@ -13,9 +13,10 @@ import argparse
 
 import torch
 from benchmark import LAYER, Clock, exact_times, quantile, random_tensors, replayed
-from records import add_arguments, append, run_of, show, versions
+from records import add_arguments, append, run_of, show
 
 from express_compile import Policy
+from express_compile.devices import versions
 from express_compile.kernels import express as E
 from express_compile.kernels.schedule import Halving, Schedule
 from express_compile.kernels.segments import segment_attention

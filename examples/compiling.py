@@ -19,10 +19,11 @@ from unittest import mock
 
 import torch
 import transformers
-from records import SPEED_COLUMNS, add_arguments, append, run_of, show, versions
+from records import SPEED_COLUMNS, add_arguments, append, run_of, show
 
 from express_compile import Policy
 from express_compile.backend import rewrite_graph
+from express_compile.devices import versions
 from express_compile.passes.buffers import Buffers
 
 TOKENS = 48

