@@ -26,7 +26,7 @@ from rich.progress import track
 from express_compile import AttentionSpec, Mask, Policy
 from express_compile.devices import shipped, versions
 from express_compile.measure import Clock, replayed
-from express_compile.predict import choose
+from express_compile.predict import predicted, wins
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = [512 << i for i in range(11)]
@@ -133,8 +133,8 @@ def judge(rows: list[dict]) -> list[Judged]:
         spec = AttentionSpec(*sizes, getattr(torch, row["dtype"]), "cuda", sizes[5] ** -0.5, mask)
         own = {name: int(params[name]) for name in ("sinks", "window", "protected") if name in params}
         policy = Policy(budget=int(row["s"]), methods=(row["method"], "exact"), **own)
-        device = shipped()[row["gpu"]]
-        chosen, times = choose((row["method"],), spec, policy, device, graphs="graph" in params)
+        times = predicted((row["method"], "exact"), spec, policy, shipped()[row["gpu"]], graphs="graph" in params)
+        chosen = row["method"] if wins(times, row["method"]) else "exact"
         exact, method = float(row["opponent_ms_p50"]), float(row["ms_p50"])
         judged.append(Judged(row, exact, method, times["exact"], times[row["method"]], chosen))
     return judged

@@ -43,7 +43,8 @@ class Cost:
     bytes: to and from memory; a pass over rows reads or writes each of them once, as if caches held all it reads again.
     steps: the longest chain of decisions that wait for each other, one pair of rows each: 0 without halving.
     launches: kernels on a GPU, one behind the other; memory fills are not counted.
-    scores: exponentials, of a query and a key or of two keys that are compared: work of the vector units.
+    scores: exponentials of a query and a key: work of the vector units.
+    entries: of kernel matrices that halving computes, each of two keys that it compares.
     """
 
     flops: Any
@@ -51,6 +52,7 @@ class Cost:
     steps: Any = sympy.Integer(0)
     launches: Any = sympy.Integer(1)
     scores: Any = sympy.Integer(0)
+    entries: Any = sympy.Integer(0)
 
     def at(self, spec: AttentionSpec, budget: int) -> Cost:
         """The numbers at a site for ``budget`` rows or draws (the symbol s).
@@ -83,19 +85,20 @@ class Rates:
     steps: float = 0.0
     launches: float = 0.0
     scores: float = 0.0
+    entries: float = 0.0
     call: float = 0.0
 
     def seconds(self, cost: Cost, graphs: bool = False) -> float:
         """Of one call whose ``cost`` is in numbers; ``graphs``: replayed as part of a CUDA graph."""
         device = sum(getattr(self, field.name) * getattr(cost, field.name) for field in fields(cost))
-        return device if graphs else max(device, self.call)
+        return float(device if graphs else max(device, self.call))
 
 
 @dataclass(frozen=True)
 class Device:
     """What is known of the speed of one kind of device.
 
-    name: as ``torch.cuda.get_device_name`` gives it, or "CPU".
+    name: as ``torch.cuda.get_device_name`` gives it, or "CPU, 2 threads".
     source: how its rates were found: when and with what they were measured, or from which data sheet they follow.
     rates: for ``"half"`` (float16 and bfloat16) and ``"float32"``, the :class:`Rates` of each method.
     """

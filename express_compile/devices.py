@@ -29,7 +29,7 @@ MEASURED = "NVIDIA H200"
 
 def name_of(device: str) -> str:
     """The name of a device of this type (``"cuda"``, ``"cpu"``) here, the current one if there are several."""
-    return torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def versions() -> dict[str, str]:
@@ -71,7 +71,7 @@ def shipped() -> dict[str, Device]:
 @functools.cache
 def device_of(kind: str) -> Device | None:
     """What is known of the device of this type here: as measured on this machine, else shipped, else None."""
-    if kind not in ("cpu", "cuda"):
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
         return None
     name = name_of(kind)
     path = path_of(name)

@@ -190,7 +190,7 @@ def calibrate(progress: Callable[[Iterable[Shape]], Iterable[Shape]] = iter) -> 
     key = lambda row: (kind_of(row["shape"].dtype), row["shape"].method)  # noqa: E731
     for (kind, method), rows in itertools.groupby(sorted(found, key=key), key):
         rows = list(rows)
-        rates.setdefault(kind, {})[method] = fit(rows, _host_seconds(rows[0]["shape"], device))
+        rates.setdefault(kind, {})[method] = fit(rows, _launched(clock, rows))
     source = f"measured {datetime.date.today().isoformat()}, {', '.join(f'{k} {v}' for k, v in versions().items())}"
     return Device(name_of(device), source, rates), found
 
@@ -205,21 +205,12 @@ def _seconds(clock: Clock, call: Callable[[], object]) -> float:
         return math.inf
 
 
-def _host_seconds(shape: Shape, device: str) -> float:
-    """Of launching one call; 0 on a CPU, which computes it itself."""
-    if device == "cpu":
+def _launched(clock: Clock, rows: list[dict[str, Any]]) -> float:
+    """Seconds of the host to launch a call: what the shortest one takes outside of a CUDA graph; 0 on a CPU."""
+    if not clock.on_gpu:
         return 0.0
-    call = shape.calls(device)[0]
-    call()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(10):
-            call()
-        times.append((time.perf_counter() - start) / 10)
-        torch.cuda.synchronize()
-    return statistics.median(times)
+    shape = min(rows, key=lambda row: row["seconds"])["shape"]
+    return statistics.median(clock(shape.calls("cuda")[0], 15)) / 1e3
 
 
 def fit(rows: list[dict[str, Any]], call: float = 0.0) -> Rates:

@@ -22,8 +22,6 @@ class Method:
     refuse(spec, policy): ``None``, or why the method must not be used at this site.
     params(spec, policy): the keyword arguments of the op beyond
         ``(query, key, value, padding, seed, scale, layer)``; plain data. Raises ``ValueError`` for a bad policy.
-    min_length: number of keys from which the method was measured to beat exact attention, by device type;
-        a device that is not listed was not measured and is never chosen unless the method is named.
     loses(spec, policy): why exact attention was measured to be faster at a site of these sizes, or ``None``; asked
         unless the policy gives ``min_length``. Sizes may be symbolic: what is decided at run time is no loss.
     options: the names and defaults of the method's own options (``Policy.method_options[name]``).
@@ -38,7 +36,6 @@ class Method:
     refuses: str
     refuse: Callable[[AttentionSpec, Policy], Refusal | None]
     params: Callable[[AttentionSpec, Policy], Mapping[str, Any]]
-    min_length: Mapping[str, int] = field(default_factory=dict)
     loses: Callable[[AttentionSpec, Policy], str | None] = lambda spec, policy: None
     options: Mapping[str, Any] = field(default_factory=dict)
     cost: Callable[[AttentionSpec, Mapping[str, Any]], Cost] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,26 +24,26 @@ def predict(method: str, spec: AttentionSpec, policy: Policy, device: Device, gr
     ``graphs``: inside a CUDA graph, which spares the host its work. None where the method says nothing of its cost, or
     the device nothing of the method. Raises ``ValueError`` for a size that is not a number.
     """
-    rates = device.rates_of(method, spec.dtype)
-    params = METHODS[method].params(spec, replace(policy, min_length=0))
-    cost = _cost(method, _mask_of(spec), tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in params.items()))
-    if rates is None or cost is None:
+    rates, cost = device.rates_of(method, spec.dtype), _numbers(method, spec, policy)
+    if cost is None:
         return None
-    return rates.seconds(cost.at(spec, METHODS[method].rows(params, spec.Lk)), graphs) * 1e3
+    if cost == _numbers("exact", spec, policy):  # short sequences are left to exact attention
+        rates = device.rates_of("exact", spec.dtype)
+    return None if rates is None else rates.seconds(cost, graphs) * 1e3
 
 
-def choose(
+def predicted(
     methods: Iterable[str], spec: AttentionSpec, policy: Policy, device: Device, graphs: bool = False
-) -> tuple[str, dict[str, float]]:
-    """The method to run at a site with known sizes, and the milliseconds predicted for each whose costs are known.
+) -> dict[str, float] | None:
+    """:func:`predict` of several methods; a size that is not known counts as 1. None if one of them is not known."""
+    at = at_length(spec, spec.Lk if isinstance(spec.Lk, int) else 1)
+    times = {name: predict(name, at, policy, device, graphs) for name in methods}
+    return None if None in times.values() else times
 
-    It is the fastest one; exact attention unless that takes :data:`MARGIN` times as long.
-    """
-    times = {name: predict(name, spec, policy, device, graphs) for name in dict.fromkeys((*methods, "exact"))}
-    times = {name: ms for name, ms in times.items() if ms is not None}
-    fastest = min(times, key=times.get, default="exact")
-    wins = "exact" in times and times[fastest] * MARGIN <= times["exact"]
-    return fastest if wins else "exact", times
+
+def wins(times: Mapping[str, float], method: str) -> bool:
+    """Whether ``method`` is predicted to be faster than exact attention by the :data:`MARGIN`."""
+    return times[method] * MARGIN <= times["exact"]
 
 
 def crossover(
@@ -57,15 +57,33 @@ def crossover(
     it is the number from which on no length loses again, to 1%.
     """
 
-    def wins(n: int) -> bool:
-        at = at_length(spec, n)
-        mine, theirs = (predict(name, at, policy, device, graphs) for name in (method, other))
-        return mine is not None and theirs is not None and mine * margin <= theirs
+    at = at_length(spec, LONGEST)
+    follows, aligned = at.Lq == LONGEST, at.mask.offset == LONGEST - at.Lq
+    key = (method, other, at, follows, aligned, repr(policy), device.name, device.source, graphs, margin)
+    if key not in _CROSSOVERS:
+        if len(_CROSSOVERS) >= 256:
+            _CROSSOVERS.clear()
 
-    lengths = [round(16 * 2 ** (i / _PER_OCTAVE)) for i in range(17 * _PER_OCTAVE + 1)]
-    shortest = 1 if known_equal(spec.Lq, spec.Lk) or not isinstance(spec.Lq, int) else spec.Lq
-    lengths = [n for n in lengths if n >= shortest]
-    last = next((i for i in reversed(range(len(lengths))) if not wins(lengths[i])), None)
+        def ahead(n: int) -> bool:
+            mask = replace(at.mask, offset=n - (n if follows else at.Lq)) if aligned else at.mask
+            there = replace(at, Lk=n, Lq=n if follows else at.Lq, mask=mask)
+            mine, theirs = (predict(name, there, policy, device, graphs) for name in (method, other))
+            return mine is not None and theirs is not None and mine * margin <= theirs
+
+        _CROSSOVERS[key] = _from_which(ahead, 1 if follows else at.Lq)
+    return _CROSSOVERS[key]
+
+
+_CROSSOVERS: dict[tuple[Any, ...], int | None] = {}
+
+
+def _from_which(ahead: Callable[[int], bool], shortest: int) -> int | None:
+    """The least length, to 1%, behind the last of a series of lengths that is not ``ahead``."""
+    lengths = [
+        shortest,
+        *(n for i in range(17 * _PER_OCTAVE + 1) if (n := round(16 * 2 ** (i / _PER_OCTAVE))) > shortest),
+    ]
+    last = next((i for i in reversed(range(len(lengths))) if not ahead(lengths[i])), None)
     if last is None:
         return shortest
     if last == len(lengths) - 1:
@@ -73,7 +91,7 @@ def crossover(
     low, high = lengths[last], lengths[last + 1]
     while high - low > max(1, low // 100):
         middle = (low + high) // 2
-        low, high = (low, middle) if wins(middle) else (middle, high)
+        low, high = (low, middle) if ahead(middle) else (middle, high)
     return high
 
 
@@ -84,6 +102,13 @@ def at_length(spec: AttentionSpec, n: int) -> AttentionSpec:
     aligned = known_equal(spec.mask.offset, spec.Lk - spec.Lq) or not isinstance(spec.mask.offset, int)
     mask = replace(spec.mask, offset=n - Lq) if aligned else spec.mask
     return replace(spec, Lq=Lq, Lk=n, mask=mask, **sizes)
+
+
+def _numbers(method: str, spec: AttentionSpec, policy: Policy) -> Cost | None:
+    params = METHODS[method].params(spec, replace(policy, min_length=0))
+    hashable = tuple((name, tuple(x) if isinstance(x, list) else x) for name, x in params.items())
+    cost = _cost(method, _mask_of(spec), hashable)
+    return None if cost is None else cost.at(spec, METHODS[method].rows(params, spec.Lk))
 
 
 def _mask_of(spec: AttentionSpec) -> tuple[Mask, bool]:

@@ -95,7 +95,8 @@ class Policy:
 
     budget: rows ``s`` a method may keep; an int is rounded down to a power of two, a float in (0, 1] is
         a fraction of the number of keys, resolved at run time.
-    methods: names of the methods to try, in order of preference; ``None`` leaves the choice to us.
+    methods: names of the methods to try, in order of preference. With ``"exact"`` among them, but not first, a method
+        runs only where it is predicted to be faster than exact attention. ``None`` is ``("express", "exact")``.
     sinks, window: the first and the last tokens, which are always held exactly.
     protected: places for the most distinctive rows, which are held exactly wherever they are; without them
         thinning forgets single facts (README, "What it forgets").
@@ -103,9 +104,9 @@ class Policy:
     inflation: M of the Express paper; ``None`` means ``h - 2`` for ``s = 2**h``.
     seed: an int gives the same result at every call; ``None`` draws a fresh seed from torch's default
         generator at every call (so ``torch.manual_seed`` decides).
-    min_length: sequences with fewer keys use exact attention; ``None`` means 0 when ``methods`` are named
-        and otherwise the length from which the method was measured to win. SANTA goes by what was measured
-        wherever this is ``None``.
+    min_length: sequences with fewer keys use exact attention; ``None`` means 0 for methods that are named without
+        ``"exact"``, and otherwise what is predicted (``predict.py``). SANTA goes by what was measured wherever this
+        is ``None``.
     strict: raise instead of falling back when a named method is refused or nothing is matched.
     method_options: a mapping from method name to a mapping of that method's own options.
 
@@ -191,7 +192,8 @@ class Plan:
 
     ``method`` is what will run there (``"exact"`` when nothing else may); ``params`` are the keyword
     arguments of its op, plain data; ``rejected`` holds one :class:`Refusal` for every other method that was
-    considered; ``reason`` is one sentence for the report.
+    considered; ``reason`` is one sentence for the report; ``predicted_ms`` are the times by which it was chosen, of
+    each method, where lengths are known.
     """
 
     method: str
@@ -199,6 +201,7 @@ class Plan:
     reason: str
     params: Mapping[str, Any] = field(default_factory=dict)
     rejected: tuple[Refusal, ...] = ()
+    predicted_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 def known_equal(a: Any, b: Any) -> bool:

@@ -522,7 +522,8 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
         attention.bytes + c.itemsize * (width * rows + scored),
         sympy.Integer(0) if coin else 3 * s * rounds,  # closing halvings; what else there is takes less time
         2 + (0 if coin else describe_launches(4 * s)) + 4 * bool(protected),
-        attention.scores + c.B * c.H_kv * (0 if coin else entries),
+        attention.scores,
+        sympy.Integer(0) if coin else c.B * c.H_kv * entries,
     )
     exact = (Lk <= 4 * s + held) | (Lk < params["min_length"])
     return thinned.unless(exact, c.dense_cost(c.visible_pairs(spec)))
@@ -538,7 +539,6 @@ METHOD = register(
         params=_params,
         cost=_cost,
         rows=lambda params, Lk: rows_of(params["s"], params["fraction"], Lk),
-        min_length={"cuda": 16384},  # the first length measured at which the defaults win on an H200 (speed.csv)
         options={"flatten": 0.0, "block": 128},
     )
 )

@@ -260,7 +260,7 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
         bytes=attention.bytes + c.itemsize * width * 3 * s * (Q - 1),  # every round reads its rows and writes half
         steps=sympy.Integer(0) if coin else 2 * s * (1 - 2**pairs_only / Q) + pairs_only,
         launches=2 + (0 if coin else describe_launches(4 * s / Q)) + stretch,
-        scores=attention.scores + c.B * c.H_kv * entries,
+        entries=sympy.sympify(c.B * c.H_kv * entries),
     )
     return thinned.unless((Lk <= s) | (Lk < params["min_length"]), c.dense_cost(c.visible_pairs(spec)))
 

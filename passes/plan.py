@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from ..devices import device_of
 from ..method import METHODS, Method
+from ..predict import LONGEST, MARGIN, crossover, predicted, wins
 from ..spec import AttentionSpec, Plan, Policy, Refusal, known_equal
 from .site import AttentionSite
 
@@ -77,41 +79,90 @@ def _plan_site(site: AttentionSite, policy: Policy) -> Plan:
     return Plan("exact", "refused", site.refusal, rejected=rejected)
 
 
-def _decide(spec: AttentionSpec, policy: Policy) -> Plan:
-    rejected: list[Refusal] = []
-    too_short = False
+def _decide(spec: AttentionSpec, policy: Policy, graphs: bool = False) -> Plan:
+    names = policy.methods or DEFAULT_METHODS
+    if names[0] == "exact":
+        return Plan("exact", "exact", "methods names 'exact' first")
     lonely = _without_keys(spec)
-    for name in policy.methods or DEFAULT_METHODS:
+    possible: list[Plan] = []
+    rejected: list[Refusal] = []
+    slower = False
+    for name in dict.fromkeys(names):
         if name == "exact":
-            return _exact(spec, policy, rejected)
-        method = METHODS[name]
-        refusal = method.refuse(spec, policy) if lonely is None else Refusal(name, lonely)
+            continue
+        refusal = METHODS[name].refuse(spec, policy) if lonely is None else Refusal(name, lonely)
         if refusal is not None:
             rejected.append(refusal)
             continue
-        loss = method.loses(spec, policy) if policy.min_length is None else None
-        if loss is not None:
-            rejected.append(Refusal(name, loss))
-            too_short = True
-            continue
-        shortest = _min_length(method, spec, policy)
-        if isinstance(shortest, Refusal):
-            rejected.append(shortest)
-            continue
-        params = dict(method.params(spec, policy))
-        reason = f"{spec.mask} attention" if str(spec.mask) != "none" else "attention without a mask"
-        if shortest > 0 and isinstance(spec.Lk, int):
-            if spec.Lk < shortest:
-                rejected.append(Refusal(name, f"{spec.Lk} keys are fewer than min_length {shortest}"))
-                too_short = True
-                continue
-        elif shortest > 0:
-            params["min_length"] = shortest
-            reason += f"; exact below {shortest} keys, decided at run time"
-        return Plan(name, "rewritten", reason, params, tuple(rejected))
-    if too_short:
-        return Plan("exact", "exact", rejected[-1].reason, rejected=tuple(rejected))
-    return Plan("exact", "refused", _reasons(rejected), rejected=tuple(rejected))
+        # beside exact attention the faster of the two is wanted, unless the policy says from which length on
+        beside = "exact" in names and policy.min_length is None
+        found = _faster(name, spec, policy, graphs) if beside else _as_asked(name, spec, policy)
+        if isinstance(found, Refusal):
+            rejected.append(found)
+        elif found.method == "exact":
+            rejected.append(Refusal(name, found.reason))
+            slower = True
+        else:
+            possible.append(found)
+    if possible:
+        first, *others = sorted(possible, key=lambda plan: plan.predicted_ms.get(plan.method, 0.0))
+        rejected += (Refusal(other.method, f"{first.method} is preferred; {other.reason}") for other in others)
+        return replace(first, rejected=tuple(rejected))
+    allowed = "exact" in names and (spec.mask.unknown is None or policy.methods is not None)
+    verdict = "exact" if slower or allowed else "refused"
+    return Plan("exact", verdict, _reasons(rejected), rejected=tuple(rejected))
+
+
+def _as_asked(name: str, spec: AttentionSpec, policy: Policy) -> Plan | Refusal:
+    """The plan for a method that was asked for; exact where it is asked for or was measured to be faster."""
+    method, shortest = METHODS[name], policy.min_length
+    loss = method.loses(spec, policy) if shortest is None else None
+    if loss is not None:
+        return Plan("exact", "exact", loss)
+    params, reason = dict(method.params(spec, policy)), _kind(spec)
+    if shortest and isinstance(spec.Lk, int):
+        if spec.Lk < shortest:
+            return Plan("exact", "exact", f"{spec.Lk} keys are fewer than min_length {shortest}")
+    elif shortest:
+        return _from_length(method, spec, shortest, params, reason)
+    return Plan(name, "rewritten", reason, params)
+
+
+def _faster(name: str, spec: AttentionSpec, policy: Policy, graphs: bool) -> Plan | Refusal:
+    """The plan for a method where it is predicted to be faster than exact attention, else exact."""
+    method, device = METHODS[name], device_of(spec.device)
+    times = None if device is None else predicted((name, "exact"), spec, policy, device, graphs)
+    if times is None:
+        where = spec.device if device is None else f"{device.name} at {spec.dtype}"
+        return Refusal(
+            name,
+            f"how fast it is on {where} is not known: python -m express_compile calibrate measures it; "
+            "methods without 'exact' use it all the same",
+        )
+    params = dict(method.params(spec, replace(policy, min_length=0)))
+    if isinstance(spec.Lk, int):
+        words = f"predicted {times[name]:.3g} ms, exact attention {times['exact']:.3g} ms"
+        if not wins(times, name):
+            return Plan("exact", "exact", words)
+        return Plan(name, "rewritten", f"{_kind(spec)}; {words}", params, predicted_ms=times)
+    shortest = crossover(name, "exact", spec, policy, device, graphs, MARGIN)
+    if shortest is None:
+        return Plan("exact", "exact", f"predicted to be no faster than exact attention up to {LONGEST:,} keys")
+    return _from_length(method, spec, shortest, params, f"{_kind(spec)}, predicted to be faster than exact")
+
+
+def _from_length(
+    method: Method, spec: AttentionSpec, shortest: int, params: dict[str, Any], reason: str
+) -> Plan | Refusal:
+    """The plan for a site with an unknown number of keys, exact for fewer than ``shortest``."""
+    if not _decides_at_run_time(method.op):
+        return Refusal(method.name, f"min_length={shortest} needs a known number of keys, here it is {spec.Lk}")
+    reason = f"{reason}; exact below {shortest} keys, decided at run time"
+    return Plan(method.name, "rewritten", reason, {**params, "min_length": shortest})
+
+
+def _kind(spec: AttentionSpec) -> str:
+    return f"{spec.mask} attention" if str(spec.mask) != "none" else "attention without a mask"
 
 
 def _without_keys(spec: AttentionSpec) -> str | None:
@@ -125,34 +176,8 @@ def _without_keys(spec: AttentionSpec) -> str | None:
     return None
 
 
-def _exact(spec: AttentionSpec, policy: Policy, rejected: list[Refusal]) -> Plan:
-    if not rejected:
-        return Plan("exact", "exact", "methods names 'exact' first")
-    verdict = "refused" if spec.mask.unknown is not None and policy.methods is None else "exact"
-    return Plan("exact", verdict, _reasons(rejected), rejected=tuple(rejected))
-
-
 def _reasons(rejected: list[Refusal]) -> str:
     return rejected[0].reason if len(rejected) == 1 else "; ".join(map(str, rejected))
-
-
-def _min_length(method: Method, spec: AttentionSpec, policy: Policy) -> int | Refusal:
-    """The number of keys from which a method runs, or why it does not run at all."""
-    if policy.min_length is not None:
-        shortest = policy.min_length
-    elif policy.methods is not None:
-        return 0
-    elif spec.device in method.min_length:
-        shortest = method.min_length[spec.device]
-    else:
-        return Refusal(
-            method.name,
-            f"it was not measured to be faster than exact attention on {spec.device}; "
-            f"name it in methods to use it all the same",
-        )
-    if isinstance(spec.Lk, int) or shortest <= 0 or _decides_at_run_time(method.op):
-        return shortest
-    return Refusal(method.name, f"min_length={shortest} needs a known number of keys, here it is {spec.Lk}")
 
 
 def _decides_at_run_time(op: torch._ops.OpOverload) -> bool:

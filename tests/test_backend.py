@@ -207,16 +207,13 @@ def test_inductor_options_and_modes_are_passed_on_and_nothing_global_changes() -
     assert torch._inductor.config.get_config_copy() == before
 
 
-def test_defaults_do_not_choose_a_method_that_was_not_measured() -> None:
+def test_defaults_do_not_choose_a_method_that_is_slower() -> None:
     backend = Counting()
     q = torch.randn(1, 2, 64, 8)
     f = torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), backend=backend)
     out = f(q)
     ((_, plan),) = backend.plans[0]
-    fastest = METHODS["express"].min_length.get("cpu")
-    assert plan.verdict == "exact" and (
-        "not measured" in plan.reason if fastest is None else str(fastest) in plan.reason
-    )
+    assert plan.verdict == "exact" and ("not known" in plan.reason or "predicted" in plan.reason)
     assert torch.equal(out, F.scaled_dot_product_attention(q, q, q, is_causal=True))
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from express_compile.cost import Cost, Device, Rates
 from express_compile.method import METHODS, Method
 from express_compile.passes.plan import check_policy, plan, plan_sites, require
 from express_compile.passes.site import AttentionSite
+from express_compile.predict import MARGIN
 from express_compile.spec import AttentionSpec, Mask, Policy, Refusal
 
 SPEC = AttentionSpec(1, 4, 2, 100, 100, 8, 8, torch.float32, "cpu", 0.5, Mask(causal=True))
@@ -31,7 +33,8 @@ def refuse(name: str, *, dropout: bool = True) -> Any:
 
 @pytest.fixture(autouse=True)
 def _methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two methods that exist in this test alone: ``first`` (measured on CPU) and ``second`` (takes dropout)."""
+    """Two methods that exist in this test alone: ``first`` (faster than exact from 64 keys on) and ``second`` (takes
+    dropout, of unknown cost); and a CPU on which an exact score takes a microsecond."""
     METHODS.load()
     known = dict(METHODS._methods)
     base = {"summary": "", "supports": "", "refuses": ""}
@@ -39,8 +42,8 @@ def _methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         name="first",
         refuse=refuse("first"),
         params=lambda spec, policy: {"s": policy.budget},
-        min_length={"cpu": 64},
         options={"depth": 1},
+        cost=lambda spec, params: Cost(0, 0),
         **base,
     )
     known["second"] = Method(
@@ -48,36 +51,61 @@ def _methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     )
     monkeypatch.setattr(METHODS, "_methods", known)
     monkeypatch.setattr("express_compile.passes.plan.DEFAULT_METHODS", ("first", "exact"))
+    monkeypatch.setattr("express_compile.passes.plan.device_of", {"cpu": CPU}.get)
     yield
 
 
-def test_a_method_that_was_measured_to_win_is_chosen_by_default() -> None:
+# 4 heads, causal: 64 keys are 8,320 scores, 8.32 ms
+CPU = Device("a CPU", "made up", {"float32": {"first": Rates(launches=8.32e-3 / MARGIN), "exact": Rates(scores=1e-6)}})
+
+
+def test_a_method_that_is_predicted_to_win_is_chosen_by_default() -> None:
     decision = plan(SPEC, Policy(budget=32))
     assert (decision.method, decision.verdict, decision.params) == ("first", "rewritten", {"s": 32})
-    assert decision.rejected == () and decision.reason == "causal attention"
+    assert decision.rejected == ()
+    assert decision.reason == "causal attention; predicted 7.92 ms, exact attention 20.2 ms"
+    assert decision.predicted_ms == pytest.approx({"first": 8.32 / MARGIN, "exact": 20.2})
 
 
-def test_short_static_sequences_are_exact() -> None:
-    decision = plan(replace(SPEC, Lk=63, Lq=63), Policy())
+def test_where_exact_attention_is_faster_it_stays() -> None:
+    short = replace(SPEC, Lk=63, Lq=63)
+    decision = plan(short, Policy())
     assert (decision.method, decision.verdict) == ("exact", "exact")
-    assert decision.reason == "63 keys are fewer than min_length 64"
+    assert decision.reason == "predicted 7.92 ms, exact attention 8.06 ms"
     assert plan(replace(SPEC, Lk=64, Lq=64), Policy()).verdict == "rewritten"
-    assert plan(replace(SPEC, Lk=63, Lq=63), Policy(methods=("first",))).verdict == "rewritten"  # named: from 0 on
+    assert plan(short, Policy(methods=("first",))).verdict == "rewritten"  # named alone: always
+    assert plan(short, Policy(methods=("first", "exact"))).verdict == "exact"
+    assert plan(short, Policy(min_length=63)).verdict == "rewritten"
     assert plan(SPEC, Policy(methods=("first",), min_length=101)).verdict == "exact"
     assert plan(SPEC, Policy(methods=("first",), min_length=100)).verdict == "rewritten"
+
+
+def test_of_several_methods_the_fastest_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {**CPU.rates["float32"], "second": Rates(launches=2e-3)}
+    device = Device("a CPU", "made up", {"float32": rates})
+    monkeypatch.setattr("express_compile.passes.plan.device_of", {"cpu": device}.get)
+    monkeypatch.setitem(METHODS._methods, "second", replace(METHODS["second"], cost=lambda spec, params: Cost(0, 0)))
+    decision = plan(SPEC, Policy(methods=("first", "second", "exact")))
+    assert (decision.method, decision.predicted_ms["second"]) == ("second", 2.0)
+    assert [refusal.method for refusal in decision.rejected] == ["first"]
+    assert "second is preferred" in decision.rejected[0].reason and "7.92 ms" in decision.rejected[0].reason
+    assert plan(SPEC, Policy(methods=("first", "second"))).method == "first", "without exact the order decides"
 
 
 def test_a_device_without_measurements_is_exact_unless_the_method_is_named() -> None:
     spec = replace(SPEC, device="cuda")
     decision = plan(spec, Policy())
-    assert decision.verdict == "exact" and "not measured to be faster than exact attention on cuda" in decision.reason
+    assert decision.verdict == "exact" and "how fast it is on cuda is not known" in decision.reason
+    assert "calibrate" in decision.reason
     assert plan(spec, Policy(methods=("first",))).method == "first"
     assert plan(spec, Policy(min_length=50)).method == "first"
+    half = plan(replace(SPEC, dtype=torch.float16), Policy())
+    assert half.verdict == "exact" and "a CPU at torch.float16 is not known" in half.reason
 
 
 def test_the_order_of_methods_is_kept_and_every_rejection_is_told() -> None:
     spec = replace(SPEC, dropout_p=0.1)
-    decision = plan(spec, Policy(methods=("first", "second", "exact")))
+    decision = plan(spec, Policy(methods=("first", "second")))
     assert (decision.method, decision.verdict) == ("second", "rewritten")
     assert decision.rejected == (Refusal("first", "dropout_p=0.1"),)
     assert plan(SPEC, Policy(methods=("second", "first"))).method == "second"
@@ -103,7 +131,7 @@ def test_verdicts(spec: AttentionSpec, methods: tuple[str, ...] | None, verdict:
         assert "it is made up" in decision.reason
 
 
-def test_a_symbolic_length_is_decided_by_the_op_or_not_at_all() -> None:
+def test_a_symbolic_length_is_decided_by_the_op_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -111,14 +139,29 @@ def test_a_symbolic_length_is_decided_by_the_op_or_not_at_all() -> None:
     source = ConstantSource("n")
     symbol = shapes.create_symbol(100, source, DimDynamic.DYNAMIC)
     n = shapes.create_symintnode(symbol, hint=100, source=source)
+    source = ConstantSource("m")
+    m = shapes.create_symintnode(shapes.create_symbol(3, source, DimDynamic.DYNAMIC), hint=3, source=source)
     spec = replace(SPEC, Lq=n, Lk=n)
     guards = len(shapes.guards)
     decision = plan(spec, Policy(methods=("express",), min_length=512))
     assert decision.verdict == "rewritten" and decision.params["min_length"] == 512
-    torch.library.define("express_compile::second", "(Tensor query) -> Tensor")
+    for name in ("first", "second"):
+        torch.library.define(f"express_compile::{name}", "(Tensor query) -> Tensor")
     decision = plan(spec, Policy(methods=("second",), min_length=512))
     assert decision.verdict == "refused" and "needs a known number of keys" in decision.reason
     assert plan(spec, Policy(methods=("second",))).verdict == "rewritten"
+    decision = plan(spec, Policy(methods=("first", "exact")))
+    assert "needs a known number of keys" in decision.reason and "min_length=64 " in decision.reason
+    rates = {"express": Rates(launches=2e-3), "exact": Rates(scores=1e-6)}
+    device = Device("a CPU", "made up too", {"float32": rates})
+    monkeypatch.setattr("express_compile.passes.plan.device_of", {"cpu": device}.get)
+    decision = plan(replace(spec, B=m), Policy(methods=("express", "exact"), sinks=0, window=0, protected=0, budget=8))
+    assert decision.reason == (
+        f"causal attention, predicted to be faster than exact; exact below {decision.params['min_length']} keys, "
+        "decided at run time"
+    )
+    # two launches are 4.2 ms with the margin: 4 heads of 45 (45 + 1) / 2 scores are 4.14 ms, those of 46 are 4.32
+    assert decision.params["min_length"] == 46
     assert len(shapes.guards) == guards  # a decision adds no guard
 
 
