@@ -65,22 +65,27 @@ class Report:
 
     sites: in order of execution.
     graphs: number of graphs Dynamo cut the model into; 0 for a model that ``rewrite_attention`` changed.
+    unmatched: what the policy says about modules of which none has a site, e.g. ``"modules['*.cross_attn']"``.
     """
 
     sites: tuple[SiteReport, ...]
     graphs: int = 0
+    unmatched: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        """The report as a JSON object with the keys ``graphs``, ``totals`` and ``sites``."""
-        return json.dumps(
-            {"graphs": self.graphs, "totals": self._totals(), "sites": [asdict(site) for site in self.sites]}, indent=2
-        )
+        """The report as a JSON object with the keys ``graphs``, ``totals``, ``unmatched`` and ``sites``."""
+        sites = [asdict(site) for site in self.sites]
+        head = {"graphs": self.graphs, "totals": self._totals(), "unmatched": self.unmatched}
+        return json.dumps({**head, "sites": sites}, indent=2)
 
     def _totals(self) -> dict[str, int]:
         counts = Counter(site.verdict for site in self.sites)
         return {verdict: counts[verdict] for verdict in ("rewritten", "exact", "refused")}
 
     def __str__(self) -> str:
+        return "\n".join([self._table(), *([f"no site matches {', '.join(self.unmatched)}"] if self.unmatched else [])])
+
+    def _table(self) -> str:
         if not self.sites:
             return "no attention site was found"
         from rich.console import Console
@@ -117,13 +122,14 @@ def explain(
 
     ``model`` is a module or a function; it is called with ``example_inputs`` and ``example_kwargs`` without
     gradients, and nothing of it is changed. ``policy_fields`` are the fields of
-    :class:`~express_compile.spec.Policy`. For a model that ``rewrite_attention`` changed, the report tells
+    :class:`~express_compile.spec.Policy`; with ``training=False`` the report is that of a run without gradients. For a
+    model that ``rewrite_attention`` changed, the report tells
     what was done in this run, and ``policy_fields`` must be empty. Raises ``TypeError`` or ``ValueError`` for a
     bad field, and ``RuntimeError`` if Dynamo captured no graph at all.
     """
     import torch
 
-    from .eager import is_rewritten, record_sites
+    from .eager import is_rewritten, record_sites, unmatched
 
     kwargs = dict(example_kwargs or {})
     if not callable(model):
@@ -136,7 +142,7 @@ def explain(
             )
         with torch.no_grad(), record_sites() as sites:
             model(*example_inputs, **kwargs)
-        return Report(tuple(sites))
+        return Report(tuple(sites), unmatched=unmatched(model))
     return _dry_run(model, example_inputs, kwargs, Policy.from_options(policy_fields))
 
 
@@ -146,7 +152,7 @@ def _dry_run(model: Any, example_inputs: tuple[Any, ...], kwargs: dict[str, Any]
     from .method import METHODS
     from .passes.buffers import Buffers
     from .passes.match import find_sites
-    from .passes.plan import check_policy, plan_sites
+    from .passes.plan import check_policy, plan_sites, unmatched
 
     METHODS.load()
     check_policy(policy)
@@ -170,7 +176,7 @@ def _dry_run(model: Any, example_inputs: tuple[Any, ...], kwargs: dict[str, Any]
             "is compilation disabled (TORCHDYNAMO_DISABLE, torch.compiler.set_stance, torch.compiler.disable), or did "
             "earlier compilations use up torch's limit for this code (torch.compiler.reset() clears it)?"
         )
-    return Report(tuple(found), len(graphs))
+    return Report(tuple(found), len(graphs), unmatched([site.module for site in found], policy))
 
 
 def _uncompiled(model: Any) -> Any:

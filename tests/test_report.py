@@ -129,6 +129,21 @@ def test_graph_breaks_are_counted_and_every_graph_is_searched() -> None:
     assert report.graphs == 2 and [s.verdict for s in report.sites] == ["rewritten"] * 2
 
 
+def test_globs_are_followed_and_those_without_a_site_are_shown() -> None:
+    modules = {"ca*": "exact", "*.cross_attn": {"budget": 16}, "full": "thinformer", "nowhere": "exact"}
+    report = explain(Mixed(), Q, **NAMED, modules=modules)
+    assert [(s.method, s.verdict) for s in report.sites] == [
+        ("exact", "exact"),
+        ("thinformer", "rewritten"),
+        ("exact", "refused"),
+    ]
+    assert report.sites[0].reason == "modules['ca*'] names 'exact' first"
+    assert report.unmatched == ("modules['*.cross_attn']", "modules['nowhere']")
+    assert str(report).endswith("no site matches modules['*.cross_attn'], modules['nowhere']")
+    assert json.loads(report.to_json())["unmatched"] == list(report.unmatched)
+    assert "no site matches" not in str(explain(Mixed(), Q, **NAMED))
+
+
 def test_bad_input_is_told() -> None:
     with pytest.raises(TypeError, match="unknown option 'budgets': allowed are budget"):
         explain(Mixed(), Q, budgets=3)
@@ -157,7 +172,7 @@ def test_rewritten_models_report_what_was_done() -> None:
     model = transformers.LlamaForCausalLM(config).eval()
     ids = torch.randint(0, 64, (1, 24))
     before = explain(model, ids, example_kwargs={"use_cache": False}, **NAMED)
-    rewrite_attention(model, methods=["express"], budget=16)
+    rewrite_attention(model, methods=["express"], budget=16, modules={"*.cross": "exact"})
     during = explain(model, ids, example_kwargs={"use_cache": False})
     with pytest.raises(ValueError, match="budget: the model was changed by rewrite_attention"):
         explain(model, ids, budget=32)
@@ -167,3 +182,4 @@ def test_rewritten_models_report_what_was_done() -> None:
     ]
     assert [s.verdict for s in before.sites] == ["rewritten"] * 2
     assert (before.graphs, during.graphs) == (1, 0)
+    assert (before.unmatched, during.unmatched) == ((), ("modules['*.cross']",))
