@@ -150,8 +150,10 @@ def _checked_policy(policy: Policy | None, options: dict[str, Any]) -> Policy:
     from .passes.plan import DEFAULT_METHODS, check_policy
 
     check_policy(policy)
-    for local in (policy, *(replace(policy, modules={}, **override) for override in policy.modules.values())):
-        local = local.resolve(_PROBES[0].Lk)
+    parts = [policy, *(replace(policy, modules={}, **override) for override in policy.modules.values())]
+    parts += [] if policy.plan is None else [site.policy for site in policy.plan.sites]
+    for part in parts:
+        local = part.resolve(_PROBES[0].Lk)
         for name in dict.fromkeys((*(local.methods or DEFAULT_METHODS), *local.method_options)):
             probe = next((probe for probe in _PROBES if METHODS[name].refuse(probe, local) is None), None)
             if probe is not None:
@@ -177,7 +179,8 @@ class _Plans:
         self._plans: dict[tuple[Any, ...], Plan] = {}
 
     def __call__(self, path: str, spec: AttentionSpec, gradient: str | None) -> Plan:
-        key = (self.policy.globs(path), spec, gradient)
+        whose = self.policy.globs(path) if self.policy.plan is None else path
+        key = (whose, spec, gradient)
         plan = self._plans.get(key)
         if plan is None:
             from .passes.plan import Question, answer
@@ -555,4 +558,4 @@ def _record(module: nn.Module, site: _Site, spec: AttentionSpec, plan: Plan) -> 
 
     function = _calls_interface(type(module))
     source = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}" if function is not None else ""
-    sites.append(SiteReport.from_plan(site.path, source, "transformers", spec.mask, plan))
+    sites.append(SiteReport.from_plan(site.path, source, "transformers", spec.mask, plan, spec=spec))

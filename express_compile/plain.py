@@ -28,8 +28,8 @@ def check_plain(name: str, value: Any) -> None:
         for i, item in enumerate(value):
             check_plain(f"{name}[{i}]", item)
     elif type(value) not in (bool, int, float, str, type(None)):
-        function = "a function of the number of keys" if name.endswith("budget") and callable(value) else f"{value!r}"
+        kind = "a function" if callable(value) else f"a {type(value).__name__}"
         raise TypeError(
-            f"{name}={value!r}: {function} cannot be written as JSON; allowed are None, bool, int, float, str, and "
+            f"{name}={value!r}: {kind} cannot be written as JSON; allowed are None, bool, int, float, str, and "
             "sequences and mappings of them"
         )

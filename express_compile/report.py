@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from .spec import Mask, Plan, Policy
+from .plain import canonical
+from .saved import SavedPlan, SavedSite
+from .spec import AttentionSpec, Mask, Plan, Policy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
     from torch.fx import GraphModule
 
@@ -30,6 +31,10 @@ class SiteReport:
     reason: why, in one sentence.
     rejected: ``"method: reason"`` for every method that was considered and not used; given as strings or as
         :class:`~express_compile.spec.Refusal`.
+    shape: its sizes and dtype, e.g. ``"B=1 H=32/8 Lq=s0 Lk=s0 D=128 bfloat16"`` (heads of the query and of the keys),
+        ``""`` where that was not looked at.
+    params: the keyword arguments of the op that runs there, plain data.
+    saved: its entry in a saved plan; neither printed nor in the JSON.
     """
 
     module: str
@@ -40,13 +45,30 @@ class SiteReport:
     verdict: str
     reason: str
     rejected: tuple[str, ...] = ()
+    shape: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    saved: SavedSite | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rejected", tuple(map(str, self.rejected)))
+        object.__setattr__(self, "params", canonical(self.params))
 
     @classmethod
-    def from_plan(cls, module: str, source: str, form: str, mask: Mask | None, plan: Plan) -> SiteReport:
-        """The report of a site for which ``plan`` was made; ``mask`` is None where the site was refused unseen."""
+    def from_plan(
+        cls,
+        module: str,
+        source: str,
+        form: str,
+        mask: Mask | None,
+        plan: Plan,
+        *,
+        spec: AttentionSpec | None = None,
+        index: int = 0,
+    ) -> SiteReport:
+        """The report of a site for which ``plan`` was made; ``mask`` and ``spec`` are None where it was refused unseen.
+
+        ``index`` is its place among the sites of its module.
+        """
         return cls(
             module=module,
             source=source,
@@ -56,6 +78,9 @@ class SiteReport:
             verdict=plan.verdict,
             reason=plan.reason,
             rejected=plan.rejected,
+            shape="" if spec is None else _shape(spec),
+            params=plan.params,
+            saved=SavedSite.from_plan(module, index, spec, plan),
         )
 
 
@@ -74,9 +99,15 @@ class Report:
 
     def to_json(self) -> str:
         """The report as a JSON object with the keys ``graphs``, ``totals``, ``unmatched`` and ``sites``."""
-        sites = [asdict(site) for site in self.sites]
+        names = [f.name for f in fields(SiteReport) if f.name != "saved"]
+        sites = [{name: getattr(site, name) for name in names} for site in self.sites]
         head = {"graphs": self.graphs, "totals": self._totals(), "unmatched": self.unmatched}
         return json.dumps({**head, "sites": sites}, indent=2)
+
+    @property
+    def plan(self) -> SavedPlan:
+        """What was decided, to be saved and to be followed by another copy of the model."""
+        return SavedPlan.of(site.saved for site in self.sites if site.saved is not None)
 
     def _totals(self) -> dict[str, int]:
         counts = Counter(site.verdict for site in self.sites)
@@ -108,6 +139,12 @@ class Report:
         totals = ", ".join(f"{count} {verdict}" for verdict, count in self._totals().items())
         plural = "site" if len(self.sites) == 1 else "sites"
         return f"{console.file.getvalue()}{len(self.sites)} attention {plural}: {totals}"
+
+
+def _shape(spec: AttentionSpec) -> str:
+    heads = f"{spec.H}" if str(spec.H) == str(spec.H_kv) else f"{spec.H}/{spec.H_kv}"
+    D = f"{spec.D}" if str(spec.D) == str(spec.Dv) else f"{spec.D} Dv={spec.Dv}"
+    return f"B={spec.B} H={heads} Lq={spec.Lq} Lk={spec.Lk} D={D} {str(spec.dtype).removeprefix('torch.')}"
 
 
 def _short(source: str) -> str:
@@ -163,7 +200,8 @@ def _dry_run(model: Any, example_inputs: tuple[Any, ...], kwargs: dict[str, Any]
         graphs.append(gm)
         for site, plan in plan_sites(find_sites(gm, Buffers(gm, inputs)), policy):
             mask = None if site.spec is None else site.spec.mask
-            found.append(SiteReport.from_plan(site.module, site.source, site.form, mask, plan))
+            seen = {"spec": site.spec, "index": site.index}
+            found.append(SiteReport.from_plan(site.module, site.source, site.form, mask, plan, **seen))
         return gm.forward
 
     # a model that was compiled often has used up Dynamo's limit for its code, which would then run uncaptured

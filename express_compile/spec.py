@@ -6,16 +6,21 @@ All classes are frozen dataclasses of plain data.
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, Literal
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from .plain import canonical
+from .plain import canonical, check_plain
+
+if TYPE_CHECKING:
+    from .saved import SavedPlan
 
 Verdict = Literal["rewritten", "exact", "refused"]
 
@@ -119,6 +124,9 @@ class Policy:
     causal_only: rewrite only sites whose mask is proven to be causal; all others stay as they are.
     training: False leaves sites as they are whose result needs a gradient, and with ``rewrite_attention`` also
         modules in training mode (reentrant checkpointing runs them without gradients first).
+    plan: a :class:`~express_compile.saved.SavedPlan`, or the path of a file with one, which is read at once. Each site
+        gets what it says there, if that can be proven again; what cannot, and a site that is not in it, is refused.
+        Beside it only ``seed`` and ``strict`` may be given.
 
     Raises ``ValueError`` or ``TypeError`` that name the field, its value and what is allowed.
     """
@@ -137,6 +145,7 @@ class Policy:
     modules: Mapping[str, str | Mapping[str, Any]] = field(default_factory=dict)
     causal_only: bool = False
     training: bool = True
+    plan: SavedPlan | str | PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         self._check_budget()
@@ -159,6 +168,8 @@ class Policy:
             raise TypeError(f"method_options={self.method_options!r}: must map method names to mappings of options")
         object.__setattr__(self, "method_options", canonical(self.method_options))
         self._check_modules()
+        if self.plan is not None:
+            self._check_plan()
 
     def _check_budget(self) -> None:
         if callable(self.budget):
@@ -200,15 +211,26 @@ class Policy:
                     "mapping of fields"
                 )
             override = {"methods": (given,)} if isinstance(given, str) else dict(given)
-            for name in override:
-                if name in _GLOBAL:
-                    raise ValueError(f"modules[{glob!r}]: {name!r} is not allowed for one module: {_GLOBAL[name]}")
             try:
-                checked = Policy.from_options(override)
+                checked = Policy.for_module(override)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"modules[{glob!r}]: {error}") from None
             overrides[glob] = {name: getattr(checked, name) for name in override}
         object.__setattr__(self, "modules", overrides)
+
+    def _check_plan(self) -> None:
+        from .saved import SavedPlan
+
+        if isinstance(self.plan, (str, PathLike)):
+            object.__setattr__(self, "plan", SavedPlan.load(self.plan))
+        if not isinstance(self.plan, SavedPlan):
+            raise TypeError(f"plan={self.plan!r}: must be None, a SavedPlan or the path of a file with one")
+        others = [name for name in (*self.local_names(), "modules") if getattr(self, name) != getattr(Policy, name, {})]
+        if others:
+            raise ValueError(
+                f"{', '.join(f'{name}={getattr(self, name)!r}' for name in others)}: not allowed beside a saved plan, "
+                "which says it for each site; allowed are seed and strict"
+            )
 
     @cached_property
     def _globs(self) -> dict[str, tuple[str, ...]]:
@@ -251,6 +273,42 @@ class Policy:
         return cls(**options)
 
     @classmethod
+    def for_module(cls, options: Mapping[str, Any]) -> Policy:
+        """As :meth:`from_options`, for one module: raises ``ValueError`` for what only a whole model can have."""
+        for name in options:
+            if name in _GLOBAL:
+                raise ValueError(f"{name!r} is not allowed for one module: {_GLOBAL[name]}")
+        return cls.from_options(options)
+
+    def to_json(self) -> str:
+        """All fields as a JSON object; ``TypeError`` names a field that is no plain data, such as a function.
+
+        NaN and infinities are written as Python's ``json`` does.
+        """
+        values = {name: getattr(self, name) for name in self.option_names() if name != "plan"}
+        for name, value in values.items():
+            check_plain(name, value)
+        plan = None if self.plan is None else json.loads(self.plan.to_json())
+        return json.dumps({**values, "plan": plan}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Policy:
+        """The policy that :meth:`to_json` wrote; fields that are left out have their defaults."""
+        options = json.loads(text)
+        if not isinstance(options, dict):
+            raise TypeError(f"policy={options!r}: must be a JSON object of the fields {', '.join(cls.option_names())}")
+        if isinstance(options.get("plan"), dict):
+            from .saved import SavedPlan
+
+            options["plan"] = SavedPlan.from_json(json.dumps(options["plan"]))
+        return cls.from_options(options)
+
+    @classmethod
+    def local_names(cls) -> tuple[str, ...]:
+        """The names of the options that one module may have for itself, in order."""
+        return tuple(name for name in cls.option_names() if name not in _GLOBAL)
+
+    @classmethod
     def option_names(cls) -> tuple[str, ...]:
         """The names of all options, in order."""
         return tuple(f.name for f in fields(cls))
@@ -261,6 +319,7 @@ _GLOBAL = {
     "modules": "globs inside of globs would have no order; write one glob for each",
     "strict": "it is judged for all sites of a model together",
     "seed": "all sites share one seed and draw for themselves by their paths",
+    "plan": "it has an entry for each site already",
 }
 
 
@@ -276,8 +335,8 @@ class Plan:
 
     ``method`` is what will run there (``"exact"`` when nothing else may); ``params`` are the keyword
     arguments of its op, plain data; ``rejected`` holds one :class:`Refusal` for every other method that was
-    considered; ``reason`` is one sentence for the report; ``policy`` is that of the site's module, with a number for
-    its budget where the number of keys is known.
+    considered; ``reason`` is one sentence for the report; ``policy`` is the one that decided: that of the site's
+    module, its budget a number where the number of keys is known.
     """
 
     method: str
@@ -285,7 +344,7 @@ class Plan:
     reason: str
     params: Mapping[str, Any] = field(default_factory=dict)
     rejected: tuple[Refusal, ...] = ()
-    policy: Policy = field(default_factory=Policy, repr=False, compare=False)
+    policy: Policy | None = field(default=None, repr=False, compare=False)
 
 
 def known_equal(a: Any, b: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from ..method import METHODS, Method
+from ..plain import canonical
+from ..saved import SavedPlan, SavedSite, facts_of
 from ..spec import AttentionSpec, Plan, Policy, Refusal, known_equal
 from .site import AttentionSite
 
@@ -36,11 +38,14 @@ class Question:
 
 def check_policy(policy: Policy) -> None:
     """Raise ``ValueError`` or ``TypeError`` for method names or method options that do not exist."""
-    for glob, override in policy.modules.items():
+    parts = {f"modules[{glob!r}]": Policy.for_module(override) for glob, override in policy.modules.items()}
+    if policy.plan is not None:
+        parts |= {f"plan[{site.module!r}]": site.policy for site in policy.plan.sites}
+    for name, part in parts.items():
         try:
-            check_policy(Policy.from_options(override))
+            check_policy(part)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"modules[{glob!r}]: {error}") from None
+            raise type(error)(f"{name}: {error}") from None
     known = tuple(METHODS)
     for name in policy.methods or ():
         if name not in known:
@@ -81,8 +86,13 @@ def plan_sites(sites: Iterable[AttentionSite], policy: Policy) -> list[tuple[Att
 
 def unmatched(paths: Iterable[str], policy: Policy) -> tuple[str, ...]:
     """What ``policy`` says about modules of which none is among ``paths``, the modules that have sites."""
-    found = {glob for path in set(paths) for glob in policy.globs(path)}
-    return tuple(f"modules[{glob!r}]" for glob in policy.modules if glob not in found)
+    paths = set(paths)
+    found = {glob for path in paths for glob in policy.globs(path)}
+    planned = () if policy.plan is None else dict.fromkeys(site.module for site in policy.plan.sites)
+    return (
+        *(f"modules[{glob!r}]" for glob in policy.modules if glob not in found),
+        *(f"plan[{path!r}]" for path in planned if path not in paths),
+    )
 
 
 def require_matches(paths: Iterable[str], policy: Policy) -> None:
@@ -92,7 +102,7 @@ def require_matches(paths: Iterable[str], policy: Policy) -> None:
     if missing:
         raise ValueError(
             f"strict=True: {', '.join(missing)} match{'' if len(missing) > 1 else 'es'} no attention site; allowed are "
-            f"globs for {', '.join(path or '(root)' for path in paths) or 'no module at all: there is no site here'}"
+            f"those for {', '.join(path or '(root)' for path in paths) or 'no module at all: there is no site here'}"
         )
 
 
@@ -121,6 +131,8 @@ def _needs_gradient(node: Node) -> bool:
 
 def answer(question: Question, policy: Policy) -> Plan:
     """The decision for one site; as :func:`plan`, for a policy that :func:`check_policy` has seen, and never strict."""
+    if policy.plan is not None:
+        return _follow(question, policy.plan)
     local, spec = policy.at(question.module), question.spec
     decision = _left_alone(question, policy, local)
     if decision is None:
@@ -149,6 +161,41 @@ def _left_alone(question: Question, policy: Policy, local: Policy) -> Plan | Non
     if mask.unknown is not None:
         return _refused(f"causal_only=True, and its mask is not proven: {mask.unknown}", local)
     return Plan("exact", "exact", f"causal_only=True, and it is not causal (its mask: {mask})")
+
+
+def _follow(question: Question, saved: SavedPlan) -> Plan:
+    """The decision that a saved plan has for a site, proven again; of several the first that can be followed."""
+    entries = saved.at(question.module, question.index)
+    if not entries:
+        return Plan("exact", "refused", "it is not in the saved plan")
+    entries = sorted(entries, key=lambda entry: entry.verdict != "rewritten")
+    decisions = [_follow_entry(question, entry) for entry in entries]
+    verdicts = ("rewritten", "exact", "refused")
+    return min(decisions, key=lambda decision: verdicts.index(decision.verdict))
+
+
+def _follow_entry(question: Question, entry: SavedSite) -> Plan:
+    if entry.verdict != "rewritten":
+        return Plan("exact", "exact", "the saved plan leaves it exact", policy=entry.policy)
+    decision, changes = answer(question, entry.policy), []
+    if question.refusal is None:
+        changes += _changes(entry.facts, facts_of(question.spec))
+    if decision.verdict == "rewritten":
+        changes += _changes(entry.params, canonical(decision.params))
+        if not changes:
+            return replace(decision, reason=f"{decision.reason}; as saved")
+    elif decision.verdict == "exact" and not changes:
+        return decision
+    reason = f"the saved plan has {entry.method} here, but {'; '.join(changes) or decision.reason}"
+    rejected = (Refusal(entry.method, reason),)
+    return Plan("exact", "refused", reason, rejected=rejected, policy=entry.policy)
+
+
+def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs, in words; from which length a method runs is a matter of speed and may."""
+    names = sorted({*saved, *now} - {"min_length"})
+    words = [(name, saved.get(name, "nothing"), now.get(name, "nothing")) for name in names]
+    return [f"{name} was {before} and is {after}" for name, before, after in words if [before] != [after]]
 
 
 def _without_budget(spec: AttentionSpec, policy: Policy) -> str | None:

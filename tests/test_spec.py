@@ -27,7 +27,7 @@ from express_compile.spec import (
 
 FIELDS = (
     "budget methods sinks window protected halving inflation seed min_length strict method_options "  # promised names
-    "modules causal_only training"
+    "modules causal_only training plan"
 ).split()
 
 
@@ -52,6 +52,7 @@ def test_defaults_are_those_promised() -> None:
         "modules": {},
         "causal_only": False,
         "training": True,
+        "plan": None,
     }
 
 
