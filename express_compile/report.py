@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .plain import canonical
@@ -101,7 +102,7 @@ class Report:
         """The report as a JSON object with the keys ``graphs``, ``totals``, ``unmatched`` and ``sites``."""
         names = [f.name for f in fields(SiteReport) if f.name != "saved"]
         sites = [{name: getattr(site, name) for name in names} for site in self.sites]
-        head = {"graphs": self.graphs, "totals": self._totals(), "unmatched": self.unmatched}
+        head = {"graphs": self.graphs, "totals": self.totals(), "unmatched": self.unmatched}
         return json.dumps({**head, "sites": sites}, indent=2)
 
     @property
@@ -109,7 +110,17 @@ class Report:
         """What was decided, to be saved and to be followed by another copy of the model."""
         return SavedPlan.of(site.saved for site in self.sites if site.saved is not None)
 
-    def _totals(self) -> dict[str, int]:
+    def to_html(self, figures: Mapping[str, str] = MappingProxyType({})) -> str:
+        """The report as one self-contained HTML page; ``figures`` maps titles to SVG documents to show below it.
+
+        Raises ``ValueError`` for a figure that is no SVG.
+        """
+        from .page import render
+
+        return render(self, figures)
+
+    def totals(self) -> dict[str, int]:
+        """The number of sites of each verdict."""
         counts = Counter(site.verdict for site in self.sites)
         return {verdict: counts[verdict] for verdict in ("rewritten", "exact", "refused")}
 
@@ -136,7 +147,7 @@ class Report:
         # as wide as its longest row: a terminal wraps lines, but a cut reason is lost
         console = Console(file=io.StringIO(), width=sum(lengths) + 4 * len(columns), color_system=None)
         console.print(table)
-        totals = ", ".join(f"{count} {verdict}" for verdict, count in self._totals().items())
+        totals = ", ".join(f"{count} {verdict}" for verdict, count in self.totals().items())
         plural = "site" if len(self.sites) == 1 else "sites"
         return f"{console.file.getvalue()}{len(self.sites)} attention {plural}: {totals}"
 
