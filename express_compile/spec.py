@@ -105,6 +105,7 @@ class Policy:
     budget: rows ``s`` a method may keep; an int is rounded down to a power of two, a float in (0, 1] is
         a fraction of the number of keys, resolved at run time. A function from the number of keys to rows is asked
         when a site is planned; where that number is not known when compiling (dynamic shapes) the site is refused.
+        Fewer than 4 rows by a fraction or a function are 4.
     methods: names of the methods to try, in order of preference; ``None`` leaves the choice to us.
     sinks, window: the first and the last tokens, which are always held exactly.
     protected: places for the most distinctive rows, which are held exactly wherever they are; without them
@@ -116,11 +117,13 @@ class Policy:
     min_length: sequences with fewer keys use exact attention; ``None`` means 0 when ``methods`` are named
         and otherwise the length from which the method was measured to win. SANTA goes by what was measured
         wherever this is ``None``.
-    strict: raise instead of falling back when a named method is refused or nothing is matched.
+    strict: raise instead of falling back when a named method is refused, or when a graph has no attention, or none
+        for a glob of ``modules`` or an entry of ``plan``.
     method_options: a mapping from method name to a mapping of that method's own options.
     modules: other policies for some modules: a mapping from a glob on the module path (as in :mod:`fnmatch`, where
         ``*`` also matches dots) to the name of one method or to a mapping of fields. Of several globs that match,
-        later ones go over earlier ones, field by field. See :meth:`at`.
+        later ones go over earlier ones, field by field. ``"exact"`` means there what ``methods=["exact"]`` means for
+        all. See :meth:`at`.
     causal_only: rewrite only sites whose mask is proven to be causal; all others stay as they are.
     training: False leaves sites as they are whose result needs a gradient, and with ``rewrite_attention`` also
         modules in training mode (reentrant checkpointing runs them without gradients first).
@@ -255,13 +258,13 @@ class Policy:
         return self._local[globs]
 
     def resolve(self, Lk: int) -> Policy:
-        """The policy for ``Lk`` keys: its budget is a number. Raises ``ValueError`` for what its function returned."""
+        """The policy for ``Lk`` keys: its budget is a number. Raises ``ValueError`` unless its function gives rows."""
         if not callable(self.budget):
             return self
         rows = self.budget(Lk)
-        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 4:
-            raise ValueError(f"budget({Lk}) returned {rows!r}: must be an int, at least 4 rows")
-        return replace(self, budget=rows)
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
+            raise ValueError(f"budget({Lk}) returned {rows!r}: must be a number of rows, an int")
+        return replace(self, budget=max(4, rows))
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Policy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from express_compile.backend import express, rewrite_graph, split_options
 from express_compile.kernels import _op
 from express_compile.method import METHODS, Method, register
+from express_compile.report import explain
 from express_compile.spec import Policy, Refusal, layer_key
 
 NAMED = {"methods": ["express"]}
@@ -152,6 +154,22 @@ def test_without_training_only_graphs_without_gradients_are_rewritten(net: Net, 
     assert relative(compiled(x.clone().requires_grad_()), net(x)) < 1e-6
     verdicts = [[plan.verdict for _, plan in plans] for plans in backend.plans]
     assert verdicts == [["rewritten"] * 2, ["exact"] * 2, ["rewritten"] * 2, ["exact"] * 2]
+
+
+def test_the_backend_takes_modules_and_plans_through_inductor(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(1, 160, 32)
+    options = {"methods": ["express"], "budget": lambda n: n // 20, "sinks": 4, "window": 8, "protected": 0}
+    options["modules"] = {"*.0": "exact"}
+    explain(net, x, **options).plan.save(tmp_path / "plan.json")
+    saved = {"plan": str(tmp_path / "plan.json"), "strict": True}
+    with torch.no_grad():
+        first = torch.compile(net, backend="express", options=options)(x)
+        torch._dynamo.reset()
+        second = torch.compile(net, backend="express", options=saved)(x)
+        by_hand = torch.compile(net, backend=Counting(**options))(x)
+        assert torch.equal(first, second)
+        assert relative(first, by_hand) < 1e-6 < 1e-4 < relative(first, net(x))
 
 
 def test_a_function_as_budget_needs_known_lengths(net: Net) -> None:

@@ -182,8 +182,9 @@ def test_a_function_as_budget() -> None:
     policy = Policy(methods=("first",), budget=lambda n: asked.append(n) or n // 5)
     decision = plan(SPEC, policy)
     assert decision.params == {"s": 20} and asked == [100] and decision.policy.budget == 20
-    with pytest.raises(ValueError, match=r"budget\(10\) returned 2: must be an int, at least 4 rows"):
-        plan(replace(SPEC, Lk=10), policy)
+    assert plan(replace(SPEC, Lk=10), policy).params == {"s": 4}
+    with pytest.raises(ValueError, match=r"budget\(100\) returned 20.0: must be a number of rows, an int"):
+        plan(SPEC, Policy(methods=("first",), budget=lambda n: n / 5))
 
 
 def test_a_symbolic_length_is_decided_by_the_op_or_not_at_all() -> None:

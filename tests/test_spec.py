@@ -132,10 +132,11 @@ def test_globs_override_the_policy_of_modules_in_their_order() -> None:
 def test_a_budget_may_be_a_function_of_the_number_of_keys() -> None:
     policy = Policy(budget=lambda n: n // 8, window=7)
     assert policy.resolve(800) == Policy(budget=100, window=7)
+    assert policy.resolve(16).budget == policy.resolve(0).budget == 4  # as for a fraction of few keys
     assert Policy(budget=64).resolve(800) == Policy(budget=64)
     for budget, words in (
-        (lambda n: n / 8, r"budget\(800\) returned 100.0: must be an int, at least 4"),
-        (lambda n: 3, "returned 3"),
+        (lambda n: n / 8, r"budget\(800\) returned 100.0: must be a number of rows, an int"),
+        (lambda n: -3, "returned -3"),
         (lambda n: True, "returned True"),
     ):
         with pytest.raises(ValueError, match=words):
