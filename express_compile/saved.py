@@ -25,7 +25,7 @@ class SavedSite:
     method, verdict, params: as in :class:`~express_compile.spec.Plan`.
     facts: what it was decided under: ``mask`` (causal, window; offset and key padding may change from call to call)
         and the sizes ``H``, ``H_kv``, ``D`` and ``Dv``.
-    options: the fields of the :class:`~express_compile.spec.Policy` that gave the parameters.
+    options: the fields of the :class:`~express_compile.spec.Policy` that decided; of its methods this one and "exact".
 
     Raises ``ValueError`` or ``TypeError`` that name the field, its value and what is allowed.
     """
@@ -52,7 +52,7 @@ class SavedSite:
 
     @cached_property
     def policy(self) -> Policy:
-        """The policy of this site alone: its method and its options."""
+        """The policy of this site alone: its options, and its method if they name none."""
         return Policy.for_module({"methods": (self.method,), **self.options})
 
     @classmethod
@@ -60,12 +60,10 @@ class SavedSite:
         """The entry of a site for which ``plan`` was made; ``spec`` is None where it was refused unseen."""
         if plan.verdict != "rewritten":
             return cls(module, index, plan.method, plan.verdict)
-        from .method import METHODS
-
-        policy = plan.policy or Policy()
-        if policy.methods is None and policy.min_length is None:  # a method that is named has no least length
-            policy = replace(policy, min_length=METHODS[plan.method].min_length.get(spec.device, 0))
-        options = {name: getattr(policy, name) for name in Policy.local_names() if name != "methods"}
+        policy = plan.policy or Policy(methods=(plan.method,))
+        options = {name: getattr(policy, name) for name in Policy.local_names()}
+        if policy.methods is not None:  # whether exact attention may be chosen decides where the method runs
+            options["methods"] = tuple(name for name in policy.methods if name in (plan.method, "exact"))
         return cls(module, index, plan.method, plan.verdict, plan.params, facts_of(spec), options)
 
 

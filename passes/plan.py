@@ -177,15 +177,17 @@ def _follow(question: Question, saved: SavedPlan) -> Plan:
 def _follow_entry(question: Question, entry: SavedSite) -> Plan:
     if entry.verdict != "rewritten":
         return Plan("exact", "exact", "the saved plan leaves it exact", policy=entry.policy)
-    decision, changes = answer(question, entry.policy), []
+    decision, changes, refusal = answer(question, entry.policy), [], None
     if question.refusal is None:
         changes += _changes(entry.facts, facts_of(question.spec))
+        refusal = METHODS[entry.method].refuse(question.spec, entry.policy)
     if decision.verdict == "rewritten":
+        changes += _changes({"method": entry.method}, {"method": decision.method})
         changes += _changes(entry.params, canonical(decision.params))
         if not changes:
             return replace(decision, reason=f"{decision.reason}; as saved")
-    elif decision.verdict == "exact" and not changes:
-        return decision
+    elif decision.verdict == "exact" and not changes and refusal is None:
+        return decision  # by choice, such as for want of keys
     reason = f"the saved plan has {entry.method} here, but {'; '.join(changes) or decision.reason}"
     rejected = (Refusal(entry.method, reason),)
     return Plan("exact", "refused", reason, rejected=rejected, policy=entry.policy)

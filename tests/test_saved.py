@@ -46,7 +46,6 @@ LOCAL: dict[str, st.SearchStrategy] = {
     "training": st.booleans(),
 }
 FIELDS = st.fixed_dictionaries({}, optional=LOCAL)
-OPTIONS = FIELDS.map(lambda fields: {name: value for name, value in fields.items() if name != "methods"})
 SITES = st.builds(
     SavedSite,
     module=st.text(max_size=8),
@@ -55,7 +54,7 @@ SITES = st.builds(
     verdict=st.sampled_from(["rewritten", "exact", "refused"]),
     params=st.dictionaries(KEYS, PLAIN, max_size=3),
     facts=st.dictionaries(KEYS, SCALARS, max_size=3),
-    options=OPTIONS,
+    options=FIELDS,
 )
 PLANS = st.lists(SITES, max_size=4).map(tuple).map(SavedPlan)
 GLOBAL: dict[str, st.SearchStrategy] = {"seed": st.none() | st.integers(0, 2**32 - 1), "strict": st.booleans()}
@@ -243,11 +242,15 @@ def test_nothing_in_a_plan_is_trusted() -> None:
     assert follow(replace(good, params={"s": 16})).reason.endswith("; window was nothing and is 8")
     assert "but s was 16 and is 32" in follow(replace(good, options={**good.options, "budget": 32})).reason
     # another method put there by hand, with all it needs, is asked whether it may
+    other_name = replace(good, method="santa")
+    assert "santa here, but method was santa and is express" in follow(other_name).reason
     swapped = follow(replace(full, module="a", facts=good.facts))
     assert swapped.verdict == "refused" and "it is causal; Thinformer would let" in swapped.reason
     unproven = replace(spec, mask=Mask(unknown="it is made up"))
     forged = replace(good, facts={**good.facts, "mask": str(unproven.mask)})
     assert follow(forged, spec=unproven).reason.endswith("but its mask is not proven: it is made up")
+    dropped = follow(good, spec=replace(spec, dropout_p=0.1))
+    assert dropped.verdict == "refused" and "has express here, but it drops attention weights" in dropped.reason
     # of several entries the first that can be followed; exact only where none can
     exact = SavedSite("a", 0, "exact", "exact")
     other = replace(full, module="a")
@@ -264,7 +267,7 @@ def test_a_method_chosen_by_its_length_keeps_it() -> None:
     assert answer(Question("a", spec=spec), Policy(plan=plan)).method == "express"
     short = replace(spec, Lq=1000, Lk=1000)
     followed = answer(Question("a", spec=short), Policy(plan=plan))
-    assert followed.verdict == "exact" and "1000 keys are fewer than min_length" in followed.reason
+    assert followed.verdict == "exact" and followed.reason == answer(Question("a", spec=short), Policy()).reason
 
 
 def test_modules_that_a_plan_does_not_find_are_told() -> None:
