@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .eager import is_rewritten, record_sites, restore_attention, rewrite_attention
     from .method import METHODS, Method, register
     from .report import Report, SiteReport, explain
+    from .saved import SavedPlan, SavedSite
     from .spec import AttentionSpec, Mask, Plan, Policy, Refusal
 
 # kernels/ and passes/ lie beside this folder in a checkout and inside it in a wheel. When Python runs from the
@@ -24,6 +25,7 @@ if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels").is_dir():
 _HOMES = {
     "eager": ("rewrite_attention", "restore_attention", "is_rewritten", "record_sites"),
     "report": ("explain", "Report", "SiteReport"),
+    "saved": ("SavedPlan", "SavedSite"),
     "spec": ("AttentionSpec", "Mask", "Plan", "Policy", "Refusal"),
     "method": ("METHODS", "Method", "register"),
 }
@@ -38,6 +40,8 @@ __all__ = [
     "Policy",
     "Refusal",
     "Report",
+    "SavedPlan",
+    "SavedSite",
     "SiteReport",
     "explain",
     "is_rewritten",

@@ -47,7 +47,7 @@ def express(
         )
     policy, patches = split_options(options or {}, mode)
     buffers = Buffers(gm, example_inputs)
-    planned = plan_graph(gm, policy, buffers)
+    planned = plan_graph(gm, policy, buffers, graphs=bool(patches.get("triton.cudagraphs")))
     unchanged = None
     if buffers.used and any(decision.verdict == "rewritten" for _, decision in planned):
         unchanged = copy.deepcopy(gm, {id(x): x for x in (*gm.parameters(), *gm.buffers())})
@@ -73,9 +73,14 @@ def rewrite_graph(gm: GraphModule, policy: Policy, buffers: Buffers | None = Non
     return planned
 
 
-def plan_graph(gm: GraphModule, policy: Policy, buffers: Buffers | None = None) -> list[tuple[AttentionSite, Plan]]:
-    """Every site of a Dynamo graph with its plan; raises as :func:`rewrite_graph` does."""
-    planned = plan_sites(find_sites(gm, buffers), policy)
+def plan_graph(
+    gm: GraphModule, policy: Policy, buffers: Buffers | None = None, graphs: bool = False
+) -> list[tuple[AttentionSite, Plan]]:
+    """Every site of a Dynamo graph with its plan, of one that runs inside a CUDA graph if ``graphs``.
+
+    Raises as :func:`rewrite_graph` does.
+    """
+    planned = plan_sites(find_sites(gm, buffers), policy, graphs)
     if policy.strict and not planned:
         raise ValueError(
             "strict=True: no attention was found in this graph; allowed are graphs that call "

@@ -68,12 +68,16 @@ def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any
     (which includes every one-token decoding step of ``generate()``).
 
     Raises ``TypeError`` or ``ValueError`` for a bad policy, an unknown option or an unknown method, and
-    ``ValueError`` when the model has no attention that could be rewritten.
+    ``ValueError`` when the model has no attention that could be rewritten, and with ``strict=True`` when something in
+    ``modules`` matches no site.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: must be a torch.nn.Module")
+    from .passes.plan import require_matches
+
     policy = _checked_policy(policy, options)
     sites = _find_sites(model)
+    require_matches(sites, policy)
     if is_rewritten(model):
         restore_attention(model)
     _register_interface()
@@ -102,6 +106,19 @@ def restore_attention(model: Model) -> Model:
 def is_rewritten(model: nn.Module) -> bool:
     """Whether :func:`rewrite_attention` is in force in ``model`` or a part of it."""
     return any(_SITE in module.__dict__ for module in model.modules())
+
+
+def unmatched(model: nn.Module) -> tuple[str, ...]:
+    """What the policy of a rewritten model says about modules of which none has a site."""
+    from .passes import plan
+
+    sites = [module.__dict__[_SITE] for module in model.modules() if _SITE in module.__dict__]
+    rewritings = {id(site.plans): site.plans for site in sites}  # parts of a model may be rewritten each by itself
+    return tuple(
+        words
+        for plans in rewritings.values()
+        for words in plan.unmatched([site.path for site in sites if site.plans is plans], plans.policy)
+    )
 
 
 @contextmanager
@@ -133,10 +150,14 @@ def _checked_policy(policy: Policy | None, options: dict[str, Any]) -> Policy:
     from .passes.plan import DEFAULT_METHODS, check_policy
 
     check_policy(policy)
-    for name in dict.fromkeys((*(policy.methods or DEFAULT_METHODS), *policy.method_options)):
-        probe = next((probe for probe in _PROBES if METHODS[name].refuse(probe, policy) is None), None)
-        if probe is not None:
-            METHODS[name].params(probe, policy)  # raises for values that a method does not know, e.g. a halving rule
+    parts = [policy, *(replace(policy, modules={}, **override) for override in policy.modules.values())]
+    parts += [] if policy.plan is None else [site.policy for site in policy.plan.sites]
+    for part in parts:
+        local = part.resolve(_PROBES[0].Lk)
+        for name in dict.fromkeys((*(local.methods or DEFAULT_METHODS), *local.method_options)):
+            probe = next((probe for probe in _PROBES if METHODS[name].refuse(probe, local) is None), None)
+            if probe is not None:
+                METHODS[name].params(probe, local)  # raises for values that a method does not know, e.g. a halving rule
     return policy
 
 
@@ -155,17 +176,19 @@ class _Plans:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self._lenient = replace(policy, strict=False)  # strict is judged per call, where the site's name is known
-        self._plans: dict[AttentionSpec, Plan] = {}
+        self._plans: dict[tuple[Any, ...], Plan] = {}
 
-    def __call__(self, spec: AttentionSpec) -> Plan:
-        plan = self._plans.get(spec)
+    def __call__(self, path: str, spec: AttentionSpec, gradient: str | None) -> Plan:
+        whose = self.policy.globs(path) if self.policy.plan is None else path
+        key = (whose, spec, gradient)
+        plan = self._plans.get(key)
         if plan is None:
-            from .passes.plan import plan as decide
+            from .passes.plan import Question, answer
 
             if len(self._plans) >= _MAX_PLANS:  # a long generate() asks about a new length at every step
                 self._plans.clear()
-            plan = self._plans[spec] = decide(spec, self._lenient)
+            question = Question(module=path, spec=spec, gradient=gradient)
+            plan = self._plans[key] = answer(question, self.policy)
         return plan
 
 
@@ -381,6 +404,14 @@ def _prove(
     return Mask(unknown=unknown), None, Lk
 
 
+def _gradient(module: nn.Module, *inputs: torch.Tensor) -> str | None:
+    """Why a call counts as part of a training run, for ``Policy.training``; None where it does not."""
+    if module.training:
+        return "its module is in training mode"
+    needed = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return "its result needs a gradient" if needed else None
+
+
 def _key_padding(mask: torch.Tensor, sizes: tuple[int, int, int, int]) -> torch.Tensor | None:
     """The row ``[B, Lk]`` of a boolean mask that, whatever its values are, is the same for all heads and queries."""
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[3] != sizes[3]:
@@ -446,7 +477,7 @@ def _attend(
         mask=mask,
         dropout_p=float(arguments.get("dropout") or 0.0),
     )
-    plan = site.plans(spec)
+    plan = site.plans(site.path, spec, _gradient(module, query, key, value))
     _record(module, site, spec, plan)
     if site.plans.policy.strict:
         from .passes.plan import require
@@ -527,4 +558,4 @@ def _record(module: nn.Module, site: _Site, spec: AttentionSpec, plan: Plan) -> 
 
     function = _calls_interface(type(module))
     source = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}" if function is not None else ""
-    sites.append(SiteReport.from_plan(site.path, source, "transformers", spec.mask, plan))
+    sites.append(SiteReport.from_plan(site.path, source, "transformers", spec.mask, plan, spec=spec))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from .spec import Mask, Plan, Policy
+from .plain import canonical
+from .saved import SavedPlan, SavedSite
+from .spec import AttentionSpec, Mask, Plan, Policy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
     from torch.fx import GraphModule
 
@@ -30,6 +32,10 @@ class SiteReport:
     reason: why, in one sentence.
     rejected: ``"method: reason"`` for every method that was considered and not used; given as strings or as
         :class:`~express_compile.spec.Refusal`.
+    shape: its sizes and dtype, e.g. ``"B=1 H=32/8 Lq=s0 Lk=s0 D=128 bfloat16"`` (heads of the query and of the keys),
+        ``""`` where that was not looked at.
+    params: the keyword arguments of the op that runs there, plain data.
+    saved: its entry in a saved plan; neither printed nor in the JSON.
     """
 
     module: str
@@ -40,13 +46,30 @@ class SiteReport:
     verdict: str
     reason: str
     rejected: tuple[str, ...] = ()
+    shape: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    saved: SavedSite | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rejected", tuple(map(str, self.rejected)))
+        object.__setattr__(self, "params", canonical(self.params))
 
     @classmethod
-    def from_plan(cls, module: str, source: str, form: str, mask: Mask | None, plan: Plan) -> SiteReport:
-        """The report of a site for which ``plan`` was made; ``mask`` is None where the site was refused unseen."""
+    def from_plan(
+        cls,
+        module: str,
+        source: str,
+        form: str,
+        mask: Mask | None,
+        plan: Plan,
+        *,
+        spec: AttentionSpec | None = None,
+        index: int = 0,
+    ) -> SiteReport:
+        """The report of a site for which ``plan`` was made; ``mask`` and ``spec`` are None where it was refused unseen.
+
+        ``index`` is its place among the sites of its module.
+        """
         return cls(
             module=module,
             source=source,
@@ -56,6 +79,9 @@ class SiteReport:
             verdict=plan.verdict,
             reason=plan.reason,
             rejected=plan.rejected,
+            shape="" if spec is None else _shape(spec),
+            params=plan.params,
+            saved=SavedSite.from_plan(module, index, spec, plan),
         )
 
 
@@ -65,22 +91,43 @@ class Report:
 
     sites: in order of execution.
     graphs: number of graphs Dynamo cut the model into; 0 for a model that ``rewrite_attention`` changed.
+    unmatched: what the policy says about modules of which none has a site, e.g. ``"modules['*.cross_attn']"``.
     """
 
     sites: tuple[SiteReport, ...]
     graphs: int = 0
+    unmatched: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        """The report as a JSON object with the keys ``graphs``, ``totals`` and ``sites``."""
-        return json.dumps(
-            {"graphs": self.graphs, "totals": self._totals(), "sites": [asdict(site) for site in self.sites]}, indent=2
-        )
+        """The report as a JSON object with the keys ``graphs``, ``totals``, ``unmatched`` and ``sites``."""
+        names = [f.name for f in fields(SiteReport) if f.name != "saved"]
+        sites = [{name: getattr(site, name) for name in names} for site in self.sites]
+        head = {"graphs": self.graphs, "totals": self.totals(), "unmatched": self.unmatched}
+        return json.dumps({**head, "sites": sites}, indent=2)
 
-    def _totals(self) -> dict[str, int]:
+    @property
+    def plan(self) -> SavedPlan:
+        """What was decided, to be saved and to be followed by another copy of the model."""
+        return SavedPlan.of(site.saved for site in self.sites if site.saved is not None)
+
+    def to_html(self, figures: Mapping[str, str] = MappingProxyType({})) -> str:
+        """The report as one self-contained HTML page; ``figures`` maps titles to SVG documents to show below it.
+
+        Raises ``ValueError`` for a figure that is no SVG.
+        """
+        from .page import render
+
+        return render(self, figures)
+
+    def totals(self) -> dict[str, int]:
+        """The number of sites of each verdict."""
         counts = Counter(site.verdict for site in self.sites)
         return {verdict: counts[verdict] for verdict in ("rewritten", "exact", "refused")}
 
     def __str__(self) -> str:
+        return "\n".join([self._table(), *([f"no site matches {', '.join(self.unmatched)}"] if self.unmatched else [])])
+
+    def _table(self) -> str:
         if not self.sites:
             return "no attention site was found"
         from rich.console import Console
@@ -100,9 +147,15 @@ class Report:
         # as wide as its longest row: a terminal wraps lines, but a cut reason is lost
         console = Console(file=io.StringIO(), width=sum(lengths) + 4 * len(columns), color_system=None)
         console.print(table)
-        totals = ", ".join(f"{count} {verdict}" for verdict, count in self._totals().items())
+        totals = ", ".join(f"{count} {verdict}" for verdict, count in self.totals().items())
         plural = "site" if len(self.sites) == 1 else "sites"
         return f"{console.file.getvalue()}{len(self.sites)} attention {plural}: {totals}"
+
+
+def _shape(spec: AttentionSpec) -> str:
+    heads = f"{spec.H}" if str(spec.H) == str(spec.H_kv) else f"{spec.H}/{spec.H_kv}"
+    D = f"{spec.D}" if str(spec.D) == str(spec.Dv) else f"{spec.D} Dv={spec.Dv}"
+    return f"B={spec.B} H={heads} Lq={spec.Lq} Lk={spec.Lk} D={D} {str(spec.dtype).removeprefix('torch.')}"
 
 
 def _short(source: str) -> str:
@@ -117,13 +170,14 @@ def explain(
 
     ``model`` is a module or a function; it is called with ``example_inputs`` and ``example_kwargs`` without
     gradients, and nothing of it is changed. ``policy_fields`` are the fields of
-    :class:`~express_compile.spec.Policy`. For a model that ``rewrite_attention`` changed, the report tells
+    :class:`~express_compile.spec.Policy`; with ``training=False`` the report is that of a run without gradients. For a
+    model that ``rewrite_attention`` changed, the report tells
     what was done in this run, and ``policy_fields`` must be empty. Raises ``TypeError`` or ``ValueError`` for a
     bad field, and ``RuntimeError`` if Dynamo captured no graph at all.
     """
     import torch
 
-    from .eager import is_rewritten, record_sites
+    from .eager import is_rewritten, record_sites, unmatched
 
     kwargs = dict(example_kwargs or {})
     if not callable(model):
@@ -136,7 +190,7 @@ def explain(
             )
         with torch.no_grad(), record_sites() as sites:
             model(*example_inputs, **kwargs)
-        return Report(tuple(sites))
+        return Report(tuple(sites), unmatched=unmatched(model))
     return _dry_run(model, example_inputs, kwargs, Policy.from_options(policy_fields))
 
 
@@ -146,7 +200,7 @@ def _dry_run(model: Any, example_inputs: tuple[Any, ...], kwargs: dict[str, Any]
     from .method import METHODS
     from .passes.buffers import Buffers
     from .passes.match import find_sites
-    from .passes.plan import check_policy, plan_sites
+    from .passes.plan import check_policy, plan_sites, unmatched
 
     METHODS.load()
     check_policy(policy)
@@ -157,7 +211,8 @@ def _dry_run(model: Any, example_inputs: tuple[Any, ...], kwargs: dict[str, Any]
         graphs.append(gm)
         for site, plan in plan_sites(find_sites(gm, Buffers(gm, inputs)), policy):
             mask = None if site.spec is None else site.spec.mask
-            found.append(SiteReport.from_plan(site.module, site.source, site.form, mask, plan))
+            seen = {"spec": site.spec, "index": site.index}
+            found.append(SiteReport.from_plan(site.module, site.source, site.form, mask, plan, **seen))
         return gm.forward
 
     # a model that was compiled often has used up Dynamo's limit for its code, which would then run uncaptured
@@ -170,7 +225,7 @@ def _dry_run(model: Any, example_inputs: tuple[Any, ...], kwargs: dict[str, Any]
             "is compilation disabled (TORCHDYNAMO_DISABLE, torch.compiler.set_stance, torch.compiler.disable), or did "
             "earlier compilations use up torch's limit for this code (torch.compiler.reset() clears it)?"
         )
-    return Report(tuple(found), len(graphs))
+    return Report(tuple(found), len(graphs), unmatched([site.module for site in found], policy))
 
 
 def _uncompiled(model: Any) -> Any:

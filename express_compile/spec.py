@@ -1,17 +1,26 @@
 """The shared nouns: what a site computes, what the user wants, what was decided.
 
-A leaf: imports torch and the standard library only, so that every room may import it.
+A leaf: imports torch, the standard library and ``plain`` only, so that every room may import it.
 All classes are frozen dataclasses of plain data.
 """
 
 from __future__ import annotations
 
+import json
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+from .plain import canonical, check_plain
+
+if TYPE_CHECKING:
+    from .saved import SavedPlan
 
 Verdict = Literal["rewritten", "exact", "refused"]
 
@@ -94,7 +103,9 @@ class Policy:
     """What the user asks for. The fields are the options of the backend and of ``rewrite_attention``.
 
     budget: rows ``s`` a method may keep; an int is rounded down to a power of two, a float in (0, 1] is
-        a fraction of the number of keys, resolved at run time.
+        a fraction of the number of keys, resolved at run time. A function from the number of keys to rows is asked
+        when a site is planned; where that number is not known when compiling (dynamic shapes) the site is refused.
+        Fewer than 4 rows by a fraction or a function are 4.
     methods: names of the methods to try, in order of preference. With ``"exact"`` among them, but not first, a method
         runs only where it is predicted to be faster than exact attention. ``None`` is ``("express", "exact")``.
     sinks, window: the first and the last tokens, which are always held exactly.
@@ -107,13 +118,24 @@ class Policy:
     min_length: sequences with fewer keys use exact attention; ``None`` means 0 for methods that are named without
         ``"exact"``, and otherwise what is predicted (``predict.py``). SANTA goes by what was measured wherever this
         is ``None``.
-    strict: raise instead of falling back when a named method is refused or nothing is matched.
+    strict: raise instead of falling back when a named method is refused, or when a graph has no attention, or none
+        for a glob of ``modules`` or an entry of ``plan``.
     method_options: a mapping from method name to a mapping of that method's own options.
+    modules: other policies for some modules: a mapping from a glob on the module path (as in :mod:`fnmatch`, where
+        ``*`` also matches dots) to the name of one method or to a mapping of fields. Of several globs that match,
+        later ones go over earlier ones, field by field. ``"exact"`` means there what ``methods=["exact"]`` means for
+        all. See :meth:`at`.
+    causal_only: rewrite only sites whose mask is proven to be causal; all others stay as they are.
+    training: False leaves sites as they are whose result needs a gradient, and with ``rewrite_attention`` also
+        modules in training mode (reentrant checkpointing runs them without gradients first).
+    plan: a :class:`~express_compile.saved.SavedPlan`, or the path of a file with one, which is read at once. Each site
+        gets what it says there, if that can be proven again; what cannot, and a site that is not in it, is refused.
+        Beside it only ``seed`` and ``strict`` may be given.
 
     Raises ``ValueError`` or ``TypeError`` that name the field, its value and what is allowed.
     """
 
-    budget: int | float = 512
+    budget: int | float | Callable[[int], int] = 512
     methods: tuple[str, ...] | None = None
     sinks: int = 32
     window: int = 256
@@ -124,9 +146,39 @@ class Policy:
     min_length: int | None = None
     strict: bool = False
     method_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    modules: Mapping[str, str | Mapping[str, Any]] = field(default_factory=dict)
+    causal_only: bool = False
+    training: bool = True
+    plan: SavedPlan | str | PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        _check_number("budget", self.budget, (int, float))
+        self._check_budget()
+        if isinstance(self.methods, str):
+            raise TypeError(f"methods={self.methods!r}: must be a sequence of names, e.g. ['{self.methods}']")
+        if self.methods is not None:
+            names = tuple(self.methods)
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"methods={self.methods!r}: must be None or a non-empty sequence of method names")
+            object.__setattr__(self, "methods", names)
+        self._check_integers()
+        if not isinstance(self.halving, str):
+            raise TypeError(f"halving={self.halving!r}: must be the name of a halving rule")
+        for name in ("strict", "causal_only", "training"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r}: must be True or False")
+        if not isinstance(self.method_options, Mapping) or not all(
+            isinstance(options, Mapping) for options in self.method_options.values()
+        ):
+            raise TypeError(f"method_options={self.method_options!r}: must map method names to mappings of options")
+        object.__setattr__(self, "method_options", canonical(self.method_options))
+        self._check_modules()
+        if self.plan is not None:
+            self._check_plan()
+
+    def _check_budget(self) -> None:
+        if callable(self.budget):
+            return
+        _check_number("budget", self.budget, (int, float), "a function of the number of keys")
         if isinstance(self.budget, float):
             if not 0.0 < self.budget <= 1.0:
                 raise ValueError(
@@ -135,20 +187,13 @@ class Policy:
                 )
         elif self.budget < 4:
             raise ValueError(f"budget={self.budget!r}: must be at least 4 rows")
-        if isinstance(self.methods, str):
-            raise TypeError(f"methods={self.methods!r}: must be a sequence of names, e.g. ['{self.methods}']")
-        if self.methods is not None:
-            names = tuple(self.methods)
-            if not names or not all(isinstance(name, str) for name in names):
-                raise ValueError(f"methods={self.methods!r}: must be None or a non-empty sequence of method names")
-            object.__setattr__(self, "methods", names)
+
+    def _check_integers(self) -> None:
         for name in ("sinks", "window", "protected"):
             value = getattr(self, name)
             _check_number(name, value, (int,))
             if value < 0:
                 raise ValueError(f"{name}={value!r}: must be a number of rows, 0 or more")
-        if not isinstance(self.halving, str):
-            raise TypeError(f"halving={self.halving!r}: must be the name of a halving rule")
         for name in ("inflation", "seed", "min_length"):
             value = getattr(self, name)
             if value is None:
@@ -158,12 +203,69 @@ class Policy:
                 raise ValueError(f"{name}={value!r}: must be None or an integer, 0 or more")
         if self.seed is not None and self.seed >= 2**32:
             raise ValueError(f"seed={self.seed!r}: must be below 2**32")
-        if not isinstance(self.strict, bool):
-            raise TypeError(f"strict={self.strict!r}: must be True or False")
-        if not isinstance(self.method_options, Mapping) or not all(
-            isinstance(options, Mapping) for options in self.method_options.values()
-        ):
-            raise TypeError(f"method_options={self.method_options!r}: must map method names to mappings of options")
+
+    def _check_modules(self) -> None:
+        if not isinstance(self.modules, Mapping):
+            raise TypeError(f"modules={self.modules!r}: must map globs on module paths to a method or to fields")
+        overrides = {}
+        for glob, given in self.modules.items():
+            if not isinstance(glob, str) or not isinstance(given, (str, Mapping)):
+                raise TypeError(
+                    f"modules: {glob!r}: {given!r}; must map a glob on module paths to the name of one method or to a "
+                    "mapping of fields"
+                )
+            override = {"methods": (given,)} if isinstance(given, str) else dict(given)
+            try:
+                checked = Policy.for_module(override)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"modules[{glob!r}]: {error}") from None
+            overrides[glob] = {name: getattr(checked, name) for name in override}
+        object.__setattr__(self, "modules", overrides)
+
+    def _check_plan(self) -> None:
+        from .saved import SavedPlan
+
+        if isinstance(self.plan, (str, PathLike)):
+            object.__setattr__(self, "plan", SavedPlan.load(self.plan))
+        if not isinstance(self.plan, SavedPlan):
+            raise TypeError(f"plan={self.plan!r}: must be None, a SavedPlan or the path of a file with one")
+        others = [name for name in (*self.local_names(), "modules") if getattr(self, name) != getattr(Policy, name, {})]
+        if others:
+            raise ValueError(
+                f"{', '.join(f'{name}={getattr(self, name)!r}' for name in others)}: not allowed beside a saved plan, "
+                "which says it for each site; allowed are seed and strict"
+            )
+
+    @cached_property
+    def _globs(self) -> dict[str, tuple[str, ...]]:
+        return {}
+
+    @cached_property
+    def _local(self) -> dict[tuple[str, ...], Policy]:
+        return {}
+
+    def globs(self, path: str) -> tuple[str, ...]:
+        """The globs of ``modules`` that match a module path, in the order given."""
+        if path not in self._globs:
+            self._globs[path] = tuple(glob for glob in self.modules if fnmatchcase(path, glob))
+        return self._globs[path]
+
+    def at(self, path: str) -> Policy:
+        """The policy of one module: the fields of every glob that matches its path over those given for all."""
+        globs = self.globs(path)
+        if globs not in self._local:
+            changes = {name: value for glob in globs for name, value in self.modules[glob].items()}
+            self._local[globs] = replace(self, modules={}, **changes)
+        return self._local[globs]
+
+    def resolve(self, Lk: int) -> Policy:
+        """The policy for ``Lk`` keys: its budget is a number. Raises ``ValueError`` unless its function gives rows."""
+        if not callable(self.budget):
+            return self
+        rows = self.budget(Lk)
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
+            raise ValueError(f"budget({Lk}) returned {rows!r}: must be a number of rows, an int")
+        return replace(self, budget=max(4, rows))
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Policy:
@@ -175,14 +277,59 @@ class Policy:
         return cls(**options)
 
     @classmethod
+    def for_module(cls, options: Mapping[str, Any]) -> Policy:
+        """As :meth:`from_options`, for one module: raises ``ValueError`` for what only a whole model can have."""
+        for name in options:
+            if name in _GLOBAL:
+                raise ValueError(f"{name!r} is not allowed for one module: {_GLOBAL[name]}")
+        return cls.from_options(options)
+
+    def to_json(self) -> str:
+        """All fields as a JSON object; ``TypeError`` names a field that is no plain data, such as a function.
+
+        NaN and infinities are written as Python's ``json`` does.
+        """
+        values = {name: getattr(self, name) for name in self.option_names() if name != "plan"}
+        for name, value in values.items():
+            check_plain(name, value)
+        plan = None if self.plan is None else json.loads(self.plan.to_json())
+        return json.dumps({**values, "plan": plan}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Policy:
+        """The policy that :meth:`to_json` wrote; fields that are left out have their defaults."""
+        options = json.loads(text)
+        if not isinstance(options, dict):
+            raise TypeError(f"policy={options!r}: must be a JSON object of the fields {', '.join(cls.option_names())}")
+        if isinstance(options.get("plan"), dict):
+            from .saved import SavedPlan
+
+            options["plan"] = SavedPlan.from_json(json.dumps(options["plan"]))
+        return cls.from_options(options)
+
+    @classmethod
+    def local_names(cls) -> tuple[str, ...]:
+        """The names of the options that one module may have for itself, in order."""
+        return tuple(name for name in cls.option_names() if name not in _GLOBAL)
+
+    @classmethod
     def option_names(cls) -> tuple[str, ...]:
         """The names of all options, in order."""
         return tuple(f.name for f in fields(cls))
 
 
-def _check_number(name: str, value: Any, types: tuple[type, ...]) -> None:
+# The fields that mean the whole model, and why one module cannot have its own.
+_GLOBAL = {
+    "modules": "globs inside of globs would have no order; write one glob for each",
+    "strict": "it is judged for all sites of a model together",
+    "seed": "all sites share one seed and draw for themselves by their paths",
+    "plan": "it has an entry for each site already",
+}
+
+
+def _check_number(name: str, value: Any, types: tuple[type, ...], *others: str) -> None:
     if isinstance(value, bool) or not isinstance(value, types):
-        allowed = " or ".join(t.__name__ for t in types)
+        allowed = " or ".join([*(t.__name__ for t in types), *others])
         raise TypeError(f"{name}={value!r}: must be of type {allowed}, not {type(value).__name__}")
 
 
@@ -193,7 +340,8 @@ class Plan:
     ``method`` is what will run there (``"exact"`` when nothing else may); ``params`` are the keyword
     arguments of its op, plain data; ``rejected`` holds one :class:`Refusal` for every other method that was
     considered; ``reason`` is one sentence for the report; ``predicted_ms`` are the times by which it was chosen, of
-    each method, where lengths are known.
+    each method, where lengths are known; ``policy`` is the one that decided: that of the site's module, its budget a
+    number where the number of keys is known.
     """
 
     method: str
@@ -202,6 +350,7 @@ class Plan:
     params: Mapping[str, Any] = field(default_factory=dict)
     rejected: tuple[Refusal, ...] = ()
     predicted_ms: Mapping[str, float] = field(default_factory=dict)
+    policy: Policy | None = field(default=None, repr=False, compare=False)
 
 
 def known_equal(a: Any, b: Any) -> bool:

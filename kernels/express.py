@@ -438,7 +438,7 @@ def _params(spec: AttentionSpec | None, policy: Policy) -> dict:
 
 def config_of(policy: Policy, n: int) -> ExpressConfig:
     """The configuration that ``policy`` means for ``n`` keys. Raises ``ValueError`` as the op would."""
-    return _config(**_params(None, policy), Lk=n)
+    return _config(**_params(None, policy.resolve(n)), Lk=n)
 
 
 def rows_seen(policy: Policy, n: int) -> np.ndarray:

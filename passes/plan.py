@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from ..devices import device_of
 from ..method import METHODS, Method
+from ..plain import canonical
 from ..predict import LONGEST, MARGIN, crossover, predicted, wins
+from ..saved import SavedPlan, SavedSite, facts_of
 from ..spec import AttentionSpec, Plan, Policy, Refusal, known_equal
 from .site import AttentionSite
 
 DEFAULT_METHODS = ("express", "exact")
 
 
+@dataclass(frozen=True)
+class Question:
+    """What the planner wants to know of a site.
+
+    module, index: its module path, and its place among the sites of that module.
+    form, spec, refusal: as in :class:`~express_compile.passes.site.AttentionSite`.
+    gradient: why it counts as part of a training run, for ``Policy.training``; None where it does not.
+    graphs: whether it runs inside a CUDA graph, which spares the host its work.
+    """
+
+    module: str = ""
+    index: int = 0
+    form: str = ""
+    spec: AttentionSpec | None = None
+    refusal: str | None = None
+    gradient: str | None = None
+    graphs: bool = False
+
+
 def check_policy(policy: Policy) -> None:
     """Raise ``ValueError`` or ``TypeError`` for method names or method options that do not exist."""
+    parts = {f"modules[{glob!r}]": Policy.for_module(override) for glob, override in policy.modules.items()}
+    if policy.plan is not None:
+        parts |= {f"plan[{site.module!r}]": site.policy for site in policy.plan.sites}
+    for name, part in parts.items():
+        try:
+            check_policy(part)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
     known = tuple(METHODS)
     for name in policy.methods or ():
         if name not in known:
@@ -32,7 +63,7 @@ def check_policy(policy: Policy) -> None:
 
 
 def plan(spec: AttentionSpec, policy: Policy) -> Plan:
-    """The decision for one site; sizes in ``spec`` may be symbolic.
+    """The decision for one site of the root module; sizes in ``spec`` may be symbolic.
 
     Verdicts: ``rewritten``; ``exact`` where exact attention is the choice (it was asked for, the sequence is too
     short, or nothing was asked for and nothing else is known to be better); ``refused`` where a named method
@@ -40,18 +71,45 @@ def plan(spec: AttentionSpec, policy: Policy) -> Plan:
     ``ValueError`` or ``TypeError`` for a policy that names what does not exist.
     """
     check_policy(policy)
-    decision = _decide(spec, policy)
+    decision = answer(Question(spec=spec), policy)
     require([("this attention site", decision)], policy)
     return decision
 
 
-def plan_sites(sites: Iterable[AttentionSite], policy: Policy) -> list[tuple[AttentionSite, Plan]]:
-    """A plan for every site; with ``policy.strict`` one ``ValueError`` lists all that were refused."""
+def plan_sites(
+    sites: Iterable[AttentionSite], policy: Policy, graphs: bool = False
+) -> list[tuple[AttentionSite, Plan]]:
+    """A plan for every site; with ``policy.strict`` one ``ValueError`` lists all that were refused.
+
+    Another one tells which names of modules in the policy match no site. ``graphs``: they run inside a CUDA graph.
+    """
     check_policy(policy)
-    lenient = replace(policy, strict=False)
-    planned = [(site, _plan_site(site, lenient)) for site in sites]
+    planned = [(site, answer(_question(site, graphs), policy)) for site in sites]
     require([(site.module or "(root)", decision) for site, decision in planned], policy)
+    require_matches([site.module for site, _ in planned], policy)
     return planned
+
+
+def unmatched(paths: Iterable[str], policy: Policy) -> tuple[str, ...]:
+    """What ``policy`` says about modules of which none is among ``paths``, the modules that have sites."""
+    paths = set(paths)
+    found = {glob for path in paths for glob in policy.globs(path)}
+    planned = () if policy.plan is None else dict.fromkeys(site.module for site in policy.plan.sites)
+    return (
+        *(f"modules[{glob!r}]" for glob in policy.modules if glob not in found),
+        *(f"plan[{path!r}]" for path in planned if path not in paths),
+    )
+
+
+def require_matches(paths: Iterable[str], policy: Policy) -> None:
+    """Raise ``ValueError`` if ``policy.strict`` and something in it matches none of the modules that have sites."""
+    paths = sorted(set(paths))
+    missing = unmatched(paths, policy) if policy.strict else ()
+    if missing:
+        raise ValueError(
+            f"strict=True: {', '.join(missing)} match{'' if len(missing) > 1 else 'es'} no attention site; allowed are "
+            f"those for {', '.join(path or '(root)' for path in paths) or 'no module at all: there is no site here'}"
+        )
 
 
 def require(planned: Iterable[tuple[str, Plan]], policy: Policy) -> None:
@@ -67,16 +125,100 @@ def require(planned: Iterable[tuple[str, Plan]], policy: Policy) -> None:
     )
 
 
-def _plan_site(site: AttentionSite, policy: Policy) -> Plan:
-    if site.refusal is None:
-        decision = _decide(site.spec, policy)
-        if site.form == "softmax" and decision.method == "exact" and "exact" in (policy.methods or ()):
-            return replace(decision, verdict="rewritten", reason=f"{decision.reason}; as scaled_dot_product_attention")
-        return decision
-    if policy.methods is not None and policy.methods[0] == "exact" and site.form != "softmax":
-        return Plan("exact", "exact", "methods names 'exact' first")
-    rejected = tuple(Refusal(name, site.refusal) for name in policy.methods or DEFAULT_METHODS if name != "exact")
-    return Plan("exact", "refused", site.refusal, rejected=rejected)
+def _question(site: AttentionSite, graphs: bool) -> Question:
+    gradient = "its result needs a gradient" if _needs_gradient(site.node) else None
+    return Question(site.module, site.index, site.form, site.spec, site.refusal, gradient, graphs)
+
+
+def _needs_gradient(node: Node) -> bool:
+    values = pytree.tree_leaves(node.meta.get("example_value"))
+    return any(x.requires_grad for x in values if isinstance(x, torch.Tensor))
+
+
+def answer(question: Question, policy: Policy) -> Plan:
+    """The decision for one site; as :func:`plan`, for a policy that :func:`check_policy` has seen, and never strict."""
+    if policy.plan is not None:
+        return _follow(question, policy.plan)
+    local, spec = policy.at(question.module), question.spec
+    decision = _left_alone(question, policy, local)
+    if decision is None:
+        refusal = question.refusal or _without_budget(spec, local)
+        if refusal is not None:
+            return replace(_refused(refusal, local), policy=local)
+        local = local.resolve(spec.Lk) if isinstance(spec.Lk, int) else local
+        decision = _decide(spec, local, question.graphs)
+        if question.form == "softmax" and decision.method == "exact" and "exact" in (local.methods or ()):
+            reason = f"{decision.reason}; as scaled_dot_product_attention"
+            decision = replace(decision, verdict="rewritten", reason=reason)
+    return replace(decision, policy=local)
+
+
+def _left_alone(question: Question, policy: Policy, local: Policy) -> Plan | None:
+    """The plan of a site that the policy of its module leaves as it is, whatever it computes; None for another."""
+    if not local.training and question.gradient is not None:
+        return Plan("exact", "exact", f"training=False, and {question.gradient}")
+    givers = [f"modules[{glob!r}]" for glob in policy.globs(question.module) if "methods" in policy.modules[glob]]
+    if local.methods is not None and local.methods[0] == "exact":
+        if question.form != "softmax" or (givers and question.refusal is not None):
+            return Plan("exact", "exact", f"{(givers or ['methods'])[-1]} names 'exact' first")
+    if not local.causal_only or question.refusal is not None or question.spec.mask.causal:
+        return None
+    mask = question.spec.mask
+    if mask.unknown is not None:
+        return _refused(f"causal_only=True, and its mask is not proven: {mask.unknown}", local)
+    return Plan("exact", "exact", f"causal_only=True, and it is not causal (its mask: {mask})")
+
+
+def _follow(question: Question, saved: SavedPlan) -> Plan:
+    """The decision that a saved plan has for a site, proven again; of several the first that can be followed."""
+    entries = saved.at(question.module, question.index)
+    if not entries:
+        return Plan("exact", "refused", "it is not in the saved plan")
+    entries = sorted(entries, key=lambda entry: entry.verdict != "rewritten")
+    decisions = [_follow_entry(question, entry) for entry in entries]
+    verdicts = ("rewritten", "exact", "refused")
+    return min(decisions, key=lambda decision: verdicts.index(decision.verdict))
+
+
+def _follow_entry(question: Question, entry: SavedSite) -> Plan:
+    if entry.verdict != "rewritten":
+        return Plan("exact", "exact", "the saved plan leaves it exact", policy=entry.policy)
+    decision, changes, refusal = answer(question, entry.policy), [], None
+    if question.refusal is None:
+        changes += _changes(entry.facts, facts_of(question.spec))
+        refusal = METHODS[entry.method].refuse(question.spec, entry.policy)
+    if decision.verdict == "rewritten":
+        changes += _changes({"method": entry.method}, {"method": decision.method})
+        changes += _changes(entry.params, canonical(decision.params))
+        if not changes:
+            return replace(decision, reason=f"{decision.reason}; as saved")
+    elif decision.verdict == "exact" and not changes and refusal is None:
+        return decision  # by choice, such as for want of keys
+    reason = f"the saved plan has {entry.method} here, but {'; '.join(changes) or decision.reason}"
+    rejected = (Refusal(entry.method, reason),)
+    return Plan("exact", "refused", reason, rejected=rejected, policy=entry.policy)
+
+
+def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs, in words; from which length a method runs is a matter of speed and may."""
+    names = sorted({*saved, *now} - {"min_length"})
+    words = [(name, saved.get(name, "nothing"), now.get(name, "nothing")) for name in names]
+    return [f"{name} was {before} and is {after}" for name, before, after in words if [before] != [after]]
+
+
+def _without_budget(spec: AttentionSpec, policy: Policy) -> str | None:
+    """Why the budget of a site is not known; None where it is, or where nothing asks for it."""
+    if not callable(policy.budget) or isinstance(spec.Lk, int) or (policy.methods or ("",))[0] == "exact":
+        return None
+    return (
+        f"its budget is a function of the number of keys, which is not known when compiling (Lk={spec.Lk}); "
+        "give rows, a fraction of the keys, or dynamic=False"
+    )
+
+
+def _refused(reason: str, policy: Policy) -> Plan:
+    rejected = tuple(Refusal(name, reason) for name in policy.methods or DEFAULT_METHODS if name != "exact")
+    return Plan("exact", "refused", reason, rejected=rejected)
 
 
 def _decide(spec: AttentionSpec, policy: Policy, graphs: bool = False) -> Plan:

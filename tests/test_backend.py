@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from express_compile.backend import express, rewrite_graph, split_options
 from express_compile.kernels import _op
 from express_compile.method import METHODS, Method, register
+from express_compile.report import explain
 from express_compile.spec import Policy, Refusal, layer_key
 
 NAMED = {"methods": ["express"]}
@@ -114,6 +116,73 @@ def test_thinned_sequences_are_the_ops_own_result() -> None:
         assert relative(got, by_hand(5)) < 1e-6
         assert relative(got, by_hand(6)) > 1e-4  # another seed keeps other rows
         assert 1e-4 < relative(got, net(x)) < 0.5
+
+
+def test_modules_run_what_their_globs_say(net: Net) -> None:
+    # the first layer exact, the second thinned to another budget than that given for all
+    x = torch.randn(1, 160, 32)
+    fields = {"methods": ("express",), "sinks": 4, "window": 8, "protected": 0}
+    modules = {"layers.0": "exact", "*.1": {"budget": lambda n: n // 20}}
+    backend = Counting(budget=32, modules=modules, **fields)
+    with torch.no_grad():
+        got = torch.compile(net, backend=backend, fullgraph=True)(x)
+        middle = x + net.layers[0](x)
+        q, k, v = net.layers[1].qkv(middle).split([32, 16, 16], -1)
+        q, k, v = (y.view(1, 160, -1, 8).transpose(1, 2) for y in (q, k, v))
+        params = METHODS["express"].params(None, Policy(budget=8, **fields))
+        out, _ = METHODS["express"].op(q, k, v, None, torch.tensor(0), 8**-0.5, layer_key("layers.1"), **params)
+        expected = middle + net.layers[1].out(out.transpose(1, 2).reshape(1, 160, 32))
+        assert relative(got, expected) < 1e-6 < 1e-4 < relative(got, net(x))
+    assert [plan.reason for _, plan in backend.plans[0]][0] == "modules['layers.0'] names 'exact' first"
+    with pytest.raises(BackendCompilerFailed, match=r"modules\['\*.cross'\] matches no attention site"):
+        torch.compile(net, backend=Counting(**fields, modules={"*.cross": "exact"}, strict=True))(x)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_without_training_only_graphs_without_gradients_are_rewritten(net: Net, checkpointed: bool) -> None:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False) if checkpointed else net(x)
+
+    x = torch.randn(1, 160, 32)
+    backend = Counting(budget=8, methods=("express",), window=8, sinks=4, protected=0, training=False)
+    compiled = torch.compile(run, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        assert relative(compiled(x), net(x)) > 1e-4
+    assert relative(compiled(x), net(x)) < 1e-6
+    net.requires_grad_(False)
+    assert relative(compiled(x), net(x)) > 1e-4
+    assert relative(compiled(x.clone().requires_grad_()), net(x)) < 1e-6
+    verdicts = [[plan.verdict for _, plan in plans] for plans in backend.plans]
+    assert verdicts == [["rewritten"] * 2, ["exact"] * 2, ["rewritten"] * 2, ["exact"] * 2]
+
+
+def test_the_backend_takes_modules_and_plans_through_inductor(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(1, 160, 32)
+    options = {"methods": ["express"], "budget": lambda n: n // 20, "sinks": 4, "window": 8, "protected": 0}
+    options["modules"] = {"*.0": "exact"}
+    explain(net, x, **options).plan.save(tmp_path / "plan.json")
+    saved = {"plan": str(tmp_path / "plan.json"), "strict": True}
+    with torch.no_grad():
+        first = torch.compile(net, backend="express", options=options)(x)
+        torch._dynamo.reset()
+        second = torch.compile(net, backend="express", options=saved)(x)
+        by_hand = torch.compile(net, backend=Counting(**options))(x)
+        assert torch.equal(first, second)
+        assert relative(first, by_hand) < 1e-6 < 1e-4 < relative(first, net(x))
+
+
+def test_a_function_as_budget_needs_known_lengths(net: Net) -> None:
+    x = torch.randn(1, 160, 32)
+    options = {"budget": lambda n: n // 20, "methods": ("express",), "window": 8, "sinks": 4}
+    fixed, symbolic = Counting(**options), Counting(**options)
+    with torch.no_grad():
+        torch.compile(net, backend=fixed, dynamic=False)(x)
+        got = torch.compile(net, backend=symbolic, dynamic=True)(x)
+        assert relative(got, net(x)) < 1e-6
+    assert [(plan.verdict, plan.params["s"]) for _, plan in fixed.plans[0]] == [("rewritten", 8)] * 2
+    ((_, first), _), *_ = symbolic.plans
+    assert first.verdict == "refused" and first.reason.startswith("its budget is a function of the number of keys")
 
 
 @pytest.mark.parametrize("marked", [False, True])

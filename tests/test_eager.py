@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 
 import express_compile
+from express_compile import eager
 from express_compile.attention_mask import ProvenMask
 from express_compile.eager import is_rewritten, record_sites, restore_attention, rewrite_attention
 from express_compile.method import METHODS, Method, register
@@ -725,6 +726,101 @@ def test_strict_raises_where_a_named_method_is_refused():
     assert {site.verdict for site in sites} == {"rewritten"}
     with pytest.raises(ValueError, match=r"strict=True(.|\n)*layers\.0\.self_attn +its mask is not proven: local"):
         logits(rewrite_attention(build(mistral), strict=True, **TOY_ONLY), ids, mask)
+
+
+# ------------------------------------------------------------------------------------------ parts of a policy
+
+
+def test_modules_run_what_their_globs_say():
+    ids, mask = padded_batch("none")
+    before = logits(build(llama), ids, mask)
+    halves = {
+        name: logits(rewrite_attention(build(llama), **HALF, modules=modules), ids, mask)
+        for name, modules in {
+            "none": {},
+            "first": {"*.0.*": "exact"},
+            "gains": {"model.layers.*": {"method_options": {"toy_eager": {"gain": 1.0}}}},
+            "all": {"*": "exact"},
+        }.items()
+    }
+    assert torch.equal(halves["all"], before)
+    torch.testing.assert_close(halves["gains"], before)
+    # only the second layer halves its attention: as if the weights behind it were halved
+    model = build(llama)
+    model.model.layers[1].self_attn.o_proj.weight.data *= 0.5
+    torch.testing.assert_close(halves["first"], logits(model, ids, mask))
+    assert (halves["none"] - halves["first"]).abs().max() > 1e-4
+
+    model = rewrite_attention(build(llama), **HALF, modules={"*.0.*": "exact"})
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with record_sites() as sites:
+            assert torch.equal(logits(twin, ids, mask), halves["first"])
+        assert [(s.verdict, s.reason) for s in sites] == [
+            ("exact", "modules['*.0.*'] names 'exact' first"),
+            ("rewritten", "causal attention"),
+        ]
+
+
+def test_strict_wants_a_site_for_every_glob():
+    model = build(llama)
+    with pytest.raises(
+        ValueError, match=r"modules\['\*.cross_attn'\] matches no .* model\.layers\.0\.self_attn, model"
+    ):
+        rewrite_attention(model, strict=True, modules={"*.cross_attn": "exact"}, **TOY_ONLY)
+    assert not is_rewritten(model)
+    rewrite_attention(model, modules={"*.cross_attn": "exact"}, **TOY_ONLY)
+    assert eager.unmatched(model) == ("modules['*.cross_attn']",)
+    with pytest.raises(ValueError, match="halving='balancd'"):
+        rewrite_attention(model, modules={"*": {"methods": ["express"], "halving": "balancd"}})
+
+
+def test_causal_only_leaves_encoders_alone():
+    ids, mask = padded_batch("none")
+    before = logits(build(bert), ids, mask)
+    with record_sites() as sites:
+        assert torch.equal(logits(rewrite_attention(build(bert), **THIN, causal_only=True), ids, mask), before)
+        logits(rewrite_attention(build(bert), **THIN), ids, mask)
+        logits(rewrite_attention(build(llama), **TOY_ONLY, causal_only=True), ids, mask)
+    assert [s.verdict for s in sites] == ["exact"] * 2 + ["rewritten"] * 4
+    assert sites[0].reason.startswith("causal_only=True, and it is not causal")
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_without_training_gradients_are_those_of_exact_attention(reentrant):
+    ids, mask = padded_batch("none")
+
+    def gradients(model, recorded):
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.train()
+        with record_sites() as sites:
+            model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+        recorded += [site.reason for site in sites]
+        return [parameter.grad for parameter in model.parameters()]
+
+    reasons = []
+    expected = gradients(build(llama), reasons)
+    got = gradients(rewrite_attention(build(llama), **HALF, training=False), reasons)
+    assert all(map(torch.equal, got, expected))
+    why = "its result needs a gradient" if reentrant is None else "its module is in training mode"
+    assert set(reasons) == {f"training=False, and {why}"}
+    assert not all(map(torch.equal, gradients(rewrite_attention(build(llama), **HALF), []), expected))
+    halved = logits(rewrite_attention(build(llama), **HALF, training=False), ids, mask)
+    assert torch.equal(halved, logits(rewrite_attention(build(llama), **HALF), ids, mask))
+
+
+def test_a_function_as_budget_is_asked_for_every_length():
+    asked = []
+
+    def budget(n):
+        asked.append(n)
+        return max(4, n // 2)
+
+    model = rewrite_attention(build(llama), methods=["express"], budget=budget)
+    asked.clear()
+    for n in (16, 12, 16):
+        logits(model, padded_batch("none")[0][:, :n])
+    assert asked == [16, 12]  # each length once, for all layers
 
 
 def test_attention_weights_are_refused():

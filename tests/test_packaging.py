@@ -126,7 +126,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert "Name: express-compile\n" in metadata and "Version: 0.1.0\n" in metadata
     assert "Requires-Python: >=3.11\n" in metadata and "License-Expression: Apache-2.0\n" in metadata
     requires = [re.sub(r"\s", "", line) for line in re.findall(r"Requires-Dist: (.*)", metadata)]
-    assert {"torch>=2.11", "sympy", "rich", "numpy"} <= set(requires)
+    assert {"torch>=2.11", "sympy", "rich", "numpy", "jinja2"} <= set(requires)
     assert 'triton>=3.6;platform_system=="Linux"' in requires
     assert 'transformers>=5.17;extra=="transformers"' in requires
     (points,) = (archive.read(n).decode() for n in archive.namelist() if n.endswith("entry_points.txt"))

@@ -11,7 +11,7 @@ import torch
 
 from express_compile.cost import Cost, Device, Rates
 from express_compile.method import METHODS, Method
-from express_compile.passes.plan import check_policy, plan, plan_sites, require
+from express_compile.passes.plan import check_policy, plan, plan_sites, require, unmatched
 from express_compile.passes.site import AttentionSite
 from express_compile.predict import MARGIN
 from express_compile.spec import AttentionSpec, Mask, Policy, Refusal
@@ -131,6 +131,90 @@ def test_verdicts(spec: AttentionSpec, methods: tuple[str, ...] | None, verdict:
         assert "it is made up" in decision.reason
 
 
+def site(module: str, spec: AttentionSpec | None = SPEC, gradient: bool = False, **fields: Any) -> AttentionSite:
+    graph = torch.fx.Graph()
+    gm = torch.fx.GraphModule({}, graph)
+    node = graph.placeholder("x")
+    node.meta["example_value"] = torch.zeros(1, requires_grad=gradient)
+    return AttentionSite(node, gm, module, 0, "", fields.pop("form", "sdpa"), spec=spec, **fields)
+
+
+def decisions(sites: list[AttentionSite], **fields: Any) -> list[tuple[str, str]]:
+    return [(plan.method, plan.verdict) for _, plan in plan_sites(sites, Policy(**fields))]
+
+
+def test_modules_have_policies_of_their_own() -> None:
+    sites = [site("a.self"), site("a.cross"), site("b.self")]
+    modules = {"*.self": {"budget": 16}, "a.*": "exact", "a.cross": {"methods": ["second", "first"]}}
+    planned = plan_sites(sites, Policy(methods=("first",), budget=64, modules=modules, strict=True))
+    assert [(plan.method, plan.verdict) for _, plan in planned] == [
+        ("exact", "exact"),
+        ("second", "rewritten"),
+        ("first", "rewritten"),
+    ]
+    assert planned[0][1].reason == "modules['a.*'] names 'exact' first"
+    assert planned[2][1].params == {"s": 16} and planned[2][1].policy == Policy(
+        methods=("first",), budget=16, strict=True
+    )
+
+
+def test_exact_for_a_module_means_what_it_means_for_all_and_refuses_nothing() -> None:
+    by_hand = site("a", form="softmax")
+    unproven = replace(by_hand, spec=None, refusal="it caps its scores")
+    assert decisions([by_hand], modules={"a": "exact"}) == decisions([by_hand], methods=("exact",))
+    assert decisions([by_hand], modules={"a": "exact"}) == [("exact", "rewritten")]  # as SDPA
+    assert decisions([unproven], modules={"a": "exact"}, strict=True) == [("exact", "exact")]
+    assert decisions([unproven], modules={"a": {"budget": 8}}) == [("exact", "refused")]
+
+
+def test_a_glob_without_a_site_is_told() -> None:
+    policy = Policy(methods=("first",), modules={"a.*": "exact", "b": "second", "c*": {"budget": 8}})
+    assert unmatched(["a.b", "d"], policy) == ("modules['b']", "modules['c*']")
+    assert unmatched(["a.x", "b", "c"], policy) == ()
+    plan_sites([site("a.b")], policy)
+    with pytest.raises(ValueError, match=r"modules\['b'\], modules\['c\*'\] match no attention site; .* a\.b, d"):
+        plan_sites([site("a.b"), site("d")], replace(policy, strict=True))
+
+
+def test_names_of_methods_are_checked_for_modules_too() -> None:
+    with pytest.raises(ValueError, match=r"modules\['a'\]: methods=\['frist'\]: unknown method 'frist'"):
+        check_policy(Policy(modules={"a": "frist"}))
+    with pytest.raises(TypeError, match=r"modules\['a'\]: method_options\['first'\]: unknown option 'width'"):
+        check_policy(Policy(modules={"a": {"method_options": {"first": {"width": 2}}}}))
+
+
+def test_causal_only_leaves_other_sites_alone() -> None:
+    full, both = replace(SPEC, mask=Mask()), ("second", "exact")
+    sites = [site("causal"), site("full", full), site("unknown", UNKNOWN), site("hand", full, form="softmax")]
+    assert decisions(sites, methods=both, min_length=0) == [("second", "rewritten")] * 2 + [
+        ("exact", "exact"),
+        ("second", "rewritten"),
+    ]
+    planned = plan_sites(sites, Policy(methods=both, min_length=0, causal_only=True))
+    assert [plan.verdict for _, plan in planned] == ["rewritten", "exact", "refused", "exact"]
+    assert planned[1][1].reason == "causal_only=True, and it is not causal (its mask: none)"
+    assert planned[2][1].reason == "causal_only=True, and its mask is not proven: it is made up"
+    assert decisions(sites[:2], methods=("second",), modules={"full": {"causal_only": True}})[1] == ("exact", "exact")
+
+
+def test_without_training_sites_that_need_gradients_are_left_alone() -> None:
+    sites = [site("a", gradient=True), site("b"), site("c", gradient=True, form="softmax")]
+    assert decisions(sites, methods=("first",)) == [("first", "rewritten")] * 3
+    planned = plan_sites(sites, Policy(methods=("first", "exact"), training=False, strict=True))
+    assert [plan.verdict for _, plan in planned] == ["exact", "rewritten", "exact"]
+    assert planned[0][1].reason == "training=False, and its result needs a gradient"
+
+
+def test_a_function_as_budget() -> None:
+    asked = []
+    policy = Policy(methods=("first",), budget=lambda n: asked.append(n) or n // 5)
+    decision = plan(SPEC, policy)
+    assert decision.params == {"s": 20} and asked == [100] and decision.policy.budget == 20
+    assert plan(replace(SPEC, Lk=10), policy).params == {"s": 4}
+    with pytest.raises(ValueError, match=r"budget\(100\) returned 20.0: must be a number of rows, an int"):
+        plan(SPEC, Policy(methods=("first",), budget=lambda n: n / 5))
+
+
 def test_a_symbolic_length_is_decided_by_the_op_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -150,6 +234,12 @@ def test_a_symbolic_length_is_decided_by_the_op_or_not_at_all(monkeypatch: pytes
     decision = plan(spec, Policy(methods=("second",), min_length=512))
     assert decision.verdict == "refused" and "needs a known number of keys" in decision.reason
     assert plan(spec, Policy(methods=("second",))).verdict == "rewritten"
+    function = Policy(methods=("first", "exact"), budget=lambda n: n // 5)
+    decision = plan(spec, function)
+    assert decision.verdict == "refused" and "is not known when compiling (Lk=" in decision.reason
+    assert plan(spec, replace(function, methods=("exact",))).verdict == "exact"
+    with pytest.raises(ValueError, match="its budget is a function of the number of keys"):
+        plan(spec, replace(function, strict=True))
     decision = plan(spec, Policy(methods=("first", "exact")))
     assert "needs a known number of keys" in decision.reason and "min_length=64 " in decision.reason
     rates = {"express": Rates(launches=2e-3), "exact": Rates(scores=1e-6)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from html.parser import HTMLParser
 from typing import Any
 
 import pytest
@@ -72,6 +73,86 @@ def test_text_and_json_agree() -> None:
     assert [SiteReport(**site) for site in data["sites"]] == list(report.sites)
 
 
+def test_shapes_and_parameters_are_in_the_json() -> None:
+    def f(q: torch.Tensor) -> torch.Tensor:
+        k = q[:, :2, :, :6]
+        return F.scaled_dot_product_attention(q[..., :6], k, q[:, :2], is_causal=True, enable_gqa=True)
+
+    q = Q.to(torch.bfloat16)
+    torch._dynamo.mark_dynamic(q, 2)
+    (site,) = json.loads(explain(f, q, **NAMED, window=9).to_json())["sites"]
+    size = site["shape"].split("Lk=")[1].split()[0]
+    assert size.startswith("s") and site["shape"] == f"B=2 H=4/2 Lq={size} Lk={size} D=6 Dv=8 bfloat16"
+    assert (site["params"]["s"], site["params"]["window"], site["params"]["halving"]) == (16, 9, "balanced")
+    causal, full, hand = explain(Mixed(), Q, **NAMED).sites
+    assert causal.shape == full.shape == "B=2 H=4 Lq=24 Lk=24 D=8 float32"
+    assert hand.shape == "" and full.params == hand.params == {}
+
+
+class Page(HTMLParser):
+    """The cells of all rows as text, every tag with its attributes, and all the text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.tags: list[tuple[str, Any]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        self.tags.append((tag, attributes))
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag  # everything is closed where it was opened
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+
+def test_the_page_shows_every_site_and_needs_nothing_else() -> None:
+    report = explain(Mixed(), Q, **NAMED, modules={"gone": "exact"})
+    page = Page(report.to_html())
+    assert page.open == [] and len(page.rows) == 1 + len(report.sites)
+    for cells, site in zip(page.rows[1:], report.sites, strict=True):
+        module, form, shape, mask, method, verdict, reason, others = (" ".join(cell.split()) for cell in cells)
+        assert module == site.module + site.source and form == site.form
+        assert (shape, mask) == (site.shape or "–", site.mask or "–")
+        params = ", ".join(f"{name}={value}" for name, value in site.params.items())
+        assert method == f"{site.method} {params}".strip() and verdict == site.verdict
+        assert reason == site.reason and others == "".join(site.rejected)
+    assert "s=16, fraction=0.0" in " ".join(page.rows[1][4].split())
+    text = " ".join(page.text.split())
+    assert "3 in all: 1 rewritten, 0 exact, 2 refused. Dynamo made 1 graph of the model." in text
+    assert "No site matches modules['gone']." in text
+    names = {name for tag, attributes in page.tags for name, _ in attributes} | {tag for tag, _ in page.tags}
+    assert not names & {"src", "href", "script", "link", "img", "iframe"} and "url(" not in report.to_html()
+    assert "No attention site was found." in Report(()).to_html()
+
+
+def test_the_page_escapes_what_it_is_given_and_takes_figures() -> None:
+    evil = "<script>alert(1)</script>&"
+    report = Report((SiteReport(evil, evil, evil, evil, evil, "exact", evil, (evil,), evil, {evil: evil}),), 0, (evil,))
+    prolog = '<?xml version="1.0"?>\n<!DOCTYPE svg PUBLIC "x" "http://example.org/svg.dtd">\n'
+    svg = '<svg viewBox="0 0 1 1">\n<path d="M0 0"></path></svg>'
+    html = report.to_html({evil: prolog + svg})
+    page = Page(html)
+    assert not any(tag == "script" for tag, _ in page.tags) and page.text.count(evil) == 12
+    assert svg in html and "DTD" not in html.upper() and page.open == []
+    assert "figure>" not in report.to_html()
+    for wrong in ("plot.svg", "<svg>", "<svgs></svg>"):
+        with pytest.raises(ValueError, match=r"figures\['speed'\]: '.*'; must be an SVG document"):
+            report.to_html({"speed": wrong})
+
+
 def test_long_reasons_and_brackets_survive() -> None:
     reason = "because [bold]of[/bold] " + "x" * 300
     site = SiteReport("m", "", "sdpa", "causal", "exact", "refused", reason, (Refusal("express", reason),))
@@ -129,6 +210,21 @@ def test_graph_breaks_are_counted_and_every_graph_is_searched() -> None:
     assert report.graphs == 2 and [s.verdict for s in report.sites] == ["rewritten"] * 2
 
 
+def test_globs_are_followed_and_those_without_a_site_are_shown() -> None:
+    modules = {"ca*": "exact", "*.cross_attn": {"budget": 16}, "full": "thinformer", "nowhere": "exact"}
+    report = explain(Mixed(), Q, **NAMED, modules=modules)
+    assert [(s.method, s.verdict) for s in report.sites] == [
+        ("exact", "exact"),
+        ("thinformer", "rewritten"),
+        ("exact", "refused"),
+    ]
+    assert report.sites[0].reason == "modules['ca*'] names 'exact' first"
+    assert report.unmatched == ("modules['*.cross_attn']", "modules['nowhere']")
+    assert str(report).endswith("no site matches modules['*.cross_attn'], modules['nowhere']")
+    assert json.loads(report.to_json())["unmatched"] == list(report.unmatched)
+    assert "no site matches" not in str(explain(Mixed(), Q, **NAMED))
+
+
 def test_bad_input_is_told() -> None:
     with pytest.raises(TypeError, match="unknown option 'budgets': allowed are budget"):
         explain(Mixed(), Q, budgets=3)
@@ -157,7 +253,7 @@ def test_rewritten_models_report_what_was_done() -> None:
     model = transformers.LlamaForCausalLM(config).eval()
     ids = torch.randint(0, 64, (1, 24))
     before = explain(model, ids, example_kwargs={"use_cache": False}, **NAMED)
-    rewrite_attention(model, methods=["express"], budget=16)
+    rewrite_attention(model, methods=["express"], budget=16, modules={"*.cross": "exact"})
     during = explain(model, ids, example_kwargs={"use_cache": False})
     with pytest.raises(ValueError, match="budget: the model was changed by rewrite_attention"):
         explain(model, ids, budget=32)
@@ -167,3 +263,4 @@ def test_rewritten_models_report_what_was_done() -> None:
     ]
     assert [s.verdict for s in before.sites] == ["rewritten"] * 2
     assert (before.graphs, during.graphs) == (1, 0)
+    assert (before.unmatched, during.unmatched) == ((), ("modules['*.cross']",))

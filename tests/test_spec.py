@@ -26,7 +26,8 @@ from express_compile.spec import (
 )
 
 FIELDS = (
-    "budget methods sinks window protected halving inflation seed min_length strict method_options"  # promised names
+    "budget methods sinks window protected halving inflation seed min_length strict method_options "  # promised names
+    "modules causal_only training plan"
 ).split()
 
 
@@ -48,6 +49,10 @@ def test_defaults_are_those_promised() -> None:
         "min_length": None,
         "strict": False,
         "method_options": {},
+        "modules": {},
+        "causal_only": False,
+        "training": True,
+        "plan": None,
     }
 
 
@@ -59,7 +64,11 @@ def test_defaults_are_those_promised() -> None:
         (ValueError, r"budget=-0.5: a float is a fraction .* in \(0, 1\]", {"budget": -0.5}),
         (ValueError, r"budget=1.5", {"budget": 1.5}),
         (ValueError, r"budget=nan", {"budget": float("nan")}),
-        (TypeError, r"budget=True: must be of type int or float, not bool", {"budget": True}),
+        (
+            TypeError,
+            r"budget=True: must be of type int or float or a function of the number of keys, not bool",
+            {"budget": True},
+        ),
         (TypeError, r"budget='512'", {"budget": "512"}),
         (TypeError, r"methods='express': must be a sequence of names, e.g. \['express'\]", {"methods": "express"}),
         (ValueError, r"methods=\[\]: must be None or a non-empty", {"methods": []}),
@@ -76,6 +85,15 @@ def test_defaults_are_those_promised() -> None:
         (TypeError, r"strict=1: must be True or False", {"strict": 1}),
         (TypeError, r"method_options=\{'express': 3\}: must map", {"method_options": {"express": 3}}),
         (TypeError, r"method_options=\['express'\]", {"method_options": ["express"]}),
+        (TypeError, r"causal_only=1: must be True or False", {"causal_only": 1}),
+        (TypeError, r"training=None: must be True or False", {"training": None}),
+        (TypeError, r"modules=\['a'\]: must map globs", {"modules": ["a"]}),
+        (TypeError, r"modules: 'a': 5; must map a glob", {"modules": {"a": 5}}),
+        (TypeError, r"modules\['a'\]: unknown option 'budgt': allowed are budget", {"modules": {"a": {"budgt": 5}}}),
+        (ValueError, r"modules\['a'\]: budget=2: must be at least 4", {"modules": {"a": {"budget": 2}}}),
+        (ValueError, r"modules\['a'\]: 'seed' is not allowed .*share one seed", {"modules": {"a": {"seed": 5}}}),
+        (ValueError, r"modules\['a'\]: 'strict' is not allowed .*together", {"modules": {"a": {"strict": True}}}),
+        (ValueError, r"modules\['a'\]: 'modules' is not allowed .*order", {"modules": {"a": {"modules": {}}}}),
     ],
 )
 def test_bad_options_name_the_field_its_value_and_what_is_allowed(error, words, options) -> None:
@@ -89,6 +107,40 @@ def test_good_options_are_kept() -> None:
     assert policy.methods == ("express", "exact") and pickle.loads(pickle.dumps(policy)) == policy
     with pytest.raises(dataclasses.FrozenInstanceError):
         policy.budget = 3
+
+
+def test_globs_override_the_policy_of_modules_in_their_order() -> None:
+    policy = Policy(
+        budget=64,
+        modules={"layers.*": {"budget": 128, "window": 8}, "layers.1": {"budget": 256}, "*.cross": "exact"},
+        seed=3,
+    )
+    assert policy.modules["*.cross"] == {"methods": ("exact",)}  # a string is the name of one method
+    assert policy.at("embed") == Policy(budget=64, seed=3) and policy.at("embed").modules == {}
+    assert policy.at("layers.0") == Policy(budget=128, window=8, seed=3)
+    assert policy.at("layers.1") == Policy(budget=256, window=8, seed=3)
+    assert policy.at("layers.1.cross") == Policy(budget=128, window=8, seed=3, methods=("exact",))
+    turned = Policy(budget=64, modules={"layers.1": {"budget": 256}, "layers.*": {"budget": 128}})
+    assert turned.at("layers.1").budget == 128
+    assert policy.globs("layers.1") == ("layers.*", "layers.1") and policy.globs("Layers.1") == ()
+    assert policy.at("layers.0") is policy.at("layers.7")  # one policy for all that match the same globs
+    again = pickle.loads(pickle.dumps(policy))
+    assert again == policy and again.at("layers.1").budget == 256
+    assert Policy().at("anything") == Policy()
+
+
+def test_a_budget_may_be_a_function_of_the_number_of_keys() -> None:
+    policy = Policy(budget=lambda n: n // 8, window=7)
+    assert policy.resolve(800) == Policy(budget=100, window=7)
+    assert policy.resolve(16).budget == policy.resolve(0).budget == 4  # as for a fraction of few keys
+    assert Policy(budget=64).resolve(800) == Policy(budget=64)
+    for budget, words in (
+        (lambda n: n / 8, r"budget\(800\) returned 100.0: must be a number of rows, an int"),
+        (lambda n: -3, "returned -3"),
+        (lambda n: True, "returned True"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Policy(budget=budget).resolve(800)
 
 
 # ------------------------------------------------------------------------------------------- masks and sizes

@@ -1,0 +1,203 @@
+"""The command line: ``python -m express_compile explain model.py:factory --shape 1x8192``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("int64", "int32", "bool", "float32", "bfloat16", "float16", "float64")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (``sys.argv`` if None); returns the exit status, 1 where ``strict`` found a refused site.
+
+    A bad argument ends the process with status 2 and a message that names it, its value and what is allowed. What the
+    model raises is not caught.
+    """
+    parser = argparse.ArgumentParser(prog="python -m express_compile", description="Sub-quadratic attention.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_explain(commands)
+    options = parser.parse_args(arguments)
+    return options.run(options)
+
+
+# ------------------------------------------------------------------------------------------------------ explain
+
+
+def _add_explain(commands: Any) -> None:
+    parser = commands.add_parser(
+        "explain",
+        usage="%(prog)s MODEL [--shape SIZES[:DTYPE] ...] [options]",
+        help="show every attention site of a model: what it becomes, or why not",
+        description="Run a model once on made-up inputs (integers and booleans are ones, floats are normal random "
+        "numbers) and show what the backend would do at every attention site, and why.",
+    )
+    parser.set_defaults(run=_explain, parser=parser)
+    add = parser.add_argument
+    add("model", type=_place, metavar="MODEL", help="FILE.py:FUNCTION or MODULE:FUNCTION that returns the model")
+    add("--shape", type=_tensor, action="append", default=[], metavar="SIZES[:DTYPE]", help="of an input: 1x8192")
+    add("--dtype", choices=DTYPES, default="int64", help="of inputs that do not name one (default: %(default)s)")
+    add("--kwargs", type=_keyword, action="append", default=[], metavar="NAME=SIZES[:DTYPE]", help="a named input")
+    add("--device", default="cpu", help="where the model runs, e.g. cuda (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    add("--html", type=Path, metavar="FILE", help="write the report as one HTML page")
+    add("--save-plan", type=Path, metavar="FILE", help="write what was decided; the option plan takes it")
+    policy = parser.add_argument_group("policy", "the options of the backend; the README says what they mean")
+    for name, settings in POLICY.items():
+        policy.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **settings)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    import torch
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    from .report import explain
+
+    fields = {name: getattr(options, name) for name in POLICY if hasattr(options, name)}
+    if "modules" in fields:
+        fields["modules"] = dict(fields["modules"])
+    _check(options, fields)
+    model = _load(options)()
+    if isinstance(model, torch.nn.Module):
+        model.to(options.device)
+    inputs = [_make(tensor, options) for tensor in options.shape]
+    kwargs = {name: _make(tensor, options) for name, tensor in options.kwargs}
+    try:
+        report = explain(model, *inputs, example_kwargs=kwargs, **fields)
+    except BackendCompilerFailed as error:
+        print(f"{options.parser.prog}: {error.inner_exception}", file=sys.stderr)
+        return 1
+    print(report)
+    for path, write in ((options.json, report.to_json), (options.html, report.to_html)):
+        if path is not None:
+            path.write_text(write() + "\n", encoding="utf-8")
+    if options.save_plan is not None:
+        report.plan.save(options.save_plan)
+    return 0
+
+
+def _check(options: argparse.Namespace, fields: dict[str, Any]) -> None:
+    import torch
+
+    from .passes.plan import check_policy
+    from .spec import Policy
+
+    try:
+        torch.device(options.device)
+        check_policy(Policy.from_options(fields))
+    except RuntimeError as error:
+        options.parser.error(f"--device={options.device!r}: {error}")
+    except (OSError, TypeError, ValueError) as error:
+        options.parser.error(str(error))
+
+
+def _load(options: argparse.Namespace) -> Callable[[], Any]:
+    """The function that makes the model."""
+    home, name = options.model
+    try:
+        module = _run_file(Path(home)) if home.endswith(".py") else importlib.import_module(home)
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        options.parser.error(f"MODEL={home}:{name}: must be a Python file or a module that can be imported: {error}")
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        functions = sorted(n for n, x in vars(module).items() if callable(x) and not n.startswith("_"))
+        options.parser.error(f"MODEL={home}:{name}: must be a function there; it has {', '.join(functions) or 'none'}")
+    return factory
+
+
+def _run_file(path: Path) -> Any:
+    sys.path.insert(0, str(path.resolve().parent))  # as for a script, which finds what lies beside it
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # pickle and dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _make(tensor: tuple[tuple[int, ...], str | None], options: argparse.Namespace) -> torch.Tensor:
+    import torch
+
+    sizes, dtype = tensor[0], getattr(torch, tensor[1] or options.dtype)
+    if not dtype.is_floating_point:
+        return torch.ones(sizes, dtype=dtype, device=options.device)
+    numbers = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+    return numbers.to(options.device, dtype)
+
+
+# ----------------------------------------------------------------------------------- what arguments are made of
+
+
+def _error(value: str, allowed: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"{value!r}: must be {allowed}")
+
+
+def _place(value: str) -> tuple[str, str]:
+    home, _, name = value.rpartition(":")
+    if not home or not name.isidentifier():
+        raise _error(value, "FILE.py:FUNCTION or MODULE:FUNCTION, e.g. model.py:make")
+    return home, name
+
+
+def _tensor(value: str) -> tuple[tuple[int, ...], str | None]:
+    sizes, _, dtype = value.partition(":")
+    if not all(size.isascii() and size.isdigit() for size in sizes.split("x")) or (
+        ":" in value and dtype not in DTYPES
+    ):
+        raise _error(value, f"sizes such as 1x8192, with one of {', '.join(DTYPES)} as in 1x8192:int64 if need be")
+    return tuple(map(int, sizes.split("x"))), dtype or None
+
+
+def _keyword(value: str) -> tuple[str, tuple[tuple[int, ...], str | None]]:
+    name, equals, tensor = value.partition("=")
+    if not equals or not name.isidentifier():
+        raise _error(value, "NAME=SIZES or NAME=SIZES:DTYPE, e.g. attention_mask=1x8192:int64")
+    return name, _tensor(tensor)
+
+
+def _budget(value: str) -> int | float:
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    raise _error(value, "a number of rows or a fraction of the keys, e.g. 512 or 0.05")
+
+
+def _override(value: str) -> tuple[str, Any]:
+    glob, equals, given = value.partition("=")
+    if not equals or not given:
+        raise _error(value, "GLOB=METHOD or GLOB={...}, e.g. 'model.layers.0.*=exact' or '*.cross={\"budget\": 1024}'")
+    return glob, _json(given) if given.startswith("{") else given
+
+
+def _json(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise _error(value, f"JSON, but: {error}") from None
+
+
+# How each field of Policy is given; a seed changes nothing that is explained.
+POLICY: dict[str, dict[str, Any]] = {
+    "budget": {"type": _budget, "metavar": "ROWS|FRACTION"},
+    "methods": {"type": lambda value: value.split(","), "metavar": "NAME[,NAME...]"},
+    **{name: {"type": int, "metavar": "N"} for name in ("sinks", "window", "protected", "inflation", "min_length")},
+    "halving": {"metavar": "RULE"},
+    **{name: {"action": argparse.BooleanOptionalAction} for name in ("strict", "causal_only", "training")},
+    "method_options": {"type": _json, "metavar": "JSON"},
+    "modules": {"type": _override, "action": "append", "metavar": "GLOB=METHOD|JSON"},
+    "plan": {"metavar": "FILE"},
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The command line: what it prints and writes is what explain() gives, and bad arguments are named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from express_compile.__main__ import POLICY, main
+from express_compile.report import explain
+from express_compile.saved import SavedPlan
+from express_compile.spec import Policy
+
+SOURCE = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+from heads_of_test_main import HEADS
+
+
+class Attention(nn.Module):
+    def forward(self, x, keep=None):
+        q = x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        mask = None if keep is None else keep[:, None, None]
+        return F.scaled_dot_product_attention(q, q, q, mask, is_causal=keep is None).transpose(1, 2).flatten(2)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.a, self.b = nn.Embedding(2, 32), Attention(), Attention()
+
+    def forward(self, ids, times=None, keep=None):
+        assert ids.dtype == torch.int64 and (times is None or times.dtype == torch.float16)
+        x = self.embed(ids)
+        return self.b(self.a(x if times is None else x * times), keep)
+
+
+def make():
+    torch.manual_seed(0)
+    return Model()
+
+
+def function():
+    return lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True)
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "heads_of_test_main.py").write_text("HEADS = 4")
+    path = tmp_path / "model_of_test_main.py"
+    path.write_text(SOURCE)
+    yield str(path)
+    for name in ("model_of_test_main", "heads_of_test_main"):
+        sys.modules.pop(name, None)
+
+
+OPTIONS = ["--budget", "16", "--methods", "express,exact", "--min-length", "0", "--modules", "b=exact", "--sinks", "4"]
+FIELDS = {"budget": 16, "methods": ["express", "exact"], "min_length": 0, "modules": {"b": "exact"}, "sinks": 4}
+
+
+def test_what_is_printed_and_written_is_what_explain_says(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / name for name in ("report.json", "page.html", "plan.json")]
+    written = ["--json", str(files[0]), "--html", str(files[1]), "--save-plan", str(files[2])]
+    assert main(["explain", f"{model}:make", "--shape", "1x24", *OPTIONS, *written]) == 0
+    built = sys.modules["model_of_test_main"].make()
+    report = explain(built, torch.ones(1, 24, dtype=torch.int64), **FIELDS)
+    assert capsys.readouterr().out == f"{report}\n"
+    assert [site.verdict for site in report.sites] == ["rewritten", "exact"]
+    assert files[0].read_text() == report.to_json() + "\n" and files[1].read_text() == report.to_html() + "\n"
+    assert SavedPlan.load(files[2]) == report.plan
+    # and the plan may be given back
+    assert main(["explain", f"{model}:make", "--shape", "1x24", "--plan", str(files[2]), "--strict"]) == 0
+    assert "causal attention; as saved" in capsys.readouterr().out
+
+
+def test_inputs_have_the_shapes_and_dtypes_that_were_asked_for(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = ["--kwargs", "keep=3x24:bool", "--json", str(tmp_path / "report.json")]
+    shapes = ["--shape", "3x24", "--shape", "3x24x1:float16"]
+    assert main(["explain", f"{model}:make", *shapes, *named, "--methods", "thinformer"]) == 0
+    sites = json.loads((tmp_path / "report.json").read_text())["sites"]
+    assert [(site["mask"], site["verdict"]) for site in sites] == [("causal", "refused"), ("key padding", "rewritten")]
+    assert sites[0]["shape"] == "B=3 H=4 Lq=24 Lk=24 D=8 float32"
+    capsys.readouterr()
+    options = ["--shape", "1x2x24x8", "--dtype", "bfloat16", "--methods", "express", "--json", str(tmp_path / "f")]
+    assert main(["explain", f"{model}:function", *options]) == 0
+    (site,) = json.loads((tmp_path / "f").read_text())["sites"]
+    assert (site["shape"], site["verdict"]) == ("B=1 H=2 Lq=24 Lk=24 D=8 bfloat16", "rewritten")
+
+
+def test_every_field_that_matters_is_an_option(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert set(POLICY) == set(Policy.option_names()) - {"seed"}
+    asked: list[dict] = []
+    monkeypatch.setattr(
+        "express_compile.report.explain",
+        lambda *inputs, example_kwargs, **fields: asked.append(fields) or explain(*inputs),
+    )
+    given = {
+        "--budget": ("0.25", 0.25),
+        "--methods": ("express", ["express"]),
+        "--sinks": ("1", 1),
+        "--window": ("2", 2),
+        "--protected": ("3", 3),
+        "--halving": ("uniform", "uniform"),
+        "--inflation": ("4", 4),
+        "--min-length": ("5", 5),
+        "--method-options": ('{"express": {"block": 64}}', {"express": {"block": 64}}),
+        "--modules": ('*.x={"budget": 8}', {"*.x": {"budget": 8}}),
+    }
+    flags = ["--strict", "--causal-only", "--no-training"]
+    main(["explain", f"{model}:make", "--shape", "1x24", *flags, *(x for k, v in given.items() for x in (k, v[0]))])
+    expected = {name[2:].replace("-", "_"): value for name, (_, value) in given.items()}
+    assert asked == [{**expected, "strict": True, "causal_only": True, "training": False}]
+    main(["explain", f"{model}:make", "--shape", "1x24"])
+    assert asked[1] == {}  # what is not given has its default
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["{model}:mke"],
+            "MODEL={model}:mke: must be a function there; it has Attention, Model, function, make",
+        ),
+        (["{model}"], "argument MODEL: '{model}': must be FILE.py:FUNCTION or MODULE:FUNCTION, e.g. model.py:make"),
+        (["nowhere.py:make"], "MODEL=nowhere.py:make: must be a Python file or a module that can be imported"),
+        (["no_such_module:make"], "MODEL=no_such_module:make: must be a Python file or a module that can be imported"),
+        (["{model}:make", "--shape", "1by8"], "argument --shape: '1by8': must be sizes such as 1x8192"),
+        (
+            ["{model}:make", "--shape", "1x8:int9"],
+            "argument --shape: '1x8:int9': must be sizes such as 1x8192, with one of",
+        ),
+        (["{model}:make", "--dtype", "int9"], "argument --dtype: invalid choice: 'int9' (choose from int64, int32"),
+        (["{model}:make", "--kwargs", "1x8"], "argument --kwargs: '1x8': must be NAME=SIZES or NAME=SIZES:DTYPE"),
+        (["{model}:make", "--budget", "many"], "argument --budget: 'many': must be a number of rows or a fraction"),
+        (["{model}:make", "--budget", "2"], "budget=2: must be at least 4 rows"),
+        (["{model}:make", "--methods", "fast"], "methods=['fast']: unknown method 'fast'; allowed are "),
+        (["{model}:make", "--modules", "b"], "argument --modules: 'b': must be GLOB=METHOD or GLOB="),
+        (["{model}:make", "--modules", "b={}}"], "argument --modules: '{}}': must be JSON, but: Extra data"),
+        (["{model}:make", "--plan", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
+        (["{model}:make", "--device", "abacus"], "--device='abacus': "),
+    ],
+)
+def test_bad_arguments_are_named(
+    model: str, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["explain", *(x.replace("{model}", model) for x in arguments)])
+    assert error.value.code == 2
+    message = capsys.readouterr().err.replace("'int64'", "int64").replace("'int32'", "int32")  # older Pythons quote
+    assert words.replace("{model}", model) in message
+
+
+def test_strict_ends_with_a_message_and_no_traceback(model: str) -> None:
+    command = [sys.executable, "-m", "express_compile", "explain", f"{model}:make", "--shape", "1x24"]
+    run = subprocess.run([*command, "--methods", "thinformer", "--strict"], capture_output=True, text=True)
+    assert run.returncode == 1 and "Traceback" not in run.stderr and run.stdout == ""
+    assert "strict=True: 2 attention sites were refused" in run.stderr and "it is causal; Thinformer" in run.stderr
