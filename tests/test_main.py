@@ -62,8 +62,8 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         sys.modules.pop(name, None)
 
 
-OPTIONS = ["--budget", "16", "--methods", "express,exact", "--min-length", "0", "--modules", "b=exact", "--sinks", "4"]
-FIELDS = {"budget": 16, "methods": ["express", "exact"], "min_length": 0, "modules": {"b": "exact"}, "sinks": 4}
+OPTIONS = ["--budget", "16", "--methods", "express,thinformer", "--modules", "b=exact", "--sinks", "4"]
+FIELDS = {"budget": 16, "methods": ["express", "thinformer"], "modules": {"b": "exact"}, "sinks": 4}
 
 
 def test_what_is_printed_and_written_is_what_explain_says(

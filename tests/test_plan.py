@@ -184,23 +184,25 @@ def test_names_of_methods_are_checked_for_modules_too() -> None:
 
 
 def test_causal_only_leaves_other_sites_alone() -> None:
-    full, both = replace(SPEC, mask=Mask()), ("second", "exact")
+    full, named = replace(SPEC, mask=Mask()), ("second",)
     sites = [site("causal"), site("full", full), site("unknown", UNKNOWN), site("hand", full, form="softmax")]
-    assert decisions(sites, methods=both, min_length=0) == [("second", "rewritten")] * 2 + [
-        ("exact", "exact"),
-        ("second", "rewritten"),
-    ]
-    planned = plan_sites(sites, Policy(methods=both, min_length=0, causal_only=True))
+    verdicts = [verdict for _, verdict in decisions(sites, methods=named)]
+    assert verdicts == ["rewritten", "rewritten", "refused", "rewritten"]
+    planned = plan_sites(sites, Policy(methods=named, causal_only=True))
     assert [plan.verdict for _, plan in planned] == ["rewritten", "exact", "refused", "exact"]
     assert planned[1][1].reason == "causal_only=True, and it is not causal (its mask: none)"
     assert planned[2][1].reason == "causal_only=True, and its mask is not proven: it is made up"
-    assert decisions(sites[:2], methods=("second",), modules={"full": {"causal_only": True}})[1] == ("exact", "exact")
+    assert decisions(sites[:2], methods=named, modules={"full": {"causal_only": True}})[1] == ("exact", "exact")
+    by_hand = [site("hand", spec, form="softmax") for spec in (SPEC, full, UNKNOWN)]
+    assert decisions(by_hand, methods=("exact",)) == [("exact", "rewritten")] * 3  # as SDPA
+    found = decisions(by_hand, methods=("exact",), causal_only=True)
+    assert [verdict for _, verdict in found] == ["rewritten", "exact", "refused"]
 
 
 def test_without_training_sites_that_need_gradients_are_left_alone() -> None:
     sites = [site("a", gradient=True), site("b"), site("c", gradient=True, form="softmax")]
     assert decisions(sites, methods=("first",)) == [("first", "rewritten")] * 3
-    planned = plan_sites(sites, Policy(methods=("first", "exact"), training=False, strict=True))
+    planned = plan_sites(sites, Policy(methods=("first",), training=False, strict=True))
     assert [plan.verdict for _, plan in planned] == ["exact", "rewritten", "exact"]
     assert planned[0][1].reason == "training=False, and its result needs a gradient"
 

@@ -18,7 +18,6 @@ from torch import nn
 import express_compile
 from express_compile import SavedPlan, SavedSite, explain
 from express_compile.backend import rewrite_graph
-from express_compile.devices import shipped
 from express_compile.passes.plan import Question, answer, check_policy
 from express_compile.spec import AttentionSpec, Mask, Policy
 
@@ -173,12 +172,11 @@ class Net(nn.Module):
 Q = torch.randn(1, 4, 160, 8, generator=torch.Generator().manual_seed(0))
 FOUND = {
     "budget": lambda n: n // 20,
-    "methods": ["express", "exact"],
-    "min_length": 0,
+    "methods": ["express"],
     "sinks": 4,
     "window": 8,
     "protected": 0,
-    "modules": {"a": {"budget": 16}, "full": {"methods": ["thinformer"]}},
+    "modules": {"a": {"budget": 16}, "full": "thinformer", "": "exact"},
 }
 
 
@@ -261,16 +259,18 @@ def test_nothing_in_a_plan_is_trusted() -> None:
     assert follow(replace(exact, verdict="refused")).verdict == "exact"
 
 
-def test_a_method_chosen_by_its_length_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("express_compile.passes.plan.device_of", lambda kind: shipped()["NVIDIA H200"])
-    spec = AttentionSpec(1, 4, 2, 1 << 20, 1 << 20, 64, 64, torch.bfloat16, "cuda", 0.5, Mask(causal=True))
-    decision = answer(Question("a", spec=spec), Policy())
+def test_whether_exact_attention_may_be_chosen_is_kept() -> None:
+    spec = AttentionSpec(1, 4, 2, 4000, 4000, 64, 64, torch.float32, "cpu", 0.5, Mask(causal=True))
+    decision = answer(Question("a", spec=spec), Policy(methods=("thinformer", "express", "exact"), min_length=2000))
     assert decision.method == "express"
-    plan = SavedPlan((SavedSite.from_plan("a", 0, spec, decision),))
-    assert answer(Question("a", spec=spec), Policy(plan=plan)).method == "express"
-    short = replace(spec, Lq=1000, Lk=1000)
-    followed = answer(Question("a", spec=short), Policy(plan=plan))
-    assert followed.verdict == "exact" and followed.reason == answer(Question("a", spec=short), Policy()).reason
+    site = SavedSite.from_plan("a", 0, spec, decision)
+    assert site.options["methods"] == ("express", "exact") and site.options["min_length"] == 2000
+    plan = Policy(plan=SavedPlan((site,)))
+    assert answer(Question("a", spec=spec), plan).method == "express"
+    followed = answer(Question("a", spec=replace(spec, Lq=1000, Lk=1000)), plan)
+    assert followed.verdict == "exact" and followed.reason == "1000 keys are fewer than min_length 2000"
+    unnamed = SavedSite.from_plan("a", 0, spec, replace(decision, policy=Policy()))
+    assert unnamed.options["methods"] is None and unnamed.policy == Policy()
 
 
 def test_modules_that_a_plan_does_not_find_are_told() -> None:
