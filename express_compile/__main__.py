@@ -6,6 +6,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+    from .report import Report
 
 DTYPES = ("int64", "int32", "bool", "float32", "bfloat16", "float16", "float64")
 
@@ -26,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m express_compile", description="Sub-quadratic attention.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_explain(commands)
+    _add_calibrate(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
 
@@ -77,12 +81,21 @@ def _explain(options: argparse.Namespace) -> int:
         print(f"{options.parser.prog}: {error.inner_exception}", file=sys.stderr)
         return 1
     print(report)
-    for path, write in ((options.json, report.to_json), (options.html, report.to_html)):
-        if path is not None:
-            path.write_text(write() + "\n", encoding="utf-8")
+    if options.json is not None:
+        options.json.write_text(report.to_json() + "\n", encoding="utf-8")
+    if options.html is not None:
+        options.html.write_text(report.to_html(_plots(report, options)) + "\n", encoding="utf-8")
     if options.save_plan is not None:
         report.plan.save(options.save_plan)
     return 0
+
+
+def _plots(report: Report, options: argparse.Namespace) -> dict[str, str]:
+    try:
+        return report.crossovers()
+    except ImportError:
+        print(f"{options.parser.prog}: no plots without matplotlib (pip install matplotlib)", file=sys.stderr)
+        return {}
 
 
 def _check(options: argparse.Namespace, fields: dict[str, Any]) -> None:
@@ -131,6 +144,46 @@ def _make(tensor: tuple[tuple[int, ...], str | None], options: argparse.Namespac
         return torch.ones(sizes, dtype=dtype, device=options.device)
     numbers = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
     return numbers.to(options.device, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- calibrate
+
+
+def _add_calibrate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="measure how fast the methods are on this machine, for the planner",
+        description="Time every method at some shapes on this machine's GPU, or on its CPU if it has none, and keep "
+        "the rates that follow in a file, where the planner finds them. Takes two to three minutes.",
+    )
+    parser.set_defaults(run=_calibrate, parser=parser)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write them there instead, for no planner to find")
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from dataclasses import asdict, fields
+
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from .cost import Rates, kind_of
+    from .devices import save
+    from .measure import calibrate
+
+    device, found = calibrate(lambda shapes: track(shapes, description="calibrate"))
+    table = Table("dtype", "method", *(f.name for f in fields(Rates)), "off by", title="picoseconds per unit")
+    for kind, rates in device.rates.items():
+        for method, rate in rates.items():
+            rows = [x for x in found if x["shape"].method == method and kind_of(x["shape"].dtype) == kind]
+            off = [abs(rate.seconds(x["cost"], graphs=True) / x["seconds"] - 1) for x in rows]
+            numbers = (f"{1e12 * x:,.4g}" for x in asdict(rate).values())
+            table.add_row(kind, method, *numbers, f"{100 * statistics.median(off):.1f}%, at most {100 * max(off):.0f}%")
+    Console(width=150).print(table)
+    if options.out is not None:
+        options.out.write_text(json.dumps(asdict(device), indent=2) + "\n")
+    print(f"{device.name}, {device.source}: {options.out or save(device)}")
+    return 0
 
 
 # ----------------------------------------------------------------------------------- what arguments are made of

@@ -35,7 +35,8 @@ class SiteReport:
     shape: its sizes and dtype, e.g. ``"B=1 H=32/8 Lq=s0 Lk=s0 D=128 bfloat16"`` (heads of the query and of the keys),
         ``""`` where that was not looked at.
     params: the keyword arguments of the op that runs there, plain data.
-    saved: its entry in a saved plan; neither printed nor in the JSON.
+    predicted_ms: milliseconds by method, where the choice went by them and lengths are known.
+    saved, spec, policy: its entry in a saved plan, what it computes, and what decided; neither printed nor in the JSON.
     """
 
     module: str
@@ -48,7 +49,10 @@ class SiteReport:
     rejected: tuple[str, ...] = ()
     shape: str = ""
     params: Mapping[str, Any] = field(default_factory=dict)
+    predicted_ms: Mapping[str, float] = field(default_factory=dict)
     saved: SavedSite | None = field(default=None, repr=False, compare=False)
+    spec: AttentionSpec | None = field(default=None, repr=False, compare=False)
+    policy: Policy | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rejected", tuple(map(str, self.rejected)))
@@ -81,6 +85,9 @@ class SiteReport:
             rejected=plan.rejected,
             shape="" if spec is None else _shape(spec),
             params=plan.params,
+            predicted_ms=plan.predicted_ms,
+            spec=spec,
+            policy=plan.policy,
             saved=SavedSite.from_plan(module, index, spec, plan),
         )
 
@@ -100,7 +107,7 @@ class Report:
 
     def to_json(self) -> str:
         """The report as a JSON object with the keys ``graphs``, ``totals``, ``unmatched`` and ``sites``."""
-        names = [f.name for f in fields(SiteReport) if f.name != "saved"]
+        names = [f.name for f in fields(SiteReport) if f.compare]
         sites = [{name: getattr(site, name) for name in names} for site in self.sites]
         head = {"graphs": self.graphs, "totals": self.totals(), "unmatched": self.unmatched}
         return json.dumps({**head, "sites": sites}, indent=2)
@@ -118,6 +125,30 @@ class Report:
         from .page import render
 
         return render(self, figures)
+
+    def crossovers(self) -> dict[str, str]:
+        """For :meth:`to_html`: a plot of predicted times over the number of keys for each kind of site, by title.
+
+        Of sites whose mask is proven and which some method takes, on a device whose speed is known. Raises
+        ``ImportError`` without matplotlib.
+        """
+        from .devices import device_of
+        from .method import METHODS
+        from .plots import crossover_plot
+
+        plots: dict[str, str] = {}
+        for site in self.sites:
+            device = None if site.spec is None else device_of(site.spec.device)
+            if device is None or site.policy is None:
+                continue
+            able = [
+                name for name in METHODS if name != "exact" and METHODS[name].refuse(site.spec, site.policy) is None
+            ]
+            able = [name for name in able if device.rates_of(name, site.spec.dtype) is not None]
+            title = f"{site.shape}, mask: {site.mask}, s={site.policy.budget}, {device.name} ({device.source})"
+            if able and title not in plots:
+                plots[title] = crossover_plot(tuple(able), site.spec, site.policy, device, site.shape)
+        return plots
 
     def totals(self) -> dict[str, int]:
         """The number of sites of each verdict."""

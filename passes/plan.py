@@ -229,6 +229,7 @@ def _decide(spec: AttentionSpec, policy: Policy, graphs: bool = False) -> Plan:
     possible: list[Plan] = []
     rejected: list[Refusal] = []
     slower = False
+    times: dict[str, float] = {}
     for name in dict.fromkeys(names):
         if name == "exact":
             continue
@@ -241,7 +242,9 @@ def _decide(spec: AttentionSpec, policy: Policy, graphs: bool = False) -> Plan:
         found = _faster(name, spec, policy, graphs) if beside else _as_asked(name, spec, policy)
         if isinstance(found, Refusal):
             rejected.append(found)
-        elif found.method == "exact":
+            continue
+        times |= found.predicted_ms
+        if found.method == "exact":
             rejected.append(Refusal(name, found.reason))
             slower = True
         else:
@@ -249,10 +252,10 @@ def _decide(spec: AttentionSpec, policy: Policy, graphs: bool = False) -> Plan:
     if possible:
         first, *others = sorted(possible, key=lambda plan: plan.predicted_ms.get(plan.method, 0.0))
         rejected += (Refusal(other.method, f"{first.method} is preferred; {other.reason}") for other in others)
-        return replace(first, rejected=tuple(rejected))
+        return replace(first, rejected=tuple(rejected), predicted_ms=times)
     allowed = "exact" in names and (spec.mask.unknown is None or policy.methods is not None)
     verdict = "exact" if slower or allowed else "refused"
-    return Plan("exact", verdict, _reasons(rejected), rejected=tuple(rejected))
+    return Plan("exact", verdict, _reasons(rejected), rejected=tuple(rejected), predicted_ms=times)
 
 
 def _as_asked(name: str, spec: AttentionSpec, policy: Policy) -> Plan | Refusal:
@@ -285,7 +288,7 @@ def _faster(name: str, spec: AttentionSpec, policy: Policy, graphs: bool) -> Pla
     if isinstance(spec.Lk, int):
         words = f"predicted {times[name]:.3g} ms, exact attention {times['exact']:.3g} ms"
         if not wins(times, name):
-            return Plan("exact", "exact", words)
+            return Plan("exact", "exact", words, predicted_ms=times)
         return Plan(name, "rewritten", f"{_kind(spec)}; {words}", params, predicted_ms=times)
     shortest = crossover(name, "exact", spec, policy, device, graphs, MARGIN)
     if shortest is None:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from express_compile import devices, measure
 from express_compile.__main__ import POLICY, main
+from express_compile.cost import Device
 from express_compile.report import explain
 from express_compile.saved import SavedPlan
 from express_compile.spec import Policy
@@ -76,7 +78,10 @@ def test_what_is_printed_and_written_is_what_explain_says(
     report = explain(built, torch.ones(1, 24, dtype=torch.int64), **FIELDS)
     assert capsys.readouterr().out == f"{report}\n"
     assert [site.verdict for site in report.sites] == ["rewritten", "exact"]
-    assert files[0].read_text() == report.to_json() + "\n" and files[1].read_text() == report.to_html() + "\n"
+    assert (
+        files[0].read_text() == report.to_json() + "\n"
+        and files[1].read_text() == report.to_html(report.crossovers()) + "\n"
+    )
     assert SavedPlan.load(files[2]) == report.plan
     # and the plan may be given back
     assert main(["explain", f"{model}:make", "--shape", "1x24", "--plan", str(files[2]), "--strict"]) == 0
@@ -169,3 +174,26 @@ def test_strict_ends_with_a_message_and_no_traceback(model: str) -> None:
     run = subprocess.run([*command, "--methods", "thinformer", "--strict"], capture_output=True, text=True)
     assert run.returncode == 1 and "Traceback" not in run.stderr and run.stdout == ""
     assert "strict=True: 2 attention sites were refused" in run.stderr and "it is causal; Thinformer" in run.stderr
+
+
+def test_calibrate_prints_and_keeps_the_rates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = [measure._prefill("exact", n, H=2, H_kv=1, D=16, dtype=torch.float32) for n in (64, 128)]
+    monkeypatch.setattr(measure, "shapes", lambda device, dtype: few)
+    monkeypatch.setattr(measure, "_SECONDS", 0.01)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["calibrate", "--out", str(tmp_path / "own.json")]) == 0
+    assert list(tmp_path.iterdir()) == [tmp_path / "own.json"], "no planner finds it"
+    device = Device.from_dict(json.loads((tmp_path / "own.json").read_text()))
+    assert set(device.rates["float32"]) == {"exact"}
+    words = capsys.readouterr().out
+    assert device.source in words and "float32" in words and "at most" in words
+    devices.device_of.cache_clear()
+    assert main(["calibrate"]) == 0
+    try:
+        found = devices.device_of("cpu")
+        assert found.source == device.source and str(devices.path_of(found.name)) in capsys.readouterr().out
+    finally:
+        devices.device_of.cache_clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from typing import Any
@@ -12,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from express_compile import devices
+from express_compile.cost import Device, Rates
+from express_compile.predict import MARGIN, crossover
 from express_compile.report import Report, SiteReport, explain
 from express_compile.spec import Refusal
 
@@ -151,6 +155,22 @@ def test_the_page_escapes_what_it_is_given_and_takes_figures() -> None:
     for wrong in ("plot.svg", "<svg>", "<svgs></svg>"):
         with pytest.raises(ValueError, match=r"figures\['speed'\]: '.*'; must be an SVG document"):
             report.to_html({"speed": wrong})
+
+
+def test_crossovers_are_drawn_where_something_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "device_of", lambda kind: None)
+    report = explain(Mixed(), Q, **NAMED)
+    assert report.crossovers() == {}
+    rates = {"express": Rates(launches=1e-3), "exact": Rates(scores=1e-7)}
+    monkeypatch.setattr(devices, "device_of", lambda kind: Device("a machine", "made up", {"float32": rates}))
+    ((title, svg),) = report.crossovers().items()  # the sites that are refused have no plot
+    assert all(part in title for part in (report.sites[0].shape, "causal", "s=16", "a machine (made up)"))
+    (words,) = re.findall(r"express from ([0-9,]+) keys on", svg)
+    site = report.sites[0]
+    device = devices.device_of("cpu")
+    assert int(words.replace(",", "")) == crossover("express", "exact", site.spec, site.policy, device, margin=MARGIN)
+    assert report.crossovers() == {title: svg}
+    assert words in report.to_html({title: svg})
 
 
 def test_long_reasons_and_brackets_survive() -> None:
