@@ -17,7 +17,7 @@ one or two batch letters. Refuses soft-caps, sinks, scores or weights that are w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,7 +32,8 @@ from .mask import MaskPart, Padding, prove_all, same_for_all_queries
 from .multihead import Emit, Refused, entered
 from .normalize import arithmetic_in_place, number, operation
 from .repeat import unrepeated
-from .site import Scope, check_heads, make_spec
+from .scale import unscaled
+from .site import Operand, Scope, check_heads, make_spec
 from .symbolic import COORDINATES, Evaluator, Unproven
 
 HIDDEN = -1e9  # what is filled into scores at most, to hide them
@@ -50,31 +51,6 @@ _NAMES = {
     "clamp": "it clamps its scores",
     "topk": "it keeps the largest scores only",
 }
-
-
-@dataclass(frozen=True)
-class _Operand:
-    """A tensor of the graph and the calls that turn it into ``[B, H, L, D]``."""
-
-    node: Node
-    steps: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = ()
-
-    def then(self, function: Callable[..., Any], *args: Any) -> _Operand:
-        return _Operand(self.node, (*self.steps, (function, args)))
-
-    def emit(self, emit: Emit) -> Node:
-        x = self.node
-        for function, args in self.steps:
-            x = emit(function, x, *args)
-        return x
-
-    @property
-    def shape(self) -> torch.Size:
-        x = _example(self.node)
-        with x.fake_mode:
-            for function, args in self.steps:
-                x = function(x, *args)
-        return x.shape
 
 
 @dataclass
@@ -128,6 +104,8 @@ def describe(scope: Scope, softmax: Node) -> dict[str, Any]:
     key, value = _before_repeat(scope, out, query, key, value)
     shapes = [x.shape for x in (query, key, value)]
     check_heads(*shapes, repeats=repeats)
+    (query, of_query), (key, of_key) = (unscaled(scope, x) for x in (query, key))
+    scores.factor *= of_query * of_key
     if scores.factor <= 0:
         raise Refused(f"its scale {scores.factor:g} is not positive")
     sizes = (*map(number, shapes[0][:3]), number(shapes[1][2]))
@@ -349,7 +327,7 @@ def _read_baddbmm(scores: _Scores, op: Any, node: Node) -> None:
     scores.factor *= alpha
 
 
-def _factors(product: Node) -> tuple[_Operand, _Operand, torch.Size]:
+def _factors(product: Node) -> tuple[Operand, Operand, torch.Size]:
     """Query and key, ``[..., L, D]`` each with the same leading dimensions, and the shape of the scores."""
     op = operation(product)
     if op.name == "einsum":
@@ -359,8 +337,8 @@ def _factors(product: Node) -> tuple[_Operand, _Operand, torch.Size]:
     _same_rank(query, key)
     turned = operation(key)
     last = turned is not None and _swaps_last(turned, len(_shape(key)))
-    rows = _Operand(turned.get("input")) if last else _Operand(key).then(torch.transpose, -2, -1)
-    return _Operand(query), rows, _shape(product)
+    rows = Operand(turned.get("input")) if last else Operand(key).then(torch.transpose, -2, -1)
+    return Operand(query), rows, _shape(product)
 
 
 def _same_rank(a: Node, b: Node) -> None:
@@ -378,7 +356,7 @@ def _swaps_last(op: Any, rank: int) -> bool:
     return False
 
 
-def _values(weights: Node, out: Node) -> _Operand:
+def _values(weights: Node, out: Node) -> Operand:
     """The values ``[..., Lk, Dv]`` that ``weights`` are multiplied with."""
     op = operation(out)
     if op.name == "einsum":
@@ -393,10 +371,10 @@ def _values(weights: Node, out: Node) -> _Operand:
     if first is not weights:
         raise Refused("its attention weights are not the first factor of their product")
     _same_rank(weights, value)
-    return _Operand(value)
+    return Operand(value)
 
 
-def _einsum(op: Any, of_values: bool) -> tuple[_Operand, _Operand]:
+def _einsum(op: Any, of_values: bool) -> tuple[Operand, Operand]:
     """Both factors, their dimensions in order: ``[batch, q, D]`` and ``[batch, k, D]`` of scores ``[batch, q, k]``; or
     of values ``[batch, q, k]`` and ``[batch, k, Dv]``, whose result may have any order."""
     equation, operands = op.get("equation").replace(" ", ""), op.get("operands", ())
@@ -425,10 +403,10 @@ def _einsum(op: Any, of_values: bool) -> tuple[_Operand, _Operand]:
             raise refusal
         orders = (list(a), [*batch, *inner, *columns])
     pairs = zip((a, b), orders, operands, strict=True)
-    return tuple(_permuted(_Operand(node), [have.index(x) for x in want]) for have, want, node in pairs)
+    return tuple(_permuted(Operand(node), [have.index(x) for x in want]) for have, want, node in pairs)
 
 
-def _permuted(x: _Operand, order: list[int]) -> _Operand:
+def _permuted(x: Operand, order: list[int]) -> Operand:
     return x if order == sorted(order) else x.then(torch.permute, tuple(order))
 
 
@@ -476,7 +454,7 @@ def _heads(shapes: list[torch.Size], scores: torch.Size) -> tuple[Any, Any]:
     return B, H
 
 
-def _with_heads(x: _Operand, heads: tuple[Any, Any]) -> _Operand:
+def _with_heads(x: Operand, heads: tuple[Any, Any]) -> Operand:
     """``x`` as ``[B, H, L, D]``."""
     rank, (B, H) = len(x.shape), heads
     if rank == 3 and not known_equal(x.shape[0], B * H):
@@ -488,7 +466,7 @@ def _with_heads(x: _Operand, heads: tuple[Any, Any]) -> _Operand:
     return x
 
 
-def _one_dtype(scope: Scope, out: Node, *operands: _Operand) -> list[_Operand]:
+def _one_dtype(scope: Scope, out: Node, *operands: Operand) -> list[Operand]:
     """``operands`` of the dtype that values have, those before a cast where that makes them so."""
     dtype = _example(operands[-1].node).dtype
     found = []
@@ -498,21 +476,19 @@ def _one_dtype(scope: Scope, out: Node, *operands: _Operand) -> list[_Operand]:
             before = op.get("input")
             same = _example(before).device == _example(x.node).device
             if same and not scope.written(before, after=scope.order[x.node], before=scope.order[out]):
-                x = _Operand(before, x.steps)
+                x = Operand(before, x.steps)
         if _example(x.node).dtype != dtype and not scope.autocast:
             raise Refused("its query, key and value have different dtypes")
         found.append(x)
     return found
 
 
-def _before_repeat(
-    scope: Scope, out: Node, query: _Operand, key: _Operand, value: _Operand
-) -> tuple[_Operand, _Operand]:
+def _before_repeat(scope: Scope, out: Node, query: Operand, key: Operand, value: Operand) -> tuple[Operand, Operand]:
     """Key and value before their heads are repeated, where nothing else is done to them."""
     if key.steps or value.steps or query.steps:
         return key, value
     base = unrepeated(scope, out, query.node, key.node, value.node)
-    return _Operand(base[0]), _Operand(base[1])
+    return Operand(base[0]), Operand(base[1])
 
 
 def _coordinates(like: Node, heads: tuple[Any, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -561,9 +537,9 @@ def _shown(scope: Scope, node: Node) -> Node | None:
 
 
 def _write(
-    query: _Operand,
-    key: _Operand,
-    value: _Operand,
+    query: Operand,
+    key: Operand,
+    value: Operand,
     scores: _Scores,
     spec: AttentionSpec,
     heads: tuple[Any, Any],
