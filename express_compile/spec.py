@@ -29,7 +29,9 @@ class Mask:
 
     * ``causal``: ``j <= i + offset`` (``offset`` is an int or a symbolic expression; ``Lk - Lq`` is the
       bottom-right alignment of a prefill that continues a cache, 0 the top-left one of ``is_causal=True``),
-    * ``window``: ``i + offset - j < window``,
+    * ``window``: ``i + offset - j < window``, and without ``causal`` also ``j - i - offset < window``: on either side,
+    * ``segments``: ``segment[b, i] == segment[b, j]`` for some integers ``[B, L]``: packed sequences that do not see
+      each other (which integers is not said: no method reads them),
     * ``padding``: ``padding[b, j]`` for a boolean tensor ``[B, Lk]`` that travels beside the spec.
 
     ``unknown`` is the reason why nothing could be proven; then no other field means anything and the
@@ -41,6 +43,12 @@ class Mask:
     window: int | None = None
     padding: bool = False
     unknown: str | None = None
+    segments: bool = False
+
+    @property
+    def reach(self) -> str:
+        """How far the window goes, in words."""
+        return f"{self.window} tokens" if self.causal else f"{self.window - 1} tokens on either side"
 
     def __str__(self) -> str:
         if self.unknown is not None:
@@ -49,7 +57,9 @@ class Mask:
         if self.causal:
             parts.append("causal" if self.offset == 0 else f"causal, offset {self.offset}")
         if self.window is not None:
-            parts.append(f"window {self.window}")
+            parts.append(f"window {self.window}" if self.causal else f"window of {self.reach}")
+        if self.segments:
+            parts.append("packed segments")
         if self.padding:
             parts.append("key padding")
         return ", ".join(parts) or "none"

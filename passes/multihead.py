@@ -255,7 +255,9 @@ def _mask(
         per_head = (b * call.heads + (h if call.heads > 1 else 0), q, k)
         coords = per_head if len(_shape(call.attn_mask)) == 3 else None
         mask, padding = prove(call.attn_mask, sizes, coords=coords, hides=True, outer=outer, overwritten=overwritten)
-    plain = mask.causal and known_equal(mask.offset, 0) and mask.window is None and not mask.padding
+    plain = (
+        mask.causal and known_equal(mask.offset, 0) and mask.window is None and not mask.padding and not mask.segments
+    )
     if call.hinted and mask.unknown is None and not plain:
         mask = Mask(unknown=f"is_causal=True says that it is causal, but it is proven to be: {mask}")
     if call.key_padding is None or mask.unknown is not None:
