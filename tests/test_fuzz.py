@@ -328,7 +328,8 @@ PACKED = {
     "of other positions": (
         "p = torch.arange(Lk)[None] - 2 * (~real).long().cumsum(1)",
         "g = (torch.diff(p, prepend=p[:, :1] - 1, dim=-1) != 1).cumsum(-1)",
-        "m = (g[:, None, -Lq:, None] == g[:, None, None]) & (p.flip(1)[:, None, None] <= p.flip(1)[:, None, -Lq:, None])",
+        "o = p.flip(1)",
+        "m = (g[:, None, -Lq:, None] == g[:, None, None]) & (o[:, None, None] <= o[:, None, -Lq:, None])",
     ),
 }
 PADDINGS = {
