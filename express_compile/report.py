@@ -30,6 +30,7 @@ class SiteReport:
     reason: why, in one sentence.
     rejected: ``"method: reason"`` for every method that was considered and not used; given as strings or as
         :class:`~express_compile.spec.Refusal`.
+    nearest: what would be rewritten in place of a refused site; ``""`` where that is not known.
     """
 
     module: str
@@ -40,6 +41,7 @@ class SiteReport:
     verdict: str
     reason: str
     rejected: tuple[str, ...] = ()
+    nearest: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rejected", tuple(map(str, self.rejected)))
@@ -56,6 +58,7 @@ class SiteReport:
             verdict=plan.verdict,
             reason=plan.reason,
             rejected=plan.rejected,
+            nearest=plan.nearest or "",
         )
 
 
@@ -93,6 +96,9 @@ class Report:
             + [site.method, site.verdict, site.reason]
             for site in self.sites
         ]
+        if any(site.nearest for site in self.sites):
+            columns = (*columns, "nearest supported form")
+            rows = [[*row, site.nearest or "-"] for row, site in zip(rows, self.sites, strict=True)]
         table = Table(*columns)
         for row in rows:
             table.add_row(*map(Text, row))

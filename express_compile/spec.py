@@ -35,7 +35,7 @@ class Mask:
     * ``padding``: ``padding[b, j]`` for a boolean tensor ``[B, Lk]`` that travels beside the spec.
 
     ``unknown`` is the reason why nothing could be proven; then no other field means anything and the
-    site must stay exact.
+    site must stay exact. ``nearest`` is the mask nearest to it that would be proven, in words, if there is one.
     """
 
     causal: bool = False
@@ -44,6 +44,7 @@ class Mask:
     padding: bool = False
     unknown: str | None = None
     segments: bool = False
+    nearest: str | None = None
 
     @property
     def reach(self) -> str:
@@ -201,7 +202,8 @@ class Plan:
 
     ``method`` is what will run there (``"exact"`` when nothing else may); ``params`` are the keyword
     arguments of its op, plain data; ``rejected`` holds one :class:`Refusal` for every other method that was
-    considered; ``reason`` is one sentence for the report.
+    considered; ``reason`` is one sentence for the report; ``nearest`` is what would be rewritten in place of a
+    refused site, in words, if that is known.
     """
 
     method: str
@@ -209,6 +211,7 @@ class Plan:
     reason: str
     params: Mapping[str, Any] = field(default_factory=dict)
     rejected: tuple[Refusal, ...] = ()
+    nearest: str | None = None
 
 
 def known_equal(a: Any, b: Any) -> bool:

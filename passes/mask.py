@@ -31,7 +31,7 @@ from torch.fx import Node
 from ..spec import Mask, known_equal
 from .buffers import Buffers
 from .normalize import number, operation
-from .symbolic import COORDINATES, Evaluator, Unproven, example_of, is_one, size_expr
+from .symbolic import COORDINATES, PROVABLE, Evaluator, Unproven, example_of, is_one, size_expr
 
 _B, _H, _Q, _K = COORDINATES
 
@@ -120,7 +120,7 @@ def prove_all(
         shown = [evaluator.visible(part.node, part.coords, part.sizes, part.hides) for part in parts]
         return _classify(sympy.And(*shown), evaluator, parts[0].node, sizes, as_in_sdpa)
     except Unproven as error:
-        return Mask(unknown=str(error)), None
+        return Mask(unknown=str(error), nearest=error.nearest), None
 
 
 def prove_key_padding(
@@ -136,7 +136,9 @@ def prove_key_padding(
         try:
             Evaluator(outer, overwritten).visible(mask, (_B, _K)[-example.dim() :], example.shape)
         except Unproven as error:
-            return Mask(unknown=f"of its key padding, {error}; a boolean one needs no proof"), None
+            return Mask(
+                unknown=f"of its key padding, {error}; a boolean one needs no proof", nearest="a boolean mask"
+            ), None
     index = (slice(None),) * example.dim()
     return Mask(padding=True), Padding((PaddingTerm(mask, index, example.dim() == 2, "eq", 0),))
 
@@ -181,17 +183,17 @@ def _classify(
         if literal is sympy.true or _segment(literal) is not None:
             continue
         if not isinstance(literal, Relational):
-            raise Unproven(_words(literal, evaluator))
+            raise _unproven(literal, evaluator)
         if literal.atoms(AppliedUndef):
             if not literal.free_symbols <= {_B, _K} | k_len.free_symbols:
-                raise Unproven(_words(literal, evaluator))
+                raise _unproven(literal, evaluator)
             paddings.append(literal)
             continue
         excess = _at_most_zero(literal)
         slope = None if excess is None else (excess.coeff(_Q), excess.coeff(_K))
         rest = None if excess is None else sympy.expand(excess - slope[0] * _Q - slope[1] * _K)
         if rest is None or rest.has(*COORDINATES):
-            raise Unproven(_words(literal, evaluator))
+            raise _unproven(literal, evaluator)
         factor = sympy.gcd(*slope)
         if factor > 1 and rest.is_Integer:  # 2 k - 2 q + 1 <= 0 is k - q <= floor(-1 / 2)
             slope, rest = (slope[0] / factor, slope[1] / factor), -(-rest // factor)
@@ -200,7 +202,7 @@ def _classify(
         elif slope == (1, -1) or (single and slope == (0, -1)):
             reaches.append(-rest)
         else:
-            raise Unproven(_words(literal, evaluator))
+            raise _unproven(literal, evaluator)
     offset = _smallest(offsets, "causal")
     reach = _smallest(reaches, "window")
     bottom_right = k_len - q_len
@@ -237,16 +239,16 @@ def _classify(
         return proven, Padding(terms=terms)
     if as_in_sdpa and window is None and not segments and (offset is None or known_equal(offset, bottom_right)):
         return proven, Padding(last_row=mask)
-    raise Unproven(_words(sympy.And(*paddings), evaluator))
+    raise _unproven(sympy.And(*paddings), evaluator)
 
 
-def _words(literal: Any, evaluator: Evaluator) -> str:
+def _unproven(literal: Any, evaluator: Evaluator) -> Unproven:
     text = str(literal)
     for leaf in sorted(literal.atoms(AppliedUndef), key=lambda leaf: -len(str(leaf))):
         text = text.replace(leaf.func.__name__, evaluator.leaves[leaf.func].name)
     if literal.atoms(AppliedUndef):
-        return f"it depends on values that are not known when compiling: {text}"
-    return f"a query sees a key only where {text}, which is no causal mask, window, key padding or segment"
+        return Unproven(f"it depends on values that are not known when compiling: {text}", PROVABLE)
+    return Unproven(f"a query sees a key only where {text}, which is no causal mask, window, key padding or segment")
 
 
 def _at_most_zero(literal: Relational) -> sympy.Expr | None:

@@ -22,7 +22,7 @@ from ..spec import AttentionSpec, Mask, known_equal
 from . import softmax
 from .buffers import Buffers
 from .mask import MaskPart, Padding, prove, same_for_all_queries
-from .multihead import OPAQUE, Emit, Refused, describe, entered
+from .multihead import OPAQUE, PADDED, Emit, Refused, describe, entered
 from .normalize import bodies, graph_module, number, operation
 from .repeat import unrepeated
 from .scale import unscaled
@@ -54,7 +54,7 @@ def find_sites(gm: GraphModule, buffers: Buffers | None = None) -> list[Attentio
         try:
             found.append(AttentionSite(**{**common, **_describe(scope, node, form)}))
         except Refused as error:
-            found.append(AttentionSite(**common, refusal=str(error)))
+            found.append(AttentionSite(**common, refusal=str(error), nearest=error.nearest))
     return found
 
 
@@ -188,15 +188,18 @@ def _write(
     return out, out
 
 
+FOUR = "query, key and value of four dimensions: unsqueeze those of one sequence or of one head"
+
+
 def _tensor(args: Mapping[str, Any], name: str) -> Node:
     node = args.get(name)
     example = node.meta.get("example_value") if isinstance(node, Node) else None
     if not isinstance(example, torch.Tensor):
         raise Refused(f"its {name} is not a tensor of the graph")
     if example.dim() != 4:
-        raise Refused(f"its {name} has {example.dim()} dimensions, not 4: [batch, heads, length, head size]")
+        raise Refused(f"its {name} has {example.dim()} dimensions, not 4: [batch, heads, length, head size]", FOUR)
     if example.layout != torch.strided or example.is_nested:
-        raise Refused(f"its {name} is a nested or sparse tensor")
+        raise Refused(f"its {name} is a nested or sparse tensor", PADDED)
     return node
 
 
@@ -210,7 +213,9 @@ def _specify(
     scale = _constant(args.get("scale"), "scale")
     if scale is None:
         if not isinstance(D, int):
-            raise Refused(f"its head size {D} is not known when compiling, and so its scale 1 / sqrt({D})")
+            raise Refused(
+                f"its head size {D} is not known when compiling, and so its scale 1 / sqrt({D})", "scale= as a number"
+            )
         scale = 1.0 / math.sqrt(D)
     dropout_p = _constant(args.get("dropout_p", 0.0), "dropout_p")
     sizes = (*map(number, shapes[0][:3]), number(shapes[1][2]))

@@ -74,7 +74,7 @@ def _plan_site(site: AttentionSite, policy: Policy) -> Plan:
     if policy.methods is not None and policy.methods[0] == "exact" and site.form != "softmax":
         return Plan("exact", "exact", "methods names 'exact' first")
     rejected = tuple(Refusal(name, site.refusal) for name in policy.methods or DEFAULT_METHODS if name != "exact")
-    return Plan("exact", "refused", site.refusal, rejected=rejected)
+    return Plan("exact", "refused", site.refusal, rejected=rejected, nearest=site.nearest)
 
 
 def _decide(spec: AttentionSpec, policy: Policy) -> Plan:
@@ -111,7 +111,7 @@ def _decide(spec: AttentionSpec, policy: Policy) -> Plan:
         return Plan(name, "rewritten", reason, params, tuple(rejected))
     if too_short:
         return Plan("exact", "exact", rejected[-1].reason, rejected=tuple(rejected))
-    return Plan("exact", "refused", _reasons(rejected), rejected=tuple(rejected))
+    return _refused(spec, policy, rejected)
 
 
 def _without_keys(spec: AttentionSpec) -> str | None:
@@ -128,8 +128,38 @@ def _without_keys(spec: AttentionSpec) -> str | None:
 def _exact(spec: AttentionSpec, policy: Policy, rejected: list[Refusal]) -> Plan:
     if not rejected:
         return Plan("exact", "exact", "methods names 'exact' first")
-    verdict = "refused" if spec.mask.unknown is not None and policy.methods is None else "exact"
-    return Plan("exact", verdict, _reasons(rejected), rejected=tuple(rejected))
+    if spec.mask.unknown is not None and policy.methods is None:
+        return _refused(spec, policy, rejected)
+    return Plan("exact", "exact", _reasons(rejected), rejected=tuple(rejected))
+
+
+def _refused(spec: AttentionSpec, policy: Policy, rejected: list[Refusal]) -> Plan:
+    return Plan(
+        "exact", "refused", _reasons(rejected), rejected=tuple(rejected), nearest=_nearest(spec, policy, rejected)
+    )
+
+
+def _nearest(spec: AttentionSpec, policy: Policy, rejected: list[Refusal]) -> str | None:
+    """What would be rewritten in place of a site that is refused: the nearest that some method is known to take."""
+    if spec.mask.unknown is not None:
+        return spec.mask.nearest
+    tried = [refusal.method for refusal in rejected]
+    for name in METHODS:
+        if name not in (*tried, "exact") and _takes(name, spec, policy):
+            return f"methods=['{name}'], which takes it as it is"
+    if spec.dropout_p > 0 and any(_takes(name, replace(spec, dropout_p=0.0), policy) for name in tried):
+        return "the same without dropout: model.eval(), or a probability of 0"
+    apart = replace(spec, mask=replace(spec.mask, segments=False))
+    if spec.mask.segments and any(_takes(name, apart, policy) for name in tried):
+        return "a padded batch with a sequence per row"
+    return None
+
+
+def _takes(name: str, spec: AttentionSpec, policy: Policy) -> bool:
+    try:
+        return METHODS[name].refuse(spec, policy) is None
+    except ValueError:  # the policy is not meant for this method
+        return False
 
 
 def _reasons(rejected: list[Refusal]) -> str:

@@ -31,6 +31,7 @@ class AttentionSite:
     padding: where to find the key padding, if ``spec.mask.padding``.
     spec: what it computes; None if that is not known.
     refusal: why it cannot be rewritten whatever the policy; None otherwise.
+    nearest: what could be rewritten in its place then, in words, if there is such a thing.
     expand: writes ``scaled_dot_product_attention`` for what is no call of it, or for a call whose query or key was
         scaled before; None where the call can stay as it is.
     """
@@ -48,6 +49,7 @@ class AttentionSite:
     spec: AttentionSpec | None = None
     refusal: str | None = None
     expand: Expand | None = None
+    nearest: str | None = None
 
     @property
     def layer(self) -> int:

@@ -43,13 +43,14 @@ _B, _H, _Q, _K = COORDINATES
 _PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm")
 _VIEWS = ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze")
 _COPIES = ("to", "contiguous", "clone")
+_NO_SINKS = "a softmax over the keys alone; it is that of another model"
+_HIDES = "float('-inf') for scores that are hidden"
+_OUTPUT_ALONE = "the output alone: output_attentions=False, need_weights=False"
 _NAMES = {
-    "tanh": "it caps its scores (tanh)",
-    "cat": "it appends scores of its own (sinks)",
-    "concat": "it appends scores of its own (sinks)",
-    "concatenate": "it appends scores of its own (sinks)",
-    "clamp": "it clamps its scores",
-    "topk": "it keeps the largest scores only",
+    "tanh": ("it caps its scores (tanh)", "scores without a cap; they are those of another model"),
+    **dict.fromkeys(("cat", "concat", "concatenate"), ("it appends scores of its own (sinks)", _NO_SINKS)),
+    "clamp": ("it clamps its scores", "scores that are not clamped: no softmax of torch overflows"),
+    "topk": ("it keeps the largest scores only", None),
 }
 
 
@@ -140,14 +141,15 @@ def _follow(softmax: Node) -> tuple[list[Node], Node, float]:
     path, dropout_p, node = [], 0.0, softmax
     while True:
         if len(node.users) != 1:
-            raise Refused("its attention weights are used more than once")
+            raise Refused("its attention weights are used more than once", _OUTPUT_ALONE)
         user = next(iter(node.users))
         op = operation(user)
         if op is not None and op.name in _PRODUCTS:
             return path, user, dropout_p
         if op is None or op.get("input") is not node or op.name not in (*_VIEWS, *_COPIES, "dropout"):
-            what = "sliced (sinks)" if op is not None and op.name == "getitem" else f"given to '{_words(user)}'"
-            raise Refused(f"its attention weights are {what} before they meet the values")
+            sinks = op is not None and op.name == "getitem"
+            what = "sliced (sinks)" if sinks else f"given to '{_words(user)}'"
+            raise Refused(f"its attention weights are {what} before they meet the values", _NO_SINKS if sinks else None)
         if op.name == "dropout":
             p, training = (number(op.get(name, default)) for name, default in (("p", 0.5), ("training", True)))
             if not isinstance(p, int | float) or not isinstance(training, bool) or op.get("inplace"):
@@ -181,7 +183,7 @@ def _peel(scope: Scope, softmax: Node) -> tuple[_Scores, Node]:
         _example(node)
         op = operation(node) or arithmetic_in_place(node)
         if op is None:
-            raise Refused(_NAMES.get(_words(node), f"its scores come from '{_words(node)}'"))
+            raise _foreign(_words(node))
         if op.name in _PRODUCTS:
             if op.name == "baddbmm":
                 _read_baddbmm(scores, op, node)
@@ -206,7 +208,10 @@ def _step(scores: _Scores, op: Any, node: Node, evaluator: Evaluator) -> Node:
             before, other = other, before
         factor = _scalar(other, evaluator)
         if factor is None or factor == 0:
-            raise Refused("its scores are scaled by a tensor, whose values are not known when compiling")
+            raise Refused(
+                "its scores are scaled by a tensor, whose values are not known when compiling",
+                "a query that is multiplied by it, or a number",
+            )
         scores.factor *= factor if name == "mul" else 1 / factor
         return before
     if name in ("add", "sub"):
@@ -234,7 +239,11 @@ def _step(scores: _Scores, op: Any, node: Node, evaluator: Evaluator) -> Node:
         _check_fill(then if hides else other, scores, evaluator)
         _fill(scores, op.get("condition"), hides, node)
         return other if hides else then
-    raise Refused(_NAMES.get(name, f"its scores come from '{name}'"))
+    raise _foreign(name)
+
+
+def _foreign(name: str) -> Refused:
+    return Refused(*_NAMES.get(name, (f"its scores come from '{name}'", None)))
 
 
 def _fill(scores: _Scores, mask: Any, hides: bool, node: Node) -> None:
@@ -293,9 +302,11 @@ def _check_fill(value: Any, scores: _Scores, evaluator: Evaluator) -> None:
     """That a filled score stays hidden, whatever is done to it on the way to the softmax."""
     fill = _scalar(value, evaluator)
     if fill is None:
-        raise Refused("it fills hidden scores with a value that is not known when compiling")
+        raise Refused("it fills hidden scores with a value that is not known when compiling", _HIDES)
     if not fill * scores.factor <= HIDDEN:
-        raise Refused(f"it fills hidden scores with {fill * scores.factor:g}; only {HIDDEN:g} or less hides them")
+        raise Refused(
+            f"it fills hidden scores with {fill * scores.factor:g}; only {HIDDEN:g} or less hides them", _HIDES
+        )
     if fill == -math.inf:
         return
     for node, factor, like in scores.added:
@@ -414,9 +425,9 @@ def _check_order(scope: Scope, chain: list[Node], out: Node, factors: Sequence[N
     """That all is still the same where the attention is written anew, at ``out``."""
     start, end = scope.order[chain[0]], scope.order[out]
     if any(start < i < end for i in scope.grad_switches):
-        raise Refused("gradients are switched on or off inside it")
+        raise Refused("gradients are switched on or off inside it", "the switch around all of it")
     if any(start < i < end for i in scope.autocast_switches):
-        raise Refused("autocast is switched on or off inside it")
+        raise Refused("autocast is switched on or off inside it", "the switch around all of it")
     read = {*factors, *(node for node, *_ in (*scores.added, *scores.filled))}
     for node in read:
         if scope.written(node, after=start, before=end):
@@ -432,7 +443,7 @@ def _check_precision(chain: list[Node], dtype: torch.dtype) -> None:
     for node in chain:
         own = _example(node).dtype
         if not own.is_floating_point or torch.finfo(own).eps > needed.eps or torch.finfo(own).max < needed.max:
-            raise Refused(f"its scores or weights are rounded to {own}, its values are {dtype}")
+            raise Refused(f"its scores or weights are rounded to {own}, its values are {dtype}", f"both in {dtype}")
 
 
 # ---- shapes --------------------------------------------------------------------------------------------------------
@@ -512,7 +523,9 @@ def _prove(
         parts.append(MaskPart(node if shown is None else shown, *_coordinates(like, heads)))
     for node, hides, like in scores.filled:
         if _example(node).dtype != torch.bool:
-            return Mask(unknown="it fills scores where something is that is not a boolean tensor"), None
+            return Mask(
+                unknown="it fills scores where something is that is not a boolean tensor", nearest="a boolean mask"
+            ), None
         parts.append(MaskPart(node, *_coordinates(like, heads), hides))
     if not parts:
         return Mask(), None
