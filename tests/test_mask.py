@@ -150,6 +150,7 @@ def test_causal_spellings(spelling: str) -> None:
 NEAR_MISSES: dict[str, Callable[[int], torch.Tensor]] = {
     "k < q hides the diagonal": lambda n: K(n) < Q(n),
     "one too many": lambda n: K(n) <= Q(n) + 1,
+    "from one": lambda n: torch.arange(1, end=n + 1)[None] <= Q(n),
     "flipped": lambda n: K(n) >= Q(n),
     "one element more": lambda n: (K(n) <= Q(n)) | ((K(n) == 5) & (Q(n) == 0)),
     "or a prefix": lambda n: (K(n) <= Q(n)) | (K(n) < 2),
@@ -179,7 +180,7 @@ NEAR_MISSES: dict[str, Callable[[int], torch.Tensor]] = {
     "half": lambda n: 2 * K(n) <= 2 * Q(n) - 1,
 }
 PROVEN_AS_WHAT_THEY_ARE = {
-    *("one too many", "k < q hides the diagonal", "tril one up", "tril one down", "negative slice", "half"),
+    *("one too many", "from one", "k < q hides the diagonal", "tril one up", "tril one down", "negative slice", "half"),
     "every second key",  # causal with a key padding
 }
 

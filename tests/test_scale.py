@@ -80,6 +80,12 @@ def without_gradients(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return q
 
 
+def in_place(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    q = split(x).clone()
+    q *= 0.2
+    return q
+
+
 # what must stay in the query
 STAYS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "a tensor": lambda x, w: split(x) * w,
@@ -89,6 +95,7 @@ STAYS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "other operations after it": lambda x, w: (split(x) * 0.2).tanh(),
     "before it was written": before_it_was_written,
     "scaled and written": scaled_and_written,
+    "in place": in_place,
     "without gradients": without_gradients,
 }
 
