@@ -145,10 +145,10 @@ def _function(cost: Cost, symbols: tuple[sympy.Symbol, ...]) -> Callable[..., li
 
 
 def visible_pairs(spec: AttentionSpec) -> sympy.Expr:
-    """Pairs of a query and a key that it sees, per head. What padding hides is counted, and with a mask that is not
-    proven everything is."""
+    """Pairs of a query and a key that it sees, per head. What padding and other packed sequences hide is counted, and
+    with a mask that is not proven everything is."""
     mask = spec.mask
-    if mask.unknown is not None or not mask.causal:
+    if mask.unknown is not None or not (mask.causal or mask.window):
         return Lq * Lk
 
     def triangle(x: Any) -> sympy.Expr:
@@ -163,7 +163,7 @@ def visible_pairs(spec: AttentionSpec) -> sympy.Expr:
     if known_equal(mask.offset, spec.Lk - spec.Lq):
         offset = Lk - Lq
     hidden = 0 if mask.window is None else before(offset - mask.window)
-    return before(offset) - hidden
+    return before(offset if mask.causal else offset + mask.window - 1) - hidden
 
 
 def dense_cost(pairs: Any, rows: Any = Lk) -> Cost:

@@ -32,6 +32,7 @@ class SiteReport:
     reason: why, in one sentence.
     rejected: ``"method: reason"`` for every method that was considered and not used; given as strings or as
         :class:`~express_compile.spec.Refusal`.
+    nearest: what would be rewritten in place of a refused site; ``""`` where that is not known.
     shape: its sizes and dtype, e.g. ``"B=1 H=32/8 Lq=s0 Lk=s0 D=128 bfloat16"`` (heads of the query and of the keys),
         ``""`` where that was not looked at.
     params: the keyword arguments of the op that runs there, plain data.
@@ -50,6 +51,7 @@ class SiteReport:
     shape: str = ""
     params: Mapping[str, Any] = field(default_factory=dict)
     predicted_ms: Mapping[str, float] = field(default_factory=dict)
+    nearest: str = ""
     saved: SavedSite | None = field(default=None, repr=False, compare=False)
     spec: AttentionSpec | None = field(default=None, repr=False, compare=False)
     policy: Policy | None = field(default=None, repr=False, compare=False)
@@ -83,6 +85,7 @@ class SiteReport:
             verdict=plan.verdict,
             reason=plan.reason,
             rejected=plan.rejected,
+            nearest=plan.nearest or "",
             shape="" if spec is None else _shape(spec),
             params=plan.params,
             predicted_ms=plan.predicted_ms,
@@ -171,6 +174,9 @@ class Report:
             + [site.method, site.verdict, site.reason]
             for site in self.sites
         ]
+        if any(site.nearest for site in self.sites):
+            columns = (*columns, "nearest supported form")
+            rows = [[*row, site.nearest or "-"] for row, site in zip(rows, self.sites, strict=True)]
         table = Table(*columns)
         for row in rows:
             table.add_row(*map(Text, row))

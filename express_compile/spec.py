@@ -38,11 +38,13 @@ class Mask:
 
     * ``causal``: ``j <= i + offset`` (``offset`` is an int or a symbolic expression; ``Lk - Lq`` is the
       bottom-right alignment of a prefill that continues a cache, 0 the top-left one of ``is_causal=True``),
-    * ``window``: ``i + offset - j < window``,
+    * ``window``: ``i + offset - j < window``, and without ``causal`` also ``j - i - offset < window``: on either side,
+    * ``segments``: ``segment[b, i] == segment[b, j]`` for some integers ``[B, L]``: packed sequences that do not see
+      each other (which integers is not said: no method reads them),
     * ``padding``: ``padding[b, j]`` for a boolean tensor ``[B, Lk]`` that travels beside the spec.
 
     ``unknown`` is the reason why nothing could be proven; then no other field means anything and the
-    site must stay exact.
+    site must stay exact. ``nearest`` is the mask nearest to it that would be proven, in words, if there is one.
     """
 
     causal: bool = False
@@ -50,6 +52,13 @@ class Mask:
     window: int | None = None
     padding: bool = False
     unknown: str | None = None
+    segments: bool = False
+    nearest: str | None = None
+
+    @property
+    def reach(self) -> str:
+        """How far the window goes, in words."""
+        return f"{self.window} tokens" if self.causal else f"{self.window - 1} tokens on either side"
 
     def __str__(self) -> str:
         if self.unknown is not None:
@@ -58,7 +67,9 @@ class Mask:
         if self.causal:
             parts.append("causal" if self.offset == 0 else f"causal, offset {self.offset}")
         if self.window is not None:
-            parts.append(f"window {self.window}")
+            parts.append(f"window {self.window}" if self.causal else f"window of {self.reach}")
+        if self.segments:
+            parts.append("packed segments")
         if self.padding:
             parts.append("key padding")
         return ", ".join(parts) or "none"
@@ -341,7 +352,8 @@ class Plan:
     arguments of its op, plain data; ``rejected`` holds one :class:`Refusal` for every other method that was
     considered; ``reason`` is one sentence for the report; ``predicted_ms`` are the times by which it was chosen, of
     each method, where lengths are known; ``policy`` is the one that decided: that of the site's module, its budget a
-    number where the number of keys is known.
+    number where the number of keys is known; ``nearest`` is what would be rewritten in place of a refused site, in
+    words, if that is known.
     """
 
     method: str
@@ -350,6 +362,7 @@ class Plan:
     params: Mapping[str, Any] = field(default_factory=dict)
     rejected: tuple[Refusal, ...] = ()
     predicted_ms: Mapping[str, float] = field(default_factory=dict)
+    nearest: str | None = None
     policy: Policy | None = field(default=None, repr=False, compare=False)
 
 

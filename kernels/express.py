@@ -401,10 +401,12 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
     reason = None
     if mask.unknown is not None:
         reason = f"its mask is not proven: {mask.unknown}"
+    elif mask.segments:
+        reason = "it keeps packed sequences apart; Express would let them see each other"
+    elif mask.window is not None:
+        reason = f"it has a sliding window of {mask.reach}"
     elif not mask.causal:
         reason = "it is not causal; Express thins what came before each query"
-    elif mask.window is not None:
-        reason = f"it has a sliding window of {mask.window} tokens"
     elif not (known_equal(spec.Lq, spec.Lk) and known_equal(mask.offset, 0)) and not known_equal(
         mask.offset, spec.Lk - spec.Lq
     ):

@@ -469,8 +469,10 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
         reason = f"its mask is not proven: {mask.unknown}"
     elif not isinstance(spec.Lq, int) or spec.Lq > MAX_QUERIES:
         reason = f"it has {spec.Lq} queries, which together read nearly all values; SANTA decodes 1 to {MAX_QUERIES}"
+    elif mask.segments:
+        reason = "it keeps packed sequences apart; SANTA would let them see each other"
     elif mask.window is not None:
-        reason = f"it has a window of {mask.window} tokens"
+        reason = f"it has a window of {mask.reach}"
     elif not mask.causal and spec.Lq > 1:
         reason = f"it is not causal; SANTA takes the queries of decoding, here are {spec.Lq} that see each other"
     elif mask.causal and not known_equal(mask.offset, spec.Lk - spec.Lq):

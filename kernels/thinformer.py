@@ -207,8 +207,10 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
     mask, reason = spec.mask, None
     if mask.unknown is not None:
         reason = f"its mask is not proven: {mask.unknown}"
+    elif mask.segments:
+        reason = "it keeps packed sequences apart; Thinformer would let them see each other"
     elif mask.window is not None:
-        reason = f"it has a window of {mask.window} tokens"
+        reason = f"it has a window of {mask.reach}"
     elif mask.causal:
         reason = "it is causal; Thinformer would let queries see what comes after them"
     elif spec.dropout_p > 0:

@@ -2,8 +2,12 @@
 
 The mask is evaluated at symbolic coordinates ``(b, h, q, k)`` (``symbolic.py``). The boolean result is a
 conjunction; each of its literals is causal (``k <= q + c``), a window (``q - k <= d``), a condition on the key
-alone (key padding), true everywhere, or else the whole mask is unknown. What sympy cannot decide from the sizes'
-own assumptions is not proven.
+alone (key padding), that query and key are of one segment (``segment[b, q] == segment[b, k]``: packed sequences), true
+everywhere, or else the whole mask is unknown. What sympy cannot decide from the sizes' own assumptions is not proven.
+
+Where segments begin wherever positions do not go on (``cumsum(diff(position) != 1)``, as transformers finds them),
+positions of one segment differ as their places do, so that ``position[b, k] <= position[b, q]`` is ``k <= q``. This
+takes for granted that no segment has positions at the limits of its integers, where they would wrap round.
 
 Rows whose keys are all masked: this package's ops give 0 there, as PyTorch does for boolean masks and for ``-inf``;
 for ``finfo.min`` PyTorch gives the mean over all values, so those rows (an unpadded batch has none) differ.
@@ -26,7 +30,8 @@ from torch.fx import Node
 
 from ..spec import Mask, known_equal
 from .buffers import Buffers
-from .symbolic import COORDINATES, Evaluator, Unproven, example_of, is_one, size_expr
+from .normalize import number, operation
+from .symbolic import COORDINATES, PROVABLE, Evaluator, Unproven, example_of, is_one, size_expr
 
 _B, _H, _Q, _K = COORDINATES
 
@@ -115,7 +120,7 @@ def prove_all(
         shown = [evaluator.visible(part.node, part.coords, part.sizes, part.hides) for part in parts]
         return _classify(sympy.And(*shown), evaluator, parts[0].node, sizes, as_in_sdpa)
     except Unproven as error:
-        return Mask(unknown=str(error)), None
+        return Mask(unknown=str(error), nearest=error.nearest), None
 
 
 def prove_key_padding(
@@ -131,7 +136,9 @@ def prove_key_padding(
         try:
             Evaluator(outer, overwritten).visible(mask, (_B, _K)[-example.dim() :], example.shape)
         except Unproven as error:
-            return Mask(unknown=f"of its key padding, {error}; a boolean one needs no proof"), None
+            return Mask(
+                unknown=f"of its key padding, {error}; a boolean one needs no proof", nearest="a boolean mask"
+            ), None
     index = (slice(None),) * example.dim()
     return Mask(padding=True), Padding((PaddingTerm(mask, index, example.dim() == 2, "eq", 0),))
 
@@ -156,33 +163,37 @@ def _classify(
     single = q_len == 1
     if single:
         condition = condition.xreplace({_Q: sympy.S.Zero})
+    condition = sympy.to_nnf(condition, simplify=False)
+    segments = [leaf for literal in sympy.And.make_args(condition) if (leaf := _segment(literal)) is not None]
+    for segment in segments:
+        condition = _by_places(condition, segment, evaluator)
     condition = condition.xreplace({literal: _without_abs(literal) for literal in condition.atoms(Relational)})
     decided = {
         literal: truth
         for literal in condition.atoms(Relational)
         if (truth := _everywhere(literal, q_len, k_len)) is not None
     }
-    condition = sympy.to_nnf(condition.xreplace(decided), simplify=False)
+    condition = condition.xreplace(decided)
     if condition is sympy.false:
         raise Unproven("it hides every key")
     offsets: list[Any] = []
     reaches: list[Any] = []
     paddings: list[Relational] = []
     for literal in sympy.And.make_args(condition):
-        if literal is sympy.true:
+        if literal is sympy.true or _segment(literal) is not None:
             continue
         if not isinstance(literal, Relational):
-            raise Unproven(_words(literal, evaluator))
+            raise _unproven(literal, evaluator)
         if literal.atoms(AppliedUndef):
             if not literal.free_symbols <= {_B, _K} | k_len.free_symbols:
-                raise Unproven(_words(literal, evaluator))
+                raise _unproven(literal, evaluator)
             paddings.append(literal)
             continue
         excess = _at_most_zero(literal)
         slope = None if excess is None else (excess.coeff(_Q), excess.coeff(_K))
         rest = None if excess is None else sympy.expand(excess - slope[0] * _Q - slope[1] * _K)
         if rest is None or rest.has(*COORDINATES):
-            raise Unproven(_words(literal, evaluator))
+            raise _unproven(literal, evaluator)
         factor = sympy.gcd(*slope)
         if factor > 1 and rest.is_Integer:  # 2 k - 2 q + 1 <= 0 is k - q <= floor(-1 / 2)
             slope, rest = (slope[0] / factor, slope[1] / factor), -(-rest // factor)
@@ -191,7 +202,7 @@ def _classify(
         elif slope == (1, -1) or (single and slope == (0, -1)):
             reaches.append(-rest)
         else:
-            raise Unproven(_words(literal, evaluator))
+            raise _unproven(literal, evaluator)
     offset = _smallest(offsets, "causal")
     reach = _smallest(reaches, "window")
     bottom_right = k_len - q_len
@@ -213,26 +224,31 @@ def _classify(
         window = int(width)
     if offset is not None:
         offset = int(offset) if offset.is_Integer else offset
+    causal = offset is not None
+    if window is not None and window > 1 and not single and known_equal(offset - reach, 2 * bottom_right):
+        causal, offset, window = False, bottom_right, (window + 1) // 2  # as far before the query as after it
+        offset = int(offset) if offset.is_Integer else offset
     proven = Mask(
-        causal=offset is not None, offset=0 if offset is None else offset, window=window, padding=bool(paddings)
-    )
+        causal=causal, offset=0 if offset is None else offset, window=window, padding=bool(paddings),
+        segments=bool(segments),
+    )  # fmt: skip
     if not paddings:
         return proven, None
     terms = tuple(_padding_term(literal, evaluator, mask, B, k_len) for literal in paddings)
     if None not in terms:
         return proven, Padding(terms=terms)
-    if as_in_sdpa and window is None and (offset is None or known_equal(offset, bottom_right)):
+    if as_in_sdpa and window is None and not segments and (offset is None or known_equal(offset, bottom_right)):
         return proven, Padding(last_row=mask)
-    raise Unproven(_words(sympy.And(*paddings), evaluator))
+    raise _unproven(sympy.And(*paddings), evaluator)
 
 
-def _words(literal: Any, evaluator: Evaluator) -> str:
+def _unproven(literal: Any, evaluator: Evaluator) -> Unproven:
     text = str(literal)
     for leaf in sorted(literal.atoms(AppliedUndef), key=lambda leaf: -len(str(leaf))):
         text = text.replace(leaf.func.__name__, evaluator.leaves[leaf.func].name)
     if literal.atoms(AppliedUndef):
-        return f"it depends on values that are not known when compiling: {text}"
-    return f"a query sees a key only where {text}, which is no causal mask, window or key padding"
+        return Unproven(f"it depends on values that are not known when compiling: {text}", PROVABLE)
+    return Unproven(f"a query sees a key only where {text}, which is no causal mask, window, key padding or segment")
 
 
 def _at_most_zero(literal: Relational) -> sympy.Expr | None:
@@ -257,6 +273,71 @@ def _without_abs(literal: Relational) -> Boolean:
         (x,) = literal.lhs.args
         return sympy.And(literal.func(x, literal.rhs), literal.func(-x, literal.rhs))
     return literal
+
+
+def _segment(literal: Boolean) -> AppliedUndef | None:
+    """``f(b, k)`` of ``f(b, q) == f(b, k)``, for whatever values f has; None for other conditions."""
+    if not isinstance(literal, sympy.Eq) or literal.has(_H):
+        return None
+    of_key, of_query = sorted(literal.args, key=lambda side: side.has(_Q))
+    alike = isinstance(of_key, AppliedUndef) and of_query.has(_Q) and of_query.xreplace({_Q: _K}) == of_key
+    return of_key if alike and not of_query.has(_K) else None
+
+
+def _by_places(condition: Boolean, segment: AppliedUndef, evaluator: Evaluator) -> Boolean:
+    """``condition`` for a query and a key of one segment, with their places for the positions that segments are of."""
+    positions = _positions(segment, evaluator)
+    if positions is None:
+        return condition
+    first = sympy.Dummy("first", integer=True)  # the position before the first place, were the segment that long
+    places = {positions.xreplace({_K: place}): first + place for place in (_Q, _K)}
+    replaced = {}
+    for literal in condition.atoms(Relational):
+        opened = literal.xreplace({leaf: _opened(leaf, evaluator) for leaf in literal.atoms(AppliedUndef)})
+        excess = _at_most_zero(opened.xreplace(places)) if isinstance(opened, Relational) else None
+        if excess is not None and not excess.has(first) and not excess.atoms(AppliedUndef):
+            replaced[literal] = sympy.Le(excess, 0)
+    return condition.xreplace(replaced)
+
+
+def _positions(segment: AppliedUndef, evaluator: Evaluator) -> AppliedUndef | None:
+    """The leaf ``position(b, k)`` of ``segment(b, k) = cumsum(diff(position, prepend=one) != 1)``; None for others."""
+    total, args = operation(evaluator.leaves[segment.func]), segment.args
+    if total is None or total.name != "cumsum" or _K not in args:
+        return None
+    along = args.index(_K)
+    begins = evaluator.value(total.get("input"), args)
+    step = begins.lhs if isinstance(begins, sympy.Ne) and begins.rhs == 1 else None
+    node = evaluator.leaves.get(getattr(step, "func", None))
+    differences = None if node is None else operation(node)
+    if differences is None or differences.name != "diff" or step.args != args or differences.get("n", 1) != 1:
+        return None
+    dims = [total.get("dim"), differences.get("dim", -1)]
+    if not all(isinstance(dim, int) and dim % len(args) == along for dim in dims):
+        return None
+    source, prepend = differences.get("input"), differences.get("prepend")
+    if differences.get("append") is not None or not isinstance(prepend, Node):
+        return None
+    if not is_one(example_of(prepend).shape[along]):
+        return None
+    positions = evaluator.value(source, args)
+    wide = all(example_of(x).dtype in (torch.int32, torch.int64) for x in (source, evaluator.leaves[segment.func]))
+    return positions if wide and isinstance(positions, AppliedUndef) and positions.has(_K) else None
+
+
+def _opened(leaf: AppliedUndef, evaluator: Evaluator) -> sympy.Expr:
+    """A leaf that is another one plus or minus a number, as that sum."""
+    node = evaluator.leaves[leaf.func]
+    op = operation(node)
+    if op is None or op.name not in ("add", "sub") or "alpha" in op.args or example_of(node).dim() == 0:
+        return leaf
+    other = number(op.get("other"))
+    if not isinstance(other, int) or example_of(node).dtype not in (torch.int32, torch.int64):
+        return leaf
+    base = evaluator.operand(op.get("input"), node, leaf.args)
+    if not isinstance(base, AppliedUndef):
+        return leaf
+    return base + other if op.name == "add" else base - other
 
 
 def _everywhere(literal: Relational, q_len: Any, k_len: Any) -> Boolean | None:

@@ -10,20 +10,23 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from ..spec import AttentionSpec, Mask, known_equal
 from . import softmax
 from .buffers import Buffers
 from .mask import MaskPart, Padding, prove, same_for_all_queries
-from .multihead import OPAQUE, Refused, describe
+from .multihead import OPAQUE, PADDED, Emit, Refused, describe, entered
 from .normalize import bodies, graph_module, number, operation
 from .repeat import unrepeated
-from .site import AttentionSite, Scope, check_heads, make_spec, shape_of
+from .scale import unscaled
+from .site import AttentionSite, Operand, Scope, check_heads, make_spec, shape_of
 from .symbolic import COORDINATES
 
 
@@ -51,7 +54,7 @@ def find_sites(gm: GraphModule, buffers: Buffers | None = None) -> list[Attentio
         try:
             found.append(AttentionSite(**{**common, **_describe(scope, node, form)}))
         except Refused as error:
-            found.append(AttentionSite(**common, refusal=str(error)))
+            found.append(AttentionSite(**common, refusal=str(error), nearest=error.nearest))
     return found
 
 
@@ -151,14 +154,41 @@ def _describe(scope: Scope, node: Node, form: str) -> dict[str, Any]:
     if form == "softmax":
         return softmax.describe(scope, node)
     if form != "sdpa":
-        autocast = [entered.args for entered in scope.autocast]
+        autocast = [context.args for context in scope.autocast]
         spec, padding, expand = describe(node, outer=scope.outer, overwritten=scope.overwritten, autocast=autocast)
         return {"spec": spec, "padding": padding, "expand": expand}
     args = operation(node).args
     query, key, value = (_tensor(args, name) for name in ("query", "key", "value"))
     key, value = unrepeated(scope, node, query, key, value)
-    spec, padding = _specify(scope, node, args, query, key, value)
-    return {"query": query, "key": key, "value": value, "padding": padding, "spec": spec}
+    inputs = {"query": query, "key": key, "value": value}
+    (query, of_query), (key, of_key) = (unscaled(scope, Operand(x)) for x in (query, key))
+    spec, padding = _specify(scope, node, args, *inputs.values(), factor=of_query * of_key)
+    expand = None
+    if query.steps or key.steps or query.node is not inputs["query"] or key.node is not inputs["key"]:
+        autocast = [context.args for context in scope.autocast]
+        expand = partial(_write, query, key, value, args, spec, autocast)
+    return {**inputs, "padding": padding, "spec": spec, "expand": expand}
+
+
+def _write(
+    query: Operand,
+    key: Operand,
+    value: Node,
+    args: Mapping[str, Any],
+    spec: AttentionSpec,
+    autocast: Sequence[tuple[Any, ...]],
+    emit: Emit,
+) -> tuple[Node, Node]:
+    """The same call of a query and a key that are not scaled before."""
+    kept = {name: args[name] for name in ("attn_mask", "dropout_p", "is_causal") if name in args}
+    gqa = not known_equal(spec.H, spec.H_kv)
+    with entered(autocast):
+        inputs = (query.emit(emit), key.emit(emit), value)
+        out = emit(F.scaled_dot_product_attention, *inputs, **kept, scale=spec.scale, enable_gqa=gqa)
+    return out, out
+
+
+FOUR = "query, key and value of four dimensions: unsqueeze those of one sequence or of one head"
 
 
 def _tensor(args: Mapping[str, Any], name: str) -> Node:
@@ -167,14 +197,14 @@ def _tensor(args: Mapping[str, Any], name: str) -> Node:
     if not isinstance(example, torch.Tensor):
         raise Refused(f"its {name} is not a tensor of the graph")
     if example.dim() != 4:
-        raise Refused(f"its {name} has {example.dim()} dimensions, not 4: [batch, heads, length, head size]")
+        raise Refused(f"its {name} has {example.dim()} dimensions, not 4: [batch, heads, length, head size]", FOUR)
     if example.layout != torch.strided or example.is_nested:
-        raise Refused(f"its {name} is a nested or sparse tensor")
+        raise Refused(f"its {name} is a nested or sparse tensor", PADDED)
     return node
 
 
 def _specify(
-    scope: Scope, node: Node, args: Mapping[str, Any], query: Node, key: Node, value: Node
+    scope: Scope, node: Node, args: Mapping[str, Any], query: Node, key: Node, value: Node, factor: float
 ) -> tuple[AttentionSpec, Padding | None]:
     shapes = [shape_of(x) for x in (query, key, value)]
     H, D = (number(shape_of(query)[i]) for i in (1, 3))
@@ -183,12 +213,14 @@ def _specify(
     scale = _constant(args.get("scale"), "scale")
     if scale is None:
         if not isinstance(D, int):
-            raise Refused(f"its head size {D} is not known when compiling, and so its scale 1 / sqrt({D})")
+            raise Refused(
+                f"its head size {D} is not known when compiling, and so its scale 1 / sqrt({D})", "scale= as a number"
+            )
         scale = 1.0 / math.sqrt(D)
     dropout_p = _constant(args.get("dropout_p", 0.0), "dropout_p")
     sizes = (*map(number, shapes[0][:3]), number(shapes[1][2]))
     mask, padding = _mask(scope, node, args, sizes)
-    return make_spec(node.meta["example_value"], *shapes, scale=scale, mask=mask, dropout_p=dropout_p), padding
+    return make_spec(node.meta["example_value"], *shapes, scale=scale * factor, mask=mask, dropout_p=dropout_p), padding
 
 
 def _constant(arg: Any, name: str) -> float | None:

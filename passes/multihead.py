@@ -51,8 +51,18 @@ OPAQUE: dict[Callable[..., Any], str] = {
 """The functions that are opened up here, and their names."""
 
 
+PADDED = "a padded batch with a key padding"
+
+
 class Refused(Exception):
-    """The site cannot be described by an :class:`AttentionSpec`; the message says why."""
+    """The site cannot be described by an :class:`AttentionSpec`; the message says why.
+
+    ``nearest`` is what could be described in its place, in words, if there is such a thing.
+    """
+
+    def __init__(self, why: str, nearest: str | None = None) -> None:
+        super().__init__(why)
+        self.nearest = nearest
 
 
 @dataclass(frozen=True)
@@ -161,7 +171,9 @@ def _multi_head(node: Node) -> tuple[_Attention, Expand]:
         if user.target is not operator.getitem or not isinstance(user.args[1], int):
             raise Refused("its output and its attention weights are passed on as one tuple")
         if user.args[1] % 2 == 1 and user.users:
-            raise Refused("its attention weights are used; need_weights=False gives its output alone")
+            raise Refused(
+                "its attention weights are used; need_weights=False gives its output alone", "need_weights=False"
+            )
     separate = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
     weights = separate if _switch(args, "use_separate_proj_weight") else ("in_proj_weight",)
     # torch drops the mask and computes causal attention where the hint is given and nothing else is asked for
@@ -216,7 +228,9 @@ def _tensor(args: Mapping[str, Any], name: str) -> Node:
     if not isinstance(example, torch.Tensor):
         raise Refused(f"its {name} is not a tensor of the graph")
     if example.layout != torch.strided or example.is_nested:
-        raise Refused(f"its {name} is a nested or sparse tensor; enable_nested_tensor=False avoids those of torch")
+        raise Refused(
+            f"its {name} is a nested or sparse tensor; enable_nested_tensor=False avoids those of torch", PADDED
+        )
     return args[name]
 
 
@@ -255,7 +269,9 @@ def _mask(
         per_head = (b * call.heads + (h if call.heads > 1 else 0), q, k)
         coords = per_head if len(_shape(call.attn_mask)) == 3 else None
         mask, padding = prove(call.attn_mask, sizes, coords=coords, hides=True, outer=outer, overwritten=overwritten)
-    plain = mask.causal and known_equal(mask.offset, 0) and mask.window is None and not mask.padding
+    plain = (
+        mask.causal and known_equal(mask.offset, 0) and mask.window is None and not mask.padding and not mask.segments
+    )
     if call.hinted and mask.unknown is None and not plain:
         mask = Mask(unknown=f"is_causal=True says that it is causal, but it is proven to be: {mask}")
     if call.key_padding is None or mask.unknown is not None:

@@ -97,9 +97,10 @@ _ALIASES = {
 _KEYWORDS = {
     **{"self": "input", "tensor": "input", "axis": "dim", "tensor1": "input", "mat2": "other"},
     "train": "training",  # of torch.dropout
+    **{"axis0": "dim0", "axis1": "dim1", ("view", "size"): "shape", ("scalar_tensor", "s"): "data"},
 }
 _NAMESPACES = (torch, F, torch.Tensor, torch._C._nn, torch._C._VariableFunctions, operator)
-_REFLECTED = {f"__r{name}__": name for name in ("add", "sub", "mul", "and", "or", "xor", "truediv")}
+_REFLECTED = {f"__r{name}__": name for name in ("add", "sub", "mul", "and", "or", "xor", "truediv", "matmul")}
 
 
 @dataclass(frozen=True)
@@ -164,14 +165,14 @@ def _bound(node: Node, name: str | None, reflected: bool) -> Operation | None:
     args = tuple(node.args)
     if reflected:
         args = args[::-1]
-    if name == "where" and (node.op == "call_method" or node.target is torch.Tensor.where):
-        args = (*args[1:2], args[0], *args[2:])  # x.where(condition, other)
     if name == "arange":
         return _arange(args, dict(node.kwargs))
     if name == "view" and any(isinstance(value, torch.dtype) for value in (*args, *node.kwargs.values())):
         return None  # reinterprets the bits
     bound: dict[str, Any] = {}
     parameters = SIGNATURES[name]
+    if name == "where" and (node.op == "call_method" or node.target is torch.Tensor.where):
+        parameters = ("input", "condition", "other")  # x.where(condition, other)
     for i, parameter in enumerate(parameters):
         if parameter.startswith("*"):
             rest = args[i:]
@@ -181,7 +182,7 @@ def _bound(node: Node, name: str | None, reflected: bool) -> Operation | None:
         if i < len(args):
             bound[parameter] = args[i]
     for keyword, value in node.kwargs.items():
-        bound[_KEYWORDS.get(keyword, keyword)] = value
+        bound[_KEYWORDS.get((name, keyword), _KEYWORDS.get(keyword, keyword))] = value
     if name == "where" and "other" not in bound:
         return None  # where(condition) lists indices
     if name == "einsum" and not isinstance(bound.get("equation"), str):
@@ -217,7 +218,7 @@ def _name(node: Node) -> tuple[str | None, bool]:
 
 
 def _arange(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation:
-    names = ("end",) if len(args) == 1 else ("start", "end", "step")
+    names = ("end",) if len(args) == 1 and "end" not in kwargs else ("start", "end", "step")
     bound = {"start": 0, "step": 1, **dict(zip(names, args, strict=False))}
     return Operation("arange", bound | {k: v for k, v in kwargs.items() if k in ("start", "end", "step")})
 

@@ -26,7 +26,7 @@ class Question:
     """What the planner wants to know of a site.
 
     module, index: its module path, and its place among the sites of that module.
-    form, spec, refusal: as in :class:`~express_compile.passes.site.AttentionSite`.
+    form, spec, refusal, nearest: as in :class:`~express_compile.passes.site.AttentionSite`.
     gradient: why it counts as part of a training run, for ``Policy.training``; None where it does not.
     graphs: whether it runs inside a CUDA graph, which spares the host its work.
     """
@@ -38,6 +38,7 @@ class Question:
     refusal: str | None = None
     gradient: str | None = None
     graphs: bool = False
+    nearest: str | None = None
 
 
 def check_policy(policy: Policy) -> None:
@@ -127,7 +128,7 @@ def require(planned: Iterable[tuple[str, Plan]], policy: Policy) -> None:
 
 def _question(site: AttentionSite, graphs: bool) -> Question:
     gradient = "its result needs a gradient" if _needs_gradient(site.node) else None
-    return Question(site.module, site.index, site.form, site.spec, site.refusal, gradient, graphs)
+    return Question(site.module, site.index, site.form, site.spec, site.refusal, gradient, graphs, site.nearest)
 
 
 def _needs_gradient(node: Node) -> bool:
@@ -144,7 +145,7 @@ def answer(question: Question, policy: Policy) -> Plan:
     if decision is None:
         refusal = question.refusal or _without_budget(spec, local)
         if refusal is not None:
-            return replace(_refused(refusal, local), policy=local)
+            return replace(_refused(refusal, local, question.nearest), policy=local)
         local = local.resolve(spec.Lk) if isinstance(spec.Lk, int) else local
         decision = _decide(spec, local, question.graphs)
         if question.form == "softmax" and decision.method == "exact" and "exact" in (local.methods or ()):
@@ -165,7 +166,7 @@ def _left_alone(question: Question, policy: Policy, local: Policy) -> Plan | Non
         return None
     mask = question.spec.mask
     if mask.unknown is not None:
-        return _refused(f"causal_only=True, and its mask is not proven: {mask.unknown}", local)
+        return _refused(f"causal_only=True, and its mask is not proven: {mask.unknown}", local, mask.nearest)
     return Plan("exact", "exact", f"causal_only=True, and it is not causal (its mask: {mask})")
 
 
@@ -216,9 +217,9 @@ def _without_budget(spec: AttentionSpec, policy: Policy) -> str | None:
     )
 
 
-def _refused(reason: str, policy: Policy) -> Plan:
+def _refused(reason: str, policy: Policy, nearest: str | None = None) -> Plan:
     rejected = tuple(Refusal(name, reason) for name in policy.methods or DEFAULT_METHODS if name != "exact")
-    return Plan("exact", "refused", reason, rejected=rejected)
+    return Plan("exact", "refused", reason, rejected=rejected, nearest=nearest)
 
 
 def _decide(spec: AttentionSpec, policy: Policy, graphs: bool = False) -> Plan:
@@ -255,7 +256,8 @@ def _decide(spec: AttentionSpec, policy: Policy, graphs: bool = False) -> Plan:
         return replace(first, rejected=tuple(rejected), predicted_ms=times)
     allowed = "exact" in names and (spec.mask.unknown is None or policy.methods is not None)
     verdict = "exact" if slower or allowed else "refused"
-    return Plan("exact", verdict, _reasons(rejected), rejected=tuple(rejected), predicted_ms=times)
+    nearest = _nearest(spec, policy, rejected) if verdict == "refused" else None
+    return Plan("exact", verdict, _reasons(rejected), rejected=tuple(rejected), predicted_ms=times, nearest=nearest)
 
 
 def _as_asked(name: str, spec: AttentionSpec, policy: Policy) -> Plan | Refusal:
@@ -319,6 +321,29 @@ def _without_keys(spec: AttentionSpec) -> str | None:
     if mask.unknown is None and mask.causal and isinstance(mask.offset, int) and mask.offset < 0:
         return f"its causal mask has offset {mask.offset}: the first queries see no key"
     return None
+
+
+def _nearest(spec: AttentionSpec, policy: Policy, rejected: list[Refusal]) -> str | None:
+    """What would be rewritten in place of a site that is refused: the nearest that some method is known to take."""
+    if spec.mask.unknown is not None:
+        return spec.mask.nearest
+    tried = [refusal.method for refusal in rejected]
+    for name in METHODS:
+        if name not in (*tried, "exact") and _takes(name, spec, policy):
+            return f"methods=['{name}'], which takes it as it is"
+    if spec.dropout_p > 0 and any(_takes(name, replace(spec, dropout_p=0.0), policy) for name in tried):
+        return "the same without dropout: model.eval(), or a probability of 0"
+    apart = replace(spec, mask=replace(spec.mask, segments=False))
+    if spec.mask.segments and any(_takes(name, apart, policy) for name in tried):
+        return "a padded batch with a sequence per row"
+    return None
+
+
+def _takes(name: str, spec: AttentionSpec, policy: Policy) -> bool:
+    try:
+        return METHODS[name].refuse(spec, policy) is None
+    except ValueError:  # the policy is not meant for this method
+        return False
 
 
 def _reasons(rejected: list[Refusal]) -> str:

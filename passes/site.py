@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -12,7 +13,7 @@ from torch.fx import GraphModule, Node
 from ..spec import AttentionSpec, Mask, known_equal, layer_key
 from .buffers import Buffers
 from .mask import Padding
-from .multihead import Expand, Refused
+from .multihead import Emit, Expand, Refused
 from .normalize import mutated_inputs, number
 
 
@@ -26,11 +27,13 @@ class AttentionSite:
     source: ``file:line`` of the user's call, ``""`` if unknown.
     form: ``"sdpa"``, the name of an opaque function, or of a form that is only listed.
     query, key, value: nodes ``[B, H, Lq, D]``, ``[B, H_kv, Lk, D]``, ``[B, H_kv, Lk, Dv]``; key and value are
-        taken before they are repeated for grouped queries. None for an opaque function.
+        taken before they are repeated for grouped queries. None for an opaque function; ``expand`` may take others.
     padding: where to find the key padding, if ``spec.mask.padding``.
     spec: what it computes; None if that is not known.
     refusal: why it cannot be rewritten whatever the policy; None otherwise.
-    expand: opens up an opaque function; None for other forms.
+    nearest: what could be rewritten in its place then, in words, if there is such a thing.
+    expand: writes ``scaled_dot_product_attention`` for what is no call of it, or for a call whose query or key was
+        scaled before; None where the call can stay as it is.
     """
 
     node: Node
@@ -46,11 +49,44 @@ class AttentionSite:
     spec: AttentionSpec | None = None
     refusal: str | None = None
     expand: Expand | None = None
+    nearest: str | None = None
 
     @property
     def layer(self) -> int:
         """The site's key for random numbers."""
         return layer_key(self.module, self.index)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor of the graph and the calls ``(function, args, kwargs)`` that turn it into an input of attention.
+
+    Every call takes the tensor first; its other arguments may be nodes that are sizes.
+    """
+
+    node: Node
+    steps: tuple[tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], ...] = ()
+
+    def then(self, function: Callable[..., Any], *args: Any) -> Operand:
+        """The result of one more call."""
+        return Operand(self.node, (*self.steps, (function, args, {})))
+
+    def emit(self, emit: Emit) -> Node:
+        """The node of the result, which ``emit`` writes."""
+        x = self.node
+        for function, args, kwargs in self.steps:
+            x = emit(function, x, *args, **kwargs)
+        return x
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the result."""
+        x = self.node.meta["example_value"]
+        with x.fake_mode:
+            for function, *rest in self.steps:
+                args, kwargs = torch.fx.node.map_arg(rest, lambda node: node.meta["example_value"])
+                x = function(x, *args, **kwargs)
+        return x.shape
 
 
 @dataclass

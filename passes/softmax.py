@@ -17,7 +17,7 @@ one or two batch letters. Refuses soft-caps, sinks, scores or weights that are w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,7 +32,8 @@ from .mask import MaskPart, Padding, prove_all, same_for_all_queries
 from .multihead import Emit, Refused, entered
 from .normalize import arithmetic_in_place, number, operation
 from .repeat import unrepeated
-from .site import Scope, check_heads, make_spec
+from .scale import unscaled
+from .site import Operand, Scope, check_heads, make_spec
 from .symbolic import COORDINATES, Evaluator, Unproven
 
 HIDDEN = -1e9  # what is filled into scores at most, to hide them
@@ -42,39 +43,15 @@ _B, _H, _Q, _K = COORDINATES
 _PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm")
 _VIEWS = ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze")
 _COPIES = ("to", "contiguous", "clone")
+_NO_SINKS = "a softmax over the keys alone; it is that of another model"
+_HIDES = "float('-inf') for scores that are hidden"
+_OUTPUT_ALONE = "the output alone: output_attentions=False, need_weights=False"
 _NAMES = {
-    "tanh": "it caps its scores (tanh)",
-    "cat": "it appends scores of its own (sinks)",
-    "concat": "it appends scores of its own (sinks)",
-    "concatenate": "it appends scores of its own (sinks)",
-    "clamp": "it clamps its scores",
-    "topk": "it keeps the largest scores only",
+    "tanh": ("it caps its scores (tanh)", "scores without a cap; they are those of another model"),
+    **dict.fromkeys(("cat", "concat", "concatenate"), ("it appends scores of its own (sinks)", _NO_SINKS)),
+    "clamp": ("it clamps its scores", "scores that are not clamped: no softmax of torch overflows"),
+    "topk": ("it keeps the largest scores only", None),
 }
-
-
-@dataclass(frozen=True)
-class _Operand:
-    """A tensor of the graph and the calls that turn it into ``[B, H, L, D]``."""
-
-    node: Node
-    steps: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = ()
-
-    def then(self, function: Callable[..., Any], *args: Any) -> _Operand:
-        return _Operand(self.node, (*self.steps, (function, args)))
-
-    def emit(self, emit: Emit) -> Node:
-        x = self.node
-        for function, args in self.steps:
-            x = emit(function, x, *args)
-        return x
-
-    @property
-    def shape(self) -> torch.Size:
-        x = _example(self.node)
-        with x.fake_mode:
-            for function, args in self.steps:
-                x = function(x, *args)
-        return x.shape
 
 
 @dataclass
@@ -128,6 +105,8 @@ def describe(scope: Scope, softmax: Node) -> dict[str, Any]:
     key, value = _before_repeat(scope, out, query, key, value)
     shapes = [x.shape for x in (query, key, value)]
     check_heads(*shapes, repeats=repeats)
+    (query, of_query), (key, of_key) = (unscaled(scope, x) for x in (query, key))
+    scores.factor *= of_query * of_key
     if scores.factor <= 0:
         raise Refused(f"its scale {scores.factor:g} is not positive")
     sizes = (*map(number, shapes[0][:3]), number(shapes[1][2]))
@@ -162,14 +141,15 @@ def _follow(softmax: Node) -> tuple[list[Node], Node, float]:
     path, dropout_p, node = [], 0.0, softmax
     while True:
         if len(node.users) != 1:
-            raise Refused("its attention weights are used more than once")
+            raise Refused("its attention weights are used more than once", _OUTPUT_ALONE)
         user = next(iter(node.users))
         op = operation(user)
         if op is not None and op.name in _PRODUCTS:
             return path, user, dropout_p
         if op is None or op.get("input") is not node or op.name not in (*_VIEWS, *_COPIES, "dropout"):
-            what = "sliced (sinks)" if op is not None and op.name == "getitem" else f"given to '{_words(user)}'"
-            raise Refused(f"its attention weights are {what} before they meet the values")
+            sinks = op is not None and op.name == "getitem"
+            what = "sliced (sinks)" if sinks else f"given to '{_words(user)}'"
+            raise Refused(f"its attention weights are {what} before they meet the values", _NO_SINKS if sinks else None)
         if op.name == "dropout":
             p, training = (number(op.get(name, default)) for name, default in (("p", 0.5), ("training", True)))
             if not isinstance(p, int | float) or not isinstance(training, bool) or op.get("inplace"):
@@ -203,7 +183,7 @@ def _peel(scope: Scope, softmax: Node) -> tuple[_Scores, Node]:
         _example(node)
         op = operation(node) or arithmetic_in_place(node)
         if op is None:
-            raise Refused(_NAMES.get(_words(node), f"its scores come from '{_words(node)}'"))
+            raise _foreign(_words(node))
         if op.name in _PRODUCTS:
             if op.name == "baddbmm":
                 _read_baddbmm(scores, op, node)
@@ -228,7 +208,10 @@ def _step(scores: _Scores, op: Any, node: Node, evaluator: Evaluator) -> Node:
             before, other = other, before
         factor = _scalar(other, evaluator)
         if factor is None or factor == 0:
-            raise Refused("its scores are scaled by a tensor, whose values are not known when compiling")
+            raise Refused(
+                "its scores are scaled by a tensor, whose values are not known when compiling",
+                "a query that is multiplied by it, or a number",
+            )
         scores.factor *= factor if name == "mul" else 1 / factor
         return before
     if name in ("add", "sub"):
@@ -256,7 +239,11 @@ def _step(scores: _Scores, op: Any, node: Node, evaluator: Evaluator) -> Node:
         _check_fill(then if hides else other, scores, evaluator)
         _fill(scores, op.get("condition"), hides, node)
         return other if hides else then
-    raise Refused(_NAMES.get(name, f"its scores come from '{name}'"))
+    raise _foreign(name)
+
+
+def _foreign(name: str) -> Refused:
+    return Refused(*_NAMES.get(name, (f"its scores come from '{name}'", None)))
 
 
 def _fill(scores: _Scores, mask: Any, hides: bool, node: Node) -> None:
@@ -315,9 +302,11 @@ def _check_fill(value: Any, scores: _Scores, evaluator: Evaluator) -> None:
     """That a filled score stays hidden, whatever is done to it on the way to the softmax."""
     fill = _scalar(value, evaluator)
     if fill is None:
-        raise Refused("it fills hidden scores with a value that is not known when compiling")
+        raise Refused("it fills hidden scores with a value that is not known when compiling", _HIDES)
     if not fill * scores.factor <= HIDDEN:
-        raise Refused(f"it fills hidden scores with {fill * scores.factor:g}; only {HIDDEN:g} or less hides them")
+        raise Refused(
+            f"it fills hidden scores with {fill * scores.factor:g}; only {HIDDEN:g} or less hides them", _HIDES
+        )
     if fill == -math.inf:
         return
     for node, factor, like in scores.added:
@@ -349,7 +338,7 @@ def _read_baddbmm(scores: _Scores, op: Any, node: Node) -> None:
     scores.factor *= alpha
 
 
-def _factors(product: Node) -> tuple[_Operand, _Operand, torch.Size]:
+def _factors(product: Node) -> tuple[Operand, Operand, torch.Size]:
     """Query and key, ``[..., L, D]`` each with the same leading dimensions, and the shape of the scores."""
     op = operation(product)
     if op.name == "einsum":
@@ -359,8 +348,8 @@ def _factors(product: Node) -> tuple[_Operand, _Operand, torch.Size]:
     _same_rank(query, key)
     turned = operation(key)
     last = turned is not None and _swaps_last(turned, len(_shape(key)))
-    rows = _Operand(turned.get("input")) if last else _Operand(key).then(torch.transpose, -2, -1)
-    return _Operand(query), rows, _shape(product)
+    rows = Operand(turned.get("input")) if last else Operand(key).then(torch.transpose, -2, -1)
+    return Operand(query), rows, _shape(product)
 
 
 def _same_rank(a: Node, b: Node) -> None:
@@ -378,7 +367,7 @@ def _swaps_last(op: Any, rank: int) -> bool:
     return False
 
 
-def _values(weights: Node, out: Node) -> _Operand:
+def _values(weights: Node, out: Node) -> Operand:
     """The values ``[..., Lk, Dv]`` that ``weights`` are multiplied with."""
     op = operation(out)
     if op.name == "einsum":
@@ -393,10 +382,10 @@ def _values(weights: Node, out: Node) -> _Operand:
     if first is not weights:
         raise Refused("its attention weights are not the first factor of their product")
     _same_rank(weights, value)
-    return _Operand(value)
+    return Operand(value)
 
 
-def _einsum(op: Any, of_values: bool) -> tuple[_Operand, _Operand]:
+def _einsum(op: Any, of_values: bool) -> tuple[Operand, Operand]:
     """Both factors, their dimensions in order: ``[batch, q, D]`` and ``[batch, k, D]`` of scores ``[batch, q, k]``; or
     of values ``[batch, q, k]`` and ``[batch, k, Dv]``, whose result may have any order."""
     equation, operands = op.get("equation").replace(" ", ""), op.get("operands", ())
@@ -425,10 +414,10 @@ def _einsum(op: Any, of_values: bool) -> tuple[_Operand, _Operand]:
             raise refusal
         orders = (list(a), [*batch, *inner, *columns])
     pairs = zip((a, b), orders, operands, strict=True)
-    return tuple(_permuted(_Operand(node), [have.index(x) for x in want]) for have, want, node in pairs)
+    return tuple(_permuted(Operand(node), [have.index(x) for x in want]) for have, want, node in pairs)
 
 
-def _permuted(x: _Operand, order: list[int]) -> _Operand:
+def _permuted(x: Operand, order: list[int]) -> Operand:
     return x if order == sorted(order) else x.then(torch.permute, tuple(order))
 
 
@@ -436,9 +425,9 @@ def _check_order(scope: Scope, chain: list[Node], out: Node, factors: Sequence[N
     """That all is still the same where the attention is written anew, at ``out``."""
     start, end = scope.order[chain[0]], scope.order[out]
     if any(start < i < end for i in scope.grad_switches):
-        raise Refused("gradients are switched on or off inside it")
+        raise Refused("gradients are switched on or off inside it", "the switch around all of it")
     if any(start < i < end for i in scope.autocast_switches):
-        raise Refused("autocast is switched on or off inside it")
+        raise Refused("autocast is switched on or off inside it", "the switch around all of it")
     read = {*factors, *(node for node, *_ in (*scores.added, *scores.filled))}
     for node in read:
         if scope.written(node, after=start, before=end):
@@ -454,7 +443,7 @@ def _check_precision(chain: list[Node], dtype: torch.dtype) -> None:
     for node in chain:
         own = _example(node).dtype
         if not own.is_floating_point or torch.finfo(own).eps > needed.eps or torch.finfo(own).max < needed.max:
-            raise Refused(f"its scores or weights are rounded to {own}, its values are {dtype}")
+            raise Refused(f"its scores or weights are rounded to {own}, its values are {dtype}", f"both in {dtype}")
 
 
 # ---- shapes --------------------------------------------------------------------------------------------------------
@@ -476,7 +465,7 @@ def _heads(shapes: list[torch.Size], scores: torch.Size) -> tuple[Any, Any]:
     return B, H
 
 
-def _with_heads(x: _Operand, heads: tuple[Any, Any]) -> _Operand:
+def _with_heads(x: Operand, heads: tuple[Any, Any]) -> Operand:
     """``x`` as ``[B, H, L, D]``."""
     rank, (B, H) = len(x.shape), heads
     if rank == 3 and not known_equal(x.shape[0], B * H):
@@ -488,7 +477,7 @@ def _with_heads(x: _Operand, heads: tuple[Any, Any]) -> _Operand:
     return x
 
 
-def _one_dtype(scope: Scope, out: Node, *operands: _Operand) -> list[_Operand]:
+def _one_dtype(scope: Scope, out: Node, *operands: Operand) -> list[Operand]:
     """``operands`` of the dtype that values have, those before a cast where that makes them so."""
     dtype = _example(operands[-1].node).dtype
     found = []
@@ -498,21 +487,19 @@ def _one_dtype(scope: Scope, out: Node, *operands: _Operand) -> list[_Operand]:
             before = op.get("input")
             same = _example(before).device == _example(x.node).device
             if same and not scope.written(before, after=scope.order[x.node], before=scope.order[out]):
-                x = _Operand(before, x.steps)
+                x = Operand(before, x.steps)
         if _example(x.node).dtype != dtype and not scope.autocast:
             raise Refused("its query, key and value have different dtypes")
         found.append(x)
     return found
 
 
-def _before_repeat(
-    scope: Scope, out: Node, query: _Operand, key: _Operand, value: _Operand
-) -> tuple[_Operand, _Operand]:
+def _before_repeat(scope: Scope, out: Node, query: Operand, key: Operand, value: Operand) -> tuple[Operand, Operand]:
     """Key and value before their heads are repeated, where nothing else is done to them."""
     if key.steps or value.steps or query.steps:
         return key, value
     base = unrepeated(scope, out, query.node, key.node, value.node)
-    return _Operand(base[0]), _Operand(base[1])
+    return Operand(base[0]), Operand(base[1])
 
 
 def _coordinates(like: Node, heads: tuple[Any, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -536,7 +523,9 @@ def _prove(
         parts.append(MaskPart(node if shown is None else shown, *_coordinates(like, heads)))
     for node, hides, like in scores.filled:
         if _example(node).dtype != torch.bool:
-            return Mask(unknown="it fills scores where something is that is not a boolean tensor"), None
+            return Mask(
+                unknown="it fills scores where something is that is not a boolean tensor", nearest="a boolean mask"
+            ), None
         parts.append(MaskPart(node, *_coordinates(like, heads), hides))
     if not parts:
         return Mask(), None
@@ -561,9 +550,9 @@ def _shown(scope: Scope, node: Node) -> Node | None:
 
 
 def _write(
-    query: _Operand,
-    key: _Operand,
-    value: _Operand,
+    query: Operand,
+    key: Operand,
+    value: Operand,
     scores: _Scores,
     spec: AttentionSpec,
     heads: tuple[Any, Any],

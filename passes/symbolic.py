@@ -28,7 +28,14 @@ COORDINATES = sympy.symbols("b h q k", integer=True, nonnegative=True)
 
 
 class Unproven(Exception):
-    """The mask cannot be proven; the message says why."""
+    """The mask cannot be proven; the message says why, and ``nearest`` what could be, if there is such a thing."""
+
+    def __init__(self, why: str, nearest: str | None = None) -> None:
+        super().__init__(why)
+        self.nearest = nearest
+
+
+PROVABLE = "is_causal=True, a mask that the model makes of torch.arange or tril, or a boolean key padding [B, 1, 1, Lk]"
 
 
 class _NoRule(Exception):
@@ -191,7 +198,7 @@ def example_of(node: Node) -> torch.Tensor:
 
 
 def _modified(node: Node) -> Unproven:
-    return Unproven(f"'{node.name}', which it is made from, is modified in place")
+    return Unproven(f"'{node.name}', which it is made from, is modified in place", "a mask that torch.where makes")
 
 
 def _is_condition(value: Any) -> bool:
@@ -312,9 +319,14 @@ def _additive(value: Any, lowest: float, evaluator: Evaluator) -> Boolean:
             return sympy.true
         if value <= sympy.Rational(lowest):
             return sympy.false
-        raise Unproven(f"it adds {float(value):g} to scores: neither 0 nor the lowest number of its dtype")
+        raise Unproven(
+            f"it adds {float(value):g} to scores: neither 0 nor the lowest number of its dtype",
+            "float('-inf') for hidden keys",
+        )
     names = sorted(leaf_names(value, evaluator))
-    raise Unproven(f"it adds the values of {', '.join(names) or str(value)}, which are not known when compiling")
+    raise Unproven(
+        f"it adds the values of {', '.join(names) or str(value)}, which are not known when compiling", PROVABLE
+    )
 
 
 def leaf_names(expression: Any, evaluator: Evaluator) -> set[str]:

@@ -111,8 +111,9 @@ def test_exact_attention() -> None:
 @settings(max_examples=100)
 def test_visible_pairs_are_those_of_the_mask(Lq, Lk, offset, window, is_causal) -> None:
     i, j = np.arange(Lq)[:, None], np.arange(Lk)[None, :]
-    seen = (j <= i + offset) & (i + offset - j < (window or 100)) if is_causal else np.ones((Lq, Lk), bool)
-    mask = Mask(causal=is_causal, offset=offset, window=window if is_causal else None)
+    back = i + offset - j
+    seen = (back >= 0) & (back < (window or 100)) if is_causal else np.abs(back) < (window or 100)
+    mask = Mask(causal=is_causal, offset=offset, window=window)
     assert visible_pairs(site(Lq, Lk, mask)).subs({c.Lq: Lq, c.Lk: Lk}) == seen.sum()
 
 

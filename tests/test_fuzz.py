@@ -59,7 +59,7 @@ def _proven(query, key, value, padding, seed, scale, layer, causal, offset, wind
     if causal:
         visible = visible & (back >= 0)
     if window:
-        visible = visible & (back < window)
+        visible = visible & ((back if causal else back.abs()) < window)
     if padding is not None:
         visible = visible & padding[:, None, None, :]
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
@@ -73,9 +73,12 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
     mask = spec.mask
     if mask.unknown is not None:
         return Refusal("proven", mask.unknown)
+    if mask.segments:
+        return Refusal("proven", "it keeps packed sequences apart")
     if spec.dropout_p > 0:
         return Refusal("proven", "it drops attention weights")
-    if mask.causal and not isinstance(mask.offset, int) and not known_equal(mask.offset, spec.Lk - spec.Lq):
+    bounded = mask.causal or mask.window is not None
+    if bounded and not isinstance(mask.offset, int) and not known_equal(mask.offset, spec.Lk - spec.Lq):
         return Refusal("proven", f"its offset is {mask.offset}")
     return None
 
@@ -200,6 +203,12 @@ SCALES = {
     "key": {"inputs": "k = k * {c}"},
     "both": {"inputs": "q, k = q * D**-0.25, k * D**-0.25"},
     "query and scores": {"inputs": "q = q * 0.5", "scores": "s = s / 1.3"},
+    "query in views": {"inputs": "q = (q.flatten(0, 1) * {c}).view(q.shape)"},
+    "query in place": {"inputs": "q = q * 1.0; q *= {c}"},
+    "query and key": {"inputs": "q, k = 2 * q, (k.mT / 3.0).mT.contiguous()"},
+    "almost the query": {"inputs": "q = torch.cat([q[..., :1] * {c}, q[..., 1:]], -1)"},
+    "query less": {"inputs": "q = q * -{c}"},
+    "query by length": {"inputs": "q = q * math.log(Lk)"},
     "negative": {"scores": "s = s * -{c}"},
     "neg": {"scores": "s = -s"},
 }
@@ -286,6 +295,42 @@ WINDOWS = {
     "triu window": ("m = torch.ones(Lq, Lk, dtype=torch.bool).triu({off} - 1)",),
     "causal window": ("d = torch.arange(Lq)[:, None] + ({off}) - torch.arange(Lk)", "m = (d >= 0) & (d < 3)"),
     "band": ("m = (torch.arange(Lq)[:, None] + ({off}) - torch.arange(Lk)).abs() <= 2",),
+    "band of both bounds": (
+        "d = torch.arange(Lq)[:, None] + (Lk - Lq) - torch.arange(Lk)",
+        "m = ~((d >= 3) | (d <= -3))",
+    ),
+    "band to one side": ("d = torch.arange(Lq)[:, None] + ({off}) - torch.arange(Lk)", "m = (d <= 3) & (d >= -1)"),
+}
+# sequences behind each other in one: `g` numbers them; the last Lq tokens are the queries
+PACKED = {
+    "numbered": ("g = real.long().cumsum(1) // 2", "m = g[:, None, -Lq:, None] == g[:, None, None]"),
+    "one for all": ("g = real[0].long().cumsum(0)", "m = (g[-Lq:, None] == g)[None, None]"),
+    "positions": (
+        "p = torch.arange(Lk)[None] - 2 * (~real).long().cumsum(1)",
+        "g = (torch.diff(p, prepend=p[:, :1] - 1, dim=-1) != 1).cumsum(-1)",
+        "m = (g[:, None, :, None] == g[:, None, None]) & (p[:, None, None] <= p[:, None, :, None])",
+        "m = m[:, :, -Lq:]",
+    ),
+    "one sequence": (
+        "p = torch.arange(Lk)[None]",
+        "g = (torch.diff(p, prepend=p[:, :1] - 1, dim=-1) != 1).cumsum(-1)",
+        "m = (g[:, None, :, None] == g[:, None, None]) & (p[:, None, None] <= p[:, None, :, None])",
+        "m = m[:, :, -Lq:]",
+    ),
+    # almost
+    "one further": ("g = real.long().cumsum(1)", "m = g.roll(1, 1)[:, None, -Lq:, None] == g[:, None, None]"),
+    "or before": ("g = real.long().cumsum(1)", "m = g[:, None, -Lq:, None] >= g[:, None, None]"),
+    "positions alone": ("p = real.long().cumsum(1)", "m = p[:, None, None] <= p[:, None, -Lq:, None]"),
+    "of the first head": (
+        "g = real.long().cumsum(1)",
+        "m = (g[:, None, -Lq:, None] == g[:, None, None]) | (torch.arange(H) > 0)[:, None, None]",
+    ),
+    "of other positions": (
+        "p = torch.arange(Lk)[None] - 2 * (~real).long().cumsum(1)",
+        "g = (torch.diff(p, prepend=p[:, :1] - 1, dim=-1) != 1).cumsum(-1)",
+        "o = p.flip(1)",
+        "m = (g[:, None, -Lq:, None] == g[:, None, None]) & (o[:, None, None] <= o[:, None, -Lq:, None])",
+    ),
 }
 PADDINGS = {
     "index": ("m = real[:, None, None, :]",),
@@ -303,6 +348,7 @@ MASKS = {
     **{f"causal: {name}": lines for name, lines in CAUSAL.items()},
     **{f"almost: {name}": lines for name, lines in ALMOST.items()},
     **{f"window: {name}": lines for name, lines in WINDOWS.items()},
+    **{f"packed: {name}": lines for name, lines in PACKED.items()},
     **{f"padding: {name}": lines for name, lines in PADDINGS.items()},
     **{f"given: {name}": lines for name, lines in GIVEN.items()},
 }
@@ -558,7 +604,7 @@ def _shaped(name: str, rank: int, block: Block) -> str:
 def _rank(mask: str) -> int:
     kind, name = mask.split(": ")
     four = ("4d", "view", "expanded", "strict from the second head", "looser by batch", "or padding", "or given")
-    return 4 if kind in ("padding", "given") or name in (*four, "random") else 2
+    return 4 if kind in ("padding", "given", "packed") or name in (*four, "random") else 2
 
 
 def _mask_lines(block: Block) -> list[str]:
@@ -745,7 +791,10 @@ def terms(draw: st.DrawFn, offsets: tuple[str, ...], odd: bool) -> tuple[Term, .
     )
     if odd:
         kinds = _pick(draw, [("almost",), ("almost",), ("almost", "causal"), ("almost", "padding")])
+    if len(offsets) > 1 and _one_in(draw, 16):
+        kinds = _pick(draw, [("packed",), ("packed", "causal"), ("packed", "padding"), ("packed", "window")])
     tables = {"causal": CAUSAL, "almost": ALMOST, "window": WINDOWS, "padding": PADDINGS, "given": GIVEN}
+    tables["packed"] = PACKED
     offset, fill = _pick(draw, offsets), _pick(draw, FILLS)
     hard = odd and _one_in(draw, 4)
     made = []
@@ -789,7 +838,9 @@ def blocks(draw: st.DrawFn, sizes: dict[str, int], dynamic: bool) -> Block:
     )
     if form == "sdpa":
         simple = [name for name, places in TWISTS.items() if set(places) <= {"start", "masks", "repeated", "end"}]
-        block = replace(base, scale=_pick(draw, ["none", "none", "query", "key", "both"]))
+        block = replace(
+            base, scale=_pick(draw, ["none"] * 6 + [name for name in SCALES if "scores" not in SCALES[name]])
+        )
         options = [()] * 3 + [
             (f"scale={block.constant}",),
             ("dropout_p=0.0",),
@@ -1084,10 +1135,14 @@ def _claims_causal(gm: torch.fx.GraphModule) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("name", sorted(ALMOST))
+WRONG = [f"almost: {name}" for name in sorted(ALMOST)]
+WRONG += [f"packed: {name}" for name in sorted(PACKED) if name != "one sequence"]
+
+
+@pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_proof_is_noticed(name: str) -> None:
     sizes = {"B": 3, "H": 4, "Hk": 4, "Lq": 7, "Lk": 7, "given": "1111", "padding": (3, 0, 2)}
-    term = Term(f"almost: {name}", "0", "masked_fill", "-math.inf")
+    term = Term(name, "0", "masked_fill", "-math.inf")
     program = Program(**sizes, blocks=(Block(form="sdpa", masks=(term,)),))
     verdicts = check(program)
     assert verdicts["thinning"] == ["refused"]

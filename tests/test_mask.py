@@ -41,18 +41,29 @@ def padding_of(padding: Padding, values: dict[torch.fx.Node, Any]) -> torch.Tens
     return result.expand(B, -1)
 
 
-def dense(mask: Mask, padding: torch.Tensor | None, Lq: int, Lk: int) -> torch.Tensor:
-    """``[B, Lq, Lk]`` by the definition in ``spec.Mask``."""
+def dense(
+    mask: Mask, padding: torch.Tensor | None, Lq: int, Lk: int, segments: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``[B, Lq, Lk]`` by the definition in ``spec.Mask``, for packed sequences numbered by ``segments`` ``[B, Lk]``."""
     i, j = torch.arange(Lq)[:, None], torch.arange(Lk)
     seen = torch.ones(B, Lq, Lk, dtype=torch.bool)
     if mask.causal:
         seen &= j <= i + int(mask.offset)
     if mask.window is not None:
-        seen &= i + int(mask.offset) - j < mask.window
+        back = i + int(mask.offset) - j
+        seen &= (back if mask.causal else back.abs()) < mask.window
+    if mask.segments:
+        seen = seen & (segments[:, :Lq, None] == segments[:, None, :])
     return seen if padding is None else seen & padding[:, None]
 
 
-def prove(make: Callable[..., torch.Tensor], *inputs: torch.Tensor, Lq: int = 6, Lk: int = 6) -> Mask:
+def prove(
+    make: Callable[..., torch.Tensor],
+    *inputs: torch.Tensor,
+    Lq: int = 6,
+    Lk: int = 6,
+    segments: torch.Tensor | None = None,
+) -> Mask:
     """Compile attention with ``make(*inputs)`` as its mask; whatever is proven must equal the mask that arrives."""
     found: list[AttentionSite] = []
     values: dict[torch.fx.Node, Any] = {}
@@ -86,7 +97,7 @@ def prove(make: Callable[..., torch.Tensor], *inputs: torch.Tensor, Lq: int = 6,
         if actual.dtype != torch.bool:
             assert (actual[~seen] <= LOWEST).all()
         seen = seen[(None,) * (4 - seen.dim())].expand(B, H, Lq, Lk)
-        claimed = dense(mask, padding, Lq, Lk)
+        claimed = dense(mask, padding, Lq, Lk, segments)
         for h in range(H):
             assert torch.equal(claimed, seen[:, h]), f"claimed {mask}"
     return mask
@@ -139,6 +150,7 @@ def test_causal_spellings(spelling: str) -> None:
 NEAR_MISSES: dict[str, Callable[[int], torch.Tensor]] = {
     "k < q hides the diagonal": lambda n: K(n) < Q(n),
     "one too many": lambda n: K(n) <= Q(n) + 1,
+    "from one": lambda n: torch.arange(1, end=n + 1)[None] <= Q(n),
     "flipped": lambda n: K(n) >= Q(n),
     "one element more": lambda n: (K(n) <= Q(n)) | ((K(n) == 5) & (Q(n) == 0)),
     "or a prefix": lambda n: (K(n) <= Q(n)) | (K(n) < 2),
@@ -168,7 +180,7 @@ NEAR_MISSES: dict[str, Callable[[int], torch.Tensor]] = {
     "half": lambda n: 2 * K(n) <= 2 * Q(n) - 1,
 }
 PROVEN_AS_WHAT_THEY_ARE = {
-    *("one too many", "k < q hides the diagonal", "tril one up", "tril one down", "negative slice", "half"),
+    *("one too many", "from one", "k < q hides the diagonal", "tril one up", "tril one down", "negative slice", "half"),
     "every second key",  # causal with a key padding
 }
 
@@ -200,11 +212,44 @@ def test_windows() -> None:
 
     assert prove(lambda: (back(6) >= 0) & (back(6) < 3)) == Mask(causal=True, window=3)
     assert prove(lambda: (K(6) > Q(6) - 3) & (K(6) <= Q(6))) == Mask(causal=True, window=3)
-    assert prove(lambda: back(6).abs() <= 2) == Mask(causal=True, offset=2, window=5)
+    assert prove(lambda: (back(6) >= -1) & (back(6) <= 3)) == Mask(causal=True, offset=1, window=5)
     assert prove(lambda: (back(6) >= 0) & (back(6) < 100)) == Mask(causal=True)  # wider than the sequence
     assert prove(lambda: torch.ones(6, 6, dtype=torch.bool).tril().triu(-2)) == Mask(causal=True, window=3)
     later = prove(lambda: (K(9)[:, :9] <= Q(4) + 5) & (K(9) > Q(4) + 5 - 3), Lq=4, Lk=9)
     assert later == Mask(causal=True, offset=5, window=3)
+
+
+TWO_SIDED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "abs": lambda back: back.abs() <= 2,
+    "torch.abs, turned round": lambda back: 3 > torch.abs(-back),
+    "both bounds": lambda back: (back < 3) & (back > -3),
+    "hidden": lambda back: ~((back > 2) | (back < -2)),
+    "added": lambda back: torch.where(back > 2, -math.inf, 0.0) + torch.where(back < -2, LOWEST, 0.0),
+}
+
+
+@pytest.mark.parametrize(("Lq", "Lk"), [(7, 7), (4, 9)])
+@pytest.mark.parametrize("spelling", TWO_SIDED)
+def test_two_sided_windows(spelling: str, Lq: int, Lk: int) -> None:
+    def back() -> torch.Tensor:
+        return torch.arange(Lq)[:, None] + (Lk - Lq) - torch.arange(Lk)
+
+    mask = prove(lambda: TWO_SIDED[spelling](back()), Lq=Lq, Lk=Lk)
+    assert mask == Mask(offset=Lk - Lq, window=3) and str(mask) == "window of 2 tokens on either side"
+    # what is not about the diagonal is no such window
+    moved = prove(lambda: TWO_SIDED[spelling](back() - 1), Lq=Lq, Lk=Lk)
+    assert moved == Mask(causal=True, offset=Lk - Lq + 1, window=5)
+    padded = prove(lambda p: (back().abs() <= 2) & (p[:, None, None, :] != 0), torch.ones(B, Lk).long(), Lq=Lq, Lk=Lk)
+    assert padded == Mask(offset=Lk - Lq, window=3, padding=True)
+
+
+def test_two_sided_windows_that_hide_nothing_or_all_but_the_diagonal() -> None:
+    assert prove(lambda: (Q(6) - K(6)).abs() <= 5) == Mask()
+    assert prove(lambda: (Q(6) - K(6)).abs() <= 4) == Mask(window=5)
+    assert prove(lambda: (Q(6) - K(6)).abs() <= 0) == Mask(causal=True, window=1)
+    # a single query may have the keys that it sees as a padding
+    assert prove(lambda: (Q(1) + 5 - K(6)).abs() <= 2, Lq=1) == Mask(padding=True)
+    assert prove(lambda: (Q(6) - K(6)).abs() >= 2).unknown
 
 
 REAL = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 0]])
@@ -355,16 +400,105 @@ def test_unknown_keys_are_read_from_the_tensor_that_was_compared() -> None:
     assert [prove(make, HUGE) for make in small] == [Mask(causal=True)] * 2
 
 
-def test_packed_sequences() -> None:
+def numbers(position: torch.Tensor) -> torch.Tensor:
+    """The number of the sequence that every token is of, as transformers finds it."""
+    return (torch.diff(position, prepend=position[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+
+
+def of_one(segment: torch.Tensor) -> torch.Tensor:
+    return segment[:, None, :, None] == segment[:, None, None, :]
+
+
+def test_packed_sequences_that_are_one() -> None:
     def segments(position: torch.Tensor) -> torch.Tensor:
-        steps = torch.diff(position, prepend=position[:, :1] - 1, dim=-1)
-        number = (steps != 1).cumsum(-1)
-        return (number[:, None, :, None] == number[:, None, None, :]) & (K(6) <= Q(6))
+        return of_one(numbers(position)) & (K(6) <= Q(6))
 
     assert prove(lambda: segments(torch.arange(6)[None].expand(2, -1))) == Mask(causal=True)
     assert prove(lambda: segments(3 + torch.arange(6)[None])) == Mask(causal=True)
-    assert prove(lambda: segments(2 * torch.arange(6)[None])).unknown is not None  # a segment per token
-    assert prove(segments, torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, -1)).unknown is not None
+    each = torch.arange(6).expand(2, -1)  # a sequence per token
+    assert prove(lambda: segments(2 * torch.arange(6)[None]), segments=each) == Mask(causal=True, segments=True)
+
+
+SEGMENTS = torch.tensor([[5, 5, 5, 7, 7, 1], [0, 2, 2, 2, 2, 9]])
+PACKED: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Mask]] = {
+    "alone": (of_one, Mask(segments=True)),
+    "key first": (lambda s: s[:, None, None, :] == s[:, None, :, None], Mask(segments=True)),
+    "causal": (lambda s: of_one(s) & (K(6) <= Q(6)), Mask(causal=True, segments=True)),
+    "not of others": (lambda s: ~((s[:, None, :, None] != s[:, None, None, :]) | (K(6) > Q(6))),
+                      Mask(causal=True, segments=True)),
+    "int32": (lambda s: of_one(s.int()), Mask(segments=True)),
+    "additive": (lambda s: torch.where(of_one(s), 0.0, -math.inf), Mask(segments=True)),
+    "one for all": (lambda s: (s[0][:, None] == s[0]) & (K(6) <= Q(6)), Mask(causal=True, segments=True)),
+    "window": (lambda s: of_one(s) & ((Q(6) - K(6)).abs() < 3), Mask(window=3, segments=True)),
+    "of a number for padding": (lambda s: of_one(s) & (s != 0)[:, None, None, :], Mask(padding=True, segments=True)),
+    "counted": (lambda s: of_one((s == 2).cumsum(-1)), Mask(segments=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_segments(name: str) -> None:
+    make, expected = PACKED[name]
+    segments = {"counted": (SEGMENTS == 2).cumsum(-1), "one for all": SEGMENTS[:1].expand(2, -1)}.get(name, SEGMENTS)
+    assert prove(make, SEGMENTS, segments=segments) == expected
+    with pytest.raises(AssertionError, match="claimed"):
+        prove(make, SEGMENTS, segments=segments.roll(1, 1))
+
+
+@settings(max_examples=12)
+@given(
+    rows=st.lists(st.lists(st.sampled_from([0, 0, 1, 2, 2, 3, 9, -4]), min_size=6, max_size=6), min_size=2, max_size=2),
+    window=st.none() | st.integers(1, 4),
+)
+def test_positions_of_packed_sequences(rows: list[list[int]], window: int | None) -> None:
+    """A key of the same sequence with a smaller position is an earlier one, wherever positions go on or do not."""
+
+    def make(position: torch.Tensor) -> torch.Tensor:
+        q, k = position[:, None, :, None], position[:, None, None, :]
+        seen = of_one(numbers(position)) & (k <= q)
+        return seen if window is None else seen & (k > q - window)
+
+    position = torch.tensor(rows)
+    mask = prove(make, position, segments=numbers(position))
+    assert mask == Mask(causal=True, window=window, segments=True)
+
+
+POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2], [3, 4, 0, 1, 1, 2]])
+ALMOST_PACKED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "positions alone": lambda p: p[:, None, None, :] <= p[:, None, :, None],
+    "other positions": lambda p: of_one(numbers(p)) & (p.flip(1)[:, None, None, :] <= p.flip(1)[:, None, :, None]),
+    "two steps": lambda p: of_one(numbers(2 * p)) & (p[:, None, None, :] <= p[:, None, :, None]),
+    "of another step": lambda p: (
+        of_one((torch.diff(p, prepend=p[:, :1] - 1) != 2).cumsum(-1)) & (p[:, None, None, :] <= p[:, None, :, None])
+    ),
+    "without a first one": lambda p: (
+        of_one((torch.diff(p, append=p[:, :1]) != 1).cumsum(-1)) & (p[:, None, None, :] <= p[:, None, :, None])
+    ),
+    "second differences": lambda p: (
+        of_one((torch.diff(p, n=2, prepend=p[:, :2]) != 1).cumsum(-1)) & (p[:, None, None, :] <= p[:, None, :, None])
+    ),
+    "not counted": lambda p: (
+        of_one((torch.diff(p, prepend=p[:, :1] - 1) != 1).int()) & (p[:, None, None, :] <= p[:, None, :, None])
+    ),
+    "twice the position": lambda p: of_one(numbers(p)) & (2 * p[:, None, None, :] <= p[:, None, :, None]),
+    "a sum": lambda p: of_one(numbers(p)) & (p[:, None, None, :] + p[:, None, :, None] <= 4),
+    "eight bits": lambda p: (
+        of_one(numbers((p + 125).to(torch.int8)))
+        & ((p + 125).to(torch.int8)[:, None, None, :] <= (p + 125).to(torch.int8)[:, None, :, None])
+    ),
+    "one further": lambda p: numbers(p)[:, None, :, None] == numbers(p).roll(1, 1)[:, None, None, :],
+    "later or the same": lambda p: numbers(p)[:, None, :, None] >= numbers(p)[:, None, None, :],
+    "others only": lambda p: numbers(p)[:, None, :, None] != numbers(p)[:, None, None, :],
+    "or causal": lambda p: of_one(numbers(p)) | (K(6) <= Q(6)),
+    "one head": lambda p: of_one(numbers(p)) | (torch.arange(H) == 0)[:, None, None],
+    "floats": lambda p: of_one(p.float() / 0.0),  # NaN is not NaN
+    "written": lambda p: (s := numbers(p), of_one(s), s.fill_(0))[1],
+    "other tensors": lambda p: p[:, None, :, None] == (p + 1)[:, None, None, :],
+}
+
+
+@pytest.mark.parametrize("name", ALMOST_PACKED)
+def test_almost_packed(name: str) -> None:
+    assert prove(ALMOST_PACKED[name], POSITIONS, segments=numbers(POSITIONS)).unknown
 
 
 def literal(kind: str, shift: int, Lq: int, p: torch.Tensor) -> torch.Tensor:
@@ -375,6 +509,8 @@ def literal(kind: str, shift: int, Lq: int, p: torch.Tensor) -> torch.Tensor:
         return q - k < 3 + shift
     if kind == "padding":
         return p[:, None, None, :] != 0
+    if kind == "segment":
+        return p[:, None, :Lq, None] == p[:, None, None, :]
     if kind == "anti":
         return k >= q + shift
     if kind == "stripe":
@@ -384,7 +520,7 @@ def literal(kind: str, shift: int, Lq: int, p: torch.Tensor) -> torch.Tensor:
     return q >= shift
 
 
-KINDS = ("causal", "window", "padding", "anti", "stripe", "prefix", "query")
+KINDS = ("causal", "window", "padding", "segment", "anti", "stripe", "prefix", "query")
 
 
 @settings(max_examples=40)
@@ -420,7 +556,7 @@ def test_any_combination_is_proven_right_or_unknown(
             mask = torch.zeros(()).masked_fill(~mask, -math.inf)
         return mask.expand(B, 1, Lq, 6)
 
-    mask = prove(make, REAL, Lq=Lq)
+    mask = prove(make, REAL, Lq=Lq, segments=REAL)
     only = {kind for kind, _ in terms}
     if Lq == 6 and only <= {"causal", "padding"} and "or" not in joins[: len(terms) - 1]:
         shifts = [shift for kind, shift in terms if kind == "causal"]

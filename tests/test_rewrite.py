@@ -46,7 +46,7 @@ def toy_op(
     if causal:
         scores = scores.masked_fill(back < 0, -math.inf)
     if window:
-        scores = scores.masked_fill(back >= window, -math.inf)
+        scores = scores.masked_fill((back if causal else back.abs()) >= window, -math.inf)
     if padding is not None:
         scores = scores.masked_fill(~padding[:, None, None, :], -math.inf)
     out = scores.softmax(-1).nan_to_num() @ v.double()
@@ -63,6 +63,8 @@ def refuse_toy(spec: AttentionSpec, policy: Policy) -> Refusal | None:
     mask = spec.mask
     if mask.unknown is not None:
         return Refusal("toy_rewrite", mask.unknown)
+    if mask.segments:
+        return Refusal("toy_rewrite", str(mask))
     if spec.dropout_p > 0:
         return Refusal("toy_rewrite", "dropout")
     if mask.causal and not known_equal(mask.offset, spec.Lk - spec.Lq):
@@ -249,7 +251,7 @@ def test_user_position_ids_are_not_assumed_to_be_consecutive() -> None:
         run = Run(model)
         got = run.model(IDS, position_ids=packed, use_cache=False).logits
     assert run.verdicts() == ["refused"] * 2
-    assert "it depends on values that are not known when compiling" in run.plans[0][1].reason
+    assert run.plans[0][1].reason == "causal, packed segments"
     assert_same(got, expected)
 
 

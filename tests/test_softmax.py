@@ -134,7 +134,7 @@ SPELLINGS: dict[str, tuple[Callable, str, float]] = {
         "unknown (it adds a tensor with the factor -1)",
         1.0,
     ),
-    "of three dimensions": (opt, "causal", 1.0),
+    "of three dimensions": (opt, "causal", 0.25),
     "of one head": (lambda q, k, v: torch.bmm((q[:, 0] @ k[:, 0].mT).softmax(-1), v[:, 0]), "none", 1.0),
     "of two dimensions": (lambda q, k, v: (q[0, 0] @ k[0, 0].mT).softmax(-1) @ v[0, 0], "none", 1.0),
     "a divisor of torch.full": (gpt_j, "causal", 0.25),
