@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,10 @@ class SiteReport:
             reason=plan.reason,
             rejected=plan.rejected,
         )
+
+
+recorder: ContextVar[list[SiteReport] | None] = ContextVar("express_compile_sites", default=None)
+"""Where rewritten models put their reports while ``record_sites`` is active."""
 
 
 @dataclass(frozen=True)
