@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import skip_code
 
 from .attention_mask import untraced
 from .module_code import writes_attention
@@ -129,16 +130,11 @@ class Capture:
         self._install()  # nn.Module leaves out what it runs instead of forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            return self._run(args, kwargs)
-        if _is_ours():
+        if torch.compiler.is_compiling() and _is_ours():
             return self.module._call_impl(*args, **kwargs)
-        return self._run_untraced(args, kwargs)
-
-    @untraced
-    def _run_untraced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._run(args, kwargs)
 
+    @untraced
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_exporting():
             raise RuntimeError(_cannot_export(self.module))
@@ -267,3 +263,9 @@ def _is_ours() -> bool:
 @untraced
 def _break_graph() -> None:
     """Send the module back to Python, which runs its :class:`Capture`."""
+
+
+# Where Dynamo traces a call these are inlined. Where Python makes the call, after a graph break, Dynamo must not start
+# a graph with them: the part that is called would be taken for the whole.
+for _function in (Capture.__call__, _check_tracing):
+    skip_code(_function.__code__)
