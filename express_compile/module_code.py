@@ -18,6 +18,7 @@ _WHOLE = {
     "_native_multi_head_attention",
     "_transformer_encoder_layer_fwd",
 }
+_SOFTMAX = {"softmax", "Softmax"}
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "__matmul__", "@"}
 
 
@@ -101,8 +102,8 @@ def writes_attention(module: nn.Module) -> bool:
             names |= _reachable((value,))
         elif callable(value) and not isinstance(value, (nn.Module, type)) and not _is_foreign(type(value).__module__):
             names |= _names(type(value))
-    has_softmax = "softmax" in names or any(isinstance(child, nn.Softmax) for child in module.children())
-    return bool(names & _WHOLE or (has_softmax and names & _PRODUCTS))
+    softmax = names & _SOFTMAX or any(isinstance(child, nn.Softmax) for child in module.children())
+    return bool(names & _WHOLE or (softmax and names & _PRODUCTS))
 
 
 @cache
