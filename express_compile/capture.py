@@ -165,7 +165,7 @@ class Capture:
             sites.append(SiteReport(self.path, "", "not captured", "", "exact", "refused", _NOT_CAPTURED))
         if not self._warned:
             self._warned = True
-            warnings.warn(f"{self.path or type(self.module).__name__}: {_NOT_CAPTURED}", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"{self.path or type(self.module).__name__}: {_NOT_CAPTURED}", RuntimeWarning, stacklevel=6)
 
     def _rewrite(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """The backend: a callable that runs the rewritten graph."""

@@ -1,11 +1,14 @@
-"""Rewriting of Hugging Face models that run eagerly, without ``torch.compile``.
+"""Rewriting of models that run eagerly, without ``torch.compile``.
 
-transformers lets a model choose its attention by name. :func:`rewrite_attention` registers the name
-``"express_compile"`` (an attention function *and* a mask function) and points the attention modules of one model
-instance to it; :func:`restore_attention` undoes that. What is proven about a mask travels with the mask itself
-(:class:`ProvenMask`), so models, threads and generate() calls cannot mix up each other's facts; a mask that arrives
-as anything else is a dense tensor. Of that only one thing is proven, by its shape: that it is a key padding, the same
-row for all queries. Everything else runs exactly.
+:func:`rewrite_attention` takes the better of two routes for each part of a model; :func:`restore_attention` undoes it.
+
+transformers lets a model choose its attention by name. For such models the name ``"express_compile"`` (an attention
+function *and* a mask function) is registered, and the attention modules of one model instance are pointed to it. What
+is proven about a mask travels with the mask itself (:class:`ProvenMask`), so models, threads and generate() calls
+cannot mix up each other's facts; a mask that arrives as anything else is a dense tensor. Of that only one thing is
+proven, by its shape: that it is a key padding, the same row for all queries. Everything else runs exactly.
+
+Modules that write attention themselves are captured by Dynamo: ``capture.py``.
 """
 
 from __future__ import annotations
@@ -52,18 +55,21 @@ _NEEDS_EAGER = ("softcap", "s_aux", "sinks")
 
 
 def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any) -> Model:
-    """Let the attention sites of a Hugging Face model run sub-quadratic attention, in place; returns ``model``.
+    """Let the attention sites of a model run sub-quadratic attention, in place; returns ``model``.
 
-    model: any ``nn.Module`` that contains transformers models. Only this instance changes: it gets its own copy of
-        its configuration until :func:`restore_attention`. Rewriting a rewritten model replaces the policy.
+    model: any ``nn.Module``. Modules that choose their attention through transformers' AttentionInterface get another
+        one. Modules that write it themselves have their graphs captured by Dynamo at the first call, and rewritten as
+        by ``torch.compile(model, backend="express")``, but nothing is compiled. Only this instance changes: it gets its
+        own copy of its configuration until :func:`restore_attention`. Rewriting a rewritten model replaces the policy.
     policy: a :class:`Policy`; or give its fields as keyword arguments (``budget=512``, ``methods=["express"]``, ...).
 
-    A call whose mask, shape or arguments a method does not support runs transformers' own exact attention;
-    :func:`record_sites` shows each decision. With ``strict=True`` such a call raises ``ValueError`` instead
-    (which includes every one-token decoding step of ``generate()``).
+    A call whose mask, shape or arguments a method does not support runs the model's own exact attention, and so does
+    one that Dynamo does not capture, with a ``RuntimeWarning``; :func:`record_sites` shows each decision. With
+    ``strict=True`` such a call raises ``ValueError`` instead (which includes every one-token decoding step of
+    ``generate()``). ``torch.compile`` on top leaves rewritten modules to Python, and raises with ``fullgraph=True``.
 
     Raises ``TypeError`` or ``ValueError`` for a bad policy, an unknown option or an unknown method, and
-    ``ValueError`` when the model has no attention that could be rewritten.
+    ``ValueError`` when the model has no attention that could be rewritten, or is a part of one that is rewritten.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: must be a torch.nn.Module")
@@ -88,7 +94,7 @@ def restore_attention(model: Model) -> Model:
     """Undo :func:`rewrite_attention`, in place; returns ``model``, whose outputs are bitwise those of before.
 
     The configuration objects of before come back too; changes made to the copies are lost with them.
-    Raises ``ValueError`` when the model is not rewritten.
+    Raises ``ValueError`` when the model is not rewritten, or is a part of a larger one that was rewritten as a whole.
     """
     if not is_rewritten(model):
         raise ValueError(f"model={type(model).__name__}: is not rewritten, so there is nothing to restore")
@@ -108,6 +114,8 @@ def is_rewritten(model: nn.Module) -> bool:
 @contextmanager
 def record_sites() -> Iterator[list[SiteReport]]:
     """While active, each attention call of a rewritten model in this thread appends one ``SiteReport`` to the list.
+
+    A captured graph appends those of all its sites when it is run.
 
     >>> with record_sites() as sites:
     ...     model(input_ids)

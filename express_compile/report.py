@@ -24,7 +24,8 @@ class SiteReport:
 
     module: path from the root of the model, ``""`` for the root itself.
     source: ``file:line`` of the call, ``""`` if unknown.
-    form: how attention is written there (``"sdpa"``, ``"softmax"``, ...).
+    form: how attention is written there (``"sdpa"``, ``"softmax"``, ...); ``"not captured"`` for a call of a rewritten
+        module of which Dynamo made no graph.
     mask: what is proven about its mask, ``""`` where that was not looked at.
     method: what runs there; ``"exact"`` is the model's own attention.
     verdict: ``"rewritten"``, ``"exact"`` (we chose exact) or ``"refused"`` (exact for want of a proof).

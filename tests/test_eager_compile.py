@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from express_compile import explain, is_rewritten, record_sites, restore_attention, rewrite_attention
 from express_compile.backend import rewrite_graph
 from express_compile.capture import Capture
-from express_compile.spec import Policy
+from express_compile.method import METHODS
+from express_compile.spec import AttentionSpec, Mask, Policy, layer_key
 
 VOCAB, N, C, H = 61, 40, 32, 4
 EXACT: dict[str, Any] = {"methods": ["exact"]}
@@ -167,10 +168,13 @@ def tokens(n: int = N, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, VOCAB, (2, n), generator=torch.Generator().manual_seed(seed))
 
 
+def reads_tokens(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.Embedding) for module in model.modules())
+
+
 def call(model: nn.Module, n: int = N) -> torch.Tensor:
     """The output for ``n`` tokens, or states where the model takes those."""
-    reads_tokens = any(isinstance(module, nn.Embedding) for module in model.modules())
-    out = model(tokens(n) if reads_tokens else states(n))
+    out = model(tokens(n) if reads_tokens(model) else states(n))
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
@@ -197,7 +201,7 @@ def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     from express_compile.passes.buffers import Buffers
 
     rewrite_graph(gm, Policy(**THIN), Buffers(gm, inputs))
-    return gm
+    return gm.forward
 
 
 def by_backend(model: nn.Module, run: Callable[[Callable[..., Any]], Any]) -> Any:
@@ -258,9 +262,7 @@ def test_exact_is_the_model_and_restoring_is_bitwise(make, form, verdict, mask, 
     assert [(site.form, site.verdict, site.module) for site in sites] == [(form, verdict, name) for name in modules]
     assert all(site.mask.startswith(mask) and ".py:" in site.source for site in sites)
     assert captures == [""], "the whole model is one graph"
-    again = explain(
-        model, states() if len(model.state_dict()) < 30 and form != "x" and not _embeds(model) else tokens()
-    )
+    again = explain(model, tokens() if reads_tokens(model) else states())
     assert again.sites == tuple(sites) and again.graphs == 0 and captures == [""], "nothing is captured twice"
 
     assert restore_attention(model) is model and not is_rewritten(model)
@@ -268,10 +270,6 @@ def test_exact_is_the_model_and_restoring_is_bitwise(make, form, verdict, mask, 
     assert {path: (set(vars(m)), len(m._forward_pre_hooks)) for path, m in model.named_modules()} == traces
     with pytest.raises(ValueError, match="not rewritten"):
         restore_attention(model)
-
-
-def _embeds(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.Embedding) for module in model.modules())
 
 
 @pytest.mark.parametrize("make", [NanoGPT, gptj, falcon, CallsFunction], ids=lambda make: make.__name__)
@@ -366,37 +364,31 @@ def test_generate_gives_the_same_tokens(make, cache, captures) -> None:
         assert torch.equal(ids, same) and relative(logits, truth) <= 1e-5
     assert len(sites) == 3 * 10 * 2 and len(captures) <= 4
     if make is gptj and cache == "dynamic":
-        assert [site.method for site in sites[:2]] == ["express"] * 2 and {site.method for site in sites[2:20]} == {
-            "exact"
-        }
+        assert [site.method for site in sites[:20]] == ["express"] * 2 + ["exact"] * 18
 
 
 @torch.no_grad()
 def test_what_dynamo_gives_up_is_said() -> None:
     model = build(NanoGPT)
-    before = {n: call(model, n) for n in (70, 80, 90)}
+    before = {n: call(model, n) for n in (70, 80, 90, 100)}
     rewrite_attention(model, **THIN)
-    with (
-        torch.compiler.set_stance("force_eager"),
-        pytest.warns(RuntimeWarning, match="blocks.0.attn: Dynamo captured no"),
-    ):
+    disabled = torch.compiler.set_stance("force_eager")
+    with disabled, pytest.warns(RuntimeWarning, match="blocks.0.attn: Dynamo captured no graph"):
         report = explain(model, states(70))
     assert [(s.module, s.verdict) for s in report.sites] == [("blocks.0.attn", "refused"), ("blocks.1.attn", "refused")]
     assert "set_stance" in report.sites[0].reason
     with torch._dynamo.config.patch(recompile_limit=1):
-        thinned = call(model, 70)
-        assert relative(thinned, before[70]) > 1e-3
-        with record_sites() as sites:
-            call(model, 80)  # the limit of the whole: its parts are captured instead
-        assert [s.verdict for s in sites] == ["rewritten"] * 2
+        for n in (70, 80, 90):  # the whole is captured, then at the limit its parts, then theirs
+            with record_sites() as sites:
+                assert relative(call(model, n), before[n]) > 1e-3
+            assert [s.verdict for s in sites] == ["rewritten"] * 2
         with record_sites() as sites, warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            assert torch.equal(call(model, 90), before[90])
+            assert torch.equal(call(model, 100), before[100])
         assert [s.verdict for s in sites] == ["refused"] * 2 and "recompile_limit" in sites[0].reason
-        with pytest.raises(ValueError, match=r"strict=True: blocks.0.attn: Dynamo captured no graph"):
-            rewrite_attention(model, strict=True, **THIN)
-            for n in (70, 80, 90):
-                call(model, n)
+    rewrite_attention(model, strict=True, **THIN)
+    with disabled, pytest.raises(ValueError, match="strict=True: blocks.0.attn: Dynamo captured no graph"):
+        call(model, 70)
 
 
 # ----------------------------------------------------------------------------------- masks, refusals and policies
@@ -553,6 +545,8 @@ def saved_bytes(model: nn.Module) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         call(model, 96)
+    for kept in (*model.parameters(), *model.buffers()):  # these are there anyway
+        storages.pop(kept.untyped_storage().data_ptr(), None)
     return sum(storages.values())
 
 
@@ -566,7 +560,7 @@ def test_activation_checkpoints_recompute_with_the_same_random_numbers(reentrant
     torch.manual_seed(7)
     with record_sites() as sites:
         after = train(model)
-    assert worst(after, before) <= 1e-5 and saved_bytes(model) < 0.7 * needed
+    assert worst(after, before) <= 1e-5 and saved_bytes(model) < 0.3 * needed
     assert {site.verdict for site in sites} == {"rewritten"}
 
 
@@ -606,7 +600,8 @@ def adapted(model: nn.Module) -> nn.Module:
     import peft
 
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.0)
+    names = ["c_attn"] if isinstance(model, NanoGPT) else ["q_proj", "v_proj"]
+    config = peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False, lora_dropout=0.0)
     return peft.get_peft_model(model, config)
 
 
@@ -629,28 +624,50 @@ def check_wrapped(
     wrap: Callable[[nn.Module], nn.Module],
     run: Callable[[nn.Module], list[torch.Tensor]],
     path: str,
-    backend_too: bool = True,
+    core: str = "",
 ) -> None:
-    """Rewriting before and after wrapping: exact is the model, thinned is the backend's result, restoring is bitwise."""
+    """Exact is the model, restoring is bitwise, and what is thinned does not depend on when ``core`` was wrapped.
+
+    For NanoGPT, whose sites have the paths ``path``, it is what the op gives by hand.
+    """
     model = wrap(build(make))
     before = run(model)
     assert worst(run(rewrite_attention(model, **EXACT)), before) <= 1e-5
     assert all(torch.equal(a, b) for a, b in zip(run(restore_attention(model)), before, strict=True))
-    expected = by_backend(model, run) if backend_too else None
     rewrite_attention(model, **THIN)
     with record_sites() as sites:
         thinned = run(model)
-    assert [(s.verdict, s.method, s.module) for s in sites] == [
-        ("rewritten", "express", path.format(i)) for i in range(2)
-    ]
+    assert [(s.verdict, s.module) for s in sites] == [("rewritten", path.format(i)) for i in range(2)]
     assert worst(thinned, before) > 1e-3
-    assert expected is None or worst(thinned, expected) <= 1e-5
+    assert all(torch.equal(a, b) for a, b in zip(run(restore_attention(model)), before, strict=True))
+    if make is NanoGPT:
+        assert worst(thinned, run(wrap(by_hand(build(make), path)))) <= 1e-5
+    rewrite_attention(model.get_submodule(core), **THIN)
+    rewritten_before = wrap(rewrite_attention(build(make), **THIN))
+    assert all(torch.equal(a, b) for a, b in zip(run(model), run(rewritten_before), strict=True))
 
-    inner = rewrite_attention(build(make), **THIN)
-    first = run(wrap(inner))
-    with record_sites() as sites:
-        run(rewrite_attention(wrap(build(make)), **THIN))
-    assert len(sites) == 2 and worst(first, before) > 1e-3
+
+class ByHand(Attention):
+    """The op of Express with a layer key, without any pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, T, _ = x.shape
+        q, k, v = (y.view(B, T, H, C // H).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
+        arguments = (None, torch.tensor(0), (C // H) ** -0.5, self.layer)
+        out, _ = METHODS["express"].op(q, k, v, *arguments, **self.params)
+        return self.c_proj(out.transpose(1, 2).reshape(B, T, C))
+
+
+def by_hand(model: NanoGPT, path: str) -> NanoGPT:
+    sizes = {"B": 2, "H": H, "H_kv": H, "Lq": 96, "Lk": 96, "D": C // H, "Dv": C // H}
+    spec = AttentionSpec(
+        **sizes, dtype=torch.float32, device="cpu", scale=(C // H) ** -0.5, mask=Mask(causal=True), dropout_p=0.0
+    )
+    for i, block in enumerate(model.blocks):
+        block.attn.__class__ = ByHand
+        block.attn.layer = layer_key(path.format(i))
+        block.attn.params = dict(METHODS["express"].params(spec, Policy(**THIN)))
+    return model
 
 
 def forward_only(model: nn.Module) -> list[torch.Tensor]:
@@ -660,15 +677,15 @@ def forward_only(model: nn.Module) -> list[torch.Tensor]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_lora() -> None:
-    check_wrapped(gptj, adapted, train, "base_model.model.transformer.h.{}.attn")
-    check_wrapped(llama, adapted, train, "base_model.model.model.layers.{}.self_attn")
+    check_wrapped(NanoGPT, adapted, train, "base_model.model.blocks.{}.attn", "base_model.model")
+    check_wrapped(llama, adapted, train, "base_model.model.model.layers.{}.self_attn", "base_model.model")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_ddp(gloo) -> None:
     wrap = nn.parallel.DistributedDataParallel
-    check_wrapped(NanoGPT, wrap, train, "module.blocks.{}.attn")
-    check_wrapped(llama, wrap, train, "module.model.layers.{}.self_attn")
+    check_wrapped(NanoGPT, wrap, train, "module.blocks.{}.attn", "module")
+    check_wrapped(llama, wrap, train, "module.model.layers.{}.self_attn", "module")
 
 
 @pytest.mark.filterwarnings("ignore")
