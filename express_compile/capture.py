@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -75,8 +76,8 @@ def install(model: nn.Module, modules: dict[str, nn.Module], policy: Policy) -> 
 
 def remove(model: nn.Module) -> None:
     """Undo :func:`install` in ``model``; raises ``ValueError`` for a part of a larger model that stays rewritten."""
-    captures = [module.__dict__[_CAPTURE] for module in model.modules() if is_captured(module)]
     inside = set(model.modules())
+    captures = [module.__dict__[_CAPTURE] for module in inside if _CAPTURE in module.__dict__]
     for capture in captures:
         root = None if capture.root is None else capture.root()
         if root is not None and root not in inside and any(map(is_captured, root.modules())):
@@ -89,9 +90,9 @@ def remove(model: nn.Module) -> None:
 
 
 def is_captured(module: nn.Module) -> bool:
-    """Whether a call of this module is captured; a shallow copy of such a module is not."""
+    """Whether a call of this module is captured; not so for a shallow copy, or if ``module.compile()`` came later."""
     capture = module.__dict__.get(_CAPTURE)
-    return capture is not None and capture.module is module
+    return capture is not None and capture.module is module and module._compiled_call_impl is capture
 
 
 # ------------------------------------------------------------------------------------------------- the capture
@@ -113,13 +114,15 @@ class Capture:
     def _install(self) -> None:
         self._found_sites = self._warned = False
         call = FunctionType(_call.__code__.replace(), _call.__globals__)  # Dynamo counts recompilations by code object
-        self._captured = torch.compile(call, backend=self._rewrite)
+        backend = weakref.WeakMethod(self._rewrite)  # Dynamo keeps it where garbage collection does not look
+        self._captured = torch.compile(call, backend=lambda gm, inputs: backend()(gm, inputs))
         self.module.__dict__["_compiled_call_impl"] = self
 
     def uninstall(self) -> None:
         """Make the module what it was."""
-        del self.module.__dict__[_CAPTURE]
-        self.module.__dict__.pop("_compiled_call_impl", None)
+        if is_captured(self.module):
+            del self.module.__dict__["_compiled_call_impl"]
+        self.module.__dict__.pop(_CAPTURE, None)
         self.module._forward_pre_hooks.pop(self._hook, None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -142,8 +145,7 @@ class Capture:
         before = call.graphs
         token = _in_progress.set(call)
         try:
-            # DDP would have graphs cut into buckets; run eagerly, its communication overlaps without that
-            with torch._dynamo.config.patch(optimize_ddp=False):
+            with _whole_graphs():
                 result = self._captured(self.module, *args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, ValueError):
@@ -197,6 +199,13 @@ class Capture:
                 stack = node.meta.get("nn_module_stack") or {}
                 paths = {key: (names.get(key.partition("@")[0], path), cls) for key, (path, cls) in stack.items()}
                 node.meta["nn_module_stack"] = {"": root, **paths}
+
+
+def _whole_graphs() -> AbstractContextManager[Any]:
+    """Inside DDP, Dynamo would cut graphs into buckets; run eagerly, communication overlaps without that."""
+    if not torch.distributed.is_available() or nn.parallel.DistributedDataParallel._get_active_ddp_module() is None:
+        return nullcontext()
+    return torch._dynamo.config.patch(optimize_ddp=False)
 
 
 def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

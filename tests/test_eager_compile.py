@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -518,6 +520,29 @@ def test_another_compiler_on_top_leaves_rewritten_attention_alone(wrap) -> None:
         torch.compile(lambda x: outer(x) + 1, backend="eager", fullgraph=True)(states())
     with pytest.raises(RuntimeError, match="torch.export would lose the rewriting"):
         torch.export.export(outer, (states(),), strict=False)
+
+
+@torch.no_grad()
+def test_compiling_a_rewritten_module_in_place_leaves_its_parts_rewritten() -> None:
+    model = rewrite_attention(build(NanoGPT), **THIN)
+    thinned = call(model, 96)
+    model.compile(backend="eager")
+    with record_sites() as sites:
+        assert torch.equal(call(model, 96), thinned)
+    assert [site.verdict for site in sites] == ["rewritten"] * 2
+    compiled = model._compiled_call_impl
+    assert not is_rewritten(restore_attention(model)) and model._compiled_call_impl is compiled
+    assert relative(call(model, 96), thinned) > 1e-3
+
+
+@torch.no_grad()
+def test_a_rewritten_model_is_freed() -> None:
+    model = rewrite_attention(build(NanoGPT), **THIN)
+    call(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 # --------------------------------------------------------------------------------------------------- training
