@@ -136,12 +136,6 @@ def bloom() -> nn.Module:
     )
 
 
-def mpt() -> nn.Module:
-    return transformers.MptForCausalLM(
-        transformers.MptConfig(vocab_size=VOCAB, d_model=C, n_layers=2, n_heads=H, max_seq_len=256)
-    )
-
-
 def falcon() -> nn.Module:
     sizes = {"vocab_size": VOCAB, "hidden_size": C, "num_hidden_layers": 2, "num_attention_heads": H}
     return transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, bos_token_id=1, eos_token_id=2))
@@ -274,7 +268,7 @@ def test_exact_is_the_model_and_restoring_is_bitwise(make, form, verdict, mask, 
         restore_attention(model)
 
 
-@pytest.mark.parametrize("make", [NanoGPT, gptj], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [NanoGPT, CallsFunction], ids=lambda make: make.__name__)
 @torch.no_grad()
 def test_the_random_numbers_are_those_of_the_backend(make) -> None:
     model = build(make)
@@ -343,9 +337,9 @@ def test_lengths_do_not_recapture(captures) -> None:
     assert captures == ["", ""], "static, then dynamic"
 
 
-@pytest.mark.parametrize(("make", "cache"), [(gptj, "dynamic"), (gptj, "static"), (mpt, "dynamic")])
-def test_generate_gives_the_same_tokens(make, cache, captures) -> None:
-    model = build(make)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_gives_the_same_tokens(cache, captures) -> None:
+    model = build(gptj)
 
     def generate(n: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids = tokens(n)
@@ -363,7 +357,7 @@ def test_generate_gives_the_same_tokens(make, cache, captures) -> None:
     for (ids, logits), (same, truth) in zip(after, before, strict=True):
         assert torch.equal(ids, same) and relative(logits, truth) <= 1e-5
     assert len(sites) == 2 * 6 * 2 and len(captures) <= 4
-    if make is gptj and cache == "dynamic":
+    if cache == "dynamic":  # a static one comes with a mask that generate() has built outside
         assert [site.method for site in sites[:12]] == ["express"] * 2 + ["exact"] * 10
 
 
