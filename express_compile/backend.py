@@ -48,10 +48,7 @@ def express(
     policy, patches = split_options(options or {}, mode)
     buffers = Buffers(gm, example_inputs)
     planned = plan_graph(gm, policy, buffers, graphs=bool(patches.get("triton.cudagraphs")))
-    unchanged = None
-    if buffers.used and any(decision.verdict == "rewritten" for _, decision in planned):
-        unchanged = copy.deepcopy(gm, {id(x): x for x in (*gm.parameters(), *gm.buffers())})
-    rewrite(gm, planned, policy)
+    unchanged = rewrite_planned(gm, planned, policy, buffers)
     from torch._inductor.compile_fx import compile_fx
 
     from .kernels._op import contract
@@ -60,6 +57,17 @@ def express(
     with torch.compiler.config.patch(cache_key_tag=tag):
         compiled = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled if unchanged is None else buffers.guard(compiled, unchanged)
+
+
+def rewrite_planned(
+    gm: GraphModule, planned: list[tuple[AttentionSite, Plan]], policy: Policy, buffers: Buffers
+) -> GraphModule | None:
+    """Rewrite a Dynamo graph in place; returns it as it was, for ``buffers.guard``, if the result relies on buffers."""
+    unchanged = None
+    if buffers.used and any(decision.verdict == "rewritten" for _, decision in planned):
+        unchanged = copy.deepcopy(gm, {id(x): x for x in (*gm.parameters(), *gm.buffers())})
+    rewrite(gm, planned, policy)
+    return unchanged
 
 
 def rewrite_graph(gm: GraphModule, policy: Policy, buffers: Buffers | None = None) -> list[tuple[AttentionSite, Plan]]:

@@ -1,34 +1,34 @@
-"""Rewriting of Hugging Face models that run eagerly, without ``torch.compile``.
+"""Rewriting of models that run eagerly, without ``torch.compile``.
 
-transformers lets a model choose its attention by name. :func:`rewrite_attention` registers the name
-``"express_compile"`` (an attention function *and* a mask function) and points the attention modules of one model
-instance to it; :func:`restore_attention` undoes that. What is proven about a mask travels with the mask itself
-(:class:`ProvenMask`), so models, threads and generate() calls cannot mix up each other's facts; a mask that arrives
-as anything else is a dense tensor. Of that only one thing is proven, by its shape: that it is a key padding, the same
-row for all queries. Everything else runs exactly.
+:func:`rewrite_attention` takes the better of two routes for each part of a model; :func:`restore_attention` undoes it.
+
+transformers lets a model choose its attention by name. For such models the name ``"express_compile"`` (an attention
+function *and* a mask function) is registered, and the attention modules of one model instance are pointed to it. What
+is proven about a mask travels with the mask itself (:class:`ProvenMask`), so models, threads and generate() calls
+cannot mix up each other's facts; a mask that arrives as anything else is a dense tensor. Of that only one thing is
+proven, by its shape: that it is a key padding, the same row for all queries. Everything else runs exactly.
+
+Modules that write attention themselves are captured by Dynamo: ``capture.py``.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
-from types import CodeType
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from . import capture
 from .attention_mask import ProvenMask, make_mask, untraced
 from .method import METHODS
+from .module_code import calls_interface, can_import_transformers, depends_on_name
+from .report import SiteReport, recorder
 from .spec import AttentionSpec, Mask, Plan, Policy, layer_key
-
-if TYPE_CHECKING:
-    from .report import SiteReport
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -50,26 +50,27 @@ _EXTRAS = {
 }
 _NEEDS_EAGER = ("softcap", "s_aux", "sinks")
 
-_recorder: ContextVar[list[SiteReport] | None] = ContextVar("express_compile_sites", default=None)
-
 
 # --------------------------------------------------------------------------------------------- public functions
 
 
 def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any) -> Model:
-    """Let the attention sites of a Hugging Face model run sub-quadratic attention, in place; returns ``model``.
+    """Let the attention sites of a model run sub-quadratic attention, in place; returns ``model``.
 
-    model: any ``nn.Module`` that contains transformers models. Only this instance changes: it gets its own copy of
-        its configuration until :func:`restore_attention`. Rewriting a rewritten model replaces the policy.
+    model: any ``nn.Module``. Modules that choose their attention through transformers' AttentionInterface get another
+        one. Modules that write it themselves have their graphs captured by Dynamo at the first call, and rewritten as
+        by ``torch.compile(model, backend="express")``, but nothing is compiled. Only this instance changes: it gets its
+        own copy of its configuration until :func:`restore_attention`. Rewriting a rewritten model replaces the policy.
     policy: a :class:`Policy`; or give its fields as keyword arguments (``budget=512``, ``methods=["express"]``, ...).
 
-    A call whose mask, shape or arguments a method does not support runs transformers' own exact attention;
-    :func:`record_sites` shows each decision. With ``strict=True`` such a call raises ``ValueError`` instead
-    (which includes every one-token decoding step of ``generate()``).
+    A call whose mask, shape or arguments a method does not support runs the model's own exact attention, and so does
+    one that Dynamo does not capture, with a ``RuntimeWarning``; :func:`record_sites` shows each decision. With
+    ``strict=True`` such a call raises ``ValueError`` instead (which includes every one-token decoding step of
+    ``generate()``). ``torch.compile`` on top leaves rewritten modules to Python, and raises with ``fullgraph=True``.
 
     Raises ``TypeError`` or ``ValueError`` for a bad policy, an unknown option or an unknown method, and
-    ``ValueError`` when the model has no attention that could be rewritten, and with ``strict=True`` when something in
-    ``modules`` matches no site.
+    ``ValueError`` when the model has no attention that could be rewritten, or is a part of one that is rewritten, and
+    with ``strict=True`` when something in ``modules`` matches no site, as far as sites are known before the first call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: must be a torch.nn.Module")
@@ -77,14 +78,20 @@ def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any
 
     policy = _checked_policy(policy, options)
     sites = _find_sites(model)
-    require_matches(sites, policy)
+    captured = capture.find_modules(model, [module for module, _ in sites.values()])
+    if not sites and not captured:
+        raise ValueError(_no_attention(model))
+    if not captured:
+        require_matches(sites, policy)
     if is_rewritten(model):
         restore_attention(model)
-    _register_interface()
-    _point_configs(model, sites)
+    if sites:
+        _register_interface()
+        _point_configs(model, sites)
     plans = _Plans(policy)
     for path, (module, exact) in sites.items():
         setattr(module, _SITE, _Site(path, layer_key(path), exact, plans))
+    capture.install(model, captured, policy)
     return model
 
 
@@ -92,10 +99,11 @@ def restore_attention(model: Model) -> Model:
     """Undo :func:`rewrite_attention`, in place; returns ``model``, whose outputs are bitwise those of before.
 
     The configuration objects of before come back too; changes made to the copies are lost with them.
-    Raises ``ValueError`` when the model is not rewritten.
+    Raises ``ValueError`` when the model is not rewritten, or is a part of a larger one that was rewritten as a whole.
     """
     if not is_rewritten(model):
         raise ValueError(f"model={type(model).__name__}: is not rewritten, so there is nothing to restore")
+    capture.remove(model)
     for module in model.modules():
         for name, original in module.__dict__.pop(_ORIGINALS, {}).items():
             setattr(module, name, original)
@@ -105,36 +113,43 @@ def restore_attention(model: Model) -> Model:
 
 def is_rewritten(model: nn.Module) -> bool:
     """Whether :func:`rewrite_attention` is in force in ``model`` or a part of it."""
-    return any(_SITE in module.__dict__ for module in model.modules())
+    return any(_SITE in module.__dict__ or capture.is_captured(module) for module in model.modules())
 
 
-def unmatched(model: nn.Module) -> tuple[str, ...]:
-    """What the policy of a rewritten model says about modules of which none has a site."""
+def unmatched(model: nn.Module, seen: Iterable[str] = ()) -> tuple[str, ...]:
+    """What the policy of a rewritten model says about modules of which none has a site.
+
+    seen: paths of sites in graphs that were captured, which are known once they ran.
+    """
     from .passes import plan
 
-    sites = [module.__dict__[_SITE] for module in model.modules() if _SITE in module.__dict__]
-    rewritings = {id(site.plans): site.plans for site in sites}  # parts of a model may be rewritten each by itself
-    return tuple(
-        words
-        for plans in rewritings.values()
-        for words in plan.unmatched([site.path for site in sites if site.plans is plans], plans.policy)
-    )
+    found: dict[int, tuple[Policy, list[str]]] = {}  # parts of a model may be rewritten each by itself
+    for module in model.modules():
+        if _SITE in module.__dict__:
+            site = module.__dict__[_SITE]
+            found.setdefault(id(site.plans.policy), (site.plans.policy, []))[1].append(site.path)
+        elif capture.is_captured(module):
+            policy = capture.policy_of(module)
+            found.setdefault(id(policy), (policy, []))[1].extend(seen)
+    return tuple(words for policy, paths in found.values() for words in plan.unmatched(paths, policy))
 
 
 @contextmanager
 def record_sites() -> Iterator[list[SiteReport]]:
     """While active, each attention call of a rewritten model in this thread appends one ``SiteReport`` to the list.
 
+    A captured graph appends those of all its sites when it is run.
+
     >>> with record_sites() as sites:
     ...     model(input_ids)
     >>> print(sites[0].module, sites[0].verdict, sites[0].reason)
     """
     sites: list[SiteReport] = []
-    token = _recorder.set(sites)
+    token = recorder.set(sites)
     try:
         yield sites
     finally:
-        _recorder.reset(token)
+        recorder.reset(token)
 
 
 # ------------------------------------------------------------------------------------------------------ policy
@@ -214,38 +229,30 @@ class _Site:
 
 def _find_sites(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Module path -> (attention module, name of its exact attention)."""
-    if not _can_import_transformers():
-        raise ValueError(
-            f"model={type(model).__name__}: no attention found, because rewrite_attention handles Hugging Face models "
-            "and transformers is not installed (pip install 'express-compile[transformers]'); "
-            "torch.compile(model, backend='express') handles every other model"
-        )
+    if not can_import_transformers():
+        return {}
     sites: dict[str, tuple[nn.Module, str]] = {}
     for path, module, owner in _with_owners(model):
-        function = _calls_interface(type(module))
+        function = calls_interface(type(module))
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if function is None or implementation is None or not _uses_standard_sdpa(function):
             continue
         exact = "sdpa" if owner is None or owner._supports_sdpa else "eager"
         if exact == "eager" and (_ORIGINALS not in module.__dict__ and implementation != "eager"):
             continue
-        if not _depends_on_name(type(module), exact):
+        if not depends_on_name(type(module), exact):
             sites[path] = (module, exact)
-    if not sites:
-        raise ValueError(
-            f"model={type(model).__name__}: no attention found. Looked for modules that choose their attention through "
-            "transformers' AttentionInterface, whatever its name is, and found none; "
-            "torch.compile(model, backend='express') handles every other model"
-        )
     return sites
 
 
-def _can_import_transformers() -> bool:
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        return False
-    return True
+def _no_attention(model: nn.Module) -> str:
+    installed = "" if can_import_transformers() else " (not installed: pip install 'express-compile[transformers]')"
+    return (
+        f"model={type(model).__name__}: no attention found. Looked for modules that choose their attention by "
+        f"transformers' AttentionInterface{installed}, and modules whose code calls scaled_dot_product_attention or "
+        "holds a softmax and matrix products, whatever their names are; torch.compile(model, backend='express') looks "
+        "at what a model computes instead of at its code"
+    )
 
 
 def _with_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
@@ -257,57 +264,6 @@ def _with_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
         parent = path.rpartition(".")[0] if path else None
         owners[path] = module if isinstance(module, PreTrainedModel) else owners.get(parent)
         yield path, module, owners[path]
-
-
-@cache
-def _functions(cls: type) -> tuple[Callable[..., Any], ...]:
-    """The functions that a module's class and its bases define, library bases left out."""
-    from transformers import GenerationMixin, PreTrainedModel
-
-    library = {*PreTrainedModel.__mro__, *GenerationMixin.__mro__}
-    members = [member for base in cls.__mro__ if base not in library for member in vars(base).values()]
-    members = [getattr(member, "__func__", getattr(member, "fget", member)) for member in members]
-    return tuple(inspect.unwrap(member) for member in members if inspect.isroutine(member))
-
-
-def _code(function: Callable[..., Any]) -> Iterator[CodeType]:
-    pending = [code for code in [getattr(function, "__code__", None)] if code is not None]
-    while pending:
-        code = pending.pop()
-        yield code
-        pending += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-
-
-@cache
-def _calls_interface(cls: type) -> Callable[..., Any] | None:
-    """The method of ``cls`` that looks its attention up in transformers' interface, if there is one."""
-    for function in _functions(cls):
-        if any("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in _code(function)):
-            return function
-    return None
-
-
-@cache
-def _depends_on_name(cls: type, name: str) -> bool:
-    """Whether a method of ``cls`` reads the name of the attention and mentions ``name``.
-
-    Such code (the sparse indexers of DeepSeek V3.2, Falcon's own attention) takes another branch under another
-    name, so it must go on reading the old one.
-    """
-    for function in _functions(cls):
-        codes = list(_code(function))
-        constants = {c for code in codes for c in _flat(code.co_consts)}
-        if name in constants and any("_attn_implementation" in code.co_names for code in codes):
-            return True
-    return False
-
-
-def _flat(constants: Any) -> Iterator[Any]:
-    for constant in constants:
-        if isinstance(constant, (tuple, frozenset)):
-            yield from _flat(constant)
-        else:
-            yield constant
 
 
 def _uses_standard_sdpa(function: Callable[..., Any]) -> bool:
@@ -329,7 +285,7 @@ def _point_configs(model: nn.Module, sites: dict[str, tuple[nn.Module, str]]) ->
         # Where the model only runs "eager", the masks must stay eager masks: change nothing but the sites.
         # Attention that is no site, and code that branches on the name, must go on reading the old name.
         if path not in sites and (
-            not supports_sdpa or _calls_interface(type(module)) or _depends_on_name(type(module), "sdpa")
+            not supports_sdpa or calls_interface(type(module)) or depends_on_name(type(module), "sdpa")
         ):
             continue
         originals = {name: value for name, value in module.__dict__.items() if isinstance(value, PreTrainedConfig)}
@@ -509,7 +465,7 @@ def _exact(
     if site.exact == "sdpa" and all(arguments.get(name) is None for name in _NEEDS_EAGER):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **arguments)
     # sdpa has no soft-cap and no sinks: some versions raise, others silently leave them out
-    function = _calls_interface(type(module))
+    function = calls_interface(type(module))
     eager = function.__globals__.get("eager_attention_forward") if function is not None else None
     if eager is None:
         raise RuntimeError(f"{site.path!r}: {type(module).__module__} has no eager_attention_forward to fall back to")
@@ -551,11 +507,9 @@ def _fixed_seed(seed: int, device: torch.device) -> torch.Tensor:
 
 
 def _record(module: nn.Module, site: _Site, spec: AttentionSpec, plan: Plan) -> None:
-    sites = _recorder.get()
+    sites = recorder.get()
     if sites is None:
         return
-    from .report import SiteReport
-
-    function = _calls_interface(type(module))
+    function = calls_interface(type(module))
     source = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}" if function is not None else ""
     sites.append(SiteReport.from_plan(site.path, source, "transformers", spec.mask, plan, spec=spec))

@@ -6,6 +6,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,8 @@ class SiteReport:
 
     module: path from the root of the model, ``""`` for the root itself.
     source: ``file:line`` of the call, ``""`` if unknown.
-    form: how attention is written there (``"sdpa"``, ``"softmax"``, ...).
+    form: how attention is written there (``"sdpa"``, ``"softmax"``, ...); ``"not captured"`` for a call of a rewritten
+        module of which Dynamo made no graph.
     mask: what is proven about its mask, ``""`` where that was not looked at.
     method: what runs there; ``"exact"`` is the model's own attention.
     verdict: ``"rewritten"``, ``"exact"`` (we chose exact) or ``"refused"`` (exact for want of a proof).
@@ -93,6 +95,10 @@ class SiteReport:
             policy=plan.policy,
             saved=SavedSite.from_plan(module, index, spec, plan),
         )
+
+
+recorder: ContextVar[list[SiteReport] | None] = ContextVar("express_compile_sites", default=None)
+"""Where rewritten models put their reports while ``record_sites`` is active."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +233,7 @@ def explain(
             )
         with torch.no_grad(), record_sites() as sites:
             model(*example_inputs, **kwargs)
-        return Report(tuple(sites), unmatched=unmatched(model))
+        return Report(tuple(sites), unmatched=unmatched(model, [site.module for site in sites]))
     return _dry_run(model, example_inputs, kwargs, Policy.from_options(policy_fields))
 
 

@@ -663,11 +663,19 @@ def test_torch_compile_leaves_rewritten_attention_alone():
 def test_models_whose_attention_is_out_of_reach():
     with pytest.raises(ValueError, match="no attention found.*backend='express'"):
         rewrite_attention(nn.Sequential(nn.Linear(2, 2)))
-    model = build(falcon)  # has its own attention, which branches on the name and never asks the interface
-    implementation = model.config._attn_implementation
-    with pytest.raises(ValueError, match="no attention found"):
-        rewrite_attention(model, **TOY_ONLY)
-    assert model.config._attn_implementation == implementation and not is_rewritten(model)
+
+
+def test_the_configuration_of_a_model_with_its_own_attention_stays():
+    model = build(falcon)  # branches on the name and never asks the interface
+    config, implementation = model.config, model.config._attn_implementation
+    ids, mask = padded_batch("none")
+    before = logits(model, ids, mask)
+    rewrite_attention(model, **TOY_ONLY)
+    with record_sites() as sites:
+        assert (logits(model, ids, mask) - before).abs().max() <= 1e-5
+    assert [(site.form, site.verdict) for site in sites] == [("sdpa", "rewritten")] * 2
+    assert model.config is config and config._attn_implementation == implementation
+    assert torch.equal(logits(restore_attention(model), ids, mask), before)
 
 
 @pytest.mark.parametrize(

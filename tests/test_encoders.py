@@ -160,7 +160,9 @@ CASES = {
     ),
     "clip-vision": Case(hf.CLIPVisionModel, hf.CLIPVisionConfig, IMAGE, pixels),
     "clip-text": Case(hf.CLIPTextModel, hf.CLIPTextConfig, TEXT, text, (CAUSAL,)),
-    "siglip-vision": Case(hf.SiglipVisionModel, hf.SiglipVisionConfig, IMAGE, pixels),
+    "siglip-vision": Case(
+        hf.SiglipVisionModel, hf.SiglipVisionConfig, IMAGE, pixels, ("", "1 query: to choose keys costs more")
+    ),
     "siglip-text": Case(hf.SiglipTextModel, hf.SiglipTextConfig, TEXT, text),
     "whisper": Case(
         hf.WhisperModel, hf.WhisperConfig,
@@ -345,9 +347,12 @@ def test_a_model_without_the_attention_interface():
     """MPNet writes its attention and a position bias by hand."""
     case = Case(hf.MPNetModel, hf.MPNetConfig, TEXT, padded_with_one)
     model, batch = case.build(), case.batch(LENGTHS)
-    with pytest.raises(ValueError, match="MPNetModel: no attention found"):
-        rewrite_attention(model, **WHOLE)
-    assert [site.verdict for site in explain(model, example_kwargs=batch, **WHOLE).sites] == ["refused"]
+    exact, sites = output(model, batch), explain(model, example_kwargs=batch, **WHOLE).sites
+    assert [(site.verdict, site.form) for site in sites] == [("refused", "softmax")]
+    rewrite_attention(model, **WHOLE)
+    with record_sites() as rewritten:
+        assert torch.equal(output(model, batch), exact)
+    assert tuple(rewritten) == sites
 
 
 @pytest.mark.parametrize("name", ["bart", "whisper"])

@@ -1,0 +1,291 @@
+"""Rewriting of modules that run eagerly, by capturing their graphs: ``torch.compile`` without a compiler.
+
+Every module that holds attention in its own code gets a :class:`Capture` as what ``nn.Module.compile`` would set. The
+outermost one that is called has Dynamo capture the whole call; its graphs are matched, planned and rewritten as by
+``torch.compile(backend="express")`` and then run as they are, so nothing is compiled. Inner ones count only where a
+part is called by itself, as ``generate()`` calls the encoder of T5. What Dynamo does not capture runs as it was, and
+is reported and warned about.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._dynamo.eval_frame import skip_code
+
+from .attention_mask import untraced
+from .module_code import writes_attention
+from .report import SiteReport, recorder
+from .spec import Plan, Policy
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+    from .passes.site import AttentionSite
+
+_CAPTURE = "_express_compile_capture"
+
+_CHANGED = "the buffer that holds its mask changed after it was looked at"
+_NOT_CAPTURED = (
+    "Dynamo captured no graph of this call, so it ran as it was: compilation is disabled (TORCHDYNAMO_DISABLE, "
+    "torch.compiler.set_stance), the code cannot be captured, or it was captured too often "
+    "(torch._dynamo.config.recompile_limit; torch.compiler.reset() starts anew)"
+)
+
+
+class _Progress:
+    """The outermost call in progress. graphs: how many captured graphs have run in it."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+
+_in_progress: ContextVar[_Progress | None] = ContextVar("express_compile_call", default=None)
+
+
+# --------------------------------------------------------------------------------------------- public functions
+
+
+def find_modules(model: nn.Module, sites: Iterable[nn.Module] = ()) -> dict[str, nn.Module]:
+    """Path -> module, for all with a ``forward`` that hold attention in their own code or that of a module inside.
+
+    sites: modules that are rewritten in another way; what holds one of them is left out.
+    """
+    others = set(sites)
+    found: dict[str, nn.Module] = {}
+    holders = {module for module in model.modules() if writes_attention(module)}
+    for path, module in model.named_modules():
+        inside = set(module.modules())
+        is_called = type(module).forward is not nn.Module.forward
+        if is_called and inside & holders and not inside & others:
+            found[path] = module
+    return found
+
+
+def install(model: nn.Module, modules: dict[str, nn.Module], policy: Policy) -> None:
+    """Let ``modules`` of ``model`` run with rewritten attention; random numbers are keyed by paths in ``model``."""
+    for path, module in modules.items():
+        module.__dict__[_CAPTURE] = Capture(module, path, policy, weakref.ref(model))
+
+
+def remove(model: nn.Module) -> None:
+    """Undo :func:`install` in ``model``; raises ``ValueError`` for a part of a larger model that stays rewritten."""
+    inside = set(model.modules())
+    captures = [module.__dict__[_CAPTURE] for module in inside if _CAPTURE in module.__dict__]
+    for capture in captures:
+        root = None if capture.root is None else capture.root()
+        if root is not None and root not in inside and any(map(is_captured, root.modules())):
+            raise ValueError(
+                f"model={type(model).__name__}: is a part of a rewritten {type(root).__name__}, whose graphs hold its "
+                "attention, too; restore or rewrite the whole model"
+            )
+    for capture in captures:
+        capture.uninstall()
+
+
+def is_captured(module: nn.Module) -> bool:
+    """Whether a call of this module is captured; not so for a shallow copy, or if ``module.compile()`` came later."""
+    capture = module.__dict__.get(_CAPTURE)
+    return capture is not None and capture.module is module and module._compiled_call_impl is capture
+
+
+def policy_of(module: nn.Module) -> Policy:
+    """The policy of a module that is captured."""
+    return module.__dict__[_CAPTURE].policy
+
+
+# ------------------------------------------------------------------------------------------------- the capture
+
+
+class Capture:
+    """What a call of ``module`` runs instead of ``module._call_impl``. Copies and pickles of the module get their own.
+
+    path: of the module, in the model that was rewritten, which is ``root`` while it exists.
+    """
+
+    def __init__(
+        self, module: nn.Module, path: str, policy: Policy, root: Callable[[], nn.Module | None] | None
+    ) -> None:
+        self.module, self.path, self.policy, self.root = module, path, policy, root
+        self._hook = module.register_forward_pre_hook(_check_tracing).id if _may_have_hooks(module) else None
+        self._install()
+
+    def _install(self) -> None:
+        self._found_sites = self._warned = False
+        call = FunctionType(_call.__code__.replace(), _call.__globals__)  # Dynamo counts recompilations by code object
+        backend = weakref.WeakMethod(self._rewrite)  # Dynamo keeps it where garbage collection does not look
+        self._captured = torch.compile(call, backend=lambda gm, inputs: backend()(gm, inputs))
+        self.module.__dict__["_compiled_call_impl"] = self
+
+    def uninstall(self) -> None:
+        """Make the module what it was."""
+        if is_captured(self.module):
+            del self.module.__dict__["_compiled_call_impl"]
+        self.module.__dict__.pop(_CAPTURE, None)
+        self.module._forward_pre_hooks.pop(self._hook, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "path": self.path, "policy": self.policy, "root": None, "_hook": self._hook}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._install()  # nn.Module leaves out what it runs instead of forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and _is_ours():
+            return self.module._call_impl(*args, **kwargs)
+        return self._run(args, kwargs)
+
+    @untraced
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_exporting():
+            raise RuntimeError(_cannot_export(self.module))
+        call = _in_progress.get() or _Progress()
+        before = call.graphs
+        token = _in_progress.set(call)
+        try:
+            with _whole_graphs():
+                result = self._captured(self.module, *args, **kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, ValueError):
+                raise error.inner_exception from None
+            raise
+        finally:
+            _in_progress.reset(token)
+        if call.graphs == before:
+            call.graphs += 1  # it is said once
+            self._say_not_captured()
+        elif self.policy.strict and not self._found_sites and _in_progress.get() is None:
+            raise ValueError(f"strict=True: no attention was found in the graphs of {type(self.module).__name__}")
+        return result
+
+    def _say_not_captured(self) -> None:
+        if self.policy.strict:
+            raise ValueError(f"strict=True: {self.path or '(root)'}: {_NOT_CAPTURED}")
+        if (sites := recorder.get()) is not None:
+            sites.append(SiteReport(self.path, "", "not captured", "", "exact", "refused", _NOT_CAPTURED))
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{self.path or type(self.module).__name__}: {_NOT_CAPTURED}", RuntimeWarning, stacklevel=6)
+
+    def _rewrite(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        """The backend: a callable that runs the rewritten graph."""
+        from .backend import rewrite_planned
+        from .passes.buffers import Buffers
+        from .passes.match import find_sites
+        from .passes.plan import plan_sites
+
+        self._name(gm)
+        buffers = Buffers(gm, inputs)
+        planned = plan_sites(find_sites(gm, buffers), self.policy)
+        self._found_sites |= bool(planned)
+        unchanged = rewrite_planned(gm, planned, self.policy, buffers)
+        run = _recorded(gm, [_report(site, plan) for site, plan in planned])
+        if unchanged is None:
+            return run
+        exact = Plan("exact", "refused", _CHANGED)
+        before = [_report(site, exact if plan.verdict == "rewritten" else plan) for site, plan in planned]
+        return buffers.guard(run, _recorded(unchanged, before))
+
+    def _name(self, gm: GraphModule) -> None:
+        """Give the modules in the graph their paths in the model that was rewritten, whatever part was called."""
+        inside = self.module.named_modules(prefix=self.path)
+        names = {str(id(module)): f"L['self'].{path}".removesuffix(".") for path, module in inside}
+        root = (names[str(id(self.module))], type(self.module))
+        for graph in {part.graph for part in gm.modules() if isinstance(part, torch.fx.GraphModule)}:
+            for node in graph.nodes:
+                stack = node.meta.get("nn_module_stack") or {}
+                paths = {key: (names.get(key.partition("@")[0], path), cls) for key, (path, cls) in stack.items()}
+                node.meta["nn_module_stack"] = {"": root, **paths}
+
+
+def _report(site: AttentionSite, plan: Plan) -> SiteReport:
+    mask = None if site.spec is None else site.spec.mask
+    return SiteReport.from_plan(site.module, site.source, site.form, mask, plan, spec=site.spec, index=site.index)
+
+
+def _whole_graphs() -> AbstractContextManager[Any]:
+    """Inside DDP, Dynamo would cut graphs into buckets; run eagerly, communication overlaps without that."""
+    if not torch.distributed.is_available() or nn.parallel.DistributedDataParallel._get_active_ddp_module() is None:
+        return nullcontext()
+    return torch._dynamo.config.patch(optimize_ddp=False)
+
+
+def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return self._call_impl(*args, **kwargs)
+
+
+def _recorded(gm: GraphModule, reports: Sequence[SiteReport]) -> Callable[..., Any]:
+    _run_checkpoints(gm)
+
+    def run(*args: Any) -> Any:
+        if (call := _in_progress.get()) is not None:
+            call.graphs += 1
+        if (sites := recorder.get()) is not None:
+            sites.extend(reports)
+        return gm.forward(*args)
+
+    return run
+
+
+def _run_checkpoints(gm: GraphModule) -> None:
+    """Activation checkpoints of a graph are marks for a compiler; make them what they are in eager code."""
+    marker = torch.ops.higher_order.tag_activation_checkpoint
+    for part in [part for part in gm.modules() if isinstance(part, torch.fx.GraphModule)]:
+        marks = part.graph.find_nodes(op="call_function", target=marker)
+        for node in marks:
+            node.target = _checkpoint
+        if marks:
+            part.recompile()
+
+
+def _checkpoint(body: GraphModule, *args: Any, **kwargs: Any) -> Any:
+    from torch.utils.checkpoint import checkpoint
+
+    context = body.meta.get("_checkpoint_context_fn")
+    kwargs = kwargs if context is None else {**kwargs, "context_fn": context}
+    return checkpoint(body.forward, *args, **{**kwargs, "use_reentrant": False})
+
+
+# ------------------------------------------------------------------------------------- another compiler on top
+
+
+def _may_have_hooks(module: nn.Module) -> bool:
+    """False where a hook would cost the fused kernel."""
+    return not isinstance(module, (nn.TransformerEncoderLayer, nn.MultiheadAttention))
+
+
+def _check_tracing(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook, because other tracers do not look at what a module runs instead of ``forward``, but do run its hooks."""
+    if torch.compiler.is_exporting():
+        raise RuntimeError(_cannot_export(module))
+    if torch.compiler.is_compiling() and not _is_ours():
+        _break_graph()
+
+
+def _cannot_export(module: nn.Module) -> str:
+    return f"{type(module).__name__}: torch.export would lose the rewriting; call restore_attention(model) before it"
+
+
+@torch.compiler.assume_constant_result
+def _is_ours() -> bool:
+    return _in_progress.get() is not None
+
+
+@untraced
+def _break_graph() -> None:
+    """Send the module back to Python, which runs its :class:`Capture`."""
+
+
+# Where Dynamo traces a call these are inlined. Where Python makes the call, after a graph break, Dynamo must not start
+# a graph with them: the part that is called would be taken for the whole.
+for _function in (Capture.__call__, _check_tracing):
+    skip_code(_function.__code__)

@@ -1,0 +1,144 @@
+"""What the code of a module's class says about its attention, without running it."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+
+_WHOLE = {
+    "scaled_dot_product_attention",
+    "multi_head_attention_forward",
+    "_native_multi_head_attention",
+    "_transformer_encoder_layer_fwd",
+}
+_SOFTMAX = {"softmax", "Softmax"}
+_PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "__matmul__", "@"}
+
+
+def can_import_transformers() -> bool:
+    """Whether transformers is installed."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@cache
+def _library() -> frozenset[type]:
+    """Bases whose code says nothing about the attention of a model."""
+    bases = set(nn.Module.__mro__)
+    if can_import_transformers():
+        from transformers import GenerationMixin, PreTrainedModel
+
+        bases |= {*PreTrainedModel.__mro__, *GenerationMixin.__mro__}
+    return frozenset(bases)
+
+
+@cache
+def _functions(cls: type) -> tuple[Callable[..., Any], ...]:
+    """The functions that a class and its bases define, library bases left out."""
+    members = [member for base in cls.__mro__ if base not in _library() for member in vars(base).values()]
+    members = [getattr(member, "__func__", getattr(member, "fget", member)) for member in members]
+    return tuple(inspect.unwrap(member) for member in members if inspect.isroutine(member))
+
+
+def _code(function: Callable[..., Any]) -> Iterator[CodeType]:
+    pending = [code for code in [getattr(function, "__code__", None)] if code is not None]
+    while pending:
+        code = pending.pop()
+        yield code
+        pending += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+
+
+@cache
+def calls_interface(cls: type) -> Callable[..., Any] | None:
+    """The method of ``cls`` that looks its attention up in transformers' interface, if there is one."""
+    for function in _functions(cls):
+        if any("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in _code(function)):
+            return function
+    return None
+
+
+@cache
+def depends_on_name(cls: type, name: str) -> bool:
+    """Whether a method of ``cls`` reads the name of the attention and mentions ``name``.
+
+    Such code (the sparse indexers of DeepSeek V3.2, Falcon's own attention) takes another branch under another
+    name, so it must go on reading the old one.
+    """
+    for function in _functions(cls):
+        codes = list(_code(function))
+        constants = {c for code in codes for c in _flat(code.co_consts)}
+        if name in constants and any("_attn_implementation" in code.co_names for code in codes):
+            return True
+    return False
+
+
+def _flat(constants: Any) -> Iterator[Any]:
+    for constant in constants:
+        if isinstance(constant, (tuple, frozenset)):
+            yield from _flat(constant)
+        else:
+            yield constant
+
+
+def writes_attention(module: nn.Module) -> bool:
+    """Whether the code of ``module`` (not of its children) holds attention: as one call, or as softmax and products.
+
+    Read are its class, the functions that it calls by a global name, and the functions and callable objects that it
+    keeps as attributes. It is a search, no proof: what is found is still matched in the graph.
+    """
+    names = set(_names(type(module)))
+    for value in vars(module).values():
+        if isinstance(value, FunctionType):
+            names |= _reachable((value,))
+        elif callable(value) and not isinstance(value, (nn.Module, type)) and not _is_foreign(type(value).__module__):
+            names |= _names(type(value))
+    softmax = names & _SOFTMAX or any(isinstance(child, nn.Softmax) for child in module.children())
+    return bool(names & _WHOLE or (softmax and names & _PRODUCTS))
+
+
+@cache
+def _names(cls: type) -> frozenset[str]:
+    return _reachable(_functions(cls))
+
+
+def _reachable(functions: tuple[Callable[..., Any], ...]) -> frozenset[str]:
+    """All names in the code of ``functions`` and of what they call by a global name; ``"@"`` for that operator."""
+    names: set[str] = set()
+    pending, seen = list(functions), set(functions)
+    while pending:
+        function = pending.pop()
+        used = {name for code in _code(function) for name in _operations(code)}
+        names |= used
+        scope = getattr(function, "__globals__", {})
+        values = [scope[name] for name in used & scope.keys()]
+        modules = [value for value in values if isinstance(value, ModuleType) and not _is_foreign(value.__name__)]
+        values += [vars(module).get(name) for module in modules for name in used]
+        called = {inspect.unwrap(value) for value in values if isinstance(value, FunctionType)} - seen
+        called = {callee for callee in called if not _is_foreign(callee.__module__)}
+        seen |= called
+        pending += called
+    return frozenset(names)
+
+
+def _operations(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    if any(step.argrepr in ("@", "@=") for step in dis.get_instructions(code) if step.opname == "BINARY_OP"):
+        yield "@"
+
+
+def _is_foreign(module: str | None) -> bool:
+    """Whether a module belongs to Python, torch or the machinery of transformers."""
+    root = (module or "").partition(".")[0]
+    if root == "transformers":
+        return not module.startswith("transformers.models.")
+    return root in ("", "torch", "numpy") or (root in sys.stdlib_module_names and root != "__main__")
