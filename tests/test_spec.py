@@ -100,6 +100,8 @@ def test_good_options_are_kept() -> None:
         (Mask(), "none"),
         (Mask(causal=True), "causal"),
         (Mask(causal=True, offset=7, window=4, padding=True), "causal, offset 7, window 4, key padding"),
+        (Mask(causal=True, window=4, segments=True), "causal, window 4, packed segments"),
+        (Mask(offset=2, window=4), "window of 3 tokens on either side"),
         (Mask(unknown="a dense tensor"), "unknown (a dense tensor)"),
     ],
 )
