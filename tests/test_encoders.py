@@ -195,7 +195,7 @@ PADDED = [name for name, case in CASES.items() if case.batch not in (pixels, spe
 # one of each kind: to compile takes seconds
 COMPILED = ["bert-decoder", "modernbert", "llama-bidirectional", "dinov2", "beit", "clip-text",
             "whisper", "bart", "t5", "wav2vec2"]  # fmt: skip
-# transformers hands over their queries scaled and scaling=1: eager models compare keys without the scale, graphs with it
+# transformers hands over their queries scaled, with scaling=1: eager models compare keys without the scale
 SCALED_BEFORE = ["whisper"]
 
 
