@@ -147,7 +147,7 @@ CASES = {
         hf.ModernBertModel, hf.ModernBertConfig,
         {**TEXT, "num_hidden_layers": 2, "global_attn_every_n_layers": 2, "local_attention": 8, "pad_token_id": 0,
          "cls_token_id": 1, "sep_token_id": 2},
-        text, ("", "local attention over 5 keys"), ("", "window 9"),
+        text, ("", "local attention over 5 keys"), ("", "window of 4 tokens on either side"),
     ),
     "llama-bidirectional": Case(
         hf.LlamaModel, hf.LlamaConfig, {**TEXT, "num_key_value_heads": 2, "is_causal": False}, text
@@ -197,6 +197,8 @@ PADDED = [name for name, case in CASES.items() if case.batch not in (pixels, spe
 # one of each kind: to compile takes seconds
 COMPILED = ["bert-decoder", "modernbert", "llama-bidirectional", "dinov2", "beit", "clip-text",
             "whisper", "bart", "t5", "wav2vec2"]  # fmt: skip
+# transformers hands over their queries scaled, with scaling=1: eager models compare keys without the scale
+SCALED_BEFORE = ["whisper"]
 
 
 @torch.no_grad()
@@ -308,7 +310,8 @@ def test_compiled_models(name):
     changed = distance(real(few, batch), real(exact, batch))
     assert changed > 1e-2 if "" in expected else changed == 0
     if case.graph is None:  # the same sites: the same keys are chosen
-        assert distance(output(rewrite_attention(model, **FEW), batch), few) <= 1e-5
+        same = distance(output(rewrite_attention(model, **FEW), batch), few) <= 1e-5
+        assert same == (name not in SCALED_BEFORE)
 
 
 def test_graphs_of_unknown_lengths():

@@ -152,6 +152,8 @@ def test_a_budget_may_be_a_function_of_the_number_of_keys() -> None:
         (Mask(), "none"),
         (Mask(causal=True), "causal"),
         (Mask(causal=True, offset=7, window=4, padding=True), "causal, offset 7, window 4, key padding"),
+        (Mask(causal=True, window=4, segments=True), "causal, window 4, packed segments"),
+        (Mask(offset=2, window=4), "window of 3 tokens on either side"),
         (Mask(unknown="a dense tensor"), "unknown (a dense tensor)"),
     ],
 )
