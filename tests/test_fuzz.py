@@ -695,11 +695,21 @@ def _block_lines(block: Block, name: str) -> list[str]:
     return [f"def {name}({_ARGUMENTS}):", *(f"    {line}" for line in lines)]
 
 
+def _seen(block: Block) -> str:
+    """The mask of what is seen; a term that is applied the wrong way hides what it means to show."""
+    if block.form == "sdpa":
+        return _joined(block)
+    if block.joined:
+        return f"({'~' * (block.masks[0].applied == 'wrong way')}{_joined(block)})"
+    terms = ("~" * (term.applied == "wrong way") + f"m{i}" for i, term in enumerate(block.masks))
+    return f"({' & '.join(terms)})"
+
+
 def _visible_lines(block: Block, name: str) -> list[str]:
     """A function that tells which keys are seen, for the comparison."""
     lines = ["(B, H, Lq, D), Hk, Lk = q.shape, k.shape[1], k.shape[2]"]
     lines += _mask_lines(block) if block.form != "foreign" else []
-    seen = _joined(block) if block.masks and block.form != "foreign" else "torch.ones(B, H, Lq, Lk, dtype=torch.bool)"
+    seen = _seen(block) if block.masks and block.form != "foreign" else "torch.ones(B, H, Lq, Lk, dtype=torch.bool)"
     lines.append(f"return {seen}.expand(B, H, Lq, Lk)")
     return [f"def visible_{name}({_ARGUMENTS}):", *(f"    {line}" for line in lines)]
 
