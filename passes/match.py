@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -52,7 +53,8 @@ def find_sites(gm: GraphModule, buffers: Buffers | None = None) -> list[Attentio
         }
         count[module] += 1
         try:
-            found.append(AttentionSite(**{**common, **_describe(scope, node, form)}))
+            site = AttentionSite(**{**common, **_describe(scope, node, form)})
+            found.append(replace(site, written=scope.overwritten(site.node)))
         except Refused as error:
             found.append(AttentionSite(**common, refusal=str(error), nearest=error.nearest))
     return found

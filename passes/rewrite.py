@@ -90,6 +90,7 @@ def _expand(site: AttentionSite, replaced: dict[Node, Node] | None = None) -> tu
         attention, out = site.expand(emit)
         if not is_tuple and _layout_matters(node):
             out = _with_layout_of(graph, out, node)
+        out = _to_be_written(graph, out, site)
     dead = list(node.all_input_nodes)
     for output in outputs:
         output.replace_all_uses_with(out)
@@ -98,7 +99,15 @@ def _expand(site: AttentionSite, replaced: dict[Node, Node] | None = None) -> tu
         graph.erase_node(node)
     _sweep(graph, dead)
     query, key, value = attention.args
-    return replace(site, node=attention, query=query, key=key, value=value), dict.fromkeys(outputs, out)
+    inner = replace(site, node=attention, query=query, key=key, value=value, written=False)
+    return inner, dict.fromkeys(outputs, out)
+
+
+def _to_be_written(graph: Graph, out: Node, site: AttentionSite) -> Node:
+    """``out``, or a copy of it if it is written later and its gradient needs it as it is."""
+    if site.written and _tensor_of(site.node).requires_grad:
+        return _emit(graph, torch.clone, (out,), like=site.node)
+    return out
 
 
 def _tensor_of(node: Node) -> torch.Tensor:
@@ -122,6 +131,7 @@ def _replace(site: AttentionSite, decision: Plan, policy: Policy, seeds: dict[st
         out = _emit(graph, operator.getitem, (call, 0), like=node)
         if _layout_matters(node):
             out = _with_layout_of(graph, out, node)
+        out = _to_be_written(graph, out, site)
     for key, value in node.meta.items():
         if key != "example_value":
             out.meta.setdefault(key, value)

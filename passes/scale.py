@@ -64,8 +64,15 @@ def _alike(before: Any, after: torch.Tensor) -> bool:
 def _view(op: Operation, node: Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
     """How to write a view anew on another tensor of the same shape, whose strides may differ; None for other calls."""
     if op.name in ("view", "reshape"):
-        return torch.reshape, (op.get("shape"),), {}
+        shape = op.get("shape")
+        whole = isinstance(shape, tuple | list) and len(shape) == 1 and _is_size(shape[0])
+        return torch.reshape, (shape[0] if whole else shape,), {}
     if op.name not in _VIEWS or node.args[:1] != (op.get("input"),):
         return None
     function = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
     return function, node.args[1:], dict(node.kwargs)
+
+
+def _is_size(argument: Any) -> bool:
+    """Whether an argument is a whole shape, as in ``x.view(y.shape)``."""
+    return isinstance(argument, Node) and isinstance(argument.meta.get("example_value"), torch.Size)

@@ -49,6 +49,7 @@ class AttentionSite:
     spec: AttentionSpec | None = None
     refusal: str | None = None
     expand: Expand | None = None
+    written: bool = False
     nearest: str | None = None
 
     @property

@@ -187,9 +187,24 @@ def _peel(scope: Scope, softmax: Node) -> tuple[_Scores, Node]:
         if op.name in _PRODUCTS:
             if op.name == "baddbmm":
                 _read_baddbmm(scores, op, node)
+            if any(_depends(term, node, scope) for term, *_ in scores.added if not _is_single(term)):
+                raise Refused("it adds to its scores what was computed from them")
             return scores, node
         scores.steps.append(node)
         node = _step(scores, op, node, evaluator)
+
+
+def _depends(term: Node, product: Node, scope: Scope) -> bool:
+    """Whether a tensor was computed from the scores. It may hold what hides some of them, and cancel it."""
+    open_nodes, seen = [term], {term}
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is product:
+            return True
+        earlier = [x for x in node.all_input_nodes if x not in seen and scope.order[x] >= scope.order[product]]
+        seen.update(earlier)
+        open_nodes.extend(earlier)
+    return False
 
 
 def _step(scores: _Scores, op: Any, node: Node, evaluator: Evaluator) -> Node:

@@ -469,6 +469,8 @@ TWISTS: dict[str, dict[str, tuple[str, ...]]] = {
     "one key sequence": {"start": ("k = k[:1]",)},
     "value is key": {"start": ("v = k",)},
 }
+# what one query gets depends on all of them
+MIXES = ("softmax over queries", "minus another max", "scores summed", "scores transposed", "weights transposed")
 NO_GRADIENTS = frozenset(
     ("key written", "query written", "weights written", "value written at the end", "repeated value written")
 )
@@ -497,7 +499,7 @@ FOREIGN = {
     "attention of the mean": "o = (q.mean(2, keepdim=True) @ k.mT).softmax(-1) @ v + torch.zeros(B, H, Lq, Dv)",
     "weights as scores": "o = ((q @ k.mT).softmax(-1) @ k @ k.mT).softmax(-1) @ v",
     "matmul by a vector": "o = ((q @ k.mT).softmax(-1) @ v[..., 0].unsqueeze(-1)).expand(B, H, Lq, Dv)",
-    "three products": "o = (q @ k.mT @ k @ k.mT * 0.1).softmax(-1) @ v",
+    "three products": "o = (q @ k.mT @ k @ k.mT * 0.01).softmax(-1) @ v",
     "heads mixed": "o = torch.einsum('bhqd,bgkd->bhqk', q, k).softmax(-1) @ v",
     "value heads mixed": "o = torch.einsum('bhqk,bgkd->bhqd', (q @ k.mT).softmax(-1), v)",
     "weights summed": "o = torch.einsum('bhqk,bhkd->bhd', (q @ k.mT).softmax(-1), v)[:, :, None].expand(B, H, Lq, Dv)",
@@ -883,6 +885,10 @@ def blocks(draw: st.DrawFn, sizes: dict[str, int], dynamic: bool) -> Block:
             if min(Lq, Lk) > 1 or name not in ("fewer keys", "weights sliced", "weights of other keys")
         ]
         block = replace(block, twist=_pick(draw, allowed))
+    if block.twist == "scores hidden by data":
+        # with a finite fill a row whose visible keys are hidden by data, too, sees none; which ones the data says
+        infinite = (replace(t, fill="-math.inf") for t in block.masks if t.applied not in ("one minus", "not float"))
+        block = replace(block, masks=tuple(infinite))
     return block
 
 
@@ -961,8 +967,10 @@ def _rows(program: Program, functions: dict[str, Any], longer: int, express: boo
     tensors = inputs(program, longer)
     q, k, v = functions["born"](*(tensors[name] for name in "qkv"))
     rows = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool)
+    fresh = inputs(program, longer)  # masks that a block writes are what the next one gets
     for i, block in enumerate(program.blocks):
-        fresh = inputs(program, longer)
+        if i and block.twist in MIXES:
+            rows &= rows.all(1, keepdim=True)
         seen = functions[f"visible_attend{i}"](q, k, v, *(fresh[name] for name in ("real", "bias", "given", "gain")))
         rows &= seen.any(-1).all(1)
         if express and any(term.mask.startswith("padding") for term in block.masks) and q.shape[2] <= k.shape[2]:
