@@ -109,16 +109,11 @@ def is_rewritten(model: nn.Module) -> bool:
     return any(_SITE in module.__dict__ for module in model.modules())
 
 
-def rewritten_sites(model: nn.Module) -> dict[str, _Site]:
-    """Module path -> what a rewritten attention module knows, for each of them in ``model``."""
-    return {path: module.__dict__[_SITE] for path, module in model.named_modules() if _SITE in module.__dict__}
-
-
 def unmatched(model: nn.Module) -> tuple[str, ...]:
     """What the policy of a rewritten model says about modules of which none has a site."""
     from .passes import plan
 
-    sites = list(rewritten_sites(model).values())
+    sites = [module.__dict__[_SITE] for module in model.modules() if _SITE in module.__dict__]
     rewritings = {id(site.plans): site.plans for site in sites}  # parts of a model may be rewritten each by itself
     return tuple(
         words
@@ -226,6 +221,11 @@ class _Site:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         _register_interface()  # a rewritten model may be unpickled in a process that never rewrote one
+
+
+def rewritten_sites(model: nn.Module) -> dict[str, _Site]:
+    """Module path -> what a rewritten attention module knows, for each of them in ``model``."""
+    return {path: module.__dict__[_SITE] for path, module in model.named_modules() if _SITE in module.__dict__}
 
 
 # --------------------------------------------------------------------------------------------- finding the sites
