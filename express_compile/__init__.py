@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .method import METHODS, Method, register
     from .report import Report, SiteReport, explain
     from .saved import SavedPlan, SavedSite
+    from .shadow import Watch, watch
     from .spec import AttentionSpec, Mask, Plan, Policy, Refusal
 
 # kernels/ and passes/ lie beside this folder in a checkout and inside it in a wheel. When Python runs from the
@@ -26,6 +27,7 @@ _HOMES = {
     "eager": ("rewrite_attention", "restore_attention", "is_rewritten", "record_sites"),
     "report": ("explain", "Report", "SiteReport"),
     "saved": ("SavedPlan", "SavedSite"),
+    "shadow": ("Watch", "watch"),
     "spec": ("AttentionSpec", "Mask", "Plan", "Policy", "Refusal"),
     "method": ("METHODS", "Method", "register"),
 }
@@ -43,12 +45,14 @@ __all__ = [
     "SavedPlan",
     "SavedSite",
     "SiteReport",
+    "Watch",
     "explain",
     "is_rewritten",
     "record_sites",
     "register",
     "restore_attention",
     "rewrite_attention",
+    "watch",
 ]
 
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ from .method import METHODS
 from .module_code import calls_interface, can_import_transformers, depends_on_name
 from .report import SiteReport, recorder
 from .spec import AttentionSpec, Mask, Plan, Policy, layer_key
+
+if TYPE_CHECKING:
+    from .shadow import Shadow
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -206,22 +209,40 @@ class _Plans:
             plan = self._plans[key] = answer(question, self.policy)
         return plan
 
+    def methods(self, path: str) -> tuple[str, ...]:
+        """The methods that calls of a site may have."""
+        from .passes.plan import DEFAULT_METHODS
+
+        if self.policy.plan is not None:
+            return tuple(dict.fromkeys(entry.method for entry in self.policy.plan.at(path))) or ("exact",)
+        return self.policy.at(path).methods or DEFAULT_METHODS
+
 
 @dataclass
 class _Site:
     """What an attention module needs to know; lives on the module, so copies of the model are independent.
 
     exact: the name of transformers' own attention that computes what is not rewritten, "sdpa" or "eager".
+    shadow: what samples its error while the model is watched; stays behind when the site is copied.
     """
 
     path: str
     layer: int
     exact: str
     plans: _Plans = field(repr=False)
+    shadow: Shadow | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "shadow": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         _register_interface()  # a rewritten model may be unpickled in a process that never rewrote one
+
+
+def rewritten_sites(model: nn.Module) -> dict[str, _Site]:
+    """Module path -> what a rewritten attention module knows, for each of them in ``model``."""
+    return {path: module.__dict__[_SITE] for path, module in model.named_modules() if _SITE in module.__dict__}
 
 
 # --------------------------------------------------------------------------------------------- finding the sites
@@ -434,6 +455,9 @@ def _attend(
         dropout_p=float(arguments.get("dropout") or 0.0),
     )
     plan = site.plans(site.path, spec, _gradient(module, query, key, value))
+    shadow = None if module.training else site.shadow
+    if shadow is not None:
+        plan = shadow.follow(plan)
     _record(module, site, spec, plan)
     if site.plans.policy.strict:
         from .passes.plan import require
@@ -442,9 +466,10 @@ def _attend(
     if plan.verdict != "rewritten":
         return _exact(module, site, query, key, value, attention_mask, arguments)
     seed = _seed(site.plans.policy.seed, query.device)
-    out, _ = METHODS[plan.method].op(
-        query, key[:, :, :visible], value[:, :, :visible], padding, seed, spec.scale, site.layer, **plan.params
-    )
+    key, value = key[:, :, :visible], value[:, :, :visible]
+    out, _ = METHODS[plan.method].op(query, key, value, padding, seed, spec.scale, site.layer, **plan.params)
+    if shadow is not None:
+        shadow.sample(plan, spec, query, key, value, padding, out)
     return out.transpose(1, 2).contiguous(), None
 
 

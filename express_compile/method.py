@@ -28,6 +28,8 @@ class Method:
     cost(spec, params): what a call costs in the symbols of ``cost.py``, for the parameters that ``params`` gave.
         Of ``spec`` it reads the mask; sizes and the budget stay symbols. ``None``: not known.
     rows(params, Lk): what the symbol s of its cost stands for at ``Lk`` keys.
+    approximates(params, Lk): whether the op, given these parameters, only approximates the exact attention over ``Lk``
+        keys, so that :func:`express_compile.watch` may compare the two call by call. ``None``: they must not be.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     cost: Callable[[AttentionSpec, Mapping[str, Any]], Cost] | None = None
     rows: Callable[[Mapping[str, Any], int], int] = lambda params, Lk: Lk
+    approximates: Callable[[Mapping[str, Any], int], bool] | None = None
 
     @property
     def op(self) -> torch._ops.OpOverload:

@@ -541,6 +541,7 @@ METHOD = register(
         params=_params,
         cost=_cost,
         rows=lambda params, Lk: rows_of(params["s"], params["fraction"], Lk),
+        approximates=lambda params, Lk: Lk > _config(**params, Lk=Lk).exact_up_to,
         options={"flatten": 0.0, "block": 128},
     )
 )

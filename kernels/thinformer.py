@@ -277,6 +277,7 @@ METHOD = register(
         params=_params,
         cost=_cost,
         rows=lambda params, Lk: _resolve(**params, Lk=Lk)[0],
+        approximates=lambda params, Lk: Lk > _resolve(**params, Lk=Lk)[0],
         options={"g": -1, "flatten": 0.0},
     )
 )

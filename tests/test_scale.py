@@ -195,6 +195,26 @@ def test_half_precision_comes_no_further_from_the_truth(form: str, dtype: torch.
     assert error(got, truth) <= 2 * error(with_gradient(f, x, w), truth)
 
 
+def test_a_view_by_another_shape_of_dynamic_sizes() -> None:
+    def attend(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        q, k, v = (split(y) for y in x.chunk(3, -1))
+        q = (q.flatten(0, 1) * 0.25).view(q.shape)
+        return by_sdpa(q, k, v)
+
+    found = []
+
+    def backend(gm: torch.fx.GraphModule, _: list[Any]) -> Callable:
+        found.extend(plan_sites(match.find_sites(gm), SHORT))
+        rewrite(gm, found, SHORT)
+        return gm
+
+    torch._dynamo.reset()
+    x, w = inputs()
+    got = torch.compile(attend, backend=backend, dynamic=True)(x, w)
+    assert found[0][0].spec.scale == 0.25 and found[0][1].verdict == "rewritten"
+    torch.testing.assert_close(got, attend(x, w))
+
+
 def test_a_scaled_query_that_is_used_again_is_kept() -> None:
     def attend(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         q, k, v = (split(y) for y in x.chunk(3, -1))
