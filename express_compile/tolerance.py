@@ -175,7 +175,11 @@ def calibrate_error(
         restore_attention(model)
     sites = tuple(
         SiteErrors(
-            paths[layer], chosen[layer], site["errors"], site["kl"], {str(k): x for k, x in site["rows"].items()}
+            paths[layer],
+            chosen[layer],
+            site["errors"],
+            site["kl"],
+            {"exact" if k is None else str(k): x for k, x in site["rows"].items()},
         )
         for layer, site in found.items()
     )
