@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ from records import SPEED_COLUMNS, add_arguments, append, run_of, show
 from rich.progress import track
 
 from express_compile import AttentionSpec, Mask, Policy
+from express_compile.cost import Device
 from express_compile.devices import shipped, versions
 from express_compile.measure import Clock, replayed
-from express_compile.predict import predicted, wins
+from express_compile.predict import crossover, predicted, wins
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = [512 << i for i in range(11)]
@@ -107,6 +109,11 @@ class Judged:
     """One shape: what was measured and predicted, in milliseconds, and which method was chosen."""
 
     row: dict
+    kind: str
+    spec: AttentionSpec
+    policy: Policy
+    device: Device
+    graphs: bool
     exact: float
     method: float
     predicted_exact: float
@@ -117,6 +124,39 @@ class Judged:
     def ratio(self) -> float:
         """The time of the choice over the best time."""
         return (self.method if self.chosen == self.row["method"] else self.exact) / min(self.method, self.exact)
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """From how many keys on the approximate method is faster: measured (between two lengths of the grid), predicted."""
+
+    kind: str
+    B: int
+    method: str
+    policy: Policy
+    measured: float
+    predicted: int | None
+
+
+def crossings(judged: list[Judged]) -> list[Crossing]:
+    """Wherever the grid has a length at which exact attention is faster, and a longer one from which on it is not."""
+    groups: dict[tuple, list[Judged]] = {}
+    for x in judged:
+        key = x.kind, x.spec.B, x.row["method"], x.policy.budget, x.policy.protected
+        groups.setdefault(key, []).append(x)
+    found = []
+    for (kind, B, method, *_), group in groups.items():
+        group.sort(key=lambda x: x.spec.Lk)
+        # where a short sequence is left to exact attention neither is faster
+        gains = [(x.spec.Lk, math.log(x.exact / x.method), x) for x in group if x.predicted != x.predicted_exact]
+        last = max((i for i, (_, gain, _) in enumerate(gains) if gain < 0), default=None)
+        if last is None or last + 1 == len(gains):
+            continue
+        (n, before, x), (m, after, _) = gains[last : last + 2]
+        measured = math.exp(math.log(n) + math.log(m / n) * -before / (after - before))
+        predicted = crossover(method, "exact", x.spec, x.policy, x.device, graphs=x.graphs)
+        found.append(Crossing(kind, B, method, x.policy, measured, predicted))
+    return found
 
 
 def judge(rows: list[dict]) -> list[Judged]:
@@ -133,10 +173,13 @@ def judge(rows: list[dict]) -> list[Judged]:
         spec = AttentionSpec(*sizes, getattr(torch, row["dtype"]), "cuda", sizes[5] ** -0.5, mask)
         own = {name: int(params[name]) for name in ("sinks", "window", "protected") if name in params}
         policy = Policy(budget=int(row["s"]), methods=(row["method"], "exact"), **own)
-        times = predicted((row["method"], "exact"), spec, policy, shipped()[row["gpu"]], graphs="graph" in params)
+        device, graphs = shipped()[row["gpu"]], "graph" in params
+        times = predicted((row["method"], "exact"), spec, policy, device, graphs)
         chosen = row["method"] if wins(times, row["method"]) else "exact"
         exact, method = float(row["opponent_ms_p50"]), float(row["ms_p50"])
-        judged.append(Judged(row, exact, method, times["exact"], times[row["method"]], chosen))
+        site = dict(row=row, kind=params["grid"], spec=spec, policy=policy, device=device, graphs=graphs)
+        told = dict(predicted_exact=times["exact"], predicted=times[row["method"]], chosen=chosen)
+        judged.append(Judged(**site, exact=exact, method=method, **told))
     return judged
 
 
@@ -164,6 +207,9 @@ def main() -> None:
         ("predicted / measured, exact", [x.predicted_exact / x.exact for x in judged]),
     ):
         print(f"{name}: median {statistics.median(values):.3f}, from {min(values):.3f} to {max(values):.3f}")
+    for x in crossings(judged):
+        words = f"{x.kind} B={x.B} {x.method} s={x.policy.budget} protected={x.policy.protected}"
+        print(f"{words}: faster from {x.measured:,.0f} keys on as measured, {x.predicted:,} as predicted")
 
 
 if __name__ == "__main__":

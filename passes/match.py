@@ -55,6 +55,7 @@ def find_sites(gm: GraphModule, buffers: Buffers | None = None) -> list[Attentio
         try:
             site = AttentionSite(**{**common, **_describe(scope, node, form)})
             found.append(replace(site, written=scope.overwritten(site.node)))
+            scope.attended.add(site.node)
         except Refused as error:
             found.append(AttentionSite(**common, refusal=str(error), nearest=error.nearest))
     return found

@@ -96,6 +96,7 @@ class Scope:
 
     autocast: the calls that have entered ``torch.autocast`` and not left it at the node the walk has come to.
     buffers: what is known of the values of placeholders.
+    attended: the results of attention that the walk has found in this graph so far.
     """
 
     gm: GraphModule
@@ -104,6 +105,7 @@ class Scope:
     refusal: str | None = None
     autocast: list[Node] = field(default_factory=list)
     buffers: Buffers = field(default_factory=Buffers)
+    attended: set[Node] = field(default_factory=set)
 
     @cached_property
     def order(self) -> dict[Node, int]:

@@ -185,6 +185,8 @@ def _peel(scope: Scope, softmax: Node) -> tuple[_Scores, Node]:
         if op is None:
             raise _foreign(_words(node))
         if op.name in _PRODUCTS:
+            if node in scope.attended:
+                raise Refused("its scores are the result of another attention")
             if op.name == "baddbmm":
                 _read_baddbmm(scores, op, node)
             if any(_depends(term, node, scope) for term, *_ in scores.added if not _is_single(term)):

@@ -470,7 +470,14 @@ TWISTS: dict[str, dict[str, tuple[str, ...]]] = {
     "value is key": {"start": ("v = k",)},
 }
 # what one query gets depends on all of them
-MIXES = ("softmax over queries", "minus another max", "scores summed", "scores transposed", "weights transposed")
+MIXES = (
+    "scale of the data",
+    "softmax over queries",
+    "minus another max",
+    "scores summed",
+    "scores transposed",
+    "weights transposed",
+)
 NO_GRADIENTS = frozenset(
     ("key written", "query written", "weights written", "value written at the end", "repeated value written")
 )
@@ -969,7 +976,7 @@ def _rows(program: Program, functions: dict[str, Any], longer: int, express: boo
     rows = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool)
     fresh = inputs(program, longer)  # masks that a block writes are what the next one gets
     for i, block in enumerate(program.blocks):
-        if i and block.twist in MIXES:
+        if i and (block.twist in MIXES or block.form == "foreign"):
             rows &= rows.all(1, keepdim=True)
         seen = functions[f"visible_attend{i}"](q, k, v, *(fresh[name] for name in ("real", "bias", "given", "gain")))
         rows &= seen.any(-1).all(1)

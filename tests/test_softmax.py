@@ -244,6 +244,18 @@ def test_dynamic_sizes() -> None:
     assert len(found) == 1 and found[0][1].verdict == "rewritten"
 
 
+def test_attention_whose_scores_are_a_result_of_attention() -> None:
+    """Its queries would be the weights of the first, which are gone once that is written in one piece."""
+
+    def f(q, k, v):
+        return ((q @ k.mT).softmax(-1) @ v).softmax(-1) @ (k.mT @ v)
+
+    run, plans = compiled(f, Policy(methods=("exact",)))
+    assert relative(run(*tensors()), f(*tensors())) < 1e-6
+    assert [plan.verdict for _, plan in plans] == ["rewritten", "refused"]
+    assert plans[1][1].reason == "its scores are the result of another attention"
+
+
 @pytest.mark.parametrize("methods", ["exact", "thinformer"])
 def test_a_result_that_is_written_in_place_keeps_its_gradient(methods: str) -> None:
     """Matrix products do not need their result for it, attention in one piece does."""
