@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
+import re
 import sys
 from pathlib import Path
+from statistics import median
 
 from benchmark import SETTINGS
+from planner import Judged, crossings, judge
 
 from express_compile import METHODS
 from express_compile.kernels.santa import loses
@@ -45,7 +49,8 @@ def setting(row: dict[str, str]) -> str:
 def gpu_rows(**wanted: str) -> list[dict[str, str]]:
     """The newest GPU row of every measurement with these values; earlier runs stay in the file as history."""
     rows = newest(read("speed.csv"), "gpu", "job", "params", "s", "B", "Lq", "Lk", "H", "H_kv", "D", "dtype")
-    return [row for row in rows if row["gpu"] != "CPU" and all(row[k] == v for k, v in wanted.items())]
+    rows = [row for row in rows if row["gpu"] != "CPU" and "grid=" not in row["params"]]
+    return [row for row in rows if all(row[k] == v for k, v in wanted.items())]
 
 
 def speed_rows(**wanted: str) -> list[dict[str, str]]:
@@ -279,7 +284,8 @@ def quality_rows() -> list[dict[str, str]]:
 
 
 def quality_table() -> str:
-    rows = [row for row in quality_rows() if row["metric"] == "kl" and row["task"].endswith("texts")]
+    tasks = ("natural texts", "repetitive texts")
+    rows = [row for row in quality_rows() if row["metric"] == "kl" and row["task"] in tasks]
     # repetitions with another seed and variants of one rule's constant stay in the file
     rows = [row for row in rows if "seed=" not in row["params"] and "flatten=" not in row["params"]]
     top1 = {(r["task"], r["method"], r["params"]): r for r in quality_rows() if r["metric"] == "top1"}
@@ -333,11 +339,14 @@ def needle_table() -> str:
 def coverage_table() -> str:
     """A line per architecture: its sites in all masks and phases, written by hand and as SDPA."""
     key = ("architecture", "implementation", "mask", "phase")
-    rows = newest(read("coverage.csv"), *key)
+    found = [row for row in newest(read("coverage.csv"), *key, "torch")]
+    rows = [row for row in found if "+cpu" in row["torch"]]
+    other = [row for row in found if "+cpu" not in row["torch"]]
     fused = newest([row for row in read("coverage.csv") if row["torch_fused"]], *key)
     fused = {tuple(row[k] for k in key): row["torch_fused"] for row in fused}
     rows = [{**row, "torch_fused": fused.get(tuple(row[k] for k in key), "")} for row in rows]
-    rows = [row for row in rows if not row["reasons"].startswith("the model itself")]  # transformers does not run it
+    # what transformers itself does not run
+    rows, other = ([row for row in x if not row["reasons"].startswith("the model itself")] for x in (rows, other))
 
     def total(chosen: list[dict[str, str]], column: str) -> int:
         return sum(int(row[column].split()[0]) for row in chosen if row[column])
@@ -353,9 +362,71 @@ def coverage_table() -> str:
         errors = [float(row[column]) for row in own for column in ("error", "gradient_error") if row[column]]
         body.append([name, *cells, f"{max(errors):.0e}" if errors else "–"])
     header = ["architecture", "sites found", "by hand: proven", "rewritten", "fused by torch", "SDPA: proven"]
-    first = rows[-1]
-    note = f"torch {first['torch']}, transformers {first['transformers']}, {first['date']}."
-    return markdown([*header, "largest relative error"], body) + f"\n\n{note}"
+
+    def worst(chosen: list[dict[str, str]]) -> float:
+        return max(float(row[column]) for row in chosen for column in ("error", "gradient_error") if row[column])
+
+    notes = []
+    for part in (rows, other):
+        eager = [row for row in part if row["implementation"] == "eager"]
+        notes.append(
+            f"torch {part[-1]['torch']}, transformers {part[-1]['transformers']}, {part[-1]['date']}: "
+            f"{total(part, 'found')} of {total(part, 'expected')} sites found, {total(eager, 'rewritten')} of "
+            f"{total(eager, 'expected')} written by hand rewritten, largest relative error {worst(part):.0e}."
+        )
+    text = f"{notes[0]} The same on the other stack, without a table of its own: {notes[1]}"
+    return markdown([*header, "largest relative error"], body) + f"\n\n{text}"
+
+
+@functools.cache
+def judged() -> list[Judged]:
+    return judge(read("speed.csv"))
+
+
+def planner_table() -> str:
+    """How good the planner's choices were at the shapes of the grid."""
+    body = []
+    for kind, what in (("prefill", "prefill, Express"), ("encode", "no mask, Thinformer"), ("decode", "decode, SANTA")):
+        part = [x for x in judged() if x.kind == kind]
+        ratios = [x.ratio for x in part]
+        exact = [x.ratio * min(x.method, x.exact) / x.exact for x in part]
+        errors = [abs(x.predicted / x.method - 1) for x in part]
+        taken = sum(x.chosen != "exact" for x in part)
+        body.append(
+            [what, str(len(part)), str(taken), f"{median(ratios):.2f}×", f"{max(ratios):.2f}×", f"{max(exact):.2f}×",
+             f"{100 * median(errors):.0f}%, {100 * max(errors):.0f}%"]
+        )  # fmt: skip
+    header = ["sites", "shapes", "approximation chosen", "time / best, median", "worst", "time / exact, worst"]
+    return markdown([*header, "prediction off by, median and worst"], body)
+
+
+def crossings_table() -> str:
+    """Measured and predicted crossovers."""
+    rows = [
+        [x.kind, str(x.B), f"{x.method}, s={x.policy.budget}", f"{x.measured:,.0f}", f"{x.predicted:,}",
+         f"{100 * (x.predicted / x.measured - 1):+.0f}%"]
+        for x in crossings(judged())
+    ]  # fmt: skip
+    return markdown(["sites", "B", "method", "faster from, measured", "predicted", "off by"], rows)
+
+
+def tolerance_table() -> str:
+    """Budgets per layer beside uniform ones, on texts that were not used to choose them."""
+    rows = [row for row in quality_rows() if row["task"].startswith("unseen")]
+    body = []
+    for params in dict.fromkeys(row["params"] for row in rows):
+        own = {(row["task"].split()[1], row["metric"]): row for row in rows if row["params"] == params}
+        natural, repetitive = own["natural", "kl"], own["repetitive", "kl"]
+        values = dict(part.split("=") for part in params.split())
+        layers = re.sub(r"([0-9]+)x", r"\1 × ", values.get("layers", "")).replace("/", ", ")
+        per_layer = f"per layer, tolerance {values.get('tolerance')} ({layers})"
+        name = f"uniform, s={values['s']}" if "s" in values else per_layer
+        body.append(
+            [name, f"{float(natural['rows']):.0f}",
+             f"{float(natural['value']):.3f} ({float(natural['low']):.3f}–{float(natural['high']):.3f})",
+             f"{float(own['natural', 'top1']['value']):.3f}", f"{float(repetitive['value']):.3f}"]
+        )  # fmt: skip
+    return markdown(["budgets", "rows seen", "KL, natural texts (95%)", "top-1", "KL, repetitive texts"], body)
 
 
 PARTS = {
@@ -369,6 +440,9 @@ PARTS = {
     "decode-bytes": decode_bytes_table,
     "compiling": compiling_table,
     "coverage": coverage_table,
+    "planner": planner_table,
+    "crossings": crossings_table,
+    "tolerance": tolerance_table,
     "steps": steps_table,
     "embeddings": embeddings_table,
     "breakdown": breakdown_table,
@@ -412,6 +486,29 @@ def plot(path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def plot_predictions(path: Path) -> None:
+    """Predicted against measured milliseconds at the shapes of the grid."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.add_subplot()
+    found = judged()
+    exact = {(x.kind, x.spec.B, x.spec.Lk): (x.exact, x.predicted_exact) for x in found}
+    series = {"exact": list(exact.values())}
+    for x in found:
+        series.setdefault(x.row["method"], []).append((x.method, x.predicted))
+    for name, points in series.items():
+        axes.scatter(*zip(*points, strict=True), s=14, label=f"{name} ({len(points)} shapes)")
+    ends = [min(min(p) for points in series.values() for p in points), max(max(p) for x in series.values() for p in x)]
+    axes.plot(ends, ends, color="black", lw=1)
+    axes.set(
+        xscale="log", yscale="log", xlabel="measured ms", ylabel="predicted ms",
+        title=f"Predicted and measured, {found[0].row['gpu']}",
+    )  # fmt: skip
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is out of date")
@@ -425,6 +522,7 @@ def main() -> int:
         return int(new != text)
     readme.write_text(new, encoding="utf-8")
     plot(RESULTS / "speedup.png")
+    plot_predictions(RESULTS / "predictions.png")
     return 0
 
 

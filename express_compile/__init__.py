@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .saved import SavedPlan, SavedSite
     from .shadow import Watch, watch
     from .spec import AttentionSpec, Mask, Plan, Policy, Refusal
+    from .tolerance import Calibration, calibrate_error
 
 # kernels/ and passes/ lie beside this folder in a checkout and inside it in a wheel. When Python runs from the
 # root of a checkout, this folder is found before an installed copy, so it must find its two sisters itself.
@@ -30,12 +31,14 @@ _HOMES = {
     "shadow": ("Watch", "watch"),
     "spec": ("AttentionSpec", "Mask", "Plan", "Policy", "Refusal"),
     "method": ("METHODS", "Method", "register"),
+    "tolerance": ("Calibration", "calibrate_error"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "METHODS",
     "AttentionSpec",
+    "Calibration",
     "Mask",
     "Method",
     "Plan",
@@ -46,6 +49,7 @@ __all__ = [
     "SavedSite",
     "SiteReport",
     "Watch",
+    "calibrate_error",
     "explain",
     "is_rewritten",
     "record_sites",

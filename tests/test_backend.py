@@ -15,6 +15,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from express_compile.backend import express, rewrite_graph, split_options
+from express_compile.cost import Device, Rates
 from express_compile.kernels import _op
 from express_compile.method import METHODS, Method, register
 from express_compile.report import explain
@@ -170,6 +171,26 @@ def test_the_backend_takes_modules_and_plans_through_inductor(tmp_path: Path) ->
         by_hand = torch.compile(net, backend=Counting(**options))(x)
         assert torch.equal(first, second)
         assert relative(first, by_hand) < 1e-6 < 1e-4 < relative(first, net(x))
+
+
+def test_forty_lengths_are_planned_by_two_compilations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The length from which Express is predicted to win is compared at run time, to that token."""
+    rates = {"express": Rates(launches=1.5e-3), "exact": Rates(scores=1e-6)}
+    device = Device("a CPU", "made up", {"float32": rates})
+    monkeypatch.setattr("express_compile.passes.plan.device_of", lambda kind: device)
+    options = {"express": {"block": 16}}
+    none = {"sinks": 0, "window": 0, "protected": 0}
+    backend = Counting(methods=("express", "exact"), budget=8, method_options=options, **none)
+    f = torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), backend=backend)
+    lengths = range(64, 104)
+    rewritten = []
+    for n in lengths:
+        q = torch.randn(1, 1, n, 8, generator=torch.Generator().manual_seed(n))
+        rewritten.append(not torch.allclose(f(q), F.scaled_dot_product_attention(q, q, q, is_causal=True), atol=1e-5))
+    (static, dynamic) = backend.plans
+    assert [plan.verdict for _, plan in (*static, *dynamic)] == ["exact", "rewritten"]
+    # two launches and the margin are 3.15 ms; 79 * 80 / 2 scores are 3.16
+    assert dynamic[0][1].params["min_length"] == 79 and rewritten == [n >= 79 for n in lengths]
 
 
 def test_a_function_as_budget_needs_known_lengths(net: Net) -> None:
