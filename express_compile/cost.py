@@ -45,7 +45,7 @@ class Cost:
     flops: floating-point operations of the matrix products, a multiplication and an addition counting one each;
         those with keys that a query does not see, softmax and random numbers are not counted.
     bytes: to and from memory; a pass over rows reads or writes each of them once, as if caches held all it reads again.
-    steps: the longest chain of decisions that wait for each other, one pair of rows each: 0 without halving.
+    steps: the longest chain of decisions that wait for each other, each on a pair of rows to halve or a row to draw.
     launches: kernels on a GPU, one behind the other; memory fills are not counted.
     scores: exponentials of a query and a key: work of the vector units.
     entries: of kernel matrices that halving computes, each of two keys that it compares.
@@ -133,8 +133,8 @@ class Device:
 
 
 def kind_of(dtype: torch.dtype) -> str:
-    """The key of :attr:`Device.rates` for a dtype."""
-    return "half" if dtype.itemsize == 2 else "float32"
+    """The key of :attr:`Device.rates` for a dtype; float16 and bfloat16 have one."""
+    return "half" if dtype in (torch.float16, torch.bfloat16) else str(dtype).removeprefix("torch.")
 
 
 @functools.lru_cache(maxsize=256)

@@ -151,7 +151,7 @@ def shapes(device: str, dtype: torch.dtype) -> list[Shape]:
     found += [_prefill("express", n, s, B, p, D=D) for n, s, B, p, D in _EXPRESS]
     found += [_prefill("thinformer", n, s, B, D=D) for n, s, B, D in _THINFORMER]
     found += [_decode(m, B, n, H_kv=H_kv, D=D) for m in ("exact", "santa") for n, B, H_kv, D in _DECODE]
-    return found + [_decode("santa", B, n, 512) for B, n in ((1, 32768), (8, 16384))]
+    return found + [_decode("santa", B, n, 512) for B, n in ((1, 4096), (8, 4096), (8, 8192), (1, 32768))]
 
 
 # tokens; budget; batch; protected, key heads; head size

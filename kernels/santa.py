@@ -59,7 +59,7 @@ from express_compile.spec import AttentionSpec, Policy, Refusal, known_equal, la
 from ._op import attention_fake, check_qkv, define_op, no_kernel
 from ._triton import philox_uniform, sequence_counter
 from .exact import cudnn_takes, exact_attention
-from .santa_kernels import MAX_ROWS, grid_bits, santa_triton
+from .santa_kernels import CHUNK, DRAW_PROGRAMS, MAX_ROWS, grid_bits, santa_triton
 
 MAX_QUERIES = 16
 MAX_DRAWS = 1 << 16
@@ -526,13 +526,16 @@ def _rows(params: Mapping[str, Any], Lk: int) -> int:
 def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     """s is the mean of the draws per head. Value rows are counted as if no row were drawn twice, which is the most
     that is read, and what flat attention over many more than s keys does read. The stash is written and read once;
-    statistics and partial results, about a hundredth of the keys, are not counted."""
+    statistics and partial results, about a hundredth of the keys, are not counted. Steps are the draws that one program
+    makes, which wait for each other's rows; on average over chunks of keys."""
     draws = sympy.Min(c.s, c.Lk)
     heads = c.B * c.H * c.Lq
     rows = draws if params["shared"] else sympy.Min(c.s * c.H * c.Lq / c.H_kv, c.Lk)
     flops = 2 * heads * (c.Lk * c.D + draws * c.Dv)
     elements = heads * (c.D + c.Dv) + c.B * c.H_kv * (c.Lk * c.D + rows * c.Dv) + 2 * heads * c.Lk
-    sampled = c.Cost(flops, c.itemsize * elements, launches=sympy.Integer(2), scores=2 * heads * c.Lk)
+    chunk = sympy.Piecewise((CHUNK // 2, c.Lk * c.B * c.H_kv < CHUNK * DRAW_PROGRAMS), (CHUNK, True))
+    steps = rows * sympy.Min(1, chunk / c.Lk)
+    sampled = c.Cost(flops, c.itemsize * elements, steps, launches=sympy.Integer(2), scores=2 * heads * c.Lk)
     exact = c.dense_cost(c.visible_pairs(spec))
     return sampled.unless((c.Lk <= c.s) | (c.Lk < params["min_length"]), exact)
 
