@@ -52,6 +52,7 @@ def _add_explain(commands: Any) -> None:
     add("--dtype", choices=DTYPES, default="int64", help="of inputs that do not name one (default: %(default)s)")
     add("--kwargs", type=_keyword, action="append", default=[], metavar="NAME=SIZES[:DTYPE]", help="a named input")
     add("--device", default="cpu", help="where the model runs, e.g. cuda (default: %(default)s)")
+    add("--measure", action="store_true", help="time what runs at each site, and exact attention, on this machine")
     add("--json", type=Path, metavar="FILE", help="write the report as JSON")
     add("--html", type=Path, metavar="FILE", help="write the report as one HTML page")
     add("--save-plan", type=Path, metavar="FILE", help="write what was decided; the option plan takes it")
@@ -80,6 +81,7 @@ def _explain(options: argparse.Namespace) -> int:
     except BackendCompilerFailed as error:
         print(f"{options.parser.prog}: {error.inner_exception}", file=sys.stderr)
         return 1
+    report = report.timed() if options.measure else report
     print(report)
     if options.json is not None:
         options.json.write_text(report.to_json() + "\n", encoding="utf-8")

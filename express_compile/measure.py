@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -94,33 +93,46 @@ class Shape:
         sizes = self.B, self.H, self.H_kv, self.Lq, self.Lk, self.D, self.D
         return AttentionSpec(*sizes, self.dtype, device, self.D**-0.5, mask)
 
-    def tensors(self, device: str) -> tuple[torch.Tensor, ...]:
-        """Random query, key and value."""
-        sizes = (self.H, self.Lq), (self.H_kv, self.Lk), (self.H_kv, self.Lk)
-        return tuple(torch.randn(self.B, h, n, self.D, device=device, dtype=self.dtype) for h, n in sizes)
-
     def calls(self, device: str) -> list[Callable[[], object]]:
-        """The op of the method on random tensors; for ``exact``, torch's attention by default and by cuDNN."""
-        tensors, spec = self.tensors(device), self.spec(device)
-        if self.method == "exact":
-
-            def default() -> object:
-                return F.scaled_dot_product_attention(*tensors, is_causal=self.causal, enable_gqa=self.H != self.H_kv)
-
-            def cudnn() -> object:
-                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                    return default()
-
-            return [default, cudnn] if device == "cuda" and self.dtype.itemsize == 2 else [default]
-        seed = torch.zeros((), dtype=torch.int64, device=device)
-        method = METHODS[self.method]
-        params = method.params(spec, self.policy)
-        return [lambda: method.op(*tensors, None, seed, spec.scale, 0, **params)]
+        """As :func:`calls_of`."""
+        spec = self.spec(device)
+        return calls_of(spec, self.method, METHODS[self.method].params(spec, self.policy))
 
     def cost(self, device: str) -> Cost:
         spec, method = self.spec(device), METHODS[self.method]
         params = method.params(spec, self.policy)
         return method.cost(spec, params).at(spec, method.rows(params, self.Lk))
+
+
+def calls_of(spec: AttentionSpec, method: str, params: Mapping[str, Any]) -> list[Callable[[], object]]:
+    """The op of a method on random tensors of a site with known sizes, without padding.
+
+    For ``exact`` torch's attention as it chooses its backend, and also by cuDNN where that may apply.
+    """
+    sizes = (spec.H, spec.Lq, spec.D), (spec.H_kv, spec.Lk, spec.D), (spec.H_kv, spec.Lk, spec.Dv)
+    tensors = [torch.randn(spec.B, *size, device=spec.device, dtype=spec.dtype) for size in sizes]
+    if method != "exact":
+        seed = torch.zeros((), dtype=torch.int64, device=spec.device)
+        return [lambda: METHODS[method].op(*tensors, None, seed, spec.scale, 0, **params)]
+    whole = not spec.mask.causal or spec.Lq == spec.Lk
+    options: dict[str, Any] = {"is_causal": spec.mask.causal, "scale": spec.scale, "enable_gqa": spec.H != spec.H_kv}
+    if not whole:
+        seen = torch.ones(spec.Lq, spec.Lk, dtype=torch.bool, device=spec.device).tril(spec.Lk - spec.Lq)
+        options |= {"is_causal": False, "attn_mask": seen}
+
+    def default() -> object:
+        return F.scaled_dot_product_attention(*tensors, **options)
+
+    def cudnn() -> object:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return default()
+
+    return [default, cudnn] if spec.device == "cuda" and spec.dtype.itemsize == 2 and whole else [default]
+
+
+def time_site(spec: AttentionSpec, method: str, params: Mapping[str, Any], clock: Clock) -> float:
+    """Milliseconds of a method at a site with known sizes, on random tensors, without padding, launched one by one."""
+    return min(clock.within(call, _SECONDS) for call in _able(calls_of(spec, method, params)))
 
 
 def _prefill(method: str, n: int, s: int = 512, B: int = 1, protected: int = 256, **more: Any) -> Shape:
@@ -184,7 +196,7 @@ def calibrate(progress: Callable[[Iterable[Shape]], Iterable[Shape]] = iter) -> 
     dtypes = (torch.bfloat16, torch.float32) if device == "cuda" else (torch.float32,)
     clock, found = Clock(device), []
     for shape in progress([shape for dtype in dtypes for shape in shapes(device, dtype)]):
-        seconds = min(_seconds(clock, call) for call in shape.calls(device))
+        seconds = min(_seconds(clock, call) for call in _able(shape.calls(device)))
         found.append(dict(shape=shape, cost=shape.cost(device), seconds=seconds))
     rates: dict[str, dict[str, Rates]] = {}
     key = lambda row: (kind_of(row["shape"].dtype), row["shape"].method)  # noqa: E731
@@ -195,14 +207,21 @@ def calibrate(progress: Callable[[Iterable[Shape]], Iterable[Shape]] = iter) -> 
     return Device(name_of(device), source, rates), found
 
 
+def _able(calls: Iterable[Callable[[], object]]) -> Iterator[Callable[[], object]]:
+    """Those calls whose backend of torch takes the shape."""
+    for call in calls:
+        try:
+            call()
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+        else:
+            yield call
+
+
 def _seconds(clock: Clock, call: Callable[[], object]) -> float:
-    """Of one call, as a CUDA graph on a GPU; infinite for a backend of torch that does not take the shape."""
-    try:
-        return clock.within(replayed(call) if clock.on_gpu else call, _SECONDS) / 1e3
-    except RuntimeError as error:
-        if "No available kernel" not in str(error):
-            raise
-        return math.inf
+    """Of one call, as a CUDA graph on a GPU."""
+    return clock.within(replayed(call) if clock.on_gpu else call, _SECONDS) / 1e3
 
 
 def _launched(clock: Clock, rows: list[dict[str, Any]]) -> float:

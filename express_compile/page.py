@@ -55,7 +55,10 @@ _TEMPLATE = """\
 {{ "<br>"|safe if loop.first }}<code>{{ name }}={{ value }}</code>
 {%- endfor %}</td>
 <td class="{{ site.verdict }}">{{ site.verdict }}</td>
-<td>{{ site.reason }}</td>
+<td>{{ site.reason }}
+{%- for name, ms in site.measured_ms.items() %}{{ "<br>measured: "|safe if loop.first else ", " }}
+{{- name }} {{ "%.3g" | format(ms) }} ms
+{%- endfor %}</td>
 <td>{% if site.rejected %}<ul>{% for words in site.rejected %}<li>{{ words }}</li>{% endfor %}</ul>{% endif %}</td>
 </tr>
 {% endfor %}

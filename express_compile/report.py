@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ class SiteReport:
         ``""`` where that was not looked at.
     params: the keyword arguments of the op that runs there, plain data.
     predicted_ms: milliseconds by method, where the choice went by them and lengths are known.
+    measured_ms: milliseconds on this machine by method, where :meth:`Report.timed` measured them.
     saved, spec, policy: its entry in a saved plan, what it computes, and what decided; neither printed nor in the JSON.
     """
 
@@ -54,6 +55,7 @@ class SiteReport:
     params: Mapping[str, Any] = field(default_factory=dict)
     predicted_ms: Mapping[str, float] = field(default_factory=dict)
     nearest: str = ""
+    measured_ms: Mapping[str, float] = field(default_factory=dict)
     saved: SavedSite | None = field(default=None, repr=False, compare=False)
     spec: AttentionSpec | None = field(default=None, repr=False, compare=False)
     policy: Policy | None = field(default=None, repr=False, compare=False)
@@ -135,6 +137,35 @@ class Report:
 
         return render(self, figures)
 
+    def timed(self) -> Report:
+        """The same report with the times of what runs at each site, and of exact attention, on this machine.
+
+        Of sites with known sizes and a proven mask: on random tensors of these sizes, without padding, each call
+        launched by itself.
+        """
+        from .measure import Clock, time_site
+
+        clocks: dict[str, Clock] = {}
+        known: dict[tuple[Any, ...], float] = {}
+
+        def measure(site: SiteReport, method: str, params: Mapping[str, Any]) -> float:
+            key = (site.shape, site.mask, site.spec.scale, method, repr(dict(params)))
+            if key not in known:
+                clock = clocks.setdefault(site.spec.device, Clock(site.spec.device))
+                known[key] = time_site(site.spec, method, params, clock)
+            return known[key]
+
+        def complete(site: SiteReport) -> SiteReport:
+            spec = site.spec
+            if spec is None or spec.mask.unknown is not None or not all(isinstance(x, int) for x in _sizes(spec)):
+                return site
+            times = {"exact": measure(site, "exact", {})}
+            if site.method != "exact":
+                times[site.method] = measure(site, site.method, site.params)
+            return replace(site, measured_ms=times)
+
+        return replace(self, sites=tuple(map(complete, self.sites)))
+
     def crossovers(self) -> dict[str, str]:
         """For :meth:`to_html`: a plot of predicted times over the number of keys for each kind of site, by title.
 
@@ -180,6 +211,9 @@ class Report:
             + [site.method, site.verdict, site.reason]
             for site in self.sites
         ]
+        if any(site.measured_ms for site in self.sites):
+            columns = (*columns, "measured")
+            rows = [[*row, _times(site.measured_ms)] for row, site in zip(rows, self.sites, strict=True)]
         if any(site.nearest for site in self.sites):
             columns = (*columns, "nearest supported form")
             rows = [[*row, site.nearest or "-"] for row, site in zip(rows, self.sites, strict=True)]
@@ -195,10 +229,18 @@ class Report:
         return f"{console.file.getvalue()}{len(self.sites)} attention {plural}: {totals}"
 
 
+def _sizes(spec: AttentionSpec) -> tuple[Any, ...]:
+    return spec.B, spec.H, spec.H_kv, spec.Lq, spec.Lk, spec.D, spec.Dv
+
+
 def _shape(spec: AttentionSpec) -> str:
     heads = f"{spec.H}" if str(spec.H) == str(spec.H_kv) else f"{spec.H}/{spec.H_kv}"
     D = f"{spec.D}" if str(spec.D) == str(spec.Dv) else f"{spec.D} Dv={spec.Dv}"
     return f"B={spec.B} H={heads} Lq={spec.Lq} Lk={spec.Lk} D={D} {str(spec.dtype).removeprefix('torch.')}"
+
+
+def _times(times: Mapping[str, float]) -> str:
+    return ", ".join(f"{method} {ms:.3g} ms" for method, ms in times.items()) or "-"
 
 
 def _short(source: str) -> str:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from express_compile import devices
+from express_compile import devices, measure
 from express_compile.cost import Device, Rates
 from express_compile.predict import MARGIN, crossover
 from express_compile.report import Report, SiteReport, explain
@@ -171,6 +171,19 @@ def test_crossovers_are_drawn_where_something_is_known(monkeypatch: pytest.Monke
     assert int(words.replace(",", "")) == crossover("express", "exact", site.spec, site.policy, device, margin=MARGIN)
     assert report.crossovers() == {title: svg}
     assert words in report.to_html({title: svg})
+
+
+def test_times_are_measured_where_sizes_and_masks_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_SECONDS", 0.01)
+    report = explain(Mixed(), Q, methods=("express",), budget=4, sinks=0, window=0, protected=0).timed()
+    express, full, hand = report.sites
+    assert set(express.measured_ms) == {"exact", "express"} and min(express.measured_ms.values()) > 0
+    assert express.measured_ms["express"] > express.measured_ms["exact"], "on a CPU, 24 tokens"
+    assert set(full.measured_ms) == {"exact"} and not hand.measured_ms, "nothing is known of the last"
+    assert "measured" in str(report) and f"express {express.measured_ms['express']:.3g} ms" in str(report)
+    assert json.loads(report.to_json())["sites"][0]["measured_ms"] == express.measured_ms
+    assert f"measured: exact {full.measured_ms['exact']:.3g} ms" in " ".join(Page(report.to_html()).text.split())
+    assert "measured" not in str(explain(Mixed(), Q, **NAMED))
 
 
 def test_long_reasons_and_brackets_survive() -> None:
