@@ -148,9 +148,10 @@ def shapes(device: str, dtype: torch.dtype) -> list[Shape]:
     """What is measured: for every method and dtype enough to tell the fields of its cost apart."""
     if device == "cpu":
         more = dict(H=4, H_kv=2, D=64, dtype=torch.float32)
-        rows = [(n, 64, 1, p) for n in (512, 1024, 2048, 4096) for p in (0, 64)] + [(2048, 128, 1, 0), (1024, 32, 2, 0)]
+        rows = [(1024, 64, 1, 0), (2048, 64, 1, 64), (4096, 256, 1, 0), (4096, 512, 1, 256), (8192, 512, 1, 256)]
+        rows += [(16384, 512, 1, 256), (16384, 128, 1, 0), (2048, 128, 4, 0), (4096, 64, 2, 256)]
         found = [_prefill(method, *row, **more) for method in ("express", "thinformer") for row in rows]
-        found += [_prefill("exact", n, causal=c, **more) for n in (512, 1024, 2048, 4096) for c in (True, False)]
+        found += [_prefill("exact", n, causal=c, **more) for n in (512, 1024, 4096, 16384) for c in (True, False)]
         return found + [_decode(m, B, n, **more) for m in ("exact", "santa") for B, n in ((1, 4096), (4, 16384))]
     if dtype == torch.float32:
         more, methods = dict(H=8, H_kv=8, dtype=dtype), ("exact", "express", "thinformer")

@@ -727,7 +727,7 @@ def test_generate(llama, methods, padded):
     mask[0, : 11 * padded] = 0
     expected = generate(llama, ids, mask)
     sampled = rewrite_attention(
-        llama, methods=methods, budget=4, method_options={"santa": {"draws": 8}}, window=0, sinks=0
+        llama, methods=methods, budget=4, method_options={"santa": {"draws": 8}}, window=0, sinks=0, min_length=0
     )
     with record_sites() as sites:
         generate(sampled, ids, mask)

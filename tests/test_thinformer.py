@@ -216,7 +216,7 @@ def spec(**changes):
     [
         (dict(mask=Mask(causal=True)), "it is causal"),
         (dict(mask=Mask(unknown="opaque tensor")), "its mask is not proven: opaque tensor"),
-        (dict(mask=Mask(window=64)), "window of 64"),
+        (dict(mask=Mask(window=64)), "window of 63 tokens on either side"),
         (dict(mask=Mask(causal=True, window=64)), "window of 64"),
         (dict(Lq=1), "1 query: to choose keys costs more"),
         (dict(Lq=15), "15 queries: to choose keys costs more"),
