@@ -99,3 +99,21 @@ def _judge_contests(key, sinks, stream, places, tolerance) -> None:
     worst = score.gather(2, held.flatten(2)).view(held.shape).masked_fill(~filled, float("inf")).amin(-1)
     best = torch.full_like(worst, -float("inf")).scatter_reduce(2, contest, score.gather(2, lost), "amax")
     assert (worst >= best - tolerance).all(), f"better rows lost: by {(best - worst).max():.1e}"
+
+
+@pytest.fixture(scope="module")
+def listening_model() -> torch.nn.Module:
+    """A tiny Llama of three layers: much of what it says comes from the second, and nothing from the last."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer, gain in zip(model.model.layers, (1.0, 20.0, 0.0), strict=True):
+            layer.self_attn.o_proj.weight.mul_(gain)
+        model.lm_head.weight.mul_(20)
+    return model

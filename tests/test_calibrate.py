@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-import transformers
 
 from express_compile.calibrate import allocate, measure_layers
 from express_compile.eager import is_rewritten, record_sites, restore_attention, rewrite_attention
@@ -17,18 +16,8 @@ PATHS = [f"model.layers.{i}.self_attn" for i in range(3)]
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for layer, gain in zip(model.model.layers, (1.0, 20.0, 0.0), strict=True):
-            layer.self_attn.o_proj.weight.mul_(gain)  # how much the model listens to a layer
-        model.lm_head.weight.mul_(20)
-    return model
+def model(listening_model):
+    return listening_model
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,18 +21,8 @@ BUDGETS = (4, 8, 16, 32)
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for layer, gain in zip(model.model.layers, (1.0, 20.0, 0.0), strict=True):
-            layer.self_attn.o_proj.weight.mul_(gain)  # how much the model listens to a layer
-        model.lm_head.weight.mul_(20)
-    return model
+def model(listening_model):
+    return listening_model
 
 
 @pytest.fixture(scope="module")
