@@ -1012,13 +1012,19 @@ def _run(
 
 
 def _as_good(truth: list[Any], expected: list[Any], got: list[Any]) -> bool:
-    """Whether every result is at most twice as far from ``truth`` in float64 as the program's own in float32."""
+    """Whether every result is as near to ``truth`` in float64 as asked for, or half as near as the program's own is.
+
+    As near as asked for relative to the largest of all: small gradients are sums whose large terms cancel.
+    """
+    largest = max((x.abs().max().item() for x in expected if x is not None and x.numel()), default=0.0)
     for t, x, y in zip(truth, expected, got, strict=True):
         if (t is None) != (x is None) or (x is None) != (y is None):
             return False
-        if x is not None and (x.shape != y.shape or x.dtype != y.dtype or t.shape != y.shape):
+        if x is None or not x.numel():
+            continue
+        if x.shape != y.shape or x.dtype != y.dtype or t.shape != y.shape:
             return False
-        if x is not None and x.numel() and not (y - t).abs().max() <= 2 * (x - t).abs().max():
+        if not (y - t).abs().max().item() <= max(TOLERANCE * largest, 2 * (x - t).abs().max().item()):
             return False
     return True
 
