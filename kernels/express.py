@@ -536,7 +536,7 @@ METHOD = register(
         name="express",
         summary="causal attention over a coreset thinned by halving, O(s) rows per query",
         supports="causal self-attention (also continuing a cache), GQA, Dv != D, key padding, any length",
-        refuses="non-causal masks, sliding windows, biases, dropout, decoding from a full cache",
+        refuses="non-causal masks, windows, packed sequences, biases, dropout, decoding from a full cache",
         refuse=_refuse,
         params=_params,
         cost=_cost,

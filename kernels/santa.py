@@ -545,7 +545,7 @@ METHOD = register(
         name="santa",
         summary="decoding that reads all keys but only a random sample of the values, without bias",
         supports="1 to 16 queries over a cache, GQA, Dv != D, key padding, budgets per head and layer",
-        refuses="prefill, sliding windows, biases, dropout, gradients",
+        refuses="prefill, windows, packed sequences, biases, dropout, gradients",
         refuse=_refuse,
         params=_params,
         loses=_loses,

@@ -272,7 +272,7 @@ METHOD = register(
         name="thinformer",
         summary="attention without a causal mask over s of the keys, thinned by halving",
         supports="self and cross attention, GQA, Dv != D, key padding, any length",
-        refuses="causal masks, sliding windows, biases, dropout",
+        refuses="causal masks, windows, packed sequences, biases, dropout",
         refuse=_refuse,
         params=_params,
         cost=_cost,
