@@ -21,9 +21,8 @@ from .spec import AttentionSpec, known_equal
 B, H, H_kv, Lq, Lk, D, Dv, s, itemsize = sympy.symbols("B H H_kv Lq Lk D Dv s itemsize", integer=True, positive=True)
 _SIZES = (B, H, H_kv, Lq, Lk, D, Dv)
 
-SLOW_HOST = (
-    1.5  # launches of one kernel took 0.20 to 0.49 ms within one run (speed.csv, Thinformer up to 16,384 tokens)
-)
+# launches of one kernel took 0.20 to 0.49 ms within one run (speed.csv, Thinformer up to 16,384 tokens)
+SLOW_HOST = 1.5
 
 
 class floor_log2(sympy.Function):

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .cost import Cost, Device, Rates, kind_of
 from .devices import name_of, versions
 from .method import METHODS
+from .predict import cost_at
 from .spec import AttentionSpec, Mask, Policy
 
 SETTLE = 0.1  # seconds before a measurement: for some ms after large allocations are freed, kernels take 6% longer
@@ -99,9 +100,9 @@ class Shape:
         return calls_of(spec, self.method, METHODS[self.method].params(spec, self.policy))
 
     def cost(self, device: str) -> Cost:
-        spec, method = self.spec(device), METHODS[self.method]
-        params = method.params(spec, self.policy)
-        return method.cost(spec, params).at(spec, method.rows(params, self.Lk))
+        """What the call costs, in numbers."""
+        spec = self.spec(device)
+        return cost_at(self.method, spec, METHODS[self.method].params(spec, self.policy))
 
 
 def calls_of(spec: AttentionSpec, method: str, params: Mapping[str, Any]) -> list[Callable[[], object]]:

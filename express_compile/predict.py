@@ -105,7 +105,14 @@ def at_length(spec: AttentionSpec, n: int) -> AttentionSpec:
 
 
 def _numbers(method: str, spec: AttentionSpec, policy: Policy) -> Cost | None:
-    params = METHODS[method].params(spec, replace(policy, min_length=0))
+    return cost_at(method, spec, METHODS[method].params(spec, replace(policy, min_length=0)))
+
+
+def cost_at(method: str, spec: AttentionSpec, params: Mapping[str, Any]) -> Cost | None:
+    """What a call costs in numbers, for the op's ``params``; None where the method does not say.
+
+    Raises ``ValueError`` for a size that is not a number.
+    """
     hashable = tuple((name, tuple(x) if isinstance(x, list) else x) for name, x in params.items())
     cost = _cost(method, _mask_of(spec), hashable)
     return None if cost is None else cost.at(spec, METHODS[method].rows(params, spec.Lk))

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .eager import is_rewritten, record_sites, restore_attention, rewrite_attention
 from .method import METHODS
+from .predict import cost_at
 from .spec import AttentionSpec, Mask, Policy, layer_key
 
 _CHUNK = 512  # positions whose logits are compared at a time
@@ -117,8 +118,7 @@ def _rows_seen(name: str, args: Any, options: dict[str, Any], causal: bool) -> f
     mask = Mask(causal=causal, offset=key.shape[2] - query.shape[2])
     sizes = *query.shape[:2], key.shape[1], query.shape[2], key.shape[2], query.shape[3], value.shape[3]
     spec = AttentionSpec(*sizes, query.dtype, query.device.type, args[5], mask)
-    cost = METHODS[name].cost(spec, options).at(spec, METHODS[name].rows(options, spec.Lk))
-    return cost.scores / (spec.B * spec.H * spec.Lq)
+    return cost_at(name, spec, options).scores / (spec.B * spec.H * spec.Lq)
 
 
 @torch.no_grad()

@@ -157,8 +157,8 @@ def _describe(scope: Scope, node: Node, form: str) -> dict[str, Any]:
     if form == "softmax":
         return softmax.describe(scope, node)
     if form != "sdpa":
-        autocast = [context.args for context in scope.autocast]
-        spec, padding, expand = describe(node, outer=scope.outer, overwritten=scope.overwritten, autocast=autocast)
+        facts = {"outer": scope.outer, "overwritten": scope.overwritten, "autocast": scope.contexts}
+        spec, padding, expand = describe(node, **facts)
         return {"spec": spec, "padding": padding, "expand": expand}
     args = operation(node).args
     query, key, value = (_tensor(args, name) for name in ("query", "key", "value"))
@@ -168,8 +168,7 @@ def _describe(scope: Scope, node: Node, form: str) -> dict[str, Any]:
     spec, padding = _specify(scope, node, args, *inputs.values(), factor=of_query * of_key)
     expand = None
     if query.steps or key.steps or query.node is not inputs["query"] or key.node is not inputs["key"]:
-        autocast = [context.args for context in scope.autocast]
-        expand = partial(_write, query, key, value, args, spec, autocast)
+        expand = partial(_write, query, key, value, args, spec, scope.contexts)
     return {**inputs, "padding": padding, "spec": spec, "expand": expand}
 
 

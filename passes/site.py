@@ -107,6 +107,11 @@ class Scope:
     buffers: Buffers = field(default_factory=Buffers)
     attended: set[Node] = field(default_factory=set)
 
+    @property
+    def contexts(self) -> list[tuple[Any, ...]]:
+        """The arguments of the ``torch.autocast`` that is entered, outermost first."""
+        return [context.args for context in self.autocast]
+
     @cached_property
     def order(self) -> dict[Node, int]:
         return {node: i for i, node in enumerate(self.gm.graph.nodes)}

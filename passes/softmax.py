@@ -112,8 +112,7 @@ def describe(scope: Scope, softmax: Node) -> dict[str, Any]:
     sizes = (*map(number, shapes[0][:3]), number(shapes[1][2]))
     mask, padding = _prove(scope, scores, sizes, heads)
     spec = make_spec(_example(out), *shapes, scale=scores.factor, mask=mask, dropout_p=dropout_p)
-    autocast = [entered.args for entered in scope.autocast]
-    expand = partial(_write, query, key, value, scores, spec, heads, out, autocast)
+    expand = partial(_write, query, key, value, scores, spec, heads, out, scope.contexts)
     return {"node": out, "spec": spec, "padding": padding, "expand": expand}
 
 
