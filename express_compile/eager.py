@@ -13,11 +13,14 @@ Modules that write attention themselves are captured by Dynamo: ``capture.py``.
 
 from __future__ import annotations
 
+import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -93,7 +96,8 @@ def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any
         _point_configs(model, sites)
     plans = _Plans(policy)
     for path, (module, exact) in sites.items():
-        setattr(module, _SITE, _Site(path, layer_key(path), exact, plans))
+        decodes = any(METHODS[name].decodes for name in plans.methods(path))
+        setattr(module, _SITE, _Site(path, layer_key(path), exact, plans, decodes))
     capture.install(model, captured, policy)
     return model
 
@@ -218,25 +222,37 @@ class _Plans:
         return self.policy.at(path).methods or DEFAULT_METHODS
 
 
+_TRACED: weakref.WeakValueDictionary[str, _Site] = weakref.WeakValueDictionary()
+
+
 @dataclass
 class _Site:
     """What an attention module needs to know; lives on the module, so copies of the model are independent.
 
     exact: the name of transformers' own attention that computes what is not rewritten, "sdpa" or "eager".
+    decodes: whether one of the methods may take a single query.
     shadow: what samples its error while the model is watched; stays behind when the site is copied.
+    token: what a compiled graph knows it by; copies have their own.
     """
 
     path: str
     layer: int
     exact: str
     plans: _Plans = field(repr=False)
+    decodes: bool
     shadow: Shadow | None = field(default=None, repr=False)
+    token: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        self.token = uuid.uuid4().hex
+        _TRACED[self.token] = self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "shadow": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.__post_init__()
         _register_interface()  # a rewritten model may be unpickled in a process that never rewrote one
 
 
@@ -413,9 +429,69 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function under our name: ``[B, H, L, D]`` in, ``[B, Lq, H, Dv]`` out."""
     if torch.compiler.is_compiling() and query.shape[2] == 1:
-        # generate() compiles the decoding steps over a StaticCache by itself; they are always exact
-        return _exact(module, module.__dict__[_SITE], query, key, value, attention_mask, arguments)
+        return _attend_compiled(module, query, key, value, attention_mask, arguments)
     return _attend(module, query, key, value, attention_mask, arguments)
+
+
+def _attend_compiled(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    arguments: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    """A decoding step that Dynamo traces: generate() compiles those over a StaticCache by itself."""
+    site = module.__dict__[_SITE]
+    given = any(arguments.get(name) is not None for name in (*_EXTRAS, "sliding_window"))
+    if given or not site.decodes or site.shadow is not None or site.exact == "eager":
+        return _exact(module, site, query, key, value, attention_mask, arguments)
+    causal = arguments.get("is_causal")
+    facts = (
+        bool(getattr(module, "is_causal", True) if causal is None else causal),
+        getattr(module, "num_key_value_groups", 1),
+        float(query.shape[3] ** -0.5 if arguments.get("scaling") is None else arguments["scaling"]),
+        float(arguments.get("dropout") or 0.0),
+        module.training,
+    )
+    return _step_in_graph(site.token, query, key, value, attention_mask, *facts), None
+
+
+@torch.compiler.allow_in_graph
+def _step_in_graph(
+    token: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    causal: bool,
+    groups: int,
+    scale: float,
+    dropout: float,
+    training: bool,
+) -> torch.Tensor:
+    """One call in Dynamo's graph; what it stands for is planned and written when AOTAutograd looks into it.
+
+    Then sizes may be symbolic, so a plan holds for all of them, as in a graph that the backend rewrites.
+    """
+    site = _TRACED[token]
+    arguments = {"is_causal": causal, "scaling": scale, "dropout": dropout}
+    module = SimpleNamespace(num_key_value_groups=groups, is_causal=causal, training=training)
+    mask, padding, _ = _prove(module, site, query, key, value, attention_mask, arguments)
+    spec = _spec(query, key, value, key.shape[2], mask, arguments)
+    from .passes.plan import Question, answer
+
+    question = Question(module=site.path, spec=spec, gradient=_gradient(module, query, key, value), graphs=True)
+    plan = answer(question, site.plans.policy)
+    if plan.verdict != "rewritten":
+        return _exact(module, site, query, key, value, attention_mask, arguments)[0]
+    seed = site.plans.policy.seed
+    if seed is None:
+        seed = torch.randint(0, 2**31 - 1, (), dtype=torch.int64, device=query.device)
+    else:
+        seed = torch.full((), seed, dtype=torch.int64, device=query.device)
+    out, _ = METHODS[plan.method].op(query, key, value, padding, seed, scale, site.layer, **plan.params)
+    return out.transpose(1, 2).contiguous()
 
 
 @untraced
@@ -438,22 +514,8 @@ def _attend(
             "output_attentions=True: the weights of rewritten attention do not exist; call restore_attention(model) "
             "and use attn_implementation='eager' to look at attention weights"
         )
-    scale = arguments.get("scaling")
     mask, padding, visible = _prove(module, site, query, key, value, attention_mask, arguments)
-    spec = AttentionSpec(
-        B=query.shape[0],
-        H=query.shape[1],
-        H_kv=key.shape[1],
-        Lq=query.shape[2],
-        Lk=visible,
-        D=query.shape[3],
-        Dv=value.shape[3],
-        dtype=query.dtype,
-        device=query.device.type,
-        scale=float(query.shape[3] ** -0.5 if scale is None else scale),
-        mask=mask,
-        dropout_p=float(arguments.get("dropout") or 0.0),
-    )
+    spec = _spec(query, key, value, visible, mask, arguments)
     plan = site.plans(site.path, spec, _gradient(module, query, key, value))
     shadow = None if module.training else site.shadow
     if shadow is not None:
@@ -471,6 +533,26 @@ def _attend(
     if shadow is not None:
         shadow.sample(plan, spec, query, key, value, padding, out)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _spec(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: int, mask: Mask, arguments: dict[str, Any]
+) -> AttentionSpec:
+    scale = arguments.get("scaling")
+    return AttentionSpec(
+        B=query.shape[0],
+        H=query.shape[1],
+        H_kv=key.shape[1],
+        Lq=query.shape[2],
+        Lk=visible,
+        D=query.shape[3],
+        Dv=value.shape[3],
+        dtype=query.dtype,
+        device=query.device.type,
+        scale=float(query.shape[3] ** -0.5 if scale is None else scale),
+        mask=mask,
+        dropout_p=float(arguments.get("dropout") or 0.0),
+    )
 
 
 def _exact(

@@ -30,6 +30,7 @@ class Method:
     rows(params, Lk): what the symbol s of its cost stands for at ``Lk`` keys.
     approximates(params, Lk): whether the op, given these parameters, only approximates the exact attention over ``Lk``
         keys, so that :func:`express_compile.watch` may compare the two call by call. ``None``: they must not be.
+    decodes: whether it takes the single queries of decoding.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Method:
     cost: Callable[[AttentionSpec, Mapping[str, Any]], Cost] | None = None
     rows: Callable[[Mapping[str, Any], int], int] = lambda params, Lk: Lk
     approximates: Callable[[Mapping[str, Any], int], bool] | None = None
+    decodes: bool = False
 
     @property
     def op(self) -> torch._ops.OpOverload:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 try:
@@ -81,6 +82,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
             found = _recent[recent] = _compiled[key]
         compiled, constants = found
         compiled[(*grid, 1, 1)[:3]](*args, *constants)
+
+
+def constant(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy of ``array`` on ``device`` that may be kept for later calls.
+
+    What is allocated on the current stream while CUDA graphs are made belongs to their memory and is overwritten by
+    other graphs, so the copy is made on a stream of its own.
+    """
+    source = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type != "cuda":
+        return source.to(device)
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            copied = source.to(device)
+        stream.synchronize()
+    return copied
 
 
 def require_triton() -> None:

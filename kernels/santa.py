@@ -551,6 +551,7 @@ METHOD = register(
         loses=_loses,
         cost=_cost,
         rows=_rows,
+        decodes=True,
         options={"draws": None, "sampler": "sys", "shared": True},
     )
 )

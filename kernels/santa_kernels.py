@@ -25,11 +25,12 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
 import torch
 
 from express_compile.spec import floor_power_of_two
 
-from ._triton import FLOAT32_DOT, draw_uniform, jit, launch, next_power_of_two, require_triton, tl
+from ._triton import FLOAT32_DOT, constant, draw_uniform, jit, launch, next_power_of_two, require_triton, tl
 from .segments import _describe
 
 MAX_ROWS = 256  # query heads of a KV head times queries
@@ -237,12 +238,12 @@ def _draw_kernel(
 
 @functools.lru_cache(maxsize=256)
 def _draws_on(draws: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(draws, dtype=torch.float32, device=device)
+    return constant(np.array(draws, np.float32), device)
 
 
 @functools.lru_cache(maxsize=256)
 def _step_on(step: int, B: int, device: torch.device) -> torch.Tensor:
-    return torch.full((B,), step, dtype=torch.int64, device=device)
+    return constant(np.full(B, step, np.int64), device)
 
 
 def santa_triton(

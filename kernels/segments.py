@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ._triton import jit, launch, next_power_of_two, require_triton, tl
+from ._triton import constant, jit, launch, next_power_of_two, require_triton, tl
 
 TOKENS, COMPACTED = 0, 1  # the two sources of rows
 NO_TAIL = 1 << 30
@@ -53,7 +53,7 @@ class SegmentTable:
         """The three arrays as tensors on ``device``, copied there once."""
         if device not in self._on_device:
             arrays = (self.segments.astype(np.int32), self.log_weight.astype(np.float32), self.tail.astype(np.int32))
-            self._on_device[device] = tuple(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays)
+            self._on_device[device] = tuple(constant(a, device) for a in arrays)
         return self._on_device[device]
 
     def tiles_on(
@@ -64,7 +64,7 @@ class SegmentTable:
         if key not in self._on_device:
             _check(self, Lq, Lk, compacted, indexed)
             lists = _tile_lists(self, rows, compacted)
-            self._on_device[key] = tuple(torch.from_numpy(x).to(device) for x in lists)
+            self._on_device[key] = tuple(constant(x, device) for x in lists)
         return self._on_device[key]
 
     def rows_seen(self, queries: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ._triton import FLOAT32_DOT, jit, launch, next_power_of_two, require_triton, tl
+from ._triton import FLOAT32_DOT, constant, jit, launch, next_power_of_two, require_triton, tl
 from .segments import NO_TAIL, TOKENS, SegmentTable, segment_attention_backward
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def plan_on(device: torch.device, table: SegmentTable, *sizes: int) -> tuple[Pla
     if (device, sizes) not in plans:
         plan = make_plan(table, *sizes)
         arrays = (plan.chunks, plan.runs, plan.log_weight, plan.sums)
-        plans[device, sizes] = plan, tuple(torch.from_numpy(x).to(device) for x in arrays)
+        plans[device, sizes] = plan, tuple(constant(x, device) for x in arrays)
     return plans[device, sizes]
 
 

@@ -31,7 +31,7 @@ import numpy as np
 import sympy
 import torch
 
-from ._triton import draw_uniform, jit, launch, next_power_of_two, require_triton, tl
+from ._triton import constant, draw_uniform, jit, launch, next_power_of_two, require_triton, tl
 from .halving import HalvingRule
 from .schedule import Schedule
 
@@ -537,7 +537,7 @@ def _processors(device: torch.device) -> int:
 @functools.lru_cache(maxsize=64)
 def _tiles_on(schedule: Schedule, rule: HalvingRule, pairs: int, lanes: int, device: torch.device) -> tuple:
     tiles = Tiles(schedule, rule, pairs, lanes)
-    tensors = (torch.from_numpy(x).to(device) for x in (tiles.table, tiles.gains, tiles.described))
+    tensors = (constant(x, device) for x in (tiles.table, tiles.gains, tiles.described))
     return tiles, *tensors, bool(np.isinf(tiles.gains[tiles.table[:, ROWS] > 0]).all())
 
 
