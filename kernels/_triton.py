@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -87,17 +88,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 def constant(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """A copy of ``array`` on ``device`` that may be kept for later calls.
 
-    What is allocated on the current stream while CUDA graphs are made belongs to their memory and is overwritten by
-    other graphs, so the copy is made on a stream of its own.
+    What a thread allocates while it makes CUDA graphs belongs to their memory and is overwritten by other graphs (which
+    inductor refuses with an error), so another thread makes the copy.
     """
     source = torch.from_numpy(np.ascontiguousarray(array))
     if device.type != "cuda":
         return source.to(device)
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            copied = source.to(device)
-        stream.synchronize()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_copied, source, device).result()
+
+
+def _copied(source: torch.Tensor, device: torch.device) -> torch.Tensor:
+    copied = source.to(device)
+    torch.cuda.current_stream(device).synchronize()
     return copied
 
 

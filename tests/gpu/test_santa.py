@@ -63,7 +63,8 @@ def test_all_rows_are_exact_attention(poison, dtype, n, Lq, B, H, H_kv, D):
 @pytest.mark.parametrize("n, Lq, H, H_kv", [(2048, 1, 8, 2), (600, 1, 4, 1), (900, 5, 6, 2)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_draws_are_those_of_the_reference(sampler, n, Lq, H, H_kv, masked):
-    """In float32 the probabilities agree to 2**-20, and hardly any threshold lies that close to a border.
+    """In float32 the probabilities agree to 2**-20, and hardly any threshold lies that close to a border of two rows:
+    one of these cases in ten has one, which changes the result of one KV head.
 
     For one chunk of keys: a second one starts where the sums of the tiles say, not where the integers before it end,
     which are rounded up, and among thousands of flat rows that is another row.
@@ -77,7 +78,12 @@ def test_draws_are_those_of_the_reference(sampler, n, Lq, H, H_kv, masked):
         q, k, v, draws, 64**-0.5, seed_of(0), 1, sampler=sampler, shared=True, padding=padding
     )
     exact, _ = whole(q, k, v, padding)
-    assert relative(expected, exact) > 0.05 and relative(out, expected) < 0.02
+    assert relative(expected, exact) > 0.05
+    heads = zip(
+        out.unflatten(1, (H_kv, -1)).flatten(0, 1), expected.unflatten(1, (H_kv, -1)).flatten(0, 1), strict=True
+    )
+    errors = sorted(relative(a, b) for a, b in heads)
+    assert errors[-2] < 0.005 and errors[-1] < 0.2
 
 
 @pytest.mark.parametrize("n, part", [(4096, 0.02), (100_000, 0.06)])
