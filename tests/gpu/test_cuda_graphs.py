@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from express_compile import restore_attention, rewrite_attention
+from express_compile.backend import express
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
@@ -69,9 +70,9 @@ def test_the_backend_with_cuda_graphs(method) -> None:
         generator = torch.Generator("cuda").manual_seed(n)
         inputs[n] = [torch.randn(1, 4, n, 64, generator=generator, device="cuda").bfloat16() for _ in range(3)]
         torch.compiler.reset()
-        expected[n] = torch.compile(layer, backend="express", dynamic=False, options=policy)(*inputs[n])
+        expected[n] = torch.compile(layer, backend=express, dynamic=False, options=policy)(*inputs[n])
         graphs = {**policy, "triton.cudagraphs": True}
-        compiled[n] = torch.compile(layer, backend="express", dynamic=False, options=graphs)
+        compiled[n] = torch.compile(layer, backend=express, dynamic=False, options=graphs)
     with torch.no_grad():
         for _ in range(4):
             for n, call in compiled.items():
