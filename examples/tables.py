@@ -226,6 +226,18 @@ def encoders_table() -> str:
     return markdown(["model", "tokens", "s", "sites rewritten", "best exact", "Thinformer"], body)
 
 
+def decode_models_table() -> str:
+    """A decoding step of whole models with random weights over a static cache."""
+    body = []
+    for row in gpu_rows(job="decode_model"):
+        values = dict(part.split("=") for part in row["params"].split())
+        own, best, ms = float(values["transformers_ms"]), float(row["opponent_ms_p50"]), float(row["ms_p50"])
+        name = values["model"].replace("-shape", "")
+        body.append([name, row["B"], f"{int(row['Lk']):,}", f"{own:.1f} ms", f"{best:.1f} ms ({row['opponent']})",
+                     f"**{ms:.1f} ms, {own / ms:.1f}× and {best / ms:.2f}×**"])  # fmt: skip
+    return markdown(["model", "B", "cache", "as transformers decodes", "best exact kernel", "SANTA"], body)
+
+
 def embeddings_table() -> str:
     """How far the embeddings of MiniLM move, and what a search with them finds."""
     rows = [row for row in quality_rows() if row["model"] == "all-MiniLM-L6-v2" and row["n"] == "512"]
@@ -437,6 +449,7 @@ PARTS = {
     "encoders": encoders_table,
     "decode": decode_table,
     "decode-heads": decode_heads_table,
+    "decode-models": decode_models_table,
     "decode-bytes": decode_bytes_table,
     "compiling": compiling_table,
     "coverage": coverage_table,
