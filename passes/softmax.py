@@ -43,6 +43,7 @@ _B, _H, _Q, _K = COORDINATES
 _PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm")
 _VIEWS = ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze")
 _COPIES = ("to", "contiguous", "clone")
+_STEPS = (*_VIEWS, *_COPIES, "mul", "div", "add", "sub", "masked_fill", "where")
 _NO_SINKS = "a softmax over the keys alone; it is that of another model"
 _HIDES = "float('-inf') for scores that are hidden"
 _OUTPUT_ALONE = "the output alone: output_attentions=False, need_weights=False"
@@ -84,6 +85,69 @@ def feeds_product(node: Node) -> bool:
                     seen.add(user)
                     open_nodes.append(user)
     return False
+
+
+def leaves_graph(product: Node) -> Node | None:
+    """What a product of queries and keys has become where the graph returns it as scores, without a softmax.
+
+    None for every other node. The product has three or four dimensions; scores may be scaled, masked and added to.
+    """
+    op = operation(product)
+    if op is None or op.name not in _PRODUCTS or _rank(product) not in (3, 4) or not _is_of_keys(op):
+        return None
+    open_nodes, seen, left = [product], {product}, None
+    while open_nodes:
+        node = open_nodes.pop()
+        for user in node.users:
+            op = operation(user) or arithmetic_in_place(user)
+            if op is not None and op.name == "softmax":
+                return None
+            if user.op == "output":
+                left = node
+            elif op is not None and op.name in _STEPS and user not in seen and _stays_scores(node, user):
+                seen.add(user)
+                open_nodes.append(user)
+    return left
+
+
+def _is_of_keys(op: Any) -> bool:
+    """Whether a product sums over the last dimension of both factors; weights and values have another."""
+    if op.name == "einsum":
+        inputs, _, result = op.get("equation").replace(" ", "").partition("->")
+        first, _, second = inputs.partition(",")
+        return bool(first and second) and first[-1] == second[-1] and first[-1] not in result
+    key = op.get("batch2" if op.name == "baddbmm" else "other")
+    while (turned := operation(key) if isinstance(key, Node) else None) is not None:
+        before = turned.get("input")
+        if turned.name in ("transpose", "permute"):
+            return _last_to_rows(turned, _rank(key))
+        if turned.name not in (*_VIEWS, *_COPIES) or not _stays_scores(before, key):
+            return False
+        key = before
+    return False
+
+
+def _last_to_rows(op: Any, rank: int) -> bool:
+    """Whether a transposition makes rows of what was the last dimension."""
+    dims = (op.get("dim0"), op.get("dim1")) if op.name == "transpose" else op.get("dims", ())
+    dims = [d % rank for d in dims if isinstance(d, int)]
+    if op.name == "transpose":
+        return sorted(dims) == [rank - 2, rank - 1]
+    return len(dims) == rank and dims[-2] == rank - 1
+
+
+def _rank(node: Any) -> int:
+    """The number of dimensions; 0 for what :func:`_example` refuses."""
+    example = node.meta.get("example_value") if isinstance(node, Node) else None
+    known = isinstance(example, torch.Tensor) and example.layout == torch.strided and not example.is_nested
+    return example.dim() if known else 0
+
+
+def _stays_scores(before: Node, after: Node) -> bool:
+    """Whether ``after`` has the last two sizes of ``before``."""
+    if _rank(before) < 2 or _rank(after) < 2:
+        return False
+    return all(map(known_equal, _shape(before)[-2:], _shape(after)[-2:]))
 
 
 def describe(scope: Scope, softmax: Node) -> dict[str, Any]:
@@ -169,9 +233,8 @@ def _words(node: Node) -> str:
 
 def _same_scores(before: Node, after: Node) -> None:
     """A view that leaves queries and keys alone."""
-    a, b = _shape(before), _shape(after)
-    if len(a) < 2 or len(b) < 2 or not all(known_equal(x, y) for x, y in zip(a[-2:], b[-2:], strict=True)):
-        raise Refused(f"its scores are reshaped from {tuple(a)} to {tuple(b)}")
+    if not _stays_scores(before, after):
+        raise Refused(f"its scores are reshaped from {tuple(_shape(before))} to {tuple(_shape(after))}")
 
 
 def _peel(scope: Scope, softmax: Node) -> tuple[_Scores, Node]:
@@ -288,7 +351,7 @@ def _comes_from_product(node: Any) -> bool:
             return False
         if op.name in _PRODUCTS:
             return True
-        if op.name not in (*_VIEWS, *_COPIES, "mul", "div", "add", "sub", "masked_fill", "where"):
+        if op.name not in _STEPS:
             return False
         first, other = op.get("input"), op.get("other")
         node = first if _is_scores(first, node) or op.name in _VIEWS else other
