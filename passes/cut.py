@@ -22,8 +22,9 @@ from .softmax import leaves_graph
 
 _NOT_RESUMED = "step_unsupported"  # GraphCompileReason.reason where Dynamo skips the rest of a function
 _NEAREST = (
-    "code that reads no tensor's value in between, as .item(), max(0, tensor) and tensor[:tensor] do; "
-    "TORCH_LOGS=graph_breaks names the line"
+    "code that reads no tensor's value in between, as .item(), max(0, tensor) and x[tensor:] do "
+    "(TORCH_LOGS=graph_breaks names the line), or torch._dynamo.config.capture_scalar_outputs=True where torch can "
+    "trace it"
 )
 
 
@@ -36,15 +37,12 @@ def cut_products(gm: GraphModule) -> Iterator[tuple[Node, Refused]]:
     if reason is None or reason.reason != _NOT_RESUMED:
         return
     left = {scores: node for node in reversed(gm.graph.nodes) if (scores := leaves_graph(node)) is not None}
-    (frame,) = reason.user_stack
+    frame = reason.user_stack[-1]
     if not left or not _calls_softmax("".join(linecache.getlines(frame.filename)), frame.lineno):
         return
-    for product in reversed(left.values()):
-        yield product, Refused(
-            f"a graph break parts its query-key product from its softmax: '{frame.name}' runs uncompiled "
-            f"from line {frame.lineno} on",
-            _NEAREST,
-        )
+    what = "a graph break parts its query-key product from its softmax"
+    refused = Refused(f"{what}: '{frame.name}' runs uncompiled from line {frame.lineno} on", _NEAREST)
+    yield from ((product, refused) for product in reversed(left.values()))
 
 
 @lru_cache(maxsize=16)

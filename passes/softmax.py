@@ -46,6 +46,10 @@ _COPIES = ("to", "contiguous", "clone")
 _STEPS = (*_VIEWS, *_COPIES, "mul", "div", "add", "sub", "masked_fill", "where")
 _NO_SINKS = "a softmax over the keys alone; it is that of another model"
 _HIDES = "float('-inf') for scores that are hidden"
+_OUTSIDE = (
+    "its scores are an input of the graph",
+    "its query-key product in the same graph: TORCH_LOGS=graph_breaks shows what parts them",
+)
 _OUTPUT_ALONE = "the output alone: output_attentions=False, need_weights=False"
 _NAMES = {
     "tanh": ("it caps its scores (tanh)", "scores without a cap; they are those of another model"),
@@ -70,7 +74,12 @@ class _Scores:
 
 
 def feeds_product(node: Node) -> bool:
-    """Whether a softmax's result is a factor of a matrix product, possibly after dropout, a cast or a slice."""
+    """Whether a softmax's result is a factor of a matrix product, possibly after dropout, a cast or a slice.
+
+    Where its scores are an input of the graph (a graph break parts them from their product), it has to be the first
+    factor of a batch of products, as the choice of an expert or of a layer is not.
+    """
+    outside = _from_inputs(operation(node).get("input"))
     open_nodes, seen = [node], {node}
     while open_nodes:
         source = open_nodes.pop()
@@ -79,12 +88,41 @@ def feeds_product(node: Node) -> bool:
             if op is None or user in seen:
                 continue
             if op.name in ("matmul", "bmm", "einsum") or (op.name == "baddbmm" and op.get("input") is not source):
-                return True
-            if op.name in (*_VIEWS, *_COPIES, "dropout", "detach", "getitem", "expand", "transpose"):
+                if not outside or _weighs_batch(op, source):
+                    return True
+            elif op.name in (*_VIEWS, *_COPIES, "dropout", "detach", "getitem", "expand", "transpose"):
                 if op.get("input") is source:
                     seen.add(user)
                     open_nodes.append(user)
     return False
+
+
+def _from_inputs(scores: Any) -> bool:
+    """Whether scores, which may have been scaled, masked and added to, are inputs of the graph."""
+    open_nodes, seen = [scores], {scores}
+    while open_nodes:
+        node = open_nodes.pop()
+        if _is_input(node):
+            continue
+        op = (operation(node) or arithmetic_in_place(node)) if isinstance(node, Node) else None
+        if op is None or op.name not in _STEPS:
+            return False
+        factors = [op.get("input")] if op.name in _VIEWS else [op.get("input"), op.get("other")]
+        before = [x for x in factors if x not in seen and (op.name in _VIEWS or _is_scores(x, node))]
+        seen.update(before)
+        open_nodes.extend(before)
+    return True
+
+
+def _is_input(node: Any) -> bool:
+    return isinstance(node, Node) and node.op == "placeholder"
+
+
+def _weighs_batch(op: Any, weights: Node) -> bool:
+    """Whether a product has ``weights`` as its first factor and values of three or four dimensions as its second."""
+    names = ("batch1", "batch2") if op.name == "baddbmm" else ("input", "other")
+    factors = op.get("operands", ()) if op.name == "einsum" else tuple(op.get(name) for name in names)
+    return len(factors) == 2 and factors[0] is weights and _rank(factors[1]) in (3, 4)
 
 
 def leaves_graph(product: Node) -> Node | None:
@@ -245,7 +283,7 @@ def _peel(scope: Scope, softmax: Node) -> tuple[_Scores, Node]:
         _example(node)
         op = operation(node) or arithmetic_in_place(node)
         if op is None:
-            raise _foreign(_words(node))
+            raise Refused(*_OUTSIDE) if _is_input(node) else _foreign(_words(node))
         if op.name in _PRODUCTS:
             if node in scope.attended:
                 raise Refused("its scores are the result of another attention")
@@ -674,8 +712,10 @@ def _emit_mask(scores: _Scores, heads: tuple[Any, Any], dtype: torch.dtype, emit
 
 
 def _broadcast(node: Node, like: Node, heads: tuple[Any, Any], emit: Emit) -> Node:
-    """A tensor that broadcasts to scores of 3 dimensions, so that it broadcasts to those of 4."""
+    """A tensor that broadcasts to scores of 3 dimensions, so that it broadcasts to those of 4, and has 2 at least."""
     shape = _shape(node)
+    if len(shape) < 2:
+        return emit(torch.reshape, node, (1, -1))  # no SDPA takes it as it is
     if len(_shape(like)) != 3 or len(shape) != 3:
         return node
     if known_equal(shape[0], 1) or heads[1] == 1:
@@ -689,7 +729,7 @@ def _like_product(attention: Node, out: Node, emit: Emit) -> Node:
     if rank == 3:
         attention = emit(torch.flatten, attention, 0, 1)
     elif rank == 2:
-        attention = emit(torch.reshape, attention, tuple(_shape(out)))
+        attention = emit(torch.flatten, attention, 0, 2)
     if op.name == "einsum":
         inputs, result = op.get("equation").replace(" ", "").split("->")
         first, second = inputs.split(",")
