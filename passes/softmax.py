@@ -77,7 +77,7 @@ def feeds_product(node: Node) -> bool:
     """Whether a softmax's result is a factor of a matrix product, possibly after dropout, a cast or a slice.
 
     Where its scores are an input of the graph (a graph break parts them from their product), it has to be the first
-    factor of a batch of products, as the choice of an expert or of a layer is not.
+    factor of a batch of products, as the weights of experts or layers seldom are. Those that are look like one query.
     """
     outside = _from_inputs(operation(node).get("input"))
     open_nodes, seen = [node], {node}
