@@ -2,7 +2,8 @@
 
 A site is anchored at one node: at ``scaled_dot_product_attention``, at one of the opaque calls of torch's own layers
 (``multihead.py``), or at a softmax between two products (``softmax.py``). What looks like attention but cannot be
-rewritten is listed too, with the reason in ``AttentionSite.refusal``.
+rewritten is listed too, with the reason in ``AttentionSite.refusal``: also a product whose softmax is in no graph
+(``cut.py``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.fx import GraphModule, Node
 from ..spec import AttentionSpec, Mask, known_equal
 from . import softmax
 from .buffers import Buffers
+from .cut import cut_products
 from .mask import MaskPart, Padding, prove, same_for_all_queries
 from .multihead import OPAQUE, PADDED, Emit, Refused, describe, entered
 from .normalize import bodies, graph_module, number, operation
@@ -38,26 +40,26 @@ def find_sites(gm: GraphModule, buffers: Buffers | None = None) -> list[Attentio
     """
     found: list[AttentionSite] = []
     count: Counter[str] = Counter()
+
+    def common(gm: GraphModule, node: Node, form: str) -> dict[str, Any]:
+        module = module_path(node)
+        count[module] += 1
+        place = {"module": module, "index": count[module] - 1, "source": source_line(node)}
+        return {"node": node, "graph_module": gm, "form": form, **place}
+
     for scope, node in _walk(Scope(gm, buffers=buffers or Buffers()), set()):
         form = _form(node)
         if form is None:
             continue
-        module = module_path(node)
-        common = {
-            "node": node,
-            "graph_module": scope.gm,
-            "module": module,
-            "index": count[module],
-            "source": source_line(node),
-            "form": form,
-        }
-        count[module] += 1
+        known = common(scope.gm, node, form)
         try:
-            site = AttentionSite(**{**common, **_describe(scope, node, form)})
+            site = AttentionSite(**{**known, **_describe(scope, node, form)})
             found.append(replace(site, written=scope.overwritten(site.node)))
             scope.attended.add(site.node)
         except Refused as error:
-            found.append(AttentionSite(**common, refusal=str(error), nearest=error.nearest))
+            found.append(AttentionSite(**known, refusal=str(error), nearest=error.nearest))
+    for product, error in cut_products(gm):
+        found.append(AttentionSite(**common(gm, product, "softmax"), refusal=str(error), nearest=error.nearest))
     return found
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 # Parameters by position; "*name" takes all that are left, given one by one or as one sequence.
-# Sizes are mostly left out: the node's own example_value says the size of its result.
+# Sizes and dtypes are mostly left out: the node's own example_value says those of its result.
 _BINARY = ("input", "other")
 _UNARY = ("input",)
 SIGNATURES: dict[str, tuple[str, ...]] = {
@@ -60,7 +60,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "scaled_dot_product_attention": (
         *("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
     ),
-    "softmax": ("input", "dim", "dtype"),
+    "softmax": ("input", "dim"),  # what comes third differs: dtype, _stacklevel, half_to_float
     "amax": ("input", "dim", "keepdim"),
     "max": ("input", "dim", "keepdim"),
     "dropout": ("input", "p", "training", "inplace"),

@@ -21,7 +21,8 @@ from .normalize import mutated_inputs, number
 class AttentionSite:
     """One attention site.
 
-    node, graph_module: the node that computes it and the (sub-)graph module it lives in.
+    node, graph_module: the node that computes it (its query-key product, if its softmax is in no graph) and the
+        (sub-)graph module it lives in.
     module: path of the module it belongs to, relative to the compiled root; ``""`` is the root itself.
     index: its place among the sites of that module; (module, index) is its ``layer`` key.
     source: ``file:line`` of the user's call, ``""`` if unknown.

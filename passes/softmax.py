@@ -43,8 +43,13 @@ _B, _H, _Q, _K = COORDINATES
 _PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm")
 _VIEWS = ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze")
 _COPIES = ("to", "contiguous", "clone")
+_STEPS = (*_VIEWS, *_COPIES, "mul", "div", "add", "sub", "masked_fill", "where")
 _NO_SINKS = "a softmax over the keys alone; it is that of another model"
 _HIDES = "float('-inf') for scores that are hidden"
+_OUTSIDE = (
+    "its scores are an input of the graph",
+    "its query-key product in the same graph: TORCH_LOGS=graph_breaks shows what parts them",
+)
 _OUTPUT_ALONE = "the output alone: output_attentions=False, need_weights=False"
 _NAMES = {
     "tanh": ("it caps its scores (tanh)", "scores without a cap; they are those of another model"),
@@ -69,7 +74,12 @@ class _Scores:
 
 
 def feeds_product(node: Node) -> bool:
-    """Whether a softmax's result is a factor of a matrix product, possibly after dropout, a cast or a slice."""
+    """Whether a softmax's result is a factor of a matrix product, possibly after dropout, a cast or a slice.
+
+    Where its scores are an input of the graph (a graph break parts them from their product), it has to be the first
+    factor of a batch of products, as the weights of experts or layers seldom are. Those that are look like one query.
+    """
+    outside = _from_inputs(operation(node).get("input"))
     open_nodes, seen = [node], {node}
     while open_nodes:
         source = open_nodes.pop()
@@ -78,12 +88,104 @@ def feeds_product(node: Node) -> bool:
             if op is None or user in seen:
                 continue
             if op.name in ("matmul", "bmm", "einsum") or (op.name == "baddbmm" and op.get("input") is not source):
-                return True
-            if op.name in (*_VIEWS, *_COPIES, "dropout", "detach", "getitem", "expand", "transpose"):
+                if not outside or _weighs_batch(op, source):
+                    return True
+            elif op.name in (*_VIEWS, *_COPIES, "dropout", "detach", "getitem", "expand", "transpose"):
                 if op.get("input") is source:
                     seen.add(user)
                     open_nodes.append(user)
     return False
+
+
+def _from_inputs(scores: Any) -> bool:
+    """Whether scores, which may have been scaled, masked and added to, are inputs of the graph."""
+    open_nodes, seen = [scores], {scores}
+    while open_nodes:
+        node = open_nodes.pop()
+        if _is_input(node):
+            continue
+        op = (operation(node) or arithmetic_in_place(node)) if isinstance(node, Node) else None
+        if op is None or op.name not in _STEPS:
+            return False
+        factors = [op.get("input")] if op.name in _VIEWS else [op.get("input"), op.get("other")]
+        before = [x for x in factors if x not in seen and (op.name in _VIEWS or _is_scores(x, node))]
+        seen.update(before)
+        open_nodes.extend(before)
+    return True
+
+
+def _is_input(node: Any) -> bool:
+    return isinstance(node, Node) and node.op == "placeholder"
+
+
+def _weighs_batch(op: Any, weights: Node) -> bool:
+    """Whether a product has ``weights`` as its first factor and values of three or four dimensions as its second."""
+    names = ("batch1", "batch2") if op.name == "baddbmm" else ("input", "other")
+    factors = op.get("operands", ()) if op.name == "einsum" else tuple(op.get(name) for name in names)
+    return len(factors) == 2 and factors[0] is weights and _rank(factors[1]) in (3, 4)
+
+
+def leaves_graph(product: Node) -> Node | None:
+    """What a product of queries and keys has become where the graph returns it as scores, without a softmax.
+
+    None for every other node. The product has three or four dimensions; scores may be scaled, masked and added to.
+    """
+    op = operation(product)
+    if op is None or op.name not in _PRODUCTS or _rank(product) not in (3, 4) or not _is_of_keys(op):
+        return None
+    open_nodes, seen, left = [product], {product}, None
+    while open_nodes:
+        node = open_nodes.pop()
+        for user in node.users:
+            op = operation(user) or arithmetic_in_place(user)
+            if op is not None and op.name == "softmax":
+                return None
+            if user.op == "output":
+                left = node
+            elif op is not None and op.name in _STEPS and user not in seen and _stays_scores(node, user):
+                seen.add(user)
+                open_nodes.append(user)
+    return left
+
+
+def _is_of_keys(op: Any) -> bool:
+    """Whether a product sums over the last dimension of both factors; weights and values have another."""
+    if op.name == "einsum":
+        inputs, _, result = op.get("equation").replace(" ", "").partition("->")
+        first, _, second = inputs.partition(",")
+        return bool(first and second) and first[-1] == second[-1] and first[-1] not in result
+    key = op.get("batch2" if op.name == "baddbmm" else "other")
+    while (turned := operation(key) if isinstance(key, Node) else None) is not None:
+        before = turned.get("input")
+        if turned.name in ("transpose", "permute"):
+            return _last_to_rows(turned, _rank(key))
+        if turned.name not in (*_VIEWS, *_COPIES) or not _stays_scores(before, key):
+            return False
+        key = before
+    return False
+
+
+def _last_to_rows(op: Any, rank: int) -> bool:
+    """Whether a transposition makes rows of what was the last dimension."""
+    dims = (op.get("dim0"), op.get("dim1")) if op.name == "transpose" else op.get("dims", ())
+    dims = [d % rank for d in dims if isinstance(d, int)]
+    if op.name == "transpose":
+        return sorted(dims) == [rank - 2, rank - 1]
+    return len(dims) == rank and dims[-2] == rank - 1
+
+
+def _rank(node: Any) -> int:
+    """The number of dimensions; 0 for what :func:`_example` refuses."""
+    example = node.meta.get("example_value") if isinstance(node, Node) else None
+    known = isinstance(example, torch.Tensor) and example.layout == torch.strided and not example.is_nested
+    return example.dim() if known else 0
+
+
+def _stays_scores(before: Node, after: Node) -> bool:
+    """Whether ``after`` has the last two sizes of ``before``."""
+    if _rank(before) < 2 or _rank(after) < 2:
+        return False
+    return all(map(known_equal, _shape(before)[-2:], _shape(after)[-2:]))
 
 
 def describe(scope: Scope, softmax: Node) -> dict[str, Any]:
@@ -169,9 +271,8 @@ def _words(node: Node) -> str:
 
 def _same_scores(before: Node, after: Node) -> None:
     """A view that leaves queries and keys alone."""
-    a, b = _shape(before), _shape(after)
-    if len(a) < 2 or len(b) < 2 or not all(known_equal(x, y) for x, y in zip(a[-2:], b[-2:], strict=True)):
-        raise Refused(f"its scores are reshaped from {tuple(a)} to {tuple(b)}")
+    if not _stays_scores(before, after):
+        raise Refused(f"its scores are reshaped from {tuple(_shape(before))} to {tuple(_shape(after))}")
 
 
 def _peel(scope: Scope, softmax: Node) -> tuple[_Scores, Node]:
@@ -182,7 +283,7 @@ def _peel(scope: Scope, softmax: Node) -> tuple[_Scores, Node]:
         _example(node)
         op = operation(node) or arithmetic_in_place(node)
         if op is None:
-            raise _foreign(_words(node))
+            raise Refused(*_OUTSIDE) if _is_input(node) else _foreign(_words(node))
         if op.name in _PRODUCTS:
             if node in scope.attended:
                 raise Refused("its scores are the result of another attention")
@@ -288,7 +389,7 @@ def _comes_from_product(node: Any) -> bool:
             return False
         if op.name in _PRODUCTS:
             return True
-        if op.name not in (*_VIEWS, *_COPIES, "mul", "div", "add", "sub", "masked_fill", "where"):
+        if op.name not in _STEPS:
             return False
         first, other = op.get("input"), op.get("other")
         node = first if _is_scores(first, node) or op.name in _VIEWS else other
@@ -611,8 +712,10 @@ def _emit_mask(scores: _Scores, heads: tuple[Any, Any], dtype: torch.dtype, emit
 
 
 def _broadcast(node: Node, like: Node, heads: tuple[Any, Any], emit: Emit) -> Node:
-    """A tensor that broadcasts to scores of 3 dimensions, so that it broadcasts to those of 4."""
+    """A tensor that broadcasts to scores of 3 dimensions, so that it broadcasts to those of 4, and has 2 at least."""
     shape = _shape(node)
+    if len(shape) < 2:
+        return emit(torch.reshape, node, (1, -1))  # no SDPA takes it as it is
     if len(_shape(like)) != 3 or len(shape) != 3:
         return node
     if known_equal(shape[0], 1) or heads[1] == 1:
@@ -626,7 +729,7 @@ def _like_product(attention: Node, out: Node, emit: Emit) -> Node:
     if rank == 3:
         attention = emit(torch.flatten, attention, 0, 1)
     elif rank == 2:
-        attention = emit(torch.reshape, attention, tuple(_shape(out)))
+        attention = emit(torch.flatten, attention, 0, 2)
     if op.name == "einsum":
         inputs, result = op.get("equation").replace(" ", "").split("->")
         first, second = inputs.split(",")

@@ -60,6 +60,14 @@ def test_llama_decodes(coverage: ModuleType, phase: str) -> None:
     assert out.shape == (2, 1, 32), "one token"
 
 
+def test_mpt_over_a_static_cache_is_cut_and_counted(coverage: ModuleType) -> None:
+    """Its code takes the ``max()`` of a tensor between the scores and the softmax, which then is in no graph."""
+    row = coverage.measure(coverage.Case("mpt", "eager", True, coverage.STATIC))
+    check(row)
+    assert (row["found"], row["refused"], row["error"]) == (2, 2, 0.0)
+    assert row["reasons"].startswith("2 x a graph break parts its query-key product from its softmax")
+
+
 def test_nanogpt(coverage: ModuleType) -> None:
     rows = [coverage.measure(case) for case in coverage.cases(["nanogpt"])]
     assert [row["implementation"] for row in rows] == ["eager", "sdpa"]

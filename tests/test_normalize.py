@@ -423,6 +423,16 @@ def test_constants_and_sums_of_products() -> None:
     assert torch.allclose(torch.einsum(op.get("equation"), x, y), x @ y, atol=1e-6)
 
 
+def test_what_comes_third_in_a_softmax_is_not_taken_for_a_dtype() -> None:
+    softmax = {"input": T, "dim": 1}
+    for target, third in ((F.softmax, 3), (torch.softmax, torch.float64), (torch.ops.aten._softmax.default, False)):
+        call = ("call_function", target, (T, 1, third), {})
+        assert {k: plain(v) for k, v in operation(node_of(call)).args.items()} == softmax
+        assert differs(operation(node_of(call)), recorded([call])[0]) is None
+    call = ("call_function", F.softmax, (T, 1, 3, torch.float64), {})
+    assert {k: plain(v) for k, v in operation(node_of(call)).args.items()} == softmax
+
+
 def test_functions_that_only_have_the_name_are_not_read() -> None:
     def softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
         return x

@@ -141,6 +141,7 @@ SPELLINGS: dict[str, tuple[Callable, str, float]] = {
     "softmax in float32": (
         lambda q, k, v: F.softmax(q @ k.mT, -1, dtype=torch.float32).to(q.dtype).contiguous() @ v, "none", 1.0,
     ),
+    "softmax in float32, by position": (lambda q, k, v: F.softmax(q @ k.mT, -1, 3, torch.float32) @ v, "none", 1.0),
     "less its maximum": (shifted, "causal", 1.0),
     "two masks": (two_masks, "causal, window 5", 1.0),
     "baddbmm without a bias": (
@@ -157,6 +158,25 @@ SPELLINGS: dict[str, tuple[Callable, str, float]] = {
 def test_spellings(name: str) -> None:
     f, mask, scale = SPELLINGS[name]
     check(f, tensors(), mask, scale)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("rank", [4, 3, 2])
+def test_masks_of_less_than_two_dimensions(rank: int, dynamic: bool) -> None:
+    """Which SDPA does not take: one bias for each key, a number for all of them, and keys that nobody sees."""
+
+    def added(q, k, v, bias):
+        return (q @ k.mT + bias).softmax(-1) @ v
+
+    def filled(q, k, v, bias):
+        return (q @ k.mT).masked_fill(bias > 1, -math.inf).softmax(-1) @ v
+
+    inputs = [x[(0,) * (4 - rank)] for x in tensors()]
+    for f, shape in ((added, (L,)), (added, ()), (filled, (L,))):
+        bias = tensors(shape, seed=1)[0]
+        g, found = compiled(f, EXACT, dynamic=dynamic)
+        assert relative(g(*inputs, bias), f(*inputs, bias)) < 1e-6
+        assert [plan.verdict for _, plan in found] == ["rewritten"]
 
 
 @pytest.mark.parametrize("name", ["in place", "of three dimensions", "less its maximum", "added first, scaled later"])
