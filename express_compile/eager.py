@@ -72,7 +72,9 @@ def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any
     A call whose mask, shape or arguments a method does not support runs the model's own exact attention, and so does
     one that Dynamo does not capture, with a ``RuntimeWarning``; :func:`record_sites` shows each decision. With
     ``strict=True`` such a call raises ``ValueError`` instead (which includes every one-token decoding step of
-    ``generate()``). ``torch.compile`` on top leaves rewritten modules to Python, and raises with ``fullgraph=True``.
+    ``generate()``, but not those that are compiled). ``torch.compile`` on top, as ``generate()`` does it for decoding over
+    a static cache, keeps single queries in its graph; it leaves rewritten modules with more of them to Python, and
+    raises there with ``fullgraph=True``.
 
     Raises ``TypeError`` or ``ValueError`` for a bad policy, an unknown option or an unknown method, and
     ``ValueError`` when the model has no attention that could be rewritten, or is a part of one that is rewritten, and
@@ -443,14 +445,15 @@ def _attend_compiled(
 ) -> tuple[torch.Tensor, None]:
     """A decoding step that Dynamo traces: generate() compiles those over a StaticCache by itself."""
     site = module.__dict__[_SITE]
+    scale, causal = arguments.get("scaling"), arguments.get("is_causal")
     given = any(arguments.get(name) is not None for name in (*_EXTRAS, "sliding_window"))
+    given = given or isinstance(scale, torch.Tensor)
     if given or not site.decodes or site.shadow is not None or site.exact == "eager":
         return _exact(module, site, query, key, value, attention_mask, arguments)
-    causal = arguments.get("is_causal")
     facts = (
         bool(getattr(module, "is_causal", True) if causal is None else causal),
         getattr(module, "num_key_value_groups", 1),
-        float(query.shape[3] ** -0.5 if arguments.get("scaling") is None else arguments["scaling"]),
+        float(query.shape[3] ** -0.5 if scale is None else scale),
         float(arguments.get("dropout") or 0.0),
         module.training,
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._dynamo.testing
 import transformers
 from transformers.generation.configuration_utils import CompileConfig
 
@@ -121,6 +122,27 @@ def test_other_methods_leave_decoding_exact(policy, calls) -> None:
     exact = generate(model, 30)
     rewrite_attention(model, **policy)
     assert (generate(model, 30) - exact).abs().max() <= 1e-5 and calls == []
+
+
+def test_torch_compile_over_a_growing_cache(calls) -> None:
+    """Every step has a key more and no mask: one graph for all lengths."""
+    model = build(transformers.LlamaConfig(**SIZES))
+    ids = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def decode(run) -> torch.Tensor:
+        cache = transformers.DynamicCache(config=model.config)
+        model(ids[:, :30], past_key_values=cache)
+        return torch.stack([run(ids[:, i : i + 1], past_key_values=cache).logits for i in range(30, 40)])
+
+    exact = decode(model)
+    rewrite_attention(model, **SAMPLED)
+    eager = decode(model)
+    calls.clear()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = decode(torch.compile(model, backend=counter))
+    assert calls == [(n, True) for n in range(31, 41) for _ in range(2)] and counter.frame_count <= 2
+    assert (compiled - eager).abs().max() <= 1e-5 < 1e-2 < (compiled - exact).abs().max()
 
 
 def test_windows_run_exactly(calls) -> None:
