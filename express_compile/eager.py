@@ -72,9 +72,9 @@ def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any
     A call whose mask, shape or arguments a method does not support runs the model's own exact attention, and so does
     one that Dynamo does not capture, with a ``RuntimeWarning``; :func:`record_sites` shows each decision. With
     ``strict=True`` such a call raises ``ValueError`` instead (which includes every one-token decoding step of
-    ``generate()``, but not those that are compiled). ``torch.compile`` on top, as ``generate()`` does it for decoding over
-    a static cache, keeps single queries in its graph; it leaves rewritten modules with more of them to Python, and
-    raises there with ``fullgraph=True``.
+    ``generate()``, but not those that are compiled). ``torch.compile`` on top, as ``generate()`` does it for decoding
+    over a static cache, keeps single queries in its graph; modules with more of them it leaves to Python, and raises
+    there with ``fullgraph=True``.
 
     Raises ``TypeError`` or ``ValueError`` for a bad policy, an unknown option or an unknown method, and
     ``ValueError`` when the model has no attention that could be rewritten, or is a part of one that is rewritten, and

@@ -648,7 +648,8 @@ def _by_hand(block: Block) -> tuple[list[str], str]:
         return [line.replace("{qk}", qk).replace("{pv}", pv) for line in twist.get(place, ())]
 
     scaling = [scale["scores"].format(c=block.constant)] if "scores" in scale else []
-    biased = [f"s = s + {_shaped('bias', 4, block)}"] if block.bias != "none" else []
+    bias = {"of keys": "bias[0, 0, 0]", "a number": "bias[0, 0, 0, 0]"}.get(block.bias, _shaped("bias", 4, block))
+    biased = [f"s = s + {bias}"] if block.bias != "none" else []
     views = [], []
     if block.viewed and family == "3d":
         views = ["s = s.view(B, H, Lq, Lk)"], ["s = s.view(B * H, Lq, Lk)"]
@@ -852,7 +853,7 @@ def blocks(draw: st.DrawFn, sizes: dict[str, int], dynamic: bool) -> Block:
         layout=layout,
         repeats=repeats,
         masks=masks,
-        bias=_pick(draw, ["none"] * 10 + ["before", "after"]),
+        bias=_pick(draw, ["none"] * 15 + ["before", "after", "of keys", "a number"]),
         constant=_pick(draw, CONSTANTS),
     )
     if form == "sdpa":
@@ -866,6 +867,8 @@ def blocks(draw: st.DrawFn, sizes: dict[str, int], dynamic: bool) -> Block:
             ("scale=0.5", "dropout_p=0.0"),
             ("scale=-0.5",),
         ]
+        if block.bias in ("of keys", "a number"):
+            block = replace(block, bias="before")  # SDPA takes no mask of less than two dimensions
         arguments = _pick(draw, options)
         if len(masks) == 1 and masks[0].mask.startswith("causal") and masks[0].offset == "0" and _one_in(draw, 2):
             block, arguments = replace(block, bias="none"), (*arguments, "is_causal=True")
