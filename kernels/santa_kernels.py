@@ -341,7 +341,7 @@ def santa_triton(
         keys, q, unit, u, most, entry, count, lengths, padding, KVH, H // KVH, n, T, score_chunk, span,
         entries, counts, scale * 1.4426950408889634, *q.stride()[:3], 0 if padding is None else padding.stride(0),
         *key.stride()[:2], key.stride(3), LQ=Lq, R=R, D=D, BD=BD, BM=BM, BN=tile, AT_ONCE=at_once,
-        num_warps=4, num_stages=stages,
+        num_warps=8 if at_once in (1, 4) else 4, num_stages=stages,  # such loads take more registers
     )  # fmt: skip
     launch(_draw_kernel, (programs, sequences),
         v, u, most, entry, count, counted, seed, step, offset, rows, weights, part, out, lse,
