@@ -91,7 +91,9 @@ def _round_kernel(
     b_floor = tl.floor(b_ratio)
     b_count = b_floor + (b_u + 2.9802322387695312e-08 < b_ratio - b_floor).to(tl.float64)
     b_count = tl.where(b_q < 0, -b_count, b_count)
-    tl.store(p_counts + i_row.to(tl.int64) * D + o_d, b_count.to(tl.float32).to(p_counts.dtype.element_ty), mask=o_d < D)
+    tl.store(
+        p_counts + i_row.to(tl.int64) * D + o_d, b_count.to(tl.float32).to(p_counts.dtype.element_ty), mask=o_d < D
+    )
     tl.store(p_unit + i_row, unit.to(tl.float32))
 
 

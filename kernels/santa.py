@@ -64,8 +64,8 @@ from .exact import cudnn_takes, exact_attention
 from .santa_kernels import CHUNK, DRAW_PROGRAMS, MAX_ROWS, grid_bits, santa_triton
 
 MAX_QUERIES = 16
-_TOKEN_MAJOR = (
-    "its keys are not known to lie feature by feature, as a view of [B, H_kv, D, n]: they would be read in full, and "
+_NEEDS_FEATURES = (
+    "needs keys that lie feature by feature on CUDA, as a view of [B, H_kv, D, n]; others are read in full, and "
     "rounding the query would save nothing"
 )
 MAX_DRAWS = 1 << 16
@@ -373,7 +373,7 @@ def _body(query, key, value, padding, seed, scale, layer, lengths=None, **option
         if not shared:
             raise ValueError("shared=False: must be True on CUDA; the kernels draw rows for all heads of a KV head")
         if levels and not feature_major(key):
-            raise ValueError(f"bernoulli={levels}: must be 0 on CUDA for these keys; {_TOKEN_MAJOR}")
+            raise ValueError(f"bernoulli={levels}: {_NEEDS_FEATURES}")
         D, plain = query.shape[-1], Lq == 1 and padding is None and lengths is None and not feature_major(key)
         if whole and plain and D == value.shape[-1] and cudnn_takes(query.device, query.dtype, D):
             return exact_attention(query, key, value, scale, causal=False)
@@ -486,7 +486,7 @@ def _refuse_cuda(spec: AttentionSpec, params: Mapping[str, Any]) -> str | None:
     if not params["shared"]:
         return "there is no CUDA kernel for shared=False"
     if params["bernoulli"] and not spec.feature_major:
-        return f"bernoulli={params['bernoulli']}, but {_TOKEN_MAJOR}"
+        return f"bernoulli={params['bernoulli']} {_NEEDS_FEATURES}"
     if spec.H // spec.H_kv * spec.Lq > MAX_ROWS:
         return f"{spec.H // spec.H_kv} heads per key head times {spec.Lq} queries are more than {MAX_ROWS} rows"
     return None

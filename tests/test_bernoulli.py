@@ -230,7 +230,7 @@ def test_refused_on_cuda_unless_keys_lie_feature_by_feature():
         decision = plan(site, policy)
         assert decision.verdict == verdict
         assert verdict == "rewritten" or decision.reason.startswith(
-            "bernoulli=4, but its keys are not known to lie feature by feature"
+            "bernoulli=4 needs keys that lie feature by feature on CUDA"
         )
         assert decision.verdict == "refused" or decision.params["bernoulli"] == 4
         assert plan(site, Policy(methods=("santa",), min_length=0)).verdict == "rewritten"
