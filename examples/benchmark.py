@@ -338,11 +338,11 @@ def bernoulli_rows(q, k, v, draws: int, clock: Clock, repeats: int, **params) ->
     exact = F.scaled_dot_product_attention(*(x.double() for x in first), enable_gqa=True)
     allowed = 2 * relative(F.scaled_dot_product_attention(*first, enable_gqa=True), exact)
     by_feature = k.mT.contiguous().mT
-    rows = []
+    rows, op = [], METHODS["santa"].op
     for layout, key, levels in (("tokens", k, 0), ("features", by_feature, 0), ("features", by_feature, 4),
                                 ("features", by_feature, 8)):  # fmt: skip
         policy = Policy(budget=draws, min_length=0, method_options={"santa": {"bernoulli": levels}})
-        options, op = METHODS["santa"].params(None, policy), METHODS["santa"].op
+        options = METHODS["santa"].params(None, policy)
         call = lambda key=key, options=options: op(q, key, v, None, seed, scale, LAYER, **options)  # noqa: E731
         out, peak = peak_of(lambda call=call: call()[0], out_and_lse)
         entered = round_query(q, levels, seed, LAYER, step)[:1] if levels else q[:1]

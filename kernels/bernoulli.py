@@ -90,10 +90,8 @@ def _round_kernel(
     b_ratio = b_abs / unit
     b_floor = tl.floor(b_ratio)
     b_count = b_floor + (b_u + 2.9802322387695312e-08 < b_ratio - b_floor).to(tl.float64)
-    b_count = tl.where(b_q < 0, -b_count, b_count)
-    tl.store(
-        p_counts + i_row.to(tl.int64) * D + o_d, b_count.to(tl.float32).to(p_counts.dtype.element_ty), mask=o_d < D
-    )
+    b_count = tl.where(b_q < 0, -b_count, b_count).to(tl.float32)
+    tl.store(p_counts + i_row.to(tl.int64) * D + o_d, b_count.to(p_counts.dtype.element_ty), mask=o_d < D)
     tl.store(p_unit + i_row, unit.to(tl.float32))
 
 
@@ -110,7 +108,8 @@ def round_query_triton(
     """:func:`round_query` as integers, ``[B, H, Lq, D]`` in the query's dtype, and their unit, float32 ``[B, H, Lq]``.
 
     ``keys`` is ``Lk``; ``step`` int64 ``[B]``, those that the last query sees; ``padding`` uint8 ``[B, Lk]``; both, and
-    ``lengths``, of unit stride; ``Lq`` at most 16. Their product is the reference's, up to the rounding of the unit to float32.
+    ``lengths``, of unit stride; ``Lq`` at most 16. The product of the two results is the reference's, up to the
+    rounding of the unit.
     """
     (B, H, Lq, D), device = query.shape, query.device
     q = query if query.stride(3) == 1 else query.contiguous()
