@@ -9,6 +9,12 @@ long cache. The opponent is the faster of
 torch's flash and cuDNN backends (for float32 its efficient one, on a CPU its flash kernel) in the same run on the
 same inputs. A kernel whose output fails its check gets no speed-up. Rows with graph=1 replay both sides as CUDA
 graphs: what they cost inside a model that keeps the GPU busy.
+
+    python examples/benchmark.py --bernoulli --out examples/results/speed.csv      # on a GPU: only this
+    python examples/benchmark.py --bernoulli --lengths 256 --heads 4 2 --head-size 32   # a taste, also on a CPU
+
+``--bernoulli`` measures SANTA with a rounded query (job ``bernoulli``): keys token by token and feature by feature,
+and of the latter only those features that the query needs, whose share is in the column ``params``.
 """
 
 from __future__ import annotations
@@ -27,8 +33,9 @@ from express_compile import METHODS, Policy
 from express_compile.devices import versions
 from express_compile.kernels import express as E
 from express_compile.kernels import thinformer as T
+from express_compile.kernels.bernoulli import feature_probability, round_query
 from express_compile.kernels.exact import exact_attention
-from express_compile.kernels.santa import probabilities, read_probability, visible_keys
+from express_compile.kernels.santa import probabilities, read_probability, santa_reference, visible_keys
 from express_compile.kernels.santa_kernels import santa_triton
 from express_compile.kernels.segments import dense_table, segment_attention_backward, segment_attention_reference
 from express_compile.kernels.segments_backward import accumulate_rows_reference
@@ -44,6 +51,7 @@ SETTINGS = [
 ENCODERS = [Policy(budget=256), Policy(budget=512)]
 ENCODE_LENGTHS = [4096, 8192, 32768, 131072]
 DECODE = [(B, n, S) for B in (1, 8, 32) for n in (4096, 8192, 16384, 32768, 65536, 131072) for S in (64, 128, 512)]
+BERNOULLI = [(1, 131072, H_kv) for H_kv in (8, 32)] + [(8, 32768, H_kv) for H_kv in (8, 32)]  # B, keys
 LAYER = 0
 GRAPH_UP_TO = 16384  # tokens up to which launching takes as long as computing: measured with a CUDA graph as well
 
@@ -316,6 +324,51 @@ def decode(
     return {**row, "error": sampled}
 
 
+def bernoulli_rows(q, k, v, draws: int, clock: Clock, repeats: int, **params) -> list[dict]:
+    """SANTA over keys token by token, feature by feature, and there with the query rounded to 4 and to 8 levels.
+
+    The check is on all rows, against exact attention of the query as it is rounded; ``rounded`` is the error that the
+    rounding itself makes, ``error`` that of the sample, ``features`` the share of the features that a KV head reads.
+    """
+    scale, seed = q.shape[-1] ** -0.5, torch.zeros((), dtype=torch.int64, device=q.device)
+    step = torch.full((q.shape[0], 1), k.shape[2], device=q.device)
+    graph = {"graph": 1} if q.is_cuda else {}
+    opponents = exact_times(q, k, v, clock, repeats, graph=q.is_cuda, causal=False)
+    first = q[:1], k[:1], v[:1]
+    exact = F.scaled_dot_product_attention(*(x.double() for x in first), enable_gqa=True)
+    allowed = 2 * relative(F.scaled_dot_product_attention(*first, enable_gqa=True), exact)
+    by_feature = k.mT.contiguous().mT
+    rows, op = [], METHODS["santa"].op
+    for layout, key, levels in (("tokens", k, 0), ("features", by_feature, 0), ("features", by_feature, 4),
+                                ("features", by_feature, 8)):  # fmt: skip
+        policy = Policy(budget=draws, min_length=0, method_options={"santa": {"bernoulli": levels}})
+        options = METHODS["santa"].params(None, policy)
+        call = lambda key=key, options=options: op(q, key, v, None, seed, scale, LAYER, **options)  # noqa: E731
+        out, peak = peak_of(lambda call=call: call()[0], out_and_lse)
+        entered = round_query(q, levels, seed, LAYER, step)[:1] if levels else q[:1]
+        truth = F.scaled_dot_product_attention(entered.double(), *(x.double() for x in first[1:]), enable_gqa=True)
+        attend = santa_triton if q.is_cuda else santa_reference
+        whole = attend(q[:1], key[:1], v[:1], None, scale, seed, LAYER, bernoulli=levels)[0]
+        share = feature_probability(q, k.shape[1], levels).mean().item() if levels else 1.0
+        told = dict(**params, keys=layout, levels=levels, features=round(share, 4),
+                    rounded=round(relative(truth, exact), 4), **graph)  # fmt: skip
+        times = clock(replayed(call) if q.is_cuda else call, repeats)
+        row = row_of(policy, times, opponents, (relative(whole, truth), allowed), method="santa", job="bernoulli",
+                     params=told, peak_mb=peak)  # fmt: skip
+        rows.append({**row, "error": relative(out[:1], exact)})
+    return rows
+
+
+def relative(x: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((x - truth).norm() / truth.norm()).item()
+
+
+def bernoulli_queries(q: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Queries like ``q`` of standard deviation 2, whose entries are normal, and such with heavy tails."""
+    laplace = torch.distributions.Laplace(0.0, 2**0.5).sample(q.shape)
+    return {"gaussian": 2 * q, "laplace": laplace.to(q)}
+
+
 def random_tensors(B: int, H: int, H_kv: int, Lq: int, Lk: int, D: int, device: str, dtype: torch.dtype) -> list:
     torch.manual_seed(Lk)
     return [torch.randn(B, h, n, D, device=device, dtype=dtype) for h, n in ((H, Lq), (H_kv, Lk), (H_kv, Lk))]
@@ -332,6 +385,8 @@ def main() -> None:
                         "a prefill, a padded batch, forward and backward")  # fmt: skip
     parser.add_argument("--encode", type=int, nargs="*", default=ENCODE_LENGTHS, help="lengths without a causal mask")
     parser.add_argument("--decode", type=int, default=len(DECODE), help="how many of the shapes of decoding; 0: none")
+    parser.add_argument("--bernoulli", action="store_true", help="measure only SANTA with a rounded query; --lengths "
+                        "and --heads count on a CPU")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=7)
     add_arguments(parser)
     args = parser.parse_args()
@@ -347,6 +402,15 @@ def main() -> None:
         if args.out:
             append(args.out, SPEED_COLUMNS, rows[-1:])
 
+    if args.bernoulli:
+        shapes = BERNOULLI if on_gpu else [(1, n, H_kv) for n in args.lengths]
+        for B, n, heads in track(shapes, description="bernoulli"):
+            q, k, v = random_tensors(B, H, heads, 1, n, D, device, dtype)
+            for name, query in bernoulli_queries(q).items():
+                for row in bernoulli_rows(query, k, v, 128, clock, 15, query=name):
+                    add(query, k, row)
+        show(rows, "B H_kv Lk params ms_p50 opponent opponent_ms_p50 speedup error".split())
+        return
     settings = SETTINGS[: args.settings]
     if args.others:
         n, policies = args.others, [settings[0], settings[-1]]

@@ -7,6 +7,9 @@ Every step starts from the cache that exact attention left, decodes the text's o
 exact next-token distribution. All policies see the same steps and seeds, so rows are paired. Top-k reads the k = S
 rows of largest weight of every head, exactly: the best that a fixed choice of rows can do, and biased. The column
 ``rows`` says how many distinct value rows a KV head is expected to read, which is what costs time.
+
+``--levels 2 4 8 16`` compares something else: SANTA with shared rows beside itself with the query rounded to so many
+levels (Bernoulli score sampling), and what share of the keys' features a KV head would then read.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from express_compile import (
 )
 from express_compile.calibrate import allocate, measure_layers
 from express_compile.kernels._op import attention_fake, check_qkv, define_op
+from express_compile.kernels.bernoulli import feature_probability, round_query
 from express_compile.kernels.santa import probabilities, read_probability, visible_keys
 
 # -- top-k as a method of its own --------------------------------------------------------------------------------
@@ -81,8 +85,11 @@ def santa(budget: int, seed: int = 0, **options) -> Policy:
     return Policy(budget=budget, seed=seed, methods=("santa",), min_length=0, method_options={"santa": options})
 
 
-def policies(draws: list[int], per_layer: dict[int, dict[str, int]]) -> dict[str, tuple[str, dict]]:
+def policies(levels: list[int], per_layer: dict[int, dict[str, int]]) -> dict[str, tuple[str, dict]]:
     """Name -> (method, options of SANTA), for every number of draws."""
+    if levels:
+        rounded = {f"shared, bernoulli {level}": ("santa", {"bernoulli": level}) for level in levels}
+        return {"shared": ("santa", {}), **rounded}
     found = {
         "shared": ("santa", {}),
         "per head": ("santa", {"shared": False}),
@@ -94,17 +101,22 @@ def policies(draws: list[int], per_layer: dict[int, dict[str, int]]) -> dict[str
 
 
 class RowsRead(TorchDispatchMode):
-    """Notes for every attention call how many distinct value rows a KV head is expected to read."""
+    """Notes for every attention call how many distinct value rows a KV head is expected to read, and what share of the
+    keys' features."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[float] = []
+        self.features: list[float] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in (METHODS["santa"].op, METHODS["top_k"].op):
-            query, key, _, padding, _, scale, layer = args[:7]
+            query, key, _, padding, seed, scale, layer = args[:7]
             visible = visible_keys(query.shape[0], query.shape[2], key.shape[2], padding, None, query.device)
+            if levels := kwargs.get("bernoulli", 0):
+                self.features.append(feature_probability(query, key.shape[1], levels).mean().item())
+                query = round_query(query, levels, seed, layer, visible.sum(-1))
             p, _ = probabilities(query, key, visible, scale)
             if function is METHODS["top_k"].op:
                 read = torch.zeros_like(p).scatter_(-1, p.topk(min(kwargs["k"], p.shape[-1])).indices, 1)
@@ -130,10 +142,10 @@ def step_logits(model, cache, token: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def kl_rows(model, tokenizer, device: str, args, per_layer: dict[int, dict[str, int]]) -> list[dict]:
     """KL(exact || policy) of single steps, ``[policy, draws, text, step, seed]``, as rows of the result file."""
-    chosen = policies(args.draws, per_layer)
+    chosen = policies(args.levels, per_layer)
     names = list(long_texts())[: args.texts]
     kl = {(name, S): [] for name in chosen for S in args.draws}
-    agree, read = {key: [] for key in kl}, {key: [] for key in kl}
+    agree, read, features = ({key: [] for key in kl} for _ in range(3))
     for text in track(names, description=f"KL over {len(names)} texts of {args.length} tokens"):
         ids = tokenizer(long_texts()[text], return_tensors="pt").input_ids[:, : args.length].to(device)
         first = ids.shape[1] - args.steps * args.stride
@@ -153,6 +165,7 @@ def kl_rows(model, tokenizer, device: str, args, per_layer: dict[int, dict[str, 
                         with RowsRead() as counted:
                             step_logits(model, cache, token)
                         read[name, S] += counted.rows
+                        features[name, S] += counted.features
                     if {site.method for site in sites} != {method}:
                         raise RuntimeError(f"{name}: {sites[0].reason}")
                     values.append((exact.exp() * (exact - found)).sum().item())
@@ -163,10 +176,14 @@ def kl_rows(model, tokenizer, device: str, args, per_layer: dict[int, dict[str, 
     for (name, S), values in kl.items():
         per_step = np.array(values).reshape(len(names) * args.steps, -1).mean(1)
         mean, low, high = chunk_bootstrap([per_step], chunk=1)
-        common = dict(task="decode", n=args.length, method=chosen[name][0], params=f"{name} S={S}")
+        common = dict(
+            task="bernoulli" if args.levels else "decode", n=args.length, method=chosen[name][0], params=f"{name} S={S}"
+        )
         common["rows"] = round(float(np.mean(read[name, S])), 1)
         rows.append({**common, "metric": "kl", "value": mean, "low": low, "high": high})
         rows.append({**common, "metric": "top1", "value": float(np.mean(agree[name, S]))})
+        if features[name, S]:
+            rows.append({**common, "metric": "features", "value": float(np.mean(features[name, S]))})
     return rows
 
 
@@ -218,6 +235,9 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=16, help="tokens from one step to the next")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--draws", type=int, nargs="*", default=[16, 32, 64, 128, 256, 512])
+    parser.add_argument(
+        "--levels", type=int, nargs="*", default=[], help="levels of the query; only these are compared"
+    )
     parser.add_argument(
         "--layers", type=Path, help="JSON file for what measure_layers finds; measured if it is missing"
     )

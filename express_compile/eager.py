@@ -31,7 +31,7 @@ from .attention_mask import ProvenMask, make_mask, untraced
 from .method import METHODS
 from .module_code import calls_interface, can_import_transformers, depends_on_name
 from .report import SiteReport, recorder
-from .spec import AttentionSpec, Mask, Plan, Policy, layer_key
+from .spec import AttentionSpec, Mask, Plan, Policy, feature_major, layer_key
 
 if TYPE_CHECKING:
     from .shadow import Shadow
@@ -555,6 +555,7 @@ def _spec(
         scale=float(query.shape[3] ** -0.5 if scale is None else scale),
         mask=mask,
         dropout_p=float(arguments.get("dropout") or 0.0),
+        feature_major=feature_major(key),
     )
 
 

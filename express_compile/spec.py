@@ -81,7 +81,8 @@ class AttentionSpec:
 
     Sizes are ints or ``torch.SymInt`` (dynamic shapes); layout is ``[B, H, L, D]`` as in
     ``scaled_dot_product_attention``. ``H_kv`` divides ``H`` (grouped-query attention).
-    ``device`` is a device type (``"cpu"``, ``"cuda"``).
+    ``device`` is a device type (``"cpu"``, ``"cuda"``). ``feature_major``: the keys are known to lie feature by feature
+    (:func:`feature_major`).
     """
 
     B: Any
@@ -96,6 +97,7 @@ class AttentionSpec:
     scale: float
     mask: Mask = Mask()
     dropout_p: float = 0.0
+    feature_major: bool = False
 
 
 @dataclass(frozen=True)
@@ -372,6 +374,11 @@ def known_equal(a: Any, b: Any) -> bool:
         return a == b
     difference = _expression(a) - _expression(b)
     return bool(difference == 0 or getattr(difference, "expand", lambda: 1)() == 0)
+
+
+def feature_major(key: torch.Tensor) -> bool:
+    """Whether ``key`` ``[B, H_kv, Lk, D]`` lies feature by feature, as a view of ``[B, H_kv, D, Lk]``; no guard."""
+    return known_equal(key.stride(2), 1) and not known_equal(key.stride(3), 1)
 
 
 def _expression(size: Any) -> Any:

@@ -38,7 +38,8 @@ On CUDA exact too, at run time, where that was measured to be as fast (:func:`lo
 layer. A head reads at most S distinct rows; shared, about S serve all heads of a KV head that are alike. Refuses
 prefill, windows, biases, dropout, and gradients when they are asked for; on CUDA ``shared=False``, which is there to
 be compared with.
-``bernoulli`` (Section 4 of the paper) is in the reference only: unbiased scores, a biased softmax.
+``bernoulli`` (Section 4 of the paper; :mod:`.bernoulli`) also rounds the query at random, to so many levels: unbiased
+scores, but a *biased* softmax. It saves reading only where keys lie feature by feature; on CUDA others are refused.
 """
 
 from __future__ import annotations
@@ -54,17 +55,22 @@ import torch
 
 from express_compile import cost as c
 from express_compile.method import Method, register
-from express_compile.spec import AttentionSpec, Policy, Refusal, known_equal, layer_key
+from express_compile.spec import AttentionSpec, Policy, Refusal, feature_major, known_equal, layer_key
 
 from ._op import attention_fake, check_qkv, define_op, no_kernel
 from ._triton import philox_uniform, sequence_counter
+from .bernoulli import check_levels, round_query
 from .exact import cudnn_takes, exact_attention
 from .santa_kernels import CHUNK, DRAW_PROGRAMS, MAX_ROWS, grid_bits, santa_triton
 
 MAX_QUERIES = 16
+_NEEDS_FEATURES = (
+    "needs keys that lie feature by feature on CUDA, as a view of [B, H_kv, D, n]; others are read in full, and "
+    "rounding the query would save nothing"
+)
 MAX_DRAWS = 1 << 16
 MIN_KEY_BYTES = 32 << 20  # on CUDA, for 8 query rows per KV head at most: see loses()
-_THRESHOLDS, _LOW_BITS, _ROUNDING = 1 << 30, (1 << 30) + 1, (1 << 30) + 2  # bucket words of the random counter
+_THRESHOLDS, _LOW_BITS = 1 << 30, (1 << 30) + 1  # bucket words of the random counter
 
 # ---------------------------------------------------------------------------------------------------------------
 # Sampling on the grid
@@ -201,20 +207,6 @@ def probabilities(
     return scores.double().softmax(-1).nan_to_num(0.0), lse.flatten(1, 2)
 
 
-def round_query(query: torch.Tensor, levels: int, seed: torch.Tensor, layer: int, step: torch.Tensor) -> torch.Tensor:
-    """Bernoulli score sampling: ``query`` ``[B, H, Lq, D]`` rounded at random to ``levels`` steps of its largest entry.
-
-    An unbiased ``q``, so unbiased scores; products with keys become additions. ``step`` int64 ``[B, Lq]``.
-    """
-    q = query.double()
-    unit = q.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny) / levels
-    sequence = sequence_counter(*query.shape[:2], query.device)[..., None, None]
-    place = torch.arange(query.shape[-1], device=query.device)
-    u = philox_uniform(seed, layer, place, _ROUNDING, step[:, None, :, None], sequence).double() + 2.0**-25
-    ratio = (q / unit).abs()
-    return (q.sign() * unit * (ratio.floor() + (u < ratio.frac()))).to(query.dtype)
-
-
 def sample_weights(
     p: torch.Tensor,
     draws: torch.Tensor,
@@ -264,9 +256,8 @@ def santa_reference(
     B, Lq = query.shape[0], query.shape[2]
     visible = visible_keys(B, Lq, key.shape[2], padding, lengths, query.device)
     step = visible.sum(-1)
-    if bernoulli:
-        query = round_query(query, bernoulli, seed, layer, step)
-    weights, lse = probabilities(query, key, visible, scale)
+    rounded = round_query(query, bernoulli, seed, layer, step) if bernoulli else query
+    weights, lse = probabilities(rounded, key, visible, scale)
     if draws is not None:
         weights = sample_weights(weights, draws, step, seed, layer, sampler, shared)
     v = value.to(lse.dtype).masked_fill(~visible.any(1)[:, None, :, None], 0)
@@ -369,25 +360,29 @@ def _body(query, key, value, padding, seed, scale, layer, lengths=None, **option
     if lengths is not None and (lengths.shape != (B,) or lengths.dtype != torch.int64):
         raise ValueError(f"lengths: {lengths.dtype} of shape {tuple(lengths.shape)}; must be torch.int64 {(B,)}")
     S = _resolve(H=H, Lk=Lk, layer=layer, **{x: options[x] for x in ("draws", "layers", "fraction")})
-    sampler, shared = options["sampler"], options["shared"]
+    sampler, shared, levels = options["sampler"], options["shared"], options.get("bernoulli", 0)
     _check_sampler(sampler, shared)
+    check_levels(levels)
     whole = Lk < options["min_length"] or Lk <= min(S)
     if query.is_cuda and options["min_length"] < 0:
         key_bytes = key.numel() * key.element_size()
         whole = whole or loses(B, H, key.shape[1], Lq, Lk, key_bytes, max(S)) is not None
     chosen = None if whole else S
+    rounding = 0 if whole else levels
     if query.is_cuda:
         if not shared:
             raise ValueError("shared=False: must be True on CUDA; the kernels draw rows for all heads of a KV head")
-        D, plain = query.shape[-1], Lq == 1 and padding is None and lengths is None
+        if levels and not feature_major(key):
+            raise ValueError(f"bernoulli={levels}: {_NEEDS_FEATURES}")
+        D, plain = query.shape[-1], Lq == 1 and padding is None and lengths is None and not feature_major(key)
         if whole and plain and D == value.shape[-1] and cudnn_takes(query.device, query.dtype, D):
             return exact_attention(query, key, value, scale, causal=False)
         per = strata_per_offset(sampler)
-        return santa_triton(query, key, value, chosen, scale, seed, layer, per=per, padding=padding, lengths=lengths)
+        more = dict(padding=padding, lengths=lengths, bernoulli=rounding)
+        return santa_triton(query, key, value, chosen, scale, seed, layer, per=per, **more)
     chosen = None if chosen is None else torch.tensor(chosen)
-    out, lse = santa_reference(
-        query, key, value, chosen, scale, seed, layer, sampler=sampler, shared=shared, padding=padding, lengths=lengths
-    )
+    more = dict(sampler=sampler, shared=shared, padding=padding, lengths=lengths, bernoulli=rounding)
+    out, lse = santa_reference(query, key, value, chosen, scale, seed, layer, **more)
     return out.contiguous(), lse.contiguous()
 
 
@@ -420,7 +415,8 @@ def _no_gradient(ctx, *grads):
 OP = define_op(
     "santa",
     "(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor seed, float scale, int layer, "
-    "Tensor? lengths=None, *, int[] draws, int[] layers, float fraction, str sampler, bool shared, int min_length) "
+    "Tensor? lengths=None, *, int[] draws, int[] layers, float fraction, str sampler, bool shared, int min_length, "
+    "int bernoulli=0) "
     "-> (Tensor, Tensor)",
     _body,
     attention_fake,
@@ -489,6 +485,8 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
 def _refuse_cuda(spec: AttentionSpec, params: Mapping[str, Any]) -> str | None:
     if not params["shared"]:
         return "there is no CUDA kernel for shared=False"
+    if params["bernoulli"] and not spec.feature_major:
+        return f"bernoulli={params['bernoulli']} {_NEEDS_FEATURES}"
     if spec.H // spec.H_kv * spec.Lq > MAX_ROWS:
         return f"{spec.H // spec.H_kv} heads per key head times {spec.Lq} queries are more than {MAX_ROWS} rows"
     return None
@@ -506,6 +504,7 @@ def _loses(spec: AttentionSpec, policy: Policy) -> str | None:
 def _params(spec: AttentionSpec | None, policy: Policy) -> dict[str, Any]:
     own = METHOD.own_options(policy)
     _check_sampler(own["sampler"], own["shared"])
+    check_levels(own["bernoulli"])
     draws, layers = _draws_of(policy, own["draws"])
     return {
         "draws": draws,
@@ -513,6 +512,7 @@ def _params(spec: AttentionSpec | None, policy: Policy) -> dict[str, Any]:
         "fraction": policy.budget if isinstance(policy.budget, float) else 0.0,
         "sampler": own["sampler"],
         "shared": own["shared"],
+        "bernoulli": own["bernoulli"],
         "min_length": -1 if policy.min_length is None else policy.min_length,
     }
 
@@ -526,7 +526,8 @@ def _rows(params: Mapping[str, Any], Lk: int) -> int:
 def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     """s is the mean of the draws per head. Value rows are counted as if no row were drawn twice, which is the most
     that is read, and what flat attention over many more than s keys does read. The stash is written and read once;
-    statistics and partial results, about a hundredth of the keys, are not counted. Steps are the draws that one program
+    statistics and partial results, about a hundredth of the keys, are not counted. Keys are counted in full, with
+    ``bernoulli`` too: what it leaves unread depends on the query. Steps are the draws that one program
     makes, which wait for each other's rows; on average over chunks of keys."""
     draws = sympy.Min(c.s, c.Lk)
     heads = c.B * c.H * c.Lq
@@ -552,6 +553,6 @@ METHOD = register(
         cost=_cost,
         rows=_rows,
         decodes=True,
-        options={"draws": None, "sampler": "sys", "shared": True},
+        options={"draws": None, "sampler": "sys", "shared": True, "bernoulli": 0},
     )
 )

@@ -28,9 +28,10 @@ import math
 import numpy as np
 import torch
 
-from express_compile.spec import floor_power_of_two
+from express_compile.spec import feature_major, floor_power_of_two
 
 from ._triton import FLOAT32_DOT, constant, draw_uniform, jit, launch, next_power_of_two, require_triton, tl
+from .bernoulli import round_query_triton
 from .segments import _describe
 
 MAX_ROWS = 256  # query heads of a KV head times queries
@@ -51,9 +52,9 @@ def grid_bits(draws: int) -> int:
 
 @jit(general="KVH G n T chunk span E counts")
 def _score_kernel(
-    d_k, p_q, p_u, p_most, p_entry, p_count, p_lengths, p_padding, KVH, G, n, T, chunk, span, E, counts,
-    scale_log2, stride_qb, stride_qh, stride_qn, stride_pb, LQ: tl.constexpr, R: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    d_k, p_q, p_unit, p_u, p_most, p_entry, p_count, p_lengths, p_padding, KVH, G, n, T, chunk, span, E, counts,
+    scale_log2, stride_qb, stride_qh, stride_qn, stride_pb, stride_kb, stride_kh, stride_kd, LQ: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     i_chunk, i_seq = tl.program_id(0), tl.program_id(1)
     i_b, i_kv = i_seq // KVH, i_seq % KVH
@@ -67,14 +68,24 @@ def _score_kernel(
     if p_lengths is not None:
         end = tl.load(p_lengths + i_b).to(tl.int32)
     b_end = end - LQ + 1 + o_m % LQ
+    if p_unit is not None:  # of the rounded query, which is integers
+        scale_log2 *= tl.load(p_unit + i_seq.to(tl.int64) * R + o_m, mask=m_m, other=0.0)[:, None]
+    if AT_ONCE > 0:  # d_k is the keys themselves: features that no query needs are not read
+        m_d = tl.sum((b_q != 0).to(tl.int32), 0) > 0
+        p_k = d_k + i_b.to(tl.int64) * stride_kb + i_kv.to(tl.int64) * stride_kh + o_d.to(tl.int64) * stride_kd
+        in_rows = tl.cdiv(n, AT_ONCE) * AT_ONCE  # whole groups of AT_ONCE keys, which are loaded at once
     p_most += i_seq.to(tl.int64) * R * T
     p_entry += i_seq.to(tl.int64) * 2 * R * E
     for i in range(i_chunk, counts, tl.num_programs(0)):
         tl.store(p_count + i_seq * counts + i, 0)
     b_top, b_all = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)  # of the tiles of an entry
     for t in range(i_chunk * chunk, tl.minimum(i_chunk * chunk + chunk, T)):
-        b_k = d_k.load([i_b, i_kv, t * BN, 0]).reshape(BN, BD)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT) * scale_log2  # [BM, BN]
+        if AT_ONCE > 0:
+            m_k = m_d[:, None] & (t * BN + o_n < in_rows)[None, :]
+            b_k = tl.load(p_k[:, None] + (t * BN + o_n)[None, :], mask=m_k, other=0.0)  # [BD, BN]
+        else:
+            b_k = tl.trans(d_k.load([i_b, i_kv, t * BN, 0]).reshape(BN, BD))
+        b_s = tl.dot(b_q, b_k, input_precision=FLOAT32_DOT) * scale_log2  # [BM, BN]
         m_s = (t * BN + o_n)[None, :] < b_end[:, None]
         if p_padding is not None:
             b_real = tl.load(p_padding + i_b.to(tl.int64) * stride_pb + t * BN + o_n, mask=t * BN + o_n < n, other=0)
@@ -236,6 +247,15 @@ def _draw_kernel(
             tl.store(p_out + i_seq.to(tl.int64) * (R * DV) + o_x, b_sum.to(p_out.dtype.element_ty), mask=m_x)
 
 
+def _keys_at_once(key: torch.Tensor) -> int:
+    """How many keys of a feature the scores may load at once: 16 bytes if aligned; 0 if they lie token by token."""
+    if not feature_major(key):
+        return 0
+    width = 16 // key.element_size()
+    strides = *key.stride()[:2], key.stride(3)
+    return 1 if key.data_ptr() % 16 or any(stride % width for stride in strides) else width
+
+
 @functools.lru_cache(maxsize=256)
 def _draws_on(draws: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return constant(np.array(draws, np.float32), device)
@@ -259,9 +279,12 @@ def santa_triton(
     padding: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     offset: torch.Tensor | None = None,
+    bernoulli: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`.santa.santa_reference` with ``shared=True``; ``draws`` lists S of every query head, None is exact.
 
+    Keys that lie feature by feature are read as they are, and of them only the features that the query needs; the
+    fastest where their strides are multiples of 16 bytes.
     ``per`` strata share an offset, 0 all of them. ``offset`` int32 ``[B, H_kv]`` in units of ``2**-F`` takes the
     place of the random one of ``per=0``, for tests. Raises ``ValueError`` for more than 256 rows per KV head.
     """
@@ -295,6 +318,11 @@ def santa_triton(
         padding = padding.contiguous().view(torch.uint8)
     else:
         step = _step_on(n, B, device) if lengths is None else lengths
+    unit = None
+    if bernoulli:
+        q, unit = round_query_triton(query, n, bernoulli, seed, layer, step, padding, lengths)
+    at_once = _keys_at_once(key)
+    keys = key if at_once else _describe(key, tile, BD)
     stash = torch.float32 if q.dtype == torch.float32 else torch.float16
     u = torch.empty(sequences, T, R, tile, dtype=stash, device=device)
     # of every tile maxima, later factors; of every entry maxima and sums; and of every program its part of the result
@@ -311,10 +339,10 @@ def santa_triton(
     BR = next_power_of_two(R)
     stages = (2 if score_chunk <= 4 else 3) if row_bytes <= 256 else 2 if q.element_size() == 2 else 1
     launch(_score_kernel, (-(-T // score_chunk), sequences),
-        _describe(key, tile, BD), q, u, most, entry, count, lengths, padding, KVH, H // KVH, n, T, score_chunk, span,
+        keys, q, unit, u, most, entry, count, lengths, padding, KVH, H // KVH, n, T, score_chunk, span,
         entries, counts, scale * 1.4426950408889634, *q.stride()[:3], 0 if padding is None else padding.stride(0),
-        LQ=Lq, R=R, D=D, BD=BD, BM=BM, BN=tile,
-        num_warps=4, num_stages=stages,
+        *key.stride()[:2], key.stride(3), LQ=Lq, R=R, D=D, BD=BD, BM=BM, BN=tile, AT_ONCE=at_once,
+        num_warps=8 if at_once in (1, 4) else 4, num_stages=stages,  # such loads take more registers
     )  # fmt: skip
     launch(_draw_kernel, (programs, sequences),
         v, u, most, entry, count, counted, seed, step, offset, rows, weights, part, out, lse,

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from ..spec import AttentionSpec, Mask, known_equal
+from ..spec import AttentionSpec, Mask, feature_major, known_equal
 from . import softmax
 from .buffers import Buffers
 from .cut import cut_products
@@ -224,7 +224,8 @@ def _specify(
     dropout_p = _constant(args.get("dropout_p", 0.0), "dropout_p")
     sizes = (*map(number, shapes[0][:3]), number(shapes[1][2]))
     mask, padding = _mask(scope, node, args, sizes)
-    return make_spec(node.meta["example_value"], *shapes, scale=scale * factor, mask=mask, dropout_p=dropout_p), padding
+    facts = dict(mask=mask, dropout_p=dropout_p, feature_major=feature_major(key.meta["example_value"]))
+    return make_spec(node.meta["example_value"], *shapes, scale=scale * factor, **facts), padding
 
 
 def _constant(arg: Any, name: str) -> float | None:

@@ -83,12 +83,17 @@ class Operand:
     @property
     def shape(self) -> torch.Size:
         """The shape of the result."""
+        return self.example.shape
+
+    @property
+    def example(self) -> torch.Tensor:
+        """The result without values."""
         x = self.node.meta["example_value"]
         with x.fake_mode:
             for function, *rest in self.steps:
                 args, kwargs = torch.fx.node.map_arg(rest, lambda node: node.meta["example_value"])
                 x = function(x, *args, **kwargs)
-        return x.shape
+        return x
 
 
 @dataclass
@@ -195,6 +200,7 @@ def make_spec(
     scale: float,
     mask: Mask,
     dropout_p: float,
+    feature_major: bool,
 ) -> AttentionSpec:
     """The spec of a site with these shapes, whose result is like ``out``."""
     B, H, Lq, D = map(number, query)
@@ -211,4 +217,5 @@ def make_spec(
         scale=scale,
         mask=mask,
         dropout_p=dropout_p,
+        feature_major=feature_major,
     )

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from ..spec import AttentionSpec, Mask, known_equal
+from ..spec import AttentionSpec, Mask, feature_major, known_equal
 from .mask import MaskPart, Padding, prove_all, same_for_all_queries
 from .multihead import Emit, Refused, entered
 from .normalize import arithmetic_in_place, number, operation
@@ -213,7 +213,8 @@ def describe(scope: Scope, softmax: Node) -> dict[str, Any]:
         raise Refused(f"its scale {scores.factor:g} is not positive")
     sizes = (*map(number, shapes[0][:3]), number(shapes[1][2]))
     mask, padding = _prove(scope, scores, sizes, heads)
-    spec = make_spec(_example(out), *shapes, scale=scores.factor, mask=mask, dropout_p=dropout_p)
+    facts = dict(mask=mask, dropout_p=dropout_p, feature_major=feature_major(key.example))
+    spec = make_spec(_example(out), *shapes, scale=scores.factor, **facts)
     expand = partial(_write, query, key, value, scores, spec, heads, out, scope.contexts)
     return {"node": out, "spec": spec, "padding": padding, "expand": expand}
 
