@@ -28,6 +28,9 @@ class Method:
     cost(spec, params): what a call costs in the symbols of ``cost.py``, for the parameters that ``params`` gave.
         Of ``spec`` it reads the mask; sizes and the budget stay symbols. ``None``: not known.
     rows(params, Lk): what the symbol s of its cost stands for at ``Lk`` keys.
+    scores: what the op does to scores that other methods do not: ``"softcap"`` and ``"sinks"``, fields of
+        ``AttentionSpec``. A site that has one which is not named here is refused without asking ``refuse``; one with
+        sinks passes them as the argument ``sinks``.
     approximates(params, Lk): whether the op, given these parameters, only approximates the exact attention over ``Lk``
         keys, so that :func:`express_compile.watch` may compare the two call by call. ``None``: they must not be.
     """
@@ -42,6 +45,7 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     cost: Callable[[AttentionSpec, Mapping[str, Any]], Cost] | None = None
     rows: Callable[[Mapping[str, Any], int], int] = lambda params, Lk: Lk
+    scores: tuple[str, ...] = ()
     approximates: Callable[[Mapping[str, Any], int], bool] | None = None
 
     @property

@@ -77,11 +77,12 @@ class Mask:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What one attention site computes: ``softmax(scale * q k^T + mask) v``.
+    """What one attention site computes: ``softmax(cap(scale * q k^T) + mask) v``.
 
     Sizes are ints or ``torch.SymInt`` (dynamic shapes); layout is ``[B, H, L, D]`` as in
     ``scaled_dot_product_attention``. ``H_kv`` divides ``H`` (grouped-query attention).
-    ``device`` is a device type (``"cpu"``, ``"cuda"``).
+    ``device`` is a device type (``"cpu"``, ``"cuda"``). ``softcap`` is c of ``cap(s) = c * tanh(s / c)``, or None where
+    scores are not capped. ``sinks``: a logit per query head joins the softmax, with a value of zero.
     """
 
     B: Any
@@ -96,6 +97,8 @@ class AttentionSpec:
     scale: float
     mask: Mask = Mask()
     dropout_p: float = 0.0
+    softcap: float | None = None
+    sinks: bool = False
 
 
 @dataclass(frozen=True)
