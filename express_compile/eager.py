@@ -6,13 +6,15 @@ transformers lets a model choose its attention by name. For such models the name
 function *and* a mask function) is registered, and the attention modules of one model instance are pointed to it. What
 is proven about a mask travels with the mask itself (:class:`ProvenMask`), so models, threads and generate() calls
 cannot mix up each other's facts; a mask that arrives as anything else is a dense tensor. Of that only one thing is
-proven, by its shape: that it is a key padding, the same row for all queries. Everything else runs exactly.
+proven, by its shape: that it is a key padding, the same row for all queries. Of models that have eager attention only
+because sdpa knows no soft-caps and no sinks, the additive mask of a single query is read. Everything else runs exactly.
 
 Modules that write attention themselves are captured by Dynamo: ``capture.py``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -43,8 +45,6 @@ _MAX_PLANS = 1024
 # Arguments that change what attention computes and that the ops do not take. transformers' sdpa function ignores
 # some of them, which is one more reason not to rewrite such a site.
 _EXTRAS = {
-    "softcap": "a logit soft-cap",
-    "s_aux": "attention sinks",
     "sinks": "attention sinks",
     "position_bias": "a position bias",
     "cache": "a paged cache",
@@ -81,7 +81,7 @@ def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any
 
     policy = _checked_policy(policy, options)
     sites = _find_sites(model)
-    captured = capture.find_modules(model, [module for module, _ in sites.values()])
+    captured = capture.find_modules(model, [module for module, _, _ in sites.values()])
     if not sites and not captured:
         raise ValueError(_no_attention(model))
     if not captured:
@@ -92,8 +92,8 @@ def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any
         _register_interface()
         _point_configs(model, sites)
     plans = _Plans(policy)
-    for path, (module, exact) in sites.items():
-        setattr(module, _SITE, _Site(path, layer_key(path), exact, plans))
+    for path, (module, exact, plain) in sites.items():
+        setattr(module, _SITE, _Site(path, layer_key(path), exact, plans, plain))
     capture.install(model, captured, policy)
     return model
 
@@ -223,6 +223,7 @@ class _Site:
     """What an attention module needs to know; lives on the module, so copies of the model are independent.
 
     exact: the name of transformers' own attention that computes what is not rewritten, "sdpa" or "eager".
+    plain: whether the model says that its attention is all in the arguments: it also runs with flash attention.
     shadow: what samples its error while the model is watched; stays behind when the site is copied.
     """
 
@@ -230,6 +231,7 @@ class _Site:
     layer: int
     exact: str
     plans: _Plans = field(repr=False)
+    plain: bool = True
     shadow: Shadow | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -248,11 +250,11 @@ def rewritten_sites(model: nn.Module) -> dict[str, _Site]:
 # --------------------------------------------------------------------------------------------- finding the sites
 
 
-def _find_sites(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Module path -> (attention module, name of its exact attention)."""
+def _find_sites(model: nn.Module) -> dict[str, tuple[nn.Module, str, bool]]:
+    """Module path -> (attention module, name of its exact attention, whether arguments say all that it computes)."""
     if not can_import_transformers():
         return {}
-    sites: dict[str, tuple[nn.Module, str]] = {}
+    sites: dict[str, tuple[nn.Module, str, bool]] = {}
     for path, module, owner in _with_owners(model):
         function = calls_interface(type(module))
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
@@ -262,7 +264,7 @@ def _find_sites(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         if exact == "eager" and (_ORIGINALS not in module.__dict__ and implementation != "eager"):
             continue
         if not depends_on_name(type(module), exact):
-            sites[path] = (module, exact)
+            sites[path] = (module, exact, exact == "sdpa" or owner._supports_flash_attn)
     return sites
 
 
@@ -295,7 +297,7 @@ def _uses_standard_sdpa(function: Callable[..., Any]) -> bool:
     return interface is not None and interface.get("sdpa") is ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
-def _point_configs(model: nn.Module, sites: dict[str, tuple[nn.Module, str]]) -> None:
+def _point_configs(model: nn.Module, sites: dict[str, tuple[nn.Module, str, bool]]) -> None:
     """Give the model copies of its configurations that name our attention; keep the originals on each module."""
     from transformers import PreTrainedConfig
 
@@ -353,13 +355,13 @@ def _prove(
     unknown = None
     if given:
         unknown = f"the attention takes {', '.join(given)}, which no method computes"
-    elif site.exact == "eager":
-        unknown = "the model supports transformers' eager attention only"
+    elif (unknown := _unlike_sdpa(site, query, arguments)) is not None:
+        pass
     elif key.shape[:3] != value.shape[:3] or key.shape[0] != B or key.shape[3] != D or H % H_kv != 0:
         unknown = f"query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
     elif not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:
         unknown = "query, key and value differ in dtype or device"
-    elif window is not None and window < Lk:
+    elif window is not None and window < Lk and not _has_window(attention_mask, window):
         unknown = f"local attention over {window} keys"
     elif isinstance(attention_mask, ProvenMask):
         if attention_mask.shape[2:] != (Lq, Lk) or attention_mask.shape[0] != B:
@@ -372,13 +374,51 @@ def _prove(
         if Lq == 1:
             return Mask(causal=True, offset=Lk - 1), None, Lk
         return Mask(causal=True), None, min(Lk, Lq)  # sdpa's is_causal is aligned top-left
-    elif (row := _key_padding(attention_mask, (B, H, Lq, Lk))) is not None and (Lq == 1 or not causal):
+    elif (row := _key_padding(_read(site, attention_mask), (B, H, Lq, Lk))) is not None and (Lq == 1 or not causal):
         return Mask(causal=causal, offset=Lk - 1 if causal else 0, padding=True), row, Lk
     else:
         kind = "a dense mask" if attention_mask.dtype == torch.bool else "an additive mask, such as a position bias,"
         built = f"{kind} that the model or the caller built"
         unknown = getattr(attention_mask, "_express_compile_reason", built)
     return Mask(unknown=unknown), None, Lk
+
+
+def _unlike_sdpa(site: _Site, query: torch.Tensor, arguments: dict[str, Any]) -> str | None:
+    """Why a call is not sdpa's attention, with a soft-cap and sinks as its arguments say; None where it is."""
+    H, Lq = query.shape[1:3]
+    softcap, sinks = arguments.get("softcap"), arguments.get("s_aux")
+    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):
+        return f"it has a logit soft-cap of {softcap!r}, which is no positive number"
+    if sinks is not None and (sinks.shape != (H,) or not sinks.is_floating_point() or sinks.device != query.device):
+        return f"its attention sinks are {sinks.dtype} of shape {tuple(sinks.shape)}, not a logit for each of {H} heads"
+    if site.exact == "sdpa":
+        return None
+    only = "the model supports transformers' eager attention only"
+    if not site.plain or (softcap is None and sinks is None):
+        return only
+    return None if Lq == 1 else f"{only}, and the mask is that of {Lq} queries; those of one are read"
+
+
+def _has_window(mask: torch.Tensor | None, window: int) -> bool:
+    """Whether a mask says by itself what a window hides: it is proven, or it is all that hides keys from one query."""
+    return mask.proven.window == window if isinstance(mask, ProvenMask) else mask is not None and mask.shape[-2] == 1
+
+
+def _read(site: _Site, mask: torch.Tensor) -> torch.Tensor:
+    """The additive mask of one query in eager attention as a boolean one, if it has 0 for some keys of every sequence
+    and hides all others; any other mask as it is. This is one bit to read back, once for all layers."""
+    if site.exact != "eager" or mask.dtype == torch.bool or mask.dim() != 4 or mask.shape[2] != 1:
+        return mask
+    version = None if mask.is_inference() else mask._version
+    known = getattr(mask, "_express_compile_read", None)
+    if known is not None and version is not None and known[0] == version:
+        return known[1]
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return mask
+    shown = mask == 0
+    proven = (shown | (mask <= torch.finfo(mask.dtype).min)).all() & shown.any(-1).all()
+    mask._express_compile_read = version, shown if bool(proven) else mask
+    return mask._express_compile_read[1]
 
 
 def _gradient(module: nn.Module, *inputs: torch.Tensor) -> str | None:
@@ -453,6 +493,8 @@ def _attend(
         scale=float(query.shape[3] ** -0.5 if scale is None else scale),
         mask=mask,
         dropout_p=float(arguments.get("dropout") or 0.0),
+        softcap=arguments.get("softcap"),
+        sinks=arguments.get("s_aux") is not None,
     )
     plan = site.plans(site.path, spec, _gradient(module, query, key, value))
     shadow = None if module.training else site.shadow
@@ -466,8 +508,11 @@ def _attend(
     if plan.verdict != "rewritten":
         return _exact(module, site, query, key, value, attention_mask, arguments)
     seed = _seed(site.plans.policy.seed, query.device)
+    if spec.Lq == 1 and (arguments.get("sliding_window") or math.inf) <= visible:
+        seed = seed + _position(arguments)  # a window that is full has as many keys at every step
     key, value = key[:, :, :visible], value[:, :, :visible]
-    out, _ = METHODS[plan.method].op(query, key, value, padding, seed, spec.scale, site.layer, **plan.params)
+    sinks = {"sinks": arguments["s_aux"]} if spec.sinks else {}
+    out, _ = METHODS[plan.method].op(query, key, value, padding, seed, spec.scale, site.layer, **plan.params, **sinks)
     if shadow is not None:
         shadow.sample(plan, spec, query, key, value, padding, out)
     return out.transpose(1, 2).contiguous(), None
@@ -517,6 +562,12 @@ def _additive(
         return attention_mask
     zero = torch.zeros((), dtype=query.dtype, device=query.device)
     return torch.where(attention_mask, zero, torch.finfo(query.dtype).min)
+
+
+def _position(arguments: dict[str, Any]) -> torch.Tensor | int:
+    """That of the last token, where the model passes it on."""
+    positions = arguments.get("position_ids")
+    return positions.flatten()[-1] if isinstance(positions, torch.Tensor) else 0
 
 
 def _seed(seed: int | None, device: torch.device) -> torch.Tensor:

@@ -100,6 +100,12 @@ class AttentionSpec:
     softcap: float | None = None
     sinks: bool = False
 
+    @property
+    def forms(self) -> dict[str, str]:
+        """What is done to the scores besides the mask, in words: of ``"softcap"`` and ``"sinks"`` what the site has."""
+        capped = {} if self.softcap is None else {"softcap": f"a logit soft-cap of {self.softcap:g}"}
+        return {**capped, **({"sinks": "attention sinks"} if self.sinks else {})}
+
 
 @dataclass(frozen=True)
 class Refusal:

@@ -35,8 +35,8 @@ a CUDA graph over a static cache, where the number of keys is counted in ``paddi
 stays the same from call to call (cross attention, a cache that evicts), the caller advances ``seed`` itself.
 
 Supports 1 to 16 queries, causal and aligned bottom-right (a single query may also have no mask), grouped queries,
-Dv != D, key padding, per-sequence lengths, sliding windows (of places in the cache, padded ones too), a soft-cap, sinks;
-a query that sees no key gives 0. Keys and values before a window are not read. At most as many keys in reach as draws:
+Dv != D, key padding, per-sequence lengths, windows (of places in the cache, padded ones too), a soft-cap, sinks; a
+query that sees no key gives 0. Keys and values before a window are not read. At most as many keys in reach as draws:
 exact.
 On CUDA exact too, at run time, where that was measured to be as fast (:func:`loses`), unless ``min_length`` is given.
 ``budget`` is S, draws per query head, a float a fraction of the keys; the option ``draws`` sets it per head and per
@@ -610,7 +610,7 @@ METHOD = register(
         supports="1 to 16 queries over a cache, GQA, Dv != D, key padding, sliding windows, soft-caps, sinks, budgets "
         "per head and layer",
         refuses="prefill, packed sequences, biases, dropout, gradients",
-        scores=("softcap", "sinks"),
+        forms=("softcap", "sinks"),
         refuse=_refuse,
         params=_params,
         loses=_loses,

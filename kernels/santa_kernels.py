@@ -3,8 +3,9 @@
 The definition of correct is :func:`.santa.santa_reference` with ``shared=True``: all query heads and queries of a KV
 head read the same rows. Here the rows of a comb come in *tiles*:
 
-* :func:`_score_kernel` streams the keys once, from the window on. Of every tile it leaves ``u = exp(score - max)`` in float16 (the
-  *stash*, which stays in L2), the maximum and the sum of the rounded u, so that probabilities add up to 1.
+* :func:`_score_kernel` streams the keys once, from the window on. Of every tile it leaves
+  ``u = exp(score - max)`` in float16 (the *stash*, which stays in L2), the maximum and the sum of the rounded u, so
+  that probabilities, and that of the sink, add up to 1.
   Maxima and sums of a few tiles at a time, an *entry*, are left together.
 * :func:`_draw_kernel` takes a chunk of tiles. From the entries every program finds the factor that makes u a
   probability, and where its chunk starts on the comb. An integer scan says which rows are hit; they are listed side by
@@ -130,11 +131,11 @@ def _sum_parts(p_part, o_x, m_x, count, stride, BX: tl.constexpr, BP: tl.constex
 
 @jit(general="KVH G T E span programs layer")
 def _draw_kernel(
-    p_v, p_u, p_most, p_entry, p_count, p_draws, p_seed, p_step, p_offset, p_lengths, p_sinks, p_rows, p_weights, p_part,
-    p_out, p_lse, layer, KVH, G, T, E, span, programs, window, stride_vb, stride_vh, stride_vn, LQ: tl.constexpr,
-    R: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, ALL: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
-    BR: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr,
-    BS: tl.constexpr,
+    p_v, p_u, p_most, p_entry, p_count, p_draws, p_seed, p_step, p_offset, p_lengths, p_sinks, p_rows, p_weights,
+    p_part, p_out, p_lse, layer, KVH, G, T, E, span, programs, window, stride_vb, stride_vh, stride_vn,
+    LQ: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, ALL: tl.constexpr, DV: tl.constexpr,
+    BDV: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    BG: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     i_chunk, i_seq = tl.program_id(0), tl.program_id(1)
     i_b, i_kv = i_seq // KVH, i_seq % KVH
