@@ -351,12 +351,15 @@ def _prove(
     causal = arguments.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     window = arguments.get("sliding_window")
+    unlike = _unlike_sdpa(site, query, arguments)
+    if site.exact == "eager" and unlike is None:
+        attention_mask = _read(attention_mask)
     given = [f"{what} ({name})" for name, what in _EXTRAS.items() if arguments.get(name) is not None]
     unknown = None
     if given:
         unknown = f"the attention takes {', '.join(given)}, which no method computes"
-    elif (unknown := _unlike_sdpa(site, query, arguments)) is not None:
-        pass
+    elif unlike is not None:
+        unknown = unlike
     elif key.shape[:3] != value.shape[:3] or key.shape[0] != B or key.shape[3] != D or H % H_kv != 0:
         unknown = f"query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
     elif not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:
@@ -374,7 +377,7 @@ def _prove(
         if Lq == 1:
             return Mask(causal=True, offset=Lk - 1), None, Lk
         return Mask(causal=True), None, min(Lk, Lq)  # sdpa's is_causal is aligned top-left
-    elif (row := _key_padding(_read(site, attention_mask), (B, H, Lq, Lk))) is not None and (Lq == 1 or not causal):
+    elif (row := _key_padding(attention_mask, (B, H, Lq, Lk))) is not None and (Lq == 1 or not causal):
         return Mask(causal=causal, offset=Lk - 1 if causal else 0, padding=True), row, Lk
     else:
         kind = "a dense mask" if attention_mask.dtype == torch.bool else "an additive mask, such as a position bias,"
@@ -404,10 +407,11 @@ def _has_window(mask: torch.Tensor | None, window: int) -> bool:
     return mask.proven.window == window if isinstance(mask, ProvenMask) else mask is not None and mask.shape[-2] == 1
 
 
-def _read(site: _Site, mask: torch.Tensor) -> torch.Tensor:
-    """The additive mask of one query in eager attention as a boolean one, if it has 0 for some keys of every sequence
-    and hides all others; any other mask as it is. This is one bit to read back, once for all layers."""
-    if site.exact != "eager" or mask.dtype == torch.bool or mask.dim() != 4 or mask.shape[2] != 1:
+def _read(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The additive mask of one query in eager attention as a boolean one, or None where it hides nothing, if it has 0
+    for some keys of every sequence and hides all others; any other mask as it is. Two bits are read back, once for all
+    layers."""
+    if mask is None or mask.dtype == torch.bool or mask.dim() != 4 or mask.shape[2] != 1:
         return mask
     version = None if mask.is_inference() else mask._version
     known = getattr(mask, "_express_compile_read", None)
@@ -417,7 +421,8 @@ def _read(site: _Site, mask: torch.Tensor) -> torch.Tensor:
         return mask
     shown = mask == 0
     proven = (shown | (mask <= torch.finfo(mask.dtype).min)).all() & shown.any(-1).all()
-    mask._express_compile_read = version, shown if bool(proven) else mask
+    proven, whole = torch.stack([proven, shown.all()]).tolist()
+    mask._express_compile_read = version, None if whole else shown if proven else mask
     return mask._express_compile_read[1]
 
 
