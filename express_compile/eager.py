@@ -404,7 +404,9 @@ def _unlike_sdpa(site: _Site, query: torch.Tensor, arguments: dict[str, Any]) ->
 
 def _has_window(mask: torch.Tensor | None, window: int) -> bool:
     """Whether a mask says by itself what a window hides: it is proven, or it is all that hides keys from one query."""
-    return mask.proven.window == window if isinstance(mask, ProvenMask) else mask is not None and mask.shape[-2] == 1
+    if isinstance(mask, ProvenMask):
+        return mask.proven.window == window
+    return mask is not None and mask.dim() == 4 and mask.shape[2] == 1
 
 
 def _read(mask: torch.Tensor | None) -> torch.Tensor | None:
