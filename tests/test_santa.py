@@ -982,7 +982,7 @@ DECODERS = {
 
 
 @pytest.mark.parametrize("make", DECODERS, ids=lambda make: make.__name__)
-@pytest.mark.parametrize("padded, evicting", [(False, True), (True, False), (False, False)])
+@pytest.mark.parametrize("padded, evicting", [(False, True), (True, False)])
 def test_generate_with_windows_soft_caps_and_sinks(make, padded, evicting):
     """As many draws as keys: the logits of exact decoding. Few draws: others. Prefill is exact always."""
     torch.manual_seed(0)
@@ -993,14 +993,15 @@ def test_generate_with_windows_soft_caps_and_sinks(make, padded, evicting):
 
     def run():
         cache = {} if evicting else {"past_key_values": transformers.DynamicCache()}
-        more = dict(max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        more = dict(max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True)
         return torch.stack(model.generate(ids, attention_mask=mask, **cache, **more).logits)
 
     expected = run()
     rewrite_attention(model, methods=["santa"], budget=512)
     with record_sites() as sites:
         torch.testing.assert_close(run(), expected, rtol=1e-5, atol=1e-5)
-    assert [site.method for site in sites] == ["exact"] * 2 + ["santa"] * 6
+    assert [site.method for site in sites] == ["exact"] * 2 + ["santa"] * 4
+    assert sites[2].spec.Lk == (12 if evicting else 41)
     masks, forms = DECODERS[make]
     assert all(site.spec.forms == forms for site in sites)
     if not evicting:
@@ -1018,11 +1019,10 @@ def test_generate_with_windows_soft_caps_and_sinks(make, padded, evicting):
     assert torch.equal(run(), expected) and restore_attention(model) is model
 
 
-@pytest.mark.parametrize("make", [mistral, gemma3], ids=lambda make: make.__name__)
-def test_several_queries_in_a_window(make):
+def test_several_queries_in_a_window():
     """Speculative decoding: three tokens at once, over an evicting cache too."""
     torch.manual_seed(0)
-    model = make().eval()
+    model = mistral().eval()
     ids = torch.randint(1, 97, (2, 43), generator=torch.Generator().manual_seed(1))
 
     @torch.no_grad()
@@ -1035,13 +1035,10 @@ def test_several_queries_in_a_window(make):
             out = model(ids[:, 40:], past_key_values=past).logits
         return out, [(site.method, site.mask) for site in sites]
 
-    for cache, mask in (
-        ({}, "causal, offset 40, window 12"),
-        ({"config": model.config}, "causal, offset 11, window 12"),
-    ):
+    for cache, offset in (({}, 40), ({"config": model.config}, 11)):
         expected, _ = run(None, **cache)
         out, sites = run(64, **cache)
-        assert sites == [("santa", mask)] * 2
+        assert sites == [("santa", f"causal, offset {offset}, window 12")] * 2
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
         assert (run(4, **cache)[0] - expected).abs().max() > 1e-3
         restore_attention(model)
@@ -1078,7 +1075,12 @@ def test_additive_masks_of_eager_attention_are_read():
         assert ("causal, offset 8, key padding" if method == "santa" else "additive mask") in sites[0][1]
     mask = base.clone()
     rewrite_attention(model, methods=["santa"], budget=64)
-    handle = model.model.layers[1].register_forward_pre_hook(lambda module, args: mask.copy_(biased) and None)
+
+    def change(module, args):
+        if args[0].shape[1] == 1:
+            mask.copy_(biased)
+
+    handle = model.model.layers[1].register_forward_pre_hook(change)
     assert [x for x, _ in step(mask)[1]] == ["santa", "exact"]
     handle.remove()
 
