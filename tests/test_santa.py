@@ -1116,6 +1116,29 @@ class Decoder(torch.nn.Module):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
+class Windowed(torch.nn.Module):
+    """Two tokens over a cache, each of which sees 50 keys."""
+
+    def forward(self, q, k, v):
+        own = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
+        place = torch.arange(k.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, (place <= own) & (place > own - 50), enable_gqa=True)
+
+
+def test_compiled_window():
+    q, k, v = tokens(2, 300, 2, 4, 2, D=8, dtype=torch.float32)
+    options = {"methods": ["santa"], "seed": 9}
+    report = explain(Windowed(), q, k, v, **options, budget=16)
+    assert [(site.method, site.mask) for site in report.sites] == [("santa", "causal, offset 298, window 50")]
+    drawn, whole = (
+        torch.compile(Windowed(), backend="express", options={**options, "budget": s})(q, k, v) for s in (16, 51)
+    )
+    torch.testing.assert_close(whole, Windowed()(q, k, v), rtol=1e-4, atol=1e-5)
+    expected = op(q, k, v, seed=torch.tensor(9), scale=8**-0.5, layer=layer_key(""), draws=[16], window=50)[0]
+    torch.testing.assert_close(drawn, expected)
+    assert (drawn - whole).abs().max() > 0.01
+
+
 def test_compiled_step():
     q, k, v = tokens(1, 300, 2, 4, 2, D=8, dtype=torch.float32)
     report = explain(Decoder(), q, k, v, methods=["santa"], budget=64)
