@@ -60,7 +60,7 @@ FORMS = {
 
 
 def on_gpu(forms, H, dtype=torch.float32):
-    sinks = torch.linspace(3, 6, H, device="cuda").to(dtype) if "sinks" in forms else None
+    sinks = torch.linspace(9, 11, H, device="cuda").to(dtype) if "sinks" in forms else None
     return {**forms, "sinks": sinks}
 
 
@@ -114,7 +114,8 @@ def test_draws_are_those_of_the_reference(sampler, n, Lq, H, H_kv, masked):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("Lq, ragged", [(1, False), (1, True), (4, True)])
 def test_windows_soft_caps_and_sinks_over_all_rows(poison, dtype, form, Lq, ragged):
-    """Errors like those of float32 or half-precision attention without them; each one matters."""
+    """Errors like those without them, and 1e-5: a division and a fast exponential, each to 2**-22, take part in a score
+    of up to 2 cap. Each form matters."""
     n, H = 5000, 8
     q, k, v = tensors(n, Lq, 3, H, dtype=dtype)
     forms = on_gpu(FORMS[form], H, torch.float32 if dtype == torch.float32 else torch.bfloat16)
@@ -126,23 +127,22 @@ def test_windows_soft_caps_and_sinks_over_all_rows(poison, dtype, form, Lq, ragg
     out, lse = whole(q, k, v, **masks, **forms)
     truth, expected = written_out(q, k, v, **masks, **forms)
     plain, _ = whole(q, k, v, **masks)
-    assert relative(out, truth) <= 2 * relative(plain, written_out(q, k, v, **masks)[0]) + 1e-6
+    assert relative(out, truth) <= 2 * relative(plain, written_out(q, k, v, **masks)[0]) + 1e-5
     torch.testing.assert_close(lse.double(), expected, rtol=1e-3, atol=1e-3)
-    for left_out in forms:
-        if forms[left_out] is not None:
-            assert (
-                relative(whole(q, k, v, **masks, **{**forms, left_out: None if left_out == "sinks" else 0})[0], truth)
-                > 0.02
-            )
+    for name, form in forms.items():
+        if form is not None:
+            less = {**forms, name: None if name == "sinks" else 0}
+            assert relative(whole(q, k, v, **masks, **less)[0], truth) > 0.02
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("Lq, lengths", [(1, None), (5, None), (1, [2000, 1777]), (5, [2000, 1777])])
+@pytest.mark.parametrize("Lq, lengths", [(1, None), (5, None), (1, [1000, 777]), (5, [1000, 777])])
 def test_draws_of_windows_soft_caps_and_sinks_are_those_of_the_reference(form, Lq, lengths):
     """One chunk of keys, as above."""
-    q, k, v = tensors(2000, Lq, 2, 8, 2, dtype=torch.float32)
+    q, k, v = tensors(1000, Lq, 2, 8, 2, dtype=torch.float32)
     masks = {} if lengths is None else {"lengths": torch.tensor(lengths, device="cuda")}
     forms = {**masks, **on_gpu(FORMS[form], 8)}
+    forms |= {"window": 500} if "window" in forms else {}
     draws = torch.full((8,), 64, device="cuda")
     for sampler in ("sys", "strat"):
         out, lse = op(q, k, v, sampler=sampler, **{x: y for x, y in forms.items() if y is not None})
@@ -153,21 +153,20 @@ def test_draws_of_windows_soft_caps_and_sinks_are_those_of_the_reference(form, L
         torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("lengths", [None, [90_000]])
+@pytest.mark.parametrize("lengths", [None, [15_000]])
 def test_no_bias_with_a_window_a_soft_cap_and_sinks(lengths):
-    """As below, of 100,000 keys those in a window of 30,000."""
-    M, (q, k, v) = 256, tensors(100_000, H=4, H_kv=1)
-    forms = {**on_gpu(FORMS["all"], 4), "window": 30_000}
+    """As below, of 20,000 keys those in a window of 4,096, beside sinks of a third to two thirds of the mass."""
+    M, (q, k, v) = 256, tensors(20_000, H=4, H_kv=1)
+    forms = {**on_gpu(FORMS["all"], 4), "window": 4096}
     forms["lengths"] = None if lengths is None else torch.tensor(lengths, device="cuda")
     exact, _ = whole(q, k, v, **forms)
-    assert relative(exact, written_out(q, k, v, **forms)[0]) < 0.01
     mean, single = 0.0, 0.0
     for m in range(M):
         offset = torch.tensor([[int((m + 0.5) / M * 2**23)]], dtype=torch.int32, device="cuda")
         out, _ = K.santa_triton(q, k, v, [126] * 4, 64**-0.5, seed_of(0), 1, offset=offset, **forms)
         mean, single = mean + out.double() / M, single + relative(out, exact) / M
-    assert relative(mean, exact) < 0.06 * single
-    assert relative(mean, whole(q, k, v, **{**forms, "sinks": None})[0]) > 0.1 * single
+    assert relative(mean, exact) < 0.03 * single
+    assert relative(whole(q, k, v, **{**forms, "sinks": None})[0], exact) > 0.06 * single
 
 
 @pytest.mark.parametrize("n, part", [(4096, 0.02), (100_000, 0.06)])
@@ -230,7 +229,7 @@ def test_cuda_graph_over_a_static_cache():
 def test_cuda_graph_with_a_window_over_a_static_cache():
     """Lengths advance in place: the window moves with them, and every replay draws anew."""
     q, k, v = tensors(8192, B=2)
-    lengths, sinks = torch.tensor([6000, 3000], device="cuda"), torch.linspace(3, 6, 8, device="cuda")
+    lengths, sinks = torch.tensor([6000, 3000], device="cuda"), torch.linspace(6, 9, 8, device="cuda")
     forms = dict(lengths=lengths, sinks=sinks, window=1024, softcap=20.0)
     op(q, k, v, **forms)
     graph = torch.cuda.CUDAGraph()
@@ -245,31 +244,6 @@ def test_cuda_graph_with_a_window_over_a_static_cache():
     for i in range(3):
         for j in range(i):
             assert relative(errors[i], errors[j]) > 0.3
-
-
-def test_keys_before_a_window_take_no_time():
-    """131,072 keys of 8 KV heads, 268 MB: in a window of 4,096 less than a fifth of the time of all of them."""
-    q, k, v = tensors(131_072, H=32, H_kv=8, D=128)
-
-    def milliseconds(**forms):
-        for _ in range(3):
-            op(q, k, v, **forms)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            op(q, k, v, **forms)
-        times = []
-        for _ in range(20):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        return sorted(times)[10]
-
-    plain = milliseconds()
-    assert milliseconds(window=4096) < plain / 5
-    assert milliseconds(window=4096, lengths=torch.tensor([131_072], device="cuda")) < plain / 2
 
 
 def test_exact_attention_where_it_was_measured_to_be_as_fast():
