@@ -515,8 +515,8 @@ def _attend(
     if plan.verdict != "rewritten":
         return _exact(module, site, query, key, value, attention_mask, arguments)
     seed = _seed(site.plans.policy.seed, query.device)
-    if spec.Lq == 1 and (arguments.get("sliding_window") or math.inf) <= visible:
-        seed = seed + _position(arguments)  # a window that is full has as many keys at every step
+    if spec.Lq == 1 and mask.window is None and (arguments.get("sliding_window") or math.inf) <= visible:
+        seed = seed + _position(arguments)  # a cache that evicts has as many keys at every step
     key, value = key[:, :, :visible], value[:, :, :visible]
     sinks = {"sinks": arguments["s_aux"]} if spec.sinks else {}
     out, _ = METHODS[plan.method].op(query, key, value, padding, seed, spec.scale, site.layer, **plan.params, **sinks)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from express_compile.eager import record_sites, restore_attention, rewrite_attention
 from express_compile.kernels import santa as S
@@ -1017,6 +1018,24 @@ def test_generate_with_windows_soft_caps_and_sinks(make, padded, evicting):
     words = next(iter(forms.values()), None)
     assert words is None or {site.reason for site in sites} == {f"it has {words}, which express does not compute"}
     assert torch.equal(run(), expected) and restore_attention(model) is model
+
+
+def test_a_cache_that_evicts_draws_anew_at_every_step():
+    """It holds as many keys at every step, so the position of the token advances the seed."""
+    torch.manual_seed(0)
+    model = rewrite_attention(mistral().eval(), methods=["santa"], budget=4, seed=5)
+    seeds = []
+
+    class Seeds(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is METHODS["santa"].op:
+                seeds.append((args[1].shape[2], int(args[4])))
+            return function(*args, **(kwargs or {}))
+
+    ids = torch.randint(1, 97, (1, 8), generator=torch.Generator().manual_seed(1))
+    with Seeds():
+        model.generate(ids, max_new_tokens=7, do_sample=False)
+    assert seeds[2::2] == [(9, 5), (10, 5), (11, 5), (12, 5 + 11), (12, 5 + 12), (12, 5 + 13)]
 
 
 def test_several_queries_in_a_window():
