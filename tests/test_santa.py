@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from express_compile.eager import record_sites, restore_attention, rewrite_attention
 from express_compile.kernels import santa as S
+from express_compile.measure import calls_of
 from express_compile.method import METHODS
 from express_compile.passes.plan import plan
 from express_compile.report import explain
@@ -873,6 +874,16 @@ def test_where_exact_attention_is_as_fast_only_keys_in_the_window_count():
         windowed = replace(site, mask=Mask(causal=True, offset=65535, window=window))
         assert plan(windowed, Policy(methods=("santa",), budget=128)).verdict == verdict
     assert "1 x 511 keys" in plan(windowed, Policy(methods=("santa",), budget=100)).reason
+
+
+@pytest.mark.parametrize("Lq", [1, 5, 40])
+def test_exact_attention_is_timed_with_the_window(Lq):
+    site = spec(Lq=Lq, Lk=40, mask=Mask(causal=True, offset=40 - Lq, window=9))
+    torch.manual_seed(0)
+    out = calls_of(site, "exact", {})[0]()
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, H, n, 8) for H, n in ((4, Lq), (2, 40), (2, 40)))
+    torch.testing.assert_close(out, formed(q, k, v, window=9, scale=0.3)[0])
 
 
 def test_budgets_per_head_and_layer():
