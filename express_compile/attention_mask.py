@@ -116,9 +116,10 @@ def _make_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
     mask_function, attention_mask = arguments["mask_function"], arguments["attention_mask"]
     local_size = arguments.get("local_size")
     tracing = is_tracing(attention_mask if attention_mask is not None else q_offset)
-    causal = mask_function is causal_mask_function
-    plain = (causal or mask_function is bidirectional_mask_function) and local_size is None
-    if tracing or not plain or q_length == 1:
+    window = local_size if local_size is not None and is_sliding(mask_function, local_size) else None
+    causal = window is not None or (mask_function is causal_mask_function and local_size is None)
+    plain = causal or (mask_function is bidirectional_mask_function and local_size is None)
+    if tracing or not plain or (q_length == 1 and (window is None or kv_length <= window)):
         # One query needs no mask function: its mask *is* the padding, which the attention function reads off.
         mask = _sdpa_mask()(**arguments)
         if mask is not None and not tracing and not plain:
@@ -140,4 +141,24 @@ def _make_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
     may_skip = arguments.get("allow_is_causal_skip", True) if causal else arguments.get("allow_is_bidirectional_skip")
     if may_skip and padding is None and (offset == 0 or q_length == kv_length) and _sdpa_mask()(**arguments) is None:
         return None  # model code may behave in another way if there is a mask where sdpa needs none
-    return ProvenMask(Mask(causal=causal, offset=offset, padding=padding is not None), visible, padding, arguments)
+    window = None if window is None or window >= visible else window
+    proven = Mask(causal=causal, offset=offset, window=window, padding=padding is not None)
+    return ProvenMask(proven, visible, padding, arguments)
+
+
+def is_sliding(mask_function: Callable[..., Any], window: int) -> bool:
+    """Whether a mask function is what transformers makes for causal attention in a sliding window: the same code, over
+    the same size, and nothing else."""
+    from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
+
+    overlay = sliding_window_overlay(window)
+    if getattr(mask_function, "__code__", None) is not and_masks(overlay).__code__:
+        return False
+    (parts,) = _held(mask_function)
+    if len(parts) != 2 or parts[1] is not causal_mask_function:
+        return False
+    return getattr(parts[0], "__code__", None) is overlay.__code__ and _held(parts[0]) == _held(overlay)
+
+
+def _held(function: Callable[..., Any]) -> list[Any]:
+    return [cell.cell_contents for cell in function.__closure__]

@@ -6,13 +6,15 @@ transformers lets a model choose its attention by name. For such models the name
 function *and* a mask function) is registered, and the attention modules of one model instance are pointed to it. What
 is proven about a mask travels with the mask itself (:class:`ProvenMask`), so models, threads and generate() calls
 cannot mix up each other's facts; a mask that arrives as anything else is a dense tensor. Of that only one thing is
-proven, by its shape: that it is a key padding, the same row for all queries. Everything else runs exactly.
+proven, by its shape: that it is a key padding, the same row for all queries. Of models that have eager attention only
+because sdpa knows no soft-caps and no sinks, the additive mask of a single query is read. Everything else runs exactly.
 
 Modules that write attention themselves are captured by Dynamo: ``capture.py``.
 """
 
 from __future__ import annotations
 
+import math
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -46,8 +48,6 @@ _MAX_PLANS = 1024
 # Arguments that change what attention computes and that the ops do not take. transformers' sdpa function ignores
 # some of them, which is one more reason not to rewrite such a site.
 _EXTRAS = {
-    "softcap": "a logit soft-cap",
-    "s_aux": "attention sinks",
     "sinks": "attention sinks",
     "position_bias": "a position bias",
     "cache": "a paged cache",
@@ -86,7 +86,7 @@ def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any
 
     policy = _checked_policy(policy, options)
     sites = _find_sites(model)
-    captured = capture.find_modules(model, [module for module, _ in sites.values()])
+    captured = capture.find_modules(model, [module for module, _, _ in sites.values()])
     if not sites and not captured:
         raise ValueError(_no_attention(model))
     if not captured:
@@ -97,9 +97,9 @@ def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any
         _register_interface()
         _point_configs(model, sites)
     plans = _Plans(policy)
-    for path, (module, exact) in sites.items():
+    for path, (module, exact, plain) in sites.items():
         decodes = any(METHODS[name].decodes for name in plans.methods(path))
-        setattr(module, _SITE, _Site(path, layer_key(path), exact, plans, decodes))
+        setattr(module, _SITE, _Site(path, layer_key(path), exact, plans, decodes, plain))
     capture.install(model, captured, policy)
     return model
 
@@ -233,6 +233,7 @@ class _Site:
 
     exact: the name of transformers' own attention that computes what is not rewritten, "sdpa" or "eager".
     decodes: whether one of the methods may take a single query.
+    plain: whether the model says that its attention is all in the arguments: it also runs with flash attention.
     shadow: what samples its error while the model is watched; stays behind when the site is copied.
     token: what a compiled graph knows it by; copies have their own.
     """
@@ -242,6 +243,7 @@ class _Site:
     exact: str
     plans: _Plans = field(repr=False)
     decodes: bool
+    plain: bool = True
     shadow: Shadow | None = field(default=None, repr=False)
     token: str = field(default="", repr=False)
 
@@ -266,11 +268,11 @@ def rewritten_sites(model: nn.Module) -> dict[str, _Site]:
 # --------------------------------------------------------------------------------------------- finding the sites
 
 
-def _find_sites(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Module path -> (attention module, name of its exact attention)."""
+def _find_sites(model: nn.Module) -> dict[str, tuple[nn.Module, str, bool]]:
+    """Module path -> (attention module, name of its exact attention, whether arguments say all that it computes)."""
     if not can_import_transformers():
         return {}
-    sites: dict[str, tuple[nn.Module, str]] = {}
+    sites: dict[str, tuple[nn.Module, str, bool]] = {}
     for path, module, owner in _with_owners(model):
         function = calls_interface(type(module))
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
@@ -280,7 +282,7 @@ def _find_sites(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         if exact == "eager" and (_ORIGINALS not in module.__dict__ and implementation != "eager"):
             continue
         if not depends_on_name(type(module), exact):
-            sites[path] = (module, exact)
+            sites[path] = (module, exact, exact == "sdpa" or owner._supports_flash_attn)
     return sites
 
 
@@ -313,7 +315,7 @@ def _uses_standard_sdpa(function: Callable[..., Any]) -> bool:
     return interface is not None and interface.get("sdpa") is ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
-def _point_configs(model: nn.Module, sites: dict[str, tuple[nn.Module, str]]) -> None:
+def _point_configs(model: nn.Module, sites: dict[str, tuple[nn.Module, str, bool]]) -> None:
     """Give the model copies of its configurations that name our attention; keep the originals on each module."""
     from transformers import PreTrainedConfig
 
@@ -367,17 +369,20 @@ def _prove(
     causal = arguments.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     window = arguments.get("sliding_window")
+    unlike = _unlike_sdpa(site, query, arguments)
+    if site.exact == "eager" and unlike is None:
+        attention_mask = _read(attention_mask)
     given = [f"{what} ({name})" for name, what in _EXTRAS.items() if arguments.get(name) is not None]
     unknown = None
     if given:
         unknown = f"the attention takes {', '.join(given)}, which no method computes"
-    elif site.exact == "eager":
-        unknown = "the model supports transformers' eager attention only"
+    elif unlike is not None:
+        unknown = unlike
     elif key.shape[:3] != value.shape[:3] or key.shape[0] != B or key.shape[3] != D or H % H_kv != 0:
         unknown = f"query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
     elif not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:
         unknown = "query, key and value differ in dtype or device"
-    elif window is not None and window < Lk:
+    elif window is not None and window < Lk and not _has_window(attention_mask, window):
         unknown = f"local attention over {window} keys"
     elif isinstance(attention_mask, ProvenMask):
         if attention_mask.shape[2:] != (Lq, Lk) or attention_mask.shape[0] != B:
@@ -397,6 +402,48 @@ def _prove(
         built = f"{kind} that the model or the caller built"
         unknown = getattr(attention_mask, "_express_compile_reason", built)
     return Mask(unknown=unknown), None, Lk
+
+
+def _unlike_sdpa(site: _Site, query: torch.Tensor, arguments: dict[str, Any]) -> str | None:
+    """Why a call is not sdpa's attention, with a soft-cap and sinks as its arguments say; None where it is."""
+    H, Lq = query.shape[1:3]
+    softcap, sinks = arguments.get("softcap"), arguments.get("s_aux")
+    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):
+        return f"it has a logit soft-cap of {softcap!r}, which is no positive number"
+    if sinks is not None and (sinks.shape != (H,) or not sinks.is_floating_point() or sinks.device != query.device):
+        return f"its attention sinks are {sinks.dtype} of shape {tuple(sinks.shape)}, not a logit for each of {H} heads"
+    if site.exact == "sdpa":
+        return None
+    only = "the model supports transformers' eager attention only"
+    if not site.plain or (softcap is None and sinks is None):
+        return only
+    return None if Lq == 1 else f"{only}, and the mask is that of {Lq} queries; those of one are read"
+
+
+def _has_window(mask: torch.Tensor | None, window: int) -> bool:
+    """Whether a mask says by itself what a window hides: it is proven, or it is all that hides keys from one query."""
+    if isinstance(mask, ProvenMask):
+        return mask.proven.window == window
+    return mask is not None and mask.dim() == 4 and mask.shape[2] == 1
+
+
+def _read(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The additive mask of one query in eager attention as a boolean one, or None where it hides nothing, if it has 0
+    for some keys of every sequence and hides all others; any other mask as it is. Two bits are read back, once for all
+    layers."""
+    if mask is None or mask.dtype == torch.bool or mask.dim() != 4 or mask.shape[2] != 1:
+        return mask
+    version = None if mask.is_inference() else mask._version
+    known = getattr(mask, "_express_compile_read", None)
+    if known is not None and version is not None and known[0] == version:
+        return known[1]
+    if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return mask  # nothing can be read back
+    shown = mask == 0
+    proven = (shown | (mask <= torch.finfo(mask.dtype).min)).all() & shown.any(-1).all()
+    proven, whole = torch.stack([proven, shown.all()]).tolist()
+    mask._express_compile_read = version, None if whole else shown if proven else mask
+    return mask._express_compile_read[1]
 
 
 def _gradient(module: nn.Module, *inputs: torch.Tensor) -> str | None:
@@ -446,7 +493,7 @@ def _attend_compiled(
     """A decoding step that Dynamo traces: generate() compiles those over a StaticCache by itself."""
     site = module.__dict__[_SITE]
     scale, causal = arguments.get("scaling"), arguments.get("is_causal")
-    given = any(arguments.get(name) is not None for name in (*_EXTRAS, "sliding_window"))
+    given = any(arguments.get(name) is not None for name in (*_EXTRAS, *_NEEDS_EAGER))
     given = given or isinstance(scale, torch.Tensor)
     if given or not site.decodes or site.shadow is not None or site.exact == "eager":
         return _exact(module, site, query, key, value, attention_mask, arguments)
@@ -455,6 +502,8 @@ def _attend_compiled(
         getattr(module, "num_key_value_groups", 1),
         float(query.shape[3] ** -0.5 if scale is None else scale),
         float(arguments.get("dropout") or 0.0),
+        arguments.get("sliding_window"),
+        arguments.get("position_ids"),
         module.training,
     )
     return _step_in_graph(site.token, query, key, value, attention_mask, *facts), None
@@ -471,6 +520,8 @@ def _step_in_graph(
     groups: int,
     scale: float,
     dropout: float,
+    window: int | None,
+    positions: torch.Tensor | None,
     training: bool,
 ) -> torch.Tensor:
     """One call in Dynamo's graph; what it stands for is planned and written when AOTAutograd looks into it.
@@ -479,6 +530,7 @@ def _step_in_graph(
     """
     site = _TRACED[token]
     arguments = {"is_causal": causal, "scaling": scale, "dropout": dropout}
+    arguments |= {"sliding_window": window, "position_ids": positions}
     module = SimpleNamespace(num_key_value_groups=groups, is_causal=causal, training=training)
     mask, padding, _ = _prove(module, site, query, key, value, attention_mask, arguments)
     spec = _spec(query, key, value, key.shape[2], mask, arguments)
@@ -488,11 +540,11 @@ def _step_in_graph(
     plan = answer(question, site.plans.policy)
     if plan.verdict != "rewritten":
         return _exact(module, site, query, key, value, attention_mask, arguments)[0]
-    seed = site.plans.policy.seed
-    if seed is None:
-        seed = torch.randint(0, 2**31 - 1, (), dtype=torch.int64, device=query.device)
-    else:
-        seed = torch.full((), seed, dtype=torch.int64, device=query.device)
+    given = site.plans.policy.seed
+    drawn = (
+        _seed(None, query.device) if given is None else torch.full((), given, dtype=torch.int64, device=query.device)
+    )
+    seed = _seed_of_step(drawn, spec, arguments)
     out, _ = METHODS[plan.method].op(query, key, value, padding, seed, scale, site.layer, **plan.params)
     return out.transpose(1, 2).contiguous()
 
@@ -530,9 +582,10 @@ def _attend(
         require([(site.path, plan)], site.plans.policy)
     if plan.verdict != "rewritten":
         return _exact(module, site, query, key, value, attention_mask, arguments)
-    seed = _seed(site.plans.policy.seed, query.device)
+    seed = _seed_of_step(_seed(site.plans.policy.seed, query.device), spec, arguments)
     key, value = key[:, :, :visible], value[:, :, :visible]
-    out, _ = METHODS[plan.method].op(query, key, value, padding, seed, spec.scale, site.layer, **plan.params)
+    sinks = {"sinks": arguments["s_aux"]} if spec.sinks else {}
+    out, _ = METHODS[plan.method].op(query, key, value, padding, seed, spec.scale, site.layer, **plan.params, **sinks)
     if shadow is not None:
         shadow.sample(plan, spec, query, key, value, padding, out)
     return out.transpose(1, 2).contiguous(), None
@@ -555,6 +608,8 @@ def _spec(
         scale=float(query.shape[3] ** -0.5 if scale is None else scale),
         mask=mask,
         dropout_p=float(arguments.get("dropout") or 0.0),
+        softcap=arguments.get("softcap"),
+        sinks=arguments.get("s_aux") is not None,
         feature_major=feature_major(key),
     )
 
@@ -603,6 +658,15 @@ def _additive(
         return attention_mask
     zero = torch.zeros((), dtype=query.dtype, device=query.device)
     return torch.where(attention_mask, zero, torch.finfo(query.dtype).min)
+
+
+def _seed_of_step(seed: torch.Tensor, spec: AttentionSpec, arguments: dict[str, Any]) -> torch.Tensor:
+    """A cache that evicts has as many keys at every step: there the position of the last token counts, where the model
+    passes it on."""
+    window, positions = arguments.get("sliding_window"), arguments.get("position_ids")
+    if spec.Lq != 1 or spec.mask.window is not None or not window or window > spec.Lk or positions is None:
+        return seed
+    return seed + positions.flatten()[-1]
 
 
 def _seed(seed: int | None, device: torch.device) -> torch.Tensor:

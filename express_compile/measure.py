@@ -115,10 +115,12 @@ def calls_of(spec: AttentionSpec, method: str, params: Mapping[str, Any]) -> lis
     if method != "exact":
         seed = torch.zeros((), dtype=torch.int64, device=spec.device)
         return [lambda: METHODS[method].op(*tensors, None, seed, spec.scale, 0, **params)]
-    whole = not spec.mask.causal or spec.Lq == spec.Lk
+    window = spec.mask.window if spec.mask.causal else None
+    whole = not spec.mask.causal or (spec.Lq == spec.Lk and window is None)
     options: dict[str, Any] = {"is_causal": spec.mask.causal, "scale": spec.scale, "enable_gqa": spec.H != spec.H_kv}
     if not whole:
         seen = torch.ones(spec.Lq, spec.Lk, dtype=torch.bool, device=spec.device).tril(spec.Lk - spec.Lq)
+        seen = seen if window is None else seen.triu(spec.Lk - spec.Lq - window + 1)
         options |= {"is_causal": False, "attn_mask": seen}
 
     def default() -> object:

@@ -28,6 +28,8 @@ class Method:
     cost(spec, params): what a call costs in the symbols of ``cost.py``, for the parameters that ``params`` gave.
         Of ``spec`` it reads the mask; sizes and the budget stay symbols. ``None``: not known.
     rows(params, Lk): what the symbol s of its cost stands for at ``Lk`` keys.
+    forms: which fields of ``AttentionSpec.forms`` the op computes. A site that has another one is refused without
+        asking ``refuse``. Of ``"sinks"`` the op takes the logits ``[H]`` as the argument ``sinks``.
     approximates(params, Lk): whether the op, given these parameters, only approximates the exact attention over ``Lk``
         keys, so that :func:`express_compile.watch` may compare the two call by call. ``None``: they must not be.
     decodes: whether it takes the single queries of decoding.
@@ -43,6 +45,7 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     cost: Callable[[AttentionSpec, Mapping[str, Any]], Cost] | None = None
     rows: Callable[[Mapping[str, Any], int], int] = lambda params, Lk: Lk
+    forms: tuple[str, ...] = ()
     approximates: Callable[[Mapping[str, Any], int], bool] | None = None
     decodes: bool = False
 
@@ -50,6 +53,13 @@ class Method:
     def op(self) -> torch._ops.OpOverload:
         """The custom op with signature ``(query, key, value, padding, seed, scale, layer, **params)``."""
         return getattr(torch.ops.express_compile, self.name).default
+
+    def why_not(self, spec: AttentionSpec, policy: Policy) -> Refusal | None:
+        """What :attr:`refuse` says; before that, whether the op knows all that is done to the scores of the site."""
+        unknown = [words for name, words in spec.forms.items() if name not in self.forms]
+        if unknown:
+            return Refusal(self.name, f"it has {' and '.join(unknown)}, which {self.name} does not compute")
+        return self.refuse(spec, policy)
 
     def own_options(self, policy: Policy) -> dict[str, Any]:
         """Defaults updated by ``policy.method_options``; raises ``TypeError`` for an unknown option."""

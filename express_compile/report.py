@@ -182,7 +182,7 @@ class Report:
             if device is None or site.policy is None:
                 continue
             able = [
-                name for name in METHODS if name != "exact" and METHODS[name].refuse(site.spec, site.policy) is None
+                name for name in METHODS if name != "exact" and METHODS[name].why_not(site.spec, site.policy) is None
             ]
             able = [name for name in able if device.rates_of(name, site.spec.dtype) is not None]
             title = f"{site.shape}, mask: {site.mask}, s={site.policy.budget}, {device.name} ({device.source})"

@@ -77,12 +77,13 @@ class Mask:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What one attention site computes: ``softmax(scale * q k^T + mask) v``.
+    """What one attention site computes: ``softmax(cap(scale * q k^T) + mask) v``.
 
     Sizes are ints or ``torch.SymInt`` (dynamic shapes); layout is ``[B, H, L, D]`` as in
     ``scaled_dot_product_attention``. ``H_kv`` divides ``H`` (grouped-query attention).
-    ``device`` is a device type (``"cpu"``, ``"cuda"``). ``feature_major``: the keys are known to lie feature by feature
-    (:func:`feature_major`).
+    ``device`` is a device type (``"cpu"``, ``"cuda"``). ``softcap`` is c of ``cap(s) = c * tanh(s / c)``, or None where
+    scores are not capped. ``sinks``: a logit per query head joins the softmax, with a value of zero. ``feature_major``:
+    the keys are known to lie feature by feature (:func:`feature_major`).
     """
 
     B: Any
@@ -97,7 +98,15 @@ class AttentionSpec:
     scale: float
     mask: Mask = Mask()
     dropout_p: float = 0.0
+    softcap: float | None = None
+    sinks: bool = False
     feature_major: bool = False
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """What is done to the scores besides the mask, in words: of ``"softcap"`` and ``"sinks"`` what the site has."""
+        capped = {} if self.softcap is None else {"softcap": f"a logit soft-cap of {self.softcap:g}"}
+        return {**capped, **({"sinks": "attention sinks"} if self.sinks else {})}
 
 
 @dataclass(frozen=True)

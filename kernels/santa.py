@@ -2,6 +2,9 @@
 
     out_i = sum_j c_ij v_j / S,    E[c_ij] = S p_ij,    p_i = softmax(scale <q_i, k_.> + mask)
 
+A soft-cap makes a score s ``cap tanh(s / cap)`` before the mask. A sink, a learned logit per query head, is one more
+key with a value of zero: ``p_ij = exp(s_ij) / (sum_k exp(s_ik) + exp(sink))`` add up to less than 1.
+
 Paper: *SANTA*, arXiv 2605.01910. ``c_ij`` counts the thresholds that fall on row j when the rows are laid end to end,
 row j taking ``x_j = S p_ij``: with the prefix ``X_j = x_1 + .. + x_j``, ``N(x) = floor(x) + [frac(x) > U_floor(x)]``
 and ``c_j = N(X_j) - N(X_{j-1})``. Stratum m holds one threshold, ``m + U_m``:
@@ -27,17 +30,19 @@ these integers divided by ``S 2**F``, within ``2**-(F+1) / S`` of the softmax. W
 (every visible row can be drawn) and the weight divides by the rounded one: unbiased for the softmax itself.
 
 Random numbers: Philox with the key (seed, layer) and a counter of stratum, batch and head, and *step*, the number of
-keys that the query sees. So a constant seed draws anew at every decoding step, also in a CUDA graph over a static
-cache, where the number of keys is counted in ``padding`` or given in ``lengths``. Where it stays the same from call to
-call (cross attention, a cache that evicts), the caller advances ``seed`` itself.
+keys up to the query's own, also those before its window. So a constant seed draws anew at every decoding step, also in
+a CUDA graph over a static cache, where the number of keys is counted in ``padding`` or given in ``lengths``. Where it
+stays the same from call to call (cross attention, a cache that evicts), the caller advances ``seed`` itself.
 
 Supports 1 to 16 queries, causal and aligned bottom-right (a single query may also have no mask), grouped queries,
-Dv != D, key padding, per-sequence lengths; a query that sees no key gives 0. At most as many keys as draws: exact.
+Dv != D, key padding, per-sequence lengths, windows (of places in the cache, padded ones too), a soft-cap, sinks; a
+query that sees no key gives 0. Keys and values before a window are not read. At most as many keys in reach as draws:
+exact.
 On CUDA exact too, at run time, where that was measured to be as fast (:func:`loses`), unless ``min_length`` is given.
 ``budget`` is S, draws per query head, a float a fraction of the keys; the option ``draws`` sets it per head and per
 layer. A head reads at most S distinct rows; shared, about S serve all heads of a KV head that are alike. Refuses
-prefill, windows, biases, dropout, and gradients when they are asked for; on CUDA ``shared=False``, which is there to
-be compared with.
+prefill, biases, dropout, and gradients when they are asked for; on CUDA ``shared=False``, which is there to be compared
+with.
 ``bernoulli`` (Section 4 of the paper; :mod:`.bernoulli`) also rounds the query at random, to so many levels: unbiased
 scores, but a *biased* softmax. It saves reading only where keys lie feature by feature; on CUDA others are refused.
 """
@@ -184,25 +189,49 @@ def hits(comb: Comb, sampler: str, thresholds: torch.Tensor) -> torch.Tensor:
 
 
 def visible_keys(
-    B: int, Lq: int, Lk: int, padding: torch.Tensor | None, lengths: torch.Tensor | None, device: torch.device
+    B: int,
+    Lq: int,
+    Lk: int,
+    padding: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    device: torch.device,
+    window: int = 0,
 ) -> torch.Tensor:
     """Which keys every query sees, bool ``[B, Lq, Lk]``: those up to its own, of which query ``Lq - 1`` is key
-    ``Lk - 1``, or ``lengths[b] - 1``; without the padded ones."""
+    ``Lk - 1``, or ``lengths[b] - 1``; without the padded ones; of the rest those at the last ``window`` places, all for
+    0."""
     place, query = torch.arange(Lk, device=device), torch.arange(Lq, device=device)
     end = torch.full((B,), Lk, device=device) if lengths is None else lengths
-    visible = place < end[:, None, None] - Lq + 1 + query[:, None]
+    end = end[:, None, None] - Lq + 1 + query[:, None]
+    visible = place < end
+    if window:
+        visible &= place >= end - window
     return visible if padding is None else visible & padding[:, None]
 
 
 def probabilities(
-    query: torch.Tensor, key: torch.Tensor, visible: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    visible: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``p`` float64 ``[B, H_kv, g, Lq, Lk]``, 0 where not ``visible``, and ``lse`` ``[B, H, Lq]`` in float32 (float64
-    for float64 inputs). Keys that nobody sees may hold anything, NaN too."""
+    """``p`` float64 ``[B, H_kv, g, Lq, Lk]``, 0 where not ``visible``, and ``lse`` ``[B, H, Lq]``, the logarithm of the
+    softmax's denominator, in float32 (float64 for float64 inputs). Keys that nobody sees may hold anything, NaN too.
+
+    With ``sinks`` ``[H]``, logits in any float dtype, ``p`` is ``[.., Lk + 1]``: the probability of the sink is the
+    last, and ``lse`` counts it. ``softcap`` 0 leaves scores as they are.
+    """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     k = key.to(dtype).masked_fill(~visible.any(1)[:, None, :, None], 0)
     scores = (query.unflatten(1, (key.shape[1], -1)).to(dtype) * scale) @ k[:, :, None].mT
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
     scores = scores.masked_fill(~visible[:, None, None], -math.inf)
+    if sinks is not None:
+        column = sinks.to(dtype).view(1, key.shape[1], -1, 1, 1).expand(*scores.shape[:4], 1)
+        scores = torch.cat([scores, column], -1)
     lse = scores.logsumexp(-1)
     return scores.double().softmax(-1).nan_to_num(0.0), lse.flatten(1, 2)
 
@@ -244,24 +273,28 @@ def santa_reference(
     padding: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     bernoulli: int = 0,
+    sinks: torch.Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """SANTA in plain PyTorch on any device: the definition of correct.
 
     ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``; ``draws`` int64 ``[H]``,
     S of every query head, or None for exact attention; ``seed`` 0-dim int64; ``padding`` bool ``[B, Lk]``, True for a
     real key; ``lengths`` int64 ``[B]``, the keys of every sequence where it does not fill the cache; ``bernoulli``
-    levels of the query's random rounding, 0 for none. Returns ``out`` ``[B, H, Lq, Dv]`` and ``lse`` ``[B, H, Lq]``,
-    that of all keys, in float32 (or float64).
+    levels of the query's random rounding, 0 for none; ``sinks`` ``[H]``, a logit per query head, in any float dtype;
+    ``window`` places, its own and those before, at which a query sees keys, 0 for all; ``softcap`` of the scores, 0 for
+    none. Returns ``out`` ``[B, H, Lq, Dv]`` and ``lse`` ``[B, H, Lq]`` in float32 (or float64): the logarithm of the
+    softmax's denominator, so of all visible keys, read or not, and of the sink.
     """
-    B, Lq = query.shape[0], query.shape[2]
-    visible = visible_keys(B, Lq, key.shape[2], padding, lengths, query.device)
-    step = visible.sum(-1)
+    sizes = query.shape[0], query.shape[2], key.shape[2], padding, lengths, query.device
+    visible, step = visible_keys(*sizes, window), visible_keys(*sizes).sum(-1)
     rounded = round_query(query, bernoulli, seed, layer, step) if bernoulli else query
-    weights, lse = probabilities(rounded, key, visible, scale)
+    weights, lse = probabilities(rounded, key, visible, scale, softcap, sinks)
     if draws is not None:
         weights = sample_weights(weights, draws, step, seed, layer, sampler, shared)
     v = value.to(lse.dtype).masked_fill(~visible.any(1)[:, None, :, None], 0)
-    return (weights.to(v.dtype) @ v[:, :, None]).flatten(1, 2).to(query.dtype), lse
+    return (weights[..., : key.shape[2]].to(v.dtype) @ v[:, :, None]).flatten(1, 2).to(query.dtype), lse
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -271,8 +304,8 @@ def santa_reference(
 def variance(p: torch.Tensor, value: torch.Tensor, draws: torch.Tensor, sampler: str, shared: bool) -> torch.Tensor:
     """``E|out - E out|^2`` for every query, float64 ``[B, H, Lq]``; no randomness, all offsets are integrated over.
 
-    ``p`` as :func:`probabilities` gives it, ``value`` ``[B, H_kv, n, Dv]``, ``draws`` int64 ``[H]``. Takes memory for
-    ``B H Lq n Dv`` float64 numbers.
+    ``p`` as :func:`probabilities` gives it, ``value`` ``[B, H_kv, n, Dv]`` (with sinks, a row of zeros at its end),
+    ``draws`` int64 ``[H]``. Takes memory for ``B H Lq n Dv`` float64 numbers.
     """
     v, comb = value.double()[:, :, None, None], make_comb(p, draws, shared)
     if sampler == "iid":
@@ -351,7 +384,25 @@ def _resolve(draws: list[int], layers: list[int], fraction: float, H: int, Lk: i
     return chosen * (H // width)
 
 
-def _body(query, key, value, padding, seed, scale, layer, lengths=None, **options):
+def in_reach(Lq: Any, Lk: Any, window: int) -> Any:
+    """How many keys some query sees, at most; ``window`` 0 is none. Sizes are integers or symbols of ``cost.py``."""
+    smaller = sympy.Min if isinstance(Lk, sympy.Expr) else min
+    return smaller(Lk, window + Lq - 1) if window else Lk
+
+
+def _check_forms(H: int, device: torch.device, sinks: torch.Tensor | None, window: int, softcap: float) -> None:
+    if sinks is not None and (sinks.shape != (H,) or not sinks.is_floating_point() or sinks.device != device):
+        raise ValueError(
+            f"sinks: {sinks.dtype} of shape {tuple(sinks.shape)} on {sinks.device}; must be floats of shape {(H,)} on "
+            f"{device}, a logit per query head"
+        )
+    if window < 0:
+        raise ValueError(f"window={window}: must be a number of keys, or 0 for all")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap={softcap}: must be above 0, or 0 for none")
+
+
+def _body(query, key, value, padding, seed, scale, layer, lengths=None, sinks=None, **options):
     check_qkv(query, key, value, padding)
     B, H, Lq = query.shape[:3]
     Lk = key.shape[2]
@@ -359,29 +410,33 @@ def _body(query, key, value, padding, seed, scale, layer, lengths=None, **option
         raise ValueError(f"query: {Lq} rows; must be 1 to {MAX_QUERIES}, the queries of a decoding step")
     if lengths is not None and (lengths.shape != (B,) or lengths.dtype != torch.int64):
         raise ValueError(f"lengths: {lengths.dtype} of shape {tuple(lengths.shape)}; must be torch.int64 {(B,)}")
-    S = _resolve(H=H, Lk=Lk, layer=layer, **{x: options[x] for x in ("draws", "layers", "fraction")})
+    window, softcap = options.get("window", 0), options.get("softcap", 0.0)
+    _check_forms(H, query.device, sinks, window, softcap)
+    seen = in_reach(Lq, Lk, window)
+    S = _resolve(H=H, Lk=seen, layer=layer, **{x: options[x] for x in ("draws", "layers", "fraction")})
     sampler, shared, levels = options["sampler"], options["shared"], options.get("bernoulli", 0)
     _check_sampler(sampler, shared)
     check_levels(levels)
-    whole = Lk < options["min_length"] or Lk <= min(S)
+    whole = seen < options["min_length"] or seen <= min(S)
     if query.is_cuda and options["min_length"] < 0:
-        key_bytes = key.numel() * key.element_size()
-        whole = whole or loses(B, H, key.shape[1], Lq, Lk, key_bytes, max(S)) is not None
+        key_bytes = key.numel() // Lk * seen * key.element_size()
+        whole = whole or loses(B, H, key.shape[1], Lq, seen, key_bytes, max(S)) is not None
     chosen = None if whole else S
     rounding = 0 if whole else levels
+    more = dict(padding=padding, lengths=lengths, sinks=sinks, window=window, softcap=softcap)
     if query.is_cuda:
         if not shared:
             raise ValueError("shared=False: must be True on CUDA; the kernels draw rows for all heads of a KV head")
         if levels and not feature_major(key):
             raise ValueError(f"bernoulli={levels}: {_NEEDS_FEATURES}")
-        D, plain = query.shape[-1], Lq == 1 and padding is None and lengths is None and not feature_major(key)
-        if whole and plain and D == value.shape[-1] and cudnn_takes(query.device, query.dtype, D):
-            return exact_attention(query, key, value, scale, causal=False)
+        D, plain = query.shape[-1], Lq == 1 and padding is None and lengths is None and sinks is None and not softcap
+        plain = plain and D == value.shape[-1] and not feature_major(key)
+        if whole and plain and cudnn_takes(query.device, query.dtype, D):
+            return exact_attention(query, key[:, :, -seen:], value[:, :, -seen:], scale, causal=False)
         per = strata_per_offset(sampler)
-        more = dict(padding=padding, lengths=lengths, bernoulli=rounding)
-        return santa_triton(query, key, value, chosen, scale, seed, layer, per=per, **more)
+        return santa_triton(query, key, value, chosen, scale, seed, layer, per=per, bernoulli=rounding, **more)
     chosen = None if chosen is None else torch.tensor(chosen)
-    more = dict(sampler=sampler, shared=shared, padding=padding, lengths=lengths, bernoulli=rounding)
+    more |= dict(sampler=sampler, shared=shared, bernoulli=rounding)
     out, lse = santa_reference(query, key, value, chosen, scale, seed, layer, **more)
     return out.contiguous(), lse.contiguous()
 
@@ -405,7 +460,8 @@ def loses(B: int, H: int, H_kv: int, Lq: int, Lk: int, key_bytes: int, S: int) -
 
 
 def _no_gradient(ctx, *grads):
-    names = [name for name, needed in zip(("query", "key", "value"), ctx.needs_input_grad, strict=False) if needed]
+    inputs = ("query", "key", "value", "padding", "seed", "scale", "layer", "lengths", "sinks")
+    names = [name for name, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
     raise RuntimeError(
         f"santa: {', '.join(names)} needs a gradient, and sampled decoding has none; decode under torch.no_grad(), or "
         "leave 'santa' out of methods"
@@ -415,9 +471,8 @@ def _no_gradient(ctx, *grads):
 OP = define_op(
     "santa",
     "(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor seed, float scale, int layer, "
-    "Tensor? lengths=None, *, int[] draws, int[] layers, float fraction, str sampler, bool shared, int min_length, "
-    "int bernoulli=0) "
-    "-> (Tensor, Tensor)",
+    "Tensor? lengths=None, Tensor? sinks=None, *, int[] draws, int[] layers, float fraction, str sampler, bool shared, "
+    "int min_length, int window=0, float softcap=0.0, int bernoulli=0) -> (Tensor, Tensor)",
     _body,
     attention_fake,
     _no_gradient,
@@ -467,8 +522,8 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
         reason = f"it has {spec.Lq} queries, which together read nearly all values; SANTA decodes 1 to {MAX_QUERIES}"
     elif mask.segments:
         reason = "it keeps packed sequences apart; SANTA would let them see each other"
-    elif mask.window is not None:
-        reason = f"it has a window of {mask.reach}"
+    elif mask.window is not None and not mask.causal:
+        reason = f"it has a window of {mask.reach}; SANTA takes causal ones"
     elif not mask.causal and spec.Lq > 1:
         reason = f"it is not causal; SANTA takes the queries of decoding, here are {spec.Lq} that see each other"
     elif mask.causal and not known_equal(mask.offset, spec.Lk - spec.Lq):
@@ -497,8 +552,9 @@ def _loses(spec: AttentionSpec, policy: Policy) -> str | None:
     if spec.device != "cuda" or not all(isinstance(size, int) for size in sizes):
         return None  # decided at run time
     params = _params(spec, policy)
-    S = max(draws or max(1, round(params["fraction"] * spec.Lk)) for draws in params["draws"])
-    return loses(*sizes[:5], spec.B * spec.H_kv * spec.Lk * spec.D * spec.dtype.itemsize, S)
+    seen = in_reach(spec.Lq, spec.Lk, spec.mask.window or 0)
+    S = max(draws or max(1, round(params["fraction"] * seen)) for draws in params["draws"])
+    return loses(*sizes[:4], seen, spec.B * spec.H_kv * seen * spec.D * spec.dtype.itemsize, S)
 
 
 def _params(spec: AttentionSpec | None, policy: Policy) -> dict[str, Any]:
@@ -514,11 +570,14 @@ def _params(spec: AttentionSpec | None, policy: Policy) -> dict[str, Any]:
         "shared": own["shared"],
         "bernoulli": own["bernoulli"],
         "min_length": -1 if policy.min_length is None else policy.min_length,
+        **({} if spec is None or spec.mask.window is None else {"window": spec.mask.window}),
+        **({} if spec is None or spec.softcap is None else {"softcap": spec.softcap}),
     }
 
 
 def _rows(params: Mapping[str, Any], Lk: int) -> int:
     """The mean of the draws per head, of all layers that are listed; 0 stands for the fraction."""
+    Lk = in_reach(1, Lk, params.get("window", 0))
     drawn = [draws or max(1, round(params["fraction"] * Lk)) for draws in params["draws"]]
     return round(sum(drawn) / len(drawn))
 
@@ -526,27 +585,30 @@ def _rows(params: Mapping[str, Any], Lk: int) -> int:
 def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     """s is the mean of the draws per head. Value rows are counted as if no row were drawn twice, which is the most
     that is read, and what flat attention over many more than s keys does read. The stash is written and read once;
-    statistics and partial results, about a hundredth of the keys, are not counted. Keys are counted in full, with
-    ``bernoulli`` too: what it leaves unread depends on the query. Steps are the draws that one program
-    makes, which wait for each other's rows; on average over chunks of keys."""
-    draws = sympy.Min(c.s, c.Lk)
+    statistics and partial results, about a hundredth of the keys, are not counted. Keys are those in reach of a window,
+    and counted in full with ``bernoulli`` too: what it leaves unread depends on the query. Steps are the draws that one
+    program makes, which wait for each other's rows; on average over chunks of keys."""
+    keys = in_reach(c.Lq, c.Lk, params.get("window", 0))
+    draws = sympy.Min(c.s, keys)
     heads = c.B * c.H * c.Lq
-    rows = draws if params["shared"] else sympy.Min(c.s * c.H * c.Lq / c.H_kv, c.Lk)
-    flops = 2 * heads * (c.Lk * c.D + draws * c.Dv)
-    elements = heads * (c.D + c.Dv) + c.B * c.H_kv * (c.Lk * c.D + rows * c.Dv) + 2 * heads * c.Lk
-    chunk = sympy.Piecewise((CHUNK // 2, c.Lk * c.B * c.H_kv < CHUNK * DRAW_PROGRAMS), (CHUNK, True))
-    steps = rows * sympy.Min(1, chunk / c.Lk)
-    sampled = c.Cost(flops, c.itemsize * elements, steps, launches=sympy.Integer(2), scores=2 * heads * c.Lk)
-    exact = c.dense_cost(c.visible_pairs(spec))
-    return sampled.unless((c.Lk <= c.s) | (c.Lk < params["min_length"]), exact)
+    rows = draws if params["shared"] else sympy.Min(c.s * c.H * c.Lq / c.H_kv, keys)
+    flops = 2 * heads * (keys * c.D + draws * c.Dv)
+    elements = heads * (c.D + c.Dv) + c.B * c.H_kv * (keys * c.D + rows * c.Dv) + 2 * heads * keys
+    chunk = sympy.Piecewise((CHUNK // 2, keys * c.B * c.H_kv < CHUNK * DRAW_PROGRAMS), (CHUNK, True))
+    steps = rows * sympy.Min(1, chunk / keys)
+    sampled = c.Cost(flops, c.itemsize * elements, steps, launches=sympy.Integer(2), scores=2 * heads * keys)
+    exact = c.dense_cost(c.visible_pairs(spec), keys)
+    return sampled.unless((keys <= c.s) | (keys < params["min_length"]), exact)
 
 
 METHOD = register(
     Method(
         name="santa",
         summary="decoding that reads all keys but only a random sample of the values, without bias",
-        supports="1 to 16 queries over a cache, GQA, Dv != D, key padding, budgets per head and layer",
-        refuses="prefill, windows, packed sequences, biases, dropout, gradients",
+        supports="1 to 16 queries over a cache, GQA, Dv != D, key padding, sliding windows, soft-caps, sinks, budgets "
+        "per head and layer",
+        refuses="prefill, packed sequences, biases, dropout, gradients",
+        forms=("softcap", "sinks"),
         refuse=_refuse,
         params=_params,
         loses=_loses,

@@ -3,8 +3,9 @@
 The definition of correct is :func:`.santa.santa_reference` with ``shared=True``: all query heads and queries of a KV
 head read the same rows. Here the rows of a comb come in *tiles*:
 
-* :func:`_score_kernel` streams the keys once. Of every tile it leaves ``u = exp(score - max)`` in float16 (the
-  *stash*, which stays in L2), the maximum and the sum of the rounded u, so that probabilities add up to 1.
+* :func:`_score_kernel` streams the keys once, from the window on. Of every tile it leaves
+  ``u = exp(score - max)`` in float16 (the *stash*, which stays in L2), the maximum and the sum of the rounded u, so
+  that probabilities, and that of the sink, add up to 1.
   Maxima and sums of a few tiles at a time, an *entry*, are left together.
 * :func:`_draw_kernel` takes a chunk of tiles. From the entries every program finds the factor that makes u a
   probability, and where its chunk starts on the comb. An integer scan says which rows are hit; they are listed side by
@@ -52,9 +53,10 @@ def grid_bits(draws: int) -> int:
 
 @jit(general="KVH G n T chunk span E counts")
 def _score_kernel(
-    d_k, p_q, p_unit, p_u, p_most, p_entry, p_count, p_lengths, p_padding, KVH, G, n, T, chunk, span, E, counts,
-    scale_log2, stride_qb, stride_qh, stride_qn, stride_pb, stride_kb, stride_kh, stride_kd, LQ: tl.constexpr,
-    R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, AT_ONCE: tl.constexpr,
+    d_k, p_q, p_unit, p_u, p_most, p_entry, p_count, p_lengths, p_padding, KVH, G, n, T, chunk, span, E, counts, window,
+    scale_log2, cap_log2, stride_qb, stride_qh, stride_qn, stride_pb, stride_kb, stride_kh, stride_kd,
+    LQ: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     i_chunk, i_seq = tl.program_id(0), tl.program_id(1)
     i_b, i_kv = i_seq // KVH, i_seq % KVH
@@ -79,14 +81,27 @@ def _score_kernel(
     for i in range(i_chunk, counts, tl.num_programs(0)):
         tl.store(p_count + i_seq * counts + i, 0)
     b_top, b_all = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)  # of the tiles of an entry
-    for t in range(i_chunk * chunk, tl.minimum(i_chunk * chunk + chunk, T)):
+    first = i_chunk * chunk
+    last = tl.minimum(first + chunk, T)
+    if window is not None and p_lengths is not None:  # tiles that no query sees: no keys, no mass
+        seen = tl.maximum(end - LQ + 1 - window, 0) // BN
+        for t in range(first, tl.minimum(seen, last)):
+            tl.store(p_most + o_m * T + t, b_top, mask=m_m)
+            tl.store(p_entry + o_m * E + t // span, b_top, mask=m_m)
+            tl.store(p_entry + (R + o_m) * E + t // span, b_all, mask=m_m)
+        first = tl.maximum(first, seen)
+    for t in range(first, last):
         if AT_ONCE > 0:
             m_k = m_d[:, None] & (t * BN + o_n < in_rows)[None, :]
             b_k = tl.load(p_k[:, None] + (t * BN + o_n)[None, :], mask=m_k, other=0.0)  # [BD, BN]
         else:
             b_k = tl.trans(d_k.load([i_b, i_kv, t * BN, 0]).reshape(BN, BD))
         b_s = tl.dot(b_q, b_k, input_precision=FLOAT32_DOT) * scale_log2  # [BM, BN]
+        if cap_log2 is not None:  # the scale holds 2 / cap, and this is cap * tanh
+            b_s = cap_log2 - 2.0 * cap_log2 / (tl.exp2(b_s) + 1.0)
         m_s = (t * BN + o_n)[None, :] < b_end[:, None]
+        if window is not None:
+            m_s = m_s & ((t * BN + o_n)[None, :] >= b_end[:, None] - window)
         if p_padding is not None:
             b_real = tl.load(p_padding + i_b.to(tl.int64) * stride_pb + t * BN + o_n, mask=t * BN + o_n < n, other=0)
             m_s = m_s & (b_real != 0)[None, :]
@@ -129,11 +144,11 @@ def _sum_parts(p_part, o_x, m_x, count, stride, BX: tl.constexpr, BP: tl.constex
 
 @jit(general="KVH G T E span programs layer")
 def _draw_kernel(
-    p_v, p_u, p_most, p_entry, p_count, p_draws, p_seed, p_step, p_offset, p_rows, p_weights, p_part, p_out, p_lse,
-    layer, KVH, G, T, E, span, programs, stride_vb, stride_vh, stride_vn, LQ: tl.constexpr, R: tl.constexpr,
-    BITS: tl.constexpr, PER: tl.constexpr, ALL: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
-    BR: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr,
-    BS: tl.constexpr,
+    p_v, p_u, p_most, p_entry, p_count, p_draws, p_seed, p_step, p_offset, p_lengths, p_sinks, p_rows, p_weights,
+    p_part, p_out, p_lse, layer, KVH, G, T, E, span, programs, window, stride_vb, stride_vh, stride_vn,
+    LQ: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, ALL: tl.constexpr, DV: tl.constexpr,
+    BDV: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    BG: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     i_chunk, i_seq = tl.program_id(0), tl.program_id(1)
     i_b, i_kv = i_seq // KVH, i_seq % KVH
@@ -151,6 +166,10 @@ def _draw_kernel(
     m_t = m_r[:, None] & (o_tile < T)[None, :]
     b_factor = tl.load(p_most + o_r[:, None] * T + o_tile[None, :], mask=m_t, other=-1e30)
     b_top, b_all, b_before = tl.full([BR], -1e30, tl.float32), tl.zeros([BR], tl.float32), tl.zeros([BR], tl.float32)
+    if p_sinks is not None:
+        b_sink = tl.load(p_sinks + i_kv * G + o_r // LQ, mask=m_r, other=0.0).to(tl.float32) * 1.4426950408889634
+        b_top = tl.maximum(b_sink, -1e30)
+        b_all = tl.exp2(b_sink - b_top)
     for e in range(0, E, BE):
         o_e = e + tl.arange(0, BE)[None, :]
         m_e = m_r[:, None] & (o_e < E)
@@ -176,9 +195,12 @@ def _draw_kernel(
     # the comb of these keys: their expected draws, the mean over heads and queries
     b_factor *= tl.load(p_draws + o_r // LQ, mask=m_r, other=0.0)[:, None]
     b_x = tl.zeros([TILES, BN], tl.float32)
+    m_u = (o_tile < T)[:, None]
+    if window is not None:  # nothing was left of the tiles before it
+        m_u = m_u & ((o_tile + 1) * BN > tl.load(p_lengths + i_b).to(tl.int32) - LQ + 1 - window)[:, None]
     for r in tl.range(0, R, loop_unroll_factor=min(R, 4)):
         o_u = (o_tile * R + r)[:, None] * BN + o_key[None, :]
-        b_u = tl.load(p_u + o_u, mask=(o_tile < T)[:, None], other=0.0, eviction_policy="evict_first")
+        b_u = tl.load(p_u + o_u, mask=m_u, other=0.0, eviction_policy="evict_first")
         b_x += b_u.to(tl.float32) * tl.sum(tl.where((o_r == r)[:, None], b_factor, 0.0), 0)[:, None]
     b_x = tl.reshape(b_x, [BC])
     b_x = tl.ceil(b_x * (one / R)).to(tl.int32)
@@ -280,6 +302,9 @@ def santa_triton(
     lengths: torch.Tensor | None = None,
     offset: torch.Tensor | None = None,
     bernoulli: int = 0,
+    sinks: torch.Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`.santa.santa_reference` with ``shared=True``; ``draws`` lists S of every query head, None is exact.
 
@@ -290,6 +315,25 @@ def santa_triton(
     """
     require_triton()
     (B, H, Lq, D), (KVH, n), Dv, device = query.shape, key.shape[1:3], value.shape[-1], query.device
+    if lengths is not None:
+        lengths = lengths.contiguous()
+    if padding is not None:
+        step = padding.sum(1) if lengths is None else (
+            padding & (torch.arange(n, device=device) < lengths[:, None])
+        ).sum(1)  # fmt: skip
+        padding = padding.contiguous().view(torch.uint8)
+    else:
+        step = _step_on(n, B, device) if lengths is None else lengths
+    unit = None
+    if bernoulli:
+        query, unit = round_query_triton(query, n, bernoulli, seed, layer, step, padding, lengths)
+    if window >= n:
+        window = 0
+    if window and lengths is None:
+        before = max(0, n - Lq + 1 - window)  # keys that no query sees
+        key, value, n = key[:, :, before:], value[:, :, before:], n - before
+        padding = None if padding is None else padding[:, before:]
+        window = 0 if Lq == 1 else window
     R = H // KVH * Lq
     if R > MAX_ROWS:
         raise ValueError(f"query: {H // KVH} heads per key head times {Lq} queries are {R}; must be at most {MAX_ROWS}")
@@ -309,18 +353,6 @@ def santa_triton(
     span = min(chunk // tile, floor_power_of_two(score_chunk))
     score_chunk = -(-score_chunk // span) * span if span == chunk // tile else span
     entries = -(-T // span)
-    if lengths is not None:
-        lengths = lengths.contiguous()
-    if padding is not None:
-        step = padding.sum(1) if lengths is None else (
-            padding & (torch.arange(n, device=device) < lengths[:, None])
-        ).sum(1)  # fmt: skip
-        padding = padding.contiguous().view(torch.uint8)
-    else:
-        step = _step_on(n, B, device) if lengths is None else lengths
-    unit = None
-    if bernoulli:
-        q, unit = round_query_triton(query, n, bernoulli, seed, layer, step, padding, lengths)
     at_once = _keys_at_once(key)
     keys = key if at_once else _describe(key, tile, BD)
     stash = torch.float32 if q.dtype == torch.float32 else torch.float16
@@ -337,16 +369,19 @@ def santa_triton(
     out = torch.empty(B, H, Lq, Dv, dtype=q.dtype, device=device)
     lse = torch.empty(B, H, Lq, dtype=torch.float32, device=device)
     BR = next_power_of_two(R)
+    log2_scale, skips = scale * 1.4426950408889634, bool(window) and lengths is not None
     stages = (2 if score_chunk <= 4 else 3) if row_bytes <= 256 else 2 if q.element_size() == 2 else 1
     launch(_score_kernel, (-(-T // score_chunk), sequences),
         keys, q, unit, u, most, entry, count, lengths, padding, KVH, H // KVH, n, T, score_chunk, span,
-        entries, counts, scale * 1.4426950408889634, *q.stride()[:3], 0 if padding is None else padding.stride(0),
+        entries, counts, window or None, 2 * log2_scale / softcap if softcap else log2_scale,
+        softcap * 1.4426950408889634 if softcap else None, *q.stride()[:3], 0 if padding is None else padding.stride(0),
         *key.stride()[:2], key.stride(3), LQ=Lq, R=R, D=D, BD=BD, BM=BM, BN=tile, AT_ONCE=at_once,
         num_warps=8 if at_once in (1, 4) else 4, num_stages=stages,  # such loads take more registers
     )  # fmt: skip
     launch(_draw_kernel, (programs, sequences),
-        v, u, most, entry, count, counted, seed, step, offset, rows, weights, part, out, lse,
-        layer, KVH, H // KVH, T, entries, span, programs, *v.stride()[:3],
+        v, u, most, entry, count, counted, seed, step, offset, lengths if skips else None,
+        None if sinks is None else sinks.contiguous(), rows, weights, part, out, lse,
+        layer, KVH, H // KVH, T, entries, span, programs, window if skips else None, *v.stride()[:3],
         LQ=Lq, R=R, BITS=bits, PER=per, ALL=draws is None, DV=Dv, BDV=BDV, BM=BM, BR=BR,
         BE=max(16, min(1024 // BR, next_power_of_two(entries))), BN=tile, BC=chunk, BG=GROUP,
         BP=max(1, min(4, 4096 // (BR * BDV))), BS=summed, num_warps=WARPS, num_stages=1,

@@ -187,7 +187,7 @@ def _follow_entry(question: Question, entry: SavedSite) -> Plan:
     decision, changes, refusal = answer(question, entry.policy), [], None
     if question.refusal is None:
         changes += _changes(entry.facts, facts_of(question.spec))
-        refusal = METHODS[entry.method].refuse(question.spec, entry.policy)
+        refusal = METHODS[entry.method].why_not(question.spec, entry.policy)
     if decision.verdict == "rewritten":
         changes += _changes({"method": entry.method}, {"method": decision.method})
         changes += _changes(entry.params, canonical(decision.params))
@@ -234,7 +234,7 @@ def _decide(spec: AttentionSpec, policy: Policy, graphs: bool = False) -> Plan:
     for name in dict.fromkeys(names):
         if name == "exact":
             continue
-        refusal = METHODS[name].refuse(spec, policy) if lonely is None else Refusal(name, lonely)
+        refusal = METHODS[name].why_not(spec, policy) if lonely is None else Refusal(name, lonely)
         if refusal is not None:
             rejected.append(refusal)
             continue
@@ -309,7 +309,8 @@ def _from_length(
 
 
 def _kind(spec: AttentionSpec) -> str:
-    return f"{spec.mask} attention" if str(spec.mask) != "none" else "attention without a mask"
+    kind = f"{spec.mask} attention" if str(spec.mask) != "none" else "attention without a mask"
+    return f"{kind}, with {' and '.join(spec.forms.values())}" if spec.forms else kind
 
 
 def _without_keys(spec: AttentionSpec) -> str | None:
@@ -341,7 +342,7 @@ def _nearest(spec: AttentionSpec, policy: Policy, rejected: list[Refusal]) -> st
 
 def _takes(name: str, spec: AttentionSpec, policy: Policy) -> bool:
     try:
-        return METHODS[name].refuse(spec, policy) is None
+        return METHODS[name].why_not(spec, policy) is None
     except ValueError:  # the policy is not meant for this method
         return False
 

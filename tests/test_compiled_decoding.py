@@ -145,8 +145,23 @@ def test_torch_compile_over_a_growing_cache(calls) -> None:
     assert (compiled - eager).abs().max() <= 1e-5 < 1e-2 < (compiled - exact).abs().max()
 
 
-def test_windows_run_exactly(calls) -> None:
+def test_a_window_whose_cache_evicts(calls) -> None:
+    """The 16 keys that are left are sampled, by other draws at every step."""
     model = build(transformers.MistralConfig(**SIZES, sliding_window=16))
     exact = generate(model, 30)
     rewrite_attention(model, **SAMPLED)
+    eager = generate(model, 30, compiled=False)
+    calls.clear()
+    compiled = generate(model, 30)
+    assert calls == [(16, True)] * (2 * (STEPS - 1))
+    assert (compiled - eager).abs().max() <= 1e-5 < 1e-2 < (compiled[1:] - exact[1:]).abs().amax((1, 2)).min()
+
+
+def test_soft_caps_run_exactly(calls) -> None:
+    model = build(
+        transformers.Gemma2Config(**SIZES, head_dim=16, attn_logit_softcapping=2.0, attn_implementation="eager")
+    )
+    exact = generate(model, 30)
+    rewrite_attention(model, **SAMPLED)
+    calls.clear()
     assert (generate(model, 30) - exact).abs().max() <= 1e-5 and calls == []

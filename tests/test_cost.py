@@ -302,6 +302,19 @@ def test_santa_without_shared_rows() -> None:
     assert cost_of("santa", spec, own).at(replace(spec, Lk=100), 16).bytes > shared.bytes * 100 / 4096
 
 
+@pytest.mark.parametrize("Lq", [1, 3])
+def test_santa_counts_keys_in_the_window(Lq: int) -> None:
+    """What it costs does not depend on the keys before: it is the cost without a window over the keys in reach."""
+    reach = 500 + Lq - 1
+    whole = cost_of("santa", causal(Lq, reach)).at(causal(Lq, reach), 64)
+    for Lk in (reach, 4096, 100_000):
+        spec = replace(causal(Lq, Lk), mask=Mask(causal=True, offset=Lk - Lq, window=500))
+        cost = cost_of("santa", spec)
+        assert cost.at(spec, 64) == whole
+        assert cost.at(spec, reach).scores == spec.B * spec.H * Lq * 500, "exact for no more keys than draws"
+    assert METHODS["santa"].rows(METHODS["santa"].params(spec, Policy(budget=0.1)), 100_000) == 50
+
+
 # ------------------------------------------------------------------------------------------------------ launches
 
 

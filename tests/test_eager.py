@@ -95,6 +95,8 @@ def toy_refuses(spec: AttentionSpec, policy: Policy) -> Refusal | None:
         return Refusal("toy_eager", "bidirectional attention")
     if not known_equal(spec.mask.offset, spec.Lk - spec.Lq):
         return Refusal("toy_eager", "only bottom-right aligned causal attention")
+    if spec.mask.window is not None:
+        return Refusal("toy_eager", f"local attention over {spec.mask.window} keys")
     if spec.Lq == 1:
         return Refusal("toy_eager", "decoding")
     return None
@@ -732,7 +734,7 @@ def test_strict_raises_where_a_named_method_is_refused():
     with record_sites() as sites:
         logits(model, ids, mask)
     assert {site.verdict for site in sites} == {"rewritten"}
-    with pytest.raises(ValueError, match=r"strict=True(.|\n)*layers\.0\.self_attn +its mask is not proven: local"):
+    with pytest.raises(ValueError, match=r"strict=True(.|\n)*layers\.0\.self_attn +local attention over 6 keys"):
         logits(rewrite_attention(build(mistral), strict=True, **TOY_ONLY), ids, mask)
 
 

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from express_compile.eager import record_sites, restore_attention, rewrite_attention
 from express_compile.kernels import santa as S
+from express_compile.measure import calls_of
 from express_compile.method import METHODS
 from express_compile.passes.plan import plan
 from express_compile.report import explain
@@ -283,6 +285,148 @@ def test_no_more_keys_than_draws_is_exact():
     torch.testing.assert_close(op(*more, min_length=18)[0], exact(*more))
 
 
+# ----------------------------------------------------------------- windows, soft-caps and sinks, written out
+
+
+def formed(q, k, v, window=0, softcap=0.0, sinks=None, padding=None, lengths=None, scale=0.5):
+    """``out`` and ``lse`` of the softmax as it is written on paper, query by query, in float64."""
+    B, H, Lq, Lk = *q.shape[:3], k.shape[2]
+    out, lse = q.new_zeros(B, H, Lq, v.shape[3]), q.new_full((B, H, Lq), -math.inf)
+    for b in range(B):
+        end = Lk if lengths is None else int(lengths[b])
+        for h in range(H):
+            keys, values = (x[b, h * k.shape[1] // H] for x in (k, v))
+            for i in range(Lq):
+                own = end - Lq + i
+                seen = [j for j in range(Lk) if j <= own and not (window and own - j >= window)]
+                seen = [j for j in seen if padding is None or padding[b, j]]
+                s = keys[seen] @ q[b, h, i] * scale
+                s = softcap * torch.tanh(s / softcap) if softcap else s
+                mass = s.exp().sum() + (0 if sinks is None else sinks[h].to(s.dtype).exp())
+                out[b, h, i] = s.exp() @ values[seen] / mass if seen else 0
+                lse[b, h, i] = mass.log()
+    return out, lse
+
+
+FORMS = st.fixed_dictionaries(
+    {
+        "window": st.sampled_from([0, 1, 2, 7, 15, 40]),
+        "softcap": st.sampled_from([0.0, 0.7, 5.0]),
+        "sinks": st.sampled_from([None, torch.float64, torch.float32, torch.bfloat16]),
+    }
+)
+
+
+def with_sinks(forms, H, seed=0):
+    values = torch.randn(H, generator=torch.Generator().manual_seed(seed))
+    return {**forms, "sinks": None if forms["sinks"] is None else values.to(forms["sinks"])}
+
+
+@settings(max_examples=40)
+@given(
+    Lk=st.integers(1, 30),
+    Lq=st.integers(1, 6),
+    heads=st.sampled_from([(1, 1), (4, 2)]),
+    forms=FORMS,
+    masked=st.sampled_from(["", "padding", "lengths", "both"]),
+    seed=st.integers(0, 1000),
+)
+def test_windows_soft_caps_and_sinks_are_those_on_paper(Lk, Lq, heads, forms, masked, seed):
+    """All rows: equal. Draws: hidden keys and values may be NaN, and what is drawn lies in the window."""
+    Lq, forms = min(Lq, Lk), with_sinks(forms, heads[0], seed)
+    q, k, v = tokens(Lq, Lk, 2, *heads, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    padding = torch.rand(2, Lk, generator=generator) < 0.7 if masked in ("padding", "both") else None
+    lengths = torch.randint(0, Lk + 1, (2,), generator=generator) if masked in ("lengths", "both") else None
+    masks = dict(padding=padding, lengths=lengths)
+    expected, expected_lse = formed(q, k, v, **forms, **masks)
+    hidden = ~S.visible_keys(2, Lq, Lk, padding, lengths, q.device, forms["window"]).any(1)[:, None, :, None]
+    k, v = (x.masked_fill(hidden, math.nan) for x in (k, v))
+    out, lse = op(q, k, v, draws=[64], **forms, **masks)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-10, atol=1e-12)
+    for shared in (False, True):
+        drawn, lse = op(q, k, v, draws=[2], shared=shared, **forms, **masks)
+        assert drawn.isfinite().all()
+        torch.testing.assert_close(lse, expected_lse, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("left_out", ["window", "softcap", "sinks"])
+def test_leaving_one_out_would_show(left_out):
+    q, k, v = tokens(2, 40, 1, 4, 2)
+    forms = dict(window=9, softcap=2.0, sinks=torch.tensor([0.0, 1.0, 2.0, 3.0]))
+    expected, lse = formed(q, k, v, **forms)
+    del forms[left_out]
+    out, other = op(q, k, v, draws=[64], **forms)
+    assert (out - expected).abs().max() > 0.05 and (other - lse).abs().min() > 0.001
+
+
+@given(
+    Lk=st.integers(2, 40),
+    Lq=st.integers(1, 4),
+    heads=st.sampled_from([(1, 1), (4, 2)]),
+    draws=st.integers(1, 20),
+    sampler=st.sampled_from(COMBS),
+    forms=FORMS,
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=40)
+def test_no_bias_with_windows_soft_caps_and_sinks(Lk, Lq, heads, draws, sampler, forms, seed):
+    """As in exact arithmetic above, for every key and for the sink, whose value is zero."""
+    Lq, forms = min(Lq, Lk), with_sinks(forms, heads[0], seed)
+    q, k, _ = tokens(Lq, Lk, 2, *heads, seed=seed)
+    visible = S.visible_keys(2, Lq, Lk, None, None, q.device, forms["window"])
+    p, lse = S.probabilities(q, k, visible, 0.5, forms["softcap"], forms["sinks"])
+    assert ((p > 0).sum((2, -1)) == p.shape[2] * (visible.sum(-1)[:, None] + (forms["sinks"] is not None))).all()
+    torch.testing.assert_close(p.sum(-1), torch.ones_like(p[..., 0]), rtol=1e-12, atol=0)
+    S_h = torch.full((heads[0],), draws)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S, "fraction_bits", lambda draws: torch.full_like(draws, 6).long())
+        shared, apart = S.make_comb(p, S_h, True), S.make_comb(p, S_h, False)
+    torch.testing.assert_close(average_counts(shared, sampler, 64) * shared.weight, p, rtol=1e-12, atol=1e-12)
+    mean = average_counts(apart, sampler, 64) * apart.weight
+    torch.testing.assert_close(mean, apart.expected / draws, rtol=1e-12, atol=1e-12)
+    if forms["sinks"] is not None:  # it takes what is left of the grid: every key is rounded to nearest
+        kept = slice(0, Lk)
+        closed = apart.prefix[..., kept] == draws << 6
+        slack = torch.where(closed, Lk / 2, 0.5) / 2**6 / draws
+        assert ((mean - p)[..., kept].abs() <= slack + 1e-12).all()
+
+
+def test_without_a_place_for_the_sink_the_last_key_would_be_drawn_for_it():
+    """The negative control: rows of their own, a sink of half the mass."""
+    q, k, v = tokens(1, 40, 1, 1)
+    sink = formed(q, k, v)[1].flatten()
+    p, _ = S.probabilities(q, k, torch.ones(1, 1, 40, dtype=torch.bool), 0.5, 0.0, sink)
+    draws = torch.tensor([64])
+    good, bad = (average_counts(S.make_comb(x, draws, False), "sys", 64)[..., :40] / 64 for x in (p, p[..., :40]))
+    assert ((good - p[..., :40]).abs() < 1e-3).all() and abs(good.sum() - 0.5) < 1e-3
+    assert abs(bad.sum() - 1) < 1e-12 and (bad - p[..., :40])[..., -1] > 0.4
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_full_window_draws_anew_at_every_step(shared):
+    """One more key before the window: exact attention stays the same, and the draws do not."""
+    q, k, v = tokens(1, 60, 1, 4, 2, sharpness=0.3)
+    before = [torch.cat([torch.full_like(x[:, :, :1], math.nan), x], 2) for x in (k, v)]
+    forms = dict(window=50, sinks=torch.ones(4))
+    torch.testing.assert_close(op(q, k, v, draws=[50], **forms), op(q, *before, draws=[50], **forms))
+    now, later = (op(q, *x, shared=shared, **forms)[0] for x in ((k, v), before))
+    assert (now - later).abs().max() > 1e-3
+
+
+def test_keys_are_counted_in_the_window():
+    """Exact for no more keys in reach than draws, or than min_length; a fraction of the budget is of these."""
+    q, k, v = tokens(2, 60, 2, 4, 2)
+    for window, close in ((15, True), (16, False)):  # two queries reach one key more
+        torch.testing.assert_close(op(q, k, v, draws=[60], window=window)[0], formed(q, k, v, window)[0])
+        difference = (op(q, k, v, window=window)[0] - formed(q, k, v, window)[0]).abs().max()
+        assert (difference < 1e-12) == close
+        torch.testing.assert_close(op(q, k, v, window=window, min_length=18)[0], formed(q, k, v, window)[0])
+    tenth = op(q, k, v, window=39, draws=[0], fraction=0.1)[0]
+    assert torch.equal(tenth, op(q, k, v, window=39, draws=[4])[0])
+
+
 # ----------------------------------------------------------------------------- 4 and 5: statistics over 2000 seeds
 
 R = 2000
@@ -306,6 +450,25 @@ def test_unbiased_over_seeds(sequences, sampler, shared):
         assert x.mean(0) @ torch.linalg.solve(torch.cov(x.T), x.mean(0)) * R / 8 < 4.1
         biased = x + 0.2 * x.std(0)  # what a bias of a fifth of the noise of one step would look like
         assert biased.mean(0) @ torch.linalg.solve(torch.cov(biased.T), biased.mean(0)) * R / 8 > 4.1
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_unbiased_over_seeds_with_a_window_a_soft_cap_and_sinks(sequences, shared):
+    """As above; and the variance over these draws is the predicted one, the sink being a row of zeros."""
+    q, k, v = sequences
+    forms = dict(window=70, softcap=3.0, sinks=torch.tensor([3.0, 4.0]))
+    out, _ = op(q, k, v, shared=shared, **forms)
+    error = (out - formed(q[:1], k[:1], v[:1], **forms)[0]).squeeze(2)
+    without = formed(q[:1], k[:1], v[:1], window=70, softcap=3.0)[0].squeeze(2)
+    visible = (torch.arange(100) >= 30).expand(1, 1, 100)
+    p, _ = S.probabilities(q[:1], k[:1], visible, 0.5, 3.0, forms["sinks"])
+    predicted = S.variance(p, F.pad(v[:1], (0, 0, 0, 1)), torch.tensor([16, 16]), "sys", shared).flatten()
+    for head in (0, 1):
+        x = error[:, head]
+        assert x.mean(0) @ torch.linalg.solve(torch.cov(x.T), x.mean(0)) * R / 8 < 4.1
+        biased = out[:, head].squeeze(1) - without[:, head]
+        assert biased.mean(0) @ torch.linalg.solve(torch.cov(biased.T), biased.mean(0)) * R / 8 > 20, "no sinks"
+        assert abs(x.square().sum(-1).mean() / predicted[head] - 1) < 0.12
 
 
 @pytest.mark.parametrize("sampler", COMBS)
@@ -566,6 +729,8 @@ def test_opcheck():
     padding[0, :9] = False
     torch.library.opcheck(METHODS["santa"].op, (q, k, v, padding, SEED, 0.5, 3), OPTIONS)
     torch.library.opcheck(METHODS["santa"].op, (q, k, v, None, SEED, 0.5, 3, torch.tensor([40, 9])), OPTIONS)
+    arguments = (q, k, v, padding, SEED, 0.5, 3, None, torch.randn(4, dtype=torch.float16))
+    torch.library.opcheck(METHODS["santa"].op, arguments, {**OPTIONS, "window": 30, "softcap": 2.0})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -589,6 +754,15 @@ def test_wrong_arguments():
         op(q, k, v, draws=[3, 4, 5])
     with pytest.raises(ValueError, match="sampler='sys-0': allowed are 'sys', 'strat', 'iid'"):
         op(q, k, v, sampler="sys-0")
+    with pytest.raises(ValueError, match=r"sinks: torch.int64 of shape \(3,\) on cpu; must be floats of shape \(4,\)"):
+        op(q, k, v, sinks=torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match="window=-1: must be a number of keys, or 0 for all"):
+        op(q, k, v, window=-1)
+    for softcap in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"softcap={softcap}: must be above 0, or 0 for none"):
+            op(q, k, v, softcap=softcap)
+    with pytest.raises(RuntimeError, match="santa: sinks needs a gradient, and sampled decoding has none"):
+        op(q, k, v, sinks=torch.zeros(4, requires_grad=True))[0].sum().backward()
     with pytest.raises(RuntimeError, match="santa: query, value needs a gradient, and sampled decoding has none"):
         op(q.requires_grad_(), k, v.requires_grad_())[0].sum().backward()
     assert op(q, k, v)[0].requires_grad, "that is said when a gradient is asked for, not before"
@@ -611,7 +785,7 @@ def spec(**changes):
         (dict(mask=Mask(causal=True, offset=0)), "offset 0; needed is Lk - Lq"),
         (dict(Lq=4, mask=Mask(causal=True, offset=199)), "offset 199; needed is Lk - Lq"),
         (dict(mask=Mask(unknown="opaque tensor")), "its mask is not proven: opaque tensor"),
-        (dict(mask=Mask(causal=True, offset=199, window=64)), "window of 64"),
+        (dict(mask=Mask(offset=199, window=64)), "window of 63 tokens on either side; SANTA takes causal ones"),
         (dict(dropout_p=0.1), r"dropout_p=0.1\); call model.eval"),
         (dict(device="mps"), "no kernel for device mps"),
         (dict(device="cuda", dtype=torch.float64), "no kernel for torch.float64"),
@@ -665,13 +839,51 @@ def test_exact_attention_where_it_was_measured_to_be_as_fast(B, H_kv, n, budget,
 
 
 def test_what_is_taken():
-    for changes in ({}, dict(mask=Mask()), dict(Lq=16, mask=Mask(causal=True, offset=184, padding=True))):
+    window = Mask(causal=True, offset=199, window=64)
+    forms = (dict(mask=window), dict(softcap=30.0), dict(sinks=True), dict(mask=window, softcap=30.0, sinks=True))
+    for changes in ({}, dict(mask=Mask()), dict(Lq=16, mask=Mask(causal=True, offset=184, padding=True)), *forms):
         assert plan(spec(**changes), Policy(methods=("santa",))).verdict == "rewritten"
     both = Policy(methods=("express", "santa"))
     assert plan(spec(), both).method == "santa"
     assert plan(spec(Lq=200, mask=Mask(causal=True)), both).method == "express"
     assert plan(spec(), Policy(methods=("express",))).verdict == "refused"
     assert plan(spec(), Policy()).method == "exact", "nothing chooses it unless it is named"
+
+
+def test_forms_travel_with_the_site():
+    """What the op gets, what the reason says, and that a method which does not know a form is not even asked."""
+    site = spec(mask=Mask(causal=True, offset=199, window=64), softcap=30.0, sinks=True)
+    decision = plan(site, Policy(methods=("santa",), budget=0.5))
+    assert decision.params["window"] == 64 and decision.params["softcap"] == 30.0
+    assert decision.reason == "causal, offset 199, window 64 attention, with a logit soft-cap of 30 and attention sinks"
+    assert not {"window", "softcap"} & set(plan(spec(), Policy(methods=("santa",))).params)
+    for method, prefill in (("express", spec(Lq=200, mask=Mask(causal=True))), ("thinformer", spec(Lq=200))):
+        prefill = replace(prefill, mask=Mask(causal=method == "express"))
+        assert plan(prefill, Policy(methods=(method,))).verdict == "rewritten"
+        for form, words in ((dict(softcap=30.0), "a logit soft-cap of 30"), (dict(sinks=True), "attention sinks")):
+            refused = plan(replace(prefill, **form), Policy(methods=(method,)))
+            assert refused.verdict == "refused"
+            assert refused.reason == f"it has {words}, which {method} does not compute"
+    refused = plan(spec(sinks=True), Policy(methods=("express",)))
+    assert refused.nearest == "methods=['santa'], which takes it as it is"
+
+
+def test_where_exact_attention_is_as_fast_only_keys_in_the_window_count():
+    site = replace(spec(device="cuda", H=32, H_kv=8, Lk=65536, D=128, Dv=128, dtype=torch.bfloat16))
+    for window, verdict in ((16384, "rewritten"), (16383, "exact"), (511, "exact")):
+        windowed = replace(site, mask=Mask(causal=True, offset=65535, window=window))
+        assert plan(windowed, Policy(methods=("santa",), budget=128)).verdict == verdict
+    assert "1 x 511 keys" in plan(windowed, Policy(methods=("santa",), budget=100)).reason
+
+
+@pytest.mark.parametrize("Lq", [1, 5, 40])
+def test_exact_attention_is_timed_with_the_window(Lq):
+    site = spec(Lq=Lq, Lk=40, mask=Mask(causal=True, offset=40 - Lq, window=9))
+    torch.manual_seed(0)
+    out = calls_of(site, "exact", {})[0]()
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, H, n, 8) for H, n in ((4, Lq), (2, 40), (2, 40)))
+    torch.testing.assert_close(out, formed(q, k, v, window=9, scale=0.3)[0])
 
 
 def test_budgets_per_head_and_layer():
@@ -739,6 +951,187 @@ def test_generate(llama, methods, padded):
     restore_attention(llama)
 
 
+SIZES = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+    num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    sliding_window=12,
+)  # fmt: skip
+
+
+def mistral():
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES))
+
+
+def gemma2():
+    """A window in every second layer, and a soft-cap that matters: queries are 30 times what they are at random."""
+    config = transformers.Gemma2Config(**SIZES, attn_logit_softcapping=2.0, query_pre_attn_scalar=8)
+    model = transformers.Gemma2ForCausalLM(config)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 30
+    return model
+
+
+def gemma3():
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**SIZES, query_pre_attn_scalar=8))
+
+
+def gpt_oss():
+    """A window in every second layer, and sinks that take most of the mass."""
+    config = transformers.GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1)
+    model = transformers.GptOssForCausalLM(config)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks.data, 3.0)
+    return model
+
+
+# the sites of a decoding step over a cache that keeps all keys: masks (o for a number), and what else is known
+DECODERS = {
+    mistral: (["causal, offset o, window 12"] * 2, {}),
+    gemma3: (["causal, offset o, window 12"] * 2, {}),
+    gemma2: (["causal, offset o, key padding", "causal, offset o"], {"softcap": "a logit soft-cap of 2"}),
+    gpt_oss: (["causal, offset o, key padding", "causal, offset o"], {"sinks": "attention sinks"}),
+}
+
+
+@pytest.mark.parametrize("make", DECODERS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("padded, evicting", [(False, True), (True, False)])
+def test_generate_with_windows_soft_caps_and_sinks(make, padded, evicting):
+    """As many draws as keys: the logits of exact decoding. Few draws: others. Prefill is exact always."""
+    torch.manual_seed(0)
+    model = make().eval()
+    ids = torch.randint(1, 97, (2, 40), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, : 33 * padded] = 0  # the window of this sequence holds padding
+
+    def run():
+        cache = {} if evicting else {"past_key_values": transformers.DynamicCache()}
+        more = dict(max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        return torch.stack(model.generate(ids, attention_mask=mask, **cache, **more).logits)
+
+    expected = run()
+    rewrite_attention(model, methods=["santa"], budget=512)
+    with record_sites() as sites:
+        torch.testing.assert_close(run(), expected, rtol=1e-5, atol=1e-5)
+    assert [site.method for site in sites] == ["exact"] * 2 + ["santa"] * 4
+    assert sites[2].spec.Lk == (12 if evicting else 41)
+    masks, forms = DECODERS[make]
+    assert all(site.spec.forms == forms for site in sites)
+    if not evicting:
+        padding = ", key padding" if padded else ""
+        seen = [re.sub(r"offset \d+", "offset o", site.mask).removesuffix(padding) for site in sites[2:4]]
+        assert seen == [x.removesuffix(padding) for x in masks]
+    rewrite_attention(model, methods=["santa"], budget=4)
+    sampled = run()
+    assert torch.equal(sampled[0], expected[0]) and (sampled[1] - expected[1]).abs().max() > 1e-3
+    rewrite_attention(model, methods=["express"], budget=4)
+    with record_sites() as sites:
+        assert torch.equal(run(), expected)
+    words = next(iter(forms.values()), None)
+    assert words is None or {site.reason for site in sites} == {f"it has {words}, which express does not compute"}
+    assert torch.equal(run(), expected) and restore_attention(model) is model
+
+
+def test_a_cache_that_evicts_draws_anew_at_every_step():
+    """It holds as many keys at every step, so the position of the token advances the seed."""
+    torch.manual_seed(0)
+    model = rewrite_attention(mistral().eval(), methods=["santa"], budget=4, seed=5)
+    seeds = []
+
+    class Seeds(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is METHODS["santa"].op:
+                seeds.append((args[1].shape[2], int(args[4])))
+            return function(*args, **(kwargs or {}))
+
+    ids = torch.randint(1, 97, (1, 8), generator=torch.Generator().manual_seed(1))
+    with Seeds():
+        model.generate(ids, max_new_tokens=7, do_sample=False)
+    assert seeds[2::2] == [(9, 5), (10, 5), (11, 5), (12, 5 + 11), (12, 5 + 12), (12, 5 + 13)]
+
+
+def test_several_queries_in_a_window():
+    """Speculative decoding: three tokens at once, over an evicting cache too."""
+    torch.manual_seed(0)
+    model = mistral().eval()
+    ids = torch.randint(1, 97, (2, 43), generator=torch.Generator().manual_seed(1))
+
+    @torch.no_grad()
+    def run(budget, **cache):
+        past = transformers.DynamicCache(**cache)
+        model(ids[:, :40], past_key_values=past)
+        if budget:
+            rewrite_attention(model, methods=["santa"], budget=budget)
+        with record_sites() as sites:
+            out = model(ids[:, 40:], past_key_values=past).logits
+        return out, [(site.method, site.mask) for site in sites]
+
+    for cache, offset in (({}, 40), ({"config": model.config}, 11)):
+        expected, _ = run(None, **cache)
+        out, sites = run(64, **cache)
+        assert sites == [("santa", f"causal, offset {offset}, window 12")] * 2
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        assert (run(4, **cache)[0] - expected).abs().max() > 1e-3
+        restore_attention(model)
+
+
+@torch.no_grad()
+def test_additive_masks_of_eager_attention_are_read():
+    """One that holds anything else than 0 and what hides is a bias, and one that hides all keys has a meaning of its
+    own in eager attention; both are refused. One that is changed between two layers is read again."""
+    torch.manual_seed(0)
+    model = gemma2().eval()
+    ids = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(1))
+    least = torch.finfo(torch.float32).min
+    base = torch.zeros(2, 1, 1, 9)
+    base[0, ..., :3], base[1, ..., 4] = least, -math.inf
+
+    def step(mask):
+        past = transformers.DynamicCache()
+        model(ids[:, :8], past_key_values=past)
+        with record_sites() as sites:
+            out = model(ids[:, 8:], attention_mask={"full_attention": mask, "sliding_attention": mask},
+                        past_key_values=past).logits  # fmt: skip
+        return out, [(site.method, site.mask) for site in sites[-2:]]
+
+    biased, hidden = base.clone(), base.clone()
+    biased[0, ..., 5], hidden[1] = -1.0, least
+    for mask, method in ((base, "santa"), (biased, "exact"), (hidden, "exact")):
+        expected, _ = step(mask)
+        rewrite_attention(model, methods=["santa"], budget=64)
+        out, sites = step(mask)
+        restore_attention(model)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        assert [x for x, _ in sites] == [method] * 2
+        assert ("causal, offset 8, key padding" if method == "santa" else "additive mask") in sites[0][1]
+    mask = base.clone()
+    rewrite_attention(model, methods=["santa"], budget=64)
+
+    def change(module, args):
+        if args[0].shape[1] == 1:
+            mask.copy_(biased)
+
+    handle = model.model.layers[1].register_forward_pre_hook(change)
+    assert [x for x, _ in step(mask)[1]] == ["santa", "exact"]
+    handle.remove()
+
+
+def test_only_transformers_own_sliding_window_is_proven():
+    from transformers import masking_utils as M
+
+    from express_compile.attention_mask import is_sliding
+
+    sliding = M.sliding_window_causal_mask_function
+    assert is_sliding(sliding(12), 12) and not is_sliding(sliding(12), 13)
+    others = (
+        M.causal_mask_function, M.bidirectional_mask_function, M.sliding_window_bidirectional_mask_function(12),
+        M.chunked_causal_mask_function(12, torch.zeros(1)), M.and_masks(sliding(12), M.causal_mask_function),
+        M.or_masks(M.sliding_window_overlay(12), M.causal_mask_function),
+        M.and_masks(M.sliding_window_overlay(12), M.bidirectional_mask_function), M.and_masks(sliding(12)),
+        lambda b, h, q, k: k > q - 12,
+    )  # fmt: skip
+    assert not any(is_sliding(other, 12) for other in others)
+
+
 def test_a_bad_option_is_reported_when_the_model_is_rewritten(llama):
     with pytest.raises(ValueError, match="sampler='uniform': allowed are"):
         rewrite_attention(llama, methods=["santa"], method_options={"santa": {"sampler": "uniform"}})
@@ -751,6 +1144,29 @@ class Decoder(torch.nn.Module):
 
     def forward(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+class Windowed(torch.nn.Module):
+    """Two tokens over a cache, each of which sees 50 keys."""
+
+    def forward(self, q, k, v):
+        own = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
+        place = torch.arange(k.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, (place <= own) & (place > own - 50), enable_gqa=True)
+
+
+def test_compiled_window():
+    q, k, v = tokens(2, 300, 2, 4, 2, D=8, dtype=torch.float32)
+    options = {"methods": ["santa"], "seed": 9}
+    report = explain(Windowed(), q, k, v, **options, budget=16)
+    assert [(site.method, site.mask) for site in report.sites] == [("santa", "causal, offset 298, window 50")]
+    drawn, whole = (
+        torch.compile(Windowed(), backend="express", options={**options, "budget": s})(q, k, v) for s in (16, 51)
+    )
+    torch.testing.assert_close(whole, Windowed()(q, k, v), rtol=1e-4, atol=1e-5)
+    expected = op(q, k, v, seed=torch.tensor(9), scale=8**-0.5, layer=layer_key(""), draws=[16], window=50)[0]
+    torch.testing.assert_close(drawn, expected)
+    assert (drawn - whole).abs().max() > 0.01
 
 
 def test_compiled_step():

@@ -24,14 +24,44 @@ def seed_of(number):
     return torch.tensor(number, device="cuda")
 
 
-def op(q, k, v, padding=None, seed=0, layer=1, **options):
+def op(q, k, v, padding=None, seed=0, layer=1, lengths=None, sinks=None, **options):
     seed = seed if isinstance(seed, torch.Tensor) else seed_of(seed)
-    return METHODS["santa"].op(q, k, v, padding, seed, q.shape[-1] ** -0.5, layer, **{**OPTIONS, **options})
+    scale = q.shape[-1] ** -0.5
+    return METHODS["santa"].op(q, k, v, padding, seed, scale, layer, lengths, sinks, **{**OPTIONS, **options})
 
 
-def whole(q, k, v, padding=None):
+def whole(q, k, v, padding=None, **forms):
     """All rows through the kernels; the op itself may leave them to cuDNN."""
-    return K.santa_triton(q, k, v, None, q.shape[-1] ** -0.5, seed_of(0), 1, padding=padding)
+    return K.santa_triton(q, k, v, None, q.shape[-1] ** -0.5, seed_of(0), 1, padding=padding, **forms)
+
+
+def written_out(q, k, v, padding=None, lengths=None, window=0, softcap=0.0, sinks=None):
+    """The softmax in float64, ``out`` and ``lse``."""
+    (B, H, Lq, D), n = q.shape, k.shape[2]
+    k, v = (x.double().repeat_interleave(H // k.shape[1], 1) for x in (k, v))
+    ends = torch.full((B,), n, device="cuda") if lengths is None else lengths
+    own = ends[:, None, None] - Lq + torch.arange(Lq, device="cuda")[:, None]
+    place = torch.arange(n, device="cuda")
+    seen = (place <= own) & ((place > own - window) if window else True)
+    seen = seen if padding is None else seen & padding[:, None]
+    scores = q.double() @ k.mT * D**-0.5
+    scores = softcap * (scores / softcap).tanh() if softcap else scores
+    weights = scores.exp() * seen[:, None]
+    mass = weights.sum(-1) + (0 if sinks is None else sinks.double().exp()[:, None])
+    return weights / mass[..., None] @ v, mass.log()
+
+
+FORMS = {
+    "window": dict(window=1500),
+    "soft-cap": dict(softcap=5.0),
+    "sinks": dict(sinks=True),
+    "all": dict(window=1500, softcap=5.0, sinks=True),
+}
+
+
+def on_gpu(forms, H, dtype=torch.float32):
+    sinks = torch.linspace(9, 11, H, device="cuda").to(dtype) if "sinks" in forms else None
+    return {**forms, "sinks": sinks}
 
 
 def relative(x, truth):
@@ -84,6 +114,65 @@ def test_draws_are_those_of_the_reference(sampler, n, Lq, H, H_kv, masked):
     )
     errors = sorted(relative(a, b) for a, b in heads)
     assert errors[-2] < 0.005 and errors[-1] < 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("Lq, ragged", [(1, False), (1, True), (4, True)])
+def test_windows_soft_caps_and_sinks_over_all_rows(poison, dtype, form, Lq, ragged):
+    """Errors like those without them, and 1e-5: a division and a fast exponential, each to 2**-22, take part in a score
+    of up to 2 cap. Each form matters."""
+    n, H = 5000, 8
+    q, k, v = tensors(n, Lq, 3, H, dtype=dtype)
+    forms = on_gpu(FORMS[form], H, torch.float32 if dtype == torch.float32 else torch.bfloat16)
+    masks = {}
+    if ragged:
+        generator = torch.Generator(device="cuda").manual_seed(1)
+        masks["padding"] = torch.rand(3, n, generator=generator, device="cuda") < 0.9
+        masks["lengths"] = torch.tensor([n, 3333, 1600], device="cuda")
+    out, lse = whole(q, k, v, **masks, **forms)
+    truth, expected = written_out(q, k, v, **masks, **forms)
+    plain, _ = whole(q, k, v, **masks)
+    assert relative(out, truth) <= 2 * relative(plain, written_out(q, k, v, **masks)[0]) + 1e-5
+    torch.testing.assert_close(lse.double(), expected, rtol=1e-3, atol=1e-3)
+    for name, form in forms.items():
+        if form is not None:
+            less = {**forms, name: None if name == "sinks" else 0}
+            assert relative(whole(q, k, v, **masks, **less)[0], truth) > 0.02
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("Lq, lengths", [(1, None), (5, None), (1, [1000, 777]), (5, [1000, 777])])
+def test_draws_of_windows_soft_caps_and_sinks_are_those_of_the_reference(form, Lq, lengths):
+    """One chunk of keys, as above."""
+    q, k, v = tensors(1000, Lq, 2, 8, 2, dtype=torch.float32)
+    masks = {} if lengths is None else {"lengths": torch.tensor(lengths, device="cuda")}
+    forms = {**masks, **on_gpu(FORMS[form], 8)}
+    forms |= {"window": 500} if "window" in forms else {}
+    draws = torch.full((8,), 64, device="cuda")
+    for sampler in ("sys", "strat"):
+        out, lse = op(q, k, v, sampler=sampler, **{x: y for x, y in forms.items() if y is not None})
+        expected, expected_lse = S.santa_reference(
+            q, k, v, draws, 64**-0.5, seed_of(0), 1, sampler=sampler, shared=True, **forms
+        )
+        assert relative(expected, whole(q, k, v, **forms)[0]) > 0.05 and relative(out, expected) < 0.02
+        torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [None, [15_000]])
+def test_no_bias_with_a_window_a_soft_cap_and_sinks(lengths):
+    """As below, of 20,000 keys those in a window of 4,096, beside sinks of a third to two thirds of the mass."""
+    M, (q, k, v) = 256, tensors(20_000, H=4, H_kv=1)
+    forms = {**on_gpu(FORMS["all"], 4), "window": 4096}
+    forms["lengths"] = None if lengths is None else torch.tensor(lengths, device="cuda")
+    exact, _ = whole(q, k, v, **forms)
+    mean, single = 0.0, 0.0
+    for m in range(M):
+        offset = torch.tensor([[int((m + 0.5) / M * 2**23)]], dtype=torch.int32, device="cuda")
+        out, _ = K.santa_triton(q, k, v, [126] * 4, 64**-0.5, seed_of(0), 1, offset=offset, **forms)
+        mean, single = mean + out.double() / M, single + relative(out, exact) / M
+    assert relative(mean, exact) < 0.03 * single
+    assert relative(whole(q, k, v, **{**forms, "sinks": None})[0], exact) > 0.06 * single
 
 
 @pytest.mark.parametrize("n, part", [(4096, 0.02), (100_000, 0.06)])
@@ -139,6 +228,26 @@ def test_cuda_graph_over_a_static_cache():
     exact, _ = whole(q, k, v, padding)
     errors = [x - exact for x in seen]
     for i in range(4):
+        for j in range(i):
+            assert relative(errors[i], errors[j]) > 0.3
+
+
+def test_cuda_graph_with_a_window_over_a_static_cache():
+    """Lengths advance in place: the window moves with them, and every replay draws anew."""
+    q, k, v = tensors(8192, B=2)
+    lengths, sinks = torch.tensor([6000, 3000], device="cuda"), torch.linspace(6, 9, 8, device="cuda")
+    forms = dict(lengths=lengths, sinks=sinks, window=1024, softcap=20.0)
+    op(q, k, v, **forms)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = op(q, k, v, **forms)
+    errors = []
+    for _ in range(3):
+        lengths += 1
+        graph.replay()
+        assert torch.equal(out, op(q, k, v, **forms)[0])
+        errors.append(out.double() - written_out(q, k, v, **forms)[0])
+    for i in range(3):
         for j in range(i):
             assert relative(errors[i], errors[j]) > 0.3
 
