@@ -36,18 +36,19 @@ class _OneLayer(TorchDispatchMode):
             return function(*args, **kwargs)
         query, key, value, padding, seed, scale, layer = args[:7]
         if layer != self.layer:
-            self.see(query, key, value, scale, layer, kwargs)
+            names = [argument.name for argument in function._schema.arguments]
+            self.see(**{**dict(zip(names, args, strict=False)), **kwargs})
             return function(*args, **{**kwargs, "min_length": key.shape[2] + 1})
         seed = torch.full_like(seed, self.seed)
         steps = []
         for i, n in enumerate(range(key.shape[2] - query.shape[2] + 1, key.shape[2] + 1)):
             one = query[:, :, i : i + 1], key[:, :, :n], value[:, :, :n], padding if padding is None else padding[:, :n]
-            steps.append(function(*one, seed, scale, layer, **kwargs))
+            steps.append(function(*one, seed, scale, layer, *args[7:], **kwargs))
         out, lse = (torch.cat(parts, 2) for parts in zip(*steps, strict=True))
         return out, lse
 
-    def see(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, layer: int, options: Any):
-        """Called for every layer that runs exactly."""
+    def see(self, **arguments: Any) -> None:
+        """Called with the op's arguments for every layer that runs exactly."""
 
 
 class _Variances(_OneLayer):
@@ -58,12 +59,17 @@ class _Variances(_OneLayer):
         self.draws = (max(1, draws // 2), draws, 2 * draws)
         self.found: dict[int, list[float]] = {}
 
-    def see(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, layer: int, options: Any):
+    def see(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, layer: int,
+        padding: torch.Tensor | None = None, sinks: torch.Tensor | None = None, window: int = 0, softcap: float = 0.0,
+        **options: Any,
+    ) -> None:  # fmt: skip
         from .kernels.santa import probabilities, variance, visible_keys
 
         B, H, Lq = query.shape[:3]
-        visible = visible_keys(B, Lq, key.shape[2], None, None, query.device)
-        p = probabilities(query, key, visible, scale)[0]
+        visible = visible_keys(B, Lq, key.shape[2], padding, None, query.device, window)
+        p = probabilities(query, key, visible, scale, softcap, sinks)[0]
+        value = nn.functional.pad(value, (0, 0, 0, p.shape[-1] - key.shape[2]))  # a sink's value is zero
         sums = [0.0, 0.0, 0.0]
         for i in range(Lq):
             for k, S in enumerate(self.draws):
@@ -127,6 +133,8 @@ def _measure_text(
         )
     prompt = ids.shape[1] - steps
     cache = model(ids[:, :prompt], use_cache=True, logits_to_keep=1).past_key_values
+    if hasattr(cache, "activate_past_recording"):
+        cache.activate_past_recording()  # else what has left a window cannot be taken back
 
     def decode(mode: TorchDispatchMode) -> torch.Tensor:
         with mode:
