@@ -22,6 +22,7 @@ from torch import nn
 from torch._dynamo.eval_frame import skip_code
 
 from .attention_mask import untraced
+from .calls import plainly, wrap_ops
 from .module_code import writes_attention
 from .report import SiteReport, recorder
 from .spec import Plan, Policy
@@ -188,6 +189,7 @@ class Capture:
         planned = plan_sites(find_sites(gm, buffers), self.policy)
         self._found_sites |= bool(planned)
         unchanged = rewrite_planned(gm, planned, self.policy, buffers)
+        wrap_ops(gm, plainly)
         run = _recorded(gm, [_report(site, plan) for site, plan in planned])
         if unchanged is None:
             return run

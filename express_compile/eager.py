@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from . import capture
+from . import calls, capture
 from .attention_mask import ProvenMask, make_mask, untraced
 from .method import METHODS
 from .module_code import calls_interface, can_import_transformers, depends_on_name
@@ -467,7 +467,8 @@ def _attend(
         return _exact(module, site, query, key, value, attention_mask, arguments)
     seed = _seed(site.plans.policy.seed, query.device)
     key, value = key[:, :, :visible], value[:, :, :visible]
-    out, _ = METHODS[plan.method].op(query, key, value, padding, seed, spec.scale, site.layer, **plan.params)
+    op = METHODS[plan.method].op
+    out, _ = calls.call(op, query, key, value, padding, seed, spec.scale, site.layer, **plan.params)
     if shadow is not None:
         shadow.sample(plan, spec, query, key, value, padding, out)
     return out.transpose(1, 2).contiguous(), None
