@@ -27,6 +27,7 @@ class Method:
     options: the names and defaults of the method's own options (``Policy.method_options[name]``).
     cost(spec, params): what a call costs in the symbols of ``cost.py``, for the parameters that ``params`` gave.
         Of ``spec`` it reads the mask; sizes and the budget stay symbols. ``None``: not known.
+    padding_cost: whether ``cost`` also says what padding costs; else it is that of a batch without.
     rows(params, Lk): what the symbol s of its cost stands for at ``Lk`` keys.
     approximates(params, Lk): whether the op, given these parameters, only approximates the exact attention over ``Lk``
         keys, so that :func:`express_compile.watch` may compare the two call by call. ``None``: they must not be.
@@ -41,6 +42,7 @@ class Method:
     loses: Callable[[AttentionSpec, Policy], str | None] = lambda spec, policy: None
     options: Mapping[str, Any] = field(default_factory=dict)
     cost: Callable[[AttentionSpec, Mapping[str, Any]], Cost] | None = None
+    padding_cost: bool = False
     rows: Callable[[Mapping[str, Any], int], int] = lambda params, Lk: Lk
     approximates: Callable[[Mapping[str, Any], int], bool] | None = None
 

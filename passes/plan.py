@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ..devices import device_of
 from ..method import METHODS, Method
 from ..plain import canonical
-from ..predict import LONGEST, MARGIN, crossover, predicted, wins
+from ..predict import LONGEST, MARGIN, crossover, predicted, wins, without_padding
 from ..saved import SavedPlan, SavedSite, facts_of
 from ..spec import AttentionSpec, Plan, Policy, Refusal, known_equal
 from .site import AttentionSite
@@ -287,15 +287,18 @@ def _faster(name: str, spec: AttentionSpec, policy: Policy, graphs: bool) -> Pla
             "methods without 'exact' use it all the same",
         )
     params = dict(method.params(spec, replace(policy, min_length=0)))
+    bare = without_padding((name, "exact"), spec)
+    padding = f", {'both' if name in bare else 'the latter'} without padding" if bare else ""
     if isinstance(spec.Lk, int):
-        words = f"predicted {times[name]:.3g} ms, exact attention {times['exact']:.3g} ms"
+        words = f"predicted {times[name]:.3g} ms, exact attention {times['exact']:.3g} ms{padding}"
         if not wins(times, name):
             return Plan("exact", "exact", words, predicted_ms=times)
         return Plan(name, "rewritten", f"{_kind(spec)}; {words}", params, predicted_ms=times)
     shortest = crossover(name, "exact", spec, policy, device, graphs, MARGIN)
     if shortest is None:
-        return Plan("exact", "exact", f"predicted to be no faster than exact attention up to {LONGEST:,} keys")
-    return _from_length(method, spec, shortest, params, f"{_kind(spec)}, predicted to be faster than exact")
+        words = f"predicted to be no faster than exact attention up to {LONGEST:,} keys{padding}"
+        return Plan("exact", "exact", words)
+    return _from_length(method, spec, shortest, params, f"{_kind(spec)}, predicted to be faster than exact{padding}")
 
 
 def _from_length(

@@ -67,6 +67,17 @@ def test_a_method_that_is_predicted_to_win_is_chosen_by_default() -> None:
     assert decision.predicted_ms == pytest.approx({"first": 8.32 / MARGIN, "exact": 20.2})
 
 
+def test_times_that_leave_padding_out_say_so() -> None:
+    padded = replace(SPEC, mask=replace(SPEC.mask, padding=True))
+    decision = plan(padded, Policy(budget=32))
+    assert decision.reason == (
+        "causal, key padding attention; predicted 7.92 ms, exact attention 20.2 ms, both without padding"
+    )
+    METHODS._methods["first"] = replace(METHODS["first"], padding_cost=True)
+    assert plan(padded, Policy(budget=32)).reason.endswith("20.2 ms, the latter without padding")
+    assert plan(SPEC, Policy(budget=32)).reason.endswith("20.2 ms")
+
+
 def test_where_exact_attention_is_faster_it_stays() -> None:
     short = replace(SPEC, Lk=63, Lq=63)
     decision = plan(short, Policy())
