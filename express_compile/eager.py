@@ -165,7 +165,7 @@ def _checked_policy(policy: Policy | None, options: dict[str, Any]) -> Policy:
         raise TypeError(f"policy={policy!r}: must be a Policy; give single options by name, e.g. budget=512")
     elif options:
         raise TypeError(f"policy and {', '.join(sorted(options))} were both given: put the options into the policy")
-    from .passes.plan import DEFAULT_METHODS, check_policy
+    from .passes.plan import DEFAULT_METHODS, check_policy, refusal_of
 
     check_policy(policy)
     parts = [policy, *(replace(policy, modules={}, **override) for override in policy.modules.values())]
@@ -173,7 +173,7 @@ def _checked_policy(policy: Policy | None, options: dict[str, Any]) -> Policy:
     for part in parts:
         local = part.resolve(_PROBES[0].Lk)
         for name in dict.fromkeys((*(local.methods or DEFAULT_METHODS), *local.method_options)):
-            probe = next((probe for probe in _PROBES if METHODS[name].refuse(probe, local) is None), None)
+            probe = next((probe for probe in _PROBES if refusal_of(name, probe, local) is None), None)
             if probe is not None:
                 METHODS[name].params(probe, local)  # raises for values that a method does not know, e.g. a halving rule
     return policy

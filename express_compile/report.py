@@ -180,6 +180,7 @@ class Report:
         """
         from .devices import device_of
         from .method import METHODS
+        from .passes.plan import refusal_of
         from .plots import crossover_plot
 
         plots: dict[str, str] = {}
@@ -187,9 +188,8 @@ class Report:
             device = None if site.spec is None else device_of(site.spec.device)
             if device is None or site.policy is None:
                 continue
-            able = [
-                name for name in METHODS if name != "exact" and METHODS[name].refuse(site.spec, site.policy) is None
-            ]
+            names = [name for name in METHODS if name != "exact"]
+            able = [name for name in names if refusal_of(name, site.spec, site.policy) is None]
             able = [name for name in able if device.rates_of(name, site.spec.dtype) is not None]
             title = f"{site.shape}, mask: {site.mask}, s={site.policy.budget}, {device.name} ({device.source})"
             if able and title not in plots:

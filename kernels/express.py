@@ -339,12 +339,14 @@ class _Padding:
         return x.masked_fill(~self.real[:, None, :, None], fill)[:, :, x.shape[2] - length :].contiguous()
 
 
-def _config(s, fraction, inflation, sinks, window, protected, halving, flatten, block, min_length, Lk) -> ExpressConfig:
+def _config(
+    s, fraction, inflation, sinks, window, protected, halving, flatten, block, min_length, Lk, table=()
+) -> ExpressConfig:
     """The configuration that the op's options mean for ``Lk`` keys; exact for fewer than ``min_length``."""
-    s = rows_of(s, fraction, Lk)
+    s, varies = rows_of(s, fraction, Lk, table), fraction or table
     rule = get_rule(halving, flatten)
-    # one cap for a fraction that resolves to a small s: M may not exceed h + 1
-    M = default_inflation(s) if inflation < 0 else min(inflation, s.bit_length()) if fraction else inflation
+    # one cap for a budget that resolves to a small s: M may not exceed h + 1
+    M = default_inflation(s) if inflation < 0 else min(inflation, s.bit_length()) if varies else inflation
     return ExpressConfig(s, M, sinks, max(window, Lk) if Lk < min_length else window, protected, rule, block)
 
 
@@ -383,7 +385,7 @@ def _express_backward_body(grad, out, lse, query, key, value, padding, seed, sca
 
 _PARAMETERS = (
     "Tensor? padding, Tensor seed, float scale, int layer, *, int s, float fraction, int inflation, int sinks, "
-    "int window, int protected, str halving, float flatten, int block, int min_length"
+    "int window, int protected, str halving, float flatten, int block, int min_length, int[] table=[]"
 )
 
 
@@ -543,7 +545,7 @@ METHOD = register(
         params=_params,
         cost=_cost,
         padding_cost=True,
-        rows=lambda params, Lk: rows_of(params["s"], params["fraction"], Lk),
+        rows=lambda params, Lk: rows_of(params["s"], params["fraction"], Lk, params.get("table", ())),
         approximates=lambda params, Lk: Lk > _config(**params, Lk=Lk).exact_up_to,
         options={"flatten": 0.0, "block": 128},
     )
