@@ -29,6 +29,11 @@ def call(op: Op, *args: Any, **options: Any) -> Any:
     return op(*args, **options) if runner is None else runner(op, args, options)
 
 
+def is_run_otherwise() -> bool:
+    """Whether a runner is in force."""
+    return _runner.get() is not None
+
+
 @contextmanager
 def run_by(runner: Runner) -> Iterator[None]:
     """While active, ``runner`` answers every :func:`call` of this thread."""

@@ -70,6 +70,11 @@ class SiteReport:
         object.__setattr__(self, "rejected", tuple(map(str, self.rejected)))
         object.__setattr__(self, "params", canonical(self.params))
 
+    @property
+    def layer(self) -> int:
+        """The key of the site for random numbers; of one that has an entry in a saved plan."""
+        return layer_key(self.saved.module, self.saved.index)
+
     @classmethod
     def from_plan(
         cls,
@@ -329,7 +334,7 @@ def _with_errors(
     sites = tuple(sites)
     if errors is None:
         return sites
-    listed = Counter(_layer(site) for site in sites if _is_approximate(site))
+    listed = Counter(site.layer for site in sites if _is_approximate(site))
     found = {layer: [float(x) for x in errors.get(layer, ())] for layer in listed}
     turns = {
         layer: iter(x if len(x) == listed[layer] else [max(x, default=None)] * listed[layer])
@@ -339,7 +344,7 @@ def _with_errors(
     def complete(site: SiteReport) -> SiteReport:
         if not _is_approximate(site):
             return site
-        error = next(turns[_layer(site)])
+        error = next(turns[site.layer])
         if error is None:
             has_exact = "min_length" in site.params
             return replace(
@@ -352,10 +357,6 @@ def _with_errors(
 
 def _is_approximate(site: SiteReport) -> bool:
     return site.verdict == "rewritten" and site.method != "exact"
-
-
-def _layer(site: SiteReport) -> int:
-    return layer_key(site.saved.module, site.saved.index)
 
 
 def _dry_run(
