@@ -45,15 +45,14 @@ def run_by(runner: Runner) -> Iterator[None]:
 
 
 def name_of(op: Op) -> str:
-    """The method of an op."""
+    """The method of an op of ours."""
     return op._schema.name.removeprefix("express_compile::")
 
 
 def wrap_ops(gm: GraphModule, wrap: Callable[[Op, int], Callable[..., Any]]) -> None:
     """Let ``wrap(op, layer)`` be called in place of every op of a method in a graph that runs as it is."""
-    ops = {METHODS[name].op for name in METHODS if name != "exact"}
     for part in [part for part in gm.modules() if isinstance(part, GraphModule)]:
-        found = [node for node in part.graph.nodes if node.target in ops]
+        found = [node for node in part.graph.nodes if isinstance(node.target, Op) and name_of(node.target) in METHODS]
         for node in found:
             node.target = wrap(node.target, node.args[6])
         if found:

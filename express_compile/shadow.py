@@ -57,8 +57,9 @@ def watch(
     A sampled call takes O(``queries`` * Lk) more time, and at most 64 MiB for scores and copies of keys and values in
     float32 (128 MiB in float64, for float64 inputs), and as much again for temporaries.
 
-    Raises ``ValueError`` for a model without such sites, a part of one whose graphs are captured, or that is watched already, and where no site has a method
-    that can be watched: a single call of SANTA says nothing. ``TypeError`` or ``ValueError`` for bad arguments.
+    Raises ``ValueError`` for a model without such sites, that is watched already or is a part of one whose graphs are
+    captured, and where no site has a method that can be watched: a single call of SANTA says nothing. ``TypeError`` or
+    ``ValueError`` for bad arguments.
     """
     _check(fraction, queries, threshold, seed)
     sites, captured = rewritten_sites(model), captures_of(model)

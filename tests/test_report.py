@@ -238,6 +238,19 @@ def test_errors_are_those_by_hand_on_the_activations_of_the_exact_model(route: s
     assert max(s.error for s in explain(Layers(), LONG, error=True, **{**policy, "budget": 256}).sites[:3]) < 1e-6
 
 
+def test_the_error_of_santa_is_that_of_one_draw() -> None:
+    def decode(q: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q[:, :, -1:], q, q)
+
+    (site,) = explain(decode, LONG, error=True, methods=("santa",), budget=16).sites
+    args = LONG[:, :, -1:], LONG, LONG, None, torch.tensor(0), 8**-0.5, site.layer
+    exact = decode(LONG)
+    drawn = [METHODS["santa"].op(*args[:4], torch.tensor(seed), *args[5:], **site.params)[0] for seed in range(64)]
+    assert site.error == pytest.approx(((drawn[0] - exact).norm() / exact.norm()).item(), rel=1e-4)
+    mean = torch.stack(drawn).mean(0)
+    assert (mean - exact).norm() / exact.norm() < site.error / 3, "the mean of many is not off by that"
+
+
 def test_errors_are_shown() -> None:
     report = explain(Layers(), LONG, error=True, methods=("express",), budget=8, **THIN)
     first = report.sites[0]
