@@ -53,6 +53,7 @@ def _add_explain(commands: Any) -> None:
     add("--kwargs", type=_keyword, action="append", default=[], metavar="NAME=SIZES[:DTYPE]", help="a named input")
     add("--device", default="cpu", help="where the model runs, e.g. cuda (default: %(default)s)")
     add("--measure", action="store_true", help="time what runs at each site, and exact attention, on this machine")
+    add("--error", action="store_true", help="measure what each site's output is off by on these made-up inputs")
     add("--json", type=Path, metavar="FILE", help="write the report as JSON")
     add("--html", type=Path, metavar="FILE", help="write the report as one HTML page")
     add("--save-plan", type=Path, metavar="FILE", help="write what was decided; the option plan takes it")
@@ -77,10 +78,15 @@ def _explain(options: argparse.Namespace) -> int:
     inputs = [_make(tensor, options) for tensor in options.shape]
     kwargs = {name: _make(tensor, options) for name, tensor in options.kwargs}
     try:
-        report = explain(model, *inputs, example_kwargs=kwargs, **fields)
+        report = explain(model, *inputs, example_kwargs=kwargs, error=options.error, **fields)
     except BackendCompilerFailed as error:
         print(f"{options.parser.prog}: {error.inner_exception}", file=sys.stderr)
         return 1
+    if options.error and not all(x.is_floating_point() for x in (*inputs, *kwargs.values())):
+        words = (
+            "integers are ones, so errors are those of equal tokens; explain(model, *inputs, error=True) takes yours"
+        )
+        print(f"{options.parser.prog}: {words}", file=sys.stderr)
     report = report.timed() if options.measure else report
     print(report)
     if options.json is not None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from types import FunctionType
+from dataclasses import replace
+from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,14 +23,17 @@ from torch import nn
 from torch._dynamo.eval_frame import skip_code
 
 from .attention_mask import untraced
+from .calls import Op, call, wrap_ops
+from .method import METHODS
 from .module_code import writes_attention
 from .report import SiteReport, recorder
-from .spec import Plan, Policy
+from .spec import Plan, Policy, known_equal
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
     from .passes.site import AttentionSite
+    from .shadow import Shadow, Watch
 
 _CAPTURE = "_express_compile_capture"
 
@@ -102,6 +106,11 @@ def policy_of(module: nn.Module) -> Policy:
     return module.__dict__[_CAPTURE].policy
 
 
+def captures_of(model: nn.Module) -> dict[str, Capture]:
+    """Module path -> what its calls run, for each module of ``model`` that is captured."""
+    return {path: module.__dict__[_CAPTURE] for path, module in model.named_modules() if is_captured(module)}
+
+
 # ------------------------------------------------------------------------------------------------- the capture
 
 
@@ -109,6 +118,7 @@ class Capture:
     """What a call of ``module`` runs instead of ``module._call_impl``. Copies and pickles of the module get their own.
 
     path: of the module, in the model that was rewritten, which is ``root`` while it exists.
+    watch: what has the errors of its sites sampled, in a model where this one is at ``prefix``; stays behind in a copy.
     """
 
     def __init__(
@@ -119,6 +129,8 @@ class Capture:
         self._install()
 
     def _install(self) -> None:
+        self.watch: Watch | None = None
+        self.prefix = ""
         self._found_sites = self._warned = False
         call = FunctionType(_call.__code__.replace(), _call.__globals__)  # Dynamo counts recompilations by code object
         backend = weakref.WeakMethod(self._rewrite)  # Dynamo keeps it where garbage collection does not look
@@ -188,12 +200,27 @@ class Capture:
         planned = plan_sites(find_sites(gm, buffers), self.policy)
         self._found_sites |= bool(planned)
         unchanged = rewrite_planned(gm, planned, self.policy, buffers)
-        run = _recorded(gm, [_report(site, plan) for site, plan in planned])
+        shadows = self._watch(gm, planned)
+        run = _recorded(gm, [_report(site, plan) for site, plan in planned], shadows)
         if unchanged is None:
             return run
         exact = Plan("exact", "refused", _CHANGED)
         before = [_report(site, exact if plan.verdict == "rewritten" else plan) for site, plan in planned]
         return buffers.guard(run, _recorded(unchanged, before))
+
+    def _watch(self, gm: GraphModule, planned: Iterable[tuple[AttentionSite, Plan]]) -> dict[int, _Follow]:
+        """Let the ops of a graph be sampled while the model is watched; gives how each site is, by layer key."""
+        owner, inside = weakref.ref(self), dict(self.module.named_modules(prefix=self.path))
+        of = {site.layer: (site, plan) for site, plan in planned}
+        found: dict[int, _Follow] = {}
+
+        def wrap(op: Op, layer: int) -> Callable[..., Any]:
+            site, plan = of[layer]
+            found[layer] = _Follow(owner, weakref.ref(inside.get(site.module, self.module)), site, plan)
+            return found[layer].of_op(op)
+
+        wrap_ops(gm, wrap)
+        return found
 
     def _name(self, gm: GraphModule) -> None:
         """Give the modules in the graph their paths in the model that was rewritten, whatever part was called."""
@@ -205,6 +232,60 @@ class Capture:
                 stack = node.meta.get("nn_module_stack") or {}
                 paths = {key: (names.get(key.partition("@")[0], path), cls) for key, (path, cls) in stack.items()}
                 node.meta["nn_module_stack"] = {"": root, **paths}
+
+
+class _Follow:
+    """A rewritten site of a graph. It may be watched unless its method, its offset or its op forbid it."""
+
+    def __init__(
+        self,
+        owner: Callable[[], Capture | None],
+        module: Callable[[], nn.Module | None],
+        site: AttentionSite,
+        plan: Plan,
+    ) -> None:
+        # Dynamo keeps graphs where garbage collection does not look: none may hold its module
+        self.owner, self.module, self.plan, self.spec = owner, module, plan, site.spec
+        self.path, self.number = site.module, f"#{site.index}" if site.index else ""
+        mask = site.spec.mask
+        self.aligned = mask.causal and known_equal(mask.offset, site.spec.Lk - site.spec.Lq)
+        is_known = not mask.causal or self.aligned or isinstance(mask.offset, int)
+        can_be_exact = "min_length" in plan.params
+        self.is_watchable = is_known and can_be_exact and METHODS[plan.method].approximates is not None
+
+    def shadow(self) -> Shadow | None:
+        """What samples this site now; None where nothing does, also in training mode."""
+        owner, module = self.owner(), self.module()
+        watch = owner.watch if self.is_watchable and owner is not None else None
+        if watch is None or (module is not None and module.training):
+            return None
+        return watch.shadow(".".join(filter(None, (owner.prefix, self.path))) + self.number)
+
+    def of_op(self, op: Op) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            shadow = self.shadow()
+            if shadow is None:
+                return call(op, *args, **options)
+            query, key, value, padding = args[:4]
+            if shadow.follow(self.plan).verdict != "rewritten":
+                return call(op, *args, **{**options, "min_length": key.shape[2] + 1})
+            result = call(op, *args, **options)
+            Lk, mask = key.shape[2], self.spec.mask
+            mask = replace(mask, offset=Lk - query.shape[2]) if self.aligned else mask
+            shadow.sample(self.plan, replace(self.spec, Lk=Lk, mask=mask), query, key, value, padding, result[0])
+            return result
+
+        return run
+
+    def now(self, report: SiteReport) -> SiteReport:
+        """The report of the site as it is now."""
+        shadow = self.shadow()
+        plan = self.plan if shadow is None else shadow.in_force(self.plan)
+        if plan is self.plan:
+            return report
+        saved = replace(report.saved, method="exact", verdict="exact", params={}, facts={}, options={})
+        changes = {"method": "exact", "verdict": "exact", "reason": plan.reason, "params": {}, "predicted_ms": {}}
+        return replace(report, rejected=(), saved=saved, **changes)
 
 
 def _report(site: AttentionSite, plan: Plan) -> SiteReport:
@@ -223,15 +304,19 @@ def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return self._call_impl(*args, **kwargs)
 
 
-def _recorded(gm: GraphModule, reports: Sequence[SiteReport]) -> Callable[..., Any]:
+def _recorded(
+    gm: GraphModule, reports: Sequence[SiteReport], follows: Mapping[int, _Follow] = MappingProxyType({})
+) -> Callable[..., Any]:
     _run_checkpoints(gm)
+    names = [(report, follows.get(report.layer)) for report in reports]
 
     def run(*args: Any) -> Any:
         if (call := _in_progress.get()) is not None:
             call.graphs += 1
+        result = gm.forward(*args)  # in which a site that is watched may fall back
         if (sites := recorder.get()) is not None:
-            sites.extend(reports)
-        return gm.forward(*args)
+            sites.extend(report if follow is None else follow.now(report) for report, follow in names)
+        return result
 
     return run
 

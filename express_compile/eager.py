@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from . import capture
+from . import calls, capture
 from .attention_mask import ProvenMask, make_mask, untraced
 from .method import METHODS
 from .module_code import calls_interface, can_import_transformers, depends_on_name
@@ -171,7 +171,7 @@ def _checked_policy(policy: Policy | None, options: dict[str, Any]) -> Policy:
         raise TypeError(f"policy={policy!r}: must be a Policy; give single options by name, e.g. budget=512")
     elif options:
         raise TypeError(f"policy and {', '.join(sorted(options))} were both given: put the options into the policy")
-    from .passes.plan import DEFAULT_METHODS, check_policy
+    from .passes.plan import DEFAULT_METHODS, check_policy, refusal_of
 
     check_policy(policy)
     parts = [policy, *(replace(policy, modules={}, **override) for override in policy.modules.values())]
@@ -179,7 +179,7 @@ def _checked_policy(policy: Policy | None, options: dict[str, Any]) -> Policy:
     for part in parts:
         local = part.resolve(_PROBES[0].Lk)
         for name in dict.fromkeys((*(local.methods or DEFAULT_METHODS), *local.method_options)):
-            probe = next((probe for probe in _PROBES if METHODS[name].refuse(probe, local) is None), None)
+            probe = next((probe for probe in _PROBES if refusal_of(name, probe, local) is None), None)
             if probe is not None:
                 METHODS[name].params(probe, local)  # raises for values that a method does not know, e.g. a halving rule
     return policy
@@ -585,7 +585,8 @@ def _attend(
     seed = _seed_of_step(_seed(site.plans.policy.seed, query.device), spec, arguments)
     key, value = key[:, :, :visible], value[:, :, :visible]
     sinks = {"sinks": arguments["s_aux"]} if spec.sinks else {}
-    out, _ = METHODS[plan.method].op(query, key, value, padding, seed, spec.scale, site.layer, **plan.params, **sinks)
+    op = METHODS[plan.method].op
+    out, _ = calls.call(op, query, key, value, padding, seed, spec.scale, site.layer, **plan.params, **sinks)
     if shadow is not None:
         shadow.sample(plan, spec, query, key, value, padding, out)
     return out.transpose(1, 2).contiguous(), None

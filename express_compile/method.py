@@ -27,6 +27,7 @@ class Method:
     options: the names and defaults of the method's own options (``Policy.method_options[name]``).
     cost(spec, params): what a call costs in the symbols of ``cost.py``, for the parameters that ``params`` gave.
         Of ``spec`` it reads the mask; sizes and the budget stay symbols. ``None``: not known.
+    padding_cost: whether ``cost`` also says what padding costs; else it is that of a batch without.
     rows(params, Lk): what the symbol s of its cost stands for at ``Lk`` keys.
     forms: which fields of ``AttentionSpec.forms`` the op computes. A site that has another one is refused without
         asking ``refuse``. Of ``"sinks"`` the op takes the logits ``[H]`` as the argument ``sinks``.
@@ -44,6 +45,7 @@ class Method:
     loses: Callable[[AttentionSpec, Policy], str | None] = lambda spec, policy: None
     options: Mapping[str, Any] = field(default_factory=dict)
     cost: Callable[[AttentionSpec, Mapping[str, Any]], Cost] | None = None
+    padding_cost: bool = False
     rows: Callable[[Mapping[str, Any], int], int] = lambda params, Lk: Lk
     forms: tuple[str, ...] = ()
     approximates: Callable[[Mapping[str, Any], int], bool] | None = None

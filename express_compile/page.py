@@ -58,7 +58,9 @@ _TEMPLATE = """\
 <td>{{ site.reason }}
 {%- for name, ms in site.measured_ms.items() %}{{ "<br>measured: "|safe if loop.first else ", " }}
 {{- name }} {{ "%.3g" | format(ms) }} ms
-{%- endfor %}</td>
+{%- endfor %}
+{%- if site.error is not none %}{{ "<br>"|safe }}error: {{ "%.3g" | format(site.error) }}{% endif %}
+{%- if site.unmeasured %}{{ "<br>"|safe }}error not measured: {{ site.unmeasured }}{% endif %}</td>
 <td>{% if site.rejected %}<ul>{% for words in site.rejected %}<li>{{ words }}</li>{% endfor %}</ul>{% endif %}</td>
 </tr>
 {% endfor %}

@@ -6,7 +6,7 @@ import io
 import math
 
 from .cost import Device
-from .predict import MARGIN, at_length, crossover, predict
+from .predict import MARGIN, at_length, crossover, predict, without_padding
 from .spec import AttentionSpec, Policy
 
 _FROM, _TO = 256, 1 << 20
@@ -28,7 +28,7 @@ def crossover_plot(methods: tuple[str, ...], spec: AttentionSpec, policy: Policy
     for name in ("exact", *methods):
         times = [predict(name, at_length(spec, n), policy, device) for n in lengths]
         if None not in times:
-            axes.plot(lengths, times, label=name)
+            axes.plot(lengths, times, label=f"{name}, without padding" if without_padding([name], spec) else name)
     for name in methods:
         n = crossover(name, "exact", spec, policy, device, margin=MARGIN)
         if n is not None and lengths[0] <= n <= _TO:

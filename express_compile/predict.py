@@ -21,6 +21,7 @@ _PER_OCTAVE = 8
 def predict(method: str, spec: AttentionSpec, policy: Policy, device: Device, graphs: bool = False) -> float | None:
     """Milliseconds that a call of ``method`` takes at a site, all of whose sizes are numbers.
 
+    Of padding what the method's own cost says of it, see :func:`without_padding`.
     ``graphs``: inside a CUDA graph, which spares the host its work. None where the method says nothing of its cost, or
     the device nothing of the method. Raises ``ValueError`` for a size that is not a number.
     """
@@ -44,6 +45,11 @@ def predicted(
 def wins(times: Mapping[str, float], method: str) -> bool:
     """Whether ``method`` is predicted to be faster than exact attention by the :data:`MARGIN`."""
     return times[method] * MARGIN <= times["exact"]
+
+
+def without_padding(methods: Iterable[str], spec: AttentionSpec) -> tuple[str, ...]:
+    """Those of the methods whose :func:`predict` is that of a batch without padding, though this site has some."""
+    return tuple(name for name in methods if spec.mask.padding and not METHODS[name].padding_cost)
 
 
 def crossover(
@@ -114,14 +120,15 @@ def cost_at(method: str, spec: AttentionSpec, params: Mapping[str, Any]) -> Cost
     Raises ``ValueError`` for a size that is not a number.
     """
     hashable = tuple((name, tuple(x) if isinstance(x, list) else x) for name, x in params.items())
-    cost = _cost(method, _mask_of(spec), hashable)
+    cost = _cost(method, _mask_of(spec, METHODS[method].padding_cost), hashable)
     return None if cost is None else cost.at(spec, METHODS[method].rows(params, spec.Lk))
 
 
-def _mask_of(spec: AttentionSpec) -> tuple[Mask, bool]:
+def _mask_of(spec: AttentionSpec, padding: bool) -> tuple[Mask, bool]:
     """The mask without what varies with the lengths, and whether it was aligned to their ends."""
     aligned = known_equal(spec.mask.offset, spec.Lk - spec.Lq)
-    return replace(spec.mask, offset=0 if aligned else spec.mask.offset, padding=False), aligned
+    offset = 0 if aligned else spec.mask.offset
+    return replace(spec.mask, offset=offset, padding=padding and spec.mask.padding), aligned
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .plain import canonical
 from .saved import SavedPlan, SavedSite
-from .spec import AttentionSpec, Mask, Plan, Policy
+from .spec import AttentionSpec, Mask, Plan, Policy, layer_key
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,9 @@ class SiteReport:
     params: the keyword arguments of the op that runs there, plain data.
     predicted_ms: milliseconds by method, where the choice went by them and lengths are known.
     measured_ms: milliseconds on this machine by method, where :meth:`Report.timed` measured them.
+    error: what its output is off by, ``|o_hat - o| / |o|`` in the Frobenius norm, measured by ``explain(error=True)``;
+        the largest one where it ran another number of times than it is listed.
+    unmeasured: why that could not be measured.
     saved, spec, policy: its entry in a saved plan, what it computes, and what decided; neither printed nor in the JSON.
     """
 
@@ -56,6 +60,8 @@ class SiteReport:
     predicted_ms: Mapping[str, float] = field(default_factory=dict)
     nearest: str = ""
     measured_ms: Mapping[str, float] = field(default_factory=dict)
+    error: float | None = None
+    unmeasured: str = ""
     saved: SavedSite | None = field(default=None, repr=False, compare=False)
     spec: AttentionSpec | None = field(default=None, repr=False, compare=False)
     policy: Policy | None = field(default=None, repr=False, compare=False)
@@ -63,6 +69,11 @@ class SiteReport:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rejected", tuple(map(str, self.rejected)))
         object.__setattr__(self, "params", canonical(self.params))
+
+    @property
+    def layer(self) -> int:
+        """The key of the site for random numbers; of one that has an entry in a saved plan."""
+        return layer_key(self.saved.module, self.saved.index)
 
     @classmethod
     def from_plan(
@@ -174,6 +185,7 @@ class Report:
         """
         from .devices import device_of
         from .method import METHODS
+        from .passes.plan import refusal_of
         from .plots import crossover_plot
 
         plots: dict[str, str] = {}
@@ -181,9 +193,8 @@ class Report:
             device = None if site.spec is None else device_of(site.spec.device)
             if device is None or site.policy is None:
                 continue
-            able = [
-                name for name in METHODS if name != "exact" and METHODS[name].why_not(site.spec, site.policy) is None
-            ]
+            names = [name for name in METHODS if name != "exact"]
+            able = [name for name in names if refusal_of(name, site.spec, site.policy) is None]
             able = [name for name in able if device.rates_of(name, site.spec.dtype) is not None]
             title = f"{site.shape}, mask: {site.mask}, s={site.policy.budget}, {device.name} ({device.source})"
             if able and title not in plots:
@@ -214,6 +225,9 @@ class Report:
         if any(site.measured_ms for site in self.sites):
             columns = (*columns, "measured")
             rows = [[*row, _times(site.measured_ms)] for row, site in zip(rows, self.sites, strict=True)]
+        if any(site.error is not None or site.unmeasured for site in self.sites):
+            columns = (*columns, "error")
+            rows = [[*row, _error(site)] for row, site in zip(rows, self.sites, strict=True)]
         if any(site.nearest for site in self.sites):
             columns = (*columns, "nearest supported form")
             rows = [[*row, site.nearest or "-"] for row, site in zip(rows, self.sites, strict=True)]
@@ -243,13 +257,23 @@ def _times(times: Mapping[str, float]) -> str:
     return ", ".join(f"{method} {ms:.3g} ms" for method, ms in times.items()) or "-"
 
 
+def _error(site: SiteReport) -> str:
+    return (site.unmeasured and f"not measured: {site.unmeasured}") or (
+        "-" if site.error is None else f"{site.error:.3g}"
+    )
+
+
 def _short(source: str) -> str:
     """The last two parts of a path; the JSON has all of it."""
     return "/".join(source.replace("\\", "/").split("/")[-2:])
 
 
 def explain(
-    model: Any, *example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None, **policy_fields: Any
+    model: Any,
+    *example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    error: bool = False,
+    **policy_fields: Any,
 ) -> Report:
     """Run ``model`` once and report what ``backend="express"`` would do at every attention site, and why.
 
@@ -259,6 +283,11 @@ def explain(
     model that ``rewrite_attention`` changed, the report tells
     what was done in this run, and ``policy_fields`` must be empty. Raises ``TypeError`` or ``ValueError`` for a
     bad field, and ``RuntimeError`` if Dynamo captured no graph at all.
+
+    ``error``: also measure, on these inputs, what the output of each rewritten site is off by relative to exact
+    attention, ``|o_hat - o| / |o|`` in the Frobenius norm over batch, heads, queries and features. Every site gets the
+    activations of the exact model, and runs twice: exactly, which is what goes on, and as planned. Of SANTA, which is
+    random by design, it is the error of one draw, far above that of the mean.
     """
     import torch
 
@@ -273,15 +302,70 @@ def explain(
                 f"{', '.join(policy_fields)}: the model was changed by rewrite_attention, whose options are reported; "
                 "allowed are no options, or restore_attention(model) before explain"
             )
-        with torch.no_grad(), record_sites() as sites:
+        with torch.no_grad(), record_sites() as sites, _compared(error) as errors:
             model(*example_inputs, **kwargs)
-        return Report(tuple(sites), unmatched=unmatched(model, [site.module for site in sites]))
-    return _dry_run(model, example_inputs, kwargs, Policy.from_options(policy_fields))
+        sites = _with_errors(sites, errors)
+        return Report(sites, unmatched=unmatched(model, [site.module for site in sites]))
+    return _dry_run(model, example_inputs, kwargs, Policy.from_options(policy_fields), error)
 
 
-def _dry_run(model: Any, example_inputs: tuple[Any, ...], kwargs: dict[str, Any], policy: Policy) -> Report:
+@contextmanager
+def _compared(error: bool) -> Iterator[Mapping[int, list[torch.Tensor]] | None]:
+    """While active, rewritten attention runs exactly; gives what it would have been off by, by layer key.
+
+    None, and nothing is changed, unless ``error``.
+    """
+    from .calls import run_by
+    from .tolerance import Compared
+
+    if not error:
+        yield None
+        return
+    compared = Compared()
+    with run_by(compared):
+        yield compared.errors
+
+
+def _with_errors(
+    sites: Iterable[SiteReport], errors: Mapping[int, list[torch.Tensor]] | None
+) -> tuple[SiteReport, ...]:
+    """The reports with their errors, if some were measured. A site that did not run once for each time it is listed has
+    the largest of its errors in all of them."""
+    sites = tuple(sites)
+    if errors is None:
+        return sites
+    listed = Counter(site.layer for site in sites if _is_approximate(site))
+    found = {layer: [float(x) for x in errors.get(layer, ())] for layer in listed}
+    turns = {
+        layer: iter(x if len(x) == listed[layer] else [max(x, default=None)] * listed[layer])
+        for layer, x in found.items()
+    }
+
+    def complete(site: SiteReport) -> SiteReport:
+        if not _is_approximate(site):
+            return site
+        error = next(turns[site.layer])
+        if error is None:
+            has_exact = "min_length" in site.params
+            return replace(
+                site, unmeasured="it did not run" if has_exact else "its op has no min_length to make it exact"
+            )
+        return replace(site, error=error) if error == error else replace(site, unmeasured="exact attention is 0 here")
+
+    return tuple(map(complete, sites))
+
+
+def _is_approximate(site: SiteReport) -> bool:
+    return site.verdict == "rewritten" and site.method != "exact"
+
+
+def _dry_run(
+    model: Any, example_inputs: tuple[Any, ...], kwargs: dict[str, Any], policy: Policy, error: bool
+) -> Report:
     import torch
 
+    from .backend import rewrite_planned
+    from .calls import plainly, wrap_ops
     from .method import METHODS
     from .passes.buffers import Buffers
     from .passes.match import find_sites
@@ -294,15 +378,21 @@ def _dry_run(model: Any, example_inputs: tuple[Any, ...], kwargs: dict[str, Any]
 
     def record(gm: GraphModule, inputs: list[torch.Tensor]) -> Any:
         graphs.append(gm)
-        for site, plan in plan_sites(find_sites(gm, Buffers(gm, inputs)), policy):
+        buffers = Buffers(gm, inputs)
+        planned = plan_sites(find_sites(gm, buffers), policy)
+        for site, plan in planned:
             mask = None if site.spec is None else site.spec.mask
             seen = {"spec": site.spec, "index": site.index}
             found.append(SiteReport.from_plan(site.module, site.source, site.form, mask, plan, **seen))
-        return gm.forward
+        if not error:
+            return gm.forward
+        unchanged = rewrite_planned(gm, planned, policy, buffers)
+        wrap_ops(gm, plainly)
+        return gm.forward if unchanged is None else buffers.guard(gm.forward, unchanged.forward)
 
     # a model that was compiled often has used up Dynamo's limit for its code, which would then run uncaptured
     unlimited = torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16)
-    with torch.no_grad(), unlimited:
+    with torch.no_grad(), unlimited, _compared(error) as errors:
         torch.compile(_uncompiled(model), backend=record)(*example_inputs, **kwargs)
     if not graphs:
         raise RuntimeError(
@@ -310,7 +400,7 @@ def _dry_run(model: Any, example_inputs: tuple[Any, ...], kwargs: dict[str, Any]
             "is compilation disabled (TORCHDYNAMO_DISABLE, torch.compiler.set_stance, torch.compiler.disable), or did "
             "earlier compilations use up torch's limit for this code (torch.compiler.reset() clears it)?"
         )
-    return Report(tuple(found), len(graphs), unmatched([site.module for site in found], policy))
+    return Report(_with_errors(found, errors), len(graphs), unmatched([site.module for site in found], policy))
 
 
 def _uncompiled(model: Any) -> Any:

@@ -2,11 +2,11 @@
 
     error = |o_hat - o| / |o|    over the sampled queries of one call, all heads and sequences together
 
-The hook is in the attention function of ``eager.py``, not in the ops: an op knows neither the model it belongs to (two
-models of one architecture share their layer keys) nor the model's own exact attention. Whether a call is sampled is
-decided on the host, by a generator that nobody else uses; which queries, on the device. The host never waits: an error
-is read at a later call of the same site, once it has come. Nothing is sampled or read inside a CUDA graph capture,
-and its replays do not come by here at all.
+The hook is in the attention function of ``eager.py`` and around the ops in the graphs of ``capture.py``, not in the
+ops: an op does not know the model it belongs to (two models of one architecture share their layer keys). Whether a call
+is sampled is decided on the host, by a generator that nobody else uses; which queries, on the device. The host never
+waits: an error is read at a later call of the same site, once it has come. Nothing is sampled or read inside a CUDA
+graph capture, and its replays do not come by here at all.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import random
 import statistics
 import warnings
 from collections import deque
+from collections.abc import Callable
 from threading import Lock
 from types import TracebackType
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .calls import is_run_otherwise
+from .capture import Capture, captures_of
 from .eager import rewritten_sites
 from .method import METHODS
 from .spec import AttentionSpec, Plan
@@ -39,44 +42,67 @@ def watch(
 ) -> Watch:
     """Sample the error of every site of a rewritten model while it is in use; sites that err too much become exact.
 
-    model: one that :func:`rewrite_attention` changed through transformers' AttentionInterface. Its copies are not
-        watched, nor is a module in training mode. :func:`restore_attention` and rewriting it anew end the watch.
+    model: one that :func:`rewrite_attention` changed. Its copies are not watched, nor is a module in training mode.
+        :func:`restore_attention` and rewriting it anew end the watch. Where its graphs are captured, sites are known
+        from their first call on, and are named ``path#1`` and so on behind the first one of a module.
     fraction: of the calls of each site that are sampled, in (0, 1]. Calls that are exact anyway are left out: those
         that were refused, and those with so few keys that the method thins nothing.
     queries: how many of a sampled call, at most; the same ones for all heads, and for each sequence its own.
     threshold: a site runs exact as soon as the median of its last 5 errors is above it (the mean would let a single
-        outlier decide). That is said once, by a ``UserWarning``.
+        outlier decide): the model's own attention, in a captured graph that of the op. That is said once, by a
+        ``UserWarning``.
     seed: of the generators that choose calls and queries; torch's own are not used. Results are bitwise those
         without a watch, but where a site fell back.
 
     A sampled call takes O(``queries`` * Lk) more time, and at most 64 MiB for scores and copies of keys and values in
     float32 (128 MiB in float64, for float64 inputs), and as much again for temporaries.
 
-    Raises ``ValueError`` for a model without such sites, or that is watched already, and where no site has a method
-    that can be watched: a single call of SANTA says nothing. ``TypeError`` or ``ValueError`` for bad arguments.
+    Raises ``ValueError`` for a model without such sites, that is watched already or is a part of one whose graphs are
+    captured, and where no site has a method that can be watched: a single call of SANTA says nothing. ``TypeError`` or
+    ``ValueError`` for bad arguments.
     """
     _check(fraction, queries, threshold, seed)
-    sites = rewritten_sites(model)
-    if not sites:
+    sites, captured = rewritten_sites(model), captures_of(model)
+    if not sites and not captured:
         raise ValueError(
-            f"model={type(model).__name__}: has no attention that was rewritten through transformers' "
-            "AttentionInterface; allowed is what rewrite_attention(model) returned for such a model"
+            f"model={type(model).__name__}: has no attention that was rewritten; allowed is what "
+            "rewrite_attention(model) returned"
         )
-    if any(site.shadow is not None for site in sites.values()):
+    for path, capture in captured.items():
+        if not f".{path}".endswith(f".{capture.path}".rstrip(".")):
+            raise ValueError(
+                f"model={type(model).__name__}: is a part of a rewritten model, whose graphs hold its attention; "
+                "watch the whole model"
+            )
+    if any(x is not None for x in (*(s.shadow for s in sites.values()), *(c.watch for c in captured.values()))):
         raise ValueError(f"model={type(model).__name__}: is watched already; call close() on that watch first")
     named = {path: site.plans.methods(site.path) for path, site in sites.items()}
     watched = {path for path, names in named.items() if any(METHODS[name].approximates for name in names)}
-    if not watched:
-        names = dict.fromkeys(name for names in named.values() for name in names)
+    names = dict.fromkeys(name for names in (*named.values(), *map(_methods, captured.values())) for name in names)
+    if not any(METHODS[name].approximates for name in names):
         reasons = "; ".join(f"{name}: {_unwatchable(name)}" for name in names)
         allowed = ", ".join(name for name, method in METHODS.items() if method.approximates)
         raise ValueError(
             f"model={type(model).__name__}: none of its methods can be watched ({reasons}); allowed are {allowed}"
         )
-    shadows = {path: Shadow(path, fraction, queries, threshold, seed) for path in sites if path in watched}
-    for path, shadow in shadows.items():
-        sites[path].shadow = shadow
-    return Watch(model, shadows)
+    started = Watch(model, lambda path: Shadow(path, fraction, queries, threshold, seed))
+    for path in sites:
+        if path in watched:
+            sites[path].shadow = started.shadow(path)
+    for path, capture in captured.items():
+        capture.watch, capture.prefix = started, path.removesuffix(capture.path).rstrip(".")
+    return started
+
+
+def _methods(capture: Capture) -> list[str]:
+    """The methods that sites of captured graphs may have."""
+    from .passes.plan import DEFAULT_METHODS
+
+    policy = capture.policy
+    if policy.plan is not None:
+        return [entry.method for entry in policy.plan.sites] or ["exact"]
+    names = [policy.methods or DEFAULT_METHODS, *(given.get("methods") or () for given in policy.modules.values())]
+    return [name for some in names for name in some]
 
 
 def _check(fraction: float, queries: int, threshold: float, seed: int) -> None:
@@ -102,8 +128,14 @@ def _unwatchable(name: str) -> str:
 class Watch:
     """What :func:`watch` returns; ``with watch(model) as w:`` closes it at the end."""
 
-    def __init__(self, model: nn.Module, shadows: dict[str, Shadow]) -> None:
-        self._model, self._shadows = model, shadows
+    def __init__(self, model: nn.Module, make: Callable[[str], Shadow]) -> None:
+        self._model, self._make, self._lock = model, make, Lock()
+        self._shadows: dict[str, Shadow] = {}
+
+    def shadow(self, path: str) -> Shadow:
+        """What samples the site of a module; a new one at the first call."""
+        with self._lock:
+            return self._shadows.get(path) or self._shadows.setdefault(path, self._make(path))
 
     @property
     def errors(self) -> dict[str, list[float]]:
@@ -120,6 +152,9 @@ class Watch:
         for path, site in rewritten_sites(self._model).items():
             if site.shadow is not None and site.shadow is self._shadows.get(path):
                 site.shadow = None
+        for capture in captures_of(self._model).values():
+            if capture.watch is self:
+                capture.watch = None
 
     def __enter__(self) -> Watch:
         return self
@@ -156,6 +191,10 @@ class Shadow:
         """``plan``, or exact attention once the site fell back. Reads the errors that have come."""
         if self._under_way and self.fallen is None and (words := self._read()) is not None:
             warnings.warn(words, UserWarning, stacklevel=2)
+        return self.in_force(plan)
+
+    def in_force(self, plan: Plan) -> Plan:
+        """``plan``, or exact attention if the site fell back."""
         if self.fallen is None or plan.verdict != "rewritten":
             return plan
         return Plan("exact", "exact", self.fallen, policy=plan.policy)
@@ -172,6 +211,8 @@ class Shadow:
     ) -> None:
         """Maybe compare ``out`` ``[B, H, Lq, Dv]``, what ``plan`` made of the other tensors, with exact attention."""
         approximates = METHODS[plan.method].approximates
+        if is_run_otherwise():  # what explain measures is no use of the model
+            return
         with self._lock:
             chosen = approximates is not None and self._random.random() < self.fraction
             if not chosen or not approximates(plan.params, spec.Lk) or _is_capturing(query.device):
@@ -200,11 +241,12 @@ class Shadow:
         return None
 
     def _words(self, method: str, error: float) -> str:
+        module = self.path.partition("#")[0]
         return (
             f"{self.path or '(root)'}: the attention of {method} has a relative error of {error:.3g} (median of the "
             f"last {_LAST} samples), above threshold={self.threshold:g}; it runs exact from now on. Give it more rows "
-            f"(rewrite_attention(model, modules={{{self.path!r}: {{'budget': ...}}}})), leave it exact for good "
-            f"(modules={{{self.path!r}: 'exact'}}), or watch with a higher threshold"
+            f"(rewrite_attention(model, modules={{{module!r}: {{'budget': ...}}}})), leave it exact for good "
+            f"(modules={{{module!r}: 'exact'}}), or watch with a higher threshold"
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -28,6 +28,15 @@ Verdict = Literal["rewritten", "exact", "refused"]
 def floor_power_of_two(x: int) -> int:
     """Largest power of two that is not above ``x``; 0 for ``x < 1``."""
     return 1 << (x.bit_length() - 1) if x >= 1 else 0
+
+
+TABLE_AT = tuple(1 << k for k in range(4, 22))
+"""The numbers of keys at which a function of them is read for a table."""
+
+
+def rows_at(table: Sequence[int], Lk: int) -> int:
+    """The entry of a table for ``Lk`` keys: that of the largest number of :data:`TABLE_AT` that is not above."""
+    return table[min(max(Lk.bit_length() - 5, 0), len(table) - 1)]
 
 
 @dataclass(frozen=True)
@@ -126,8 +135,9 @@ class Policy:
 
     budget: rows ``s`` a method may keep; an int is rounded down to a power of two, a float in (0, 1] is
         a fraction of the number of keys, resolved at run time. A function from the number of keys to rows is asked
-        when a site is planned; where that number is not known when compiling (dynamic shapes) the site is refused.
-        Fewer than 4 rows by a fraction or a function are 4.
+        when a site is planned; where that number is not known when compiling (dynamic shapes) it is read at 16, 32,
+        64, ..., 2,097,152 keys and held between them and beyond, by a table that the op looks up at run time. A
+        sequence of rows is such a table. Fewer than 4 rows by a fraction or a function are 4.
     methods: names of the methods to try, in order of preference. With ``"exact"`` among them, but not first, a method
         runs only where it is predicted to be faster than exact attention. ``None`` is ``("express", "exact")``.
     sinks, window: the first and the last tokens, which are always held exactly.
@@ -157,7 +167,7 @@ class Policy:
     Raises ``ValueError`` or ``TypeError`` that name the field, its value and what is allowed.
     """
 
-    budget: int | float | Callable[[int], int] = 512
+    budget: int | float | Callable[[int], int] | Sequence[int] = 512
     methods: tuple[str, ...] | None = None
     sinks: int = 32
     window: int = 256
@@ -200,7 +210,9 @@ class Policy:
     def _check_budget(self) -> None:
         if callable(self.budget):
             return
-        _check_number("budget", self.budget, (int, float), "a function of the number of keys")
+        if isinstance(self.budget, (list, tuple)):
+            return self._check_table()
+        _check_number("budget", self.budget, (int, float), "a function of the number of keys", "a sequence of rows")
         if isinstance(self.budget, float):
             if not 0.0 < self.budget <= 1.0:
                 raise ValueError(
@@ -209,6 +221,12 @@ class Policy:
                 )
         elif self.budget < 4:
             raise ValueError(f"budget={self.budget!r}: must be at least 4 rows")
+
+    def _check_table(self) -> None:
+        object.__setattr__(self, "budget", tuple(self.budget))
+        good = all(isinstance(rows, int) and not isinstance(rows, bool) and rows >= 4 for rows in self.budget)
+        if not self.budget or not good:
+            raise ValueError(f"budget={self.budget!r}: must be rows for 16, 32, 64, ... keys, integers of at least 4")
 
     def _check_integers(self) -> None:
         for name in ("sinks", "window", "protected"):
@@ -281,13 +299,18 @@ class Policy:
         return self._local[globs]
 
     def resolve(self, Lk: int) -> Policy:
-        """The policy for ``Lk`` keys: its budget is a number. Raises ``ValueError`` unless its function gives rows."""
-        if not callable(self.budget):
-            return self
+        """The policy for ``Lk`` keys: its budget is no function. Raises ``ValueError`` unless that gives rows."""
+        return replace(self, budget=self._ask(Lk)) if callable(self.budget) else self
+
+    def tabled(self) -> Policy:
+        """The policy for any number of keys: its budget is no function, but the table of one."""
+        return replace(self, budget=tuple(map(self._ask, TABLE_AT))) if callable(self.budget) else self
+
+    def _ask(self, Lk: int) -> int:
         rows = self.budget(Lk)
         if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
             raise ValueError(f"budget({Lk}) returned {rows!r}: must be a number of rows, an int")
-        return replace(self, budget=max(4, rows))
+        return max(4, rows)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Policy:

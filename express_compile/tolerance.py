@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .calls import Op, name_of, run_by
 from .eager import is_rewritten, record_sites, restore_attention, rewrite_attention
 from .method import METHODS
 from .predict import cost_at
@@ -69,28 +69,49 @@ class Calibration:
         return json.dumps(data, indent=2)
 
 
-class _Budgets(TorchDispatchMode):
+class Exactly:
+    """Runs the ops of rewritten attention exactly: a runner of :mod:`~express_compile.calls`."""
+
+    def __call__(self, op: Op, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+        result = op(*args, **{**options, "min_length": args[1].shape[2] + 1})
+        self.see(op, args, options, result[0])
+        return result
+
+    def see(self, op: Op, args: tuple[Any, ...], options: Mapping[str, Any], exact: torch.Tensor) -> None:
+        """Called for every op that ran exactly, with the options that it was to have."""
+
+
+class Compared(Exactly):
+    """Runs everything exactly, and notes what each op would have been off by.
+
+    errors: ``|o_hat - o| / |o|``, 0-d tensors, by layer key, in order of execution.
+    """
+
+    def __init__(self) -> None:
+        self.errors: dict[int, list[torch.Tensor]] = {}
+
+    def __call__(self, op: Op, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+        # without min_length there is no exact attention to compare with
+        return super().__call__(op, args, options) if "min_length" in options else op(*args, **options)
+
+    def see(self, op: Op, args: tuple[Any, ...], options: Mapping[str, Any], exact: torch.Tensor) -> None:
+        self.errors.setdefault(args[6], []).append(_error(op, args, options, exact))
+
+
+def _error(op: Op, args: tuple[Any, ...], options: Mapping[str, Any], exact: torch.Tensor) -> torch.Tensor:
+    """The Frobenius norm of what the op is off by, relative to that of exact attention; NaN where both are 0."""
+    return (op(*args, **options)[0].float() - exact.float()).norm() / exact.float().norm()
+
+
+class _Budgets(Exactly):
     """Runs the ops of a rewritten model with a budget for each site, exactly where none is given."""
 
     def __init__(self, options: Mapping[str, Mapping[int, dict[str, Any]]], chosen: Mapping[int, int | None]) -> None:
-        super().__init__()
         self.options, self.chosen = options, chosen
-        self.names = {METHODS[name].op: name for name in options}
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = self.names.get(function)
-        if name is None:
-            return function(*args, **(kwargs or {}))
+    def __call__(self, op: Op, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
         budget = self.chosen.get(args[6])
-        if budget is not None:
-            return function(*args, **self.options[name][budget])
-        exact = {**next(iter(self.options[name].values())), "min_length": args[1].shape[2] + 1}
-        result = function(*args, **exact)
-        self.see(function, name, args, result[0])
-        return result
-
-    def see(self, function: Any, name: str, args: Any, exact: torch.Tensor) -> None:
-        """Called for every site that runs exactly."""
+        return super().__call__(op, args, options) if budget is None else op(*args, **self.options[name_of(op)][budget])
 
 
 class _Errors(_Budgets):
@@ -101,13 +122,11 @@ class _Errors(_Budgets):
         self.errors: dict[int, dict[int, list[torch.Tensor]]] = {}
         self.rows: dict[int, dict[str, list[float]]] = {}
 
-    def see(self, function: Any, name: str, args: Any, exact: torch.Tensor) -> None:
-        layer = args[6]
+    def see(self, op: Op, args: tuple[Any, ...], options: Mapping[str, Any], exact: torch.Tensor) -> None:
+        layer, name = args[6], name_of(op)
         errors, rows = self.errors.setdefault(layer, {}), self.rows.setdefault(layer, {})
-        norm = exact.float().norm()
         for budget, options in self.options[name].items():
-            error = (function(*args, **options)[0].float() - exact.float()).norm() / norm
-            errors.setdefault(budget, []).append(error)
+            errors.setdefault(budget, []).append(_error(op, args, options, exact))
             rows.setdefault(str(budget), []).append(_rows_seen(name, args, options, name == "express"))
         rows.setdefault("exact", []).append(_rows_seen("exact", args, {}, name == "express"))
 
@@ -157,15 +176,19 @@ def calibrate_error(
     try:
         exact, paths, seen = [], {}, _Errors(options)
         for batch in batches:
-            with record_sites() as sites, seen:
+            with record_sites() as sites, run_by(seen):
                 exact.append(_logits(model, batch))
             paths |= {layer_key(x.module, i): x.module for x in sites if x.verdict == "rewritten" for i in range(8)}
         if not seen.errors:
             reasons = "; ".join(sorted({site.reason for site in sites}))
             raise ValueError(f"model: no site can be rewritten by {', '.join(methods)}: {reasons or 'it has none'}")
+        if len({paths[layer] for layer in seen.errors}) < len(seen.errors):
+            raise ValueError(
+                "model: one of its modules has more than one site, and a policy has one budget for a module"
+            )
 
         def measure(chosen: Mapping[int, int | None]) -> float:
-            with _Budgets(options, chosen):
+            with run_by(_Budgets(options, chosen)):
                 found = [_kl(x, _logits(model, batch), first) for x, batch in zip(exact, batches, strict=True)]
             return fmean(found)
 

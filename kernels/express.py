@@ -339,12 +339,14 @@ class _Padding:
         return x.masked_fill(~self.real[:, None, :, None], fill)[:, :, x.shape[2] - length :].contiguous()
 
 
-def _config(s, fraction, inflation, sinks, window, protected, halving, flatten, block, min_length, Lk) -> ExpressConfig:
+def _config(
+    s, fraction, inflation, sinks, window, protected, halving, flatten, block, min_length, Lk, table=()
+) -> ExpressConfig:
     """The configuration that the op's options mean for ``Lk`` keys; exact for fewer than ``min_length``."""
-    s = rows_of(s, fraction, Lk)
+    s, varies = rows_of(s, fraction, Lk, table), fraction or table
     rule = get_rule(halving, flatten)
-    # one cap for a fraction that resolves to a small s: M may not exceed h + 1
-    M = default_inflation(s) if inflation < 0 else min(inflation, s.bit_length()) if fraction else inflation
+    # one cap for a budget that resolves to a small s: M may not exceed h + 1
+    M = default_inflation(s) if inflation < 0 else min(inflation, s.bit_length()) if varies else inflation
     return ExpressConfig(s, M, sinks, max(window, Lk) if Lk < min_length else window, protected, rule, block)
 
 
@@ -383,7 +385,7 @@ def _express_backward_body(grad, out, lse, query, key, value, padding, seed, sca
 
 _PARAMETERS = (
     "Tensor? padding, Tensor seed, float scale, int layer, *, int s, float fraction, int inflation, int sinks, "
-    "int window, int protected, str halving, float flatten, int block, int min_length"
+    "int window, int protected, str halving, float flatten, int block, int min_length, int[] table=[]"
 )
 
 
@@ -474,7 +476,8 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     """Thinning and attention over the rows that every block of queries sees.
 
     Exact if a block of queries (with protected rows, a contest) divides 4 s, but for the scores of contests, a few
-    operations per element of a key; up to 12% too little otherwise. Without padding, which costs copies of all tensors.
+    operations per element of a key; up to 12% too little otherwise. With padding also the copies of :class:`_Padding`:
+    6 passes over the rows of query, key and value, and 4 over those of the result.
     """
     s, Lk, width = c.s, c.Lk, c.B * c.H_kv * (c.D + c.Dv)
     sinks, window, protected, block = (params[name] for name in ("sinks", "window", "protected", "block"))
@@ -519,9 +522,10 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     # rows are read to be picked or halved; half of them, and all that are picked, are written and then attended to
     rows = halved + picked + 2 * (halved / 2 + picked)
     scored = 2 * c.B * c.H_kv * c.D * left if protected else 0  # the contest reads keys twice
+    copied = c.B * Lk * (6 * (c.H * c.D + c.H_kv * (c.D + c.Dv)) + 4 * c.H * c.Dv) if spec.mask.padding else 0
     thinned = c.Cost(
         attention.flops + 2 * width * (0 if coin else entries),
-        attention.bytes + c.itemsize * (width * rows + scored),
+        attention.bytes + c.itemsize * (width * rows + scored + copied),
         sympy.Integer(0) if coin else 3 * s * rounds,  # closing halvings; what else there is takes less time
         2 + (0 if coin else describe_launches(4 * s)) + 4 * bool(protected),
         attention.scores,
@@ -540,7 +544,8 @@ METHOD = register(
         refuse=_refuse,
         params=_params,
         cost=_cost,
-        rows=lambda params, Lk: rows_of(params["s"], params["fraction"], Lk),
+        padding_cost=True,
+        rows=lambda params, Lk: rows_of(params["s"], params["fraction"], Lk, params.get("table", ())),
         approximates=lambda params, Lk: Lk > _config(**params, Lk=Lk).exact_up_to,
         options={"flatten": 0.0, "block": 128},
     )

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from express_compile.spec import Policy, floor_power_of_two
+from express_compile.spec import Policy, floor_power_of_two, rows_at
 
 STRETCH, SUBSAMPLE, CLOSE_FIRST, CLOSE_SECOND = 60, 61, 62, 63  # level codes in the random counter beside 0 .. q-1
 
@@ -227,15 +228,20 @@ def compress_schedule(tokens: int, s: int) -> Schedule:
     return Schedule(tokens, s, 0, size, (), tuple(launches), (), ())
 
 
-def budget_options(policy: Policy) -> dict[str, int | float]:
-    """The options ``s`` and ``fraction`` of an op: rows, or a fraction of the keys, the other one 0."""
+def budget_options(policy: Policy) -> dict[str, int | float | list[int]]:
+    """The options ``s`` and ``fraction`` of an op, rows or a fraction of the keys, the other one 0; or, with both 0,
+    ``table``: rows by the number of keys, as in ``Policy.budget``."""
+    if isinstance(policy.budget, tuple):
+        return {"s": 0, "fraction": 0.0, "table": [floor_power_of_two(rows) for rows in policy.budget]}
     if isinstance(policy.budget, float):
         return {"s": 0, "fraction": policy.budget}
     return {"s": floor_power_of_two(policy.budget), "fraction": 0.0}
 
 
-def rows_of(s: int, fraction: float, Lk: int) -> int:
+def rows_of(s: int, fraction: float, Lk: int, table: Sequence[int] = ()) -> int:
     """The budget in rows that those options mean for ``Lk`` keys."""
+    if table:
+        return rows_at(table, Lk)
     return max(4, floor_power_of_two(int(fraction * Lk))) if fraction else s
 
 

@@ -154,9 +154,9 @@ def select(
 # Op
 
 
-def _resolve(s, fraction, g, halving, flatten, min_length, Lk) -> tuple[int, HalvingRule]:
+def _resolve(s, fraction, g, halving, flatten, min_length, Lk, table=()) -> tuple[int, HalvingRule]:
     """Rows of the coreset of ``Lk`` keys, and the rule; all keys for fewer than ``min_length``."""
-    s = max(4, floor_power_of_two(int(2**g * math.sqrt(Lk))) if g >= 0 else rows_of(s, fraction, Lk))
+    s = max(4, floor_power_of_two(int(2**g * math.sqrt(Lk))) if g >= 0 else rows_of(s, fraction, Lk, table))
     return max(s, Lk) if Lk < min_length else s, get_rule(halving, flatten)
 
 
@@ -194,7 +194,7 @@ def _backward_body(grad, out, lse, query, key, value, padding, seed, scale, laye
 
 _PARAMETERS = (
     "Tensor? padding, Tensor seed, float scale, int layer, *, int s, float fraction, int g, str halving, "
-    "float flatten, int min_length"
+    "float flatten, int min_length, int[] table=[]"
 )
 OP, BACKWARD = define_attention("thinformer", _PARAMETERS, _body, _backward_body)
 

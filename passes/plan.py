@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ..devices import device_of
 from ..method import METHODS, Method
 from ..plain import canonical
-from ..predict import LONGEST, MARGIN, crossover, predicted, wins
+from ..predict import LONGEST, MARGIN, crossover, predicted, wins, without_padding
 from ..saved import SavedPlan, SavedSite, facts_of
 from ..spec import AttentionSpec, Plan, Policy, Refusal, known_equal
 from .site import AttentionSite
@@ -143,10 +143,9 @@ def answer(question: Question, policy: Policy) -> Plan:
     local, spec = policy.at(question.module), question.spec
     decision = _left_alone(question, policy, local)
     if decision is None:
-        refusal = question.refusal or _without_budget(spec, local)
-        if refusal is not None:
-            return replace(_refused(refusal, local, question.nearest), policy=local)
-        local = local.resolve(spec.Lk) if isinstance(spec.Lk, int) else local
+        if question.refusal is not None:
+            return replace(_refused(question.refusal, local, question.nearest), policy=local)
+        local = local.resolve(spec.Lk) if isinstance(spec.Lk, int) else local.tabled()
         decision = _decide(spec, local, question.graphs)
         if question.form == "softmax" and decision.method == "exact" and "exact" in (local.methods or ()):
             reason = f"{decision.reason}; as scaled_dot_product_attention"
@@ -187,7 +186,7 @@ def _follow_entry(question: Question, entry: SavedSite) -> Plan:
     decision, changes, refusal = answer(question, entry.policy), [], None
     if question.refusal is None:
         changes += _changes(entry.facts, facts_of(question.spec))
-        refusal = METHODS[entry.method].why_not(question.spec, entry.policy)
+        refusal = refusal_of(entry.method, question.spec, decision.policy or entry.policy)
     if decision.verdict == "rewritten":
         changes += _changes({"method": entry.method}, {"method": decision.method})
         changes += _changes(entry.params, canonical(decision.params))
@@ -207,14 +206,15 @@ def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{name} was {before} and is {after}" for name, before, after in words if [before] != [after]]
 
 
-def _without_budget(spec: AttentionSpec, policy: Policy) -> str | None:
-    """Why the budget of a site is not known; None where it is, or where nothing asks for it."""
-    if not callable(policy.budget) or isinstance(spec.Lk, int) or (policy.methods or ("",))[0] == "exact":
-        return None
-    return (
-        f"its budget is a function of the number of keys, which is not known when compiling (Lk={spec.Lk}); "
-        "give rows, a fraction of the keys, or dynamic=False"
-    )
+def refusal_of(name: str, spec: AttentionSpec, policy: Policy) -> Refusal | None:
+    """Why a method must not be used at a site; ``policy`` is that of the site, its budget no function."""
+    if isinstance(policy.budget, tuple) and not _takes(METHODS[name].op, "table"):
+        return Refusal(
+            name,
+            "its budget is a table of rows, which it does not take (a function of the number of keys becomes one where "
+            "that is not known when compiling); give rows, a fraction of the keys, or dynamic=False",
+        )
+    return METHODS[name].why_not(spec, policy)
 
 
 def _refused(reason: str, policy: Policy, nearest: str | None = None) -> Plan:
@@ -234,7 +234,7 @@ def _decide(spec: AttentionSpec, policy: Policy, graphs: bool = False) -> Plan:
     for name in dict.fromkeys(names):
         if name == "exact":
             continue
-        refusal = METHODS[name].why_not(spec, policy) if lonely is None else Refusal(name, lonely)
+        refusal = refusal_of(name, spec, policy) if lonely is None else Refusal(name, lonely)
         if refusal is not None:
             rejected.append(refusal)
             continue
@@ -287,22 +287,25 @@ def _faster(name: str, spec: AttentionSpec, policy: Policy, graphs: bool) -> Pla
             "methods without 'exact' use it all the same",
         )
     params = dict(method.params(spec, replace(policy, min_length=0)))
+    bare = without_padding((name, "exact"), spec)
+    padding = f", {'both' if name in bare else 'the latter'} without padding" if bare else ""
     if isinstance(spec.Lk, int):
-        words = f"predicted {times[name]:.3g} ms, exact attention {times['exact']:.3g} ms"
+        words = f"predicted {times[name]:.3g} ms, exact attention {times['exact']:.3g} ms{padding}"
         if not wins(times, name):
             return Plan("exact", "exact", words, predicted_ms=times)
         return Plan(name, "rewritten", f"{_kind(spec)}; {words}", params, predicted_ms=times)
     shortest = crossover(name, "exact", spec, policy, device, graphs, MARGIN)
     if shortest is None:
-        return Plan("exact", "exact", f"predicted to be no faster than exact attention up to {LONGEST:,} keys")
-    return _from_length(method, spec, shortest, params, f"{_kind(spec)}, predicted to be faster than exact")
+        words = f"predicted to be no faster than exact attention up to {LONGEST:,} keys{padding}"
+        return Plan("exact", "exact", words)
+    return _from_length(method, spec, shortest, params, f"{_kind(spec)}, predicted to be faster than exact{padding}")
 
 
 def _from_length(
     method: Method, spec: AttentionSpec, shortest: int, params: dict[str, Any], reason: str
 ) -> Plan | Refusal:
     """The plan for a site with an unknown number of keys, exact for fewer than ``shortest``."""
-    if not _decides_at_run_time(method.op):
+    if not _takes(method.op, "min_length"):
         return Refusal(method.name, f"min_length={shortest} needs a known number of keys, here it is {spec.Lk}")
     reason = f"{reason}; exact below {shortest} keys, decided at run time"
     return Plan(method.name, "rewritten", reason, {**params, "min_length": shortest})
@@ -330,19 +333,19 @@ def _nearest(spec: AttentionSpec, policy: Policy, rejected: list[Refusal]) -> st
         return spec.mask.nearest
     tried = [refusal.method for refusal in rejected]
     for name in METHODS:
-        if name not in (*tried, "exact") and _takes(name, spec, policy):
+        if name not in (*tried, "exact") and _accepts(name, spec, policy):
             return f"methods=['{name}'], which takes it as it is"
-    if spec.dropout_p > 0 and any(_takes(name, replace(spec, dropout_p=0.0), policy) for name in tried):
+    if spec.dropout_p > 0 and any(_accepts(name, replace(spec, dropout_p=0.0), policy) for name in tried):
         return "the same without dropout: model.eval(), or a probability of 0"
     apart = replace(spec, mask=replace(spec.mask, segments=False))
-    if spec.mask.segments and any(_takes(name, apart, policy) for name in tried):
+    if spec.mask.segments and any(_accepts(name, apart, policy) for name in tried):
         return "a padded batch with a sequence per row"
     return None
 
 
-def _takes(name: str, spec: AttentionSpec, policy: Policy) -> bool:
+def _accepts(name: str, spec: AttentionSpec, policy: Policy) -> bool:
     try:
-        return METHODS[name].why_not(spec, policy) is None
+        return refusal_of(name, spec, policy) is None
     except ValueError:  # the policy is not meant for this method
         return False
 
@@ -351,6 +354,6 @@ def _reasons(rejected: list[Refusal]) -> str:
     return rejected[0].reason if len(rejected) == 1 else "; ".join(map(str, rejected))
 
 
-def _decides_at_run_time(op: torch._ops.OpOverload) -> bool:
+def _takes(op: torch._ops.OpOverload, option: str) -> bool:
     arguments: list[Any] = op._schema.arguments
-    return any(argument.name == "min_length" for argument in arguments)
+    return any(argument.name == option for argument in arguments)

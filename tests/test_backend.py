@@ -193,17 +193,23 @@ def test_forty_lengths_are_planned_by_two_compilations(monkeypatch: pytest.Monke
     assert dynamic[0][1].params["min_length"] == 79 and rewritten == [n >= 79 for n in lengths]
 
 
-def test_a_function_as_budget_needs_known_lengths(net: Net) -> None:
-    x = torch.randn(1, 160, 32)
-    options = {"budget": lambda n: n // 20, "methods": ("express",), "window": 8, "sinks": 4}
-    fixed, symbolic = Counting(**options), Counting(**options)
+def test_a_function_as_budget(net: Net) -> None:
+    """Asked for each length where that is known; for all others read at powers of two and held between them."""
+    options = {"methods": ("express",), "window": 8, "sinks": 4, "protected": 0}
+    function = {"budget": lambda n: n // 32, **options}
+    fixed, symbolic = Counting(**function), Counting(**function)
+    inputs = {n: torch.randn(1, n, 32, generator=torch.Generator().manual_seed(n)) for n in (320, 511, 512, 600)}
     with torch.no_grad():
-        torch.compile(net, backend=fixed, dynamic=False)(x)
-        got = torch.compile(net, backend=symbolic, dynamic=True)(x)
-        assert relative(got, net(x)) < 1e-6
+        torch.compile(net, backend=fixed, dynamic=False)(inputs[320])
+        compiled = torch.compile(net, backend=symbolic, dynamic=True)
+        found = {n: compiled(x) for n, x in inputs.items()}
+        assert len(symbolic.plans) == 1, "no compilation per length"
+        for rows in (8, 16):
+            given = torch.compile(net, backend=Counting(budget=rows, **options), dynamic=True)
+            same = [n for n, x in inputs.items() if torch.equal(given(x), found[n])]
+            assert same == [n for n in inputs if (n >= 512) == (rows == 16)]
     assert [(plan.verdict, plan.params["s"]) for _, plan in fixed.plans[0]] == [("rewritten", 8)] * 2
-    ((_, first), _), *_ = symbolic.plans
-    assert first.verdict == "refused" and first.reason.startswith("its budget is a function of the number of keys")
+    assert [plan.params["table"][4:7] for _, plan in symbolic.plans[0]] == [[8, 16, 32]] * 2
 
 
 @pytest.mark.parametrize("marked", [False, True])

@@ -241,6 +241,16 @@ def test_a_fraction_of_the_keys():
     assert torch.equal(op(q, k, v, s=0, fraction=0.03)[0], op(q, k, v, s=16)[0])  # 18 rows, rounded down to 16
 
 
+def test_a_table_of_rows_and_its_gradient():
+    table = [4, 4, 8, 8, 8, 16, 32]  # from 16, 32, 64, 128, 256, 512 and 1,024 keys on
+    for n, s in ((300, 8), (600, 16)):
+        inputs = [x.requires_grad_() for x in tokens(n)]
+        outs = [op(*inputs, **options)[0] for options in ({"s": 0, "table": table}, {"s": s})]
+        grads = [torch.autograd.grad(out.square().sum(), inputs) for out in outs]
+        assert torch.equal(*outs) and all(map(torch.equal, *grads))
+        assert not torch.equal(outs[0], op(*inputs, s=2 * s)[0])
+
+
 @given(
     n=st.integers(60, 110),
     D=st.sampled_from([8, 20]),

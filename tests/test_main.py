@@ -104,6 +104,18 @@ def test_inputs_have_the_shapes_and_dtypes_that_were_asked_for(
     assert (site["shape"], site["verdict"]) == ("B=1 H=2 Lq=24 Lk=24 D=8 bfloat16", "rewritten")
 
 
+def test_errors_are_measured_on_request(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--methods", "express", "--budget", "4", "--sinks", "0", "--window", "4", "--protected", "0"]
+    options += ["--method-options", '{"express": {"block": 16}}', "--json", str(tmp_path / "f")]
+    assert main(["explain", f"{model}:function", "--shape", "1x2x64x8:float32", *options, "--error"]) == 0
+    printed = capsys.readouterr()
+    (site,) = json.loads((tmp_path / "f").read_text())["sites"]
+    assert 0.05 < site["error"] < 1 and f" {site['error']:.3g} " in printed.out and printed.err == ""
+    assert main(["explain", f"{model}:make", "--shape", "1x64", *options, "--error"]) == 0
+    assert "integers are ones, so errors are those of equal tokens" in capsys.readouterr().err
+    assert json.loads((tmp_path / "f").read_text())["sites"][0]["error"] < 1e-5, "equal keys are thinned without loss"
+
+
 def test_every_field_that_matters_is_an_option(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,7 +123,7 @@ def test_every_field_that_matters_is_an_option(
     asked: list[dict] = []
     monkeypatch.setattr(
         "express_compile.report.explain",
-        lambda *inputs, example_kwargs, **fields: asked.append(fields) or explain(*inputs),
+        lambda *inputs, example_kwargs, error, **fields: asked.append(fields) or explain(*inputs),
     )
     given = {
         "--budget": ("0.25", 0.25),

@@ -13,8 +13,9 @@ from express_compile.cost import Cost, Device, Rates
 from express_compile.method import METHODS, Method
 from express_compile.passes.plan import check_policy, plan, plan_sites, require, unmatched
 from express_compile.passes.site import AttentionSite
-from express_compile.predict import MARGIN
-from express_compile.spec import AttentionSpec, Mask, Policy, Refusal
+from express_compile.predict import MARGIN, crossover
+from express_compile.saved import SavedPlan, SavedSite
+from express_compile.spec import TABLE_AT, AttentionSpec, Mask, Policy, Refusal
 
 SPEC = AttentionSpec(1, 4, 2, 100, 100, 8, 8, torch.float32, "cpu", 0.5, Mask(causal=True))
 UNKNOWN = replace(SPEC, mask=Mask(unknown="it is made up"))
@@ -65,6 +66,17 @@ def test_a_method_that_is_predicted_to_win_is_chosen_by_default() -> None:
     assert decision.rejected == ()
     assert decision.reason == "causal attention; predicted 7.92 ms, exact attention 20.2 ms"
     assert decision.predicted_ms == pytest.approx({"first": 8.32 / MARGIN, "exact": 20.2})
+
+
+def test_times_that_leave_padding_out_say_so() -> None:
+    padded = replace(SPEC, mask=replace(SPEC.mask, padding=True))
+    decision = plan(padded, Policy(budget=32))
+    assert decision.reason == (
+        "causal, key padding attention; predicted 7.92 ms, exact attention 20.2 ms, both without padding"
+    )
+    METHODS._methods["first"] = replace(METHODS["first"], padding_cost=True)
+    assert plan(padded, Policy(budget=32)).reason.endswith("20.2 ms, the latter without padding")
+    assert plan(SPEC, Policy(budget=32)).reason.endswith("20.2 ms")
 
 
 def test_where_exact_attention_is_faster_it_stays() -> None:
@@ -240,10 +252,21 @@ def test_a_symbolic_length_is_decided_by_the_op_or_not_at_all(monkeypatch: pytes
     assert plan(spec, Policy(methods=("second",))).verdict == "rewritten"
     function = Policy(methods=("first", "exact"), budget=lambda n: n // 5)
     decision = plan(spec, function)
-    assert decision.verdict == "refused" and "is not known when compiling (Lk=" in decision.reason
+    assert decision.verdict == "exact" and "becomes one where that is not known when compiling" in decision.reason
     assert plan(spec, replace(function, methods=("exact",))).verdict == "exact"
-    with pytest.raises(ValueError, match="its budget is a function of the number of keys"):
-        plan(spec, replace(function, strict=True))
+    with pytest.raises(ValueError, match="its budget is a table of rows, which it does not take"):
+        plan(spec, replace(function, methods=("first",), strict=True))
+    asked: list[int] = []
+    tabled = Policy(methods=("express", "santa"), budget=lambda n: asked.append(n) or n // 8, min_length=512)
+    decision = plan(spec, tabled)
+    assert asked == list(TABLE_AT) and decision.verdict == "rewritten"
+    assert decision.params["table"] == [max(4, 1 << k - 3) for k in range(4, 22)] and decision.params["s"] == 0
+    assert decision.policy.budget == tuple(decision.params["table"]) and "table" in str(decision.rejected[0])
+    kept = SavedPlan((SavedSite.from_plan("", 0, spec, decision),))
+    kept = Policy(plan=SavedPlan.from_json(kept.to_json()))
+    for n in (spec.Lk, 4096):  # what was decided for all lengths is followed at each
+        again = plan(replace(spec, Lq=n, Lk=n), kept)
+        assert again.verdict == "rewritten" and again.params["table"] == decision.params["table"]
     decision = plan(spec, Policy(methods=("first", "exact")))
     assert "needs a known number of keys" in decision.reason and "min_length=64 " in decision.reason
     rates = {"express": Rates(launches=2e-3), "exact": Rates(scores=1e-6)}
@@ -256,6 +279,12 @@ def test_a_symbolic_length_is_decided_by_the_op_or_not_at_all(monkeypatch: pytes
     )
     # two launches are 4.2 ms with the margin: 4 heads of 45 (45 + 1) / 2 scores are 4.14 ms, those of 46 are 4.32
     assert decision.params["min_length"] == 46
+    for budget in (64, lambda n: 64):  # a table is predicted as its rows are
+        decision = plan(replace(spec, B=m), Policy(methods=("express", "exact"), budget=budget, protected=0))
+        shortest = decision.params["min_length"]
+        assert shortest == crossover(
+            "express", "exact", replace(spec, B=m), Policy(budget=64, protected=0), device, margin=MARGIN
+        )
     assert len(shapes.guards) == guards  # a decision adds no guard
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from express_compile import devices, measure
 from express_compile.cost import Cost, Device, Rates
 from express_compile.method import METHODS
-from express_compile.predict import LONGEST, at_length, crossover, predict, predicted, wins
+from express_compile.predict import LONGEST, at_length, crossover, predict, predicted, wins, without_padding
 from express_compile.spec import AttentionSpec, Mask, Policy
 
 RESULTS = Path(__file__).parent.parent / "examples" / "results"
@@ -183,6 +183,35 @@ def test_the_planner_chooses_well_at_the_shapes_that_were_measured(monkeypatch: 
     for method in ("express", "thinformer", "santa"):
         errors = [abs(x.predicted / x.method - 1) for x in judged if x.row["method"] == method]
         assert statistics.median(errors) < 0.1, method
+
+
+def test_what_express_takes_for_a_padded_batch() -> None:
+    """The copies that padding costs, against the committed rows of padded batches."""
+    with (RESULTS / "speed.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if "padding=left" in row["params"] and row["gpu"] == H200.name]
+    assert len(rows) >= 4
+    for row in rows:
+        options = dict(pair.split("=") for pair in row["params"].split())
+        policy = Policy(budget=int(row["s"]), **{x: int(options[x]) for x in ("sinks", "window", "protected")})
+        spec = prefill(int(row["Lk"]), int(row["B"]))
+        padded = replace(spec, mask=replace(spec.mask, padding=True))
+        bare, found = (predict("express", x, policy, H200) / float(row["ms_p50"]) for x in (spec, padded))
+        assert bare < 0.6 and 0.8 < found < 1.0, (row["params"], bare, found)
+        times = [predict("exact", x, policy, H200) for x in (spec, padded)]
+        assert times[0] == times[1], "nothing was measured of exact attention with such a mask"
+
+
+def test_whose_predictions_leave_padding_out() -> None:
+    spec = prefill(1 << 15)
+    padded = replace(spec, mask=replace(spec.mask, padding=True))
+    assert without_padding(METHODS.shipped, spec) == ()
+    assert without_padding(METHODS.shipped, padded) == ("thinformer", "santa", "exact")
+    for name in METHODS.shipped:
+        same = predict(name, padded, Policy(), H200) == predict(name, spec, Policy(), H200)
+        assert same == (name in without_padding([name], padded)), name
+    assert crossover("express", "exact", padded, Policy(), H200) > 1.2 * crossover(
+        "express", "exact", spec, Policy(), H200
+    )
 
 
 def test_every_method_with_rates_has_a_cost() -> None:

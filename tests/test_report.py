@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from express_compile import devices, measure
+from express_compile import devices, measure, restore_attention, rewrite_attention
+from express_compile import report as report_module
 from express_compile.cost import Device, Rates
+from express_compile.method import METHODS
 from express_compile.predict import MARGIN, crossover
 from express_compile.report import Report, SiteReport, explain
-from express_compile.spec import Refusal
+from express_compile.spec import Refusal, layer_key
 
 Q = torch.randn(2, 4, 24, 8, generator=torch.Generator().manual_seed(0))
 NAMED: dict[str, Any] = {"methods": ("express",), "budget": 16}
@@ -186,6 +189,146 @@ def test_times_are_measured_where_sizes_and_masks_are_known(monkeypatch: pytest.
     assert "measured" not in str(explain(Mixed(), Q, **NAMED))
 
 
+# ---------------------------------------------------------------------------------------------------- the errors
+
+THIN: dict[str, Any] = {"sinks": 2, "window": 4, "protected": 0, "method_options": {"express": {"block": 16}}}
+LONG = torch.randn(2, 4, 160, 8, generator=torch.Generator().manual_seed(1)) * 2
+
+
+class Layers(nn.Module):
+    """Two causal sites, one without a mask, and one that no method takes; the second depends on the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Site(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True))
+        self.second = Site(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True, scale=1.0))
+        self.full = Site(lambda q: F.scaled_dot_product_attention(q, q, q))
+        self.hand = Site(lambda q: torch.softmax(torch.tanh(q @ q.mT), -1) @ q)
+
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        return self.hand(self.full(self.second(self.first(q))))
+
+
+def off_by(method: str, q: torch.Tensor, scale: float, site: SiteReport) -> float:
+    """What one call of a method is off by, in float64, of a site that runs in :class:`Layers`."""
+    key = layer_key(site.saved.module, site.saved.index)
+    found = METHODS[method].op(q, q, q, None, torch.tensor(0), scale, key, **site.params)[0].double()
+    exact = F.scaled_dot_product_attention(*3 * [q.double()], is_causal=method == "express", scale=scale)
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("route", ["backend", "capture"])
+def test_errors_are_those_by_hand_on_the_activations_of_the_exact_model(route: str) -> None:
+    policy = {"methods": ("express", "thinformer"), "budget": 8, **THIN}
+    model, before = Layers(), torch.get_rng_state()
+    exact = model(LONG)
+    report = explain(model, LONG, error=True, **policy)
+    if route == "capture":
+        report = explain(rewrite_attention(model, **policy), LONG, error=True)
+        assert not torch.equal(model(LONG), exact), "later runs are approximate"
+    first, second, full, hand = report.sites
+    q, errors = LONG, []
+    for site, scale in ((first, 8**-0.5), (second, 1.0), (full, 8**-0.5)):
+        errors.append(off_by(site.method, q, scale, site))
+        assert site.error == pytest.approx(errors[-1], rel=1e-4) and site.error > 0.05 and not site.unmeasured
+        q = F.scaled_dot_product_attention(q, q, q, is_causal=site.mask == "causal", scale=scale)
+    assert (hand.error, hand.unmeasured) == (None, "") and torch.equal(torch.get_rng_state(), before)
+    more = explain(Layers(), LONG, error=True, **{**policy, "budget": 32})
+    assert all(a.error < b for a, b in zip(more.sites, errors, strict=False)), "more rows, less error"
+    assert max(s.error for s in explain(Layers(), LONG, error=True, **{**policy, "budget": 256}).sites[:3]) < 1e-6
+
+
+def test_the_error_of_santa_is_that_of_one_draw() -> None:
+    def decode(q: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q[:, :, -1:], q, q)
+
+    (site,) = explain(decode, LONG, error=True, methods=("santa",), budget=16).sites
+    args = LONG[:, :, -1:], LONG, LONG, None, torch.tensor(0), 8**-0.5, site.layer
+    exact = decode(LONG)
+    drawn = [METHODS["santa"].op(*args[:4], torch.tensor(seed), *args[5:], **site.params)[0] for seed in range(64)]
+    assert site.error == pytest.approx(((drawn[0] - exact).norm() / exact.norm()).item(), rel=1e-4)
+    mean = torch.stack(drawn).mean(0)
+    assert (mean - exact).norm() / exact.norm() < site.error / 3, "the mean of many is not off by that"
+
+
+def test_errors_are_shown() -> None:
+    report = explain(Layers(), LONG, error=True, methods=("express",), budget=8, **THIN)
+    first = report.sites[0]
+    rows = {line.split()[1]: line.split("│")[8].strip() for line in str(report).splitlines() if "│" in line}
+    assert rows["first"] == f"{first.error:.3g}" and rows["full"] == rows["hand"] == "-"
+    assert json.loads(report.to_json())["sites"][0]["error"] == first.error
+    assert f"error: {first.error:.3g}" in " ".join(Page(report.to_html()).text.split())
+    without = explain(Layers(), LONG, methods=("express",), budget=8, **THIN)
+    assert "error" not in str(without) and "error" not in Page(without.to_html()).text
+    assert {site.error for site in without.sites} == {None}
+
+
+def test_what_cannot_be_measured_says_why() -> None:
+    def f(q: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    (site,) = explain(f, LONG * 0, error=True, methods=("express",), budget=8, **THIN).sites
+    assert (site.error, site.unmeasured) == (None, "exact attention is 0 here")
+    assert "not measured: exact attention is 0 here" in str(Report((site,)))
+    assert "error not measured: exact attention is 0 here" in Page(Report((site,)).to_html()).text
+    params = {name: value for name, value in site.params.items() if name != "min_length"}
+    for changes, words in (({}, "it did not run"), ({"params": params}, "its op has no min_length to make it exact")):
+        (told,) = report_module._with_errors([replace(site, unmeasured="", **changes)], {})
+        assert (told.error, told.unmeasured) == (None, words)
+
+
+def test_calls_have_their_own_errors_and_a_graph_that_runs_more_often_its_largest() -> None:
+    scales = (0.1, 1.0, 2.0)
+
+    class Repeated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Layers().first
+
+        @torch._dynamo.disable(recursive=False)
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            for scale in scales:
+                q = self.inner(q * scale)
+            return q
+
+    policy = {"methods": ("express",), "budget": 8, **THIN}
+    inputs = [LONG * scales[0]]
+    for scale in scales[1:]:
+        inputs.append(scale * F.scaled_dot_product_attention(*3 * inputs[-1:], is_causal=True))
+    sites = explain(rewrite_attention(Repeated(), **policy), LONG, error=True).sites
+    errors = [off_by("express", q, 8**-0.5, site) for q, site in zip(inputs, sites, strict=True)]
+    assert [site.error for site in sites] == pytest.approx(errors, rel=1e-4) and len(set(errors)) == 3
+    (site,) = explain(Repeated(), LONG, error=True, **policy).sites
+    assert site.error == pytest.approx(max(off_by("express", q, 8**-0.5, site) for q in inputs), rel=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_errors_of_transformers_models(padded: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = transformers.LlamaConfig(**dict(zip(names, (64, 32, 64, 2, 4), strict=True)), initializer_range=0.3)
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids, keep = torch.randint(0, 64, (2, 160)), torch.ones(2, 160, dtype=torch.int64)
+    keep[1, :50] = 0
+    kwargs = {"use_cache": False, **({"attention_mask": keep} if padded else {})}
+    policy = {"methods": ("express",), "budget": 8, **THIN}
+    with torch.no_grad():
+        exact = model(ids, **kwargs).logits
+    before = explain(model, ids, example_kwargs=kwargs, error=True, **policy)
+    rewrite_attention(model, **policy)
+    during = explain(model, ids, example_kwargs=kwargs, error=True)
+    seen: list[torch.Tensor] = []
+    hook = model.register_forward_hook(lambda m, a, out: seen.append(out.logits))
+    explain(model, ids, example_kwargs=kwargs, error=True)
+    explain(model, ids, example_kwargs=kwargs)
+    hook.remove()
+    real = keep.bool() if padded else slice(None)
+    assert (seen[0] - exact)[real].abs().max() < 1e-4 < (seen[1] - exact)[real].abs().max(), "exact while it compares"
+    errors = [site.error for site in before.sites]
+    assert errors == pytest.approx([site.error for site in during.sites], rel=1e-3) and min(errors) > 0.02
+
+
 def test_long_reasons_and_brackets_survive() -> None:
     reason = "because [bold]of[/bold] " + "x" * 300
     site = SiteReport("m", "", "sdpa", "causal", "exact", "refused", reason, (Refusal("express", reason),))
@@ -272,8 +415,6 @@ def test_bad_input_is_told() -> None:
 
 def test_rewritten_models_report_what_was_done() -> None:
     transformers = pytest.importorskip("transformers")
-    from express_compile.eager import restore_attention, rewrite_attention
-
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64,

@@ -513,6 +513,130 @@ def test_threads_share_a_watch():
     assert [len(x) for x in watched.errors.values()] == [5, 5] and torch.equal(logits(model, ids()), before)
 
 
+# ---------------------------------------------------------------------------------------------- captured graphs
+
+
+class Written(nn.Module):
+    """Attention that the module writes itself, over 4 heads."""
+
+    def __init__(self, causal: bool, times: int = 1) -> None:
+        super().__init__()
+        self.causal, self.times = causal, times
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        mask = None if keep is None else keep[:, None, None]
+        for _ in range(self.times):
+            q = x.unflatten(-1, (4, -1)).transpose(1, 2)
+            x = nn.functional.scaled_dot_product_attention(q, q, q, mask, is_causal=self.causal, scale=1.0)
+            x = x.transpose(1, 2).flatten(2)
+        return x
+
+
+class Captured(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Written(True), Written(False)
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        return self.second(self.first(x), keep)
+
+
+BOTH = {**EXPRESS, "methods": ["express", "thinformer"]}
+
+
+def captured(**policy) -> nn.Module:
+    return rewrite_attention(Captured().eval(), **{**BOTH, **policy})
+
+
+def tokens(n: int = 64, seed: int = 1) -> torch.Tensor:
+    return torch.randn(2, n, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def test_errors_in_captured_graphs_are_those_by_hand(chosen):
+    """At two lengths, of which the second has its graph captured with symbolic sizes, and with padding."""
+    model, keep = captured(), torch.ones(2, 64, dtype=torch.bool)
+    keep[1, 40:] = False
+    watched = watch(model, fraction=1.0, queries=9, threshold=math.inf)
+    inputs = [(tokens(64), None), (tokens(80), None), (tokens(96), None), (tokens(64), keep)]
+    expected = []
+    for x, mask in inputs:
+        with record_sites() as sites:
+            model(x, mask)
+        for site, causal in zip(sites, (True, False), strict=True):
+            q = x.unflatten(-1, (4, -1)).transpose(1, 2)
+            padding = None if causal else mask
+            out, _ = METHODS[site.method].op(q, q, q, padding, torch.tensor(0), 1.0, site.layer, **site.params)
+            expected.append(by_hand(q, q, q, padding, 1.0, out, *chosen[len(expected)], causal))
+            x = out.transpose(1, 2).flatten(2)
+    assert [len(x) for x in watched.errors.values()] == [3, 3], "an error is read at the next call"
+    model(tokens(8))
+    errors = [error for pair in zip(watched.errors["first"], watched.errors["second"], strict=True) for error in pair]
+    assert errors == pytest.approx(expected, abs=1e-5) and min(errors) > 0.02 and len(errors) == 8
+    assert "Lq=s" in sites[0].shape or len({site.shape for site in sites}) == 1
+
+
+def test_a_captured_site_falls_back_once():
+    x, model = tokens(), captured(modules={"second": "exact"})
+    before, approximate = Captured().eval()(x), model(x)
+    watched = watch(model, fraction=1.0, threshold=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            assert torch.equal(model(x), approximate) and watched.fallen == ()
+    with pytest.warns(UserWarning) as caught, record_sites() as sites:
+        fallen = model(x)
+    assert (fallen - before).abs().max() < 1e-5 < (approximate - before).abs().max() and watched.fallen == ("first",)
+    (warning,) = caught
+    assert str(warning.message).startswith("first: ") and "threshold=0.01" in str(warning.message)
+    first, second = sites
+    assert first.verdict == first.method == first.saved.method == "exact" and "threshold" in first.reason
+    assert not first.params and second.reason == "modules['second'] names 'exact' first"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model(x), fallen) and len(watched.errors["first"]) == 5
+        assert (model(tokens(90)) - Captured()(tokens(90))).abs().max() < 1e-5, "in every graph"
+    watched.close()
+    assert torch.equal(model(x), approximate) and watched.fallen == ("first",)
+
+
+def test_captured_models_are_left_alone_as_others_are():
+    model = captured(seed=None)
+    torch.manual_seed(3)
+    before = [model(tokens()), torch.get_rng_state()]
+    watched = watch(model, fraction=1.0, threshold=math.inf)
+    torch.manual_seed(3)
+    assert all(map(torch.equal, before, [model(tokens()), torch.get_rng_state()]))
+    model.train()(tokens()), copy.deepcopy(model).eval()(tokens())
+    model.eval()(tokens(4)), model(tokens(4))
+    assert [len(x) for x in watched.errors.values()] == [1, 1], "neither training nor copies"
+    express_compile.explain(model, tokens(), error=True), model(tokens(4))
+    assert [len(x) for x in watched.errors.values()] == [1, 1], "what is explained is not in use"
+    with pytest.raises(ValueError, match="watched already"):
+        watch(model)
+    with pytest.raises(ValueError, match="is a part of a rewritten model, whose graphs hold its attention"):
+        watch(model.first)
+    restore_attention(model)
+    model(tokens()), model(tokens())
+    watched.close()
+    rewrite_attention(model, **BOTH)
+    model(tokens()), model(tokens())
+    assert [len(x) for x in watched.errors.values()] == [1, 1]
+
+
+def test_names_of_captured_sites():
+    model = nn.Sequential(nn.Identity(), rewrite_attention(Written(True, times=2).eval(), **EXPRESS))
+    watched = watch(model, fraction=1.0, threshold=math.inf)
+    model(tokens()), model(tokens())
+    assert {path: len(x) for path, x in watched.errors.items()} == {"1": 1, "1#1": 1}
+    for policy in (dict(methods=["santa"]), dict(modules={"*": "santa"}, methods=["exact"])):
+        with pytest.raises(ValueError, match="santa: random by design"):
+            watch(captured(**policy))
+    plan = express_compile.explain(Captured().eval(), tokens(), **{**EXPRESS, "modules": {"second": "exact"}}).plan
+    watched = watch(rewrite_attention(Captured().eval(), plan=plan), fraction=1.0, threshold=math.inf)
+    watched._model(tokens()), watched._model(tokens())
+    assert list(watched.errors) == ["first"]
+
+
 # -------------------------------------------------------------------------------------------------- the interface
 
 

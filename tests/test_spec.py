@@ -23,6 +23,7 @@ from express_compile.spec import (
     floor_power_of_two,
     known_equal,
     layer_key,
+    rows_at,
 )
 
 FIELDS = (
@@ -66,7 +67,7 @@ def test_defaults_are_those_promised() -> None:
         (ValueError, r"budget=nan", {"budget": float("nan")}),
         (
             TypeError,
-            r"budget=True: must be of type int or float or a function of the number of keys, not bool",
+            r"budget=True: must be of type int or float or a function of the number of keys or a seq",
             {"budget": True},
         ),
         (TypeError, r"budget='512'", {"budget": "512"}),
@@ -141,6 +142,27 @@ def test_a_budget_may_be_a_function_of_the_number_of_keys() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             Policy(budget=budget).resolve(800)
+
+
+@given(st.integers(0, 1 << 24), st.lists(st.integers(4, 1 << 16), min_size=1, max_size=20))
+def test_a_table_holds_what_a_function_is_at_powers_of_two(Lk: int, table: list[int]) -> None:
+    below = [rows for n, rows in zip((1 << k for k in range(4, 30)), table, strict=False) if n <= Lk]
+    assert rows_at(table, Lk) == (below or table)[-1 if below else 0]
+    policy = Policy(budget=table)
+    assert policy.budget == tuple(table) and Policy.from_json(policy.to_json()) == policy
+    assert policy.tabled() is policy and policy.resolve(Lk) is policy
+    function = Policy(budget=lambda n: 5 * n).tabled()
+    assert rows_at(function.budget, Lk) == 5 * max(16, min(floor_power_of_two(Lk), 1 << 21))
+
+
+def test_a_bad_table_is_told() -> None:
+    for table in ([], [3], [8, 4.0], [True]):
+        with pytest.raises(
+            ValueError, match=r"budget=\(.*must be rows for 16, 32, 64, ... keys, integers of at least 4"
+        ):
+            Policy(budget=table)
+    with pytest.raises(ValueError, match=r"budget\(16\) returned 1.0: must be a number of rows"):
+        Policy(budget=lambda n: n / 16).tabled()
 
 
 # ------------------------------------------------------------------------------------------- masks and sizes

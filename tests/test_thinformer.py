@@ -120,6 +120,11 @@ def test_same_seed_same_bits_and_every_part_of_the_key_counts():
 def test_budgets():
     q, k, v = tokens(9, 1024)
     assert torch.equal(op(q, k, v, s=0, fraction=0.05)[0], op(q, k, v, s=32)[0])  # 51 rows, rounded down to 32
+    q.requires_grad_()
+    table, same = (op(q, k, v, **rows)[0] for rows in ({"s": 0, "table": [4, 8, 16, 16, 16, 16, 32, 64]}, {"s": 32}))
+    assert torch.equal(table, same)  # the seventh entry is for 1,024 to 2,047 keys
+    assert torch.equal(*(torch.autograd.grad(out.square().sum(), q)[0] for out in (table, same)))
+    q.requires_grad_(False)
     assert torch.equal(op(q, k, v, g=1)[0], op(q, k, v, s=64)[0])  # 2 * sqrt(1024)
     torch.testing.assert_close(op(q, k, v, min_length=1025)[0], exact(q, k, v), rtol=1e-12, atol=1e-12)
 

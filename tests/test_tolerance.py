@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from express_compile.eager import is_rewritten, record_sites, restore_attention, rewrite_attention
 from express_compile.kernels.express import rows_seen
@@ -98,6 +99,35 @@ def test_positions_before_the_first_do_not_count(model, batches) -> None:
     with pytest.raises(ValueError, match="first=200: a batch has only 200 positions"):
         calibrate_error(model, batches, tolerance=0.02, budgets=BUDGETS, policy=BASE, first=200)
     assert not is_rewritten(model)
+
+
+class Head(nn.Module):
+    """A model that writes its attention itself, once or twice in one module."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times, self.embed, self.out = times, nn.Embedding(97, 32), nn.Linear(32, 97)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids).unflatten(-1, (4, -1)).transpose(1, 2)
+        for _ in range(self.times):
+            x = x + nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+def test_models_whose_graphs_are_captured(batches) -> None:
+    torch.manual_seed(0)
+    model = Head(1).eval()
+    found = calibrate_error(model, batches[:1], tolerance=1e-3, budgets=BUDGETS, policy=BASE)
+    (site,) = found.sites
+    errors = [site.errors[s] for s in BUDGETS]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0.01 and not is_rewritten(model)
+    with torch.no_grad():
+        exact = model(batches[0]).double().log_softmax(-1)
+        now = rewrite_attention(model, found.policy)(batches[0]).double().log_softmax(-1)
+    assert 0 < found.kl <= 1e-3 and (exact.exp() * (exact - now)).sum(-1).mean() == pytest.approx(found.kl, rel=1e-3)
+    with pytest.raises(ValueError, match="more than one site, and a policy has one budget for a module"):
+        calibrate_error(Head(2), batches[:1], budgets=BUDGETS, policy=BASE)
 
 
 def test_plain_data(model, batches) -> None:
