@@ -99,7 +99,8 @@ def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any
     plans = _Plans(policy)
     for path, (module, exact, plain) in sites.items():
         decodes = any(METHODS[name].decodes for name in plans.methods(path))
-        setattr(module, _SITE, _Site(path, layer_key(path), exact, plans, decodes, plain))
+        eager = calls_interface(type(module)).__globals__.get("eager_attention_forward")
+        setattr(module, _SITE, _Site(path, layer_key(path), exact, eager, plans, decodes, plain))
     capture.install(model, captured, policy)
     return model
 
@@ -232,6 +233,7 @@ class _Site:
     """What an attention module needs to know; lives on the module, so copies of the model are independent.
 
     exact: the name of transformers' own attention that computes what is not rewritten, "sdpa" or "eager".
+    eager: transformers' attention that is written out, where the model's file has it.
     decodes: whether one of the methods may take a single query.
     plain: whether the model says that its attention is all in the arguments: it also runs with flash attention.
     shadow: what samples its error while the model is watched; stays behind when the site is copied.
@@ -241,6 +243,7 @@ class _Site:
     path: str
     layer: int
     exact: str
+    eager: Callable[..., Any] | None = field(repr=False)
     plans: _Plans = field(repr=False)
     decodes: bool
     plain: bool = True
@@ -632,13 +635,11 @@ def _exact(
     if site.exact == "sdpa" and all(arguments.get(name) is None for name in _NEEDS_EAGER):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **arguments)
     # sdpa has no soft-cap and no sinks: some versions raise, others silently leave them out
-    function = calls_interface(type(module))
-    eager = function.__globals__.get("eager_attention_forward") if function is not None else None
-    if eager is None:
+    if site.eager is None:
         raise RuntimeError(f"{site.path!r}: {type(module).__module__} has no eager_attention_forward to fall back to")
     if site.exact == "sdpa" or attention_mask is not None:
         attention_mask = _additive(module, query, key, attention_mask, arguments.get("is_causal"))
-    return eager(module, query, key, value, attention_mask, **arguments)[0], None
+    return site.eager(module, query, key, value, attention_mask, **arguments)[0], None
 
 
 def _additive(
