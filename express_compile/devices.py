@@ -15,14 +15,15 @@ import torch
 
 from .cost import Device
 
-# Data sheets (NVIDIA, dense float16): matrix products in TFLOP/s, memory in TB/s, clock in GHz times multiprocessors
+# Data sheets (NVIDIA, dense float16): matrix products in TFLOP/s, memory in TB/s, clock in GHz times multiprocessors,
+# clock, and MB of L2 as its driver reports it
 _SHEETS = {
-    "NVIDIA H200": (989, 4.8, 1.98 * 132, 1.98),
-    "NVIDIA H100 80GB HBM3": (989, 3.35, 1.98 * 132, 1.98),
-    "NVIDIA H100 PCIe": (756, 2.0, 1.755 * 114, 1.755),
-    "NVIDIA A100-SXM4-80GB": (312, 2.039, 1.41 * 108, 1.41),
-    "NVIDIA A100-SXM4-40GB": (312, 1.555, 1.41 * 108, 1.41),
-    "NVIDIA A100 80GB PCIe": (312, 1.935, 1.41 * 108, 1.41),
+    "NVIDIA H200": (989, 4.8, 1.98 * 132, 1.98, 60),
+    "NVIDIA H100 80GB HBM3": (989, 3.35, 1.98 * 132, 1.98, 50),
+    "NVIDIA H100 PCIe": (756, 2.0, 1.755 * 114, 1.755, 50),
+    "NVIDIA A100-SXM4-80GB": (312, 2.039, 1.41 * 108, 1.41, 40),
+    "NVIDIA A100-SXM4-40GB": (312, 1.555, 1.41 * 108, 1.41, 40),
+    "NVIDIA A100 80GB PCIe": (312, 1.935, 1.41 * 108, 1.41, 40),
 }
 MEASURED = "NVIDIA H200"
 
@@ -62,9 +63,10 @@ def shipped() -> dict[str, Device]:
     base = devices[MEASURED]
     for name, sheet in _SHEETS.items():
         if name not in devices:
-            matrix, memory, vector, clock = (x / y for x, y in zip(_SHEETS[MEASURED], sheet, strict=True))
+            matrix, memory, vector, clock, cache = (x / y for x, y in zip(_SHEETS[MEASURED], sheet, strict=True))
             source = f"data sheet: rates of {MEASURED} scaled, not measured"
-            devices[name] = base.scaled(name, source, flops=matrix, bytes=memory, scores=vector, steps=clock)
+            times = dict(flops=matrix, bytes=memory, evictions=memory, scores=vector, steps=clock, cache=1 / cache)
+            devices[name] = base.scaled(name, source, **times)
     return devices
 
 

@@ -199,6 +199,7 @@ def calibrate(progress: Callable[[Iterable[Shape]], Iterable[Shape]] = iter) -> 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = (torch.bfloat16, torch.float32) if device == "cuda" else (torch.float32,)
     clock, found = Clock(device), []
+    cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
     for shape in progress([shape for dtype in dtypes for shape in shapes(device, dtype)]):
         seconds = min(_seconds(clock, call) for call in _able(shape.calls(device)))
         found.append(dict(shape=shape, cost=shape.cost(device), seconds=seconds))
@@ -206,7 +207,7 @@ def calibrate(progress: Callable[[Iterable[Shape]], Iterable[Shape]] = iter) -> 
     key = lambda row: (kind_of(row["shape"].dtype), row["shape"].method)  # noqa: E731
     for (kind, method), rows in itertools.groupby(sorted(found, key=key), key):
         rows = list(rows)
-        rates.setdefault(kind, {})[method] = fit(rows, _launched(clock, rows))
+        rates.setdefault(kind, {})[method] = fit(rows, _launched(clock, rows), cache)
     source = f"measured {datetime.date.today().isoformat()}, {', '.join(f'{k} {v}' for k, v in versions().items())}"
     return Device(name_of(device), source, rates), found
 
@@ -236,21 +237,24 @@ def _launched(clock: Clock, rows: list[dict[str, Any]]) -> float:
     return statistics.median(clock(shape.calls("cuda")[0], 15)) / 1e3
 
 
-def fit(rows: list[dict[str, Any]], call: float = 0.0) -> Rates:
+def fit(rows: list[dict[str, Any]], call: float = 0.0, cache: float = 0.0) -> Rates:
     """The rates, none negative, whose times are nearest to the measured ones in relative terms.
 
-    ``rows`` have a ``cost`` in numbers and the measured ``seconds``. The sum of absolute logarithms of ratios is
-    approached by weights, so that one shape off the line does not tilt it.
+    ``rows`` have a ``cost`` in numbers and the measured ``seconds``; ``cache`` is the size of the L2 in bytes. The sum
+    of absolute logarithms of ratios is approached by weights, so that one shape off the line does not tilt it.
     """
-    names = [field.name for field in fields(Cost)]
+    names = [*(field.name for field in fields(Cost)), "evictions"]
     seconds = np.array([row["seconds"] for row in rows])
-    relative = np.array([[float(getattr(row["cost"], name)) for name in names] for row in rows]) / seconds[:, None]
+    costs = [
+        [*(float(getattr(row["cost"], name)) for name in names[:-1]), min(row["cost"].bytes, cache)] for row in rows
+    ]
+    relative = np.array(costs) / seconds[:, None]
     weights, best = np.ones(len(rows)), np.zeros(len(names))
     for _ in range(20):
         best = _least_squares(relative * weights[:, None], weights)
         off = np.abs(np.log(np.maximum(relative @ best, 1e-3)))
         weights = 1 / np.sqrt(np.maximum(off, 0.02))
-    return Rates(**{name: float(x) for name, x in zip(names, best, strict=True)}, call=call)
+    return Rates(**{name: float(x) for name, x in zip(names, best, strict=True)}, call=call, cache=cache)
 
 
 def _least_squares(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
