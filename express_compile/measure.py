@@ -10,7 +10,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -183,6 +183,7 @@ _THINFORMER = [
     (131072, 2048, 1, 128), (4096, 256, 8, 128), (16384, 128, 8, 128), (4096, 512, 32, 128), (16384, 512, 1, 64),
     (8192, 256, 8, 64),
 ]  # fmt: skip
+_MANY = 10  # shapes of a method at least to tell what evictions cost from the rest
 _DECODE = [
     (8192, 1, 8, 128), (32768, 1, 8, 128), (131072, 1, 8, 128), (8192, 8, 8, 128), (32768, 8, 8, 128),
     (16384, 32, 8, 128), (16384, 1, 32, 128), (65536, 1, 2, 128), (16384, 8, 2, 128), (32768, 1, 8, 64),
@@ -207,7 +208,7 @@ def calibrate(progress: Callable[[Iterable[Shape]], Iterable[Shape]] = iter) -> 
     key = lambda row: (kind_of(row["shape"].dtype), row["shape"].method)  # noqa: E731
     for (kind, method), rows in itertools.groupby(sorted(found, key=key), key):
         rows = list(rows)
-        rates.setdefault(kind, {})[method] = fit(rows, _launched(clock, rows), cache)
+        rates.setdefault(kind, {})[method] = fit(rows, _launched(clock, rows), cache if len(rows) >= _MANY else 0)
     source = f"measured {datetime.date.today().isoformat()}, {', '.join(f'{k} {v}' for k, v in versions().items())}"
     return Device(name_of(device), source, rates), found
 
@@ -243,18 +244,20 @@ def fit(rows: list[dict[str, Any]], call: float = 0.0, cache: float = 0.0) -> Ra
     ``rows`` have a ``cost`` in numbers and the measured ``seconds``; ``cache`` is the size of the L2 in bytes. The sum
     of absolute logarithms of ratios is approached by weights, so that one shape off the line does not tilt it.
     """
-    names = [*(field.name for field in fields(Cost)), "evictions"]
+    names = [field.name for field in fields(Cost)]
     seconds = np.array([row["seconds"] for row in rows])
-    costs = [
-        [*(float(getattr(row["cost"], name)) for name in names[:-1]), min(row["cost"].bytes, cache)] for row in rows
-    ]
-    relative = np.array(costs) / seconds[:, None]
-    weights, best = np.ones(len(rows)), np.zeros(len(names))
+    costs = [[float(getattr(row["cost"], name)) for name in names] for row in rows]
+    # no more bytes are written back than are read: bytes that evict are a column of their own, with those they evict
+    evicting = [[row["cost"].bytes + min(row["cost"].bytes, cache)] if cache else [] for row in rows]
+    relative = np.hstack([costs, evicting]) / seconds[:, None]
+    weights, best = np.ones(len(rows)), np.zeros(relative.shape[1])
     for _ in range(20):
         best = _least_squares(relative * weights[:, None], weights)
         off = np.abs(np.log(np.maximum(relative @ best, 1e-3)))
         weights = 1 / np.sqrt(np.maximum(off, 0.02))
-    return Rates(**{name: float(x) for name, x in zip(names, best, strict=True)}, call=call, cache=cache)
+    rates = Rates(**{name: float(x) for name, x in zip(names, best, strict=False)}, call=call, cache=cache)
+    evictions = float(best[-1]) if cache else 0.0
+    return replace(rates, bytes=rates.bytes + evictions, evictions=evictions)
 
 
 def _least_squares(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:

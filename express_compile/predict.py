@@ -65,8 +65,8 @@ def crossover(
 
     at = at_length(spec, LONGEST)
     follows, aligned = at.Lq == LONGEST, at.mask.offset == LONGEST - at.Lq
-    key = (method, other, at, follows, aligned, repr(policy), device.name, device.source, graphs, margin)
-    if key not in _CROSSOVERS:
+    key = (method, other, at, follows, aligned, repr(policy), graphs, margin)
+    if key not in _CROSSOVERS or _CROSSOVERS[key][0] is not device:
         if len(_CROSSOVERS) >= 256:
             _CROSSOVERS.clear()
 
@@ -76,11 +76,11 @@ def crossover(
             mine, theirs = (predict(name, there, policy, device, graphs) for name in (method, other))
             return mine is not None and theirs is not None and mine * margin <= theirs
 
-        _CROSSOVERS[key] = _from_which(ahead, 1 if follows else at.Lq)
-    return _CROSSOVERS[key]
+        _CROSSOVERS[key] = device, _from_which(ahead, 1 if follows else at.Lq)
+    return _CROSSOVERS[key][1]
 
 
-_CROSSOVERS: dict[tuple[Any, ...], int | None] = {}
+_CROSSOVERS: dict[tuple[Any, ...], tuple[Device, int | None]] = {}
 
 
 def _from_which(ahead: Callable[[int], bool], shortest: int) -> int | None:
