@@ -213,6 +213,41 @@ def steps_table() -> str:
     return markdown(["policy", "value rows per KV head", "KL per step (95%)", "top-1"], body)
 
 
+def rounding_table() -> str:
+    """What rounding the query of sampled decoding saves and costs on SmolLM2."""
+    rows = [row for row in quality_rows() if row["task"] == "bernoulli"]
+    levels_of = re.compile(r"bernoulli (\d+)")
+    values = {(int(found[1]) if (found := levels_of.search(row["params"])) else 0, row["metric"]): row for row in rows}
+    body = []
+    for levels in sorted({levels for levels, _ in values}, key=lambda x: (x > 0, -x)):
+        kl, features = values[levels, "kl"], values.get((levels, "features"))
+        interval = f"{float(kl['value']):.4f} ({float(kl['low']):.4f}–{float(kl['high']):.4f})"
+        read = "all" if features is None or levels == 0 else f"{100 * float(features['value']):.4g}%"
+        body.append([str(levels) if levels else "no rounding", read, interval])
+    return markdown(["levels", "features read per KV head", "KL per step (95%)"], body)
+
+
+def rounding_speed_table() -> str:
+    """Decoding with a rounded query over keys that lie feature by feature."""
+    found = {}
+    for row in gpu_rows(job="bernoulli"):
+        values = dict(part.split("=") for part in row["params"].split())
+        key = row["H_kv"], row["B"], row["Lk"], values["query"]
+        found.setdefault(key, {})[values["keys"], int(values["levels"])] = row, values
+    body = []
+    for (H_kv, B, n, query), cells in sorted(found.items(), key=lambda x: (int(x[0][0]), int(x[0][1]), x[0][3])):
+        exact = next(iter(cells.values()))[0]
+        line = [f"{exact['H']}/{H_kv}", B, f"{int(n):,}", query, f"{1e3 * float(exact['opponent_ms_p50']):.0f} µs"]
+        for key in (("tokens", 0), ("features", 0), ("features", 8), ("features", 4)):
+            row, values = cells[key]
+            text = f"{1e3 * float(row['ms_p50']):.0f} µs, {float(row['speedup']):.2f}×"
+            read = f"; {100 * float(values['features']):.0f}% read, off by {float(values['rounded']):.2f}"
+            line.append(text + (read if key[1] else ""))
+        body.append(line)
+    header = ["heads", "B", "keys", "query", "best exact", "SANTA", "its keys by feature", "8 levels", "4 levels"]
+    return markdown(header, body)
+
+
 def encoders_table() -> str:
     """Whole models with random weights."""
     body = []
@@ -449,6 +484,8 @@ PARTS = {
     "encoders": encoders_table,
     "decode": decode_table,
     "decode-heads": decode_heads_table,
+    "rounding": rounding_table,
+    "rounding-speed": rounding_speed_table,
     "decode-models": decode_models_table,
     "decode-bytes": decode_bytes_table,
     "compiling": compiling_table,
