@@ -966,6 +966,7 @@ def mistral():
 def gemma2():
     """A window in every second layer, and a soft-cap that matters: queries are 30 times what they are at random."""
     config = transformers.Gemma2Config(**SIZES, attn_logit_softcapping=2.0, query_pre_attn_scalar=8)
+    config._attn_implementation = "eager"  # transformers 5.17 takes sdpa, which leaves the soft-cap out
     model = transformers.Gemma2ForCausalLM(config)
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.data *= 30
