@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from torch.fx import GraphModule, Node
 
-from .multihead import Refused
+from .site import Refused
 from .softmax import leaves_graph
 
 _NOT_RESUMED = "step_unsupported"  # GraphCompileReason.reason where Dynamo skips the rest of a function

@@ -25,11 +25,11 @@ from . import softmax
 from .buffers import Buffers
 from .cut import cut_products
 from .mask import MaskPart, Padding, prove, same_for_all_queries
-from .multihead import OPAQUE, PADDED, Emit, Refused, describe, entered
+from .multihead import OPAQUE, describe
 from .normalize import bodies, graph_module, number, operation
 from .repeat import unrepeated
 from .scale import unscaled
-from .site import AttentionSite, Operand, Scope, check_heads, make_spec, shape_of
+from .site import PADDED, AttentionSite, Emit, Operand, Refused, Scope, check_heads, entered, make_spec, shape_of
 from .symbolic import COORDINATES
 
 

@@ -2,7 +2,7 @@
 
 ``torch.nn.MultiheadAttention`` arrives as one call of ``torch.nn.functional.multi_head_attention_forward``, and
 ``torch.nn.TransformerEncoderLayer`` without gradients as one ``torch._transformer_encoder_layer_fwd``. :func:`describe`
-reads such a call; the :data:`Expand` it returns writes projections, ``scaled_dot_product_attention`` and all that
+reads such a call; what it returns (``Expand``) writes projections, ``scaled_dot_product_attention`` and all that
 follows in its place.
 
 Masks: torch hides a key where a boolean mask is True. A float mask counts only if it is proven to hold nothing but 0
@@ -23,8 +23,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -37,32 +36,14 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..spec import AttentionSpec, Mask, known_equal
 from .mask import Padding, prove, prove_key_padding
 from .normalize import number
+from .site import PADDED, Emit, Expand, Refused, entered
 from .symbolic import COORDINATES
-
-Emit = Callable[..., Node]
-"""``emit(function, *args, **kwargs)``: a new call in the graph, its meta filled in."""
-Expand = Callable[[Emit], tuple[Node, Node]]
-"""Emits what an opaque call computes; returns its SDPA node and the node of its output."""
 
 OPAQUE: dict[Callable[..., Any], str] = {
     F.multi_head_attention_forward: "multi_head_attention_forward",
     torch._transformer_encoder_layer_fwd: "_transformer_encoder_layer_fwd",
 }
 """The functions that are opened up here, and their names."""
-
-
-PADDED = "a padded batch with a key padding"
-
-
-class Refused(Exception):
-    """The site cannot be described by an :class:`AttentionSpec`; the message says why.
-
-    ``nearest`` is what could be described in its place, in words, if there is such a thing.
-    """
-
-    def __init__(self, why: str, nearest: str | None = None) -> None:
-        super().__init__(why)
-        self.nearest = nearest
 
 
 @dataclass(frozen=True)
@@ -133,15 +114,6 @@ def _open_up(node: Node, autocast: Sequence[tuple[Any, ...]], emit: Emit) -> tup
     _, expand = _read(node)
     with entered(autocast):
         return expand(emit)
-
-
-@contextmanager
-def entered(autocast: Sequence[tuple[Any, ...]]) -> Iterator[None]:
-    """Inside of every ``torch.autocast`` with these arguments, the outermost first."""
-    with ExitStack() as stack:
-        for arguments in autocast:
-            stack.enter_context(torch.amp.autocast(*arguments))
-        yield
 
 
 def _read(node: Node) -> tuple[_Attention, Expand]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,8 +14,25 @@ from torch.fx import GraphModule, Node
 from ..spec import AttentionSpec, Mask, known_equal, layer_key
 from .buffers import Buffers
 from .mask import Padding
-from .multihead import Emit, Expand, Refused
 from .normalize import mutated_inputs, number
+
+Emit = Callable[..., Node]
+"""``emit(function, *args, **kwargs)``: a new call in the graph, its meta filled in."""
+Expand = Callable[[Emit], tuple[Node, Node]]
+"""Emits what a site computes; returns its SDPA node and the node of its output."""
+
+PADDED = "a padded batch with a key padding"
+
+
+class Refused(Exception):
+    """The site cannot be described by an :class:`AttentionSpec`; the message says why.
+
+    ``nearest`` is what could be described in its place, in words, if there is such a thing.
+    """
+
+    def __init__(self, why: str, nearest: str | None = None) -> None:
+        super().__init__(why)
+        self.nearest = nearest
 
 
 @dataclass(frozen=True)
@@ -219,3 +237,12 @@ def make_spec(
         dropout_p=dropout_p,
         feature_major=feature_major,
     )
+
+
+@contextmanager
+def entered(autocast: Sequence[tuple[Any, ...]]) -> Iterator[None]:
+    """Inside of every ``torch.autocast`` with these arguments, the outermost first."""
+    with ExitStack() as stack:
+        for arguments in autocast:
+            stack.enter_context(torch.amp.autocast(*arguments))
+        yield

@@ -3,7 +3,7 @@
 :func:`describe` starts at the softmax. Backward it peels off what may happen to scores until it reaches the product of
 queries and keys, and remembers what every step means; forward it follows the weights to the one product that uses
 them. There are no templates: every step is read in its one spelling (``normalize.py``) and either has a meaning here or
-is the reason of a refusal. The :data:`~express_compile.passes.multihead.Expand` that it returns writes
+is the reason of a refusal. The :data:`~express_compile.passes.site.Expand` that it returns writes
 ``scaled_dot_product_attention`` in the place of all of it.
 
 Scores become ``factor * query @ key^T + sum of (factor_i * term_i)``, hidden where a mask says so. Whatever is added
@@ -29,11 +29,10 @@ from torch.fx import Node
 
 from ..spec import AttentionSpec, Mask, feature_major, known_equal
 from .mask import MaskPart, Padding, prove_all, same_for_all_queries
-from .multihead import Emit, Refused, entered
 from .normalize import arithmetic_in_place, number, operation
 from .repeat import unrepeated
 from .scale import unscaled
-from .site import Operand, Scope, check_heads, make_spec
+from .site import Emit, Operand, Refused, Scope, check_heads, entered, make_spec
 from .symbolic import COORDINATES, Evaluator, Unproven
 
 HIDDEN = -1e9  # what is filled into scores at most, to hide them

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from express_compile import explain
 from express_compile.method import METHODS
-from express_compile.passes.multihead import PADDED
 from express_compile.passes.plan import plan
+from express_compile.passes.site import PADDED
 from express_compile.passes.symbolic import PROVABLE
 from express_compile.report import Report, SiteReport
 from express_compile.spec import AttentionSpec, Mask, Policy
