@@ -23,6 +23,7 @@ _SIZES = (B, H, H_kv, Lq, Lk, D, Dv)
 
 # launches of one kernel took 0.20 to 0.49 ms within one run (speed.csv, Thinformer up to 16,384 tokens)
 SLOW_HOST = 1.5
+FEW_QUERIES = 16
 
 
 class floor_log2(sympy.Function):
@@ -110,16 +111,17 @@ class Device:
 
     name: as ``torch.cuda.get_device_name`` gives it, or "CPU, 2 threads".
     source: how its rates were found: when and with what they were measured, or from which data sheet they follow.
-    rates: for ``"half"`` (float16 and bfloat16) and ``"float32"``, the :class:`Rates` of each method.
+    rates: for ``"half"`` (float16 and bfloat16) and ``"float32"``, the :class:`Rates` by :func:`rates_key`.
     """
 
     name: str
     source: str
     rates: Mapping[str, Mapping[str, Rates]] = field(default_factory=dict)
 
-    def rates_of(self, method: str, dtype: torch.dtype) -> Rates | None:
-        """The rates of a method at ``dtype``; None if they are not known."""
-        return self.rates.get(kind_of(dtype), {}).get(method)
+    def rates_of(self, method: str, dtype: torch.dtype, Lq: Any = None) -> Rates | None:
+        """The rates of a method at ``dtype`` for ``Lq`` queries; None if they are not known."""
+        of = self.rates.get(kind_of(dtype), {})
+        return of.get(rates_key(method, Lq), of.get(method))
 
     def scaled(self, name: str, source: str, **factors: float) -> Device:
         """Another device, each of whose rates is this one's times the factor for its field, 1 if not given."""
@@ -135,6 +137,13 @@ class Device:
         """The inverse of ``dataclasses.asdict``. Raises ``TypeError`` for other keys."""
         rates = {k: {m: Rates(**r) for m, r in of.items()} for k, of in data["rates"].items()}
         return cls(**{**data, "rates": rates})
+
+
+def rates_key(method: str, Lq: Any) -> str:
+    """The key of a method in :attr:`Device.rates`. Exact attention has two: for few queries, as in decoding, other
+    kernels run, that split the keys."""
+    few = method == "exact" and isinstance(Lq, int) and Lq <= FEW_QUERIES
+    return f"{method}, few queries" if few else method
 
 
 def kind_of(dtype: torch.dtype) -> str:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .cost import Cost, Device, Rates, kind_of
+from .cost import Cost, Device, Rates, kind_of, rates_key
 from .devices import name_of, versions
 from .method import METHODS
 from .predict import cost_at
@@ -205,7 +205,7 @@ def calibrate(progress: Callable[[Iterable[Shape]], Iterable[Shape]] = iter) -> 
         seconds = min(_seconds(clock, call) for call in _able(shape.calls(device)))
         found.append(dict(shape=shape, cost=shape.cost(device), seconds=seconds))
     rates: dict[str, dict[str, Rates]] = {}
-    key = lambda row: (kind_of(row["shape"].dtype), row["shape"].method)  # noqa: E731
+    key = lambda row: (kind_of(row["shape"].dtype), rates_key(row["shape"].method, row["shape"].Lq))  # noqa: E731
     for (kind, method), rows in itertools.groupby(sorted(found, key=key), key):
         rows = list(rows)
         rates.setdefault(kind, {})[method] = fit(rows, _launched(clock, rows), cache if len(rows) >= _MANY else 0)

@@ -25,11 +25,11 @@ def predict(method: str, spec: AttentionSpec, policy: Policy, device: Device, gr
     ``graphs``: inside a CUDA graph, which spares the host its work. None where the method says nothing of its cost, or
     the device nothing of the method. Raises ``ValueError`` for a size that is not a number.
     """
-    rates, cost = device.rates_of(method, spec.dtype), _numbers(method, spec, policy)
+    rates, cost = device.rates_of(method, spec.dtype, spec.Lq), _numbers(method, spec, policy)
     if cost is None:
         return None
     if cost == _numbers("exact", spec, policy):  # short sequences are left to exact attention
-        rates = device.rates_of("exact", spec.dtype)
+        rates = device.rates_of("exact", spec.dtype, spec.Lq)
     return None if rates is None else rates.seconds(cost, graphs) * 1e3
 
 
