@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from benchmark import quantile
 from records import SPEED_COLUMNS, add_arguments, append, run_of, show
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -51,7 +52,7 @@ def filled_cache(model: torch.nn.Module, B: int, n: int) -> Any:
     from transformers import StaticCache
 
     cache, like = StaticCache(config=model.config, max_cache_len=n), next(model.parameters())
-    shape = B, model.config.num_key_value_heads, 1, model.config.hidden_size // model.config.num_attention_heads
+    shape = B, model.config.num_key_value_heads, 1, model.config.head_dim
     for layer in cache.layers:
         layer.lazy_initialization(like.new_zeros(shape), like.new_zeros(shape))
         layer.keys.normal_()
@@ -107,19 +108,15 @@ def rows_of(model: torch.nn.Module, B: int, n: int, S: int, clock: Clock, mode: 
     p20, p50, p80 = (quantile(times, q) for q in (0.2, 0.5, 0.8))
     milliseconds = {name: quantile(x, 0.5) for name, x in exact.items()}
     best, config = min(milliseconds, key=milliseconds.get), model.config
-    D = config.hidden_size // config.num_attention_heads
     return dict(
         job="decode_model", method="santa",
         params=f"model=llama-3.1-8b-shape transformers_ms={milliseconds['transformers']:.3f}",
-        B=B, H=config.num_attention_heads, H_kv=config.num_key_value_heads, Lq=1, Lk=n, D=D, Dv=D,
+        B=B, H=config.num_attention_heads, H_kv=config.num_key_value_heads, Lq=1, Lk=n, D=config.head_dim,
+        Dv=config.head_dim,
         dtype=str(model.dtype).removeprefix("torch."), s=S, ms_p20=p20, ms_p50=p50, ms_p80=p80, opponent=best,
         opponent_ms_p50=milliseconds[best], speedup=milliseconds[best] / p50,
         error=((logits - truth).norm() / truth.norm()).item(),
     )  # fmt: skip
-
-
-def quantile(times: list[float], q: float) -> float:
-    return torch.tensor(times).quantile(q).item()
 
 
 def main() -> None:

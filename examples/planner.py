@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from benchmark import decode, encode, exact_times, prefill, quantile, random_tensors
-from records import SPEED_COLUMNS, add_arguments, append, run_of, show
+from records import SPEED_COLUMNS, add_arguments, append, params_of, run_of, show
 from rich.progress import track
 
 from express_compile import AttentionSpec, Mask, Policy
@@ -161,10 +161,6 @@ def crossings(judged: list[Judged]) -> list[Crossing]:
         predicted = crossover(method, "exact", x.spec, x.policy, x.device, graphs=x.graphs)
         found.append(Crossing(kind, B, method, x.policy, measured, predicted))
     return found
-
-
-def params_of(row: dict) -> dict[str, str]:
-    return dict(pair.split("=") for pair in row["params"].split())
 
 
 def judge(rows: list[dict]) -> list[Judged]:

@@ -35,6 +35,11 @@ def run_of(commit: str | None) -> dict[str, str]:
     return dict(date=datetime.date.today().isoformat(), gpu=gpu, commit=commit)
 
 
+def params_of(row: dict[str, str]) -> dict[str, str]:
+    """The column ``params`` of a row, ``name=value`` pairs."""
+    return dict(pair.split("=") for pair in row["params"].split())
+
+
 def append(path: Path, columns: list[str], rows: list[dict]) -> None:
     """Append ``rows`` to a CSV file, with a header if it is new."""
     new = not path.exists()

@@ -16,6 +16,7 @@ from statistics import median
 
 from benchmark import SETTINGS
 from planner import Judged, crossings, judge
+from records import params_of
 
 from express_compile import METHODS
 from express_compile.kernels.santa import loses
@@ -41,7 +42,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def setting(row: dict[str, str]) -> str:
-    values = dict(part.split("=") for part in row["params"].split())
+    values = params_of(row)
     name = f"s={row['s']}, sinks {values['sinks']}, window {values['window']}"
     return name + (f", protected {values['protected']}" if values["protected"] != "0" else "")
 
@@ -99,7 +100,7 @@ def others_table() -> str:
     rows = sorted(special, key=lambda row: (row["job"], row["B"], row["Lq"])) + speed_rows(method="express", D="64")
     body = []
     for row in rows:
-        values = dict(part.split("=") for part in row["params"].split())
+        values = params_of(row)
         n = f"{int(row['Lk']):,}"
         job = f"prefill of {n}"
         if row["job"] == "train":
@@ -117,7 +118,7 @@ def others_table() -> str:
 def encode_table() -> str:
     body = []
     for row in gpu_rows(job="encode"):
-        values = dict(part.split("=") for part in row["params"].split())
+        values = params_of(row)
         n, what = f"{int(row['Lk']):,}", ""
         if row["Lq"] != row["Lk"]:
             n = f"{int(row['Lq']):,} queries, {n} keys"
@@ -172,7 +173,7 @@ def decode_bytes_table() -> str:
     for (B, n, S), row in rows.items():
         if (B, n) not in (("1", "32768"), ("1", "131072"), ("8", "32768")):
             continue
-        values = dict(part.split("=") for part in row["params"].split())
+        values = params_of(row)
         group, head = int(row["H"]) // int(row["H_kv"]), int(row["D"])
         read = (1 + float(values["rows"]) / int(n)) / 2
         stash = 2 * group * 2 / (head * 2) / 2  # written and read again, 2 bytes per query head and key
@@ -191,7 +192,7 @@ def compiling_table() -> str:
     for row in rows:
         if row["job"] not in ("plan", "compile") or "grid=" in row["params"]:
             continue
-        values = dict(part.split("=") for part in row["params"].split())
+        values = params_of(row)
         attention = {"sdpa": "F.scaled_dot_product_attention", "eager": "written out"}[values["attention"]]
         what = {"plan": "match, plan and rewrite", "compile": "the whole compilation"}[row["job"]]
         beside = f"{float(row['opponent_ms_p50']) / 1e3:.1f} s" if row["opponent"] else ""
@@ -208,8 +209,9 @@ def steps_table() -> str:
     body = []
     for params in sorted({row["params"] for row in rows}, key=lambda x: (int(x.split("S=")[1]), x)):
         kl, top1 = values[params, "kl"], values[params, "top1"]
-        interval = f"{float(kl['value']):.4f} ({float(kl['low']):.4f}–{float(kl['high']):.4f})"
-        body.append([params.replace("=", " "), f"{float(kl['rows']):.0f}", interval, f"{float(top1['value']):.2f}"])
+        body.append(
+            [params.replace("=", " "), f"{float(kl['rows']):.0f}", with_interval(kl, 4), f"{float(top1['value']):.2f}"]
+        )
     return markdown(["policy", "value rows per KV head", "KL per step (95%)", "top-1"], body)
 
 
@@ -221,9 +223,8 @@ def rounding_table() -> str:
     body = []
     for levels in sorted({levels for levels, _ in values}, key=lambda x: (x > 0, -x)):
         kl, features = values[levels, "kl"], values.get((levels, "features"))
-        interval = f"{float(kl['value']):.4f} ({float(kl['low']):.4f}–{float(kl['high']):.4f})"
         read = "all" if features is None or levels == 0 else f"{100 * float(features['value']):.4g}%"
-        body.append([str(levels) if levels else "no rounding", read, interval])
+        body.append([str(levels) if levels else "no rounding", read, with_interval(kl, 4)])
     return markdown(["levels", "features read per KV head", "KL per step (95%)"], body)
 
 
@@ -231,7 +232,7 @@ def rounding_speed_table() -> str:
     """Decoding with a rounded query over keys that lie feature by feature."""
     found = {}
     for row in gpu_rows(job="bernoulli"):
-        values = dict(part.split("=") for part in row["params"].split())
+        values = params_of(row)
         key = row["H_kv"], row["B"], row["Lk"], values["query"]
         found.setdefault(key, {})[values["keys"], int(values["levels"])] = row, values
     body = []
@@ -252,7 +253,7 @@ def encoders_table() -> str:
     """Whole models with random weights."""
     body = []
     for row in gpu_rows(job="encode_model"):
-        values = dict(part.split("=") for part in row["params"].split())
+        values = params_of(row)
         opponent = f"{float(row['opponent_ms_p50']):.1f} ms ({row['opponent']})"
         sites = (
             f"{values['rewritten']} of {values['rewritten']}" if row["speedup"][0].isdigit() else values["rewritten"]
@@ -265,7 +266,7 @@ def decode_models_table() -> str:
     """A decoding step of whole models with random weights over a static cache."""
     body = []
     for row in gpu_rows(job="decode_model"):
-        values = dict(part.split("=") for part in row["params"].split())
+        values = params_of(row)
         own, best, ms = float(values["transformers_ms"]), float(row["opponent_ms_p50"]), float(row["ms_p50"])
         name = values["model"].replace("-shape", "")
         body.append([name, row["B"], f"{int(row['Lk']):,}", f"{own:.1f} ms", f"{best:.1f} ms ({row['opponent']})",
@@ -284,8 +285,8 @@ def embeddings_table() -> str:
         body.append(
             [
                 name.replace(" halving balanced", "").strip(),
-                f"{float(cosine['value']):.3f} ({float(cosine['low']):.3f}–{float(cosine['high']):.3f})",
-                f"{float(recall['value']):.2f} ({float(recall['low']):.2f}–{float(recall['high']):.2f})",
+                with_interval(cosine, 3),
+                with_interval(recall, 2),
                 f"{float(overlap['value']):.2f}",
             ]
         )
@@ -326,6 +327,11 @@ def cell(row: dict[str, str] | None) -> str:
     return f"**{text}**" if speedup > 1 else text
 
 
+def with_interval(row: dict[str, str], digits: int) -> str:
+    value, low, high = (f"{float(row[name]):.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} ({low}–{high})"
+
+
 def quality_rows() -> list[dict[str, str]]:
     return newest(read("quality.csv"), "gpu", "task", "n", "method", "params", "metric")
 
@@ -347,7 +353,7 @@ def quality_table() -> str:
             [
                 policy(natural),
                 f"{float(natural['rows']):.0f}",
-                f"{float(natural['value']):.3f} ({float(natural['low']):.3f}–{float(natural['high']):.3f})",
+                with_interval(natural, 3),
                 f"{agreement:.3f}",
                 f"{float(repetitive['value']):.3f}",
             ]
@@ -364,7 +370,7 @@ def quality_table() -> str:
 
 def policy(row: dict[str, str]) -> str:
     name = {"express": "Express", "streaming_llm": "StreamingLLM", "exact": "exact"}[row["method"]]
-    values = dict(part.split("=") for part in row["params"].split())
+    values = params_of(row)
     values = {k: v for k, v in values.items() if not (k == "protected" and v == "0")}
     if values.get("halving") == "balanced":
         del values["halving"]
@@ -386,7 +392,7 @@ def needle_table() -> str:
 def coverage_table() -> str:
     """A line per architecture: its sites in all masks and phases, written by hand and as SDPA."""
     key = ("architecture", "implementation", "mask", "phase")
-    found = [row for row in newest(read("coverage.csv"), *key, "torch")]
+    found = newest(read("coverage.csv"), *key, "torch")
     rows = [row for row in found if "+cpu" in row["torch"]]
     other = [row for row in found if "+cpu" not in row["torch"]]
     fused = newest([row for row in read("coverage.csv") if row["torch_fused"]], *key)
@@ -470,7 +476,7 @@ def tolerance_table() -> str:
         name = f"uniform, s={values['s']}" if "s" in values else per_layer
         body.append(
             [name, f"{float(natural['rows']):.0f}",
-             f"{float(natural['value']):.3f} ({float(natural['low']):.3f}–{float(natural['high']):.3f})",
+             with_interval(natural, 3),
              f"{float(own['natural', 'top1']['value']):.3f}", f"{float(repetitive['value']):.3f}"]
         )  # fmt: skip
     return markdown(["budgets", "rows seen", "KL, natural texts (95%)", "top-1", "KL, repetitive texts"], body)
@@ -523,7 +529,7 @@ def plot(path: Path) -> None:
         points = sorted((int(row["Lq"]), float(row["speedup"])) for row in rows if setting(row) == name)
         (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=f"Express {name}")
         row = next(row for row in rows if setting(row) == name)
-        values = dict(part.split("=") for part in row["params"].split())
+        values = params_of(row)
         seen = 3.5 * int(row["s"]) + sum(int(values[k]) for k in ("sinks", "window", "protected"))
         axes.plot([n for n, _ in points], [max(1, n / 2 / seen) for n, _ in points], "--", color=line.get_color(), lw=1)
     axes.axhline(1, color="black", lw=1)

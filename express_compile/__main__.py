@@ -175,7 +175,7 @@ def _calibrate(options: argparse.Namespace) -> int:
     from rich.progress import track
     from rich.table import Table
 
-    from .cost import Rates, kind_of, rates_key
+    from .cost import Rates
     from .devices import save
     from .measure import calibrate
 
@@ -183,8 +183,7 @@ def _calibrate(options: argparse.Namespace) -> int:
     table = Table("dtype", "method", *(f.name for f in fields(Rates)), "off by", title="picoseconds per unit")
     for kind, rates in device.rates.items():
         for method, rate in rates.items():
-            keys = [(kind_of(x["shape"].dtype), rates_key(x["shape"].method, x["shape"].Lq)) for x in found]
-            rows = [x for x, key in zip(found, keys, strict=True) if key == (kind, method)]
+            rows = [x for x in found if x["shape"].key == (kind, method)]
             off = [abs(rate.seconds(x["cost"], graphs=True) / x["seconds"] - 1) for x in rows]
             numbers = (f"{1e12 * x:,.4g}" for x in asdict(rate).values())
             table.add_row(kind, method, *numbers, f"{100 * statistics.median(off):.1f}%, at most {100 * max(off):.0f}%")

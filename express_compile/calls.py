@@ -29,6 +29,11 @@ def call(op: Op, *args: Any, **options: Any) -> Any:
     return op(*args, **options) if runner is None else runner(op, args, options)
 
 
+def exact_options(args: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with which an op that has ``min_length`` is exact attention of the same arguments."""
+    return {**options, "min_length": args[1].shape[2] + 1}
+
+
 def is_run_otherwise() -> bool:
     """Whether a runner is in force."""
     return _runner.get() is not None

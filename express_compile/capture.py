@@ -23,7 +23,7 @@ from torch import nn
 from torch._dynamo.eval_frame import skip_code
 
 from .attention_mask import untraced
-from .calls import Op, call, wrap_ops
+from .calls import Op, call, exact_options, wrap_ops
 from .method import METHODS
 from .module_code import writes_attention
 from .report import SiteReport, recorder
@@ -201,11 +201,11 @@ class Capture:
         self._found_sites |= bool(planned)
         unchanged = rewrite_planned(gm, planned, self.policy, buffers)
         shadows = self._watch(gm, planned)
-        run = _recorded(gm, [_report(site, plan) for site, plan in planned], shadows)
+        run = _recorded(gm, [SiteReport.of(site, plan) for site, plan in planned], shadows)
         if unchanged is None:
             return run
         exact = Plan("exact", "refused", _CHANGED)
-        before = [_report(site, exact if plan.verdict == "rewritten" else plan) for site, plan in planned]
+        before = [SiteReport.of(site, exact if plan.verdict == "rewritten" else plan) for site, plan in planned]
         return buffers.guard(run, _recorded(unchanged, before))
 
     def _watch(self, gm: GraphModule, planned: Iterable[tuple[AttentionSite, Plan]]) -> dict[int, _Follow]:
@@ -268,7 +268,7 @@ class _Follow:
                 return call(op, *args, **options)
             query, key, value, padding = args[:4]
             if shadow.follow(self.plan).verdict != "rewritten":
-                return call(op, *args, **{**options, "min_length": key.shape[2] + 1})
+                return call(op, *args, **exact_options(args, options))
             result = call(op, *args, **options)
             Lk, mask = key.shape[2], self.spec.mask
             mask = replace(mask, offset=Lk - query.shape[2]) if self.aligned else mask
@@ -286,11 +286,6 @@ class _Follow:
         saved = replace(report.saved, method="exact", verdict="exact", params={}, facts={}, options={})
         changes = {"method": "exact", "verdict": "exact", "reason": plan.reason, "params": {}, "predicted_ms": {}}
         return replace(report, rejected=(), saved=saved, **changes)
-
-
-def _report(site: AttentionSite, plan: Plan) -> SiteReport:
-    mask = None if site.spec is None else site.spec.mask
-    return SiteReport.from_plan(site.module, site.source, site.form, mask, plan, spec=site.spec, index=site.index)
 
 
 def _whole_graphs() -> AbstractContextManager[Any]:

@@ -55,6 +55,8 @@ _EXTRAS = {
     "cu_seq_lens_q": "packed sequences",
 }
 _NEEDS_EAGER = ("softcap", "s_aux", "sinks")
+# and those that a decoding step in a compiled graph goes by
+_OF_STEP = ("scaling", "dropout", "sliding_window", "position_ids")
 
 
 # --------------------------------------------------------------------------------------------- public functions
@@ -172,7 +174,7 @@ def _checked_policy(policy: Policy | None, options: dict[str, Any]) -> Policy:
         raise TypeError(f"policy={policy!r}: must be a Policy; give single options by name, e.g. budget=512")
     elif options:
         raise TypeError(f"policy and {', '.join(sorted(options))} were both given: put the options into the policy")
-    from .passes.plan import DEFAULT_METHODS, check_policy, refusal_of
+    from .passes.plan import DEFAULT_METHODS, check_policy
 
     check_policy(policy)
     parts = [policy, *(replace(policy, modules={}, **override) for override in policy.modules.values())]
@@ -180,7 +182,7 @@ def _checked_policy(policy: Policy | None, options: dict[str, Any]) -> Policy:
     for part in parts:
         local = part.resolve(_PROBES[0].Lk)
         for name in dict.fromkeys((*(local.methods or DEFAULT_METHODS), *local.method_options)):
-            probe = next((probe for probe in _PROBES if refusal_of(name, probe, local) is None), None)
+            probe = next((probe for probe in _PROBES if METHODS[name].why_not(probe, local) is None), None)
             if probe is not None:
                 METHODS[name].params(probe, local)  # raises for values that a method does not know, e.g. a halving rule
     return policy
@@ -246,7 +248,7 @@ class _Site:
     eager: Callable[..., Any] | None = field(repr=False)
     plans: _Plans = field(repr=False)
     decodes: bool
-    plain: bool = True
+    plain: bool
     shadow: Shadow | None = field(default=None, repr=False)
     token: str = field(default="", repr=False)
 
@@ -369,8 +371,7 @@ def _prove(
     """What is proven about the mask of a call, its padding ``[B, visible]``, and how many leading keys are visible."""
     B, H, Lq, D = query.shape
     H_kv, Lk = key.shape[1], key.shape[2]
-    causal = arguments.get("is_causal")
-    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    causal = _is_causal(module, arguments)
     window = arguments.get("sliding_window")
     unlike = _unlike_sdpa(site, query, arguments)
     if site.exact == "eager" and unlike is None:
@@ -405,6 +406,11 @@ def _prove(
         built = f"{kind} that the model or the caller built"
         unknown = getattr(attention_mask, "_express_compile_reason", built)
     return Mask(unknown=unknown), None, Lk
+
+
+def _is_causal(module: nn.Module, arguments: dict[str, Any]) -> bool:
+    causal = arguments.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def _unlike_sdpa(site: _Site, query: torch.Tensor, arguments: dict[str, Any]) -> str | None:
@@ -495,21 +501,18 @@ def _attend_compiled(
 ) -> tuple[torch.Tensor, None]:
     """A decoding step that Dynamo traces: generate() compiles those over a StaticCache by itself."""
     site = module.__dict__[_SITE]
-    scale, causal = arguments.get("scaling"), arguments.get("is_causal")
     given = any(arguments.get(name) is not None for name in (*_EXTRAS, *_NEEDS_EAGER))
-    given = given or isinstance(scale, torch.Tensor)
-    if given or not site.decodes or site.shadow is not None or site.exact == "eager":
+    if (
+        given
+        or isinstance(arguments.get("scaling"), torch.Tensor)
+        or not site.decodes
+        or site.shadow is not None
+        or site.exact == "eager"
+    ):
         return _exact(module, site, query, key, value, attention_mask, arguments)
-    facts = (
-        bool(getattr(module, "is_causal", True) if causal is None else causal),
-        getattr(module, "num_key_value_groups", 1),
-        float(query.shape[3] ** -0.5 if scale is None else scale),
-        float(arguments.get("dropout") or 0.0),
-        arguments.get("sliding_window"),
-        arguments.get("position_ids"),
-        module.training,
-    )
-    return _step_in_graph(site.token, query, key, value, attention_mask, *facts), None
+    facts = _is_causal(module, arguments), getattr(module, "num_key_value_groups", 1), module.training
+    given = [arguments.get(name) for name in _OF_STEP]
+    return _step_in_graph(site.token, query, key, value, attention_mask, *facts, *given), None
 
 
 @torch.compiler.allow_in_graph
@@ -521,19 +524,17 @@ def _step_in_graph(
     attention_mask: torch.Tensor | None,
     causal: bool,
     groups: int,
-    scale: float,
-    dropout: float,
-    window: int | None,
-    positions: torch.Tensor | None,
     training: bool,
+    *given: Any,
 ) -> torch.Tensor:
     """One call in Dynamo's graph; what it stands for is planned and written when AOTAutograd looks into it.
 
+    ``causal``, ``groups`` and ``training`` are those of the module, ``given`` its arguments of the names ``_OF_STEP``.
     Then sizes may be symbolic, so a plan holds for all of them, as in a graph that the backend rewrites.
     """
     site = _TRACED[token]
-    arguments = {"is_causal": causal, "scaling": scale, "dropout": dropout}
-    arguments |= {"sliding_window": window, "position_ids": positions}
+    named = zip(_OF_STEP, given, strict=True)
+    arguments = {"is_causal": causal, **{name: x for name, x in named if x is not None}}
     module = SimpleNamespace(num_key_value_groups=groups, is_causal=causal, training=training)
     mask, padding, _ = _prove(module, site, query, key, value, attention_mask, arguments)
     spec = _spec(query, key, value, key.shape[2], mask, arguments)
@@ -548,7 +549,7 @@ def _step_in_graph(
         _seed(None, query.device) if given is None else torch.full((), given, dtype=torch.int64, device=query.device)
     )
     seed = _seed_of_step(drawn, spec, arguments)
-    out, _ = METHODS[plan.method].op(query, key, value, padding, seed, scale, site.layer, **plan.params)
+    out, _ = METHODS[plan.method].op(query, key, value, padding, seed, spec.scale, site.layer, **plan.params)
     return out.transpose(1, 2).contiguous()
 
 
@@ -638,21 +639,16 @@ def _exact(
     if site.eager is None:
         raise RuntimeError(f"{site.path!r}: {type(module).__module__} has no eager_attention_forward to fall back to")
     if site.exact == "sdpa" or attention_mask is not None:
-        attention_mask = _additive(module, query, key, attention_mask, arguments.get("is_causal"))
+        attention_mask = _additive(query, key, attention_mask, _is_causal(module, arguments))
     return site.eager(module, query, key, value, attention_mask, **arguments)[0], None
 
 
 def _additive(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    causal: bool | None,
+    query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, causal: bool
 ) -> torch.Tensor | None:
     """The additive mask of eager attention that means what ``attention_mask`` means to sdpa."""
     Lq, Lk = query.shape[2], key.shape[2]
     if attention_mask is None:
-        causal = getattr(module, "is_causal", True) if causal is None else causal
         if not causal or Lq == 1:
             return None
         attention_mask = torch.ones(Lq, Lk, dtype=torch.bool, device=query.device).tril()[None, None]
@@ -689,4 +685,4 @@ def _record(module: nn.Module, site: _Site, spec: AttentionSpec, plan: Plan) -> 
         return
     function = calls_interface(type(module))
     source = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}" if function is not None else ""
-    sites.append(SiteReport.from_plan(site.path, source, "transformers", spec.mask, plan, spec=spec))
+    sites.append(SiteReport.from_plan(site.path, source, "transformers", plan, spec=spec))

@@ -99,6 +99,11 @@ class Shape:
         spec = self.spec(device)
         return calls_of(spec, self.method, METHODS[self.method].params(spec, self.policy))
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """Where its rates are in :attr:`Device.rates`."""
+        return kind_of(self.dtype), rates_key(self.method, self.Lq)
+
     def cost(self, device: str) -> Cost:
         """What the call costs, in numbers."""
         spec = self.spec(device)
@@ -205,7 +210,7 @@ def calibrate(progress: Callable[[Iterable[Shape]], Iterable[Shape]] = iter) -> 
         seconds = min(_seconds(clock, call) for call in _able(shape.calls(device)))
         found.append(dict(shape=shape, cost=shape.cost(device), seconds=seconds))
     rates: dict[str, dict[str, Rates]] = {}
-    key = lambda row: (kind_of(row["shape"].dtype), rates_key(row["shape"].method, row["shape"].Lq))  # noqa: E731
+    key = lambda row: row["shape"].key  # noqa: E731
     for (kind, method), rows in itertools.groupby(sorted(found, key=key), key):
         rows = list(rows)
         rates.setdefault(kind, {})[method] = fit(rows, _launched(clock, rows), cache if len(rows) >= _MANY else 0)

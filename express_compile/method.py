@@ -56,8 +56,22 @@ class Method:
         """The custom op with signature ``(query, key, value, padding, seed, scale, layer, **params)``."""
         return getattr(torch.ops.express_compile, self.name).default
 
+    def takes(self, option: str) -> bool:
+        """Whether the op has an argument of this name."""
+        return any(argument.name == option for argument in self.op._schema.arguments)
+
     def why_not(self, spec: AttentionSpec, policy: Policy) -> Refusal | None:
-        """What :attr:`refuse` says; before that, whether the op knows all that is done to the scores of the site."""
+        """Why the method must not be used at a site; ``policy`` is that of the site, its budget no function.
+
+        What :attr:`refuse` says; before that, whether the op knows all that is done to the scores of the site, and
+        takes such a budget.
+        """
+        if isinstance(policy.budget, tuple) and not self.takes("table"):
+            return Refusal(
+                self.name,
+                "its budget is a table of rows, which it does not take (a function of the number of keys becomes one "
+                "where that is not known when compiling); give rows, a fraction of the keys, or dynamic=False",
+            )
         unknown = [words for name, words in spec.forms.items() if name not in self.forms]
         if unknown:
             return Refusal(self.name, f"it has {' and '.join(unknown)}, which {self.name} does not compute")

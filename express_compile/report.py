@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from .plain import canonical
 from .saved import SavedPlan, SavedSite
-from .spec import AttentionSpec, Mask, Plan, Policy, layer_key
+from .spec import AttentionSpec, Plan, Policy, layer_key
 
 if TYPE_CHECKING:
     import torch
     from torch.fx import GraphModule
+
+    from .passes.site import AttentionSite
 
 
 @dataclass(frozen=True)
@@ -76,18 +78,22 @@ class SiteReport:
         return layer_key(self.saved.module, self.saved.index)
 
     @classmethod
+    def of(cls, site: AttentionSite, plan: Plan) -> SiteReport:
+        """The report of a site of a graph for which ``plan`` was made."""
+        return cls.from_plan(site.module, site.source, site.form, plan, spec=site.spec, index=site.index)
+
+    @classmethod
     def from_plan(
         cls,
         module: str,
         source: str,
         form: str,
-        mask: Mask | None,
         plan: Plan,
         *,
         spec: AttentionSpec | None = None,
         index: int = 0,
     ) -> SiteReport:
-        """The report of a site for which ``plan`` was made; ``mask`` and ``spec`` are None where it was refused unseen.
+        """The report of a site for which ``plan`` was made; ``spec`` is None where it was refused unseen.
 
         ``index`` is its place among the sites of its module.
         """
@@ -95,7 +101,7 @@ class SiteReport:
             module=module,
             source=source,
             form=form,
-            mask="" if mask is None else str(mask),
+            mask="" if spec is None else str(spec.mask),
             method=plan.method,
             verdict=plan.verdict,
             reason=plan.reason,
@@ -185,7 +191,6 @@ class Report:
         """
         from .devices import device_of
         from .method import METHODS
-        from .passes.plan import refusal_of
         from .plots import crossover_plot
 
         plots: dict[str, str] = {}
@@ -194,7 +199,7 @@ class Report:
             if device is None or site.policy is None:
                 continue
             names = [name for name in METHODS if name != "exact"]
-            able = [name for name in names if refusal_of(name, site.spec, site.policy) is None]
+            able = [name for name in names if METHODS[name].why_not(site.spec, site.policy) is None]
             able = [name for name in able if device.rates_of(name, site.spec.dtype) is not None]
             title = f"{site.shape}, mask: {site.mask}, s={site.policy.budget}, {device.name} ({device.source})"
             if able and title not in plots:
@@ -380,10 +385,7 @@ def _dry_run(
         graphs.append(gm)
         buffers = Buffers(gm, inputs)
         planned = plan_sites(find_sites(gm, buffers), policy)
-        for site, plan in planned:
-            mask = None if site.spec is None else site.spec.mask
-            seen = {"spec": site.spec, "index": site.index}
-            found.append(SiteReport.from_plan(site.module, site.source, site.form, mask, plan, **seen))
+        found.extend(SiteReport.of(site, plan) for site, plan in planned)
         if not error:
             return gm.forward
         unchanged = rewrite_planned(gm, planned, policy, buffers)

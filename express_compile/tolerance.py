@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calls import Op, name_of, run_by
+from .calls import Op, exact_options, name_of, run_by
 from .eager import is_rewritten, record_sites, restore_attention, rewrite_attention
 from .method import METHODS
 from .predict import cost_at
@@ -73,7 +73,7 @@ class Exactly:
     """Runs the ops of rewritten attention exactly: a runner of :mod:`~express_compile.calls`."""
 
     def __call__(self, op: Op, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-        result = op(*args, **{**options, "min_length": args[1].shape[2] + 1})
+        result = op(*args, **exact_options(args, options))
         self.see(op, args, options, result[0])
         return result
 

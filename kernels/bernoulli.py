@@ -34,6 +34,11 @@ def check_levels(levels: Any) -> None:
         raise ValueError(f"bernoulli={levels!r}: must be an integer from 0 (off) to {MAX_LEVELS}, the levels")
 
 
+def _unit(q: torch.Tensor, levels: int) -> torch.Tensor:
+    top = q.abs().amax(-1, keepdim=True)
+    return torch.where(top == 0, 1.0, top) / levels
+
+
 def round_query(query: torch.Tensor, levels: int, seed: torch.Tensor, layer: int, step: torch.Tensor) -> torch.Tensor:
     """``query`` ``[B, H, Lq, D]`` rounded at random to ``levels`` steps of its largest entry: float64 for float64,
     float32 for other dtypes, whose own rounding would be a bias.
@@ -41,8 +46,7 @@ def round_query(query: torch.Tensor, levels: int, seed: torch.Tensor, layer: int
     ``seed`` 0-dim int64; ``step`` int64 ``[B, Lq]``, the number of keys that every query sees.
     """
     q = query.double()
-    top = q.abs().amax(-1, keepdim=True)
-    unit = torch.where(top == 0, 1.0, top) / levels
+    unit = _unit(q, levels)
     sequence = sequence_counter(*query.shape[:2], query.device)[..., None, None]
     place = torch.arange(query.shape[-1], device=query.device)
     u = philox_uniform(seed, layer, place, _BUCKET, step[:, None, :, None], sequence).double() + 2.0**-25
@@ -56,9 +60,8 @@ def feature_probability(query: torch.Tensor, H_kv: int, levels: int) -> torch.Te
 
     ``query`` ``[B, H, Lq, D]``.
     """
-    q = query.double().abs()
-    top = q.amax(-1, keepdim=True)
-    needed = (levels * q / torch.where(top == 0, 1.0, top)).clamp(max=1)
+    q = query.double()
+    needed = (q / _unit(q, levels)).abs().clamp(max=1)
     return 1 - (1 - needed.unflatten(1, (H_kv, -1))).prod(3).prod(2)
 
 

@@ -186,7 +186,7 @@ def _follow_entry(question: Question, entry: SavedSite) -> Plan:
     decision, changes, refusal = answer(question, entry.policy), [], None
     if question.refusal is None:
         changes += _changes(entry.facts, facts_of(question.spec))
-        refusal = refusal_of(entry.method, question.spec, decision.policy or entry.policy)
+        refusal = METHODS[entry.method].why_not(question.spec, decision.policy or entry.policy)
     if decision.verdict == "rewritten":
         changes += _changes({"method": entry.method}, {"method": decision.method})
         changes += _changes(entry.params, canonical(decision.params))
@@ -206,17 +206,6 @@ def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{name} was {before} and is {after}" for name, before, after in words if [before] != [after]]
 
 
-def refusal_of(name: str, spec: AttentionSpec, policy: Policy) -> Refusal | None:
-    """Why a method must not be used at a site; ``policy`` is that of the site, its budget no function."""
-    if isinstance(policy.budget, tuple) and not _takes(METHODS[name].op, "table"):
-        return Refusal(
-            name,
-            "its budget is a table of rows, which it does not take (a function of the number of keys becomes one where "
-            "that is not known when compiling); give rows, a fraction of the keys, or dynamic=False",
-        )
-    return METHODS[name].why_not(spec, policy)
-
-
 def _refused(reason: str, policy: Policy, nearest: str | None = None) -> Plan:
     rejected = tuple(Refusal(name, reason) for name in policy.methods or DEFAULT_METHODS if name != "exact")
     return Plan("exact", "refused", reason, rejected=rejected, nearest=nearest)
@@ -234,7 +223,7 @@ def _decide(spec: AttentionSpec, policy: Policy, graphs: bool = False) -> Plan:
     for name in dict.fromkeys(names):
         if name == "exact":
             continue
-        refusal = refusal_of(name, spec, policy) if lonely is None else Refusal(name, lonely)
+        refusal = METHODS[name].why_not(spec, policy) if lonely is None else Refusal(name, lonely)
         if refusal is not None:
             rejected.append(refusal)
             continue
@@ -305,7 +294,7 @@ def _from_length(
     method: Method, spec: AttentionSpec, shortest: int, params: dict[str, Any], reason: str
 ) -> Plan | Refusal:
     """The plan for a site with an unknown number of keys, exact for fewer than ``shortest``."""
-    if not _takes(method.op, "min_length"):
+    if not method.takes("min_length"):
         return Refusal(method.name, f"min_length={shortest} needs a known number of keys, here it is {spec.Lk}")
     reason = f"{reason}; exact below {shortest} keys, decided at run time"
     return Plan(method.name, "rewritten", reason, {**params, "min_length": shortest})
@@ -345,15 +334,10 @@ def _nearest(spec: AttentionSpec, policy: Policy, rejected: list[Refusal]) -> st
 
 def _accepts(name: str, spec: AttentionSpec, policy: Policy) -> bool:
     try:
-        return refusal_of(name, spec, policy) is None
+        return METHODS[name].why_not(spec, policy) is None
     except ValueError:  # the policy is not meant for this method
         return False
 
 
 def _reasons(rejected: list[Refusal]) -> str:
     return rejected[0].reason if len(rejected) == 1 else "; ".join(map(str, rejected))
-
-
-def _takes(op: torch._ops.OpOverload, option: str) -> bool:
-    arguments: list[Any] = op._schema.arguments
-    return any(argument.name == option for argument in arguments)

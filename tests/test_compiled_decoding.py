@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,13 +20,6 @@ SIZES = dict(
 )  # fmt: skip
 SAMPLED = dict(methods=["santa"], budget=8, min_length=0, seed=3)
 STEPS = 5
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.fixture

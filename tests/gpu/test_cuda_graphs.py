@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,13 +16,6 @@ SIZES = dict(
     num_key_value_heads=2, max_position_embeddings=4096,
 )  # fmt: skip
 STEPS = 6
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def generate(model, n: int, compiled: bool = True) -> torch.Tensor:
