@@ -179,7 +179,7 @@ def make_mask(
         "device": "cpu",
         **rest,
     }
-    if torch.compiler.is_compiling() and q_length == 1:
+    if torch.compiler.is_compiling() and (q_length == 1 or torch.compiler.is_exporting()):
         return _sdpa_mask()(**arguments)
     return _make_mask(arguments)
 
