@@ -97,7 +97,9 @@ family(
 )
 family("gpt_neox", "GPTNeoXModel GPTNeoXForCausalLM", lambda: transformers.GPTNeoXConfig(**SIZES, **TOKENS))
 family("phi3", "Phi3Model Phi3ForCausalLM", lambda: transformers.Phi3Config(**GROUPED))
-family("bert", "BertModel BertForMaskedLM BertForTokenClassification", lambda: transformers.BertConfig(**SIZES, **TOKENS))
+family(
+    "bert", "BertModel BertForMaskedLM BertForTokenClassification", lambda: transformers.BertConfig(**SIZES, **TOKENS)
+)
 family(
     "t5",
     "T5Model T5ForConditionalGeneration",

@@ -31,7 +31,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("llama", "mistral", "qwen2", "gemma2", "gemma3", "gpt2", "gpt_neox", "phi3", "bert", "t5", "whisper", "clip")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "gpt_neox",
+    "phi3",
+    "bert",
+    "t5",
+    "whisper",
+    "clip",
+)
 FAMILIES += ("vit",)
 METHODS = ("exact", "express,exact")
 VARIABLE, RESULTS = "EXPRESS_REWRITE", "EXPRESS_RESULTS"
@@ -114,9 +127,21 @@ def run_family(path: Path, family: str, methods: str, only: str) -> dict[str, An
         environment = {**os.environ, RESULTS: str(results), VARIABLE: methods, "HF_HUB_OFFLINE": "1"}
         found = [str(path), str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, found))
-        command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "transformers_tests", "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--no-header",
+            "-p",
+            "transformers_tests",
+            "-p",
+            "no:cacheprovider",
+        ]
         command += ["-o", "addopts=", "-o", "filterwarnings=", "-W", "ignore", "--tb=short", f"--rootdir={path}"]
-        done = subprocess.run([*command, "-k", chosen, *what], cwd=path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, "-k", chosen, *what], cwd=path, env=environment, capture_output=True, text=True
+        )
         if not results.exists() or done.returncode not in (0, 1):
             raise RuntimeError(f"{family}: pytest did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
         return json.loads(results.read_text())
@@ -143,7 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for family in given.families:
         untouched = run_family(given.path.resolve(), family, "", given.only)
         outcomes = Counter(outcome for outcome, _ in untouched["outcomes"].values())
-        lines.append(f"{family}: {outcomes['passed']} pass untouched ({outcomes['failed']} fail, {outcomes['skipped']} skip)")
+        lines.append(
+            f"{family}: {outcomes['passed']} pass untouched ({outcomes['failed']} fail, {outcomes['skipped']} skip)"
+        )
         for methods in given.methods:
             rewritten = run_family(given.path.resolve(), family, methods, given.only)
             broken = compared(untouched, rewritten)

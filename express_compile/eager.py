@@ -622,8 +622,13 @@ def _export(
     """A call that is traced into a program: what is exact by its policy stays what it is, the rest cannot be kept."""
     site = module.__dict__[_SITE]
     if site.plans.methods(site.path) != ("exact",):
-        raise RuntimeError(capture._cannot_export(module))
+        _refuse_export(module)
     return _exact(module, site, query, key, value, attention_mask, arguments)
+
+
+@untraced
+def _refuse_export(module: nn.Module) -> None:
+    raise RuntimeError(capture._cannot_export(module))
 
 
 def _attend_compiled(

@@ -833,13 +833,6 @@ def test_a_function_as_budget_is_asked_for_every_length():
     assert asked == [16, 12]  # each length once, for all layers
 
 
-def test_attention_weights_are_refused():
-    model = rewrite_attention(build(llama), **TOY_ONLY)
-    ids, mask = padded_batch("none")
-    with pytest.raises(ValueError, match="output_attentions=True"):
-        logits(model, ids, mask, output_attentions=True)
-
-
 def test_public_names_are_importable_from_the_package():
     assert express_compile.rewrite_attention is rewrite_attention
     assert express_compile.restore_attention is restore_attention
