@@ -165,7 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not (given.path / "tests" / "test_modeling_common.py").is_file():
         parser.error(f"path={str(given.path)!r}: has no tests/test_modeling_common.py")
     lines = [_heading(given.path.resolve())]
+    print(lines[0])
     for family in given.families:
+        start = len(lines)
         untouched = run_family(given.path.resolve(), family, "", given.only)
         outcomes = Counter(outcome for outcome, _ in untouched["outcomes"].values())
         lines.append(
@@ -178,10 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             passed = outcomes["passed"] - len(broken)
             lines.append(f"  {methods}: {passed} of {outcomes['passed']} pass rewritten, {models} models rewritten")
             lines += [f"    {name}: {' '.join(cause.split())}" for name, cause in broken.items()]
-        print("\n".join(lines[-1 - len(given.methods) :]), flush=True)
+        print("\n".join(lines[start:]), flush=True)
         if given.out:
             given.out.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
 
 
 def _heading(path: Path) -> str:

@@ -63,8 +63,8 @@ _OF_STEP = ("scaling", "dropout", "sliding_window", "position_ids")
 
 _WEIGHTS = {
     True: "the call asks for attention weights (output_attentions=True): the model's own eager attention runs",
-    False: "the call asks for attention weights (output_attentions=True), which the model's own attention does not give "
-    "either: only attn_implementation='eager' does",
+    False: "the call asks for attention weights (output_attentions=True), which the model's own attention does not "
+    "give either: only attn_implementation='eager' does",
 }
 
 
