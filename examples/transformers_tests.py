@@ -149,9 +149,9 @@ def run_family(path: Path, family: str, methods: str, only: str) -> dict[str, An
 
 def compared(untouched: dict[str, Any], rewritten: dict[str, Any]) -> dict[str, str]:
     """Name and cause of every test that passes untouched and does not pass rewritten."""
-    after = rewritten["outcomes"]
+    after = {name: rewritten["outcomes"].get(name, ["not run", ""]) for name in untouched["outcomes"]}
     passed = [name for name, (outcome, _) in untouched["outcomes"].items() if outcome == "passed"]
-    return {name: " ".join(after.get(name, ("", "not run"))) for name in passed if after.get(name, "")[0] != "passed"}
+    return {name: " ".join(after[name]).strip() for name in passed if after[name][0] != "passed"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
