@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from examples.transformers_tests import compared, main, rewrite_every_model
 
+from examples.transformers_tests import compared, main, rewrite_every_model
 from express_compile import is_rewritten
 
 CONFIG = transformers.LlamaConfig(
