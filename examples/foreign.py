@@ -47,7 +47,7 @@ COLUMNS = (
     "date,torch,package,version,commit,architecture,phase,route,expected,graphs,listed,found,proven,rewritten,refused,"
     "reasons,error,outcome,seconds"
 ).split(",")
-ROUTES = "backend", "rewrite_attention"
+PHASES, ROUTES = ("prefill", "padded", "decode"), ("backend", "rewrite_attention")
 TOLERANCE = 2e-5
 POLICY = Policy(methods=("exact",))
 SECONDS = 240  # for one case
@@ -153,7 +153,7 @@ def _outputs(out: Any) -> Iterator[torch.Tensor]:
 
 
 def phases(foreign: Foreign) -> list[str]:
-    return ["prefill", *(["padded"] if foreign.pads else []), *(["decode"] if foreign.decodes else [])]
+    return [phase for phase, has in zip(PHASES, (True, foreign.pads, foreign.decodes), strict=True) if has]
 
 
 def prepare(foreign: Foreign, phase: str) -> Prepared:
@@ -324,6 +324,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=FOREIGN, default=None, metavar="NAME")
     parser.add_argument("--package", nargs="+", default=None, help="only architectures of these packages")
+    parser.add_argument("--phase", nargs="+", choices=PHASES, default=PHASES)
+    parser.add_argument("--route", nargs="+", choices=ROUTES, default=ROUTES)
     parser.add_argument("--inductor", action="store_true", help="compile 20 of them with inductor instead")
     add_arguments(parser)
     args = parser.parse_args()
@@ -331,10 +333,10 @@ def main() -> None:
     logging.disable(logging.ERROR)
     warnings.simplefilter("ignore")
     names = args.only or (INDUCTOR if args.inductor else FOREIGN)
-    routes = ("inductor",) if args.inductor else ROUTES
+    routes = ("inductor",) if args.inductor else args.route
     names = [name for name in names if args.package is None or FOREIGN[name].package in args.package]
     cases = [Case(name, phase, route) for name in names for phase in phases(FOREIGN[name]) for route in routes]
-    cases = [case for case in cases if not args.inductor or case.phase != "padded"]
+    cases = [case for case in cases if case.phase in args.phase]
     run = {"torch": torch.__version__}
     run |= {name: value for name, value in run_of(args.commit).items() if name in COLUMNS}
     rows = []
