@@ -495,8 +495,11 @@ def _draws_of(policy: Policy, draws: Any) -> tuple[list[int], list[int]]:
     """``draws`` and ``layers`` of the op from the option ``draws``: None (the budget), an integer, a sequence of one
     per head, or a mapping of module paths to either of these."""
     table = dict(draws) if isinstance(draws, Mapping) else {}
+    for path in table:
+        if not isinstance(path, str):
+            raise TypeError(f"draws: {path!r}: must be a module path, such as 'model.layers.0.self_attn'")
     given = [*table.values()] if draws is None or isinstance(draws, Mapping) else [draws]
-    rows = [list(x) if isinstance(x, Sequence) and not isinstance(x, str) else [x] for x in given]
+    rows = [list(x) if isinstance(x, Sequence) and not isinstance(x, (str, bytes)) else [x] for x in given]
     width = max(map(len, rows), default=1)
     for row in rows:
         good = all(isinstance(S, int) and not isinstance(S, bool) and 1 <= S <= MAX_DRAWS for S in row)
@@ -575,6 +578,11 @@ def _params(spec: AttentionSpec | None, policy: Policy) -> dict[str, Any]:
     }
 
 
+def _named(options: Mapping[str, Any]) -> dict[str, str]:
+    draws = options.get("draws")
+    return {path: f"['draws'][{path!r}]" for path in draws} if isinstance(draws, Mapping) else {}
+
+
 def _rows(params: Mapping[str, Any], Lk: int) -> int:
     """The mean of the draws per head, of all layers that are listed; 0 stands for the fraction."""
     Lk = in_reach(1, Lk, params.get("window", 0))
@@ -616,5 +624,6 @@ METHOD = register(
         rows=_rows,
         decodes=True,
         options={"draws": None, "sampler": "sys", "shared": True, "bernoulli": 0},
+        named=_named,
     )
 )
