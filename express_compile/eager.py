@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -537,9 +537,7 @@ def _step_in_graph(
     if plan.verdict != "rewritten":
         return _exact(module, site, query, key, value, attention_mask, arguments)[0]
     given = site.plans.policy.seed
-    drawn = (
-        _seed(None, query) if given is None else torch.full((), given, dtype=torch.int64, device=query.device)
-    )
+    drawn = _seed(None, query) if given is None else torch.full((), given, dtype=torch.int64, device=query.device)
     seed = _seed_of_step(drawn, spec, arguments)
     out, _ = METHODS[plan.method].op(query, key, value, padding, seed, spec.scale, site.layer, **plan.params)
     return out.transpose(1, 2).contiguous()

@@ -45,7 +45,6 @@ from .segments import dense_table, segment_attention
 from .segments_backward import accumulate_rows, segment_gradients
 from .thinning import describe_launches, thin
 
-
 MAX_G = 30  # 2**30 sqrt(n) rows are all keys of any sequence
 
 

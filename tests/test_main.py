@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from express_compile import devices, measure
-from express_compile.__main__ import POLICY, main
+from express_compile.__main__ import MODULE, POLICY, main
 from express_compile.cost import Device
 from express_compile.report import explain
 from express_compile.saved import SavedPlan
@@ -60,7 +60,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     path = tmp_path / "model_of_test_main.py"
     path.write_text(SOURCE)
     yield str(path)
-    for name in ("model_of_test_main", "heads_of_test_main"):
+    for name in (MODULE, "heads_of_test_main"):
         sys.modules.pop(name, None)
 
 
@@ -74,7 +74,7 @@ def test_what_is_printed_and_written_is_what_explain_says(
     files = [tmp_path / name for name in ("report.json", "page.html", "plan.json")]
     written = ["--json", str(files[0]), "--html", str(files[1]), "--save-plan", str(files[2])]
     assert main(["explain", f"{model}:make", "--shape", "1x24", *OPTIONS, *written]) == 0
-    built = sys.modules["model_of_test_main"].make()
+    built = sys.modules[MODULE].make()
     report = explain(built, torch.ones(1, 24, dtype=torch.int64), **FIELDS)
     assert capsys.readouterr().out == f"{report}\n"
     assert [site.verdict for site in report.sites] == ["rewritten", "exact"]
