@@ -46,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())} (--help tells more)\n")
+        line = " ".join(message.splitlines())
+        line = line if len(line) <= 1000 else f"{line[:1000]} ..."
+        self.exit(2, f"{self.prog}: error: {line} (--help tells more)\n")
 
 
 # ------------------------------------------------------------------------------------------------------ explain
@@ -166,7 +168,7 @@ def _load(options: argparse.Namespace) -> Callable[[], Any]:
     try:
         module = _run_file(Path(home)) if home.endswith(".py") else importlib.import_module(home)
     except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
+        frames = [x for x in traceback.extract_tb(error.__traceback__) if not x.filename.startswith("<frozen")]
         at = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
         words = f"{type(error).__name__}: {_first_line(error)}{at}"
         options.parser.error(f"{where}: must be a Python file or a module that can be imported: {words}")

@@ -9,7 +9,6 @@ import os
 import re
 import warnings
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -66,7 +65,7 @@ def save(device: Device) -> Path:
 @functools.cache
 def shipped() -> dict[str, Device]:
     """The devices that need no measurement: those measured for this package, and others by their data sheets."""
-    found = json.loads(files(__package__).joinpath("devices.json").read_text())
+    found = json.loads(Path(__file__).with_name("devices.json").read_text(encoding="utf-8"))
     devices = {data["name"]: Device.from_dict(data) for data in found}
     base = devices[MEASURED]
     for name, sheet in _SHEETS.items():

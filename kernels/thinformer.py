@@ -35,7 +35,7 @@ from express_compile.method import Method, register
 from express_compile.plain import number
 from express_compile.spec import AttentionSpec, Policy, Refusal, floor_power_of_two, known_equal
 
-from ._op import check_qkv, define_attention, no_kernel
+from ._op import define_attention, no_kernel
 from ._triton import draw_uniform, jit, launch, philox_uniform, require_triton, sequence_counter, tl
 from .exact import exact_attention
 from .express import MIN_QUERIES, gather_rows, halve_all_reference, real_first
@@ -164,7 +164,6 @@ def _resolve(s, fraction, g, halving, flatten, min_length, Lk, table=()) -> tupl
 
 
 def _select(query, key, value, padding, seed, scale, layer, options):
-    check_qkv(query, key, value, padding, causal=False)
     s, rule = _resolve(**options, Lk=key.shape[2])
     return select(key, value, padding, s, rule, scale, seed, layer)
 
@@ -199,7 +198,7 @@ _PARAMETERS = (
     "Tensor? padding, Tensor seed, float scale, int layer, *, int s, float fraction, int g, str halving, "
     "float flatten, int min_length, int[] table=[]"
 )
-OP, BACKWARD = define_attention("thinformer", _PARAMETERS, _body, _backward_body)
+OP, BACKWARD = define_attention("thinformer", _PARAMETERS, _body, _backward_body, causal=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------
