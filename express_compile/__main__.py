@@ -46,9 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        line = " ".join(message.splitlines())
-        line = line if len(line) <= 1000 else f"{line[:1000]} ..."
-        self.exit(2, f"{self.prog}: error: {line} (--help tells more)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())} (--help tells more)\n")
 
 
 # ------------------------------------------------------------------------------------------------------ explain
@@ -324,8 +322,9 @@ def _override(value: str) -> tuple[str, Any]:
 
 
 def _json(value: str) -> Any:
+    shown = value if len(value) <= 100 else f"{value[:100]}..."
     try:
-        return from_json(f"{value!r}: must be JSON, but", value, lambda data: data)
+        return from_json(f"{shown!r}: must be JSON, but", value, lambda data: data)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -66,6 +66,8 @@ def check_policy(policy: Policy) -> None:
         METHODS[name].own_options(policy)
     local = policy.resolve(_PROBES[0].Lk)
     for name in dict.fromkeys((*(policy.methods or DEFAULT_METHODS), *policy.method_options)):
+        if name == "exact":  # it has no op, and takes everything
+            continue
         probe = next((probe for probe in _PROBES if METHODS[name].why_not(probe, local) is None), None)
         if probe is not None:
             METHODS[name].params(probe, local)
