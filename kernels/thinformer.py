@@ -228,7 +228,7 @@ def _params(spec: AttentionSpec | None, policy: Policy) -> dict:
     own = METHOD.own_options(policy)
     if not -1 <= number("g", own["g"], int) <= MAX_G:
         raise ValueError(
-            f"g={own['g']!r}: must be an integer, 0 or more (2**g * sqrt(n) rows) up to {MAX_G}, or -1 to use the budget"
+            f"g={own['g']!r}: must be an integer, 0 or more (2**g * sqrt(n) rows) up to {MAX_G}, or -1 for the budget"
         )
     params = {
         **budget_options(policy),
