@@ -64,7 +64,8 @@ def check_policy(policy: Policy) -> None:
         if name not in known:
             raise ValueError(f"method_options: unknown method {name!r}; allowed are {', '.join(known)}")
         METHODS[name].own_options(policy)
-    local = policy.resolve(_PROBES[0].Lk)
+    policy.resolve(_PROBES[0].Lk)  # whether a function gives rows; which is for the lengths that it will be asked for
+    local = replace(policy, budget=Policy.budget) if callable(policy.budget) else policy
     for name in dict.fromkeys((*(policy.methods or DEFAULT_METHODS), *policy.method_options)):
         if name == "exact":  # it has no op, and takes everything
             continue
