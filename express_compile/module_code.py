@@ -69,17 +69,38 @@ def calls_interface(cls: type) -> Callable[..., Any] | None:
 
 @cache
 def depends_on_name(cls: type, name: str) -> bool:
-    """Whether a method of ``cls`` reads the name of the attention and mentions ``name``.
+    """Whether a method of ``cls`` reads the name of the attention and mentions ``name``, for something else than to
+    look it up (``ALL_ATTENTION_FUNCTIONS["sdpa"]``).
 
     Such code (the sparse indexers of DeepSeek V3.2, Falcon's own attention) takes another branch under another
-    name, so it must go on reading the old one.
+    name, so it must go on reading the old one. What runs once, when a module is made, does not count.
     """
     for function in _functions(cls):
+        if getattr(function, "__name__", "") == "__init__":
+            continue
         codes = list(_code(function))
-        constants = {c for code in codes for c in _flat(code.co_consts)}
-        if name in constants and any("_attn_implementation" in code.co_names for code in codes):
+        if any("_attn_implementation" in code.co_names for code in codes) and any(_mentions(c, name) for c in codes):
             return True
     return False
+
+
+def _mentions(code: CodeType, name: str) -> bool:
+    steps = list(dis.get_instructions(code))
+    return any(
+        step.opname == "LOAD_CONST" and name in _flat((step.argval,)) and not _is_subscript(after)
+        for step, after in zip(steps, [*steps[1:], None], strict=True)
+    )
+
+
+def _is_subscript(step: dis.Instruction | None) -> bool:
+    return step is not None and (step.opname == "BINARY_SUBSCR" or step.argrepr == "[]")
+
+
+@cache
+def passes(function: Callable[..., Any], names: tuple[str, ...]) -> bool:
+    """Whether ``function`` calls something with an argument of one of these ``names``."""
+    constants = {constant for code in _code(function) for constant in _flat(code.co_consts)}
+    return not constants.isdisjoint(names)
 
 
 def _flat(constants: Any) -> Iterator[Any]:
