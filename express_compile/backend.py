@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from .method import METHODS
 from .passes.buffers import Buffers
 from .passes.match import find_sites
+from .passes.place import Place
 from .passes.plan import check_policy, plan_sites
 from .passes.rewrite import rewrite
 from .passes.site import AttentionSite
@@ -88,7 +89,10 @@ def plan_graph(
 
     Raises as :func:`rewrite_graph` does.
     """
-    planned = plan_sites(find_sites(gm, buffers), policy, graphs)
+    place = Place.of_graph()
+    planned = plan_sites(find_sites(gm, buffers, place), policy, graphs)
+    if by_place(planned, policy):
+        place.pin()
     if policy.strict and not planned:
         raise ValueError(
             "strict=True: no attention was found in this graph; allowed are graphs that call "
@@ -96,6 +100,12 @@ def plan_graph(
             "write attention out around a softmax (set strict=False to compile it as it is)"
         )
     return planned
+
+
+def by_place(planned: list[tuple[AttentionSite, Plan]], policy: Policy) -> bool:
+    """Whether what runs at these sites depends on the modules that they are in, by the policy or by random numbers."""
+    chosen = bool(policy.modules) or policy.plan is not None
+    return bool(planned) and (chosen or any(decision.method != "exact" for _, decision in planned))
 
 
 def split_options(options: Mapping[str, Any], mode: str | None = None) -> tuple[Policy, dict[str, Any]]:

@@ -53,6 +53,7 @@ class _Progress:
 
 
 _in_progress: ContextVar[_Progress | None] = ContextVar("express_compile_call", default=None)
+_running: ContextVar[Capture] = ContextVar("express_compile_capture")
 
 
 # --------------------------------------------------------------------------------------------- public functions
@@ -133,8 +134,7 @@ class Capture:
         self.prefix = ""
         self._found_sites = self._warned = False
         call = FunctionType(_call.__code__.replace(), _call.__globals__)  # Dynamo counts recompilations by code object
-        backend = weakref.WeakMethod(self._rewrite)  # Dynamo keeps it where garbage collection does not look
-        self._captured = torch.compile(call, backend=lambda gm, inputs: backend()(gm, inputs))
+        self._captured = torch.compile(call, backend=_rewrite)
         self.module.__dict__["_compiled_call_impl"] = self
 
     def uninstall(self) -> None:
@@ -162,7 +162,7 @@ class Capture:
             raise RuntimeError(_cannot_export(self.module))
         call = _in_progress.get() or _Progress()
         before = call.graphs
-        token = _in_progress.set(call)
+        token, inner = _in_progress.set(call), _running.set(self)
         try:
             with _whole_graphs():
                 result = self._captured(self.module, *args, **kwargs)
@@ -172,6 +172,7 @@ class Capture:
             raise
         finally:
             _in_progress.reset(token)
+            _running.reset(inner)
         if call.graphs == before:
             call.graphs += 1  # it is said once
             self._say_not_captured()
@@ -188,16 +189,19 @@ class Capture:
             self._warned = True
             warnings.warn(f"{self.path or type(self.module).__name__}: {_NOT_CAPTURED}", RuntimeWarning, stacklevel=6)
 
-    def _rewrite(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        """The backend: a callable that runs the rewritten graph."""
+    def rewrite(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        """A callable that runs the rewritten graph."""
         from .backend import rewrite_planned
         from .passes.buffers import Buffers
         from .passes.match import find_sites
+        from .passes.place import Place
         from .passes.plan import plan_sites
 
-        self._name(gm)
+        place = Place.of_graph(self.module, self.path)
         buffers = Buffers(gm, inputs)
-        planned = plan_sites(find_sites(gm, buffers), self.policy)
+        planned = plan_sites(find_sites(gm, buffers, place), self.policy)
+        if planned:
+            place.pin()
         self._found_sites |= bool(planned)
         unchanged = rewrite_planned(gm, planned, self.policy, buffers)
         shadows = self._watch(gm, planned)
@@ -221,17 +225,6 @@ class Capture:
 
         wrap_ops(gm, wrap)
         return found
-
-    def _name(self, gm: GraphModule) -> None:
-        """Give the modules in the graph their paths in the model that was rewritten, whatever part was called."""
-        inside = self.module.named_modules(prefix=self.path)
-        names = {str(id(module)): f"L['self'].{path}".removesuffix(".") for path, module in inside}
-        root = (names[str(id(self.module))], type(self.module))
-        for graph in {part.graph for part in gm.modules() if isinstance(part, torch.fx.GraphModule)}:
-            for node in graph.nodes:
-                stack = node.meta.get("nn_module_stack") or {}
-                paths = {key: (names.get(key.partition("@")[0], path), cls) for key, (path, cls) in stack.items()}
-                node.meta["nn_module_stack"] = {"": root, **paths}
 
 
 class _Follow:
@@ -293,6 +286,11 @@ def _whole_graphs() -> AbstractContextManager[Any]:
     if not torch.distributed.is_available() or nn.parallel.DistributedDataParallel._get_active_ddp_module() is None:
         return nullcontext()
     return torch._dynamo.config.patch(optimize_ddp=False)
+
+
+def _rewrite(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """The backend of all captures: what Dynamo has compiled for one layer, the next one finds, if it holds no site."""
+    return _running.get().rewrite(gm, inputs)
 
 
 def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

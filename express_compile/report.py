@@ -374,6 +374,7 @@ def _dry_run(
     from .method import METHODS
     from .passes.buffers import Buffers
     from .passes.match import find_sites
+    from .passes.place import Place
     from .passes.plan import check_policy, plan_sites, unmatched
 
     METHODS.load()
@@ -384,7 +385,10 @@ def _dry_run(
     def record(gm: GraphModule, inputs: list[torch.Tensor]) -> Any:
         graphs.append(gm)
         buffers = Buffers(gm, inputs)
-        planned = plan_sites(find_sites(gm, buffers), policy)
+        place = Place.of_graph()
+        planned = plan_sites(find_sites(gm, buffers, place), policy)
+        if planned:
+            place.pin()
         found.extend(SiteReport.of(site, plan) for site, plan in planned)
         if not error:
             return gm.forward
