@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from .method import METHODS
 from .passes.buffers import Buffers
 from .passes.match import find_sites
 from .passes.place import Place
-from .passes.plan import check_policy, plan_sites
+from .passes.plan import check_policy, plan_sites, require_modules, require_sites
 from .passes.rewrite import rewrite
 from .passes.site import AttentionSite
 from .spec import Plan, Policy
@@ -38,7 +39,10 @@ def express(
 
     ``options`` holds the fields of :class:`~express_compile.spec.Policy`; every other key must be one of inductor's
     options and is passed on. ``mode`` is inductor's. Raises ``ValueError`` or ``TypeError`` that names the option,
-    its value and what is allowed; with ``strict=True`` also for a refused site and for a graph without any.
+    its value and what is allowed. With ``strict=True`` also for a site that is refused, at once; for a name in ``modules``
+    or ``plan`` that no module of the model has, with the first graph; and for a model without attention, or a name
+    without a site, when the last graph of the compiled module is made: graph breaks may part a model into many, of which
+    some have no attention. (A model whose ``forward`` does not end in a graph is not judged so.)
     Dynamo shows such an error wrapped in ``BackendCompilerFailed``.
     """
     if kwargs:
@@ -91,14 +95,14 @@ def plan_graph(
     """
     place = Place.of_graph()
     planned = plan_sites(find_sites(gm, buffers, place), policy, graphs)
+    if any(site.refusal == place.lost for site, _ in planned) and (policy.modules or policy.plan is not None):
+        warnings.warn(f"modules and plan cannot say what runs there: {place.lost}", RuntimeWarning, stacklevel=2)
+    if place.ends(gm):
+        require_sites(place.numbers.paths, policy)
+    elif place.is_model:
+        require_modules({*place.paths.values(), *place.numbers.paths}, policy)
     if by_place(planned, policy):
         place.pin()
-    if policy.strict and not planned:
-        raise ValueError(
-            "strict=True: no attention was found in this graph; allowed are graphs that call "
-            "torch.nn.functional.scaled_dot_product_attention, nn.MultiheadAttention or nn.TransformerEncoderLayer, or "
-            "write attention out around a softmax (set strict=False to compile it as it is)"
-        )
     return planned
 
 

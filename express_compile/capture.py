@@ -27,7 +27,7 @@ from .calls import Op, call, exact_options, wrap_ops
 from .method import METHODS
 from .module_code import writes_attention
 from .report import SiteReport, recorder
-from .spec import Plan, Policy, known_equal
+from .spec import Plan, Policy, Unmet, known_equal
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -46,10 +46,11 @@ _NOT_CAPTURED = (
 
 
 class _Progress:
-    """The outermost call in progress. graphs: how many captured graphs have run in it."""
+    """The outermost call in progress. graphs: how many captured graphs have run in it; paths: of their sites."""
 
     def __init__(self) -> None:
         self.graphs = 0
+        self.paths: set[str] = set()
 
 
 _in_progress: ContextVar[_Progress | None] = ContextVar("express_compile_call", default=None)
@@ -119,6 +120,7 @@ class Capture:
     """What a call of ``module`` runs instead of ``module._call_impl``. Copies and pickles of the module get their own.
 
     path: of the module, in the model that was rewritten, which is ``root`` while it exists.
+    seen: paths of the sites in graphs that have run, in calls of ``module`` and of what is inside.
     watch: what has the errors of its sites sampled, in a model where this one is at ``prefix``; stays behind in a copy.
     """
 
@@ -132,9 +134,10 @@ class Capture:
     def _install(self) -> None:
         self.watch: Watch | None = None
         self.prefix = ""
-        self._found_sites = self._warned = False
+        self._warned = False
+        self.seen: set[str] = set()
         call = FunctionType(_call.__code__.replace(), _call.__globals__)  # Dynamo counts recompilations by code object
-        self._captured = torch.compile(call, backend=_rewrite)
+        self._captured = torch.compile(call, backend=_backend)
         self.module.__dict__["_compiled_call_impl"] = self
 
     def uninstall(self) -> None:
@@ -176,9 +179,23 @@ class Capture:
         if call.graphs == before:
             call.graphs += 1  # it is said once
             self._say_not_captured()
-        elif self.policy.strict and not self._found_sites and _in_progress.get() is None:
-            raise ValueError(f"strict=True: no attention was found in the graphs of {type(self.module).__name__}")
+        elif self.policy.strict and _in_progress.get() is None:
+            self._require_sites(call.paths)
         return result
+
+    def _require_sites(self, paths: set[str]) -> None:
+        """Judge by the paths of the sites in all graphs of a call: it has some. The call of a whole model shows whether
+        names in the policy have none."""
+        from .eager import rewritten_sites
+        from .passes.plan import require_matches
+
+        if not paths:
+            raise Unmet(f"strict=True: no attention was found in the graphs of {type(self.module).__name__}")
+        root = None if self.root is None else self.root()
+        whole = self if root is None or not is_captured(root) else root.__dict__[_CAPTURE]
+        whole.seen |= paths
+        if self.module is root:
+            require_matches(self.seen | rewritten_sites(root).keys(), self.policy)
 
     def _say_not_captured(self) -> None:
         if self.policy.strict:
@@ -189,7 +206,7 @@ class Capture:
             self._warned = True
             warnings.warn(f"{self.path or type(self.module).__name__}: {_NOT_CAPTURED}", RuntimeWarning, stacklevel=6)
 
-    def rewrite(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    def _rewrite(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """A callable that runs the rewritten graph."""
         from .backend import rewrite_planned
         from .passes.buffers import Buffers
@@ -202,7 +219,6 @@ class Capture:
         planned = plan_sites(find_sites(gm, buffers, place), self.policy)
         if planned:
             place.pin()
-        self._found_sites |= bool(planned)
         unchanged = rewrite_planned(gm, planned, self.policy, buffers)
         shadows = self._watch(gm, planned)
         run = _recorded(gm, [SiteReport.of(site, plan) for site, plan in planned], shadows)
@@ -288,9 +304,9 @@ def _whole_graphs() -> AbstractContextManager[Any]:
     return torch._dynamo.config.patch(optimize_ddp=False)
 
 
-def _rewrite(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+def _backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """The backend of all captures: what Dynamo has compiled for one layer, the next one finds, if it holds no site."""
-    return _running.get().rewrite(gm, inputs)
+    return _running.get()._rewrite(gm, inputs)
 
 
 def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -306,6 +322,7 @@ def _recorded(
     def run(*args: Any) -> Any:
         if (call := _in_progress.get()) is not None:
             call.graphs += 1
+            call.paths.update(report.module for report in reports)
         result = gm.forward(*args)  # in which a site that is watched may fall back
         if (sites := recorder.get()) is not None:
             sites.extend(report if follow is None else follow.now(report) for report, follow in names)

@@ -30,7 +30,19 @@ from .normalize import bodies, graph_module, number, operation
 from .place import Place, module_path
 from .repeat import unrepeated
 from .scale import unscaled
-from .site import PADDED, AttentionSite, Emit, Operand, Refused, Scope, check_heads, entered, make_spec, shape_of
+from .site import (
+    NOT_MATCHED,
+    PADDED,
+    AttentionSite,
+    Emit,
+    Operand,
+    Refused,
+    Scope,
+    check_heads,
+    entered,
+    make_spec,
+    shape_of,
+)
 from .symbolic import COORDINATES
 
 
@@ -77,6 +89,8 @@ def _form(node: Node) -> str | None:
         return "sdpa"
     if op is not None and op.name == "softmax" and softmax.feeds_product(node):
         return "softmax"
+    if node.target is torch.ops.higher_order.flex_attention:
+        return NOT_MATCHED
     return OPAQUE.get(node.target) if node.op == "call_function" else None
 
 
@@ -145,6 +159,8 @@ def _describe(scope: Scope, node: Node, form: str) -> dict[str, Any]:
     """What ``node`` computes, as fields of its site."""
     if scope.refusal is not None:
         raise Refused(scope.refusal)
+    if form == NOT_MATCHED:
+        raise Refused("it is flex_attention, whose score_mod and block_mask are code that is not read", _PLAIN)
     if form == "softmax":
         return softmax.describe(scope, node)
     if form != "sdpa":
@@ -181,6 +197,7 @@ def _write(
     return out, out
 
 
+_PLAIN = "torch.nn.functional.scaled_dot_product_attention"
 FOUR = "query, key and value of four dimensions: unsqueeze those of one sequence or of one head"
 
 

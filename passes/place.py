@@ -15,7 +15,7 @@ import re
 import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -28,6 +28,7 @@ from torch.fx import GraphModule, Node
 
 _PATHS = "express_compile_paths"
 _CALLS = nn.Module._call_impl.__code__
+_RESUMED = re.compile(r"^torch_dynamo_resume_in_|_at_\d+$")
 _TORCH = os.path.dirname(torch.__file__)
 
 
@@ -131,6 +132,12 @@ class Numbers:
         return known.setdefault((piece, i), len(known))
 
 
+    @property
+    def paths(self) -> Set[str]:
+        """Of the modules that have sites."""
+        return self._of.keys()
+
+
 _NUMBERS: weakref.WeakKeyDictionary[Any, Numbers] = weakref.WeakKeyDictionary()
 
 
@@ -142,7 +149,9 @@ class Place:
     holders: (id, path) of the modules whose calls it is a part of, outermost first; the path of a module that the
         model does not have is None.
     piece: which piece of the call of the last one; ``""`` for that which begins with the call.
-    root: what was compiled; local: the name that the frame has for the last holder.
+    root: what was compiled; None if that is not known.
+    is_outermost: whether it is a piece of the call of that, and of no other.
+    holder: the last one; caller: the last one on the stack; local: the name that the frame has for the holder.
     """
 
     paths: Mapping[str, str] = field(default_factory=dict)
@@ -150,6 +159,7 @@ class Place:
     piece: str = ""
     numbers: Numbers = field(default_factory=Numbers)
     root: Any = None
+    is_outermost: bool = False
     holder: nn.Module | None = None
     caller: nn.Module | None = None
     local: str | None = None
@@ -174,15 +184,21 @@ class Place:
         if isinstance(compiled, nn.Module):
             paths = module_paths(compiled, path)
             modules = modules if compiled in modules[-1:] else (*modules, compiled)
+        elif now.modules:
+            paths = paths_of(now)
         else:
-            paths = _paths_of_function(tx, now)
+            paths = _named((tx.f_locals, tx.f_globals, tx.f_code))
         holder = modules[0] if modules else None
+        around = is_call or (holder is not None and not now.modules)  # torch's code, or ours, that calls the holder
+        begins = around or _is_code_of(tx.f_code, compiled if holder is None else holder)
+        begins = begins and not _RESUMED.match(tx.f_code.co_name)
         return cls(
             paths=paths,
             holders=tuple((str(id(module)), paths.get(str(id(module)))) for module in reversed(modules)),
-            piece="" if _begins(tx.f_code, holder, is_call) else tx.f_code.co_name,
+            piece="" if begins else tx.f_code.co_name,
             numbers=Numbers() if compiled is None else _NUMBERS.setdefault(compiled, Numbers()),
             root=now.compiled,
+            is_outermost=len(modules) < 2 and _RESUMED.sub("", tx.f_code.co_name) in _names(now.compiled),
             holder=holder,
             caller=now.modules[0] if now.modules else None,
             local=next((name for name, value in tx.f_locals.items() if holder is not None and value is holder), None),
@@ -213,6 +229,18 @@ class Place:
         """The number of the i-th site that this graph has in the module at ``path``."""
         is_cut = bool(self.holders) and path == self.holders[-1][1]
         return self.numbers(path, self.piece if is_cut else "", i)
+
+    @property
+    def is_model(self) -> bool:
+        """Whether ``paths`` are those of all modules of what was compiled."""
+        return isinstance(self.root, nn.Module)
+
+    def ends(self, gm: GraphModule) -> bool:
+        """Whether ``gm`` is the last graph of what was compiled: it ends where that returns."""
+        if self.root is None:
+            return True
+        reason = getattr(gm, "compile_subgraph_reason", None)
+        return self.is_outermost and getattr(reason, "reason", "return_value") == "return_value"
 
     def pin(self) -> None:
         """Let the graph that is compiled just now serve only the module that it is compiled for.
@@ -248,11 +276,15 @@ def _reference(value: Any) -> Callable[[], Any]:
     return (lambda: None) if value is None else weakref.ref(value)
 
 
-def _begins(code: CodeType, holder: nn.Module | None, is_call: bool) -> bool:
-    """Whether a frame is the whole call of a module, or of a function that is compiled, from its beginning on."""
-    if code.co_name.startswith("torch_dynamo_resume_in_"):
-        return False
-    return holder is None or is_call or code is getattr(inspect.unwrap(type(holder).forward), "__code__", None)
+def _names(compiled: Any) -> tuple[str, ...]:
+    """The names of the code that a compiled callable begins with; ``inner`` is Dynamo's around modules of torch.nn."""
+    return ("forward", "inner") if isinstance(compiled, nn.Module) else (getattr(compiled, "__name__", ""),)
+
+
+def _is_code_of(code: CodeType, callee: Any) -> bool:
+    """Whether it is that of a function, or of the ``forward`` of a module, and not of a helper."""
+    function = type(callee).forward if isinstance(callee, nn.Module) else callee
+    return callable(function) and getattr(inspect.unwrap(function), "__code__", code) is code
 
 
 def _translator() -> Any:
@@ -261,12 +293,18 @@ def _translator() -> Any:
     return getattr(tls, "current_tx", None)
 
 
-def _paths_of_function(tx: Any, now: Calls) -> dict[str, str]:
-    """The paths of the modules that a compiled function has names for; those names are their first parts."""
+def paths_of(now: Calls) -> dict[str, str]:
+    """The paths of the modules of what was compiled, by their ids; those of a function begin with its names for them."""
+    if isinstance(now.compiled, nn.Module):
+        return module_paths(now.compiled)
     frames = [x for x in reversed(now.outside) if not x.f_code.co_filename.startswith(_TORCH)]
-    scopes = [(x.f_locals, x.f_globals, x.f_code) for x in frames] if now.modules else []
+    return _named(*((x.f_locals, x.f_globals, x.f_code) for x in frames))
+
+
+def _named(*scopes: tuple[Mapping[str, Any], Mapping[str, Any], CodeType]) -> dict[str, str]:
+    """The paths of all modules that these scopes have names for; the first name counts."""
     found: dict[str, str] = {}
-    for local, world, code in scopes or [(tx.f_locals, tx.f_globals, tx.f_code)]:
+    for local, world, code in scopes:
         named = [(f"L['{name}']", value) for name, value in local.items()]
         named += [(f"G['{name}']", world[name]) for name in code.co_names if name in world]
         held = [(name, vars(value)) for name, value in named if _has_attributes(value)]
