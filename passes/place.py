@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
-from types import CodeType, FrameType, ModuleType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ from torch.fx import GraphModule, Node
 
 _PATHS = "express_compile_paths"
 _CALLS = nn.Module._call_impl.__code__
+Scope = tuple[Mapping[str, Any], Mapping[str, Any], CodeType]
+"""Local names, global names, and the code that uses them."""
+
 _RESUMED = re.compile(r"^torch_dynamo_resume_in_|_at_\d+$")
 _TORCH = os.path.dirname(torch.__file__)
 
@@ -187,7 +190,7 @@ class Place:
         elif now.modules:
             paths = paths_of(now)
         else:
-            paths = _named((tx.f_locals, tx.f_globals, tx.f_code))
+            paths = _named(*_own_names(compiled), (tx.f_locals, tx.f_globals, tx.f_code))
         holder = modules[0] if modules else None
         around = is_call or (holder is not None and not now.modules)  # torch's code, or ours, that calls the holder
         begins = around or _is_code_of(tx.f_code, compiled if holder is None else holder)
@@ -298,10 +301,17 @@ def paths_of(now: Calls) -> dict[str, str]:
     if isinstance(now.compiled, nn.Module):
         return module_paths(now.compiled)
     frames = [x for x in reversed(now.outside) if not x.f_code.co_filename.startswith(_TORCH)]
-    return _named(*((x.f_locals, x.f_globals, x.f_code) for x in frames))
+    return _named(*_own_names(now.compiled), *((x.f_locals, x.f_globals, x.f_code) for x in frames))
 
 
-def _named(*scopes: tuple[Mapping[str, Any], Mapping[str, Any], CodeType]) -> dict[str, str]:
+def _own_names(compiled: Any) -> Iterator[Scope]:
+    """What a function has names for before it is called."""
+    function = inspect.unwrap(compiled) if callable(compiled) else None
+    if isinstance(function, FunctionType):
+        yield inspect.getclosurevars(function).nonlocals, function.__globals__, function.__code__
+
+
+def _named(*scopes: Scope) -> dict[str, str]:
     """The paths of all modules that these scopes have names for; the first name counts."""
     found: dict[str, str] = {}
     for local, world, code in scopes:

@@ -101,17 +101,19 @@ def products(softmax: Node) -> list[Node]:
 
     It is a search, no proof.
     """
-    of_keys = _nearest(softmax, lambda node: node.all_input_nodes, _is_of_keys)
-    return [*of_keys, *_nearest(softmax, lambda node: list(node.users), lambda op: True)]
+    of_keys = _nearest(softmax, lambda node: node.all_input_nodes, lambda node: _stays_scores(node, softmax))
+    return [*of_keys, *_nearest(softmax, lambda node: list(node.users), lambda node: True)]
 
 
-def _nearest(start: Node, further: Callable[[Node], list[Node]], fits: Callable[[Any], bool]) -> list[Node]:
-    """The nearest product that fits, or none."""
+def _nearest(start: Node, further: Callable[[Node], list[Node]], fits: Callable[[Node], bool]) -> list[Node]:
+    """The nearest product that fits, or none; what lies beyond another softmax belongs to that."""
     nodes, seen = [start], {start}
     for node in nodes:  # which grow
         op = operation(node)
-        if op is not None and op.name in _PRODUCTS and fits(op):
+        if op is not None and op.name in _PRODUCTS and fits(node):
             return [node]
+        if op is not None and op.name == "softmax" and node is not start:
+            continue
         fresh = [x for x in further(node) if x not in seen]
         seen.update(fresh)
         nodes.extend(fresh)
