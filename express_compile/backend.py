@@ -39,11 +39,12 @@ def express(
 
     ``options`` holds the fields of :class:`~express_compile.spec.Policy`; every other key must be one of inductor's
     options and is passed on. ``mode`` is inductor's. Raises ``ValueError`` or ``TypeError`` that names the option,
-    its value and what is allowed. With ``strict=True`` also for a site that is refused, at once; for a name in ``modules``
-    or ``plan`` that no module of the model has, with the first graph; and for a model without attention, or a name
-    without a site, when the last graph of the compiled module is made: graph breaks may part a model into many, of which
-    some have no attention. (A model whose ``forward`` does not end in a graph is not judged so.)
-    Dynamo shows such an error wrapped in ``BackendCompilerFailed``.
+    its value and what is allowed. Dynamo shows such an error wrapped in ``BackendCompilerFailed``.
+
+    Graph breaks part a model into many graphs, of which some have no attention, so ``strict=True`` judges each thing as
+    early as it can be known: a site that is refused at once; a name in ``modules`` or ``plan`` that no module of the
+    model has with its first graph; that a model has no attention, or such a name no site, when the last graph of the
+    compiled module or function is made (one that does not end in a graph is not judged so).
     """
     if kwargs:
         raise TypeError(

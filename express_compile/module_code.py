@@ -93,8 +93,9 @@ def _flat(constants: Any) -> Iterator[Any]:
 def writes_attention(module: nn.Module) -> bool:
     """Whether the code of ``module`` (not of its children) holds attention: as one call, or as softmax and products.
 
-    Read are its class, the functions that it calls by a global name, the functions and callable objects that it
-    keeps as attributes, and products that are modules of their own, without parameters. It is a search, no proof: what is found is still matched in the graph.
+    Read are its class, the functions that it calls by a global name, the functions and callable objects that it keeps
+    as attributes, and products that are modules of their own, without parameters. It is a search, no proof: what is
+    found is still matched in the graph.
     """
     names = set(_names(type(module)))
     for value in vars(module).values():

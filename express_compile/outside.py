@@ -1,15 +1,15 @@
 """Attention that runs outside of every graph: seen as it runs, because no graph shows it.
 
-Dynamo leaves code to Python behind ``torch.compiler.disable``, where it cannot resume after a graph break, in frames that
-it skips (torch's own among them), and where it is switched off. A dispatch mode sees the operators that run there: torch's
-attention, and a softmax whose weights meet values in a product. It is a search, no proof: nothing of it is rewritten.
+Dynamo leaves code to Python behind ``torch.compiler.disable``, where it cannot resume after a graph break, in frames
+that it skips (torch's own among them), and where it is switched off. A dispatch mode sees the operators that run there:
+torch's attention, and a softmax whose weights meet values in a product. It is a search, no proof: nothing of it is
+rewritten.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import graph_break_reasons
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .passes.place import calls
 from .passes.site import NOT_MATCHED
@@ -27,7 +28,6 @@ from .report import SiteReport
 
 _HERE = os.path.dirname(__file__)
 _TORCH = os.path.dirname(torch.__file__)
-_OUTSIDE = "it runs in no graph"
 _NEAREST = "code that Dynamo captures: TORCH_LOGS=graph_breaks shows what it does not"
 _KNOWN = ("_recorded.<locals>.run", "_attend")  # in capture.py and eager.py
 _WHOLE = (
@@ -71,7 +71,7 @@ class Outside(TorchDispatchMode):
         super().__init__()
         self.paths, self.found = paths, found
         self._in_graph = False
-        self._weights: weakref.WeakKeyDictionary[Any, _Line] = weakref.WeakKeyDictionary()
+        self._weights = WeakTensorKeyDictionary()  # -> _Line
         self._breaks = len(graph_break_reasons)
 
     @classmethod
@@ -133,7 +133,8 @@ class Outside(TorchDispatchMode):
         paths = self.paths()
         path = next((paths[str(id(module))] for module in reversed(around) if str(id(module)) in paths), "")
         why = "behind torch.compiler.disable" if line.disabled else self._why()
-        site = SiteReport(path, line.source, NOT_MATCHED, "", "exact", "refused", f"{_OUTSIDE}, {why}", nearest=_NEAREST)
+        reason = f"it runs in no graph, {why}"
+        site = SiteReport(path, line.source, NOT_MATCHED, "", "exact", "refused", reason, nearest=_NEAREST)
         if not any((x.module, x.source, x.form) == (path, line.source, NOT_MATCHED) for x in self.found):
             self.found.append(site)
 

@@ -221,8 +221,8 @@ class Report:
         return {verdict: counts[verdict] for verdict in ("rewritten", "exact", "refused")}
 
     def __str__(self) -> str:
-        lines = [self._table(), *filter(None, [self.made]), *(f"  graph break at {words}" for words in self.breaks or ())]
-        lines.append(self._summary())
+        breaks = [f"  graph break at {words}" for words in self.breaks or ()]
+        lines = [self._table(), self.made, *breaks, self._summary()]
         lines += [f"no site matches {', '.join(self.unmatched)}"] if self.unmatched else []
         return "\n".join(filter(None, lines))
 
@@ -231,8 +231,8 @@ class Report:
         """How many graphs Dynamo made of the model, in words; ``""`` for a model that ``rewrite_attention`` changed."""
         if self.graphs:
             return f"Dynamo made {self.graphs} graph{'s' if self.graphs > 1 else ''} of the model"
-        none = "Dynamo made no graph of the model (TORCHDYNAMO_DISABLE, torch.compiler.set_stance and disable, or such code)"
-        return "" if self.breaks is None else none
+        why = "TORCHDYNAMO_DISABLE, torch.compiler.set_stance or disable, or code that it skips"
+        return "" if self.breaks is None else f"Dynamo made no graph of the model ({why})"
 
     def _summary(self) -> str:
         if not self.sites:
@@ -306,12 +306,16 @@ def explain(
 ) -> Report:
     """Run ``model`` once and report what ``backend="express"`` would do at every attention site, and why.
 
-    ``model`` is a module or a function; it is called with ``example_inputs`` and ``example_kwargs`` without
-    gradients, and nothing of it is changed. ``policy_fields`` are the fields of
+    ``model`` is a module or a function; it is called once with copies of ``example_inputs`` and ``example_kwargs``,
+    without gradients. Buffers, attributes of modules and the generators of random numbers are put back as they were
+    (not parameters that a forward pass writes). ``policy_fields`` are the fields of
     :class:`~express_compile.spec.Policy`; with ``training=False`` the report is that of a run without gradients. For a
-    model that ``rewrite_attention`` changed, the report tells
-    what was done in this run, and ``policy_fields`` must be empty. Raises ``TypeError`` or ``ValueError`` for a
-    bad field, and ``RuntimeError`` if Dynamo captured no graph at all.
+    model that ``rewrite_attention`` changed, the report tells what was done in this run, and ``policy_fields`` must be
+    empty. Raises ``TypeError`` or ``ValueError`` for a bad field, and with ``strict=True`` ``ValueError`` for what the
+    whole model does not fulfil.
+
+    Attention that runs in no graph (behind ``torch.compiler.disable``, in code that Dynamo skips) and flex_attention
+    are listed as refused, with the form ``"not matched"``.
 
     ``error``: also measure, on these inputs, what the output of each rewritten site is off by relative to exact
     attention, ``|o_hat - o| / |o|`` in the Frobenius norm over batch, heads, queries and features. Every site gets the

@@ -63,7 +63,8 @@ def find_sites(gm: GraphModule, buffers: Buffers | None = None, place: Place | N
         module = place.nearest if path is None else path
         count[module] += 1
         where = {"module": module, "index": place.number(module, count[module] - 1), "source": source_line(node)}
-        return {"node": node, "graph_module": gm, "form": form, "refusal": place.lost if path is None else None, **where}
+        lost = place.lost if path is None else None
+        return {"node": node, "graph_module": gm, "form": form, "refusal": lost, **where}
 
     for scope, node in _walk(Scope(gm, buffers=buffers or Buffers()), set()):
         form = _form(node)
@@ -157,10 +158,10 @@ def source_line(node: Node) -> str:
 
 def _describe(scope: Scope, node: Node, form: str) -> dict[str, Any]:
     """What ``node`` computes, as fields of its site."""
-    if scope.refusal is not None:
-        raise Refused(scope.refusal)
     if form == NOT_MATCHED:
         raise Refused("it is flex_attention, whose score_mod and block_mask are code that is not read", _PLAIN)
+    if scope.refusal is not None:
+        raise Refused(scope.refusal)
     if form == "softmax":
         return softmax.describe(scope, node)
     if form != "sdpa":

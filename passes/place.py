@@ -1,9 +1,9 @@
 """Where a graph lies in its model: module paths as ``named_modules()`` gives them, whatever Dynamo made of the calls.
 
-A graph knows a module by its id, and by the words in which the frame that Dynamo compiles reaches it: ``L['self'].attn``,
-``L['this'].attn``, or nothing at all for the module whose ``forward`` that frame is. Which module that is, in which
-model, and whose call it was that a graph break has parted from its callee, is on the Python stack while Dynamo compiles
-(:func:`calls`). One graph may serve many modules: Dynamo compiles the code of a layer once for all layers that look
+A graph knows a module by its id, and by the words in which the frame that Dynamo compiles reaches it:
+``L['self'].attn``, ``L['this'].attn``, or nothing at all for the module whose ``forward`` that frame is. Which module
+that is, in which model, and whose call it was that a graph break has parted from its callee, is on the Python stack
+while Dynamo compiles (:func:`calls`). One graph may serve many modules: Dynamo compiles the code of a layer once for all layers that look
 alike. Where a path counts, :meth:`Place.pin` lets the graph serve this one only.
 """
 
@@ -133,7 +133,6 @@ class Numbers:
     def __call__(self, path: str, piece: str, i: int) -> int:
         known = self._of.setdefault(path, {})
         return known.setdefault((piece, i), len(known))
-
 
     @property
     def paths(self) -> Set[str]:
@@ -297,7 +296,7 @@ def _translator() -> Any:
 
 
 def paths_of(now: Calls) -> dict[str, str]:
-    """The paths of the modules of what was compiled, by their ids; those of a function begin with its names for them."""
+    """The paths of the modules of what was compiled, by id; those of a function begin with its names for them."""
     if isinstance(now.compiled, nn.Module):
         return module_paths(now.compiled)
     frames = [x for x in reversed(now.outside) if not x.f_code.co_filename.startswith(_TORCH)]

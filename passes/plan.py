@@ -130,8 +130,8 @@ def require_modules(paths: Iterable[str], policy: Policy) -> None:
     missing = unmatched(paths, policy) if policy.strict else ()
     if missing:
         raise Unmet(
-            f"strict=True: {', '.join(missing)} match{'' if len(missing) > 1 else 'es'} no module of the model; allowed "
-            "are globs for the paths of model.named_modules()"
+            f"strict=True: {', '.join(missing)} match{'' if len(missing) > 1 else 'es'} no module of the model; "
+            "allowed are globs for the paths of model.named_modules()"
         )
 
 
