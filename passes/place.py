@@ -3,8 +3,10 @@
 A graph knows a module by its id, and by the words in which the frame that Dynamo compiles reaches it:
 ``L['self'].attn``, ``L['this'].attn``, or nothing at all for the module whose ``forward`` that frame is. Which module
 that is, in which model, and whose call it was that a graph break has parted from its callee, is on the Python stack
-while Dynamo compiles (:func:`calls`). One graph may serve many modules: Dynamo compiles the code of a layer once for all layers that look
-alike. Where a path counts, :meth:`Place.pin` lets the graph serve this one only.
+while Dynamo compiles (:func:`calls`).
+
+One graph may serve many modules: Dynamo compiles the code of a layer once for all layers that look alike. Where a path
+counts, :meth:`Place.pin` lets the graph serve this one only.
 """
 
 from __future__ import annotations
