@@ -113,7 +113,7 @@ def restore_attention(model: Model) -> Model:
     The configuration objects of before come back too; changes made to the copies are lost with them.
     Raises ``ValueError`` when the model is not rewritten, or is a part of a larger one that was rewritten as a whole.
     """
-    if not is_rewritten(model):
+    if not is_rewritten(model) and not capture.installed(model):
         raise ValueError(f"model={type(model).__name__}: is not rewritten, so there is nothing to restore")
     capture.remove(model)
     for module in model.modules():

@@ -51,7 +51,12 @@ def _functions(cls: type) -> tuple[Callable[..., Any], ...]:
 
 
 def _code(function: Callable[..., Any]) -> Iterator[CodeType]:
-    pending = [code for code in [getattr(function, "__code__", None)] if code is not None]
+    code = getattr(function, "__code__", None)
+    return iter(()) if code is None else _parts(code)
+
+
+def _parts(code: CodeType) -> Iterator[CodeType]:
+    pending = [code]
     while pending:
         code = pending.pop()
         yield code
@@ -102,8 +107,19 @@ def writes_attention(module: nn.Module) -> bool:
             names |= _reachable((value,))
         elif callable(value) and not isinstance(value, (nn.Module, type)) and not _is_foreign(type(value).__module__):
             names |= _names(type(value))
-    softmax = names & _SOFTMAX or any(isinstance(child, nn.Softmax) for child in module.children())
+    softmax = names & _SOFTMAX or _has_softmax(module)
     return bool(names & _WHOLE or (softmax and names & _PRODUCTS))
+
+
+def code_writes_attention(code: CodeType, owner: object = None) -> bool:
+    """Whether a piece of code, a method of ``owner`` perhaps, holds attention itself and not in what it calls."""
+    names = {name for part in _parts(code) for name in _operations(part)}
+    softmax = names & _SOFTMAX or (isinstance(owner, nn.Module) and _has_softmax(owner))
+    return bool(names & _WHOLE or (softmax and names & _PRODUCTS))
+
+
+def _has_softmax(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Softmax) for child in module.children())
 
 
 @cache

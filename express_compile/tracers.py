@@ -20,9 +20,9 @@ def tracer() -> str | None:
 def refuse_tracers(module: nn.Module) -> None:
     """Raise ``RuntimeError`` where a call of ``module``, whose attention is rewritten, is traced."""
     if (by := tracer()) is not None:
-        raise RuntimeError(cannot_trace(module, by))
+        raise RuntimeError(cannot_trace(type(module).__name__, by))
 
 
-def cannot_trace(module: nn.Module, by: str) -> str:
-    """The message of that error."""
-    return f"{type(module).__name__}: {by} would lose the rewriting; call restore_attention(model) before it"
+def cannot_trace(name: str, by: str) -> str:
+    """The message of that error; ``name`` is that of the module's class."""
+    return f"{name}: {by} would lose the rewriting; call restore_attention(model) before it"

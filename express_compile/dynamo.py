@@ -1,0 +1,176 @@
+"""Dynamo with a backend of ours: what it cannot convert runs as it is, and nothing of ours stays in its caches."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import CodeType
+from typing import Any, NamedTuple
+
+import torch
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+from torch._dynamo import convert_frame, eval_frame
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.guards import DeletedGuardManagerWrapper
+from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
+
+from .module_code import code_writes_attention, writes_attention
+
+_THIS_FRAME = FrameExecStrategy(FrameAction.SKIP, FrameAction.DEFAULT)
+_WITH_ALL_IT_CALLS = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+
+
+class Failure(NamedTuple):
+    """A frame that ran as it was. code: of which function; attention: whether it seems to hold some."""
+
+    code: CodeType
+    reason: str
+    attention: bool
+    strategy: FrameExecStrategy = _WITH_ALL_IT_CALLS
+
+
+_converting: ContextVar[bool] = ContextVar("express_compile_converting", default=False)
+_failures: ContextVar[list[Failure] | None] = ContextVar("express_compile_failures", default=None)
+
+
+def is_converting() -> bool:
+    """Whether Dynamo traces in this thread for one of us, and not for somebody else's ``torch.compile``."""
+    return _converting.get()
+
+
+class Compiled:
+    """``torch.compile(function, backend=backend)`` for a program that has to go on whatever Dynamo says.
+
+    A frame that Dynamo gives up runs as it is, and what it calls is tried by itself. So does one at which it raises,
+    but with all that it calls: nothing of it has run by then, so nothing runs twice. Hooks of modules are guarded,
+    and what looks at the tensors that are saved for backward (``torch.utils.checkpoint``) does not see those of the
+    tracing.
+
+    raises: for which errors of ``backend`` a call raises ``BackendCompilerFailed``.
+    before: is called before a frame is converted.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        backend: Callable[..., Any],
+        raises: Callable[[Exception], bool] = lambda error: False,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._backend, self._raises, self._before = backend, raises, before
+        self._codes: dict[int, weakref.ref[CodeType]] = {}
+        self._given_up: dict[int, tuple[weakref.ref[CodeType], Failure]] = {}
+        context = torch._dynamo.optimize(backend)
+        if (convert := getattr(context, "callback", None)) is not None:  # not where TORCHDYNAMO_DISABLE is set
+            self._convert = convert
+            context.callback = _Callback(self, convert._torchdynamo_orig_backend)
+        self._run = context(function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Failure]]:
+        """The result, and what ran as it was on the way."""
+        failures: list[Failure] = []
+        token = _failures.set(failures)
+        try:
+            result = self._run(*args, **kwargs)
+        finally:
+            _failures.reset(token)
+        for failure in failures:  # now it is known that they fail in Dynamo only
+            self._given_up.setdefault(id(failure.code), (weakref.ref(failure.code), failure))
+        return result, failures
+
+    def convert(self, frame: Any, *state: Any) -> ConvertFrameReturn:
+        """What Dynamo calls for every frame that it has no code for, or none whose guards hold."""
+        code = frame.f_code
+        reference, failure = self._given_up.get(id(code), (None, None))
+        if reference is None or reference() is not code:
+            try:
+                with convert_frame.compile_lock, _conversion():
+                    self._before()
+                    result = self._convert(frame, *state)
+                    self._codes[id(code)] = weakref.ref(code)
+            except Exception as error:
+                if isinstance(error, BackendCompilerFailed) and self._raises(error.inner_exception):
+                    raise
+                failure = Failure(code, _first_line(error), _has_attention(frame, whole=True))
+            else:
+                if result.guarded_code is not None or not _has_attention(frame):
+                    return result
+                failure = Failure(code, getattr(result, "skip_reason", None) or "Dynamo skips it", True, _THIS_FRAME)
+        if (failures := _failures.get()) is not None:
+            failures.append(failure)
+        # so the next call of this code comes by here
+        return ConvertFrameReturn(frame_exec_strategy=failure.strategy, apply_to_code=False)
+
+    def close(self) -> None:
+        """Free what Dynamo keeps of this one, and nothing else."""
+        eval_frame.cached_backends.pop(id(self._backend), None)
+        with convert_frame.compile_lock:
+            for reference in self._codes.values():
+                if (code := reference()) is not None:
+                    _forget(code, self._backend)
+            self._codes.clear()
+
+
+class _Callback:
+    """What Dynamo takes for the callback of a ``torch.compile``. _torchdynamo_orig_backend: by it Dynamo finds the
+    backend, whose code no other backend may run."""
+
+    def __init__(self, compiled: Compiled, convert: Any) -> None:
+        self._compiled, self._torchdynamo_orig_backend = compiled, convert
+
+    def __call__(self, frame: Any, *state: Any) -> ConvertFrameReturn:
+        return self._compiled.convert(frame, *state)
+
+
+@contextmanager
+def _conversion() -> Iterator[None]:
+    # inside DDP, Dynamo would cut graphs into buckets; run eagerly, communication overlaps without that
+    settings = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, optimize_ddp=False)
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # writes a traceback of what is said in a line
+    token, disabled = _converting.set(True), log.disabled
+    log.disabled = True
+    try:
+        with settings, _unseen():
+            yield
+    finally:
+        log.disabled = disabled
+        _converting.reset(token)
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        yield
+
+
+def _has_attention(frame: Any, whole: bool = False) -> bool:
+    """Whether the code of a frame holds attention, or if ``whole`` that of the module whose method it is."""
+    code = frame.f_code
+    owner = frame.f_locals.get(code.co_varnames[0]) if code.co_varnames else None
+    return code_writes_attention(code, owner) or (
+        whole and isinstance(owner, torch.nn.Module) and writes_attention(owner)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _forget(code: CodeType, backend: Callable[..., Any]) -> None:
+    """Free what Dynamo made of ``code`` for ``backend``."""
+    entries = _debug_get_cache_entry_list(code)
+    ours = [entry for entry in entries if entry.backend is backend]
+    if all(entry in ours or isinstance(entry.guard_manager, DeletedGuardManagerWrapper) for entry in entries):
+        reset_code(code)
+        return
+    for entry in ours:
+        entry.guard_manager.extra_state.invalidate(
+            entry, DeletedGuardManagerWrapper("attention is no longer rewritten")
+        )
