@@ -25,7 +25,7 @@ from torch._dynamo.eval_frame import skip_code
 
 from .attention_mask import untraced
 from .calls import Op, call, exact_options, wrap_ops
-from .dynamo import Compiled, is_converting
+from .dynamo import Compiled, Failure, cannot_capture, is_converting
 from .method import METHODS
 from .module_code import writes_attention
 from .report import SiteReport, recorder
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 _CAPTURE = "_express_compile_capture"
 
 _CHANGED = "the buffer that holds its mask changed after it was looked at"
-_NOT_CAPTURED = (
-    "Dynamo captured no graph of this call, so it ran as it was: compilation is disabled (TORCHDYNAMO_DISABLE, "
-    "torch.compiler.set_stance), the code cannot be captured, or it was captured too often "
-    "(torch._dynamo.config.recompile_limit; torch.compiler.reset() starts anew)"
+_NOT_CAPTURED = "Dynamo captured no graph of this call, so it ran as it was: "
+_CAUSES = (
+    "compilation is disabled (TORCHDYNAMO_DISABLE, torch.compiler.set_stance), the code cannot be captured, or it was "
+    "captured too often (torch._dynamo.config.recompile_limit; torch.compiler.reset() starts anew)"
 )
 
 
@@ -227,8 +227,10 @@ class Capture:
         call = _in_progress.get() or _Progress()
         before = call.graphs
         token = _in_progress.set(call)
+        why = cannot_capture()
         try:
-            result, failures = self._compiled(self.module, *args, **kwargs)
+            run = self._compiled if why is None else self._run_exactly
+            result, failures = run(self.module, *args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if self.policy.strict and isinstance(error.inner_exception, ValueError):
                 raise error.inner_exception from None
@@ -237,14 +239,18 @@ class Capture:
             _in_progress.reset(token)
         if call.graphs == before:
             call.graphs += 1  # it is said once
-            why = "".join(f". What it says of {_place(f.code)}: {f.reason}" for f in failures[-1:])
-            self._say(_NOT_CAPTURED + why)
+            self._say(
+                _NOT_CAPTURED + (why or "; ".join([_CAUSES, *(f"{_place(f.code)}: {f.reason}" for f in failures[-1:])]))
+            )
         elif lost := {_place(f.code): f.reason for f in failures if f.attention}:
             for place, reason in lost.items():
                 self._say(f"Dynamo did not capture {place}, so it ran as it was: {reason}", place.rpartition(" ")[2])
         elif self.policy.strict and not self._found_sites and _in_progress.get() is None:
             raise ValueError(f"strict=True: no attention was found in the graphs of {type(self.module).__name__}")
         return result
+
+    def _run_exactly(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, list[Failure]]:
+        return _call(module, *args, **kwargs), []
 
     def _run_copy(self, copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a shallow copy of the module, which still has this one for ``forward``."""

@@ -19,8 +19,9 @@ from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrate
 
 from .module_code import code_writes_attention, writes_attention
 
-_THIS_FRAME = FrameExecStrategy(FrameAction.SKIP, FrameAction.DEFAULT)
 _WITH_ALL_IT_CALLS = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+_TRIES = 3
+_GAVE_UP = "Dynamo gave it up (TORCH_LOGS=graph_breaks shows why)"
 
 
 class Failure(NamedTuple):
@@ -39,6 +40,15 @@ _failures: ContextVar[list[Failure] | None] = ContextVar("express_compile_failur
 def is_converting() -> bool:
     """Whether Dynamo traces in this thread for one of us, and not for somebody else's ``torch.compile``."""
     return _converting.get()
+
+
+def cannot_capture() -> str | None:
+    """Why Dynamo would capture nothing at this moment; it must not be asked, for then it never tries again."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "it was called inside a transform of torch.func (vmap, grad, jvp, ...)"
+    if torch.utils._python_dispatch.is_in_any_mode_without_ignore_compile_internals():
+        return "it was called inside a TorchDispatchMode"
+    return None
 
 
 class Compiled:
@@ -62,7 +72,8 @@ class Compiled:
     ) -> None:
         self._backend, self._raises, self._before = backend, raises, before
         self._codes: dict[int, weakref.ref[CodeType]] = {}
-        self._given_up: dict[int, tuple[weakref.ref[CodeType], Failure]] = {}
+        self._failed: dict[int, tuple[int, Failure]] = {}
+        self._root = getattr(function, "__code__", None)
         context = torch._dynamo.optimize(backend)
         if (convert := getattr(context, "callback", None)) is not None:  # not where TORCHDYNAMO_DISABLE is set
             self._convert = convert
@@ -77,15 +88,16 @@ class Compiled:
             result = self._run(*args, **kwargs)
         finally:
             _failures.reset(token)
-        for failure in failures:  # now it is known that they fail in Dynamo only
-            self._given_up.setdefault(id(failure.code), (weakref.ref(failure.code), failure))
+        for failure in {id(failure.code): failure for failure in failures}.values():  # it failed in Dynamo only
+            tries, _ = self._failed.get(id(failure.code), (0, None))
+            self._failed[id(failure.code)] = tries + 1, failure
         return result, failures
 
     def convert(self, frame: Any, *state: Any) -> ConvertFrameReturn:
         """What Dynamo calls for every frame that it has no code for, or none whose guards hold."""
         code = frame.f_code
-        reference, failure = self._given_up.get(id(code), (None, None))
-        if reference is None or reference() is not code:
+        tries, failure = self._failed.get(id(code), (0, None))
+        if tries < _TRIES:
             try:
                 with convert_frame.compile_lock, _conversion():
                     self._before()
@@ -96,9 +108,9 @@ class Compiled:
                     raise
                 failure = Failure(code, _first_line(error), _has_attention(frame, whole=True))
             else:
-                if result.guarded_code is not None or not _has_attention(frame):
+                if result.guarded_code is not None or not (code is self._root or _has_attention(frame)):
                     return result
-                failure = Failure(code, getattr(result, "skip_reason", None) or "Dynamo skips it", True, _THIS_FRAME)
+                failure = Failure(code, _GAVE_UP, code is not self._root, result.frame_exec_strategy)
         if (failures := _failures.get()) is not None:
             failures.append(failure)
         # so the next call of this code comes by here
