@@ -14,7 +14,7 @@ import torch
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
 from torch._dynamo import convert_frame, eval_frame
 from torch._dynamo.exc import BackendCompilerFailed
-from torch._dynamo.guards import DeletedGuardManagerWrapper
+from torch._dynamo.guards import CheckFunctionManager, DeletedGuardManagerWrapper
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 
 from .module_code import code_writes_attention, writes_attention
@@ -71,7 +71,7 @@ class Compiled:
         before: Callable[[], None] = lambda: None,
     ) -> None:
         self._backend, self._raises, self._before = backend, raises, before
-        self._codes: dict[int, weakref.ref[CodeType]] = {}
+        self._codes: dict[int, CodeType] = {}
         self._failed: dict[int, tuple[int, Failure]] = {}
         self._root = getattr(function, "__code__", None)
         context = torch._dynamo.optimize(backend)
@@ -102,7 +102,8 @@ class Compiled:
                 with convert_frame.compile_lock, _conversion():
                     self._before()
                     result = self._convert(frame, *state)
-                    self._codes[id(code)] = weakref.ref(code)
+                if result.guarded_code is not None:
+                    self._codes[id(code)] = code
             except Exception as error:
                 if isinstance(error, BackendCompilerFailed) and self._raises(error.inner_exception):
                     raise
@@ -120,10 +121,10 @@ class Compiled:
         """Free what Dynamo keeps of this one, and nothing else."""
         eval_frame.cached_backends.pop(id(self._backend), None)
         with convert_frame.compile_lock:
-            for reference in self._codes.values():
-                if (code := reference()) is not None:
-                    _forget(code, self._backend)
+            guards = [guard for code in self._codes.values() for guard in _forget(code, self._backend)]
+            _forget_guards(guards)
             self._codes.clear()
+            self._failed.clear()
 
 
 class _Callback:
@@ -175,14 +176,24 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _forget(code: CodeType, backend: Callable[..., Any]) -> None:
-    """Free what Dynamo made of ``code`` for ``backend``."""
+def _forget(code: CodeType, backend: Callable[..., Any]) -> list[Any]:
+    """Free what Dynamo made of ``code`` for ``backend``; returns the guards of that."""
     entries = _debug_get_cache_entry_list(code)
-    ours = [entry for entry in entries if entry.backend is backend]
-    if all(entry in ours or isinstance(entry.guard_manager, DeletedGuardManagerWrapper) for entry in entries):
+    ours = [(entry, entry.guard_manager) for entry in entries if entry.backend is backend]
+    if all(
+        entry.backend is backend or isinstance(entry.guard_manager, DeletedGuardManagerWrapper) for entry in entries
+    ):
         reset_code(code)
-        return
-    for entry in ours:
-        entry.guard_manager.extra_state.invalidate(
-            entry, DeletedGuardManagerWrapper("attention is no longer rewritten")
-        )
+    else:
+        for entry, guards in ours:
+            guards.extra_state.invalidate(entry, DeletedGuardManagerWrapper("its attention was restored"))
+    return [guards for _, guards in ours]
+
+
+def _forget_guards(guards: list[Any]) -> None:
+    """Free what would delete these guards together with what they look at, which may live as long as Python does."""
+    for finalizer in list(weakref.finalize._registry):
+        if (alive := finalizer.peek()) is not None:
+            manager = getattr(getattr(alive[1], "func", None), "__self__", None)
+            if isinstance(manager, CheckFunctionManager) and any(manager.guard_manager is x for x in guards):
+                finalizer.detach()

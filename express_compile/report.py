@@ -371,6 +371,7 @@ def _dry_run(
 
     from .backend import rewrite_planned
     from .calls import plainly, wrap_ops
+    from .dynamo import Compiled
     from .method import METHODS
     from .passes.buffers import Buffers
     from .passes.match import find_sites
@@ -395,7 +396,11 @@ def _dry_run(
     # a model that was compiled often has used up Dynamo's limit for its code, which would then run uncaptured
     unlimited = torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16)
     with torch.no_grad(), unlimited, _compared(error) as errors:
-        torch.compile(_uncompiled(model), backend=record)(*example_inputs, **kwargs)
+        compiled = Compiled(_uncompiled(model), record)
+        try:
+            compiled(*example_inputs, **kwargs)
+        finally:
+            compiled.close()
     if not graphs:
         raise RuntimeError(
             "Dynamo captured no graph of the model, so there is nothing to explain: "
