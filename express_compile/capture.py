@@ -176,7 +176,8 @@ class Capture:
         self.watch: Watch | None = None
         self.prefix = ""
         self._found_sites = self._warned = False
-        call = FunctionType(_call.__code__.replace(), _call.__globals__)  # Dynamo counts recompilations by code object
+        # Dynamo counts recompilations by code object, and keeps what it knows of one for ever
+        call = _spare.pop() if _spare else FunctionType(_call.__code__.replace(), _call.__globals__)
         # Dynamo keeps these where garbage collection does not look
         rewrite, before, strict = weakref.WeakMethod(self._rewrite), weakref.WeakMethod(self._part), self.policy.strict
         self._compiled = Compiled(
@@ -185,7 +186,7 @@ class Capture:
             raises=lambda error: strict and isinstance(error, ValueError),
             before=lambda: before()(),
         )
-        self.close = weakref.finalize(self, self._compiled.close)
+        self.close = weakref.finalize(self, _close, self._compiled, call)
         self.close.atexit = False
 
     @property
@@ -377,6 +378,14 @@ class _Follow:
 def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     given = self._express_compile_capture.given
     return type(self).forward(self, *args, **kwargs) if given is None else given(*args, **kwargs)
+
+
+_spare: list[FunctionType] = []
+
+
+def _close(compiled: Compiled, call: FunctionType) -> None:
+    compiled.close()
+    _spare.append(call)
 
 
 @torch.compiler.assume_constant_result

@@ -123,6 +123,8 @@ class Compiled:
         with convert_frame.compile_lock:
             guards = [guard for code in self._codes.values() for guard in _forget(code, self._backend)]
             _forget_guards(guards)
+            if self._root is not None:
+                reset_code(self._root)  # it may be told to be skipped
             self._codes.clear()
             self._failed.clear()
 
@@ -138,15 +140,17 @@ class _Callback:
         return self._compiled.convert(frame, *state)
 
 
+# Inside DDP, Dynamo would cut graphs into buckets; run eagerly, communication overlaps without that.
+_SETTINGS = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, optimize_ddp=False)
+
+
 @contextmanager
 def _conversion() -> Iterator[None]:
-    # inside DDP, Dynamo would cut graphs into buckets; run eagerly, communication overlaps without that
-    settings = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, optimize_ddp=False)
     log = logging.getLogger("torch._subclasses.fake_tensor")  # writes a traceback of what is said in a line
     token, disabled = _converting.set(True), log.disabled
     log.disabled = True
     try:
-        with settings, _unseen():
+        with _SETTINGS, _unseen():
             yield
     finally:
         log.disabled = disabled
