@@ -16,6 +16,7 @@ from torch._dynamo import convert_frame, eval_frame
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.guards import CheckFunctionManager, DeletedGuardManagerWrapper
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
+from torch.nn.modules import module as nn_module
 
 from .module_code import code_writes_attention, writes_attention
 
@@ -73,6 +74,7 @@ class Compiled:
         self._backend, self._raises, self._before = backend, raises, before
         self._codes: dict[int, CodeType] = {}
         self._failed: dict[int, tuple[int, Failure]] = {}
+        self._hooks: tuple[int, ...] = ()
         self._root = getattr(function, "__code__", None)
         context = torch._dynamo.optimize(backend)
         if (convert := getattr(context, "callback", None)) is not None:  # not where TORCHDYNAMO_DISABLE is set
@@ -82,6 +84,9 @@ class Compiled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Failure]]:
         """The result, and what ran as it was on the way."""
+        if (hooks := _global_hooks()) != self._hooks:  # Dynamo guards those of a module only
+            self.close()
+            self._hooks = hooks
         failures: list[Failure] = []
         token = _failures.set(failures)
         try:
@@ -155,6 +160,16 @@ def _conversion() -> Iterator[None]:
     finally:
         log.disabled = disabled
         _converting.reset(token)
+
+
+def _global_hooks() -> tuple[int, ...]:
+    kinds = (
+        nn_module._global_forward_pre_hooks,
+        nn_module._global_forward_hooks,
+        nn_module._global_backward_pre_hooks,
+        nn_module._global_backward_hooks,
+    )
+    return tuple(key for hooks in kinds for key in hooks)
 
 
 @contextmanager

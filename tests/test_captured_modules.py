@@ -196,25 +196,27 @@ HOOKS: dict[str, Callable[[nn.Module, Callable[..., Any]], Any]] = {
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("path", ["", "mid", "b", "a.out"])
 @torch.no_grad()
-def test_hooks_added_after_the_first_call_run_once_and_count(hook, path, thin) -> None:
+def test_hooks_added_after_the_first_call_run_once_and_count(hook, thin) -> None:
     ran: list[int] = []
 
     def run(value: Any) -> Any:
         ran.append(1)
         return value
 
-    model, early = rewritten(), rewritten()
-    assert torch.equal(model(states()), thin)
-    handles = [HOOKS[hook](m.get_submodule(path), run) for m in (model, early)]
-    with record_sites() as sites:
-        hooked = model(states())
-    assert ran == [1] and [s.verdict for s in sites] == ["rewritten"] * 2
-    assert not torch.equal(hooked, thin) and torch.equal(hooked, early(states())), "early had it at its first call"
-    for handle in handles:
-        handle.remove()
-    assert torch.equal(model(states()), thin) and ran == [1, 1]
+    model, plain = rewritten(), build()
+    model(states())
+    for path in ("", "mid"):
+        handles = [HOOKS[hook](m.get_submodule(path), run) for m in (model, plain)]
+        with record_sites() as sites:
+            hooked = model(states())
+        assert ran == [1] and [s.verdict for s in sites] == ["rewritten"] * 2
+        change, thinned = (plain(states()) - build()(states())).norm(), (hooked - thin).norm()
+        assert 0.8 * change < thinned < 1.25 * change
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(model(states()), thin) and len(ran) == 2
+        ran.clear()
 
 
 @pytest.mark.parametrize("path", ["", "mid", "a"])
@@ -227,17 +229,12 @@ def test_backward_hooks_added_after_the_first_call_run_once_and_count(path) -> N
 
     model = rewritten()
     x = states().requires_grad_()
-    model(x).sum().backward()
-    part = model.get_submodule(path)
-    part.register_full_backward_hook(double)
-    (hooked,) = torch.autograd.grad(model(x).sum(), x)
-    assert ran == [1]
+    (before,) = torch.autograd.grad(model(x).sum(), x)
+    model.get_submodule(path).register_full_backward_hook(double)
+    (after,) = torch.autograd.grad(model(x).sum(), x)
+    assert ran == [1] and (after - before).norm() > 0.1 * before.norm()
     if not path:
-        assert torch.allclose(hooked, 2 * x.grad, rtol=1e-4, atol=1e-6)
-    elif path == "mid":
-        other = rewritten()
-        other.mid.weight.data *= 1.0
-        assert not torch.allclose(hooked, x.grad, rtol=1e-3)
+        assert torch.allclose(after, 2 * before, rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------- what changes after the first call
@@ -501,7 +498,8 @@ def test_checkpoints_around_rewritten_modules(reentrant, warm) -> None:
         steps = []
         for step in range(3):
             torch.manual_seed(step)
-            steps.append(gradients(model, lambda m: wrap(m, states(step).requires_grad_())))
+            x = states(step).requires_grad_()
+            steps.append(gradients(model, lambda m, x=x: wrap(m, x)))
         return steps
 
     def once(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
