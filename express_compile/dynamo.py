@@ -74,6 +74,7 @@ class Compiled:
         self._backend, self._raises, self._before = backend, raises, before
         self._codes: dict[int, CodeType] = {}
         self._failed: dict[int, tuple[int, Failure]] = {}
+        self._managers: dict[int, CheckFunctionManager] = {}
         self._hooks: tuple[int, ...] = ()
         self._root = getattr(function, "__code__", None)
         context = torch._dynamo.optimize(backend)
@@ -109,6 +110,8 @@ class Compiled:
                     result = self._convert(frame, *state)
                 if result.guarded_code is not None:
                     self._codes[id(code)] = code
+                    guards = result.guarded_code.guard_manager
+                    self._managers |= {id(m): m for _, m in _finalizers() if m.guard_manager is guards}
             except Exception as error:
                 if isinstance(error, BackendCompilerFailed) and self._raises(error.inner_exception):
                     raise
@@ -126,11 +129,15 @@ class Compiled:
         """Free what Dynamo keeps of this one, and nothing else."""
         eval_frame.cached_backends.pop(id(self._backend), None)
         with convert_frame.compile_lock:
-            guards = [guard for code in self._codes.values() for guard in _forget(code, self._backend)]
-            _forget_guards(guards)
+            for code in self._codes.values():
+                _forget(code, self._backend)
+            for finalizer, manager in _finalizers():
+                if id(manager) in self._managers:
+                    finalizer.detach()
             if self._root is not None:
                 reset_code(self._root)  # it may be told to be skipped
             self._codes.clear()
+            self._managers.clear()
             self._failed.clear()
 
 
@@ -195,24 +202,24 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _forget(code: CodeType, backend: Callable[..., Any]) -> list[Any]:
-    """Free what Dynamo made of ``code`` for ``backend``; returns the guards of that."""
+def _forget(code: CodeType, backend: Callable[..., Any]) -> None:
+    """Free what Dynamo made of ``code`` for ``backend``."""
     entries = _debug_get_cache_entry_list(code)
-    ours = [(entry, entry.guard_manager) for entry in entries if entry.backend is backend]
     if all(
         entry.backend is backend or isinstance(entry.guard_manager, DeletedGuardManagerWrapper) for entry in entries
     ):
         reset_code(code)
-    else:
-        for entry, guards in ours:
-            guards.extra_state.invalidate(entry, DeletedGuardManagerWrapper("its attention was restored"))
-    return [guards for _, guards in ours]
+        return
+    for entry in entries:
+        if entry.backend is backend:
+            deleted = DeletedGuardManagerWrapper("its attention was restored")
+            entry.guard_manager.extra_state.invalidate(entry, deleted)
 
 
-def _forget_guards(guards: list[Any]) -> None:
-    """Free what would delete these guards together with what they look at, which may live as long as Python does."""
+def _finalizers() -> Iterator[tuple[weakref.finalize, CheckFunctionManager]]:
+    """What deletes guards together with an object that they look at, which may live as long as Python does."""
     for finalizer in list(weakref.finalize._registry):
         if (alive := finalizer.peek()) is not None:
             manager = getattr(getattr(alive[1], "func", None), "__self__", None)
-            if isinstance(manager, CheckFunctionManager) and any(manager.guard_manager is x for x in guards):
-                finalizer.detach()
+            if isinstance(manager, CheckFunctionManager):
+                yield finalizer, manager
