@@ -29,7 +29,7 @@ from .dynamo import Compiled, Failure, cannot_capture, is_converting
 from .method import METHODS
 from .module_code import writes_attention
 from .report import SiteReport, recorder
-from .spec import Plan, Policy, known_equal
+from .spec import Plan, Policy, Unmet, known_equal
 from .tracers import cannot_trace, refuse_tracers
 
 if TYPE_CHECKING:
@@ -49,10 +49,11 @@ _CAUSES = (
 
 
 class _Progress:
-    """The outermost call in progress. graphs: how many captured graphs have run in it."""
+    """The outermost call in progress. graphs: how many captured graphs have run in it; paths: of their sites."""
 
     def __init__(self) -> None:
         self.graphs = 0
+        self.paths: set[str] = set()
 
 
 _in_progress: ContextVar[_Progress | None] = ContextVar("express_compile_call", default=None)
@@ -159,6 +160,7 @@ class Capture:
 
     path: of the module, in the model that was rewritten, which is ``root`` while it exists.
     given: a ``forward`` that the module, and not its class, had before.
+    seen: paths of the sites in graphs that have run, in calls of ``module`` and of what is inside.
     watch: what has the errors of its sites sampled, in a model where this one is at ``prefix``; stays behind in a copy.
     """
 
@@ -175,9 +177,14 @@ class Capture:
     def _start(self) -> None:
         self.watch: Watch | None = None
         self.prefix = ""
-        self._found_sites = self._warned = False
+        self._warned = False
+        self.seen: set[str] = set()
         # Dynamo counts recompilations by code object, and keeps what it knows of one for ever
-        call = _spare.pop() if _spare else FunctionType(_call.__code__.replace(), _call.__globals__)
+        call = (
+            _spare.pop()
+            if _spare
+            else FunctionType(_captured_call_impl.__code__.replace(), _captured_call_impl.__globals__)
+        )
         # Dynamo keeps these where garbage collection does not look
         rewrite, before, strict = weakref.WeakMethod(self._rewrite), weakref.WeakMethod(self._part), self.policy.strict
         self._compiled = Compiled(
@@ -214,7 +221,7 @@ class Capture:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             ours = _is_ours(type(self.module).__name__)
-            return _call(self.module, *args, **kwargs) if ours else self._run(args, kwargs)
+            return _captured_call_impl(self.module, *args, **kwargs) if ours else self._run(args, kwargs)
         caller = _module_of(sys._getframe(1))
         if caller is not None and caller is not self.module:
             return self._run_copy(caller, args, kwargs)
@@ -246,12 +253,26 @@ class Capture:
         elif lost := {_place(f.code): f.reason for f in failures if f.attention}:
             for place, reason in lost.items():
                 self._say(f"Dynamo did not capture {place}, so it ran as it was: {reason}", place.rpartition(" ")[2])
-        elif self.policy.strict and not self._found_sites and _in_progress.get() is None:
-            raise ValueError(f"strict=True: no attention was found in the graphs of {type(self.module).__name__}")
+        elif self.policy.strict and _in_progress.get() is None:
+            self._require_sites(call.paths)
         return result
 
+    def _require_sites(self, paths: set[str]) -> None:
+        """Judge by the paths of the sites in all graphs of a call: it has some. The call of a whole model shows whether
+        names in the policy have none."""
+        from .eager import rewritten_sites
+        from .passes.plan import require_matches
+
+        if not paths:
+            raise Unmet(f"strict=True: no attention was found in the graphs of {type(self.module).__name__}")
+        root = None if self.root is None else self.root()
+        whole = self if root is None or not is_captured(root) else root.__dict__[_CAPTURE]
+        whole.seen |= paths
+        if self.module is root:
+            require_matches(self.seen | rewritten_sites(root).keys(), self.policy)
+
     def _run_exactly(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, list[Failure]]:
-        return _call(module, *args, **kwargs), []
+        return _captured_call_impl(module, *args, **kwargs), []
 
     def _run_copy(self, copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a shallow copy of the module, which still has this one for ``forward``."""
@@ -276,16 +297,18 @@ class Capture:
             warnings.warn(f"{self.path or type(self.module).__name__}: {reason}", RuntimeWarning, stacklevel=7)
 
     def _rewrite(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        """The backend: a callable that runs the rewritten graph."""
+        """A callable that runs the rewritten graph."""
         from .backend import rewrite_planned
         from .passes.buffers import Buffers
         from .passes.match import find_sites
+        from .passes.place import Place
         from .passes.plan import plan_sites
 
-        self._name(gm)
+        place = Place.of_graph(self.module, self.path)
         buffers = Buffers(gm, inputs)
-        planned = plan_sites(find_sites(gm, buffers), self.policy)
-        self._found_sites |= bool(planned)
+        planned = plan_sites(find_sites(gm, buffers, place), self.policy)
+        if planned:
+            place.pin()
         unchanged = rewrite_planned(gm, planned, self.policy, buffers)
         shadows = self._watch(gm, planned)
         run = _recorded(gm, [SiteReport.of(site, plan) for site, plan in planned], shadows)
@@ -308,17 +331,6 @@ class Capture:
 
         wrap_ops(gm, wrap)
         return found
-
-    def _name(self, gm: GraphModule) -> None:
-        """Give the modules in the graph their paths in the model that was rewritten, whatever part was called."""
-        inside = self.module.named_modules(prefix=self.path)
-        names = {str(id(module)): f"L['self'].{path}".removesuffix(".") for path, module in inside}
-        root = (names[str(id(self.module))], type(self.module))
-        for graph in {part.graph for part in gm.modules() if isinstance(part, torch.fx.GraphModule)}:
-            for node in graph.nodes:
-                stack = node.meta.get("nn_module_stack") or {}
-                paths = {key: (names.get(key.partition("@")[0], path), cls) for key, (path, cls) in stack.items()}
-                node.meta["nn_module_stack"] = {"": root, **paths}
 
 
 class _Follow:
@@ -375,7 +387,7 @@ class _Follow:
         return replace(report, rejected=(), saved=saved, **changes)
 
 
-def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _captured_call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     given = self._express_compile_capture.given
     return type(self).forward(self, *args, **kwargs) if given is None else given(*args, **kwargs)
 
@@ -421,6 +433,7 @@ def _recorded(
     def run(*args: Any) -> Any:
         if (call := _in_progress.get()) is not None:
             call.graphs += 1
+            call.paths.update(report.module for report in reports)
         result = gm.forward(*args)  # in which a site that is watched may fall back
         if (sites := recorder.get()) is not None:
             sites.extend(report if follow is None else follow.now(report) for report, follow in names)
