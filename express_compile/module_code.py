@@ -114,8 +114,9 @@ def _flat(constants: Any) -> Iterator[Any]:
 def writes_attention(module: nn.Module) -> bool:
     """Whether the code of ``module`` (not of its children) holds attention: as one call, or as softmax and products.
 
-    Read are its class, the functions that it calls by a global name, and the functions and callable objects that it
-    keeps as attributes. It is a search, no proof: what is found is still matched in the graph.
+    Read are its class, the functions that it calls by a global name, the functions and callable objects that it keeps
+    as attributes, and products that are modules of their own, without parameters. It is a search, no proof: what is
+    found is still matched in the graph.
     """
     names = set(_names(type(module)))
     for value in vars(module).values():
@@ -123,6 +124,9 @@ def writes_attention(module: nn.Module) -> bool:
             names |= _reachable((value,))
         elif callable(value) and not isinstance(value, (nn.Module, type)) and not _is_foreign(type(value).__module__):
             names |= _names(type(value))
+    for child in module.children():  # products may be modules, too
+        if not any(True for _ in (*child.parameters(), *child.children())):
+            names |= _names(type(child)) & _PRODUCTS
     softmax = names & _SOFTMAX or any(isinstance(child, nn.Softmax) for child in module.children())
     return bool(names & _WHOLE or (softmax and names & _PRODUCTS))
 
