@@ -31,6 +31,7 @@ from .repeat import unrepeated
 from .scale import unscaled
 from .site import PADDED, AttentionSite, Emit, Operand, Refused, Scope, check_heads, entered, make_spec, shape_of
 from .symbolic import COORDINATES
+from .words import source_line
 
 
 def find_sites(gm: GraphModule, buffers: Buffers | None = None) -> list[AttentionSite]:
@@ -67,7 +68,7 @@ def _form(node: Node) -> str | None:
     op = operation(node)
     if op is not None and op.name == "scaled_dot_product_attention":
         return "sdpa"
-    if op is not None and op.name == "softmax" and softmax.feeds_product(node):
+    if softmax.softmax_of(node) is not None and softmax.feeds_product(node):
         return "softmax"
     return OPAQUE.get(node.target) if node.op == "call_function" else None
 
@@ -102,7 +103,8 @@ def _walk(scope: Scope, visited: set[GraphModule]) -> Iterator[tuple[Scope, Node
             refusal = scope.refusal
             if refusal is None and _operator_name(node) not in _OPEN_OPERATORS:
                 refusal = f"it is inside the higher-order operator {_operator_name(node)}"
-            inner = Scope(body, _feeds(scope, node, body), scope, refusal, list(scope.autocast), scope.buffers)
+            feeds = _feeds(scope, node, body)
+            inner = Scope(body, feeds, scope, refusal, list(scope.autocast), scope.buffers, caller=node)
             yield from _walk(inner, visited)
 
 
@@ -142,16 +144,6 @@ def module_path(node: Node) -> str:
     return path.removeprefix(".").removeprefix("_orig_mod").removeprefix(".")
 
 
-_FRAME = re.compile(r'File "(.+)", line (\d+)')
-
-
-def source_line(node: Node) -> str:
-    """``file:line`` of the innermost frame outside torch that made a node; ``""`` if it was not recorded."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    outside = [frame for frame in frames if "/torch/" not in frame[0]] or frames
-    return ":".join(outside[-1]) if outside else ""
-
-
 def _describe(scope: Scope, node: Node, form: str) -> dict[str, Any]:
     """What ``node`` computes, as fields of its site."""
     if scope.refusal is not None:
@@ -159,8 +151,7 @@ def _describe(scope: Scope, node: Node, form: str) -> dict[str, Any]:
     if form == "softmax":
         return softmax.describe(scope, node)
     if form != "sdpa":
-        facts = {"outer": scope.outer, "overwritten": scope.overwritten, "autocast": scope.contexts}
-        spec, padding, expand = describe(node, **facts)
+        spec, padding, expand = describe(scope, node)
         return {"spec": spec, "padding": padding, "expand": expand}
     args = operation(node).args
     query, key, value = (_tensor(args, name) for name in ("query", "key", "value"))
@@ -248,7 +239,7 @@ def _mask(
         return Mask(), None
     if not isinstance(mask, Node) or not isinstance(mask.meta.get("example_value"), torch.Tensor):
         return Mask(unknown="it is not a tensor of the graph"), None
-    proven, padding = prove(mask, sizes, outer=scope.outer, overwritten=scope.overwritten, buffers=scope.buffers)
+    proven, padding = prove(mask, sizes, scope, node)
     if proven.unknown is None:
         return proven, padding
     return same_for_all_queries(MaskPart(mask, COORDINATES, sizes), sizes) or (proven, padding)

@@ -1,0 +1,51 @@
+"""What a node of a graph is called in the user's words: never by the name that Dynamo gave it."""
+
+from __future__ import annotations
+
+import re
+from os.path import basename
+
+from torch.fx import Node
+
+_FRAME = re.compile(r'File "(.+)", line (\d+)')
+_VARIABLE = re.compile(r"[LG]\['(\w+)'\]")
+_PART = re.compile(r"\._(?:modules|buffers|parameters)\['(\w+)'\]|\.(\w+)|\['(\w+)'\]|\[(\d+)\]")
+
+
+def source_line(node: Node) -> str:
+    """``file:line`` of the innermost frame outside torch that made a node; ``""`` if it was not recorded."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    outside = [frame for frame in frames if "/torch/" not in frame[0]] or frames
+    return ":".join(outside[-1]) if outside else ""
+
+
+def spoken(node: Node) -> str:
+    """``'mask'`` for an argument of that name, ``'attn.bias'`` for a buffer, ``cumsum (model.py:12)`` for a result."""
+    if node.op == "placeholder":
+        return _input(node)
+    line = source_line(node)
+    return f"{label(node)} ({basename(line)})" if line else label(node)
+
+
+def label(node: Node) -> str:
+    """The same in one word, for formulas: an argument or a buffer, or what was called."""
+    if node.op == "placeholder":
+        return _input(node).strip("'").replace(" ", "_")
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return name.rpartition("::")[2].strip("_")
+
+
+def _input(node: Node) -> str:
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    name = name() if callable(name) else name
+    variable = _VARIABLE.match(name)
+    parts = [] if variable is None else list(_PART.finditer(name, variable.end()))
+    if variable is None or "".join(part[0] for part in parts) != name[variable.end() :]:
+        return "an input of the graph"
+    of_module = variable[1] == "self" or (parts and parts[0][1] is not None)
+    words = "" if of_module and parts else variable[1]
+    for part in parts:
+        inner = part[1] or part[2]
+        words += f".{inner}" if inner else f"[{part[4] or repr(part[3])}]"
+    return f"'{words.removeprefix('.')}'"
