@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from ..spec import AttentionSpec, Mask, feature_major, known_equal
-from . import softmax
+from . import near, softmax
 from .buffers import Buffers
 from .cut import cut_products
 from .mask import MaskPart, Padding, prove, same_for_all_queries
@@ -29,7 +29,19 @@ from .multihead import OPAQUE, describe
 from .normalize import bodies, graph_module, number, operation
 from .repeat import unrepeated
 from .scale import unscaled
-from .site import PADDED, AttentionSite, Emit, Operand, Refused, Scope, check_heads, entered, make_spec, shape_of
+from .site import (
+    NOT_MATCHED,
+    PADDED,
+    AttentionSite,
+    Emit,
+    Operand,
+    Refused,
+    Scope,
+    check_heads,
+    entered,
+    make_spec,
+    shape_of,
+)
 from .symbolic import COORDINATES
 from .words import source_line
 
@@ -49,11 +61,15 @@ def find_sites(gm: GraphModule, buffers: Buffers | None = None) -> list[Attentio
         return {"node": node, "graph_module": gm, "form": form, **place}
 
     for scope, node in _walk(Scope(gm, buffers=buffers or Buffers()), set()):
-        form = _form(node)
+        form, listed = _form(node), None
         if form is None:
-            continue
-        known = common(scope.gm, node, form)
+            listed = near.unread(node)
+            if listed is None:
+                continue
+        known = common(scope.gm, node, form or NOT_MATCHED)
         try:
+            if listed is not None:
+                raise listed
             site = AttentionSite(**{**known, **_describe(scope, node, form)})
             found.append(replace(site, written=scope.overwritten(site.node)))
             scope.attended.add(site.node)
@@ -68,8 +84,8 @@ def _form(node: Node) -> str | None:
     op = operation(node)
     if op is not None and op.name == "scaled_dot_product_attention":
         return "sdpa"
-    if softmax.softmax_of(node) is not None and softmax.feeds_product(node):
-        return "softmax"
+    if softmax.softmax_of(node) is not None and not near.weighs_features(node):
+        return "softmax" if softmax.feeds_product(node) or near.is_cut_off(node) else None
     return OPAQUE.get(node.target) if node.op == "call_function" else None
 
 
@@ -149,7 +165,13 @@ def _describe(scope: Scope, node: Node, form: str) -> dict[str, Any]:
     if scope.refusal is not None:
         raise Refused(scope.refusal)
     if form == "softmax":
-        return softmax.describe(scope, node)
+        try:
+            return softmax.describe(scope, node)
+        except Refused:
+            mixed = near.mixes_heads(node)
+            if mixed is None:
+                raise
+            raise mixed from None
     if form != "sdpa":
         spec, padding, expand = describe(scope, node)
         return {"spec": spec, "padding": padding, "expand": expand}

@@ -219,6 +219,11 @@ def _bound(node: Node, name: str | None, reflected: bool) -> Operation | None:
     return Operation(name, bound)
 
 
+def called(node: Node) -> str | None:
+    """The canonical name of what of torch a node calls, whether it is known here or not; None for other calls."""
+    return _name(node)[0]
+
+
 def _name(node: Node) -> tuple[str | None, bool]:
     """The canonical name of what a node calls, and whether its two operands are the other way round."""
     target = node.target

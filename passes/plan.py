@@ -16,7 +16,7 @@ from ..plain import canonical
 from ..predict import LONGEST, MARGIN, crossover, predicted, wins, without_padding
 from ..saved import SavedPlan, SavedSite, facts_of
 from ..spec import AttentionSpec, Plan, Policy, Refusal, known_equal
-from .site import AttentionSite
+from .site import NOT_MATCHED, AttentionSite
 
 DEFAULT_METHODS = ("express", "exact")
 
@@ -159,7 +159,7 @@ def _left_alone(question: Question, policy: Policy, local: Policy) -> Plan | Non
         return Plan("exact", "exact", f"training=False, and {question.gradient}")
     givers = [f"modules[{glob!r}]" for glob in policy.globs(question.module) if "methods" in policy.modules[glob]]
     if local.methods is not None and local.methods[0] == "exact":
-        if question.form != "softmax" or (givers and question.refusal is not None):
+        if question.form not in ("softmax", NOT_MATCHED) or (givers and question.refusal is not None):
             return Plan("exact", "exact", f"{(givers or ['methods'])[-1]} names 'exact' first")
     if not local.causal_only or question.refusal is not None or question.spec.mask.causal:
         return None

@@ -38,7 +38,7 @@ from .symbolic import COORDINATES, Evaluator, Unproven, hidden_by, size_expr
 from .words import label, spoken
 
 _B, _H, _Q, _K = COORDINATES
-_PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm")
+PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm")
 _VIEWS = ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze")
 _COPIES = ("to", "contiguous", "clone")
 _FLOORS = ("clamp", "clamp_min", "maximum")
@@ -50,6 +50,11 @@ _OUTSIDE = (
     "its query-key product in the same graph: TORCH_LOGS=graph_breaks shows what parts them",
 )
 _OUTPUT_ALONE = "the output alone: output_attentions=False, need_weights=False"
+_WEIGHTS = {
+    **dict.fromkeys(("add", "sub"), "added to others or taken from them (differential attention)"),
+    **dict.fromkeys(("mul", "div"), "multiplied"),
+    "getitem": "sliced (sinks)",
+}
 _CLAMPED = ("it clamps its scores", "scores that are not clamped: no softmax of torch overflows")
 _NAMES = {
     "tanh": ("it caps its scores (tanh)", "scores without a cap; they are those of another model"),
@@ -77,11 +82,15 @@ class _Scores:
 
 @dataclass(frozen=True)
 class Softmax:
-    """A softmax in one of its spellings: of ``scores`` over ``dim``, by ``nodes``, of which the last is the result."""
+    """A softmax in one of its spellings: of ``scores`` over ``dim``, by ``nodes``, of which the last is the result.
+
+    total: the node that has their sum, or its logarithm, if that is another one.
+    """
 
     scores: Any
     dim: Any
     nodes: tuple[Node, ...]
+    total: Node | None = None
 
 
 def softmax_of(node: Node) -> Softmax | None:
@@ -98,14 +107,14 @@ def softmax_of(node: Node) -> Softmax | None:
         return None
     if op.name == "div":
         of_sum = inner.name == "exp" and op.get("rounding_mode") is None and _is_sum(op.get("other"), before)
-        return Softmax(inner.get("input"), -1, (before, op.get("other"), node)) if of_sum else None
+        return Softmax(inner.get("input"), -1, (before, node), op.get("other")) if of_sum else None
     if inner.name == "log_softmax":
         return Softmax(inner.get("input"), inner.get("dim"), (before, node))
     if inner.name == "sub" and number(inner.get("alpha", 1)) == 1:
         of_log, scores = inner.get("other"), inner.get("input")
         total, kept = _reduced(of_log)
         if total is not None and total.name == "logsumexp" and kept and total.get("input") is scores:
-            return Softmax(scores, -1, (of_log, before, node)) if _over_last(total, scores) else None
+            return Softmax(scores, -1, (before, node), of_log) if _over_last(total, scores) else None
     return None
 
 
@@ -164,7 +173,7 @@ def _weighs_batch(op: Any, weights: Node) -> bool:
     """Whether a product has ``weights`` as its first factor and values of three or four dimensions as its second."""
     names = ("batch1", "batch2") if op.name == "baddbmm" else ("input", "other")
     factors = op.get("operands", ()) if op.name == "einsum" else tuple(op.get(name) for name in names)
-    return len(factors) == 2 and factors[0] is weights and _rank(factors[1]) in (3, 4)
+    return len(factors) == 2 and factors[0] is weights and rank_of(factors[1]) in (3, 4)
 
 
 def leaves_graph(product: Node) -> Node | None:
@@ -173,7 +182,7 @@ def leaves_graph(product: Node) -> Node | None:
     None for every other node. The product has three or four dimensions; scores may be scaled, masked and added to.
     """
     op = operation(product)
-    if op is None or op.name not in _PRODUCTS or _rank(product) not in (3, 4) or not _is_of_keys(op):
+    if op is None or op.name not in PRODUCTS or rank_of(product) not in (3, 4) or not is_of_keys(op):
         return None
     open_nodes, seen, left = [product], {product}, None
     while open_nodes:
@@ -190,7 +199,7 @@ def leaves_graph(product: Node) -> Node | None:
     return left
 
 
-def _is_of_keys(op: Any) -> bool:
+def is_of_keys(op: Any) -> bool:
     """Whether a product sums over the last dimension of both factors; weights and values have another."""
     if op.name == "einsum":
         inputs, _, result = op.get("equation").replace(" ", "").partition("->")
@@ -200,7 +209,7 @@ def _is_of_keys(op: Any) -> bool:
     while (turned := operation(key) if isinstance(key, Node) else None) is not None:
         before = turned.get("input")
         if turned.name in ("transpose", "permute"):
-            return _last_to_rows(turned, _rank(key))
+            return _last_to_rows(turned, rank_of(key))
         if turned.name not in (*_VIEWS, *_COPIES) or not _stays_scores(before, key):
             return False
         key = before
@@ -216,7 +225,7 @@ def _last_to_rows(op: Any, rank: int) -> bool:
     return len(dims) == rank and dims[-2] == rank - 1
 
 
-def _rank(node: Any) -> int:
+def rank_of(node: Any) -> int:
     """The number of dimensions; 0 for what :func:`_example` refuses."""
     example = node.meta.get("example_value") if isinstance(node, Node) else None
     known = isinstance(example, torch.Tensor) and example.layout == torch.strided and not example.is_nested
@@ -225,7 +234,7 @@ def _rank(node: Any) -> int:
 
 def _stays_scores(before: Node, after: Node) -> bool:
     """Whether ``after`` has the last two sizes of ``before``."""
-    if _rank(before) < 2 or _rank(after) < 2:
+    if rank_of(before) < 2 or rank_of(after) < 2:
         return False
     return all(map(known_equal, _shape(before)[-2:], _shape(after)[-2:]))
 
@@ -239,9 +248,11 @@ def describe(scope: Scope, softmax: Node) -> dict[str, Any]:
     scores, product = _peel(scope, softmax)
     query, key, score_shape = _factors(product)
     value = _values(weights[-1] if weights else softmax, out)
-    chain = [product, *scores.steps, *softmax_of(softmax).nodes, *weights]
-    _check_order(scope, chain, out, (query.node, key.node), scores)
-    _check_precision(chain, _example(value.node).dtype)
+    written = softmax_of(softmax)
+    chain = [product, *scores.steps, *written.nodes, *weights]
+    whole = chain if written.total is None else [*chain, written.total]
+    _check_order(scope, whole, out, (query.node, key.node), scores)
+    _check_precision(whole, _example(value.node).dtype)
     heads = _heads([_shape(node) for node in chain], score_shape)
     query, key, value = (_with_heads(x, heads) for x in (query, key, value))
     query, key, value = _one_dtype(scope, out, query, key, value)
@@ -288,12 +299,13 @@ def _follow(softmax: Node) -> tuple[list[Node], Node, float]:
             raise Refused("its attention weights are used more than once", _OUTPUT_ALONE)
         user = next(iter(node.users))
         op = operation(user)
-        if op is not None and op.name in _PRODUCTS:
+        if op is not None and op.name in PRODUCTS:
             return path, user, dropout_p
         if op is None or op.get("input") is not node or op.name not in (*_VIEWS, *_COPIES, "dropout"):
-            sinks = op is not None and op.name == "getitem"
-            what = "sliced (sinks)" if sinks else f"given to '{label(user)}'"
-            raise Refused(f"its attention weights are {what} before they meet the values", _NO_SINKS if sinks else None)
+            name = (op or in_place(user) or Operation(label(user))).name
+            what = _WEIGHTS.get(name, f"given to '{label(user)}'")
+            nearest = _NO_SINKS if name == "getitem" else None
+            raise Refused(f"its attention weights are {what} before they meet the values", nearest)
         if op.name == "dropout":
             p, training = (number(op.get(name, default)) for name, default in (("p", 0.5), ("training", True)))
             if not isinstance(p, int | float) or not isinstance(training, bool) or op.get("inplace"):
@@ -323,7 +335,7 @@ def _peel(scope: Scope, softmax: Node) -> tuple[_Scores, Node]:
         op = operation(node) or in_place(node)
         if op is None:
             raise Refused(*_OUTSIDE) if _is_input(node) else _foreign(label(node))
-        if op.name in _PRODUCTS:
+        if op.name in PRODUCTS:
             if node in scope.attended:
                 raise Refused("its scores are the result of another attention")
             if op.name == "baddbmm":
@@ -472,7 +484,7 @@ def _comes_from_product(node: Any) -> bool:
         op = operation(node) or in_place(node)
         if op is None:
             return False
-        if op.name in _PRODUCTS:
+        if op.name in PRODUCTS:
             return True
         if op.name not in _STEPS:
             return False
@@ -543,8 +555,8 @@ def _reduced(node: Any) -> tuple[Operation | None, bool]:
     while isinstance(node, Node) and (op := operation(node)) is not None:
         if op.name == "detach":
             node = op.get("input")
-        elif (op.name == "unsqueeze" and op.get("dim") in (-1, _rank(node) - 1)) or (
-            op.name == "getitem" and op.get("index") in ((Ellipsis, None), (*[slice(None)] * (_rank(node) - 1), None))
+        elif (op.name == "unsqueeze" and op.get("dim") in (-1, rank_of(node) - 1)) or (
+            op.name == "getitem" and op.get("index") in ((Ellipsis, None), (*[slice(None)] * (rank_of(node) - 1), None))
         ):
             node, kept = op.get("input"), True
         else:

@@ -149,7 +149,8 @@ class Evaluator:
         reader, self.reader = self.reader, writer or node  # what it depends on is read there
         try:
             if op is not None and op.name in _RULES:
-                return _settle(_RULES[op.name](self, node, op, coords), example_of(node).dtype)
+                value = _RULES[op.name](self, node, op, coords)
+                return value if op.name in _MOVES else _settle(value, example_of(node).dtype)
         except _NoRule:
             pass
         finally:
@@ -662,6 +663,8 @@ def _diff(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ..
 
 def _getitem(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
     source, index = op.get("input"), op.get("index")
+    if not _is_tensor(source):
+        raise _NoRule  # one of several results
     shape = example_of(source).shape
     items = list(index) if isinstance(index, tuple | list) else [index]
     if isinstance(index, list):
@@ -727,7 +730,16 @@ def _sliced(evaluator: Evaluator, item: slice, size: Any, coord: Any) -> Any:
     return coord + start
 
 
+_MOVES: dict[str, Callable[..., Any]] = {
+    "getitem": _getitem,
+    **{name: _reshape for name in ("unsqueeze", "squeeze", "flatten", "unflatten", "view", "reshape")},
+    **{name: _same for name in ("expand", "broadcast_to", "expand_as", "contiguous", "clone", "detach")},
+    **{name: _repeat for name in ("repeat", "tile")},
+    "repeat_interleave": _repeat_interleave,
+    **{name: _permuted for name in ("transpose", "permute")},
+}
 _RULES: dict[str, Callable[..., Any]] = {
+    **_MOVES,
     "add": _arithmetic(operator.add),
     "sub": _arithmetic(operator.sub),
     "mul": _arithmetic(operator.mul),
@@ -765,12 +777,6 @@ _RULES: dict[str, Callable[..., Any]] = {
     **{name: _constant(1) for name in ("ones", "new_ones", "ones_like")},
     **{name: _constant(0) for name in ("zeros", "new_zeros", "zeros_like", "zero")},
     "fill": _fill("value"),
-    "getitem": _getitem,
-    **{name: _reshape for name in ("unsqueeze", "squeeze", "flatten", "unflatten", "view", "reshape")},
-    **{name: _same for name in ("expand", "broadcast_to", "expand_as", "contiguous", "clone", "detach")},
     "to": _cast,
-    **{name: _repeat for name in ("repeat", "tile")},
-    "repeat_interleave": _repeat_interleave,
     "cat": _cat,
-    **{name: _permuted for name in ("transpose", "permute")},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from os.path import basename
 
+import torch
 from torch.fx import Node
 
 _FRAME = re.compile(r'File "(.+)", line (\d+)')
@@ -20,11 +21,26 @@ def source_line(node: Node) -> str:
 
 
 def spoken(node: Node) -> str:
-    """``'mask'`` for an argument of that name, ``'attn.bias'`` for a buffer, ``cumsum (model.py:12)`` for a result."""
+    """``'mask'`` for an argument of that name, ``'attn.bias'`` for a buffer, and for a result what made it of what and
+    where: ``cumsum of 'positions' (model.py:12)``."""
     if node.op == "placeholder":
         return _input(node)
-    line = source_line(node)
-    return f"{label(node)} ({basename(line)})" if line else label(node)
+    sources, line = sorted(_sources(node)), source_line(node)
+    of = f" of {' and '.join(sources)}" if 0 < len(sources) < 3 else ""
+    return f"{label(node)}{of}{f' ({basename(line)})' if line else ''}"
+
+
+def _sources(node: Node) -> set[str]:
+    """The arguments and buffers that a node is computed from."""
+    open_nodes, seen, found = [node], {node}, set()
+    while open_nodes:
+        for source in open_nodes.pop().all_input_nodes:
+            if source.op == "placeholder" and isinstance(source.meta.get("example_value"), torch.Tensor):
+                found.add(_input(source))
+            elif source not in seen:
+                seen.add(source)
+                open_nodes.append(source)
+    return found
 
 
 def label(node: Node) -> str:
@@ -35,10 +51,21 @@ def label(node: Node) -> str:
     return name.rpartition("::")[2].strip("_")
 
 
+def is_parameter(node: Node) -> bool:
+    """Whether a node is a parameter of a module, or a view of one."""
+    while node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return "._parameters[" in _source(node)
+
+
+def _source(node: Node) -> str:
+    """Where Dynamo has an input from: ``L['self']._buffers['mask']``; ``""`` if that is not known."""
+    name = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "")
+    return name() if callable(name) else name
+
+
 def _input(node: Node) -> str:
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    name = getattr(source, "name", "")
-    name = name() if callable(name) else name
+    name = _source(node)
     variable = _VARIABLE.match(name)
     parts = [] if variable is None else list(_PART.finditer(name, variable.end()))
     if variable is None or "".join(part[0] for part in parts) != name[variable.end() :]:
