@@ -292,6 +292,21 @@ def mutated_inputs(node: Node) -> list[Node]:
     return flat
 
 
+def shares_memory(a: Node, b: Node) -> bool:
+    """Whether two nodes are tensors, or views of one, in the same memory."""
+    return a is b or (_storage(a) is not None and _storage(a) == _storage(b))
+
+
+def _storage(node: Node) -> int | None:
+    example = node.meta.get("example_value")
+    if not isinstance(example, torch.Tensor):
+        return None
+    try:
+        return example.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and some wrapper tensors have none
+        return None
+
+
 _IN_PLACE = frozenset(
     ("iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub")
     + ("itruediv", "ixor")

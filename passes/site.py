@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from ..spec import AttentionSpec, Mask, known_equal, layer_key
 from .buffers import Buffers
 from .mask import Padding
-from .normalize import bodies, mutated_inputs, number
+from .normalize import bodies, mutated_inputs, number, shares_memory
 
 Emit = Callable[..., Node]
 """``emit(function, *args, **kwargs)``: a new call in the graph, its meta filled in."""
@@ -160,7 +160,7 @@ class Scope:
             outer = self.caller if reader in self.order else reader
             return None if self.parent is None else self.parent.last_write(node, outer)
         stop = self.order[reader] + bool(bodies(reader))  # what a graph inside writes, its caller writes
-        places = [i for i, target in self.writes if self.order[node] < i < stop and _shares_memory(target, node)]
+        places = [i for i, target in self.writes if self.order[node] < i < stop and shares_memory(target, node)]
         return self.nodes[max(places)] if places else None
 
     @cached_property
@@ -177,7 +177,7 @@ class Scope:
         """Whether the memory of ``node`` is written between the two positions by another node than those of ``but``."""
         stop = len(self.order) if before is None else before
         allowed = {self.order[writer] for writer in but if writer in self.order}
-        return any(after < i < stop and i not in allowed and _shares_memory(target, node) for i, target in self.writes)
+        return any(after < i < stop and i not in allowed and shares_memory(target, node) for i, target in self.writes)
 
     def overwritten(self, node: Node, but: Iterable[Node] = ()) -> bool:
         """Whether the memory of ``node`` is written once it has been computed, by another node than those of ``but``.
@@ -187,20 +187,6 @@ class Scope:
         if node not in self.order:
             return self.parent is not None and self.parent.overwritten(node, but)
         return self.written(node, after=self.order[node], but=but)
-
-
-def _shares_memory(a: Node, b: Node) -> bool:
-    return a is b or (_storage(a) is not None and _storage(a) == _storage(b))
-
-
-def _storage(node: Node) -> int | None:
-    example = node.meta.get("example_value")
-    if not isinstance(example, torch.Tensor):
-        return None
-    try:
-        return example.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse and some wrapper tensors have none
-        return None
 
 
 def shape_of(node: Node) -> torch.Size:

@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..spec import known_equal
 from .buffers import Buffers
-from .normalize import Operation, in_place, operation
+from .normalize import Operation, in_place, operation, shares_memory
 from .words import label, spoken
 
 COORDINATES = sympy.symbols("b h q k", integer=True, nonnegative=True)
@@ -143,10 +143,16 @@ class Evaluator:
 
     def evaluate(self, node: Node, coords: tuple[Any, ...], writer: Node | None) -> Any:
         """The element of ``node`` at ``coords`` after ``writer`` has written into it, if that is given."""
-        op = in_place(node) or operation(node) if writer is None else in_place(writer)
-        if writer is not None and (op is None or not _same_place(op.get("input"), node)):
-            raise _modified(node)
-        reader, self.reader = self.reader, writer or node  # what it depends on is read there
+        op, reader, place = in_place(node) or operation(node), self.reader, node
+        if writer is not None:
+            written = in_place(writer)
+            if written is not None and _same_place(written.get("input"), node):
+                op, place = written, writer
+            elif op is not None and op.name in _MOVES and shares_memory(op.get("input"), node):
+                place = reader  # the memory that it is a view of is read in its place
+            else:
+                raise _modified(node)
+        self.reader = place  # where what it depends on is read
         try:
             if op is not None and op.name in _RULES:
                 value = _RULES[op.name](self, node, op, coords)
@@ -422,11 +428,11 @@ def _division(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any
     """``/`` of numbers; ``//`` and ``%`` of an integer expression by a positive integer."""
     a, b = (_number(evaluator.operand(op.get(name), node, coords)) for name in ("input", "other"))
     rounding = "floor" if op.name == "floor_divide" else op.get("rounding_mode")
-    if isinstance(b, _Select) or not b.is_number or not b.is_positive or rounding not in (None, "floor"):
+    if isinstance(b, _Select) or not b.is_number or not b.is_nonzero or rounding not in (None, "floor"):
         raise _NoRule
     if op.name == "div" and rounding is None:
         return _map(_known(lambda x: x / b), a)
-    if isinstance(a, _Select) or not a.is_integer or not b.is_Integer:
+    if isinstance(a, _Select) or not a.is_integer or not b.is_Integer or not b.is_positive:
         raise _NoRule
     return _known(lambda x: sympy.Mod(x, b) if op.name == "remainder" else sympy.floor(x / b))(a)
 

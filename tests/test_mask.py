@@ -566,8 +566,8 @@ def test_whatever_is_written_in_place_is_read_as_it_was_when_it_was_read(
 
     if not make().isnan().any():
         mask = prove(make)
-        if not {"one", "view"} & {*before, *after} and not make().eq(-math.inf).all():
-            assert mask.unknown is None or "sees a key only where" in mask.unknown or "every key" in mask.unknown, mask
+        if not {"one", "view"} & {*before, *after}:
+            assert "modified" not in str(mask.unknown) and "known" not in str(mask.unknown)
 
 
 PACKED: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Mask]] = {

@@ -628,6 +628,49 @@ def test_fused_layers_keep_their_layout(norm_first: bool) -> None:
     assert verdicts(planned) == ["rewritten"]
 
 
+class Kept(nn.Module):
+    """A layer with its mask in a buffer, as CLIP's text towers have it."""
+
+    def __init__(self, layer: nn.Module, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.layer, nn.MultiheadAttention):
+            return self.layer(x, x, x, need_weights=False, attn_mask=self.mask[: x.shape[1], : x.shape[1]])[0]
+        return self.layer(x, self.mask)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "attention": lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+    "layer": lambda: nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True),
+}
+KEPT: dict[str, tuple[torch.Tensor, str]] = {
+    "of minus infinity": (torch.full((8, 8), -math.inf).triu(1), "causal"),
+    "of booleans": (torch.ones(8, 8, dtype=torch.bool).triu(1), "causal"),
+    "of -1e9": (torch.full((8, 8), -1e9).triu(1), "causal"),
+    "of other numbers": (torch.full((8, 8), -5.0).triu(1), "unknown"),
+    "with a hole": (torch.full((8, 8), -math.inf).triu(1).index_fill(1, torch.tensor([3]), 0.0), "unknown"),
+}
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("mask", KEPT)
+def test_masks_that_are_kept_in_buffers(layer: str, mask: str, gradients: bool) -> None:
+    kept, words = KEPT[mask]
+    model, x = Kept(filled(LAYERS[layer]()).eval(), kept), random(2, 8, 8)
+    with torch.set_grad_enabled(gradients):
+        (site,) = explain(model, x, methods=["express"], budget=64).sites
+        assert site.mask.split(" ")[0] == words and site.verdict == ("rewritten" if words == "causal" else "refused")
+        assert " 'mask'," in site.mask or words == "causal" or "it adds -5 to scores" in site.mask
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="express", options={"methods": ["express"], "budget": 64})
+        if mask == "of minus infinity" and layer == "attention":
+            assert_same(run(x), model(x))
+
+
 def test_masks_of_fused_layers() -> None:
     model = filled(nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True)).eval()
     x, hidden = random(2, 8, 8), padded([8, 5], 8, "right")
