@@ -50,7 +50,8 @@ def weighs_features(node: Node) -> bool:
     scores, fixed = softmax_of(node).scores, (*_MOVES, "mul", "div", "add", "sub", "to", "contiguous", "clone")
     while isinstance(scores, Node) and called(scores) in fixed and not any(map(_is_data, scores.all_input_nodes[1:])):
         scores = scores.all_input_nodes[0]
-    return isinstance(scores, Node) and called(scores) in ("linear", "addmm", "conv1d", "conv2d", "conv3d")
+    made = isinstance(scores, Node) and called(scores) in ("linear", "addmm", "conv1d", "conv2d", "conv3d")
+    return made and not _is_mix(scores)
 
 
 def _is_data(node: Node) -> bool:

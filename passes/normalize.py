@@ -67,7 +67,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
         *("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
     ),
     "softmax": ("input", "dim"),  # what comes third differs: dtype, _stacklevel, half_to_float
-    "log_softmax": ("input", "dim"),
+    **dict.fromkeys(("softmin", "log_softmax"), ("input", "dim")),
     **dict.fromkeys(("amax", "max", "sum", "logsumexp"), ("input", "dim", "keepdim")),
     "dropout": ("input", "p", "training", "inplace"),
     **dict.fromkeys(("matmul", "bmm"), _BINARY),
@@ -113,7 +113,7 @@ _KEYWORDS = {
     "train": "training",  # of torch.dropout
     **{"axis0": "dim0", "axis1": "dim1", ("view", "size"): "shape", ("scalar_tensor", "s"): "data"},
 }
-_NAMESPACES = (torch, F, torch.Tensor, torch._C._nn, torch._C._VariableFunctions, operator)
+_NAMESPACES = (torch, F, torch.Tensor, torch._C._nn, torch._C._VariableFunctions, torch._C._special, operator)
 _REFLECTED = {f"__r{name}__": name for name in ("add", "sub", "mul", "and", "or", "xor", "truediv", "matmul")}
 
 

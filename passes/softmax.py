@@ -84,23 +84,24 @@ class _Scores:
 class Softmax:
     """A softmax in one of its spellings: of ``scores`` over ``dim``, by ``nodes``, of which the last is the result.
 
-    total: the node that has their sum, or its logarithm, if that is another one.
+    total: the node that has their sum, or its logarithm, if that is another one. sign: -1 for a softmin.
     """
 
     scores: Any
     dim: Any
     nodes: tuple[Node, ...]
     total: Node | None = None
+    sign: float = 1.0
 
 
 def softmax_of(node: Node) -> Softmax | None:
     """The softmax that ``node`` is the result of: torch's own, ``exp(log_softmax(s))``, ``exp(s - logsumexp(s))`` or
     ``exp(s) / sum(exp(s))``; None for every other node."""
     op = operation(node) or in_place(node)
-    if op is None or op.name not in ("softmax", "exp", "div"):
+    if op is None or op.name not in ("softmax", "softmin", "exp", "div"):
         return None
-    if op.name == "softmax":
-        return Softmax(op.get("input"), op.get("dim"), (node,))
+    if op.name in ("softmax", "softmin"):
+        return Softmax(op.get("input"), op.get("dim"), (node,), sign=1.0 if op.name == "softmax" else -1.0)
     before = op.get("input")
     inner = operation(before) if isinstance(before, Node) else None
     if inner is None:
@@ -246,14 +247,14 @@ def describe(scope: Scope, softmax: Node) -> dict[str, Any]:
     """
     weights, out, dropout_p = _follow(softmax)
     scores, product = _peel(scope, softmax)
-    query, key, score_shape = _factors(product)
+    query, key = _factors(product)
     value = _values(weights[-1] if weights else softmax, out)
     written = softmax_of(softmax)
     chain = [product, *scores.steps, *written.nodes, *weights]
     whole = chain if written.total is None else [*chain, written.total]
     _check_order(scope, whole, out, (query.node, key.node), scores)
     _check_precision(whole, _example(value.node).dtype)
-    heads = _heads([_shape(node) for node in chain], score_shape)
+    heads = _heads(chain)
     query, key, value = (_with_heads(x, heads) for x in (query, key, value))
     query, key, value = _one_dtype(scope, out, query, key, value)
     repeats = known_equal(key.shape[1], query.shape[1])
@@ -328,7 +329,8 @@ def _same_scores(before: Node, after: Node) -> None:
 
 def _peel(scope: Scope, softmax: Node) -> tuple[_Scores, Node]:
     """The scores before ``softmax``, and the product of queries and keys that they begin with."""
-    scores, node = _Scores(), softmax_of(softmax).scores
+    written = softmax_of(softmax)
+    scores, node = _Scores(written.sign), written.scores
     evaluator = Evaluator(scope, softmax)
     while True:
         _example(node)
@@ -577,18 +579,18 @@ def _read_baddbmm(scores: _Scores, op: Any, node: Node) -> None:
     scores.factor *= alpha
 
 
-def _factors(product: Node) -> tuple[Operand, Operand, torch.Size]:
-    """Query and key, ``[..., L, D]`` each with the same leading dimensions, and the shape of the scores."""
+def _factors(product: Node) -> tuple[Operand, Operand]:
+    """Query and key, ``[..., L, D]`` each with the same leading dimensions."""
     op = operation(product)
     if op.name == "einsum":
-        return *_einsum(op, of_values=False), _shape(product)
+        return _einsum(op, of_values=False)
     names = ("batch1", "batch2") if op.name == "baddbmm" else ("input", "other")
     query, key = (op.get(name) for name in names)
     _same_rank(query, key)
     turned = operation(key)
     last = turned is not None and _swaps_last(turned, len(_shape(key)))
     rows = Operand(turned.get("input")) if last else Operand(key).then(torch.transpose, -2, -1)
-    return Operand(query), rows, _shape(product)
+    return Operand(query), rows
 
 
 def _same_rank(a: Node, b: Node) -> None:
@@ -688,17 +690,21 @@ def _check_precision(chain: list[Node], dtype: torch.dtype) -> None:
 # ---- shapes --------------------------------------------------------------------------------------------------------
 
 
-def _heads(shapes: list[torch.Size], scores: torch.Size) -> tuple[Any, Any]:
+def _heads(chain: Sequence[Node]) -> tuple[Any, Any]:
     """(B, H) of scores that are ``[B, H, q, k]`` somewhere on their way; else every leading entry is a sequence."""
-    four = [shape for shape in shapes if len(shape) == 4]
-    B, H = map(number, four[0][:2] if four else (scores[0] if len(scores) == 3 else 1, 1))
+    shapes = [_shape(node) for node in chain]
+    first, four = shapes[0], [shape for shape in shapes if len(shape) == 4]
+    B, H = map(number, four[0][:2] if four else (first[0] if len(first) == 3 else 1, 1))
     if not isinstance(H, int) and any(len(shape) == 3 for shape in shapes):
         raise Refused(f"its number of heads {H} is not known when compiling")
+    for before, node, shape in zip(shapes, chain[1:], shapes[1:], strict=False):
+        viewed = (operation(node) or in_place(node)).name in _VIEWS  # as many elements as before
+        same = len(before) == len(shape) and all(map(known_equal, before, shape))
+        if not (same or viewed) or not all(map(known_equal, before[-2:], shape[-2:])):
+            raise Refused(f"its scores are {tuple(before)} and later {tuple(shape)}")
     for shape in shapes:
-        if not all(map(known_equal, shape[-2:], scores[-2:])):
-            raise Refused(f"its scores are {tuple(scores)} and later {tuple(shape)}")
         if _leading(shape[:-2], (B, H)) is None:
-            raise Refused(f"its scores are {tuple(scores)} and {tuple(shape)}, not both {B} sequences of {H} heads")
+            raise Refused(f"its scores are {tuple(first)} and {tuple(shape)}, not both {B} sequences of {H} heads")
     return B, H
 
 
@@ -740,18 +746,15 @@ def _before_repeat(scope: Scope, out: Node, query: Operand, key: Operand, value:
 
 
 def _leading(sizes: Sequence[Any], heads: tuple[Any, Any]) -> tuple[int, tuple[Any, ...]] | None:
-    """How many of the leading ``sizes`` of scores are those of sequences, and where each of them is at ``(b, h)``; None
-    if they are none of (B, H): sequences and heads may be together in one, or either be taken apart."""
+    """How many of the leading ``sizes`` of B * H matrices of scores are those of sequences, and where each of them is
+    at ``(b, h)``; None if heads are not apart in them, nor together with sequences in one."""
     B, H = heads
     if len(sizes) < 2:
-        if not known_equal(math.prod(sizes), B * H):
-            return None
-        return len(sizes), () if not sizes else (_B if H == 1 else _B * H + _H,)
-    for split in range(len(sizes), 0, -1):
-        parts = sizes[:split], sizes[split:]
-        if all(known_equal(math.prod(part), whole) for part, whole in zip(parts, heads, strict=True)):
-            return split, (*_digits(_B, parts[0]), *_digits(_H, parts[1]))
-    return None
+        return (len(sizes), (_B if H == 1 else _B * H + _H,)) if sizes or known_equal(B * H, 1) else None
+    split = next((i for i in range(len(sizes), 0, -1) if known_equal(math.prod(sizes[i:]), H)), None)
+    if split is None or not all(isinstance(number(size), int) for size in (*sizes[1:split], *sizes[split + 1 :])):
+        return None
+    return split, (*_digits(_B, sizes[:split]), *_digits(_H, sizes[split:]))
 
 
 def _digits(place: Any, sizes: Sequence[Any]) -> tuple[Any, ...]:
@@ -873,7 +876,7 @@ def _broadcast(node: Node, like: Node, heads: tuple[Any, Any], query: Node, emit
             missing = [start + i for i, one in enumerate(own) if one and not known_equal(sizes[start + i], 1)]
             for i in missing:
                 wanted[i] = number(sizes[i])
-                if not isinstance(wanted[i], int):
+                if not isinstance(wanted[i], int):  # the first
                     rest = math.prod(number(sizes[j]) for j in range(start, stop) if j != i)
                     whole = emit(torch.Tensor.size, query, dim)
                     wanted[i] = emit(operator.floordiv, whole, rest) if rest != 1 else whole

@@ -55,7 +55,7 @@ def is_parameter(node: Node) -> bool:
     """Whether a node is a parameter of a module, or a view of one."""
     while node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
-    return "._parameters[" in _source(node)
+    return isinstance(node.meta.get("example_value"), torch.nn.Parameter) or "._parameters[" in _source(node)
 
 
 def _source(node: Node) -> str:
