@@ -27,6 +27,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..spec import AttentionSpec, Mask, feature_major, known_equal
 from .mask import MaskPart, Padding, prove_all, same_for_all_queries
@@ -250,7 +251,7 @@ def describe(scope: Scope, softmax: Node) -> dict[str, Any]:
     query, key = _factors(product)
     value = _values(weights[-1] if weights else softmax, out)
     written = softmax_of(softmax)
-    chain = [product, *scores.steps, *written.nodes, *weights]
+    chain = [product, *reversed(scores.steps), *written.nodes, *weights]
     whole = chain if written.total is None else [*chain, written.total]
     _check_order(scope, whole, out, (query.node, key.node), scores)
     _check_precision(whole, _example(value.node).dtype)
@@ -699,7 +700,9 @@ def _heads(chain: Sequence[Node]) -> tuple[Any, Any]:
         raise Refused(f"its number of heads {H} is not known when compiling")
     for before, node, shape in zip(shapes, chain[1:], shapes[1:], strict=False):
         viewed = (operation(node) or in_place(node)).name in _VIEWS  # as many elements as before
-        same = len(before) == len(shape) and all(map(known_equal, before, shape))
+        same = len(before) == len(shape) and all(
+            statically_known_true(x == y) for x, y in zip(before, shape, strict=True)
+        )
         if not (same or viewed) or not all(map(known_equal, before[-2:], shape[-2:])):
             raise Refused(f"its scores are {tuple(before)} and later {tuple(shape)}")
     for shape in shapes:
@@ -749,12 +752,12 @@ def _leading(sizes: Sequence[Any], heads: tuple[Any, Any]) -> tuple[int, tuple[A
     """How many of the leading ``sizes`` of B * H matrices of scores are those of sequences, and where each of them is
     at ``(b, h)``; None if heads are not apart in them, nor together with sequences in one."""
     B, H = heads
-    if len(sizes) < 2:
-        return (len(sizes), (_B if H == 1 else _B * H + _H,)) if sizes or known_equal(B * H, 1) else None
+    if not sizes:
+        return (0, ()) if known_equal(B * H, 1) else None
+    if len(sizes) == 1:
+        return 1, (_B if H == 1 else _B * H + _H,)
     split = next((i for i in range(len(sizes), 0, -1) if known_equal(math.prod(sizes[i:]), H)), None)
-    if split is None or not all(isinstance(number(size), int) for size in (*sizes[1:split], *sizes[split + 1 :])):
-        return None
-    return split, (*_digits(_B, sizes[:split]), *_digits(_H, sizes[split:]))
+    return None if split is None else (split, (*_digits(_B, sizes[:split]), *_digits(_H, sizes[split:])))
 
 
 def _digits(place: Any, sizes: Sequence[Any]) -> tuple[Any, ...]:
@@ -769,7 +772,10 @@ def _digits(place: Any, sizes: Sequence[Any]) -> tuple[Any, ...]:
 def _coordinates(like: Node, heads: tuple[Any, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Where the dimensions of a tensor of scores are, and their sizes."""
     shape = _shape(like)
-    return (*_leading(shape[:-2], heads)[1], _Q, _K), tuple(shape)
+    split, places = _leading(shape[:-2], heads)
+    if not all(isinstance(number(size), int) for size in (*shape[1:split], *shape[split + 1 : -2])):
+        raise Refused("its scores are taken apart into a number of parts that is not known when compiling")
+    return (*places, _Q, _K), tuple(shape)
 
 
 def _prove(

@@ -11,6 +11,7 @@ from torch.fx import Node
 _FRAME = re.compile(r'File "(.+)", line (\d+)')
 _VARIABLE = re.compile(r"[LG]\['(\w+)'\]")
 _PART = re.compile(r"\._(?:modules|buffers|parameters)\['(\w+)'\]|\.(\w+)|\['(\w+)'\]|\[(\d+)\]")
+_SYMBOLS = {"getitem": "an item", "iadd": "+=", "isub": "-=", "imul": "*=", "itruediv": "/="}
 
 
 def source_line(node: Node) -> str:
@@ -25,9 +26,10 @@ def spoken(node: Node) -> str:
     where: ``cumsum of 'positions' (model.py:12)``."""
     if node.op == "placeholder":
         return _input(node)
+    name = _SYMBOLS.get(label(node), label(node))
     sources, line = sorted(_sources(node)), source_line(node)
     of = f" of {' and '.join(sources)}" if 0 < len(sources) < 3 else ""
-    return f"{label(node)}{of}{f' ({basename(line)})' if line else ''}"
+    return f"{name}{of}{f' ({basename(line)})' if line else ''}"
 
 
 def _sources(node: Node) -> set[str]:

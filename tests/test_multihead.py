@@ -347,11 +347,17 @@ REFUSED_MASKS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], dict[str,
     "values": (lambda x: x[0], {}, "it adds the values of"),
     "small": (lambda x: torch.zeros(8, 8).masked_fill_(UPPER(x), -1.0), {}, "it adds -1 to scores"),
     "written later": (written_later, {}, "modified in place"),
-    "view": (seen_before_it_is_filled, {}, "modified in place"),
     "not zero": (of_unknown_numbers, {}, "modified in place"),
     "first head": (lambda x: UPPER(x) & (torch.arange(4) < 1)[:, None, None], {}, "which is no causal mask"),
     "per sequence": (lambda x: (x[..., None, 0] > 0).expand(-1, -1, 8).repeat_interleave(2, 0), {}, "not known"),
 }
+
+
+def test_a_view_of_a_mask_is_what_the_mask_has_become() -> None:
+    model, x = Masked(seen_before_it_is_filled), random(2, 8, 8)
+    run, planned = compiled(model, CAUSAL)
+    assert_same(run(x), model(x))
+    assert verdicts(planned) == ["rewritten"] and planned[0][0].spec.mask == Mask(causal=True)
 
 
 @pytest.mark.parametrize("name", REFUSED_MASKS)
