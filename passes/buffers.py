@@ -1,7 +1,8 @@
 """Masks that a module keeps as buffers: their values are looked at when compiling, and guarded when running.
 
 nanoGPT, GPT-Neo and many others register ``tril(ones(n, n))`` once and slice it. To the prover such a buffer is a
-tensor of unknown values. Dynamo hands its memory to the backend, so that it can be compared with a triangle or a band:
+tensor of unknown values. Dynamo hands its memory to the backend, so that it can be compared with a triangle, a band or
+one number (the ``masked_bias`` of GPT-Neo):
 :meth:`Buffers.value`. What was relied on must stay as it is: at every call :meth:`Buffers.guard` looks whether the
 buffer is the same tensor and was not written since, and otherwise runs the graph as it was.
 """

@@ -8,7 +8,8 @@ is the reason of a refusal. The :data:`~express_compile.passes.site.Expand` that
 
 Scores become ``factor * query @ key^T + sum of (factor_i * term_i)``, hidden where a mask says so. Whatever is added
 or filled in is a mask to the prover (``mask.py``), which tells causal masks and paddings from biases; for exact
-attention it stays what it is. Filling with anything down to -1e9 hides a score: scores are taken to be larger.
+attention it stays what it is. Filling with or adding -1e9 or less hides a score: scores are taken to be larger. So
+does the lowest number of a dtype that has none so low, and so scores may be lifted to a number that hides.
 
 Reads ``[B, H, L, D]``, ``[B * H, L, D]`` (B and H from a view of the scores, else H = 1), ``[L, D]``, and einsum with
 one or two batch letters. Refuses soft-caps, sinks, scores or weights that are written, and weights that are used again.
