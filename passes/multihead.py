@@ -6,7 +6,8 @@ reads such a call; what it returns (``Expand``) writes projections, ``scaled_dot
 follows in its place.
 
 Masks: torch hides a key where a boolean mask is True. A float mask counts only if it is proven to hold nothing but 0
-and what hides (``symbolic.HIDDEN``). ``is_causal`` is a hint that torch itself trusts only sometimes, and is never trusted here.
+and what hides (``symbolic.HIDDEN``). ``is_causal`` is a hint that torch itself trusts only sometimes, and is never
+trusted here.
 
 Rows without any visible key: this package's ops give 0 there, and the layer's output its bias, as the SDPA path of
 torch does; the fused kernel and the path with ``need_weights=True`` give NaN.

@@ -209,8 +209,7 @@ def test_spellings(name: str) -> None:
     check(f, tensors(), mask, scale)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_windows_of_images_take_a_mask_and_a_bias_in_five_dimensions(dynamic: bool) -> None:
+def test_windows_of_images_take_a_mask_and_a_bias_in_five_dimensions() -> None:
     """``[images, windows, heads, n, n]``: what broadcasts over images, windows or heads stays in its place."""
 
     def f(x, mask, bias):
@@ -220,11 +219,8 @@ def test_windows_of_images_take_a_mask_and_a_bias_in_five_dimensions(dynamic: bo
         return s.view(-1, H, L, L).softmax(-1) @ v
 
     g, found = compiled(f, EXACT)
-    for images in (2, 3, 5) if dynamic else (2,):
-        x, mask, bias = tensors((3, 4 * images, H, L, D), (4, L, L), (H, L, 1))
-        if dynamic:
-            torch._dynamo.mark_dynamic(x, 1)
-        assert relative(g(x, mask, bias), f(x, mask, bias)) < 1e-6
+    x, mask, bias = tensors((3, 8, H, L, D), (4, L, L), (H, L, 1))
+    assert relative(g(x, mask, bias), f(x, mask, bias)) < 1e-6
     assert [plan.verdict for _, plan in found] == ["rewritten"]
     assert "adds the values of 'bias'" in found[0][0].spec.mask.unknown
 
