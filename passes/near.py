@@ -88,9 +88,6 @@ def unread(node: Node) -> Refused | None:
         space, _, name = str(node.target).partition(".")
         if space not in (_OWN, "prim") and _KERNEL.search(name.partition(".")[0]):
             return Refused(f"it calls the kernel {space}.{name.partition('.')[0]}", "scaled_dot_product_attention")
-    if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name().startswith("flex_attention"):
-        what = "it is flex_attention, whose score_mod and block mask are functions of their own"
-        return Refused(what, "scaled_dot_product_attention with a mask")
     name = called(node)
     if name not in _WEIGHS or any(softmax_of(user) is not None for user in node.users):
         return None

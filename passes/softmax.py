@@ -151,6 +151,30 @@ def feeds_product(node: Node) -> bool:
     return False
 
 
+def products(softmax: Node) -> list[Node]:
+    """The product that the scores of a softmax begin with, and that of its weights with the values, if they are found.
+
+    It is a search, no proof.
+    """
+    of_keys = _nearest(softmax, lambda node: node.all_input_nodes, lambda node: _stays_scores(node, softmax))
+    return [*of_keys, *_nearest(softmax, lambda node: list(node.users), lambda node: True)]
+
+
+def _nearest(start: Node, further: Callable[[Node], list[Node]], fits: Callable[[Node], bool]) -> list[Node]:
+    """The nearest product that fits, or none; what lies beyond another softmax belongs to that."""
+    nodes, seen = [start], {start}
+    for node in nodes:  # which grow
+        op = operation(node)
+        if op is not None and op.name in PRODUCTS and fits(node):
+            return [node]
+        if softmax_of(node) is not None and node is not start:
+            continue
+        fresh = [x for x in further(node) if x not in seen]
+        seen.update(fresh)
+        nodes.extend(fresh)
+    return []
+
+
 def _from_inputs(scores: Any) -> bool:
     """Whether scores, which may have been scaled, masked and added to, are inputs of the graph."""
     open_nodes, seen = [scores], {scores}
