@@ -180,7 +180,7 @@ def _checked_policy(policy: Policy | None, options: dict[str, Any]) -> Policy:
     parts = [policy, *(replace(policy, modules={}, **override) for override in policy.modules.values())]
     parts += [] if policy.plan is None else [site.policy for site in policy.plan.sites]
     for part in parts:
-        local = part.resolve(_PROBES[0].Lk)
+        local = part.tabled()
         for name in dict.fromkeys((*(local.methods or DEFAULT_METHODS), *local.method_options)):
             probe = next((probe for probe in _PROBES if METHODS[name].why_not(probe, local) is None), None)
             if probe is not None:

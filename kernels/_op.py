@@ -9,6 +9,8 @@ import torch
 
 from express_compile.spec import AttentionSpec
 
+from ._padding import each_alone, each_alone_backward
+
 LIBRARY = torch.library.Library("express_compile", "FRAGMENT")
 _SCHEMAS: dict[str, str] = {}
 
@@ -44,15 +46,27 @@ def define_op(
 
 
 def define_attention(
-    name: str, parameters: str, body: Callable, backward_body: Callable
+    name: str, parameters: str, body: Callable, backward_body: Callable, causal: bool
 ) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
     """The ops ``<name>`` and ``<name>_backward`` of a method whose gradient needs ``out`` and ``lse`` alone.
 
     ``body(query, key, value, padding, seed, scale, layer, **options)`` returns ``(out, lse)``; ``backward_body(grad,
     out, lse, ...)``, with the same arguments behind these, the gradients of query, key and value. ``parameters`` is
-    the schema from ``padding`` on.
+    the schema from ``padding`` on. Both bodies get tensors that :func:`check_qkv` has seen, and on the CPU no padding:
+    every sequence is computed alone. ``causal``: the queries are the last tokens.
     """
     tensors = "Tensor query, Tensor key, Tensor value"
+    alone, alone_backward = each_alone(body, own=causal), each_alone_backward(backward_body, own=causal)
+
+    def forward(query, key, value, padding, *others, **options):
+        check_qkv(query, key, value, padding, causal)
+        run = body if padding is None or query.is_cuda else alone
+        return run(query, key, value, padding, *others, **options)
+
+    def backward(grad, out, lse, query, key, value, padding, *others, **options):
+        check_qkv(query, key, value, padding, causal)
+        run = backward_body if padding is None or query.is_cuda else alone_backward
+        return run(grad, out, lse, query, key, value, padding, *others, **options)
 
     def setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
         *saved, scale, layer = inputs
@@ -65,12 +79,12 @@ def define_attention(
         return *grads, None, None, None, None
 
     op = define_op(
-        name, f"({tensors}, {parameters}) -> (Tensor, Tensor)", body, attention_fake, differentiate, setup_context
+        name, f"({tensors}, {parameters}) -> (Tensor, Tensor)", forward, attention_fake, differentiate, setup_context
     )
     backward_op = define_op(
         f"{name}_backward",
         f"(Tensor grad, Tensor out, Tensor lse, {tensors}, {parameters}) -> (Tensor, Tensor, Tensor)",
-        backward_body,
+        backward,
         lambda grad, out, lse, *args, **options: tuple(x.new_empty(x.shape) for x in args[:3]),
     )
     return op, backward_op

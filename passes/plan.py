@@ -145,7 +145,7 @@ def answer(question: Question, policy: Policy) -> Plan:
     if decision is None:
         if question.refusal is not None:
             return replace(_refused(question.refusal, local, question.nearest), policy=local)
-        local = local.resolve(spec.Lk) if isinstance(spec.Lk, int) else local.tabled()
+        local = local.tabled()
         decision = _decide(spec, local, question.graphs)
         if question.form == "softmax" and decision.method == "exact" and "exact" in (local.methods or ()):
             reason = f"{decision.reason}; as scaled_dot_product_attention"

@@ -153,7 +153,7 @@ def test_tokens_are_kept_with_the_probability_that_their_weight_claims(rule, M):
 # -- the op ------------------------------------------------------------------------------------------------------
 
 OPTIONS = dict(
-    s=8, fraction=0.0, inflation=-1, sinks=2, window=9, protected=0, halving="balanced", flatten=0.0, block=16,
+    s=8, inflation=-1, sinks=2, window=9, protected=0, halving="balanced", flatten=0.0, block=16,
     min_length=0,
 )  # fmt: skip
 
