@@ -30,19 +30,20 @@ these integers divided by ``S 2**F``, within ``2**-(F+1) / S`` of the softmax. W
 (every visible row can be drawn) and the weight divides by the rounded one: unbiased for the softmax itself.
 
 Random numbers: Philox with the key (seed, layer) and a counter of stratum, head and *step*, the number of real keys up
-to the query's own, also those before its window: what a sequence draws depends on nothing beside it in the batch. So a constant seed draws anew at every decoding step, also in
-a CUDA graph over a static cache, where the number of keys is counted in ``padding`` or given in ``lengths``. Where it
-stays the same from call to call (cross attention, a cache that evicts), the caller advances ``seed`` itself.
+to the query's own, also those before its window: what a sequence draws depends on nothing beside it in the batch. So a
+constant seed draws anew at every decoding step, also in a CUDA graph over a static cache, where the number of keys is
+counted in ``padding`` or given in ``lengths``. Where it stays the same from call to call (cross attention, a cache that
+evicts), the caller advances ``seed`` itself.
 
 Supports 1 to 16 queries, causal and aligned bottom-right (a single query may also have no mask), grouped queries,
 Dv != D, key padding, per-sequence lengths, windows (of places in the cache, padded ones too), a soft-cap, sinks; a
 query that sees no key gives 0. Keys and values before a window are not read. At most as many real keys in reach as
 draws: exact. On CUDA exact too, at run time, where that was measured to be as fast for the batch as it is
 (:func:`loses`), unless ``min_length`` is given.
-``budget`` is S, draws per query head, a float a fraction of the real keys in reach, a table rows by their number; the option ``draws`` sets it per head and per
-layer. A head reads at most S distinct rows; shared, about S serve all heads of a KV head that are alike. Refuses
-prefill, biases, dropout, and gradients when they are asked for; on CUDA ``shared=False``, which is there to be compared
-with.
+``budget`` is S, draws per query head, a float a fraction of the real keys in reach, a table rows by their number; the
+option ``draws`` sets it per head and per layer. A head reads at most S distinct rows; shared, about S serve all heads
+of a KV head that are alike. Refuses prefill, biases, dropout, and gradients when they are asked for; on CUDA
+``shared=False``, which is there to be compared with.
 ``bernoulli`` (Section 4 of the paper; :mod:`.bernoulli`) also rounds the query at random, to so many levels: unbiased
 scores, but a *biased* softmax. It saves reading only where keys lie feature by feature; on CUDA others are refused.
 """
@@ -127,7 +128,7 @@ class Comb:
 
 
 def make_comb(p: torch.Tensor, draws: torch.Tensor, shared: bool) -> Comb:
-    """The comb of the probabilities ``p``, float64 ``[B, H_kv, g, Lq, n]``, with ``draws`` int64 ``[H]`` or ``[B, H]``."""
+    """The comb of the probabilities ``p``, float64 ``[B, H_kv, g, Lq, n]``; ``draws`` int64 ``[H]`` or ``[B, H]``."""
     H_kv, g, Lq, n = p.shape[1:]
     S = draws.view(-1, H_kv, g, 1)
     if shared:
@@ -281,13 +282,14 @@ def santa_reference(
     """SANTA in plain PyTorch on any device: the definition of correct.
 
     ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``; ``draws`` int64 ``[H]``
-    or ``[B, H]``, S of every query head, 0 in all heads of a sequence that is to be exact, or None for exact attention; ``seed`` 0-dim int64; ``padding`` bool ``[B, Lk]``, True for a
-    real key; ``lengths`` int64 ``[B]``, the keys of every sequence where it does not fill the cache; ``bernoulli``
-    levels of the query's random rounding, 0 for none; ``sinks`` ``[H]``, a logit per query head, in any float dtype;
-    ``window`` places, its own and those before, at which a query sees keys, 0 for all; ``softcap`` of the scores, 0 for
-    none. Returns ``out`` ``[B, H, Lq, Dv]`` and ``lse`` ``[B, H, Lq]`` in float32 (or float64): the logarithm of the
-    softmax's denominator, so of all visible keys, read or not, and of the sink. Sequences are computed from the keys
-    that their queries see, those with equally many together, so that nothing but these can matter.
+    or ``[B, H]``, S of every query head, 0 in all heads of a sequence that is to be exact, or None for exact attention;
+    ``seed`` 0-dim int64; ``padding`` bool ``[B, Lk]``, True for a real key; ``lengths`` int64 ``[B]``, the keys of
+    every sequence where it does not fill the cache; ``bernoulli`` levels of the query's random rounding, 0 for none;
+    ``sinks`` ``[H]``, a logit per query head, in any float dtype; ``window`` places, its own and those before, at which
+    a query sees keys, 0 for all; ``softcap`` of the scores, 0 for none. Returns ``out`` ``[B, H, Lq, Dv]`` and ``lse``
+    ``[B, H, Lq]`` in float32 (or float64): the logarithm of the softmax's denominator, so of all visible keys, read or
+    not, and of the sink. Sequences are computed from the keys that their queries see, those with equally many together,
+    so that nothing but these can matter.
     """
     B, H, Lq = query.shape[:3]
     sizes = B, Lq, key.shape[2], padding, lengths, query.device

@@ -332,8 +332,8 @@ def santa_triton(
     softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`.santa.santa_reference` with ``shared=True``; ``draws`` lists S of every query head, 0 where it
-    varies, an entry of ``table`` or a ``fraction`` of the real keys in reach of a sequence; None reads all. A sequence with
-    fewer than ``exact_below`` such keys is exact, and where S varies one with at most as many as draws.
+    varies, an entry of ``table`` or a ``fraction`` of the real keys in reach of a sequence; None reads all. A sequence
+    with fewer than ``exact_below`` such keys is exact, and where S varies one with at most as many as draws.
 
     Keys that lie feature by feature are read as they are, and of them only the features that the query needs; the
     fastest where their strides are multiples of 16 bytes.

@@ -23,7 +23,9 @@ from express_compile.method import METHODS
 from express_compile.spec import Policy
 
 SEED = torch.tensor(5)
-EXPRESS = dict(s=8, inflation=-1, sinks=2, window=9, protected=0, halving="balanced", flatten=0.0, block=16, min_length=0)
+EXPRESS = dict(
+    s=8, inflation=-1, sinks=2, window=9, protected=0, halving="balanced", flatten=0.0, block=16, min_length=0
+)
 THINFORMER = dict(s=16, fraction=0.0, g=-1, halving="balanced", flatten=0.0, min_length=0)
 SANTA = dict(draws=[16], layers=[], fraction=0.0, sampler="sys", shared=True, min_length=0)
 TABLE = [4, 4, 16, 8, 32]  # from 16, 32, 64, 128 and 256 keys on
@@ -49,7 +51,9 @@ CASES = [
 def sequence(n, Lq, H, H_kv, D, Dv, number: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     """Query, key and value of one sequence of ``n`` tokens, ``[H, L, .]``."""
     generator = torch.Generator().manual_seed(number)
-    return tuple(torch.randn(shape, generator=generator, dtype=dtype) for shape in ((H, Lq, D), (H_kv, n, D), (H_kv, n, Dv)))
+    return tuple(
+        torch.randn(shape, generator=generator, dtype=dtype) for shape in ((H, Lq, D), (H_kv, n, D), (H_kv, n, Dv))
+    )
 
 
 def places_of(n: int, total: int, side: str, number: int) -> torch.Tensor:
@@ -80,7 +84,9 @@ def run(method: str, options: dict[str, Any], q: torch.Tensor, k: torch.Tensor, 
     return METHODS[method].op(q, k, v, padding, SEED, 0.4, 3, **options)
 
 
-def check(method: str, options: dict[str, Any], lengths: list[int], extra: int, sides: list[str], heads, sizes, Lq: int):
+def check(
+    method: str, options: dict[str, Any], lengths: list[int], extra: int, sides: list[str], heads, sizes, Lq: int
+):
     """Of every sequence alone and in the batch, and in the batch turned round: the same bits."""
     own = method == "express"
     parts = [sequence(n, n if own else Lq, *heads, *sizes, number=n) for n in lengths]  # equal lengths are duplicates
@@ -144,7 +150,9 @@ def test_what_comes_after_a_query_changes_no_bit_of_it(options):
 def test_gradients_are_those_of_every_sequence_alone(method, options):
     own, lengths = method == "express", [100, 60, 140, 60]
     parts = [sequence(n, n if own else 30, 4, 2, 8, 8, number=n) for n in lengths]
-    places = [places_of(n, 150, side, 0) for n, side in zip(lengths, ("left", "right", "anywhere", "both"), strict=True)]
+    places = [
+        places_of(n, 150, side, 0) for n, side in zip(lengths, ("left", "right", "anywhere", "both"), strict=True)
+    ]
     *tensors, padding = batch_of(parts, places, 150, own)
     tensors = [x.nan_to_num(0.5).requires_grad_() for x in tensors]
     grad = torch.randn(4, 4, 150 if own else 30, 8, generator=torch.Generator().manual_seed(0))
@@ -189,7 +197,7 @@ def test_the_kernels_keep_of_a_packed_sequence_what_it_keeps_alone():
     """In the interpreter, beside a longer sequence: every row that a query of it sees."""
     n, left = 110, 40
     _, k, v = (x[None] for x in sequence(n, 1, 2, 2, 8, 8, number=0))
-    pad = Packing((torch.arange(n) >= torch.tensor([[0], [left]])))
+    pad = Packing(torch.arange(n) >= torch.tensor([[0], [left]]))
     config = E.ExpressConfig(4, 2, 2, 5, block=16)
     layout, own = E.make_layout(config, n, n), E.make_layout(config, n - left, n - left)
     index, *_ = E.thin_triton(*(pad.pack(x.expand(2, -1, -1, -1)) for x in (k, v)), layout, 0.3, SEED, 1)
@@ -266,7 +274,9 @@ def test_santas_kernels_draw_for_a_sequence_what_they_draw_for_it_alone(budget, 
 
 # -- models ----------------------------------------------------------------------------------------------------------
 
-OPTIONS = dict(budget=16, sinks=4, window=16, protected=8, methods=["express"], method_options={"express": {"block": 16}})
+OPTIONS = dict(
+    budget=16, sinks=4, window=16, protected=8, methods=["express"], method_options={"express": {"block": 16}}
+)
 
 
 @pytest.fixture(scope="module")
