@@ -540,7 +540,7 @@ def _draws_of(policy: Policy, draws: Any) -> tuple[list[int], list[int]]:
             )
     if len(rows) == len(table):
         rows.append([policy.budget if isinstance(policy.budget, int) else 0])
-        if isinstance(policy.budget, tuple) and max(policy.budget) > MAX_DRAWS or rows[-1][0] > MAX_DRAWS:
+        if rows[-1][0] > MAX_DRAWS:
             raise ValueError(f"budget={policy.budget!r}: must be at most {MAX_DRAWS} draws")
     return [S for row in rows for S in (row if len(row) == width else row * width)], [layer_key(path) for path in table]
 
@@ -599,7 +599,7 @@ def _params(spec: AttentionSpec | None, policy: Policy) -> dict[str, Any]:
         "draws": draws,
         "layers": layers,
         "fraction": policy.budget if isinstance(policy.budget, float) else 0.0,
-        **({"table": list(policy.budget)} if isinstance(policy.budget, tuple) else {}),
+        **({"table": [min(rows, MAX_DRAWS) for rows in policy.budget]} if isinstance(policy.budget, tuple) else {}),
         "sampler": own["sampler"],
         "shared": own["shared"],
         "bernoulli": own["bernoulli"],

@@ -146,8 +146,9 @@ def test_stretch(L, extra, seed, H):
     steps = rank[0].diff()
     assert rank[0, :, 0].max() == 0 and (rank[0, :, -1] == L - 1).all() and 0 <= steps.min() and steps.max() <= 1
     # beside a longer sequence every row comes in runs, as often as halving them all leaves one
-    beside = T.stretch_reference(None, torch.tensor([L, 0]), 8 * n, n, H, seed, 5)
-    assert torch.equal(beside, rank.repeat_interleave(8, -1))
+    if n <= 1 << 12:
+        beside = T.stretch_reference(None, torch.tensor([L, 0]), 8 * n, n, H, seed, 5)
+        assert torch.equal(beside, rank.repeat_interleave(8, -1))
 
 
 @pytest.mark.parametrize("padded", [False, True])
