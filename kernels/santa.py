@@ -26,8 +26,9 @@ Fixed point: expected counts are integers in units of ``2**-F``, prefixes are in
 same grid. Sums of integers do not depend on their order, so counts telescope and are the same bits for any tiling of
 the same integers; ``E[c_j]`` is ``x_j`` *exactly*. F leaves room for all prefixes in int32. Without ``shared``, ``x_j``
 is rounded to nearest, the last visible row takes what is missing to ``S 2**F``, and the sampled probabilities are
-these integers divided by ``S 2**F``, within ``2**-(F+1) / S`` of the softmax. With ``shared``, ``x_j`` is rounded up
-(every visible row can be drawn) and the weight divides by the rounded one: unbiased for the softmax itself.
+these integers divided by ``S 2**F``, within ``2**-(F+1) / S`` of the softmax. With ``shared``, ``x_j`` is rounded to
+nearest, but not to 0 (every visible row can be drawn), and the weight divides by the rounded one: unbiased for the
+softmax itself.
 
 Random numbers: Philox with the key (seed, layer) and a counter of stratum, head and *step*, the number of real keys up
 to the query's own, also those before its window: what a sequence draws depends on nothing beside it in the batch. So a
@@ -135,7 +136,8 @@ def make_comb(p: torch.Tensor, draws: torch.Tensor, shared: bool) -> Comb:
         most = S.amax(2, keepdim=True)
         bits = fraction_bits(most)
         one = (1 << bits)[..., None]
-        x = ((S[..., None] * p).mean((2, 3), keepdim=True) * one).ceil().long()
+        x = (S[..., None] * p).mean((2, 3), keepdim=True) * one
+        x = torch.maximum((x + 0.5).floor(), x > 0).long()
         always = x >= one
         weight = torch.where(always, p, torch.where(x > 0, p * one / x, 0.0))
         strata = int(most.max()) + (n >> int(bits.min())) + 1

@@ -12,9 +12,9 @@ head read the same rows. Here the rows of a comb come in *tiles*:
   side, and only their values are read. The last program of a sequence adds the partial results in order, which gives
   the same bits every time.
 
-Where a chunk starts on the comb is a float32 prefix of sums, not the sum of the integers before it. Its offset is
-uniform all the same, so every row is drawn as often as it should be; all that can differ is whether a threshold that
-falls on the border of two chunks, within rounding, counts for one, both or neither.
+Where a chunk starts on the comb is a float32 prefix of sums, not the sum of the integers before it, which is the same
+up to rounding. Its offset is uniform all the same, so every row is drawn as often as it should be; all that can differ
+is whether a threshold that falls on the border of two chunks, within rounding, counts for one, both or neither.
 
 Needs a GPU with 64-bit atomics and tensor descriptors (emulated before Hopper), or Triton's interpreter. Supports
 float16, bfloat16 and float32, ``H / H_kv * Lq`` up to 256 and any head sizes that fit in shared memory. Reads
@@ -209,7 +209,8 @@ def _draw_kernel(
         b_u = tl.load(p_u + o_u, mask=m_u, other=0.0, eviction_policy="evict_first")
         b_x += b_u.to(tl.float32) * tl.sum(tl.where((o_r == r)[:, None], b_factor, 0.0), 0)[:, None]
     b_x = tl.reshape(b_x, [BC])
-    b_x = tl.ceil(b_x * (one / R)).to(tl.int32)
+    b_x *= one / R
+    b_x = tl.maximum(tl.floor(b_x + 0.5), tl.where(b_x > 0, 1.0, 0.0)).to(tl.int32)
     b_high = (start * one).to(tl.int32) + tl.cumsum(b_x, 0)
     step = tl.load(p_step + i_b).to(tl.int32)
     whole = is_whole(step, p_draws, exact_below, reach)

@@ -1080,7 +1080,8 @@ def test_windows_soft_caps_and_sinks_take_part_in_the_variance(make, steps):
     for i in range(steps):  # every query for itself, as in decoding; 500 copies of the heads draw for themselves
         n = args[1].shape[2] - steps + 1 + i
         one = args[0][:, :, i : i + 1], args[1][:, :, :n], args[2][:, :, :n]
-        out = METHODS["santa"].op(*(x.repeat(1, 500, 1, 1) for x in one), *args[3:], **options)[0]
+        many = [None if x is None else x.repeat(500) for x in args[8:]]  # sinks
+        out = METHODS["santa"].op(*(x.repeat(1, 500, 1, 1) for x in one), *args[3:8], *many, **options)[0]
         errors.append((out.unflatten(1, (500, -1)) - exact[:, None, :, i : i + 1]).square().sum(-1).mean().item())
     assert sum(errors) / steps == pytest.approx(layer["variance"], rel=0.15)
 
