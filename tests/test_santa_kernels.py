@@ -189,7 +189,7 @@ def test_too_many_rows():
 
 
 def test_any_chunks_of_keys_draw_what_the_reference_draws(monkeypatch):
-    """Where a chunk begins on the comb is where the one before it ended: also on a coarse grid, where rounding adds up."""
+    """Where a chunk begins on the comb is where the one before it ended, also on a grid where rounding adds up."""
     for module in (S, K):
         monkeypatch.setattr(module, "grid_bits", lambda draws: 18)
     q, k, v = tokens(1, 600, B=2, H=8, H_kv=8)
