@@ -36,6 +36,7 @@ import torch
 
 from express_compile import cost as c
 from express_compile.method import Method, register
+from express_compile.plain import number
 from express_compile.spec import AttentionSpec, Policy, Refusal, floor_power_of_two, known_equal
 
 from ._op import define_attention, no_kernel
@@ -435,8 +436,8 @@ def _params(spec: AttentionSpec | None, policy: Policy) -> dict:
         "window": policy.window,
         "protected": policy.protected,
         "halving": policy.halving,
-        "flatten": own["flatten"],
-        "block": own["block"],
+        "flatten": float(number("flatten", own["flatten"], int, float)),
+        "block": number("block", own["block"], int),
         "min_length": policy.min_length or 0,
     }
     # the same checks as at run time, so that a bad value is reported when the model is rewritten

@@ -12,11 +12,11 @@ from torch.utils import _pytree as pytree
 
 from ..devices import device_of
 from ..method import METHODS, Method
-from ..plain import canonical
+from ..plain import canonical, renamed
 from ..predict import LONGEST, MARGIN, crossover, predicted, wins, without_padding
 from ..saved import SavedPlan, SavedSite, facts_of
-from ..spec import AttentionSpec, Plan, Policy, Refusal, known_equal
-from .site import AttentionSite
+from ..spec import AttentionSpec, Mask, Plan, Policy, Refusal, Unmet, known_equal
+from .site import NOT_MATCHED, AttentionSite
 
 DEFAULT_METHODS = ("express", "exact")
 
@@ -41,16 +41,19 @@ class Question:
     nearest: str | None = None
 
 
+# Sites to try a policy on before any real one is known.
+_PROBES = tuple(
+    AttentionSpec(
+        B=1, H=1, H_kv=1, Lq=1 << 20, Lk=1 << 20, D=64, Dv=64, dtype=torch.float32, device="cpu", scale=0.125,
+        mask=Mask(causal=causal),
+    )
+    for causal in (True, False)
+)  # fmt: skip
+
+
 def check_policy(policy: Policy) -> None:
-    """Raise ``ValueError`` or ``TypeError`` for method names or method options that do not exist."""
-    parts = {f"modules[{glob!r}]": Policy.for_module(override) for glob, override in policy.modules.items()}
-    if policy.plan is not None:
-        parts |= {f"plan[{site.module!r}]": site.policy for site in policy.plan.sites}
-    for name, part in parts.items():
-        try:
-            check_policy(part)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from None
+    """Raise ``ValueError`` or ``TypeError`` for methods that do not exist, and for values that one of those named does
+    not take."""
     known = tuple(METHODS)
     for name in policy.methods or ():
         if name not in known:
@@ -61,6 +64,22 @@ def check_policy(policy: Policy) -> None:
         if name not in known:
             raise ValueError(f"method_options: unknown method {name!r}; allowed are {', '.join(known)}")
         METHODS[name].own_options(policy)
+    policy.tabled()  # whether a function gives rows
+    local = replace(policy, budget=Policy.budget) if callable(policy.budget) else policy
+    for name in dict.fromkeys((*(policy.methods or DEFAULT_METHODS), *policy.method_options)):
+        if name == "exact":  # it has no op, and takes everything
+            continue
+        probe = next((probe for probe in _PROBES if METHODS[name].why_not(probe, local) is None), None)
+        if probe is not None:
+            METHODS[name].params(probe, local)
+    parts = {f"modules[{g!r}]": replace(policy, modules={}, **given) for g, given in policy.modules.items()}
+    if policy.plan is not None:
+        parts |= {f"plan[{site.module!r}]": site.policy for site in policy.plan.sites}
+    for name, part in parts.items():
+        try:
+            check_policy(part)
+        except (TypeError, ValueError) as error:
+            raise renamed(name, error) from None
 
 
 def plan(spec: AttentionSpec, policy: Policy) -> Plan:
@@ -82,12 +101,11 @@ def plan_sites(
 ) -> list[tuple[AttentionSite, Plan]]:
     """A plan for every site; with ``policy.strict`` one ``ValueError`` lists all that were refused.
 
-    Another one tells which names of modules in the policy match no site. ``graphs``: they run inside a CUDA graph.
+    ``graphs``: they run inside a CUDA graph.
     """
     check_policy(policy)
     planned = [(site, answer(_question(site, graphs), policy)) for site in sites]
     require([(site.module or "(root)", decision) for site, decision in planned], policy)
-    require_matches([site.module for site, _ in planned], policy)
     return planned
 
 
@@ -98,8 +116,37 @@ def unmatched(paths: Iterable[str], policy: Policy) -> tuple[str, ...]:
     planned = () if policy.plan is None else dict.fromkeys(site.module for site in policy.plan.sites)
     return (
         *(f"modules[{glob!r}]" for glob in policy.modules if glob not in found),
+        *(words for path, words in _named(policy.method_options).items() if path not in paths),
+        *(
+            f"modules[{glob!r}]: {words}"
+            for glob, given in policy.modules.items()
+            for path, words in _named(given.get("method_options", {})).items()
+            if path not in paths or glob not in policy.globs(path)
+        ),
         *(f"plan[{path!r}]" for path in planned if path not in paths),
     )
+
+
+def require_sites(paths: Iterable[str], policy: Policy) -> None:
+    """Raise ``ValueError`` if ``policy.strict`` and a whole model, whose sites are in the modules at ``paths``, has
+    none, or something in the policy matches none of them."""
+    paths = set(paths)
+    if policy.strict and not paths:
+        raise Unmet(
+            "strict=True: no attention was found in this graph; allowed are graphs that call "
+            "torch.nn.functional.scaled_dot_product_attention, nn.MultiheadAttention or nn.TransformerEncoderLayer, or "
+            "write attention out around a softmax (set strict=False to compile it as it is)"
+        )
+    require_matches(paths, policy)
+
+
+def _named(method_options: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The module paths that options of methods speak of, and how they are shown."""
+    return {
+        path: f"method_options[{name!r}]{words}"
+        for name, options in method_options.items()
+        for path, words in METHODS[name].named(options).items()
+    }
 
 
 def require_matches(paths: Iterable[str], policy: Policy) -> None:
@@ -107,9 +154,19 @@ def require_matches(paths: Iterable[str], policy: Policy) -> None:
     paths = sorted(set(paths))
     missing = unmatched(paths, policy) if policy.strict else ()
     if missing:
-        raise ValueError(
+        raise Unmet(
             f"strict=True: {', '.join(missing)} match{'' if len(missing) > 1 else 'es'} no attention site; allowed are "
             f"those for {', '.join(path or '(root)' for path in paths) or 'no module at all: there is no site here'}"
+        )
+
+
+def require_modules(paths: Iterable[str], policy: Policy) -> None:
+    """Raise ``ValueError`` if ``policy.strict`` and something in it matches none of the modules that a model has."""
+    missing = unmatched(paths, policy) if policy.strict else ()
+    if missing:
+        raise Unmet(
+            f"strict=True: {', '.join(missing)} match{'' if len(missing) > 1 else 'es'} no module of the model; "
+            "allowed are globs for the paths of model.named_modules()"
         )
 
 
@@ -120,7 +177,7 @@ def require(planned: Iterable[tuple[str, Plan]], policy: Policy) -> None:
         return
     width = max(len(name) for name, _ in refused)
     lines = [f"  {name:<{width}}  {decision.reason}" for name, decision in refused]
-    raise ValueError(
+    raise Unmet(
         f"strict=True: {len(refused)} attention site{'s were' if len(refused) > 1 else ' was'} refused "
         "(allowed is strict=False, which leaves them exact)\n" + "\n".join(lines)
     )
@@ -159,7 +216,7 @@ def _left_alone(question: Question, policy: Policy, local: Policy) -> Plan | Non
         return Plan("exact", "exact", f"training=False, and {question.gradient}")
     givers = [f"modules[{glob!r}]" for glob in policy.globs(question.module) if "methods" in policy.modules[glob]]
     if local.methods is not None and local.methods[0] == "exact":
-        if question.form != "softmax" or (givers and question.refusal is not None):
+        if question.form not in ("softmax", NOT_MATCHED) or (givers and question.refusal is not None):
             return Plan("exact", "exact", f"{(givers or ['methods'])[-1]} names 'exact' first")
     if not local.causal_only or question.refusal is not None or question.spec.mask.causal:
         return None

@@ -11,7 +11,7 @@ import torch
 
 from express_compile.cost import Cost, Device, Rates
 from express_compile.method import METHODS, Method
-from express_compile.passes.plan import check_policy, plan, plan_sites, require, unmatched
+from express_compile.passes.plan import check_policy, plan, plan_sites, require, require_matches, unmatched
 from express_compile.passes.site import AttentionSite
 from express_compile.predict import MARGIN, crossover
 from express_compile.saved import SavedPlan, SavedSite
@@ -185,9 +185,10 @@ def test_a_glob_without_a_site_is_told() -> None:
     policy = Policy(methods=("first",), modules={"a.*": "exact", "b": "second", "c*": {"budget": 8}})
     assert unmatched(["a.b", "d"], policy) == ("modules['b']", "modules['c*']")
     assert unmatched(["a.x", "b", "c"], policy) == ()
-    plan_sites([site("a.b")], policy)
+    require_matches(["a.b"], policy)
+    plan_sites([site("a.b")], replace(policy, strict=True))  # other graphs may have what this one has not
     with pytest.raises(ValueError, match=r"modules\['b'\], modules\['c\*'\] match no attention site; .* a\.b, d"):
-        plan_sites([site("a.b"), site("d")], replace(policy, strict=True))
+        require_matches(["a.b", "d"], replace(policy, strict=True))
 
 
 def test_names_of_methods_are_checked_for_modules_too() -> None:
@@ -226,7 +227,7 @@ def test_a_function_as_budget() -> None:
     policy = Policy(methods=("thinformer",), budget=lambda n: asked.append(n) or n // 5)
     spec = replace(SPEC, mask=Mask())
     decision = plan(spec, policy)
-    assert asked == list(TABLE_AT) and decision.policy.budget == tuple(max(4, n // 5) for n in TABLE_AT)
+    assert asked == 2 * list(TABLE_AT) and decision.policy.budget == tuple(max(4, n // 5) for n in TABLE_AT)
     assert decision.params["table"] == [floor_power_of_two(rows) for rows in decision.policy.budget]
     assert plan(replace(spec, Lk=10), policy).params == decision.params, "padded or not, the same table"
     with pytest.raises(ValueError, match=r"budget\(16\) returned 3.2: must be a number of rows, an int"):
@@ -262,7 +263,7 @@ def test_a_symbolic_length_is_decided_by_the_op_or_not_at_all(monkeypatch: pytes
     tabled = Policy(methods=("thinformer", "santa"), budget=lambda n: asked.append(n) or n // 8, min_length=512)
     both = replace(spec, mask=Mask())
     decision = plan(both, tabled)
-    assert asked == list(TABLE_AT) and decision.verdict == "rewritten"
+    assert asked == 2 * list(TABLE_AT) and decision.verdict == "rewritten"
     assert decision.params["table"] == [max(4, 1 << k - 3) for k in range(4, 22)] and decision.params["s"] == 0
     assert decision.policy.budget == tuple(decision.params["table"]) and "queries" in str(decision.rejected[0])
     kept = SavedPlan((SavedSite.from_plan("", 0, both, decision),))
@@ -272,7 +273,7 @@ def test_a_symbolic_length_is_decided_by_the_op_or_not_at_all(monkeypatch: pytes
         assert again.verdict == "rewritten" and again.params["table"] == decision.params["table"]
     decision = plan(spec, Policy(methods=("first", "exact")))
     assert "needs a known number of keys" in decision.reason and "min_length=64 " in decision.reason
-    rates = {"express": Rates(launches=2e-3), "exact": Rates(scores=1e-6)}
+    rates = {"express": Rates(launches=2e-3), "thinformer": Rates(launches=2e-3), "exact": Rates(scores=1e-6)}
     device = Device("a CPU", "made up too", {"float32": rates})
     monkeypatch.setattr("express_compile.passes.plan.device_of", {"cpu": device}.get)
     decision = plan(replace(spec, B=m), Policy(methods=("express", "exact"), sinks=0, window=0, protected=0, budget=8))
@@ -282,11 +283,12 @@ def test_a_symbolic_length_is_decided_by_the_op_or_not_at_all(monkeypatch: pytes
     )
     # two launches are 4.2 ms with the margin: 4 heads of 45 (45 + 1) / 2 scores are 4.14 ms, those of 46 are 4.32
     assert decision.params["min_length"] == 46
-    for budget in (64, lambda n: 64):  # a table is predicted as its rows are
-        decision = plan(replace(spec, B=m), Policy(methods=("express", "exact"), budget=budget, protected=0))
+    budgets = [("express", spec, 64), ("thinformer", both, 64), ("thinformer", both, lambda n: 64)]
+    for name, site, budget in budgets:  # a table is predicted as its rows are
+        decision = plan(replace(site, B=m), Policy(methods=(name, "exact"), budget=budget, protected=0))
         shortest = decision.params["min_length"]
         assert shortest == crossover(
-            "express", "exact", replace(spec, B=m), Policy(budget=64, protected=0), device, margin=MARGIN
+            name, "exact", replace(site, B=m), Policy(budget=64, protected=0), device, margin=MARGIN
         )
     assert len(shapes.guards) == guards  # a decision adds no guard
 
