@@ -37,6 +37,7 @@ from .method import METHODS
 from .module_code import calls_interface, can_import_transformers, depends_on_name, passes
 from .report import SiteReport, recorder
 from .spec import AttentionSpec, Mask, Plan, Policy, default_scale, feature_major, layer_key
+from .tracers import cannot_trace
 
 if TYPE_CHECKING:
     from .shadow import Shadow
@@ -154,7 +155,7 @@ def is_rewritten(model: nn.Module) -> bool:
 def _is_changed(model: nn.Module) -> bool:
     """Whether there is anything to restore in ``model``."""
     _require_module(model)
-    return any(_SITE in module.__dict__ or capture.is_captured(module) for module in model.modules())
+    return bool(capture.installed(model)) or any(_SITE in module.__dict__ for module in model.modules())
 
 
 def _is_in_force(module: nn.Module) -> bool:
@@ -621,7 +622,7 @@ def _export(
 
 @untraced
 def _refuse_export(module: nn.Module) -> None:
-    raise RuntimeError(capture._cannot_export(module))
+    raise RuntimeError(cannot_trace(type(module).__name__, "torch.export"))
 
 
 def _attend_compiled(

@@ -51,7 +51,12 @@ def _functions(cls: type) -> tuple[Callable[..., Any], ...]:
 
 
 def _code(function: Callable[..., Any]) -> Iterator[CodeType]:
-    pending = [code for code in [getattr(function, "__code__", None)] if code is not None]
+    code = getattr(function, "__code__", None)
+    return iter(()) if code is None else _parts(code)
+
+
+def _parts(code: CodeType) -> Iterator[CodeType]:
+    pending = [code]
     while pending:
         code = pending.pop()
         yield code
@@ -127,8 +132,19 @@ def writes_attention(module: nn.Module) -> bool:
     for child in module.children():  # products may be modules, too
         if not any(True for _ in (*child.parameters(), *child.children())):
             names |= _names(type(child)) & _PRODUCTS
-    softmax = names & _SOFTMAX or any(isinstance(child, nn.Softmax) for child in module.children())
+    softmax = names & _SOFTMAX or _has_softmax(module)
     return bool(names & _WHOLE or (softmax and names & _PRODUCTS))
+
+
+def code_writes_attention(code: CodeType, owner: object = None) -> bool:
+    """Whether a piece of code, a method of ``owner`` perhaps, holds attention itself and not in what it calls."""
+    names = {name for part in _parts(code) for name in _operations(part)}
+    softmax = names & _SOFTMAX or (isinstance(owner, nn.Module) and _has_softmax(owner))
+    return bool(names & _WHOLE or (softmax and names & _PRODUCTS))
+
+
+def _has_softmax(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Softmax) for child in module.children())
 
 
 @cache

@@ -459,6 +459,7 @@ def _dry_run(model: Any, policy: Policy, error: bool, args: list[Any], kwargs: d
 
     from .backend import rewrite_planned
     from .calls import plainly, wrap_ops
+    from .dynamo import Compiled
     from .method import METHODS
     from .outside import Outside
     from .passes.buffers import Buffers
@@ -496,9 +497,13 @@ def _dry_run(model: Any, policy: Policy, error: bool, args: list[Any], kwargs: d
 
     # a model that was compiled often has used up Dynamo's limit for its code, which would then run uncaptured
     limits = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
-    patient = torch._dynamo.config.patch(**limits, suppress_errors=True, fail_on_recompile_limit_hit=False)
-    with patient, _compared(error) as errors, outside:
-        torch.compile(_uncompiled(model), backend=record)(*args, **kwargs)
+    patient = torch._dynamo.config.patch(**limits, fail_on_recompile_limit_hit=False)
+    compiled = Compiled(_uncompiled(model), record)
+    try:
+        with patient, _compared(error) as errors, outside:
+            compiled(*args, **kwargs)
+    finally:
+        compiled.close()
     if failed:
         raise failed[0]
     paths = [site.module for site in found]

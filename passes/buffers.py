@@ -1,7 +1,8 @@
 """Masks that a module keeps as buffers: their values are looked at when compiling, and guarded when running.
 
 nanoGPT, GPT-Neo and many others register ``tril(ones(n, n))`` once and slice it. To the prover such a buffer is a
-tensor of unknown values. Dynamo hands its memory to the backend, so that it can be compared with a triangle or a band:
+tensor of unknown values. Dynamo hands its memory to the backend, so that it can be compared with a triangle, a band or
+one number (the ``masked_bias`` of GPT-Neo):
 :meth:`Buffers.value`. What was relied on must stay as it is: at every call :meth:`Buffers.guard` looks whether the
 buffer is the same tensor and was not written since, and otherwise runs the graph as it was.
 """
@@ -38,7 +39,7 @@ class Buffers:
 
         ``condition`` is a sympy boolean of the last two coordinates; ``then`` and ``other`` are Python numbers.
         """
-        if node not in self.tensors or len(coords) < 2:
+        if node not in self.tensors:
             return None
         if node not in self.bands:
             self.bands[node] = _band(self.tensors[node])
@@ -47,7 +48,7 @@ class Buffers:
             return None
         self.used.add(node)
         low, high, inside, outside = band
-        row, column = coords[-2:]
+        row, column = coords[-2:] if len(coords) > 1 else (None, None)
         conditions = [] if high is None else [sympy.Le(column, row + high)]
         conditions += [] if low is None else [sympy.Ge(column, row + low)]
         return sympy.And(*conditions), inside, outside
@@ -90,12 +91,18 @@ def _is_buffer(node: Node) -> bool:
 def _is_readable(value: Any) -> bool:
     if type(value) is not torch.Tensor or value.layout != torch.strided or value.is_inference() or value.is_meta:
         return False
-    return value.dim() >= 2 and 0 < value.numel() <= _MAX_ELEMENTS and not value.is_complex()
+    return 0 < value.numel() <= _MAX_ELEMENTS and not value.is_complex()
 
 
 def _band(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     """``(low, high, inside, outside)`` of a matrix that is ``inside`` where ``low <= column - row <= high`` and
-    ``outside`` elsewhere; a bound that no element tests is None. None for any other tensor."""
+    ``outside`` elsewhere; a bound that no element tests is None, as both are where all elements are the same. None for
+    any other tensor."""
+    first = tensor.detach().reshape(-1)[0]
+    if bool((tensor == first).all()):
+        return None, None, first.item(), first.item()
+    if tensor.dim() < 2:
+        return None
     if any(size != 1 for size in tensor.shape[:-2]):
         return None
     matrix = tensor.detach().reshape(tensor.shape[-2:])

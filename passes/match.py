@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from ..spec import AttentionSpec, Mask, default_scale, feature_major, known_equal
-from . import softmax
+from . import near, softmax
 from .buffers import Buffers
 from .cut import cut_products
 from .mask import MaskPart, Padding, prove, same_for_all_queries
@@ -43,6 +43,7 @@ from .site import (
     shape_of,
 )
 from .symbolic import COORDINATES
+from .words import source_line
 
 
 def find_sites(gm: GraphModule, buffers: Buffers | None = None, place: Place | None = None) -> list[AttentionSite]:
@@ -66,11 +67,15 @@ def find_sites(gm: GraphModule, buffers: Buffers | None = None, place: Place | N
         return {"node": node, "graph_module": gm, "form": form, "refusal": lost, **where}
 
     for scope, node in _walk(Scope(gm, buffers=buffers or Buffers()), set()):
-        form = _form(node)
+        form, listed = _form(node), None
         if form is None:
-            continue
-        known = common(scope.gm, node, form)
+            listed = near.unread(node)
+            if listed is None:
+                continue
+        known = common(scope.gm, node, form or NOT_MATCHED)
         try:
+            if listed is not None:
+                raise listed
             facts = _describe(scope, node, form) if known["refusal"] is None else {}
             site = AttentionSite(**{**known, **facts})
             found.append(replace(site, written=scope.overwritten(site.node)))
@@ -87,8 +92,8 @@ def _form(node: Node) -> str | None:
     op = operation(node)
     if op is not None and op.name == "scaled_dot_product_attention":
         return "sdpa"
-    if op is not None and op.name == "softmax" and softmax.feeds_product(node):
-        return "softmax"
+    if softmax.softmax_of(node) is not None and not near.weighs_features(node):
+        return "softmax" if softmax.feeds_product(node) or near.is_cut_off(node) else None
     if node.target is torch.ops.higher_order.flex_attention:
         return NOT_MATCHED
     return OPAQUE.get(node.target) if node.op == "call_function" else None
@@ -124,7 +129,8 @@ def _walk(scope: Scope, visited: set[GraphModule]) -> Iterator[tuple[Scope, Node
             refusal = scope.refusal
             if refusal is None and _operator_name(node) not in _OPEN_OPERATORS:
                 refusal = f"it is inside the higher-order operator {_operator_name(node)}"
-            inner = Scope(body, _feeds(scope, node, body), scope, refusal, list(scope.autocast), scope.buffers)
+            feeds = _feeds(scope, node, body)
+            inner = Scope(body, feeds, scope, refusal, list(scope.autocast), scope.buffers, caller=node)
             yield from _walk(inner, visited)
 
 
@@ -145,16 +151,6 @@ def _feeds(scope: Scope, node: Node, body: GraphModule) -> dict[Node, Node]:
     return {inner: scope.outer.get(arg, arg) for inner, arg in pairs if isinstance(arg, Node)}
 
 
-_FRAME = re.compile(r'File "(.+)", line (\d+)')
-
-
-def source_line(node: Node) -> str:
-    """``file:line`` of the innermost frame outside torch that made a node; ``""`` if it was not recorded."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    outside = [frame for frame in frames if "/torch/" not in frame[0]] or frames
-    return ":".join(outside[-1]) if outside else ""
-
-
 def _describe(scope: Scope, node: Node, form: str) -> dict[str, Any]:
     """What ``node`` computes, as fields of its site."""
     if form == NOT_MATCHED:
@@ -162,10 +158,15 @@ def _describe(scope: Scope, node: Node, form: str) -> dict[str, Any]:
     if scope.refusal is not None:
         raise Refused(scope.refusal)
     if form == "softmax":
-        return softmax.describe(scope, node)
+        try:
+            return softmax.describe(scope, node)
+        except Refused:
+            mixed = near.mixes_heads(node)
+            if mixed is None:
+                raise
+            raise mixed from None
     if form != "sdpa":
-        facts = {"outer": scope.outer, "overwritten": scope.overwritten, "autocast": scope.contexts}
-        spec, padding, expand = describe(node, **facts)
+        spec, padding, expand = describe(scope, node)
         return {"spec": spec, "padding": padding, "expand": expand}
     args = operation(node).args
     query, key, value = (_tensor(args, name) for name in ("query", "key", "value"))
@@ -254,7 +255,7 @@ def _mask(
         return Mask(), None
     if not isinstance(mask, Node) or not isinstance(mask.meta.get("example_value"), torch.Tensor):
         return Mask(unknown="it is not a tensor of the graph"), None
-    proven, padding = prove(mask, sizes, outer=scope.outer, overwritten=scope.overwritten, buffers=scope.buffers)
+    proven, padding = prove(mask, sizes, scope, node)
     if proven.unknown is None:
         return proven, padding
     return same_for_all_queries(MaskPart(mask, COORDINATES, sizes), sizes) or (proven, padding)

@@ -30,6 +30,7 @@ from torch.fx import GraphModule, Node
 
 _PATHS = "express_compile_paths"
 _CALLS = nn.Module._call_impl.__code__
+_CAPTURES = "express_compile.capture"  # has a function of that kind for what rewrite_attention changed
 Scope = tuple[Mapping[str, Any], Mapping[str, Any], CodeType]
 """Local names, global names, and the code that uses them."""
 
@@ -98,7 +99,8 @@ def calls() -> Calls:
         if code.co_name == "compile_wrapper" and "fn" in frame.f_locals:
             return Calls(_compiled(frame.f_locals["fn"]), tuple(modules), tuple(outside))
         # Dynamo runs changed copies of a code, so it is known by its name
-        if code.co_name.endswith("_call_impl") and code.co_filename == _CALLS.co_filename:
+        theirs = code.co_filename == _CALLS.co_filename or frame.f_globals.get("__name__") == _CAPTURES
+        if theirs and code.co_name.endswith("_call_impl"):
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module):
                 outside.clear()

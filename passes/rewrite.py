@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..method import METHODS
 from ..spec import Plan, Policy, known_equal
 from .mask import Padding, PaddingTerm
-from .normalize import arithmetic_in_place, in_place, is_new, operation
+from .normalize import in_place, is_new, operation
 from .site import AttentionSite
 
 _COMPARISONS: dict[str, Callable[..., Any]] = {
@@ -272,7 +272,7 @@ def _sweep(graph: Graph, candidates: list[Node]) -> None:
 
 def _fills_its_own(node: Node) -> bool:
     """Whether a node writes in place into a new tensor that nobody else knows."""
-    write = in_place(node) or arithmetic_in_place(node)
+    write = in_place(node)
     target = None if write is None else write.get("input")
     return isinstance(target, Node) and list(target.users) == [node] and _is_own(target)
 
@@ -282,6 +282,6 @@ def _is_own(node: Node) -> bool:
     op = operation(node)
     if op is not None:
         return is_new(node) or op.name in _FRESH
-    write = arithmetic_in_place(node)
+    write = in_place(node)
     target = None if write is None else write.get("input")
     return isinstance(target, Node) and list(target.users) == [node] and _is_own(target)

@@ -16,6 +16,7 @@ import copy
 import linecache
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -939,6 +940,11 @@ def programs(draw: st.DrawFn) -> Program:
 # ---- running and comparing -----------------------------------------------------------------------------------------
 
 
+def names_by_dynamo(gm: torch.fx.GraphModule) -> set[str]:
+    """The names of nodes that no user has written: ``view_3``, ``l_mask_``."""
+    return {node.name for node in gm.graph.nodes if re.search(r"_\d+$|^l_", node.name)}
+
+
 @dataclass
 class Captured:
     """A Dynamo backend that keeps a rewritten copy of the graph for every policy and runs the one ``chosen``."""
@@ -957,8 +963,10 @@ class Captured:
             verdicts = [plan.verdict for _, plan in planned]
             assert self.count[name] == verdicts.count("rewritten"), verdicts
             assert self.count[name] or copied.code == gm.code, "a graph without a rewritten site was changed"
-            for _, plan in planned:
+            for site, plan in planned:
                 assert plan.verdict in ("rewritten", "exact", "refused") and plan.reason.strip(), plan
+                said = f"{plan.reason} {site.spec and site.spec.mask}"
+                assert not {*re.findall(r"\w+", said)} & names_by_dynamo(gm), said
         return lambda *args: variants[self.chosen](*args)
 
 
