@@ -64,7 +64,7 @@ def check_policy(policy: Policy) -> None:
         if name not in known:
             raise ValueError(f"method_options: unknown method {name!r}; allowed are {', '.join(known)}")
         METHODS[name].own_options(policy)
-    policy.resolve(_PROBES[0].Lk)  # whether a function gives rows; which is for the lengths that it will be asked for
+    policy.tabled()  # whether a function gives rows
     local = replace(policy, budget=Policy.budget) if callable(policy.budget) else policy
     for name in dict.fromkeys((*(policy.methods or DEFAULT_METHODS), *policy.method_options)):
         if name == "exact":  # it has no op, and takes everything
@@ -202,7 +202,7 @@ def answer(question: Question, policy: Policy) -> Plan:
     if decision is None:
         if question.refusal is not None:
             return replace(_refused(question.refusal, local, question.nearest), policy=local)
-        local = local.resolve(spec.Lk) if isinstance(spec.Lk, int) else local.tabled()
+        local = local.tabled()
         decision = _decide(spec, local, question.graphs)
         if question.form == "softmax" and decision.method == "exact" and "exact" in (local.methods or ()):
             reason = f"{decision.reason}; as scaled_dot_product_attention"
