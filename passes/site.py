@@ -53,6 +53,8 @@ class AttentionSite:
     nearest: what could be rewritten in its place then, in words, if there is such a thing.
     expand: writes ``scaled_dot_product_attention`` for what is no call of it, or for a call whose query or key was
         scaled before; None where the call can stay as it is.
+    exact: the same for attention that is written out and stays exact; None where SDPA would not give all that it gives.
+    averages: whether a row whose keys are all hidden gets the mean of the values.
     """
 
     node: Node
@@ -70,6 +72,8 @@ class AttentionSite:
     expand: Expand | None = None
     written: bool = False
     nearest: str | None = None
+    exact: Expand | None = None
+    averages: bool = False
 
     @property
     def layer(self) -> int:
