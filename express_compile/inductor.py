@@ -16,7 +16,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule, Node
 
-from .passes.normalize import bodies
+from .passes.normalize import computes_gradients
 
 _aten = torch.ops.aten
 
@@ -80,11 +80,3 @@ def _without_rematerialization(gm: GraphModule) -> AbstractContextManager[Any]:
     if not hasattr(config, "remat_using_tags_for_fwd_loss_bwd_graph") or computes_gradients(gm):
         return nullcontext()
     return config.patch(remat_using_tags_for_fwd_loss_bwd_graph=False)
-
-
-def computes_gradients(gm: GraphModule) -> bool:
-    """Whether a Dynamo graph computes gradients itself (``torch.autograd.grad`` inside of what is compiled)."""
-    return any(
-        node.meta.get("autograd_backward") or (node.meta.get("custom") or {}).get("phase") == "backward"
-        for node in gm.graph.nodes
-    )

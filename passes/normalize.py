@@ -324,3 +324,14 @@ def graph_module(node: Node) -> GraphModule | None:
     for part in node.target.split("."):
         owner = getattr(owner, part, None)
     return owner if isinstance(owner, GraphModule) else None
+
+
+def computes_gradients(gm: GraphModule) -> bool:
+    """Whether a Dynamo graph computes gradients itself (``torch.autograd.grad`` inside of what is compiled)."""
+    return any(
+        node.target is torch.autograd.grad
+        or getattr(node.target, "__name__", "") == "_autograd_grad"
+        or node.meta.get("autograd_backward")
+        or (node.meta.get("custom") or {}).get("phase") == "backward"
+        for node in gm.graph.nodes
+    )

@@ -200,6 +200,8 @@ def check_heads(query: torch.Size, key: torch.Size, value: torch.Size, repeats: 
     ``repeats``: keys and values of fewer heads, also of more than one, are meant to be repeated for the query heads.
     """
     B, H, H_kv = query[0], number(query[1]), number(key[1])
+    if known_equal(query[3], 0) or known_equal(value[3], 0):
+        raise Refused("its head size is 0")
     for name, shape in (("key", key), ("value", value)):
         if not known_equal(shape[0], B):
             raise Refused(f"its {name} has batch size {shape[0]}, its query {B}")
