@@ -91,7 +91,7 @@ _ALIASES = {
     "swapaxes": "transpose",
     "swapdims": "transpose",
     "_unsafe_view": "view",
-    "_softmax": "softmax",
+    **dict.fromkeys(("_softmax", "_safe_softmax"), "softmax"),  # the latter gives 0 where all is hidden, as SDPA does
     **dict.fromkeys(("bool", "int", "long", "float", "double", "half", "bfloat16", "type", "type_as"), "to"),
     **dict.fromkeys(("cpu", "cuda", "_to_copy"), "to"),
 }

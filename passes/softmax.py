@@ -362,7 +362,7 @@ def _step(scores: _Scores, op: Any, node: Node, evaluator: Evaluator) -> Node:
             return before  # the same for all keys: no softmax sees it
         if name == "sub" and sign == -1 and _is_row_maximum(other, before):
             return before
-        if not _example(other).dtype.is_floating_point:
+        if _example(other).dtype.is_complex:
             raise Refused(f"it adds a tensor of {_example(other).dtype} to its scores")
         scores.added.append((other, scores.factor * sign, node))
         return before
@@ -658,6 +658,8 @@ def _prove(
     for node, factor, like in scores.added:
         if factor < MIN_FACTOR:
             return Mask(unknown=f"it adds a tensor with the factor {factor:g}"), None
+        if not _example(node).dtype.is_floating_point:
+            return Mask(unknown=f"it adds a tensor of {_example(node).dtype} to its scores"), None
         shown = _shown(scope, node)
         parts.append(MaskPart(node if shown is None else shown, *_coordinates(like, heads)))
     for node, hides, like in scores.filled:
@@ -728,6 +730,8 @@ def _emit_mask(
     bias = visible = None
     for node, factor, like in scores.added:
         term = _broadcast(node, like, heads, emit)
+        if not _example(node).dtype.is_floating_point:
+            term = emit(torch.Tensor.to, term, dtype)  # the sum of two booleans is another one
         if factor != 1:
             term = emit(torch.mul, term, factor)
         bias = term if bias is None else emit(torch.add, bias, term)

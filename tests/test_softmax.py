@@ -461,7 +461,6 @@ NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     "dropped twice": (lambda q, k, v: F.dropout(F.dropout((q @ k.mT).softmax(-1), 0.3), 0.2) @ v,
                       "drops attention weights twice"),
     "five dimensions": (lambda q, k, v: (q[None] @ k[None].mT).softmax(-1) @ v[None], "of 5 and 5 dimensions"),
-    "a boolean that is added": (lambda q, k, v: (q @ k.mT + causal()).softmax(-1) @ v, "adds a tensor of torch.bool"),
     "one query, many biases": (
         lambda q, k, v: (q[:, :, :1] @ k.mT + v.sum(-1, keepdim=True)).softmax(-1) @ v,
         "its scores are (2, 4, 1, 12) and later",
