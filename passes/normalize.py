@@ -154,7 +154,7 @@ def arithmetic_in_place(node: Node) -> Operation | None:
 def number(arg: Any) -> Any:
     """An argument as a number, where it is one for every input: Dynamo may hand over a node or a symbol for it.
 
-    The attribute of a module that has had another value before, in another model of its class say, becomes a symbol too.
+    The attribute of a module that has had another value before, in another model of its class say, becomes a symbol.
     Its value now is taken, and Dynamo guards it. What a caller passes may change often, and stays a symbol.
     """
     node, arg = arg, arg.meta.get("example_value") if isinstance(arg, Node) else arg

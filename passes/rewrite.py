@@ -31,8 +31,8 @@ def rewrite(
 ) -> int:
     """Replace every site whose plan says so, in place; returns how many were.
 
-    With ``written_out`` attention that is written out and understood becomes ``scaled_dot_product_attention`` also where
-    it stays exact: as fast as a compiler's own fusion would make it, and right.
+    With ``written_out`` attention that is written out and understood becomes ``scaled_dot_product_attention`` also
+    where it stays exact: as fast as a compiler's own fusion would make it, and right.
 
     Each op gets one seed per graph and device: ``policy.seed``, or a number drawn in the graph from torch's
     default generator if that is None. Mask and repeat code that no one else uses is removed. Raises ``ValueError``

@@ -709,7 +709,8 @@ def _write(
         if averages:
             hidden = emit(torch.logical_not, emit(torch.any, visible, -1, True))
             q = emit(torch.masked_fill, q, hidden, 0.0)
-            mask = emit(torch.logical_or, mask, hidden) if mask is visible else emit(torch.masked_fill, mask, hidden, 0.0)
+            show = (torch.logical_or, mask, hidden) if mask is visible else (torch.masked_fill, mask, hidden, 0.0)
+            mask = emit(*show)
         attention = emit(
             F.scaled_dot_product_attention, q, k, v,
             attn_mask=mask, dropout_p=spec.dropout_p, scale=spec.scale, enable_gqa=not known_equal(spec.H, spec.H_kv),

@@ -68,7 +68,7 @@ MISREAD: dict[str, Callable[..., torch.Tensor]] = {
     "keys of another batch": lambda q, k, v: (q @ k.permute(2, 3, 0, 1) * 0.25).softmax(-1) @ v,
     "keys and heads exchanged": lambda q, k, v: (q @ k.permute(0, 2, 3, 1) * 0.25).softmax(-1) @ v,
     "keys not transposed": lambda q, k, v: (q @ k.permute(1, 0, 2, 3) * 0.25).softmax(-1) @ v,
-    "by hand": lambda q, k, v: (e := ((s := q @ k.permute(2, 3, 0, 1)) * 0.25 - 1).exp()) / e.sum(-1, keepdim=True) @ v,
+    "by hand": lambda q, k, v: (e := (q @ k.permute(2, 3, 0, 1) * 0.25).exp()) / e.sum(-1, keepdim=True) @ v,
     "softmin": lambda q, k, v: F.softmin(q @ k.permute(2, 3, 0, 1) * 0.25, -2) @ v,
     "dropped": lambda q, k, v: F.dropout((q @ k.permute(2, 3, 0, 1) * 0.25).softmax(-1), 0.0) @ v,
     "cast": lambda q, k, v: (q @ k.permute(2, 3, 0, 1) * 0.25).float().softmax(-2).type_as(q) @ v,
@@ -76,7 +76,7 @@ MISREAD: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def _after_the_patterns(f: Callable, inputs: list[torch.Tensor], pre_pass: Any) -> tuple[torch.Tensor | None, int]:
-    """What inductor's passes make of ``f`` before any code is written, and how many patterns they saw; None: a crash."""
+    """What inductor's passes make of ``f`` before they write code (None: a crash), and how many patterns they saw."""
     gm = make_fx(f, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs)
     counters.clear()
     try:
@@ -136,7 +136,8 @@ class Sites(nn.Module):
     """One attention that inductor misreads of every kind, and one that stays exact by choice."""
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(MISREAD[name](q, k, v) for name in ("softmax over the queries", "keys of another batch", "by hand"))
+        names = ("softmax over the queries", "keys of another batch", "by hand")
+        return tuple(MISREAD[name](q, k, v) for name in names)
 
 
 @pytest.mark.parametrize("gradients", [False, True])
@@ -327,7 +328,7 @@ FUSED: dict[str, Callable[..., torch.Tensor]] = {
     "a boolean added": lambda q, k, v: torch.softmax(q @ k.mT / 3 + SEEN.masked_fill(~SEEN, -math.inf), -1) @ v,
     "heads last": _heads_last(lambda q, k, v: (q @ k.mT / 3).softmax(-1) @ v),
     "divided before": _heads_last(lambda q, k, v: ((q / 3) @ k.mT).softmax(-1) @ v),
-    "softmax in float": _heads_last(lambda q, k, v: F.dropout((q @ k.mT / 3).softmax(-1, dtype=torch.float32), 0.0) @ v),
+    "softmax in float": _heads_last(lambda q, k, v: F.dropout((q @ k.mT / 3).softmax(-1, torch.float32), 0.0) @ v),
     "batches": lambda q, k, v: torch.bmm(
         F.dropout(torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).softmax(-1), 0.0), v.flatten(0, 1)
     ),
@@ -366,7 +367,9 @@ FUSED: dict[str, Callable[..., torch.Tensor]] = {
         v.flatten(0, 1),
     ),
     "the math of SDPA": _heads_last(
-        lambda q, k, v: _safe(torch.ops.aten.mul.Scalar(q, 0.6) @ torch.ops.aten.mul.Scalar(k.transpose(-2, -1), 0.6)) @ v
+        lambda q, k, v: _safe(
+            torch.ops.aten.mul.Scalar(q, 0.6) @ torch.ops.aten.mul.Scalar(k.transpose(-2, -1), 0.6)
+        ) @ v
     ),
     "the math of SDPA, masked": _heads_last(
         lambda q, k, v: _safe(
