@@ -27,7 +27,7 @@ from .calls import Op, call, exact_options, wrap_ops
 from .method import METHODS
 from .module_code import writes_attention
 from .report import SiteReport, recorder
-from .spec import Plan, Policy, known_equal
+from .spec import Plan, Policy, Unmet, known_equal
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -46,13 +46,15 @@ _NOT_CAPTURED = (
 
 
 class _Progress:
-    """The outermost call in progress. graphs: how many captured graphs have run in it."""
+    """The outermost call in progress. graphs: how many captured graphs have run in it; paths: of their sites."""
 
     def __init__(self) -> None:
         self.graphs = 0
+        self.paths: set[str] = set()
 
 
 _in_progress: ContextVar[_Progress | None] = ContextVar("express_compile_call", default=None)
+_running: ContextVar[Capture] = ContextVar("express_compile_capture")
 
 
 # --------------------------------------------------------------------------------------------- public functions
@@ -118,6 +120,7 @@ class Capture:
     """What a call of ``module`` runs instead of ``module._call_impl``. Copies and pickles of the module get their own.
 
     path: of the module, in the model that was rewritten, which is ``root`` while it exists.
+    seen: paths of the sites in graphs that have run, in calls of ``module`` and of what is inside.
     watch: what has the errors of its sites sampled, in a model where this one is at ``prefix``; stays behind in a copy.
     """
 
@@ -131,10 +134,10 @@ class Capture:
     def _install(self) -> None:
         self.watch: Watch | None = None
         self.prefix = ""
-        self._found_sites = self._warned = False
+        self._warned = False
+        self.seen: set[str] = set()
         call = FunctionType(_call.__code__.replace(), _call.__globals__)  # Dynamo counts recompilations by code object
-        backend = weakref.WeakMethod(self._rewrite)  # Dynamo keeps it where garbage collection does not look
-        self._captured = torch.compile(call, backend=lambda gm, inputs: backend()(gm, inputs))
+        self._captured = torch.compile(call, backend=_backend)
         self.module.__dict__["_compiled_call_impl"] = self
 
     def uninstall(self) -> None:
@@ -162,7 +165,7 @@ class Capture:
             raise RuntimeError(_cannot_export(self.module))
         call = _in_progress.get() or _Progress()
         before = call.graphs
-        token = _in_progress.set(call)
+        token, inner = _in_progress.set(call), _running.set(self)
         try:
             with _whole_graphs():
                 result = self._captured(self.module, *args, **kwargs)
@@ -172,12 +175,27 @@ class Capture:
             raise
         finally:
             _in_progress.reset(token)
+            _running.reset(inner)
         if call.graphs == before:
             call.graphs += 1  # it is said once
             self._say_not_captured()
-        elif self.policy.strict and not self._found_sites and _in_progress.get() is None:
-            raise ValueError(f"strict=True: no attention was found in the graphs of {type(self.module).__name__}")
+        elif self.policy.strict and _in_progress.get() is None:
+            self._require_sites(call.paths)
         return result
+
+    def _require_sites(self, paths: set[str]) -> None:
+        """Judge by the paths of the sites in all graphs of a call: it has some. The call of a whole model shows whether
+        names in the policy have none."""
+        from .eager import rewritten_sites
+        from .passes.plan import require_matches
+
+        if not paths:
+            raise Unmet(f"strict=True: no attention was found in the graphs of {type(self.module).__name__}")
+        root = None if self.root is None else self.root()
+        whole = self if root is None or not is_captured(root) else root.__dict__[_CAPTURE]
+        whole.seen |= paths
+        if self.module is root:
+            require_matches(self.seen | rewritten_sites(root).keys(), self.policy)
 
     def _say_not_captured(self) -> None:
         if self.policy.strict:
@@ -189,16 +207,18 @@ class Capture:
             warnings.warn(f"{self.path or type(self.module).__name__}: {_NOT_CAPTURED}", RuntimeWarning, stacklevel=6)
 
     def _rewrite(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        """The backend: a callable that runs the rewritten graph."""
+        """A callable that runs the rewritten graph."""
         from .backend import rewrite_planned
         from .passes.buffers import Buffers
         from .passes.match import find_sites
+        from .passes.place import Place
         from .passes.plan import plan_sites
 
-        self._name(gm)
+        place = Place.of_graph(self.module, self.path)
         buffers = Buffers(gm, inputs)
-        planned = plan_sites(find_sites(gm, buffers), self.policy)
-        self._found_sites |= bool(planned)
+        planned = plan_sites(find_sites(gm, buffers, place), self.policy)
+        if planned:
+            place.pin()
         unchanged = rewrite_planned(gm, planned, self.policy, buffers)
         shadows = self._watch(gm, planned)
         run = _recorded(gm, [SiteReport.of(site, plan) for site, plan in planned], shadows)
@@ -221,17 +241,6 @@ class Capture:
 
         wrap_ops(gm, wrap)
         return found
-
-    def _name(self, gm: GraphModule) -> None:
-        """Give the modules in the graph their paths in the model that was rewritten, whatever part was called."""
-        inside = self.module.named_modules(prefix=self.path)
-        names = {str(id(module)): f"L['self'].{path}".removesuffix(".") for path, module in inside}
-        root = (names[str(id(self.module))], type(self.module))
-        for graph in {part.graph for part in gm.modules() if isinstance(part, torch.fx.GraphModule)}:
-            for node in graph.nodes:
-                stack = node.meta.get("nn_module_stack") or {}
-                paths = {key: (names.get(key.partition("@")[0], path), cls) for key, (path, cls) in stack.items()}
-                node.meta["nn_module_stack"] = {"": root, **paths}
 
 
 class _Follow:
@@ -295,6 +304,11 @@ def _whole_graphs() -> AbstractContextManager[Any]:
     return torch._dynamo.config.patch(optimize_ddp=False)
 
 
+def _backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """The backend of all captures: what Dynamo has compiled for one layer, the next one finds, if it holds no site."""
+    return _running.get()._rewrite(gm, inputs)
+
+
 def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return self._call_impl(*args, **kwargs)
 
@@ -308,6 +322,7 @@ def _recorded(
     def run(*args: Any) -> Any:
         if (call := _in_progress.get()) is not None:
             call.graphs += 1
+            call.paths.update(report.module for report in reports)
         result = gm.forward(*args)  # in which a site that is watched may fall back
         if (sites := recorder.get()) is not None:
             sites.extend(report if follow is None else follow.now(report) for report, follow in names)

@@ -69,17 +69,38 @@ def calls_interface(cls: type) -> Callable[..., Any] | None:
 
 @cache
 def depends_on_name(cls: type, name: str) -> bool:
-    """Whether a method of ``cls`` reads the name of the attention and mentions ``name``.
+    """Whether a method of ``cls`` reads the name of the attention and mentions ``name``, for something else than to
+    look it up (``ALL_ATTENTION_FUNCTIONS["sdpa"]``).
 
     Such code (the sparse indexers of DeepSeek V3.2, Falcon's own attention) takes another branch under another
-    name, so it must go on reading the old one.
+    name, so it must go on reading the old one. What runs once, when a module is made, does not count.
     """
     for function in _functions(cls):
+        if getattr(function, "__name__", "") == "__init__":
+            continue
         codes = list(_code(function))
-        constants = {c for code in codes for c in _flat(code.co_consts)}
-        if name in constants and any("_attn_implementation" in code.co_names for code in codes):
+        if any("_attn_implementation" in code.co_names for code in codes) and any(_mentions(c, name) for c in codes):
             return True
     return False
+
+
+def _mentions(code: CodeType, name: str) -> bool:
+    steps = list(dis.get_instructions(code))
+    return any(
+        step.opname == "LOAD_CONST" and name in _flat((step.argval,)) and not _is_subscript(after)
+        for step, after in zip(steps, [*steps[1:], None], strict=True)
+    )
+
+
+def _is_subscript(step: dis.Instruction | None) -> bool:
+    return step is not None and (step.opname == "BINARY_SUBSCR" or step.argrepr == "[]")
+
+
+@cache
+def passes(function: Callable[..., Any], names: tuple[str, ...]) -> bool:
+    """Whether ``function`` calls something with an argument of one of these ``names``."""
+    constants = {constant for code in _code(function) for constant in _flat(code.co_consts)}
+    return not constants.isdisjoint(names)
 
 
 def _flat(constants: Any) -> Iterator[Any]:
@@ -93,8 +114,9 @@ def _flat(constants: Any) -> Iterator[Any]:
 def writes_attention(module: nn.Module) -> bool:
     """Whether the code of ``module`` (not of its children) holds attention: as one call, or as softmax and products.
 
-    Read are its class, the functions that it calls by a global name, and the functions and callable objects that it
-    keeps as attributes. It is a search, no proof: what is found is still matched in the graph.
+    Read are its class, the functions that it calls by a global name, the functions and callable objects that it keeps
+    as attributes, and products that are modules of their own, without parameters. It is a search, no proof: what is
+    found is still matched in the graph.
     """
     names = set(_names(type(module)))
     for value in vars(module).values():
@@ -102,6 +124,9 @@ def writes_attention(module: nn.Module) -> bool:
             names |= _reachable((value,))
         elif callable(value) and not isinstance(value, (nn.Module, type)) and not _is_foreign(type(value).__module__):
             names |= _names(type(value))
+    for child in module.children():  # products may be modules, too
+        if not any(True for _ in (*child.parameters(), *child.children())):
+            names |= _names(type(child)) & _PRODUCTS
     softmax = names & _SOFTMAX or any(isinstance(child, nn.Softmax) for child in module.children())
     return bool(names & _WHOLE or (softmax and names & _PRODUCTS))
 

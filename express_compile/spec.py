@@ -429,6 +429,10 @@ class Plan:
     policy: Policy | None = field(default=None, repr=False, compare=False)
 
 
+class Unmet(ValueError):
+    """What ``strict=True`` asks for is not so."""
+
+
 def known_equal(a: Any, b: Any) -> bool:
     """Whether two sizes (ints, ``SymInt`` or sympy expressions) are equal for every input; adds no guard."""
     if isinstance(a, int) and isinstance(b, int):

@@ -27,25 +27,44 @@ from .cut import cut_products
 from .mask import MaskPart, Padding, prove, prove_all, same_for_all_queries
 from .multihead import OPAQUE, describe
 from .normalize import bodies, computes_gradients, graph_module, number, operation
+from .place import Place, module_path
 from .repeat import unrepeated
 from .scale import unscaled
-from .site import PADDED, AttentionSite, Emit, Operand, Refused, Scope, check_heads, entered, make_spec, shape_of
+from .site import (
+    NOT_MATCHED,
+    PADDED,
+    AttentionSite,
+    Emit,
+    Operand,
+    Refused,
+    Scope,
+    check_heads,
+    entered,
+    make_spec,
+    shape_of,
+)
 from .symbolic import COORDINATES
 
 
-def find_sites(gm: GraphModule, buffers: Buffers | None = None) -> list[AttentionSite]:
-    """All attention sites of ``gm`` and of the graph modules inside it, in order of execution. Changes nothing.
+def find_sites(gm: GraphModule, buffers: Buffers | None = None, place: Place | None = None) -> list[AttentionSite]:
+    """All attention sites of ``gm`` and of the graph modules inside it, in order of execution. Changes no code.
 
-    With ``buffers`` a mask may be proven by what a module's buffer holds: ``buffers.used`` are those then.
+    With ``buffers`` a mask may be proven by what a module's buffer holds: ``buffers.used`` are those then. ``place`` is
+    that of ``gm`` in its model; without it module paths are what Dynamo's words for modules say. Attention that is
+    written out belongs to the innermost module that holds both its products and its softmax.
     """
     found: list[AttentionSite] = []
     count: Counter[str] = Counter()
+    place = place or Place()
+    place.name(gm)
 
     def common(gm: GraphModule, node: Node, form: str) -> dict[str, Any]:
-        module = module_path(node)
+        path = module_path([node, *softmax.products(node)] if form == "softmax" else [node])
+        module = place.nearest if path is None else path
         count[module] += 1
-        place = {"module": module, "index": count[module] - 1, "source": source_line(node)}
-        return {"node": node, "graph_module": gm, "form": form, **place}
+        where = {"module": module, "index": place.number(module, count[module] - 1), "source": source_line(node)}
+        lost = place.lost if path is None else None
+        return {"node": node, "graph_module": gm, "form": form, "refusal": lost, **where}
 
     for scope, node in _walk(Scope(gm, buffers=buffers or Buffers()), set()):
         form = _form(node)
@@ -53,13 +72,15 @@ def find_sites(gm: GraphModule, buffers: Buffers | None = None) -> list[Attentio
             continue
         known = common(scope.gm, node, form)
         try:
-            site = AttentionSite(**{**known, **_describe(scope, node, form)})
+            facts = _describe(scope, node, form) if known["refusal"] is None else {}
+            site = AttentionSite(**{**known, **facts})
             found.append(replace(site, written=scope.overwritten(site.node)))
             scope.attended.add(site.node)
         except Refused as error:
-            found.append(AttentionSite(**known, refusal=str(error), nearest=error.nearest))
+            found.append(AttentionSite(**{**known, "refusal": str(error), "nearest": error.nearest}))
     for product, error in cut_products(gm):
-        found.append(AttentionSite(**common(gm, product, "softmax"), refusal=str(error), nearest=error.nearest))
+        known = common(gm, product, "softmax")
+        found.append(AttentionSite(**{**known, "refusal": str(error), "nearest": error.nearest}))
     return found
 
 
@@ -69,6 +90,8 @@ def _form(node: Node) -> str | None:
         return "sdpa"
     if op is not None and op.name == "softmax" and softmax.feeds_product(node):
         return "softmax"
+    if node.target is torch.ops.higher_order.flex_attention:
+        return NOT_MATCHED
     return OPAQUE.get(node.target) if node.op == "call_function" else None
 
 
@@ -145,25 +168,6 @@ def _feeds(scope: Scope, node: Node, body: GraphModule) -> dict[Node, Node]:
     return {inner: scope.outer.get(arg, arg) for inner, arg in pairs if isinstance(arg, Node)}
 
 
-def module_path(node: Node) -> str:
-    """Path of the innermost module a node was traced in, relative to the compiled root; ``""`` for the root.
-
-    For a compiled plain function, the name it uses for the module is the first part of the path.
-    """
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = list(stack.values())[-1][0]
-    path = re.sub(r"\._modules\[(?:'(\w+)'|\"(\w+)\")\]", lambda m: f".{m[1] or m[2]}", path)
-    root = re.match(r"[LG]\['(\w+)'\]", path)
-    if root is not None:
-        # a compiled module of torch.nn itself is the variable fn of a wrapper
-        is_root = root[1] == "self" or root[0] == "L['fn']"
-        path = path[root.end() :] if is_root else root[1] + path[root.end() :]
-    path = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path)
-    return path.removeprefix(".").removeprefix("_orig_mod").removeprefix(".")
-
-
 _FRAME = re.compile(r'File "(.+)", line (\d+)')
 
 
@@ -176,6 +180,8 @@ def source_line(node: Node) -> str:
 
 def _describe(scope: Scope, node: Node, form: str) -> dict[str, Any]:
     """What ``node`` computes, as fields of its site."""
+    if form == NOT_MATCHED:
+        raise Refused("it is flex_attention, whose score_mod and block_mask are code that is not read", _PLAIN)
     if scope.refusal is not None:
         raise Refused(scope.refusal)
     if form == "softmax":
@@ -225,6 +231,7 @@ def _write(
     return attention, out
 
 
+_PLAIN = "torch.nn.functional.scaled_dot_product_attention"
 FOUR = "query, key and value of four dimensions"
 
 

@@ -17,7 +17,7 @@ one or two batch letters. Refuses soft-caps, sinks, scores or weights that are w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -97,6 +97,30 @@ def feeds_product(node: Node) -> bool:
                     seen.add(user)
                     open_nodes.append(user)
     return False
+
+
+def products(softmax: Node) -> list[Node]:
+    """The product that the scores of a softmax begin with, and that of its weights with the values, if they are found.
+
+    It is a search, no proof.
+    """
+    of_keys = _nearest(softmax, lambda node: node.all_input_nodes, lambda node: _stays_scores(node, softmax))
+    return [*of_keys, *_nearest(softmax, lambda node: list(node.users), lambda node: True)]
+
+
+def _nearest(start: Node, further: Callable[[Node], list[Node]], fits: Callable[[Node], bool]) -> list[Node]:
+    """The nearest product that fits, or none; what lies beyond another softmax belongs to that."""
+    nodes, seen = [start], {start}
+    for node in nodes:  # which grow
+        op = operation(node)
+        if op is not None and op.name in _PRODUCTS and fits(node):
+            return [node]
+        if op is not None and op.name == "softmax" and node is not start:
+            continue
+        fresh = [x for x in further(node) if x not in seen]
+        seen.update(fresh)
+        nodes.extend(fresh)
+    return []
 
 
 def _from_inputs(scores: Any) -> bool:

@@ -116,7 +116,14 @@ ATEN_NAMES = {
     **{"multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub", "negative": "neg"},
     **{"absolute": "abs", "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le"},
     **{"not_equal": "ne", "swapaxes": "transpose", "swapdims": "transpose", "_unsafe_view": "view"},
-    **{"_softmax": "softmax", "_to_copy": "to", "type_as": "to", "__and__": "bitwise_and", "__or__": "bitwise_or"},
+    **{
+        "_softmax": "softmax",
+        "_safe_softmax": "softmax",
+        "_to_copy": "to",
+        "type_as": "to",
+        "__and__": "bitwise_and",
+        "__or__": "bitwise_or",
+    },
     **{"__xor__": "bitwise_xor", "rsub": "sub"},
 }
 ATEN_PARAMETERS = {
