@@ -104,9 +104,18 @@ def plan_sites(
     ``graphs``: they run inside a CUDA graph.
     """
     check_policy(policy)
-    planned = [(site, answer(_question(site, graphs), policy)) for site in sites]
+    planned = [(site, _with_averages(site, answer(_question(site, graphs), policy))) for site in sites]
     require([(site.module or "(root)", decision) for site, decision in planned], policy)
     return planned
+
+
+def _with_averages(site: AttentionSite, decision: Plan) -> Plan:
+    """The decision, which says what it changes beyond an approximation."""
+    kept = not site.averages or (decision.method == "exact" and site.exact is not None)
+    if decision.verdict != "rewritten" or kept:
+        return decision
+    reason = f"{decision.reason}; rows whose keys are all hidden give 0, where the model has the mean of the values"
+    return replace(decision, reason=reason)
 
 
 def unmatched(paths: Iterable[str], policy: Policy) -> tuple[str, ...]:
