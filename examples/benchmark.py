@@ -29,7 +29,7 @@ from rich.progress import track
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from express_compile import METHODS, Policy
+from express_compile import METHODS, Policy, Site
 from express_compile.devices import versions
 from express_compile.kernels import express as E
 from express_compile.kernels import thinformer as T
@@ -119,7 +119,7 @@ def check_gradients(q, k, v, policy: Policy) -> tuple[float, float]:
     q, k, v = (x[:, :, :6000].detach().requires_grad_() for x in (q, k, v))
     n, scale = q.shape[2], q.shape[-1] ** -0.5
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
-    params = METHODS["express"].params(None, policy)
+    params = METHODS["express"].params(Site(), policy)
     out, _ = METHODS["express"].op(q, k, v, None, seed, scale, LAYER, **params)
     grad = torch.randn_like(out)
     actual = torch.autograd.grad(out, (q, k, v), grad)
@@ -163,7 +163,7 @@ def op_of(
     policy: Policy, device: torch.device, padding: torch.Tensor | None = None, method: str = "express"
 ) -> Callable:
     """The op that ``policy`` means, as a function of query, key and value."""
-    params, op = METHODS[method].params(None, policy), METHODS[method].op
+    params, op = METHODS[method].params(Site(), policy), METHODS[method].op
     seed = torch.zeros((), dtype=torch.int64, device=device)
     return lambda q, k, v: op(q, k, v, padding, seed, q.shape[-1] ** -0.5, LAYER, **params)[0]
 
@@ -239,7 +239,7 @@ def train(policy: Policy, tensors, clock: Clock, repeats: int) -> dict:
 def check_rows(q, k, v, out, policy: Policy, padding: torch.Tensor | None) -> tuple[float, float]:
     """As :func:`check`, for 512 queries of Thinformer over the rows that the op itself selected."""
     scale, seed = q.shape[-1] ** -0.5, torch.zeros((), dtype=torch.int64, device=q.device)
-    s, rule = T._resolve(**METHODS["thinformer"].params(None, policy), Lk=k.shape[2])
+    s, rule = T._resolve(**METHODS["thinformer"].params(Site(), policy), Lk=k.shape[2])
     _, keys, values, lengths = T.select(k, v, padding, s, rule, scale, seed, LAYER)
     q, out = (x[:, :, x.shape[2] // 2 :][:, :, :512] for x in (q, out))
     table, nothing = dense_table(q.shape[2], keys.shape[2]), keys[:, :, :0]
@@ -305,7 +305,7 @@ def decode(
     """
     q, k, v = tensors
     scale, seed = q.shape[-1] ** -0.5, torch.zeros((), dtype=torch.int64, device=q.device)
-    options = METHODS["santa"].params(None, Policy(budget=draws, min_length=0))
+    options = METHODS["santa"].params(Site(), Policy(budget=draws, min_length=0))
     op = METHODS["santa"].op
     out, peak = peak_of(lambda: op(q, k, v, None, seed, scale, LAYER, **options)[0], out_and_lse)
     part = [x[: len(truth)] for x in tensors]
@@ -342,7 +342,7 @@ def bernoulli_rows(q, k, v, draws: int, clock: Clock, repeats: int, **params) ->
     for layout, key, levels in (("tokens", k, 0), ("features", by_feature, 0), ("features", by_feature, 4),
                                 ("features", by_feature, 8)):  # fmt: skip
         policy = Policy(budget=draws, min_length=0, method_options={"santa": {"bernoulli": levels}})
-        options = METHODS["santa"].params(None, policy)
+        options = METHODS["santa"].params(Site(), policy)
         call = lambda key=key, options=options: op(q, key, v, None, seed, scale, LAYER, **options)  # noqa: E731
         out, peak = peak_of(lambda call=call: call()[0], out_and_lse)
         entered = round_query(q, levels, seed, LAYER, step)[:1] if levels else q[:1]
@@ -453,7 +453,7 @@ def main() -> None:
             (g, published, ()),
         ]:
             whole = [tensors[1].shape[2]] * len(tensors[0])
-            s, _ = T._resolve(**METHODS["thinformer"].params(None, policy), Lk=tensors[1].shape[2])
+            s, _ = T._resolve(**METHODS["thinformer"].params(Site(), policy), Lk=tensors[1].shape[2])
             for graph in ({}, {"graph": 1})[: 1 + (policy is g)]:
                 opponents = without_padding(
                     tensors, lengths or whole, clock, args.repeats, causal=False, graph=bool(graph)

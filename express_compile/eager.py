@@ -33,7 +33,7 @@ from .attention_mask import ProvenMask, make_mask, untraced
 from .method import METHODS
 from .module_code import calls_interface, can_import_transformers, depends_on_name
 from .report import SiteReport, recorder
-from .spec import AttentionSpec, Mask, Plan, Policy, feature_major, layer_key
+from .spec import AttentionSpec, Mask, Plan, Policy, Site, feature_major, layer_key
 
 if TYPE_CHECKING:
     from .shadow import Shadow
@@ -184,7 +184,8 @@ def _checked_policy(policy: Policy | None, options: dict[str, Any]) -> Policy:
         for name in dict.fromkeys((*(local.methods or DEFAULT_METHODS), *local.method_options)):
             probe = next((probe for probe in _PROBES if METHODS[name].why_not(probe, local) is None), None)
             if probe is not None:
-                METHODS[name].params(probe, local)  # raises for values that a method does not know, e.g. a halving rule
+                # raises for values that a method does not know, e.g. a halving rule
+                METHODS[name].params(Site(probe), local)
     return policy
 
 
@@ -206,7 +207,7 @@ class _Plans:
         self._plans: dict[tuple[Any, ...], Plan] = {}
 
     def __call__(self, path: str, spec: AttentionSpec, gradient: str | None) -> Plan:
-        whose = self.policy.globs(path) if self.policy.plan is None else path
+        whose = path if self.policy.plan is not None or self._by_layer(path) else self.policy.globs(path)
         key = (whose, spec, gradient)
         plan = self._plans.get(key)
         if plan is None:
@@ -217,6 +218,9 @@ class _Plans:
             question = Question(module=path, spec=spec, gradient=gradient)
             plan = self._plans[key] = answer(question, self.policy)
         return plan
+
+    def _by_layer(self, path: str) -> bool:
+        return any(METHODS[name].by_layer for name in self.methods(path))
 
     def methods(self, path: str) -> tuple[str, ...]:
         """The methods that calls of a site may have."""

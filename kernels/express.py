@@ -36,7 +36,7 @@ import torch
 
 from express_compile import cost as c
 from express_compile.method import Method, register
-from express_compile.spec import AttentionSpec, Policy, Refusal, known_equal
+from express_compile.spec import AttentionSpec, Policy, Refusal, Site, known_equal
 
 from ._op import check_qkv, define_attention, no_kernel
 from ._triton import philox_uniform, sequence_counter
@@ -422,7 +422,7 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
     return None if reason is None else Refusal("express", reason)
 
 
-def _params(spec: AttentionSpec | None, policy: Policy) -> dict:
+def _params(site: Site, policy: Policy) -> dict:
     own = METHOD.own_options(policy)
     params = {
         **budget_options(policy),
@@ -442,7 +442,7 @@ def _params(spec: AttentionSpec | None, policy: Policy) -> dict:
 
 def config_of(policy: Policy, n: int) -> ExpressConfig:
     """The configuration that ``policy`` means for ``n`` keys. Raises ``ValueError`` as the op would."""
-    return _config(**_params(None, policy.resolve(n)), Lk=n)
+    return _config(**_params(Site(), policy.resolve(n)), Lk=n)
 
 
 def rows_seen(policy: Policy, n: int) -> np.ndarray:

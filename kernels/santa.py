@@ -60,7 +60,7 @@ import torch
 
 from express_compile import cost as c
 from express_compile.method import Method, register
-from express_compile.spec import AttentionSpec, Policy, Refusal, feature_major, known_equal, layer_key
+from express_compile.spec import AttentionSpec, Policy, Refusal, Site, feature_major, known_equal, layer_key
 
 from ._op import attention_fake, check_qkv, define_op, no_kernel
 from ._triton import philox_uniform, sequence_counter
@@ -513,7 +513,7 @@ def _draws_of(policy: Policy, draws: Any) -> tuple[list[int], list[int]]:
 
 
 def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
-    params = _params(spec, policy)  # a bad value is reported when the model is rewritten, whatever is refused
+    params = _params(Site(spec), policy)  # a bad value is reported when the model is rewritten, whatever is refused
     mask, reason = spec.mask, None
     width = len(params["draws"]) // (len(params["layers"]) + 1)
     if mask.unknown is not None:
@@ -551,13 +551,14 @@ def _loses(spec: AttentionSpec, policy: Policy) -> str | None:
     sizes = spec.B, spec.H, spec.H_kv, spec.Lq, spec.Lk, spec.D
     if spec.device != "cuda" or not all(isinstance(size, int) for size in sizes):
         return None  # decided at run time
-    params = _params(spec, policy)
+    params = _params(Site(spec), policy)
     seen = in_reach(spec.Lq, spec.Lk, spec.mask.window or 0)
     S = max(draws or max(1, round(params["fraction"] * seen)) for draws in params["draws"])
     return loses(*sizes[:4], seen, spec.B * spec.H_kv * seen * spec.D * spec.dtype.itemsize, S)
 
 
-def _params(spec: AttentionSpec | None, policy: Policy) -> dict[str, Any]:
+def _params(site: Site, policy: Policy) -> dict[str, Any]:
+    spec = site.spec
     own = METHOD.own_options(policy)
     _check_sampler(own["sampler"], own["shared"])
     check_levels(own["bernoulli"])

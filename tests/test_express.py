@@ -15,7 +15,7 @@ from express_compile.kernels.contest import CONTEST, compete, compete_reference
 from express_compile.kernels.express_state import ExpressState
 from express_compile.kernels.halving import get_rule
 from express_compile.method import METHODS
-from express_compile.spec import AttentionSpec, Mask, Policy
+from express_compile.spec import AttentionSpec, Mask, Policy, Site
 
 SEED = torch.tensor(11)
 
@@ -432,15 +432,15 @@ def test_what_is_taken(changes):
 
 def test_parameters_come_from_the_policy():
     policy = Policy(budget=700, window=7, inflation=3, method_options={"express": {"block": 64}})
-    params = METHODS["express"].params(spec(), policy)
+    params = METHODS["express"].params(Site(spec()), policy)
     assert (params["s"], params["window"], params["inflation"], params["block"]) == (512, 7, 3, 64)
-    assert METHODS["express"].params(spec(), Policy(budget=0.25))["fraction"] == 0.25
+    assert METHODS["express"].params(Site(spec()), Policy(budget=0.25))["fraction"] == 0.25
     for bad, message in [
         (Policy(inflation=12), "inflation=12"),
         (Policy(halving="best"), "halving='best'"),
         (Policy(method_options={"express": {"block": 7}}), "block=7"),
     ]:
         with pytest.raises(ValueError, match=message):
-            METHODS["express"].params(spec(), bad)
+            METHODS["express"].params(Site(spec()), bad)
     with pytest.raises(TypeError, match="unknown option 'blok'; allowed are block, flatten"):
-        METHODS["express"].params(spec(), Policy(method_options={"express": {"blok": 7}}))
+        METHODS["express"].params(Site(spec()), Policy(method_options={"express": {"blok": 7}}))
