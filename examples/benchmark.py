@@ -15,6 +15,13 @@ graphs: what they cost inside a model that keeps the GPU busy.
 
 ``--bernoulli`` measures SANTA with a rounded query (job ``bernoulli``): keys token by token and feature by feature,
 and of the latter only those features that the query needs, whose share is in the column ``params``.
+
+    python examples/benchmark.py --sparse --out examples/results/speed.csv      # on a GPU: only this
+    python examples/benchmark.py --sparse --lengths 1024 --heads 4 2 --head-size 32     # a taste, also on a CPU
+
+``--sparse`` measures Sparse Transformer attention, forward and with its gradients (jobs ``sparse_fixed``,
+``sparse_strided`` and these with ``_train``), at the stride of 256 and at that of its default. Beside the best exact
+attention, ``flex`` in ``params`` is FlexAttention with the same pattern, in ms.
 """
 
 from __future__ import annotations
@@ -39,6 +46,7 @@ from express_compile.kernels.santa import probabilities, read_probability, santa
 from express_compile.kernels.santa_kernels import santa_triton
 from express_compile.kernels.segments import dense_table, segment_attention_backward, segment_attention_reference
 from express_compile.kernels.segments_backward import accumulate_rows_reference
+from express_compile.kernels.sparse import Pattern, default_stride, dense_backward, dense_forward
 from express_compile.measure import Clock, replayed
 
 SETTINGS = [
@@ -359,6 +367,67 @@ def bernoulli_rows(q, k, v, draws: int, clock: Clock, repeats: int, **params) ->
     return rows
 
 
+def flex_of(pattern: Pattern, n: int, device: torch.device) -> Callable:
+    """FlexAttention over the same pattern, compiled, as a function of query, key and value."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(b, h, i, j):
+        return pattern.local(i, j) | pattern.far(i, j)
+
+    mask = create_block_mask(seen, None, None, n, n, device=str(device))
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def sparse_rows(tensors, pattern: Pattern, clock: Clock, repeats: int, flex: bool) -> list[dict]:
+    """Sparse attention, merged, forward and with its gradients; checked on three blocks of queries, of the gradients
+    on those of the first 4,096 tokens."""
+    q, k, v = (x.requires_grad_() for x in tensors)
+    n, scale, grad = q.shape[2], q.shape[-1] ** -0.5, torch.randn_like(q)
+    options = dict(pattern=pattern.kind, stride=pattern.stride, summary=pattern.summary)
+    policy = Policy(method_options={"sparse": options})
+    op = op_of(policy, q.device, method="sparse")
+    peers = {"flex": flex_of(pattern, n, q.device)} if flex else {}
+
+    worst, allowed = 0.0, 0.0
+    with torch.no_grad():
+        out, peak = peak_of(lambda: op(q, k, v), out_and_lse)
+        for stop in {min(n, 700), n // 2 + 3, n}:
+            own = slice(max(0, stop - 256), stop)
+            part = (q[:, :, own], k[:, :, :stop], v[:, :, :stop])
+            truth, _ = dense_forward(*(x.double() for x in part), pattern, scale)
+            reference, _ = dense_forward(*part, pattern, scale)
+            worst = max(worst, relative(out[:, :, own], truth))
+            allowed = max(allowed, 2 * relative(reference, truth))
+        assert not peers or relative(peers["flex"](q, k, v), out) < 0.01, "FlexAttention computes something else"
+    first = [x[:, :, :4096].detach().requires_grad_() for x in (q, k, v)]
+    actual = torch.autograd.grad(op(*first), first, grad[:, :, :4096])
+    results = []
+    for dtype in (torch.float64, q.dtype):
+        leaves = [x.detach().to(dtype) for x in first]
+        kept = dense_forward(*leaves, pattern, scale)
+        results.append(dense_backward(grad[:, :, :4096].to(dtype), *kept, *leaves, pattern, scale))
+    errors = [[relative(x.to(q.dtype), t) for x, t in zip(xs, results[0], strict=True)] for xs in (actual, results[1])]
+
+    rows, kept = [], sum(x.numel() * x.element_size() for x in (q, k, v)) + out_and_lse(q)
+    for job, checked in (("", (worst, allowed)), ("_train", (max(errors[0]), 2 * max(errors[1])))):
+
+        def call(attend=op, trains=bool(job)):
+            with torch.set_grad_enabled(trains):
+                out = attend(q, k, v)
+            return torch.autograd.grad(out, (q, k, v), grad) if trains else out
+
+        if job:
+            _, peak = peak_of(call, lambda _: kept)
+        times = clock(call, repeats)
+        told = {name: round(quantile(clock(lambda peer=peer: call(peer), repeats), 0.5), 4)  # noqa: B023
+                for name, peer in peers.items()}  # fmt: skip
+        opponents = exact_times(q, k, v, clock, repeats, grad if job else None)
+        rows.append(row_of(policy, times, opponents, checked, method="sparse", job=f"sparse_{pattern.kind}{job}",
+                           params={**options, **told}, peak_mb=peak))  # fmt: skip
+    return rows
+
+
 def relative(x: torch.Tensor, truth: torch.Tensor) -> float:
     return ((x - truth).norm() / truth.norm()).item()
 
@@ -387,6 +456,8 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=len(DECODE), help="how many of the shapes of decoding; 0: none")
     parser.add_argument("--bernoulli", action="store_true", help="measure only SANTA with a rounded query; --lengths "
                         "and --heads count on a CPU")  # fmt: skip
+    parser.add_argument("--sparse", action="store_true", help="measure only Sparse Transformer attention; --lengths "
+                        "count")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=7)
     add_arguments(parser)
     args = parser.parse_args()
@@ -410,6 +481,16 @@ def main() -> None:
                 for row in bernoulli_rows(query, k, v, 128, clock, 15, query=name):
                     add(query, k, row)
         show(rows, "B H_kv Lk params ms_p50 opponent opponent_ms_p50 speedup error".split())
+        return
+    if args.sparse:
+        for n in track(args.lengths, description="sparse"):
+            tensors = random_tensors(1, H, H_kv, n, n, D, device, dtype)
+            for kind in ("fixed", "strided"):
+                for stride in sorted({256, default_stride(n)}):
+                    pattern = Pattern(kind, min(stride, n), min(32, n))
+                    for row in sparse_rows(tensors, pattern, clock, args.repeats, on_gpu and n == 32768):
+                        add(*tensors[:2], row)
+        show(rows, "job Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb".split())
         return
     settings = SETTINGS[: args.settings]
     if args.others:

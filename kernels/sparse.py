@@ -259,6 +259,25 @@ class _Dense:
         return tuple(grads)
 
 
+def dense_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: Pattern, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``out`` ``[B, H, Lq, Dv]`` and ``lse`` ``[B, H, Lq]``, on any device, as :meth:`Pattern.mask` defines it.
+
+    ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``; queries are the last
+    positions. Computed in float32 (float64 for float64 inputs), as is ``lse``.
+    """
+    return _Dense(query, key, value, pattern, scale).forward()
+
+
+def dense_backward(
+    grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, query: torch.Tensor, key: torch.Tensor,
+    value: torch.Tensor, pattern: Pattern, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of query, key and value in float32 (float64 for float64 inputs)."""
+    return _Dense(query, key, value, pattern, scale).backward(grad, out, lse)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Op
 
@@ -300,7 +319,7 @@ def _body(query, key, value, padding, seed, scale, layer, **options):
     elif query.is_cuda:
         out, lse = sparse_forward_triton(query, key, value, pattern, scale)
     else:
-        out, lse = _Dense(query, key, value, pattern, scale).forward()
+        out, lse = dense_forward(query, key, value, pattern, scale)
     if pad is not None:
         out, lse = pad.unpack(out, Lq), pad.unpack(lse[..., None], Lq, -math.inf)[..., 0]
     return out, lse
@@ -319,7 +338,7 @@ def _backward_body(grad, out, lse, query, key, value, padding, seed, scale, laye
     if query.is_cuda:
         grads = sparse_backward_triton(grad, out, lse, *tensors, pattern, scale)
     else:
-        grads = _Dense(*tensors, pattern, scale).backward(grad, out, lse)
+        grads = dense_backward(grad, out, lse, *tensors, pattern, scale)
     if pad is not None:
         grads = tuple(pad.unpack(g, x.shape[2]) for g, x in zip(grads, (query, key, value), strict=True))
     return tuple(g.to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True))

@@ -197,8 +197,8 @@ def _forward_kernel(
                     b_s = tl.where(m_s, b_s, float("-inf"))
                 b_acc, b_max, b_sum = _softmax_step(b_acc, b_max, b_sum, b_s, b_v, scale_log2)
 
-        b_out = tl.where((b_sum > 0)[:, None], b_acc / b_sum[:, None], 0.0)
-        b_lse = tl.where(b_sum > 0, (b_max + tl.log2(b_sum)) * 0.6931471805599453, float("-inf"))
+        b_out = b_acc / tl.maximum(b_sum, 1e-30)[:, None]  # 0 where a query sees no key
+        b_lse = tl.where(b_sum > 0, (b_max + tl.log2(tl.maximum(b_sum, 1e-30))) * 0.6931471805599453, float("-inf"))
         tl.store(p_out_tile, b_out.to(p_out.dtype.element_ty), mask=m_out)
         tl.store(p_lse + o_row, b_lse, mask=m_x)
 
