@@ -217,7 +217,11 @@ class _Dense:
         lowest = torch.finfo(self.dtype).min
         for part, group, first, step in self.pattern.takes:
             own, kv = self.heads(first, step)
-            q, k, v = self.query[:, own].to(self.dtype), self.key[:, kv].to(self.dtype), self.value[:, kv].to(self.dtype)
+            q, k, v = (
+                self.query[:, own].to(self.dtype),
+                self.key[:, kv].to(self.dtype),
+                self.value[:, kv].to(self.dtype),
+            )
             o, total = out[:, own], lse[:, own]
             for rows, keys, here, seen in self.tiles(part, group):
                 scores = self.scores(q, k, rows, keys, here, seen)
@@ -237,7 +241,11 @@ class _Dense:
         lse = lse.masked_fill(lse.isneginf(), math.inf)  # queries without any key have probabilities of 0
         for part, group, first, step in self.pattern.takes:
             own, kv = self.heads(first, step)
-            q, k, v = self.query[:, own].to(self.dtype), self.key[:, kv].to(self.dtype), self.value[:, kv].to(self.dtype)
+            q, k, v = (
+                self.query[:, own].to(self.dtype),
+                self.key[:, kv].to(self.dtype),
+                self.value[:, kv].to(self.dtype),
+            )
             do, o, total = grad[:, own].to(self.dtype), out[:, own].to(self.dtype), lse[:, own]
             delta = (do * o).sum(-1)
             d_q, d_k, d_v = (torch.zeros_like(x) for x in (q, k, v))
@@ -409,7 +417,9 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     rows = {"local": local, "far": summary * n / (2 * l)}
     rows |= {"merged": rows["local"] + rows["far"], "per_head": (rows["local"] + rows["far"]) / 2}
     exact = c.dense_cost(c.visible_pairs(spec))
-    whole = (n < params["min_length"]) | (n <= l) if params["parts"] in ("merged", "local") else n < params["min_length"]
+    whole = (
+        (n < params["min_length"]) | (n <= l) if params["parts"] in ("merged", "local") else n < params["min_length"]
+    )
     return c.dense_cost(c.Lq * rows[params["parts"]]).unless(whole, exact)
 
 

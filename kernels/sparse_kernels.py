@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ._triton import FLOAT32_DOT, jit, launch, next_power_of_two, require_triton, tl
+from .segments import _describe
 from .segments_backward import _delta_kernel
 
 if TYPE_CHECKING:
@@ -108,6 +109,16 @@ def _load(p_rows, o_row, stride, m_row, D: tl.constexpr, BD: tl.constexpr):
         return tl.load(p_rows + o_row.to(tl.int64)[:, None] * stride + o_d[None, :], mask=m, other=0.0)
 
 
+@jit
+def _tile(source, i_b, i_h, row, stride, o_row, m_row, LINES: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+          BD: tl.constexpr):  # fmt: skip
+    """``N`` rows: by pointer those ``o_row`` of a line, else by a descriptor those from ``row`` on, 0 behind the end."""
+    if LINES:
+        return _load(source, o_row, stride, m_row, D, BD)
+    else:
+        return source.load([i_b, i_h, row, 0]).reshape(N, BD)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Kernel: forward, one program per (tile of queries, query head)
 
@@ -122,9 +133,9 @@ def _softmax_step(b_acc, b_max, b_sum, b_s, b_v, scale_log2):
     return b_acc, b_new, b_sum
 
 
-@jit(general="H heads G Lq Lk first every l c groups M tiles")
+@jit(general="H heads G Lq Lk first every l c groups")
 def _forward_kernel(
-    p_q, p_k, p_v, p_ck, p_cv, p_out, p_lse, H, heads, G, Lq, Lk, first, every, l, c, groups, M, step, lines,
+    p_q, k, v, d_ck, d_cv, p_out, p_lse, H, heads, G, Lq, Lk, first, every, l, c, groups, step, lines,
     scale_log2, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     NEAR: tl.constexpr, FAR: tl.constexpr, GOES_ON: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -143,8 +154,10 @@ def _forward_kernel(
         last = tl.minimum(x + BM, length) - 1
         o_row = o_x * step + i_line - offset
         p_q += i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
-        p_k += i_b.to(tl.int64) * stride_kb + i_kv.to(tl.int64) * stride_kh + i_line.to(tl.int64) * stride_kn
-        p_v += i_b.to(tl.int64) * stride_vb + i_kv.to(tl.int64) * stride_vh + i_line.to(tl.int64) * stride_vn
+        LINES: tl.constexpr = NEAR >= 3
+        if LINES:
+            k += i_b.to(tl.int64) * stride_kb + i_kv.to(tl.int64) * stride_kh + i_line.to(tl.int64) * stride_kn
+            v += i_b.to(tl.int64) * stride_vb + i_kv.to(tl.int64) * stride_vh + i_line.to(tl.int64) * stride_vn
         b_q = _load(p_q, o_row, stride_qn, m_x, D, BD)  # [BM, BD]
         o_dv = tl.arange(0, BDV)
         i_bh = i_b.to(tl.int64) * H + i_h
@@ -164,23 +177,19 @@ def _forward_kernel(
         if FAR != 0:
             i_group = i_head % groups
             begin = l - c * (i_group + 1)
-            i_c = ((i_b * (H // G) + i_kv) * groups + i_group).to(tl.int64) * M
-            p_ck += i_c * D
-            p_cv += i_c * DV
+            i_c = i_kv * groups + i_group
             stop, whole = _columns(last, l, c, begin, FAR), _columns(x, l, c, begin, FAR)
             b_columns = _columns(o_x, l, c, begin, FAR)
             for t in range(0, whole // BN * BN, BN):
-                o_t = t + tl.arange(0, BN)
-                b_k = _load(p_ck, o_t, D, o_t < M, D, BD)
-                b_v = _load(p_cv, o_t, DV, o_t < M, DV, BDV)
+                b_k = d_ck.load([i_b, i_c, t, 0]).reshape(BN, BD)
+                b_v = d_cv.load([i_b, i_c, t, 0]).reshape(BN, BDV)
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT)  # [BM, BN]
                 b_acc, b_max, b_sum = _softmax_step(b_acc, b_max, b_sum, b_s, b_v, scale_log2)
             for t in range(whole // BN * BN, stop, BN):
-                o_t = t + tl.arange(0, BN)
-                b_k = _load(p_ck, o_t, D, o_t < M, D, BD)
-                b_v = _load(p_cv, o_t, DV, o_t < M, DV, BDV)
+                b_k = d_ck.load([i_b, i_c, t, 0]).reshape(BN, BD)
+                b_v = d_cv.load([i_b, i_c, t, 0]).reshape(BN, BDV)
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT)
-                b_s = tl.where(o_t[None, :] < b_columns[:, None], b_s, float("-inf"))
+                b_s = tl.where(t + tl.arange(0, BN)[None, :] < b_columns[:, None], b_s, float("-inf"))
                 b_acc, b_max, b_sum = _softmax_step(b_acc, b_max, b_sum, b_s, b_v, scale_log2)
 
         if NEAR != 0:
@@ -189,8 +198,8 @@ def _forward_kernel(
             whole = x + (NEAR != 4)
             for y in range(_lower(x, l, NEAR), last + (NEAR != 4), BN):
                 o_y = y + tl.arange(0, BN)
-                b_k = _load(p_k, o_y * step, stride_kn, o_y <= last, D, BD)
-                b_v = _load(p_v, o_y * step, stride_vn, o_y <= last, DV, BDV)
+                b_k = _tile(k, i_b, i_kv, y, stride_kn, o_y * step, o_y <= last, LINES, BN, D, BD)
+                b_v = _tile(v, i_b, i_kv, y, stride_vn, o_y * step, o_y <= last, LINES, BN, DV, BDV)
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT)
                 if (y < lower) | (y + BN > whole):
                     m_s = (o_y[None, :] >= b_lower[:, None]) & (o_y[None, :] < b_stop[:, None])
@@ -215,10 +224,10 @@ def _query_step(b_dq, b_s, b_do, b_k, b_v, b_lse2, b_delta, scale_log2):
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=FLOAT32_DOT)
 
 
-@jit(general="H heads G Lq Lk first every l c groups M tiles")
+@jit(general="H heads G Lq Lk first every l c groups M")
 def _query_gradient_kernel(
     p_q, p_k, p_v, p_ck, p_cv, p_do, p_lse2, p_delta, p_before, p_dq, H, heads, G, Lq, Lk, first, every, l, c, groups,
-    M, step, lines, scale, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+    M, step, lines, scale, hidden, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
     stride_vn, stride_gb, stride_gh, stride_gn, NEAR: tl.constexpr, FAR: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -266,7 +275,7 @@ def _query_gradient_kernel(
                 b_k = _load(p_ck, o_t, D, o_t < M, D, BD)
                 b_v = _load(p_cv, o_t, DV, o_t < M, DV, BDV)
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT)
-                b_s = tl.where(o_t[None, :] < b_columns[:, None], b_s, -1e30)
+                b_s = tl.where(o_t[None, :] < b_columns[:, None], b_s, hidden)
                 b_dq = _query_step(b_dq, b_s, b_do, b_k, b_v, b_lse2, b_delta, scale_log2)
 
         if NEAR != 0:
@@ -280,7 +289,7 @@ def _query_gradient_kernel(
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT)
                 if (y < lower) | (y + BN > whole):
                     m_s = (o_y[None, :] >= b_lower[:, None]) & (o_y[None, :] < b_stop[:, None])
-                    b_s = tl.where(m_s, b_s, -1e30)
+                    b_s = tl.where(m_s, b_s, hidden)
                 b_dq = _query_step(b_dq, b_s, b_do, b_k, b_v, b_lse2, b_delta, scale_log2)
 
         o_d = tl.arange(0, BD)
@@ -298,8 +307,8 @@ def _query_gradient_kernel(
 
 @jit(general="H H_kv G Lq Lk first every l c groups M splits")
 def _key_gradient_kernel(
-    p_q, p_k, p_v, p_do, p_lse2, p_delta, p_dk, p_dv, H, H_kv, G, Lq, Lk, first, every, l, c, groups, M, splits, step,
-    lines, scale, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    q, p_k, p_v, do, p_lse2, p_delta, p_dk, p_dv, H, H_kv, G, Lq, Lk, first, every, l, c, groups, M, splits, step,
+    lines, scale, hidden, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gn, NEAR: tl.constexpr, FAR: tl.constexpr, ADD: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -358,18 +367,24 @@ def _key_gradient_kernel(
         b_upper = _upper(o_y, l, length, NEAR)
         upper = _upper(y, l, length, NEAR)
 
-        p_q += i_b.to(tl.int64) * stride_qb + i_line.to(tl.int64) * stride_qn
-        p_do += i_b.to(tl.int64) * stride_gb + i_line.to(tl.int64) * stride_gn
+        LINES: tl.constexpr = NEAR >= 3
+        if LINES:
+            q += i_b.to(tl.int64) * stride_qb + i_line.to(tl.int64) * stride_qn
+            do += i_b.to(tl.int64) * stride_gb + i_line.to(tl.int64) * stride_gn
         scale_log2 = scale * 1.4426950408889634
         b_dk, b_dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BDV], tl.float32)
         for i in range(tiles * count):
             x = x_first + i % tiles * BM
-            i_head = (i_h + i // tiles * every).to(tl.int64)
+            i_head = i_h + i // tiles * every
             o_x = x + tl.arange(0, BM)
             m_x = o_x < x_stop
             o_row = o_x * step - offset
-            b_q = _load(p_q + i_head * stride_qh, o_row, stride_qn, m_x, D, BD)  # [BM, BD]
-            b_do = _load(p_do + i_head * stride_gh, o_row, stride_gn, m_x, DV, BDV)  # [BM, BDV]
+            if LINES:
+                b_q = _load(q + i_head.to(tl.int64) * stride_qh, o_row, stride_qn, m_x, D, BD)  # [BM, BD]
+                b_do = _load(do + i_head.to(tl.int64) * stride_gh, o_row, stride_gn, m_x, DV, BDV)  # [BM, BDV]
+            else:
+                b_q = q.load([i_b, i_head, x - offset, 0]).reshape(BM, BD)
+                b_do = do.load([i_b, i_head, x - offset, 0]).reshape(BM, BDV)
             i_row = (i_b.to(tl.int64) * H + i_head) * Lq + o_row + i_line
             b_lse2 = tl.load(p_lse2 + i_row, mask=m_x, other=float("inf"))
             b_delta = tl.load(p_delta + i_row, mask=m_x, other=0.0)
@@ -377,11 +392,11 @@ def _key_gradient_kernel(
             if FAR != 0:
                 if _columns(x, l, c, begin, FAR) < y + BN:
                     b_columns = _columns(o_x, l, c, begin, FAR)
-                    b_s = tl.where(o_y[:, None] < b_columns[None, :], b_s, -1e30)
+                    b_s = tl.where(o_y[:, None] < b_columns[None, :], b_s, hidden)
             else:
                 if (x < y + BN - (NEAR != 4)) | (x + BM > upper):
                     m_s = (o_x[None, :] >= o_y[:, None] + (NEAR == 4)) & (o_x[None, :] < b_upper[:, None])
-                    b_s = tl.where(m_s, b_s, -1e30)
+                    b_s = tl.where(m_s, b_s, hidden)
             b_p = tl.exp2(b_s * scale_log2 - b_lse2[None, :])
             b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=FLOAT32_DOT)
             b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=FLOAT32_DOT)
@@ -458,10 +473,11 @@ class _Problem:
         self.sizes = dict(D=self.D, DV=self.Dv, BD=BD, BDV=BDV)
         self.shape = BD + BDV, query.element_size()
         self.groups = pattern.groups if pattern.kind == "fixed" else 1
-        self.compacted = self.k, self.v
+        self.compacted = self.copies = self.k, self.v
         self.M = 1
         if any(p.far for p in passes(pattern)):
             self.compacted = tuple(self._compact(x) for x in (self.k, self.v))
+            self.copies = tuple(x.flatten(1, 2) for x in self.compacted)
             self.M = self.compacted[0].shape[3]
 
     def _columns(self, x: torch.Tensor, blocks: int) -> list[torch.Tensor]:
@@ -491,8 +507,15 @@ class _Problem:
         return -(-(self.H - p.first) // p.every)
 
     def arguments(self, p: Pass) -> tuple[int, ...]:
-        l, c = self.pattern.stride, self.pattern.summary
-        return p.first, p.every, l, c, self.groups if p.far else 1, self.M
+        return p.first, p.every, self.pattern.stride, self.pattern.summary, self.groups if p.far else 1
+
+    def described(self, pair: tuple[torch.Tensor, ...], rows: int) -> list:
+        """Descriptors of tiles of ``rows`` rows of ``[B, H, L, D]`` and ``[B, H, L, Dv]``."""
+        return [_describe(x, rows, width) for x, width in zip(pair, (self.sizes["BD"], self.sizes["BDV"]), strict=True)]
+
+    def sources(self, p: Pass, pair: tuple[torch.Tensor, ...], rows: int) -> list:
+        """What a kernel reads tiles of such tensors from: on lines by pointer, else by descriptor."""
+        return list(pair) if p.on_lines else self.described(pair, rows)
 
     @property
     def strides(self) -> list[int]:
@@ -511,8 +534,8 @@ class _Problem:
             queries = min(length, -(-self.Lq // step))
             tiles = forward_tiles(*self.shape).for_lines(queries, length)
             launch(_forward_kernel, (self.B * heads, lines * -(-queries // tiles.queries)),
-                self.q, self.k, self.v, *self.compacted, out, lse, self.H, heads, self.G, self.Lq, self.Lk,
-                *self.arguments(p), step, lines, scale * 1.4426950408889634, *self.strides,
+                self.q, *self.sources(p, (self.k, self.v), tiles.keys), *self.described(self.copies, tiles.keys),
+                out, lse, self.H, heads, self.G, self.Lq, self.Lk, *self.arguments(p), step, lines, scale * 1.4426950408889634, *self.strides,
                 NEAR=p.near, FAR=p.far, GOES_ON=i > 0 and p.every == 1, **self.sizes,
                 BM=tiles.queries, BN=tiles.keys, num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
@@ -520,6 +543,8 @@ class _Problem:
 
     def backward(self, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
         self.grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        scale = self.scale = self.scale or 1e-30
+        self.hidden = min(max(-1e30 / scale, -3e38), 3e38)  # a score that is none, whatever the sign of the scale
         out, lse = out.contiguous(), lse.contiguous()
         if self.pattern.parts in ("far", "per_head"):  # queries without any key have probabilities of 0
             lse = lse.masked_fill(lse.isneginf(), math.inf)
@@ -554,8 +579,8 @@ class _Problem:
             launch(_query_gradient_kernel, (self.B * heads, lines * -(-queries // tiles.queries)),
                 self.q, self.k, self.v, *self.compacted, self.grad, self.lse2, self.delta,
                 before if shared and i else None, before if shared and i == 0 else d_q,
-                self.H, heads, self.G, self.Lq, self.Lk, *self.arguments(p), step, lines, self.scale, *self.strides,
-                *self.grad.stride()[:3], NEAR=p.near, FAR=p.far, **self.sizes,
+                self.H, heads, self.G, self.Lq, self.Lk, *self.arguments(p), self.M, step, lines, self.scale, self.hidden,
+                *self.strides, *self.grad.stride()[:3], NEAR=p.near, FAR=p.far, **self.sizes,
                 BM=tiles.queries, BN=tiles.keys, num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
         return d_q
@@ -590,9 +615,11 @@ class _Problem:
                 target[:, :, begin : begin + count] += total[:, :, g, whole * c : whole * c + count]
 
     def _launch_keys(self, p, tiles, k, v, d_k, d_v, grid, add, splits, step, lines) -> None:
+        q, grad = self.sources(p, (self.q, self.grad), tiles.queries)
         launch(_key_gradient_kernel, grid,
-            self.q, k, v, self.grad, self.lse2, self.delta, d_k, d_v, self.H, self.H_kv, self.G, self.Lq, self.Lk,
-            *self.arguments(p), splits, step, lines, self.scale, *self.strides, *self.grad.stride()[:3],
+            q, k, v, grad, self.lse2, self.delta, d_k, d_v, self.H, self.H_kv, self.G, self.Lq, self.Lk,
+            *self.arguments(p), self.M, splits, step, lines, self.scale, self.hidden, *self.strides,
+            *self.grad.stride()[:3],
             NEAR=p.near, FAR=p.far, ADD=add, **self.sizes, BM=tiles.queries, BN=tiles.keys,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from express_compile.backend import express
 from express_compile.kernels.sparse import KINDS, PARTS, Pattern, dense_backward, dense_forward
 from express_compile.kernels.sparse_kernels import sparse_backward_triton, sparse_forward_triton
 from express_compile.method import METHODS
 
-HALVES = [torch.float16, torch.bfloat16]
 OPTIONS = dict(pattern="fixed", stride=64, summary=8, groups=1, parts="merged", min_length=0)
 
 
@@ -35,7 +35,7 @@ def masked(q, k, v, pattern, scale):
 
 
 def error(x, truth):
-    return ((x.double() - truth).norm() / truth.norm()).item()
+    return ((x.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item()  # 0 where both are 0
 
 
 def check(q, k, v, pattern, scale):
@@ -67,20 +67,30 @@ def test_patterns(kind, parts, stride, summary, groups):
     check(*tensors(300, 1027), pattern, 0.1)
 
 
-@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
-@pytest.mark.parametrize("D, Dv, H, H_kv", [(64, 64, 6, 2), (96, 96, 4, 4), (128, 64, 3, 1), (256, 256, 2, 1)])
+@pytest.mark.parametrize(
+    "dtype, D, Dv, H, H_kv",
+    [
+        (torch.float16, 64, 64, 6, 2),
+        (torch.bfloat16, 96, 96, 4, 4),
+        (torch.bfloat16, 256, 256, 2, 1),
+        (torch.float16, 128, 64, 3, 1),
+        (torch.float32, 64, 64, 4, 2),
+        (torch.float32, 128, 128, 2, 1),
+    ],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sizes_and_dtypes(kind, dtype, D, Dv, H, H_kv):
-    for parts in ("merged", "per_head"):
-        check(*tensors(700, 700, 1, H, H_kv, D, Dv, dtype), Pattern(kind, 96, 16, 1, parts), D**-0.5)
+    check(*tensors(700, 700, 1, H, H_kv, D, Dv, dtype), Pattern(kind, 96, 16), D**-0.5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("Lq, Lk", [(1, 1), (1, 500), (17, 500), (40, 40), (2000, 2000)])
 def test_lengths(kind, Lq, Lk):
+    """In float32, where a single key too many would show; also with a scale below and of zero."""
     for stride in (16, 200):
-        check(*tensors(Lq, Lk), Pattern(kind, stride, 8), 0.1)
-    check(*tensors(Lq, Lk), Pattern(kind, 16, 8, 1, "far"), -0.1)
+        check(*tensors(Lq, Lk, dtype=torch.float32), Pattern(kind, stride, 8), 0.1)
+    for scale in (-0.1, 0.0):
+        check(*tensors(Lq, Lk, dtype=torch.float32), Pattern(kind, 16, 8, 1, "far"), scale)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,7 +175,7 @@ def test_compiled_under_autocast_with_gradients(kind):
     torch.manual_seed(0)
     model = Decoder().cuda()
     options = {"methods": ["sparse"], "method_options": {"sparse": {"pattern": kind, "stride": 64, "summary": 8}}}
-    compiled = torch.compile(model, backend="express", options=options)
+    compiled = torch.compile(model, backend=express, options=options)
     x = torch.randn(2, 1000, 128, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
         out = compiled(x)
