@@ -127,30 +127,31 @@ def _tiles(
 
     Queries are the positions ``first .. Lk - 1``, or ``position`` ``[b]``, one for each sequence.
     """
-    l, device = pattern.stride, None if position is None else position.device
-    within = torch.arange(l, device=device)
+    stride, device = pattern.stride, None if position is None else position.device
+    within = torch.arange(stride, device=device)
     if position is None:
-        blocks = torch.arange(first // l, -(-Lk // l))
-        queries, start = blocks[None, :, None] * l + within, blocks[None, :, None] * l
+        blocks = torch.arange(first // stride, -(-Lk // stride))
+        queries, start = blocks[None, :, None] * stride + within, blocks[None, :, None] * stride
     else:
         queries = position[:, None, None]
-        start = queries // l * l
+        start = queries // stride * stride
     if part != "far":
-        keys = start + within if pattern.kind == "fixed" else start - l + torch.arange(2 * l, device=device)
+        keys = start + within if pattern.kind == "fixed" else start - stride + torch.arange(2 * stride, device=device)
         yield queries, keys, pattern.local(queries[..., None], keys[..., None, :])
     if part == "local":
         return
     if pattern.kind == "strided":  # queries of one residue in a tile
-        every = torch.arange(-(-Lk // l), device=device) * l
+        every = torch.arange(-(-Lk // stride), device=device) * stride
         if position is None:
-            residue = ((first + torch.arange(min(l, Lk - first))) % l)[None, :, None]
-            queries = residue + every[first // l :]
+            residue = ((first + torch.arange(min(stride, Lk - first))) % stride)[None, :, None]
+            queries = residue + every[first // stride :]
         else:
-            residue = queries % l
+            residue = queries % stride
         keys = residue + every
     else:
-        columns = l - pattern.summary * (group + 1) + torch.arange(pattern.summary, device=device)
-        keys = (torch.arange(-(-Lk // l), device=device)[:, None] * l + columns).flatten().expand(*start.shape[:2], -1)
+        columns = stride - pattern.summary * (group + 1) + torch.arange(pattern.summary, device=device)
+        blocks = torch.arange(-(-Lk // stride), device=device)[:, None] * stride
+        keys = (blocks + columns).flatten().expand(*start.shape[:2], -1)
     seen = pattern.far(queries[..., None], keys[..., None, :], group)
     if part == "merged":
         seen &= ~pattern.local(queries[..., None], keys[..., None, :])
@@ -217,11 +218,7 @@ class _Dense:
         lowest = torch.finfo(self.dtype).min
         for part, group, first, step in self.pattern.takes:
             own, kv = self.heads(first, step)
-            q, k, v = (
-                self.query[:, own].to(self.dtype),
-                self.key[:, kv].to(self.dtype),
-                self.value[:, kv].to(self.dtype),
-            )
+            q, k, v = (x.to(self.dtype) for x in (self.query[:, own], self.key[:, kv], self.value[:, kv]))
             o, total = out[:, own], lse[:, own]
             for rows, keys, here, seen in self.tiles(part, group):
                 scores = self.scores(q, k, rows, keys, here, seen)
@@ -241,11 +238,7 @@ class _Dense:
         lse = lse.masked_fill(lse.isneginf(), math.inf)  # queries without any key have probabilities of 0
         for part, group, first, step in self.pattern.takes:
             own, kv = self.heads(first, step)
-            q, k, v = (
-                self.query[:, own].to(self.dtype),
-                self.key[:, kv].to(self.dtype),
-                self.value[:, kv].to(self.dtype),
-            )
+            q, k, v = (x.to(self.dtype) for x in (self.query[:, own], self.key[:, kv], self.value[:, kv]))
             do, o, total = grad[:, own].to(self.dtype), out[:, own].to(self.dtype), lse[:, own]
             delta = (do * o).sum(-1)
             d_q, d_k, d_v = (torch.zeros_like(x) for x in (q, k, v))
@@ -411,16 +404,15 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     """Attention over the keys of either part, as many for every query as it sees on average of Lk positions. (Tiles on
     a GPU compute more: those that a query of the tile sees.)"""
     n, strided = c.Lk, params["pattern"] == "strided"
-    l = sympy.Integer(params["stride"]) if params["stride"] else 2 ** c.floor_log2(sympy.sqrt(2 * n))
-    local = sympy.Min(l, n) if strided else sympy.Min(l, n) / 2
-    summary = 1 if strided else sympy.Min(params["summary"], sympy.floor(l / params["groups"]))
-    rows = {"local": local, "far": summary * n / (2 * l)}
+    stride = sympy.Integer(params["stride"]) if params["stride"] else 2 ** c.floor_log2(sympy.sqrt(2 * n))
+    local = sympy.Min(stride, n) if strided else sympy.Min(stride, n) / 2
+    summary = 1 if strided else sympy.Min(params["summary"], sympy.floor(stride / params["groups"]))
+    rows = {"local": local, "far": summary * n / (2 * stride)}
     rows |= {"merged": rows["local"] + rows["far"], "per_head": (rows["local"] + rows["far"]) / 2}
-    exact = c.dense_cost(c.visible_pairs(spec))
-    whole = (
-        (n < params["min_length"]) | (n <= l) if params["parts"] in ("merged", "local") else n < params["min_length"]
-    )
-    return c.dense_cost(c.Lq * rows[params["parts"]]).unless(whole, exact)
+    whole = n < params["min_length"]
+    if params["parts"] in ("merged", "local"):
+        whole |= n <= stride
+    return c.dense_cost(c.Lq * rows[params["parts"]]).unless(whole, c.dense_cost(c.visible_pairs(spec)))
 
 
 METHOD = register(

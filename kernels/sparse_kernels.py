@@ -1,13 +1,13 @@
 """Sparse Transformer attention as Triton kernels, forward and backward, without atomics: the same bits every time.
 
 Positions lie on *lines*, ``p = r + step * x`` for line r: all of them on one (step 1), or the positions of one residue
-on each of l lines (step l), where the far part of ``strided`` is plain causal attention. On a line, query x sees the
-keys y of one of the ranges
+on each of as many lines as its stride, the *period*, where the far part of ``strided`` is plain causal attention. On
+a line, query x sees the keys y of one of the ranges
 
-    BLOCK    floor(y / l) = floor(x / l), y <= x        the local part of ``fixed``
-    WINDOW   x - l < y <= x                             the local part of ``strided``
-    CAUSAL   y <= x                                     the far part of ``strided`` alone
-    BEFORE   y < x                                      that part beside the local one: position i counts once
+    BLOCK    floor(y / period) = floor(x / period), y <= x    the local part of ``fixed``
+    WINDOW   x - period < y <= x                              the local part of ``strided``
+    CAUSAL   y <= x                                              the far part of ``strided`` alone
+    BEFORE   y < x                                               that part beside the local one: position i counts once
 
 and with FAR a number of summary columns, the first ones of a compacted copy: those of earlier blocks (EARLIER), or all
 up to the query (UP_TO). Two passes over the same queries are combined exactly: the second goes on from ``out`` and
@@ -35,7 +35,7 @@ EARLIER, UP_TO = 1, 2
 
 @dataclass(frozen=True)
 class Pass:
-    """One launch over some heads: ``first, first + every, ..``. near, far: as above; lines: on l lines, else on one."""
+    """One launch over some heads: ``first, first + every, ..``. near, far: as above; every: from one to the next."""
 
     near: int
     far: int
@@ -68,34 +68,34 @@ def passes(pattern: Pattern) -> list[Pass]:
 
 
 @jit
-def _lower(o_x, l, NEAR: tl.constexpr):
+def _lower(o_x, period, NEAR: tl.constexpr):
     """The first key that query ``o_x`` may see of its line."""
     if NEAR == 1:
-        return o_x // l * l
+        return o_x // period * period
     elif NEAR == 2:
-        return tl.maximum(o_x - l + 1, 0)
+        return tl.maximum(o_x - period + 1, 0)
     else:
         return o_x * 0
 
 
 @jit
-def _upper(o_y, l, length, NEAR: tl.constexpr):
+def _upper(o_y, period, length, NEAR: tl.constexpr):
     """The first query behind key ``o_y`` that does not see it."""
     if NEAR == 1:
-        return tl.minimum((o_y // l + 1) * l, length)
+        return tl.minimum((o_y // period + 1) * period, length)
     elif NEAR == 2:
-        return tl.minimum(o_y + l, length)
+        return tl.minimum(o_y + period, length)
     else:
         return o_y * 0 + length
 
 
 @jit
-def _columns(o_x, l, c, first, FAR: tl.constexpr):
+def _columns(o_x, period, c, first, FAR: tl.constexpr):
     """How many summary columns the query at ``o_x`` sees; ``first``: where those of a block begin in it."""
     if FAR == 1:
-        return o_x // l * c
+        return o_x // period * c
     else:
-        return o_x // l * c + tl.minimum(tl.maximum(o_x % l - first + 1, 0), c)
+        return o_x // period * c + tl.minimum(tl.maximum(o_x % period - first + 1, 0), c)
 
 
 @jit
@@ -112,7 +112,7 @@ def _load(p_rows, o_row, stride, m_row, D: tl.constexpr, BD: tl.constexpr):
 @jit
 def _tile(source, i_b, i_h, row, stride, o_row, m_row, LINES: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
           BD: tl.constexpr):  # fmt: skip
-    """``N`` rows: by pointer those ``o_row`` of a line, else by a descriptor those from ``row`` on, 0 behind the end."""
+    """``N`` rows: ``o_row`` of a line by pointer, else by descriptor those from ``row`` on, 0 behind the end."""
     if LINES:
         return _load(source, o_row, stride, m_row, D, BD)
     else:
@@ -133,9 +133,9 @@ def _softmax_step(b_acc, b_max, b_sum, b_s, b_v, scale_log2):
     return b_acc, b_new, b_sum
 
 
-@jit(general="H heads G Lq Lk first every l c groups")
+@jit(general="H heads G Lq Lk first every period c groups")
 def _forward_kernel(
-    p_q, k, v, d_ck, d_cv, p_out, p_lse, H, heads, G, Lq, Lk, first, every, l, c, groups, step, lines,
+    p_q, k, v, d_ck, d_cv, p_out, p_lse, H, heads, G, Lq, Lk, first, every, period, c, groups, step, lines,
     scale_log2, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     NEAR: tl.constexpr, FAR: tl.constexpr, GOES_ON: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -176,10 +176,10 @@ def _forward_kernel(
 
         if FAR != 0:
             i_group = i_head % groups
-            begin = l - c * (i_group + 1)
+            begin = period - c * (i_group + 1)
             i_c = i_kv * groups + i_group
-            stop, whole = _columns(last, l, c, begin, FAR), _columns(x, l, c, begin, FAR)
-            b_columns = _columns(o_x, l, c, begin, FAR)
+            stop, whole = _columns(last, period, c, begin, FAR), _columns(x, period, c, begin, FAR)
+            b_columns = _columns(o_x, period, c, begin, FAR)
             for t in range(0, whole // BN * BN, BN):
                 b_k = d_ck.load([i_b, i_c, t, 0]).reshape(BN, BD)
                 b_v = d_cv.load([i_b, i_c, t, 0]).reshape(BN, BDV)
@@ -193,10 +193,10 @@ def _forward_kernel(
                 b_acc, b_max, b_sum = _softmax_step(b_acc, b_max, b_sum, b_s, b_v, scale_log2)
 
         if NEAR != 0:
-            b_lower, lower = _lower(o_x, l, NEAR), _lower(last, l, NEAR)
+            b_lower, lower = _lower(o_x, period, NEAR), _lower(last, period, NEAR)
             b_stop = o_x + (NEAR != 4)  # the first key behind those that a query sees
             whole = x + (NEAR != 4)
-            for y in range(_lower(x, l, NEAR), last + (NEAR != 4), BN):
+            for y in range(_lower(x, period, NEAR), last + (NEAR != 4), BN):
                 o_y = y + tl.arange(0, BN)
                 b_k = _tile(k, i_b, i_kv, y, stride_kn, o_y * step, o_y <= last, LINES, BN, D, BD)
                 b_v = _tile(v, i_b, i_kv, y, stride_vn, o_y * step, o_y <= last, LINES, BN, DV, BDV)
@@ -224,11 +224,11 @@ def _query_step(b_dq, b_s, b_do, b_k, b_v, b_lse2, b_delta, scale_log2):
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=FLOAT32_DOT)
 
 
-@jit(general="H heads G Lq Lk first every l c groups M")
+@jit(general="H heads G Lq L_pad Lk first every period c groups M")
 def _query_gradient_kernel(
-    p_q, p_k, p_v, p_ck, p_cv, p_do, p_lse2, p_delta, p_before, p_dq, H, heads, G, Lq, Lk, first, every, l, c, groups,
-    M, step, lines, scale, hidden, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
-    stride_vn, stride_gb, stride_gh, stride_gn, NEAR: tl.constexpr, FAR: tl.constexpr,
+    p_q, p_k, p_v, p_ck, p_cv, p_do, p_lse2, p_delta, p_before, p_dq, H, heads, G, Lq, L_pad, Lk, first, every, period,
+    c, groups, M, step, lines, scale, hidden, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gn, NEAR: tl.constexpr, FAR: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     i_b, i_head = tl.program_id(0) // heads, tl.program_id(0) % heads
@@ -251,19 +251,19 @@ def _query_gradient_kernel(
         i_bh = i_b.to(tl.int64) * H + i_h
         b_q = _load(p_q, o_row, stride_qn, m_x, D, BD)  # [BM, BD]
         b_do = _load(p_do, o_row, stride_gn, m_x, DV, BDV)  # [BM, BDV]
-        b_lse2 = tl.load(p_lse2 + i_bh * Lq + o_row, mask=m_x, other=float("inf"))
-        b_delta = tl.load(p_delta + i_bh * Lq + o_row, mask=m_x, other=0.0)
+        b_lse2 = tl.load(p_lse2 + i_bh * L_pad + o_row, mask=m_x, other=float("inf"))
+        b_delta = tl.load(p_delta + i_bh * L_pad + o_row, mask=m_x, other=0.0)
         scale_log2 = scale * 1.4426950408889634
         b_dq = tl.zeros([BM, BD], tl.float32)
 
         if FAR != 0:
             i_group = i_head % groups
-            begin = l - c * (i_group + 1)
+            begin = period - c * (i_group + 1)
             i_c = ((i_b * (H // G) + i_kv) * groups + i_group).to(tl.int64) * M
             p_ck += i_c * D
             p_cv += i_c * DV
-            stop, whole = _columns(last, l, c, begin, FAR), _columns(x, l, c, begin, FAR)
-            b_columns = _columns(o_x, l, c, begin, FAR)
+            stop, whole = _columns(last, period, c, begin, FAR), _columns(x, period, c, begin, FAR)
+            b_columns = _columns(o_x, period, c, begin, FAR)
             for t in range(0, whole // BN * BN, BN):
                 o_t = t + tl.arange(0, BN)
                 b_k = _load(p_ck, o_t, D, o_t < M, D, BD)
@@ -279,10 +279,10 @@ def _query_gradient_kernel(
                 b_dq = _query_step(b_dq, b_s, b_do, b_k, b_v, b_lse2, b_delta, scale_log2)
 
         if NEAR != 0:
-            b_lower, lower = _lower(o_x, l, NEAR), _lower(last, l, NEAR)
+            b_lower, lower = _lower(o_x, period, NEAR), _lower(last, period, NEAR)
             b_stop = o_x + (NEAR != 4)
             whole = x + (NEAR != 4)
-            for y in range(_lower(x, l, NEAR), last + (NEAR != 4), BN):
+            for y in range(_lower(x, period, NEAR), last + (NEAR != 4), BN):
                 o_y = y + tl.arange(0, BN)
                 b_k = _load(p_k, o_y * step, stride_kn, o_y <= last, D, BD)
                 b_v = _load(p_v, o_y * step, stride_vn, o_y <= last, DV, BDV)
@@ -305,11 +305,20 @@ def _query_gradient_kernel(
 # Kernel: gradients of the keys and values, one program per (tile of them, KV head), over all their query heads
 
 
-@jit(general="H H_kv G Lq Lk first every l c groups M splits")
+@jit
+def _key_step(b_dk, b_dv, b_s, b_q, b_do, b_v, b_lse2, b_delta, scale_log2):
+    b_p = tl.exp2(b_s * scale_log2 - b_lse2[None, :])
+    b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=FLOAT32_DOT)
+    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=FLOAT32_DOT)
+    b_ds = b_p * (b_dp - b_delta[None, :])
+    return tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=FLOAT32_DOT), b_dv
+
+
+@jit(general="H H_kv G Lq L_pad Lk first every period c groups M splits")
 def _key_gradient_kernel(
-    q, p_k, p_v, do, p_lse2, p_delta, p_dk, p_dv, H, H_kv, G, Lq, Lk, first, every, l, c, groups, M, splits, step,
-    lines, scale, hidden, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_gb, stride_gh, stride_gn, NEAR: tl.constexpr, FAR: tl.constexpr, ADD: tl.constexpr,
+    q, p_k, p_v, do, p_lse2, p_delta, p_dk, p_dv, H, H_kv, G, Lq, L_pad, Lk, first, every, period, c, groups, M, splits,
+    step, lines, scale, hidden, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+    stride_vn, stride_gb, stride_gh, stride_gn, NEAR: tl.constexpr, FAR: tl.constexpr, ADD: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """With FAR the keys are summary columns ``[B, H_kv, groups, M, D]``; ``splits`` programs share their queries."""
@@ -348,24 +357,24 @@ def _key_gradient_kernel(
         every *= groups
         i_h = i_kv * G + ((first - i_kv * G) % every + every) % every
         count = tl.maximum((i_kv + 1) * G - i_h + every - 1, 0) // every
-        begin = l - c * (i_group + 1)
+        begin = period - c * (i_group + 1)
         if FAR == 1:
-            x_first = (y // c + 1) * l
+            x_first = (y // c + 1) * period
             x_stop = length
         elif FAR == 2:
-            x_first = y // c * l + begin + y % c
+            x_first = y // c * period + begin + y % c
             x_stop = length
         else:
             x_first = y + (NEAR == 4)
-            x_stop = _upper(bottom, l, length, NEAR)
+            x_stop = _upper(bottom, period, length, NEAR)
         x_first = tl.maximum(x_first, (offset - i_line + step - 1) // step)
         tiles = tl.cdiv(tl.maximum(x_stop - x_first, 0), BM)
         if FAR != 0:  # this program's share of the tiles
             share = tl.cdiv(tiles, splits)
             x_first += i_split * share * BM
             tiles = tl.maximum(tl.minimum(share, tiles - i_split * share), 0)
-        b_upper = _upper(o_y, l, length, NEAR)
-        upper = _upper(y, l, length, NEAR)
+        b_upper = _upper(o_y, period, length, NEAR)
+        upper = _upper(y, period, length, NEAR)
 
         LINES: tl.constexpr = NEAR >= 3
         if LINES:
@@ -373,35 +382,56 @@ def _key_gradient_kernel(
             do += i_b.to(tl.int64) * stride_gb + i_line.to(tl.int64) * stride_gn
         scale_log2 = scale * 1.4426950408889634
         b_dk, b_dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BDV], tl.float32)
-        for i in range(tiles * count):
-            x = x_first + i % tiles * BM
-            i_head = i_h + i // tiles * every
-            o_x = x + tl.arange(0, BM)
-            m_x = o_x < x_stop
-            o_row = o_x * step - offset
-            if LINES:
-                b_q = _load(q + i_head.to(tl.int64) * stride_qh, o_row, stride_qn, m_x, D, BD)  # [BM, BD]
-                b_do = _load(do + i_head.to(tl.int64) * stride_gh, o_row, stride_gn, m_x, DV, BDV)  # [BM, BDV]
-            else:
+        i_seq_q = i_b * H
+        if FAR != 0:
+            # from x_whole on queries see all columns of the tile
+            x_whole = tl.cdiv(y + BN, c) * period
+            some = tl.minimum(tl.cdiv(tl.maximum(x_whole - x_first, 0), BM), tiles)
+            for i in range(some * count):
+                x = x_first + i % some * BM
+                i_head = i_h + i // some * every
                 b_q = q.load([i_b, i_head, x - offset, 0]).reshape(BM, BD)
                 b_do = do.load([i_b, i_head, x - offset, 0]).reshape(BM, BDV)
-            i_row = (i_b.to(tl.int64) * H + i_head) * Lq + o_row + i_line
-            b_lse2 = tl.load(p_lse2 + i_row, mask=m_x, other=float("inf"))
-            b_delta = tl.load(p_delta + i_row, mask=m_x, other=0.0)
-            b_s = tl.dot(b_k, tl.trans(b_q), input_precision=FLOAT32_DOT)  # [BN, BM]
-            if FAR != 0:
-                if _columns(x, l, c, begin, FAR) < y + BN:
-                    b_columns = _columns(o_x, l, c, begin, FAR)
-                    b_s = tl.where(o_y[:, None] < b_columns[None, :], b_s, hidden)
-            else:
+                o_row = (i_seq_q + i_head).to(tl.int64) * L_pad + x - offset + tl.arange(0, BM)
+                b_s = tl.dot(b_k, tl.trans(b_q), input_precision=FLOAT32_DOT)  # [BN, BM]
+                b_columns = _columns(x + tl.arange(0, BM), period, c, begin, FAR)
+                b_s = tl.where(o_y[:, None] < b_columns[None, :], b_s, hidden)
+                b_dk, b_dv = _key_step(
+                    b_dk, b_dv, b_s, b_q, b_do, b_v, tl.load(p_lse2 + o_row), tl.load(p_delta + o_row), scale_log2
+                )
+            rest = tiles - some
+            x_first += some * BM
+            for i in range(rest * count):
+                x = x_first + i % rest * BM
+                i_head = i_h + i // rest * every
+                b_q = q.load([i_b, i_head, x - offset, 0]).reshape(BM, BD)
+                b_do = do.load([i_b, i_head, x - offset, 0]).reshape(BM, BDV)
+                o_row = (i_seq_q + i_head).to(tl.int64) * L_pad + x - offset + tl.arange(0, BM)
+                b_s = tl.dot(b_k, tl.trans(b_q), input_precision=FLOAT32_DOT)
+                b_dk, b_dv = _key_step(
+                    b_dk, b_dv, b_s, b_q, b_do, b_v, tl.load(p_lse2 + o_row), tl.load(p_delta + o_row), scale_log2
+                )
+        else:
+            for i in range(tiles * count):
+                x = x_first + i % tiles * BM
+                i_head = i_h + i // tiles * every
+                o_x = x + tl.arange(0, BM)
+                o_row = o_x * step - offset
+                if LINES:
+                    m_x = o_x < x_stop
+                    b_q = _load(q + i_head.to(tl.int64) * stride_qh, o_row, stride_qn, m_x, D, BD)  # [BM, BD]
+                    b_do = _load(do + i_head.to(tl.int64) * stride_gh, o_row, stride_gn, m_x, DV, BDV)  # [BM, BDV]
+                else:
+                    b_q = q.load([i_b, i_head, x - offset, 0]).reshape(BM, BD)
+                    b_do = do.load([i_b, i_head, x - offset, 0]).reshape(BM, BDV)
+                o_row = (i_seq_q + i_head).to(tl.int64) * L_pad + o_row + i_line
+                b_lse2 = tl.load(p_lse2 + o_row, mask=o_x < x_stop, other=float("inf"))
+                b_delta = tl.load(p_delta + o_row, mask=o_x < x_stop, other=0.0)
+                b_s = tl.dot(b_k, tl.trans(b_q), input_precision=FLOAT32_DOT)
                 if (x < y + BN - (NEAR != 4)) | (x + BM > upper):
                     m_s = (o_x[None, :] >= o_y[:, None] + (NEAR == 4)) & (o_x[None, :] < b_upper[:, None])
                     b_s = tl.where(m_s, b_s, hidden)
-            b_p = tl.exp2(b_s * scale_log2 - b_lse2[None, :])
-            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=FLOAT32_DOT)
-            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=FLOAT32_DOT)
-            b_ds = b_p * (b_dp - b_delta[None, :])
-            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=FLOAT32_DOT)
+                b_dk, b_dv = _key_step(b_dk, b_dv, b_s, b_q, b_do, b_v, b_lse2, b_delta, scale_log2)
 
         b_dk *= scale
         o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
@@ -439,9 +469,7 @@ def forward_tiles(width: int, itemsize: int) -> Tiles:
     """Tiles of the forward kernel; ``width`` is D + Dv, each rounded up to a power of two."""
     if itemsize == 4:
         return Tiles(64, 32, 4, 2) if width <= 256 else Tiles(32, 32, 8, 1)
-    if width <= 128:
-        return Tiles(128, 64, 4, 3)
-    return Tiles(128, 64, 4, 3) if width <= 256 else Tiles(128, 64, 8, 2)
+    return Tiles(64, 64, 4, 3) if width <= 256 else Tiles(128, 64, 8, 2)
 
 
 def query_tiles(width: int, itemsize: int) -> Tiles:
@@ -455,7 +483,7 @@ def key_tiles(width: int, itemsize: int) -> Tiles:
     """Tiles of the kernel for the gradients of keys and values."""
     if itemsize == 4:
         return Tiles(32, 32, 4, 2) if width <= 256 else Tiles(16, 16, 4, 1)
-    return Tiles(32, 64, 4, 3) if width <= 256 else Tiles(32, 64, 8, 3)
+    return Tiles(64, 64, 4, 2) if width <= 256 else Tiles(32, 64, 8, 3)
 
 
 class _Problem:
@@ -482,21 +510,21 @@ class _Problem:
 
     def _columns(self, x: torch.Tensor, blocks: int) -> list[torch.Tensor]:
         """The summary columns of whole blocks as views ``[B, H_kv, blocks, c, D]``, one per group."""
-        l, c = self.pattern.stride, self.pattern.summary
-        rows = x[:, :, : blocks * l].unflatten(2, (blocks, l))
-        return [rows[:, :, :, l - c * (g + 1) : l - c * g] for g in range(self.groups)]
+        period, c = self.pattern.stride, self.pattern.summary
+        rows = x[:, :, : blocks * period].unflatten(2, (blocks, period))
+        return [rows[:, :, :, period - c * (g + 1) : period - c * g] for g in range(self.groups)]
 
     def _compact(self, x: torch.Tensor) -> torch.Tensor:
         """A copy of the summary columns: ``[B, H_kv, groups, M, D]``, in the order of positions.
 
         Those of a last block that is not whole are there only if queries of that block may see them.
         """
-        l = self.pattern.stride
+        period = self.pattern.stride
         if self.pattern.parts == "merged":
-            blocks = max(1, (self.Lk - 1) // l)  # whole blocks before the last query
+            blocks = max(1, (self.Lk - 1) // period)  # whole blocks before the last query
         else:
-            blocks = -(-self.Lk // l)
-        x = torch.nn.functional.pad(x, (0, 0, 0, max(0, blocks * l - self.Lk)))
+            blocks = -(-self.Lk // period)
+        x = torch.nn.functional.pad(x, (0, 0, 0, max(0, blocks * period - self.Lk)))
         return torch.stack([columns.flatten(2, 3) for columns in self._columns(x, blocks)], 2)
 
     def lines(self, p: Pass) -> tuple[int, int]:
@@ -535,7 +563,8 @@ class _Problem:
             tiles = forward_tiles(*self.shape).for_lines(queries, length)
             launch(_forward_kernel, (self.B * heads, lines * -(-queries // tiles.queries)),
                 self.q, *self.sources(p, (self.k, self.v), tiles.keys), *self.described(self.copies, tiles.keys),
-                out, lse, self.H, heads, self.G, self.Lq, self.Lk, *self.arguments(p), step, lines, scale * 1.4426950408889634, *self.strides,
+                out, lse, self.H, heads, self.G, self.Lq, self.Lk, *self.arguments(p), step, lines,
+                scale * 1.4426950408889634, *self.strides,
                 NEAR=p.near, FAR=p.far, GOES_ON=i > 0 and p.every == 1, **self.sizes,
                 BM=tiles.queries, BN=tiles.keys, num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
@@ -543,14 +572,16 @@ class _Problem:
 
     def backward(self, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
         self.grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        scale = self.scale = self.scale or 1e-30
-        self.hidden = min(max(-1e30 / scale, -3e38), 3e38)  # a score that is none, whatever the sign of the scale
+        # a score that is none, whatever the sign of the scale
+        self.hidden = min(max(-1e30 / (self.scale or 1e-30), -3e38), 3e38)
         out, lse = out.contiguous(), lse.contiguous()
         if self.pattern.parts in ("far", "per_head"):  # queries without any key have probabilities of 0
             lse = lse.masked_fill(lse.isneginf(), math.inf)
-        self.lse2, self.delta = torch.empty_like(lse), torch.empty_like(lse)
-        launch(_delta_kernel, (-(-self.Lq // 32), self.B * self.H),
-            self.grad, out, lse, self.lse2, self.delta, self.H, self.Lq, 0, self.Lq,
+        # behind the last query so that tiles need no end: probabilities of 0
+        self.L_pad = -(-self.Lq // 128) * 128 + 128
+        self.lse2, self.delta = (lse.new_empty(self.B, self.H, self.L_pad) for _ in range(2))
+        launch(_delta_kernel, (self.L_pad // 32, self.B * self.H),
+            self.grad, out, lse, self.lse2, self.delta, self.H, self.Lq, 0, self.L_pad,
             *self.grad.stride()[:3], *out.stride()[:3], DV=self.Dv, BDV=self.sizes["BDV"], BM=32, num_warps=4,
         )  # fmt: skip
         todo = passes(self.pattern)
@@ -564,6 +595,8 @@ class _Problem:
         for p in todo:
             if p.far:
                 self._far_gradient(p, d_k, d_v, written)
+        if not self.scale:
+            d_q.zero_(), d_k.zero_()
         return d_q, d_k, d_v
 
     def _query_gradient(self, todo: list[Pass]) -> torch.Tensor:
@@ -579,8 +612,9 @@ class _Problem:
             launch(_query_gradient_kernel, (self.B * heads, lines * -(-queries // tiles.queries)),
                 self.q, self.k, self.v, *self.compacted, self.grad, self.lse2, self.delta,
                 before if shared and i else None, before if shared and i == 0 else d_q,
-                self.H, heads, self.G, self.Lq, self.Lk, *self.arguments(p), self.M, step, lines, self.scale, self.hidden,
-                *self.strides, *self.grad.stride()[:3], NEAR=p.near, FAR=p.far, **self.sizes,
+                self.H, heads, self.G, self.Lq, self.L_pad, self.Lk, *self.arguments(p), self.M, step, lines,
+                self.scale or 1e-30, self.hidden, *self.strides, *self.grad.stride()[:3],
+                NEAR=p.near, FAR=p.far, **self.sizes,
                 BM=tiles.queries, BN=tiles.keys, num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
         return d_q
@@ -604,28 +638,28 @@ class _Problem:
             total = slot[0] if splits == 1 else slot.sum(0)
             if not add:
                 target.zero_()
-            l, c = self.pattern.stride, self.pattern.summary
+            period, c = self.pattern.stride, self.pattern.summary
             blocks = self.M // c
-            whole = min(blocks, self.Lk // l)
+            whole = min(blocks, self.Lk // period)
             for g, columns in enumerate(self._columns(target, whole) if whole else ()):
                 columns += total[:, :, g, : whole * c].unflatten(2, (whole, c))
             for g in range(self.groups if whole < blocks else 0):  # of a block that the end of the sequence cuts
-                begin = whole * l + l - c * (g + 1)
+                begin = whole * period + period - c * (g + 1)
                 count = min(max(self.Lk - begin, 0), c)
                 target[:, :, begin : begin + count] += total[:, :, g, whole * c : whole * c + count]
 
     def _launch_keys(self, p, tiles, k, v, d_k, d_v, grid, add, splits, step, lines) -> None:
         q, grad = self.sources(p, (self.q, self.grad), tiles.queries)
         launch(_key_gradient_kernel, grid,
-            q, k, v, grad, self.lse2, self.delta, d_k, d_v, self.H, self.H_kv, self.G, self.Lq, self.Lk,
-            *self.arguments(p), self.M, splits, step, lines, self.scale, self.hidden, *self.strides,
+            q, k, v, grad, self.lse2, self.delta, d_k, d_v, self.H, self.H_kv, self.G, self.Lq, self.L_pad, self.Lk,
+            *self.arguments(p), self.M, splits, step, lines, self.scale or 1e-30, self.hidden, *self.strides,
             *self.grad.stride()[:3],
             NEAR=p.near, FAR=p.far, ADD=add, **self.sizes, BM=tiles.queries, BN=tiles.keys,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
 
-MIN_PROGRAMS = 512  # with fewer, the queries of a tile of summary columns are split among several
+MIN_PROGRAMS = 2048  # with fewer, the queries of a tile of summary columns are split among several
 
 
 def sparse_forward_triton(
