@@ -16,11 +16,11 @@ graphs: what they cost inside a model that keeps the GPU busy.
 ``--bernoulli`` measures SANTA with a rounded query (job ``bernoulli``): keys token by token and feature by feature,
 and of the latter only those features that the query needs, whose share is in the column ``params``.
 
-    python examples/benchmark.py --sparse --out examples/results/speed.csv      # on a GPU: only this
+    python examples/benchmark.py --sparse --flex --out examples/results/speed.csv       # on a GPU: only this
     python examples/benchmark.py --sparse --lengths 1024 --heads 4 2 --head-size 32     # a taste, also on a CPU
 
 ``--sparse`` measures Sparse Transformer attention, forward and with its gradients (jobs ``sparse_fixed``,
-``sparse_strided`` and these with ``_train``) at its default stride. Beside the best exact attention, ``flex`` in
+``sparse_strided`` and these with ``_train``) at its default stride. With ``--flex`` the number ``flex`` in
 ``params`` is FlexAttention with the same pattern, in ms, at 32,768 tokens.
 """
 
@@ -457,6 +457,7 @@ def main() -> None:
                         "and --heads count on a CPU")  # fmt: skip
     parser.add_argument("--sparse", action="store_true", help="measure only Sparse Transformer attention; --lengths "
                         "count")  # fmt: skip
+    parser.add_argument("--flex", action="store_true", help="with --sparse: FlexAttention too, at 32,768 tokens")
     parser.add_argument("--repeats", type=int, default=7)
     add_arguments(parser)
     args = parser.parse_args()
@@ -490,8 +491,7 @@ def main() -> None:
             opponents["_train"] = exact_times(*tensors, clock, repeats, grad)
             for kind in ("fixed", "strided"):
                 pattern = Pattern(kind, default_stride(n), min(32, default_stride(n)))
-                flex = on_gpu and n == 32768
-                for row in sparse_rows(tensors, pattern, grad, opponents, clock, repeats, flex):
+                for row in sparse_rows(tensors, pattern, grad, opponents, clock, repeats, args.flex and n == 32768):
                     add(*tensors[:2], row)
         show(rows, "job Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb".split())
         return

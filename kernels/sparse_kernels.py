@@ -224,10 +224,10 @@ def _query_step(b_dq, b_s, b_do, b_k, b_v, b_lse2, b_delta, scale_log2):
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=FLOAT32_DOT)
 
 
-@jit(general="H heads G Lq L_pad Lk first every period c groups M")
+@jit(general="H heads G Lq L_pad Lk first every period c groups")
 def _query_gradient_kernel(
-    p_q, p_k, p_v, p_ck, p_cv, p_do, p_lse2, p_delta, p_before, p_dq, H, heads, G, Lq, L_pad, Lk, first, every, period,
-    c, groups, M, step, lines, scale, hidden, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    p_q, k, v, d_ck, d_cv, p_do, p_lse2, p_delta, p_before, p_dq, H, heads, G, Lq, L_pad, Lk, first, every, period,
+    c, groups, step, lines, scale, hidden, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gn, NEAR: tl.constexpr, FAR: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -246,8 +246,10 @@ def _query_gradient_kernel(
         o_row = o_x * step + i_line - offset
         p_q += i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
         p_do += i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh
-        p_k += i_b.to(tl.int64) * stride_kb + i_kv.to(tl.int64) * stride_kh + i_line.to(tl.int64) * stride_kn
-        p_v += i_b.to(tl.int64) * stride_vb + i_kv.to(tl.int64) * stride_vh + i_line.to(tl.int64) * stride_vn
+        LINES: tl.constexpr = NEAR >= 3
+        if LINES:
+            k += i_b.to(tl.int64) * stride_kb + i_kv.to(tl.int64) * stride_kh + i_line.to(tl.int64) * stride_kn
+            v += i_b.to(tl.int64) * stride_vb + i_kv.to(tl.int64) * stride_vh + i_line.to(tl.int64) * stride_vn
         i_bh = i_b.to(tl.int64) * H + i_h
         b_q = _load(p_q, o_row, stride_qn, m_x, D, BD)  # [BM, BD]
         b_do = _load(p_do, o_row, stride_gn, m_x, DV, BDV)  # [BM, BDV]
@@ -259,23 +261,19 @@ def _query_gradient_kernel(
         if FAR != 0:
             i_group = i_head % groups
             begin = period - c * (i_group + 1)
-            i_c = ((i_b * (H // G) + i_kv) * groups + i_group).to(tl.int64) * M
-            p_ck += i_c * D
-            p_cv += i_c * DV
+            i_c = i_kv * groups + i_group
             stop, whole = _columns(last, period, c, begin, FAR), _columns(x, period, c, begin, FAR)
             b_columns = _columns(o_x, period, c, begin, FAR)
             for t in range(0, whole // BN * BN, BN):
-                o_t = t + tl.arange(0, BN)
-                b_k = _load(p_ck, o_t, D, o_t < M, D, BD)
-                b_v = _load(p_cv, o_t, DV, o_t < M, DV, BDV)
+                b_k = d_ck.load([i_b, i_c, t, 0]).reshape(BN, BD)
+                b_v = d_cv.load([i_b, i_c, t, 0]).reshape(BN, BDV)
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT)
                 b_dq = _query_step(b_dq, b_s, b_do, b_k, b_v, b_lse2, b_delta, scale_log2)
             for t in range(whole // BN * BN, stop, BN):
-                o_t = t + tl.arange(0, BN)
-                b_k = _load(p_ck, o_t, D, o_t < M, D, BD)
-                b_v = _load(p_cv, o_t, DV, o_t < M, DV, BDV)
+                b_k = d_ck.load([i_b, i_c, t, 0]).reshape(BN, BD)
+                b_v = d_cv.load([i_b, i_c, t, 0]).reshape(BN, BDV)
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT)
-                b_s = tl.where(o_t[None, :] < b_columns[:, None], b_s, hidden)
+                b_s = tl.where(t + tl.arange(0, BN)[None, :] < b_columns[:, None], b_s, hidden)
                 b_dq = _query_step(b_dq, b_s, b_do, b_k, b_v, b_lse2, b_delta, scale_log2)
 
         if NEAR != 0:
@@ -284,8 +282,8 @@ def _query_gradient_kernel(
             whole = x + (NEAR != 4)
             for y in range(_lower(x, period, NEAR), last + (NEAR != 4), BN):
                 o_y = y + tl.arange(0, BN)
-                b_k = _load(p_k, o_y * step, stride_kn, o_y <= last, D, BD)
-                b_v = _load(p_v, o_y * step, stride_vn, o_y <= last, DV, BDV)
+                b_k = _tile(k, i_b, i_kv, y, stride_kn, o_y * step, o_y <= last, LINES, BN, D, BD)
+                b_v = _tile(v, i_b, i_kv, y, stride_vn, o_y * step, o_y <= last, LINES, BN, DV, BDV)
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT)
                 if (y < lower) | (y + BN > whole):
                     m_s = (o_y[None, :] >= b_lower[:, None]) & (o_y[None, :] < b_stop[:, None])
@@ -618,9 +616,10 @@ class _Problem:
             if shared and i == 0:
                 before = torch.empty(self.q.shape, dtype=torch.float32, device=self.q.device)
             launch(_query_gradient_kernel, (self.B * heads, lines * -(-queries // tiles.queries)),
-                self.q, self.k, self.v, *self.compacted, self.grad, self.lse2, self.delta,
+                self.q, *self.sources(p, (self.k, self.v), tiles.keys), *self.described(self.copies, tiles.keys),
+                self.grad, self.lse2, self.delta,
                 before if shared and i else None, before if shared and i == 0 else d_q,
-                self.H, heads, self.G, self.Lq, self.L_pad, self.Lk, *self.arguments(p), self.M, step, lines,
+                self.H, heads, self.G, self.Lq, self.L_pad, self.Lk, *self.arguments(p), step, lines,
                 self.scale or 1e-30, self.hidden, *self.strides, *self.grad.stride()[:3],
                 NEAR=p.near, FAR=p.far, **self.sizes,
                 BM=tiles.queries, BN=tiles.keys, num_warps=tiles.warps, num_stages=tiles.stages,
