@@ -530,7 +530,8 @@ class _Problem:
             blocks = max(1, (self.Lk - 1) // period)  # whole blocks before the last query
         else:
             blocks = -(-self.Lk // period)
-        x = torch.nn.functional.pad(x, (0, 0, 0, max(0, blocks * period - self.Lk)))
+        if blocks * period > self.Lk:
+            x = torch.nn.functional.pad(x, (0, 0, 0, blocks * period - self.Lk))
         return torch.stack([columns.flatten(2, 3) for columns in self._columns(x, blocks)], 2)
 
     def lines(self, p: Pass) -> tuple[int, int]:
