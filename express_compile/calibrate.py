@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .eager import is_rewritten, record_sites, restore_attention, rewrite_attention
 from .method import METHODS
+from .plain import number
 from .spec import layer_key
 
 
@@ -103,8 +104,16 @@ def measure_layers(
     """
     if is_rewritten(model):
         raise ValueError("model: is rewritten; call restore_attention(model) first")
-    if not 1 <= steps <= 16:
-        raise ValueError(f"steps={steps!r}: must be from 1 to 16")
+    for name, value, most in (("draws", draws, 1 << 15), ("steps", steps, 16), ("seeds", seeds, 1 << 31)):
+        if not 1 <= number(name, value, int) <= most:
+            raise ValueError(f"{name}={value!r}: must be from 1 to {most}")
+    if isinstance(texts, (torch.Tensor, str, bytes, Mapping)) or not isinstance(texts, Iterable):
+        raise TypeError(f"texts: a {type(texts).__name__}; must be several texts, such as a list of one")
+    texts = list(texts)
+    if not texts:
+        raise ValueError("texts: must hold at least one text")
+    for ids in texts:
+        _check_text(ids, steps + 2 * draws)
     options = {"sampler": sampler, "shared": shared}
     santa = {"santa": {**options, "draws": draws}}
     rewrite_attention(model, methods=["santa"], budget=max(4, draws), min_length=0, method_options=santa)
@@ -112,8 +121,6 @@ def measure_layers(
         per_text = [_measure_text(model, ids, draws, steps, seeds) for ids in texts]
     finally:
         restore_attention(model)
-    if not per_text:
-        raise ValueError("texts: must hold at least one text")
     return {
         "draws": draws,
         "layers": {
@@ -123,14 +130,18 @@ def measure_layers(
     }
 
 
-def _measure_text(
-    model: nn.Module, ids: torch.Tensor, draws: int, steps: int, seeds: int
-) -> dict[str, dict[str, float]]:
-    least = steps + 2 * draws
+def _check_text(ids: Any, least: int) -> None:
+    if not isinstance(ids, torch.Tensor):
+        raise TypeError(f"texts: a {type(ids).__name__}; must be tensors of token ids")
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < least:
         raise ValueError(
             f"texts: ids of shape {tuple(ids.shape)}; must be [1, n] with n at least {least} (steps + 2 draws)"
         )
+
+
+def _measure_text(
+    model: nn.Module, ids: torch.Tensor, draws: int, steps: int, seeds: int
+) -> dict[str, dict[str, float]]:
     prompt = ids.shape[1] - steps
     cache = model(ids[:, :prompt], use_cache=True, logits_to_keep=1).past_key_values
     if hasattr(cache, "activate_past_recording"):
@@ -164,13 +175,15 @@ def allocate(measured: Mapping[str, Any], total: int, beta: float | None = None)
     ``measured`` comes from :func:`measure_layers`; ``beta`` is the median of its slopes unless given. Every layer gets
     at least one draw. Raises ``ValueError`` for fewer draws than layers and for a ``beta`` that is not above -1.
     """
+    if not isinstance(measured, Mapping) or not isinstance(measured.get("layers"), Mapping) or not measured["layers"]:
+        raise TypeError(f"measured={measured!r}: must be what measure_layers returned")
     layers: Mapping[str, Mapping[str, float]] = measured["layers"]
-    if total < len(layers):
+    if number("total", total, int) < len(layers):
         raise ValueError(f"total={total!r}: must be at least one draw for each of {len(layers)} layers")
     if beta is None:
         beta = median([found["slope"] for found in layers.values() if found["slope"]] or [1.0])
-    if not beta > -1:
-        raise ValueError(f"beta={beta!r}: must be above -1")
+    if not -1 < number("beta", beta, int, float) < math.inf:
+        raise ValueError(f"beta={beta!r}: must be above -1 and finite")
     weight = {path: max(0.0, found["kl"]) ** (1 / (1 + beta)) for path, found in layers.items()}
     whole = sum(weight.values())
     spare = total - len(layers)

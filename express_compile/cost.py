@@ -15,6 +15,7 @@ import sympy
 import torch
 from sympy.printing.pycode import PythonCodePrinter
 
+from .plain import number
 from .spec import AttentionSpec, known_equal
 
 # the sizes of AttentionSpec, the budget (rows, or draws for SANTA) and the bytes of one element of query, key and value
@@ -134,9 +135,37 @@ class Device:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Device:
-        """The inverse of ``dataclasses.asdict``. Raises ``TypeError`` for other keys."""
-        rates = {k: {m: Rates(**r) for m, r in of.items()} for k, of in data["rates"].items()}
-        return cls(**{**data, "rates": rates})
+        """The inverse of ``dataclasses.asdict``.
+
+        Raises ``TypeError`` for data of another form, and ``ValueError`` for rates that no device has.
+        """
+        names = {f.name for f in fields(cls)}
+        if not isinstance(data, Mapping) or set(data) != names:
+            raise TypeError(f"must be an object of {', '.join(sorted(names))}")
+        for name in ("name", "source"):
+            if not isinstance(data[name], str):
+                raise TypeError(f"{name}={data[name]!r}: must be a string")
+        if not isinstance(data["rates"], Mapping) or not all(isinstance(of, Mapping) for of in data["rates"].values()):
+            raise TypeError(f"rates={data['rates']!r}: must map dtypes to methods to rates")
+        rates = {
+            kind: {method: _rates(f"rates[{kind!r}][{method!r}]", given) for method, given in of.items()}
+            for kind, of in data["rates"].items()
+        }
+        return cls(data["name"], data["source"], rates)
+
+
+def _rates(name: str, data: Any) -> Rates:
+    known = [f.name for f in fields(Rates)]
+    if not isinstance(data, Mapping) or not set(data) <= set(known):
+        raise TypeError(f"{name}={data!r}: must be an object of {', '.join(known)}")
+    for key, value in data.items():
+        most, unit = (2**40, "bytes") if key == "cache" else (1.0, "seconds")
+        if not 0 <= number(f"{name}[{key!r}]", value, int, float) <= most:
+            raise ValueError(f"{name}[{key!r}]={value!r}: must be from 0 to {most:g} {unit}")
+    rates = Rates(**data)
+    if not any(getattr(rates, f.name) for f in fields(Cost)):
+        raise ValueError(f"{name}: nothing takes any time")
+    return rates
 
 
 def rates_key(method: str, Lq: Any) -> str:

@@ -7,13 +7,14 @@ import importlib.metadata
 import json
 import os
 import re
+import warnings
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 
 from .cost import Device
+from .plain import from_json, write_whole
 
 # Data sheets (NVIDIA, dense float16): matrix products in TFLOP/s, memory in TB/s, clock in GHz times multiprocessors,
 # clock, and MB of L2 as its driver reports it
@@ -40,17 +41,23 @@ def versions() -> dict[str, str]:
 
 
 def path_of(name: str) -> Path:
-    """The file of a device that was measured here: one per name and versions, under ``XDG_CACHE_HOME``."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """The file of a device that was measured here: one per name and versions, under ``XDG_CACHE_HOME``.
+
+    Raises ``OSError`` where neither that nor a home directory is known.
+    """
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise FileNotFoundError(f"XDG_CACHE_HOME is not set, and there is no home directory: {error}") from None
     key = "-".join([name, *versions().values()])
     return home / "express_compile" / f"{re.sub(r'[^A-Za-z0-9.+]+', '-', key)}.json"
 
 
 def save(device: Device) -> Path:
-    """Keep a device that was measured here; returns its file."""
+    """Keep a device that was measured here; returns its file. Raises ``OSError`` where that cannot be written."""
     path = path_of(device.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(device), indent=2))
+    write_whole(path, json.dumps(asdict(device), indent=2))
     device_of.cache_clear()
     return path
 
@@ -58,7 +65,7 @@ def save(device: Device) -> Path:
 @functools.cache
 def shipped() -> dict[str, Device]:
     """The devices that need no measurement: those measured for this package, and others by their data sheets."""
-    found = json.loads(files(__package__).joinpath("devices.json").read_text())
+    found = json.loads(Path(__file__).with_name("devices.json").read_text(encoding="utf-8"))
     devices = {data["name"]: Device.from_dict(data) for data in found}
     base = devices[MEASURED]
     for name, sheet in _SHEETS.items():
@@ -76,5 +83,30 @@ def device_of(kind: str) -> Device | None:
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
         return None
     name = name_of(kind)
-    path = path_of(name)
-    return Device.from_dict(json.loads(path.read_text())) if path.exists() else shipped().get(name)
+    return _measured(name) or shipped().get(name)
+
+
+def _measured(name: str) -> Device | None:
+    """A device as it was measured here; None where it was not, or its file may not be read, or says nothing that can be
+    true, which a ``RuntimeWarning`` tells."""
+    try:
+        path = path_of(name)
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+    except (OSError, ValueError) as error:
+        return _ignored(path, error)
+    try:
+        device = from_json("device", text, Device.from_dict)
+    except (TypeError, ValueError) as error:
+        return _ignored(path, error)
+    return device if device.name == name else _ignored(path, f"it is of {device.name!r}, not {name!r}")
+
+
+def _ignored(path: Path, reason: object) -> None:
+    warnings.warn(
+        f"{path}: does not hold how fast this machine is, and is left out ({reason}); "
+        "python -m express_compile calibrate writes it anew",
+        RuntimeWarning,
+        stacklevel=2,
+    )

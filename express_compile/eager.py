@@ -20,11 +20,12 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -33,7 +34,7 @@ from .attention_mask import ProvenMask, make_mask, untraced
 from .method import METHODS
 from .module_code import calls_interface, can_import_transformers, depends_on_name
 from .report import SiteReport, recorder
-from .spec import AttentionSpec, Mask, Plan, Policy, Site, feature_major, layer_key
+from .spec import AttentionSpec, Mask, Plan, Policy, default_scale, feature_major, layer_key
 
 if TYPE_CHECKING:
     from .shadow import Shadow
@@ -82,8 +83,7 @@ def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any
     ``ValueError`` when the model has no attention that could be rewritten, or is a part of one that is rewritten, and
     with ``strict=True`` when something in ``modules`` matches no site, as far as sites are known before the first call.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: must be a torch.nn.Module")
+    _require_module(model)
     from .passes.plan import require_matches
 
     policy = _checked_policy(policy, options)
@@ -124,8 +124,14 @@ def restore_attention(model: Model) -> Model:
 
 
 def is_rewritten(model: nn.Module) -> bool:
-    """Whether :func:`rewrite_attention` is in force in ``model`` or a part of it."""
+    """Whether :func:`rewrite_attention` is in force in ``model`` or a part of it. ``TypeError`` if it is no module."""
+    _require_module(model)
     return any(_SITE in module.__dict__ or capture.is_captured(module) for module in model.modules())
+
+
+def _require_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r}: must be a torch.nn.Module")
 
 
 def unmatched(model: nn.Module, seen: Iterable[str] = ()) -> tuple[str, ...]:
@@ -174,29 +180,10 @@ def _checked_policy(policy: Policy | None, options: dict[str, Any]) -> Policy:
         raise TypeError(f"policy={policy!r}: must be a Policy; give single options by name, e.g. budget=512")
     elif options:
         raise TypeError(f"policy and {', '.join(sorted(options))} were both given: put the options into the policy")
-    from .passes.plan import DEFAULT_METHODS, check_policy
+    from .passes.plan import check_policy
 
     check_policy(policy)
-    parts = [policy, *(replace(policy, modules={}, **override) for override in policy.modules.values())]
-    parts += [] if policy.plan is None else [site.policy for site in policy.plan.sites]
-    for part in parts:
-        local = part.resolve(_PROBES[0].Lk)
-        for name in dict.fromkeys((*(local.methods or DEFAULT_METHODS), *local.method_options)):
-            probe = next((probe for probe in _PROBES if METHODS[name].why_not(probe, local) is None), None)
-            if probe is not None:
-                # raises for values that a method does not know, e.g. a halving rule
-                METHODS[name].params(Site(probe), local)
     return policy
-
-
-# Sites to try a policy on before any real one is known.
-_PROBES = tuple(
-    AttentionSpec(
-        B=1, H=1, H_kv=1, Lq=1 << 20, Lk=1 << 20, D=64, Dv=64, dtype=torch.float32, device="cpu", scale=0.125,
-        mask=Mask(causal=causal),
-    )
-    for causal in (True, False)
-)  # fmt: skip
 
 
 class _Plans:
@@ -270,7 +257,11 @@ class _Site:
 
 
 def rewritten_sites(model: nn.Module) -> dict[str, _Site]:
-    """Module path -> what a rewritten attention module knows, for each of them in ``model``."""
+    """Module path -> what a rewritten attention module knows, for each of them in ``model``.
+
+    Raises ``TypeError`` if that is no module.
+    """
+    _require_module(model)
     return {path: module.__dict__[_SITE] for path, module in model.named_modules() if _SITE in module.__dict__}
 
 
@@ -549,9 +540,7 @@ def _step_in_graph(
     if plan.verdict != "rewritten":
         return _exact(module, site, query, key, value, attention_mask, arguments)[0]
     given = site.plans.policy.seed
-    drawn = (
-        _seed(None, query.device) if given is None else torch.full((), given, dtype=torch.int64, device=query.device)
-    )
+    drawn = _seed(None, query) if given is None else torch.full((), given, dtype=torch.int64, device=query.device)
     seed = _seed_of_step(drawn, spec, arguments)
     out, _ = METHODS[plan.method].op(query, key, value, padding, seed, spec.scale, site.layer, **plan.params)
     return out.transpose(1, 2).contiguous()
@@ -590,7 +579,7 @@ def _attend(
         require([(site.path, plan)], site.plans.policy)
     if plan.verdict != "rewritten":
         return _exact(module, site, query, key, value, attention_mask, arguments)
-    seed = _seed_of_step(_seed(site.plans.policy.seed, query.device), spec, arguments)
+    seed = _seed_of_step(_seed(site.plans.policy.seed, query), spec, arguments)
     key, value = key[:, :, :visible], value[:, :, :visible]
     sinks = {"sinks": arguments["s_aux"]} if spec.sinks else {}
     op = METHODS[plan.method].op
@@ -614,7 +603,7 @@ def _spec(
         Dv=value.shape[3],
         dtype=query.dtype,
         device=query.device.type,
-        scale=float(query.shape[3] ** -0.5 if scale is None else scale),
+        scale=float(default_scale(query.shape[3]) if scale is None else scale),
         mask=mask,
         dropout_p=float(arguments.get("dropout") or 0.0),
         softcap=arguments.get("softcap"),
@@ -671,16 +660,19 @@ def _seed_of_step(seed: torch.Tensor, spec: AttentionSpec, arguments: dict[str, 
     return seed + positions.flatten()[-1]
 
 
-def _seed(seed: int | None, device: torch.device) -> torch.Tensor:
+def _seed(seed: int | None, query: torch.Tensor) -> torch.Tensor:
     if seed is None:
-        return torch.randint(0, 2**31 - 1, (), dtype=torch.int64, device=device)
-    return _fixed_seed(seed, device)
+        return torch.randint(0, 2**31 - 1, (), dtype=torch.int64, device=query.device)
+    if type(query) is not torch.Tensor:  # such as a fake tensor, which mixes with no others
+        return torch.full((), seed, dtype=torch.int64, device=query.device)
+    return _fixed_seed(seed, query.device)
 
 
 @lru_cache(maxsize=64)
 def _fixed_seed(seed: int, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # the tensor outlives the inference_mode block that happens to come first
-        return torch.full((), seed, dtype=torch.int64, device=device)
+    from .kernels._triton import constant
+
+    return constant(np.array(seed, np.int64), device)
 
 
 def _record(module: nn.Module, site: _Site, spec: AttentionSpec, plan: Plan) -> None:

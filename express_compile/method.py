@@ -26,6 +26,7 @@ class Method:
     loses(spec, policy): why exact attention was measured to be faster at a site of these sizes, or ``None``; asked
         unless the policy gives ``min_length``. Sizes may be symbolic: what is decided at run time is no loss.
     options: the names and defaults of the method's own options (``Policy.method_options[name]``).
+    named(options): the module paths that its own options speak of, each as it is to be shown by its path.
     cost(spec, params): what a call costs in the symbols of ``cost.py``, for the parameters that ``params`` gave.
         Of ``spec`` it reads the mask; sizes and the budget stay symbols. ``None``: not known.
     padding_cost: whether ``cost`` also says what padding costs; else it is that of a batch without.
@@ -49,6 +50,7 @@ class Method:
     params: Callable[[Site, Policy], Mapping[str, Any]]
     loses: Callable[[AttentionSpec, Policy], str | None] = lambda spec, policy: None
     options: Mapping[str, Any] = field(default_factory=dict)
+    named: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda options: {}
     cost: Callable[[AttentionSpec, Mapping[str, Any]], Cost] | None = None
     padding_cost: bool = False
     rows: Callable[[Mapping[str, Any], int], int] = lambda params, Lk: Lk
@@ -87,7 +89,7 @@ class Method:
     def own_options(self, policy: Policy) -> dict[str, Any]:
         """Defaults updated by ``policy.method_options``; raises ``TypeError`` for an unknown option."""
         given = policy.method_options.get(self.name, {})
-        unknown = sorted(set(given) - set(self.options))
+        unknown = sorted(set(given) - set(self.options), key=str)
         if unknown:
             raise TypeError(
                 f"method_options[{self.name!r}]: unknown option {', '.join(map(repr, unknown))}; "

@@ -2,19 +2,91 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
-from typing import Any
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+INT_BITS = 63  # what an op takes is below 2**63
+
+
+def number(name: str, value: Any, *types: type, others: tuple[str, ...] = ()) -> Any:
+    """``value`` as a Python number of one of ``types`` (int, float); numpy's scalars are numbers, bools are not.
+
+    Raises ``TypeError``, which also lists ``others``, what else is allowed; ``ValueError`` for an integer that no op
+    takes.
+    """
+    plain = value.item() if isinstance(value, np.generic) else value
+    if isinstance(plain, bool) or not isinstance(plain, types):
+        allowed = " or ".join([*(t.__name__ for t in types), *others])
+        raise TypeError(f"{name}={value!r}: must be of type {allowed}, not {type(value).__name__}")
+    if isinstance(plain, int) and plain.bit_length() > INT_BITS:
+        raise ValueError(f"{name}={plain}: must be below 2**{INT_BITS}")
+    return plain
+
+
+def renamed(where: str, error: Exception) -> TypeError | ValueError:
+    """The same error, which also says where; one without the arguments that subclasses need."""
+    return (TypeError if isinstance(error, TypeError) else ValueError)(f"{where}: {error}")
 
 
 def canonical(value: Any) -> Any:
-    """``value`` in the one form in which equal data are equal: tuples for lists, dicts for mappings, one NaN."""
+    """``value`` in the one form in which equal data are equal: tuples for lists, dicts for mappings, one NaN, Python's
+    numbers for numpy's. Raises ``ValueError`` for what is nested too deeply."""
+    try:
+        return _canonical(value)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _canonical(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: canonical(item) for key, item in value.items()}
+        return {key: _canonical(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return tuple(map(canonical, value))
+        return tuple(map(_canonical, value))
+    value = value.item() if isinstance(value, np.generic) else value
     # containers compare their items by identity first, so that this NaN, and no other, equals itself
     return math.nan if isinstance(value, float) and math.isnan(value) else value
+
+
+def from_json(name: str, text: Any, make: Callable[[Any], T]) -> T:
+    """``make`` of the data in a JSON text.
+
+    Raises ``TypeError`` or ``ValueError``, which names what the text should be, for what is no JSON or is nested too
+    deeply; what ``make`` raises besides is passed on.
+    """
+    if not isinstance(text, (str, bytes, bytearray)):
+        raise TypeError(f"{name}: must be the text of a JSON object, not {type(text).__name__}")
+    try:
+        try:
+            data = json.loads(text)
+        except ValueError as error:  # bad JSON, bad bytes, or a number of too many digits
+            raise ValueError(f"{name}: {error}") from None
+        return make(data)
+    except RecursionError:
+        raise ValueError(f"{name}: is nested too deeply") from None
+
+
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file in one step: who reads it meanwhile finds the old one or the new one. Raises ``OSError``."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():  # a pipe or a terminal; a folder raises
+        path.write_text(text, encoding="utf-8")
+        return
+    part = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def check_plain(name: str, value: Any) -> None:

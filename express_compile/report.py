@@ -298,9 +298,13 @@ def explain(
 
     from .eager import is_rewritten, record_sites, unmatched
 
-    kwargs = dict(example_kwargs or {})
     if not callable(model):
         raise TypeError(f"model={model!r}: must be a torch.nn.Module or a function")
+    if example_kwargs is not None and not isinstance(example_kwargs, Mapping):
+        raise TypeError(f"example_kwargs={example_kwargs!r}: must be None or a mapping of named inputs")
+    if not isinstance(error, bool):
+        raise TypeError(f"error={error!r}: must be True or False")
+    kwargs = dict(example_kwargs or {})
     if isinstance(model, torch.nn.Module) and is_rewritten(model):
         if policy_fields:
             raise ValueError(

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, get_args
 
-from .plain import canonical, check_plain
+from .plain import canonical, check_plain, from_json, number, renamed, write_whole
 from .spec import AttentionSpec, Plan, Policy, Verdict
 
 _VERSION = 1
@@ -39,15 +39,21 @@ class SavedSite:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, kind in (("module", str), ("index", int), ("method", str), ("verdict", str)):
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"{name}={getattr(self, name)!r}: must be of type {kind.__name__}")
+        for name in ("module", "method", "verdict"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name}={getattr(self, name)!r}: must be of type str")
+        object.__setattr__(self, "index", number("index", self.index, int))
+        if self.index < 0:
+            raise ValueError(f"index={self.index!r}: must be 0 or more, a place among the sites of a module")
         if self.verdict not in get_args(Verdict):
             raise ValueError(f"verdict={self.verdict!r}: must be one of {', '.join(get_args(Verdict))}")
         for name in ("params", "facts", "options"):
             if not isinstance(getattr(self, name), Mapping):
                 raise TypeError(f"{name}={getattr(self, name)!r}: must be a mapping")
-            object.__setattr__(self, name, canonical(getattr(self, name)))
+            try:
+                object.__setattr__(self, name, canonical(getattr(self, name)))
+            except ValueError as error:
+                raise renamed(name, error) from None
         self.policy  # noqa: B018 - raises for options that do not exist
 
     @cached_property
@@ -120,25 +126,35 @@ class SavedPlan:
     @classmethod
     def from_json(cls, text: str) -> SavedPlan:
         """The plan that :meth:`to_json` wrote. Raises ``ValueError`` or ``TypeError`` that names the entry."""
-        data = json.loads(text)
+        return from_json("plan", text, lambda data: cls.from_data(data, "plan"))
+
+    @classmethod
+    def from_data(cls, data: Any, name: str) -> SavedPlan:
+        """The plan in what :meth:`to_json` wrote, as ``json`` reads it; errors begin with ``name``."""
+        try:
+            return cls._from_data(data)
+        except (TypeError, ValueError) as error:
+            raise renamed(name, error) from None
+
+    @classmethod
+    def _from_data(cls, data: Any) -> SavedPlan:
         if not isinstance(data, dict) or data.get("version") != _VERSION or not isinstance(data.get("sites"), list):
-            raise ValueError(
-                f"plan: must be an object with version={_VERSION} and a list of sites, as save() writes it"
-            )
+            raise ValueError(f"must be an object with version={_VERSION} and a list of sites, as save() writes it")
         return cls(tuple(_site(i, entry) for i, entry in enumerate(data["sites"])))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the plan to a file."""
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        """Write the plan to a file, in one step. Raises ``OSError`` if that cannot be."""
+        write_whole(path, self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> SavedPlan:
         """The plan in a file. Raises ``OSError`` if it cannot be read, else as :meth:`from_json`, with its name."""
+        name = f"plan={str(path)!r}"
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (TypeError, ValueError) as error:
-            kind = ValueError if isinstance(error, ValueError) else TypeError  # that of json takes other arguments
-            raise kind(f"plan={str(path)!r}: {error}") from None
+            text = Path(path).read_text(encoding="utf-8")
+        except ValueError as error:
+            raise renamed(name, error) from None
+        return from_json(name, text, lambda data: cls.from_data(data, name))
 
 
 def _site(i: int, entry: Any) -> SavedSite:
@@ -149,4 +165,4 @@ def _site(i: int, entry: Any) -> SavedSite:
     try:
         return SavedSite(**entry)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"sites[{i}] ({entry['module']!r}): {error}") from None
+        raise renamed(f"sites[{i}] ({entry['module']!r})", error) from None

@@ -27,6 +27,7 @@ from .calls import is_run_otherwise
 from .capture import Capture, captures_of
 from .eager import rewritten_sites
 from .method import METHODS
+from .plain import number
 from .spec import AttentionSpec, Plan
 
 _LAST = 5  # samples whose median decides
@@ -106,11 +107,10 @@ def _methods(capture: Capture) -> list[str]:
 
 
 def _check(fraction: float, queries: int, threshold: float, seed: int) -> None:
-    kinds = {"fraction": (int, float), "queries": (int,), "threshold": (int, float), "seed": (int,)}
-    for (name, types), value in zip(kinds.items(), (fraction, queries, threshold, seed), strict=True):
-        if isinstance(value, bool) or not isinstance(value, types):
-            allowed = " or ".join(kind.__name__ for kind in types)
-            raise TypeError(f"{name}={value!r}: must be of type {allowed}, not {type(value).__name__}")
+    number("fraction", fraction, int, float)
+    number("queries", queries, int)
+    number("threshold", threshold, int, float)
+    number("seed", seed, int)
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction={fraction!r}: must be above 0 and at most 1")
     if queries < 1:

@@ -7,6 +7,7 @@ All classes are frozen dataclasses of plain data.
 from __future__ import annotations
 
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from .plain import canonical, check_plain
+from .plain import canonical, check_plain, from_json, number, renamed
 
 if TYPE_CHECKING:
     from .saved import SavedPlan
@@ -29,6 +30,11 @@ Verdict = Literal["rewritten", "exact", "refused"]
 def floor_power_of_two(x: int) -> int:
     """Largest power of two that is not above ``x``; 0 for ``x < 1``."""
     return 1 << (x.bit_length() - 1) if x >= 1 else 0
+
+
+def default_scale(D: int) -> float:
+    """``1 / sqrt(D)``, the scale of attention that names none; heads without features have no scores to scale."""
+    return 1.0 / math.sqrt(D) if D else 1.0
 
 
 TABLE_AT = tuple(1 << k for k in range(4, 22))
@@ -188,7 +194,8 @@ class Policy:
         gets what it says there, if that can be proven again; what cannot, and a site that is not in it, is refused.
         Beside it only ``seed`` and ``strict`` may be given.
 
-    Raises ``ValueError`` or ``TypeError`` that name the field, its value and what is allowed.
+    Numbers may be Python's or numpy's, and become Python's; integers are below 2**63. Raises ``ValueError`` or
+    ``TypeError`` that name the field, its value and what is allowed.
     """
 
     budget: int | float | Callable[[int], int] | Sequence[int] = 512
@@ -209,24 +216,14 @@ class Policy:
 
     def __post_init__(self) -> None:
         self._check_budget()
-        if isinstance(self.methods, str):
-            raise TypeError(f"methods={self.methods!r}: must be a sequence of names, e.g. ['{self.methods}']")
-        if self.methods is not None:
-            names = tuple(self.methods)
-            if not names or not all(isinstance(name, str) for name in names):
-                raise ValueError(f"methods={self.methods!r}: must be None or a non-empty sequence of method names")
-            object.__setattr__(self, "methods", names)
+        self._check_methods()
         self._check_integers()
         if not isinstance(self.halving, str):
             raise TypeError(f"halving={self.halving!r}: must be the name of a halving rule")
         for name in ("strict", "causal_only", "training"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: must be True or False")
-        if not isinstance(self.method_options, Mapping) or not all(
-            isinstance(options, Mapping) for options in self.method_options.values()
-        ):
-            raise TypeError(f"method_options={self.method_options!r}: must map method names to mappings of options")
-        object.__setattr__(self, "method_options", canonical(self.method_options))
+        self._check_method_options()
         self._check_modules()
         if self.plan is not None:
             self._check_plan()
@@ -236,37 +233,64 @@ class Policy:
             return
         if isinstance(self.budget, (list, tuple)):
             return self._check_table()
-        _check_number("budget", self.budget, (int, float), "a function of the number of keys", "a sequence of rows")
-        if isinstance(self.budget, float):
-            if not 0.0 < self.budget <= 1.0:
+        others = ("a function of the number of keys", "a sequence of rows")
+        budget = number("budget", self.budget, int, float, others=others)
+        object.__setattr__(self, "budget", budget)
+        if isinstance(budget, float):
+            if not 0.0 < budget <= 1.0:
                 raise ValueError(
-                    f"budget={self.budget!r}: a float is a fraction of the keys and must be in (0, 1]; "
+                    f"budget={budget!r}: a float is a fraction of the keys and must be in (0, 1]; "
                     "give an int for a number of rows"
                 )
-        elif self.budget < 4:
-            raise ValueError(f"budget={self.budget!r}: must be at least 4 rows")
+        elif budget < 4:
+            raise ValueError(f"budget={budget!r}: must be at least 4 rows")
 
     def _check_table(self) -> None:
-        object.__setattr__(self, "budget", tuple(self.budget))
-        good = all(isinstance(rows, int) and not isinstance(rows, bool) and rows >= 4 for rows in self.budget)
-        if not self.budget or not good:
-            raise ValueError(f"budget={self.budget!r}: must be rows for 16, 32, 64, ... keys, integers of at least 4")
+        words = f"budget={tuple(self.budget)!r}: must be rows for 16, 32, 64, ... keys, integers of at least 4"
+        try:
+            table = tuple(number("budget", rows, int) for rows in self.budget)
+        except TypeError:
+            raise ValueError(words) from None
+        if not table or min(table) < 4:
+            raise ValueError(words)
+        object.__setattr__(self, "budget", table)
+
+    def _check_methods(self) -> None:
+        if isinstance(self.methods, str):
+            raise TypeError(f"methods={self.methods!r}: must be a sequence of names, e.g. ['{self.methods}']")
+        if self.methods is None:
+            return
+        if not isinstance(self.methods, Sequence):
+            raise TypeError(f"methods={self.methods!r}: must be None or a sequence of method names")
+        names = tuple(self.methods)
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"methods={self.methods!r}: must be None or a non-empty sequence of method names")
+        object.__setattr__(self, "methods", names)
 
     def _check_integers(self) -> None:
-        for name in ("sinks", "window", "protected"):
-            value = getattr(self, name)
-            _check_number(name, value, (int,))
-            if value < 0:
-                raise ValueError(f"{name}={value!r}: must be a number of rows, 0 or more")
-        for name in ("inflation", "seed", "min_length"):
-            value = getattr(self, name)
-            if value is None:
+        for name in ("sinks", "window", "protected", "inflation", "seed", "min_length"):
+            optional, value = name in ("inflation", "seed", "min_length"), getattr(self, name)
+            if value is None and optional:
                 continue
-            _check_number(name, value, (int,))
+            value = number(name, value, int, others=("None",) if optional else ())
             if value < 0:
-                raise ValueError(f"{name}={value!r}: must be None or an integer, 0 or more")
+                allowed = "None or an integer" if optional else "a number of rows"
+                raise ValueError(f"{name}={value!r}: must be {allowed}, 0 or more")
+            object.__setattr__(self, name, value)
         if self.seed is not None and self.seed >= 2**32:
             raise ValueError(f"seed={self.seed!r}: must be below 2**32")
+
+    def _check_method_options(self) -> None:
+        given = self.method_options
+        if not isinstance(given, Mapping) or not all(isinstance(options, Mapping) for options in given.values()):
+            raise TypeError(f"method_options={given!r}: must map method names to mappings of options")
+        for name in (*given, *(name for options in given.values() for name in options)):
+            if not isinstance(name, str):
+                raise TypeError(f"method_options: {name!r}: names of methods and of their options must be strings")
+        try:
+            object.__setattr__(self, "method_options", canonical(given))
+        except ValueError as error:
+            raise renamed("method_options", error) from None
 
     def _check_modules(self) -> None:
         if not isinstance(self.modules, Mapping):
@@ -282,7 +306,7 @@ class Policy:
             try:
                 checked = Policy.for_module(override)
             except (TypeError, ValueError) as error:
-                raise type(error)(f"modules[{glob!r}]: {error}") from None
+                raise renamed(f"modules[{glob!r}]", error) from None
             overrides[glob] = {name: getattr(checked, name) for name in override}
         object.__setattr__(self, "modules", overrides)
 
@@ -332,15 +356,19 @@ class Policy:
 
     def _ask(self, Lk: int) -> int:
         rows = self.budget(Lk)
-        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
-            raise ValueError(f"budget({Lk}) returned {rows!r}: must be a number of rows, an int")
-        return max(4, rows)
+        try:
+            plain = number("rows", rows, int)
+        except (TypeError, ValueError):
+            plain = -1
+        if plain < 0:
+            raise ValueError(f"budget({Lk}) returned {rows!r}: must be a number of rows, an int below 2**63")
+        return max(4, plain)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Policy:
         """A policy from keyword options; raises ``TypeError`` that lists the known ones for an unknown name."""
         known = cls.option_names()
-        unknown = sorted(set(options) - set(known))
+        unknown = sorted(set(options) - set(known), key=str)
         if unknown:
             raise TypeError(f"unknown option {', '.join(map(repr, unknown))}: allowed are {', '.join(known)}")
         return cls(**options)
@@ -366,15 +394,22 @@ class Policy:
 
     @classmethod
     def from_json(cls, text: str) -> Policy:
-        """The policy that :meth:`to_json` wrote; fields that are left out have their defaults."""
-        options = json.loads(text)
+        """The policy that :meth:`to_json` wrote; fields that are left out have their defaults.
+
+        Raises ``ValueError`` or ``TypeError`` that name the field; reads no file.
+        """
+        return from_json("policy", text, cls._from_data)
+
+    @classmethod
+    def _from_data(cls, options: Any) -> Policy:
+        from .saved import SavedPlan
+
         if not isinstance(options, dict):
             raise TypeError(f"policy={options!r}: must be a JSON object of the fields {', '.join(cls.option_names())}")
-        if isinstance(options.get("plan"), dict):
-            from .saved import SavedPlan
-
-            options["plan"] = SavedPlan.from_json(json.dumps(options["plan"]))
-        return cls.from_options(options)
+        plan = options.get("plan")
+        if plan is not None and not isinstance(plan, dict):
+            raise TypeError(f"plan={plan!r}: must be null or an object, as SavedPlan.to_json writes it")
+        return cls.from_options(options if plan is None else {**options, "plan": SavedPlan.from_data(plan, "plan")})
 
     @classmethod
     def local_names(cls) -> tuple[str, ...]:
@@ -394,12 +429,6 @@ _GLOBAL = {
     "seed": "all sites share one seed and draw for themselves by their paths",
     "plan": "it has an entry for each site already",
 }
-
-
-def _check_number(name: str, value: Any, types: tuple[type, ...], *others: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, types):
-        allowed = " or ".join([*(t.__name__ for t in types), *others])
-        raise TypeError(f"{name}={value!r}: must be of type {allowed}, not {type(value).__name__}")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from torch import nn
 from .calls import Op, exact_options, name_of, run_by
 from .eager import is_rewritten, record_sites, restore_attention, rewrite_attention
 from .method import METHODS
+from .plain import number
 from .predict import cost_at
 from .spec import AttentionSpec, Mask, Policy, Site, layer_key
 
@@ -165,8 +166,8 @@ def calibrate_error(
     ``TypeError`` for arguments that do not fit, and where no site can be rewritten.
     """
     policy = Policy(methods=("express",)) if policy is None else policy
-    batches, budgets = list(batches), sorted(set(budgets))
-    _check(model, batches, tolerance, budgets, policy)
+    budgets = _check(model, tolerance, budgets, policy, first)
+    batches = _checked_batches(batches, first)
     methods = [name for name in policy.methods if name != "exact"]
     options = {
         name: {s: dict(METHODS[name].params(Site(), replace(policy, budget=s, min_length=0))) for s in budgets}
@@ -178,6 +179,7 @@ def calibrate_error(
         for batch in batches:
             with record_sites() as sites, run_by(seen):
                 exact.append(_logits(model, batch))
+            _check_first(first, exact[-1].shape[1])
             paths |= {layer_key(x.module, i): x.module for x in sites if x.verdict == "rewritten" for i in range(8)}
         if not seen.errors:
             reasons = "; ".join(sorted({site.reason for site in sites}))
@@ -211,19 +213,50 @@ def calibrate_error(
     return Calibration(replace(policy, modules=overrides), kl, rows, sites)
 
 
-def _check(model: nn.Module, batches: list[Any], tolerance: float, budgets: list[int], policy: Policy) -> None:
+def _check(model: nn.Module, tolerance: float, budgets: Sequence[int], policy: Policy, first: int) -> list[int]:
+    """The budgets in order, once all but the batches is known to fit."""
     if is_rewritten(model):
         raise ValueError("model: is rewritten; call restore_attention(model) first")
-    if not batches:
-        raise ValueError("batches: must hold at least one batch")
-    if not tolerance > 0:
-        raise ValueError(f"tolerance={tolerance!r}: must be above 0 nats")
-    if not budgets or not all(isinstance(s, int) and s >= 4 and s & (s - 1) == 0 for s in budgets):
+    if not 0 < number("tolerance", tolerance, int, float) < math.inf:
+        raise ValueError(f"tolerance={tolerance!r}: must be above 0 nats and finite")
+    if number("first", first, int) < 0:
+        raise ValueError(f"first={first!r}: must be a position, 0 or more")
+    if isinstance(budgets, (str, bytes, Mapping)) or not isinstance(budgets, Iterable):
+        raise TypeError(f"budgets={budgets!r}: must be a sequence of numbers of rows")
+    budgets = [number("budgets", s, int) for s in budgets]
+    if not budgets or not all(s >= 4 and s & (s - 1) == 0 for s in budgets):
         raise ValueError(f"budgets={budgets!r}: must be powers of two, 4 or more")
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy={policy!r}: must be None or a Policy")
     if not policy.methods or not set(policy.methods) <= {"express", "thinformer", "exact"}:
         raise ValueError(f"policy.methods={policy.methods!r}: allowed are 'express' and 'thinformer'")
+    if not set(policy.methods) - {"exact"}:
+        raise ValueError(f"policy.methods={policy.methods!r}: must name 'express' or 'thinformer'")
     if policy.modules:
         raise ValueError(f"policy.modules={dict(policy.modules)!r}: must be empty; it is what is looked for")
+    return sorted(set(budgets))
+
+
+def _checked_batches(batches: Any, first: int) -> list[torch.Tensor | Mapping[str, Any]]:
+    if isinstance(batches, (torch.Tensor, str, bytes, Mapping)) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches: a {type(batches).__name__}; must be several batches, such as a list of one")
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches: must hold at least one batch")
+    for i, batch in enumerate(batches):
+        if not isinstance(batch, (torch.Tensor, Mapping)):
+            raise TypeError(f"batches[{i}]={batch!r}: must be a tensor of token ids or a mapping of keyword arguments")
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+        if isinstance(ids, torch.Tensor):
+            if ids.dim() < 2 or not ids.numel():
+                raise ValueError(f"batches[{i}]: shape {tuple(ids.shape)}; must be [batch, positions], not empty")
+            _check_first(first, ids.shape[1])
+    return batches
+
+
+def _check_first(first: int, positions: int) -> None:
+    if first >= positions:
+        raise ValueError(f"first={first!r}: a batch has only {positions} positions")
 
 
 def _logits(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -237,8 +270,6 @@ def _logits(model: nn.Module, batch: Any) -> torch.Tensor:
 
 def _kl(exact: torch.Tensor, approximate: torch.Tensor, first: int) -> float:
     """Mean KL(exact || approximate) over positions from ``first`` on, in nats."""
-    if first >= exact.shape[1]:
-        raise ValueError(f"first={first!r}: a batch has only {exact.shape[1]} positions")
     total = 0.0
     for p, q in zip(exact[:, first:].split(_CHUNK, 1), approximate[:, first:].split(_CHUNK, 1), strict=True):
         p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from express_compile.spec import AttentionSpec
 
-LIBRARY = torch.library.Library("express_compile", "FRAGMENT")
+
+class _Library(torch.library.Library):
+    """Ops whose forward-mode derivative is an error: torch.library would leave tangents out without a word."""
+
+    def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", **options: Any) -> None:
+        super().impl(
+            op_name, _refuse_tangents(op_name, fn) if dispatch_key == "Autograd" else fn, dispatch_key, **options
+        )
+
+
+def _refuse_tangents(name: str, kernel: Callable) -> Callable:
+    @functools.wraps(kernel)
+    def run(keyset, *args, **options):
+        if forward_ad._current_level >= 0 and any(
+            isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args
+        ):
+            raise RuntimeError(
+                f"express_compile::{name} has no forward-mode derivative (torch.func.jvp, jacfwd, "
+                "torch.autograd.forward_ad); take gradients with backward(), or run exact attention: "
+                "methods=['exact'], or restore_attention(model)"
+            )
+        return kernel(keyset, *args, **options)
+
+    return run
+
+
+LIBRARY = _Library("express_compile", "FRAGMENT")
 _SCHEMAS: dict[str, str] = {}
 
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -52,14 +82,56 @@ def define_op(
     return getattr(torch.ops.express_compile, name).default
 
 
+def of_any_size(body: Callable, causal: bool = True) -> Callable:
+    """``body(query, key, value, padding, ...)``, which returns ``(out, lse)``, also where some size is 0.
+
+    Checks the arguments; then ``body`` sees at least one sequence, head, query, key and feature of each.
+    """
+
+    def run(query, key, value, padding, *args, **options):
+        check_qkv(query, key, value, padding, causal)
+        if 0 in query.shape[:3]:
+            return attention_fake(query, key, value)
+        if key.shape[2] == 0:
+            out, lse = attention_fake(query, key, value)
+            return out.zero_(), lse.fill_(-math.inf)
+        query, key, wide = _with_feature(query), _with_feature(key), _with_feature(value)
+        out, lse = body(query, key, wide, padding, *args, **options)
+        return out[..., : value.shape[3]].contiguous(), lse
+
+    return run
+
+
+def gradient_of_any_size(body: Callable, causal: bool = True) -> Callable:
+    """As :func:`of_any_size` for ``body(grad, out, lse, query, key, value, padding, ...)``, which returns gradients of
+    query, key and value."""
+
+    def run(grad, out, lse, query, key, value, padding, *args, **options):
+        check_qkv(query, key, value, padding, causal)
+        if 0 in query.shape[:3] or key.shape[2] == 0:
+            return tuple(x.new_zeros(x.shape) for x in (query, key, value))
+        given = (grad, out, query, key, value)
+        grad, out, *tensors = map(_with_feature, given)
+        grads = body(grad, out, lse, *tensors, padding, *args, **options)
+        return tuple(g[..., : x.shape[3]].contiguous() for g, x in zip(grads, given[2:], strict=True))
+
+    return run
+
+
+def _with_feature(x: torch.Tensor) -> torch.Tensor:
+    """``x``, or a feature of zeros where it has none: of no effect on scores, and cut off from values."""
+    return x if x.shape[3] else x.new_zeros(*x.shape[:3], 1)
+
+
 def define_attention(
-    name: str, parameters: str, body: Callable, backward_body: Callable
+    name: str, parameters: str, body: Callable, backward_body: Callable, causal: bool = True
 ) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
     """The ops ``<name>`` and ``<name>_backward`` of a method whose gradient needs ``out`` and ``lse`` alone.
 
     ``body(query, key, value, padding, seed, scale, layer, **options)`` returns ``(out, lse)``; ``backward_body(grad,
     out, lse, ...)``, with the same arguments behind these, the gradients of query, key and value. ``parameters`` is
-    the schema from ``padding`` on.
+    the schema from ``padding`` on. Both get arguments that are checked and of no size 0; ``causal`` as in
+    :func:`check_qkv`.
     """
     tensors = "Tensor query, Tensor key, Tensor value"
 
@@ -74,12 +146,17 @@ def define_attention(
         return *grads, None, None, None, None
 
     op = define_op(
-        name, f"({tensors}, {parameters}) -> (Tensor, Tensor)", body, attention_fake, differentiate, setup_context
+        name,
+        f"({tensors}, {parameters}) -> (Tensor, Tensor)",
+        of_any_size(body, causal),
+        attention_fake,
+        differentiate,
+        setup_context,
     )
     backward_op = define_op(
         f"{name}_backward",
         f"(Tensor grad, Tensor out, Tensor lse, {tensors}, {parameters}) -> (Tensor, Tensor, Tensor)",
-        backward_body,
+        gradient_of_any_size(backward_body, causal),
         lambda grad, out, lse, *args, **options: tuple(x.new_empty(x.shape) for x in args[:3]),
     )
     return op, backward_op
@@ -117,7 +194,8 @@ def check_qkv(
     """Raise ``ValueError`` or ``TypeError`` unless the tensors fit together.
 
     ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]`` of one floating
-    dtype and device, ``H_kv`` dividing ``H``, ``Lq <= Lk`` if ``causal``; ``padding`` bool ``[B, Lk]`` or None.
+    dtype and device, ``H_kv`` dividing ``H``, ``Lq <= Lk`` if ``causal``; ``padding`` bool ``[B, Lk]`` or None. Any
+    size may be 0.
     """
     tensors = {"query": query, "key": key, "value": value}
     for name, x in tensors.items():
@@ -135,12 +213,10 @@ def check_qkv(
         raise ValueError(f"key: shape {tuple(key.shape)}; batch and head size must be those of query, {B} and {D}")
     if value.shape[:3] != key.shape[:3]:
         raise ValueError(f"value: shape {tuple(value.shape)}; must begin like key's, {tuple(key.shape[:3])}")
-    if key.shape[1] == 0 or H % key.shape[1]:
+    if H % key.shape[1] if key.shape[1] else H:
         raise ValueError(f"key: {key.shape[1]} heads; must divide the {H} heads of query")
-    if not causal and not (Lq and key.shape[2]):
-        raise ValueError(f"query, key: {Lq} and {key.shape[2]} rows; must be at least one each")
-    if causal and not 0 < Lq <= key.shape[2]:
-        raise ValueError(f"query: {Lq} rows; must be from 1 to the number of keys, {key.shape[2]}")
+    if causal and Lq > key.shape[2]:
+        raise ValueError(f"query: {Lq} rows; must be at most the number of keys, {key.shape[2]}")
     if padding is None:
         return
     if padding.dtype != torch.bool:

@@ -88,19 +88,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 def constant(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """A copy of ``array`` on ``device`` that may be kept for later calls.
 
-    What a thread allocates while it makes CUDA graphs belongs to their memory and is overwritten by other graphs (which
-    inductor refuses with an error), so another thread makes the copy.
+    Another thread makes it, so that it is a plain tensor in whatever mode the caller runs: modes (fake tensors,
+    inference, functorch's levels, a default device) belong to a thread, and so does the memory of CUDA graphs that it
+    makes, which is overwritten by other graphs (inductor refuses that with an error).
     """
-    source = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type != "cuda":
-        return source.to(device)
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_copied, source, device).result()
+        return thread.submit(_copied, array, device).result()
 
 
-def _copied(source: torch.Tensor, device: torch.device) -> torch.Tensor:
-    copied = source.to(device)
-    torch.cuda.current_stream(device).synchronize()
+def _copied(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    copied = torch.tensor(array, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
     return copied
 
 

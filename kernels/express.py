@@ -36,9 +36,10 @@ import torch
 
 from express_compile import cost as c
 from express_compile.method import Method, register
+from express_compile.plain import number
 from express_compile.spec import AttentionSpec, Policy, Refusal, Site, known_equal
 
-from ._op import check_qkv, define_attention, no_kernel
+from ._op import define_attention, no_kernel
 from ._triton import philox_uniform, sequence_counter
 from .contest import CONTEST, compete, compete_reference
 from .exact import exact_attention
@@ -351,7 +352,6 @@ def _config(
 
 
 def _express_body(query, key, value, padding, seed, scale, layer, **options):
-    check_qkv(query, key, value, padding)
     Lq, Lk = query.shape[2], key.shape[2]
     config = _config(**options, Lk=Lk)
     pad = None if padding is None else _Padding(padding)
@@ -367,7 +367,6 @@ def _express_body(query, key, value, padding, seed, scale, layer, **options):
 
 
 def _express_backward_body(grad, out, lse, query, key, value, padding, seed, scale, layer, **options):
-    check_qkv(query, key, value, padding)
     config = _config(**options, Lk=key.shape[2])
     tensors = (grad, out, lse, query, key, value)
     if padding is None:
@@ -431,8 +430,8 @@ def _params(site: Site, policy: Policy) -> dict:
         "window": policy.window,
         "protected": policy.protected,
         "halving": policy.halving,
-        "flatten": own["flatten"],
-        "block": own["block"],
+        "flatten": float(number("flatten", own["flatten"], int, float)),
+        "block": number("block", own["block"], int),
         "min_length": policy.min_length or 0,
     }
     # the same checks as at run time, so that a bad value is reported when the model is rewritten

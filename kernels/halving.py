@@ -29,6 +29,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from express_compile.plain import number
+
 
 @dataclass(frozen=True)
 class HalvingRule:
@@ -46,8 +48,8 @@ class HalvingRule:
     flatten: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.flatten > 0:
-            raise ValueError(f"flatten={self.flatten!r}: must be above 0")
+        if not 0 < number("flatten", self.flatten, int, float) < math.inf:
+            raise ValueError(f"flatten={self.flatten!r}: must be above 0 and finite")
 
 
 RULES: dict[str, HalvingRule] = {}
@@ -68,7 +70,7 @@ def get_rule(name: str, flatten: float = 0.0) -> HalvingRule:
     """
     if name not in RULES:
         raise ValueError(f"halving={name!r}: allowed are {', '.join(RULES)}")
-    return replace(RULES[name], flatten=flatten) if flatten else RULES[name]
+    return RULES[name] if flatten == 0 else replace(RULES[name], flatten=flatten)
 
 
 register_rule(HalvingRule("kernel", lambda rows, delta: 0.5 + math.log(2.0 * rows / delta)))

@@ -62,7 +62,7 @@ from express_compile import cost as c
 from express_compile.method import Method, register
 from express_compile.spec import AttentionSpec, Policy, Refusal, Site, feature_major, known_equal, layer_key
 
-from ._op import attention_fake, check_qkv, define_op, no_kernel
+from ._op import attention_fake, define_op, no_kernel, of_any_size
 from ._triton import philox_uniform, sequence_counter
 from .bernoulli import check_levels, round_query
 from .exact import cudnn_takes, exact_attention
@@ -233,7 +233,8 @@ def probabilities(
         column = sinks.to(dtype).view(1, key.shape[1], -1, 1, 1).expand(*scores.shape[:4], 1)
         scores = torch.cat([scores, column], -1)
     lse = scores.logsumexp(-1)
-    return scores.double().softmax(-1).nan_to_num(0.0), lse.flatten(1, 2)
+    unseeing = (scores == -math.inf).all(-1, keepdim=True)
+    return scores.double().softmax(-1).masked_fill(unseeing, 0.0), lse.flatten(1, 2)
 
 
 def sample_weights(
@@ -250,13 +251,14 @@ def sample_weights(
     ``draws`` int64 ``[H]``; ``step`` int64 ``[B, Lq]``.
     """
     B, H_kv, g = p.shape[:3]
-    comb = make_comb(p, draws, shared)
+    broken = p.isnan().any(-1, keepdim=True)  # draws nothing, and stays what it is
+    comb = make_comb(p.masked_fill(broken, 0.0), draws, shared)
     if shared:
         step, sequence = step[:, -1:], sequence_counter(B, H_kv, p.device)[..., None]
     else:
         sequence = sequence_counter(B, H_kv * g, p.device).unflatten(1, (H_kv, g))
     thresholds = draw_thresholds(comb, sampler, seed, layer, step, sequence)
-    return hits(comb, sampler, thresholds) * comb.weight
+    return (hits(comb, sampler, thresholds) * comb.weight).masked_fill(broken, math.nan)
 
 
 def santa_reference(
@@ -403,7 +405,6 @@ def _check_forms(H: int, device: torch.device, sinks: torch.Tensor | None, windo
 
 
 def _body(query, key, value, padding, seed, scale, layer, lengths=None, sinks=None, **options):
-    check_qkv(query, key, value, padding)
     B, H, Lq = query.shape[:3]
     Lk = key.shape[2]
     if Lq > MAX_QUERIES:
@@ -473,7 +474,7 @@ OP = define_op(
     "(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor seed, float scale, int layer, "
     "Tensor? lengths=None, Tensor? sinks=None, *, int[] draws, int[] layers, float fraction, str sampler, bool shared, "
     "int min_length, int window=0, float softcap=0.0, int bernoulli=0) -> (Tensor, Tensor)",
-    _body,
+    of_any_size(_body),
     attention_fake,
     _no_gradient,
 )
@@ -495,8 +496,11 @@ def _draws_of(policy: Policy, draws: Any) -> tuple[list[int], list[int]]:
     """``draws`` and ``layers`` of the op from the option ``draws``: None (the budget), an integer, a sequence of one
     per head, or a mapping of module paths to either of these."""
     table = dict(draws) if isinstance(draws, Mapping) else {}
+    for path in table:
+        if not isinstance(path, str):
+            raise TypeError(f"draws: {path!r}: must be a module path, such as 'model.layers.0.self_attn'")
     given = [*table.values()] if draws is None or isinstance(draws, Mapping) else [draws]
-    rows = [list(x) if isinstance(x, Sequence) and not isinstance(x, str) else [x] for x in given]
+    rows = [list(x) if isinstance(x, Sequence) and not isinstance(x, (str, bytes)) else [x] for x in given]
     width = max(map(len, rows), default=1)
     for row in rows:
         good = all(isinstance(S, int) and not isinstance(S, bool) and 1 <= S <= MAX_DRAWS for S in row)
@@ -576,6 +580,11 @@ def _params(site: Site, policy: Policy) -> dict[str, Any]:
     }
 
 
+def _named(options: Mapping[str, Any]) -> dict[str, str]:
+    draws = options.get("draws")
+    return {path: f"['draws'][{path!r}]" for path in draws} if isinstance(draws, Mapping) else {}
+
+
 def _rows(params: Mapping[str, Any], Lk: int) -> int:
     """The mean of the draws per head, of all layers that are listed; 0 stands for the fraction."""
     Lk = in_reach(1, Lk, params.get("window", 0))
@@ -617,5 +626,6 @@ METHOD = register(
         rows=_rows,
         decodes=True,
         options={"draws": None, "sampler": "sys", "shared": True, "bernoulli": 0},
+        named=_named,
     )
 )

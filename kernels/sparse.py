@@ -39,9 +39,10 @@ import torch
 
 from express_compile import cost as c
 from express_compile.method import Method, register
+from express_compile.plain import number
 from express_compile.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
 
-from ._op import check_qkv, define_attention, no_kernel
+from ._op import define_attention, no_kernel
 from .exact import exact_attention
 from .express import _Padding, real_first
 from .sparse_kernels import sparse_backward_triton, sparse_forward_triton
@@ -56,7 +57,7 @@ class Pattern:
     """Which positions see each other. kind: ``"strided"`` or ``"fixed"``; stride: l; summary: c; groups: v; parts: one
     of :data:`PARTS`, what the heads take.
 
-    Raises ``ValueError`` that names the field, its value and what is allowed.
+    Raises ``ValueError`` or ``TypeError`` that names the field, its value and what is allowed.
     """
 
     kind: str
@@ -72,7 +73,7 @@ class Pattern:
             raise ValueError(f"parts={self.parts!r}: must be one of {', '.join(PARTS)}")
         for name in ("stride", "summary", "groups"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if number(name, value, int) < 1:
                 raise ValueError(f"{name}={value!r}: must be an integer, 1 or more")
         if self.kind == "fixed" and self.summary * self.groups > self.stride:
             raise ValueError(
@@ -307,7 +308,6 @@ def _is_whole(pattern: Pattern, Lk: int) -> bool:
 
 
 def _body(query, key, value, padding, seed, scale, layer, **options):
-    check_qkv(query, key, value, padding)
     Lq, Lk = query.shape[2], key.shape[2]
     pattern = pattern_of(**options, Lk=Lk)
     if padding is not None and Lq == 1:
@@ -385,16 +385,16 @@ def _params(site: Site, policy: Policy) -> dict[str, Any]:
     combine, stride = own["combine"], own["stride"]
     if combine not in COMBINES:
         raise ValueError(f"combine={combine!r}: must be one of {', '.join(COMBINES)}")
-    if stride is not None and (isinstance(stride, bool) or not isinstance(stride, int) or stride < 1):
-        raise ValueError(f"stride={stride!r}: must be an integer, 1 or more, or None for about the root of the keys")
+    if stride is not None and number("stride", stride, int, others=("None",)) < 1:
+        raise ValueError(f"stride={stride!r}: must be 1 or more, or None for about the root of the number of keys")
     parts = ("local", "far")[site.depth % 2] if combine == "interleaved" else combine
     # raises for what is wrong with the others
-    Pattern(own["pattern"], stride or 1 << 40, own["summary"], own["groups"], parts)
+    Pattern(own["pattern"], stride or 1 << 60, own["summary"], own["groups"], parts)
     return {
         "pattern": own["pattern"],
-        "stride": stride or 0,
-        "summary": own["summary"],
-        "groups": own["groups"],
+        "stride": int(stride or 0),
+        "summary": int(own["summary"]),
+        "groups": int(own["groups"]),
         "parts": parts,
         "min_length": policy.min_length or 0,
     }

@@ -32,9 +32,10 @@ import torch
 
 from express_compile import cost as c
 from express_compile.method import Method, register
+from express_compile.plain import number
 from express_compile.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
 
-from ._op import check_qkv, define_attention, no_kernel
+from ._op import define_attention, no_kernel
 from ._triton import draw_uniform, jit, launch, philox_uniform, require_triton, sequence_counter, tl
 from .exact import exact_attention
 from .express import MIN_QUERIES, gather_rows, halve_all_reference, real_first
@@ -43,6 +44,8 @@ from .schedule import STRETCH, Schedule, budget_options, compress_schedule, rows
 from .segments import dense_table, segment_attention
 from .segments_backward import accumulate_rows, segment_gradients
 from .thinning import describe_launches, thin
+
+MAX_G = 30  # 2**30 sqrt(n) rows are all keys of any sequence
 
 
 def make_schedule(Lk: int, s: int) -> Schedule:
@@ -161,7 +164,6 @@ def _resolve(s, fraction, g, halving, flatten, min_length, Lk, table=()) -> tupl
 
 
 def _select(query, key, value, padding, seed, scale, layer, options):
-    check_qkv(query, key, value, padding, causal=False)
     s, rule = _resolve(**options, Lk=key.shape[2])
     return select(key, value, padding, s, rule, scale, seed, layer)
 
@@ -196,7 +198,7 @@ _PARAMETERS = (
     "Tensor? padding, Tensor seed, float scale, int layer, *, int s, float fraction, int g, str halving, "
     "float flatten, int min_length, int[] table=[]"
 )
-OP, BACKWARD = define_attention("thinformer", _PARAMETERS, _body, _backward_body)
+OP, BACKWARD = define_attention("thinformer", _PARAMETERS, _body, _backward_body, causal=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -224,15 +226,15 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
 
 def _params(site: Site, policy: Policy) -> dict:
     own = METHOD.own_options(policy)
-    if not isinstance(own["g"], int) or own["g"] < -1:
+    if not -1 <= number("g", own["g"], int) <= MAX_G:
         raise ValueError(
-            f"g={own['g']!r}: must be an integer, 0 or more (2**g * sqrt(n) rows), or -1 to use the budget"
+            f"g={own['g']!r}: must be an integer, 0 or more (2**g * sqrt(n) rows) up to {MAX_G}, or -1 for the budget"
         )
     params = {
         **budget_options(policy),
         "g": own["g"],
         "halving": policy.halving,
-        "flatten": own["flatten"],
+        "flatten": float(number("flatten", own["flatten"], int, float)),
         "min_length": policy.min_length or 0,
     }
     _resolve(**params, Lk=1 << 20)

@@ -8,7 +8,6 @@ rewritten is listed too, with the reason in ``AttentionSite.refusal``: also a pr
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from ..spec import AttentionSpec, Mask, feature_major, known_equal
+from ..spec import AttentionSpec, Mask, default_scale, feature_major, known_equal
 from . import softmax
 from .buffers import Buffers
 from .cut import cut_products
@@ -220,7 +219,7 @@ def _specify(
             raise Refused(
                 f"its head size {D} is not known when compiling, and so its scale 1 / sqrt({D})", "scale= as a number"
             )
-        scale = 1.0 / math.sqrt(D)
+        scale = default_scale(D)
     dropout_p = _constant(args.get("dropout_p", 0.0), "dropout_p")
     sizes = (*map(number, shapes[0][:3]), number(shapes[1][2]))
     mask, padding = _mask(scope, node, args, sizes)

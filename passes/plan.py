@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 
 from ..devices import device_of
 from ..method import METHODS, Method
-from ..plain import canonical
+from ..plain import canonical, renamed
 from ..predict import LONGEST, MARGIN, crossover, predicted, wins, without_padding
 from ..saved import SavedPlan, SavedSite, facts_of
-from ..spec import AttentionSpec, Plan, Policy, Refusal, Site, known_equal
+from ..spec import AttentionSpec, Mask, Plan, Policy, Refusal, Site, known_equal
 from .site import AttentionSite
 
 DEFAULT_METHODS = ("express", "exact")
@@ -41,16 +41,19 @@ class Question:
     nearest: str | None = None
 
 
+# Sites to try a policy on before any real one is known.
+_PROBES = tuple(
+    AttentionSpec(
+        B=1, H=1, H_kv=1, Lq=1 << 20, Lk=1 << 20, D=64, Dv=64, dtype=torch.float32, device="cpu", scale=0.125,
+        mask=Mask(causal=causal),
+    )
+    for causal in (True, False)
+)  # fmt: skip
+
+
 def check_policy(policy: Policy) -> None:
-    """Raise ``ValueError`` or ``TypeError`` for method names or method options that do not exist."""
-    parts = {f"modules[{glob!r}]": Policy.for_module(override) for glob, override in policy.modules.items()}
-    if policy.plan is not None:
-        parts |= {f"plan[{site.module!r}]": site.policy for site in policy.plan.sites}
-    for name, part in parts.items():
-        try:
-            check_policy(part)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from None
+    """Raise ``ValueError`` or ``TypeError`` for methods that do not exist, and for values that one of those named does
+    not take."""
     known = tuple(METHODS)
     for name in policy.methods or ():
         if name not in known:
@@ -61,6 +64,22 @@ def check_policy(policy: Policy) -> None:
         if name not in known:
             raise ValueError(f"method_options: unknown method {name!r}; allowed are {', '.join(known)}")
         METHODS[name].own_options(policy)
+    policy.resolve(_PROBES[0].Lk)  # whether a function gives rows; which is for the lengths that it will be asked for
+    local = replace(policy, budget=Policy.budget) if callable(policy.budget) else policy
+    for name in dict.fromkeys((*(policy.methods or DEFAULT_METHODS), *policy.method_options)):
+        if name == "exact":  # it has no op, and takes everything
+            continue
+        probe = next((probe for probe in _PROBES if METHODS[name].why_not(probe, local) is None), None)
+        if probe is not None:
+            METHODS[name].params(Site(probe), local)
+    parts = {f"modules[{g!r}]": replace(policy, modules={}, **given) for g, given in policy.modules.items()}
+    if policy.plan is not None:
+        parts |= {f"plan[{site.module!r}]": site.policy for site in policy.plan.sites}
+    for name, part in parts.items():
+        try:
+            check_policy(part)
+        except (TypeError, ValueError) as error:
+            raise renamed(name, error) from None
 
 
 def plan(spec: AttentionSpec, policy: Policy) -> Plan:
@@ -98,8 +117,24 @@ def unmatched(paths: Iterable[str], policy: Policy) -> tuple[str, ...]:
     planned = () if policy.plan is None else dict.fromkeys(site.module for site in policy.plan.sites)
     return (
         *(f"modules[{glob!r}]" for glob in policy.modules if glob not in found),
+        *(words for path, words in _named(policy.method_options).items() if path not in paths),
+        *(
+            f"modules[{glob!r}]: {words}"
+            for glob, given in policy.modules.items()
+            for path, words in _named(given.get("method_options", {})).items()
+            if path not in paths or glob not in policy.globs(path)
+        ),
         *(f"plan[{path!r}]" for path in planned if path not in paths),
     )
+
+
+def _named(method_options: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The module paths that options of methods speak of, and how they are shown."""
+    return {
+        path: f"method_options[{name!r}]{words}"
+        for name, options in method_options.items()
+        for path, words in METHODS[name].named(options).items()
+    }
 
 
 def require_matches(paths: Iterable[str], policy: Policy) -> None:

@@ -107,6 +107,19 @@ def test_wrong_arguments(model, ids):
     assert not is_rewritten(model)
     with pytest.raises(ValueError, match="steps=17: must be from 1 to 16"):
         measure_layers(model, [ids], steps=17)
+    for words, changes in (
+        ("texts: a Tensor; must be several texts", {"texts": ids}),
+        ("texts: a int; must be tensors", {"texts": [5]}),
+        ("draws=1.0: must be of type int", {"draws": 1.0}),
+        ("seeds=None: must be of type int", {"seeds": None}),
+    ):
+        with pytest.raises(TypeError, match=words):
+            measure_layers(model, **{"texts": [ids], **changes})
+    for name in ("draws", "seeds", "steps"):
+        with pytest.raises(ValueError, match=f"{name}=0: must be from 1"):
+            measure_layers(model, [ids], **{name: 0})
+    with pytest.raises(TypeError, match="measured=5: must be what measure_layers returned"):
+        allocate(5, 8)
     with pytest.raises(ValueError, match="texts: must hold at least one text"):
         measure_layers(model, [])
     rewrite_attention(model, methods=["santa"])

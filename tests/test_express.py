@@ -363,7 +363,7 @@ def test_gradcheck():
         ),
         (dict(k=torch.randn(2, 2, 9, 5)), ValueError, "key: shape .* batch and head size must be those of query"),
         (dict(v=torch.randn(2, 2, 8, 4)), ValueError, "value: shape .* must begin like key's"),
-        (dict(q=torch.randn(2, 4, 10, 4)), ValueError, "query: 10 rows; must be from 1 to the number of keys, 9"),
+        (dict(q=torch.randn(2, 4, 10, 4)), ValueError, "query: 10 rows; must be at most the number of keys, 9"),
         (dict(v=torch.randn(2, 2, 9, 4).half()), TypeError, "value: dtype torch.float16; .* must share one of"),
         (dict(padding=torch.ones(2, 9)), TypeError, "padding: dtype torch.float32; must be torch.bool"),
         (dict(padding=torch.ones(2, 8).bool()), ValueError, r"padding: shape \(2, 8\).*must be \(2, 9\)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from express_compile import devices, measure
-from express_compile.__main__ import POLICY, main
+from express_compile.__main__ import MODULE, POLICY, main
 from express_compile.cost import Device
 from express_compile.report import explain
 from express_compile.saved import SavedPlan
@@ -48,6 +49,14 @@ def make():
     return Model()
 
 
+def needs(config):
+    return Model()
+
+
+def nothing():
+    pass
+
+
 def function():
     return lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True)
 """
@@ -60,7 +69,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     path = tmp_path / "model_of_test_main.py"
     path.write_text(SOURCE)
     yield str(path)
-    for name in ("model_of_test_main", "heads_of_test_main"):
+    for name in (MODULE, "heads_of_test_main"):
         sys.modules.pop(name, None)
 
 
@@ -74,7 +83,7 @@ def test_what_is_printed_and_written_is_what_explain_says(
     files = [tmp_path / name for name in ("report.json", "page.html", "plan.json")]
     written = ["--json", str(files[0]), "--html", str(files[1]), "--save-plan", str(files[2])]
     assert main(["explain", f"{model}:make", "--shape", "1x24", *OPTIONS, *written]) == 0
-    built = sys.modules["model_of_test_main"].make()
+    built = sys.modules[MODULE].make()
     report = explain(built, torch.ones(1, 24, dtype=torch.int64), **FIELDS)
     assert capsys.readouterr().out == f"{report}\n"
     assert [site.verdict for site in report.sites] == ["rewritten", "exact"]
@@ -150,7 +159,7 @@ def test_every_field_that_matters_is_an_option(
     [
         (
             ["{model}:mke"],
-            "MODEL={model}:mke: must be a function there; it has Attention, Model, function, make",
+            "MODEL={model}:mke: must be a function there; it has Attention, Model, function, make, needs, nothing",
         ),
         (["{model}"], "argument MODEL: '{model}': must be FILE.py:FUNCTION or MODULE:FUNCTION, e.g. model.py:make"),
         (["nowhere.py:make"], "MODEL=nowhere.py:make: must be a Python file or a module that can be imported"),
@@ -169,16 +178,50 @@ def test_every_field_that_matters_is_an_option(
         (["{model}:make", "--modules", "b={}}"], "argument --modules: '{}}': must be JSON, but: Extra data"),
         (["{model}:make", "--plan", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
         (["{model}:make", "--device", "abacus"], "--device='abacus': "),
+        (["{model}:make", "--device", "cuda:99"], "--device='cuda:99': "),
+        (["{model}:make", "--device", "xla"], "--device='xla': "),
+        (["{model}:HEADS"], "MODEL={model}:HEADS: must be a function there"),
+        (["{model}:needs"], "MODEL={model}:needs: must be a function that can be called without arguments: missing a"),
+        (["{model}:nothing"], "MODEL={model}:nothing: returned None; must return a torch.nn.Module or a function"),
+        (["{model}:make"], "--shape, --kwargs: the model takes (ids, times=None, keep=None), but: missing a required"),
+        (["{model}:make", "--shape", "1x8", "--kwargs", "mask=1x8"], "but: got an unexpected keyword argument 'mask'"),
+        (["{folder}/none.py:make"], "must be a Python file or a module that can be imported: FileNotFoundError"),
+        (["{folder}/bad.py:make"], "must be a Python file or a module that can be imported: SyntaxError: "),
+        (["{folder}/ends.py:make"], "imported: SystemExit: 0 ({folder}/ends.py, line 2)"),
+        (["{folder}/fails.py:make"], "imported: ZeroDivisionError: division by zero ({folder}/fails.py, line 1)"),
+        (["..up:make"], "MODEL=..up:make: must be a Python file or a module that can be imported: TypeError"),
+        (["{model}:make", "--shape", "99999999999999999999"], "--shape 99999999999999999999: "),
+        (["{model}:make", "--shape", "9999999999x9999999999:float32"], "--shape 9999999999x9999999999: "),
+        (["{model}:make", "--shape", "-1x8"], "argument --shape: expected one argument"),
+        (["{model}:make", "--json", "/nonexistent/a"], "argument --json: '/nonexistent/a': must be a file that can be"),
+        (["{model}:make", "--html", "{folder}"], "argument --html: '{folder}': must be a file that can be written"),
+        (["{model}:make", "--save-plan", "/proc/a"], "argument --save-plan: '/proc/a': must be a file that can be"),
+        (["{model}:make", "--sinks", "9223372036854775808"], "sinks=9223372036854775808: must be below 2**63"),
+        (["{model}:make", "--budget", "nan"], "budget=nan: a float is a fraction of the keys"),
+        (["{model}:make", "--method-options", "[1]"], "method_options=[1]: must map method names"),
+        (["{model}:make", "--method-options", "[" * 100_000], "must be JSON, but: is nested too deeply"),
+        (["{model}:make", "--method-options", '{"express": {"block": 64.0}}'], "block=64.0: must be of type int"),
+        (["{model}:make", "--modules", 'a={"flatten": 1}'], "modules['a']: unknown option 'flatten'"),
+        (["{model}:make", "--plan", "{folder}/bad.py"], "plan='{folder}/bad.py': Expecting value"),
+        (["{model}:make", "--plan", "{folder}"], "Is a directory: '{folder}'"),
     ],
 )
 def test_bad_arguments_are_named(
     model: str, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    folder = Path(model).parent
+    for name, text in (("bad", "def make(:"), ("ends", "import sys\nsys.exit(0)"), ("fails", "1 / 0")):
+        (folder / f"{name}.py").write_text(text)
+
+    def filled(text: str) -> str:
+        return text.replace("{model}", model).replace("{folder}", str(folder))
+
     with pytest.raises(SystemExit) as error:
-        main(["explain", *(x.replace("{model}", model) for x in arguments)])
+        main(["explain", *map(filled, arguments)])
     assert error.value.code == 2
     message = capsys.readouterr().err.replace("'int64'", "int64").replace("'int32'", "int32")  # older Pythons quote
-    assert words.replace("{model}", model) in message
+    assert filled(words) in message
+    assert message.count("\n") == 1 and len(message) < 1500, "one line"
 
 
 def test_strict_ends_with_a_message_and_no_traceback(model: str) -> None:
@@ -209,3 +252,58 @@ def test_calibrate_prints_and_keeps_the_rates(
         assert found.source == device.source and str(devices.path_of(found.name)) in capsys.readouterr().out
     finally:
         devices.device_of.cache_clear()
+
+
+@pytest.mark.parametrize("called", ["json", "statistics", "torch", "rich"])
+def test_a_file_may_be_called_like_a_module_even_in_the_current_folder(called: str, tmp_path: Path) -> None:
+    (tmp_path / "beside_it.py").write_text("import torch\nattend = torch.nn.functional.scaled_dot_product_attention\n")
+    source = "from beside_it import attend\ndef make(): return lambda x: attend(x, x, x, is_causal=True)\n"
+    (tmp_path / f"{called}.py").write_text(source)
+    if called == "json":  # all at once, as a process of its own
+        for other in ("statistics", "torch", "rich"):
+            (tmp_path / f"{other}.py").write_text(source)
+        command = [
+            sys.executable,
+            "-m",
+            "express_compile",
+            "explain",
+            f"{called}.py:make",
+            "--shape",
+            "1x2x9x8:float32",
+        ]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert run.returncode == 0 and "1 attention site" in run.stdout, run.stderr
+        return
+    before, path = sys.modules.get(called), list(sys.path)
+    try:
+        assert main(["explain", f"{tmp_path / called}.py:make", "--shape", "1x2x9x8:float32"]) == 0
+        assert sys.modules.get(called) is before
+    finally:
+        sys.path[:] = path
+        for name in (MODULE, "beside_it"):
+            sys.modules.pop(name, None)
+
+
+def test_outputs_that_could_be_written_are_not_touched_by_a_bad_argument(model: str, tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text("old")
+    with pytest.raises(SystemExit):
+        files = ["--json", str(tmp_path / "old.json"), "--html", str(tmp_path / "new.html")]
+        main(["explain", f"{model}:make", *files, "--budget", "1"])
+    assert (tmp_path / "old.json").read_text() == "old" and not (tmp_path / "new.html").exists()
+
+
+def test_calibrate_says_at_once_where_rates_cannot_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "calibrate", lambda *a: pytest.fail("nothing may be measured"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    for arguments, words in (
+        ([], "the rates cannot be kept ("),
+        (["--out", str(tmp_path)], f"argument --out: '{tmp_path}': must be a file"),
+        (["--out", "/nonexistent/x"], "argument --out: '/nonexistent/x': must be a file"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            main(["calibrate", *arguments])
+        message = capsys.readouterr().err
+        assert error.value.code == 2 and words in message and message.count("\n") == 1

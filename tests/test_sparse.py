@@ -288,10 +288,10 @@ def test_it_runs_only_where_the_policy_names_it_and_says_that_it_changes_the_fun
     [
         ({"pattern": "dilated"}, "pattern='dilated': must be one of strided, fixed"),
         ({"combine": "both"}, "combine='both': must be one of merged, local, far, per_head, interleaved"),
-        ({"stride": 0}, "stride=0: must be an integer, 1 or more, or None"),
-        ({"stride": 2.5}, "stride=2.5: must be an integer"),
+        ({"stride": 0}, "stride=0: must be 1 or more, or None"),
+        ({"stride": 2.5}, "stride=2.5: must be of type int or None"),
         ({"summary": 0}, "summary=0: must be an integer, 1 or more"),
-        ({"groups": True}, "groups=True: must be an integer"),
+        ({"groups": True}, "groups=True: must be of type int"),
         (
             {"stride": 16, "summary": 8, "groups": 3},
             "summary=8, groups=3: 24 columns in all; must be at most stride=16",
@@ -299,7 +299,7 @@ def test_it_runs_only_where_the_policy_names_it_and_says_that_it_changes_the_fun
     ],
 )
 def test_bad_options_are_reported_when_a_model_is_rewritten(options, words) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((TypeError, ValueError)) as error:
         rewrite_attention(Decoder(), methods=["sparse"], method_options={"sparse": options})
     assert words in str(error.value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -147,11 +148,40 @@ def test_wrong_arguments(model, batches) -> None:
         (r"batches: must hold at least one", {"batches": []}),
         (r"tolerance=0: must be above 0", {"tolerance": 0}),
         (r"budgets=\[4, 6\]: must be powers of two", {"budgets": (4, 6)}),
+        (r"tolerance=nan: must be above 0 nats and finite", {"tolerance": math.nan}),
+        (r"tolerance=inf: must be above 0 nats and finite", {"tolerance": math.inf}),
+        (r"first=-1: must be a position, 0 or more", {"first": -1}),
+        (r"first=-10: must be a position, 0 or more", {"first": -10}),
+        (r"first=100000: a batch has only \d+ positions", {"first": 100000}),
+        (r"first=9223372036854775808: must be below", {"first": 2**63}),
+        (r"budgets=\[\]: must be powers of two", {"budgets": []}),
+        (r"budgets=\[2\]: must be powers of two", {"budgets": [2]}),
+        (r"batches\[0\]: shape \(9,\); must be \[batch, positions\]", {"batches": [batches[0][0, :9]]}),
+        (r"batches\[0\]: shape \(0, 9\); must be .* not empty", {"batches": [batches[0][:0, :9]]}),
+        (r"batches: must hold at least one", {"batches": iter(())}),
+        (r"policy.methods=\('exact',\): must name 'express'", {"policy": Policy(methods=("exact",))}),
         (r"policy.methods=\('santa',\): allowed are", {"policy": Policy(methods=("santa",))}),
         (r"policy.modules=.*: must be empty", {"policy": replace(BASE, modules={"a": "exact"})}),
         (r"no site can be rewritten by thinformer: .*causal", {"policy": Policy(methods=("thinformer",))}),
     ):
         with pytest.raises(ValueError, match=words):
+            calibrate_error(model, **{"batches": batches, "budgets": BUDGETS, "policy": BASE, **changes})
+        assert not is_rewritten(model)
+    for words, changes in (
+        (r"first=1.0: must be of type int", {"first": 1.0}),
+        (r"first=None: must be of type int", {"first": None}),
+        (r"tolerance='0.1': must be of type int or float", {"tolerance": "0.1"}),
+        (r"budgets=64: must be a sequence", {"budgets": 64}),
+        (r"budgets='64': must be a sequence", {"budgets": "64"}),
+        (r"budgets=64.0: must be of type int", {"budgets": [64.0]}),
+        (r"budgets=True: must be of type int", {"budgets": [True]}),
+        (r"batches: a Tensor; must be several batches, such as a list of one", {"batches": batches[0]}),
+        (r"batches: a dict; must be several batches", {"batches": {"input_ids": batches[0]}}),
+        (r"batches: a int; must be several batches", {"batches": 5}),
+        (r"batches\[1\]='x': must be a tensor", {"batches": [batches[0], "x"]}),
+        (r"policy=5: must be None or a Policy", {"policy": 5}),
+    ):
+        with pytest.raises(TypeError, match=words):
             calibrate_error(model, **{"batches": batches, "budgets": BUDGETS, "policy": BASE, **changes})
         assert not is_rewritten(model)
     rewrite_attention(model, BASE)
