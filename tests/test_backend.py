@@ -322,7 +322,7 @@ def test_a_registered_method_is_used_and_an_exact_one_named_first_wins() -> None
                 supports="nothing",
                 refuses="everything",
                 refuse=lambda spec, policy: Refusal("picky", "it never runs"),
-                params=lambda spec, policy: {},
+                params=lambda site, policy: {},
             )
         )
     q = torch.randn(1, 2, 64, 8)
