@@ -136,7 +136,9 @@ def bits_per_byte(model: Callable, x: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), x[:, 1:].flatten()) / math.log(2)
 
 
-def train(run: str, args: argparse.Namespace, data: torch.Tensor, held_out: torch.Tensor, device: str) -> list[dict]:
+def train(
+    run: str, args: argparse.Namespace, data: torch.Tensor, held_out: torch.Tensor, device: str
+) -> Iterator[dict]:
     """Rows of the result file: at every tenth of the way."""
     torch.manual_seed(0)
     model = Model(args.dim, args.layers, args.heads, args.context).to(device)
@@ -162,7 +164,7 @@ def train(run: str, args: argparse.Namespace, data: torch.Tensor, held_out: torc
     ]
     parameters = sum(x.numel() for x in model.parameters())
     params = "" if run in ("exact", "speed") else " ".join(f"{k}={v}" for k, v in own.items() if v is not None)
-    rows, seconds, timed, started = [], 0.0, 0, time.perf_counter()
+    seconds, timed, started = 0.0, 0, time.perf_counter()
     losses: list[torch.Tensor] = []
     if run == "sparse":  # the first call captures the graphs; one inside of checkpoint would save other tensors
         model.recompute = False
@@ -192,13 +194,12 @@ def train(run: str, args: argparse.Namespace, data: torch.Tensor, held_out: torc
                 with torch.no_grad():
                     bpb = torch.stack([bits_per_byte(call, x) for x in judged]).mean().item()
                 tokens = args.batch * args.context
-                rows.append(dict(
+                yield dict(
                     run=run, params=params, context=args.context, batch=args.batch, parameters=parameters,
                     tokens=(step + 1) * tokens, seconds=seconds, tokens_per_s=timed * tokens / seconds,
                     train_bpb=torch.stack(losses).mean().item(), held_out_bpb=bpb, peak_mb=peak,
-                ))  # fmt: skip
+                )  # fmt: skip
             losses, started = [], time.perf_counter()
-    return rows
 
 
 def plot(path: Path) -> Path:
@@ -213,7 +214,8 @@ def plot(path: Path) -> Path:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for run in dict.fromkeys(row["run"] for row in rows):
         own = [row for row in rows if row["run"] == run]
-        label = f"{run}, {float(own[-1]['tokens_per_s']) / 1e3:,.0f}k bytes/s"
+        label = "sparse, compiled" if run == "compiled" else run
+        label = f"{label}: {float(own[-1]['tokens_per_s']) / 1e3:,.0f}k bytes/s"
         bpb = [float(row["held_out_bpb"]) for row in own]
         for ax, x in zip(axes, ("tokens", "seconds"), strict=True):
             ax.plot([float(row[x]) / (1e6 if x == "tokens" else 1) for row in own], bpb, marker=".", label=label)
@@ -232,7 +234,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="*", default=RUNS, choices=RUNS)
     parser.add_argument("--context", type=int, default=16384)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--heads", type=int, default=8)
@@ -256,10 +258,10 @@ def main() -> None:
     common = {**run_of(args.commit), **versions()}
     last = []
     for run in args.runs:
-        rows = [{**common, **row} for row in train(run, args, data, held_out, device)]
-        if args.out:
-            append(args.out, COLUMNS, rows)
-        last += rows[-1:]
+        for row in train(run, args, data, held_out, device):
+            if args.out:
+                append(args.out, COLUMNS, [{**common, **row}])
+        last.append(row)
         torch.compiler.reset()
     show(last, "run params tokens seconds tokens_per_s train_bpb held_out_bpb peak_mb".split())
 

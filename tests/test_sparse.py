@@ -48,7 +48,7 @@ def masked(q, k, v, seen, scale=0.3):
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = (q @ k.mT * scale).masked_fill(~seen, -math.inf)
     lse = scores.logsumexp(-1)
-    return torch.exp(scores - lse.clamp(min=-1e300)[..., None]) @ v, lse
+    return torch.exp(scores - lse.clamp(min=-1e30)[..., None]) @ v, lse
 
 
 def pattern_of(kind, stride, summary, groups, parts):
@@ -95,7 +95,7 @@ def test_any_two_positions_are_connected_in_two_steps_and_none_sees_the_future(k
         assert seen[0, :stride, :stride].equal(torch.ones(min(n, stride), min(n, stride)).tril().bool())
 
 
-@given(n=st.integers(1, 300), stride=st.integers(1, 40), c=st.integers(1, 9))
+@given(n=st.integers(1, 120), stride=st.integers(1, 40), c=st.integers(1, 9))
 def test_how_many_keys_a_query_sees(n, stride, c) -> None:
     i, c = torch.arange(n), min(c, stride)
     strided = Pattern("strided", stride, c).mask(1, n, n)[0].sum(1)
@@ -201,7 +201,7 @@ def test_low_precision_is_computed_in_float32_also_under_autocast() -> None:
 
 
 def test_opcheck_and_gradcheck() -> None:
-    leaves = [x.requires_grad_() for x in tokens(9, 9, 1, 2, 1, D=2, Dv=2)]
+    leaves = [x.requires_grad_() for x in tokens(7, 7, 1, 2, 1, D=2, Dv=1)]
     for kind in KINDS:
         assert torch.autograd.gradcheck(lambda *x, kind=kind: op(*x, pattern=kind, stride=3, summary=1)[0], leaves)
     q, k, v = (x.requires_grad_() for x in tokens(12, 20, dtype=torch.float32))
@@ -221,11 +221,11 @@ def test_opcheck_and_gradcheck() -> None:
     "pattern, Lq, Lk, heads, scale",
     [
         (Pattern("fixed", 8, 3), 40, 40, (2, 1), 0.3),
-        (Pattern("fixed", 10, 2, 3, "far"), 20, 61, (3, 3), -0.3),
-        (Pattern("fixed", 30, 5, 2, "per_head"), 20, 45, (4, 2), 0.3),
-        (Pattern("strided", 7), 40, 40, (2, 1), 0.3),
-        (Pattern("strided", 16, 1, 1, "per_head"), 9, 50, (3, 3), 0.0),
-        (Pattern("strided", 20, 1, 1, "far"), 1, 50, (2, 1), 0.3),
+        (Pattern("fixed", 10, 2, 2, "far"), 20, 61, (2, 1), -0.3),
+        (Pattern("fixed", 30, 5, 1, "per_head"), 20, 45, (2, 1), 0.3),
+        (Pattern("strided", 5), 30, 30, (2, 1), 0.3),
+        (Pattern("strided", 6, 1, 1, "per_head"), 9, 30, (2, 2), 0.0),
+        (Pattern("strided", 9, 1, 1, "far"), 1, 50, (2, 1), 0.3),
         (Pattern("strided", 20, 1, 1, "local"), 33, 33, (2, 1), 0.3),
     ],
     ids=lambda x: f"{x.kind}-{x.parts}" if isinstance(x, Pattern) else None,
