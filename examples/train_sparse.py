@@ -114,11 +114,16 @@ def text(limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [file for file in sorted(root.rglob("*.py")) if not set(SKIP) & set(file.relative_to(root).parts)]
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
-    parts = [files[i].read_bytes() for i in order]
-    cut = len(parts) - len(parts) // 20
-    return tuple(
-        torch.frombuffer(bytearray(b"".join(x)[:limit]), dtype=torch.uint8) for x in (parts[:cut], parts[cut:])
-    )
+    cut = len(order) - len(order) // 20
+
+    def joined(indices: list[int]) -> torch.Tensor:
+        text = bytearray()
+        for i in indices:
+            if limit is None or len(text) < limit:
+                text += files[i].read_bytes()
+        return torch.frombuffer(text[:limit], dtype=torch.uint8)
+
+    return joined(order[:cut]), joined(order[cut:])
 
 
 def windows(data: torch.Tensor, context: int, batch: int, device: str) -> Iterator[torch.Tensor]:
