@@ -178,28 +178,29 @@ class _Dense:
         own = torch.arange(H, device=self.query.device)[first::step]
         return own, own // (H // H_kv)
 
-    def tiles(self, part: str, group: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def tiles(self, part: str, group: int) -> Iterator[tuple[Any, torch.Tensor, torch.Tensor | None, torch.Tensor]]:
         """Rows of queries ``[m]`` and of keys ``[b, g, y]``, which queries of the tile ``[g, x]`` those are, and who
-        sees whom ``[b, g, x, y]``."""
+        sees whom ``[b, g, x, y]``. A single query of a padded batch is all of its tile: a slice and None.
+        """
         device, first = self.query.device, self.Lk - self.Lq
         position = None if self.length is None else self.length - 1
         for queries, keys, seen in _tiles(self.pattern, part, group, first, self.Lk, position):
             size = self.query.shape[0] * self.query.shape[1] * seen.shape[2] * seen.shape[3]
             for at in range(0, queries.shape[1], step := max(1, _TILE // size)):
                 q, k, s = (x[:, at : at + step].to(device) for x in (queries, keys, seen))
-                valid = ((k >= 0) & (k < self.Lk))[:, :, None]
+                s = s & ((k >= 0) & (k < self.Lk))[:, :, None]
                 rows = k.clamp(0, self.Lk - 1)
                 if position is None:
                     here = (q[0] >= first) & (q[0] < self.Lk)
-                    yield (q[0] - first)[here], rows, here, s & valid
+                    yield (q[0] - first)[here], rows, here, s
                 else:
                     rows = torch.minimum(rows, position[:, None, None].clamp(min=0))
-                    rows = self.order.gather(1, rows.flatten(1)).view(rows.shape)
-                    here = torch.ones(q.shape[1:], dtype=torch.bool, device=device)
-                    yield torch.zeros(1, dtype=torch.int64, device=device), rows, here, s & valid
+                    yield slice(None), self.order.gather(1, rows.flatten(1)).view(rows.shape), None, s
 
-    def queries(self, x: torch.Tensor, rows: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
+    def queries(self, x: torch.Tensor, rows: Any, here: torch.Tensor | None) -> torch.Tensor:
         """The rows of ``x`` ``[B, h, Lq, ..]`` as a tile ``[B, h, g, x, ..]``, 0 where there is none."""
+        if here is None:
+            return x[:, :, None]
         tile = x.new_zeros(*x.shape[:2], *here.shape, *x.shape[3:])
         tile[:, :, here] = x[:, :, rows]
         return tile
@@ -225,10 +226,11 @@ class _Dense:
                 scores = self.scores(q, k, rows, keys, here, seen)
                 mass = scores.logsumexp(-1)
                 result = torch.exp(scores - mass.clamp(min=lowest)[..., None]) @ self.keys(v, keys)
-                mass, before = mass[:, :, here], total[:, :, rows]
+                there = 0 if here is None else here
+                mass, before = mass[:, :, there], total[:, :, rows]
                 after = torch.logaddexp(mass, before)
                 shares = (torch.exp(x - after.clamp(min=lowest))[..., None] for x in (before, mass))
-                o[:, :, rows] = o[:, :, rows] * next(shares) + result[:, :, here] * next(shares)
+                o[:, :, rows] = o[:, :, rows] * next(shares) + result[:, :, there] * next(shares)
                 total[:, :, rows] = after
             out[:, own], lse[:, own] = o, total
         return out.to(self.query.dtype), lse
@@ -249,7 +251,7 @@ class _Dense:
                 d_out = self.queries(do, rows, here)
                 d_scores = d_out @ self.keys(v, keys).mT - self.queries(delta, rows, here)[..., None]
                 d_scores = d_scores * probability * self.scale
-                d_q[:, :, rows] += (d_scores @ self.keys(k, keys))[:, :, here]
+                d_q[:, :, rows] += (d_scores @ self.keys(k, keys))[:, :, 0 if here is None else here]
                 parts = d_scores.mT @ self.queries(q, rows, here), probability.mT @ d_out
                 for target, part_of in zip((d_k, d_v), parts, strict=True):
                     index = keys.expand(q.shape[0], -1, -1).flatten(1)[:, None, :, None]

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from express_compile import explain, record_sites, rewrite_attention
 from express_compile.backend import express
+from express_compile.kernels import sparse as S
 from express_compile.kernels import sparse_kernels as K
 from express_compile.kernels.sparse import (
     COMBINES,
@@ -180,6 +182,16 @@ def test_decoding_continues_the_prefill(kind, parts) -> None:
     torch.testing.assert_close(padded, alone)
     nobody, lse = op(q[:, :, :1], *room, torch.zeros(2, 52, dtype=torch.bool), **options)
     assert (nobody == 0).all() and lse.isneginf().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoding_step_reads_nothing_back(kind) -> None:
+    """So that it can be part of a CUDA graph: no shape depends on where the padding is."""
+    q, k, v = tokens(1, 30)
+    padding = torch.ones(2, 30, dtype=torch.bool)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        out, lse = S._Dense(q, k, v, Pattern(kind, 8, 3), 0.3, S.real_first(padding), padding.sum(1)).forward()
+    assert out.shape == (2, 4, 1, 6) and lse.shape == (2, 4, 1)
 
 
 def test_short_sequences_are_exact() -> None:
