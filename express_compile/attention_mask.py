@@ -24,8 +24,9 @@ untraced = torch.compiler.disable(
 class ProvenMask(torch.Tensor):
     """A mask ``[B, 1, Lq, Lk]`` that is proven, and is only computed if somebody looks at it.
 
-    Any torch operation on it yields the plain boolean tensor that transformers' sdpa mask would hold, so code that
-    does not know the class gets the right numbers and loses the proof.
+    Any torch operation on it is that on the plain boolean tensor which transformers' sdpa mask would hold, so code that
+    does not know the class gets the right numbers and loses the proof. Detached, copied by ``deepcopy`` or moved to
+    another device it keeps the proof; who writes into it, or into a view of it, takes the proof away.
 
     proven: what a query sees of the first ``visible`` keys; it sees none of the others.
     padding: bool ``[B, visible]``, True for real tokens, or None when there are only real ones.
@@ -36,6 +37,7 @@ class ProvenMask(torch.Tensor):
     padding: torch.Tensor | None
     _arguments: dict[str, Any]
     _exact: torch.Tensor | None
+    _version_built: int
 
     @staticmethod
     def __new__(
@@ -44,31 +46,107 @@ class ProvenMask(torch.Tensor):
         shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
         mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=arguments["device"])
         mask.proven, mask.visible, mask.padding = proven, visible, padding
-        mask._arguments, mask._exact = arguments, None
+        mask._arguments, mask._exact, mask._version_built = arguments, None, 0
         return mask
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if function in _METADATA:
+                return function(*args, **kwargs)
+            if (keep := _KEEP.get(function)) is not None and args[0].is_proven:
+                if (kept := keep(*args, **kwargs)) is not None:
+                    return kept
+            # here and not below the dispatcher, where writes into views are not counted
+            args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.exact, (args, kwargs))
+            return function(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return args[0]  # gradient checkpointing detaches its inputs
-        args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.dense, (args, kwargs or {}))
+            return args[0]
+        args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.exact, (args, kwargs or {}))
         return function(*args, **kwargs)
 
     def __repr__(self, **_: Any) -> str:
         return f"ProvenMask(shape={tuple(self.shape)}, proven={str(self.proven)!r}, visible={self.visible})"
 
-    def dense(self) -> torch.Tensor:
-        """The boolean tensor ``[B, 1, Lq, Lk]``, computed anew."""
-        never = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return _sdpa_mask()(**{**self._arguments, **never})
+    @property
+    def is_proven(self) -> bool:
+        """Whether the proof still holds: nothing was written into the tensor."""
+        return self._exact is None or self._exact._version == self._version_built
 
     def exact(self) -> torch.Tensor:
-        """The same for transformers' sdpa attention, computed once for all layers."""
+        """The boolean tensor ``[B, 1, Lq, Lk]``, for transformers' sdpa attention; computed once for all layers."""
         if self._exact is None:
-            self._exact = self.dense()
+            never = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+            with torch.inference_mode(False):  # inference tensors do not count what is written into them
+                exact = _sdpa_mask()(**{**self._arguments, **never})
+                # an expanded tensor could not be written into
+                self._exact = exact.clone() if exact.is_inference() else exact.contiguous()
+            self._version_built = self._exact._version
         return self._exact
+
+    def _copied(self, copy: Callable[[torch.Tensor], torch.Tensor], device: Any) -> ProvenMask:
+        known = self._arguments["attention_mask"]
+        arguments = {**self._arguments, "attention_mask": None if known is None else copy(known), "device": device}
+        padding = None if self.padding is None else copy(self.padding)
+        return type(self)(self.proven, self.visible, padding, arguments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        copied = self._copied(torch.clone, self.device) if self.is_proven else self.exact().clone()
+        memo[id(self)] = copied
+        return copied
+
+    # What looks at the memory of a tensor without any operation on it.
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.exact().__reduce_ex__(protocol)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.exact().__array__(*args, **kwargs)
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.exact().__dlpack__(*args, **kwargs)
+
+    def numpy(self, **kwargs: Any) -> Any:
+        return self.exact().numpy(**kwargs)
+
+    def tolist(self) -> Any:
+        return self.exact().tolist()
+
+    def data_ptr(self) -> int:
+        return self.exact().data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.exact().untyped_storage()
+
+
+_METADATA = {
+    getattr(torch.Tensor, name).__get__
+    for name in ("shape", "device", "dtype", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "requires_grad")
+}
+_METADATA |= {getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "__len__", "is_floating_point")}
+_METADATA |= {torch.Tensor.detach, torch.Tensor.data.__get__, torch.Tensor.is_inference, torch.Tensor.__hash__}
+
+
+def _to(mask: ProvenMask, *args: Any, **kwargs: Any) -> ProvenMask | None:
+    """What ``Tensor.to`` makes of a mask, if that is the same one on this or another device; None otherwise."""
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    if dtype not in (None, torch.bool) or kwargs.get("copy"):
+        return None
+    if device is None or device == mask.device:
+        return mask
+    return mask._copied(lambda x: x.to(device), device)
+
+
+_KEEP: dict[Any, Callable[..., ProvenMask | None]] = {
+    torch.Tensor.to: _to,
+    torch.Tensor.cpu: lambda mask: _to(mask, "cpu"),
+    torch.Tensor.bool: lambda mask: mask,
+    torch.Tensor.contiguous: lambda mask, **kwargs: None if kwargs else mask,
+}
 
 
 def _sdpa_mask() -> Callable[..., torch.Tensor | None]:
@@ -101,7 +179,7 @@ def make_mask(
         "device": "cpu",
         **rest,
     }
-    if torch.compiler.is_compiling() and q_length == 1:
+    if torch.compiler.is_compiling() and (q_length == 1 or torch.compiler.is_exporting()):
         return _sdpa_mask()(**arguments)
     return _make_mask(arguments)
 

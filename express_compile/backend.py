@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch.fx import GraphModule
 from .method import METHODS
 from .passes.buffers import Buffers
 from .passes.match import find_sites
-from .passes.plan import check_policy, plan_sites
-from .passes.rewrite import rewrite
+from .passes.place import Place
+from .passes.plan import check_policy, plan_sites, require_modules, require_sites
+from .passes.rewrite import changes, rewrite
 from .passes.site import AttentionSite
 from .spec import Plan, Policy
 
@@ -37,8 +39,12 @@ def express(
 
     ``options`` holds the fields of :class:`~express_compile.spec.Policy`; every other key must be one of inductor's
     options and is passed on. ``mode`` is inductor's. Raises ``ValueError`` or ``TypeError`` that names the option,
-    its value and what is allowed; with ``strict=True`` also for a refused site and for a graph without any.
-    Dynamo shows such an error wrapped in ``BackendCompilerFailed``.
+    its value and what is allowed. Dynamo shows such an error wrapped in ``BackendCompilerFailed``.
+
+    Graph breaks part a model into many graphs, of which some have no attention, so ``strict=True`` judges each thing as
+    early as it can be known: a site that is refused at once; a name in ``modules`` or ``plan`` that no module of the
+    model has with its first graph; that a model has no attention, or such a name no site, when the last graph of the
+    compiled module or function is made (one that does not end in a graph is not judged so).
     """
     if kwargs:
         raise TypeError(
@@ -48,25 +54,28 @@ def express(
     policy, patches = split_options(options or {}, mode)
     buffers = Buffers(gm, example_inputs)
     planned = plan_graph(gm, policy, buffers, graphs=bool(patches.get("triton.cudagraphs")))
-    unchanged = rewrite_planned(gm, planned, policy, buffers)
-    from torch._inductor.compile_fx import compile_fx
+    unchanged = rewrite_planned(gm, planned, policy, buffers, written_out=True)
+    from .inductor import compile_with_inductor
 
-    from .kernels._op import contract
-
-    tag = f"{torch.compiler.config.cache_key_tag}express-compile-{contract()}"
-    with torch.compiler.config.patch(cache_key_tag=tag):
-        compiled = compile_fx(gm, example_inputs, config_patches=patches)
+    compiled = compile_with_inductor(gm, example_inputs, patches)
     return compiled if unchanged is None else buffers.guard(compiled, unchanged)
 
 
 def rewrite_planned(
-    gm: GraphModule, planned: list[tuple[AttentionSite, Plan]], policy: Policy, buffers: Buffers
+    gm: GraphModule,
+    planned: list[tuple[AttentionSite, Plan]],
+    policy: Policy,
+    buffers: Buffers,
+    written_out: bool = False,
 ) -> GraphModule | None:
-    """Rewrite a Dynamo graph in place; returns it as it was, for ``buffers.guard``, if the result relies on buffers."""
+    """Rewrite a Dynamo graph in place; returns it as it was, for ``buffers.guard``, if the result relies on buffers.
+
+    ``written_out``: as in :func:`~express_compile.passes.rewrite.rewrite`.
+    """
     unchanged = None
-    if buffers.used and any(decision.verdict == "rewritten" for _, decision in planned):
+    if buffers.used and any(changes(site, decision, written_out) for site, decision in planned):
         unchanged = copy.deepcopy(gm, {id(x): x for x in (*gm.parameters(), *gm.buffers())})
-    rewrite(gm, planned, policy)
+    rewrite(gm, planned, policy, written_out)
     return unchanged
 
 
@@ -88,14 +97,23 @@ def plan_graph(
 
     Raises as :func:`rewrite_graph` does.
     """
-    planned = plan_sites(find_sites(gm, buffers), policy, graphs)
-    if policy.strict and not planned:
-        raise ValueError(
-            "strict=True: no attention was found in this graph; allowed are graphs that call "
-            "torch.nn.functional.scaled_dot_product_attention, nn.MultiheadAttention or nn.TransformerEncoderLayer, or "
-            "write attention out around a softmax (set strict=False to compile it as it is)"
-        )
+    place = Place.of_graph()
+    planned = plan_sites(find_sites(gm, buffers, place), policy, graphs)
+    if any(site.refusal == place.lost for site, _ in planned) and (policy.modules or policy.plan is not None):
+        warnings.warn(f"modules and plan cannot say what runs there: {place.lost}", RuntimeWarning, stacklevel=2)
+    if place.ends(gm):
+        require_sites(place.numbers.paths, policy)
+    elif place.is_model:
+        require_modules({*place.paths.values(), *place.numbers.paths}, policy)
+    if by_place(planned, policy):
+        place.pin()
     return planned
+
+
+def by_place(planned: list[tuple[AttentionSite, Plan]], policy: Policy) -> bool:
+    """Whether what runs at these sites depends on the modules that they are in, by the policy or by random numbers."""
+    chosen = bool(policy.modules) or policy.plan is not None
+    return bool(planned) and (chosen or any(decision.method != "exact" for _, decision in planned))
 
 
 def split_options(options: Mapping[str, Any], mode: str | None = None) -> tuple[Policy, dict[str, Any]]:

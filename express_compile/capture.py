@@ -1,7 +1,7 @@
 """Rewriting of modules that run eagerly, by capturing their graphs: ``torch.compile`` without a compiler.
 
-Every module that holds attention in its own code gets a :class:`Capture` as what ``nn.Module.compile`` would set. The
-outermost one that is called has Dynamo capture the whole call; its graphs are matched, planned and rewritten as by
+Every module that holds attention in its own code gets a :class:`Capture` as its ``forward``. The outermost one that is
+called has Dynamo capture the whole call; its graphs are matched, planned and rewritten as by
 ``torch.compile(backend="express")`` and then run as they are, so nothing is compiled. Inner ones count only where a
 part is called by itself, as ``generate()`` calls the encoder of T5. What Dynamo does not capture runs as it was, and
 is reported and warned about.
@@ -9,13 +9,14 @@ is reported and warned about.
 
 from __future__ import annotations
 
+import functools
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
-from types import FunctionType, MappingProxyType
+from types import CodeType, FrameType, FunctionType, MappingProxyType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,10 +25,12 @@ from torch._dynamo.eval_frame import skip_code
 
 from .attention_mask import untraced
 from .calls import Op, call, exact_options, wrap_ops
+from .dynamo import Compiled, Failure, cannot_capture, is_converting
 from .method import METHODS
 from .module_code import writes_attention
 from .report import SiteReport, recorder
-from .spec import Plan, Policy, known_equal
+from .spec import Plan, Policy, Unmet, known_equal
+from .tracers import cannot_trace, refuse_tracers
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -38,18 +41,19 @@ if TYPE_CHECKING:
 _CAPTURE = "_express_compile_capture"
 
 _CHANGED = "the buffer that holds its mask changed after it was looked at"
-_NOT_CAPTURED = (
-    "Dynamo captured no graph of this call, so it ran as it was: compilation is disabled (TORCHDYNAMO_DISABLE, "
-    "torch.compiler.set_stance), the code cannot be captured, or it was captured too often "
-    "(torch._dynamo.config.recompile_limit; torch.compiler.reset() starts anew)"
+_NOT_CAPTURED = "Dynamo captured no graph of this call, so it ran as it was: "
+_CAUSES = (
+    "compilation is disabled (TORCHDYNAMO_DISABLE, torch.compiler.set_stance), the code cannot be captured, or it was "
+    "captured too often (torch._dynamo.config.recompile_limit; torch.compiler.reset() starts anew)"
 )
 
 
 class _Progress:
-    """The outermost call in progress. graphs: how many captured graphs have run in it."""
+    """The outermost call in progress. graphs: how many captured graphs have run in it; paths: of their sites."""
 
     def __init__(self) -> None:
         self.graphs = 0
+        self.paths: set[str] = set()
 
 
 _in_progress: ContextVar[_Progress | None] = ContextVar("express_compile_call", default=None)
@@ -77,28 +81,65 @@ def find_modules(model: nn.Module, sites: Iterable[nn.Module] = ()) -> dict[str,
 def install(model: nn.Module, modules: dict[str, nn.Module], policy: Policy) -> None:
     """Let ``modules`` of ``model`` run with rewritten attention; random numbers are keyed by paths in ``model``."""
     for path, module in modules.items():
+        release(module)
         module.__dict__[_CAPTURE] = Capture(module, path, policy, weakref.ref(model))
 
 
 def remove(model: nn.Module) -> None:
     """Undo :func:`install` in ``model``; raises ``ValueError`` for a part of a larger model that stays rewritten."""
     inside = set(model.modules())
-    captures = [module.__dict__[_CAPTURE] for module in inside if _CAPTURE in module.__dict__]
-    for capture in captures:
-        root = None if capture.root is None else capture.root()
+    for module in inside & set(installed(model)):
+        root = module.__dict__[_CAPTURE].root
+        root = None if root is None else root()
         if root is not None and root not in inside and any(map(is_captured, root.modules())):
             raise ValueError(
                 f"model={type(model).__name__}: is a part of a rewritten {type(root).__name__}, whose graphs hold its "
                 "attention, too; restore or rewrite the whole model"
             )
-    for capture in captures:
-        capture.uninstall()
+    for module in inside:
+        release(module)
+
+
+def installed(model: nn.Module) -> list[nn.Module]:
+    """The modules in ``model`` that :func:`install` changed, whether their calls are still captured or not."""
+    return [module for module in model.modules() if _CAPTURE in module.__dict__]
 
 
 def is_captured(module: nn.Module) -> bool:
-    """Whether a call of this module is captured; not so for a shallow copy, or if ``module.compile()`` came later."""
+    """Whether a call of this module is captured; not so for a shallow copy, or if it was given another ``forward``."""
     capture = module.__dict__.get(_CAPTURE)
-    return capture is not None and capture.module is module and module._compiled_call_impl is capture
+    return capture is not None and capture.module is module and _reaches(module.__dict__.get("forward"), capture)
+
+
+def _reaches(function: object, capture: Capture) -> bool:
+    """Whether a function is ``capture`` or wraps it, as accelerate wraps what it moves between devices."""
+    pending, seen = [function], set()
+    while pending and len(seen) < 64:
+        function = pending.pop()
+        if function is capture:
+            return True
+        if function is None or id(function) in seen or not callable(function):
+            continue
+        seen.add(id(function))
+        pending.append(getattr(function, "__wrapped__", None))
+        if isinstance(function, functools.partial):
+            pending += [function.func, *function.args, *function.keywords.values()]
+        for cell in getattr(function, "__closure__", None) or ():
+            pending.append(cell.cell_contents)
+    return False
+
+
+def release(module: nn.Module) -> None:
+    """Undo what :func:`install` did to a module, or what a shallow copy of one has of it."""
+    capture = module.__dict__.pop(_CAPTURE, None)
+    if capture is None:
+        return
+    if module.__dict__.get("forward") is capture:
+        del module.__dict__["forward"]
+        if capture.given is not None:
+            module.__dict__["forward"] = capture.given
+    if capture.module is module:
+        capture.close()
 
 
 def policy_of(module: nn.Module) -> Policy:
@@ -115,90 +156,159 @@ def captures_of(model: nn.Module) -> dict[str, Capture]:
 
 
 class Capture:
-    """What a call of ``module`` runs instead of ``module._call_impl``. Copies and pickles of the module get their own.
+    """What a rewritten ``module`` has for ``forward``. Copies and pickles of the module get their own.
 
     path: of the module, in the model that was rewritten, which is ``root`` while it exists.
+    given: a ``forward`` that the module, and not its class, had before.
+    seen: paths of the sites in graphs that have run, in calls of ``module`` and of what is inside.
     watch: what has the errors of its sites sampled, in a model where this one is at ``prefix``; stays behind in a copy.
     """
+
+    __name__ = "forward"
 
     def __init__(
         self, module: nn.Module, path: str, policy: Policy, root: Callable[[], nn.Module | None] | None
     ) -> None:
         self.module, self.path, self.policy, self.root = module, path, policy, root
-        self._hook = module.register_forward_pre_hook(_check_tracing).id if _may_have_hooks(module) else None
-        self._install()
+        self.given: Callable[..., Any] | None = module.__dict__.get("forward")
+        self._start()
+        module.__dict__["forward"] = self
 
-    def _install(self) -> None:
+    def _start(self) -> None:
         self.watch: Watch | None = None
         self.prefix = ""
-        self._found_sites = self._warned = False
-        call = FunctionType(_call.__code__.replace(), _call.__globals__)  # Dynamo counts recompilations by code object
-        backend = weakref.WeakMethod(self._rewrite)  # Dynamo keeps it where garbage collection does not look
-        self._captured = torch.compile(call, backend=lambda gm, inputs: backend()(gm, inputs))
-        self.module.__dict__["_compiled_call_impl"] = self
+        self._warned = False
+        self.seen: set[str] = set()
+        # Dynamo counts recompilations by code object, and keeps what it knows of one for ever
+        call = (
+            _spare.pop()
+            if _spare
+            else FunctionType(_captured_call_impl.__code__.replace(), _captured_call_impl.__globals__)
+        )
+        # Dynamo keeps these where garbage collection does not look
+        rewrite, before, strict = weakref.WeakMethod(self._rewrite), weakref.WeakMethod(self._part), self.policy.strict
+        self._compiled = Compiled(
+            call,
+            lambda gm, inputs: rewrite()(gm, inputs),
+            raises=lambda error: strict and isinstance(error, ValueError),
+            before=lambda: before()(),
+        )
+        self.close = weakref.finalize(self, _close, self._compiled, call)
+        self.close.atexit = False
 
-    def uninstall(self) -> None:
-        """Make the module what it was."""
-        if is_captured(self.module):
-            del self.module.__dict__["_compiled_call_impl"]
-        self.module.__dict__.pop(_CAPTURE, None)
-        self.module._forward_pre_hooks.pop(self._hook, None)
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """For ``inspect.signature``."""
+        return MethodType(type(self.module).forward, self.module) if self.given is None else self.given
+
+    @property
+    def __code__(self) -> CodeType:
+        """For torch.export, which reads it before it calls the module."""
+        return self.__wrapped__.__code__
+
+    @property
+    def _torchscript_modifier(self) -> None:
+        """The first that torch.jit asks of what it compiles."""
+        raise RuntimeError(cannot_trace(type(self.module).__name__, "torch.jit"))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "path": self.path, "policy": self.policy, "root": None, "_hook": self._hook}
+        return {"module": self.module, "path": self.path, "policy": self.policy, "root": None, "given": self.given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._install()  # nn.Module leaves out what it runs instead of forward
+        self._start()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and _is_ours():
-            return self.module._call_impl(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            ours = _is_ours(type(self.module).__name__)
+            return _captured_call_impl(self.module, *args, **kwargs) if ours else self._run(args, kwargs)
+        caller = _module_of(sys._getframe(1))
+        if caller is not None and caller is not self.module:
+            return self._run_copy(caller, args, kwargs)
         return self._run(args, kwargs)
 
     @untraced
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.compiler.is_exporting():
-            raise RuntimeError(_cannot_export(self.module))
+        if self.module.__dict__.get(_CAPTURE) is not self:  # restored, and called by who kept it
+            return self.__wrapped__(*args, **kwargs)
+        refuse_tracers(self.module)
         call = _in_progress.get() or _Progress()
         before = call.graphs
         token = _in_progress.set(call)
+        why = cannot_capture()
         try:
-            with _whole_graphs():
-                result = self._captured(self.module, *args, **kwargs)
+            run = self._compiled if why is None else self._run_exactly
+            result, failures = run(self.module, *args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, ValueError):
+            if self.policy.strict and isinstance(error.inner_exception, ValueError):
                 raise error.inner_exception from None
             raise
         finally:
             _in_progress.reset(token)
         if call.graphs == before:
             call.graphs += 1  # it is said once
-            self._say_not_captured()
-        elif self.policy.strict and not self._found_sites and _in_progress.get() is None:
-            raise ValueError(f"strict=True: no attention was found in the graphs of {type(self.module).__name__}")
+            self._say(
+                _NOT_CAPTURED + (why or "; ".join([_CAUSES, *(f"{_place(f.code)}: {f.reason}" for f in failures[-1:])]))
+            )
+        elif lost := {_place(f.code): f.reason for f in failures if f.attention}:
+            for place, reason in lost.items():
+                self._say(f"Dynamo did not capture {place}, so it ran as it was: {reason}", place.rpartition(" ")[2])
+        elif self.policy.strict and _in_progress.get() is None:
+            self._require_sites(call.paths)
         return result
 
-    def _say_not_captured(self) -> None:
+    def _require_sites(self, paths: set[str]) -> None:
+        """Judge by the paths of the sites in all graphs of a call: it has some. The call of a whole model shows whether
+        names in the policy have none."""
+        from .eager import rewritten_sites
+        from .passes.plan import require_matches
+
+        if not paths:
+            raise Unmet(f"strict=True: no attention was found in the graphs of {type(self.module).__name__}")
+        root = None if self.root is None else self.root()
+        whole = self if root is None or not is_captured(root) else root.__dict__[_CAPTURE]
+        whole.seen |= paths
+        if self.module is root:
+            require_matches(self.seen | rewritten_sites(root).keys(), self.policy)
+
+    def _run_exactly(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, list[Failure]]:
+        return _captured_call_impl(module, *args, **kwargs), []
+
+    def _run_copy(self, copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of a shallow copy of the module, which still has this one for ``forward``."""
+        release(copy)
+        if getattr(copy, "_is_replica", False):
+            self._say("nn.DataParallel copies modules for every call; DistributedDataParallel does not")
+        return copy.forward(*args, **kwargs)
+
+    def _part(self) -> None:
+        """Nothing that is captured with this module may run the ``forward`` of another that it was copied from."""
+        for module in self.module.modules():
+            if _CAPTURE in module.__dict__ and module.__dict__[_CAPTURE].module is not module:
+                release(module)
+
+    def _say(self, reason: str, source: str = "") -> None:
         if self.policy.strict:
-            raise ValueError(f"strict=True: {self.path or '(root)'}: {_NOT_CAPTURED}")
+            raise ValueError(f"strict=True: {self.path or '(root)'}: {reason}")
         if (sites := recorder.get()) is not None:
-            sites.append(SiteReport(self.path, "", "not captured", "", "exact", "refused", _NOT_CAPTURED))
+            sites.append(SiteReport(self.path, source, "not captured", "", "exact", "refused", reason))
         if not self._warned:
             self._warned = True
-            warnings.warn(f"{self.path or type(self.module).__name__}: {_NOT_CAPTURED}", RuntimeWarning, stacklevel=6)
+            warnings.warn(f"{self.path or type(self.module).__name__}: {reason}", RuntimeWarning, stacklevel=7)
 
     def _rewrite(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        """The backend: a callable that runs the rewritten graph."""
+        """A callable that runs the rewritten graph."""
         from .backend import rewrite_planned
         from .passes.buffers import Buffers
         from .passes.match import find_sites
+        from .passes.place import Place
         from .passes.plan import plan_sites
 
-        self._name(gm)
+        place = Place.of_graph(self.module, self.path)
         buffers = Buffers(gm, inputs)
-        planned = plan_sites(find_sites(gm, buffers), self.policy)
-        self._found_sites |= bool(planned)
+        planned = plan_sites(find_sites(gm, buffers, place), self.policy)
+        if planned:
+            place.pin()
         unchanged = rewrite_planned(gm, planned, self.policy, buffers)
         shadows = self._watch(gm, planned)
         run = _recorded(gm, [SiteReport.of(site, plan) for site, plan in planned], shadows)
@@ -221,17 +331,6 @@ class Capture:
 
         wrap_ops(gm, wrap)
         return found
-
-    def _name(self, gm: GraphModule) -> None:
-        """Give the modules in the graph their paths in the model that was rewritten, whatever part was called."""
-        inside = self.module.named_modules(prefix=self.path)
-        names = {str(id(module)): f"L['self'].{path}".removesuffix(".") for path, module in inside}
-        root = (names[str(id(self.module))], type(self.module))
-        for graph in {part.graph for part in gm.modules() if isinstance(part, torch.fx.GraphModule)}:
-            for node in graph.nodes:
-                stack = node.meta.get("nn_module_stack") or {}
-                paths = {key: (names.get(key.partition("@")[0], path), cls) for key, (path, cls) in stack.items()}
-                node.meta["nn_module_stack"] = {"": root, **paths}
 
 
 class _Follow:
@@ -288,15 +387,41 @@ class _Follow:
         return replace(report, rejected=(), saved=saved, **changes)
 
 
-def _whole_graphs() -> AbstractContextManager[Any]:
-    """Inside DDP, Dynamo would cut graphs into buckets; run eagerly, communication overlaps without that."""
-    if not torch.distributed.is_available() or nn.parallel.DistributedDataParallel._get_active_ddp_module() is None:
-        return nullcontext()
-    return torch._dynamo.config.patch(optimize_ddp=False)
+def _captured_call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    given = self._express_compile_capture.given
+    return type(self).forward(self, *args, **kwargs) if given is None else given(*args, **kwargs)
 
 
-def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return self._call_impl(*args, **kwargs)
+_spare: list[FunctionType] = []
+
+
+def _close(compiled: Compiled, call: FunctionType) -> None:
+    compiled.close()
+    _spare.append(call)
+
+
+@torch.compiler.assume_constant_result
+def _is_ours(name: str) -> bool:
+    if torch.compiler.is_exporting():
+        raise RuntimeError(cannot_trace(name, "torch.export"))
+    return is_converting()
+
+
+# Where Dynamo traces a call it is inlined. Where Python makes the call, after a graph break, Dynamo must not start a
+# graph with it: the part that is called would be taken for the whole.
+skip_code(Capture.__call__.__code__)
+
+_CALLERS = [nn.Module._call_impl.__code__, nn.Module._slow_forward.__code__]
+_CALLERS += [code for code in _CALLERS[0].co_consts if isinstance(code, CodeType)]
+
+
+def _module_of(frame: FrameType) -> nn.Module | None:
+    """The module whose call is about to call its ``forward``; None where something else calls it."""
+    return frame.f_locals.get("self") if any(frame.f_code is code for code in _CALLERS) else None
+
+
+def _place(code: CodeType) -> str:
+    return f"{code.co_name} {code.co_filename}:{code.co_firstlineno}"
 
 
 def _recorded(
@@ -308,6 +433,7 @@ def _recorded(
     def run(*args: Any) -> Any:
         if (call := _in_progress.get()) is not None:
             call.graphs += 1
+            call.paths.update(report.module for report in reports)
         result = gm.forward(*args)  # in which a site that is watched may fall back
         if (sites := recorder.get()) is not None:
             sites.extend(report if follow is None else follow.now(report) for report, follow in names)
@@ -333,39 +459,3 @@ def _checkpoint(body: GraphModule, *args: Any, **kwargs: Any) -> Any:
     context = body.meta.get("_checkpoint_context_fn")
     kwargs = kwargs if context is None else {**kwargs, "context_fn": context}
     return checkpoint(body.forward, *args, **{**kwargs, "use_reentrant": False})
-
-
-# ------------------------------------------------------------------------------------- another compiler on top
-
-
-def _may_have_hooks(module: nn.Module) -> bool:
-    """False where a hook would cost the fused kernel."""
-    return not isinstance(module, (nn.TransformerEncoderLayer, nn.MultiheadAttention))
-
-
-def _check_tracing(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """A hook, because other tracers do not look at what a module runs instead of ``forward``, but do run its hooks."""
-    if torch.compiler.is_exporting():
-        raise RuntimeError(_cannot_export(module))
-    if torch.compiler.is_compiling() and not _is_ours():
-        _break_graph()
-
-
-def _cannot_export(module: nn.Module) -> str:
-    return f"{type(module).__name__}: torch.export would lose the rewriting; call restore_attention(model) before it"
-
-
-@torch.compiler.assume_constant_result
-def _is_ours() -> bool:
-    return _in_progress.get() is not None
-
-
-@untraced
-def _break_graph() -> None:
-    """Send the module back to Python, which runs its :class:`Capture`."""
-
-
-# Where Dynamo traces a call these are inlined. Where Python makes the call, after a graph break, Dynamo must not start
-# a graph with them: the part that is called would be taken for the whole.
-for _function in (Capture.__call__, _check_tracing):
-    skip_code(_function.__code__)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import uuid
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,13 +29,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from . import calls, capture
 from .attention_mask import ProvenMask, make_mask, untraced
 from .method import METHODS
-from .module_code import calls_interface, can_import_transformers, depends_on_name
+from .module_code import calls_interface, can_import_transformers, depends_on_name, passes
 from .report import SiteReport, recorder
 from .spec import AttentionSpec, Mask, Plan, Policy, default_scale, feature_major, layer_key
+from .tracers import cannot_trace
 
 if TYPE_CHECKING:
     from .shadow import Shadow
@@ -58,6 +61,13 @@ _EXTRAS = {
 _NEEDS_EAGER = ("softcap", "s_aux", "sinks")
 # and those that a decoding step in a compiled graph goes by
 _OF_STEP = ("scaling", "dropout", "sliding_window", "position_ids")
+
+
+_WEIGHTS = {
+    True: "the call asks for attention weights (output_attentions=True): the model's own eager attention runs",
+    False: "the call asks for attention weights (output_attentions=True), which the model's own attention does not "
+    "give either: only attn_implementation='eager' does",
+}
 
 
 # --------------------------------------------------------------------------------------------- public functions
@@ -88,21 +98,23 @@ def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any
 
     policy = _checked_policy(policy, options)
     sites = _find_sites(model)
-    captured = capture.find_modules(model, [module for module, _, _ in sites.values()])
+    captured = capture.find_modules(model, [module for module, _ in sites.values()])
     if not sites and not captured:
         raise ValueError(_no_attention(model))
     if not captured:
         require_matches(sites, policy)
-    if is_rewritten(model):
+    if _is_changed(model):
         restore_attention(model)
+    plans = _Plans(policy)
+    for path, (module, exact) in sites.items():
+        decodes = any(METHODS[name].decodes for name in plans.methods(path))
+        eager = calls_interface(type(module)).__globals__.get("eager_attention_forward")
+        given = "sdpa" if module.config._attn_implementation == NAME else module.config._attn_implementation
+        setattr(module, _SITE, _Site(path, layer_key(path), exact, given, eager, plans, decodes))
+        module.register_forward_pre_hook(_check_in_force)
     if sites:
         _register_interface()
         _point_configs(model, sites)
-    plans = _Plans(policy)
-    for path, (module, exact, plain) in sites.items():
-        decodes = any(METHODS[name].decodes for name in plans.methods(path))
-        eager = calls_interface(type(module)).__globals__.get("eager_attention_forward")
-        setattr(module, _SITE, _Site(path, layer_key(path), exact, eager, plans, decodes, plain))
     capture.install(model, captured, policy)
     return model
 
@@ -110,23 +122,44 @@ def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any
 def restore_attention(model: Model) -> Model:
     """Undo :func:`rewrite_attention`, in place; returns ``model``, whose outputs are bitwise those of before.
 
-    The configuration objects of before come back too; changes made to the copies are lost with them.
+    The configuration objects of before come back too, with whatever was changed in the copies since (another
+    vocabulary, another attention by ``set_attn_implementation``).
     Raises ``ValueError`` when the model is not rewritten, or is a part of a larger one that was rewritten as a whole.
     """
-    if not is_rewritten(model):
+    if not _is_changed(model):
         raise ValueError(f"model={type(model).__name__}: is not rewritten, so there is nothing to restore")
     capture.remove(model)
+    pointed = {module: module.__dict__.pop(_ORIGINALS) for module in model.modules() if _ORIGINALS in module.__dict__}
+    for copies in {id(configs.copies): configs.copies for configs in pointed.values()}.values():
+        for copied in copies:
+            copied.bring_back()
+    for module, configs in pointed.items():
+        configs.restore(module)
     for module in model.modules():
-        for name, original in module.__dict__.pop(_ORIGINALS, {}).items():
-            setattr(module, name, original)
-        module.__dict__.pop(_SITE, None)
+        if module.__dict__.pop(_SITE, None) is not None:
+            hooks = module._forward_pre_hooks
+            for number in [number for number, hook in hooks.items() if hook is _check_in_force]:
+                del hooks[number]
     return model
 
 
 def is_rewritten(model: nn.Module) -> bool:
-    """Whether :func:`rewrite_attention` is in force in ``model`` or a part of it. ``TypeError`` if it is no module."""
+    """Whether :func:`rewrite_attention` is in force in ``model`` or a part of it. ``TypeError`` if it is no module.
+
+    It is not any more where transformers was told to run another attention: ``set_attn_implementation("sdpa")``.
+    """
     _require_module(model)
-    return any(_SITE in module.__dict__ or capture.is_captured(module) for module in model.modules())
+    return any(_is_in_force(module) or capture.is_captured(module) for module in model.modules())
+
+
+def _is_changed(model: nn.Module) -> bool:
+    """Whether there is anything to restore in ``model``."""
+    _require_module(model)
+    return bool(capture.installed(model)) or any(_SITE in module.__dict__ for module in model.modules())
+
+
+def _is_in_force(module: nn.Module) -> bool:
+    return _SITE in module.__dict__ and module.config._attn_implementation == NAME
 
 
 def _require_module(model: Any) -> None:
@@ -191,6 +224,7 @@ class _Plans:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+        self.said = False
         self._plans: dict[tuple[Any, ...], Plan] = {}
 
     def __call__(self, path: str, spec: AttentionSpec, gradient: str | None) -> Plan:
@@ -226,9 +260,9 @@ class _Site:
     """What an attention module needs to know; lives on the module, so copies of the model are independent.
 
     exact: the name of transformers' own attention that computes what is not rewritten, "sdpa" or "eager".
+    given: the name of the attention that the model ran before.
     eager: transformers' attention that is written out, where the model's file has it.
     decodes: whether one of the methods may take a single query.
-    plain: whether the model says that its attention is all in the arguments: it also runs with flash attention.
     shadow: what samples its error while the model is watched; stays behind when the site is copied.
     token: what a compiled graph knows it by; copies have their own.
     """
@@ -236,10 +270,10 @@ class _Site:
     path: str
     layer: int
     exact: str
+    given: str
     eager: Callable[..., Any] | None = field(repr=False)
     plans: _Plans = field(repr=False)
     decodes: bool
-    plain: bool
     shadow: Shadow | None = field(default=None, repr=False)
     token: str = field(default="", repr=False)
 
@@ -262,27 +296,36 @@ def rewritten_sites(model: nn.Module) -> dict[str, _Site]:
     Raises ``TypeError`` if that is no module.
     """
     _require_module(model)
-    return {path: module.__dict__[_SITE] for path, module in model.named_modules() if _SITE in module.__dict__}
+    return {path: module.__dict__[_SITE] for path, module in model.named_modules() if _is_in_force(module)}
 
 
 # --------------------------------------------------------------------------------------------- finding the sites
 
 
-def _find_sites(model: nn.Module) -> dict[str, tuple[nn.Module, str, bool]]:
-    """Module path -> (attention module, name of its exact attention, whether arguments say all that it computes)."""
+def _find_sites(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Module path -> (attention module, name of its exact attention), of all that another name may be given.
+
+    The others keep theirs and are captured: those that take another branch under another name, or whose model does
+    (Gemma 4 looks whether "sdpa" gave it a mask), and those of models with eager attention only, of which nothing is
+    known. Such a model has to say that its attention is all in the arguments, by running flash attention as well, and
+    to need eager attention for a soft-cap or sinks.
+    """
     if not can_import_transformers():
         return {}
-    sites: dict[str, tuple[nn.Module, str, bool]] = {}
+    sites: dict[str, tuple[nn.Module, str]] = {}
     for path, module, owner in _with_owners(model):
         function = calls_interface(type(module))
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if function is None or implementation is None or not _uses_standard_sdpa(function):
             continue
         exact = "sdpa" if owner is None or owner._supports_sdpa else "eager"
-        if exact == "eager" and (_ORIGINALS not in module.__dict__ and implementation != "eager"):
+        if depends_on_name(type(module), exact) or (owner is not None and depends_on_name(type(owner), exact)):
             continue
-        if not depends_on_name(type(module), exact):
-            sites[path] = (module, exact, exact == "sdpa" or owner._supports_flash_attn)
+        if exact == "eager":
+            before = implementation if _ORIGINALS not in module.__dict__ else "eager"
+            if not owner._supports_flash_attn or before != "eager" or not passes(function, _NEEDS_EAGER):
+                continue
+        sites[path] = (module, exact)
     return sites
 
 
@@ -315,11 +358,11 @@ def _uses_standard_sdpa(function: Callable[..., Any]) -> bool:
     return interface is not None and interface.get("sdpa") is ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
-def _point_configs(model: nn.Module, sites: dict[str, tuple[nn.Module, str, bool]]) -> None:
+def _point_configs(model: nn.Module, sites: dict[str, tuple[nn.Module, str]]) -> None:
     """Give the model copies of its configurations that name our attention; keep the originals on each module."""
     from transformers import PreTrainedConfig
 
-    copies: dict[int, Any] = {}  # one memo for all, so that shared configurations stay shared
+    memo: dict[int, Any] = {}  # one for all, so that shared configurations stay shared
     changes: list[tuple[nn.Module, dict[str, Any]]] = []
     for path, module, owner in _with_owners(model):
         supports_sdpa = owner is None or owner._supports_sdpa
@@ -333,14 +376,87 @@ def _point_configs(model: nn.Module, sites: dict[str, tuple[nn.Module, str, bool
         if originals:
             changes.append((module, originals))
             for original in originals.values():
-                deepcopy(original, copies)
-    for config in copies.values():
-        if isinstance(config, PreTrainedConfig) and config._attn_implementation is not None:
-            config._attn_implementation_internal = NAME
+                deepcopy(original, memo)
+    copies = []
+    for original in memo.pop(id(memo), []):  # where deepcopy keeps what it copied
+        if isinstance(original, PreTrainedConfig):
+            copied = memo[id(original)]
+            if original._attn_implementation == NAME:  # copied from a rewritten model
+                original._attn_implementation_internal = "sdpa"
+            if copied._attn_implementation is not None:
+                copied._attn_implementation_internal = NAME
+            copies.append(_Copied(original, copied, _state(copied)))
     for module, originals in changes:
         for name, original in originals.items():
-            setattr(module, name, copies[id(original)])
-        module.__dict__[_ORIGINALS] = originals
+            setattr(module, name, memo[id(original)])
+        module.__dict__[_ORIGINALS] = _Pointed(originals, copies)
+
+
+@dataclass
+class _Copied:
+    """A configuration, our copy of it, and what was in the copy at first."""
+
+    original: Any
+    copy: Any
+    before: dict[str, Any]
+
+    def bring_back(self) -> None:
+        """Make the changes of the copy in the original, too."""
+        now = _state(self.copy)
+        for name in self.before.keys() - now.keys():
+            self.original.__dict__.pop(name, None)
+        for name, value in now.items():
+            if name not in self.before or not _is_equal(value, self.before[name]):
+                self.original.__dict__[name] = value
+
+
+@dataclass
+class _Pointed:
+    """The configurations that a module had, by attribute, and all that were copied with them."""
+
+    originals: dict[str, Any]
+    copies: list[_Copied]
+
+    def restore(self, module: nn.Module) -> None:
+        """Give a module its own configurations back, but for one that somebody replaced since."""
+        ours = {id(copied.original): copied.copy for copied in self.copies}
+        for name, original in self.originals.items():
+            if getattr(module, name, None) is ours[id(original)]:
+                setattr(module, name, original)
+
+
+def _state(config: Any) -> dict[str, Any]:
+    """What a configuration holds, without configurations inside."""
+    from transformers import PreTrainedConfig
+
+    return {name: deepcopy(x) for name, x in config.__dict__.items() if not isinstance(x, PreTrainedConfig)}
+
+
+def _is_equal(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except (RuntimeError, ValueError):  # tensors and arrays
+        return False
+
+
+def _check_in_force(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Say that a rewritten module is told to run other attention; a hook, for our attention is not called then."""
+    if torch.compiler.is_compiling() or _is_in_force(module):
+        return
+    site = module.__dict__.get(_SITE)
+    if site is None:
+        return
+    name = module.config._attn_implementation
+    reason = (
+        f"after rewrite_attention the attention of the model was set to {name!r}, which runs instead; "
+        f"rewrite_attention(model, ...) or set_attn_implementation({NAME!r}) rewrites it again"
+    )
+    if site.plans.policy.strict:
+        raise ValueError(f"strict=True: {site.path or '(root)'}: {reason}")
+    _report(module, site, Plan("exact", "refused", reason))
+    if not site.plans.said:
+        site.plans.said = True
+        warnings.warn(f"{site.path or type(module).__name__}: {reason}", RuntimeWarning, stacklevel=5)
 
 
 # ------------------------------------------------------------------------------------------------- registration
@@ -383,7 +499,7 @@ def _prove(
         unknown = "query, key and value differ in dtype or device"
     elif window is not None and window < Lk and not _has_window(attention_mask, window):
         unknown = f"local attention over {window} keys"
-    elif isinstance(attention_mask, ProvenMask):
+    elif _is_proven(attention_mask):
         if attention_mask.shape[2:] != (Lq, Lk) or attention_mask.shape[0] != B:
             unknown = f"the mask has shape {tuple(attention_mask.shape)} and does not fit {Lq} queries and {Lk} keys"
         else:
@@ -419,16 +535,20 @@ def _unlike_sdpa(site: _Site, query: torch.Tensor, arguments: dict[str, Any]) ->
     if site.exact == "sdpa":
         return None
     only = "the model supports transformers' eager attention only"
-    if not site.plain or (softcap is None and sinks is None):
+    if softcap is None and sinks is None:
         return only
     return None if Lq == 1 else f"{only}, and the mask is that of {Lq} queries; those of one are read"
 
 
 def _has_window(mask: torch.Tensor | None, window: int) -> bool:
     """Whether a mask says by itself what a window hides: it is proven, or it is all that hides keys from one query."""
-    if isinstance(mask, ProvenMask):
+    if _is_proven(mask):
         return mask.proven.window == window
     return mask is not None and mask.dim() == 4 and mask.shape[2] == 1
+
+
+def _is_proven(mask: torch.Tensor | None) -> bool:
+    return isinstance(mask, ProvenMask) and mask.is_proven
 
 
 def _read(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -479,11 +599,33 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     **arguments: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention function under our name: ``[B, H, L, D]`` in, ``[B, Lq, H, Dv]`` out."""
+    if torch.compiler.is_exporting():
+        return _export(module, query, key, value, attention_mask, arguments)
     if torch.compiler.is_compiling() and query.shape[2] == 1:
         return _attend_compiled(module, query, key, value, attention_mask, arguments)
     return _attend(module, query, key, value, attention_mask, arguments)
+
+
+def _export(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    arguments: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A call that is traced into a program: what is exact by its policy stays what it is, the rest cannot be kept."""
+    site = module.__dict__[_SITE]
+    if site.plans.methods(site.path) != ("exact",):
+        _refuse_export(module)
+    return _exact(module, site, query, key, value, attention_mask, arguments)
+
+
+@untraced
+def _refuse_export(module: nn.Module) -> None:
+    raise RuntimeError(cannot_trace(type(module).__name__, "torch.export"))
 
 
 def _attend_compiled(
@@ -493,12 +635,13 @@ def _attend_compiled(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     arguments: dict[str, Any],
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A decoding step that Dynamo traces: generate() compiles those over a StaticCache by itself."""
     site = module.__dict__[_SITE]
     given = any(arguments.get(name) is not None for name in (*_EXTRAS, *_NEEDS_EAGER))
     if (
         given
+        or wants_weights(module, arguments)
         or isinstance(arguments.get("scaling"), torch.Tensor)
         or not site.decodes
         or site.shadow is not None
@@ -554,25 +697,25 @@ def _attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     arguments: dict[str, Any],
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if torch.jit.is_tracing() or get_proxy_mode() is not None:
+        return _export(module, query, key, value, attention_mask, arguments)
     site = module.__dict__.get(_SITE)
     if site is None:
         raise RuntimeError(
             f"{type(module).__name__} was sent to express_compile's attention but was never rewritten: it was added to "
             "a rewritten model, or its configuration was copied from one; call rewrite_attention on this model"
         )
-    if arguments.get("output_attentions"):
-        raise ValueError(
-            "output_attentions=True: the weights of rewritten attention do not exist; call restore_attention(model) "
-            "and use attn_implementation='eager' to look at attention weights"
-        )
     mask, padding, visible = _prove(module, site, query, key, value, attention_mask, arguments)
     spec = _spec(query, key, value, visible, mask, arguments)
-    plan = site.plans(site.path, spec, _gradient(module, query, key, value))
+    if wants_weights(module, arguments):
+        plan = Plan("exact", "refused", _WEIGHTS[site.given == "eager"])
+    else:
+        plan = site.plans(site.path, spec, _gradient(module, query, key, value))
     shadow = None if module.training else site.shadow
     if shadow is not None:
         plan = shadow.follow(plan)
-    _record(module, site, spec, plan)
+    _report(module, site, plan, spec)
     if site.plans.policy.strict:
         from .passes.plan import require
 
@@ -620,20 +763,32 @@ def _exact(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     arguments: dict[str, Any],
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' own attention, with exactly the arguments it would have had."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if isinstance(attention_mask, ProvenMask):
         attention_mask = attention_mask.exact()
-    if site.exact == "sdpa" and all(arguments.get(name) is None for name in _NEEDS_EAGER):
+    weights = site.given == "eager" and site.eager is not None and wants_weights(module, arguments)
+    if site.exact == "sdpa" and not weights and all(arguments.get(name) is None for name in _NEEDS_EAGER):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **arguments)
     # sdpa has no soft-cap and no sinks: some versions raise, others silently leave them out
     if site.eager is None:
         raise RuntimeError(f"{site.path!r}: {type(module).__module__} has no eager_attention_forward to fall back to")
     if site.exact == "sdpa" or attention_mask is not None:
         attention_mask = _additive(query, key, attention_mask, _is_causal(module, arguments))
-    return site.eager(module, query, key, value, attention_mask, **arguments)[0], None
+    return site.eager(module, query, key, value, attention_mask, **arguments)
+
+
+def wants_weights(module: nn.Module, arguments: dict[str, Any]) -> bool:
+    """Whether somebody wants the attention weights of a call: by argument, by configuration, or by collecting what
+    modules return."""
+    from transformers.utils.output_capturing import _active_collector
+
+    if arguments.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        return True
+    collected = _active_collector.get()
+    return collected is not None and any("attentions" in name for name in collected)
 
 
 def _additive(
@@ -675,7 +830,7 @@ def _fixed_seed(seed: int, device: torch.device) -> torch.Tensor:
     return constant(np.array(seed, np.int64), device)
 
 
-def _record(module: nn.Module, site: _Site, spec: AttentionSpec, plan: Plan) -> None:
+def _report(module: nn.Module, site: _Site, plan: Plan, spec: AttentionSpec | None = None) -> None:
     sites = recorder.get()
     if sites is None:
         return

@@ -73,18 +73,16 @@ class Method:
         """Why the method must not be used at a site; ``policy`` is that of the site, its budget no function.
 
         What :attr:`refuse` says; before that, whether the op knows all that is done to the scores of the site, and
-        takes such a budget.
+        after it, whether it takes such a budget.
         """
-        if isinstance(policy.budget, tuple) and not self.takes("table"):
-            return Refusal(
-                self.name,
-                "its budget is a table of rows, which it does not take (a function of the number of keys becomes one "
-                "where that is not known when compiling); give rows, a fraction of the keys, or dynamic=False",
-            )
         unknown = [words for name, words in spec.forms.items() if name not in self.forms]
         if unknown:
             return Refusal(self.name, f"it has {' and '.join(unknown)}, which {self.name} does not compute")
-        return self.refuse(spec, policy)
+        refusal = self.refuse(spec, policy)
+        if refusal is None and isinstance(policy.budget, tuple) and not self.takes("table"):
+            reason = "its budget is a table of rows or a function of the number of keys, which it does not take"
+            return Refusal(self.name, f"{reason}; give a number of rows, or a fraction of the keys")
+        return refusal
 
     def own_options(self, policy: Policy) -> dict[str, Any]:
         """Defaults updated by ``policy.method_options``; raises ``TypeError`` for an unknown option."""

@@ -51,7 +51,12 @@ def _functions(cls: type) -> tuple[Callable[..., Any], ...]:
 
 
 def _code(function: Callable[..., Any]) -> Iterator[CodeType]:
-    pending = [code for code in [getattr(function, "__code__", None)] if code is not None]
+    code = getattr(function, "__code__", None)
+    return iter(()) if code is None else _parts(code)
+
+
+def _parts(code: CodeType) -> Iterator[CodeType]:
+    pending = [code]
     while pending:
         code = pending.pop()
         yield code
@@ -69,17 +74,38 @@ def calls_interface(cls: type) -> Callable[..., Any] | None:
 
 @cache
 def depends_on_name(cls: type, name: str) -> bool:
-    """Whether a method of ``cls`` reads the name of the attention and mentions ``name``.
+    """Whether a method of ``cls`` reads the name of the attention and mentions ``name``, for something else than to
+    look it up (``ALL_ATTENTION_FUNCTIONS["sdpa"]``).
 
     Such code (the sparse indexers of DeepSeek V3.2, Falcon's own attention) takes another branch under another
-    name, so it must go on reading the old one.
+    name, so it must go on reading the old one. What runs once, when a module is made, does not count.
     """
     for function in _functions(cls):
+        if getattr(function, "__name__", "") == "__init__":
+            continue
         codes = list(_code(function))
-        constants = {c for code in codes for c in _flat(code.co_consts)}
-        if name in constants and any("_attn_implementation" in code.co_names for code in codes):
+        if any("_attn_implementation" in code.co_names for code in codes) and any(_mentions(c, name) for c in codes):
             return True
     return False
+
+
+def _mentions(code: CodeType, name: str) -> bool:
+    steps = list(dis.get_instructions(code))
+    return any(
+        step.opname == "LOAD_CONST" and name in _flat((step.argval,)) and not _is_subscript(after)
+        for step, after in zip(steps, [*steps[1:], None], strict=True)
+    )
+
+
+def _is_subscript(step: dis.Instruction | None) -> bool:
+    return step is not None and (step.opname == "BINARY_SUBSCR" or step.argrepr == "[]")
+
+
+@cache
+def passes(function: Callable[..., Any], names: tuple[str, ...]) -> bool:
+    """Whether ``function`` calls something with an argument of one of these ``names``."""
+    constants = {constant for code in _code(function) for constant in _flat(code.co_consts)}
+    return not constants.isdisjoint(names)
 
 
 def _flat(constants: Any) -> Iterator[Any]:
@@ -93,8 +119,9 @@ def _flat(constants: Any) -> Iterator[Any]:
 def writes_attention(module: nn.Module) -> bool:
     """Whether the code of ``module`` (not of its children) holds attention: as one call, or as softmax and products.
 
-    Read are its class, the functions that it calls by a global name, and the functions and callable objects that it
-    keeps as attributes. It is a search, no proof: what is found is still matched in the graph.
+    Read are its class, the functions that it calls by a global name, the functions and callable objects that it keeps
+    as attributes, and products that are modules of their own, without parameters. It is a search, no proof: what is
+    found is still matched in the graph.
     """
     names = set(_names(type(module)))
     for value in vars(module).values():
@@ -102,8 +129,22 @@ def writes_attention(module: nn.Module) -> bool:
             names |= _reachable((value,))
         elif callable(value) and not isinstance(value, (nn.Module, type)) and not _is_foreign(type(value).__module__):
             names |= _names(type(value))
-    softmax = names & _SOFTMAX or any(isinstance(child, nn.Softmax) for child in module.children())
+    for child in module.children():  # products may be modules, too
+        if not any(True for _ in (*child.parameters(), *child.children())):
+            names |= _names(type(child)) & _PRODUCTS
+    softmax = names & _SOFTMAX or _has_softmax(module)
     return bool(names & _WHOLE or (softmax and names & _PRODUCTS))
+
+
+def code_writes_attention(code: CodeType, owner: object = None) -> bool:
+    """Whether a piece of code, a method of ``owner`` perhaps, holds attention itself and not in what it calls."""
+    names = {name for part in _parts(code) for name in _operations(part)}
+    softmax = names & _SOFTMAX or (isinstance(owner, nn.Module) and _has_softmax(owner))
+    return bool(names & _WHOLE or (softmax and names & _PRODUCTS))
+
+
+def _has_softmax(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Softmax) for child in module.children())
 
 
 @cache

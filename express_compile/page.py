@@ -35,7 +35,10 @@ _TEMPLATE = """\
 {% for verdict, count in totals.items() %}
 <span class="{{ verdict }}">{{ count }} {{ verdict }}</span>{{ "," if not loop.last else "." }}
 {% endfor %}
-{% if report.graphs %}Dynamo made {{ report.graphs }} graph{{ "s" if report.graphs > 1 }} of the model.{% endif %}</p>
+{% if report.made %}{{ report.made }}.{% endif %}</p>
+{% if report.breaks %}
+<ul>{% for words in report.breaks %}<li>graph break at {{ words }}</li>{% endfor %}</ul>
+{% endif %}
 {% if report.unmatched %}
 <p class="refused">No site matches {{ report.unmatched | join(", ") }}.</p>
 {% endif %}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +75,10 @@ class SiteReport:
         object.__setattr__(self, "rejected", tuple(map(str, self.rejected)))
         object.__setattr__(self, "params", canonical(self.params))
 
+    def is_inside(self, path: str) -> bool:
+        """Whether it is in the module at ``path``, or in one inside of that."""
+        return not path or f"{self.module}.".startswith(f"{path}.")
+
     @property
     def layer(self) -> int:
         """The key of the site for random numbers; of one that has an entry in a saved plan."""
@@ -127,17 +134,19 @@ class Report:
     sites: in order of execution.
     graphs: number of graphs Dynamo cut the model into; 0 for a model that ``rewrite_attention`` changed.
     unmatched: what the policy says about modules of which none has a site, e.g. ``"modules['*.cross_attn']"``.
+    breaks: what parts these graphs, ``"file:line: why"``; None where that was not looked at.
     """
 
     sites: tuple[SiteReport, ...]
     graphs: int = 0
     unmatched: tuple[str, ...] = ()
+    breaks: tuple[str, ...] | None = None
 
     def to_json(self) -> str:
-        """The report as a JSON object with the keys ``graphs``, ``totals``, ``unmatched`` and ``sites``."""
+        """The report as a JSON object with the keys ``graphs``, ``breaks``, ``totals``, ``unmatched`` and ``sites``."""
         names = [f.name for f in fields(SiteReport) if f.compare]
         sites = [{name: getattr(site, name) for name in names} for site in self.sites]
-        head = {"graphs": self.graphs, "totals": self.totals(), "unmatched": self.unmatched}
+        head = {"graphs": self.graphs, "breaks": self.breaks, "totals": self.totals(), "unmatched": self.unmatched}
         return json.dumps({**head, "sites": sites}, indent=2)
 
     @property
@@ -212,11 +221,28 @@ class Report:
         return {verdict: counts[verdict] for verdict in ("rewritten", "exact", "refused")}
 
     def __str__(self) -> str:
-        return "\n".join([self._table(), *([f"no site matches {', '.join(self.unmatched)}"] if self.unmatched else [])])
+        breaks = [f"  graph break at {words}" for words in self.breaks or ()]
+        lines = [self._table(), self.made, *breaks, self._summary()]
+        lines += [f"no site matches {', '.join(self.unmatched)}"] if self.unmatched else []
+        return "\n".join(filter(None, lines))
+
+    @property
+    def made(self) -> str:
+        """How many graphs Dynamo made of the model, in words; ``""`` for a model that ``rewrite_attention`` changed."""
+        if self.graphs:
+            return f"Dynamo made {self.graphs} graph{'s' if self.graphs > 1 else ''} of the model"
+        why = "TORCHDYNAMO_DISABLE, torch.compiler.set_stance or disable, or code that it skips"
+        return "" if self.breaks is None else f"Dynamo made no graph of the model ({why})"
+
+    def _summary(self) -> str:
+        if not self.sites:
+            return "no attention site was found"
+        totals = ", ".join(f"{count} {verdict}" for verdict, count in self.totals().items())
+        return f"{len(self.sites)} attention site{'s' if len(self.sites) > 1 else ''}: {totals}"
 
     def _table(self) -> str:
         if not self.sites:
-            return "no attention site was found"
+            return ""
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
@@ -243,9 +269,7 @@ class Report:
         # as wide as its longest row: a terminal wraps lines, but a cut reason is lost
         console = Console(file=io.StringIO(), width=sum(lengths) + 4 * len(columns), color_system=None)
         console.print(table)
-        totals = ", ".join(f"{count} {verdict}" for verdict, count in self.totals().items())
-        plural = "site" if len(self.sites) == 1 else "sites"
-        return f"{console.file.getvalue()}{len(self.sites)} attention {plural}: {totals}"
+        return console.file.getvalue().rstrip("\n")
 
 
 def _sizes(spec: AttentionSpec) -> tuple[Any, ...]:
@@ -282,12 +306,16 @@ def explain(
 ) -> Report:
     """Run ``model`` once and report what ``backend="express"`` would do at every attention site, and why.
 
-    ``model`` is a module or a function; it is called with ``example_inputs`` and ``example_kwargs`` without
-    gradients, and nothing of it is changed. ``policy_fields`` are the fields of
+    ``model`` is a module or a function; it is called once with copies of ``example_inputs`` and ``example_kwargs``,
+    without gradients. Buffers, attributes of modules and the generators of random numbers are put back as they were
+    (not parameters that a forward pass writes). ``policy_fields`` are the fields of
     :class:`~express_compile.spec.Policy`; with ``training=False`` the report is that of a run without gradients. For a
-    model that ``rewrite_attention`` changed, the report tells
-    what was done in this run, and ``policy_fields`` must be empty. Raises ``TypeError`` or ``ValueError`` for a
-    bad field, and ``RuntimeError`` if Dynamo captured no graph at all.
+    model that ``rewrite_attention`` changed, the report tells what was done in this run, and ``policy_fields`` must be
+    empty. Raises ``TypeError`` or ``ValueError`` for a bad field, and with ``strict=True`` ``ValueError`` for what the
+    whole model does not fulfil.
+
+    Attention that runs in no graph (behind ``torch.compiler.disable``, in code that Dynamo skips) and flex_attention
+    are listed as refused, with the form ``"not matched"``.
 
     ``error``: also measure, on these inputs, what the output of each rewritten site is off by relative to exact
     attention, ``|o_hat - o| / |o|`` in the Frobenius norm over batch, heads, queries and features. Every site gets the
@@ -296,7 +324,7 @@ def explain(
     """
     import torch
 
-    from .eager import is_rewritten, record_sites, unmatched
+    from .eager import is_rewritten
 
     if not callable(model):
         raise TypeError(f"model={model!r}: must be a torch.nn.Module or a function")
@@ -311,11 +339,69 @@ def explain(
                 f"{', '.join(policy_fields)}: the model was changed by rewrite_attention, whose options are reported; "
                 "allowed are no options, or restore_attention(model) before explain"
             )
-        with torch.no_grad(), record_sites() as sites, _compared(error) as errors:
-            model(*example_inputs, **kwargs)
-        sites = _with_errors(sites, errors)
-        return Report(sites, unmatched=unmatched(model, [site.module for site in sites]))
-    return _dry_run(model, example_inputs, kwargs, Policy.from_options(policy_fields), error)
+        run = partial(_recorded, model, error)
+    else:
+        run = partial(_dry_run, model, Policy.from_options(policy_fields), error)
+    memo: dict[int, Any] = {}
+    inputs = [_copied(x, memo) for x in example_inputs], {name: _copied(x, memo) for name, x in kwargs.items()}
+    with torch.no_grad(), _unchanged(model):
+        return run(*inputs)
+
+
+def _recorded(model: torch.nn.Module, error: bool, args: list[Any], kwargs: dict[str, Any]) -> Report:
+    """What a rewritten model does."""
+    from .eager import record_sites, unmatched
+    from .outside import Outside
+    from .passes.place import module_paths
+    from .passes.site import NOT_MATCHED
+
+    with record_sites() as sites, _compared(error) as errors, Outside(lambda: module_paths(model), sites):
+        model(*args, **kwargs)
+    whole = [site.module for site in sites if site.form == "not captured"]  # these say it of all that is inside
+    sites = [site for site in sites if site.form != NOT_MATCHED or not any(map(site.is_inside, whole))]
+    sites = _with_errors(sites, errors)
+    return Report(sites, unmatched=unmatched(model, [site.module for site in sites]))
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy for the model to change, such as a cache, if there can be one; modules are themselves."""
+    import torch
+
+    if isinstance(value, torch.nn.Module):
+        return value
+    if isinstance(value, torch.Tensor) and not value.is_leaf:  # which cannot be copied deeply
+        return value.detach().clone().requires_grad_()
+    try:
+        return deepcopy(value, memo)
+    except Exception:  # whatever an object of the user raises: it has to do without
+        return value
+
+
+@contextmanager
+def _unchanged(model: Any) -> Iterator[None]:
+    """Leave a model as it is: its buffers, the attributes of its modules and what lists, dicts and sets among these
+    hold; and the generators of random numbers. Parameters that a forward pass writes are not kept."""
+    import torch
+
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    attributes = [(module, dict(vars(module))) for module in modules]
+    holders = [(x, x.copy()) for _, kept in attributes for x in kept.values() if isinstance(x, (dict, list, set))]
+    buffers = [(x, x.detach().clone()) for module in modules for x in module.buffers(recurse=False)]
+    state, devices = random.getstate(), range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(state)
+        for module, kept in attributes:
+            vars(module).clear()
+            vars(module).update(kept)
+        for holder, kept in holders:
+            holder.clear()
+            (holder.extend if isinstance(holder, list) else holder.update)(kept)
+        for buffer, kept in buffers:
+            if not torch.equal(buffer, kept):
+                buffer.copy_(kept)
 
 
 @contextmanager
@@ -368,45 +454,62 @@ def _is_approximate(site: SiteReport) -> bool:
     return site.verdict == "rewritten" and site.method != "exact"
 
 
-def _dry_run(
-    model: Any, example_inputs: tuple[Any, ...], kwargs: dict[str, Any], policy: Policy, error: bool
-) -> Report:
+def _dry_run(model: Any, policy: Policy, error: bool, args: list[Any], kwargs: dict[str, Any]) -> Report:
     import torch
 
     from .backend import rewrite_planned
     from .calls import plainly, wrap_ops
+    from .dynamo import Compiled
     from .method import METHODS
+    from .outside import Outside
     from .passes.buffers import Buffers
     from .passes.match import find_sites
-    from .passes.plan import check_policy, plan_sites, unmatched
+    from .passes.place import Place, calls, paths_of
+    from .passes.plan import check_policy, plan_sites, require, require_sites, unmatched
 
     METHODS.load()
     check_policy(policy)
+    lenient = replace(policy, strict=False)  # it is judged for the whole model, once that is known
     found: list[SiteReport] = []
     graphs: list[GraphModule] = []
+    failed: list[Exception] = []
+    outside = Outside(lambda: paths_of(calls()), found)
 
     def record(gm: GraphModule, inputs: list[torch.Tensor]) -> Any:
         graphs.append(gm)
-        buffers = Buffers(gm, inputs)
-        planned = plan_sites(find_sites(gm, buffers), policy)
+        try:
+            return outside.in_graph(search(gm, inputs))
+        except Exception as error:  # Dynamo would take it for its own
+            failed.append(error)
+            return gm.forward
+
+    def search(gm: GraphModule, inputs: list[torch.Tensor]) -> Any:
+        buffers, place = Buffers(gm, inputs), Place.of_graph()
+        planned = plan_sites(find_sites(gm, buffers, place), lenient)
+        if planned:
+            place.pin()
         found.extend(SiteReport.of(site, plan) for site, plan in planned)
         if not error:
             return gm.forward
-        unchanged = rewrite_planned(gm, planned, policy, buffers)
+        unchanged = rewrite_planned(gm, planned, lenient, buffers)
         wrap_ops(gm, plainly)
         return gm.forward if unchanged is None else buffers.guard(gm.forward, unchanged.forward)
 
     # a model that was compiled often has used up Dynamo's limit for its code, which would then run uncaptured
-    unlimited = torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16)
-    with torch.no_grad(), unlimited, _compared(error) as errors:
-        torch.compile(_uncompiled(model), backend=record)(*example_inputs, **kwargs)
-    if not graphs:
-        raise RuntimeError(
-            "Dynamo captured no graph of the model, so there is nothing to explain: "
-            "is compilation disabled (TORCHDYNAMO_DISABLE, torch.compiler.set_stance, torch.compiler.disable), or did "
-            "earlier compilations use up torch's limit for this code (torch.compiler.reset() clears it)?"
-        )
-    return Report(_with_errors(found, errors), len(graphs), unmatched([site.module for site in found], policy))
+    limits = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
+    patient = torch._dynamo.config.patch(**limits, fail_on_recompile_limit_hit=False)
+    compiled = Compiled(_uncompiled(model), record)
+    try:
+        with patient, _compared(error) as errors, outside:
+            compiled(*args, **kwargs)
+    finally:
+        compiled.close()
+    if failed:
+        raise failed[0]
+    paths = [site.module for site in found]
+    require([(site.module or "(root)", site) for site in found], policy)
+    require_sites(paths, policy)
+    return Report(_with_errors(found, errors), len(graphs), unmatched(paths, policy), outside.breaks)
 
 
 def _uncompiled(model: Any) -> Any:

@@ -164,10 +164,11 @@ class Policy:
     """What the user asks for. The fields are the options of the backend and of ``rewrite_attention``.
 
     budget: rows ``s`` a method may keep; an int is rounded down to a power of two, a float in (0, 1] is
-        a fraction of the number of keys, resolved at run time. A function from the number of keys to rows is asked
-        when a site is planned; where that number is not known when compiling (dynamic shapes) it is read at 16, 32,
-        64, ..., 2,097,152 keys and held between them and beyond, by a table that the op looks up at run time. A
-        sequence of rows is such a table. Fewer than 4 rows by a fraction or a function are 4.
+        a fraction of the number of keys, resolved at run time. A function from the number of keys to rows is read at
+        16, 32, 64, ..., 2,097,152 keys and held between them and beyond, by a table that the op looks up at run time. A
+        sequence of rows is such a table. Fewer than 4 rows by a fraction or a function are 4. Keys are real ones, of
+        each sequence by itself. Express takes a number of rows only: what a query sees must not depend on the length
+        of what follows.
     methods: names of the methods to try, in order of preference. With ``"exact"`` among them, but not first, a method
         runs only where it is predicted to be faster than exact attention. ``None`` is ``("express", "exact")``.
     sinks, window: the first and the last tokens, which are always held exactly.
@@ -346,12 +347,11 @@ class Policy:
             self._local[globs] = replace(self, modules={}, **changes)
         return self._local[globs]
 
-    def resolve(self, Lk: int) -> Policy:
-        """The policy for ``Lk`` keys: its budget is no function. Raises ``ValueError`` unless that gives rows."""
-        return replace(self, budget=self._ask(Lk)) if callable(self.budget) else self
-
     def tabled(self) -> Policy:
-        """The policy for any number of keys: its budget is no function, but the table of one."""
+        """The policy for any number of keys: its budget is no function, but the table of one.
+
+        Raises ``ValueError`` unless that gives rows.
+        """
         return replace(self, budget=tuple(map(self._ask, TABLE_AT))) if callable(self.budget) else self
 
     def _ask(self, Lk: int) -> int:
@@ -451,6 +451,10 @@ class Plan:
     predicted_ms: Mapping[str, float] = field(default_factory=dict)
     nearest: str | None = None
     policy: Policy | None = field(default=None, repr=False, compare=False)
+
+
+class Unmet(ValueError):
+    """What ``strict=True`` asks for is not so."""
 
 
 def known_equal(a: Any, b: Any) -> bool:

@@ -15,8 +15,8 @@ from ..method import METHODS, Method
 from ..plain import canonical, renamed
 from ..predict import LONGEST, MARGIN, crossover, predicted, wins, without_padding
 from ..saved import SavedPlan, SavedSite, facts_of
-from ..spec import AttentionSpec, Mask, Plan, Policy, Refusal, Site, known_equal
-from .site import AttentionSite
+from ..spec import AttentionSpec, Mask, Plan, Policy, Refusal, Site, Unmet, known_equal
+from .site import NOT_MATCHED, AttentionSite
 
 DEFAULT_METHODS = ("express", "exact")
 
@@ -64,7 +64,7 @@ def check_policy(policy: Policy) -> None:
         if name not in known:
             raise ValueError(f"method_options: unknown method {name!r}; allowed are {', '.join(known)}")
         METHODS[name].own_options(policy)
-    policy.resolve(_PROBES[0].Lk)  # whether a function gives rows; which is for the lengths that it will be asked for
+    policy.tabled()  # whether a function gives rows
     local = replace(policy, budget=Policy.budget) if callable(policy.budget) else policy
     for name in dict.fromkeys((*(policy.methods or DEFAULT_METHODS), *policy.method_options)):
         if name == "exact":  # it has no op, and takes everything
@@ -101,13 +101,21 @@ def plan_sites(
 ) -> list[tuple[AttentionSite, Plan]]:
     """A plan for every site; with ``policy.strict`` one ``ValueError`` lists all that were refused.
 
-    Another one tells which names of modules in the policy match no site. ``graphs``: they run inside a CUDA graph.
+    ``graphs``: they run inside a CUDA graph.
     """
     check_policy(policy)
-    planned = [(site, answer(_question(site, graphs), policy)) for site in sites]
+    planned = [(site, _with_averages(site, answer(_question(site, graphs), policy))) for site in sites]
     require([(site.module or "(root)", decision) for site, decision in planned], policy)
-    require_matches([site.module for site, _ in planned], policy)
     return planned
+
+
+def _with_averages(site: AttentionSite, decision: Plan) -> Plan:
+    """The decision, which says what it changes beyond an approximation."""
+    kept = not site.averages or (decision.method == "exact" and site.exact is not None)
+    if decision.verdict != "rewritten" or kept:
+        return decision
+    reason = f"{decision.reason}; rows whose keys are all hidden give 0, where the model has the mean of the values"
+    return replace(decision, reason=reason)
 
 
 def unmatched(paths: Iterable[str], policy: Policy) -> tuple[str, ...]:
@@ -128,6 +136,19 @@ def unmatched(paths: Iterable[str], policy: Policy) -> tuple[str, ...]:
     )
 
 
+def require_sites(paths: Iterable[str], policy: Policy) -> None:
+    """Raise ``ValueError`` if ``policy.strict`` and a whole model, whose sites are in the modules at ``paths``, has
+    none, or something in the policy matches none of them."""
+    paths = set(paths)
+    if policy.strict and not paths:
+        raise Unmet(
+            "strict=True: no attention was found in this graph; allowed are graphs that call "
+            "torch.nn.functional.scaled_dot_product_attention, nn.MultiheadAttention or nn.TransformerEncoderLayer, or "
+            "write attention out around a softmax (set strict=False to compile it as it is)"
+        )
+    require_matches(paths, policy)
+
+
 def _named(method_options: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """The module paths that options of methods speak of, and how they are shown."""
     return {
@@ -142,9 +163,19 @@ def require_matches(paths: Iterable[str], policy: Policy) -> None:
     paths = sorted(set(paths))
     missing = unmatched(paths, policy) if policy.strict else ()
     if missing:
-        raise ValueError(
+        raise Unmet(
             f"strict=True: {', '.join(missing)} match{'' if len(missing) > 1 else 'es'} no attention site; allowed are "
             f"those for {', '.join(path or '(root)' for path in paths) or 'no module at all: there is no site here'}"
+        )
+
+
+def require_modules(paths: Iterable[str], policy: Policy) -> None:
+    """Raise ``ValueError`` if ``policy.strict`` and something in it matches none of the modules that a model has."""
+    missing = unmatched(paths, policy) if policy.strict else ()
+    if missing:
+        raise Unmet(
+            f"strict=True: {', '.join(missing)} match{'' if len(missing) > 1 else 'es'} no module of the model; "
+            "allowed are globs for the paths of model.named_modules()"
         )
 
 
@@ -155,7 +186,7 @@ def require(planned: Iterable[tuple[str, Plan]], policy: Policy) -> None:
         return
     width = max(len(name) for name, _ in refused)
     lines = [f"  {name:<{width}}  {decision.reason}" for name, decision in refused]
-    raise ValueError(
+    raise Unmet(
         f"strict=True: {len(refused)} attention site{'s were' if len(refused) > 1 else ' was'} refused "
         "(allowed is strict=False, which leaves them exact)\n" + "\n".join(lines)
     )
@@ -180,7 +211,7 @@ def answer(question: Question, policy: Policy) -> Plan:
     if decision is None:
         if question.refusal is not None:
             return replace(_refused(question.refusal, local, question.nearest), policy=local)
-        local = local.resolve(spec.Lk) if isinstance(spec.Lk, int) else local.tabled()
+        local = local.tabled()
         decision = _decide(Site(spec, question.module, question.index), local, question.graphs)
         if question.form == "softmax" and decision.method == "exact" and "exact" in (local.methods or ()):
             reason = f"{decision.reason}; as scaled_dot_product_attention"
@@ -194,7 +225,7 @@ def _left_alone(question: Question, policy: Policy, local: Policy) -> Plan | Non
         return Plan("exact", "exact", f"training=False, and {question.gradient}")
     givers = [f"modules[{glob!r}]" for glob in policy.globs(question.module) if "methods" in policy.modules[glob]]
     if local.methods is not None and local.methods[0] == "exact":
-        if question.form != "softmax" or (givers and question.refusal is not None):
+        if question.form not in ("softmax", NOT_MATCHED) or (givers and question.refusal is not None):
             return Plan("exact", "exact", f"{(givers or ['methods'])[-1]} names 'exact' first")
     if not local.causal_only or question.refusal is not None or question.spec.mask.causal:
         return None

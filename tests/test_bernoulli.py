@@ -85,7 +85,8 @@ def test_no_bias_in_any_dtype_and_the_share_of_features():
     errors everywhere with probability 0.9995. Rounding the result to bfloat16 would not, nor rounding to nearest."""
     R, levels = 20_000, 12
     q = tokens(1, 8, H=2, D=32)[0].bfloat16()
-    rounded = Be.round_query(q.expand(R, -1, -1, -1), levels, SEED, 0, torch.full((R, 1), 8))
+    step = torch.arange(R)[:, None]  # of each another one: they draw for themselves
+    rounded = Be.round_query(q.expand(R, -1, -1, -1), levels, SEED, 0, step)
     unit = q.double().abs().amax(-1, keepdim=True) / levels
     f = (q.double() / unit).abs().frac()
     scale = (unit**2 * f * (1 - f) / R).sqrt() + 1e-7 * unit
@@ -96,7 +97,7 @@ def test_no_bias_in_any_dtype_and_the_share_of_features():
     assert rounded.dtype == torch.float32 and worst(rounded) < 4.5
     assert worst(rounded.bfloat16()) > 9
     assert worst((q.double() / unit).round() * unit) > 9
-    few = Be.round_query(q.expand(R, -1, -1, -1), 2, SEED, 0, torch.full((R, 1), 8))
+    few = Be.round_query(q.expand(R, -1, -1, -1), 2, SEED, 0, step)
     expected = Be.feature_probability(q, 1, 2)
     read = (few != 0).any(1).squeeze(1).double().mean(0)
     assert ((read - expected[0, 0]).abs() <= 4.5 * (expected[0, 0] * (1 - expected[0, 0]) / R).sqrt() + 1e-9).all()

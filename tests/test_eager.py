@@ -535,7 +535,7 @@ def check_looks_like(ours: ProvenMask, theirs: torch.Tensor) -> None:
     for operation in (lambda m: m & True, lambda m: m[:, :, 1:, 1:].clone(), lambda m: (~m).float(), torch.logical_not):
         result = operation(ours)
         assert type(result) is torch.Tensor and torch.equal(result, operation(theirs))
-    assert torch.equal(ours.dense(), theirs) and torch.equal(ours.exact(), theirs)
+    assert torch.equal(ours.exact(), theirs)
     assert ours.exact() is ours.exact()
 
 
@@ -831,13 +831,6 @@ def test_a_function_as_budget_is_asked_for_every_length():
     for n in (16, 12, 16):
         logits(model, padded_batch("none")[0][:, :n])
     assert asked == [16, 12]  # each length once, for all layers
-
-
-def test_attention_weights_are_refused():
-    model = rewrite_attention(build(llama), **TOY_ONLY)
-    ids, mask = padded_batch("none")
-    with pytest.raises(ValueError, match="output_attentions=True"):
-        logits(model, ids, mask, output_attentions=True)
 
 
 def test_public_names_are_importable_from_the_package():

@@ -226,7 +226,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # model, form of its sites, their verdict under EXACT, whether their masks are proven causal, their modules
 MODELS = [
     pytest.param(NanoGPT, "softmax", "rewritten", "causal", ["blocks.0.attn", "blocks.1.attn"], id="nanogpt"),
-    pytest.param(SoftmaxModule, "softmax", "rewritten", "none", ["attend"], id="softmax-module"),
+    pytest.param(SoftmaxModule, "softmax", "rewritten", "none", [""], id="softmax-module"),
     pytest.param(Processed, "softmax", "rewritten", "none", [""], id="processor"),
     pytest.param(CallsFunction, "sdpa", "exact", "causal", [""], id="function"),
     pytest.param(encoder, "_transformer_encoder_layer_fwd", "exact", "none", ["layers.0", "layers.1"], id="encoder"),

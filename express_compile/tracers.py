@@ -1,0 +1,28 @@
+"""Tracers that would see exact attention where attention was rewritten, or would freeze what one call decided."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def tracer() -> str | None:
+    """The tracer that is at work in this thread, torch.compile left out; None where nothing is traced."""
+    if torch.compiler.is_exporting():
+        return "torch.export"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    if torch.fx._symbolic_trace.is_fx_symbolic_tracing() or torch.fx.experimental.proxy_tensor.get_proxy_mode():
+        return "torch.fx"
+    return None
+
+
+def refuse_tracers(module: nn.Module) -> None:
+    """Raise ``RuntimeError`` where a call of ``module``, whose attention is rewritten, is traced."""
+    if (by := tracer()) is not None:
+        raise RuntimeError(cannot_trace(type(module).__name__, by))
+
+
+def cannot_trace(name: str, by: str) -> str:
+    """The message of that error; ``name`` is that of the module's class."""
+    return f"{name}: {by} would lose the rewriting; call restore_attention(model) before it"
