@@ -63,8 +63,10 @@ class Places:
 def _equal_lengths(padding: torch.Tensor, Lq: int, own: bool) -> Iterator[tuple[Places, Places]]:
     """Queries and keys of all sequences that have as many real ones of both; none for those without.
 
-    ``own``: the queries are the last ``Lq`` tokens; otherwise all of them are real.
+    ``own``: the queries are the last ``Lq`` tokens; otherwise all of them are real. So is a single query, of decoding:
+    over a cache with free places it is the last token that is real.
     """
+    own = own and Lq > 1
     keys = padding.sum(1)
     queries = padding[:, padding.shape[1] - Lq :].sum(1) if own else torch.full_like(keys, Lq)
     sizes = torch.stack([queries, keys], 1)

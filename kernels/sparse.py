@@ -43,8 +43,8 @@ from express_compile.plain import number
 from express_compile.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
 
 from ._op import define_attention, no_kernel
+from ._padding import Packing, real_first
 from .exact import exact_attention
-from .express import _Padding, real_first
 from .sparse_kernels import sparse_backward_triton, sparse_forward_triton
 
 KINDS = ("strided", "fixed")
@@ -291,11 +291,9 @@ def default_stride(n: int) -> int:
     return floor_power_of_two(math.isqrt(2 * n))
 
 
-def pattern_of(pattern, stride, summary, groups, parts, min_length, Lk) -> Pattern:
+def pattern_of(pattern: str, stride: int, summary: int, groups: int, parts: str, Lk: int) -> Pattern:
     """The pattern that the op's options mean for ``Lk`` keys; a stride of 0 is :func:`default_stride`, whose blocks may
     have fewer columns than ``summary`` asks for. One block where attention is exact."""
-    if Lk < min_length:
-        return Pattern("fixed", Lk, 1, 1, "local")
     if not stride:
         stride = default_stride(Lk)
         groups = min(groups, stride)
@@ -304,54 +302,43 @@ def pattern_of(pattern, stride, summary, groups, parts, min_length, Lk) -> Patte
     return Pattern("fixed", Lk, 1, 1, "local") if whole else Pattern(pattern, stride, summary, groups, parts)
 
 
-def _is_whole(pattern: Pattern, Lk: int) -> bool:
-    """Whether every query sees every key up to itself, as :func:`pattern_of` says that."""
-    return pattern.parts == "local" and pattern.kind == "fixed" and pattern.stride >= Lk
+def _attend(query, key, value, pattern: Pattern, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    if pattern.parts == "local" and pattern.kind == "fixed" and pattern.stride >= key.shape[2]:
+        return exact_attention(query, key, value, scale)
+    return (sparse_forward_triton if query.is_cuda else dense_forward)(query, key, value, pattern, scale)
 
 
 def _body(query, key, value, padding, seed, scale, layer, **options):
-    Lq, Lk = query.shape[2], key.shape[2]
-    pattern = pattern_of(**options, Lk=Lk)
-    if padding is not None and Lq == 1:
+    Lq, pattern = query.shape[2], pattern_of(**options, Lk=key.shape[2])
+    if padding is None:
+        return _attend(query, key, value, pattern, scale)
+    if Lq == 1:
         return _Dense(query, key, value, pattern, scale, real_first(padding), padding.sum(1)).forward()
-    pad = None if padding is None else _Padding(padding)
-    if pad is not None:
-        query, key, value = pad.pack(query), pad.pack(key), pad.pack(value)
-    if _is_whole(pattern, Lk):
-        out, lse = exact_attention(query, key, value, scale)
-    elif query.is_cuda:
-        out, lse = sparse_forward_triton(query, key, value, pattern, scale)
-    else:
-        out, lse = dense_forward(query, key, value, pattern, scale)
-    if pad is not None:
-        out, lse = pad.unpack(out, Lq), pad.unpack(lse[..., None], Lq, -math.inf)[..., 0]
-    return out, lse
+    pad = Packing(padding)
+    out, lse = _attend(*map(pad.pack, (query, key, value)), pattern, scale)
+    return pad.unpack(out, Lq), pad.unpack(lse[..., None], Lq, -math.inf)[..., 0]
 
 
 def _backward_body(grad, out, lse, query, key, value, padding, seed, scale, layer, **options):
-    Lq, Lk = query.shape[2], key.shape[2]
-    pattern, tensors = pattern_of(**options, Lk=Lk), (query, key, value)
-    if padding is not None and Lq == 1:
-        dense = _Dense(*tensors, pattern, scale, real_first(padding), padding.sum(1))
-        return tuple(g.to(x.dtype) for g, x in zip(dense.backward(grad, out, lse), tensors, strict=True))
-    pad = None if padding is None else _Padding(padding)
-    if pad is not None:
-        grad, out, lse, *tensors = (pad.pack(x) for x in (grad, out, lse[..., None], *tensors))
-        lse = lse[..., 0]
-    if query.is_cuda:
-        grads = sparse_backward_triton(grad, out, lse, *tensors, pattern, scale)
+    pattern, tensors = pattern_of(**options, Lk=key.shape[2]), (query, key, value)
+    run = sparse_backward_triton if query.is_cuda else dense_backward
+    if padding is None:
+        grads = run(grad, out, lse, *tensors, pattern, scale)
+    elif query.shape[2] == 1:
+        grads = _Dense(*tensors, pattern, scale, real_first(padding), padding.sum(1)).backward(grad, out, lse)
     else:
-        grads = dense_backward(grad, out, lse, *tensors, pattern, scale)
-    if pad is not None:
-        grads = tuple(pad.unpack(g, x.shape[2]) for g, x in zip(grads, (query, key, value), strict=True))
-    return tuple(g.to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True))
+        pad = Packing(padding)
+        grad, out, lse, *packed = (pad.pack(x) for x in (grad, out, lse[..., None], *tensors))
+        grads = run(grad, out, lse[..., 0], *packed, pattern, scale)
+        grads = tuple(pad.unpack(g, x.shape[2]) for g, x in zip(grads, tensors, strict=True))
+    return tuple(g.to(x.dtype) for g, x in zip(grads, tensors, strict=True))
 
 
 _PARAMETERS = (
     "Tensor? padding, Tensor seed, float scale, int layer, *, str pattern, int stride, int summary, int groups, "
-    "str parts, int min_length"
+    "str parts"
 )
-OP, BACKWARD = define_attention("sparse", _PARAMETERS, _body, _backward_body)
+OP, BACKWARD = define_attention("sparse", _PARAMETERS, _body, _backward_body, causal=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -375,6 +362,10 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
         reason = f"its causal mask has offset {mask.offset}; needed is Lk - Lq, the last query sees every key"
     elif spec.dropout_p > 0:
         reason = f"it drops attention weights (dropout_p={spec.dropout_p}); call model.eval() or set it to 0"
+    elif not params["stride"] and mask.padding:
+        reason = "stride=None follows the number of keys, here that of a padded batch; give a stride, such as 128"
+    elif not params["stride"] and not known_equal(spec.Lq, spec.Lk):
+        reason = "stride=None follows the number of keys, which grows with the cache; give a stride, such as 128"
     elif params["parts"] == "per_head" and known_equal(spec.H, 1):
         reason = "combine='per_head' gives the two parts to different heads, and it has one head"
     else:
@@ -398,7 +389,6 @@ def _params(site: Site, policy: Policy) -> dict[str, Any]:
         "summary": int(own["summary"]),
         "groups": int(own["groups"]),
         "parts": parts,
-        "min_length": policy.min_length or 0,
     }
 
 
@@ -411,10 +401,10 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     summary = 1 if strided else sympy.Min(params["summary"], sympy.floor(stride / params["groups"]))
     rows = {"local": local, "far": summary * n / (2 * stride)}
     rows |= {"merged": rows["local"] + rows["far"], "per_head": (rows["local"] + rows["far"]) / 2}
-    whole = n < params["min_length"]
+    cost = c.dense_cost(c.Lq * rows[params["parts"]])
     if params["parts"] in ("merged", "local"):
-        whole |= n <= stride
-    return c.dense_cost(c.Lq * rows[params["parts"]]).unless(whole, c.dense_cost(c.visible_pairs(spec)))
+        cost = cost.unless(n <= stride, c.dense_cost(c.visible_pairs(spec)))
+    return cost
 
 
 METHOD = register(

@@ -32,7 +32,7 @@ from express_compile.passes.plan import plan
 from express_compile.spec import AttentionSpec, Mask, Policy, Site
 
 SEED = torch.tensor(0)
-OPTIONS = dict(pattern="fixed", stride=8, summary=3, groups=1, parts="merged", min_length=0)
+OPTIONS = dict(pattern="fixed", stride=8, summary=3, groups=1, parts="merged")
 
 
 def tokens(Lq, Lk, B=2, H=4, H_kv=2, D=8, Dv=6, dtype=torch.float64, seed=0):
@@ -195,7 +195,7 @@ def test_a_decoding_step_reads_nothing_back(kind) -> None:
 
 
 def test_short_sequences_are_exact() -> None:
-    for n, options in ((8, {}), (40, {"min_length": 41}), (30, {"stride": 0, "summary": 8})):
+    for n, options in ((8, {}), (30, {"stride": 0, "summary": 8})):
         q, k, v = tokens(n, n)
         expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
         torch.testing.assert_close(op(q, k, v, **options)[0], expected)
@@ -288,7 +288,12 @@ def test_it_runs_only_where_the_policy_names_it_and_says_that_it_changes_the_fun
     decision = plan(spec(), Policy(methods=("sparse", "exact")))
     assert decision.reason.startswith("causal attention; it changes the function") and not decision.predicted_ms
     one = spec(Lq=1, mask=Mask(causal=True, offset=499))
-    assert plan(one, Policy(methods=("sparse",))).verdict == "rewritten"
+    given = {"sparse": {"stride": 64}}
+    assert plan(one, Policy(methods=("sparse",), method_options=given)).verdict == "rewritten"
+    assert "grows with the cache; give a stride" in plan(one, Policy(methods=("sparse",))).reason
+    padded = spec(mask=Mask(causal=True, padding=True))
+    assert plan(padded, Policy(methods=("sparse",), method_options=given)).verdict == "rewritten"
+    assert "that of a padded batch; give a stride" in plan(padded, Policy(methods=("sparse",))).reason
     asked = Policy(methods=("express",), budget=1 << 30)  # of which SANTA takes no such budget
     assert plan(one, asked).nearest is None, "another function is no substitute"
     alone = Policy(methods=("sparse",), method_options={"sparse": {"combine": "per_head"}})

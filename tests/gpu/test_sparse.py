@@ -14,7 +14,7 @@ from express_compile.kernels.sparse import KINDS, PARTS, Pattern, dense_backward
 from express_compile.kernels.sparse_kernels import sparse_backward_triton, sparse_forward_triton
 from express_compile.method import METHODS
 
-OPTIONS = dict(pattern="fixed", stride=64, summary=8, groups=1, parts="merged", min_length=0)
+OPTIONS = dict(pattern="fixed", stride=64, summary=8, groups=1, parts="merged")
 
 
 def tensors(Lq, Lk, B=1, H=8, H_kv=2, D=128, Dv=None, dtype=torch.bfloat16, seed=0):
