@@ -431,6 +431,29 @@ def coverage_table() -> str:
     return markdown([*header, "largest relative error"], body) + f"\n\n{text}"
 
 
+def foreign_table() -> str:
+    """A line per package and route, of the newest row of every case."""
+    rows = newest(read("foreign.csv"), "architecture", "phase", "route")
+    body, ran = [], [row for row in rows if not row["outcome"].startswith("untouched")]
+
+    def total(chosen: list[dict[str, str]], column: str) -> int:
+        return sum(int(row[column]) for row in chosen if row[column])
+
+    for package, route in dict.fromkeys((row["package"], row["route"]) for row in ran):
+        own = [row for row in ran if (row["package"], row["route"]) == (package, route)]
+        right, wrong = (sum(row["outcome"] == word for row in own) for word in ("right", "wrong"))
+        counts = [f"{total(own, column)} of {total(own, 'expected')}" for column in ("found", "proven", "rewritten")]
+        errors = [float(row["error"]) for row in own if row["outcome"] == "right"]
+        body.append([
+            f"{package} {own[0]['version']}", route, str(len({row["architecture"] for row in own})),
+            f"{right} of {len(own)}", str(wrong), *(counts if route != "inductor" else ["–"] * 3), f"{max(errors):.0e}",
+        ])  # fmt: skip
+    header = ["package", "route", "architectures", "cases right", "wrong", "sites found", "proven", "rewritten"]
+    names = len({row["architecture"] for row in ran})
+    note = f"{names} architectures, torch {ran[-1]['torch']}, {ran[-1]['date']}; every case: foreign.csv."
+    return markdown([*header, "largest error"], body) + f"\n\n{note}"
+
+
 @functools.cache
 def judged() -> list[Judged]:
     return judge(read("speed.csv"))
@@ -496,6 +519,7 @@ PARTS = {
     "decode-bytes": decode_bytes_table,
     "compiling": compiling_table,
     "coverage": coverage_table,
+    "foreign": foreign_table,
     "planner": planner_table,
     "crossings": crossings_table,
     "tolerance": tolerance_table,
