@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -122,6 +123,29 @@ class AttentionSpec:
         """What is done to the scores besides the mask, in words: of ``"softcap"`` and ``"sinks"`` what the site has."""
         capped = {} if self.softcap is None else {"softcap": f"a logit soft-cap of {self.softcap:g}"}
         return {**capped, **({"sinks": "attention sinks"} if self.sinks else {})}
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a method is asked to run: what the site computes, and which one of the model it is.
+
+    path, index: its module path relative to the root, and its place among the sites of that module.
+    """
+
+    spec: AttentionSpec | None = None
+    path: str = ""
+    index: int = 0
+
+    @property
+    def depth(self) -> int:
+        """Its place among the layers, by its name alone, so that it is the same however a model is traced.
+
+        The sum of the numbers in its path (7 for ``model.layers.7.self_attn``) and its place in its module: along any
+        list of layers, also of stages of blocks, and over the calls of one module, it counts up by one.
+        """
+        parts = self.path.split(".")
+        numbers = [part for part in parts if part.isdigit()] or re.findall(r"\d+", self.path)
+        return sum(map(int, numbers)) + self.index
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ def _refuse_tangents(name: str, kernel: Callable) -> Callable:
 LIBRARY = _Library("express_compile", "FRAGMENT")
 _SCHEMAS: dict[str, str] = {}
 
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
 # float64 has no kernel: it is for references and their tests, on the CPU
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -64,8 +68,13 @@ def define_op(
     qualified = f"express_compile::{name}"
     _SCHEMAS[name] = schema
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(*args, **options):
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):  # which would cast what a body computes in float32
+            return body(*args, **options)
+
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, body, key)
+        LIBRARY.impl(name, run, key)
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
 
     def refuse(ctx, *grads):

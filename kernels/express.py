@@ -37,7 +37,7 @@ import torch
 from express_compile import cost as c
 from express_compile.method import Method, register
 from express_compile.plain import number
-from express_compile.spec import AttentionSpec, Policy, Refusal, floor_power_of_two, known_equal
+from express_compile.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
 
 from ._op import define_attention, no_kernel
 from ._padding import Packing
@@ -425,7 +425,7 @@ def _budget_grows(policy: Policy) -> str:
     )
 
 
-def _params(spec: AttentionSpec | None, policy: Policy) -> dict:
+def _params(site: Site, policy: Policy) -> dict:
     own = METHOD.own_options(policy)
     if not isinstance(policy.budget, int):
         raise ValueError(f"budget={policy.budget!r}: {_budget_grows(policy)}")
@@ -447,7 +447,7 @@ def _params(spec: AttentionSpec | None, policy: Policy) -> dict:
 
 def config_of(policy: Policy, n: int) -> ExpressConfig:
     """The configuration that ``policy`` means for ``n`` keys. Raises ``ValueError`` as the op would."""
-    return _config(**_params(None, policy), Lk=n)
+    return _config(**_params(Site(), policy), Lk=n)
 
 
 def rows_seen(policy: Policy, n: int) -> np.ndarray:

@@ -62,7 +62,7 @@ import torch
 
 from express_compile import cost as c
 from express_compile.method import Method, register
-from express_compile.spec import AttentionSpec, Policy, Refusal, feature_major, known_equal, layer_key, rows_at
+from express_compile.spec import AttentionSpec, Policy, Refusal, Site, feature_major, known_equal, layer_key, rows_at
 
 from ._op import attention_fake, define_op, no_kernel, of_any_size
 from ._padding import Places
@@ -552,7 +552,7 @@ def _draws_of(policy: Policy, draws: Any) -> tuple[list[int], list[int]]:
 
 
 def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
-    params = _params(spec, policy)  # a bad value is reported when the model is rewritten, whatever is refused
+    params = _params(Site(spec), policy)  # a bad value is reported when the model is rewritten, whatever is refused
     mask, reason = spec.mask, None
     width = len(params["draws"]) // (len(params["layers"]) + 1)
     if mask.unknown is not None:
@@ -590,13 +590,14 @@ def _loses(spec: AttentionSpec, policy: Policy) -> str | None:
     sizes = spec.B, spec.H, spec.H_kv, spec.Lq, spec.Lk, spec.D
     if spec.device != "cuda" or not all(isinstance(size, int) for size in sizes):
         return None  # decided at run time
-    params = _params(spec, policy)
+    params = _params(Site(spec), policy)
     seen = in_reach(spec.Lq, spec.Lk, spec.mask.window or 0)
     S = max(_resolve(params["draws"], params["fraction"], params.get("table", ()), seen))
     return loses(*sizes[:4], seen, spec.B * spec.H_kv * seen * spec.D * spec.dtype.itemsize, S)
 
 
-def _params(spec: AttentionSpec | None, policy: Policy) -> dict[str, Any]:
+def _params(site: Site, policy: Policy) -> dict[str, Any]:
+    spec = site.spec
     own = METHOD.own_options(policy)
     _check_sampler(own["sampler"], own["shared"])
     check_levels(own["bernoulli"])

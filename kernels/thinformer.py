@@ -34,7 +34,7 @@ import torch
 from express_compile import cost as c
 from express_compile.method import Method, register
 from express_compile.plain import number
-from express_compile.spec import AttentionSpec, Policy, Refusal, floor_power_of_two, known_equal
+from express_compile.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
 
 from ._op import define_attention, no_kernel
 from ._padding import real_first
@@ -263,7 +263,7 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
     return None if reason is None else Refusal("thinformer", reason)
 
 
-def _params(spec: AttentionSpec | None, policy: Policy) -> dict:
+def _params(site: Site, policy: Policy) -> dict:
     own = METHOD.own_options(policy)
     if not -1 <= number("g", own["g"], int) <= MAX_G:
         raise ValueError(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 # Parameters by position; "*name" takes all that are left, given one by one or as one sequence.
 # Sizes and dtypes are mostly left out: the node's own example_value says those of its result.
@@ -176,12 +177,35 @@ def _assigned(x: Any, index: Any, value: Any) -> Operation | None:
 
 
 def number(arg: Any) -> Any:
-    """An argument as a number, where it is one for every input: Dynamo may hand over a node or a symbol for it."""
-    if isinstance(arg, Node):
-        arg = arg.meta.get("example_value")
+    """An argument as a number, where it is one for every input: Dynamo may hand over a node or a symbol for it.
+
+    The attribute of a module that has had another value before, in another model of its class say, becomes a symbol.
+    Its value now is taken, and Dynamo guards it. What a caller passes may change often, and stays a symbol.
+    """
+    node, arg = arg, arg.meta.get("example_value") if isinstance(arg, Node) else arg
+    if isinstance(arg, torch.SymFloat) and isinstance(node, Node) and _is_attribute(node, arg):
+        return float(arg)
     if isinstance(arg, torch.SymInt | torch.SymFloat) and arg.node.expr.is_number:
         return (int if isinstance(arg, torch.SymInt) else float)(arg.node.expr)
     return arg
+
+
+def _is_attribute(node: Node, value: torch.SymFloat) -> bool:
+    """Whether a symbolic number is made of floats that are no arguments of the compiled function, and nothing else."""
+    symbols = value.node.expr.free_symbols
+    if not symbols or not value.node.has_hint() or not all(symbol_is_type(x, SymT.FLOAT) for x in symbols):
+        return False
+    open_nodes, seen = [node], {node}
+    while open_nodes:
+        current = open_nodes.pop()
+        if current.op == "placeholder":
+            source = getattr(current.meta.get("grapharg"), "source", None)
+            if getattr(source, "base", None) is None:
+                return False
+        new = [x for x in current.all_input_nodes if x not in seen]
+        seen.update(new)
+        open_nodes.extend(new)
+    return True
 
 
 def _bound(node: Node, name: str | None, reflected: bool) -> Operation | None:
@@ -349,3 +373,14 @@ def graph_module(node: Node) -> GraphModule | None:
     for part in node.target.split("."):
         owner = getattr(owner, part, None)
     return owner if isinstance(owner, GraphModule) else None
+
+
+def computes_gradients(gm: GraphModule) -> bool:
+    """Whether a Dynamo graph computes gradients itself (``torch.autograd.grad`` inside of what is compiled)."""
+    return any(
+        node.target is torch.autograd.grad
+        or getattr(node.target, "__name__", "") == "_autograd_grad"
+        or node.meta.get("autograd_backward")
+        or (node.meta.get("custom") or {}).get("phase") == "backward"
+        for node in gm.graph.nodes
+    )

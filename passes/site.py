@@ -54,6 +54,8 @@ class AttentionSite:
     nearest: what could be rewritten in its place then, in words, if there is such a thing.
     expand: writes ``scaled_dot_product_attention`` for what is no call of it, or for a call whose query or key was
         scaled before; None where the call can stay as it is.
+    exact: the same for attention that is written out and stays exact; None where SDPA would not give all that it gives.
+    averages: whether a row whose keys are all hidden gets the mean of the values.
     """
 
     node: Node
@@ -71,6 +73,8 @@ class AttentionSite:
     expand: Expand | None = None
     written: bool = False
     nearest: str | None = None
+    exact: Expand | None = None
+    averages: bool = False
 
     @property
     def layer(self) -> int:
@@ -199,6 +203,8 @@ def check_heads(query: torch.Size, key: torch.Size, value: torch.Size, repeats: 
     ``repeats``: keys and values of fewer heads, also of more than one, are meant to be repeated for the query heads.
     """
     B, H, H_kv = query[0], number(query[1]), number(key[1])
+    if known_equal(query[3], 0) or known_equal(value[3], 0):
+        raise Refused("its head size is 0")
     for name, shape in (("key", key), ("value", value)):
         if not known_equal(shape[0], B):
             raise Refused(f"its {name} has batch size {shape[0]}, its query {B}")

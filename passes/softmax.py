@@ -74,12 +74,15 @@ class _Scores:
 
     factor: of everything further back, so far. added: tensors added to scores, with their factor and the tensor of
     scores that they broadcast to. filled: the same for boolean masks, and whether True hides.
+    fills: the numbers that hide, as the softmax sees them. late: whether something is added to finite ones.
     """
 
     factor: float = 1.0
     added: list[tuple[Node, float, Node]] = field(default_factory=list)
     filled: list[tuple[Node, bool, Node]] = field(default_factory=list)
     steps: list[Node] = field(default_factory=list)
+    fills: set[float] = field(default_factory=set)
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -296,7 +299,24 @@ def describe(scope: Scope, softmax: Node) -> dict[str, Any]:
     facts = dict(mask=mask, dropout_p=dropout_p, feature_major=feature_major(key.example))
     spec = make_spec(_example(out), *shapes, scale=scores.factor, **facts)
     expand = partial(_write, query, key, value, scores, spec, heads, out, scope.contexts)
-    return {"node": out, "spec": spec, "padding": padding, "expand": expand}
+    found = {"node": out, "spec": spec, "padding": padding, "expand": expand}
+    if not _averages(scores, spec):
+        return {**found, "exact": expand}
+    averaging = partial(expand, averages=True) if len(scores.fills) == 1 and not scores.late else None
+    return {**found, "exact": averaging, "averages": True}
+
+
+def _averages(scores: _Scores, spec: AttentionSpec) -> bool:
+    """Whether there may be rows whose keys are all hidden, and by finite numbers: they get the mean of the values."""
+    mask = spec.mask
+    if all(fill == -math.inf for fill in scores.fills):
+        return False
+    if mask.unknown is not None or mask.padding or mask.segments:
+        return True
+    if not mask.causal and mask.window is None:
+        return False
+    known = isinstance(mask.offset, int) and mask.offset >= 0
+    return not known or not (mask.window is None or known_equal(mask.offset, spec.Lk - spec.Lq))
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -478,6 +498,7 @@ def _floored(scores: _Scores, op: Operation, node: Node, evaluator: Evaluator) -
     if floor is None or not floor * scores.factor <= hidden_by(_example(node).dtype):
         raise Refused(*_CLAMPED)
     _check_fill(floor, scores, node, evaluator)
+    scores.late |= floor != -math.inf  # of what it lifts there is no mask
     return before
 
 
@@ -556,8 +577,10 @@ def _check_fill(value: Any, scores: _Scores, node: Node, evaluator: Evaluator) -
         raise Refused(
             f"it fills hidden scores with {fill * scores.factor:g}; only {hidden:g} or less hides them", _HIDES
         )
+    scores.fills.add(fill * scores.factor)
     if fill == -math.inf:
         return
+    scores.late |= bool(scores.added)
     for term, factor, like in scores.added:
         try:
             shape = _shape(like)
@@ -849,10 +872,17 @@ def _write(
     out: Node,
     autocast: Sequence[tuple[Any, ...]],
     emit: Emit,
+    averages: bool = False,
 ) -> tuple[Node, Node]:
+    """``averages``: rows without a visible key get the mean of the values, as those of a query 0 that sees them all."""
     with entered(autocast):
         q, k, v = (x.emit(emit) for x in (query, key, value))
-        mask = _emit_mask(scores, heads, q, _common(q, spec), emit)
+        visible, mask = _emit_mask(scores, heads, q, _common(q, spec), emit)
+        if averages:
+            hidden = emit(torch.logical_not, emit(torch.any, visible, -1, True))
+            q = emit(torch.masked_fill, q, hidden, 0.0)
+            show = (torch.logical_or, mask, hidden) if mask is visible else (torch.masked_fill, mask, hidden, 0.0)
+            mask = emit(*show)
         attention = emit(
             F.scaled_dot_product_attention, q, k, v,
             attn_mask=mask, dropout_p=spec.dropout_p, scale=spec.scale, enable_gqa=not known_equal(spec.H, spec.H_kv),
@@ -866,12 +896,15 @@ def _common(query: Node, spec: AttentionSpec) -> torch.dtype:
     return spec.dtype if torch.is_autocast_enabled(spec.device) else query.meta["example_value"].dtype
 
 
-def _emit_mask(scores: _Scores, heads: tuple[Any, Any], query: Node, dtype: torch.dtype, emit: Emit) -> Node | None:
+def _emit_mask(
+    scores: _Scores, heads: tuple[Any, Any], query: Node, dtype: torch.dtype, emit: Emit
+) -> tuple[Node | None, Node | None]:
+    """Which scores no filling hides, and the mask for SDPA."""
     bias = visible = None
     for node, factor, like in scores.added:
         term = _broadcast(node, like, heads, query, emit)
         if not term.meta["example_value"].dtype.is_floating_point:
-            term = emit(torch.Tensor.to, term, dtype)
+            term = emit(torch.Tensor.to, term, dtype)  # the sum of two booleans is another one
         if factor != 1:
             term = emit(torch.mul, term, factor)
         bias = term if bias is None else emit(torch.add, bias, term)
@@ -880,10 +913,10 @@ def _emit_mask(scores: _Scores, heads: tuple[Any, Any], query: Node, dtype: torc
         shown = emit(torch.logical_not, shown) if hides else shown
         visible = shown if visible is None else emit(torch.logical_and, visible, shown)
     if bias is None:
-        return visible
+        return visible, visible
     if bias.meta["example_value"].dtype != dtype:
         bias = emit(torch.Tensor.to, bias, dtype)
-    return bias if visible is None else emit(torch.where, visible, bias, float("-inf"))
+    return visible, bias if visible is None else emit(torch.where, visible, bias, float("-inf"))
 
 
 def _broadcast(node: Node, like: Node, heads: tuple[Any, Any], query: Node, emit: Emit) -> Node:

@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..spec import known_equal
 from .buffers import Buffers
-from .normalize import Operation, in_place, operation, shares_memory
+from .normalize import Operation, in_place, number, operation, shares_memory
 from .words import label, spoken
 
 COORDINATES = sympy.symbols("b h q k", integer=True, nonnegative=True)
@@ -191,7 +191,7 @@ class Evaluator:
             example = arg.meta.get("example_value")
             if isinstance(example, torch.Tensor):
                 return self.value(arg, self.broadcast(example.shape, coords, example_of(out).shape))
-            arg = example
+            arg = number(arg)
         if isinstance(arg, bool):
             return sympy.true if arg else sympy.false
         if isinstance(arg, int | torch.SymInt):

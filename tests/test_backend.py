@@ -19,7 +19,7 @@ from express_compile.cost import Device, Rates
 from express_compile.kernels import _op
 from express_compile.method import METHODS, Method, register
 from express_compile.report import explain
-from express_compile.spec import Policy, Refusal, layer_key
+from express_compile.spec import Policy, Refusal, Site, layer_key
 
 NAMED = {"methods": ["express"]}
 
@@ -131,7 +131,7 @@ def test_modules_run_what_their_globs_say(net: Net) -> None:
         middle = x + net.layers[0](x)
         q, k, v = net.layers[1].qkv(middle).split([32, 16, 16], -1)
         q, k, v = (y.view(1, 160, -1, 8).transpose(1, 2) for y in (q, k, v))
-        params = METHODS["express"].params(None, Policy(budget=8, **fields))
+        params = METHODS["express"].params(Site(), Policy(budget=8, **fields))
         out, _ = METHODS["express"].op(q, k, v, None, torch.tensor(0), 8**-0.5, layer_key("layers.1"), **params)
         expected = middle + net.layers[1].out(out.transpose(1, 2).reshape(1, 160, 32))
         assert relative(got, expected) < 1e-6 < 1e-4 < relative(got, net(x))
@@ -325,7 +325,7 @@ def test_a_registered_method_is_used_and_an_exact_one_named_first_wins() -> None
                 supports="nothing",
                 refuses="everything",
                 refuse=lambda spec, policy: Refusal("picky", "it never runs"),
-                params=lambda spec, policy: {},
+                params=lambda site, policy: {},
             )
         )
     q = torch.randn(1, 2, 64, 8)

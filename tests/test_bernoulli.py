@@ -16,7 +16,7 @@ from express_compile.kernels import santa_kernels as K
 from express_compile.method import METHODS
 from express_compile.passes.plan import plan
 from express_compile.report import explain
-from express_compile.spec import AttentionSpec, Mask, Policy, feature_major, layer_key
+from express_compile.spec import AttentionSpec, Mask, Policy, Site, feature_major, layer_key
 
 SEED = torch.tensor(11)
 OPTIONS = dict(draws=[8], layers=[], fraction=0.0, sampler="sys", shared=True, min_length=0)
@@ -214,7 +214,7 @@ def test_the_op_rounds_and_leaves_short_caches_exact():
     torch.testing.assert_close(op(q, k, v, draws=[60], bernoulli=4), exact)
     for bad in (-1, 257, 1.5, True, "4"):
         with pytest.raises(ValueError, match="bernoulli=.*: must be an integer from 0"):
-            METHODS["santa"].params(None, Policy(method_options={"santa": {"bernoulli": bad}}))
+            METHODS["santa"].params(Site(), Policy(method_options={"santa": {"bernoulli": bad}}))
     with pytest.raises(ValueError, match="bernoulli=257: must be an integer from 0"):
         op(q, k, v, bernoulli=257)
 

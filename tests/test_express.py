@@ -16,7 +16,7 @@ from express_compile.kernels.express_state import ExpressState
 from express_compile.kernels.halving import get_rule
 from express_compile.method import METHODS
 from express_compile.passes.plan import plan
-from express_compile.spec import AttentionSpec, Mask, Policy
+from express_compile.spec import AttentionSpec, Mask, Policy, Site
 
 SEED = torch.tensor(11)
 
@@ -251,7 +251,7 @@ def test_a_budget_that_follows_the_length_is_refused(budget, words):
     assert "give a number of rows, such as budget=512" in decision.reason
     assert "not causal" in plan(spec(mask=Mask()), policy).reason
     with pytest.raises(ValueError, match=r"budget=.*: its budget is .*give a number of rows"):
-        METHODS["express"].params(spec(), policy.tabled())
+        METHODS["express"].params(Site(spec()), policy.tabled())
 
 
 @given(
@@ -435,7 +435,7 @@ def test_what_is_taken(changes):
 
 def test_parameters_come_from_the_policy():
     policy = Policy(budget=700, window=7, inflation=3, method_options={"express": {"block": 64}})
-    params = METHODS["express"].params(spec(), policy)
+    params = METHODS["express"].params(Site(spec()), policy)
     assert (params["s"], params["window"], params["inflation"], params["block"]) == (512, 7, 3, 64)
     for bad, message in [
         (Policy(inflation=12), "inflation=12"),
@@ -443,6 +443,6 @@ def test_parameters_come_from_the_policy():
         (Policy(method_options={"express": {"block": 7}}), "block=7"),
     ]:
         with pytest.raises(ValueError, match=message):
-            METHODS["express"].params(spec(), bad)
+            METHODS["express"].params(Site(spec()), bad)
     with pytest.raises(TypeError, match="unknown option 'blok'; allowed are block, flatten"):
-        METHODS["express"].params(spec(), Policy(method_options={"express": {"blok": 7}}))
+        METHODS["express"].params(Site(spec()), Policy(method_options={"express": {"blok": 7}}))

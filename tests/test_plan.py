@@ -42,13 +42,13 @@ def _methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     known["first"] = Method(
         name="first",
         refuse=refuse("first"),
-        params=lambda spec, policy: {"s": policy.budget},
+        params=lambda site, policy: {"s": policy.budget},
         options={"depth": 1},
         cost=lambda spec, params: Cost(0, 0),
         **base,
     )
     known["second"] = Method(
-        name="second", refuse=refuse("second", dropout=False), params=lambda spec, policy: {}, **base
+        name="second", refuse=refuse("second", dropout=False), params=lambda site, policy: {}, **base
     )
     monkeypatch.setattr(METHODS, "_methods", known)
     monkeypatch.setattr("express_compile.passes.plan.DEFAULT_METHODS", ("first", "exact"))

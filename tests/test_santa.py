@@ -21,7 +21,7 @@ from express_compile.measure import calls_of
 from express_compile.method import METHODS
 from express_compile.passes.plan import plan
 from express_compile.report import explain
-from express_compile.spec import AttentionSpec, Mask, Policy, layer_key
+from express_compile.spec import AttentionSpec, Mask, Policy, Site, layer_key
 
 SEED = torch.tensor(77)
 OPTIONS = dict(draws=[16], layers=[], fraction=0.0, sampler="sys", shared=True, min_length=0)
@@ -897,7 +897,7 @@ def test_budgets_per_head_and_layer():
     def run(budget=512, layer="a.b", **options):
         policy = Policy(budget=budget, methods=("santa",), method_options={"santa": options})
         return METHODS["santa"].op(
-            q, k, v, None, SEED, 0.5, layer_key(layer), **METHODS["santa"].params(spec(), policy)
+            q, k, v, None, SEED, 0.5, layer_key(layer), **METHODS["santa"].params(Site(spec()), policy)
         )[0]
 
     sixteen = run(draws=16)

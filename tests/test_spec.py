@@ -236,7 +236,7 @@ def same_methods_afterwards() -> Iterator[None]:
 
 
 def method(name: str, **extra) -> Method:
-    return Method(name, "", "", "", refuse=lambda spec, policy: None, params=lambda spec, policy: {}, **extra)
+    return Method(name, "", "", "", refuse=lambda spec, policy: None, params=lambda site, policy: {}, **extra)
 
 
 def test_registry_holds_the_shipped_methods_and_names_them_in_its_errors() -> None:
