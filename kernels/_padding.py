@@ -63,8 +63,10 @@ class Places:
 def _equal_lengths(padding: torch.Tensor, Lq: int, own: bool) -> Iterator[tuple[Places, Places]]:
     """Queries and keys of all sequences that have as many real ones of both; none for those without.
 
-    ``own``: the queries are the last ``Lq`` tokens; otherwise all of them are real.
+    ``own``: the queries are the last ``Lq`` tokens; otherwise all of them are real. A single query is the last real
+    token: over a static cache, whose last places are still empty, its own place is one before them.
     """
+    own = own and Lq > 1
     keys = padding.sum(1)
     queries = padding[:, padding.shape[1] - Lq :].sum(1) if own else torch.full_like(keys, Lq)
     sizes = torch.stack([queries, keys], 1)

@@ -43,8 +43,8 @@ from express_compile.plain import number
 from express_compile.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
 
 from ._op import define_attention, no_kernel
+from ._padding import Packing, real_first
 from .exact import exact_attention
-from .express import _Padding, real_first
 from .sparse_kernels import sparse_backward_triton, sparse_forward_triton
 
 KINDS = ("strided", "fixed")
@@ -314,7 +314,7 @@ def _body(query, key, value, padding, seed, scale, layer, **options):
     pattern = pattern_of(**options, Lk=Lk)
     if padding is not None and Lq == 1:
         return _Dense(query, key, value, pattern, scale, real_first(padding), padding.sum(1)).forward()
-    pad = None if padding is None else _Padding(padding)
+    pad = None if padding is None else Packing(padding)
     if pad is not None:
         query, key, value = pad.pack(query), pad.pack(key), pad.pack(value)
     if _is_whole(pattern, Lk):
@@ -334,7 +334,7 @@ def _backward_body(grad, out, lse, query, key, value, padding, seed, scale, laye
     if padding is not None and Lq == 1:
         dense = _Dense(*tensors, pattern, scale, real_first(padding), padding.sum(1))
         return tuple(g.to(x.dtype) for g, x in zip(dense.backward(grad, out, lse), tensors, strict=True))
-    pad = None if padding is None else _Padding(padding)
+    pad = None if padding is None else Packing(padding)
     if pad is not None:
         grad, out, lse, *tensors = (pad.pack(x) for x in (grad, out, lse[..., None], *tensors))
         lse = lse[..., 0]
