@@ -40,6 +40,7 @@ from express_compile import METHODS, Policy, Site
 from express_compile.devices import versions
 from express_compile.kernels import express as E
 from express_compile.kernels import thinformer as T
+from express_compile.kernels._padding import Packing
 from express_compile.kernels.bernoulli import feature_probability, round_query
 from express_compile.kernels.exact import exact_attention
 from express_compile.kernels.santa import probabilities, read_probability, santa_reference, visible_keys
@@ -221,7 +222,7 @@ def padded(policy: Policy, tensors, lengths: list[int], clock: Clock, repeats: i
     times = clock(lambda: op(*tensors), repeats)
     out, peak = peak_of(lambda: op(*tensors), out_and_lse)
     opponents = without_padding(tensors, lengths, clock, repeats)
-    pad = E._Padding(padding)
+    pad = Packing(padding)
     packed = [pad.pack(x) for x in (*tensors, out)]
     shortest = min(lengths)  # check what all sequences have
     errors = check(*(x[:, :, :shortest] for x in packed), E.config_of(policy, n))

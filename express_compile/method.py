@@ -79,7 +79,7 @@ class Method:
         if unknown:
             return Refusal(self.name, f"it has {' and '.join(unknown)}, which {self.name} does not compute")
         refusal = self.refuse(spec, policy)
-        if refusal is None and isinstance(policy.budget, tuple) and not self.takes("table"):
+        if refusal is None and isinstance(policy.budget, tuple) and self.name != "exact" and not self.takes("table"):
             reason = "its budget is a table of rows or a function of the number of keys, which it does not take"
             return Refusal(self.name, f"{reason}; give a number of rows, or a fraction of the keys")
         return refusal

@@ -126,7 +126,7 @@ def _with_feature(x: torch.Tensor) -> torch.Tensor:
 
 
 def define_attention(
-    name: str, parameters: str, body: Callable, backward_body: Callable, causal: bool
+    name: str, parameters: str, body: Callable, backward_body: Callable, causal: bool = True
 ) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
     """The ops ``<name>`` and ``<name>_backward`` of a method whose gradient needs ``out`` and ``lse`` alone.
 

@@ -380,7 +380,7 @@ _PARAMETERS = (
 )
 
 
-OP, BACKWARD = define_attention("express", _PARAMETERS, _express_body, _express_backward_body, causal=True)
+OP, BACKWARD = define_attention("express", _PARAMETERS, _express_body, _express_backward_body)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning starve what else runs here
+
+import torch  # noqa: E402
 
 # Triton reads TRITON_INTERPRET once, when it is first imported (torch._inductor imports it), so this must come
 # before every other import that could lead there. `import torch` alone does not.
