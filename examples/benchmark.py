@@ -15,6 +15,13 @@ graphs: what they cost inside a model that keeps the GPU busy.
 
 ``--bernoulli`` measures SANTA with a rounded query (job ``bernoulli``): keys token by token and feature by feature,
 and of the latter only those features that the query needs, whose share is in the column ``params``.
+
+    python examples/benchmark.py --sparse --flex --out examples/results/speed.csv       # on a GPU: only this
+    python examples/benchmark.py --sparse --lengths 1024 --heads 4 2 --head-size 32     # a taste, also on a CPU
+
+``--sparse`` measures Sparse Transformer attention, forward and with its gradients (jobs ``sparse_fixed``,
+``sparse_strided`` and these with ``_train``) at its default stride. With ``--flex`` the number ``flex`` in
+``params`` is FlexAttention with the same pattern, in ms, at 32,768 tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +36,7 @@ from rich.progress import track
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from express_compile import METHODS, Policy
+from express_compile import METHODS, Policy, Site
 from express_compile.devices import versions
 from express_compile.kernels import express as E
 from express_compile.kernels import thinformer as T
@@ -39,6 +46,7 @@ from express_compile.kernels.santa import probabilities, read_probability, santa
 from express_compile.kernels.santa_kernels import santa_triton
 from express_compile.kernels.segments import dense_table, segment_attention_backward, segment_attention_reference
 from express_compile.kernels.segments_backward import accumulate_rows_reference
+from express_compile.kernels.sparse import Pattern, default_stride, dense_backward, dense_forward
 from express_compile.measure import Clock, replayed
 
 SETTINGS = [
@@ -119,7 +127,7 @@ def check_gradients(q, k, v, policy: Policy) -> tuple[float, float]:
     q, k, v = (x[:, :, :6000].detach().requires_grad_() for x in (q, k, v))
     n, scale = q.shape[2], q.shape[-1] ** -0.5
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
-    params = METHODS["express"].params(None, policy)
+    params = METHODS["express"].params(Site(), policy)
     out, _ = METHODS["express"].op(q, k, v, None, seed, scale, LAYER, **params)
     grad = torch.randn_like(out)
     actual = torch.autograd.grad(out, (q, k, v), grad)
@@ -163,7 +171,7 @@ def op_of(
     policy: Policy, device: torch.device, padding: torch.Tensor | None = None, method: str = "express"
 ) -> Callable:
     """The op that ``policy`` means, as a function of query, key and value."""
-    params, op = METHODS[method].params(None, policy), METHODS[method].op
+    params, op = METHODS[method].params(Site(), policy), METHODS[method].op
     seed = torch.zeros((), dtype=torch.int64, device=device)
     return lambda q, k, v: op(q, k, v, padding, seed, q.shape[-1] ** -0.5, LAYER, **params)[0]
 
@@ -239,7 +247,7 @@ def train(policy: Policy, tensors, clock: Clock, repeats: int) -> dict:
 def check_rows(q, k, v, out, policy: Policy, padding: torch.Tensor | None) -> tuple[float, float]:
     """As :func:`check`, for 512 queries of Thinformer over the rows that the op itself selected."""
     scale, seed = q.shape[-1] ** -0.5, torch.zeros((), dtype=torch.int64, device=q.device)
-    s, rule = T._resolve(**METHODS["thinformer"].params(None, policy), Lk=k.shape[2])
+    s, rule = T._resolve(**METHODS["thinformer"].params(Site(), policy), Lk=k.shape[2])
     _, keys, values, lengths = T.select(k, v, padding, s, rule, scale, seed, LAYER)
     q, out = (x[:, :, x.shape[2] // 2 :][:, :, :512] for x in (q, out))
     table, nothing = dense_table(q.shape[2], keys.shape[2]), keys[:, :, :0]
@@ -305,7 +313,7 @@ def decode(
     """
     q, k, v = tensors
     scale, seed = q.shape[-1] ** -0.5, torch.zeros((), dtype=torch.int64, device=q.device)
-    options = METHODS["santa"].params(None, Policy(budget=draws, min_length=0))
+    options = METHODS["santa"].params(Site(), Policy(budget=draws, min_length=0))
     op = METHODS["santa"].op
     out, peak = peak_of(lambda: op(q, k, v, None, seed, scale, LAYER, **options)[0], out_and_lse)
     part = [x[: len(truth)] for x in tensors]
@@ -342,7 +350,7 @@ def bernoulli_rows(q, k, v, draws: int, clock: Clock, repeats: int, **params) ->
     for layout, key, levels in (("tokens", k, 0), ("features", by_feature, 0), ("features", by_feature, 4),
                                 ("features", by_feature, 8)):  # fmt: skip
         policy = Policy(budget=draws, min_length=0, method_options={"santa": {"bernoulli": levels}})
-        options = METHODS["santa"].params(None, policy)
+        options = METHODS["santa"].params(Site(), policy)
         call = lambda key=key, options=options: op(q, key, v, None, seed, scale, LAYER, **options)  # noqa: E731
         out, peak = peak_of(lambda call=call: call()[0], out_and_lse)
         entered = round_query(q, levels, seed, LAYER, step)[:1] if levels else q[:1]
@@ -356,6 +364,66 @@ def bernoulli_rows(q, k, v, draws: int, clock: Clock, repeats: int, **params) ->
         row = row_of(policy, times, opponents, (relative(whole, truth), allowed), method="santa", job="bernoulli",
                      params=told, peak_mb=peak)  # fmt: skip
         rows.append({**row, "error": relative(out[:1], exact)})
+    return rows
+
+
+def flex_of(pattern: Pattern, n: int, device: torch.device) -> Callable:
+    """FlexAttention over the same pattern, compiled, as a function of query, key and value."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(b, h, i, j):
+        return pattern.local(i, j) | pattern.far(i, j)
+
+    mask = torch.compile(create_block_mask)(seen, None, None, n, n, device=str(device))
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def sparse_rows(tensors, pattern: Pattern, grad, opponents, clock: Clock, repeats: int, flex: bool) -> list[dict]:
+    """Sparse attention, merged, forward and with its gradients; checked on three blocks of queries, of the gradients
+    on those of the first 4,096 tokens. ``opponents``: exact times of both jobs."""
+    q, k, v = tensors
+    n, scale = q.shape[2], q.shape[-1] ** -0.5
+    options = dict(pattern=pattern.kind, stride=pattern.stride, summary=pattern.summary)
+    policy = Policy(method_options={"sparse": options})
+    op = op_of(policy, q.device, method="sparse")
+    peers = {"flex": flex_of(pattern, n, q.device)} if flex else {}
+
+    worst, allowed = 0.0, 0.0
+    with torch.no_grad():
+        out, peak = peak_of(lambda: op(q, k, v), out_and_lse)
+        for stop in {min(n, 700), n // 2 + 3, n}:
+            own = slice(max(0, stop - 256), stop)
+            part = (q[:, :, own], k[:, :, :stop], v[:, :, :stop])
+            truth, _ = dense_forward(*(x.double() for x in part), pattern, scale)
+            reference, _ = dense_forward(*part, pattern, scale)
+            worst = max(worst, relative(out[:, :, own], truth))
+            allowed = max(allowed, 2 * relative(reference, truth))
+        assert not peers or relative(peers["flex"](q, k, v), out) < 0.01, "FlexAttention computes something else"
+    first = [x[:, :, :4096].detach().requires_grad_() for x in (q, k, v)]
+    actual = torch.autograd.grad(op(*first), first, grad[:, :, :4096])
+    results = []
+    for dtype in (torch.float64, q.dtype):
+        leaves = [x.detach().to(dtype) for x in first]
+        kept = dense_forward(*leaves, pattern, scale)
+        results.append(dense_backward(grad[:, :, :4096].to(dtype), *kept, *leaves, pattern, scale))
+    errors = [[relative(x.to(q.dtype), t) for x, t in zip(xs, results[0], strict=True)] for xs in (actual, results[1])]
+
+    rows, kept = [], sum(x.numel() * x.element_size() for x in (q, k, v)) + out_and_lse(q)
+    for job, checked in {"": (worst, allowed), "_train": (max(errors[0]), 2 * max(errors[1]))}.items():
+
+        def call(attend=op, trains=bool(job)):
+            with torch.set_grad_enabled(trains):
+                out = attend(q, k, v)
+            return torch.autograd.grad(out, (q, k, v), grad) if trains else out
+
+        if job:
+            _, peak = peak_of(call, lambda _: kept)
+        times = clock(call, repeats)
+        told = {name: round(quantile(clock(lambda peer=peer: call(peer), repeats), 0.5), 4)  # noqa: B023
+                for name, peer in peers.items()}  # fmt: skip
+        rows.append(row_of(policy, times, opponents[job], checked, method="sparse", job=f"sparse_{pattern.kind}{job}",
+                           params={**options, **told}, peak_mb=peak))  # fmt: skip
     return rows
 
 
@@ -387,6 +455,9 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=len(DECODE), help="how many of the shapes of decoding; 0: none")
     parser.add_argument("--bernoulli", action="store_true", help="measure only SANTA with a rounded query; --lengths "
                         "and --heads count on a CPU")  # fmt: skip
+    parser.add_argument("--sparse", action="store_true", help="measure only Sparse Transformer attention; --lengths "
+                        "count")  # fmt: skip
+    parser.add_argument("--flex", action="store_true", help="with --sparse: FlexAttention too, at 32,768 tokens")
     parser.add_argument("--repeats", type=int, default=7)
     add_arguments(parser)
     args = parser.parse_args()
@@ -410,6 +481,19 @@ def main() -> None:
                 for row in bernoulli_rows(query, k, v, 128, clock, 15, query=name):
                     add(query, k, row)
         show(rows, "B H_kv Lk params ms_p50 opponent opponent_ms_p50 speedup error".split())
+        return
+    if args.sparse:
+        for n in track(args.lengths, description="sparse"):
+            tensors = [x.requires_grad_() for x in random_tensors(1, H, H_kv, n, n, D, device, dtype)]
+            grad, repeats = torch.randn_like(tensors[0]), args.repeats if n < 100_000 else 3
+            with torch.no_grad():
+                opponents = {"": exact_times(*tensors, clock, repeats)}
+            opponents["_train"] = exact_times(*tensors, clock, repeats, grad)
+            for kind in ("fixed", "strided"):
+                pattern = Pattern(kind, default_stride(n), min(32, default_stride(n)))
+                for row in sparse_rows(tensors, pattern, grad, opponents, clock, repeats, args.flex and n == 32768):
+                    add(*tensors[:2], row)
+        show(rows, "job Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb".split())
         return
     settings = SETTINGS[: args.settings]
     if args.others:
@@ -453,7 +537,7 @@ def main() -> None:
             (g, published, ()),
         ]:
             whole = [tensors[1].shape[2]] * len(tensors[0])
-            s, _ = T._resolve(**METHODS["thinformer"].params(None, policy), Lk=tensors[1].shape[2])
+            s, _ = T._resolve(**METHODS["thinformer"].params(Site(), policy), Lk=tensors[1].shape[2])
             for graph in ({}, {"graph": 1})[: 1 + (policy is g)]:
                 opponents = without_padding(
                     tensors, lengths or whole, clock, args.repeats, causal=False, graph=bool(graph)

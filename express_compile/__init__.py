@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .report import Report, SiteReport, explain
     from .saved import SavedPlan, SavedSite
     from .shadow import Watch, watch
-    from .spec import AttentionSpec, Mask, Plan, Policy, Refusal
+    from .spec import AttentionSpec, Mask, Plan, Policy, Refusal, Site
     from .tolerance import Calibration, calibrate_error
 
 # kernels/ and passes/ lie beside this folder in a checkout and inside it in a wheel. When Python runs from the
@@ -29,7 +29,7 @@ _HOMES = {
     "report": ("explain", "Report", "SiteReport"),
     "saved": ("SavedPlan", "SavedSite"),
     "shadow": ("Watch", "watch"),
-    "spec": ("AttentionSpec", "Mask", "Plan", "Policy", "Refusal"),
+    "spec": ("AttentionSpec", "Mask", "Plan", "Policy", "Refusal", "Site"),
     "method": ("METHODS", "Method", "register"),
     "tolerance": ("Calibration", "calibrate_error"),
 }
@@ -47,6 +47,7 @@ __all__ = [
     "Report",
     "SavedPlan",
     "SavedSite",
+    "Site",
     "SiteReport",
     "Watch",
     "calibrate_error",

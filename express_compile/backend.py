@@ -19,7 +19,7 @@ from .passes.buffers import Buffers
 from .passes.match import find_sites
 from .passes.place import Place
 from .passes.plan import check_policy, plan_sites, require_modules, require_sites
-from .passes.rewrite import rewrite
+from .passes.rewrite import changes, rewrite
 from .passes.site import AttentionSite
 from .spec import Plan, Policy
 
@@ -54,25 +54,28 @@ def express(
     policy, patches = split_options(options or {}, mode)
     buffers = Buffers(gm, example_inputs)
     planned = plan_graph(gm, policy, buffers, graphs=bool(patches.get("triton.cudagraphs")))
-    unchanged = rewrite_planned(gm, planned, policy, buffers)
-    from torch._inductor.compile_fx import compile_fx
+    unchanged = rewrite_planned(gm, planned, policy, buffers, written_out=True)
+    from .inductor import compile_with_inductor
 
-    from .kernels._op import contract
-
-    tag = f"{torch.compiler.config.cache_key_tag}express-compile-{contract()}"
-    with torch.compiler.config.patch(cache_key_tag=tag):
-        compiled = compile_fx(gm, example_inputs, config_patches=patches)
+    compiled = compile_with_inductor(gm, example_inputs, patches)
     return compiled if unchanged is None else buffers.guard(compiled, unchanged)
 
 
 def rewrite_planned(
-    gm: GraphModule, planned: list[tuple[AttentionSite, Plan]], policy: Policy, buffers: Buffers
+    gm: GraphModule,
+    planned: list[tuple[AttentionSite, Plan]],
+    policy: Policy,
+    buffers: Buffers,
+    written_out: bool = False,
 ) -> GraphModule | None:
-    """Rewrite a Dynamo graph in place; returns it as it was, for ``buffers.guard``, if the result relies on buffers."""
+    """Rewrite a Dynamo graph in place; returns it as it was, for ``buffers.guard``, if the result relies on buffers.
+
+    ``written_out``: as in :func:`~express_compile.passes.rewrite.rewrite`.
+    """
     unchanged = None
-    if buffers.used and any(decision.verdict == "rewritten" for _, decision in planned):
+    if buffers.used and any(changes(site, decision, written_out) for site, decision in planned):
         unchanged = copy.deepcopy(gm, {id(x): x for x in (*gm.parameters(), *gm.buffers())})
-    rewrite(gm, planned, policy)
+    rewrite(gm, planned, policy, written_out)
     return unchanged
 
 

@@ -228,7 +228,7 @@ class _Plans:
         self._plans: dict[tuple[Any, ...], Plan] = {}
 
     def __call__(self, path: str, spec: AttentionSpec, gradient: str | None) -> Plan:
-        whose = self.policy.globs(path) if self.policy.plan is None else path
+        whose = path if self.policy.plan is not None or self._by_layer(path) else self.policy.globs(path)
         key = (whose, spec, gradient)
         plan = self._plans.get(key)
         if plan is None:
@@ -239,6 +239,9 @@ class _Plans:
             question = Question(module=path, spec=spec, gradient=gradient)
             plan = self._plans[key] = answer(question, self.policy)
         return plan
+
+    def _by_layer(self, path: str) -> bool:
+        return any(METHODS[name].by_layer for name in self.methods(path))
 
     def methods(self, path: str) -> tuple[str, ...]:
         """The methods that calls of a site may have."""

@@ -22,7 +22,7 @@ from .cost import Cost, Device, Rates, kind_of, rates_key
 from .devices import name_of, versions
 from .method import METHODS
 from .predict import cost_at
-from .spec import AttentionSpec, Mask, Policy
+from .spec import AttentionSpec, Mask, Policy, Site
 
 SETTLE = 0.1  # seconds before a measurement: for some ms after large allocations are freed, kernels take 6% longer
 _SECONDS = 0.15  # a shape is measured for about so long
@@ -97,7 +97,7 @@ class Shape:
     def calls(self, device: str) -> list[Callable[[], object]]:
         """As :func:`calls_of`."""
         spec = self.spec(device)
-        return calls_of(spec, self.method, METHODS[self.method].params(spec, self.policy))
+        return calls_of(spec, self.method, METHODS[self.method].params(Site(spec), self.policy))
 
     @property
     def key(self) -> tuple[str, str]:
@@ -107,7 +107,7 @@ class Shape:
     def cost(self, device: str) -> Cost:
         """What the call costs, in numbers."""
         spec = self.spec(device)
-        return cost_at(self.method, spec, METHODS[self.method].params(spec, self.policy))
+        return cost_at(self.method, spec, METHODS[self.method].params(Site(spec), self.policy))
 
 
 def calls_of(spec: AttentionSpec, method: str, params: Mapping[str, Any]) -> list[Callable[[], object]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .cost import Cost
-from .spec import AttentionSpec, Policy, Refusal
+from .spec import AttentionSpec, Policy, Refusal, Site
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,9 @@ class Method:
     name: the name used in ``Policy.methods``; ``torch.ops.express_compile.<name>`` is its op.
     summary, supports, refuses: one line each, shown by tables and the README.
     refuse(spec, policy): ``None``, or why the method must not be used at this site.
-    params(spec, policy): the keyword arguments of the op beyond
+    params(site, policy): the keyword arguments of the op beyond
         ``(query, key, value, padding, seed, scale, layer)``; plain data. Raises ``ValueError`` for a bad policy.
+        A site without a spec, ``Site()``, stands for any.
     loses(spec, policy): why exact attention was measured to be faster at a site of these sizes, or ``None``; asked
         unless the policy gives ``min_length``. Sizes may be symbolic: what is decided at run time is no loss.
     options: the names and defaults of the method's own options (``Policy.method_options[name]``).
@@ -35,6 +36,10 @@ class Method:
     approximates(params, Lk): whether the op, given these parameters, only approximates the exact attention over ``Lk``
         keys, so that :func:`express_compile.watch` may compare the two call by call. ``None``: they must not be.
     decodes: whether it takes the single queries of decoding.
+    by_layer: whether ``params`` reads more of the site than its spec: layers of the same sizes may differ.
+    changes: what it computes instead of attention over all keys, where that is no approximation but another function,
+        in words that follow a semicolon. Such a method runs only where a policy names it, whatever the speed, its
+        plans say so, and it is never suggested for a site that another one refused.
     """
 
     name: str
@@ -42,7 +47,7 @@ class Method:
     supports: str
     refuses: str
     refuse: Callable[[AttentionSpec, Policy], Refusal | None]
-    params: Callable[[AttentionSpec, Policy], Mapping[str, Any]]
+    params: Callable[[Site, Policy], Mapping[str, Any]]
     loses: Callable[[AttentionSpec, Policy], str | None] = lambda spec, policy: None
     options: Mapping[str, Any] = field(default_factory=dict)
     named: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda options: {}
@@ -52,6 +57,8 @@ class Method:
     forms: tuple[str, ...] = ()
     approximates: Callable[[Mapping[str, Any], int], bool] | None = None
     decodes: bool = False
+    by_layer: bool = False
+    changes: str = ""
 
     @property
     def op(self) -> torch._ops.OpOverload:
@@ -66,18 +73,16 @@ class Method:
         """Why the method must not be used at a site; ``policy`` is that of the site, its budget no function.
 
         What :attr:`refuse` says; before that, whether the op knows all that is done to the scores of the site, and
-        takes such a budget.
+        after it, whether it takes such a budget.
         """
-        if isinstance(policy.budget, tuple) and not self.takes("table"):
-            return Refusal(
-                self.name,
-                "its budget is a table of rows, which it does not take (a function of the number of keys becomes one "
-                "where that is not known when compiling); give rows, a fraction of the keys, or dynamic=False",
-            )
         unknown = [words for name, words in spec.forms.items() if name not in self.forms]
         if unknown:
             return Refusal(self.name, f"it has {' and '.join(unknown)}, which {self.name} does not compute")
-        return self.refuse(spec, policy)
+        refusal = self.refuse(spec, policy)
+        if refusal is None and isinstance(policy.budget, tuple) and not self.takes("table"):
+            reason = "its budget is a table of rows or a function of the number of keys, which it does not take"
+            return Refusal(self.name, f"{reason}; give a number of rows, or a fraction of the keys")
+        return refusal
 
     def own_options(self, policy: Policy) -> dict[str, Any]:
         """Defaults updated by ``policy.method_options``; raises ``TypeError`` for an unknown option."""
@@ -94,7 +99,7 @@ class Method:
 class _Methods(Mapping[str, Method]):
     """Name -> :class:`Method`. The shipped methods are imported on first use, never at package import."""
 
-    shipped = ("express", "thinformer", "santa", "exact")
+    shipped = ("express", "thinformer", "santa", "sparse", "exact")
 
     def __init__(self) -> None:
         self._methods: dict[str, Method] = {}

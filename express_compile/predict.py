@@ -11,7 +11,7 @@ import torch
 
 from .cost import Cost, Device
 from .method import METHODS
-from .spec import AttentionSpec, Mask, Policy, known_equal
+from .spec import AttentionSpec, Mask, Policy, Site, known_equal
 
 LONGEST = 1 << 21  # keys up to which a crossover is looked for
 MARGIN = 1.05  # what another answer than the exact one must gain at least: predictions are off by some percent
@@ -111,7 +111,7 @@ def at_length(spec: AttentionSpec, n: int) -> AttentionSpec:
 
 
 def _numbers(method: str, spec: AttentionSpec, policy: Policy) -> Cost | None:
-    return cost_at(method, spec, METHODS[method].params(spec, replace(policy, min_length=0)))
+    return cost_at(method, spec, METHODS[method].params(Site(spec), replace(policy, min_length=0)))
 
 
 def cost_at(method: str, spec: AttentionSpec, params: Mapping[str, Any]) -> Cost | None:

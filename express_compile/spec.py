@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -125,6 +126,29 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
+class Site:
+    """Where a method is asked to run: what the site computes, and which one of the model it is.
+
+    path, index: its module path relative to the root, and its place among the sites of that module.
+    """
+
+    spec: AttentionSpec | None = None
+    path: str = ""
+    index: int = 0
+
+    @property
+    def depth(self) -> int:
+        """Its place among the layers, by its name alone, so that it is the same however a model is traced.
+
+        The sum of the numbers in its path (7 for ``model.layers.7.self_attn``) and its place in its module: along any
+        list of layers, also of stages of blocks, and over the calls of one module, it counts up by one.
+        """
+        parts = self.path.split(".")
+        numbers = [part for part in parts if part.isdigit()] or re.findall(r"\d+", self.path)
+        return sum(map(int, numbers)) + self.index
+
+
+@dataclass(frozen=True)
 class Refusal:
     """Why ``method`` was not used at a site, in words a user can act on."""
 
@@ -140,10 +164,11 @@ class Policy:
     """What the user asks for. The fields are the options of the backend and of ``rewrite_attention``.
 
     budget: rows ``s`` a method may keep; an int is rounded down to a power of two, a float in (0, 1] is
-        a fraction of the number of keys, resolved at run time. A function from the number of keys to rows is asked
-        when a site is planned; where that number is not known when compiling (dynamic shapes) it is read at 16, 32,
-        64, ..., 2,097,152 keys and held between them and beyond, by a table that the op looks up at run time. A
-        sequence of rows is such a table. Fewer than 4 rows by a fraction or a function are 4.
+        a fraction of the number of keys, resolved at run time. A function from the number of keys to rows is read at
+        16, 32, 64, ..., 2,097,152 keys and held between them and beyond, by a table that the op looks up at run time. A
+        sequence of rows is such a table. Fewer than 4 rows by a fraction or a function are 4. Keys are real ones, of
+        each sequence by itself. Express takes a number of rows only: what a query sees must not depend on the length
+        of what follows.
     methods: names of the methods to try, in order of preference. With ``"exact"`` among them, but not first, a method
         runs only where it is predicted to be faster than exact attention. ``None`` is ``("express", "exact")``.
     sinks, window: the first and the last tokens, which are always held exactly.
@@ -322,12 +347,11 @@ class Policy:
             self._local[globs] = replace(self, modules={}, **changes)
         return self._local[globs]
 
-    def resolve(self, Lk: int) -> Policy:
-        """The policy for ``Lk`` keys: its budget is no function. Raises ``ValueError`` unless that gives rows."""
-        return replace(self, budget=self._ask(Lk)) if callable(self.budget) else self
-
     def tabled(self) -> Policy:
-        """The policy for any number of keys: its budget is no function, but the table of one."""
+        """The policy for any number of keys: its budget is no function, but the table of one.
+
+        Raises ``ValueError`` unless that gives rows.
+        """
         return replace(self, budget=tuple(map(self._ask, TABLE_AT))) if callable(self.budget) else self
 
     def _ask(self, Lk: int) -> int:

@@ -27,7 +27,7 @@ from .eager import is_rewritten, record_sites, restore_attention, rewrite_attent
 from .method import METHODS
 from .plain import number
 from .predict import cost_at
-from .spec import AttentionSpec, Mask, Policy, layer_key
+from .spec import AttentionSpec, Mask, Policy, Site, layer_key
 
 _CHUNK = 512  # positions whose logits are compared at a time
 _MEASUREMENTS = 8  # of the whole model, to calibrate the sum
@@ -170,7 +170,7 @@ def calibrate_error(
     batches = _checked_batches(batches, first)
     methods = [name for name in policy.methods if name != "exact"]
     options = {
-        name: {s: dict(METHODS[name].params(None, replace(policy, budget=s, min_length=0))) for s in budgets}
+        name: {s: dict(METHODS[name].params(Site(), replace(policy, budget=s, min_length=0))) for s in budgets}
         for name in methods
     }
     rewrite_attention(model, replace(policy, methods=tuple(methods), budget=budgets[-1], min_length=0))

@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 
 from express_compile.spec import AttentionSpec
 
+from ._padding import each_alone, each_alone_backward
+
 
 class _Library(torch.library.Library):
     """Ops whose forward-mode derivative is an error: torch.library would leave tangents out without a word."""
@@ -42,6 +44,10 @@ def _refuse_tangents(name: str, kernel: Callable) -> Callable:
 LIBRARY = _Library("express_compile", "FRAGMENT")
 _SCHEMAS: dict[str, str] = {}
 
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
 # float64 has no kernel: it is for references and their tests, on the CPU
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -62,8 +68,13 @@ def define_op(
     qualified = f"express_compile::{name}"
     _SCHEMAS[name] = schema
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(*args, **options):
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):  # which would cast what a body computes in float32
+            return body(*args, **options)
+
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, body, key)
+        LIBRARY.impl(name, run, key)
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
 
     def refuse(ctx, *grads):
@@ -115,16 +126,25 @@ def _with_feature(x: torch.Tensor) -> torch.Tensor:
 
 
 def define_attention(
-    name: str, parameters: str, body: Callable, backward_body: Callable, causal: bool = True
+    name: str, parameters: str, body: Callable, backward_body: Callable, causal: bool
 ) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
     """The ops ``<name>`` and ``<name>_backward`` of a method whose gradient needs ``out`` and ``lse`` alone.
 
     ``body(query, key, value, padding, seed, scale, layer, **options)`` returns ``(out, lse)``; ``backward_body(grad,
     out, lse, ...)``, with the same arguments behind these, the gradients of query, key and value. ``parameters`` is
-    the schema from ``padding`` on. Both get arguments that are checked and of no size 0; ``causal`` as in
-    :func:`check_qkv`.
+    the schema from ``padding`` on. Both get arguments that are checked and of no size 0, and on the CPU no padding:
+    every sequence is computed alone. ``causal``: the queries are the last tokens.
     """
     tensors = "Tensor query, Tensor key, Tensor value"
+    alone, alone_backward = each_alone(body, own=causal), each_alone_backward(backward_body, own=causal)
+
+    def forward(query, key, value, padding, *others, **options):
+        run = body if padding is None or query.is_cuda else alone
+        return run(query, key, value, padding, *others, **options)
+
+    def backward(grad, out, lse, query, key, value, padding, *others, **options):
+        run = backward_body if padding is None or query.is_cuda else alone_backward
+        return run(grad, out, lse, query, key, value, padding, *others, **options)
 
     def setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
         *saved, scale, layer = inputs
@@ -139,7 +159,7 @@ def define_attention(
     op = define_op(
         name,
         f"({tensors}, {parameters}) -> (Tensor, Tensor)",
-        of_any_size(body, causal),
+        of_any_size(forward, causal),
         attention_fake,
         differentiate,
         setup_context,
@@ -147,7 +167,7 @@ def define_attention(
     backward_op = define_op(
         f"{name}_backward",
         f"(Tensor grad, Tensor out, Tensor lse, {tensors}, {parameters}) -> (Tensor, Tensor, Tensor)",
-        gradient_of_any_size(backward_body, causal),
+        gradient_of_any_size(backward, causal),
         lambda grad, out, lse, *args, **options: tuple(x.new_empty(x.shape) for x in args[:3]),
     )
     return op, backward_op

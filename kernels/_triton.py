@@ -2,7 +2,7 @@
 
 Kernels and references draw from the same Philox4x32-10 streams, so that they can be compared decision by
 decision. A stream is named by the key ``(seed, layer)`` and by the counter
-``(draw, bucket, stage, sequence)``, see :func:`philox_uniform`.
+``(draw, bucket, stage, head)``, see :func:`philox_uniform`.
 """
 
 from __future__ import annotations
@@ -124,16 +124,17 @@ def philox_uniform(
     draw: torch.Tensor,
     bucket: torch.Tensor | int,
     stage: torch.Tensor | int,
-    sequence: torch.Tensor | int,
+    head: torch.Tensor | int,
 ) -> torch.Tensor:
     """Uniform numbers in [0, 1), multiples of 2**-24, in float32: Philox4x32-10 (Salmon et al., 2011).
 
     ``seed`` is a 0-dim int64 tensor (its low 32 bits count); ``layer`` is the upper key word. The counters
-    broadcast against each other: ``draw`` (the pair), ``bucket``, ``stage`` (round and level) and ``sequence``
-    (batch and KV head). Equal to :func:`draw_uniform` in a kernel, bit for bit.
+    broadcast against each other: ``draw`` (the pair), ``bucket``, ``stage`` (round and level) and ``head``; that
+    none of them says which sequence of a batch it is makes batches invariant: a sequence draws the same numbers
+    wherever it stands. Equal to :func:`draw_uniform` in a kernel, bit for bit.
     """
     device = draw.device
-    words = [torch.as_tensor(c, dtype=torch.int64, device=device) for c in (draw, bucket, stage, sequence)]
+    words = [torch.as_tensor(c, dtype=torch.int64, device=device) for c in (draw, bucket, stage, head)]
     c0, c1, c2, c3 = (w & _MASK32 for w in torch.broadcast_tensors(*words))
     k0 = seed.to(device=device, dtype=torch.int64) & _MASK32
     k1 = torch.full_like(k0, layer & _MASK32)
@@ -151,16 +152,10 @@ def philox_uniform(
     return (c0 >> 8).to(torch.float32) * 2.0**-24
 
 
-def sequence_counter(batch: int, heads: int, device: torch.device, first_batch: int = 0) -> torch.Tensor:
-    """Counter word of (batch, KV head): int64 ``[batch, heads]``."""
-    b = torch.arange(first_batch, first_batch + batch, device=device)[:, None]
-    return b * 65536 + torch.arange(heads, device=device)
-
-
 @jit
-def draw_uniform(seed, layer, draw, bucket, stage, sequence):
+def draw_uniform(seed, layer, draw, bucket, stage, head):
     """The same numbers inside a kernel; ``draw`` is a block of counters, the rest are scalars."""
     key = (tl.cast(layer, tl.uint64) << 32) | (seed.to(tl.uint64) & 0xFFFFFFFF)
     zero = draw * 0
-    bits, _, _, _ = tl.philox(key, draw, zero + bucket, zero + stage, zero + sequence)
+    bits, _, _, _ = tl.philox(key, draw, zero + bucket, zero + stage, zero + head)
     return (bits.to(tl.uint32, bitcast=True) >> 8).to(tl.float32) * 5.9604644775390625e-08

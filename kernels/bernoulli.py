@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ._triton import draw_uniform, jit, launch, next_power_of_two, philox_uniform, sequence_counter, tl
+from ._triton import draw_uniform, jit, launch, next_power_of_two, philox_uniform, tl
 
 MAX_LEVELS = 256  # bfloat16 holds the integers up to here
 _BUCKET = (1 << 30) + 2  # word of the random counter; those before it belong to the draws of value rows
@@ -47,9 +47,9 @@ def round_query(query: torch.Tensor, levels: int, seed: torch.Tensor, layer: int
     """
     q = query.double()
     unit = _unit(q, levels)
-    sequence = sequence_counter(*query.shape[:2], query.device)[..., None, None]
+    head = torch.arange(query.shape[1], device=query.device)[:, None, None]
     place = torch.arange(query.shape[-1], device=query.device)
-    u = philox_uniform(seed, layer, place, _BUCKET, step[:, None, :, None], sequence).double() + 2.0**-25
+    u = philox_uniform(seed, layer, place, _BUCKET, step[:, None, :, None], head).double() + 2.0**-25
     ratio = (q / unit).abs()
     rounded = q.sign() * unit * (ratio.floor() + (u < ratio.frac()))
     return rounded if query.dtype == torch.float64 else rounded.float()
@@ -65,9 +65,16 @@ def feature_probability(query: torch.Tensor, H_kv: int, levels: int) -> torch.Te
     return 1 - (1 - needed.unflatten(1, (H_kv, -1))).prod(3).prod(2)
 
 
-@jit(general="layer H n levels")
+@jit
+def is_whole(step, p_draws, exact_below, reach):
+    """Whether a sequence is to be exact: it has few keys in reach, or a negative number of draws."""
+    return (tl.minimum(step, reach) < exact_below) | (tl.load(p_draws) < 0)
+
+
+@jit(general="layer H n levels exact_below reach stride_db")
 def _round_kernel(
-    p_q, p_seed, p_step, p_lengths, p_padding, p_counts, p_unit, layer, H, n, levels,
+    p_q, p_seed, p_step, p_lengths, p_padding, p_draws, p_counts, p_unit, layer, H, n, levels, exact_below, reach,
+    stride_db,
     stride_qb, stride_qh, stride_qn, stride_pb, LQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BUCKET: tl.constexpr,
 ):  # fmt: skip
@@ -85,15 +92,20 @@ def _round_kernel(
     m_behind = (o_behind >= 0) & (o_behind < end)
     if p_padding is not None:
         m_behind &= tl.load(p_padding + i_b.to(tl.int64) * stride_pb + o_behind, mask=m_behind, other=0) != 0
-    step = tl.load(p_step + i_b).to(tl.int32) - tl.sum(m_behind.to(tl.int32), 0)
-    b_u = draw_uniform(tl.load(p_seed), layer, o_d, BUCKET, step, (i_b * 65536 + i_h).to(tl.int32)).to(tl.float64)
+    step = tl.load(p_step + i_b).to(tl.int32)
+    whole = False
+    if p_draws is not None:
+        whole = is_whole(step, p_draws + i_b * stride_db, exact_below, reach)
+    step -= tl.sum(m_behind.to(tl.int32), 0)
+    b_u = draw_uniform(tl.load(p_seed), layer, o_d, BUCKET, step, i_h).to(tl.float64)
     b_abs = tl.abs(b_q)
     top = tl.max(b_abs, 0)
     unit = tl.where(top == 0, 1.0, top) / levels
     b_ratio = b_abs / unit
     b_floor = tl.floor(b_ratio)
     b_count = b_floor + (b_u + 2.9802322387695312e-08 < b_ratio - b_floor).to(tl.float64)
-    b_count = tl.where(b_q < 0, -b_count, b_count).to(tl.float32)
+    b_count = tl.where(b_q < 0, -b_count, b_count)
+    b_count, unit = tl.where(whole, b_q, b_count).to(tl.float32), tl.where(whole, 1.0, unit)
     tl.store(p_counts + i_row.to(tl.int64) * D + o_d, b_count.to(p_counts.dtype.element_ty), mask=o_d < D)
     tl.store(p_unit + i_row, unit.to(tl.float32))
 
@@ -107,19 +119,22 @@ def round_query_triton(
     step: torch.Tensor,
     padding: torch.Tensor | None,
     lengths: torch.Tensor | None,
+    exact: tuple[torch.Tensor, int, int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`round_query` as integers, ``[B, H, Lq, D]`` in the query's dtype, and their unit, float32 ``[B, H, Lq]``.
 
     ``keys`` is ``Lk``; ``step`` int64 ``[B]``, those that the last query sees; ``padding`` uint8 ``[B, Lk]``; both, and
-    ``lengths``, of unit stride; ``Lq`` at most 16. The product of the two results is the reference's, up to the
+    ``lengths``, of unit stride; ``Lq`` at most 16. ``exact``: what :func:`is_whole` asks, and the stride of draws, to
+    leave the query of such a sequence as it is. The product of the two results is the reference's, up to the
     rounding of the unit.
     """
     (B, H, Lq, D), device = query.shape, query.device
     q = query if query.stride(3) == 1 else query.contiguous()
     counts = torch.empty(B, H, Lq, D, dtype=q.dtype, device=device)
     unit = torch.empty(B, H, Lq, dtype=torch.float32, device=device)
+    draws, *limits = exact or (None, 0, 0, 0)
     launch(_round_kernel, (B * H * Lq,),
-        q, seed, step, lengths, padding, counts, unit, layer, H, keys, levels,
+        q, seed, step, lengths, padding, draws, counts, unit, layer, H, keys, levels, *limits,
         *q.stride()[:3], 0 if padding is None else padding.stride(0),
         LQ=Lq, D=D, BD=max(16, next_power_of_two(D)), BUCKET=_BUCKET, num_warps=1, num_stages=1,
     )  # fmt: skip

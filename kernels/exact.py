@@ -63,7 +63,7 @@ METHOD = register(
         supports="everything PyTorch supports",
         refuses="nothing",
         refuse=lambda spec, policy: None,
-        params=lambda spec, policy: {},
+        params=lambda site, policy: {},
         cost=lambda spec, params: dense_cost(visible_pairs(spec)),
     )
 )

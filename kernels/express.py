@@ -37,18 +37,20 @@ import torch
 from express_compile import cost as c
 from express_compile.method import Method, register
 from express_compile.plain import number
-from express_compile.spec import AttentionSpec, Policy, Refusal, known_equal
+from express_compile.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
 
 from ._op import define_attention, no_kernel
-from ._triton import philox_uniform, sequence_counter
+from ._padding import Packing
+from ._triton import philox_uniform
 from .contest import CONTEST, compete, compete_reference
 from .exact import exact_attention
 from .halving import HalvingRule, get_rule, halve_reference
-from .schedule import Schedule, admitted, budget_options, check_budget, make_schedule, rows_of
+from .schedule import Schedule, admitted, check_budget, make_schedule
 from .segments import (
     COMPACTED,
     TOKENS,
     SegmentTable,
+    causal_table,
     segment_attention,
     segment_attention_reference,
 )
@@ -192,12 +194,12 @@ def halve_all_reference(
     layer: int,
 ) -> None:
     """All halvings of a schedule in place on ``arena`` ``[B, H_kv, schedule.size]``, which holds token indices."""
-    sequence = sequence_counter(*key.shape[:2], key.device)[..., None, None]
+    head = torch.arange(key.shape[1], device=key.device)[:, None, None]
     for job in itertools.chain(*schedule.launches):
         source = arena[:, :, job.source : job.source + job.rows * job.buckets].unflatten(2, (job.buckets, job.rows))
         pairs = torch.arange(job.rows // 2, device=key.device)
         bucket = torch.arange(job.first, job.first + job.buckets, device=key.device)[:, None]
-        draws = philox_uniform(seed, layer, pairs, bucket, job.stage, sequence)
+        draws = philox_uniform(seed, layer, pairs, bucket, job.stage, head)
         rows = gather_rows(key, source), gather_rows(value, source)
         second = halve_reference(*rows, draws, rule, job.delta, scale)
         kept = torch.where(second, source[..., 1::2], source[..., 0::2])
@@ -220,12 +222,12 @@ def thin_reference(
     else:
         first = config.sinks
         arena[:, :, : schedule.tokens] = torch.arange(first, first + schedule.tokens, device=key.device)
-    sequence = sequence_counter(B, H, key.device)[..., None]
+    head = torch.arange(H, device=key.device)[:, None]
     for job in schedule.subsamples:
         rows = torch.arange(job.rows, device=key.device)
-        draws = philox_uniform(seed, layer, rows, 0, job.stage, sequence)
+        draws = philox_uniform(seed, layer, rows, 0, job.stage, head)
         pick = job.source + rows * job.group + (draws * job.group).long()
-        arena[:, :, job.target : job.target + job.rows] = arena.gather(2, pick)
+        arena[:, :, job.target : job.target + job.rows] = arena.gather(2, pick.expand(B, *pick.shape))
     halve_all_reference(arena, key, value, schedule, config.rule, scale, seed, layer)
     return torch.cat([arena[:, :, schedule.tokens :], *behind], 2)
 
@@ -311,59 +313,42 @@ def _backward(grad, out, lse, query, key, value, config, scale, seed, layer) -> 
     return d_query, d_key, d_value
 
 
-def real_first(padding: torch.Tensor) -> torch.Tensor:
-    """The positions of the real tokens of ``padding`` ``[B, L]``, in order, then the others: int64 ``[B, L]``."""
-    return (~padding).to(torch.int8).argsort(dim=1, stable=True)
-
-
-class _Padding:
-    """Moves the real tokens of each sequence to its front, in order, and results back to where they belong.
-
-    Rows behind the real ones are zero. Queries are placed at their token's position, so that every sequence of
-    the batch starts at 0 whatever its padding.
-    """
-
-    def __init__(self, padding: torch.Tensor) -> None:
-        self.real = padding
-        self.order = real_first(padding)
-        self.rank = self.order.argsort(1)
-        self.front = torch.arange(padding.shape[1], device=padding.device) < padding.sum(1, keepdim=True)
-
-    def pack(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.nn.functional.pad(x, (0, 0, self.real.shape[1] - x.shape[2], 0))
-        x = x.gather(2, self.order[:, None, :, None].expand(x.shape))
-        return x.masked_fill(~self.front[:, None, :, None], 0)
-
-    def unpack(self, x: torch.Tensor, length: int, fill: float = 0.0) -> torch.Tensor:
-        """``[B, H, Lk, .]`` back to the last ``length`` positions, ``fill`` where the token is padding."""
-        x = x.gather(2, self.rank[:, None, :, None].expand(x.shape))
-        return x.masked_fill(~self.real[:, None, :, None], fill)[:, :, x.shape[2] - length :].contiguous()
-
-
-def _config(
-    s, fraction, inflation, sinks, window, protected, halving, flatten, block, min_length, Lk, table=()
-) -> ExpressConfig:
+def _config(s, inflation, sinks, window, protected, halving, flatten, block, min_length, Lk) -> ExpressConfig:
     """The configuration that the op's options mean for ``Lk`` keys; exact for fewer than ``min_length``."""
-    s, varies = rows_of(s, fraction, Lk, table), fraction or table
+    M = default_inflation(s) if inflation < 0 else inflation
     rule = get_rule(halving, flatten)
-    # one cap for a budget that resolves to a small s: M may not exceed h + 1
-    M = default_inflation(s) if inflation < 0 else min(inflation, s.bit_length()) if varies else inflation
     return ExpressConfig(s, M, sinks, max(window, Lk) if Lk < min_length else window, protected, rule, block)
 
 
+def _whole_below(config: ExpressConfig, min_length: int, Lk: int) -> int:
+    """Sequences of a padded batch of ``Lk`` places that are exact for ``min_length`` alone have fewer tokens; or 0."""
+    return min_length if config.exact_up_to + 1 < min_length <= Lk else 0
+
+
 def _express_body(query, key, value, padding, seed, scale, layer, **options):
+    """With ``padding``, for a device that cannot be asked for lengths: all sequences as long as the longest may be.
+
+    What the first tokens give does not depend on those behind them, so only ``min_length`` has to be looked after:
+    sequences with fewer tokens, which lie within the first places, get the answer of exact attention.
+    """
     Lq, Lk = query.shape[2], key.shape[2]
     config = _config(**options, Lk=Lk)
-    pad = None if padding is None else _Padding(padding)
-    if pad is not None:
+    if padding is not None:
+        pad, whole = Packing(padding), _whole_below(config, options["min_length"], Lk)
         query, key, value = pad.pack(query), pad.pack(key), pad.pack(value)
-    if Lk <= config.exact_up_to:
+    if key.is_cuda and Lk <= config.exact_up_to:
         out, lse = exact_attention(query, key, value, scale)
     else:
         out, lse = _prefill(query, key, value, config, scale, seed, layer)
-    if pad is not None:
-        out, lse = pad.unpack(out, Lq), pad.unpack(lse[..., None], Lq, -math.inf)[..., 0]
-    return out, lse
+    if padding is None:
+        return out, lse
+    if whole:
+        short = (pad.length < whole)[:, None, None]
+        first = [x[:, :, : whole - 1] for x in (query, key, value)]
+        own_out, own_lse = exact_attention(*first, scale)
+        out[:, :, : whole - 1] = torch.where(short[..., None], own_out, out[:, :, : whole - 1])
+        lse[:, :, : whole - 1] = torch.where(short, own_lse, lse[:, :, : whole - 1])
+    return pad.unpack(out, Lq), pad.unpack(lse[..., None], Lq, -math.inf)[..., 0]
 
 
 def _express_backward_body(grad, out, lse, query, key, value, padding, seed, scale, layer, **options):
@@ -372,9 +357,16 @@ def _express_backward_body(grad, out, lse, query, key, value, padding, seed, sca
     if padding is None:
         grads = _backward(*tensors, config, scale, seed, layer)
     else:
-        pad = _Padding(padding)
+        pad, whole = Packing(padding), _whole_below(config, options["min_length"], key.shape[2])
         grad, out, lse, *tensors = (pad.pack(x) for x in (grad, out, lse[..., None], query, key, value))
         grads = _backward(grad, out, lse[..., 0], *tensors, config, scale, seed, layer)
+        if whole:
+            short = (pad.length < whole)[:, None, None, None]
+            grad, out, lse, *first = (x[:, :, : whole - 1] for x in (grad, out, lse, *tensors))
+            table, nothing = causal_table(whole - 1, whole - 1), (x[:, :, :0] for x in tensors[1:])
+            exact = segment_gradients(grad, *first, *nothing, out, lse[..., 0], table, scale)
+            for x, own in zip(grads, exact, strict=False):
+                x.copy_(torch.where(short, torch.nn.functional.pad(own, (0, 0, 0, x.shape[2] - whole + 1)), x))
         grads = tuple(pad.unpack(g, x.shape[2]) for g, x in zip(grads, (query, key, value), strict=True))
     return tuple(g.to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True))
 
@@ -383,12 +375,12 @@ def _express_backward_body(grad, out, lse, query, key, value, padding, seed, sca
 # Op
 
 _PARAMETERS = (
-    "Tensor? padding, Tensor seed, float scale, int layer, *, int s, float fraction, int inflation, int sinks, "
-    "int window, int protected, str halving, float flatten, int block, int min_length, int[] table=[]"
+    "Tensor? padding, Tensor seed, float scale, int layer, *, int s, int inflation, int sinks, int window, "
+    "int protected, str halving, float flatten, int block, int min_length"
 )
 
 
-OP, BACKWARD = define_attention("express", _PARAMETERS, _express_body, _express_backward_body)
+OP, BACKWARD = define_attention("express", _PARAMETERS, _express_body, _express_backward_body, causal=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -412,6 +404,8 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
         mask.offset, spec.Lk - spec.Lq
     ):
         reason = f"its causal mask has offset {mask.offset}; needed is Lk - Lq, the last query sees every key"
+    elif not isinstance(policy.budget, int):
+        reason = _budget_grows(policy)
     elif spec.dropout_p > 0:
         reason = f"it drops attention weights (dropout_p={spec.dropout_p}); call model.eval()"
     elif isinstance(spec.Lq, int) and spec.Lq < MIN_QUERIES and not known_equal(spec.Lq, spec.Lk):
@@ -421,10 +415,22 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
     return None if reason is None else Refusal("express", reason)
 
 
-def _params(spec: AttentionSpec | None, policy: Policy) -> dict:
+def _budget_grows(policy: Policy) -> str:
+    """Why a budget that follows the number of keys has no meaning here."""
+    given = f"the fraction {policy.budget} of the keys" if isinstance(policy.budget, float) else "a table of rows"
+    what = "a function of the number of keys" if callable(policy.budget) else given
+    return (
+        f"its budget is {what}, so that how long the text becomes would decide what its first tokens see; give a "
+        "number of rows, such as budget=512"
+    )
+
+
+def _params(site: Site, policy: Policy) -> dict:
     own = METHOD.own_options(policy)
+    if not isinstance(policy.budget, int):
+        raise ValueError(f"budget={policy.budget!r}: {_budget_grows(policy)}")
     params = {
-        **budget_options(policy),
+        "s": floor_power_of_two(policy.budget),
         "inflation": -1 if policy.inflation is None else policy.inflation,
         "sinks": policy.sinks,
         "window": policy.window,
@@ -441,7 +447,7 @@ def _params(spec: AttentionSpec | None, policy: Policy) -> dict:
 
 def config_of(policy: Policy, n: int) -> ExpressConfig:
     """The configuration that ``policy`` means for ``n`` keys. Raises ``ValueError`` as the op would."""
-    return _config(**_params(None, policy.resolve(n)), Lk=n)
+    return _config(**_params(Site(), policy), Lk=n)
 
 
 def rows_seen(policy: Policy, n: int) -> np.ndarray:
@@ -475,7 +481,7 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     """Thinning and attention over the rows that every block of queries sees.
 
     Exact if a block of queries (with protected rows, a contest) divides 4 s, but for the scores of contests, a few
-    operations per element of a key; up to 12% too little otherwise. With padding also the copies of :class:`_Padding`:
+    operations per element of a key; up to 12% too little otherwise. With padding also the copies of :class:`Packing`:
     6 passes over the rows of query, key and value, and 4 over those of the result.
     """
     s, Lk, width = c.s, c.Lk, c.B * c.H_kv * (c.D + c.Dv)
@@ -544,7 +550,7 @@ METHOD = register(
         params=_params,
         cost=_cost,
         padding_cost=True,
-        rows=lambda params, Lk: rows_of(params["s"], params["fraction"], Lk, params.get("table", ())),
+        rows=lambda params, Lk: params["s"],
         approximates=lambda params, Lk: Lk > _config(**params, Lk=Lk).exact_up_to,
         options={"flatten": 0.0, "block": 128},
     )

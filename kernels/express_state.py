@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._triton import philox_uniform, sequence_counter
+from ._triton import philox_uniform
 from .contest import CONTEST, contest, distinctiveness
 from .express import ExpressConfig, gather_rows
 from .halving import halve_reference
@@ -51,9 +51,6 @@ class ExpressState:
 
     ``config`` decides which rows are kept, ``scale`` is the attention scale, ``seed`` (0-dim int64) and
     ``layer`` name the random stream. Tokens have ``heads`` KV heads and head sizes ``D`` and ``Dv``.
-
-    ``batch_index`` is the place of the first sequence in its batch, so that the sequences of a ragged batch can
-    have a state each and still draw what the batch would.
     """
 
     def __init__(
@@ -62,9 +59,8 @@ class ExpressState:
         scale: float,
         seed: torch.Tensor,
         layer: int = 0,
-        batch_index: int = 0,
     ) -> None:
-        self.config, self.scale, self.seed, self.layer, self.batch_index = config, scale, seed, layer, batch_index
+        self.config, self.scale, self.seed, self.layer = config, scale, seed, layer
         self.length = 0  # tokens seen
         self.streamed = 0  # tokens that entered the thinning stream
         self._rows: dict[str, Rows] = {}
@@ -158,8 +154,8 @@ class ExpressState:
             # groups are numbered from the start of the round
             done = self._rows_before_group(round_) // round_.group
             draw = torch.arange(done, done + groups, device=device)
-            counter = self._sequence(rows)[..., None]
-            u = philox_uniform(self.seed, self.layer, draw, 0, stage(round_.r, SUBSAMPLE), counter)
+            head = torch.arange(H, device=device)[:, None]
+            u = philox_uniform(self.seed, self.layer, draw, 0, stage(round_.r, SUBSAMPLE), head)
             at = torch.arange(groups, device=device) * round_.group + (u * round_.group).long()
             rows = rows.pick(at.expand(B, H, groups))
         if round_.q == 0:
@@ -191,13 +187,10 @@ class ExpressState:
 
     def _halve(self, rows: Rows, round_: Round, level: int, bucket: int, delta: float) -> Rows:
         pairs = torch.arange(rows.count // 2, device=rows.key.device)
-        counter = self._sequence(rows)[..., None]
-        draws = philox_uniform(self.seed, self.layer, pairs, bucket, stage(round_.r, level), counter)
+        head = torch.arange(rows.index.shape[1], device=rows.key.device)[:, None]
+        draws = philox_uniform(self.seed, self.layer, pairs, bucket, stage(round_.r, level), head)
         second = halve_reference(rows.key, rows.value, draws, self.config.rule, delta, self.scale)
         return rows.pick(2 * pairs + second.long())
-
-    def _sequence(self, rows: Rows) -> torch.Tensor:
-        return sequence_counter(*rows.index.shape[:2], rows.key.device, self.batch_index)
 
     def _append(self, name: str, rows: Rows) -> None:
         self._rows[name] = _cat(self._rows[name], rows)

@@ -143,9 +143,9 @@ def halve_reference(
     """Which row of each pair is kept: ``[..., m]`` bool, True for the second one. The definition of correct.
 
     ``key`` ``[..., 2m, D]`` and ``value`` ``[..., 2m, Dv]`` are the rows of a bucket in order, ``draws``
-    ``[..., m]`` are uniform numbers, ``delta`` is the failure probability of this halving.
+    ``[..., m]`` are uniform numbers (which may be broadcast), ``delta`` is the failure probability of this halving.
     """
     gain = rule.gain(key.shape[-2], delta)
     if math.isinf(gain):
-        return draws < 0.5
+        return (draws < 0.5).expand(*key.shape[:-2], draws.shape[-1])
     return walk(halving_matrix(key, value, scale, rule.centre, rule.flatten), draws, gain)[0]

@@ -26,23 +26,25 @@ Fixed point: expected counts are integers in units of ``2**-F``, prefixes are in
 same grid. Sums of integers do not depend on their order, so counts telescope and are the same bits for any tiling of
 the same integers; ``E[c_j]`` is ``x_j`` *exactly*. F leaves room for all prefixes in int32. Without ``shared``, ``x_j``
 is rounded to nearest, the last visible row takes what is missing to ``S 2**F``, and the sampled probabilities are
-these integers divided by ``S 2**F``, within ``2**-(F+1) / S`` of the softmax. With ``shared``, ``x_j`` is rounded up
-(every visible row can be drawn) and the weight divides by the rounded one: unbiased for the softmax itself.
+these integers divided by ``S 2**F``, within ``2**-(F+1) / S`` of the softmax. With ``shared``, ``x_j`` is rounded to
+nearest, but not to 0 (every visible row can be drawn), and the weight divides by the rounded one: unbiased for the
+softmax itself.
 
-Random numbers: Philox with the key (seed, layer) and a counter of stratum, batch and head, and *step*, the number of
-keys up to the query's own, also those before its window. So a constant seed draws anew at every decoding step, also in
-a CUDA graph over a static cache, where the number of keys is counted in ``padding`` or given in ``lengths``. Where it
-stays the same from call to call (cross attention, a cache that evicts), the caller advances ``seed`` itself.
+Random numbers: Philox with the key (seed, layer) and a counter of stratum, head and *step*, the number of real keys up
+to the query's own, also those before its window: what a sequence draws depends on nothing beside it in the batch. So a
+constant seed draws anew at every decoding step, also in a CUDA graph over a static cache, where the number of keys is
+counted in ``padding`` or given in ``lengths``. Where it stays the same from call to call (cross attention, a cache that
+evicts), the caller advances ``seed`` itself.
 
 Supports 1 to 16 queries, causal and aligned bottom-right (a single query may also have no mask), grouped queries,
 Dv != D, key padding, per-sequence lengths, windows (of places in the cache, padded ones too), a soft-cap, sinks; a
-query that sees no key gives 0. Keys and values before a window are not read. At most as many keys in reach as draws:
-exact.
-On CUDA exact too, at run time, where that was measured to be as fast (:func:`loses`), unless ``min_length`` is given.
-``budget`` is S, draws per query head, a float a fraction of the keys; the option ``draws`` sets it per head and per
-layer. A head reads at most S distinct rows; shared, about S serve all heads of a KV head that are alike. Refuses
-prefill, biases, dropout, and gradients when they are asked for; on CUDA ``shared=False``, which is there to be compared
-with.
+query that sees no key gives 0. Keys and values before a window are not read. At most as many real keys in reach as
+draws: exact. On CUDA exact too, at run time, where that was measured to be as fast for the batch as it is
+(:func:`loses`), unless ``min_length`` is given.
+``budget`` is S, draws per query head, a float a fraction of the real keys in reach, a table rows by their number; the
+option ``draws`` sets it per head and per layer. A head reads at most S distinct rows; shared, about S serve all heads
+of a KV head that are alike. Refuses prefill, biases, dropout, and gradients when they are asked for; on CUDA
+``shared=False``, which is there to be compared with.
 ``bernoulli`` (Section 4 of the paper; :mod:`.bernoulli`) also rounds the query at random, to so many levels: unbiased
 scores, but a *biased* softmax. It saves reading only where keys lie feature by feature; on CUDA others are refused.
 """
@@ -60,10 +62,11 @@ import torch
 
 from express_compile import cost as c
 from express_compile.method import Method, register
-from express_compile.spec import AttentionSpec, Policy, Refusal, feature_major, known_equal, layer_key
+from express_compile.spec import AttentionSpec, Policy, Refusal, Site, feature_major, known_equal, layer_key, rows_at
 
 from ._op import attention_fake, define_op, no_kernel, of_any_size
-from ._triton import philox_uniform, sequence_counter
+from ._padding import Places
+from ._triton import philox_uniform
 from .bernoulli import check_levels, round_query
 from .exact import cudnn_takes, exact_attention
 from .santa_kernels import CHUNK, DRAW_PROGRAMS, MAX_ROWS, grid_bits, santa_triton
@@ -106,8 +109,8 @@ class Comb:
     prefix: ``X_j`` in units of ``2**-bits``, int64 ``[B, H_kv, g, Lq, n]``.
     weight: what one hit of row j counts, float64 ``[B, H_kv, g, Lq, n]`` (never ``[1, 1]``).
     always: rows that are read once whatever is drawn, bool like ``prefix``.
-    draws: S of every query head, int64 ``[H_kv, g, 1]``.
-    bits: F of every comb, int64 ``[H_kv, g, 1]``.
+    draws: S of every query head, int64 ``[B, H_kv, g, 1]``, B also 1.
+    bits: F of every comb, int64 like ``draws``.
     strata: upper bound of the strata that the prefixes reach.
     """
 
@@ -126,14 +129,15 @@ class Comb:
 
 
 def make_comb(p: torch.Tensor, draws: torch.Tensor, shared: bool) -> Comb:
-    """The comb of the probabilities ``p``, float64 ``[B, H_kv, g, Lq, n]``, with ``draws`` int64 ``[H]``."""
+    """The comb of the probabilities ``p``, float64 ``[B, H_kv, g, Lq, n]``; ``draws`` int64 ``[H]`` or ``[B, H]``."""
     H_kv, g, Lq, n = p.shape[1:]
-    S = draws.view(H_kv, g, 1)
+    S = draws.view(-1, H_kv, g, 1)
     if shared:
-        most = S.amax(1, keepdim=True)
+        most = S.amax(2, keepdim=True)
         bits = fraction_bits(most)
         one = (1 << bits)[..., None]
-        x = ((S[..., None] * p).mean((2, 3), keepdim=True) * one).ceil().long()
+        x = (S[..., None] * p).mean((2, 3), keepdim=True) * one
+        x = torch.maximum((x + 0.5).floor(), x > 0).long()
         always = x >= one
         weight = torch.where(always, p, torch.where(x > 0, p * one / x, 0.0))
         strata = int(most.max()) + (n >> int(bits.min())) + 1
@@ -149,18 +153,18 @@ def make_comb(p: torch.Tensor, draws: torch.Tensor, shared: bool) -> Comb:
 
 
 def draw_thresholds(
-    comb: Comb, sampler: str, seed: torch.Tensor, layer: int, step: torch.Tensor, sequence: torch.Tensor
+    comb: Comb, sampler: str, seed: torch.Tensor, layer: int, step: torch.Tensor, head: torch.Tensor
 ) -> torch.Tensor:
     """Offsets U of the strata, int64 ``[B, H_kv, g, Lq, m]`` in units of ``2**-comb.bits``; for ``"iid"`` the sorted
     thresholds themselves.
 
-    ``step`` int64 ``[B, Lq]``; ``sequence`` int64 ``[B, H_kv, g]``; ``Lq`` and ``g`` are 1 for shared rows.
+    ``step`` int64 ``[B, Lq]``; ``head`` int64 ``[H_kv, g]``; ``Lq`` and ``g`` are 1 for shared rows.
     """
     per = strata_per_offset(sampler)
 
     def draw(count: int, bucket: int) -> torch.Tensor:
         place = torch.arange(count, device=step.device)
-        u = philox_uniform(seed, layer, place, bucket, step[:, None, None, :, None], sequence[..., None, None])
+        u = philox_uniform(seed, layer, place, bucket, step[:, None, None, :, None], head[..., None, None])
         return (u * 2.0**24).long()
 
     if sampler != "iid":
@@ -225,12 +229,14 @@ def probabilities(
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     k = key.to(dtype).masked_fill(~visible.any(1)[:, None, :, None], 0)
-    scores = (query.unflatten(1, (key.shape[1], -1)).to(dtype) * scale) @ k[:, :, None].mT
+    H_kv, Lq = key.shape[1], query.shape[2]
+    rows = query.unflatten(1, (H_kv, -1)).flatten(2, 3).to(dtype) * scale
+    scores = (rows @ k.mT).unflatten(2, (-1, Lq))
     if softcap:
         scores = softcap * (scores / softcap).tanh()
     scores = scores.masked_fill(~visible[:, None, None], -math.inf)
     if sinks is not None:
-        column = sinks.to(dtype).view(1, key.shape[1], -1, 1, 1).expand(*scores.shape[:4], 1)
+        column = sinks.to(dtype).view(1, H_kv, -1, 1, 1).expand(*scores.shape[:4], 1)
         scores = torch.cat([scores, column], -1)
     lse = scores.logsumexp(-1)
     unseeing = (scores == -math.inf).all(-1, keepdim=True)
@@ -248,16 +254,14 @@ def sample_weights(
 ) -> torch.Tensor:
     """The weights of the value rows, float64 ``[B, H_kv, g, Lq, n]`` like ``p``; of expectation ``p``, mostly 0.
 
-    ``draws`` int64 ``[H]``; ``step`` int64 ``[B, Lq]``.
+    ``draws`` int64 ``[H]`` or ``[B, H]``; ``step`` int64 ``[B, Lq]``.
     """
-    B, H_kv, g = p.shape[:3]
+    H_kv, g = p.shape[1:3]
     broken = p.isnan().any(-1, keepdim=True)  # draws nothing, and stays what it is
     comb = make_comb(p.masked_fill(broken, 0.0), draws, shared)
-    if shared:
-        step, sequence = step[:, -1:], sequence_counter(B, H_kv, p.device)[..., None]
-    else:
-        sequence = sequence_counter(B, H_kv * g, p.device).unflatten(1, (H_kv, g))
-    thresholds = draw_thresholds(comb, sampler, seed, layer, step, sequence)
+    step, g = (step[:, -1:], 1) if shared else (step, g)
+    head = torch.arange(H_kv * g, device=p.device).view(H_kv, g)
+    thresholds = draw_thresholds(comb, sampler, seed, layer, step, head)
     return (hits(comb, sampler, thresholds) * comb.weight).masked_fill(broken, math.nan)
 
 
@@ -281,22 +285,39 @@ def santa_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """SANTA in plain PyTorch on any device: the definition of correct.
 
-    ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``; ``draws`` int64 ``[H]``,
-    S of every query head, or None for exact attention; ``seed`` 0-dim int64; ``padding`` bool ``[B, Lk]``, True for a
-    real key; ``lengths`` int64 ``[B]``, the keys of every sequence where it does not fill the cache; ``bernoulli``
-    levels of the query's random rounding, 0 for none; ``sinks`` ``[H]``, a logit per query head, in any float dtype;
-    ``window`` places, its own and those before, at which a query sees keys, 0 for all; ``softcap`` of the scores, 0 for
-    none. Returns ``out`` ``[B, H, Lq, Dv]`` and ``lse`` ``[B, H, Lq]`` in float32 (or float64): the logarithm of the
-    softmax's denominator, so of all visible keys, read or not, and of the sink.
+    ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``; ``draws`` int64 ``[H]``
+    or ``[B, H]``, S of every query head, 0 in all heads of a sequence that is to be exact, or None for exact attention;
+    ``seed`` 0-dim int64; ``padding`` bool ``[B, Lk]``, True for a real key; ``lengths`` int64 ``[B]``, the keys of
+    every sequence where it does not fill the cache; ``bernoulli`` levels of the query's random rounding, 0 for none;
+    ``sinks`` ``[H]``, a logit per query head, in any float dtype; ``window`` places, its own and those before, at which
+    a query sees keys, 0 for all; ``softcap`` of the scores, 0 for none. Returns ``out`` ``[B, H, Lq, Dv]`` and ``lse``
+    ``[B, H, Lq]`` in float32 (or float64): the logarithm of the softmax's denominator, so of all visible keys, read or
+    not, and of the sink. Sequences are computed from the keys that their queries see, those with equally many together,
+    so that nothing but these can matter.
     """
-    sizes = query.shape[0], query.shape[2], key.shape[2], padding, lengths, query.device
+    B, H, Lq = query.shape[:3]
+    sizes = B, Lq, key.shape[2], padding, lengths, query.device
     visible, step = visible_keys(*sizes, window), visible_keys(*sizes).sum(-1)
-    rounded = round_query(query, bernoulli, seed, layer, step) if bernoulli else query
-    weights, lse = probabilities(rounded, key, visible, scale, softcap, sinks)
-    if draws is not None:
-        weights = sample_weights(weights, draws, step, seed, layer, sampler, shared)
-    v = value.to(lse.dtype).masked_fill(~visible.any(1)[:, None, :, None], 0)
-    return (weights[..., : key.shape[2]].to(v.dtype) @ v[:, :, None]).flatten(1, 2).to(query.dtype), lse
+    seen = visible.any(1)
+    seen[:, 0] |= ~seen.any(1)  # of a sequence that sees nothing a key that it does not see
+    drawn = torch.zeros(H, dtype=torch.int64) if draws is None else draws
+    drawn = drawn.to(query.device).expand(B, H)
+    sizes = torch.stack([seen.sum(1), drawn[:, 0].sign()], 1)
+    out = query.new_empty(B, H, Lq, value.shape[-1])
+    lse = query.new_empty(B, H, Lq, dtype=torch.promote_types(query.dtype, torch.float32))
+    for n, samples in sizes.unique(dim=0).tolist():
+        batch = (sizes == torch.tensor([n, samples], device=sizes.device)).all(1).nonzero()[:, 0]
+        rows = Places(batch, seen[batch].nonzero()[:, 1].view(-1, n))
+        q, k, v, mask = query[batch], rows.take(key), rows.take(value), rows.take(visible[..., None])[..., 0]
+        if bernoulli and (samples or draws is None):
+            q = round_query(q, bernoulli, seed, layer, step[batch])
+        weights, lse[batch] = probabilities(q, k, mask, scale, softcap, sinks)
+        if samples:
+            weights = sample_weights(weights, drawn[batch], step[batch], seed, layer, sampler, shared)
+        v = v.to(lse.dtype).masked_fill(~mask.any(1)[:, None, :, None], 0)
+        weights = weights[..., :n].flatten(2, 3).to(v.dtype)
+        out[batch] = (weights @ v).unflatten(2, (-1, Lq)).flatten(1, 2).to(out.dtype)
+    return out, lse
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -371,19 +392,25 @@ def read_probability(p: torch.Tensor, draws: torch.Tensor, sampler: str, shared:
 # Op
 
 
-def _resolve(draws: list[int], layers: list[int], fraction: float, H: int, Lk: int, layer: int) -> list[int]:
-    """S of every head at the site ``layer``: ``draws`` holds a row of 1 or H numbers for every entry of ``layers`` and
-    one for all other sites; 0 stands for the fraction of the keys."""
+def _at_site(draws: list[int], layers: list[int], H: int, layer: int) -> list[int]:
+    """The numbers of every head at the site ``layer``: ``draws`` holds a row of 1 or H for every entry of ``layers``
+    and one for all other sites."""
     width, rest = divmod(len(draws), len(layers) + 1)
     if rest or width not in (1, H):
         raise ValueError(
             f"draws: {len(draws)} numbers; must be 1 or {H} (heads) for each of {len(layers)} layers and 1 more"
         )
     row = layers.index(layer) if layer in layers else len(layers)
-    chosen = [S or max(1, round(fraction * Lk)) for S in draws[row * width : (row + 1) * width]]
+    return draws[row * width : (row + 1) * width] * (H // width)
+
+
+def _resolve(draws: list[int], fraction: float, table: Sequence[int], Lk: int) -> list[int]:
+    """S of every head for ``Lk`` keys; 0 stands for an entry of the table, or the fraction of the keys."""
+    varying = rows_at(table, Lk) if table else max(1, round(fraction * Lk))
+    chosen = [S or varying for S in draws]
     if not 1 <= min(chosen) <= max(chosen) <= MAX_DRAWS:
         raise ValueError(f"draws={chosen}: must be integers from 1 to {MAX_DRAWS}")
-    return chosen * (H // width)
+    return chosen
 
 
 def in_reach(Lq: Any, Lk: Any, window: int) -> Any:
@@ -414,16 +441,17 @@ def _body(query, key, value, padding, seed, scale, layer, lengths=None, sinks=No
     window, softcap = options.get("window", 0), options.get("softcap", 0.0)
     _check_forms(H, query.device, sinks, window, softcap)
     seen = in_reach(Lq, Lk, window)
-    S = _resolve(H=H, Lk=seen, layer=layer, **{x: options[x] for x in ("draws", "layers", "fraction")})
+    fraction, table = options["fraction"], options.get("table", ())
+    site = _at_site(options["draws"], options["layers"], H, layer)
+    S = _resolve(site, fraction, table, seen)
     sampler, shared, levels = options["sampler"], options["shared"], options.get("bernoulli", 0)
     _check_sampler(sampler, shared)
     check_levels(levels)
-    whole = seen < options["min_length"] or seen <= min(S)
+    alike = padding is None and lengths is None  # otherwise every sequence has its own number of keys
+    whole = seen < options["min_length"] or (seen <= min(S) and (alike or all(site)))
     if query.is_cuda and options["min_length"] < 0:
         key_bytes = key.numel() // Lk * seen * key.element_size()
         whole = whole or loses(B, H, key.shape[1], Lq, seen, key_bytes, max(S)) is not None
-    chosen = None if whole else S
-    rounding = 0 if whole else levels
     more = dict(padding=padding, lengths=lengths, sinks=sinks, window=window, softcap=softcap)
     if query.is_cuda:
         if not shared:
@@ -435,11 +463,18 @@ def _body(query, key, value, padding, seed, scale, layer, lengths=None, sinks=No
         if whole and plain and cudnn_takes(query.device, query.dtype, D):
             return exact_attention(query, key[:, :, -seen:], value[:, :, -seen:], scale, causal=False)
         per = strata_per_offset(sampler)
-        return santa_triton(query, key, value, chosen, scale, seed, layer, per=per, bernoulli=rounding, **more)
-    chosen = None if chosen is None else torch.tensor(chosen)
-    more |= dict(sampler=sampler, shared=shared, bernoulli=rounding)
-    out, lse = santa_reference(query, key, value, chosen, scale, seed, layer, **more)
-    return out.contiguous(), lse.contiguous()
+        site = S if alike else site
+        more |= dict(per=per, bernoulli=0 if whole else levels, fraction=fraction, table=table)
+        more |= dict(exact_below=0 if alike else max(options["min_length"], min(site) + 1))
+        return santa_triton(query, key, value, None if whole else site, scale, seed, layer, **more)
+    keys = visible_keys(B, Lq, Lk, padding, lengths, query.device)[:, -1].sum(-1).tolist()
+    chosen = []
+    for n in (in_reach(Lq, n, window) for n in keys):
+        S = _resolve(site, fraction, table, n)
+        chosen.append([0] * H if n < options["min_length"] or n <= min(S) else S)
+    more |= dict(sampler=sampler, shared=shared, bernoulli=levels)
+    chosen = torch.tensor(chosen, dtype=torch.int64).view(B, H)
+    return santa_reference(query, key, value, chosen, scale, seed, layer, **more)
 
 
 def loses(B: int, H: int, H_kv: int, Lq: int, Lk: int, key_bytes: int, S: int) -> str | None:
@@ -473,7 +508,7 @@ OP = define_op(
     "santa",
     "(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor seed, float scale, int layer, "
     "Tensor? lengths=None, Tensor? sinks=None, *, int[] draws, int[] layers, float fraction, str sampler, bool shared, "
-    "int min_length, int window=0, float softcap=0.0, int bernoulli=0) -> (Tensor, Tensor)",
+    "int min_length, int window=0, float softcap=0.0, int bernoulli=0, int[] table=[]) -> (Tensor, Tensor)",
     of_any_size(_body),
     attention_fake,
     _no_gradient,
@@ -510,14 +545,14 @@ def _draws_of(policy: Policy, draws: Any) -> tuple[list[int], list[int]]:
                 "module paths to either"
             )
     if len(rows) == len(table):
-        rows.append([0 if isinstance(policy.budget, float) else policy.budget])
+        rows.append([policy.budget if isinstance(policy.budget, int) else 0])
         if rows[-1][0] > MAX_DRAWS:
             raise ValueError(f"budget={policy.budget!r}: must be at most {MAX_DRAWS} draws")
     return [S for row in rows for S in (row if len(row) == width else row * width)], [layer_key(path) for path in table]
 
 
 def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
-    params = _params(spec, policy)  # a bad value is reported when the model is rewritten, whatever is refused
+    params = _params(Site(spec), policy)  # a bad value is reported when the model is rewritten, whatever is refused
     mask, reason = spec.mask, None
     width = len(params["draws"]) // (len(params["layers"]) + 1)
     if mask.unknown is not None:
@@ -555,13 +590,14 @@ def _loses(spec: AttentionSpec, policy: Policy) -> str | None:
     sizes = spec.B, spec.H, spec.H_kv, spec.Lq, spec.Lk, spec.D
     if spec.device != "cuda" or not all(isinstance(size, int) for size in sizes):
         return None  # decided at run time
-    params = _params(spec, policy)
+    params = _params(Site(spec), policy)
     seen = in_reach(spec.Lq, spec.Lk, spec.mask.window or 0)
-    S = max(draws or max(1, round(params["fraction"] * seen)) for draws in params["draws"])
+    S = max(_resolve(params["draws"], params["fraction"], params.get("table", ()), seen))
     return loses(*sizes[:4], seen, spec.B * spec.H_kv * seen * spec.D * spec.dtype.itemsize, S)
 
 
-def _params(spec: AttentionSpec | None, policy: Policy) -> dict[str, Any]:
+def _params(site: Site, policy: Policy) -> dict[str, Any]:
+    spec = site.spec
     own = METHOD.own_options(policy)
     _check_sampler(own["sampler"], own["shared"])
     check_levels(own["bernoulli"])
@@ -570,6 +606,7 @@ def _params(spec: AttentionSpec | None, policy: Policy) -> dict[str, Any]:
         "draws": draws,
         "layers": layers,
         "fraction": policy.budget if isinstance(policy.budget, float) else 0.0,
+        **({"table": [min(rows, MAX_DRAWS) for rows in policy.budget]} if isinstance(policy.budget, tuple) else {}),
         "sampler": own["sampler"],
         "shared": own["shared"],
         "bernoulli": own["bernoulli"],
@@ -587,7 +624,7 @@ def _named(options: Mapping[str, Any]) -> dict[str, str]:
 def _rows(params: Mapping[str, Any], Lk: int) -> int:
     """The mean of the draws per head, of all layers that are listed; 0 stands for the fraction."""
     Lk = in_reach(1, Lk, params.get("window", 0))
-    drawn = [draws or max(1, round(params["fraction"] * Lk)) for draws in params["draws"]]
+    drawn = _resolve(params["draws"], params["fraction"], params.get("table", ()), Lk)
     return round(sum(drawn) / len(drawn))
 
 

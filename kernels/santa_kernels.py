@@ -12,9 +12,9 @@ head read the same rows. Here the rows of a comb come in *tiles*:
   side, and only their values are read. The last program of a sequence adds the partial results in order, which gives
   the same bits every time.
 
-Where a chunk starts on the comb is a float32 prefix of sums, not the sum of the integers before it. Its offset is
-uniform all the same, so every row is drawn as often as it should be; all that can differ is whether a threshold that
-falls on the border of two chunks, within rounding, counts for one, both or neither.
+Where a chunk starts on the comb is a float32 prefix of sums, not the sum of the integers before it, which is the same
+up to rounding. Its offset is uniform all the same, so every row is drawn as often as it should be; all that can differ
+is whether a threshold that falls on the border of two chunks, within rounding, counts for one, both or neither.
 
 Needs a GPU with 64-bit atomics and tensor descriptors (emulated before Hopper), or Triton's interpreter. Supports
 float16, bfloat16 and float32, ``H / H_kv * Lq`` up to 256 and any head sizes that fit in shared memory. Reads
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ import torch
 from express_compile.spec import feature_major, floor_power_of_two
 
 from ._triton import FLOAT32_DOT, constant, draw_uniform, jit, launch, next_power_of_two, require_triton, tl
-from .bernoulli import round_query_triton
+from .bernoulli import is_whole, round_query_triton
 from .segments import _describe
 
 MAX_ROWS = 256  # query heads of a KV head times queries
@@ -43,6 +44,7 @@ CHUNK = 2048  # keys per program of the draws; half as many where these would be
 DRAW_PROGRAMS = 132
 SUMMED = 8  # parts of the result that one program adds up, at least
 GROUP = 16  # value rows per product
+NO_LIMIT = (1 << 31) - 1
 WARPS = 4
 
 
@@ -121,14 +123,14 @@ def _score_kernel(
 
 
 @jit
-def _below(b_x, p_seed, layer, step, sequence, offset, BITS: tl.constexpr, PER: tl.constexpr):
-    """Thresholds below ``b_x``, of which stratum m has one at ``m + U_m``, in units of ``2**-BITS``."""
-    b_stratum = b_x >> BITS
+def _below(b_x, p_seed, layer, step, head, offset, bits, PER: tl.constexpr):
+    """Thresholds below ``b_x``, of which stratum m has one at ``m + U_m``, in units of ``2**-bits``."""
+    b_stratum = b_x >> bits
     b_offset = b_x * 0 + offset
     if PER > 0:
-        b_u = draw_uniform(tl.load(p_seed), layer, b_stratum // PER, 1 << 30, step, sequence)
-        b_offset = (b_u * 16777216.0).to(tl.int32) >> (24 - BITS)
-    return b_stratum + (b_x - (b_stratum << BITS) > b_offset).to(tl.int32)
+        b_u = draw_uniform(tl.load(p_seed), layer, b_stratum // PER, 1 << 30, step, head)
+        b_offset = (b_u * 16777216.0).to(tl.int32) >> (24 - bits)
+    return b_stratum + (b_x - (b_stratum << bits) > b_offset).to(tl.int32)
 
 
 @jit
@@ -142,11 +144,12 @@ def _sum_parts(p_part, o_x, m_x, count, stride, BX: tl.constexpr, BP: tl.constex
     return b_sum
 
 
-@jit(general="KVH G T E span programs layer")
+@jit(general="KVH G T E span programs layer exact_below reach stride_db")
 def _draw_kernel(
-    p_v, p_u, p_most, p_entry, p_count, p_draws, p_seed, p_step, p_offset, p_lengths, p_sinks, p_rows, p_weights,
-    p_part, p_out, p_lse, layer, KVH, G, T, E, span, programs, window, stride_vb, stride_vh, stride_vn,
-    LQ: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, ALL: tl.constexpr, DV: tl.constexpr,
+    p_v, p_u, p_most, p_entry, p_count, p_draws, p_bits, p_seed, p_step, p_offset, p_lengths, p_sinks, p_rows,
+    p_weights, p_part, p_out, p_lse, layer, KVH, G, T, E, span, programs, window, exact_below, reach, stride_db,
+    stride_vb, stride_vh, stride_vn,
+    LQ: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, DV: tl.constexpr,
     BDV: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
     BG: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
@@ -154,12 +157,15 @@ def _draw_kernel(
     i_b, i_kv = i_seq // KVH, i_seq % KVH
     TILES: tl.constexpr = BC // BN
     o_n, o_r, o_key = tl.arange(0, BC), tl.arange(0, BR), tl.arange(0, BN)
-    first, one = i_chunk * TILES, 1 << BITS
+    first, bits = i_chunk * TILES, BITS
+    if p_bits is not None:
+        bits = tl.load(p_bits + i_b)
+    one = 1 << bits
     o_tile = first + tl.arange(0, TILES)
     p_u += i_seq.to(tl.int64) * T * (R * BN)
     p_most += i_seq.to(tl.int64) * R * T
     p_entry += i_seq.to(tl.int64) * 2 * R * E
-    p_draws += i_kv * G
+    p_draws += i_b * stride_db + i_kv * G
 
     # softmax statistics of all keys, and how much of them lies before these
     m_r = o_r < R
@@ -185,7 +191,7 @@ def _draw_kernel(
     if i_chunk == 0:
         b_lse = (b_top + tl.log2(tl.where(b_all > 0, b_all, 1.0))) * 0.6931471805599453
         tl.store(p_lse + i_seq.to(tl.int64) * R + o_r, tl.where(b_all > 0, b_lse, float("-inf")), mask=m_r)
-    b_rate = tl.load(p_draws + o_r // LQ, mask=m_r, other=0.0) / R
+    b_rate = tl.abs(tl.load(p_draws + o_r // LQ, mask=m_r, other=0.0)) / R
     start = tl.sum(b_before * b_inverse * b_rate)
     # what makes probabilities of the stash takes the place of the maxima of these tiles
     b_factor = tl.exp2(b_factor - b_top[:, None]) * b_inverse[:, None]  # [BR, TILES]
@@ -193,7 +199,7 @@ def _draw_kernel(
     tl.store(p_most + o_r[:, None] * T + o_tile[None, :], b_factor, mask=m_t)
 
     # the comb of these keys: their expected draws, the mean over heads and queries
-    b_factor *= tl.load(p_draws + o_r // LQ, mask=m_r, other=0.0)[:, None]
+    b_factor *= tl.abs(tl.load(p_draws + o_r // LQ, mask=m_r, other=0.0))[:, None]
     b_x = tl.zeros([TILES, BN], tl.float32)
     m_u = (o_tile < T)[:, None]
     if window is not None:  # nothing was left of the tiles before it
@@ -203,20 +209,22 @@ def _draw_kernel(
         b_u = tl.load(p_u + o_u, mask=m_u, other=0.0, eviction_policy="evict_first")
         b_x += b_u.to(tl.float32) * tl.sum(tl.where((o_r == r)[:, None], b_factor, 0.0), 0)[:, None]
     b_x = tl.reshape(b_x, [BC])
-    b_x = tl.ceil(b_x * (one / R)).to(tl.int32)
+    b_x *= one / R
+    b_x = tl.maximum(tl.floor(b_x + 0.5), tl.where(b_x > 0, 1.0, 0.0)).to(tl.int32)
     b_high = (start * one).to(tl.int32) + tl.cumsum(b_x, 0)
-    step, sequence = tl.load(p_step + i_b).to(tl.int32), (i_b * 65536 + i_kv).to(tl.int32)
+    step = tl.load(p_step + i_b).to(tl.int32)
+    whole = is_whole(step, p_draws, exact_below, reach)
     if p_offset is None:
-        b_draw = draw_uniform(tl.load(p_seed), layer, tl.arange(0, 1), 1 << 30, step, sequence)
-        offset = tl.sum((b_draw * 16777216.0).to(tl.int32) >> (24 - BITS))
+        b_draw = draw_uniform(tl.load(p_seed), layer, tl.arange(0, 1), 1 << 30, step, i_kv)
+        offset = tl.sum((b_draw * 16777216.0).to(tl.int32) >> (24 - bits))
     else:
         offset = tl.load(p_offset + i_seq)
-    b_hits = _below(b_high, p_seed, layer, step, sequence, offset, BITS, PER) - _below(
-        b_high - b_x, p_seed, layer, step, sequence, offset, BITS, PER
+    b_hits = _below(b_high, p_seed, layer, step, i_kv, offset, bits, PER) - _below(
+        b_high - b_x, p_seed, layer, step, i_kv, offset, bits, PER
     )
     # expected draws of 1 or more: always read, with its own weight
     b_weight = b_hits.to(tl.float32) * one / tl.maximum(b_x, 1).to(tl.float32)
-    b_weight = tl.where((b_x >= one) | (ALL & (b_x > 0)), 1.0, b_weight)
+    b_weight = tl.where((b_x >= one) | (whole & (b_x > 0)), 1.0, b_weight)
 
     # the rows that are hit, side by side, and then their values
     m_hit = b_weight > 0
@@ -283,6 +291,21 @@ def _draws_on(draws: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return constant(np.array(draws, np.float32), device)
 
 
+def _varying_draws(
+    draws: torch.Tensor, seen: torch.Tensor, fraction: float, table: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """S of every head, float32 ``[B, H]``, and the bits F that a sequence has, int32 ``[B]``, where ``draws`` ``[H]``
+    has zeros; negative in all heads of a sequence that sees no more keys than draws. ``seen`` int64 ``[B]``."""
+    if table:
+        at = (torch.frexp(seen.double()).exponent.long() - 5).clamp(0, len(table) - 1)
+        varying = _draws_on(tuple(table), draws.device)[at]
+    else:
+        varying = (seen.double() * fraction).round().clamp(min=1).float()
+    S = torch.where(draws == 0, varying[:, None], draws)
+    bits = (30 - torch.frexp(S.amax(1) + 1).exponent).clamp(max=24)
+    return torch.where((seen <= S.amin(1))[:, None], -S, S), bits.to(torch.int32)
+
+
 @functools.lru_cache(maxsize=256)
 def _step_on(step: int, B: int, device: torch.device) -> torch.Tensor:
     return constant(np.full(B, step, np.int64), device)
@@ -298,6 +321,9 @@ def santa_triton(
     layer: int,
     *,
     per: int = 0,
+    exact_below: int = 0,
+    fraction: float = 0.0,
+    table: Sequence[int] = (),
     padding: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     offset: torch.Tensor | None = None,
@@ -306,7 +332,9 @@ def santa_triton(
     window: int = 0,
     softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`.santa.santa_reference` with ``shared=True``; ``draws`` lists S of every query head, None is exact.
+    """:func:`.santa.santa_reference` with ``shared=True``; ``draws`` lists S of every query head, 0 where it
+    varies, an entry of ``table`` or a ``fraction`` of the real keys in reach of a sequence; None reads all. A sequence
+    with fewer than ``exact_below`` such keys is exact, and where S varies one with at most as many as draws.
 
     Keys that lie feature by feature are read as they are, and of them only the features that the query needs; the
     fastest where their strides are multiples of 16 bytes.
@@ -324,9 +352,17 @@ def santa_triton(
         padding = padding.contiguous().view(torch.uint8)
     else:
         step = _step_on(n, B, device) if lengths is None else lengths
+    reach, bits, stride_db = window + Lq - 1 if window else NO_LIMIT, None, 0
+    counted = _draws_on(tuple(draws or [1] * H), device)
+    if draws is not None and not all(draws):
+        counted, bits = _varying_draws(counted, step.clamp(max=reach), fraction, table)
+        stride_db = H
     unit = None
     if bernoulli:
-        query, unit = round_query_triton(query, n, bernoulli, seed, layer, step, padding, lengths)
+        exact = None if draws is None else (counted, exact_below, reach, stride_db)
+        query, unit = round_query_triton(query, n, bernoulli, seed, layer, step, padding, lengths, exact)
+    if draws is None:
+        exact_below = NO_LIMIT
     if window >= n:
         window = 0
     if window and lengths is None:
@@ -343,7 +379,6 @@ def santa_triton(
     T, sequences = -(-n // tile), B * KVH
     q = query if query.stride(3) == 1 else query.contiguous()
     v = value if value.stride(3) == 1 else value.contiguous()
-    bits = grid_bits(max(draws) if draws else 1)
     chunk = CHUNK if n * sequences >= CHUNK * DRAW_PROGRAMS else CHUNK // 2
     # eight tiles at least: with four the draws took 26 us instead of 11 (D = 64)
     chunk = max(tile, min(max(chunk, 8 * tile), next_power_of_two(n)))
@@ -365,7 +400,6 @@ def santa_triton(
     counts = -(-programs // summed) + 1
     rows = torch.empty(sequences * (programs * chunk + counts), dtype=torch.int32, device=device)
     count = rows[-sequences * counts :]
-    counted = _draws_on(tuple(draws or [1] * H), device)
     out = torch.empty(B, H, Lq, Dv, dtype=q.dtype, device=device)
     lse = torch.empty(B, H, Lq, dtype=torch.float32, device=device)
     BR = next_power_of_two(R)
@@ -379,10 +413,11 @@ def santa_triton(
         num_warps=8 if at_once in (1, 4) else 4, num_stages=stages,  # such loads take more registers
     )  # fmt: skip
     launch(_draw_kernel, (programs, sequences),
-        v, u, most, entry, count, counted, seed, step, offset, lengths if skips else None,
+        v, u, most, entry, count, counted, bits, seed, step, offset, lengths if skips else None,
         None if sinks is None else sinks.contiguous(), rows, weights, part, out, lse,
-        layer, KVH, H // KVH, T, entries, span, programs, window if skips else None, *v.stride()[:3],
-        LQ=Lq, R=R, BITS=bits, PER=per, ALL=draws is None, DV=Dv, BDV=BDV, BM=BM, BR=BR,
+        layer, KVH, H // KVH, T, entries, span, programs, window if skips else None,
+        exact_below, reach, stride_db, *v.stride()[:3],
+        LQ=Lq, R=R, BITS=grid_bits(max(draws) if draws else 1), PER=per, DV=Dv, BDV=BDV, BM=BM, BR=BR,
         BE=max(16, min(1024 // BR, next_power_of_two(entries))), BN=tile, BC=chunk, BG=GROUP,
         BP=max(1, min(4, 4096 // (BR * BDV))), BS=summed, num_warps=WARPS, num_stages=1,
     )  # fmt: skip

@@ -222,8 +222,10 @@ def compress_schedule(tokens: int, s: int) -> Schedule:
     for i in range(rounds):
         rows = max(2, 2 * s >> (rounds - 1 - i))
         number = (tokens >> i) // rows
-        # the failure probability of Express's last level, shared by the buckets of all rounds
-        launches.append((Halving(source, size, rows, number, stage(0, i), 0, 0.5 / (rounds * number)),))
+        # counted from the last one: a round does not depend on how many come before it. Failures add up to 1/2
+        left = rounds - i
+        delta = 0.5 / (left * (left + 1) * number)
+        launches.append((Halving(source, size, rows, number, stage(0, left - 1), 0, delta),))
         source, size = size, size + (tokens >> (i + 1))
     return Schedule(tokens, s, 0, size, (), tuple(launches), (), ())
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from ._triton import constant, jit, launch, next_power_of_two, require_triton, tl
 
@@ -171,19 +172,26 @@ def _behind(lengths: torch.Tensor, slices: list, copied: int) -> torch.Tensor:
     return torch.cat(rows).to(lengths.device) >= lengths[:, None]
 
 
-def _blocks(query, key, value, compacted_key, compacted_value, table: SegmentTable, scale: float, dtype):
-    """Block by block: the queries' range, the slices of its rows, queries, keys, values and masked scores."""
+def _blocks(query, key, value, compacted_key, compacted_value, table: SegmentTable, scale: float, dtype, filled=False):
+    """Block by block: the queries' range, the slices of its rows, queries, keys, values and masked scores.
+
+    ``filled``: a last block that is shorter gets rows of zeros. What its products are rounded to may depend on their
+    size, and must not depend on how many tokens follow.
+    """
     Lq, q = query.shape[2], _grouped(query, key.shape[1])
     for block in range(len(table.tail)):
         begin = block * table.block - table.shift
         first, last = max(begin, 0), min(begin + table.block, Lq)
         slices, weight = _block_rows(table, block, Lq)
+        tail, missing = bool(table.tail[block] != NO_TAIL), (begin + table.block - last) * filled
         keys = torch.cat([(key, compacted_key)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
         values = torch.cat([(value, compacted_value)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
-        rows = q[:, :, :, first:last].to(dtype)
-        yield slice(first, last), slices, rows, keys, values, _block_scores(
-            rows, keys, weight, scale, tail=table.tail[block] != NO_TAIL
-        )  # fmt: skip
+        rows = pad(q[:, :, :, first:last].to(dtype), (0, 0, 0, missing))
+        if tail:
+            keys, values = (pad(x, (0, 0, 0, missing)) for x in (keys, values))
+            weight = pad(weight, (0, missing))
+        scores = _block_scores(rows, keys, weight, scale, tail)
+        yield slice(first, last), slices, rows, keys, values, scores
 
 
 def _grouped(x: torch.Tensor, H_kv: int) -> torch.Tensor:
@@ -223,16 +231,19 @@ def segment_attention_reference(
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     lse = torch.empty(query.shape[:3], dtype=dtype, device=query.device)
-    blocks = _blocks(query, key, value, compacted_key, compacted_value, table, scale, dtype)
+    blocks = _blocks(query, key, value, compacted_key, compacted_value, table, scale, dtype, filled=True)
     for queries, slices, rows, _, values, scores in blocks:
         if lengths is not None:
-            scores = scores.masked_fill(_behind(lengths, slices, A)[:, None, None], -math.inf)
+            behind = _behind(lengths, slices, A)
+            behind = pad(behind, (0, scores.shape[-1] - behind.shape[1]))
+            scores = scores.masked_fill(behind[:, None, None], -math.inf)
         top = scores.detach().amax(-1, keepdim=True)
         weights = scores.sub_(top.clamp(min=torch.finfo(top.dtype).min)).exp_()
         mass = weights.sum(-1, keepdim=True)
         result, total = weights @ values / mass.clamp(min=1e-30), (top + mass.log())[..., 0]
-        _grouped(out, H_kv)[:, :, :, queries] = result.unflatten(2, (rows.shape[2], -1)).to(out.dtype)
-        _grouped(lse, H_kv)[:, :, :, queries] = total.unflatten(2, (rows.shape[2], -1))
+        b = queries.stop - queries.start
+        _grouped(out, H_kv)[:, :, :, queries] = result.unflatten(2, (rows.shape[2], -1))[:, :, :, :b].to(out.dtype)
+        _grouped(lse, H_kv)[:, :, :, queries] = total.unflatten(2, (rows.shape[2], -1))[:, :, :, :b]
     return out, lse
 
 

@@ -5,7 +5,7 @@
 C is what KH-Compress leaves of the keys: all of them are halved again and again in buckets that double, until ``s``
 are left, all of equal weight (*Low-Rank Thinning*, arXiv 2502.12063). A sequence whose length L is not ``s`` times a
 power of two is stretched to the next such length n' first: place i holds token ``floor((i + u) L / n')`` with one
-uniform u per sequence and head, so that every token is expected equally often and none is dropped systematically.
+uniform u per head, so that every token is expected equally often and none is dropped systematically.
 (The paper keeps every (L / 4**p)-th token instead.) Sequences of at most ``s`` tokens get exact attention.
 
 Error law (the paper's, for keys of low rank): falls like ``1 / s`` up to logarithms, that of a uniform sample like
@@ -16,14 +16,15 @@ Of a policy, ``budget``, ``halving``, ``seed`` and ``min_length`` count; there a
 protected rows.
 
 Supports self and cross attention, grouped queries, Dv != D, any length, key padding on any side (a padded key is
-never selected; a sequence without any real key gives 0, as SDPA does), float16, bfloat16, float32 (float64 in the
-reference). Refuses causal masks, windows, biases and dropout.
+never selected nor counted; a sequence without any real key gives 0, as SDPA does), float16, bfloat16, float32 (float64
+in the reference). Refuses causal masks, windows, biases and dropout.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,12 +34,13 @@ import torch
 from express_compile import cost as c
 from express_compile.method import Method, register
 from express_compile.plain import number
-from express_compile.spec import AttentionSpec, Policy, Refusal, floor_power_of_two, known_equal
+from express_compile.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
 
 from ._op import define_attention, no_kernel
-from ._triton import draw_uniform, jit, launch, philox_uniform, require_triton, sequence_counter, tl
+from ._padding import real_first
+from ._triton import draw_uniform, jit, launch, philox_uniform, require_triton, tl
 from .exact import exact_attention
-from .express import MIN_QUERIES, gather_rows, halve_all_reference, real_first
+from .express import MIN_QUERIES, gather_rows, halve_all_reference
 from .halving import HalvingRule, get_rule
 from .schedule import STRETCH, Schedule, budget_options, compress_schedule, rows_of, stage
 from .segments import dense_table, segment_attention
@@ -53,40 +55,70 @@ def make_schedule(Lk: int, s: int) -> Schedule:
     return compress_schedule(s << (-(-Lk // s) - 1).bit_length(), s)
 
 
+def pieces(rows: Callable[[int], int], longest: int) -> list[tuple[int, int, int]]:
+    """What becomes of sequences of up to ``longest`` tokens: of those of ``first`` to ``last`` tokens ``s`` are kept,
+    or all for 0, as a list of ``(first, last, s)``.
+
+    ``rows(L)`` of L tokens are kept, all if that is as many. From one power of two to the next it must not fall.
+    """
+
+    def kept(L: int) -> int:
+        return s if (s := rows(L)) < L else 0
+
+    found: list[tuple[int, int, int]] = []
+    for k in range(longest.bit_length()):
+        first, stop = 1 << k, min(2 << k, longest + 1)
+        while first < stop:
+            s = kept(first)
+            after = first + bisect.bisect_right(range(first, stop), s, key=kept)
+            start = found.pop()[0] if found and found[-1][2] == s else first
+            found.append((start, after - 1, s))
+            first = after
+    return found
+
+
 def stretch_reference(
-    order: torch.Tensor | None, length: torch.Tensor, n: int, H: int, seed: torch.Tensor, layer: int
+    order: torch.Tensor | None, length: torch.Tensor, n: int, s: int, H: int, seed: torch.Tensor, layer: int
 ) -> torch.Tensor:
     """The token at every place of a stream of ``n`` rows: int64 ``[B, H, n]``, ``n`` a power of two.
 
     ``length`` int64 ``[B]`` counts the real tokens, ``order`` int64 ``[B, Lk]`` lists them first (None: 0, 1, ..).
-    In integers, so that a kernel computes the same: ``floor((i + u) L / n)`` with u a multiple of ``2**-24``.
+    In integers, so that a kernel computes the same: ``floor((i + u) L / n)`` with u a multiple of ``2**-24``. A
+    sequence for which ``n >> j`` rows would do, the next ``s`` times a power of two, has every row of those
+    ``2**j`` times in a row: then j halvings leave what it would have begun with, had it been alone.
     """
-    B, device, bits = len(length), length.device, n.bit_length() - 1
+    device, bits = length.device, n.bit_length() - 1
     place = torch.arange(n, device=device)
     zero = torch.zeros((), dtype=torch.int64, device=device)
-    u = philox_uniform(seed, layer, zero, 0, stage(0, STRETCH), sequence_counter(B, H, device))
-    u = (u.double() * 2**24).long()[..., None]
+    u = philox_uniform(seed, layer, zero, 0, stage(0, STRETCH), torch.arange(H, device=device))
+    u = (u.double() * 2**24).long()[:, None]
     length = length[:, None, None]
-    product = place * length
-    rank = (product >> bits) + ((((product & (n - 1)) << 24) + u * length) >> (24 + bits))
+    fewer = n >> torch.arange(1, bits + 1, device=device)
+    shift = (fewer >= length.clamp(min=s)).sum(-1, keepdim=True)
+    bits = bits - shift
+    product = (place >> shift) * length
+    rank = (product >> bits) + ((((product & ((n >> shift) - 1)) << 24) + u * length) >> (24 + bits))
     rank = torch.minimum(rank, (length - 1).clamp(min=0))
-    return rank if order is None else order[:, None].expand(B, H, order.shape[1]).gather(2, rank)
+    return rank if order is None else order[:, None].expand(-1, H, -1).gather(2, rank)
 
 
-@jit(general="H Lk n bits A stride_b")
+@jit(general="H Lk n s bits A stride_b")
 def _stretch_kernel(
-    p_index, p_order, p_length, p_seed, layer, stage, H, Lk, n, bits, A, stride_b, BLOCK: tl.constexpr
+    p_index, p_order, p_length, p_seed, layer, stage, H, Lk, n, s, bits, A, stride_b, BLOCK: tl.constexpr
 ):  # fmt: skip
     """:func:`stretch_reference` into the entries of ``p_index`` behind the first A."""
     i_seq = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_seq // H, i_seq % H
     o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b_u = draw_uniform(tl.load(p_seed), layer, o_n * 0, 0, stage, (i_b * 65536 + i_h).to(tl.int32))
-    length = Lk.to(tl.int64)
+    b_u = draw_uniform(tl.load(p_seed), layer, o_n * 0, 0, stage, i_h.to(tl.int32))
+    length, shift, last = Lk.to(tl.int64), 0, n - 1
     if p_length is not None:
         length = tl.load(p_length + i_b)
-    b_product = o_n.to(tl.int64) * length
-    b_rest = ((b_product & (n - 1)) << 24) + (b_u * 16777216.0).to(tl.int64) * length
+        b_fewer = n.to(tl.int64) >> (tl.arange(0, 64) + 1)
+        shift = tl.sum((b_fewer >= tl.maximum(length, s)).to(tl.int32), 0)
+        last, bits = (n >> shift) - 1, bits - shift
+    b_product = (o_n >> shift).to(tl.int64) * length
+    b_rest = ((b_product & last) << 24) + (b_u * 16777216.0).to(tl.int64) * length
     b_rank = (b_product >> bits) + (b_rest >> (24 + bits))
     b_rank = tl.minimum(b_rank, tl.maximum(length - 1, 0))
     if p_order is not None:
@@ -99,7 +131,7 @@ def _thin_reference(key, value, order, length, schedule, rule, scale, seed, laye
     (B, H, Lk), n = key.shape[:3], schedule.tokens
     length = torch.full((B,), Lk, device=key.device) if length is None else length
     arena = torch.empty(B, H, schedule.size, dtype=torch.int64, device=key.device)
-    arena[:, :, :n] = stretch_reference(order, length, n, H, seed, layer)
+    arena[:, :, :n] = stretch_reference(order, length, n, schedule.s, H, seed, layer)
     halve_all_reference(arena, key, value, schedule, rule, scale, seed, layer)
     index = arena[:, :, -schedule.s :]
     return index, gather_rows(key, index), gather_rows(value, index)
@@ -112,7 +144,7 @@ def _thin_triton(key, value, order, length, schedule, rule, scale, seed, layer) 
     index = torch.empty(B, H, A + n * stretched, dtype=torch.int32, device=key.device)
     if stretched:
         launch(_stretch_kernel, (-(-n // 1024), B * H),
-            index, order, length, seed, layer, stage(0, STRETCH), H, Lk, n, n.bit_length() - 1, A, Lk,
+            index, order, length, seed, layer, stage(0, STRETCH), H, Lk, n, s, n.bit_length() - 1, A, Lk,
             BLOCK=1024, num_warps=4,
         )  # fmt: skip
     kept = thin(key, value, index, schedule, 0, rule, scale, seed, layer)
@@ -123,7 +155,7 @@ def select(
     key: torch.Tensor,
     value: torch.Tensor,
     padding: torch.Tensor | None,
-    s: int,
+    s: int | Callable[[int], int],
     rule: HalvingRule,
     scale: float,
     seed: torch.Tensor,
@@ -132,25 +164,32 @@ def select(
     """The coreset: which tokens it holds, int ``[B, H_kv, R]``, their keys ``[B, H_kv, R, D]`` and values
     ``[B, H_kv, R, Dv]``, and how many of its rows count, int64 ``[B]`` (None: all of them).
 
-    ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``, ``padding`` bool ``[B, Lk]`` or None; ``R`` is
-    ``min(s, Lk)``. Rows that do not count are 0. With the kernels on CUDA and the references elsewhere, which
-    draw the same numbers.
+    ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``, ``padding`` bool ``[B, Lk]`` or None; ``s`` the rows
+    to keep, or a function of the number of real tokens (as for :func:`pieces`). ``R`` is the most that a sequence
+    keeps. Rows that do not count are 0. With the kernels on CUDA and the references elsewhere, which draw the same
+    numbers. A sequence of a padded batch keeps what it would alone.
     """
     B, H, Lk = key.shape[:3]
-    device, rows = key.device, min(s, Lk)
+    device = key.device
     thin_all = _thin_triton if key.is_cuda else _thin_reference
+    rows = s if callable(s) else lambda L: s
     if padding is None:
-        if Lk > s:
-            return *thin_all(key, value, None, None, make_schedule(Lk, s), rule, scale, seed, layer), None
-        return torch.arange(rows, device=device).expand(B, H, rows), key, value, None
+        if Lk > rows(Lk):
+            return *thin_all(key, value, None, None, make_schedule(Lk, rows(Lk)), rule, scale, seed, layer), None
+        return torch.arange(Lk, device=device).expand(B, H, Lk), key, value, None
     order, length = real_first(padding), padding.sum(1)
-    index = order[:, None, :rows].expand(B, H, rows)
-    if Lk > s:
-        thinned, *_ = thin_all(key, value, order, length, make_schedule(Lk, s), rule, scale, seed, layer)
-        index = torch.where((length <= s)[:, None, None], index, thinned)
+    found = pieces(rows, Lk)
+    R, counts = max(kept or last for _, last, kept in found), length
+    index = order[:, None, :R].expand(B, H, R)
+    for first, last, kept in found:  # the device cannot be asked which of them are there
+        if kept:
+            here = (length >= first) & (length <= last)
+            thinned, *_ = thin_all(key, value, order, length, make_schedule(last, kept), rule, scale, seed, layer)
+            thinned = torch.nn.functional.pad(thinned, (0, R - kept))
+            index, counts = torch.where(here[:, None, None], thinned, index), torch.where(here, kept, counts)
     chosen = gather_rows(key, index), gather_rows(value, index)
-    behind = (torch.arange(rows, device=device) >= length[:, None])[:, None, :, None]
-    return index, *(x.masked_fill(behind, 0) for x in chosen), length.clamp(max=rows)
+    behind = (torch.arange(R, device=device) >= counts[:, None])[:, None, :, None]
+    return index, *(x.masked_fill(behind, 0) for x in chosen), counts
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -164,8 +203,8 @@ def _resolve(s, fraction, g, halving, flatten, min_length, Lk, table=()) -> tupl
 
 
 def _select(query, key, value, padding, seed, scale, layer, options):
-    s, rule = _resolve(**options, Lk=key.shape[2])
-    return select(key, value, padding, s, rule, scale, seed, layer)
+    rule = get_rule(options["halving"], options["flatten"])
+    return select(key, value, padding, lambda L: _resolve(**options, Lk=L)[0], rule, scale, seed, layer)
 
 
 def _body(query, key, value, padding, seed, scale, layer, **options):
@@ -224,7 +263,7 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
     return None if reason is None else Refusal("thinformer", reason)
 
 
-def _params(spec: AttentionSpec | None, policy: Policy) -> dict:
+def _params(site: Site, policy: Policy) -> dict:
     own = METHOD.own_options(policy)
     if not -1 <= number("g", own["g"], int) <= MAX_G:
         raise ValueError(

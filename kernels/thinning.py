@@ -316,7 +316,7 @@ def _describe_kernel(
 
 @jit
 def _decide(
-    p_index, p_k, p_v, p_centre, p_bound, p_slot, p_word, seed, layer, stage, sequence,
+    p_index, p_k, p_v, p_centre, p_bound, p_slot, p_word, seed, layer, stage, head,
     source, rows, block, valid, bucket, i_bucket, gain, scale, raw, first, A, sinks, stride_k, stride_v,
     CENTRE: tl.constexpr, STREAMED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BP: tl.constexpr, W: tl.constexpr,
@@ -402,7 +402,7 @@ def _decide(
     b_b = tl.load(p_slot + 2 * BP * BP + o_w)
     b_top = tl.load(p_slot + 2 * BP * BP + BP + o_w)
     o_pair = block * BP + o_w
-    b_u = draw_uniform(seed, layer, o_pair % half, bucket + o_pair // half, stage, sequence)
+    b_u = draw_uniform(seed, layer, o_pair % half, bucket + o_pair // half, stage, head)
     b_rows = ()
     for i in tl.static_range(BP):
         b_rows = b_rows + (tl.load(p_slot + i * BP + o_w),)  # row i of D, zero up to column i
@@ -446,7 +446,7 @@ def _tile(
     source, target, rows, block = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2), tl.load(p_row + 3)
     valid, stage, bucket, unit = tl.load(p_row + 4), tl.load(p_row + 5), tl.load(p_row + 6), tl.load(p_row + 8)
     need, word = tl.load(p_row + 9), tl.load(p_row + 10)
-    seed, sequence = tl.load(p_seed), ((i_seq // H) * 65536 + i_seq % H).to(tl.int32)
+    seed, head = tl.load(p_seed), (i_seq % H).to(tl.int32)
     p_k += (i_seq // H) * stride_kb + (i_seq % H) * stride_kh
     p_v += (i_seq // H) * stride_vb + (i_seq % H) * stride_vh
     p_ck += i_seq * A * D
@@ -468,18 +468,18 @@ def _tile(
     _await(p_count + unit, need)
     if rows == 0:  # one row of every group
         group = tl.load(p_row + 7)
-        b_u = draw_uniform(seed, layer, bucket + o_p, 0, stage, sequence)
+        b_u = draw_uniform(seed, layer, bucket + o_p, 0, stage, head)
         b_at = source + o_p * group + (b_u * group).to(tl.int32)
     elif COIN:
         o_pair = block * BP + o_p
         half = rows // 2
-        b_u = draw_uniform(seed, layer, o_pair % half, bucket + o_pair // half, stage, sequence)
+        b_u = draw_uniform(seed, layer, o_pair % half, bucket + o_pair // half, stage, head)
         b_at = source + 2 * o_p + (b_u < 0.5).to(tl.int32)
     else:
         i_bucket = tl.where(unit < buckets, unit, -1)
         b_at = _decide(
             p_index, p_k_from, p_v_from, p_centre, p_bound, p_slot, p_word + i_seq * tiles + word, seed, layer, stage,
-            sequence, source, rows, block, valid, bucket, i_bucket, tl.load(p_gain + ticket // sequences), scale, raw,
+            head, source, rows, block, valid, bucket, i_bucket, tl.load(p_gain + ticket // sequences), scale, raw,
             first, A, sinks, stride_k, stride_v, CENTRE, STREAMED, D, DV, BD, BDV, BP, W,
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ ops give 0 there too, where PyTorch lets them attend to the real tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,8 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
 from ..spec import Mask, known_equal
-from .buffers import Buffers
 from .normalize import number, operation
-from .symbolic import COORDINATES, PROVABLE, Evaluator, Unproven, example_of, is_one, size_expr
+from .symbolic import COORDINATES, PROVABLE, Evaluator, Surroundings, Unproven, example_of, formula, is_one, size_expr
 
 _B, _H, _Q, _K = COORDINATES
 
@@ -67,48 +66,45 @@ class Padding:
 def prove(
     mask: Node,
     sizes: tuple[Any, Any, Any, Any],
+    around: Surroundings,
+    reader: Node,
     *,
     coords: tuple[Any, ...] | None = None,
     hides: bool = False,
-    outer: Mapping[Node, Node] | None = None,
-    overwritten: Callable[..., bool] = lambda node, but=(): False,
-    buffers: Buffers | None = None,
 ) -> tuple[Mask, Padding | None]:
-    """What ``mask``, the ``attn_mask`` of a site with ``sizes`` ``(B, H, Lq, Lk)``, allows.
+    """What ``mask``, the ``attn_mask`` that ``reader``, a site with ``sizes`` ``(B, H, Lq, Lk)``, is given, allows.
 
     The mask broadcasts to ``sizes``, or has for every dimension an entry of ``coords``, an expression in
     :data:`~express_compile.passes.symbolic.COORDINATES`. A boolean mask shows where it is True, or ``hides`` there.
-    ``outer`` maps placeholders of a sub-graph to the nodes that feed them; ``overwritten(node, but=nodes)`` tells
-    whether a node's memory is written once it has been computed, by others than ``nodes``; ``buffers`` knows the values
-    of some placeholders. Returns the proven
-    :class:`Mask` and, if it has a key padding, where to find it; an unproven mask has ``Mask.unknown`` set. Never
-    raises for a mask it does not understand.
+    Returns the proven :class:`Mask` and, if it has a key padding, where to find it; an unproven mask has
+    ``Mask.unknown`` set. Never raises for a mask it does not understand.
     """
     shape = sizes if coords is None else example_of(mask).shape
     part = MaskPart(mask, coords or COORDINATES, tuple(shape), hides)
     as_in_sdpa = coords is None and not (hides and example_of(mask).dtype == torch.bool)
-    return prove_all([part], sizes, outer=outer, overwritten=overwritten, buffers=buffers, as_in_sdpa=as_in_sdpa)
+    return prove_all([part], sizes, around, reader, as_in_sdpa=as_in_sdpa)
 
 
 @dataclass(frozen=True)
 class MaskPart:
     """One of several masks that together hide scores: ``node`` broadcasts to a tensor of ``sizes``, whose dimensions
     are at ``coords``, expressions in :data:`~express_compile.passes.symbolic.COORDINATES`. A boolean one shows where it
-    is True, or ``hides`` there."""
+    is True, or ``hides`` there; any other is added to scores, and so is a boolean one with a ``factor``, that many
+    times."""
 
     node: Node
     coords: tuple[Any, ...]
     sizes: tuple[Any, ...]
     hides: bool = False
+    factor: float | None = None
 
 
 def prove_all(
     parts: Sequence[MaskPart],
     sizes: tuple[Any, Any, Any, Any],
+    around: Surroundings,
+    reader: Node,
     *,
-    outer: Mapping[Node, Node] | None = None,
-    overwritten: Callable[..., bool] = lambda node, but=(): False,
-    buffers: Buffers | None = None,
     as_in_sdpa: bool = False,
 ) -> tuple[Mask, Padding | None]:
     """What all ``parts`` allow together; the other arguments and the result are those of :func:`prove`.
@@ -116,16 +112,14 @@ def prove_all(
     ``as_in_sdpa``: there is one part, and it is an ``attn_mask`` as SDPA takes it.
     """
     try:
-        evaluator = Evaluator(outer or {}, overwritten, buffers)
-        shown = [evaluator.visible(part.node, part.coords, part.sizes, part.hides) for part in parts]
+        evaluator = Evaluator(around, reader, sizes)
+        shown = [evaluator.visible(part.node, part.coords, part.sizes, part.hides, part.factor) for part in parts]
         return _classify(sympy.And(*shown), evaluator, parts[0].node, sizes, as_in_sdpa)
     except Unproven as error:
         return Mask(unknown=str(error), nearest=error.nearest), None
 
 
-def prove_key_padding(
-    mask: Node, *, outer: Mapping[Node, Node], overwritten: Callable[..., bool]
-) -> tuple[Mask, Padding | None]:
+def prove_key_padding(mask: Node, around: Surroundings, reader: Node) -> tuple[Mask, Padding | None]:
     """The key padding that ``mask`` ``[B, Lk]`` or ``[Lk]`` is, which hides a key by True or by minus infinity.
 
     A float mask that may hold anything else than that and 0 is unknown. The arguments and the result are those of
@@ -134,7 +128,7 @@ def prove_key_padding(
     example = example_of(mask)
     if example.dtype != torch.bool:
         try:
-            Evaluator(outer, overwritten).visible(mask, (_B, _K)[-example.dim() :], example.shape)
+            Evaluator(around, reader).visible(mask, (_B, _K)[-example.dim() :], example.shape)
         except Unproven as error:
             return Mask(
                 unknown=f"of its key padding, {error}; a boolean one needs no proof", nearest="a boolean mask"
@@ -173,34 +167,23 @@ def _classify(
         for literal in condition.atoms(Relational)
         if (truth := _everywhere(literal, q_len, k_len)) is not None
     }
-    condition = condition.xreplace(decided)
+    condition = _absorbed(condition.xreplace(decided), q_len, k_len)
     if condition is sympy.false:
         raise Unproven("it hides every key")
     offsets: list[Any] = []
     reaches: list[Any] = []
-    paddings: list[Relational] = []
+    paddings: list[Boolean] = []
     for literal in sympy.And.make_args(condition):
         if literal is sympy.true or _segment(literal) is not None:
             continue
-        if not isinstance(literal, Relational):
-            raise _unproven(literal, evaluator)
-        if literal.atoms(AppliedUndef):
-            if not literal.free_symbols <= {_B, _K} | k_len.free_symbols:
-                raise _unproven(literal, evaluator)
+        slope, bound = _line(literal)
+        of_key = literal.free_symbols <= {_B, _K} | k_len.free_symbols
+        if slope == (1, -1) or (single and slope == (1, 0)):
+            offsets.append(bound)
+        elif slope == (-1, 1) or (single and slope == (-1, 0)):
+            reaches.append(bound)
+        elif of_key:
             paddings.append(literal)
-            continue
-        excess = _at_most_zero(literal)
-        slope = None if excess is None else (excess.coeff(_Q), excess.coeff(_K))
-        rest = None if excess is None else sympy.expand(excess - slope[0] * _Q - slope[1] * _K)
-        if rest is None or rest.has(*COORDINATES):
-            raise _unproven(literal, evaluator)
-        factor = sympy.gcd(*slope)
-        if factor > 1 and rest.is_Integer:  # 2 k - 2 q + 1 <= 0 is k - q <= floor(-1 / 2)
-            slope, rest = (slope[0] / factor, slope[1] / factor), -(-rest // factor)
-        if slope == (-1, 1) or (single and slope == (0, 1)):
-            offsets.append(-rest)
-        elif slope == (1, -1) or (single and slope == (0, -1)):
-            reaches.append(-rest)
         else:
             raise _unproven(literal, evaluator)
     offset = _smallest(offsets, "causal")
@@ -243,12 +226,25 @@ def _classify(
 
 
 def _unproven(literal: Any, evaluator: Evaluator) -> Unproven:
-    text = str(literal)
-    for leaf in sorted(literal.atoms(AppliedUndef), key=lambda leaf: -len(str(leaf))):
-        text = text.replace(leaf.func.__name__, evaluator.leaves[leaf.func].name)
+    text = formula(literal, evaluator)
     if literal.atoms(AppliedUndef):
         return Unproven(f"it depends on values that are not known when compiling: {text}", PROVABLE)
     return Unproven(f"a query sees a key only where {text}, which is no causal mask, window, key padding or segment")
+
+
+def _line(literal: Boolean) -> tuple[tuple[Any, Any] | None, Any]:
+    """``((a, b), c)`` of a relation ``a k + b q <= c``; (None, None) for another one."""
+    excess = _at_most_zero(literal) if isinstance(literal, Relational) else None
+    if excess is None or excess.atoms(AppliedUndef):
+        return None, None
+    slope = (excess.coeff(_K), excess.coeff(_Q))
+    rest = sympy.expand(excess - slope[0] * _K - slope[1] * _Q)
+    if rest.has(*COORDINATES):
+        return None, None
+    factor = sympy.gcd(*slope)
+    if factor > 1 and rest.is_Integer:  # 2 k - 2 q + 1 <= 0 is k - q <= floor(-1 / 2)
+        slope, rest = (slope[0] / factor, slope[1] / factor), -(-rest // factor)
+    return slope, -rest
 
 
 def _at_most_zero(literal: Relational) -> sympy.Expr | None:
@@ -275,18 +271,21 @@ def _without_abs(literal: Relational) -> Boolean:
     return literal
 
 
-def _segment(literal: Boolean) -> AppliedUndef | None:
+_STEPPED = (AppliedUndef, sympy.floor, sympy.Mod)
+
+
+def _segment(literal: Boolean) -> sympy.Expr | None:
     """``f(b, k)`` of ``f(b, q) == f(b, k)``, for whatever values f has; None for other conditions."""
     if not isinstance(literal, sympy.Eq) or literal.has(_H):
         return None
     of_key, of_query = sorted(literal.args, key=lambda side: side.has(_Q))
-    alike = isinstance(of_key, AppliedUndef) and of_query.has(_Q) and of_query.xreplace({_Q: _K}) == of_key
-    return of_key if alike and not of_query.has(_K) else None
+    alike = of_key.has(*_STEPPED) and of_key.has(_K) and of_query.xreplace({_Q: _K}) == of_key
+    return of_key if alike and not of_query.has(_K) and not of_key.has(_Q) else None
 
 
-def _by_places(condition: Boolean, segment: AppliedUndef, evaluator: Evaluator) -> Boolean:
+def _by_places(condition: Boolean, segment: sympy.Expr, evaluator: Evaluator) -> Boolean:
     """``condition`` for a query and a key of one segment, with their places for the positions that segments are of."""
-    positions = _positions(segment, evaluator)
+    positions = _positions(segment, evaluator) if isinstance(segment, AppliedUndef) else None
     if positions is None:
         return condition
     first = sympy.Dummy("first", integer=True)  # the position before the first place, were the segment that long
@@ -342,6 +341,8 @@ def _opened(leaf: AppliedUndef, evaluator: Evaluator) -> sympy.Expr:
 
 def _everywhere(literal: Relational, q_len: Any, k_len: Any) -> Boolean | None:
     """Whether a relation that is linear in q and k holds (or fails) for all queries and keys; None if neither."""
+    if literal in (sympy.true, sympy.false):
+        return literal
     excess = _at_most_zero(literal)
     if excess is None or excess.atoms(AppliedUndef) or excess.has(_B, _H):
         return None
@@ -354,6 +355,21 @@ def _everywhere(literal: Relational, q_len: Any, k_len: Any) -> Boolean | None:
     if sympy.expand(high).is_nonpositive:
         return sympy.true
     return sympy.false if sympy.expand(low).is_positive else None
+
+
+def _absorbed(condition: Boolean, q_len: Any, k_len: Any) -> Boolean:
+    """``condition`` without what implies another alternative: ``k < 2 or k <= q + 2`` is ``k <= q + 2``."""
+    if not isinstance(condition, sympy.And | sympy.Or):
+        return condition
+    parts = [_absorbed(part, q_len, k_len) for part in condition.args]
+    if isinstance(condition, sympy.And):
+        return sympy.And(*parts)
+    excesses = {part: _at_most_zero(part) if isinstance(part, Relational) else None for part in parts}
+    for part, excess in excesses.items():
+        weaker = (other for x, other in excesses.items() if x is not part and x in parts and other is not None)
+        if excess is not None and any(_everywhere(sympy.Le(y - excess, 0), q_len, k_len) is sympy.true for y in weaker):
+            parts.remove(part)
+    return sympy.Or(*parts)
 
 
 def _smallest(bounds: list[Any], what: str) -> Any:
@@ -371,8 +387,10 @@ _RELATIONS = {"Equality": "eq", "Unequality": "ne", "StrictLessThan": "lt", "Les
 }
 
 
-def _padding_term(literal: Relational, evaluator: Evaluator, mask: Node, B: Any, k_len: Any) -> PaddingTerm | None:
+def _padding_term(literal: Boolean, evaluator: Evaluator, mask: Node, B: Any, k_len: Any) -> PaddingTerm | None:
     """How to read a literal in the site's graph, or None."""
+    if not isinstance(literal, Relational):
+        return None
     if not isinstance(literal.lhs, AppliedUndef):
         literal = literal.reversed
     leaf, constant = literal.lhs, literal.rhs

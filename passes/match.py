@@ -15,17 +15,18 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import sympy
 import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from ..spec import AttentionSpec, Mask, default_scale, feature_major, known_equal
-from . import softmax
+from . import near, softmax
 from .buffers import Buffers
 from .cut import cut_products
-from .mask import MaskPart, Padding, prove, same_for_all_queries
+from .mask import MaskPart, Padding, prove, prove_all, same_for_all_queries
 from .multihead import OPAQUE, describe
-from .normalize import bodies, graph_module, number, operation
+from .normalize import bodies, computes_gradients, graph_module, number, operation
 from .place import Place, module_path
 from .repeat import unrepeated
 from .scale import unscaled
@@ -43,6 +44,7 @@ from .site import (
     shape_of,
 )
 from .symbolic import COORDINATES
+from .words import source_line
 
 
 def find_sites(gm: GraphModule, buffers: Buffers | None = None, place: Place | None = None) -> list[AttentionSite]:
@@ -66,11 +68,15 @@ def find_sites(gm: GraphModule, buffers: Buffers | None = None, place: Place | N
         return {"node": node, "graph_module": gm, "form": form, "refusal": lost, **where}
 
     for scope, node in _walk(Scope(gm, buffers=buffers or Buffers()), set()):
-        form = _form(node)
+        form, listed = _form(node), None
         if form is None:
-            continue
-        known = common(scope.gm, node, form)
+            listed = near.unread(node)
+            if listed is None:
+                continue
+        known = common(scope.gm, node, form or NOT_MATCHED)
         try:
+            if listed is not None:
+                raise listed
             facts = _describe(scope, node, form) if known["refusal"] is None else {}
             site = AttentionSite(**{**known, **facts})
             found.append(replace(site, written=scope.overwritten(site.node)))
@@ -87,14 +93,39 @@ def _form(node: Node) -> str | None:
     op = operation(node)
     if op is not None and op.name == "scaled_dot_product_attention":
         return "sdpa"
-    if op is not None and op.name == "softmax" and softmax.feeds_product(node):
-        return "softmax"
+    if softmax.softmax_of(node) is not None and not near.weighs_features(node):
+        return "softmax" if softmax.feeds_product(node) or near.is_cut_off(node) else None
     if node.target is torch.ops.higher_order.flex_attention:
         return NOT_MATCHED
     return OPAQUE.get(node.target) if node.op == "call_function" else None
 
 
-_FUNCTORCH = re.compile(r"_(vmap|grad|jvp)_increment_nesting|_func_increment_nesting|_add_batch_dim|_make_dual")
+_NESTING = re.compile(r"_(?:vmap|grad|jvp|func)_(in|de)crement_nesting")
+_IN_TRANSFORM = "it is inside torch.func.vmap, grad or jvp"
+_IN_KERNEL_CHOICE = "it is inside torch.nn.attention.sdpa_kernel, which chooses the kernel"
+
+
+def _surroundings(nodes: Sequence[Node]) -> Iterator[str | None]:
+    """Why what stands at each place of a graph cannot be rewritten, whatever it is; None where it may be."""
+    names = [getattr(n.target, "__name__", "") if n.op == "call_function" else "" for n in nodes]
+    switches = [node for node, name in zip(nodes, names, strict=True) if name == "_sdpa_kernel"]
+    # who leaves the outermost context calls for the kernels there were before it
+    outside = _kernels(switches[-1]) if switches else None
+    chosen, depth, is_dual = False, 0, False
+    for node, name in zip(nodes, names, strict=True):
+        if nesting := _NESTING.fullmatch(name):
+            depth += 1 if nesting[1] == "in" else -1
+        is_dual |= name == "_make_dual" and not depth
+        if name == "_sdpa_kernel":
+            chosen = _kernels(node) != outside
+        yield _IN_TRANSFORM if depth or is_dual else _IN_KERNEL_CHOICE if chosen else None
+
+
+def _kernels(switch: Node) -> tuple[Any, ...]:
+    """The kernels that a call of ``_sdpa_kernel`` allows, and their order where it counts."""
+    backends, ordered = switch.args[0], switch.args[1:]
+    names = tuple(x.args if isinstance(x, Node) else x for x in backends)
+    return frozenset(names), names if any(ordered) else None
 
 
 # the bodies of other higher-order operators come with a gradient or a contract of their own
@@ -103,28 +134,26 @@ _OPEN_OPERATORS = ("tag_activation_checkpoint", "wrap")
 
 def _walk(scope: Scope, visited: set[GraphModule]) -> Iterator[tuple[Scope, Node]]:
     nodes = list(scope.gm.graph.nodes)
-    names = [getattr(n.target, "__name__", "") if n.op == "call_function" else "" for n in nodes]
     whole = scope.refusal
-    if whole is None and any(_FUNCTORCH.fullmatch(name) for name in names):
-        whole = "it is inside torch.func.vmap, grad or jvp"
-    switches = [i for i, name in enumerate(names) if name == "_sdpa_kernel"]
-    for i, node in enumerate(nodes):
-        scope.refusal = whole
-        if whole is None and switches and switches[0] < i < switches[-1]:
-            scope.refusal = "it is inside torch.nn.attention.sdpa_kernel, which chooses the kernel"
-        if names[i] == "_enter_autocast":
+    for node, here in zip(nodes, _surroundings(nodes), strict=True):
+        scope.refusal = whole or here
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name == "_enter_autocast":
             scope.autocast.append(node)
-        elif names[i] == "_exit_autocast":
+        elif name == "_exit_autocast":
             scope.autocast.remove(node.args[0])
         yield scope, node
         for body in bodies(node):
             if body in visited:
                 continue
             visited.add(body)
-            refusal = scope.refusal
-            if refusal is None and _operator_name(node) not in _OPEN_OPERATORS:
-                refusal = f"it is inside the higher-order operator {_operator_name(node)}"
-            inner = Scope(body, _feeds(scope, node, body), scope, refusal, list(scope.autocast), scope.buffers)
+            refusal, operator = scope.refusal, _operator_name(node)
+            if refusal is None and operator not in _OPEN_OPERATORS:
+                refusal = f"it is inside the higher-order operator {operator}"
+            if refusal is None and operator == "tag_activation_checkpoint" and computes_gradients(scope.gm):
+                refusal = "it is inside of torch.utils.checkpoint, and the graph computes gradients itself"
+            feeds = _feeds(scope, node, body)
+            inner = Scope(body, feeds, scope, refusal, list(scope.autocast), scope.buffers, caller=node)
             yield from _walk(inner, visited)
 
 
@@ -145,16 +174,6 @@ def _feeds(scope: Scope, node: Node, body: GraphModule) -> dict[Node, Node]:
     return {inner: scope.outer.get(arg, arg) for inner, arg in pairs if isinstance(arg, Node)}
 
 
-_FRAME = re.compile(r'File "(.+)", line (\d+)')
-
-
-def source_line(node: Node) -> str:
-    """``file:line`` of the innermost frame outside torch that made a node; ``""`` if it was not recorded."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    outside = [frame for frame in frames if "/torch/" not in frame[0]] or frames
-    return ":".join(outside[-1]) if outside else ""
-
-
 def _describe(scope: Scope, node: Node, form: str) -> dict[str, Any]:
     """What ``node`` computes, as fields of its site."""
     if form == NOT_MATCHED:
@@ -162,43 +181,82 @@ def _describe(scope: Scope, node: Node, form: str) -> dict[str, Any]:
     if scope.refusal is not None:
         raise Refused(scope.refusal)
     if form == "softmax":
-        return softmax.describe(scope, node)
+        try:
+            return softmax.describe(scope, node)
+        except Refused:
+            mixed = near.mixes_heads(node)
+            if mixed is None:
+                raise
+            raise mixed from None
     if form != "sdpa":
-        facts = {"outer": scope.outer, "overwritten": scope.overwritten, "autocast": scope.contexts}
-        spec, padding, expand = describe(node, **facts)
+        spec, padding, expand = describe(scope, node)
         return {"spec": spec, "padding": padding, "expand": expand}
     args = operation(node).args
-    query, key, value = (_tensor(args, name) for name in ("query", "key", "value"))
-    key, value = unrepeated(scope, node, query, key, value)
-    inputs = {"query": query, "key": key, "value": value}
-    (query, of_query), (key, of_key) = (unscaled(scope, Operand(x)) for x in (query, key))
-    spec, padding = _specify(scope, node, args, *inputs.values(), factor=of_query * of_key)
+    nodes = [_tensor(args, name) for name in ("query", "key", "value")]
+    rank = _same_leading(node, nodes)
+    if rank == 4:
+        nodes[1:] = unrepeated(scope, node, *nodes)
+    query, key, value = inputs = [_of_four(Operand(x)) for x in nodes]
+    (query, of_query), (key, of_key) = (unscaled(scope, x) for x in (query, key))
+    spec, padding = _specify(scope, node, args, inputs, factor=of_query * of_key)
     expand = None
-    if query.steps or key.steps or query.node is not inputs["query"] or key.node is not inputs["key"]:
-        expand = partial(_write, query, key, value, args, spec, scope.contexts)
-    return {**inputs, "padding": padding, "spec": spec, "expand": expand}
+    if rank != 4 or [query, key] != inputs[:2]:
+        expand = partial(_write, query, key, value, node, spec, scope.contexts)
+    found = dict(zip(("query", "key", "value"), nodes, strict=True)) if rank == 4 else {}
+    return {**found, "padding": padding, "spec": spec, "expand": expand}
 
 
 def _write(
     query: Operand,
     key: Operand,
-    value: Node,
-    args: Mapping[str, Any],
+    value: Operand,
+    node: Node,
     spec: AttentionSpec,
     autocast: Sequence[tuple[Any, ...]],
     emit: Emit,
 ) -> tuple[Node, Node]:
-    """The same call of a query and a key that are not scaled before."""
+    """The same call of a query and a key that are not scaled before, and of four dimensions."""
+    args, shape = operation(node).args, shape_of(node)
     kept = {name: args[name] for name in ("attn_mask", "dropout_p", "is_causal") if name in args}
     gqa = not known_equal(spec.H, spec.H_kv)
     with entered(autocast):
-        inputs = (query.emit(emit), key.emit(emit), value)
-        out = emit(F.scaled_dot_product_attention, *inputs, **kept, scale=spec.scale, enable_gqa=gqa)
-    return out, out
+        inputs = (x.emit(emit) for x in (query, key, value))
+        if isinstance(kept.get("attn_mask"), Node):
+            kept["attn_mask"] = _mask_of_four(kept["attn_mask"], shape, emit)
+        attention = emit(F.scaled_dot_product_attention, *inputs, **kept, scale=spec.scale, enable_gqa=gqa)
+        out = attention
+        if len(shape) > 4:
+            out = emit(torch.unflatten, out, 0, tuple(shape[: len(shape) - 3]))
+        for _ in range(4 - len(shape)):
+            out = emit(torch.squeeze, out, len(shape) - 2)
+    return attention, out
 
 
 _PLAIN = "torch.nn.functional.scaled_dot_product_attention"
-FOUR = "query, key and value of four dimensions: unsqueeze those of one sequence or of one head"
+FOUR = "query, key and value of four dimensions"
+
+
+def _of_four(x: Operand) -> Operand:
+    """``[..., L, D]`` as ``[B, H, L, D]``: what is before the heads is one batch; three dimensions have one head."""
+    rank = len(x.shape)
+    if rank > 4:
+        return x.then(torch.flatten, 0, rank - 4)
+    for _ in range(4 - rank):
+        x = x.then(torch.unsqueeze, rank - 2)
+    return x
+
+
+def _mask_of_four(mask: Node, shape: torch.Size, emit: Emit) -> Node:
+    """A mask that broadcasts to the scores of ``shape``, as it broadcasts to those of four dimensions."""
+    rank, own = len(shape), len(shape_of(mask))
+    if rank == 3 and own == 3:
+        return emit(torch.unsqueeze, mask, 1)
+    if rank > 4 and own > 3:
+        for _ in range(rank - own):
+            mask = emit(torch.unsqueeze, mask, 0)
+        mask = emit(torch.Tensor.expand, mask, (*shape[: rank - 3], -1, -1, -1))
+        return emit(torch.flatten, mask, 0, rank - 4)
+    return mask
 
 
 def _tensor(args: Mapping[str, Any], name: str) -> Node:
@@ -206,19 +264,34 @@ def _tensor(args: Mapping[str, Any], name: str) -> Node:
     example = node.meta.get("example_value") if isinstance(node, Node) else None
     if not isinstance(example, torch.Tensor):
         raise Refused(f"its {name} is not a tensor of the graph")
-    if example.dim() != 4:
-        raise Refused(f"its {name} has {example.dim()} dimensions, not 4: [batch, heads, length, head size]", FOUR)
     if example.layout != torch.strided or example.is_nested:
         raise Refused(f"its {name} is a nested or sparse tensor", PADDED)
     return node
 
 
+def _same_leading(node: Node, inputs: Sequence[Node]) -> int:
+    """The number of dimensions of query, key, value and result; what comes before the heads is the same in all."""
+    shapes = [shape_of(x) for x in (node, *inputs)]
+    ranks = [len(shape) for shape in shapes]
+    if len(set(ranks)) > 1:
+        given = f"{ranks[1]}, {ranks[2]} and {ranks[3]}"
+        raise Refused(f"its query, key and value have {given} dimensions, not the same", FOUR)
+    before = ranks[0] - 3
+    if before > 1:
+        leading = [shape[:before] for shape in shapes]
+        if not all(isinstance(size, int) for shape in leading for size in shape):
+            raise Refused(f"its {before} dimensions before the heads are not known when compiling", FOUR)
+        if len(set(leading)) > 1:
+            raise Refused(f"its query, key and value have {', '.join(map(str, map(tuple, leading[1:])))} first", FOUR)
+    return ranks[0]
+
+
 def _specify(
-    scope: Scope, node: Node, args: Mapping[str, Any], query: Node, key: Node, value: Node, factor: float
+    scope: Scope, node: Node, args: Mapping[str, Any], inputs: Sequence[Operand], factor: float
 ) -> tuple[AttentionSpec, Padding | None]:
-    shapes = [shape_of(x) for x in (query, key, value)]
-    H, D = (number(shape_of(query)[i]) for i in (1, 3))
-    repeats = args.get("enable_gqa", False) or known_equal(shape_of(args["key"])[1], H)
+    shapes = [x.shape for x in inputs]
+    H, D = (number(shapes[0][i]) for i in (1, 3))
+    repeats = args.get("enable_gqa", False) or known_equal(_of_four(Operand(args["key"])).shape[1], H)
     check_heads(*shapes, repeats=repeats)
     scale = _constant(args.get("scale"), "scale")
     if scale is None:
@@ -230,7 +303,7 @@ def _specify(
     dropout_p = _constant(args.get("dropout_p", 0.0), "dropout_p")
     sizes = (*map(number, shapes[0][:3]), number(shapes[1][2]))
     mask, padding = _mask(scope, node, args, sizes)
-    facts = dict(mask=mask, dropout_p=dropout_p, feature_major=feature_major(key.meta["example_value"]))
+    facts = dict(mask=mask, dropout_p=dropout_p, feature_major=feature_major(inputs[1].example))
     return make_spec(node.meta["example_value"], *shapes, scale=scale * factor, **facts), padding
 
 
@@ -254,7 +327,27 @@ def _mask(
         return Mask(), None
     if not isinstance(mask, Node) or not isinstance(mask.meta.get("example_value"), torch.Tensor):
         return Mask(unknown="it is not a tensor of the graph"), None
-    proven, padding = prove(mask, sizes, outer=scope.outer, overwritten=scope.overwritten, buffers=scope.buffers)
+    shape = shape_of(node)
+    if len(shape) != 4:
+        return _of_other_rank(mask, shape, sizes, scope, node)
+    proven, padding = prove(mask, sizes, scope, node)
     if proven.unknown is None:
         return proven, padding
     return same_for_all_queries(MaskPart(mask, COORDINATES, sizes), sizes) or (proven, padding)
+
+
+def _of_other_rank(
+    mask: Node, shape: torch.Size, sizes: tuple[Any, Any, Any, Any], scope: Scope, node: Node
+) -> tuple[Mask, Padding | None]:
+    """As :func:`_mask` where the result has another number of dimensions than four."""
+    b, h, q, k = COORDINATES
+    leading, below = [], 1
+    for size in reversed(shape[1:-3]):
+        leading.insert(0, sympy.floor(b / below) % size)
+        below *= size
+    leading.insert(0, sympy.floor(b / below))
+    coords = {2: (q, k), 3: (b, q, k)}.get(len(shape), (*leading, h, q, k))
+    if len(shape_of(mask)) > len(coords):
+        raise Refused(f"its mask has {len(shape_of(mask))} dimensions, its query {len(shape)}", FOUR)
+    part = MaskPart(mask, coords, (*shape[:-2], *sizes[2:]))
+    return prove_all([part], sizes, scope, node, as_in_sdpa=True)

@@ -6,7 +6,8 @@ reads such a call; what it returns (``Expand``) writes projections, ``scaled_dot
 follows in its place.
 
 Masks: torch hides a key where a boolean mask is True. A float mask counts only if it is proven to hold nothing but 0
-and minus infinity. ``is_causal`` is a hint that torch itself trusts only sometimes, and is never trusted here.
+and what hides (``symbolic.HIDDEN``). ``is_causal`` is a hint that torch itself trusts only sometimes, and is never
+trusted here.
 
 Rows without any visible key: this package's ops give 0 there, and the layer's output its bias, as the SDPA path of
 torch does; the fused kernel and the path with ``need_weights=True`` give NaN.
@@ -36,7 +37,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..spec import AttentionSpec, Mask, known_equal
 from .mask import Padding, prove, prove_key_padding
 from .normalize import number
-from .site import PADDED, Emit, Expand, Refused, entered
+from .site import PADDED, Emit, Expand, Refused, Scope, entered
 from .symbolic import COORDINATES
 
 OPAQUE: dict[Callable[..., Any], str] = {
@@ -71,18 +72,11 @@ class _Attention:
     batch_first: bool = False
 
 
-def describe(
-    node: Node,
-    *,
-    outer: Mapping[Node, Node],
-    overwritten: Callable[..., bool],
-    autocast: Sequence[tuple[Any, ...]],
-) -> tuple[AttentionSpec, Padding | None, Expand]:
+def describe(scope: Scope, node: Node) -> tuple[AttentionSpec, Padding | None, Expand]:
     """What a call of a function in :data:`OPAQUE` computes, where its key padding is, and how to open it up.
 
-    ``outer`` and ``overwritten`` are those of :func:`~express_compile.passes.mask.prove`; ``autocast`` holds the
-    arguments of every ``torch.autocast`` the graph has open at ``node``. Raises :class:`Refused` for what is not
-    attention alone (learned or zero keys, weights that are used) and for what is not known when compiling.
+    Raises :class:`Refused` for what is not attention alone (learned or zero keys, weights that are used) and for what
+    is not known when compiling.
     """
     call, _ = _read(node)
     out = node.meta["example_value"]
@@ -90,7 +84,7 @@ def describe(
     query, key = _shape(call.query), _shape(call.key)
     batch, length = (0, 1) if call.batch_first else (1, 0)
     B, Lq, Lk = (number(size) for size in (query[batch] if len(query) == 3 else 1, query[length], key[length]))
-    mask, padding = _mask(call, (B, call.heads, Lq, Lk), outer, overwritten)
+    mask, padding = _mask(scope, node, call, (B, call.heads, Lq, Lk))
     D = call.embed_dim // call.heads
     spec = AttentionSpec(
         B=B,
@@ -106,7 +100,7 @@ def describe(
         mask=mask,
         dropout_p=call.dropout_p,
     )
-    return spec, padding, partial(_open_up, node, autocast)
+    return spec, padding, partial(_open_up, node, scope.contexts)
 
 
 def _open_up(node: Node, autocast: Sequence[tuple[Any, ...]], emit: Emit) -> tuple[Node, Node]:
@@ -232,15 +226,13 @@ def _shape(node: Node) -> torch.Size:
     return node.meta["example_value"].shape
 
 
-def _mask(
-    call: _Attention, sizes: tuple[Any, Any, Any, Any], outer: Mapping[Node, Node], overwritten: Callable[..., bool]
-) -> tuple[Mask, Padding | None]:
+def _mask(scope: Scope, node: Node, call: _Attention, sizes: tuple[Any, Any, Any, Any]) -> tuple[Mask, Padding | None]:
     mask, padding = Mask(), None
     if call.attn_mask is not None:
         b, h, q, k = COORDINATES
         per_head = (b * call.heads + (h if call.heads > 1 else 0), q, k)
         coords = per_head if len(_shape(call.attn_mask)) == 3 else None
-        mask, padding = prove(call.attn_mask, sizes, coords=coords, hides=True, outer=outer, overwritten=overwritten)
+        mask, padding = prove(call.attn_mask, sizes, scope, node, coords=coords, hides=True)
     plain = (
         mask.causal and known_equal(mask.offset, 0) and mask.window is None and not mask.padding and not mask.segments
     )
@@ -248,7 +240,7 @@ def _mask(
         mask = Mask(unknown=f"is_causal=True says that it is causal, but it is proven to be: {mask}")
     if call.key_padding is None or mask.unknown is not None:
         return mask, padding
-    hidden, keys = prove_key_padding(call.key_padding, outer=outer, overwritten=overwritten)
+    hidden, keys = prove_key_padding(call.key_padding, scope, node)
     if keys is None:
         return hidden, None
     return replace(mask, padding=True), keys if padding is None else replace(padding, terms=padding.terms + keys.terms)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 # Parameters by position; "*name" takes all that are left, given one by one or as one sequence.
 # Sizes and dtypes are mostly left out: the node's own example_value says those of its result.
@@ -25,9 +26,14 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "add": ("input", "other", "alpha"),
     "sub": ("input", "other", "alpha"),
     **dict.fromkeys(("mul", "div", "eq", "ne", "lt", "le", "gt", "ge"), _BINARY),
+    **dict.fromkeys(("floor_divide", "remainder", "maximum", "minimum"), _BINARY),
     **dict.fromkeys(("bitwise_and", "bitwise_or", "bitwise_xor"), _BINARY),
     **dict.fromkeys(("logical_and", "logical_or", "logical_xor"), _BINARY),
-    **dict.fromkeys(("neg", "abs", "bitwise_not", "logical_not"), _UNARY),
+    **dict.fromkeys(("neg", "abs", "bitwise_not", "logical_not", "exp", "log", "zero"), _UNARY),
+    "clamp": ("input", "min", "max"),
+    "clamp_min": ("input", "min"),
+    "fill": ("input", "value"),
+    "cat": ("tensors", "dim"),
     "where": ("condition", "input", "other"),
     "masked_fill": ("input", "mask", "value"),
     "tril": ("input", "diagonal"),
@@ -52,6 +58,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("expand", "broadcast_to"), ("input", "*size")),
     "expand_as": ("input", "other"),
     "repeat": ("input", "*repeats"),
+    "tile": ("input", "*dims"),
     "repeat_interleave": ("input", "repeats", "dim"),
     "transpose": ("input", "dim0", "dim1"),
     "permute": ("input", "*dims"),
@@ -61,8 +68,8 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
         *("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
     ),
     "softmax": ("input", "dim"),  # what comes third differs: dtype, _stacklevel, half_to_float
-    "amax": ("input", "dim", "keepdim"),
-    "max": ("input", "dim", "keepdim"),
+    **dict.fromkeys(("softmin", "log_softmax"), ("input", "dim")),
+    **dict.fromkeys(("amax", "max", "sum", "logsumexp"), ("input", "dim", "keepdim")),
     "dropout": ("input", "p", "training", "inplace"),
     **dict.fromkeys(("matmul", "bmm"), _BINARY),
     "baddbmm": ("input", "batch1", "batch2"),
@@ -91,6 +98,14 @@ _ALIASES = {
     "swapdims": "transpose",
     "_unsafe_view": "view",
     "_softmax": "softmax",
+    "_safe_softmax": "softmax",  # rows without a key are 0, as everywhere here
+    "special_softmax": "softmax",
+    **dict.fromkeys(("_log_softmax", "special_log_softmax"), "log_softmax"),
+    "special_logsumexp": "logsumexp",
+    "floordiv": "floor_divide",
+    "mod": "remainder",
+    "clip": "clamp",
+    **dict.fromkeys(("concat", "concatenate"), "cat"),
     **dict.fromkeys(("bool", "int", "long", "float", "double", "half", "bfloat16", "type", "type_as"), "to"),
     **dict.fromkeys(("cpu", "cuda", "_to_copy"), "to"),
 }
@@ -99,7 +114,7 @@ _KEYWORDS = {
     "train": "training",  # of torch.dropout
     **{"axis0": "dim0", "axis1": "dim1", ("view", "size"): "shape", ("scalar_tensor", "s"): "data"},
 }
-_NAMESPACES = (torch, F, torch.Tensor, torch._C._nn, torch._C._VariableFunctions, operator)
+_NAMESPACES = (torch, F, torch.Tensor, torch._C._nn, torch._C._VariableFunctions, torch._C._special, operator)
 _REFLECTED = {f"__r{name}__": name for name in ("add", "sub", "mul", "and", "or", "xor", "truediv", "matmul")}
 
 
@@ -131,42 +146,80 @@ def _turned(node: Node) -> Operation | None:
     return Operation("transpose", {"input": node.args[0], "dim0": -1, "dim1": -2})
 
 
+_WRITES = frozenset(
+    ("add", "sub", "mul", "div", "floor_divide", "remainder", "neg", "abs", "exp", "log", "clamp", "clamp_min")
+    + ("eq", "ne", "lt", "le", "gt", "ge", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not", "logical_and")
+    + ("logical_or", "logical_xor", "logical_not", "masked_fill", "tril", "triu", "fill", "zero")
+)
+"""The operations that have a spelling which writes their result into their first argument."""
+
+
 def in_place(node: Node) -> Operation | None:
-    """``x.masked_fill_(...)`` as the ``masked_fill`` of what ``x`` held before; None for every other node."""
+    """``x.masked_fill_(...)`` as the ``masked_fill`` of what ``x`` held before, and so are ``x *= y``, ``x[mask] = y``
+    and ``x[:] = y`` read; None for every other node."""
     name, _ = _name(node)
-    return _bound(node, name[:-1], False) if name in ("masked_fill_", "tril_", "triu_") else None
+    if name == "setitem":
+        return _assigned(*node.args)
+    if name is None or not (name.endswith("_") or name in _IN_PLACE):
+        return None
+    name = name.removesuffix("_") if name.endswith("_") else name[1:]
+    name = _ALIASES.get(name, name)
+    return _bound(node, name, False) if name in _WRITES else None
 
 
-_ARITHMETIC = {
-    **{f"{name}_": name for name in ("add", "sub", "mul", "div", "masked_fill")},
-    **{f"i{name}": _ALIASES.get(name, name) for name in ("add", "sub", "mul", "truediv")},
-    **{f"{name}_": _ALIASES[name] for name in ("subtract", "multiply", "divide", "true_divide")},
-}
-
-
-def arithmetic_in_place(node: Node) -> Operation | None:
-    """``x *= y`` as the ``mul`` of what ``x`` held before, and likewise add, sub, div and masked_fill."""
-    name, _ = _name(node)
-    return _bound(node, _ARITHMETIC.get(name), False)
+def _assigned(x: Any, index: Any, value: Any) -> Operation | None:
+    """``x[index] = value`` where ``index`` is a boolean tensor of the same rank, or everything."""
+    shown, held = (arg.meta.get("example_value") if isinstance(arg, Node) else None for arg in (index, x))
+    if isinstance(shown, torch.Tensor) and shown.dtype == torch.bool and shown.dim() == held.dim():
+        return Operation("masked_fill", {"input": x, "mask": index, "value": value})
+    whole = index is Ellipsis or (isinstance(index, slice) and index == slice(None))
+    return Operation("fill", {"input": x, "value": value}) if whole else None
 
 
 def number(arg: Any) -> Any:
-    """An argument as a number, where it is one for every input: Dynamo may hand over a node or a symbol for it."""
-    if isinstance(arg, Node):
-        arg = arg.meta.get("example_value")
+    """An argument as a number, where it is one for every input: Dynamo may hand over a node or a symbol for it.
+
+    The attribute of a module that has had another value before, in another model of its class say, becomes a symbol.
+    Its value now is taken, and Dynamo guards it. What a caller passes may change often, and stays a symbol.
+    """
+    node, arg = arg, arg.meta.get("example_value") if isinstance(arg, Node) else arg
+    if isinstance(arg, torch.SymFloat) and isinstance(node, Node) and _is_attribute(node, arg):
+        return float(arg)
     if isinstance(arg, torch.SymInt | torch.SymFloat) and arg.node.expr.is_number:
         return (int if isinstance(arg, torch.SymInt) else float)(arg.node.expr)
     return arg
 
 
+def _is_attribute(node: Node, value: torch.SymFloat) -> bool:
+    """Whether a symbolic number is made of floats that are no arguments of the compiled function, and nothing else."""
+    symbols = value.node.expr.free_symbols
+    if not symbols or not value.node.has_hint() or not all(symbol_is_type(x, SymT.FLOAT) for x in symbols):
+        return False
+    open_nodes, seen = [node], {node}
+    while open_nodes:
+        current = open_nodes.pop()
+        if current.op == "placeholder":
+            source = getattr(current.meta.get("grapharg"), "source", None)
+            if getattr(source, "base", None) is None:
+                return False
+        new = [x for x in current.all_input_nodes if x not in seen]
+        seen.update(new)
+        open_nodes.extend(new)
+    return True
+
+
 def _bound(node: Node, name: str | None, reflected: bool) -> Operation | None:
-    if name not in SIGNATURES or node.kwargs.get("out") is not None:
+    if name not in (*SIGNATURES, "min") or node.kwargs.get("out") is not None:
         return None
     args = tuple(node.args)
     if reflected:
         args = args[::-1]
     if name == "arange":
         return _arange(args, dict(node.kwargs))
+    if name in ("max", "min") and len(args) > 1 and isinstance(args[1], Node) and "example_value" in args[1].meta:
+        name = f"{name}imum"  # of two tensors
+    if name not in SIGNATURES:
+        return None
     if name == "view" and any(isinstance(value, torch.dtype) for value in (*args, *node.kwargs.values())):
         return None  # reinterprets the bits
     bound: dict[str, Any] = {}
@@ -188,6 +241,11 @@ def _bound(node: Node, name: str | None, reflected: bool) -> Operation | None:
     if name == "einsum" and not isinstance(bound.get("equation"), str):
         return None
     return Operation(name, bound)
+
+
+def called(node: Node) -> str | None:
+    """The canonical name of what of torch a node calls, whether it is known here or not; None for other calls."""
+    return _name(node)[0]
 
 
 def _name(node: Node) -> tuple[str | None, bool]:
@@ -258,6 +316,21 @@ def mutated_inputs(node: Node) -> list[Node]:
     return flat
 
 
+def shares_memory(a: Node, b: Node) -> bool:
+    """Whether two nodes are tensors, or views of one, in the same memory."""
+    return a is b or (_storage(a) is not None and _storage(a) == _storage(b))
+
+
+def _storage(node: Node) -> int | None:
+    example = node.meta.get("example_value")
+    if not isinstance(example, torch.Tensor):
+        return None
+    try:
+        return example.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and some wrapper tensors have none
+        return None
+
+
 _IN_PLACE = frozenset(
     ("iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub")
     + ("itruediv", "ixor")
@@ -300,3 +373,14 @@ def graph_module(node: Node) -> GraphModule | None:
     for part in node.target.split("."):
         owner = getattr(owner, part, None)
     return owner if isinstance(owner, GraphModule) else None
+
+
+def computes_gradients(gm: GraphModule) -> bool:
+    """Whether a Dynamo graph computes gradients itself (``torch.autograd.grad`` inside of what is compiled)."""
+    return any(
+        node.target is torch.autograd.grad
+        or getattr(node.target, "__name__", "") == "_autograd_grad"
+        or node.meta.get("autograd_backward")
+        or (node.meta.get("custom") or {}).get("phase") == "backward"
+        for node in gm.graph.nodes
+    )

@@ -15,7 +15,7 @@ from ..method import METHODS, Method
 from ..plain import canonical, renamed
 from ..predict import LONGEST, MARGIN, crossover, predicted, wins, without_padding
 from ..saved import SavedPlan, SavedSite, facts_of
-from ..spec import AttentionSpec, Mask, Plan, Policy, Refusal, Unmet, known_equal
+from ..spec import AttentionSpec, Mask, Plan, Policy, Refusal, Site, Unmet, known_equal
 from .site import NOT_MATCHED, AttentionSite
 
 DEFAULT_METHODS = ("express", "exact")
@@ -64,14 +64,14 @@ def check_policy(policy: Policy) -> None:
         if name not in known:
             raise ValueError(f"method_options: unknown method {name!r}; allowed are {', '.join(known)}")
         METHODS[name].own_options(policy)
-    policy.resolve(_PROBES[0].Lk)  # whether a function gives rows; which is for the lengths that it will be asked for
+    policy.tabled()  # whether a function gives rows
     local = replace(policy, budget=Policy.budget) if callable(policy.budget) else policy
     for name in dict.fromkeys((*(policy.methods or DEFAULT_METHODS), *policy.method_options)):
         if name == "exact":  # it has no op, and takes everything
             continue
         probe = next((probe for probe in _PROBES if METHODS[name].why_not(probe, local) is None), None)
         if probe is not None:
-            METHODS[name].params(probe, local)
+            METHODS[name].params(Site(probe), local)
     parts = {f"modules[{g!r}]": replace(policy, modules={}, **given) for g, given in policy.modules.items()}
     if policy.plan is not None:
         parts |= {f"plan[{site.module!r}]": site.policy for site in policy.plan.sites}
@@ -104,9 +104,18 @@ def plan_sites(
     ``graphs``: they run inside a CUDA graph.
     """
     check_policy(policy)
-    planned = [(site, answer(_question(site, graphs), policy)) for site in sites]
+    planned = [(site, _with_averages(site, answer(_question(site, graphs), policy))) for site in sites]
     require([(site.module or "(root)", decision) for site, decision in planned], policy)
     return planned
+
+
+def _with_averages(site: AttentionSite, decision: Plan) -> Plan:
+    """The decision, which says what it changes beyond an approximation."""
+    kept = not site.averages or (decision.method == "exact" and site.exact is not None)
+    if decision.verdict != "rewritten" or kept:
+        return decision
+    reason = f"{decision.reason}; rows whose keys are all hidden give 0, where the model has the mean of the values"
+    return replace(decision, reason=reason)
 
 
 def unmatched(paths: Iterable[str], policy: Policy) -> tuple[str, ...]:
@@ -202,8 +211,8 @@ def answer(question: Question, policy: Policy) -> Plan:
     if decision is None:
         if question.refusal is not None:
             return replace(_refused(question.refusal, local, question.nearest), policy=local)
-        local = local.resolve(spec.Lk) if isinstance(spec.Lk, int) else local.tabled()
-        decision = _decide(spec, local, question.graphs)
+        local = local.tabled()
+        decision = _decide(Site(spec, question.module, question.index), local, question.graphs)
         if question.form == "softmax" and decision.method == "exact" and "exact" in (local.methods or ()):
             reason = f"{decision.reason}; as scaled_dot_product_attention"
             decision = replace(decision, verdict="rewritten", reason=reason)
@@ -268,8 +277,8 @@ def _refused(reason: str, policy: Policy, nearest: str | None = None) -> Plan:
     return Plan("exact", "refused", reason, rejected=rejected, nearest=nearest)
 
 
-def _decide(spec: AttentionSpec, policy: Policy, graphs: bool = False) -> Plan:
-    names = policy.methods or DEFAULT_METHODS
+def _decide(site: Site, policy: Policy, graphs: bool = False) -> Plan:
+    spec, names = site.spec, policy.methods or DEFAULT_METHODS
     if names[0] == "exact":
         return Plan("exact", "exact", "methods names 'exact' first")
     lonely = _without_keys(spec)
@@ -285,8 +294,8 @@ def _decide(spec: AttentionSpec, policy: Policy, graphs: bool = False) -> Plan:
             rejected.append(refusal)
             continue
         # beside exact attention the faster of the two is wanted, unless the policy says from which length on
-        beside = "exact" in names and policy.min_length is None
-        found = _faster(name, spec, policy, graphs) if beside else _as_asked(name, spec, policy)
+        beside = "exact" in names and policy.min_length is None and not METHODS[name].changes
+        found = _faster(name, site, policy, graphs) if beside else _as_asked(name, site, policy)
         if isinstance(found, Refusal):
             rejected.append(found)
             continue
@@ -306,13 +315,13 @@ def _decide(spec: AttentionSpec, policy: Policy, graphs: bool = False) -> Plan:
     return Plan("exact", verdict, _reasons(rejected), rejected=tuple(rejected), predicted_ms=times, nearest=nearest)
 
 
-def _as_asked(name: str, spec: AttentionSpec, policy: Policy) -> Plan | Refusal:
+def _as_asked(name: str, site: Site, policy: Policy) -> Plan | Refusal:
     """The plan for a method that was asked for; exact where it is asked for or was measured to be faster."""
-    method, shortest = METHODS[name], policy.min_length
+    spec, method, shortest = site.spec, METHODS[name], policy.min_length
     loss = method.loses(spec, policy) if shortest is None else None
     if loss is not None:
         return Plan("exact", "exact", loss)
-    params, reason = dict(method.params(spec, policy)), _kind(spec)
+    params, reason = dict(method.params(site, policy)), "; ".join(filter(None, (_kind(spec), method.changes)))
     if shortest and isinstance(spec.Lk, int):
         if spec.Lk < shortest:
             return Plan("exact", "exact", f"{spec.Lk} keys are fewer than min_length {shortest}")
@@ -321,9 +330,10 @@ def _as_asked(name: str, spec: AttentionSpec, policy: Policy) -> Plan | Refusal:
     return Plan(name, "rewritten", reason, params)
 
 
-def _faster(name: str, spec: AttentionSpec, policy: Policy, graphs: bool) -> Plan | Refusal:
+def _faster(name: str, site: Site, policy: Policy, graphs: bool) -> Plan | Refusal:
     """The plan for a method where it is predicted to be faster than exact attention, else exact."""
-    method, device = METHODS[name], device_of(spec.device)
+    spec, method = site.spec, METHODS[name]
+    device = device_of(spec.device)
     times = None if device is None else predicted((name, "exact"), spec, policy, device, graphs)
     if times is None:
         where = spec.device if device is None else f"{device.name} at {spec.dtype}"
@@ -332,7 +342,7 @@ def _faster(name: str, spec: AttentionSpec, policy: Policy, graphs: bool) -> Pla
             f"how fast it is on {where} is not known: python -m express_compile calibrate measures it; "
             "methods without 'exact' use it all the same",
         )
-    params = dict(method.params(spec, replace(policy, min_length=0)))
+    params = dict(method.params(site, replace(policy, min_length=0)))
     bare = without_padding((name, "exact"), spec)
     padding = f", {'both' if name in bare else 'the latter'} without padding" if bare else ""
     if isinstance(spec.Lk, int):
@@ -379,7 +389,7 @@ def _nearest(spec: AttentionSpec, policy: Policy, rejected: list[Refusal]) -> st
         return spec.mask.nearest
     tried = [refusal.method for refusal in rejected]
     for name in METHODS:
-        if name not in (*tried, "exact") and _accepts(name, spec, policy):
+        if name not in (*tried, "exact") and not METHODS[name].changes and _accepts(name, spec, policy):
             return f"methods=['{name}'], which takes it as it is"
     if spec.dropout_p > 0 and any(_accepts(name, replace(spec, dropout_p=0.0), policy) for name in tried):
         return "the same without dropout: model.eval(), or a probability of 0"

@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..method import METHODS
 from ..spec import Plan, Policy, known_equal
 from .mask import Padding, PaddingTerm
-from .normalize import arithmetic_in_place, in_place, is_new, operation
+from .normalize import in_place, is_new, operation
 from .site import AttentionSite
 
 _COMPARISONS: dict[str, Callable[..., Any]] = {
@@ -26,8 +26,13 @@ _FRESH = frozenset(("matmul", "bmm", "baddbmm", "mul", "div", "add", "sub", "sof
 _VIEWS = frozenset(("transpose", "permute", "getitem", "unsqueeze", "squeeze", "detach"))
 
 
-def rewrite(gm: GraphModule, planned: Iterable[tuple[AttentionSite, Plan]], policy: Policy) -> int:
+def rewrite(
+    gm: GraphModule, planned: Iterable[tuple[AttentionSite, Plan]], policy: Policy, written_out: bool = False
+) -> int:
     """Replace every site whose plan says so, in place; returns how many were.
+
+    With ``written_out`` attention that is written out and understood becomes ``scaled_dot_product_attention`` also
+    where it stays exact: as fast as a compiler's own fusion would make it, and right.
 
     Each op gets one seed per graph and device: ``policy.seed``, or a number drawn in the graph from torch's
     default generator if that is None. Mask and repeat code that no one else uses is removed. Raises ``ValueError``
@@ -38,22 +43,28 @@ def rewrite(gm: GraphModule, planned: Iterable[tuple[AttentionSite, Plan]], poli
     replaced: dict[Node, Node] = {}  # attention of attention: a later site still names the node that is gone
     count = 0
     for site, decision in planned:
-        if decision.verdict != "rewritten":
+        if not changes(site, decision, written_out):
             continue
         if site.graph_module not in modules or site.node.graph is not site.graph_module.graph:
             raise ValueError(f"site {site.module!r}: its node {site.node.name!r} is not in the graph module given")
         seeds = changed.setdefault(site.graph_module, {})
         site = _renamed(site, replaced)
-        if site.expand is not None:
-            site, outputs = _expand(site, replaced)
+        expand = site.exact if decision.method == "exact" and site.exact is not None else site.expand
+        if expand is not None:
+            site, outputs = _expand(replace(site, expand=expand), replaced)
             replaced.update(outputs)
         if decision.method != "exact":
             replaced[site.node] = _replace(site, decision, policy, seeds)
-        count += 1
+        count += decision.verdict == "rewritten"
     for module in changed:
         module.graph.lint()
         module.recompile()
     return count
+
+
+def changes(site: AttentionSite, decision: Plan, written_out: bool) -> bool:
+    """Whether :func:`rewrite` changes the graph at ``site``."""
+    return decision.verdict == "rewritten" or (written_out and site.exact is not None)
 
 
 def _renamed(site: AttentionSite, replaced: dict[Node, Node]) -> AttentionSite:
@@ -272,7 +283,7 @@ def _sweep(graph: Graph, candidates: list[Node]) -> None:
 
 def _fills_its_own(node: Node) -> bool:
     """Whether a node writes in place into a new tensor that nobody else knows."""
-    write = in_place(node) or arithmetic_in_place(node)
+    write = in_place(node)
     target = None if write is None else write.get("input")
     return isinstance(target, Node) and list(target.users) == [node] and _is_own(target)
 
@@ -282,6 +293,6 @@ def _is_own(node: Node) -> bool:
     op = operation(node)
     if op is not None:
         return is_new(node) or op.name in _FRESH
-    write = arithmetic_in_place(node)
+    write = in_place(node)
     target = None if write is None else write.get("input")
     return isinstance(target, Node) and list(target.users) == [node] and _is_own(target)

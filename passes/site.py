@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from ..spec import AttentionSpec, Mask, known_equal, layer_key
 from .buffers import Buffers
 from .mask import Padding
-from .normalize import mutated_inputs, number
+from .normalize import bodies, mutated_inputs, number, shares_memory
 
 Emit = Callable[..., Node]
 """``emit(function, *args, **kwargs)``: a new call in the graph, its meta filled in."""
@@ -54,6 +54,8 @@ class AttentionSite:
     nearest: what could be rewritten in its place then, in words, if there is such a thing.
     expand: writes ``scaled_dot_product_attention`` for what is no call of it, or for a call whose query or key was
         scaled before; None where the call can stay as it is.
+    exact: the same for attention that is written out and stays exact; None where SDPA would not give all that it gives.
+    averages: whether a row whose keys are all hidden gets the mean of the values.
     """
 
     node: Node
@@ -71,6 +73,8 @@ class AttentionSite:
     expand: Expand | None = None
     written: bool = False
     nearest: str | None = None
+    exact: Expand | None = None
+    averages: bool = False
 
     @property
     def layer(self) -> int:
@@ -122,6 +126,7 @@ class Scope:
     autocast: the calls that have entered ``torch.autocast`` and not left it at the node the walk has come to.
     buffers: what is known of the values of placeholders.
     attended: the results of attention that the walk has found in this graph so far.
+    caller: the node of ``parent``'s graph that runs this one.
     """
 
     gm: GraphModule
@@ -131,6 +136,7 @@ class Scope:
     autocast: list[Node] = field(default_factory=list)
     buffers: Buffers = field(default_factory=Buffers)
     attended: set[Node] = field(default_factory=set)
+    caller: Node | None = None
 
     @property
     def contexts(self) -> list[tuple[Any, ...]]:
@@ -146,6 +152,22 @@ class Scope:
         return [(i, target) for node, i in self.order.items() for target in mutated_inputs(node)]
 
     @cached_property
+    def nodes(self) -> list[Node]:
+        return list(self.order)
+
+    def last_write(self, node: Node, reader: Node) -> Node | None:
+        """What wrote last into the memory of ``node`` after it was computed and before ``reader`` runs.
+
+        ``node`` may be one of a graph around this one, and ``reader`` then one of this graph.
+        """
+        if node not in self.order:
+            outer = self.caller if reader in self.order else reader
+            return None if self.parent is None else self.parent.last_write(node, outer)
+        stop = self.order[reader] + bool(bodies(reader))  # what a graph inside writes, its caller writes
+        places = [i for i, target in self.writes if self.order[node] < i < stop and shares_memory(target, node)]
+        return self.nodes[max(places)] if places else None
+
+    @cached_property
     def grad_switches(self) -> list[int]:
         names = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
         return [i for node, i in self.order.items() if getattr(node.target, "__name__", "") in names]
@@ -157,15 +179,9 @@ class Scope:
 
     def written(self, node: Node, after: int = -1, before: int | None = None, but: Iterable[Node] = ()) -> bool:
         """Whether the memory of ``node`` is written between the two positions by another node than those of ``but``."""
-        storage = _storage(node)
         stop = len(self.order) if before is None else before
         allowed = {self.order[writer] for writer in but if writer in self.order}
-        return any(
-            after < i < stop
-            and i not in allowed
-            and (target is node or (storage is not None and storage == _storage(target)))
-            for i, target in self.writes
-        )
+        return any(after < i < stop and i not in allowed and shares_memory(target, node) for i, target in self.writes)
 
     def overwritten(self, node: Node, but: Iterable[Node] = ()) -> bool:
         """Whether the memory of ``node`` is written once it has been computed, by another node than those of ``but``.
@@ -175,16 +191,6 @@ class Scope:
         if node not in self.order:
             return self.parent is not None and self.parent.overwritten(node, but)
         return self.written(node, after=self.order[node], but=but)
-
-
-def _storage(node: Node) -> int | None:
-    example = node.meta.get("example_value")
-    if not isinstance(example, torch.Tensor):
-        return None
-    try:
-        return example.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse and some wrapper tensors have none
-        return None
 
 
 def shape_of(node: Node) -> torch.Size:
@@ -197,6 +203,8 @@ def check_heads(query: torch.Size, key: torch.Size, value: torch.Size, repeats: 
     ``repeats``: keys and values of fewer heads, also of more than one, are meant to be repeated for the query heads.
     """
     B, H, H_kv = query[0], number(query[1]), number(key[1])
+    if known_equal(query[3], 0) or known_equal(value[3], 0):
+        raise Refused("its head size is 0")
     for name, shape in (("key", key), ("value", value)):
         if not known_equal(shape[0], B):
             raise Refused(f"its {name} has batch size {shape[0]}, its query {B}")

@@ -8,7 +8,8 @@ is the reason of a refusal. The :data:`~express_compile.passes.site.Expand` that
 
 Scores become ``factor * query @ key^T + sum of (factor_i * term_i)``, hidden where a mask says so. Whatever is added
 or filled in is a mask to the prover (``mask.py``), which tells causal masks and paddings from biases; for exact
-attention it stays what it is. Filling with anything down to -1e9 hides a score: scores are taken to be larger.
+attention it stays what it is. Filling with or adding -1e9 or less hides a score: scores are taken to be larger. So
+does the lowest number of a dtype that has none so low, and so scores may be lifted to a number that hides.
 
 Reads ``[B, H, L, D]``, ``[B * H, L, D]`` (B and H from a view of the scores, else H = 1), ``[L, D]``, and einsum with
 one or two batch letters. Refuses soft-caps, sinks, scores or weights that are written, and weights that are used again.
@@ -17,6 +18,7 @@ one or two batch letters. Refuses soft-caps, sinks, scores or weights that are w
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,23 +28,23 @@ import sympy
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..spec import AttentionSpec, Mask, feature_major, known_equal
 from .mask import MaskPart, Padding, prove_all, same_for_all_queries
-from .normalize import arithmetic_in_place, number, operation
+from .normalize import Operation, in_place, number, operation
 from .repeat import unrepeated
 from .scale import unscaled
-from .site import Emit, Operand, Refused, Scope, check_heads, entered, make_spec
-from .symbolic import COORDINATES, Evaluator, Unproven
-
-HIDDEN = -1e9  # what is filled into scores at most, to hide them
-MIN_FACTOR = 1e-3  # of a mask that is added: the lowest number of a dtype hides still, scaled by this
+from .site import PADDED, Emit, Operand, Refused, Scope, check_heads, entered, make_spec
+from .symbolic import COORDINATES, Evaluator, Unproven, hidden_by, size_expr
+from .words import label, spoken
 
 _B, _H, _Q, _K = COORDINATES
-_PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm")
+PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm")
 _VIEWS = ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze")
 _COPIES = ("to", "contiguous", "clone")
-_STEPS = (*_VIEWS, *_COPIES, "mul", "div", "add", "sub", "masked_fill", "where")
+_FLOORS = ("clamp", "clamp_min", "maximum")
+_STEPS = (*_VIEWS, *_COPIES, "mul", "div", "neg", "add", "sub", "masked_fill", "where", *_FLOORS)
 _NO_SINKS = "a softmax over the keys alone; it is that of another model"
 _HIDES = "float('-inf') for scores that are hidden"
 _OUTSIDE = (
@@ -50,10 +52,18 @@ _OUTSIDE = (
     "its query-key product in the same graph: TORCH_LOGS=graph_breaks shows what parts them",
 )
 _OUTPUT_ALONE = "the output alone: output_attentions=False, need_weights=False"
+_WEIGHTS = {
+    **dict.fromkeys(("add", "sub"), "added to others or taken from them (differential attention)"),
+    **dict.fromkeys(("mul", "div"), "multiplied"),
+    "getitem": "sliced (sinks)",
+}
+_CLAMPED = ("it clamps its scores", "scores that are not clamped: no softmax of torch overflows")
 _NAMES = {
     "tanh": ("it caps its scores (tanh)", "scores without a cap; they are those of another model"),
     **dict.fromkeys(("cat", "concat", "concatenate"), ("it appends scores of its own (sinks)", _NO_SINKS)),
-    "clamp": ("it clamps its scores", "scores that are not clamped: no softmax of torch overflows"),
+    **dict.fromkeys(
+        ("permute", "transpose"), ("it rearranges its scores before the softmax, as talking heads do", None)
+    ),
     "topk": ("it keeps the largest scores only", None),
 }
 
@@ -64,12 +74,60 @@ class _Scores:
 
     factor: of everything further back, so far. added: tensors added to scores, with their factor and the tensor of
     scores that they broadcast to. filled: the same for boolean masks, and whether True hides.
+    fills: the numbers that hide, as the softmax sees them. late: whether something is added to finite ones.
     """
 
     factor: float = 1.0
     added: list[tuple[Node, float, Node]] = field(default_factory=list)
     filled: list[tuple[Node, bool, Node]] = field(default_factory=list)
     steps: list[Node] = field(default_factory=list)
+    fills: set[float] = field(default_factory=set)
+    late: bool = False
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """A softmax in one of its spellings: of ``scores`` over ``dim``, by ``nodes``, of which the last is the result.
+
+    total: the node that has their sum, or its logarithm, if that is another one. sign: -1 for a softmin.
+    """
+
+    scores: Any
+    dim: Any
+    nodes: tuple[Node, ...]
+    total: Node | None = None
+    sign: float = 1.0
+
+
+def softmax_of(node: Node) -> Softmax | None:
+    """The softmax that ``node`` is the result of: torch's own, ``exp(log_softmax(s))``, ``exp(s - logsumexp(s))`` or
+    ``exp(s) / sum(exp(s))``; None for every other node."""
+    op = operation(node) or in_place(node)
+    if op is None or op.name not in ("softmax", "softmin", "exp", "div"):
+        return None
+    if op.name in ("softmax", "softmin"):
+        return Softmax(op.get("input"), op.get("dim"), (node,), sign=1.0 if op.name == "softmax" else -1.0)
+    before = op.get("input")
+    inner = operation(before) if isinstance(before, Node) else None
+    if inner is None:
+        return None
+    if op.name == "div":
+        of_sum = inner.name == "exp" and op.get("rounding_mode") is None and _is_sum(op.get("other"), before)
+        return Softmax(inner.get("input"), -1, (before, node), op.get("other")) if of_sum else None
+    if inner.name == "log_softmax":
+        return Softmax(inner.get("input"), inner.get("dim"), (before, node))
+    if inner.name == "sub" and number(inner.get("alpha", 1)) == 1:
+        of_log, scores = inner.get("other"), inner.get("input")
+        total, kept = _reduced(of_log)
+        if total is not None and total.name == "logsumexp" and kept and total.get("input") is scores:
+            return Softmax(scores, -1, (before, node), of_log) if _over_last(total, scores) else None
+    return None
+
+
+def _is_sum(node: Any, of: Node) -> bool:
+    """Whether a node is the sum of another over its last dimension, which is kept."""
+    op, kept = _reduced(node)
+    return op is not None and op.name == "sum" and kept and op.get("input") is of and _over_last(op, of)
 
 
 def feeds_product(node: Node) -> bool:
@@ -78,7 +136,7 @@ def feeds_product(node: Node) -> bool:
     Where its scores are an input of the graph (a graph break parts them from their product), it has to be the first
     factor of a batch of products, as the weights of experts or layers seldom are. Those that are look like one query.
     """
-    outside = _from_inputs(operation(node).get("input"))
+    outside = _from_inputs(softmax_of(node).scores)
     open_nodes, seen = [node], {node}
     while open_nodes:
         source = open_nodes.pop()
@@ -110,9 +168,9 @@ def _nearest(start: Node, further: Callable[[Node], list[Node]], fits: Callable[
     nodes, seen = [start], {start}
     for node in nodes:  # which grow
         op = operation(node)
-        if op is not None and op.name in _PRODUCTS and fits(node):
+        if op is not None and op.name in PRODUCTS and fits(node):
             return [node]
-        if op is not None and op.name == "softmax" and node is not start:
+        if softmax_of(node) is not None and node is not start:
             continue
         fresh = [x for x in further(node) if x not in seen]
         seen.update(fresh)
@@ -127,7 +185,7 @@ def _from_inputs(scores: Any) -> bool:
         node = open_nodes.pop()
         if _is_input(node):
             continue
-        op = (operation(node) or arithmetic_in_place(node)) if isinstance(node, Node) else None
+        op = (operation(node) or in_place(node)) if isinstance(node, Node) else None
         if op is None or op.name not in _STEPS:
             return False
         factors = [op.get("input")] if op.name in _VIEWS else [op.get("input"), op.get("other")]
@@ -145,7 +203,7 @@ def _weighs_batch(op: Any, weights: Node) -> bool:
     """Whether a product has ``weights`` as its first factor and values of three or four dimensions as its second."""
     names = ("batch1", "batch2") if op.name == "baddbmm" else ("input", "other")
     factors = op.get("operands", ()) if op.name == "einsum" else tuple(op.get(name) for name in names)
-    return len(factors) == 2 and factors[0] is weights and _rank(factors[1]) in (3, 4)
+    return len(factors) == 2 and factors[0] is weights and rank_of(factors[1]) in (3, 4)
 
 
 def leaves_graph(product: Node) -> Node | None:
@@ -154,14 +212,14 @@ def leaves_graph(product: Node) -> Node | None:
     None for every other node. The product has three or four dimensions; scores may be scaled, masked and added to.
     """
     op = operation(product)
-    if op is None or op.name not in _PRODUCTS or _rank(product) not in (3, 4) or not _is_of_keys(op):
+    if op is None or op.name not in PRODUCTS or rank_of(product) not in (3, 4) or not is_of_keys(op):
         return None
     open_nodes, seen, left = [product], {product}, None
     while open_nodes:
         node = open_nodes.pop()
         for user in node.users:
-            op = operation(user) or arithmetic_in_place(user)
-            if op is not None and op.name == "softmax":
+            op = operation(user) or in_place(user)
+            if softmax_of(user) is not None:
                 return None
             if user.op == "output":
                 left = node
@@ -171,7 +229,7 @@ def leaves_graph(product: Node) -> Node | None:
     return left
 
 
-def _is_of_keys(op: Any) -> bool:
+def is_of_keys(op: Any) -> bool:
     """Whether a product sums over the last dimension of both factors; weights and values have another."""
     if op.name == "einsum":
         inputs, _, result = op.get("equation").replace(" ", "").partition("->")
@@ -181,7 +239,7 @@ def _is_of_keys(op: Any) -> bool:
     while (turned := operation(key) if isinstance(key, Node) else None) is not None:
         before = turned.get("input")
         if turned.name in ("transpose", "permute"):
-            return _last_to_rows(turned, _rank(key))
+            return _last_to_rows(turned, rank_of(key))
         if turned.name not in (*_VIEWS, *_COPIES) or not _stays_scores(before, key):
             return False
         key = before
@@ -197,7 +255,7 @@ def _last_to_rows(op: Any, rank: int) -> bool:
     return len(dims) == rank and dims[-2] == rank - 1
 
 
-def _rank(node: Any) -> int:
+def rank_of(node: Any) -> int:
     """The number of dimensions; 0 for what :func:`_example` refuses."""
     example = node.meta.get("example_value") if isinstance(node, Node) else None
     known = isinstance(example, torch.Tensor) and example.layout == torch.strided and not example.is_nested
@@ -206,7 +264,7 @@ def _rank(node: Any) -> int:
 
 def _stays_scores(before: Node, after: Node) -> bool:
     """Whether ``after`` has the last two sizes of ``before``."""
-    if _rank(before) < 2 or _rank(after) < 2:
+    if rank_of(before) < 2 or rank_of(after) < 2:
         return False
     return all(map(known_equal, _shape(before)[-2:], _shape(after)[-2:]))
 
@@ -218,12 +276,14 @@ def describe(scope: Scope, softmax: Node) -> dict[str, Any]:
     """
     weights, out, dropout_p = _follow(softmax)
     scores, product = _peel(scope, softmax)
-    query, key, score_shape = _factors(product)
+    query, key = _factors(product)
     value = _values(weights[-1] if weights else softmax, out)
-    chain = [product, *scores.steps, softmax, *weights]
-    _check_order(scope, chain, out, (query.node, key.node), scores)
-    _check_precision(chain, _example(value.node).dtype)
-    heads = _heads([_shape(node) for node in chain], score_shape)
+    written = softmax_of(softmax)
+    chain = [product, *reversed(scores.steps), *written.nodes, *weights]
+    whole = chain if written.total is None else [*chain, written.total]
+    _check_order(scope, whole, out, (query.node, key.node), scores)
+    _check_precision(whole, _example(value.node).dtype)
+    heads = _heads(chain)
     query, key, value = (_with_heads(x, heads) for x in (query, key, value))
     query, key, value = _one_dtype(scope, out, query, key, value)
     repeats = known_equal(key.shape[1], query.shape[1])
@@ -235,11 +295,28 @@ def describe(scope: Scope, softmax: Node) -> dict[str, Any]:
     if scores.factor <= 0:
         raise Refused(f"its scale {scores.factor:g} is not positive")
     sizes = (*map(number, shapes[0][:3]), number(shapes[1][2]))
-    mask, padding = _prove(scope, scores, sizes, heads)
+    mask, padding = _prove(scope, scores, sizes, heads, out)
     facts = dict(mask=mask, dropout_p=dropout_p, feature_major=feature_major(key.example))
     spec = make_spec(_example(out), *shapes, scale=scores.factor, **facts)
     expand = partial(_write, query, key, value, scores, spec, heads, out, scope.contexts)
-    return {"node": out, "spec": spec, "padding": padding, "expand": expand}
+    found = {"node": out, "spec": spec, "padding": padding, "expand": expand}
+    if not _averages(scores, spec):
+        return {**found, "exact": expand}
+    averaging = partial(expand, averages=True) if len(scores.fills) == 1 and not scores.late else None
+    return {**found, "exact": averaging, "averages": True}
+
+
+def _averages(scores: _Scores, spec: AttentionSpec) -> bool:
+    """Whether there may be rows whose keys are all hidden, and by finite numbers: they get the mean of the values."""
+    mask = spec.mask
+    if all(fill == -math.inf for fill in scores.fills):
+        return False
+    if mask.unknown is not None or mask.padding or mask.segments:
+        return True
+    if not mask.causal and mask.window is None:
+        return False
+    known = isinstance(mask.offset, int) and mask.offset >= 0
+    return not known or not (mask.window is None or known_equal(mask.offset, spec.Lk - spec.Lq))
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -250,7 +327,7 @@ def _example(node: Any) -> torch.Tensor:
     if not isinstance(example, torch.Tensor):
         raise Refused("its operands are not tensors of the graph")
     if example.layout != torch.strided or example.is_nested:
-        raise Refused(f"'{node.name}' is a nested or sparse tensor")
+        raise Refused(f"{spoken(node)} is a nested or sparse tensor", PADDED)
     return example
 
 
@@ -260,21 +337,22 @@ def _shape(node: Node) -> torch.Size:
 
 def _follow(softmax: Node) -> tuple[list[Node], Node, float]:
     """The nodes that the weights pass through, the product that uses them, and the probability of dropping one."""
-    op, rank = operation(softmax), len(_shape(softmax))
-    if op.get("dim") not in (-1, rank - 1):
-        raise Refused(f"its softmax is over dimension {op.get('dim')} of {rank}, not over the last")
+    dim, rank = softmax_of(softmax).dim, len(_shape(softmax))
+    if dim not in (-1, rank - 1):
+        raise Refused(f"its softmax is over dimension {dim} of {rank}, not over the last")
     path, dropout_p, node = [], 0.0, softmax
     while True:
         if len(node.users) != 1:
             raise Refused("its attention weights are used more than once", _OUTPUT_ALONE)
         user = next(iter(node.users))
         op = operation(user)
-        if op is not None and op.name in _PRODUCTS:
+        if op is not None and op.name in PRODUCTS:
             return path, user, dropout_p
         if op is None or op.get("input") is not node or op.name not in (*_VIEWS, *_COPIES, "dropout"):
-            sinks = op is not None and op.name == "getitem"
-            what = "sliced (sinks)" if sinks else f"given to '{_words(user)}'"
-            raise Refused(f"its attention weights are {what} before they meet the values", _NO_SINKS if sinks else None)
+            name = (op or in_place(user) or Operation(label(user))).name
+            what = _WEIGHTS.get(name, f"given to '{label(user)}'")
+            nearest = _NO_SINKS if name == "getitem" else None
+            raise Refused(f"its attention weights are {what} before they meet the values", nearest)
         if op.name == "dropout":
             p, training = (number(op.get(name, default)) for name, default in (("p", 0.5), ("training", True)))
             if not isinstance(p, int | float) or not isinstance(training, bool) or op.get("inplace"):
@@ -289,10 +367,6 @@ def _follow(softmax: Node) -> tuple[list[Node], Node, float]:
         node = user
 
 
-def _words(node: Node) -> str:
-    return getattr(node.target, "__name__", str(node.target))
-
-
 def _same_scores(before: Node, after: Node) -> None:
     """A view that leaves queries and keys alone."""
     if not _stays_scores(before, after):
@@ -301,14 +375,15 @@ def _same_scores(before: Node, after: Node) -> None:
 
 def _peel(scope: Scope, softmax: Node) -> tuple[_Scores, Node]:
     """The scores before ``softmax``, and the product of queries and keys that they begin with."""
-    scores, node = _Scores(), operation(softmax).get("input")
-    evaluator = Evaluator(scope.outer, scope.overwritten, scope.buffers)
+    written = softmax_of(softmax)
+    scores, node = _Scores(written.sign), written.scores
+    evaluator = Evaluator(scope, softmax)
     while True:
         _example(node)
-        op = operation(node) or arithmetic_in_place(node)
+        op = operation(node) or in_place(node)
         if op is None:
-            raise Refused(*_OUTSIDE) if _is_input(node) else _foreign(_words(node))
-        if op.name in _PRODUCTS:
+            raise Refused(*_OUTSIDE) if _is_input(node) else _foreign(label(node))
+        if op.name in PRODUCTS:
             if node in scope.attended:
                 raise Refused("its scores are the result of another attention")
             if op.name == "baddbmm":
@@ -333,63 +408,110 @@ def _depends(term: Node, product: Node, scope: Scope) -> bool:
     return False
 
 
-def _step(scores: _Scores, op: Any, node: Node, evaluator: Evaluator) -> Node:
+def _step(scores: _Scores, op: Operation, node: Node, evaluator: Evaluator) -> Node:
     """One step back from ``node``: the scores before it."""
-    before, name = op.get("input"), op.name
-    if name in _COPIES:
-        return before
-    if name in _VIEWS:
-        _same_scores(before, node)
-        return before
-    if name in ("mul", "div"):
-        other = op.get("other")
-        if op.get("rounding_mode") is not None:
-            raise Refused("its scores are rounded")
-        if name == "mul" and not _is_scores(before, node):
-            before, other = other, before
-        factor = _scalar(other, evaluator)
-        if factor is None or factor == 0:
-            raise Refused(
-                "its scores are scaled by a tensor, whose values are not known when compiling",
-                "a query that is multiplied by it, or a number",
-            )
-        scores.factor *= factor if name == "mul" else 1 / factor
-        return before
-    if name in ("add", "sub"):
-        other, sign = op.get("other"), number(op.get("alpha", 1))
-        if not isinstance(sign, int | float):
-            raise Refused("its scores are added to with a factor that is not known when compiling")
-        if name == "add" and sign == 1 and not _leads(before, node) and _leads(other, node):
-            before, other = other, before
-        sign = sign if name == "add" else -sign
-        if _is_single(other) and _scalar(other, evaluator) is not None:
-            return before  # the same for all keys: no softmax sees it
-        if name == "sub" and sign == -1 and _is_row_maximum(other, before):
-            return before
-        if not _example(other).dtype.is_floating_point:
-            raise Refused(f"it adds a tensor of {_example(other).dtype} to its scores")
-        scores.added.append((other, scores.factor * sign, node))
-        return before
-    if name == "masked_fill":
-        _check_fill(op.get("value"), scores, evaluator)
-        _fill(scores, op.get("mask"), True, node)
-        return before
-    if name == "where":
-        then, other = op.get("input"), op.get("other")
-        hides = not _leads(then, node) and _is_scores(other, node)
-        _check_fill(then if hides else other, scores, evaluator)
-        _fill(scores, op.get("condition"), hides, node)
-        return other if hides else then
-    raise _foreign(name)
+    if op.name not in _READ:
+        raise _foreign(op.name)
+    return _READ[op.name](scores, op, node, evaluator)
 
 
 def _foreign(name: str) -> Refused:
     return Refused(*_NAMES.get(name, (f"its scores come from '{name}'", None)))
 
 
-def _fill(scores: _Scores, mask: Any, hides: bool, node: Node) -> None:
+# ---- steps: (scores, operation, node, evaluator) -> the scores before it
+
+
+def _copied(scores: _Scores, op: Operation, node: Node, evaluator: Evaluator) -> Node:
+    return op.get("input")
+
+
+def _viewed(scores: _Scores, op: Operation, node: Node, evaluator: Evaluator) -> Node:
+    _same_scores(op.get("input"), node)
+    return op.get("input")
+
+
+def _negated(scores: _Scores, op: Operation, node: Node, evaluator: Evaluator) -> Node:
+    scores.factor = -scores.factor
+    return op.get("input")
+
+
+def _scaled(scores: _Scores, op: Operation, node: Node, evaluator: Evaluator) -> Node:
+    before, other = op.get("input"), op.get("other")
+    if op.get("rounding_mode") is not None:
+        raise Refused("its scores are rounded")
+    if op.name == "mul" and not _is_scores(before, node):
+        before, other = other, before
+    factor = _scalar(other, evaluator)
+    if factor is None or factor == 0:
+        raise Refused(
+            "its scores are scaled by a tensor, whose values are not known when compiling",
+            "a query that is multiplied by it, or a number",
+        )
+    scores.factor *= factor if op.name == "mul" else 1 / factor
+    return before
+
+
+def _added(scores: _Scores, op: Operation, node: Node, evaluator: Evaluator) -> Node:
+    before, other, sign = op.get("input"), op.get("other"), number(op.get("alpha", 1))
+    if not isinstance(sign, int | float):
+        raise Refused("its scores are added to with a factor that is not known when compiling")
+    if op.name == "add" and sign == 1 and not _leads(before, node) and _leads(other, node):
+        before, other = other, before
+    constant = _scalar(other, evaluator)
+    if constant is not None and math.isfinite(constant):
+        return before  # the same for all keys: no softmax sees it
+    if op.name == "sub" and sign == 1 and _is_row_maximum(other, before):
+        return before
+    _example(other)
+    scores.added.append((other, scores.factor * (sign if op.name == "add" else -sign), node))
+    return before
+
+
+def _filled(scores: _Scores, op: Operation, node: Node, evaluator: Evaluator) -> Node:
+    _check_fill(op.get("value"), scores, node, evaluator)
+    return _fill(scores, op.get("mask"), True, node, op.get("input"))
+
+
+def _chosen(scores: _Scores, op: Operation, node: Node, evaluator: Evaluator) -> Node:
+    then, other = op.get("input"), op.get("other")
+    hides = not _leads(then, node) and _is_scores(other, node)
+    _check_fill(then if hides else other, scores, node, evaluator)
+    return _fill(scores, op.get("condition"), hides, node, other if hides else then)
+
+
+def _fill(scores: _Scores, mask: Any, hides: bool, node: Node, before: Node) -> Node:
     _example(mask)
     scores.filled.append((mask, hides, node))
+    return before
+
+
+def _floored(scores: _Scores, op: Operation, node: Node, evaluator: Evaluator) -> Node:
+    """What only lifts hidden scores up to a number that hides them as well."""
+    before, low, high = op.get("input"), op.get("min"), _scalar(op.get("max"), evaluator)
+    if op.name == "maximum":
+        before, low = op.get("input"), op.get("other")
+        before, low = (before, low) if _is_scores(before, node) else (low, before)
+    if op.get("max") is not None and not (high is not None and high >= torch.finfo(_example(node).dtype).max):
+        raise Refused(*_CLAMPED)
+    floor = -math.inf if low is None else _scalar(low, evaluator)
+    if floor is None or not floor * scores.factor <= hidden_by(_example(node).dtype):
+        raise Refused(*_CLAMPED)
+    _check_fill(floor, scores, node, evaluator)
+    scores.late |= floor != -math.inf  # of what it lifts there is no mask
+    return before
+
+
+_READ: dict[str, Callable[[_Scores, Operation, Node, Evaluator], Node]] = {
+    **dict.fromkeys(_COPIES, _copied),
+    **dict.fromkeys(_VIEWS, _viewed),
+    "neg": _negated,
+    **dict.fromkeys(("mul", "div"), _scaled),
+    **dict.fromkeys(("add", "sub"), _added),
+    "masked_fill": _filled,
+    "where": _chosen,
+    **dict.fromkeys(_FLOORS, _floored),
+}
 
 
 def _is_scores(node: Any, like: Node) -> bool:
@@ -408,10 +530,10 @@ def _leads(node: Any, like: Node) -> bool:
 def _comes_from_product(node: Any) -> bool:
     """Whether scores can be followed back to a product; what a mask or a bias is made from is not looked at."""
     while isinstance(node, Node):
-        op = operation(node) or arithmetic_in_place(node)
+        op = operation(node) or in_place(node)
         if op is None:
             return False
-        if op.name in _PRODUCTS:
+        if op.name in PRODUCTS:
             return True
         if op.name not in _STEPS:
             return False
@@ -425,13 +547,20 @@ def _scalar(arg: Any, evaluator: Evaluator) -> float | None:
     if isinstance(number(arg), bool | int | float):
         return float(number(arg))
     example = arg.meta.get("example_value") if isinstance(arg, Node) else None
-    if not isinstance(example, torch.Tensor) or example.dim() > 4:
+    if not isinstance(example, torch.Tensor):
         return None
     try:
-        value = evaluator.value(arg, COORDINATES[4 - example.dim() :])
+        value = evaluator.value(arg, _anywhere(example.dim()))
     except Unproven:
         return None
+    if value in (sympy.true, sympy.false):
+        return float(value is sympy.true)
     return float(value) if isinstance(value, sympy.Expr) and value.is_number else None
+
+
+def _anywhere(rank: int) -> tuple[Any, ...]:
+    """Coordinates in a tensor that broadcasts to scores."""
+    return (*sympy.symbols(f"i:{max(0, rank - 4)}", integer=True, nonnegative=True), *COORDINATES[max(0, 4 - rank) :])
 
 
 def _is_single(arg: Any) -> bool:
@@ -439,35 +568,55 @@ def _is_single(arg: Any) -> bool:
     return not isinstance(example, torch.Tensor) or all(known_equal(size, 1) for size in example.shape)
 
 
-def _check_fill(value: Any, scores: _Scores, evaluator: Evaluator) -> None:
-    """That a filled score stays hidden, whatever is done to it on the way to the softmax."""
-    fill = _scalar(value, evaluator)
+def _check_fill(value: Any, scores: _Scores, node: Node, evaluator: Evaluator) -> None:
+    """That a score filled in ``node`` stays hidden, whatever is done to it on the way to the softmax."""
+    fill, hidden = _scalar(value, evaluator), hidden_by(_example(node).dtype)
     if fill is None:
         raise Refused("it fills hidden scores with a value that is not known when compiling", _HIDES)
-    if not fill * scores.factor <= HIDDEN:
+    if not fill * scores.factor <= hidden:
         raise Refused(
-            f"it fills hidden scores with {fill * scores.factor:g}; only {HIDDEN:g} or less hides them", _HIDES
+            f"it fills hidden scores with {fill * scores.factor:g}; only {hidden:g} or less hides them", _HIDES
         )
+    scores.fills.add(fill * scores.factor)
     if fill == -math.inf:
         return
-    for node, factor, like in scores.added:
+    scores.late |= bool(scores.added)
+    for term, factor, like in scores.added:
         try:
             shape = _shape(like)
-            evaluator.visible(node, COORDINATES[4 - len(shape) :], shape)
+            evaluator.visible(term, _anywhere(len(shape)), shape, factor=factor)
         except Unproven as error:
             raise Refused(f"it fills hidden scores with {fill:g} and adds to them later, where {error}") from None
-        if factor <= 0:
-            raise Refused(f"it fills hidden scores with {fill:g} and adds to them later with the factor {factor:g}")
 
 
 def _is_row_maximum(node: Any, scores: Node) -> bool:
     """``scores.amax(-1, keepdim=True)`` or the values of ``max``: no softmax sees that it is subtracted."""
-    op = operation(node) if isinstance(node, Node) else None
+    op, kept = _reduced(node)
     if op is not None and op.name == "getitem" and op.get("index") == 0:
-        node, op = op.get("input"), operation(op.get("input"))
+        op = operation(op.get("input"))
+        kept = kept or (op is not None and op.get("keepdim") is True)
     if op is None or op.name not in ("amax", "max") or op.get("input") is not scores:
         return False
-    return op.get("dim") in (-1, len(_shape(scores)) - 1, (-1,), [-1]) and op.get("keepdim") is True
+    return kept and _over_last(op, scores)
+
+
+def _reduced(node: Any) -> tuple[Operation | None, bool]:
+    """What reduces scores along their keys, and whether the dimension is kept or has come back."""
+    kept = False
+    while isinstance(node, Node) and (op := operation(node)) is not None:
+        if op.name == "detach":
+            node = op.get("input")
+        elif (op.name == "unsqueeze" and op.get("dim") in (-1, rank_of(node) - 1)) or (
+            op.name == "getitem" and op.get("index") in ((Ellipsis, None), (*[slice(None)] * (rank_of(node) - 1), None))
+        ):
+            node, kept = op.get("input"), True
+        else:
+            return op, kept or op.get("keepdim") is True
+    return None, False
+
+
+def _over_last(op: Operation, scores: Node) -> bool:
+    return op.get("dim") in (-1, len(_shape(scores)) - 1, (-1,), [-1])
 
 
 def _read_baddbmm(scores: _Scores, op: Any, node: Node) -> None:
@@ -479,18 +628,18 @@ def _read_baddbmm(scores: _Scores, op: Any, node: Node) -> None:
     scores.factor *= alpha
 
 
-def _factors(product: Node) -> tuple[Operand, Operand, torch.Size]:
-    """Query and key, ``[..., L, D]`` each with the same leading dimensions, and the shape of the scores."""
+def _factors(product: Node) -> tuple[Operand, Operand]:
+    """Query and key, ``[..., L, D]`` each with the same leading dimensions."""
     op = operation(product)
     if op.name == "einsum":
-        return *_einsum(op, of_values=False), _shape(product)
+        return _einsum(op, of_values=False)
     names = ("batch1", "batch2") if op.name == "baddbmm" else ("input", "other")
     query, key = (op.get(name) for name in names)
     _same_rank(query, key)
     turned = operation(key)
     last = turned is not None and _swaps_last(turned, len(_shape(key)))
     rows = Operand(turned.get("input")) if last else Operand(key).then(torch.transpose, -2, -1)
-    return Operand(query), rows, _shape(product)
+    return Operand(query), rows
 
 
 def _same_rank(a: Node, b: Node) -> None:
@@ -572,7 +721,7 @@ def _check_order(scope: Scope, chain: list[Node], out: Node, factors: Sequence[N
     read = {*factors, *(node for node, *_ in (*scores.added, *scores.filled))}
     for node in read:
         if scope.written(node, after=start, before=end):
-            raise Refused(f"'{node.name}' is written between its two products")
+            raise Refused(f"{spoken(node)} is written between its two products")
     for node in chain:
         if scope.written(node, before=end, but=chain):
             raise Refused("its scores or weights are written by something else")
@@ -590,19 +739,23 @@ def _check_precision(chain: list[Node], dtype: torch.dtype) -> None:
 # ---- shapes --------------------------------------------------------------------------------------------------------
 
 
-def _heads(shapes: list[torch.Size], scores: torch.Size) -> tuple[Any, Any]:
+def _heads(chain: Sequence[Node]) -> tuple[Any, Any]:
     """(B, H) of scores that are ``[B, H, q, k]`` somewhere on their way; else every leading entry is a sequence."""
-    four = [shape for shape in shapes if len(shape) == 4]
-    B, H = map(number, four[0][:2] if four else (scores[0] if len(scores) == 3 else 1, 1))
+    shapes = [_shape(node) for node in chain]
+    first, four = shapes[0], [shape for shape in shapes if len(shape) == 4]
+    B, H = map(number, four[0][:2] if four else (first[0] if len(first) == 3 else 1, 1))
     if not isinstance(H, int) and any(len(shape) == 3 for shape in shapes):
         raise Refused(f"its number of heads {H} is not known when compiling")
-    leading = {4: (B, H), 3: (B * H,), 2: ()}
+    for before, node, shape in zip(shapes, chain[1:], shapes[1:], strict=False):
+        viewed = (operation(node) or in_place(node)).name in _VIEWS  # as many elements as before
+        same = len(before) == len(shape) and all(
+            statically_known_true(x == y) for x, y in zip(before, shape, strict=True)
+        )
+        if not (same or viewed) or not all(map(known_equal, before[-2:], shape[-2:])):
+            raise Refused(f"its scores are {tuple(before)} and later {tuple(shape)}")
     for shape in shapes:
-        if not all(map(known_equal, shape[-2:], scores[-2:])):
-            raise Refused(f"its scores are {tuple(scores)} and later {tuple(shape)}")
-        fits = len(shape) in leading and all(map(known_equal, shape[:-2], leading[len(shape)]))
-        if not fits or (len(shape) == 2 and not known_equal(B * H, 1)):
-            raise Refused(f"its scores are {tuple(scores)} and {tuple(shape)}, not both {B} sequences of {H} heads")
+        if _leading(shape[:-2], (B, H)) is None:
+            raise Refused(f"its scores are {tuple(first)} and {tuple(shape)}, not both {B} sequences of {H} heads")
     return B, H
 
 
@@ -643,25 +796,43 @@ def _before_repeat(scope: Scope, out: Node, query: Operand, key: Operand, value:
     return Operand(base[0]), Operand(base[1])
 
 
+def _leading(sizes: Sequence[Any], heads: tuple[Any, Any]) -> tuple[int, tuple[Any, ...]] | None:
+    """How many of the leading ``sizes`` of B * H matrices of scores are those of sequences, and where each of them is
+    at ``(b, h)``; None if heads are not apart in them, nor together with sequences in one."""
+    B, H = heads
+    if not sizes:
+        return (0, ()) if known_equal(B * H, 1) else None
+    if len(sizes) == 1:
+        return 1, (_B if H == 1 else _B * H + _H,)
+    split = next((i for i in range(len(sizes), 0, -1) if known_equal(math.prod(sizes[i:]), H)), None)
+    return None if split is None else (split, (*_digits(_B, sizes[:split]), *_digits(_H, sizes[split:])))
+
+
+def _digits(place: Any, sizes: Sequence[Any]) -> tuple[Any, ...]:
+    """Where an entry of a dimension is once that is taken apart into ``sizes``."""
+    digits: list[Any] = []
+    for size in map(size_expr, reversed(sizes[1:])):
+        digits.insert(0, sympy.Mod(place, size))
+        place = sympy.floor(place / size)
+    return (place, *digits) if len(sizes) else ()
+
+
 def _coordinates(like: Node, heads: tuple[Any, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Where the dimensions of a tensor of scores are, and their sizes."""
     shape = _shape(like)
-    if len(shape) == 4:
-        return COORDINATES, tuple(shape)
-    if len(shape) == 3:
-        return (_B * heads[1] + _H if heads[1] != 1 else _B, _Q, _K), tuple(shape)
-    return (_Q, _K), tuple(shape)
+    split, places = _leading(shape[:-2], heads)
+    if not all(isinstance(number(size), int) for size in (*shape[1:split], *shape[split + 1 : -2])):
+        raise Refused("its scores are taken apart into a number of parts that is not known when compiling")
+    return (*places, _Q, _K), tuple(shape)
 
 
 def _prove(
-    scope: Scope, scores: _Scores, sizes: tuple[Any, Any, Any, Any], heads: tuple[Any, Any]
+    scope: Scope, scores: _Scores, sizes: tuple[Any, Any, Any, Any], heads: tuple[Any, Any], out: Node
 ) -> tuple[Mask, Padding | None]:
-    parts = []
-    for node, factor, like in scores.added:
-        if factor < MIN_FACTOR:
-            return Mask(unknown=f"it adds a tensor with the factor {factor:g}"), None
-        shown = _shown(scope, node)
-        parts.append(MaskPart(node if shown is None else shown, *_coordinates(like, heads)))
+    parts = [
+        _shown(scope, node, factor, like, heads) or MaskPart(node, *_coordinates(like, heads), factor=factor)
+        for node, factor, like in scores.added
+    ]
     for node, hides, like in scores.filled:
         if _example(node).dtype != torch.bool:
             return Mask(
@@ -670,21 +841,22 @@ def _prove(
         parts.append(MaskPart(node, *_coordinates(like, heads), hides))
     if not parts:
         return Mask(), None
-    proven, padding = prove_all(parts, sizes, outer=scope.outer, overwritten=scope.overwritten, buffers=scope.buffers)
+    proven, padding = prove_all(parts, sizes, scope, out)
     if proven.unknown is None or len(parts) > 1:
         return proven, padding
     return same_for_all_queries(parts[0], sizes) or (proven, padding)
 
 
-def _shown(scope: Scope, node: Node) -> Node | None:
+def _shown(scope: Scope, node: Node, factor: float, like: Node, heads: tuple[Any, Any]) -> MaskPart | None:
     """The boolean mask that a mask which is added is made from: ``where(shown, 0, lowest)``; None for another."""
     op = operation(node)
     if op is None or op.name != "where" or _example(op.get("condition")).dtype != torch.bool:
         return None
-    evaluator = Evaluator(scope.outer, scope.overwritten, scope.buffers)
-    then, other = (_scalar(op.get(name), evaluator) for name in ("input", "other"))
-    hides = other is not None and other <= torch.finfo(_example(node).dtype).min
-    return op.get("condition") if then == 0 and hides and not scope.overwritten(node) else None
+    then, other = (_scalar(op.get(name), Evaluator(scope, node)) for name in ("input", "other"))
+    hides = other is not None and other * factor <= hidden_by(_example(node).dtype)
+    if then != 0 or not hides or scope.overwritten(node):
+        return None
+    return MaskPart(op.get("condition"), *_coordinates(like, heads))
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -700,10 +872,17 @@ def _write(
     out: Node,
     autocast: Sequence[tuple[Any, ...]],
     emit: Emit,
+    averages: bool = False,
 ) -> tuple[Node, Node]:
+    """``averages``: rows without a visible key get the mean of the values, as those of a query 0 that sees them all."""
     with entered(autocast):
         q, k, v = (x.emit(emit) for x in (query, key, value))
-        mask = _emit_mask(scores, heads, _common(q, spec), emit)
+        visible, mask = _emit_mask(scores, heads, q, _common(q, spec), emit)
+        if averages:
+            hidden = emit(torch.logical_not, emit(torch.any, visible, -1, True))
+            q = emit(torch.masked_fill, q, hidden, 0.0)
+            show = (torch.logical_or, mask, hidden) if mask is visible else (torch.masked_fill, mask, hidden, 0.0)
+            mask = emit(*show)
         attention = emit(
             F.scaled_dot_product_attention, q, k, v,
             attn_mask=mask, dropout_p=spec.dropout_p, scale=spec.scale, enable_gqa=not known_equal(spec.H, spec.H_kv),
@@ -717,34 +896,60 @@ def _common(query: Node, spec: AttentionSpec) -> torch.dtype:
     return spec.dtype if torch.is_autocast_enabled(spec.device) else query.meta["example_value"].dtype
 
 
-def _emit_mask(scores: _Scores, heads: tuple[Any, Any], dtype: torch.dtype, emit: Emit) -> Node | None:
+def _emit_mask(
+    scores: _Scores, heads: tuple[Any, Any], query: Node, dtype: torch.dtype, emit: Emit
+) -> tuple[Node | None, Node | None]:
+    """Which scores no filling hides, and the mask for SDPA."""
     bias = visible = None
     for node, factor, like in scores.added:
-        term = _broadcast(node, like, heads, emit)
+        term = _broadcast(node, like, heads, query, emit)
+        if not term.meta["example_value"].dtype.is_floating_point:
+            term = emit(torch.Tensor.to, term, dtype)  # the sum of two booleans is another one
         if factor != 1:
             term = emit(torch.mul, term, factor)
         bias = term if bias is None else emit(torch.add, bias, term)
     for node, hides, like in scores.filled:
-        shown = _broadcast(node, like, heads, emit)
+        shown = _broadcast(node, like, heads, query, emit)
         shown = emit(torch.logical_not, shown) if hides else shown
         visible = shown if visible is None else emit(torch.logical_and, visible, shown)
     if bias is None:
-        return visible
+        return visible, visible
     if bias.meta["example_value"].dtype != dtype:
         bias = emit(torch.Tensor.to, bias, dtype)
-    return bias if visible is None else emit(torch.where, visible, bias, float("-inf"))
+    return visible, bias if visible is None else emit(torch.where, visible, bias, float("-inf"))
 
 
-def _broadcast(node: Node, like: Node, heads: tuple[Any, Any], emit: Emit) -> Node:
-    """A tensor that broadcasts to scores of 3 dimensions, so that it broadcasts to those of 4, and has 2 at least."""
-    shape = _shape(node)
+def _broadcast(node: Node, like: Node, heads: tuple[Any, Any], query: Node, emit: Emit) -> Node:
+    """A tensor that broadcasts to scores like ``like``, so that it broadcasts to those of 4 dimensions, and has 2 at
+    least. ``query`` is ``[B, H, Lq, D]``."""
+    shape, sizes = _shape(node), _shape(like)[:-2]
     if len(shape) < 2:
         return emit(torch.reshape, node, (1, -1))  # no SDPA takes it as it is
-    if len(_shape(like)) != 3 or len(shape) != 3:
+    if len(sizes) == 2 or len(shape) == 2:
         return node
-    if known_equal(shape[0], 1) or heads[1] == 1:
-        return emit(torch.unsqueeze, node, 1)
-    return emit(torch.unflatten, node, 0, (-1, heads[1]))
+    if len(sizes) == 1:
+        one = known_equal(shape[0], 1) or heads[1] == 1
+        return emit(torch.unsqueeze, node, 1) if one else emit(torch.unflatten, node, 0, (-1, heads[1]))
+    for _ in range(len(sizes) + 2 - len(shape)):
+        node = emit(torch.unsqueeze, node, 0)
+    split, _ = _leading(sizes, heads)
+    for dim, (start, stop) in ((1, (split, len(sizes))), (0, (0, split))):  # heads first: the other places stay
+        own = [known_equal(size, 1) for size in _shape(node)[start:stop]]
+        if any(own) and not all(own):
+            wanted: list[Any] = [-1] * len(_shape(node))
+            missing = [start + i for i, one in enumerate(own) if one and not known_equal(sizes[start + i], 1)]
+            for i in missing:
+                wanted[i] = number(sizes[i])
+                if not isinstance(wanted[i], int):  # the first
+                    rest = math.prod(number(sizes[j]) for j in range(start, stop) if j != i)
+                    whole = emit(torch.Tensor.size, query, dim)
+                    wanted[i] = emit(operator.floordiv, whole, rest) if rest != 1 else whole
+            node = emit(torch.Tensor.expand, node, *wanted)
+        if stop - start > 1:
+            node = emit(torch.flatten, node, start, stop - 1)
+        elif stop == start:
+            node = emit(torch.unsqueeze, node, start)
+    return node
 
 
 def _like_product(attention: Node, out: Node, emit: Emit) -> Node:

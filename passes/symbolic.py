@@ -6,11 +6,12 @@ is an opaque leaf that stands for its own values. Sizes stay symbolic, and no gu
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 import torch
@@ -22,7 +23,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..spec import known_equal
 from .buffers import Buffers
-from .normalize import Operation, in_place, operation
+from .normalize import Operation, in_place, number, operation, shares_memory
+from .words import label, spoken
 
 COORDINATES = sympy.symbols("b h q k", integer=True, nonnegative=True)
 
@@ -69,37 +71,56 @@ def _nonunit(shape: Sequence[Any]) -> list[int]:
     return [i for i, size in enumerate(shape) if not is_one(size)]
 
 
-class Evaluator:
-    """Evaluates the nodes of one mask; remembers what it has seen.
+class Surroundings(Protocol):
+    """What an :class:`Evaluator` knows of the graph around a mask; a ``site.Scope`` is one.
 
-    ``outer`` maps placeholders of a sub-graph to the nodes that feed them; ``overwritten(node, but=nodes)`` tells
-    whether the memory of a node is written once it has been computed, by others than ``nodes``. ``buffers`` knows the
-    values of some placeholders.
+    outer: the nodes that feed the placeholders of a sub-graph. buffers: what is known of the values of placeholders.
     """
 
-    def __init__(
-        self, outer: Mapping[Node, Node], overwritten: Callable[..., bool], buffers: Buffers | None = None
-    ) -> None:
-        self.outer = outer
-        self.overwritten = overwritten
-        self.buffers = buffers or Buffers()
+    outer: Mapping[Node, Node]
+    buffers: Buffers
+
+    def overwritten(self, node: Node) -> bool:
+        """Whether the memory of ``node`` is written once it has been computed."""
+
+    def last_write(self, node: Node, reader: Node) -> Node | None:
+        """What wrote last into the memory of ``node`` after it was computed and before ``reader`` runs."""
+
+
+class Evaluator:
+    """Evaluates the nodes of one mask, as ``reader`` finds them; remembers what it has seen.
+
+    bounds: for each of :data:`COORDINATES` the number of its values, where that is known.
+    """
+
+    def __init__(self, around: Surroundings, reader: Node, bounds: Sequence[Any] = ()) -> None:
+        self.around = around
+        self.reader = reader
+        self.bounds = dict(zip(COORDINATES, bounds, strict=False))
         self.leaves: dict[Any, Node] = {}
         self.symbols: dict[Node, Any] = {}
         self.memo: dict[Any, Any] = {}
-        self.later: tuple[Node, ...] = ()  # writes that come after everything that is being evaluated
 
-    def visible(self, mask: Node, coords: Sequence[Any], sizes: Sequence[Any], hides: bool = False) -> Boolean:
+    def visible(
+        self,
+        mask: Node,
+        coords: Sequence[Any],
+        sizes: Sequence[Any],
+        hides: bool = False,
+        factor: float | None = None,
+    ) -> Boolean:
         """The condition under which the element of ``mask`` that broadcasts to ``coords`` of ``sizes`` shows a key.
 
-        ``hides`` turns a boolean mask round: True hides.
+        ``hides`` turns a boolean mask round: True hides. Another mask is added to scores, and so is a boolean one with
+        a ``factor``, that many times.
         """
         example = example_of(mask)
         if example.dim() > len(coords):
             raise Unproven(f"it has {example.dim()} dimensions")
         value = self.value(mask, self.broadcast(example.shape, coords, sizes))
-        if example.dtype == torch.bool:
+        if example.dtype == torch.bool and factor is None:
             return sympy.Not(_boolean(value)) if hides else _boolean(value)
-        return _additive(value, torch.finfo(example.dtype).min, self)
+        return _additive(_number(value), 1.0 if factor is None else factor, hidden_by(example.dtype), self)
 
     def broadcast(self, shape: Sequence[Any], coords: Sequence[Any], sizes: Sequence[Any]) -> tuple[Any, ...]:
         """Coordinates in a tensor of ``shape`` of the element that broadcasts to ``coords`` of ``sizes``."""
@@ -113,49 +134,52 @@ class Evaluator:
 
     def value(self, node: Node, coords: tuple[Any, ...]) -> Any:
         """The element of ``node`` at ``coords``: a sympy number, a sympy boolean or a :class:`_Select`."""
-        node = self.outer.get(node, node)
-        key = (node, coords)
+        node = self.around.outer.get(node, node)
+        writer = self.around.last_write(node, self.reader)
+        key = (node, coords, writer)
         if key not in self.memo:
-            self.memo[key] = self.evaluate(node, coords)
+            self.memo[key] = self.evaluate(node, coords, writer)
         return self.memo[key]
 
-    def evaluate(self, node: Node, coords: tuple[Any, ...]) -> Any:
-        write, op = in_place(node), operation(node)
-        if write is None and self.overwritten(node, but=self.later):
-            raise _modified(node)
+    def evaluate(self, node: Node, coords: tuple[Any, ...], writer: Node | None) -> Any:
+        """The element of ``node`` at ``coords`` after ``writer`` has written into it, if that is given."""
+        op, reader, place = in_place(node) or operation(node), self.reader, node
+        if writer is not None:
+            written = in_place(writer)
+            if written is not None and _same_place(written.get("input"), node):
+                op, place = written, writer
+            elif op is not None and op.name in _MOVES and shares_memory(op.get("input"), node):
+                place = reader  # the memory that it is a view of is read in its place
+            else:
+                raise _modified(node)
+        self.reader = place  # where what it depends on is read
         try:
-            if write is not None:
-                return self.after_write(node, write, coords)
             if op is not None and op.name in _RULES:
-                return _settle(_RULES[op.name](self, node, op, coords), example_of(node).dtype)
+                value = _RULES[op.name](self, node, op, coords)
+                return value if op.name in _MOVES else _settle(value, example_of(node).dtype)
         except _NoRule:
             pass
+        finally:
+            self.reader = reader
+        if writer is not None:
+            raise _modified(node)
         return self.leaf(node, coords)
 
-    def after_write(self, node: Node, write: Operation, coords: tuple[Any, ...]) -> Any:
-        """The element after an in-place operation: everything it depends on is read before the write."""
-        memo, later = self.memo, self.later
-        self.memo, self.later = {}, (*later, node)
-        try:
-            return _settle(_RULES[write.name](self, node, write, coords), example_of(node).dtype)
-        finally:
-            self.memo, self.later = memo, later
-
     def leaf(self, node: Node, coords: tuple[Any, ...]) -> Any:
-        if self.overwritten(node):  # its values may be read later than here
+        if self.around.overwritten(node):  # its values may be read later than here
             raise _modified(node)
         dtype = example_of(node).dtype
-        known = self.buffers.value(node, coords)
+        known = self.around.buffers.value(node, coords)
         if known is not None:
             condition, then, other = known
             if dtype == torch.bool:
                 return condition if then else sympy.Not(condition)
             return _select(condition, _real(float(then)), _real(float(other)))
         if dtype.is_complex:
-            raise Unproven(f"it is made from the complex tensor '{node.name}'")
+            raise Unproven(f"it is made from {spoken(node)}, which is complex")
         if node not in self.symbols:
             assumption = {"real": True} if dtype.is_floating_point else {"integer": True}
-            # the number keeps two nodes of one name in different graphs apart
+            # the number keeps two nodes of one name apart
             self.symbols[node] = sympy.Function(f"{node.name}__{len(self.symbols)}", **assumption)
             self.leaves[self.symbols[node]] = node
         value = self.symbols[node](*coords) if coords else self.symbols[node](sympy.S.Zero)
@@ -167,7 +191,7 @@ class Evaluator:
             example = arg.meta.get("example_value")
             if isinstance(example, torch.Tensor):
                 return self.value(arg, self.broadcast(example.shape, coords, example_of(out).shape))
-            arg = example
+            arg = number(arg)
         if isinstance(arg, bool):
             return sympy.true if arg else sympy.false
         if isinstance(arg, int | torch.SymInt):
@@ -179,6 +203,17 @@ class Evaluator:
         if isinstance(arg, float):
             return _real(arg)
         raise _NoRule
+
+    def divided(self, x: Any, n: sympy.Expr) -> tuple[Any, Any]:
+        """The quotient and the remainder of an integer expression by a size."""
+        terms = [(term, sympy.cancel(term / n)) for term in sympy.Add.make_args(sympy.expand(x))]
+        whole = sympy.Add(*(ratio for _, ratio in terms if ratio.is_integer))
+        rest = sympy.Add(*(term for term, ratio in terms if not ratio.is_integer))
+        if rest == 0 or (rest in self.bounds and known_equal(size_expr(self.bounds[rest]), n)):
+            return whole, rest
+        if not n.is_Integer:
+            raise _NoRule
+        return whole + sympy.floor(rest / n), sympy.Mod(rest, n)
 
     def index(self, arg: Any) -> sympy.Expr:
         """A size, offset or index that is a number or a zero-dimensional tensor, as an integer expression."""
@@ -193,12 +228,23 @@ def example_of(node: Node) -> torch.Tensor:
     """The fake tensor a node stands for; raises :class:`Unproven` if it is no tensor."""
     example = node.meta.get("example_value")
     if not isinstance(example, torch.Tensor):
-        raise Unproven(f"'{node.name}', which it is made from, is not a tensor")
+        raise Unproven(f"{spoken(node)}, which it is made from, is not a tensor")
     return example
 
 
+def _same_place(a: Any, b: Node) -> bool:
+    """Whether two nodes are the same elements of the same memory."""
+    if a is b:
+        return True
+    x, y = (node.meta.get("example_value") if isinstance(node, Node) else None for node in (a, b))
+    if not isinstance(x, torch.Tensor) or x.dtype != y.dtype or x.dim() != y.dim():
+        return False
+    places = ((*x.shape, *x.stride(), x.storage_offset()), (*y.shape, *y.stride(), y.storage_offset()))
+    return all(map(known_equal, *places))
+
+
 def _modified(node: Node) -> Unproven:
-    return Unproven(f"'{node.name}', which it is made from, is modified in place", "a mask that torch.where makes")
+    return Unproven(f"{spoken(node)}, which it is made from, is modified in place", "a mask that torch.where makes")
 
 
 def _is_condition(value: Any) -> bool:
@@ -310,28 +356,57 @@ def _known(function: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _additive(value: Any, lowest: float, evaluator: Evaluator) -> Boolean:
+HIDDEN = -1e9
+"""What is added to a score or filled into it at most, to hide it: scores are taken to be larger."""
+
+
+def hidden_by(dtype: torch.dtype) -> float:
+    """What hides a score at most: :data:`HIDDEN`, or the lowest number of a floating dtype that has none so low."""
+    return max(HIDDEN, torch.finfo(dtype).min) if dtype.is_floating_point else HIDDEN
+
+
+def _additive(value: Any, factor: float, hidden: float, evaluator: Evaluator) -> Boolean:
     if isinstance(value, _Select):
-        then = _additive(value.then, lowest, evaluator)
-        return _select(value.condition, then, _additive(value.other, lowest, evaluator))
+        then, other = (_additive(case, factor, hidden, evaluator) for case in (value.then, value.other))
+        return _select(value.condition, then, other)
     if value.is_number:
         if value == 0:
             return sympy.true
-        if value <= sympy.Rational(lowest):
+        if float(value) * factor <= hidden:
             return sympy.false
         raise Unproven(
-            f"it adds {float(value):g} to scores: neither 0 nor the lowest number of its dtype",
+            f"it adds {float(value) * factor:g} to scores: neither 0 nor {hidden:g} or less, which hides them",
             "float('-inf') for hidden keys",
         )
     names = sorted(leaf_names(value, evaluator))
     raise Unproven(
-        f"it adds the values of {', '.join(names) or str(value)}, which are not known when compiling", PROVABLE
+        f"it adds the values of {', '.join(names) or formula(value, evaluator)}, which are not known when compiling",
+        PROVABLE,
     )
 
 
 def leaf_names(expression: Any, evaluator: Evaluator) -> set[str]:
-    """The quoted names of the nodes whose values an expression contains."""
-    return {f"'{evaluator.leaves[leaf.func].name}'" for leaf in expression.atoms(AppliedUndef)}
+    """What the nodes are called whose values an expression contains."""
+    return {spoken(evaluator.leaves[leaf.func]) for leaf in expression.atoms(AppliedUndef)}
+
+
+_INFIX = {sympy.Eq: "==", sympy.Ne: "!=", sympy.And: "and", sympy.Or: "or"}
+
+
+def formula(expression: Any, evaluator: Evaluator) -> str:
+    """An expression in the user's words: ``mask[b, k] != 0 or k <= q``."""
+    if isinstance(expression, sympy.Not):
+        return f"not ({formula(expression.args[0], evaluator)})"
+    infix = next((word for kind, word in _INFIX.items() if isinstance(expression, kind)), None)
+    if infix is None:
+        labels = {
+            leaf: sympy.Symbol(f"{label(evaluator.leaves[leaf.func])}[{', '.join(map(str, leaf.args))}]")
+            for leaf in expression.atoms(AppliedUndef)
+        }
+        return str(expression.xreplace(labels))
+    args = sorted(expression.args, key=str) if infix in ("and", "or") else expression.args
+    parts = [formula(arg, evaluator) for arg in args]
+    return f" {infix} ".join(f"({x})" if " and " in x or " or " in x else x for x in parts)
 
 
 # ---- rules: (evaluator, node, operation, coordinates) -> value ------------------------------------------------
@@ -347,6 +422,50 @@ def _arithmetic(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
         return _map(_known(lambda x, y: function(x, y * alpha)), _number(a), _number(b))
 
     return rule
+
+
+def _division(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
+    """``/`` of numbers; ``//`` and ``%`` of an integer expression by a positive integer."""
+    a, b = (_number(evaluator.operand(op.get(name), node, coords)) for name in ("input", "other"))
+    rounding = "floor" if op.name == "floor_divide" else op.get("rounding_mode")
+    if isinstance(b, _Select) or not b.is_number or not b.is_nonzero or rounding not in (None, "floor"):
+        raise _NoRule
+    if op.name == "div" and rounding is None:
+        return _map(_known(lambda x: x / b), a)
+    if isinstance(a, _Select) or not a.is_integer or not b.is_Integer or not b.is_positive:
+        raise _NoRule
+    return _known(lambda x: sympy.Mod(x, b) if op.name == "remainder" else sympy.floor(x / b))(a)
+
+
+def _extreme(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The larger or the smaller of two numbers."""
+
+    def rule(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
+        operands = (_number(evaluator.operand(op.get(name), node, coords)) for name in ("input", "other"))
+        return _map(_of_numbers(function), *operands)
+
+    return rule
+
+
+def _of_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(*values: Any) -> Any:
+        if not all(value.is_number for value in values):
+            raise _NoRule
+        return function(*values)
+
+    return checked
+
+
+def _clamp(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
+    low, high = (op.get(name) for name in ("min", "max"))
+    values = [_number(evaluator.operand(x, node, coords)) for x in (op.get("input"), low, high) if x is not None]
+
+    def clamp(x: Any, *limits: Any) -> Any:
+        limits = list(limits)
+        x = x if low is None else sympy.Max(x, limits.pop(0))
+        return x if high is None else sympy.Min(x, limits.pop(0))
+
+    return _map(_of_numbers(clamp), *values)
 
 
 def _comparison(relation: type[Relational]) -> Callable[..., Any]:
@@ -436,23 +555,72 @@ def _cast(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ..
 
 
 def _reshape(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-    """Any reshape that only adds or removes dimensions of size one."""
+    """Dimensions in row-major order, some of them taken apart or put together."""
     source, shape = op.get("input"), example_of(node).shape
     inner = example_of(source).shape
-    kept, given = _nonunit(inner), _nonunit(shape)
-    if len(kept) != len(given) or not all(known_equal(inner[i], shape[j]) for i, j in zip(kept, given, strict=True)):
-        raise _NoRule
-    place = {i: coords[j] for i, j in zip(kept, given, strict=True)}
-    return evaluator.value(source, tuple(place.get(i, sympy.S.Zero) for i in range(len(inner))))
+    place = [sympy.S.Zero] * len(inner)
+    for parts, wholes in _groups([inner[i] for i in _nonunit(inner)], [shape[j] for j in _nonunit(shape)]):
+        flat = sympy.S.Zero
+        for j in (_nonunit(shape)[j] for j in wholes):
+            flat = flat * size_expr(shape[j]) + coords[j]
+        first, *others = (_nonunit(inner)[i] for i in parts)
+        for i in reversed(others):
+            flat, place[i] = evaluator.divided(flat, size_expr(inner[i]))
+        place[first] = flat
+    return evaluator.value(source, tuple(place))
+
+
+def _groups(a: Sequence[Any], b: Sequence[Any]) -> list[tuple[range, range]]:
+    """The smallest runs of sizes in ``a`` and ``b``, in order, that have the same products."""
+    found, i, j = [], 0, 0
+    while i < len(a) or j < len(b):
+        ends = sorted(itertools.product(range(i + 1, len(a) + 1), range(j + 1, len(b) + 1)), key=sum)
+        same = ((m, n) for m, n in ends if known_equal(math.prod(a[i:m]), math.prod(b[j:n])))
+        m, n = next(same, (i, j))
+        if (m, n) == (i, j):
+            raise _NoRule
+        found.append((range(i, m), range(j, n)))
+        i, j = m, n
+    return found
 
 
 def _repeat(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-    source, shape = op.get("input"), example_of(node).shape
+    source = op.get("input")
     inner = example_of(source).shape
-    for i, j in zip(reversed(range(len(inner))), reversed(range(len(shape))), strict=False):
-        if not is_one(inner[i]) and not known_equal(inner[i], shape[j]):
-            raise _NoRule
-    return evaluator.operand(source, node, coords)
+    kept = coords[len(coords) - len(inner) :]
+    sizes = zip(kept, map(size_expr, inner), strict=True)
+    return evaluator.value(source, tuple(sympy.S.Zero if n == 1 else evaluator.divided(x, n)[1] for x, n in sizes))
+
+
+def _repeat_interleave(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
+    source, dim = op.get("input"), op.get("dim")
+    inner, repeats = example_of(source).shape, size_expr(op.get("repeats"))
+    if not isinstance(dim, int) or not repeats.is_positive:
+        raise _NoRule
+    dim %= len(inner)
+    place = sympy.S.Zero if is_one(inner[dim]) else evaluator.divided(coords[dim], repeats)[0]
+    return evaluator.value(source, (*coords[:dim], place, *coords[dim + 1 :]))
+
+
+def _cat(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
+    """One tensor behind the other."""
+    parts, dim, dtype = op.get("tensors"), op.get("dim", 0), example_of(node).dtype
+    if not isinstance(parts, list | tuple) or not parts or not isinstance(dim, int):
+        raise _NoRule
+    if any(not _is_tensor(part) or example_of(part).dim() != len(coords) for part in parts):
+        raise _NoRule
+    dim %= len(coords)
+    starts = [sympy.S.Zero]
+    for part in parts[:-1]:
+        starts.append(starts[-1] + size_expr(example_of(part).shape[dim]))
+    values = []
+    for part, start in zip(parts, starts, strict=True):
+        place = sympy.S.Zero if is_one(example_of(part).shape[dim]) else coords[dim] - start
+        values.append(_settle(evaluator.value(part, (*coords[:dim], place, *coords[dim + 1 :])), dtype))
+    value = values[-1]
+    for before, end in zip(reversed(values[:-1]), reversed(starts[1:]), strict=True):
+        value = _select(sympy.Lt(coords[dim], end), before, value)
+    return value
 
 
 def _permuted(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
@@ -501,6 +669,8 @@ def _diff(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ..
 
 def _getitem(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
     source, index = op.get("input"), op.get("index")
+    if not _is_tensor(source):
+        raise _NoRule  # one of several results
     shape = example_of(source).shape
     items = list(index) if isinstance(index, tuple | list) else [index]
     if isinstance(index, list):
@@ -566,10 +736,24 @@ def _sliced(evaluator: Evaluator, item: slice, size: Any, coord: Any) -> Any:
     return coord + start
 
 
+_MOVES: dict[str, Callable[..., Any]] = {
+    "getitem": _getitem,
+    **{name: _reshape for name in ("unsqueeze", "squeeze", "flatten", "unflatten", "view", "reshape")},
+    **{name: _same for name in ("expand", "broadcast_to", "expand_as", "contiguous", "clone", "detach")},
+    **{name: _repeat for name in ("repeat", "tile")},
+    "repeat_interleave": _repeat_interleave,
+    **{name: _permuted for name in ("transpose", "permute")},
+}
 _RULES: dict[str, Callable[..., Any]] = {
+    **_MOVES,
     "add": _arithmetic(operator.add),
     "sub": _arithmetic(operator.sub),
     "mul": _arithmetic(operator.mul),
+    **dict.fromkeys(("div", "floor_divide", "remainder"), _division),
+    "maximum": _extreme(sympy.Max),
+    "minimum": _extreme(sympy.Min),
+    **dict.fromkeys(("clamp", "clamp_min"), _clamp),
+    "log": _unary(_of_numbers(lambda x: sympy.S.NegativeInfinity if x == 0 else sympy.Float(math.log(x)))),
     "neg": _unary(operator.neg),
     "abs": _unary(sympy.Abs),
     "eq": _comparison(sympy.Eq),
@@ -597,11 +781,8 @@ _RULES: dict[str, Callable[..., Any]] = {
     "scalar_tensor": _fill("data"),
     **{name: _fill("fill_value") for name in ("full", "new_full", "full_like")},
     **{name: _constant(1) for name in ("ones", "new_ones", "ones_like")},
-    **{name: _constant(0) for name in ("zeros", "new_zeros", "zeros_like")},
-    "getitem": _getitem,
-    **{name: _reshape for name in ("unsqueeze", "squeeze", "flatten", "view", "reshape")},
-    **{name: _same for name in ("expand", "broadcast_to", "expand_as", "contiguous", "clone", "detach")},
+    **{name: _constant(0) for name in ("zeros", "new_zeros", "zeros_like", "zero")},
+    "fill": _fill("value"),
     "to": _cast,
-    "repeat": _repeat,
-    **{name: _permuted for name in ("transpose", "permute")},
+    "cat": _cat,
 }

@@ -16,7 +16,7 @@ from express_compile.kernels import santa_kernels as K
 from express_compile.method import METHODS
 from express_compile.passes.plan import plan
 from express_compile.report import explain
-from express_compile.spec import AttentionSpec, Mask, Policy, feature_major, layer_key
+from express_compile.spec import AttentionSpec, Mask, Policy, Site, feature_major, layer_key
 
 SEED = torch.tensor(11)
 OPTIONS = dict(draws=[8], layers=[], fraction=0.0, sampler="sys", shared=True, min_length=0)
@@ -85,7 +85,8 @@ def test_no_bias_in_any_dtype_and_the_share_of_features():
     errors everywhere with probability 0.9995. Rounding the result to bfloat16 would not, nor rounding to nearest."""
     R, levels = 20_000, 12
     q = tokens(1, 8, H=2, D=32)[0].bfloat16()
-    rounded = Be.round_query(q.expand(R, -1, -1, -1), levels, SEED, 0, torch.full((R, 1), 8))
+    step = torch.arange(R)[:, None]  # of each another one: they draw for themselves
+    rounded = Be.round_query(q.expand(R, -1, -1, -1), levels, SEED, 0, step)
     unit = q.double().abs().amax(-1, keepdim=True) / levels
     f = (q.double() / unit).abs().frac()
     scale = (unit**2 * f * (1 - f) / R).sqrt() + 1e-7 * unit
@@ -96,7 +97,7 @@ def test_no_bias_in_any_dtype_and_the_share_of_features():
     assert rounded.dtype == torch.float32 and worst(rounded) < 4.5
     assert worst(rounded.bfloat16()) > 9
     assert worst((q.double() / unit).round() * unit) > 9
-    few = Be.round_query(q.expand(R, -1, -1, -1), 2, SEED, 0, torch.full((R, 1), 8))
+    few = Be.round_query(q.expand(R, -1, -1, -1), 2, SEED, 0, step)
     expected = Be.feature_probability(q, 1, 2)
     read = (few != 0).any(1).squeeze(1).double().mean(0)
     assert ((read - expected[0, 0]).abs() <= 4.5 * (expected[0, 0] * (1 - expected[0, 0]) / R).sqrt() + 1e-9).all()
@@ -213,7 +214,7 @@ def test_the_op_rounds_and_leaves_short_caches_exact():
     torch.testing.assert_close(op(q, k, v, draws=[60], bernoulli=4), exact)
     for bad in (-1, 257, 1.5, True, "4"):
         with pytest.raises(ValueError, match="bernoulli=.*: must be an integer from 0"):
-            METHODS["santa"].params(None, Policy(method_options={"santa": {"bernoulli": bad}}))
+            METHODS["santa"].params(Site(), Policy(method_options={"santa": {"bernoulli": bad}}))
     with pytest.raises(ValueError, match="bernoulli=257: must be an integer from 0"):
         op(q, k, v, bernoulli=257)
 

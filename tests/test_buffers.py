@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from express_compile import explain
-from express_compile.passes.buffers import _band
+from express_compile import explain, record_sites, rewrite_attention
+from express_compile.backend import plan_graph, rewrite_planned
+from express_compile.passes.buffers import Buffers, _band, _identical, _sample, _Seen
+from express_compile.spec import Policy
 
 N, C, H = 48, 32, 4
 OPTIONS = {"methods": ["express"], "budget": 64}
@@ -98,31 +102,132 @@ def test_a_compiled_block_is_equal_with_its_gradients(dynamic: bool) -> None:
         assert all(relative(a, b) < 1e-4 for a, b in zip(*grads, strict=True))
 
 
-def written(block: Block) -> None:
-    block.bias[0, 0, 3, 9] = 1
+def through_data(block: Block) -> None:
+    block.bias.data = torch.ones_like(block.bias)
 
 
-def replaced(block: Block) -> None:
-    block.bias = torch.ones_like(block.bias)
+CHANGES: dict[str, Callable[[Block], Any]] = {
+    "one element": lambda block: block.bias[0, 0, 3].__setitem__(9, 1),
+    "another tensor": lambda block: setattr(block, "bias", torch.ones_like(block.bias)),
+    "fill_": lambda block: block.bias.fill_(1),
+    ".data.fill_": lambda block: block.bias.data.fill_(1),
+    "an element through .data": lambda block: block.bias.data[0, 0, 3].__setitem__(9, 1),
+    ".data =": through_data,
+    "numpy": lambda block: block.bias.numpy()[0, 0, 3:].__setitem__(slice(None), 1),
+    "detach": lambda block: block.bias.detach().copy_(block.bias.flip(2)),
+    "storage": lambda block: block.bias.untyped_storage().copy_(torch.ones(N * N).untyped_storage()),
+    "set_": lambda block: block.bias.set_(torch.ones(1, 1, N, N)),
+    "load_state_dict": lambda block: block.load_state_dict({"bias": torch.ones(1, 1, N, N)}, strict=False),
+    "assigned": lambda block: block.load_state_dict({"bias": torch.ones(1, 1, N, N)}, strict=False, assign=True),
+}
 
 
-@pytest.mark.parametrize("change", [written, replaced])
+@pytest.mark.parametrize("name", CHANGES)
 @torch.no_grad()
-def test_a_buffer_that_changes_is_noticed_and_said_once(change: Callable) -> None:
-    block, x = Block(tril(), equals_zero), inputs()
-    compiled = torch.compile(block, backend="express", options=OPTIONS)
-    before = compiled(x)
-    assert relative(before, block(x)) < 1e-5
-    change(block)
+def test_a_buffer_that_changes_is_noticed_and_said_once(name: str) -> None:
+    block, original, x = Block(tril(), equals_zero, persistent=name != "numpy"), Block(tril(), equals_zero), inputs()
+    torch._dynamo.reset()
+    rewrite_attention(block, **OPTIONS)
+    before = block(x)
+    assert relative(before, original(x)) < 1e-5
+    for changed in (block, original):
+        CHANGES[name](changed)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        after = [compiled(x) for _ in range(3)]
-    assert relative(before, block(x)) > 1e-2, "the change is one that shows"
-    assert all(relative(y, block(x)) < 1e-5 for y in after)
+        after = [block(x) for _ in range(3)]
+    assert relative(before, original(x)) > 1e-2, "the change is one that shows"
+    assert all(relative(y, original(x)) < 1e-5 for y in after)
     ours = [str(w.message) for w in said if issubclass(w.category, RuntimeWarning)]
-    assert len(ours) == (1 if change is written else len(ours)) <= 1
-    if ours:
-        assert "mask kept in a buffer changed" in ours[0] and "torch.compiler.reset()" in ours[0]
+    assert len(ours) == 1 and "mask kept in a buffer changed" in ours[0] and "torch.compiler.reset()" in ours[0]
+
+
+SAME: dict[str, Callable[[Block], Any]] = {
+    "the same values anew": lambda block: block.bias.copy_(tril()),
+    "another tensor of the same values": lambda block: block.load_state_dict(block.state_dict(), assign=True),
+    "through .data": lambda block: setattr(block.bias, "data", tril()),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+@torch.no_grad()
+def test_a_buffer_that_holds_the_same_stays_rewritten(name: str) -> None:
+    block, x = Block(tril(), equals_zero), inputs()
+    torch._dynamo.reset()
+    rewrite_attention(block, **OPTIONS)
+    before = block(x)
+    SAME[name](block)
+    with warnings.catch_warnings(), record_sites() as sites:
+        warnings.simplefilter("error", RuntimeWarning)
+        assert torch.equal(block(x), before)
+    assert [site.method for site in sites] == ["express"]
+
+
+@torch.no_grad()
+def test_layers_that_share_a_buffer_and_layers_that_look_alike() -> None:
+    """One warning for all; what is compared with is kept once for all of a pattern."""
+    shared = tril()
+    layers = nn.Sequential(*(Block(buffer, equals_zero) for buffer in (shared, shared, tril())))
+    original, x = copy.deepcopy(layers), inputs()
+    torch._dynamo.reset()
+    graphs: list[Buffers] = []
+
+    def backend(gm, values):
+        graphs.append(buffers := Buffers(gm, values))
+        planned = plan_graph(gm, Policy.from_options(OPTIONS), buffers)
+        unchanged = rewrite_planned(gm, planned, Policy.from_options(OPTIONS), buffers)
+        return buffers.guard(gm, unchanged)
+
+    run = torch.compile(layers, backend=backend, fullgraph=True)
+    assert relative(run(x), original(x)) < 1e-5
+    assert len(graphs[0].copies) == 1 and len(graphs[0].used) in (2, 3)
+    for model in (layers, original):
+        model[0].bias.data.fill_(1)
+    original[1].bias.data.fill_(1)
+    with pytest.warns(RuntimeWarning, match="mask kept in a buffer") as said:
+        assert relative(run(x), original(x)) < 1e-5
+        assert relative(run(x), original(x)) < 1e-5
+    assert len(said) == 1
+
+
+@torch.no_grad()
+def test_a_buffer_that_changes_while_it_is_compiled_is_noticed() -> None:
+    block, original, x = Block(tril(), equals_zero), Block(tril(), equals_zero), inputs()
+
+    def backend(gm, values):
+        buffers, policy = Buffers(gm, values), Policy.from_options(OPTIONS)
+        planned = plan_graph(gm, policy, buffers)
+        unchanged = rewrite_planned(gm, planned, policy, buffers)
+        block.bias.data.fill_(1)
+        original.bias.data.fill_(1)
+        return buffers.guard(gm, unchanged)
+
+    torch._dynamo.reset()
+    with pytest.warns(RuntimeWarning, match="mask kept in a buffer"):
+        assert relative(torch.compile(block, backend=backend)(x), original(x)) < 1e-5
+
+
+def test_of_a_large_buffer_rows_are_compared_and_it_has_to_be_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("express_compile.passes.buffers._COMPARED", N * N // 4)
+    buffer = tril()
+    seen = _Seen(buffer, buffer._version, buffer.data_ptr(), _sample(buffer).clone())
+    assert seen.values.shape == (N // 4, N) and seen.is_still(buffer)
+    assert not seen.is_still(buffer.clone())
+    buffer.data[0, 0, 5] = 1  # between two rows that are compared: as the docstring says
+    assert seen.is_still(buffer)
+    buffer.data[0, 0, 8] = 1
+    assert not seen.is_still(buffer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float64, torch.uint8])
+@pytest.mark.parametrize("columns", [7, 16])
+def test_matrices_are_compared_bit_by_bit(dtype: torch.dtype, columns: int) -> None:
+    x = torch.ones(5, columns).tril().to(dtype)
+    assert _identical(x, x.clone()) and _identical(x.repeat(1, 2)[:, :columns], x)
+    y = x.clone()
+    y[-1, -1] = 1
+    assert not _identical(x, y) or torch.equal(x, y)
+    y[0, -1] = 1
+    assert not _identical(x, y) and not _identical(y, x)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from express_compile.cost import Cost, floor_log2, visible_pairs
 from express_compile.kernels import contest, express, santa_kernels, segments, thinformer, thinning
 from express_compile.kernels.schedule import Schedule
 from express_compile.method import METHODS, Method
-from express_compile.spec import AttentionSpec, Mask, Policy
+from express_compile.spec import AttentionSpec, Mask, Policy, Site
 
 SPEED = Path(__file__).parent.parent / "examples" / "results" / "speed.csv"
 NO_MASK, POLICY = Mask(), Policy()
@@ -38,7 +38,7 @@ def causal(Lq: int, Lk: int) -> AttentionSpec:
 
 
 def cost_of(name: str, spec: AttentionSpec, policy: Policy = POLICY) -> Cost:
-    return METHODS[name].cost(spec, METHODS[name].params(spec, policy))
+    return METHODS[name].cost(spec, METHODS[name].params(Site(spec), policy))
 
 
 def dense_elements(spec: AttentionSpec, rows: int) -> int:
@@ -82,7 +82,7 @@ def test_offsets_of_dynamic_sizes_stay_symbols() -> None:
 
 def test_every_shipped_method_has_a_cost_and_others_need_none() -> None:
     assert all(METHODS[name].cost is not None for name in METHODS.shipped)
-    other = Method("other", "", "", "", refuse=lambda spec, policy: None, params=lambda spec, policy: {})
+    other = Method("other", "", "", "", refuse=lambda spec, policy: None, params=lambda site, policy: {})
     assert other.cost is None
 
 
@@ -312,7 +312,7 @@ def test_santa_counts_keys_in_the_window(Lq: int) -> None:
         cost = cost_of("santa", spec)
         assert cost.at(spec, 64) == whole
         assert cost.at(spec, reach).scores == spec.B * spec.H * Lq * 500, "exact for no more keys than draws"
-    assert METHODS["santa"].rows(METHODS["santa"].params(spec, Policy(budget=0.1)), 100_000) == 50
+    assert METHODS["santa"].rows(METHODS["santa"].params(Site(spec), Policy(budget=0.1)), 100_000) == 50
 
 
 # ------------------------------------------------------------------------------------------------------ launches

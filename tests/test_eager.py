@@ -108,7 +108,7 @@ TOY = Method(
     supports="causal",
     refuses="decoding",
     refuse=toy_refuses,
-    params=lambda spec, policy: {"gain": TOY.own_options(policy)["gain"]},
+    params=lambda site, policy: {"gain": TOY.own_options(policy)["gain"]},
     options={"gain": 1.0},
 )
 TOY_ONLY = {"methods": ["toy_eager"]}

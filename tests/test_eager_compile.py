@@ -24,7 +24,7 @@ from express_compile import explain, is_rewritten, record_sites, restore_attenti
 from express_compile.backend import rewrite_graph
 from express_compile.capture import Capture
 from express_compile.method import METHODS
-from express_compile.spec import AttentionSpec, Mask, Policy, layer_key
+from express_compile.spec import AttentionSpec, Mask, Policy, Site, layer_key
 
 VOCAB, N, C, H = 61, 40, 32, 4
 EXACT: dict[str, Any] = {"methods": ["exact"]}
@@ -684,7 +684,7 @@ def by_hand(model: NanoGPT, path: str) -> NanoGPT:
     for i, block in enumerate(model.blocks):
         block.attn.__class__ = ByHand
         block.attn.layer = layer_key(path.format(i))
-        block.attn.params = dict(METHODS["express"].params(spec, Policy(**THIN)))
+        block.attn.params = dict(METHODS["express"].params(Site(spec), Policy(**THIN)))
     return model
 
 

@@ -15,7 +15,8 @@ from express_compile.kernels.contest import CONTEST, compete, compete_reference
 from express_compile.kernels.express_state import ExpressState
 from express_compile.kernels.halving import get_rule
 from express_compile.method import METHODS
-from express_compile.spec import AttentionSpec, Mask, Policy
+from express_compile.passes.plan import plan
+from express_compile.spec import AttentionSpec, Mask, Policy, Site
 
 SEED = torch.tensor(11)
 
@@ -130,10 +131,10 @@ def test_tokens_are_kept_with_the_probability_that_their_weight_claims(rule, M):
     n, seeds = 330, 3000
     config = E.ExpressConfig(4, M, sinks=2, window=5, rule=get_rule(rule), block=16)
     _, k, v = tokens(n, dtype=torch.float32)
-    # sequences of one batch draw independently: 3000 copies of one sequence are 3000 seeds
-    k, v = k.expand(seeds, 1, n, 4), v.expand(seeds, 1, n, 3)
+    # the heads of one sequence draw independently: 3000 copies of one head are 3000 seeds
+    k, v = k.expand(1, seeds, n, 4), v.expand(1, seeds, n, 3)
     layout = E.make_layout(config, n, n)
-    arena = E.thin_reference(k, v, layout, 0.5, SEED, 0)[:, 0]
+    arena = E.thin_reference(k, v, layout, 0.5, SEED, 0)[0]
     segments, weights = layout.table.segments[-1], layout.table.log_weight[-1]
     worst = 0.0
     for (source, first, length), log_weight in zip(segments, weights, strict=True):
@@ -153,7 +154,7 @@ def test_tokens_are_kept_with_the_probability_that_their_weight_claims(rule, M):
 # -- the op ------------------------------------------------------------------------------------------------------
 
 OPTIONS = dict(
-    s=8, fraction=0.0, inflation=-1, sinks=2, window=9, protected=0, halving="balanced", flatten=0.0, block=16,
+    s=8, inflation=-1, sinks=2, window=9, protected=0, halving="balanced", flatten=0.0, block=16,
     min_length=0,
 )  # fmt: skip
 
@@ -181,7 +182,9 @@ def test_same_seed_same_bits_and_every_part_of_the_key_counts():
     assert not torch.equal(base, op(q, k, v, seed=SEED + 1)[0])
     assert not torch.equal(base, op(q, k, v, layer=4)[0])
     same = op(q[:1].expand(2, -1, -1, -1), k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1))[0]
-    assert not torch.equal(same[0], same[1]), "sequences of a batch draw for themselves"
+    assert torch.equal(same[0], same[1]), "sequences of a batch draw the same"
+    alike = op(*(x[:, :1].expand(-1, 2, -1, -1) for x in (q, k, v)))[0]
+    assert not torch.equal(alike[:, 0], alike[:, 1]), "heads draw for themselves"
 
 
 @pytest.mark.parametrize("options", [{}, {"min_length": 10**6}, {"protected": 10}])
@@ -213,7 +216,7 @@ def test_each_sequence_of_a_padded_batch_has_a_state_of_its_own():
     out, _ = op(q, k, v, padding)
     config = E.ExpressConfig(8, 1, 2, 9, block=16)
     for b, length in enumerate(lengths):
-        state = ExpressState(config, 0.5, SEED, 3, batch_index=b)
+        state = ExpressState(config, 0.5, SEED, 3)
         parts = (x[b : b + 1, :, n - length :] for x in (q, k, v))
         torch.testing.assert_close(state.extend(*parts), out[b : b + 1, :, n - length :], rtol=1e-10, atol=1e-10)
 
@@ -236,19 +239,19 @@ def test_short_sequences_are_exact():
     assert (op(*longer, min_length=300)[0] - exact(*longer, 0.5)).abs().max() > 1e-3
 
 
-def test_a_fraction_of_the_keys():
-    q, k, v = tokens(600)
-    assert torch.equal(op(q, k, v, s=0, fraction=0.03)[0], op(q, k, v, s=16)[0])  # 18 rows, rounded down to 16
-
-
-def test_a_table_of_rows_and_its_gradient():
-    table = [4, 4, 8, 8, 8, 16, 32]  # from 16, 32, 64, 128, 256, 512 and 1,024 keys on
-    for n, s in ((300, 8), (600, 16)):
-        inputs = [x.requires_grad_() for x in tokens(n)]
-        outs = [op(*inputs, **options)[0] for options in ({"s": 0, "table": table}, {"s": s})]
-        grads = [torch.autograd.grad(out.square().sum(), inputs) for out in outs]
-        assert torch.equal(*outs) and all(map(torch.equal, *grads))
-        assert not torch.equal(outs[0], op(*inputs, s=2 * s)[0])
+@pytest.mark.parametrize(
+    "budget, words",
+    [(0.05, "the fraction 0.05 of the keys"), (lambda n: n // 8, "a table of rows"), ([16, 32], "a table of rows")],
+)
+def test_a_budget_that_follows_the_length_is_refused(budget, words):
+    policy = Policy(budget=budget, methods=("express",))
+    decision = plan(spec(), policy)
+    assert decision.verdict == "refused"
+    assert f"its budget is {words}, so that how long the text becomes would decide" in decision.reason
+    assert "give a number of rows, such as budget=512" in decision.reason
+    assert "not causal" in plan(spec(mask=Mask()), policy).reason
+    with pytest.raises(ValueError, match=r"budget=.*: its budget is .*give a number of rows"):
+        METHODS["express"].params(Site(spec()), policy.tabled())
 
 
 @given(
@@ -333,7 +336,7 @@ def test_gradients_with_the_selection_held_fixed(protected, padded):
     actual = torch.autograd.grad(out, leaves, grad)
     config = E.ExpressConfig(8, 1, 2, 9, protected, block=16)
     expected = [torch.zeros_like(x) for x in leaves]
-    for b in range(B):  # one sequence at a time, at its place in the batch
+    for b in range(B):  # one sequence at a time
         rows = padding[b].nonzero()[:, 0]
         parts = [x[:, :, rows].detach().requires_grad_() for x in leaves]
         result = E.express_reference(*parts, config, 0.5, SEED, 3)[0]
@@ -432,15 +435,14 @@ def test_what_is_taken(changes):
 
 def test_parameters_come_from_the_policy():
     policy = Policy(budget=700, window=7, inflation=3, method_options={"express": {"block": 64}})
-    params = METHODS["express"].params(spec(), policy)
+    params = METHODS["express"].params(Site(spec()), policy)
     assert (params["s"], params["window"], params["inflation"], params["block"]) == (512, 7, 3, 64)
-    assert METHODS["express"].params(spec(), Policy(budget=0.25))["fraction"] == 0.25
     for bad, message in [
         (Policy(inflation=12), "inflation=12"),
         (Policy(halving="best"), "halving='best'"),
         (Policy(method_options={"express": {"block": 7}}), "block=7"),
     ]:
         with pytest.raises(ValueError, match=message):
-            METHODS["express"].params(spec(), bad)
+            METHODS["express"].params(Site(spec()), bad)
     with pytest.raises(TypeError, match="unknown option 'blok'; allowed are block, flatten"):
-        METHODS["express"].params(spec(), Policy(method_options={"express": {"blok": 7}}))
+        METHODS["express"].params(Site(spec()), Policy(method_options={"express": {"blok": 7}}))

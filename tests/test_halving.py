@@ -42,22 +42,22 @@ def test_philox_known_answers(key, counter, first_word):
 
 
 @jit
-def _draw_kernel(p_out, p_seed, layer, bucket, stage, sequence, N: tl.constexpr):
+def _draw_kernel(p_out, p_seed, layer, bucket, stage, head, N: tl.constexpr):
     o = tl.arange(0, N)
-    tl.store(p_out + o, draw_uniform(tl.load(p_seed), layer, o, bucket, stage, sequence))
+    tl.store(p_out + o, draw_uniform(tl.load(p_seed), layer, o, bucket, stage, head))
 
 
 def test_kernel_draws_are_those_of_the_reference():
-    for seed, layer, bucket, stage, sequence in [(0, 0, 0, 0, 0), (2**32 - 1, 2**31 - 1, 77, 640, 65537)]:
+    for seed, layer, bucket, stage, head in [(0, 0, 0, 0, 0), (2**32 - 1, 2**31 - 1, 77, 640, 65537)]:
         out = torch.full((64,), math.nan)
-        _draw_kernel[(1,)](out, torch.tensor(seed), layer, bucket, stage, sequence, N=64)
-        assert torch.equal(out, philox_uniform(torch.tensor(seed), layer, torch.arange(64), bucket, stage, sequence))
+        _draw_kernel[(1,)](out, torch.tensor(seed), layer, bucket, stage, head, N=64)
+        assert torch.equal(out, philox_uniform(torch.tensor(seed), layer, torch.arange(64), bucket, stage, head))
 
 
 def test_draws_differ_by_every_part_of_the_counter():
-    base = dict(seed=torch.tensor(1), layer=2, draw=torch.arange(256), bucket=3, stage=4, sequence=5)
+    base = dict(seed=torch.tensor(1), layer=2, draw=torch.arange(256), bucket=3, stage=4, head=5)
     reference = philox_uniform(**base)
-    for change in ({"seed": torch.tensor(2)}, {"layer": 3}, {"bucket": 4}, {"stage": 5}, {"sequence": 6}):
+    for change in ({"seed": torch.tensor(2)}, {"layer": 3}, {"bucket": 4}, {"stage": 5}, {"head": 6}):
         assert (philox_uniform(**{**base, **change}) == reference).float().mean() < 0.05
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from express_compile.passes.mask import Padding
 from express_compile.passes.match import find_sites
 from express_compile.passes.site import AttentionSite
+from express_compile.passes.symbolic import HIDDEN
 from express_compile.spec import Mask
 
 B, H, D = 2, 2, 4
@@ -95,7 +96,7 @@ def prove(
         padding = padding_of(site.padding, values) if site.padding is not None else None
         seen = actual if actual.dtype == torch.bool else actual == 0
         if actual.dtype != torch.bool:
-            assert (actual[~seen] <= LOWEST).all()
+            assert (actual[~seen] <= HIDDEN).all()
         seen = seen[(None,) * (4 - seen.dim())].expand(B, H, Lq, Lk)
         claimed = dense(mask, padding, Lq, Lk, segments)
         for h in range(H):
@@ -137,8 +138,65 @@ CAUSAL: dict[str, Callable[[int], torch.Tensor]] = {
     "sliced": lambda n: torch.ones(2 * n, 2 * n, dtype=torch.bool).tril()[None, None, :n, :n],
     "sliced later": lambda n: torch.ones(2 * n, 2 * n, dtype=torch.bool).tril()[n:, n:],
 }
+
+
+def steps(n: int) -> torch.Tensor:
+    mask = torch.empty(n, n)
+    mask.fill_(-math.inf)
+    mask.triu_(1)
+    return mask
+
+
+def old_transformers(n: int) -> torch.Tensor:
+    mask = torch.full((n, n), LOWEST)
+    place = torch.arange(mask.size(-1))
+    mask.masked_fill_(place < (place + 1).view(mask.size(-1), 1), 0)
+    return mask.to(torch.float32)[None, None].expand(B, 1, n, n)
+
+
+def assigned(n: int) -> torch.Tensor:
+    mask = torch.zeros(n, n)
+    mask[K(n) > Q(n)] = -math.inf
+    return mask
+
+
+def read_before(n: int) -> torch.Tensor:
+    """What is copied before a write is what it was."""
+    mask = torch.ones(n, n)
+    mask.tril_()
+    kept = mask + 0
+    mask[:] = 1.0
+    mask *= 0.0
+    return kept == 1
+
+
+CAUSAL |= {
+    "written by steps": steps,
+    "written as in old transformers": old_transformers,
+    "assigned": assigned,
+    "read before it is written": read_before,
+    "zeros filled": lambda n: torch.triu(torch.zeros(n, n).fill_(-math.inf), 1),
+    "ones less": lambda n: torch.ones(n, n).sub_(torch.ones(n, n).tril()).mul_(-1e9),
+    "(1 - tril) * -1e9": lambda n: (1 - torch.ones(n, n).tril()) * -1e9,
+    "integers times min": lambda n: (1 - torch.ones(n, n, dtype=torch.long).tril()) * LOWEST,
+    "booleans times -1e9": lambda n: ~torch.ones(n, n, dtype=torch.bool).tril() * -1e9,
+    "the lowest of bfloat16": lambda n: torch.where(K(n) <= Q(n), 0.0, torch.finfo(torch.bfloat16).min),
+    "tril == 0": lambda n: torch.zeros(n, n).masked_fill(torch.ones(n, n).tril() == 0, -math.inf),
+    "log": lambda n: torch.ones(n, n).tril().log(),
+    "divided": lambda n: (1 - torch.ones(n, n).tril()) / -1e-10,
+    "clamped": lambda n: torch.full((n, n), -math.inf).triu(1).clamp(min=LOWEST),
+    "the smaller of two": lambda n: torch.minimum(torch.zeros(n, n), torch.where(K(n) > Q(n), LOWEST, 0.0)),
+    "the larger of two": lambda n: torch.max(torch.full((n, n), -math.inf).triu(1), torch.tensor(LOWEST)),
+    "logical": lambda n: torch.logical_or(K(n) < Q(n), torch.eye(n) == 1).logical_and(K(n) <= Q(n)),
+    "merged and parted": lambda n: (K(n) <= Q(n)).expand(B, H, n, n).reshape(B * H, n, n).view(B, H, n, n),
+    "flat": lambda n: (K(n) <= Q(n)).reshape(-1).view(n, n),
+    "repeated": lambda n: (K(n) <= Q(n))[None].repeat(B * H, 1, 1).unflatten(0, (B, H)),
+    "interleaved": lambda n: (K(n) <= Q(n))[None].repeat_interleave(B, 0)[:, None],
+    "tiled": lambda n: (K(n) <= Q(n)).tile(B, H, 1, 1),
+    "put together": lambda n: torch.cat([K(n)[:, :3] <= Q(n), torch.arange(3, n) <= Q(n)], -1),
+}
 # spellings of a causal mask that are true but beyond the rules: they may be unknown, never wrong
-TOO_HARD = {"triu transposed", "bool sum"}
+TOO_HARD = {"triu transposed", "bool sum", "logical", "put together"}
 
 
 @pytest.mark.parametrize("spelling", CAUSAL)
@@ -178,10 +236,20 @@ NEAR_MISSES: dict[str, Callable[[int], torch.Tensor]] = {
     "negative slice": lambda n: torch.ones(n + 1, n + 1, dtype=torch.bool).tril()[-n:, :n],
     "cumsum of ones, flipped": lambda n: torch.ones(n, n).cumsum(0) <= torch.ones(n, n).cumsum(1),
     "half": lambda n: 2 * K(n) <= 2 * Q(n) - 1,
+    "-65504 in float32": lambda n: torch.where(K(n) <= Q(n), 0.0, torch.finfo(torch.float16).min),
+    "hidden and lifted": lambda n: torch.full((n, n), -math.inf).triu(1).clamp(min=-100.0),
+    "a later part": lambda n: torch.cat([K(n)[:, :3] <= Q(n), torch.arange(n - 3) <= Q(n)], -1),
+    "repeated along the keys": lambda n: (K(n)[:, : n // 2] <= Q(n)).repeat(1, 2),
+    "each key twice": lambda n: (torch.arange(n // 2) <= Q(n)).repeat_interleave(2, 1),
+    "each query twice": lambda n: (K(n) <= torch.arange(n // 2)[:, None]).repeat_interleave(2, 0),
+    "rows and columns in another order": lambda n: (K(n) <= Q(n)).reshape(n // 2, 2, n).transpose(0, 1).reshape(n, n),
+    "written after it was read": lambda n: (m := torch.ones(n, n).tril(), m == 1, m.triu_())[0] == 1,
+    "written through a view": lambda n: (m := torch.ones(n, n).tril(), m.T.triu_(1))[0] == 1,
 }
 PROVEN_AS_WHAT_THEY_ARE = {
     *("one too many", "from one", "k < q hides the diagonal", "tril one up", "tril one down", "negative slice", "half"),
     "every second key",  # causal with a key padding
+    "written after it was read",  # the diagonal
 }
 
 
@@ -304,7 +372,7 @@ def test_what_is_no_key_padding(make: Callable[[torch.Tensor], torch.Tensor]) ->
 def test_masks_that_users_supply_are_unknown_unless_they_name_no_query() -> None:
     causal = torch.ones(6, 6, dtype=torch.bool).tril()
     assert "not known when compiling" in prove(lambda m: m, causal).unknown
-    assert "'l_inputs_0_'" in prove(lambda m: m, torch.zeros(6, 6)).unknown
+    assert "adds the values of 'inputs[0]'," in prove(lambda m: m, torch.zeros(6, 6)).unknown
     assert prove(lambda m: m, REAL.bool()[:, None, None, :]) == Mask(padding=True)
     assert prove(lambda m: m * 1.0, REAL[:, None, None, :].float()).unknown  # 0 and 1 are a bias
 
@@ -355,8 +423,7 @@ HUGE = torch.tensor([2**63 - 1, 0, 2**32, 5, -1, 2**31])
         (lambda x: K(6) * 2**62 <= Q(6) * 2**62, HUGE),
         (lambda x: K(6).int() + (2**31 - 3) <= Q(6).int() + (2**31 - 3), HUGE),
         (lambda x: K(6).double() + 2.0**60 <= Q(6).double() + 2.0**60, HUGE),
-        # NaN is neither above 0 nor not above it, and 0 times NaN is NaN
-        (lambda x: (K(6) <= Q(6)) & ((x > 0) | (x <= 0)), NAN),
+        # 0 times NaN is NaN
         (lambda x: torch.where(K(6) <= Q(6), 0.0, -math.inf) + x * 0, NAN),
         (lambda x: torch.where(K(6) <= Q(6), 0.0, -math.inf) + (x - x), NAN),
     ],
@@ -392,6 +459,8 @@ def test_unknown_keys_are_read_from_the_tensor_that_was_compared() -> None:
         (lambda x: (K(6) <= Q(6)) & (x + 1 > x), HUGE),  # false for the largest integer
         (lambda x: (K(6) <= Q(6)) & (x.int() > 0), HUGE),  # 2**32 becomes 0
         (lambda x: (K(6) <= Q(6)) & ~(x > 0), NAN),  # true for NaN
+        (lambda x: (K(6) <= Q(6)) & ((x > 0) | (x <= 0)), NAN),  # neither is true for NaN
+        (lambda x: (K(6) <= Q(6)) & ((x > 0) | (K(6) % 2 == 0)), NAN),
         (lambda x: (K(6) <= Q(6)) & (x.abs() >= 0), torch.where(HUGE == 5, -(2**63), HUGE)),
     ):
         assert 0 < int(make(x)[-1].sum()) < 6
@@ -420,6 +489,87 @@ def test_packed_sequences_that_are_one() -> None:
 
 
 SEGMENTS = torch.tensor([[5, 5, 5, 7, 7, 1], [0, 2, 2, 2, 2, 9]])
+CHUNKS = {
+    "//": lambda i: i // 4,
+    "floor_divide": lambda i: torch.floor_divide(i, 4),
+    "div": lambda i: torch.div(i, 4, rounding_mode="floor"),
+    "of a shift": lambda i: (i + 1) // 4,
+    "every second": lambda i: i % 2,
+}
+
+
+@pytest.mark.parametrize("name", CHUNKS)
+def test_chunks_are_segments(name: str) -> None:
+    """Local attention in chunks, and dilated attention: the number of the chunk is that of the segment."""
+    of = CHUNKS[name]
+    numbers = of(torch.arange(6)).expand(B, 6)
+    assert prove(lambda: of(K(6)) == of(Q(6)), segments=numbers) == Mask(segments=True)
+    both = prove(lambda: torch.where((of(Q(6)) != of(K(6))) | (K(6) > Q(6)), -1e9, 0.0), segments=numbers)
+    assert both == Mask(causal=True, segments=True)
+    assert prove(lambda: of(K(6)) == of(Q(6) + 1), segments=numbers).unknown
+    assert prove(lambda: of(K(6)) <= of(Q(6)), segments=numbers).unknown
+
+
+def test_keys_that_stand_before_a_causal_mask() -> None:
+    """As decoders of old make it: what is cached is seen by all, by zeros or by True in front."""
+    assert prove(lambda: torch.cat([torch.zeros(4, 3), steps(4)], -1), Lq=4, Lk=7) == Mask(causal=True, offset=3)
+    ones = torch.ones(4, 2, dtype=torch.bool)
+    seen = prove(lambda: torch.cat((ones.new_ones(4, 2), ones.new_ones(4, 1), K(4) <= Q(4)), dim=1), Lq=4, Lk=7)
+    assert seen == Mask(causal=True, offset=3)
+    assert prove(lambda: torch.cat([K(4) <= Q(4), ones.new_ones(4, 3)], -1), Lq=4, Lk=7).unknown
+    assert prove(lambda: torch.cat([torch.full((4, 3), -1.0), steps(4)], -1), Lq=4, Lk=7).unknown
+
+
+def test_masks_of_another_head_or_sequence_are_read_where_they_are() -> None:
+    """``repeat`` and ``repeat_interleave`` differ: of ``[B, ...]`` only one of them is right for ``[B * H, ...]``."""
+    p = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 0]]).bool()
+    right = prove(lambda p: p[:, None].repeat_interleave(H, 0).expand(-1, 6, -1).view(B, H, 6, 6), p)
+    assert right == Mask(padding=True)
+    # [H, B] taken for [B, H]: every head has the padding of another sequence
+    assert prove(lambda p: p[:, None].repeat(H, 1, 1).expand(-1, 6, -1).view(B, H, 6, 6), p).unknown
+
+
+WRITES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "fill": lambda m: m.fill_(0.0),
+    "hide": lambda m: m.fill_(-math.inf),
+    "zero": lambda m: m.zero_(),
+    "tril": lambda m: m.tril_(),
+    "triu": lambda m: m.triu_(1),
+    "diagonal": lambda m: m.masked_fill_(K(6) == Q(6), 0.0),
+    "causal": lambda m: m.masked_fill_(K(6) > Q(6), -1e9),
+    "window": lambda m: m.__setitem__(Q(6) - K(6) >= 3, LOWEST),
+    "all": lambda m: m.__setitem__(slice(None), 0.0),
+    "one": lambda m: m.__setitem__((0, 5), 0.0),
+    "view": lambda m: m[1:].add_(0.0),
+    "twice": lambda m: m.mul_(2.0),
+    "less": lambda m: m.clamp_(min=-1e10),
+}
+
+
+@settings(max_examples=25)
+@given(
+    before=st.lists(st.sampled_from(sorted(WRITES)), max_size=4),
+    after=st.lists(st.sampled_from(sorted(WRITES)), max_size=2),
+    read=st.sampled_from(["itself", "copy", "view", "added"]),
+)
+def test_whatever_is_written_in_place_is_read_as_it_was_when_it_was_read(
+    before: list[str], after: list[str], read: str
+) -> None:
+    def make() -> torch.Tensor:
+        mask = torch.zeros(6, 6)
+        for name in ("causal", *before):
+            WRITES[name](mask)
+        read_as = {"itself": mask, "view": mask[None], "copy": mask * 1.0, "added": mask + steps(6)}[read]
+        for name in after:
+            WRITES[name](mask)
+        return read_as.view(1, 1, 6, 6)
+
+    if not make().isnan().any():
+        mask = prove(make)
+        if not {"one", "view"} & {*before, *after}:
+            assert "modified" not in str(mask.unknown) and "known" not in str(mask.unknown)
+
+
 PACKED: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Mask]] = {
     "alone": (of_one, Mask(segments=True)),
     "key first": (lambda s: s[:, None, None, :] == s[:, None, :, None], Mask(segments=True)),

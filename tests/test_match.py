@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +14,11 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from express_compile.backend import rewrite_graph
 from express_compile.passes.match import find_sites
 from express_compile.passes.normalize import SIGNATURES, mutated_inputs, operation
 from express_compile.passes.site import AttentionSite
-from express_compile.spec import Mask
+from express_compile.spec import Mask, Policy
 
 SHAPE = (2, 4, 6, 8)
 
@@ -326,6 +328,149 @@ def test_contexts_that_change_the_meaning_are_respected() -> None:
     assert "torch.func.vmap, grad or jvp" in only(differentiated, Q).refusal
 
 
+def test_only_what_is_inside_of_a_transform_is_refused() -> None:
+    def doubled(w: torch.Tensor) -> torch.Tensor:
+        return torch.func.vmap(lambda x: x * 2)(w)
+
+    def f(q: torch.Tensor) -> torch.Tensor:
+        q = F.scaled_dot_product_attention(q, q, q) + doubled(q[0]).sum()
+        q = q + torch.func.vmap(lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None])[0])(q)
+        q = q + torch.func.grad(lambda x: torch.func.vmap(lambda y: y.sum())(x).sum())(q)
+        return F.scaled_dot_product_attention(q, q, q)
+
+    assert [site.refusal and "torch.func.vmap" in site.refusal for site in sites_of(f, Q)] == [None, True, None]
+
+
+def test_only_what_is_inside_of_a_choice_of_kernels_is_refused() -> None:
+    def f(q: torch.Tensor) -> torch.Tensor:
+        q = F.scaled_dot_product_attention(q, q, q)
+        with sdpa_kernel(SDPBackend.MATH):
+            q = F.scaled_dot_product_attention(q, q, q)
+            with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+                q = F.scaled_dot_product_attention(q, q, q)
+            q = F.scaled_dot_product_attention(q, q, q)
+        q = F.scaled_dot_product_attention(q, q, q)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            q = q + 1
+        return F.scaled_dot_product_attention(q, q, q)
+
+    assert [site.refusal is None for site in sites_of(f, Q)] == [True, False, False, False, True, True]
+
+
+# ---- sdpa of other numbers of dimensions -------------------------------------------------------------------
+
+
+def _below(L: int) -> torch.Tensor:
+    return torch.ones(L, L, dtype=torch.bool).tril()
+
+
+RANKS: dict[str, tuple[tuple[int, ...], Callable[..., Any], str]] = {
+    "one sequence of one head": ((12, 8), lambda q: {"is_causal": True}, "causal"),
+    "three dimensions": ((3, 12, 8), lambda q: {"attn_mask": _below(12)}, "causal"),
+    "a mask of three dimensions": ((3, 12, 8), lambda q: {"attn_mask": _below(12).expand(3, 12, 12)}, "causal"),
+    "no mask": ((3, 12, 8), lambda q: {"scale": 0.3}, "none"),
+    "five": ((2, 3, 4, 12, 8), lambda q: {"attn_mask": _below(12)[None]}, "causal"),
+    "five, its mask too": ((2, 3, 4, 12, 8), lambda q: {"attn_mask": _below(12).expand(2, 1, 1, 12, 12)}, "causal"),
+    "six": ((2, 1, 3, 4, 12, 8), lambda q: {}, "none"),
+    "by the outer batch": (
+        (2, 3, 4, 12, 8), lambda q: {"attn_mask": _below(12) | (torch.arange(2) == 1).view(2, 1, 1, 1, 1)}, "unknown",
+    ),
+    "by the inner batch": (
+        (2, 3, 4, 12, 8), lambda q: {"attn_mask": _below(12) | (torch.arange(3) == 1).view(3, 1, 1, 1)}, "unknown",
+    ),
+    "by the batch of three": (
+        (3, 12, 8), lambda q: {"attn_mask": _below(12) | (torch.arange(3) == 1).view(3, 1, 1)}, "unknown",
+    ),
+    "from the given": ((3, 12, 8), lambda q: {"attn_mask": q[:, :, :1] > 0}, "unknown"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_sdpa_of_any_number_of_dimensions_is_the_same_in_four(name: str) -> None:
+    shape, options, mask = RANKS[name]
+    q, k, v = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
+
+    def f(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q * 0.5, k, v, **options(q))
+
+    (gm,) = capture(f, q, k, v)
+    # few keys: Express and Thinformer are exact
+    ((site, decision),) = rewrite_graph(gm, Policy(methods=("express", "thinformer"), budget=64))
+    assert site.refusal is None and str(site.spec.mask).split(" ")[0] == mask
+    assert (decision.verdict == "rewritten") == (mask != "unknown")
+    assert ("scaled_dot_product_attention" in gm.code) == (mask == "unknown")
+    (out,), truth = gm(q, k, v), f(q, k, v)
+    assert out.shape == truth.shape and (out - truth).abs().max() < 2e-6
+
+
+def test_grouped_queries_of_five_dimensions() -> None:
+    q, k = torch.randn(2, 3, 4, 6, 8), torch.randn(2, 3, 2, 6, 8)
+    site = only(lambda q, k: F.scaled_dot_product_attention(q, k, k, enable_gqa=True), q, k)
+    assert (site.spec.B, site.spec.H, site.spec.H_kv) == (6, 4, 2)
+
+
+# ---- floats that differ between two models of a class ------------------------------------------------------
+
+
+def _second(scores: Callable[[nn.Module, torch.Tensor], torch.Tensor], first: float, second: float) -> list[Any]:
+    """The sites of two models of one class, of which Dynamo has seen the first when it compiles the second."""
+
+    class Model(nn.Module):
+        def __init__(self, number: float) -> None:
+            super().__init__()
+            self.number = number
+
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            return scores(self, q @ q.mT).softmax(-1) @ q
+
+    torch._dynamo.reset()
+    found: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, _: list[Any]) -> Callable:
+        found.extend(rewrite_graph(gm, Policy(methods=("exact",))))
+        return gm
+
+    for number in (first, second, first):
+        model = Model(number)
+        assert (torch.compile(model, backend=backend)(Q) - model(Q)).abs().max() < 1e-6
+    return found
+
+
+NUMBERS: dict[str, tuple[Callable[..., Any], float, float]] = {
+    "scale": (lambda m, s: s * m.number, 0.25, 0.5),
+    "divisor": (lambda m, s: s / m.number, 2.0, 3.0),
+    "what is made of it": (lambda m, s: s * (m.number / 2) * m.number, 0.25, 0.5),
+    "fill": (lambda m, s: s.masked_fill(~_below(6), m.number), -math.inf, -1e9),
+    "where": (lambda m, s: torch.where(_below(6), s, m.number), -1e10, -1e9),
+    "added": (lambda m, s: s + torch.where(_below(6), 0.0, m.number), -math.inf, torch.finfo(torch.float32).min),
+    "alpha": (lambda m, s: torch.add(s, torch.ones(6, 6).triu(1) * torch.finfo(s.dtype).min, alpha=m.number), 1.0, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_second_model_of_a_class_is_rewritten_with_its_own_number(name: str) -> None:
+    found = _second(*NUMBERS[name])
+    assert [decision.verdict for _, decision in found] == ["rewritten"] * len(found) and len(found) >= 2
+    assert len({str(site.spec.mask) for site, _ in found}) == 1 and found[0][0].spec.mask.unknown is None
+
+
+def test_a_number_that_the_caller_passes_does_not_compile_anew_for_each() -> None:
+    def f(q: torch.Tensor, scale: float) -> torch.Tensor:
+        return (q @ q.mT * scale).softmax(-1) @ q
+
+    graphs: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, _: list[Any]) -> Callable:
+        graphs.append(rewrite_graph(gm, Policy(methods=("exact",))))
+        return gm
+
+    torch._dynamo.reset()
+    g = torch.compile(f, backend=backend)
+    for scale in (0.5, 0.25, 0.125, 0.3):
+        assert (g(Q, scale) - f(Q, scale)).abs().max() < 1e-6
+    assert len(graphs) == 2 and "scaled by a tensor" in graphs[1][0][0].refusal
+
+
 def test_branches_of_control_flow_are_refused() -> None:
     def f(q: torch.Tensor, yes: torch.Tensor) -> torch.Tensor:
         return torch.cond(yes, lambda q: F.scaled_dot_product_attention(q, q, q), lambda q: q.sin(), (q,))
@@ -336,8 +481,9 @@ def test_branches_of_control_flow_are_refused() -> None:
 @pytest.mark.parametrize(
     ("shapes", "options", "words"),
     [
-        ([(6, 8)] * 3, {}, "2 dimensions"),
-        ([(4, 6, 8)] * 3, {}, "3 dimensions"),
+        ([(3, 2, 4, 6, 8), *[(1, 2, 4, 6, 8)] * 2], {}, "(3, 2), (1, 2), (1, 2) first"),
+        ([SHAPE, (4, 6, 8), (4, 6, 8)], {}, "4, 3 and 3 dimensions"),
+        ([(2, 4, 6, 0)] * 3, {}, "its head size is 0"),
         ([SHAPE, (1, 4, 6, 8), (1, 4, 6, 8)], {}, "batch size 1"),
         ([SHAPE, (2, 1, 6, 8), (2, 4, 6, 8)], {}, "1 heads, its value 4"),
     ],

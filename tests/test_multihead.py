@@ -347,11 +347,17 @@ REFUSED_MASKS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], dict[str,
     "values": (lambda x: x[0], {}, "it adds the values of"),
     "small": (lambda x: torch.zeros(8, 8).masked_fill_(UPPER(x), -1.0), {}, "it adds -1 to scores"),
     "written later": (written_later, {}, "modified in place"),
-    "view": (seen_before_it_is_filled, {}, "modified in place"),
     "not zero": (of_unknown_numbers, {}, "modified in place"),
     "first head": (lambda x: UPPER(x) & (torch.arange(4) < 1)[:, None, None], {}, "which is no causal mask"),
     "per sequence": (lambda x: (x[..., None, 0] > 0).expand(-1, -1, 8).repeat_interleave(2, 0), {}, "not known"),
 }
+
+
+def test_a_view_of_a_mask_is_what_the_mask_has_become() -> None:
+    model, x = Masked(seen_before_it_is_filled), random(2, 8, 8)
+    run, planned = compiled(model, CAUSAL)
+    assert_same(run(x), model(x))
+    assert verdicts(planned) == ["rewritten"] and planned[0][0].spec.mask == Mask(causal=True)
 
 
 @pytest.mark.parametrize("name", REFUSED_MASKS)
@@ -626,6 +632,49 @@ def test_fused_layers_keep_their_layout(norm_first: bool) -> None:
         run, planned = compiled(f)
         assert run(random(7, 2, 8)).stride() == f(random(7, 2, 8)).stride() == (56, 8, 1)
     assert verdicts(planned) == ["rewritten"]
+
+
+class Kept(nn.Module):
+    """A layer with its mask in a buffer, as CLIP's text towers have it."""
+
+    def __init__(self, layer: nn.Module, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.layer, nn.MultiheadAttention):
+            return self.layer(x, x, x, need_weights=False, attn_mask=self.mask[: x.shape[1], : x.shape[1]])[0]
+        return self.layer(x, self.mask)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "attention": lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+    "layer": lambda: nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True),
+}
+KEPT: dict[str, tuple[torch.Tensor, str]] = {
+    "of minus infinity": (torch.full((8, 8), -math.inf).triu(1), "causal"),
+    "of booleans": (torch.ones(8, 8, dtype=torch.bool).triu(1), "causal"),
+    "of -1e9": (torch.full((8, 8), -1e9).triu(1), "causal"),
+    "of other numbers": (torch.full((8, 8), -5.0).triu(1), "unknown"),
+    "with a hole": (torch.full((8, 8), -math.inf).triu(1).index_fill(1, torch.tensor([3]), 0.0), "unknown"),
+}
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("mask", KEPT)
+def test_masks_that_are_kept_in_buffers(layer: str, mask: str, gradients: bool) -> None:
+    kept, words = KEPT[mask]
+    model, x = Kept(filled(LAYERS[layer]()).eval(), kept), random(2, 8, 8)
+    with torch.set_grad_enabled(gradients):
+        (site,) = explain(model, x, methods=["express"], budget=64).sites
+        assert site.mask.split(" ")[0] == words and site.verdict == ("rewritten" if words == "causal" else "refused")
+        assert " 'mask'," in site.mask or words == "causal" or "it adds -5 to scores" in site.mask
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="express", options={"methods": ["express"], "budget": 64})
+        if mask == "of minus infinity" and layer == "attention":
+            assert_same(run(x), model(x))
 
 
 def test_masks_of_fused_layers() -> None:

@@ -46,7 +46,7 @@ def sinks(q: torch.Tensor) -> torch.Tensor:
 
 def written_mask(q: torch.Tensor) -> torch.Tensor:
     mask = torch.zeros(L, L)
-    mask[torch.ones(L, L).triu(1) == 1] = -math.inf
+    mask[:, 1:].masked_fill_(torch.ones(L, L).triu(1)[:, 1:] == 1, -math.inf)
     return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
 
 

@@ -17,7 +17,7 @@ from express_compile.method import METHODS
 
 OPTIONS = {
     "express": dict(
-        s=4, fraction=0.0, inflation=-1, sinks=2, window=4, protected=4, halving="balanced", flatten=0.0, block=16,
+        s=4, inflation=-1, sinks=2, window=4, protected=4, halving="balanced", flatten=0.0, block=16,
         min_length=0,
     ),
     "thinformer": dict(s=4, fraction=0.0, g=-1, halving="balanced", flatten=0.0, min_length=0),

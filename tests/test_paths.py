@@ -21,7 +21,7 @@ from express_compile.report import Report
 from express_compile.spec import Policy
 
 THIN: dict[str, Any] = {"methods": ("express",), "budget": 8, "sinks": 2, "window": 4, "protected": 0}
-X = torch.randn(1, 72, 16, generator=torch.Generator().manual_seed(0)) * 0.3
+X = torch.randn(1, 192, 16, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ class Net(nn.Module):
 
     def forward(this, x: torch.Tensor) -> torch.Tensor:  # noqa: N805
         for layer in this.layers:
-            x = layer(x)
+            x = layer(x) * 0.5
         return x
 
 
@@ -124,13 +124,13 @@ def routes(model: nn.Module, **options: Any) -> tuple[list[Any], list[Any], list
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("leaf", "depth"), [(Before, 32), (After, 2), (Helper, 9), (Method, 2), (Item, 2), (Whole, 2)])
+@pytest.mark.parametrize(("leaf", "depth"), [(Before, 12), (After, 2), (Helper, 9), (Method, 2), (Item, 2), (Whole, 2)])
 def test_every_layer_has_its_own_path_on_both_routes(leaf: type[nn.Module], depth: int) -> None:
     model = Net(leaf, depth)
     exact = model(X)
     explained, compiled, rewritten, a, b = routes(model, **THIN)
     assert explained == compiled == rewritten == [(f"layers.{i}", 0, "express") for i in range(depth)]
-    assert torch.equal(a, b) and not torch.allclose(a, exact, rtol=1e-4)
+    assert torch.equal(a, b) and (a - exact).norm() > 1e-4 * exact.norm()
 
 
 @torch.no_grad()
@@ -161,7 +161,7 @@ def test_pieces_of_one_module_go_on_counting() -> None:
     assert torch.equal(a, b)
     backend = Backend(**THIN)
     again = torch.compile(Net(Pieces, 2), backend=backend, dynamic=True)
-    again(X), again(X[:, :70]), again(torch.cat([X, X]))
+    again(X), again(X[:, :180]), again(torch.cat([X, X]))
     assert len(set(backend.layers)) == 8, "what is compiled anew has the numbers that it had"
 
 

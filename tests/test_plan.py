@@ -15,7 +15,7 @@ from express_compile.passes.plan import check_policy, plan, plan_sites, require,
 from express_compile.passes.site import AttentionSite
 from express_compile.predict import MARGIN, crossover
 from express_compile.saved import SavedPlan, SavedSite
-from express_compile.spec import TABLE_AT, AttentionSpec, Mask, Policy, Refusal
+from express_compile.spec import TABLE_AT, AttentionSpec, Mask, Policy, Refusal, floor_power_of_two
 
 SPEC = AttentionSpec(1, 4, 2, 100, 100, 8, 8, torch.float32, "cpu", 0.5, Mask(causal=True))
 UNKNOWN = replace(SPEC, mask=Mask(unknown="it is made up"))
@@ -42,13 +42,13 @@ def _methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     known["first"] = Method(
         name="first",
         refuse=refuse("first"),
-        params=lambda spec, policy: {"s": policy.budget},
+        params=lambda site, policy: {"s": policy.budget},
         options={"depth": 1},
         cost=lambda spec, params: Cost(0, 0),
         **base,
     )
     known["second"] = Method(
-        name="second", refuse=refuse("second", dropout=False), params=lambda spec, policy: {}, **base
+        name="second", refuse=refuse("second", dropout=False), params=lambda site, policy: {}, **base
     )
     monkeypatch.setattr(METHODS, "_methods", known)
     monkeypatch.setattr("express_compile.passes.plan.DEFAULT_METHODS", ("first", "exact"))
@@ -224,12 +224,14 @@ def test_without_training_sites_that_need_gradients_are_left_alone() -> None:
 
 def test_a_function_as_budget() -> None:
     asked = []
-    policy = Policy(methods=("first",), budget=lambda n: asked.append(n) or n // 5)
-    decision = plan(SPEC, policy)
-    assert decision.params == {"s": 20} and asked == [1 << 20, 100] and decision.policy.budget == 20
-    assert plan(replace(SPEC, Lk=10), policy).params == {"s": 4}
-    with pytest.raises(ValueError, match=r"budget\(1048576\) returned 209715.2: must be a number of rows, an int"):
-        plan(SPEC, Policy(methods=("first",), budget=lambda n: n / 5))
+    policy = Policy(methods=("thinformer",), budget=lambda n: asked.append(n) or n // 5)
+    spec = replace(SPEC, mask=Mask())
+    decision = plan(spec, policy)
+    assert asked == 2 * list(TABLE_AT) and decision.policy.budget == tuple(max(4, n // 5) for n in TABLE_AT)
+    assert decision.params["table"] == [floor_power_of_two(rows) for rows in decision.policy.budget]
+    assert plan(replace(spec, Lk=10), policy).params == decision.params, "padded or not, the same table"
+    with pytest.raises(ValueError, match=r"budget\(16\) returned 3.2: must be a number of rows, an int"):
+        plan(spec, Policy(methods=("thinformer",), budget=lambda n: n / 5))
 
 
 def test_a_symbolic_length_is_decided_by_the_op_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,24 +255,25 @@ def test_a_symbolic_length_is_decided_by_the_op_or_not_at_all(monkeypatch: pytes
     assert plan(spec, Policy(methods=("second",))).verdict == "rewritten"
     function = Policy(methods=("first", "exact"), budget=lambda n: n // 5)
     decision = plan(spec, function)
-    assert decision.verdict == "exact" and "becomes one where that is not known when compiling" in decision.reason
+    assert decision.verdict == "exact" and "give a number of rows, or a fraction of the keys" in decision.reason
     assert plan(spec, replace(function, methods=("exact",))).verdict == "exact"
-    with pytest.raises(ValueError, match="its budget is a table of rows, which it does not take"):
+    with pytest.raises(ValueError, match="its budget is a table of rows or a function .*, which it does not take"):
         plan(spec, replace(function, methods=("first",), strict=True))
     asked: list[int] = []
-    tabled = Policy(methods=("express", "santa"), budget=lambda n: asked.append(n) or n // 8, min_length=512)
-    decision = plan(spec, tabled)
-    assert asked == [1 << 20, *TABLE_AT] and decision.verdict == "rewritten"
+    tabled = Policy(methods=("thinformer", "santa"), budget=lambda n: asked.append(n) or n // 8, min_length=512)
+    both = replace(spec, mask=Mask())
+    decision = plan(both, tabled)
+    assert asked == 2 * list(TABLE_AT) and decision.verdict == "rewritten"
     assert decision.params["table"] == [max(4, 1 << k - 3) for k in range(4, 22)] and decision.params["s"] == 0
-    assert decision.policy.budget == tuple(decision.params["table"]) and "table" in str(decision.rejected[0])
-    kept = SavedPlan((SavedSite.from_plan("", 0, spec, decision),))
+    assert decision.policy.budget == tuple(decision.params["table"]) and "queries" in str(decision.rejected[0])
+    kept = SavedPlan((SavedSite.from_plan("", 0, both, decision),))
     kept = Policy(plan=SavedPlan.from_json(kept.to_json()))
     for n in (spec.Lk, 4096):  # what was decided for all lengths is followed at each
-        again = plan(replace(spec, Lq=n, Lk=n), kept)
+        again = plan(replace(both, Lq=n, Lk=n), kept)
         assert again.verdict == "rewritten" and again.params["table"] == decision.params["table"]
     decision = plan(spec, Policy(methods=("first", "exact")))
     assert "needs a known number of keys" in decision.reason and "min_length=64 " in decision.reason
-    rates = {"express": Rates(launches=2e-3), "exact": Rates(scores=1e-6)}
+    rates = {"express": Rates(launches=2e-3), "thinformer": Rates(launches=2e-3), "exact": Rates(scores=1e-6)}
     device = Device("a CPU", "made up too", {"float32": rates})
     monkeypatch.setattr("express_compile.passes.plan.device_of", {"cpu": device}.get)
     decision = plan(replace(spec, B=m), Policy(methods=("express", "exact"), sinks=0, window=0, protected=0, budget=8))
@@ -280,11 +283,12 @@ def test_a_symbolic_length_is_decided_by_the_op_or_not_at_all(monkeypatch: pytes
     )
     # two launches are 4.2 ms with the margin: 4 heads of 45 (45 + 1) / 2 scores are 4.14 ms, those of 46 are 4.32
     assert decision.params["min_length"] == 46
-    for budget in (64, lambda n: 64):  # a table is predicted as its rows are
-        decision = plan(replace(spec, B=m), Policy(methods=("express", "exact"), budget=budget, protected=0))
+    budgets = [("express", spec, 64), ("thinformer", both, 64), ("thinformer", both, lambda n: 64)]
+    for name, site, budget in budgets:  # a table is predicted as its rows are
+        decision = plan(replace(site, B=m), Policy(methods=(name, "exact"), budget=budget, protected=0))
         shortest = decision.params["min_length"]
         assert shortest == crossover(
-            "express", "exact", replace(spec, B=m), Policy(budget=64, protected=0), device, margin=MARGIN
+            name, "exact", replace(site, B=m), Policy(budget=64, protected=0), device, margin=MARGIN
         )
     assert len(shapes.guards) == guards  # a decision adds no guard
 

@@ -92,6 +92,24 @@ def test_thinformer_is_as_fast_as_it_had_to_be(n, params, bar):
     assert float(row["speedup"]) >= bar and 0 < float(row["error"]) < 3e-3
 
 
+@pytest.mark.parametrize(
+    "job, n, bar",
+    [
+        ("sparse_fixed", 32768, 5.0),  # all that a query sees is 1 / 7.5 of the causal keys
+        ("sparse_fixed_train", 32768, 4.9),
+        ("sparse_strided", 32768, 14.0),
+        ("sparse_strided_train", 32768, 12.0),
+        ("sparse_strided", 131072, 50.0),
+    ],
+)
+def test_sparse_is_as_fast_as_it_was_and_needs_memory_for_its_rows_only(job, n, bar):
+    with (ROOT / "examples/results/speed.csv").open(newline="") as file:
+        rows = {int(row["Lq"]): row for row in csv.DictReader(file) if row["job"] == job}
+    assert float(rows[n]["speedup"]) >= bar and 0 < float(rows[n]["error"]) < 3e-3
+    inputs = (int(rows[n]["H"]) + 2 * int(rows[n]["H_kv"])) * n * int(rows[n]["D"]) * 2 / 2**20
+    assert float(rows[n]["peak_mb"]) <= 1.1 * inputs
+
+
 @pytest.mark.parametrize("B, n, bar", [(8, 32768, 1.45), (1, 131072, 1.35), (1, 32768, 1.1)])
 def test_santa_is_as_fast_as_it_had_to_be(B, n, bar):
     assert float(decoding()[B, 8, n, 128, 128]["speedup"]) >= bar

@@ -79,7 +79,7 @@ TOY = register(
         supports="causal, window, padding",
         refuses="dropout",
         refuse=refuse_toy,
-        params=lambda spec, policy: {"causal": spec.mask.causal, "window": spec.mask.window or 0},
+        params=lambda site, policy: {"causal": site.spec.mask.causal, "window": site.spec.mask.window or 0},
     )
 )
 POLICY = Policy(methods=("toy_rewrite",), seed=7)

@@ -21,7 +21,7 @@ from express_compile.measure import calls_of
 from express_compile.method import METHODS
 from express_compile.passes.plan import plan
 from express_compile.report import explain
-from express_compile.spec import AttentionSpec, Mask, Policy, layer_key
+from express_compile.spec import AttentionSpec, Mask, Policy, Site, layer_key
 
 SEED = torch.tensor(77)
 OPTIONS = dict(draws=[16], layers=[], fraction=0.0, sampler="sys", shared=True, min_length=0)
@@ -433,19 +433,28 @@ def test_keys_are_counted_in_the_window():
 R = 2000
 
 
+def copies(*tensors):
+    """R copies of the heads of one sequence, which draw for themselves."""
+    return [x.repeat(1, R, *(1,) * (x.dim() - 2)) for x in tensors]
+
+
+def apart(x):
+    """What was found for such copies: ``[R, heads, ..]``."""
+    return x[0].unflatten(0, (R, -1))
+
+
 @pytest.fixture(scope="module")
-def sequences():
-    """R copies of two query heads over one KV head: sequences of a batch draw for themselves."""
-    q, k, v = tokens(1, 100, 1, 2, 1, Dv=8, seed=5)
-    return [x.expand(R, -1, -1, -1) for x in (q, k, v)]
+def one_sequence():
+    """Two query heads over one KV head."""
+    return tokens(1, 100, 1, 2, 1, Dv=8, seed=5)
 
 
 @pytest.mark.parametrize("sampler, shared", [("iid", False), *((s, shared) for s in COMBS for shared in (False, True))])
-def test_unbiased_over_seeds(sequences, sampler, shared):
+def test_unbiased_over_seeds(one_sequence, sampler, shared):
     """Hotelling's T^2/d against F(8, R - 8): above 4.1 once in 10,000 unbiased cases. Fixed seeds."""
-    q, k, v = sequences
-    out, _ = op(q, k, v, sampler=sampler, shared=shared)
-    error = (out - exact(q[:1], k[:1], v[:1])).squeeze(2)
+    q, k, v = one_sequence
+    out, _ = op(*copies(q, k, v), sampler=sampler, shared=shared)
+    error = (apart(out) - exact(q, k, v)).squeeze(2)
     for head in (0, 1):
         x = error[:, head]
         assert x.mean(0) @ torch.linalg.solve(torch.cov(x.T), x.mean(0)) * R / 8 < 4.1
@@ -454,16 +463,16 @@ def test_unbiased_over_seeds(sequences, sampler, shared):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_unbiased_over_seeds_with_a_window_a_soft_cap_and_sinks(sequences, shared):
+def test_unbiased_over_seeds_with_a_window_a_soft_cap_and_sinks(one_sequence, shared):
     """As above; and the variance over these draws is the predicted one, the sink being a row of zeros."""
-    q, k, v = sequences
+    q, k, v = one_sequence
     forms = dict(window=70, softcap=3.0, sinks=torch.tensor([3.0, 4.0]))
-    out, _ = op(q, k, v, shared=shared, **forms)
-    error = (out - formed(q[:1], k[:1], v[:1], **forms)[0]).squeeze(2)
-    without = formed(q[:1], k[:1], v[:1], window=70, softcap=3.0)[0].squeeze(2)
+    out = apart(op(*copies(q, k, v), shared=shared, **{**forms, "sinks": forms["sinks"].repeat(R)})[0])
+    error = (out - formed(q, k, v, **forms)[0]).squeeze(2)
+    without = formed(q, k, v, window=70, softcap=3.0)[0].squeeze(2)
     visible = (torch.arange(100) >= 30).expand(1, 1, 100)
-    p, _ = S.probabilities(q[:1], k[:1], visible, 0.5, 3.0, forms["sinks"])
-    predicted = S.variance(p, F.pad(v[:1], (0, 0, 0, 1)), torch.tensor([16, 16]), "sys", shared).flatten()
+    p, _ = S.probabilities(q, k, visible, 0.5, 3.0, forms["sinks"])
+    predicted = S.variance(p, F.pad(v, (0, 0, 0, 1)), torch.tensor([16, 16]), "sys", shared).flatten()
     for head in (0, 1):
         x = error[:, head]
         assert x.mean(0) @ torch.linalg.solve(torch.cov(x.T), x.mean(0)) * R / 8 < 4.1
@@ -474,11 +483,12 @@ def test_unbiased_over_seeds_with_a_window_a_soft_cap_and_sinks(sequences, share
 
 @pytest.mark.parametrize("sampler", COMBS)
 @pytest.mark.parametrize("shared", [False, True])
-def test_selection_frequencies(sequences, sampler, shared):
+def test_selection_frequencies(one_sequence, sampler, shared):
     """z of every row's mean count: mean z^2 about 1 (that of so few cells stays within 0.6..1.5), no z above 4.5."""
-    p, visible = softmax(*sequences[:2])
-    weights = S.sample_weights(p, torch.tensor([16, 16]), visible.sum(-1), SEED, 3, sampler, shared)
-    comb = S.make_comb(p[:1], torch.tensor([16, 16]), shared)
+    p, visible = softmax(*one_sequence[:2])
+    many = copies(p)[0]
+    weights = apart(S.sample_weights(many, torch.full((2 * R,), 16), visible.sum(-1), SEED, 3, sampler, shared))
+    comb = S.make_comb(p, torch.tensor([16, 16]), shared)
     counts = (weights / comb.weight)[:, :, : comb.prefix.shape[2]].nan_to_num(0)
     counts, x = counts.squeeze(3).mean(0), torch.where(comb.always, 1.0, comb.expected)[0, ..., 0, :]
     f = x.frac()
@@ -499,7 +509,7 @@ def test_variance_agrees_with_draws(sampler, shared):
     p, _ = softmax(q, k)
     draws = torch.tensor([16, 16, 16, 16, 32, 8])
     expected = S.variance(p, v, draws, sampler, shared).flatten()
-    out, _ = op(*(x.expand(R, -1, -1, -1) for x in (q, k, v)), draws=draws.tolist(), sampler=sampler, shared=shared)
+    out = apart(op(*copies(q, k, v), draws=draws.tolist() * R, sampler=sampler, shared=shared)[0])
     ratio = (out - exact(q, k, v)).square().sum(-1).mean(0).flatten() / expected
     assert abs(ratio.mean() - 1) < 0.05 and (ratio - 1).abs().max() < 0.12
 
@@ -559,8 +569,8 @@ def test_expected_rows(sampler, shared):
     p, _ = realistic(n=300, heads=2)
     draws = torch.tensor([64, 64])
     read = S.read_probability(p, draws, sampler, shared)
-    step = torch.full((R, 1), 300)
-    weights = S.sample_weights(p.expand(R, -1, -1, -1, -1), draws, step, SEED, 1, sampler, shared)
+    many, step = copies(p)[0], torch.full((1, 1), 300)
+    weights = apart(S.sample_weights(many, draws.repeat(R), step, SEED, 1, sampler, shared))
     frequency = (weights > 0)[:, :, : read.shape[2]].double().mean(0)
     assert ((frequency - read[0]).abs() <= 4.5 * (read[0] * (1 - read[0]) / R).sqrt() + 1e-3).all()
     if sampler == "sys" and not shared:
@@ -609,7 +619,7 @@ def test_same_seed_same_bits_and_every_part_of_the_counter_counts(sampler, share
     assert torch.equal(base, op(q.clone(), k.clone(), v.clone(), sampler=sampler, shared=shared)[0])
     for change in (dict(seed=SEED + 1), dict(layer=4)):
         assert not torch.equal(base, op(q, k, v, sampler=sampler, shared=shared, **change)[0])
-    assert not torch.equal(base[0], base[1]), "sequences"
+    assert torch.equal(base[0], base[1]), "sequences draw the same"
     assert not torch.equal(base[:, 0], base[:, 2]), "KV heads"
     assert torch.equal(base[:, 0], base[:, 1]) == shared, "heads of a KV head, unless they share"
     # the next step: one key that nobody cares for
@@ -622,12 +632,12 @@ def test_same_seed_same_bits_and_every_part_of_the_counter_counts(sampler, share
 def test_errors_of_successive_steps_and_layers_are_independent(word):
     """2000 of them under one seed: the errors of neighbours correlate by less than 4 / sqrt(2000)."""
     p, v = realistic(n=100, d=1)
-    count, zero = 2000, torch.zeros(1, 1, 1, dtype=torch.int64)
+    count, head = 2000, torch.zeros(1, 1, dtype=torch.int64)
     comb = S.make_comb(p, torch.tensor([16]), False)
     drawn = []
     for i in range(count):
         step, layer = (100 + i, 3) if word == "step" else (100, i)
-        thresholds = S.draw_thresholds(comb, "sys", SEED, layer, torch.full((1, 1), step), zero)
+        thresholds = S.draw_thresholds(comb, "sys", SEED, layer, torch.full((1, 1), step), head)
         drawn.append(S.hits(comb, "sys", thresholds) * comb.weight @ v[:, :, None])
     error = torch.stack(drawn).flatten() - (p @ v[:, :, None]).flatten()
     assert error.std() > 1e-3 and error.mean().abs() < 4 * error.std() / math.sqrt(count)
@@ -695,7 +705,7 @@ def test_bernoulli_scores_are_unbiased_and_the_softmax_is_not():
     q, k, v = tokens(1, 40, 1, 1, 1, D=D, Dv=4, sharpness=3.0)
     bias = {}
     for levels in (4, 8, 16):
-        rounded = S.round_query(q.expand(R, -1, -1, -1), levels, SEED, 0, torch.full((R, 1), 40))
+        rounded = S.round_query(q.expand(R, -1, -1, -1), levels, SEED, 0, torch.arange(R)[:, None])
         unit = q.abs().max() / levels
         torch.testing.assert_close(rounded / unit, (rounded / unit).round(), rtol=0, atol=1e-9)
         f = (q / unit).abs().frac()
@@ -705,15 +715,8 @@ def test_bernoulli_scores_are_unbiased_and_the_softmax_is_not():
         z = (scores.mean(0) - truth) / (variance.squeeze() / R).sqrt()
         assert z.abs().max() < 4.5, "unbiased scores"
         torch.testing.assert_close(scores.var(0), variance.squeeze(), rtol=0.15, atol=0)
-        out, _ = S.santa_reference(
-            q.expand(R, -1, -1, -1),
-            k.expand(R, -1, -1, -1),
-            v.expand(R, -1, -1, -1),
-            None,
-            D**-0.5,
-            SEED,
-            bernoulli=levels,
-        )
+        heads = (x.expand(1, R, -1, -1) for x in (q, k, v))
+        out = S.santa_reference(*heads, None, D**-0.5, SEED, bernoulli=levels)[0][0, :, None]
         error = (out - exact(q, k, v, scale=D**-0.5)).squeeze()
         t = error.mean(0) @ torch.linalg.solve(torch.cov(error.T), error.mean(0)) * R / 4
         bias[levels] = error.mean(0).norm().item()
@@ -894,7 +897,7 @@ def test_budgets_per_head_and_layer():
     def run(budget=512, layer="a.b", **options):
         policy = Policy(budget=budget, methods=("santa",), method_options={"santa": options})
         return METHODS["santa"].op(
-            q, k, v, None, SEED, 0.5, layer_key(layer), **METHODS["santa"].params(spec(), policy)
+            q, k, v, None, SEED, 0.5, layer_key(layer), **METHODS["santa"].params(Site(spec()), policy)
         )[0]
 
     sixteen = run(draws=16)
@@ -1074,12 +1077,12 @@ def test_windows_soft_caps_and_sinks_take_part_in_the_variance(make, steps):
     (args, options), layer = seen[0], next(iter(found.values()))  # its tensors are the same in both
     exact = METHODS["santa"].op(*args, **{**options, "min_length": 1000})[0]
     errors = []
-    for i in range(steps):  # every query for itself, as in decoding; sequences draw for themselves
+    for i in range(steps):  # every query for itself, as in decoding; 500 copies of the heads draw for themselves
         n = args[1].shape[2] - steps + 1 + i
-        one = args[0][:, :, i : i + 1], args[1][:, :, :n], args[2][:, :, :n], args[3]
-        many = [None if x is None else x.expand(500, *x.shape[1:]) for x in one]
-        out = METHODS["santa"].op(*many, *args[4:], **options)[0]
-        errors.append((out - exact[:, :, i : i + 1]).square().sum(-1).mean().item())
+        one = args[0][:, :, i : i + 1], args[1][:, :, :n], args[2][:, :, :n]
+        many = [None if x is None else x.repeat(500) for x in args[8:]]  # sinks
+        out = METHODS["santa"].op(*(x.repeat(1, 500, 1, 1) for x in one), *args[3:8], *many, **options)[0]
+        errors.append((out.unflatten(1, (500, -1)) - exact[:, None, :, i : i + 1]).square().sum(-1).mean().item())
     assert sum(errors) / steps == pytest.approx(layer["variance"], rel=0.15)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from express_compile import explain
@@ -103,6 +104,31 @@ def two_masks(q, k, v):
     return torch.where(keep, s, -1e9).softmax(-1) @ v
 
 
+def exp_over_sum(q, k, v):
+    s = q @ k.mT + torch.full((L, L), -math.inf).triu(1)
+    w = torch.exp(s - s.amax(-1, True).detach())
+    return (w / w.sum(-1, keepdim=True)) @ v
+
+
+def exp_over_sum_in_place(q, k, v):
+    w = torch.exp(0.3 * torch.bmm(heads(q), heads(k).mT))
+    w /= w.sum(dim=-1).unsqueeze(-1)
+    return torch.bmm(F.dropout(w, 0.1, False), heads(v))
+
+
+def xglm(q, k, v):
+    s = torch.bmm(heads(q) * 0.5, heads(k).mT).view(B, H, L, L) + torch.full((L, L), LOWEST).triu(1)
+    s = torch.max(s, torch.tensor(torch.finfo(s.dtype).min))
+    return torch.bmm(F.softmax(s.view(B * H, L, L), dim=-1), heads(v))
+
+
+def swin(q, k, v):
+    """Sequences are windows of images: scores are viewed as those of images for a mask per window."""
+    mask = torch.zeros(2, L, L).masked_fill_(torch.arange(L)[:, None] // 4 != torch.arange(L) // 4, -1e9)
+    s = (q @ k.mT).view(B // 2, 2, H, L, L) + mask.unsqueeze(1).unsqueeze(0)
+    return s.view(-1, H, L, L).softmax(-1) @ v
+
+
 SPELLINGS: dict[str, tuple[Callable, str, float]] = {
     "matmul, no scale": (lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v, "none", 1.0),
     "method, div": (lambda q, k, v: ((q @ k.transpose(-1, -2)) / math.sqrt(D)).softmax(dim=3) @ v, "none", D**-0.5),
@@ -131,7 +157,7 @@ SPELLINGS: dict[str, tuple[Callable, str, float]] = {
     ),
     "taken away": (
         lambda q, k, v: (q @ k.mT - torch.where(causal(), 0.0, -LOWEST)).softmax(-1) @ v,
-        "unknown (it adds a tensor with the factor -1)",
+        "causal",
         1.0,
     ),
     "of three dimensions": (opt, "causal", 0.25),
@@ -143,6 +169,29 @@ SPELLINGS: dict[str, tuple[Callable, str, float]] = {
     ),
     "softmax in float32, by position": (lambda q, k, v: F.softmax(q @ k.mT, -1, 3, torch.float32) @ v, "none", 1.0),
     "less its maximum": (shifted, "causal", 1.0),
+    "exp of log_softmax": (lambda q, k, v: F.log_softmax(q @ k.mT, -1).exp() @ v, "none", 1.0),
+    "exp of what logsumexp leaves": (
+        lambda q, k, v: (s := q @ k.mT * 0.5).sub(s.logsumexp(-1, keepdim=True)).exp() @ v, "none", 0.5,
+    ),
+    "exp over its sum": (exp_over_sum, "causal", 1.0),
+    "exp over a sum that is indexed": (
+        lambda q, k, v: ((w := torch.exp(q @ k.mT)) / torch.sum(w, -1)[..., None]) @ v, "none", 1.0,
+    ),
+    "special.softmax": (lambda q, k, v: torch.special.softmax(q @ k.mT, -1) @ v, "none", 1.0),
+    "safe softmax": (lambda q, k, v: torch.ops.aten._safe_softmax(q @ k.mT, -1) @ v, "none", 1.0),
+    "softmin of the negative": (lambda q, k, v: F.softmin((q @ k.mT).neg(), -1) @ v, "none", 1.0),
+    "not below the lowest": (xglm, "causal", 0.5),
+    "clamped at the lowest": (
+        lambda q, k, v: (torch.where(causal(), q @ k.mT, -math.inf) * 0.5).clamp(min=LOWEST).softmax(-1) @ v,
+        "causal", 0.5,
+    ),
+    "a mask per window": (swin, "packed segments", 1.0),
+    "an integer mask": (
+        lambda q, k, v: (q @ k.mT + (causal().long() - 1) * 10**9).softmax(-1) @ v, "causal", 1.0,
+    ),
+    "a boolean that is True": (
+        lambda q, k, v: (q @ k.mT + (m := causal()).masked_fill(~m, -math.inf)).softmax(-1) @ v, "none", 1.0,
+    ),
     "two masks": (two_masks, "causal, window 5", 1.0),
     "baddbmm without a bias": (
         lambda q, k, v: torch.bmm(
@@ -158,6 +207,58 @@ SPELLINGS: dict[str, tuple[Callable, str, float]] = {
 def test_spellings(name: str) -> None:
     f, mask, scale = SPELLINGS[name]
     check(f, tensors(), mask, scale)
+
+
+def test_windows_of_images_take_a_mask_and_a_bias_in_five_dimensions() -> None:
+    """``[images, windows, heads, n, n]``: what broadcasts over images, windows or heads stays in its place."""
+
+    def f(x, mask, bias):
+        (q, k, v), W = x, mask.shape[0]
+        s = (q @ k.mT).view(-1, W, H, L, L) + mask[:, None]
+        s = (s + bias).masked_fill(mask[None, :, None] > 1.5, -math.inf)
+        return s.view(-1, H, L, L).softmax(-1) @ v
+
+    g, found = compiled(f, EXACT)
+    x, mask, bias = tensors((3, 8, H, L, D), (4, L, L), (H, L, 1))
+    assert relative(g(x, mask, bias), f(x, mask, bias)) < 1e-6
+    assert [plan.verdict for _, plan in found] == ["rewritten"]
+    assert "adds the values of 'bias'" in found[0][0].spec.mask.unknown
+
+
+@torch.no_grad()
+def test_exponentials_are_divided_by_their_sum_in_place() -> None:
+    """Which no gradient survives."""
+    g, found = compiled(exp_over_sum_in_place)
+    assert relative(g(*tensors()), exp_over_sum_in_place(*tensors())) < 1e-6
+    assert [(site.spec.scale, plan.verdict) for site, plan in found] == [(0.3, "rewritten")]
+
+
+def test_a_boolean_that_is_added_is_a_one_or_a_zero() -> None:
+    """It hides nothing: True adds 1, also twice, and with a factor."""
+
+    def f(q, k, v):
+        s = (q @ k.mT + causal()) * 0.5 + causal()
+        return s.softmax(-1) @ v
+
+    site = check(f, tensors(), "unknown (it adds 1 to scores: neither 0 nor -1e+09 or less, which hides them)", 0.5)
+    assert site.spec.mask.nearest == "float('-inf') for hidden keys"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_hides_a_score_depends_on_what_its_dtype_can_hold(dtype: torch.dtype) -> None:
+    """-65504 is the lowest number of half precision; in others it is a number like any, and so is a part of it."""
+
+    def f(q, k, v, low, factor):
+        return ((q @ k.mT + torch.full((L, L), low, dtype=q.dtype).triu(1)) * factor).softmax(-1) @ v
+
+    masks = []
+    for low, factor in ((torch.finfo(dtype).min, 1.0), (-65504.0, 1.0), (torch.finfo(dtype).min, 0.25)):
+        g, found = compiled(f, Policy(methods=("exact",)))
+        q, k, v = (x.to(dtype) for x in tensors())
+        assert relative(g(q, k, v, low, factor).float(), f(q, k, v, low, factor).float()) < 1e-2
+        masks.append(str(found[0][0].spec.mask).partition(" ")[0])
+    half = dtype == torch.float16
+    assert masks == ["causal", "causal" if half else "unknown", "unknown" if half else "causal"]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -244,7 +345,7 @@ def test_a_bias_stays_exact() -> None:
     def falcon(q, k, v, bias):
         return ((q @ k.mT + bias) * 0.4).masked_fill(~causal(), -math.inf).softmax(-1) @ v
 
-    for f, extra, scale, leaf in ((bloom, alibi, 0.5, "l_alibi_"), (falcon, bias, 0.4, "l_bias_")):
+    for f, extra, scale, leaf in ((bloom, alibi, 0.5, "alibi"), (falcon, bias, 0.4, "bias")):
         words = f"unknown (it adds the values of '{leaf}', which are not known when compiling)"
         check(f, [q, k, v, extra], words, scale)
         g, found = compiled(f, Policy(methods=("express", "thinformer")))
@@ -421,6 +522,14 @@ def sinks(q, k, v):
     return s.softmax(-1)[..., :-1] @ v
 
 
+MIX = torch.randn(H, H, generator=torch.Generator().manual_seed(9))
+
+
+def mix(x):
+    """As talking heads do."""
+    return F.linear(x.permute(0, 2, 3, 1), MIX).permute(0, 3, 1, 2)
+
+
 NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     "over queries": (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, "its softmax is over dimension -2 of 4"),
     "soft-cap": (lambda q, k, v: (torch.tanh(q @ k.mT / 5) * 5).softmax(-1) @ v, "it caps its scores (tanh)"),
@@ -450,6 +559,37 @@ NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     "filled with values": (lambda q, k, v: torch.where(causal(), q @ k.mT, v @ k.mT).softmax(-1) @ v,
                            "it fills hidden scores with a value that is not known"),
     "clamped": (lambda q, k, v: (q @ k.mT).clamp(-3, 3).softmax(-1) @ v, "it clamps its scores"),
+    "clamped above": (lambda q, k, v: (q @ k.mT).clamp(max=3.0).softmax(-1) @ v, "it clamps its scores"),
+    "not below -100": (lambda q, k, v: torch.maximum(q @ k.mT, torch.tensor(-100.0)).softmax(-1) @ v, "it clamps"),
+    "not below others": (lambda q, k, v: torch.max(q @ k.mT, v @ k.mT).softmax(-1) @ v, "it clamps its scores"),
+    "not below the lowest, and then added to": (
+        lambda q, k, v: ((q @ k.mT + hidden(q)).clamp(min=LOWEST) + v @ k.mT).softmax(-1) @ v, "adds to them later",
+    ),
+    "exp over more than its sum": (
+        lambda q, k, v: ((w := (q @ k.mT).exp()) / (w.sum(-1, keepdim=True) + 1)) @ v, "not divided by their sum alone",
+    ),
+    "exp over the sum of others": (
+        lambda q, k, v: ((w := (q @ k.mT).exp()) / w.mT.sum(-1, keepdim=True)) @ v, "not divided by their sum alone",
+    ),
+    "exp over the sum of queries": (
+        lambda q, k, v: ((w := (q @ k.mT).exp()) / w.sum(-2, keepdim=True)) @ v, "not divided by their sum alone",
+    ),
+    "exp of another log_softmax": (
+        lambda q, k, v: F.log_softmax(q @ k.mT, -2).exp() @ v, "its softmax is over dimension -2 of 4",
+    ),
+    "sigmoid": (lambda q, k, v: (q @ k.mT * 0.5).sigmoid() @ v, "by 'sigmoid' of its scores, not by their softmax"),
+    "squares": (lambda q, k, v: F.relu(q @ k.mT).square() @ v, "by 'relu' of its scores, not by their softmax"),
+    "heads mixed before": (lambda q, k, v: mix(q @ k.mT).softmax(-1) @ v, "it mixes its heads"),
+    "heads mixed after": (lambda q, k, v: mix((q @ k.mT).softmax(-1)) @ v, "it mixes its heads"),
+    "heads mixed by einsum": (
+        lambda q, k, v: torch.einsum("bhqk,hg->bgqk", (q @ k.mT).softmax(-1), MIX) @ v, "it mixes its heads",
+    ),
+    "heads mixed by a convolution": (
+        lambda q, k, v: F.conv2d((q @ k.mT).softmax(-1), MIX[:, :, None, None]) @ v, "it mixes its heads",
+    ),
+    "weights cut to a band": (
+        lambda q, k, v: F.pad((q @ k.mT).softmax(-1)[..., :-2], (2, 0)) @ v, "its attention weights are sliced",
+    ),
     "weights are written": (written_weights, "used more than once"),
     "scores are written": (written_scores, "written by something else"),
     "keys are written": (written_keys, "is written between its two products"),
@@ -461,7 +601,6 @@ NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     "dropped twice": (lambda q, k, v: F.dropout(F.dropout((q @ k.mT).softmax(-1), 0.3), 0.2) @ v,
                       "drops attention weights twice"),
     "five dimensions": (lambda q, k, v: (q[None] @ k[None].mT).softmax(-1) @ v[None], "of 5 and 5 dimensions"),
-    "a boolean that is added": (lambda q, k, v: (q @ k.mT + causal()).softmax(-1) @ v, "adds a tensor of torch.bool"),
     "one query, many biases": (
         lambda q, k, v: (q[:, :, :1] @ k.mT + v.sum(-1, keepdim=True)).softmax(-1) @ v,
         "its scores are (2, 4, 1, 12) and later",
@@ -492,6 +631,70 @@ def test_near_misses_are_refused_with_their_reason_and_left_alone(name: str) -> 
     ((site, decision),) = found
     assert site.refusal is not None and words in site.refusal, site.refusal
     assert decision.verdict == "refused" and decision.reason == site.refusal
+
+
+LISTED: dict[str, tuple[Callable, list[str]]] = {
+    "differential": (
+        lambda q, k, v: ((q @ k.mT).softmax(-1) - 0.3 * (v @ k.mT).softmax(-1)) @ v,
+        ["taken from them (differential attention)", "are multiplied before"],
+    ),
+    "in chunks": (
+        lambda q, k, v: F.pad(
+            torch.einsum("bhcxd,bhcyd->bhcxy", q.unflatten(2, (3, 4)), k.unflatten(2, (3, 4))).softmax(-1), (0, 1)
+        )[..., :-1] @ v.unflatten(2, (3, 4)),
+        ["given to 'pad'"],
+    ),
+    "flex_attention": (lambda q, k, v: flex_attention(q, k, v), ["it is flex_attention"]),
+    "a kernel": (
+        lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0],
+        ["it calls the kernel aten._scaled_dot_product_flash_attention_for_cpu"],
+    ),
+    "two heads' exponentials": (
+        lambda q, k, v: ((q @ k.mT).exp() @ v) / (q @ k.mT).exp().sum(-1, keepdim=True), ["exponentials"],
+    ),
+    # no attention over keys
+    "a router": (lambda q, k, v: F.linear(q, v[0, 0, :5]).softmax(-1) @ v[:, :, :5], []),
+    "linear attention": (lambda q, k, v: F.linear(q, MIX8).softmax(-1) @ (F.linear(k, MIX8).softmax(-2).mT @ v), []),
+    "kernel attention": (lambda q, k, v: F.relu(q) @ (F.relu(k).mT @ v), []),
+    "classes": (lambda q, k, v: (q @ k.mT).mean(1).flatten(1).softmax(-1), []),
+    "experts": (lambda q, k, v: F.relu(q @ EXPERTS.mT) @ EXPERTS, []),
+    "retention": (lambda q, k, v: (q @ k.mT * causal()) @ v, []),
+    "a loss of contrasts": (lambda q, k, v: F.log_softmax(q[0, 0] @ k[0, 0].mT, -1).diagonal().exp().sum(), []),
+}  # fmt: skip
+MIX8, EXPERTS = torch.randn(D, D), nn.Parameter(torch.randn(B, H, 9, D))
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_attention_that_is_not_read_is_listed_with_its_line_and_nothing_else_is(name: str) -> None:
+    f, words = LISTED[name]
+    q, k, v = tensors()
+    report = explain(f, q, k, v, methods=["exact"])
+    assert len(report.sites) == len(words)
+    for site, part in zip(report.sites, words, strict=True):
+        assert site.verdict == "refused" and part in site.reason, site.reason
+        assert site.source.startswith(__file__) and site.form in ("softmax", "not matched")
+    g, _ = compiled(f, Policy(methods=("exact",)))
+    assert torch.equal(g(q, k, v), f(q, k, v))
+
+
+def test_a_mask_value_in_a_buffer_is_known() -> None:
+    """GPT-Neo, and GPT-2 of old: ``where(bias, scores, masked_bias)``."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("bias", torch.ones(1, 1, 2 * L, 2 * L, dtype=torch.bool).tril())
+            self.register_buffer("masked_bias", torch.tensor(-1e9))
+
+        def forward(self, q, k, v):
+            return torch.where(self.bias[:, :, :L, :L], q @ k.mT, self.masked_bias).softmax(-1) @ v
+
+    block = Block()
+    (site,) = explain(block, *tensors(), methods=["exact"]).sites
+    assert (site.mask, site.verdict) == ("causal", "rewritten")
+    block.masked_bias.fill_(-100.0)
+    (site,) = explain(block, *tensors(), methods=["exact"]).sites
+    assert site.verdict == "refused" and "it fills hidden scores with -100" in site.reason
 
 
 @pytest.mark.parametrize(

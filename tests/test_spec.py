@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from express_compile.method import METHODS, Method, register
 from express_compile.spec import (
+    TABLE_AT,
     AttentionSpec,
     Mask,
     Plan,
@@ -131,17 +132,16 @@ def test_globs_override_the_policy_of_modules_in_their_order() -> None:
 
 
 def test_a_budget_may_be_a_function_of_the_number_of_keys() -> None:
-    policy = Policy(budget=lambda n: n // 8, window=7)
-    assert policy.resolve(800) == Policy(budget=100, window=7)
-    assert policy.resolve(16).budget == policy.resolve(0).budget == 4  # as for a fraction of few keys
-    assert Policy(budget=64).resolve(800) == Policy(budget=64)
+    policy = Policy(budget=lambda n: n // 8, window=7).tabled()
+    assert policy == Policy(budget=[max(4, n // 8) for n in TABLE_AT], window=7)  # 4 as for a fraction of few keys
+    assert Policy(budget=64).tabled() == Policy(budget=64)
     for budget, words in (
-        (lambda n: n / 8, r"budget\(800\) returned 100.0: must be a number of rows, an int"),
+        (lambda n: n / 8, r"budget\(16\) returned 2.0: must be a number of rows, an int"),
         (lambda n: -3, "returned -3"),
         (lambda n: True, "returned True"),
     ):
         with pytest.raises(ValueError, match=words):
-            Policy(budget=budget).resolve(800)
+            Policy(budget=budget).tabled()
 
 
 @given(st.integers(0, 1 << 24), st.lists(st.integers(4, 1 << 16), min_size=1, max_size=20))
@@ -150,7 +150,7 @@ def test_a_table_holds_what_a_function_is_at_powers_of_two(Lk: int, table: list[
     assert rows_at(table, Lk) == (below or table)[-1 if below else 0]
     policy = Policy(budget=table)
     assert policy.budget == tuple(table) and Policy.from_json(policy.to_json()) == policy
-    assert policy.tabled() is policy and policy.resolve(Lk) is policy
+    assert policy.tabled() is policy
     function = Policy(budget=lambda n: 5 * n).tabled()
     assert rows_at(function.budget, Lk) == 5 * max(16, min(floor_power_of_two(Lk), 1 << 21))
 
@@ -236,7 +236,7 @@ def same_methods_afterwards() -> Iterator[None]:
 
 
 def method(name: str, **extra) -> Method:
-    return Method(name, "", "", "", refuse=lambda spec, policy: None, params=lambda spec, policy: {}, **extra)
+    return Method(name, "", "", "", refuse=lambda spec, policy: None, params=lambda site, policy: {}, **extra)
 
 
 def test_registry_holds_the_shipped_methods_and_names_them_in_its_errors() -> None:

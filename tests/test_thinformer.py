@@ -59,15 +59,15 @@ def test_short_sequences_are_exact(Lq, Lk, heads, seed, padded):
 
 @pytest.mark.parametrize("Lk", [65, 128, 300])
 def test_every_token_is_kept_equally_often(Lk):
-    """s / Lk, whatever the length: 4,000 sequences of one batch draw independently."""
-    s, B = 16, 4000
+    """s / Lk, whatever the length: 4,000 heads of one sequence draw independently."""
+    s, H = 16, 4000
     _, k, v = tokens(1, Lk)
-    k, v = k.expand(B, 1, Lk, 4), v.expand(B, 1, Lk, 3)
+    k, v = k.expand(1, H, Lk, 4), v.expand(1, H, Lk, 3)
     index, _, _, lengths = T.select(k, v, None, s, get_rule("balanced"), 0.5, SEED, 1)
-    assert lengths is None and index.shape == (B, 1, s)
-    count = torch.zeros(Lk, dtype=torch.float64).index_add_(0, index.flatten(), torch.ones(B * s).double())
+    assert lengths is None and index.shape == (1, H, s)
+    count = torch.zeros(Lk, dtype=torch.float64).index_add_(0, index.flatten(), torch.ones(H * s).double())
     p = s / Lk
-    deviation = (count - B * p).abs() / math.sqrt(B * p)  # at most binomial; a token twice in a coreset is rare
+    deviation = (count - H * p).abs() / math.sqrt(H * p)  # at most binomial; a token twice in a coreset is rare
     assert 0.5 < deviation.max() < 5.5
 
 
@@ -114,7 +114,9 @@ def test_same_seed_same_bits_and_every_part_of_the_key_counts():
     assert not torch.equal(base, op(q, k, v, seed=SEED + 1)[0])
     assert not torch.equal(base, op(q, k, v, layer=4)[0])
     same = op(*(x[:1].expand(2, -1, -1, -1) for x in (q, k, v)))[0]
-    assert not torch.equal(same[0], same[1]), "sequences of a batch draw for themselves"
+    assert torch.equal(same[0], same[1]), "sequences of a batch draw the same"
+    alike = op(*(x.expand(-1, 2, -1, -1) for x in (q, k, v)))[0]
+    assert not torch.equal(alike[:, 0], alike[:, 1]), "heads draw for themselves"
 
 
 def test_budgets():
@@ -134,27 +136,31 @@ def test_stretch(L, extra, seed, H):
     """floor((i + u) L / n) in exact arithmetic, in order, and every token is there when n >= L."""
     n = 1 << ((L - 1).bit_length() + extra)
     places = sorted({0, 1, n // 3, n - 2, n - 1} & set(range(n)))
-    counter = T.sequence_counter(2, H, "cpu")
     seed = torch.tensor(seed)
-    u = T.philox_uniform(seed, 5, torch.tensor(0), 0, T.stage(0, T.STRETCH), counter)
-    rank = T.stretch_reference(None, torch.tensor([L, 0]), n, H, seed, 5)
+    u = T.philox_uniform(seed, 5, torch.tensor(0), 0, T.stage(0, T.STRETCH), torch.arange(H))
+    rank = T.stretch_reference(None, torch.tensor([L, 0]), n, n, H, seed, 5)
     for h in range(H):
-        expected = [min(int((i + Fraction(u[0, h].item())) * L / n), L - 1) for i in places]
+        expected = [min(int((i + Fraction(u[h].item())) * L / n), L - 1) for i in places]
         assert rank[0, h, places].tolist() == expected
     assert (rank[1] == 0).all()
     steps = rank[0].diff()
     assert rank[0, :, 0].max() == 0 and (rank[0, :, -1] == L - 1).all() and 0 <= steps.min() and steps.max() <= 1
+    # beside a longer sequence every row comes in runs, as often as halving them all leaves one
+    if n <= 1 << 12:
+        beside = T.stretch_reference(None, torch.tensor([L, 0]), 8 * n, n, H, seed, 5)
+        assert torch.equal(beside, rank.repeat_interleave(8, -1))
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("Lk, s", [(64, 16), (100, 16)])
 def test_kernels_select_what_the_reference_selects(Lk, s, padded):
-    """In the interpreter: stretched stream, all halvings, copies of the rows."""
+    """In the interpreter: stretched stream, all halvings, copies of the rows; padded, beside one of 25 tokens."""
     B, H = 2, 2
     _, k, v = tokens(1, Lk, B, H, H, D=8, Dv=8, dtype=torch.float32)
     order = length = None
     if padded:
         real = torch.rand(B, Lk, generator=torch.Generator().manual_seed(1)) < 0.8
+        real[1] = torch.arange(Lk) < 25
         order, length = T.real_first(real), real.sum(1)
     arguments = T.make_schedule(Lk, s), get_rule("balanced"), 0.5, SEED, 3
     expected = T._thin_reference(k, v, order, length, *arguments)
@@ -174,7 +180,12 @@ def test_compress_schedule(h, rounds):
     assert rows == s and schedule.size == source + s
     if rounds:
         assert schedule.launches[-1][0].rows == 2 * s and schedule.launches[-1][0].buckets == 1
-        assert sum(job.delta * job.buckets for (job,) in schedule.launches) == pytest.approx(0.5)
+        failure = sum(job.delta * job.buckets for (job,) in schedule.launches)
+        assert failure == pytest.approx(0.5 - 0.5 / (rounds + 1)), "below 1/2, however many rounds come before"
+        last = compress_schedule(s << rounds - 1, s).launches
+        for (job,), (own,) in zip(schedule.launches[1:], last, strict=True):
+            names = ("rows", "buckets", "stage", "delta", "first")
+            assert all(getattr(job, name) == getattr(own, name) for name in names), "the rounds of half as many tokens"
     with pytest.raises(ValueError, match="must be s=4 times a power of two"):
         compress_schedule(24, 4)
 

@@ -252,7 +252,6 @@ def test_a_model_made_from_the_configuration_of_a_rewritten_one_can_be_rewritten
 @pytest.mark.parametrize(
     ("file", "cls", "depends"),
     [
-        ("gemma4", "Gemma4TextModel", True),
         ("falcon", "FalconAttention", True),
         ("sam2", "Sam2Attention", False),  # looks ALL_ATTENTION_FUNCTIONS["sdpa"] up
         ("llama", "LlamaAttention", False),
@@ -292,7 +291,8 @@ def test_a_model_that_branches_on_the_name_has_its_graphs_captured_and_its_masks
     sizes = {**SIZES, **TOKENS, **layers, "head_dim": 8, "global_head_dim": 8, "num_kv_shared_layers": 0}
     sizes |= {"vocab_size_per_layer_input": 50, "hidden_size_per_layer_input": 8}
     model = build(transformers.Gemma4ForCausalLM, transformers.Gemma4TextConfig(**sizes), "sdpa")
-    assert _find_sites(model) == {}
+    branches = depends_on_name(type(model.model), "sdpa")  # not yet in transformers 5.17
+    assert (_find_sites(model) == {}) == branches
     before = model(IDS, attention_mask=PADDING).logits
     rewrite_attention(model, methods=["exact"])
     with record_sites() as sites:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from express_compile.kernels import express as E
-from express_compile.kernels._triton import philox_uniform, sequence_counter
+from express_compile.kernels._triton import philox_uniform
 from express_compile.kernels.halving import HalvingRule, halving_matrix, shortened, walk
 from express_compile.kernels.schedule import Schedule
 
@@ -29,8 +29,8 @@ def _judge(
             assert (second | (kept == source[..., 0::2])).all(), "one row of every pair, in order"
             pairs = torch.arange(job.rows // 2, device="cuda")
             bucket = torch.arange(job.first, job.first + job.buckets, device="cuda")[:, None]
-            sequence = sequence_counter(*k.shape[:2], k.device)[..., None, None]
-            draws = philox_uniform(seed, layer, pairs, bucket, job.stage, sequence)
+            head = torch.arange(k.shape[1], device=k.device)[:, None, None]
+            draws = philox_uniform(seed, layer, pairs, bucket, job.stage, head).expand(*k.shape[:2], -1, -1)
             if rule.name == "uniform":
                 distinct = source[..., 0::2] != source[..., 1::2]
                 assert torch.equal(second[distinct], (draws < 0.5)[distinct])

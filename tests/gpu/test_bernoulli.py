@@ -110,12 +110,12 @@ def test_features_that_no_query_needs_are_not_read(H_kv):
 
 
 def test_scores_have_no_bias():
-    """The log-sum-exp of a single key is its score. 4,000 sequences round for themselves, and their mean is within 4.5
+    """The log-sum-exp of a single key is its score. 4,000 heads round for themselves, and their mean is within 4.5
     standard errors with probability 0.99999."""
     R, D = 4000, 64
-    q = tensors(2, B=1, H=1, H_kv=1)[0][..., :D].expand(R, -1, -1, -1)
-    k = tensors(2, B=1, H=1, H_kv=1)[1].clone().expand(R, -1, -1, -1)
-    out = K.santa_triton(q, k, k, None, 0.01, seed_of(0), 1, bernoulli=4, lengths=torch.ones(R, dtype=torch.int64,
+    q = tensors(2, B=1, H=1, H_kv=1)[0][..., :D].expand(1, R, -1, -1)
+    k = tensors(2, B=1, H=1, H_kv=1)[1].clone().expand(1, R, -1, -1)
+    out = K.santa_triton(q, k, k, None, 0.01, seed_of(0), 1, bernoulli=4, lengths=torch.ones(1, dtype=torch.int64,
                          device="cuda"))[1]  # fmt: skip
     truth = 0.01 * (q[0, 0, 0].double() @ k[0, 0, 0].double())
     z = (out.double().mean() - truth) / (out.double().std() / R**0.5)

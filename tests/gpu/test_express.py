@@ -14,7 +14,7 @@ from express_compile.kernels.segments import segment_attention_reference
 from express_compile.method import METHODS
 
 OPTIONS = dict(
-    s=256, fraction=0.0, inflation=-1, sinks=32, window=256, protected=0, halving="balanced", flatten=0.0, block=128,
+    s=256, inflation=-1, sinks=32, window=256, protected=0, halving="balanced", flatten=0.0, block=128,
     min_length=0,
 )  # fmt: skip
 

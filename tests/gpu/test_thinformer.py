@@ -58,7 +58,7 @@ def test_halving_decisions(poison, judge, rule, dtype, Lk, s, D):
     _, k, v = tensors(1, Lk, 2, D=D, dtype=dtype)
     schedule, scale = T.make_schedule(Lk, s), D**-0.5
     n, A = schedule.tokens, schedule.size - schedule.tokens
-    stream = T.stretch_reference(None, torch.tensor([Lk, Lk], device="cuda"), n, 2, seed_of(5), 3).int()
+    stream = T.stretch_reference(None, torch.tensor([Lk, Lk], device="cuda"), n, s, 2, seed_of(5), 3).int()
     index = torch.cat([stream[:, :, :A].contiguous(), stream], 2)
     T.thin(k, v, index, schedule, 0, get_rule(rule), scale, seed_of(5), 3)
     arena = torch.cat([stream, index[:, :, :A]], 2)

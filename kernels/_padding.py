@@ -1,0 +1,116 @@
+"""Key padding: what a sequence gives must not depend on how it is padded, nor on its neighbours.
+
+On the CPU, where references define what is right, sequences of a padded batch are computed without their padding, those
+of equal lengths together. Kernels cannot ask the device for lengths: they take batches as they are, with the real
+tokens of each sequence in front.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+def real_first(padding: torch.Tensor) -> torch.Tensor:
+    """The positions of the real tokens of ``padding`` ``[B, L]``, in order, then the others: int64 ``[B, L]``."""
+    return (~padding).to(torch.int8).argsort(dim=1, stable=True)
+
+
+class Packing:
+    """Moves the real tokens of each sequence to its front, in order, and results back to where they belong.
+
+    Rows behind the real ones are zero. Queries are placed at their token's position, so that every sequence of
+    the batch starts at 0 whatever its padding. ``length`` int64 ``[B]`` counts the real tokens.
+    """
+
+    def __init__(self, padding: torch.Tensor) -> None:
+        self.real = padding
+        self.length = padding.sum(1)
+        self.order = real_first(padding)
+        self.rank = self.order.argsort(1)
+        self.front = torch.arange(padding.shape[1], device=padding.device) < self.length[:, None]
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.pad(x, (0, 0, self.real.shape[1] - x.shape[2], 0))
+        x = x.gather(2, self.order[:, None, :, None].expand(x.shape))
+        return x.masked_fill(~self.front[:, None, :, None], 0)
+
+    def unpack(self, x: torch.Tensor, length: int, fill: float = 0.0) -> torch.Tensor:
+        """``[B, H, Lk, .]`` back to the last ``length`` positions, ``fill`` where the token is padding."""
+        x = x.gather(2, self.rank[:, None, :, None].expand(x.shape))
+        return x.masked_fill(~self.real[:, None, :, None], fill)[:, :, x.shape[2] - length :].contiguous()
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where some sequences of a batch have their rows: ``batch`` int64 ``[G]``, ``rows`` int64 ``[G, n]``."""
+
+    batch: torch.Tensor
+    rows: torch.Tensor
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, H, L, .]`` at these places: ``[G, H, n, .]``."""
+        return x[self.batch[:, None], :, self.rows].transpose(1, 2).contiguous()
+
+    def put(self, target: torch.Tensor, x: torch.Tensor) -> None:
+        """``x`` ``[G, H, n, .]`` into ``target`` ``[B, H, L, .]`` at these places."""
+        target[self.batch[:, None], :, self.rows] = x.transpose(1, 2)
+
+
+def _equal_lengths(padding: torch.Tensor, Lq: int, own: bool) -> Iterator[tuple[Places, Places]]:
+    """Queries and keys of all sequences that have as many real ones of both; none for those without.
+
+    ``own``: the queries are the last ``Lq`` tokens; otherwise all of them are real. So is a single query, of decoding:
+    over a cache with free places it is the last token that is real.
+    """
+    own = own and Lq > 1
+    keys = padding.sum(1)
+    queries = padding[:, padding.shape[1] - Lq :].sum(1) if own else torch.full_like(keys, Lq)
+    sizes = torch.stack([queries, keys], 1)
+    for m, n in sizes.unique(dim=0).tolist():
+        if not m or not n:
+            continue
+        batch = (sizes == torch.tensor([m, n])).all(1).nonzero()[:, 0]
+        rows = padding[batch].nonzero()[:, 1].view(-1, n)
+        asking = rows[:, n - m :] - (padding.shape[1] - Lq) if own else torch.arange(Lq).expand(len(batch), Lq)
+        yield Places(batch, asking), Places(batch, rows)
+
+
+def each_alone(
+    run: Callable[..., tuple[torch.Tensor, torch.Tensor]], own: bool
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """``run(query, key, value, padding, ...)``, which gives ``(out, lse)``, for every sequence without its padding.
+
+    Where there is no query or no key, ``out`` is 0 and ``lse`` minus infinity.
+    """
+
+    def padded(query, key, value, padding, *others, **options):
+        out = query.new_zeros(*query.shape[:3], value.shape[-1])
+        lse = query.new_full((*query.shape[:3], 1), -math.inf, dtype=torch.promote_types(query.dtype, torch.float32))
+        for queries, keys in _equal_lengths(padding, query.shape[2], own):
+            tensors = queries.take(query), keys.take(key), keys.take(value)
+            own_out, own_lse = run(*tensors, None, *others, **options)
+            queries.put(out, own_out)
+            queries.put(lse, own_lse[..., None])
+        return out, lse[..., 0]
+
+    return padded
+
+
+def each_alone_backward(run: Callable[..., tuple[torch.Tensor, ...]], own: bool) -> Callable[..., tuple]:
+    """The same for ``run(grad, out, lse, query, key, value, padding, ...)``, which gives three gradients."""
+
+    def padded(grad, out, lse, query, key, value, padding, *others, **options):
+        grads = tuple(x.new_zeros(x.shape) for x in (query, key, value))
+        for queries, keys in _equal_lengths(padding, query.shape[2], own):
+            asking = [queries.take(x) for x in (grad, out, lse[..., None], query)]
+            asking[2] = asking[2][..., 0]
+            parts = run(*asking, keys.take(key), keys.take(value), None, *others, **options)
+            for target, part, places in zip(grads, parts, (queries, keys, keys), strict=True):
+                places.put(target, part)
+        return grads
+
+    return padded
