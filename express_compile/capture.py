@@ -57,6 +57,7 @@ class _Progress:
 
 
 _in_progress: ContextVar[_Progress | None] = ContextVar("express_compile_call", default=None)
+_running: ContextVar[Capture] = ContextVar("express_compile_capture")
 
 
 # --------------------------------------------------------------------------------------------- public functions
@@ -186,10 +187,10 @@ class Capture:
             else FunctionType(_captured_call_impl.__code__.replace(), _captured_call_impl.__globals__)
         )
         # Dynamo keeps these where garbage collection does not look
-        rewrite, before, strict = weakref.WeakMethod(self._rewrite), weakref.WeakMethod(self._part), self.policy.strict
+        before, strict = weakref.WeakMethod(self._part), self.policy.strict
         self._compiled = Compiled(
             call,
-            lambda gm, inputs: rewrite()(gm, inputs),
+            _backend,
             raises=lambda error: strict and isinstance(error, ValueError),
             before=lambda: before()(),
         )
@@ -234,7 +235,7 @@ class Capture:
         refuse_tracers(self.module)
         call = _in_progress.get() or _Progress()
         before = call.graphs
-        token = _in_progress.set(call)
+        token, inner = _in_progress.set(call), _running.set(self)
         why = cannot_capture()
         try:
             run = self._compiled if why is None else self._run_exactly
@@ -245,6 +246,7 @@ class Capture:
             raise
         finally:
             _in_progress.reset(token)
+            _running.reset(inner)
         if call.graphs == before:
             call.graphs += 1  # it is said once
             self._say(
@@ -389,7 +391,13 @@ class _Follow:
 
 def _captured_call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     given = self._express_compile_capture.given
-    return type(self).forward(self, *args, **kwargs) if given is None else given(*args, **kwargs)
+    result = type(self).forward(self, *args, **kwargs) if given is None else given(*args, **kwargs)
+    return (self, result)[1]  # place.py looks who is called, so the frame has to keep it
+
+
+def _backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """One for all modules, so that graphs without sites serve all that share their code."""
+    return _running.get()._rewrite(gm, inputs)
 
 
 _spare: list[FunctionType] = []
@@ -411,13 +419,17 @@ def _is_ours(name: str) -> bool:
 # graph with it: the part that is called would be taken for the whole.
 skip_code(Capture.__call__.__code__)
 
-_CALLERS = [nn.Module._call_impl.__code__, nn.Module._slow_forward.__code__]
-_CALLERS += [code for code in _CALLERS[0].co_consts if isinstance(code, CodeType)]
+_CALL_IMPL = nn.Module._call_impl.__code__
+_CALLERS = {id(_CALL_IMPL), id(nn.Module._slow_forward.__code__)}
+_CALLERS |= {id(code) for code in _CALL_IMPL.co_consts if isinstance(code, CodeType)}
 
 
 def _module_of(frame: FrameType) -> nn.Module | None:
     """The module whose call is about to call its ``forward``; None where something else calls it."""
-    return frame.f_locals.get("self") if any(frame.f_code is code for code in _CALLERS) else None
+    return frame.f_locals.get("self") if id(frame.f_code) in _CALLERS else None
+
+
+skip_code(_module_of.__code__)
 
 
 def _place(code: CodeType) -> str:

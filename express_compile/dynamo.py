@@ -18,7 +18,7 @@ from torch._dynamo.guards import CheckFunctionManager, DeletedGuardManagerWrappe
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 from torch.nn.modules import module as nn_module
 
-from .module_code import code_writes_attention, writes_attention
+from .module_code import code_writes_attention, is_module, writes_attention
 
 _WITH_ALL_IT_CALLS = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
 _TRIES = 3
@@ -129,8 +129,9 @@ class Compiled:
         """Free what Dynamo keeps of this one, and nothing else."""
         eval_frame.cached_backends.pop(id(self._backend), None)
         with convert_frame.compile_lock:
+            guards = [manager.guard_manager for manager in self._managers.values()]
             for code in self._codes.values():
-                _forget(code, self._backend)
+                _forget(code, guards)
             for finalizer, manager in _finalizers():
                 if id(manager) in self._managers:
                     finalizer.detach()
@@ -192,9 +193,7 @@ def _has_attention(frame: Any, whole: bool = False) -> bool:
     """Whether the code of a frame holds attention, or if ``whole`` that of the module whose method it is."""
     code = frame.f_code
     owner = frame.f_locals.get(code.co_varnames[0]) if code.co_varnames else None
-    return code_writes_attention(code, owner) or (
-        whole and isinstance(owner, torch.nn.Module) and writes_attention(owner)
-    )
+    return code_writes_attention(code, owner) or (whole and is_module(owner) and writes_attention(owner))
 
 
 def _first_line(error: Exception) -> str:
@@ -202,18 +201,19 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _forget(code: CodeType, backend: Callable[..., Any]) -> None:
-    """Free what Dynamo made of ``code`` for ``backend``."""
-    entries = _debug_get_cache_entry_list(code)
-    if all(
-        entry.backend is backend or isinstance(entry.guard_manager, DeletedGuardManagerWrapper) for entry in entries
-    ):
+def _forget(code: CodeType, guards: list[Any]) -> None:
+    """Free what Dynamo made of ``code`` under these guards."""
+    entries = [entry for entry in _debug_get_cache_entry_list(code) if not _is_deleted(entry)]
+    ours = [entry for entry in entries if any(entry.guard_manager is guard for guard in guards)]
+    if len(ours) == len(entries):
         reset_code(code)
         return
-    for entry in entries:
-        if entry.backend is backend:
-            deleted = DeletedGuardManagerWrapper("its attention was restored")
-            entry.guard_manager.extra_state.invalidate(entry, deleted)
+    for entry in ours:
+        entry.guard_manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("its attention was restored"))
+
+
+def _is_deleted(entry: Any) -> bool:
+    return isinstance(entry.guard_manager, DeletedGuardManagerWrapper)
 
 
 def _finalizers() -> Iterator[tuple[weakref.finalize, CheckFunctionManager]]:

@@ -139,8 +139,13 @@ def writes_attention(module: nn.Module) -> bool:
 def code_writes_attention(code: CodeType, owner: object = None) -> bool:
     """Whether a piece of code, a method of ``owner`` perhaps, holds attention itself and not in what it calls."""
     names = {name for part in _parts(code) for name in _operations(part)}
-    softmax = names & _SOFTMAX or (isinstance(owner, nn.Module) and _has_softmax(owner))
+    softmax = names & _SOFTMAX or (is_module(owner) and _has_softmax(owner))
     return bool(names & _WHOLE or (softmax and names & _PRODUCTS))
+
+
+def is_module(value: object) -> bool:
+    """Whether it is a module, and made already."""
+    return isinstance(value, nn.Module) and "_modules" in vars(value)
 
 
 def _has_softmax(module: nn.Module) -> bool:
