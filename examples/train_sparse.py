@@ -89,7 +89,6 @@ class Model(nn.Module):
 
     def __init__(self, dim: int, layers: int, heads: int, context: int) -> None:
         super().__init__()
-        self.recompute = True
         self.byte = nn.Embedding(256, dim)
         speed = 10_000.0 ** -torch.linspace(0, 1, dim // heads // 2)
         angle = torch.arange(context)[:, None] * speed
@@ -104,7 +103,7 @@ class Model(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x, turn = self.byte(x), self.turn[:, : x.shape[1]]
         for block in self.layers:
-            again = self.recompute and torch.is_grad_enabled()
+            again = torch.is_grad_enabled()
             x = checkpoint(block, x, turn, use_reentrant=False) if again else block(x, turn)
         return self.head(self.norm(x))
 
@@ -171,11 +170,6 @@ def train(
     params = "" if run in ("exact", "speed") else " ".join(f"{k}={v}" for k, v in own.items() if v is not None)
     seconds, timed, started = 0.0, 0, time.perf_counter()
     losses: list[torch.Tensor] = []
-    if run == "sparse":  # the first call captures the graphs; one inside of checkpoint would save other tensors
-        model.recompute = False
-        bits_per_byte(call, next(windows(data, args.context, args.batch, device))).backward()
-        optimizer.zero_grad(set_to_none=True)
-        model.recompute = True
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for step in track(range(steps), description=run):

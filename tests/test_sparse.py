@@ -400,8 +400,8 @@ def test_a_rewritten_model_computes_the_pattern_in_every_layer(combine) -> None:
     torch.testing.assert_close(rewritten.layers[0].qkv.weight.grad, model.layers[0].qkv.weight.grad)
 
 
-def test_compiled_with_autocast_and_checkpointing() -> None:
-    """One graph whose regions are computed again; gradients as by hand."""
+def test_checkpointing_compiled_and_not_and_autocast() -> None:
+    """Regions that are computed again, in one graph and each by itself; gradients as by hand."""
     torch.manual_seed(0)
     model, x = Decoder().double(), torch.randn(2, 50, 16).double()
     expected = by_hand(model, x)
@@ -413,6 +413,10 @@ def test_compiled_with_autocast_and_checkpointing() -> None:
     torch.testing.assert_close(out, expected)
     out.square().sum().backward()
     torch.testing.assert_close(model.layers[0].qkv.weight.grad, truth)
+    eager = rewrite_attention(copy.deepcopy(model), **sparse())
+    eager.zero_grad()
+    eager(x, True).square().sum().backward()
+    torch.testing.assert_close(eager.layers[0].qkv.weight.grad, truth)
     with torch.autocast("cpu", torch.bfloat16):
         cast = rewrite_attention(copy.deepcopy(model).float(), **sparse())(x.float())
     assert 1e-4 < (cast - expected).norm() / expected.norm() < 0.02
