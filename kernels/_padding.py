@@ -63,13 +63,8 @@ class Places:
 def _equal_lengths(padding: torch.Tensor, Lq: int, own: bool) -> Iterator[tuple[Places, Places]]:
     """Queries and keys of all sequences that have as many real ones of both; none for those without.
 
-    <<<<<<< HEAD
-        ``own``: the queries are the last ``Lq`` tokens; otherwise all of them are real. So is a single query, of decoding:
-        over a cache with free places it is the last token that is real.
-    =======
-        ``own``: the queries are the last ``Lq`` tokens; otherwise all of them are real. A single query is the last real
-        token: over a static cache, whose last places are still empty, its own place is one before them.
-    >>>>>>> h/invariance
+    ``own``: the queries are the last ``Lq`` tokens; otherwise all of them are real. A single query is the last real
+    token: over a static cache, whose last places are still empty, its own place is one before them.
     """
     own = own and Lq > 1
     keys = padding.sum(1)
