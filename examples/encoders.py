@@ -196,10 +196,10 @@ def squared_errors(keys: Keys, s: int, halving: str, seeds: int = 8) -> np.ndarr
     q, k, v = keys
     exact = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     params = METHODS["thinformer"].params(Site(), Policy(budget=s, halving=halving, methods=("thinformer",)))
-    repeated = (x.repeat(seeds, 1, 1, 1) for x in keys)  # every sequence of a batch draws for itself
+    repeated = (x.repeat(1, seeds, 1, 1) for x in keys)  # every head draws for itself
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
     out, _ = METHODS["thinformer"].op(*repeated, None, seed, q.shape[-1] ** -0.5, 0, **params)
-    difference = (out.unflatten(0, (seeds, -1)) - exact).square().sum((-1, -2)).mean(0)
+    difference = (out.unflatten(1, (seeds, -1)) - exact[:, None]).square().sum((-1, -2)).mean(1)
     return (difference / exact.square().sum((-1, -2))).flatten().double().cpu().numpy()
 
 
