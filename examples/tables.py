@@ -23,7 +23,7 @@ from express_compile.kernels.santa import loses
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "examples" / "results"
-SHIPPED = ("express", "thinformer", "santa", "exact")
+SHIPPED = ("express", "thinformer", "santa", "sparse", "exact")
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -92,6 +92,28 @@ def speed_table() -> str:
         f"{first['date']}. Bold: faster than the best exact backend."
     )
     return markdown(header, body) + f"\n\n{note}"
+
+
+def sparse_table() -> str:
+    """Milliseconds at the default stride of both patterns, over exact attention, and over FlexAttention where timed."""
+    rows = [row for row in read("speed.csv") if row["method"] == "sparse"]
+    flex = {(row["job"], row["Lq"]): params_of(row)["flex"] for row in rows if "flex" in row["params"]}
+    rows = newest(rows, "job", "Lq")
+    lengths = sorted({int(row["Lq"]) for row in rows})
+    body = []
+    for job in dict.fromkeys(row["job"] for row in rows):
+        own = {int(row["Lq"]): row for row in rows if row["job"] == job}
+        _, kind, *train = job.split("_")
+        cells = [cell(own.get(n)) for n in lengths]
+        body.append([f"{kind}, {'forward and backward' if train else 'forward'}", *cells])
+        timed = [flex.get((job, str(n))) for n in lengths]
+        body.append(["… FlexAttention, the same pattern", *(f"{float(x):.2f} ms" if x else "" for x in timed)])
+    first = rows[0]
+    note = (
+        f"{first['gpu']}, torch {first['torch']}, triton {first['triton']}; B=1, H=32, H_kv=8, D=128, bfloat16, summary "
+        f"32; × over exact cuDNN of the same run; measured {first['date']}."
+    )
+    return markdown(["", *(f"n = {n:,}" for n in lengths)], body) + f"\n\n{note}"
 
 
 def others_table() -> str:
@@ -509,6 +531,7 @@ PARTS = {
     "methods": methods_table,
     "speed": speed_table,
     "others": others_table,
+    "sparse": sparse_table,
     "encode": encode_table,
     "encoders": encoders_table,
     "decode": decode_table,

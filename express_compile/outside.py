@@ -22,6 +22,7 @@ from torch._dynamo.utils import graph_break_reasons
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .passes.cut import PARTED
 from .passes.place import calls
 from .passes.site import NOT_MATCHED
 from .report import SiteReport
@@ -51,12 +52,18 @@ _STEPS = (
 
 @dataclass(frozen=True)
 class _Line:
-    """Where a call comes from: file:line, the modules that it is in, outermost first, and whether Dynamo was told to
-    leave it alone."""
+    """Where a call comes from: file:line, the first line of its function, the modules that it is in, outermost first,
+    and whether Dynamo was told to leave it alone."""
 
     source: str
+    start: int
     modules: tuple[nn.Module, ...]
     disabled: bool
+
+    def ends(self, site: SiteReport) -> bool:
+        """Whether a site that a graph shows up to its product goes on here: it is listed there."""
+        (file, _, product), (own, _, softmax) = (x.rpartition(":") for x in (site.source, self.source))
+        return site.reason.startswith(PARTED) and file == own and self.start <= int(product) <= int(softmax)
 
 
 class Outside(TorchDispatchMode):
@@ -126,7 +133,7 @@ class Outside(TorchDispatchMode):
             self._weights[out] = self._weights[weights]
 
     def _add(self, line: _Line | None, product: _Line | None) -> None:
-        if line is None:
+        if line is None or any(map(line.ends, self.found)):
             return
         pairs = zip(line.modules, (product or line).modules, strict=False)
         around = [module for module, _ in takewhile(lambda pair: pair[0] is pair[1], pairs)]
@@ -167,4 +174,4 @@ def _line() -> _Line | None:
         disabled = disabled or (inner is not None and code.co_qualname.startswith("DisableContext."))
         frame = frame.f_back
     source = "" if inner is None else f"{inner.f_code.co_filename}:{inner.f_lineno}"
-    return _Line(source, calls().modules[::-1], disabled)
+    return _Line(source, 0 if inner is None else inner.f_code.co_firstlineno, calls().modules[::-1], disabled)

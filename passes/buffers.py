@@ -56,7 +56,7 @@ class Buffers:
             self.bands[node] = _band(self.tensors[node])
         if self.bands[node] is not None and node not in self.seen:
             tensor = self.tensors[node]
-            pattern = (self.bands[node], tensor.dtype, tensor.shape[-2:], tensor.device)
+            pattern = (self.bands[node], tensor.dtype, tensor.shape, tensor.device)
             if tensor.device.type == "cpu" and pattern not in self.copies:
                 self.copies[pattern] = _sample(tensor).clone()
             self.seen[node] = _Seen(tensor, tensor._version, tensor.data_ptr(), self.copies.get(pattern))
@@ -117,7 +117,7 @@ class _Seen:
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """As many rows of a matrix as may be compared."""
-    matrix = tensor.detach().reshape(tensor.shape[-2:]) if tensor.dim() > 2 else tensor.detach()
+    matrix = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() > 1 else 1)
     return matrix[:: -(-matrix.numel() // _COMPARED)]
 
 

@@ -21,6 +21,7 @@ from .site import Refused
 from .softmax import leaves_graph
 
 _NOT_RESUMED = "step_unsupported"  # GraphCompileReason.reason where Dynamo skips the rest of a function
+PARTED = "a graph break parts its query-key product from its softmax"
 _NEAREST = (
     "code that reads no tensor's value in between, as .item(), max(0, tensor) and x[tensor:] do "
     "(TORCH_LOGS=graph_breaks names the line), or torch._dynamo.config.capture_scalar_outputs=True where torch can "
@@ -40,8 +41,7 @@ def cut_products(gm: GraphModule) -> Iterator[tuple[Node, Refused]]:
     frame = reason.user_stack[-1]
     if not left or not _calls_softmax("".join(linecache.getlines(frame.filename)), frame.lineno):
         return
-    what = "a graph break parts its query-key product from its softmax"
-    refused = Refused(f"{what}: '{frame.name}' runs uncompiled from line {frame.lineno} on", _NEAREST)
+    refused = Refused(f"{PARTED}: '{frame.name}' runs uncompiled from line {frame.lineno} on", _NEAREST)
     yield from ((product, refused) for product in reversed(left.values()))
 
 

@@ -31,7 +31,7 @@ from express_compile.method import Method, register
 from express_compile.passes.match import find_sites
 from express_compile.passes.plan import plan_sites
 from express_compile.passes.rewrite import rewrite
-from express_compile.spec import AttentionSpec, Mask, Policy, Refusal, known_equal
+from express_compile.spec import AttentionSpec, Mask, Policy, Refusal, Site, known_equal
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 PROGRAMS = int(os.environ.get("FUZZ_PROGRAMS", 10_000 if NIGHTLY else 220))
@@ -84,8 +84,8 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
     return None
 
 
-def _params(spec: AttentionSpec, policy: Policy) -> dict[str, Any]:
-    mask = spec.mask
+def _params(site: Site, policy: Policy) -> dict[str, Any]:
+    mask = site.spec.mask
     offset = mask.offset if isinstance(mask.offset, int) else -1
     return {"causal": mask.causal, "offset": offset, "window": mask.window or 0}
 

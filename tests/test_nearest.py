@@ -110,13 +110,6 @@ HINTS: dict[str, tuple[Callable, str, Callable, str, bool]] = {
         "express",
         False,
     ),
-    "three dimensions": (
-        lambda q: F.scaled_dot_product_attention(q[0], q[0], q[0], is_causal=True),
-        "query, key and value of four dimensions",
-        lambda q: F.scaled_dot_product_attention(q[:1], q[:1], q[:1], is_causal=True)[0],
-        "express",
-        True,
-    ),
     "rounded weights": (
         lambda q: (q @ q.mT).softmax(-1).bfloat16().to(q.dtype) @ q,
         "both in torch.float32",
