@@ -110,8 +110,8 @@ def sparse_table() -> str:
         body.append(["… FlexAttention, the same pattern", *(f"{float(x):.2f} ms" if x else "" for x in timed)])
     first = rows[0]
     note = (
-        f"{first['gpu']}, torch {first['torch']}, triton {first['triton']}; B=1, H=32, H_kv=8, D=128, bfloat16, summary "
-        f"32; × over exact cuDNN of the same run; measured {first['date']}."
+        f"{first['gpu']}, torch {first['torch']}, triton {first['triton']}; B=1, H=32, H_kv=8, D=128, bfloat16, "
+        f"summary 32; × over exact cuDNN of the same run; measured {first['date']}."
     )
     return markdown(["", *(f"n = {n:,}" for n in lengths)], body) + f"\n\n{note}"
 

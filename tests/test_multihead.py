@@ -378,7 +378,7 @@ PADDINGS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str | None]] =
     "in place": (lambda p: torch.zeros_like(p, dtype=torch.float32).masked_fill_(p, -math.inf), None),
     "number": (lambda p: p.float(), "a boolean one needs no proof"),
     "bias": (lambda p: torch.zeros(2, 8).masked_fill_(p, -2.0), "it adds -2 to scores"),
-    "written": (lambda p: torch.zeros(2, 8).masked_fill_(p, -math.inf).mul_(0.5), "of its key padding"),
+    "written": (lambda p: torch.zeros(2, 8).masked_fill_(p, -math.inf).mul_(0.5), None),
 }
 
 

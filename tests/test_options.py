@@ -40,9 +40,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     *(({name: torch.tensor(8)}, rf"{name}=tensor\(8\): must be of type int") for name in ("sinks", "budget")),
     ({"budget": math.inf}, r"budget=inf: .*\(0, 1\]"),
     ({"budget": [16, HUGE]}, r"budget=9223372036854775808: must be below"),
-    ({"budget": lambda n: HUGE}, r"budget\(1048576\) returned 9223372036854775808: must be a number of rows"),
-    ({"budget": lambda n: n / 4}, r"budget\(1048576\) returned 262144.0: must be a number of rows"),
-    ({"budget": lambda n: True}, r"budget\(1048576\) returned True"),
+    ({"budget": lambda n: HUGE}, r"budget\(16\) returned 9223372036854775808: must be a number of rows"),
+    ({"budget": lambda n: n / 4}, r"budget\(16\) returned 4.0: must be a number of rows"),
+    ({"budget": lambda n: True}, r"budget\(16\) returned True"),
     ({"halving": "half"}, r"halving='half': allowed are kernel, balanced, uniform"),
     ({"inflation": 30}, r"inflation=30: must be an integer from 0 to 10 for s=512"),
     ({"methods": 5}, r"methods=5: must be None or a sequence of method names"),
@@ -57,7 +57,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"modules": {"a": {"method_options": {"express": {"block": 100}}}}}, r"modules\['a'\]: block=100: must be 16"),
     ({"modules": {"a": {"methods": ["santa"], "method_options": {"santa": {"draws": 0}}}}}, r"modules\['a'\]: draws=0"),
     ({"modules": {"a": {"halving": "half"}}}, r"modules\['a'\]: halving='half'"),
-    ({"modules": {"a": {"budget": lambda n: -1}}}, r"modules\['a'\]: budget\(1048576\) returned -1"),
+    ({"modules": {"a": {"budget": lambda n: -1}}}, r"modules\['a'\]: budget\(16\) returned -1"),
     *((of("express", block=x), r"block=.*: must be") for x in (64.0, "64", None, True, 100, 0, -16, HUGE, [64])),
     *(
         (of(name, flatten=x), r"flatten=.*: must be")

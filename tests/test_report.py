@@ -298,8 +298,13 @@ def test_calls_have_their_own_errors_and_a_graph_that_runs_more_often_its_larges
     sites = explain(rewrite_attention(Repeated(), **policy), LONG, error=True).sites
     errors = [off_by("express", q, 8**-0.5, site) for q, site in zip(inputs, sites, strict=True)]
     assert [site.error for site in sites] == pytest.approx(errors, rel=1e-4) and len(set(errors)) == 3
-    (site,) = explain(Repeated(), LONG, error=True, **policy).sites
-    assert site.error == pytest.approx(max(off_by("express", q, 8**-0.5, site) for q in inputs), rel=1e-4)
+    again = explain(Repeated(), LONG, error=True, **policy).sites
+    assert [site.error for site in again] == [site.error for site in sites]
+    for found, error in (([0.1, 0.3, 0.2], 0.3), ([0.2], 0.2)):
+        (told,) = report_module._with_errors(
+            [replace(sites[0], error=None)], {sites[0].layer: map(torch.tensor, found)}
+        )
+        assert told.error == pytest.approx(error)
 
 
 @pytest.mark.parametrize("padded", [False, True])

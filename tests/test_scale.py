@@ -149,9 +149,10 @@ def test_a_constant_becomes_the_scale(form: str, name: str) -> None:
 @pytest.mark.parametrize("name", STAYS)
 def test_everything_else_stays_in_the_query(form: str, name: str) -> None:
     f = attention(form, STAYS[name])
-    got, site = run(f, *inputs(), SHORT)
+    exactly = inputs(dtype=torch.float64)  # in float32 it depends on the processor whether 1e-6 is kept
+    got, site = run(f, *exactly, SHORT)
     assert site.spec.scale == 1.0
-    assert error(got, with_gradient(f, *inputs())) < 1e-6
+    assert error(got, with_gradient(f, *exactly)) < 1e-12
 
 
 @pytest.mark.parametrize("form", FORMS)

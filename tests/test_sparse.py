@@ -295,7 +295,7 @@ def test_it_runs_only_where_the_policy_names_it_and_says_that_it_changes_the_fun
     assert plan(padded, Policy(methods=("sparse",), method_options=given)).verdict == "rewritten"
     assert "that of a padded batch; give a stride" in plan(padded, Policy(methods=("sparse",))).reason
     asked = Policy(methods=("express",), budget=1 << 30)  # of which SANTA takes no such budget
-    assert plan(one, asked).nearest is None, "another function is no substitute"
+    assert "sparse" not in (plan(one, asked).nearest or ""), "another function is no substitute"
     alone = Policy(methods=("sparse",), method_options={"sparse": {"combine": "per_head"}})
     assert "it has one head" in plan(spec(H=1, H_kv=1), alone).reason
 
