@@ -42,7 +42,7 @@ demo: models
 	$(PY) examples/quickstart.py
 
 test: models
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 fuzz: install
 	HYPOTHESIS_PROFILE=nightly $(PY) -m pytest tests/test_fuzz.py $(PYTEST_ARGS)

@@ -21,7 +21,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# pytest-xdist has a worker per core
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 hypothesis.settings.register_profile(
     "ci", derandomize=True, max_examples=40, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
