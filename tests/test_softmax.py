@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -720,7 +720,16 @@ def test_almost_causal_masks_stay_what_they_are(change: Callable) -> None:
         assert str(found[0][0].spec.mask) != "causal"
 
 
-def test_explain_names_form_mask_and_reason() -> None:
+@pytest.fixture
+def shipped_rates() -> Iterator[None]:
+    """The CPU whose speed is shipped has two threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_explain_names_form_mask_and_reason(shipped_rates: None) -> None:
     (site,) = explain(in_place, *tensors(), methods=["exact"]).sites
     assert (site.form, site.mask, site.method, site.verdict) == ("softmax", "causal", "exact", "rewritten")
     assert site.reason == "methods names 'exact' first; as scaled_dot_product_attention"
