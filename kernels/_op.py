@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from express_compile.spec import AttentionSpec
+from express_compile.spec import AttentionSpec, known_equal
 
 from ._padding import each_alone, each_alone_backward
 
@@ -186,6 +186,12 @@ def attention_fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     """``out`` and ``lse`` of any attention op, without values."""
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty(*query.shape[:3], value.shape[-1]), query.new_empty(query.shape[:3], dtype=lse_dtype)
+
+
+def at_the_end(spec: AttentionSpec) -> bool:
+    """Whether a causal mask is known to be that of queries which are the last tokens: the last one sees every key."""
+    whole = known_equal(spec.Lq, spec.Lk) and known_equal(spec.mask.offset, 0)
+    return whole or known_equal(spec.mask.offset, spec.Lk - spec.Lq)
 
 
 def no_kernel(spec: AttentionSpec) -> str | None:

@@ -39,7 +39,7 @@ from express_compile.method import Method, register
 from express_compile.plain import number
 from express_compile.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
 
-from ._op import define_attention, no_kernel
+from ._op import at_the_end, define_attention, no_kernel
 from ._padding import Packing
 from ._triton import philox_uniform
 from .contest import CONTEST, compete, compete_reference
@@ -400,9 +400,7 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
         reason = f"it has a sliding window of {mask.reach}"
     elif not mask.causal:
         reason = "it is not causal; Express thins what came before each query"
-    elif not (known_equal(spec.Lq, spec.Lk) and known_equal(mask.offset, 0)) and not known_equal(
-        mask.offset, spec.Lk - spec.Lq
-    ):
+    elif not at_the_end(spec):
         reason = f"its causal mask has offset {mask.offset}; needed is Lk - Lq, the last query sees every key"
     elif not isinstance(policy.budget, int):
         reason = _budget_grows(policy)

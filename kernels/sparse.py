@@ -42,7 +42,7 @@ from express_compile.method import Method, register
 from express_compile.plain import number
 from express_compile.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
 
-from ._op import define_attention, no_kernel
+from ._op import at_the_end, define_attention, no_kernel
 from ._padding import Packing, real_first
 from .exact import exact_attention
 from .sparse_kernels import sparse_backward_triton, sparse_forward_triton
@@ -356,9 +356,7 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
         reason = f"it has a window of {mask.reach}; sparse has a local part of its own"
     elif not mask.causal:
         reason = "it is not causal; both parts of sparse lie before the query"
-    elif not (known_equal(spec.Lq, spec.Lk) and known_equal(mask.offset, 0)) and not known_equal(
-        mask.offset, spec.Lk - spec.Lq
-    ):
+    elif not at_the_end(spec):
         reason = f"its causal mask has offset {mask.offset}; needed is Lk - Lq, the last query sees every key"
     elif spec.dropout_p > 0:
         reason = f"it drops attention weights (dropout_p={spec.dropout_p}); call model.eval() or set it to 0"
