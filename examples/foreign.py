@@ -217,7 +217,7 @@ RUN = {"backend": by_backend, "rewrite_attention": by_rewriting, "inductor": by_
 
 
 def summary(sites: Any) -> dict[str, Any]:
-    """``listed``: every site that is reported; ``found``: those that are not "not matched"."""
+    """What became of the sites that a route reports, in the columns of a row; ``listed`` and ``found`` are all of them."""
     count: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     for verdict, reason, mask, _ in sites:
