@@ -217,7 +217,7 @@ RUN = {"backend": by_backend, "rewrite_attention": by_rewriting, "inductor": by_
 
 
 def summary(sites: Any) -> dict[str, Any]:
-    """What became of the sites that a route reports, in the columns of a row; ``listed`` and ``found`` are all of them."""
+    """What became of the sites that a route reports, by column; ``listed`` and ``found`` are all of them."""
     count: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     for verdict, reason, mask, _ in sites:
