@@ -117,7 +117,7 @@ result["top"] = [importlib.util.find_spec(name) is not None for name in ("kernel
 def test_wheel_holds_our_modules_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     code = {name for name in names if ".dist-info/" not in name}
-    assert code == {*sources(), "express_compile/py.typed", "express_compile/devices.json"}
+    assert code == {*sources(), "express_compile/py.typed", "express_compile/planning/devices.json"}
     assert "express_compile/kernels/__init__.py" in code and "express_compile/passes/__init__.py" in code
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -1,6 +1,6 @@
 """Thinformer on encoders: sentence embeddings, attention error on real and made-up keys, time of whole models.
 
-    python examples/bench/encoders.py minilm error plot --out examples/bench/results  # about ten minutes on two CPU cores
+    python examples/bench/encoders.py minilm error plot --out examples/bench/results # ten minutes on two CPU cores
     python examples/bench/encoders.py speed --out examples/bench/results  # on a GPU
     python examples/bench/encoders.py speed --tiny --lengths 256                  # a taste on a CPU
 

@@ -74,7 +74,7 @@ def test_text_and_json_agree() -> None:
     for site in report.sites:
         line = next(line for line in text.splitlines() if f" {site.module} " in line)
         assert site.reason in line and site.verdict in line  # nothing is cut off
-        assert "tests/test_report.py:" + site.source.rsplit(":", 1)[1] in line
+        assert "report/test_explain.py:" + site.source.rsplit(":", 1)[1] in line
     assert text.endswith("3 attention sites: 1 rewritten, 0 exact, 2 refused")
     data = json.loads(report.to_json())
     assert data["totals"] == {"rewritten": 1, "exact": 0, "refused": 2}
