@@ -421,6 +421,7 @@ def digests(device: str, seed: int = SEED) -> dict[str, Digest]:
     Raises ``RuntimeError`` if part of the package came from another tree, as it does where that one is installed and
     has modules that this one lacks.
     """
+    torch.compiler.reset()  # Dynamo gives up on code that was compiled too often, and attention would be exact
     with one_thread():
         found = {}
         for name, run in itertools.chain(*(kind(device, seed) for kind in (calls, graphs, models))):
