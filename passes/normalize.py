@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+from .nodes import dynamo_source, reached, sources, tensor_of
 
 # Parameters by position; "*name" takes all that are left, given one by one or as one sequence.
 # Sizes and dtypes are mostly left out: the node's own example_value says those of its result.
@@ -109,12 +111,13 @@ _ALIASES = {
     **dict.fromkeys(("bool", "int", "long", "float", "double", "half", "bfloat16", "type", "type_as"), "to"),
     **dict.fromkeys(("cpu", "cuda", "_to_copy"), "to"),
 }
-_KEYWORDS = {
+_KEYWORDS: dict[str | tuple[str, str], str] = {
     **{"self": "input", "tensor": "input", "axis": "dim", "tensor1": "input", "mat2": "other"},
     "train": "training",  # of torch.dropout
     **{"axis0": "dim0", "axis1": "dim1", ("view", "size"): "shape", ("scalar_tensor", "s"): "data"},
 }
-_NAMESPACES = (torch, F, torch.Tensor, torch._C._nn, torch._C._VariableFunctions, torch._C._special, operator)
+_SPECIAL = torch._C._special  # type: ignore[attr-defined]  # torch's stubs lack it
+_NAMESPACES = (torch, F, torch.Tensor, torch._C._nn, torch._C._VariableFunctions, _SPECIAL, operator)
 _REFLECTED = {f"__r{name}__": name for name in ("add", "sub", "mul", "and", "or", "xor", "truediv", "matmul")}
 
 
@@ -134,14 +137,13 @@ def operation(node: Node) -> Operation | None:
     """The operation a node performs in its one spelling; None if it is not a pure operation known here."""
     if node.target is getattr and node.args[1:] in (("mT",), ("T",)):
         return _turned(node)
-    name, reflected = _name(node)
-    return _bound(node, name, reflected)
+    return _bound(node, called(node))
 
 
 def _turned(node: Node) -> Operation | None:
     """``x.mT``, and ``x.T`` of a matrix."""
-    example = node.meta.get("example_value")
-    if node.args[1] == "T" and not (isinstance(example, torch.Tensor) and example.dim() == 2):
+    example = tensor_of(node)
+    if node.args[1] == "T" and (example is None or example.dim() != 2):
         return None
     return Operation("transpose", {"input": node.args[0], "dim0": -1, "dim1": -2})
 
@@ -157,20 +159,20 @@ _WRITES = frozenset(
 def in_place(node: Node) -> Operation | None:
     """``x.masked_fill_(...)`` as the ``masked_fill`` of what ``x`` held before, and so are ``x *= y``, ``x[mask] = y``
     and ``x[:] = y`` read; None for every other node."""
-    name, _ = _name(node)
+    name = called(node)
     if name == "setitem":
         return _assigned(*node.args)
     if name is None or not (name.endswith("_") or name in _IN_PLACE):
         return None
     name = name.removesuffix("_") if name.endswith("_") else name[1:]
     name = _ALIASES.get(name, name)
-    return _bound(node, name, False) if name in _WRITES else None
+    return _bound(node, name) if name in _WRITES else None
 
 
 def _assigned(x: Any, index: Any, value: Any) -> Operation | None:
     """``x[index] = value`` where ``index`` is a boolean tensor of the same rank, or everything."""
-    shown, held = (arg.meta.get("example_value") if isinstance(arg, Node) else None for arg in (index, x))
-    if isinstance(shown, torch.Tensor) and shown.dtype == torch.bool and shown.dim() == held.dim():
+    shown, held = tensor_of(index), tensor_of(x)
+    if shown is not None and held is not None and shown.dtype == torch.bool and shown.dim() == held.dim():
         return Operation("masked_fill", {"input": x, "mask": index, "value": value})
     whole = index is Ellipsis or (isinstance(index, slice) and index == slice(None))
     return Operation("fill", {"input": x, "value": value}) if whole else None
@@ -195,140 +197,179 @@ def _is_attribute(node: Node, value: torch.SymFloat) -> bool:
     symbols = value.node.expr.free_symbols
     if not symbols or not value.node.has_hint() or not all(symbol_is_type(x, SymT.FLOAT) for x in symbols):
         return False
-    open_nodes, seen = [node], {node}
-    while open_nodes:
-        current = open_nodes.pop()
-        if current.op == "placeholder":
-            source = getattr(current.meta.get("grapharg"), "source", None)
-            if getattr(source, "base", None) is None:
-                return False
-        new = [x for x in current.all_input_nodes if x not in seen]
-        seen.update(new)
-        open_nodes.extend(new)
-    return True
+    inputs = (x for x in reached(node, sources) if x.op == "placeholder")
+    return all(getattr(dynamo_source(x), "base", None) is not None for x in inputs)
 
 
-def _bound(node: Node, name: str | None, reflected: bool) -> Operation | None:
-    if name not in (*SIGNATURES, "min") or node.kwargs.get("out") is not None:
+def _bound(node: Node, name: str | None) -> Operation | None:
+    """The arguments of a call of ``name`` by parameter; None for what is not known here."""
+    if name is None or node.kwargs.get("out") is not None:
         return None
-    args = tuple(node.args)
-    if reflected:
-        args = args[::-1]
-    if name == "arange":
-        return _arange(args, dict(node.kwargs))
-    if name in ("max", "min") and len(args) > 1 and isinstance(args[1], Node) and "example_value" in args[1].meta:
-        name = f"{name}imum"  # of two tensors
-    if name not in SIGNATURES:
+    args = tuple(reversed(node.args)) if _is_reflected(node) else tuple(node.args)
+    name, parameters = _VARIANTS[name](node, name) if name in _VARIANTS else (name, SIGNATURES.get(name))
+    if parameters is None:
         return None
-    if name == "view" and any(isinstance(value, torch.dtype) for value in (*args, *node.kwargs.values())):
-        return None  # reinterprets the bits
-    bound: dict[str, Any] = {}
-    parameters = SIGNATURES[name]
-    if name == "where" and (node.op == "call_method" or node.target is torch.Tensor.where):
-        parameters = ("input", "condition", "other")  # x.where(condition, other)
+    bound: dict[str, Any] = dict(_DEFAULTS.get(name, {}))
     for i, parameter in enumerate(parameters):
         if parameter.startswith("*"):
             rest = args[i:]
             if rest:
                 bound[parameter[1:]] = tuple(rest[0]) if isinstance(rest[0], list | tuple) else rest
-            break
-        if i < len(args):
+        elif i < len(args):
             bound[parameter] = args[i]
     for keyword, value in node.kwargs.items():
         bound[_KEYWORDS.get((name, keyword), _KEYWORDS.get(keyword, keyword))] = value
-    if name == "where" and "other" not in bound:
-        return None  # where(condition) lists indices
-    if name == "einsum" and not isinstance(bound.get("equation"), str):
-        return None
-    return Operation(name, bound)
+    return Operation(name, bound) if name not in _WHOLE or _WHOLE[name](bound) else None
+
+
+# ---- what one name means depends on its arguments: (node, name) -> (the name it has here, its parameters) ----------
+
+_Parameters = tuple[str, tuple[str, ...] | None]
+
+
+def _range(node: Node, name: str) -> _Parameters:
+    """The only argument is where it ends."""
+    return name, ("end",) if len(node.args) == 1 and "end" not in node.kwargs else SIGNATURES[name]
+
+
+def _largest(node: Node, name: str) -> _Parameters:
+    """Of one tensor, or the larger of two."""
+    other = node.args[1] if len(node.args) > 1 else None
+    name = f"{name}imum" if isinstance(other, Node) and "example_value" in other.meta else name
+    return name, SIGNATURES.get(name)
+
+
+def _shaped(node: Node, name: str) -> _Parameters:
+    """With a dtype it reinterprets the bits."""
+    of_bits = any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))
+    return name, None if of_bits else SIGNATURES[name]
+
+
+def _chosen(node: Node, name: str) -> _Parameters:
+    """``x.where(condition, other)`` has the condition second."""
+    is_method = node.op == "call_method" or node.target is torch.Tensor.where
+    return name, ("input", "condition", "other") if is_method else SIGNATURES[name]
+
+
+_VARIANTS: dict[str, Callable[[Node, str], _Parameters]] = {
+    "arange": _range,
+    **dict.fromkeys(("max", "min"), _largest),
+    "view": _shaped,
+    "where": _chosen,
+}
+_DEFAULTS = {"arange": {"start": 0, "step": 1}}
+_WHOLE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "where": lambda bound: "other" in bound,  # where(condition) lists indices
+    "einsum": lambda bound: isinstance(bound.get("equation"), str),
+}
+"""What the arguments have to be for a call to be read."""
+
+
+# ---- what is called, and what it writes into: by kind of target --------------------------------------------------
 
 
 def called(node: Node) -> str | None:
     """The canonical name of what of torch a node calls, whether it is known here or not; None for other calls."""
-    return _name(node)[0]
-
-
-def _name(node: Node) -> tuple[str | None, bool]:
-    """The canonical name of what a node calls, and whether its two operands are the other way round."""
-    target = node.target
-    if node.op == "call_method":
-        if target in _REFLECTED:
-            return _ALIASES.get(_REFLECTED[target], _REFLECTED[target]), True
-        name = target.removeprefix("__").removesuffix("__") if target.startswith("__") else target
-    elif node.op == "call_function" and isinstance(target, torch._ops.OpOverload):
-        if target.namespace != "aten" or target._schema.is_mutable:
-            return None, False
-        name = target._schema.name.removeprefix("aten::")
-    elif node.op == "call_function" and isinstance(target, torch._ops.OpOverloadPacket):
-        if not target._qualified_op_name.startswith("aten::"):
-            return None, False
-        name = target.__name__
-    elif node.op == "call_function":
-        name = getattr(target, "__name__", None)
-        # a user's function may carry any name: it counts only if it *is* torch's
-        if name is None or not any(getattr(space, name, None) is target for space in _NAMESPACES):
-            return None, False
-        if getattr(operator, name, None) is target:
-            name = name.removesuffix("_")
-    else:
-        return None, False
-    return _ALIASES.get(name, name), False
-
-
-def _arange(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation:
-    names = ("end",) if len(args) == 1 and "end" not in kwargs else ("start", "end", "step")
-    bound = {"start": 0, "step": 1, **dict(zip(names, args, strict=False))}
-    return Operation("arange", bound | {k: v for k, v in kwargs.items() if k in ("start", "end", "step")})
+    kind = _kind(node)
+    name = kind.name(node.target) if kind is not None else None
+    return None if name is None else _ALIASES.get(name, name)
 
 
 def mutated_inputs(node: Node) -> list[Node]:
     """The tensors a node writes into, as far as its target tells; empty for a pure node."""
-    target, args, kwargs = node.target, node.args, node.kwargs
-    written: list[Any] = [kwargs["out"]] if kwargs.get("out") is not None else []
+    kind = _kind(node)
+    written = [node.kwargs.get("out"), *(kind.writes(node, node.target) if kind is not None else ())]
+    flat = (value if isinstance(value, list | tuple) else (value,) for value in written)
+    return [x for values in flat for x in values if isinstance(x, Node)]
+
+
+def _is_reflected(node: Node) -> bool:
+    """Whether the two operands are the other way round, as in ``x.__rsub__(y)``."""
+    return node.op == "call_method" and node.target in _REFLECTED
+
+
+def _method_name(target: str) -> str:
+    if target in _REFLECTED:
+        return _REFLECTED[target]
+    return target.removeprefix("__").removesuffix("__") if target.startswith("__") else target
+
+
+def _method_writes(node: Node, target: str) -> Iterable[Any]:
+    if target.startswith("__"):
+        writes = target == "__setitem__" or (target.startswith("__i") and target != "__invert__")
+    else:
+        writes = target.endswith("_")
+    return node.args[:1] if writes else ()
+
+
+def _overload_name(target: torch._ops.OpOverload[..., Any]) -> str | None:
+    pure = target.namespace == "aten" and not target._schema.is_mutable
+    return target._schema.name.removeprefix("aten::") if pure else None
+
+
+def _overload_writes(node: Node, target: torch._ops.OpOverload[..., Any]) -> Iterable[Any]:
+    for i, parameter in enumerate(target._schema.arguments):
+        if parameter.alias_info is not None and parameter.alias_info.is_write:
+            yield node.args[i] if i < len(node.args) else node.kwargs.get(parameter.name)
+
+
+def _packet_name(target: torch._ops.OpOverloadPacket[..., Any]) -> str | None:
+    return target.__name__ if target._qualified_op_name.startswith("aten::") else None
+
+
+def _packet_writes(node: Node, target: torch._ops.OpOverloadPacket[..., Any]) -> Iterable[Any]:
+    overloads = (getattr(target, overload) for overload in target.overloads() if overload != "out")
+    return node.all_input_nodes if any(overload._schema.is_mutable for overload in overloads) else ()
+
+
+def _no_name(target: Any) -> None:
+    return None
+
+
+def _operator_writes(node: Node, target: torch._ops.HigherOrderOperator) -> Iterable[Any]:
+    writes = "mutation" in target.name() or any(map(_writes_outside, bodies(node)))
+    return node.all_input_nodes if writes else ()
+
+
+def _function_name(target: Any) -> str | None:
+    """A user's function may carry any name: it counts only if it *is* torch's."""
+    name: str | None = getattr(target, "__name__", None)
+    if name is None or not any(getattr(space, name, None) is target for space in _NAMESPACES):
+        return None
+    return name.removesuffix("_") if getattr(operator, name, None) is target else name
+
+
+def _function_writes(node: Node, target: Any) -> Iterable[Any]:
+    name = getattr(target, "__name__", "")
+    if getattr(operator, name, None) is target:
+        return node.args[:1] if name == "setitem" or name in _IN_PLACE else ()
+    writes = name.endswith("_") and not name.endswith("__") or _inplace_flag(target, node.args, node.kwargs)
+    return (node.args[0] if node.args else node.kwargs.get("input"),) if writes else ()
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of target: the name of what it calls, and the arguments that it writes into."""
+
+    of: type
+    name: Callable[[Any], str | None]
+    writes: Callable[[Node, Any], Iterable[Any]]
+
+
+_KINDS = (
+    _Kind(torch._ops.OpOverload, _overload_name, _overload_writes),
+    _Kind(torch._ops.OpOverloadPacket, _packet_name, _packet_writes),
+    _Kind(torch._ops.HigherOrderOperator, _no_name, _operator_writes),
+    _Kind(object, _function_name, _function_writes),
+)
+_METHOD = _Kind(str, _method_name, _method_writes)
+
+
+def _kind(node: Node) -> _Kind | None:
+    """How to read the target of a call; None for what is none."""
     if node.op == "call_method":
-        if target.startswith("__"):
-            if target == "__setitem__" or (target.startswith("__i") and target != "__invert__"):
-                written.append(args[0])
-        elif target.endswith("_"):
-            written.append(args[0])
-    elif node.op == "call_function":
-        name = getattr(target, "__name__", "")
-        if isinstance(target, torch._ops.OpOverload):
-            for i, parameter in enumerate(target._schema.arguments):
-                if parameter.alias_info is not None and parameter.alias_info.is_write:
-                    written.append(args[i] if i < len(args) else kwargs.get(parameter.name))
-        elif isinstance(target, torch._ops.OpOverloadPacket):
-            if any(
-                getattr(target, overload)._schema.is_mutable for overload in target.overloads() if overload != "out"
-            ):
-                written.extend(node.all_input_nodes)
-        elif isinstance(target, torch._ops.HigherOrderOperator):
-            if "mutation" in target.name() or any(map(_writes_outside, bodies(node))):
-                written.extend(node.all_input_nodes)
-        elif getattr(operator, name, None) is target:
-            if name == "setitem" or name in _IN_PLACE:
-                written.append(args[0])
-        elif name.endswith("_") and not name.endswith("__") or _inplace_flag(target, args, kwargs):
-            written.append(args[0] if args else kwargs.get("input"))
-    flat: list[Node] = []
-    for value in written:
-        flat.extend(v for v in (value if isinstance(value, list | tuple) else (value,)) if isinstance(v, Node))
-    return flat
-
-
-def shares_memory(a: Node, b: Node) -> bool:
-    """Whether two nodes are tensors, or views of one, in the same memory."""
-    return a is b or (_storage(a) is not None and _storage(a) == _storage(b))
-
-
-def _storage(node: Node) -> int | None:
-    example = node.meta.get("example_value")
-    if not isinstance(example, torch.Tensor):
-        return None
-    try:
-        return example.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse and some wrapper tensors have none
-        return None
+        return _METHOD
+    return next(kind for kind in _KINDS if isinstance(node.target, kind.of)) if node.op == "call_function" else None
 
 
 _IN_PLACE = frozenset(
@@ -351,7 +392,7 @@ def _writes_outside(body: GraphModule) -> bool:
     return not all(is_new(target) for node in body.graph.nodes for target in mutated_inputs(node))
 
 
-def _inplace_flag(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _inplace_flag(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     if kwargs.get("inplace"):
         return True
     if not inspect.isfunction(target) or len(args) < 2:
@@ -370,7 +411,7 @@ def graph_module(node: Node) -> GraphModule | None:
     if node.op != "get_attr":
         return None
     owner: Any = node.graph.owning_module
-    for part in node.target.split("."):
+    for part in str(node.target).split("."):
         owner = getattr(owner, part, None)
     return owner if isinstance(owner, GraphModule) else None
 

@@ -14,7 +14,8 @@ from torch.fx import GraphModule, Node
 from ..core.spec import AttentionSpec, Mask, known_equal, layer_key
 from .buffers import Buffers
 from .mask import Padding
-from .normalize import bodies, mutated_inputs, number, shares_memory
+from .nodes import shape_of, shares_memory
+from .normalize import bodies, mutated_inputs, number
 
 Emit = Callable[..., Node]
 """``emit(function, *args, **kwargs)``: a new call in the graph, its meta filled in."""

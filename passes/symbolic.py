@@ -23,7 +23,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..core.spec import known_equal
 from .buffers import Buffers
-from .normalize import Operation, in_place, number, operation, shares_memory
+from .nodes import shares_memory
+from .normalize import Operation, in_place, number, operation
 from .words import label, spoken
 
 COORDINATES = sympy.symbols("b h q k", integer=True, nonnegative=True)

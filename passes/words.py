@@ -8,6 +8,8 @@ from os.path import basename
 import torch
 from torch.fx import Node
 
+from .nodes import dynamo_source, reached, sources, tensor_of
+
 _FRAME = re.compile(r'File "(.+)", line (\d+)')
 _VARIABLE = re.compile(r"[LG]\['(\w+)'\]")
 _PART = re.compile(r"\._(?:modules|buffers|parameters)\['(\w+)'\]|\.(\w+)|\['(\w+)'\]|\[(\d+)\]")
@@ -27,22 +29,14 @@ def spoken(node: Node) -> str:
     if node.op == "placeholder":
         return _input(node)
     name = _SYMBOLS.get(label(node), label(node))
-    sources, line = sorted(_sources(node)), source_line(node)
-    of = f" of {' and '.join(sources)}" if 0 < len(sources) < 3 else ""
+    inputs, line = sorted(_sources(node)), source_line(node)
+    of = f" of {' and '.join(inputs)}" if 0 < len(inputs) < 3 else ""
     return f"{name}{of}{f' ({basename(line)})' if line else ''}"
 
 
 def _sources(node: Node) -> set[str]:
     """The arguments and buffers that a node is computed from."""
-    open_nodes, seen, found = [node], {node}, set()
-    while open_nodes:
-        for source in open_nodes.pop().all_input_nodes:
-            if source.op == "placeholder" and isinstance(source.meta.get("example_value"), torch.Tensor):
-                found.add(_input(source))
-            elif source not in seen:
-                seen.add(source)
-                open_nodes.append(source)
-    return found
+    return {_input(x) for x in reached(node, sources) if x.op == "placeholder" and tensor_of(x) is not None}
 
 
 def label(node: Node) -> str:
@@ -62,8 +56,8 @@ def is_parameter(node: Node) -> bool:
 
 def _source(node: Node) -> str:
     """Where Dynamo has an input from: ``L['self']._buffers['mask']``; ``""`` if that is not known."""
-    name = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "")
-    return name() if callable(name) else name
+    name = getattr(dynamo_source(node), "name", "")
+    return str(name() if callable(name) else name)
 
 
 def _input(node: Node) -> str:
