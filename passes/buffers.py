@@ -25,6 +25,8 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
+from .nodes import dynamo_source
+
 _MAX_ELEMENTS = 1 << 26  # 8,192 x 8,192; larger ones are not looked at
 _COMPARED = 1 << 22  # elements of a buffer that are compared at every call
 
@@ -131,7 +133,7 @@ def _identical(x: torch.Tensor, y: torch.Tensor) -> bool:
 
 
 def _is_buffer(node: Node) -> bool:
-    source = getattr(node.meta.get("grapharg"), "source", None)
+    source = dynamo_source(node)
     while source is not None:
         if getattr(source, "member", None) == "_buffers":
             return True
@@ -152,9 +154,7 @@ def _band(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     first = tensor.detach().reshape(-1)[0]
     if bool((tensor == first).all()):
         return None, None, first.item(), first.item()
-    if tensor.dim() < 2:
-        return None
-    if any(size != 1 for size in tensor.shape[:-2]):
+    if tensor.dim() < 2 or any(size != 1 for size in tensor.shape[:-2]):
         return None
     matrix = tensor.detach().reshape(tensor.shape[-2:])
     values = (first := matrix[0, 0]), matrix.reshape(-1)[(matrix != first).reshape(-1).byte().argmax()]
@@ -164,9 +164,9 @@ def _band(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     distance = columns - rows[:, None]
     for inside, outside in (values, values[::-1]):
         chosen = matrix == inside
-        low, high = (int(x) for x in distance[chosen].aminmax())
+        low, high = map(int, distance[chosen].aminmax())
         if torch.equal(chosen, (distance >= low) & (distance <= high)):
-            low = None if low == int(distance.min()) else low
-            high = None if high == int(distance.max()) else high
-            return low, high, inside.item(), outside.item()
+            ends = map(int, distance.aminmax())
+            bounds = (None if bound == end else bound for bound, end in zip((low, high), ends, strict=True))
+            return *bounds, inside.item(), outside.item()
     return None

@@ -56,12 +56,12 @@ def _calls_softmax(source: str, line: int) -> bool:
         node
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        and node.lineno <= line <= node.end_lineno
+        and node.lineno <= line <= (node.end_lineno or 0)
     ]
     calls = ast.walk(max(functions, key=lambda node: node.lineno)) if functions else ()
     return any(isinstance(node, ast.Call) and node.lineno >= line and _is_softmax(node.func) for node in calls)
 
 
 def _is_softmax(function: ast.expr) -> bool:
-    name = getattr(function, "attr", None) or getattr(function, "id", "")
+    name = str(getattr(function, "attr", None) or getattr(function, "id", ""))
     return "softmax" in name.lower() and "log" not in name.lower()

@@ -17,8 +17,8 @@ ops give 0 there too, where PyTorch lets them attend to the real tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -114,7 +114,8 @@ def prove_all(
     try:
         evaluator = Evaluator(around, reader, sizes)
         shown = [evaluator.visible(part.node, part.coords, part.sizes, part.hides, part.factor) for part in parts]
-        return _classify(sympy.And(*shown), evaluator, parts[0].node, sizes, as_in_sdpa)
+        asked = _Asked(evaluator, parts[0].node, sizes[0], size_expr(sizes[2]), size_expr(sizes[3]))
+        return _classify(sympy.And(*shown), asked, as_in_sdpa)
     except Unproven as error:
         return Mask(unknown=str(error), nearest=error.nearest), None
 
@@ -149,84 +150,122 @@ def same_for_all_queries(part: MaskPart, sizes: tuple[Any, Any, Any, Any]) -> tu
     return Mask(padding=True), Padding(terms=(term,))
 
 
-def _classify(
-    condition: Boolean, evaluator: Evaluator, mask: Node, sizes: tuple[Any, Any, Any, Any], as_in_sdpa: bool
-) -> tuple[Mask, Padding | None]:
-    B, _, Lq, Lk = sizes
-    q_len, k_len = size_expr(Lq), size_expr(Lk)
-    single = q_len == 1
-    if single:
+# ---- from a condition to a mask ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a mask is asked for: ``B`` sequences of ``q_len`` queries and ``k_len`` keys, as expressions."""
+
+    evaluator: Evaluator
+    mask: Node
+    B: Any
+    q_len: Any
+    k_len: Any
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one query."""
+        return bool(self.q_len == 1)
+
+    @property
+    def bottom_right(self) -> Any:
+        """The offset of a causal mask whose last query sees every key."""
+        return self.k_len - self.q_len
+
+
+def _classify(condition: Boolean, asked: _Asked, as_in_sdpa: bool) -> tuple[Mask, Padding | None]:
+    condition, segments = _simplified(condition, asked)
+    if condition is sympy.false:
+        raise Unproven("it hides every key")
+    found = _by_kind(condition, asked)
+    proven = replace(_bounds(found["causal"], found["window"], asked), segments=segments)
+    if not found["padding"]:
+        return proven, None
+    proven = replace(proven, padding=True)
+    terms = [term for literal in found["padding"] if (term := _padding_term(literal, asked)) is not None]
+    if len(terms) == len(found["padding"]):
+        return proven, Padding(tuple(terms))
+    plain = as_in_sdpa and proven.window is None and not segments
+    if plain and (not proven.causal or known_equal(proven.offset, asked.bottom_right)):
+        return proven, Padding(last_row=asked.mask)
+    raise _unproven(sympy.And(*found["padding"]), asked)
+
+
+def _simplified(condition: Boolean, asked: _Asked) -> tuple[Boolean, bool]:
+    """What is asked of a query and a key of one segment, and whether there are segments."""
+    if asked.is_single:
         condition = condition.xreplace({_Q: sympy.S.Zero})
     condition = sympy.to_nnf(condition, simplify=False)
     segments = [leaf for literal in sympy.And.make_args(condition) if (leaf := _segment(literal)) is not None]
     for segment in segments:
-        condition = _by_places(condition, segment, evaluator)
+        condition = _by_places(condition, segment, asked.evaluator)
     condition = condition.xreplace({literal: _without_abs(literal) for literal in condition.atoms(Relational)})
-    decided = {
-        literal: truth
-        for literal in condition.atoms(Relational)
-        if (truth := _everywhere(literal, q_len, k_len)) is not None
-    }
-    condition = _absorbed(condition.xreplace(decided), q_len, k_len)
-    if condition is sympy.false:
-        raise Unproven("it hides every key")
-    offsets: list[Any] = []
-    reaches: list[Any] = []
-    paddings: list[Boolean] = []
+    everywhere = {literal: _everywhere(literal, asked) for literal in condition.atoms(Relational)}
+    decided = {literal: truth for literal, truth in everywhere.items() if truth is not None}
+    return _absorbed(condition.xreplace(decided), asked), bool(segments)
+
+
+_SLOPES = {(1, -1): "causal", (-1, 1): "window"}
+"""What a relation ``a k + b q <= c`` bounds, by ``(a, b)``."""
+_SLOPES_OF_ONE = {**_SLOPES, (1, 0): "causal", (-1, 0): "window"}
+"""The same where there is one query."""
+
+
+def _by_kind(condition: Boolean, asked: _Asked) -> dict[str, list[Any]]:
+    """The bounds of causal masks and windows, and the literals of key paddings, by kind."""
+    found: dict[str, list[Any]] = {"causal": [], "window": [], "padding": []}
+    of_key = {_B, _K} | asked.k_len.free_symbols
+    slopes = _SLOPES_OF_ONE if asked.is_single else _SLOPES
     for literal in sympy.And.make_args(condition):
         if literal is sympy.true or _segment(literal) is not None:
             continue
         slope, bound = _line(literal)
-        of_key = literal.free_symbols <= {_B, _K} | k_len.free_symbols
-        if slope == (1, -1) or (single and slope == (1, 0)):
-            offsets.append(bound)
-        elif slope == (-1, 1) or (single and slope == (-1, 0)):
-            reaches.append(bound)
-        elif of_key:
-            paddings.append(literal)
+        if slope in slopes:
+            found[slopes[slope]].append(bound)
+        elif literal.free_symbols <= of_key:
+            found["padding"].append(literal)
         else:
-            raise _unproven(literal, evaluator)
-    offset = _smallest(offsets, "causal")
-    reach = _smallest(reaches, "window")
-    bottom_right = k_len - q_len
-    if offset is not None and not known_equal(offset, bottom_right):
-        # the mask may spell the lengths with other symbols than key does; SDPA forces them to agree
-        shape = example_of(mask).shape
-        if len(shape) >= 2 and known_equal(offset, size_expr(shape[-1]) - size_expr(shape[-2])):
-            if not is_one(shape[-1]) and not (is_one(shape[-2]) and not single):
-                offset = bottom_right
-    if offset is None and single and reach is None:
-        offset = bottom_right  # a single query that may see every key
-    window = None
-    if reach is not None:
-        if offset is None:
-            raise Unproven(f"it hides keys more than {reach} tokens back, but none that come after the query")
-        width = sympy.expand(reach + offset + 1)
-        if not width.is_Integer or width < 1:
-            raise Unproven(f"its window of {width} tokens is not a fixed positive number")
-        window = int(width)
-    if offset is not None:
-        offset = int(offset) if offset.is_Integer else offset
-    causal = offset is not None
-    if window is not None and window > 1 and not single and known_equal(offset - reach, 2 * bottom_right):
-        causal, offset, window = False, bottom_right, (window + 1) // 2  # as far before the query as after it
-        offset = int(offset) if offset.is_Integer else offset
-    proven = Mask(
-        causal=causal, offset=0 if offset is None else offset, window=window, padding=bool(paddings),
-        segments=bool(segments),
-    )  # fmt: skip
-    if not paddings:
-        return proven, None
-    terms = tuple(_padding_term(literal, evaluator, mask, B, k_len) for literal in paddings)
-    if None not in terms:
-        return proven, Padding(terms=terms)
-    if as_in_sdpa and window is None and not segments and (offset is None or known_equal(offset, bottom_right)):
-        return proven, Padding(last_row=mask)
-    raise _unproven(sympy.And(*paddings), evaluator)
+            raise _unproven(literal, asked)
+    return found
 
 
-def _unproven(literal: Any, evaluator: Evaluator) -> Unproven:
-    text = formula(literal, evaluator)
+def _bounds(offsets: list[Any], reaches: list[Any], asked: _Asked) -> Mask:
+    """The mask of ``k <= q + offset`` and ``q <= k + reach`` for all of them."""
+    offset, reach = _aligned(_smallest(offsets, "causal"), asked), _smallest(reaches, "window")
+    if offset is None and reach is None:  # a single query may see every key
+        return Mask(causal=True, offset=_plain(asked.bottom_right)) if asked.is_single else Mask()
+    if reach is None:
+        return Mask(causal=True, offset=_plain(offset))
+    if offset is None:
+        raise Unproven(f"it hides keys more than {reach} tokens back, but none that come after the query")
+    width = sympy.expand(reach + offset + 1)
+    if not width.is_Integer or width < 1:
+        raise Unproven(f"its window of {width} tokens is not a fixed positive number")
+    if width > 1 and not asked.is_single and known_equal(offset - reach, 2 * asked.bottom_right):
+        # as far before the query as after it
+        return Mask(causal=False, offset=_plain(asked.bottom_right), window=(int(width) + 1) // 2)
+    return Mask(causal=True, offset=_plain(offset), window=int(width))
+
+
+def _aligned(offset: Any, asked: _Asked) -> Any:
+    """A causal offset that is that of the bottom right in the mask's own sizes, in those that are asked for."""
+    if offset is None or known_equal(offset, asked.bottom_right):
+        return offset
+    # the mask may spell the lengths with other symbols than key does; SDPA forces them to agree
+    shape = example_of(asked.mask).shape
+    if len(shape) < 2 or not known_equal(offset, size_expr(shape[-1]) - size_expr(shape[-2])):
+        return offset
+    broadcast = is_one(shape[-1]) or (is_one(shape[-2]) and not asked.is_single)
+    return offset if broadcast else asked.bottom_right
+
+
+def _plain(offset: Any) -> Any:
+    return int(offset) if offset.is_Integer else offset
+
+
+def _unproven(literal: Any, asked: _Asked) -> Unproven:
+    text = formula(literal, asked.evaluator)
     if literal.atoms(AppliedUndef):
         return Unproven(f"it depends on values that are not known when compiling: {text}", PROVABLE)
     return Unproven(f"a query sees a key only where {text}, which is no causal mask, window, key padding or segment")
@@ -234,7 +273,7 @@ def _unproven(literal: Any, evaluator: Evaluator) -> Unproven:
 
 def _line(literal: Boolean) -> tuple[tuple[Any, Any] | None, Any]:
     """``((a, b), c)`` of a relation ``a k + b q <= c``; (None, None) for another one."""
-    excess = _at_most_zero(literal) if isinstance(literal, Relational) else None
+    excess = _at_most_zero(literal)
     if excess is None or excess.atoms(AppliedUndef):
         return None, None
     slope = (excess.coeff(_K), excess.coeff(_Q))
@@ -247,18 +286,19 @@ def _line(literal: Boolean) -> tuple[tuple[Any, Any] | None, Any]:
     return slope, -rest
 
 
-def _at_most_zero(literal: Relational) -> sympy.Expr | None:
-    """``e`` with ``literal`` equivalent to ``e <= 0`` over the integers; None for other relations."""
-    a, b = literal.lhs, literal.rhs
-    if not (a.is_integer and b.is_integer):
+_EXCESS: dict[type[Relational], Callable[[Any, Any], Any]] = {
+    sympy.Le: lambda a, b: a - b,
+    sympy.Lt: lambda a, b: a - b + 1,
+    sympy.Ge: lambda a, b: b - a,
+    sympy.Gt: lambda a, b: b - a + 1,
+}
+
+
+def _at_most_zero(literal: Boolean) -> sympy.Expr | None:
+    """``e`` with ``literal`` equivalent to ``e <= 0`` over the integers; None for other conditions."""
+    if type(literal) not in _EXCESS or not (literal.lhs.is_integer and literal.rhs.is_integer):
         return None
-    if isinstance(literal, sympy.Le):
-        return sympy.expand(a - b)
-    if isinstance(literal, sympy.Lt):
-        return sympy.expand(a - b + 1)
-    if isinstance(literal, sympy.Ge):
-        return sympy.expand(b - a)
-    return sympy.expand(b - a + 1) if isinstance(literal, sympy.Gt) else None
+    return sympy.expand(_EXCESS[type(literal)](literal.lhs, literal.rhs))
 
 
 def _without_abs(literal: Relational) -> Boolean:
@@ -293,7 +333,7 @@ def _by_places(condition: Boolean, segment: sympy.Expr, evaluator: Evaluator) ->
     replaced = {}
     for literal in condition.atoms(Relational):
         opened = literal.xreplace({leaf: _opened(leaf, evaluator) for leaf in literal.atoms(AppliedUndef)})
-        excess = _at_most_zero(opened.xreplace(places)) if isinstance(opened, Relational) else None
+        excess = _at_most_zero(opened.xreplace(places))
         if excess is not None and not excess.has(first) and not excess.atoms(AppliedUndef):
             replaced[literal] = sympy.Le(excess, 0)
     return condition.xreplace(replaced)
@@ -306,10 +346,10 @@ def _positions(segment: AppliedUndef, evaluator: Evaluator) -> AppliedUndef | No
         return None
     along = args.index(_K)
     begins = evaluator.value(total.get("input"), args)
-    step = begins.lhs if isinstance(begins, sympy.Ne) and begins.rhs == 1 else None
-    node = evaluator.leaves.get(getattr(step, "func", None))
+    step = begins.lhs if isinstance(begins, sympy.Ne) and begins.rhs == 1 else begins
+    node = evaluator.leaves.get(step.func) if isinstance(step, AppliedUndef) and step.args == args else None
     differences = None if node is None else operation(node)
-    if differences is None or differences.name != "diff" or step.args != args or differences.get("n", 1) != 1:
+    if differences is None or differences.name != "diff" or differences.get("n", 1) != 1:
         return None
     dims = [total.get("dim"), differences.get("dim", -1)]
     if not all(isinstance(dim, int) and dim % len(args) == along for dim in dims):
@@ -339,14 +379,14 @@ def _opened(leaf: AppliedUndef, evaluator: Evaluator) -> sympy.Expr:
     return base + other if op.name == "add" else base - other
 
 
-def _everywhere(literal: Relational, q_len: Any, k_len: Any) -> Boolean | None:
+def _everywhere(literal: Boolean, asked: _Asked) -> Boolean | None:
     """Whether a relation that is linear in q and k holds (or fails) for all queries and keys; None if neither."""
     if literal in (sympy.true, sympy.false):
         return literal
     excess = _at_most_zero(literal)
     if excess is None or excess.atoms(AppliedUndef) or excess.has(_B, _H):
         return None
-    slopes = [(excess.coeff(x), x, size - 1) for x, size in ((_Q, q_len), (_K, k_len))]
+    slopes = [(excess.coeff(x), x, size - 1) for x, size in ((_Q, asked.q_len), (_K, asked.k_len))]
     constant = sympy.expand(excess - sum(slope * x for slope, x, _ in slopes))
     if constant.has(_Q, _K) or not all(slope.is_Integer for slope, _, _ in slopes):
         return None
@@ -357,17 +397,17 @@ def _everywhere(literal: Relational, q_len: Any, k_len: Any) -> Boolean | None:
     return sympy.false if sympy.expand(low).is_positive else None
 
 
-def _absorbed(condition: Boolean, q_len: Any, k_len: Any) -> Boolean:
+def _absorbed(condition: Boolean, asked: _Asked) -> Boolean:
     """``condition`` without what implies another alternative: ``k < 2 or k <= q + 2`` is ``k <= q + 2``."""
     if not isinstance(condition, sympy.And | sympy.Or):
         return condition
-    parts = [_absorbed(part, q_len, k_len) for part in condition.args]
+    parts = [_absorbed(part, asked) for part in condition.args]
     if isinstance(condition, sympy.And):
         return sympy.And(*parts)
-    excesses = {part: _at_most_zero(part) if isinstance(part, Relational) else None for part in parts}
+    excesses = {part: _at_most_zero(part) for part in parts}
     for part, excess in excesses.items():
         weaker = (other for x, other in excesses.items() if x is not part and x in parts and other is not None)
-        if excess is not None and any(_everywhere(sympy.Le(y - excess, 0), q_len, k_len) is sympy.true for y in weaker):
+        if excess is not None and any(_everywhere(sympy.Le(y - excess, 0), asked) is sympy.true for y in weaker):
             parts.remove(part)
     return sympy.Or(*parts)
 
@@ -381,37 +421,26 @@ def _smallest(bounds: list[Any], what: str) -> Any:
     raise Unproven(f"it is not known which of its {what} limits {', '.join(map(str, bounds))} is the smaller")
 
 
-_RELATIONS = {"Equality": "eq", "Unequality": "ne", "StrictLessThan": "lt", "LessThan": "le"} | {
-    "StrictGreaterThan": "gt",
-    "GreaterThan": "ge",
-}
+_RELATIONS = {sympy.Eq: "eq", sympy.Ne: "ne", sympy.Lt: "lt", sympy.Le: "le", sympy.Gt: "gt", sympy.Ge: "ge"}
 
 
-def _padding_term(literal: Boolean, evaluator: Evaluator, mask: Node, B: Any, k_len: Any) -> PaddingTerm | None:
+def _padding_term(literal: Boolean, asked: _Asked) -> PaddingTerm | None:
     """How to read a literal in the site's graph, or None."""
-    if not isinstance(literal, Relational):
+    if type(literal) not in _RELATIONS:
         return None
     if not isinstance(literal.lhs, AppliedUndef):
         literal = literal.reversed
     leaf, constant = literal.lhs, literal.rhs
     if not isinstance(leaf, AppliedUndef) or not constant.is_number:
         return None
-    node = evaluator.leaves[leaf.func]
-    if node.graph is not mask.graph or _K not in leaf.args:
-        return None
-    shape = example_of(node).shape
-    index: list[Any] = []
-    for coord, size in zip(leaf.args, shape, strict=True):
-        if coord in (_B, _K):
-            if not known_equal(size_expr(size), k_len if coord == _K else size_expr(B)):
-                return None
-            index.append(slice(None))
-        elif coord.is_Integer:
-            index.append(int(coord))
-        else:
-            return None
+    node = asked.evaluator.leaves[leaf.func]
     kept = [coord for coord in leaf.args if coord in (_B, _K)]
-    if kept not in ([_K], [_B, _K]):
+    if node.graph is not asked.mask.graph or kept not in ([_K], [_B, _K]):
         return None
+    lengths = {_B: size_expr(asked.B), _K: asked.k_len}
+    places = list(zip(leaf.args, example_of(node).shape, strict=True))
+    if not all(known_equal(size_expr(n), lengths[x]) if x in lengths else x.is_Integer for x, n in places):
+        return None
+    index = tuple(slice(None) if x in lengths else int(x) for x, _ in places)
     number = int(constant) if constant.is_Integer else float(constant)
-    return PaddingTerm(node, tuple(index), _B in kept, _RELATIONS[type(literal).__name__], number)
+    return PaddingTerm(node, index, _B in kept, _RELATIONS[type(literal)], number)

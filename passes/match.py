@@ -13,26 +13,26 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from ..core.spec import AttentionSpec, Mask, default_scale, feature_major, known_equal
+from ..core.spec import AttentionSpec, Mask, default_scale, known_equal
 from . import near, softmax
 from .buffers import Buffers
 from .cut import cut_products
 from .mask import MaskPart, Padding, prove, prove_all, same_for_all_queries
 from .multihead import OPAQUE, describe
-from .normalize import bodies, computes_gradients, graph_module, number, operation
+from .nodes import shape_of, tensor_of
+from .normalize import bodies, computes_gradients, graph_module, known, number, operation
 from .place import Place, module_path
 from .repeat import unrepeated
 from .scale import unscaled
 from .site import (
     NOT_MATCHED,
-    PADDED,
     AttentionSite,
     Emit,
     Operand,
@@ -41,7 +41,8 @@ from .site import (
     check_heads,
     entered,
     make_spec,
-    shape_of,
+    sizes_of,
+    tensor_argument,
 )
 from .symbolic import COORDINATES
 from .words import source_line
@@ -59,45 +60,41 @@ def find_sites(gm: GraphModule, buffers: Buffers | None = None, place: Place | N
     place = place or Place()
     place.name(gm)
 
-    def common(gm: GraphModule, node: Node, form: str) -> dict[str, Any]:
+    def listed(gm: GraphModule, node: Node, form: str) -> AttentionSite:
         path = module_path([node, *softmax.products(node)] if form == "softmax" else [node])
-        module = place.nearest if path is None else path
+        module, lost = (place.nearest, place.lost) if path is None else (path, None)
         count[module] += 1
-        where = {"module": module, "index": place.number(module, count[module] - 1), "source": source_line(node)}
-        lost = place.lost if path is None else None
-        return {"node": node, "graph_module": gm, "form": form, "refusal": lost, **where}
+        index = place.number(module, count[module] - 1)
+        return AttentionSite(node, gm, module, index, source_line(node), form, refusal=lost)
+
+    def refused(site: AttentionSite, error: Refused) -> AttentionSite:
+        return replace(site, refusal=str(error), nearest=error.nearest)
 
     for scope, node in _walk(Scope(gm, buffers=buffers or Buffers()), set()):
-        form, listed = _form(node), None
-        if form is None:
-            listed = near.unread(node)
-            if listed is None:
-                continue
-        known = common(scope.gm, node, form or NOT_MATCHED)
+        form = _form(node)
+        unread = near.unread(node) if form is None else None
+        if form is None and unread is None:
+            continue
+        site = listed(scope.gm, node, form or NOT_MATCHED)
         try:
-            if listed is not None:
-                raise listed
-            facts = _describe(scope, node, form) if known["refusal"] is None else {}
-            site = AttentionSite(**{**known, **facts})
+            if form is None or unread is not None:
+                raise unread or Refused(NOT_MATCHED)
+            site = replace(site, **(_describe(scope, node, form) if site.refusal is None else {}))
             found.append(replace(site, written=scope.overwritten(site.node)))
             scope.attended.add(site.node)
         except Refused as error:
-            found.append(AttentionSite(**{**known, "refusal": str(error), "nearest": error.nearest}))
-    for product, error in cut_products(gm):
-        known = common(gm, product, "softmax")
-        found.append(AttentionSite(**{**known, "refusal": str(error), "nearest": error.nearest}))
-    return found
+            found.append(refused(site, error))
+    return found + [refused(listed(gm, product, "softmax"), error) for product, error in cut_products(gm)]
 
 
 def _form(node: Node) -> str | None:
     op = operation(node)
     if op is not None and op.name == "scaled_dot_product_attention":
         return "sdpa"
-    if softmax.softmax_of(node) is not None and not near.weighs_features(node):
-        return "softmax" if softmax.feeds_product(node) or near.is_cut_off(node) else None
-    if node.target is torch.ops.higher_order.flex_attention:
-        return NOT_MATCHED
-    return OPAQUE.get(node.target) if node.op == "call_function" else None
+    written = softmax.softmax_of(node)
+    if written is not None and not near.weighs_features(written):
+        return "softmax" if softmax.feeds_product(written) or near.is_cut_off(written) else None
+    return OPAQUE.get(node.target) if callable(node.target) else None
 
 
 _NESTING = re.compile(r"_(?:vmap|grad|jvp|func)_(in|de)crement_nesting")
@@ -123,7 +120,7 @@ def _surroundings(nodes: Sequence[Node]) -> Iterator[str | None]:
 
 def _kernels(switch: Node) -> tuple[Any, ...]:
     """The kernels that a call of ``_sdpa_kernel`` allows, and their order where it counts."""
-    backends, ordered = switch.args[0], switch.args[1:]
+    backends, ordered = cast(Sequence[Any], switch.args[0]), switch.args[1:]
     names = tuple(x.args if isinstance(x, Node) else x for x in backends)
     return frozenset(names), names if any(ordered) else None
 
@@ -176,54 +173,56 @@ def _feeds(scope: Scope, node: Node, body: GraphModule) -> dict[Node, Node]:
 
 def _describe(scope: Scope, node: Node, form: str) -> dict[str, Any]:
     """What ``node`` computes, as fields of its site."""
-    if form == NOT_MATCHED:
-        raise Refused("it is flex_attention, whose score_mod and block_mask are code that is not read", _PLAIN)
     if scope.refusal is not None:
         raise Refused(scope.refusal)
-    if form == "softmax":
-        try:
-            return softmax.describe(scope, node)
-        except Refused:
-            mixed = near.mixes_heads(node)
-            if mixed is None:
-                raise
-            raise mixed from None
-    if form != "sdpa":
+    if form == "sdpa":
+        return _describe_sdpa(scope, node, known(node).args)
+    written = softmax.softmax_of(node) if form == "softmax" else None
+    if written is None:
         spec, padding, expand = describe(scope, node)
         return {"spec": spec, "padding": padding, "expand": expand}
-    args = operation(node).args
-    nodes = [_tensor(args, name) for name in ("query", "key", "value")]
-    rank = _same_leading(node, nodes)
+    try:
+        return softmax.describe(scope, written)
+    except Refused:
+        mixed = near.mixes_heads(written)
+        if mixed is None:
+            raise
+        raise mixed from None
+
+
+def _describe_sdpa(scope: Scope, node: Node, args: Mapping[str, Any]) -> dict[str, Any]:
+    query, key, value = (tensor_argument(args, name) for name in ("query", "key", "value"))
+    rank = _same_leading(node, (query, key, value))
     if rank == 4:
-        nodes[1:] = unrepeated(scope, node, *nodes)
-    query, key, value = inputs = [_of_four(Operand(x)) for x in nodes]
-    (query, of_query), (key, of_key) = (unscaled(scope, x) for x in (query, key))
-    spec, padding = _specify(scope, node, args, inputs, factor=of_query * of_key)
-    expand = None
-    if rank != 4 or [query, key] != inputs[:2]:
-        expand = partial(_write, query, key, value, node, spec, scope.contexts)
-    found = dict(zip(("query", "key", "value"), nodes, strict=True)) if rank == 4 else {}
-    return {**found, "padding": padding, "spec": spec, "expand": expand}
+        key, value = unrepeated(scope, node, query, key, value)
+    q, k, v = (_of_four(Operand(x)) for x in (query, key, value))
+    (plain_q, of_query), (plain_k, of_key) = (unscaled(scope, x) for x in (q, k))
+    repeats = args.get("enable_gqa", False) or known_equal(_of_four(Operand(args["key"])).shape[1], q.shape[1])
+    check_heads(q.shape, k.shape, v.shape, repeats=repeats)
+    scale = _scale(args, number(q.shape[3])) * of_query * of_key
+    dropout_p = _constant(args.get("dropout_p", 0.0), "dropout_p") or 0.0
+    mask, padding = _mask(scope, node, args, sizes_of(q, k))
+    spec = make_spec(node, q, k, v, scale=scale, mask=mask, dropout_p=dropout_p)
+    facts: dict[str, Any] = {"padding": padding, "spec": spec}
+    if rank == 4:
+        facts |= {"query": query, "key": key, "value": value}
+    if rank != 4 or (plain_q, plain_k) != (q, k):
+        facts["expand"] = partial(_write, (plain_q, plain_k, v), node, spec, scope.contexts)
+    return facts
 
 
 def _write(
-    query: Operand,
-    key: Operand,
-    value: Operand,
-    node: Node,
-    spec: AttentionSpec,
-    autocast: Sequence[tuple[Any, ...]],
-    emit: Emit,
+    inputs: Sequence[Operand], node: Node, spec: AttentionSpec, autocast: Sequence[tuple[Any, ...]], emit: Emit
 ) -> tuple[Node, Node]:
     """The same call of a query and a key that are not scaled before, and of four dimensions."""
-    args, shape = operation(node).args, shape_of(node)
+    args, shape = known(node).args, shape_of(node)
     kept = {name: args[name] for name in ("attn_mask", "dropout_p", "is_causal") if name in args}
     gqa = not known_equal(spec.H, spec.H_kv)
     with entered(autocast):
-        inputs = (x.emit(emit) for x in (query, key, value))
+        tensors = [x.emit(emit) for x in inputs]
         if isinstance(kept.get("attn_mask"), Node):
             kept["attn_mask"] = _mask_of_four(kept["attn_mask"], shape, emit)
-        attention = emit(F.scaled_dot_product_attention, *inputs, **kept, scale=spec.scale, enable_gqa=gqa)
+        attention = emit(F.scaled_dot_product_attention, *tensors, **kept, scale=spec.scale, enable_gqa=gqa)
         out = attention
         if len(shape) > 4:
             out = emit(torch.unflatten, out, 0, tuple(shape[: len(shape) - 3]))
@@ -232,7 +231,6 @@ def _write(
     return attention, out
 
 
-_PLAIN = "torch.nn.functional.scaled_dot_product_attention"
 FOUR = "query, key and value of four dimensions"
 
 
@@ -259,16 +257,6 @@ def _mask_of_four(mask: Node, shape: torch.Size, emit: Emit) -> Node:
     return mask
 
 
-def _tensor(args: Mapping[str, Any], name: str) -> Node:
-    node = args.get(name)
-    example = node.meta.get("example_value") if isinstance(node, Node) else None
-    if not isinstance(example, torch.Tensor):
-        raise Refused(f"its {name} is not a tensor of the graph")
-    if example.layout != torch.strided or example.is_nested:
-        raise Refused(f"its {name} is a nested or sparse tensor", PADDED)
-    return node
-
-
 def _same_leading(node: Node, inputs: Sequence[Node]) -> int:
     """The number of dimensions of query, key, value and result; what comes before the heads is the same in all."""
     shapes = [shape_of(x) for x in (node, *inputs)]
@@ -286,25 +274,13 @@ def _same_leading(node: Node, inputs: Sequence[Node]) -> int:
     return ranks[0]
 
 
-def _specify(
-    scope: Scope, node: Node, args: Mapping[str, Any], inputs: Sequence[Operand], factor: float
-) -> tuple[AttentionSpec, Padding | None]:
-    shapes = [x.shape for x in inputs]
-    H, D = (number(shapes[0][i]) for i in (1, 3))
-    repeats = args.get("enable_gqa", False) or known_equal(_of_four(Operand(args["key"])).shape[1], H)
-    check_heads(*shapes, repeats=repeats)
+def _scale(args: Mapping[str, Any], D: Any) -> float:
     scale = _constant(args.get("scale"), "scale")
-    if scale is None:
-        if not isinstance(D, int):
-            raise Refused(
-                f"its head size {D} is not known when compiling, and so its scale 1 / sqrt({D})", "scale= as a number"
-            )
-        scale = default_scale(D)
-    dropout_p = _constant(args.get("dropout_p", 0.0), "dropout_p")
-    sizes = (*map(number, shapes[0][:3]), number(shapes[1][2]))
-    mask, padding = _mask(scope, node, args, sizes)
-    facts = dict(mask=mask, dropout_p=dropout_p, feature_major=feature_major(inputs[1].example))
-    return make_spec(node.meta["example_value"], *shapes, scale=scale * factor, **facts), padding
+    if scale is None and not isinstance(D, int):
+        raise Refused(
+            f"its head size {D} is not known when compiling, and so its scale 1 / sqrt({D})", "scale= as a number"
+        )
+    return default_scale(D) if scale is None else scale
 
 
 def _constant(arg: Any, name: str) -> float | None:
@@ -325,7 +301,7 @@ def _mask(
         return (Mask(causal=True) if mask is None else Mask(unknown="it has a mask and is_causal=True")), None
     if mask is None:
         return Mask(), None
-    if not isinstance(mask, Node) or not isinstance(mask.meta.get("example_value"), torch.Tensor):
+    if tensor_of(mask) is None:
         return Mask(unknown="it is not a tensor of the graph"), None
     shape = shape_of(node)
     if len(shape) != 4:
@@ -341,7 +317,8 @@ def _of_other_rank(
 ) -> tuple[Mask, Padding | None]:
     """As :func:`_mask` where the result has another number of dimensions than four."""
     b, h, q, k = COORDINATES
-    leading, below = [], 1
+    leading: list[Any] = []
+    below = 1
     for size in reversed(shape[1:-3]):
         leading.insert(0, sympy.floor(b / below) % size)
         below *= size

@@ -36,8 +36,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..core.spec import AttentionSpec, Mask, known_equal
 from .mask import Padding, prove, prove_key_padding
+from .nodes import shape_of
 from .normalize import number
-from .site import PADDED, Emit, Expand, Refused, Scope, entered
+from .site import Emit, Expand, Refused, Scope, entered, tensor_argument
 from .symbolic import COORDINATES
 
 OPAQUE: dict[Callable[..., Any], str] = {
@@ -81,25 +82,15 @@ def describe(scope: Scope, node: Node) -> tuple[AttentionSpec, Padding | None, E
     call, _ = _read(node)
     out = node.meta["example_value"]
     out = out[0] if isinstance(out, tuple) else out
-    query, key = _shape(call.query), _shape(call.key)
+    query, key = shape_of(call.query), shape_of(call.key)
     batch, length = (0, 1) if call.batch_first else (1, 0)
     B, Lq, Lk = (number(size) for size in (query[batch] if len(query) == 3 else 1, query[length], key[length]))
     mask, padding = _mask(scope, node, call, (B, call.heads, Lq, Lk))
     D = call.embed_dim // call.heads
     spec = AttentionSpec(
-        B=B,
-        H=call.heads,
-        H_kv=call.heads,
-        Lq=Lq,
-        Lk=Lk,
-        D=D,
-        Dv=D,
-        dtype=out.dtype,
-        device=out.device.type,
-        scale=1.0 / math.sqrt(D),
-        mask=mask,
-        dropout_p=call.dropout_p,
-    )
+        B=B, H=call.heads, H_kv=call.heads, Lq=Lq, Lk=Lk, D=D, Dv=D, dtype=out.dtype, device=out.device.type,
+        scale=1.0 / math.sqrt(D), mask=mask, dropout_p=call.dropout_p,
+    )  # fmt: skip
     return spec, padding, partial(_open_up, node, scope.contexts)
 
 
@@ -111,8 +102,7 @@ def _open_up(node: Node, autocast: Sequence[tuple[Any, ...]], emit: Emit) -> tup
 
 
 def _read(node: Node) -> tuple[_Attention, Expand]:
-    is_layer = OPAQUE[node.target] == "_transformer_encoder_layer_fwd"
-    return _encoder_layer(node) if is_layer else _multi_head(node)
+    return _encoder_layer(node) if node.target is torch._transformer_encoder_layer_fwd else _multi_head(node)
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -190,14 +180,7 @@ def _encoder_layer(node: Node) -> tuple[_Attention, Expand]:
 
 
 def _tensor(args: Mapping[str, Any], name: str) -> Node:
-    example = args[name].meta.get("example_value") if isinstance(args[name], Node) else None
-    if not isinstance(example, torch.Tensor):
-        raise Refused(f"its {name} is not a tensor of the graph")
-    if example.layout != torch.strided or example.is_nested:
-        raise Refused(
-            f"its {name} is a nested or sparse tensor; enable_nested_tensor=False avoids those of torch", PADDED
-        )
-    return args[name]
+    return tensor_argument(args, name, "; enable_nested_tensor=False avoids those of torch")
 
 
 def _integer(args: Mapping[str, Any], name: str) -> int:
@@ -208,9 +191,10 @@ def _integer(args: Mapping[str, Any], name: str) -> int:
 
 
 def _switch(args: Mapping[str, Any], name: str) -> bool:
-    if not isinstance(args[name], bool):
+    value = args[name]
+    if not isinstance(value, bool):
         raise Refused(f"its {name} is not known when compiling")
-    return args[name]
+    return value
 
 
 def _dropout(args: Mapping[str, Any]) -> float:
@@ -222,16 +206,12 @@ def _dropout(args: Mapping[str, Any]) -> float:
     return float(value)
 
 
-def _shape(node: Node) -> torch.Size:
-    return node.meta["example_value"].shape
-
-
 def _mask(scope: Scope, node: Node, call: _Attention, sizes: tuple[Any, Any, Any, Any]) -> tuple[Mask, Padding | None]:
     mask, padding = Mask(), None
     if call.attn_mask is not None:
         b, h, q, k = COORDINATES
         per_head = (b * call.heads + (h if call.heads > 1 else 0), q, k)
-        coords = per_head if len(_shape(call.attn_mask)) == 3 else None
+        coords = per_head if len(shape_of(call.attn_mask)) == 3 else None
         mask, padding = prove(call.attn_mask, sizes, scope, node, coords=coords, hides=True)
     plain = (
         mask.causal and known_equal(mask.offset, 0) and mask.window is None and not mask.padding and not mask.segments
@@ -251,7 +231,7 @@ def _mask(scope: Scope, node: Node, call: _Attention, sizes: tuple[Any, Any, Any
 
 def _attend(call: _Attention, emit: Emit) -> tuple[Node, Node]:
     split, merge = ((0, 2, 1, 3), (0, 2, 1, 3)) if call.batch_first else ((1, 2, 0, 3), (2, 0, 1, 3))
-    batched = len(_shape(call.query)) == 3
+    batched = len(shape_of(call.query)) == 3
     heads = []
     for x in _projections(call, emit):
         x = x if batched else emit(torch.unsqueeze, x, 1)
@@ -269,7 +249,7 @@ def _projections(call: _Attention, emit: Emit) -> list[Node]:
     if len(call.weights) == 1 and len(set(inputs)) == 1:
         return _thirds(emit(F.linear, call.query, call.weights[0], call.bias), -1, emit)
     weights = call.weights if len(call.weights) == 3 else _thirds(call.weights[0], 0, emit)
-    biases = (None, None, None) if call.bias is None else _thirds(call.bias, 0, emit)
+    biases: Sequence[Node | None] = (None, None, None) if call.bias is None else _thirds(call.bias, 0, emit)
     return [emit(F.linear, *arguments) for arguments in zip(inputs, weights, biases, strict=True)]
 
 
@@ -280,15 +260,17 @@ def _thirds(x: Node, dim: int, emit: Emit) -> list[Node]:
 
 def _visible(call: _Attention, emit: Emit) -> Node | None:
     """The boolean mask of the masks that are proven: True where both are 0 or False."""
-    seen = []
+    seen: list[Node] = []
     if call.attn_mask is not None:
-        per_head = len(_shape(call.attn_mask)) == 3
+        per_head = len(shape_of(call.attn_mask)) == 3
         mask = emit(torch.unflatten, call.attn_mask, 0, (-1, call.heads)) if per_head else call.attn_mask
         seen.append(emit(torch.eq, mask, 0))
     if call.key_padding is not None:
         keys = emit(operator.getitem, call.key_padding, (Ellipsis, None, None, slice(None)))
         seen.append(emit(torch.eq, keys, 0))
-    return emit(torch.logical_and, *seen) if len(seen) == 2 else (seen or [None])[0]
+    if len(seen) == 2:
+        return emit(torch.logical_and, *seen)
+    return seen[0] if seen else None
 
 
 def _layer(

@@ -132,12 +132,25 @@ class Operation:
         """The argument ``name``, or ``default`` where it was not given."""
         return self.args.get(name, default)
 
+    def node(self, name: str = "input") -> Node:
+        """The argument ``name``, which is a node."""
+        found: Node = self.args[name]
+        return found
+
 
 def operation(node: Node) -> Operation | None:
     """The operation a node performs in its one spelling; None if it is not a pure operation known here."""
     if node.target is getattr and node.args[1:] in (("mT",), ("T",)):
         return _turned(node)
     return _bound(node, called(node))
+
+
+def known(node: Node) -> Operation:
+    """The operation of a node that is known to have one."""
+    op = operation(node)
+    if op is None:
+        raise ValueError(f"node {node.name!r} calls {node.target}, which is no operation known here")
+    return op
 
 
 def _turned(node: Node) -> Operation | None:

@@ -17,7 +17,7 @@ import re
 import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -93,7 +93,9 @@ class Calls:
 
 def calls() -> Calls:
     """The calls that are in progress, the caller's own frame left out."""
-    frame, outside, modules = sys._getframe(1).f_back, [], []
+    frame = sys._getframe(1).f_back
+    outside: list[FrameType] = []
+    modules: list[nn.Module] = []
     while frame is not None:
         code = frame.f_code
         if code.co_name == "compile_wrapper" and "fn" in frame.f_locals:
@@ -215,6 +217,7 @@ class Place:
         for graph in {part.graph for part in gm.modules() if isinstance(part, GraphModule)}:
             for node in graph.nodes:
                 inside = _recorded(node)
+                known: Sequence[tuple[str, str | None]]
                 known = [(key, self.paths.get(key.partition("@")[0])) for key, _ in inside]
                 if not self.holders and known and known[0][1] is None:
                     known = inside  # by the names that a function has for its modules

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
@@ -16,12 +17,10 @@ from torch.fx import Graph, GraphModule, Node
 from ..core.method import METHODS
 from ..core.spec import Plan, Policy, known_equal
 from .mask import Padding, PaddingTerm
+from .nodes import reached, same_sizes, shape_of
 from .normalize import in_place, is_new, operation
-from .site import AttentionSite
+from .site import AttentionSite, Emit
 
-_COMPARISONS: dict[str, Callable[..., Any]] = {
-    name: getattr(torch, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")
-}
 _FRESH = frozenset(("matmul", "bmm", "baddbmm", "mul", "div", "add", "sub", "softmax", "masked_fill", "where"))
 _VIEWS = frozenset(("transpose", "permute", "getitem", "unsqueeze", "squeeze", "detach"))
 
@@ -49,10 +48,10 @@ def rewrite(
             raise ValueError(f"site {site.module!r}: its node {site.node.name!r} is not in the graph module given")
         seeds = changed.setdefault(site.graph_module, {})
         site = _renamed(site, replaced)
-        expand = site.exact if decision.method == "exact" and site.exact is not None else site.expand
-        if expand is not None:
-            site, outputs = _expand(replace(site, expand=expand), replaced)
-            replaced.update(outputs)
+        if decision.method == "exact" and site.exact is not None:
+            site = replace(site, expand=site.exact)
+        site, outputs = _expand(site, replaced)
+        replaced.update(outputs)
         if decision.method != "exact":
             replaced[site.node] = _replace(site, decision, policy, seeds)
         count += decision.verdict == "rewritten"
@@ -72,12 +71,12 @@ def _renamed(site: AttentionSite, replaced: dict[Node, Node]) -> AttentionSite:
     padding = site.padding
     if padding is not None:
         terms = tuple(replace(term, node=_now(term.node, replaced)) for term in padding.terms)
-        padding = Padding(terms, _now(padding.last_row, replaced))
-    inputs = {name: getattr(site, name) for name in ("query", "key", "value")}
-    return replace(site, padding=padding, **{name: _now(node, replaced) for name, node in inputs.items()})
+        padding = Padding(terms, padding.last_row and _now(padding.last_row, replaced))
+    query, key, value = (x and _now(x, replaced) for x in (site.query, site.key, site.value))
+    return replace(site, padding=padding, query=query, key=key, value=value)
 
 
-def _now(node: Node | None, replaced: dict[Node, Node]) -> Node | None:
+def _now(node: Node, replaced: dict[Node, Node]) -> Node:
     """The node that has taken the place of ``node``; what was opened up may have been replaced once more."""
     while node in replaced:
         node = replaced[node]
@@ -85,10 +84,12 @@ def _now(node: Node | None, replaced: dict[Node, Node]) -> Node | None:
 
 
 def _expand(site: AttentionSite, replaced: dict[Node, Node] | None = None) -> tuple[AttentionSite, dict[Node, Node]]:
-    """Write SDPA in the place of an opaque function or of attention written out: its site, and what outputs became.
+    """Write SDPA in the place of what is no call of it, or not a plain one: its site, and what outputs became.
 
     ``replaced``: the nodes that have taken the place of others since the site was found.
     """
+    if site.expand is None:
+        return site, {}
     node, graph = site.node, site.graph_module.graph
     is_tuple = isinstance(node.meta["example_value"], tuple)
     outputs = list(node.users) if is_tuple else [node]
@@ -109,7 +110,7 @@ def _expand(site: AttentionSite, replaced: dict[Node, Node] | None = None) -> tu
     if is_tuple:
         graph.erase_node(node)
     _sweep(graph, dead)
-    query, key, value = attention.args
+    query, key, value = cast(tuple[Node, Node, Node], attention.args)
     inner = replace(site, node=attention, query=query, key=key, value=value, written=False)
     return inner, dict.fromkeys(outputs, out)
 
@@ -124,19 +125,23 @@ def _to_be_written(graph: Graph, out: Node, site: AttentionSite) -> Node:
 def _tensor_of(node: Node) -> torch.Tensor:
     """The example value of a node, or its first one."""
     example = node.meta["example_value"]
-    return example[0] if isinstance(example, tuple) else example
+    first: torch.Tensor = example[0] if isinstance(example, tuple) else example
+    return first
 
 
 def _replace(site: AttentionSite, decision: Plan, policy: Policy, seeds: dict[str, Node]) -> Node:
     """Put the op in the place of ``site``; returns the node of its result."""
     node, spec, graph = site.node, site.spec, site.graph_module.graph
+    inputs = [x for x in (site.query, site.key, site.value) if x is not None]
+    if spec is None or len(inputs) < 3:
+        raise ValueError(f"site {site.module!r}: it is not known what its node {node.name!r} computes")
     device = node.meta["example_value"].device
     if str(device) not in seeds:
         seeds[str(device)] = _seed(graph, device, policy, node)
     with graph.inserting_before(node):
         # under autocast SDPA casts its inputs; an op of ours is not known to autocast
-        inputs = [_cast(graph, x, spec.dtype, node) for x in (site.query, site.key, site.value)]
-        padding = None if site.padding is None else _padding(graph, site, site.padding)
+        inputs = [_cast(graph, x, spec.dtype, node) for x in inputs]
+        padding = None if site.padding is None else _padding(graph, site, site.padding, spec.B)
         arguments = (*inputs, padding, seeds[str(device)], spec.scale, site.layer)
         call = _emit(graph, METHODS[decision.method].op, arguments, dict(decision.params), like=node)
         out = _emit(graph, operator.getitem, (call, 0), like=node)
@@ -196,72 +201,62 @@ def _cast(graph: Graph, x: Node, dtype: torch.dtype, like: Node) -> Node:
     return x if x.meta["example_value"].dtype == dtype else _emit(graph, torch.Tensor.to, (x, dtype), like=like)
 
 
-def _padding(graph: Graph, site: AttentionSite, padding: Padding) -> Node:
+def _padding(graph: Graph, site: AttentionSite, padding: Padding, B: Any) -> Node:
     """Nodes that compute the bool ``[B, Lk]`` key padding."""
-    conditions = [_condition(graph, site, term) for term in padding.terms]
+
+    def emit(target: Callable[..., Any], *args: Any) -> Node:
+        return _emit(graph, target, args, like=site.node)
+
+    conditions = [_condition(emit, term) for term in padding.terms]
     if padding.last_row is not None:
-        conditions.append(_last_row(graph, site, padding.last_row))
-    result = conditions[0]
-    for condition in conditions[1:]:
-        result = _emit(graph, torch.logical_and, (result, condition), like=site.node)
-    return _full_batch(graph, site, result)
+        conditions.append(_last_row(emit, padding.last_row))
+    result = functools.reduce(lambda a, b: emit(torch.logical_and, a, b), conditions)
+    if known_equal(shape_of(result)[0], B):
+        return result
+    return emit(torch.Tensor.expand, result, emit(torch.Tensor.size, site.query, 0), -1)
 
 
-def _last_row(graph: Graph, site: AttentionSite, mask: Node) -> Node:
+def _last_row(emit: Emit, mask: Node) -> Node:
     example = mask.meta["example_value"]
-    index = (*([slice(None)] if example.dim() == 4 else []), *([0] if example.dim() >= 3 else []))
-    index = (*index, *([-1] if example.dim() >= 2 else []), slice(None))
-    row = _emit(graph, operator.getitem, (mask, index), like=site.node)
+    row = emit(operator.getitem, mask, (slice(None), 0, -1, slice(None))[4 - example.dim() :])
     if example.dtype != torch.bool:
-        row = _emit(graph, torch.eq, (row, 0), like=site.node)
-    return row if example.dim() == 4 else _emit(graph, torch.unsqueeze, (row, 0), like=site.node)
+        row = emit(torch.eq, row, 0)
+    return row if example.dim() == 4 else emit(torch.unsqueeze, row, 0)
 
 
-def _condition(graph: Graph, site: AttentionSite, term: PaddingTerm) -> Node:
-    like, result = site.node, term.node
+def _condition(emit: Emit, term: PaddingTerm) -> Node:
+    result = term.node
     if any(item != slice(None) for item in term.index):
-        result = _emit(graph, operator.getitem, (result, term.index), like=like)
+        result = emit(operator.getitem, result, term.index)
     if term.node.meta["example_value"].dtype != torch.bool:
-        result = _emit(graph, _COMPARISONS[term.relation], (result, term.constant), like=like)
+        result = emit(getattr(torch, term.relation), result, term.constant)
     elif (term.relation == "eq") != bool(term.constant):
-        result = _emit(graph, torch.logical_not, (result,), like=like)
-    return result if term.has_batch else _emit(graph, torch.unsqueeze, (result, 0), like=like)
-
-
-def _full_batch(graph: Graph, site: AttentionSite, row: Node) -> Node:
-    if known_equal(row.meta["example_value"].shape[0], site.spec.B):
-        return row
-    size = _emit(graph, torch.Tensor.size, (site.query, 0), like=site.node)
-    return _emit(graph, torch.Tensor.expand, (row, size, -1), like=site.node)
+        result = emit(torch.logical_not, result)
+    return result if term.has_batch else emit(torch.unsqueeze, result, 0)
 
 
 def _layout_matters(node: Node) -> bool:
     """Whether strides decide what becomes of the result of ``node``: a ``view`` is taken of it, or they are read."""
-    open_nodes = [node]
-    while open_nodes:
-        for user in open_nodes.pop().users:
-            op = operation(user)
-            if (op is not None and op.name == "view") or user.target in ("as_strided", "stride", "is_contiguous"):
-                return True
-            if op is not None and op.name in _VIEWS:
-                open_nodes.append(user)
+
+    def named(node: Node, names: Container[str]) -> Iterator[Node]:
+        return (user for user in node.users if (op := operation(user)) is not None and op.name in names)
+
+    for x in reached(node, lambda x: named(x, _VIEWS)):
+        if any(named(x, ("view",))) or any(y.target in ("as_strided", "stride", "is_contiguous") for y in x.users):
+            return True
     return False
-
-
-def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return all(known_equal(x, y) for x, y in zip(a.stride(), b.stride(), strict=True))
 
 
 def _with_layout_of(graph: Graph, out: Node, like: Node) -> Node:
     """``out`` with its dimensions in the memory order of ``like``'s, copied if that is another one."""
     example, target = out.meta["example_value"], like.meta["example_value"]
-    if _same_strides(example, target):
+    if same_sizes(example.stride(), target.stride()):
         return out
     for order in itertools.permutations(range(example.dim())):
         inverse = tuple(order.index(d) for d in range(example.dim()))
         with target.fake_mode:
             candidate = example.permute(order).contiguous().permute(inverse)
-        if _same_strides(candidate, target):
+        if same_sizes(candidate.stride(), target.stride()):
             moved = _emit(graph, torch.permute, (out, order), like=like)
             moved = _emit(graph, torch.Tensor.contiguous, (moved,), like=like)
             return _emit(graph, torch.permute, (moved, inverse), like=like)
@@ -291,8 +286,4 @@ def _fills_its_own(node: Node) -> bool:
 def _is_own(node: Node) -> bool:
     """Whether the memory of a node's result is that of no other node, but for those it was written by in place."""
     op = operation(node)
-    if op is not None:
-        return is_new(node) or op.name in _FRESH
-    write = in_place(node)
-    target = None if write is None else write.get("input")
-    return isinstance(target, Node) and list(target.users) == [node] and _is_own(target)
+    return _fills_its_own(node) if op is None else is_new(node) or op.name in _FRESH

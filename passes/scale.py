@@ -10,14 +10,14 @@ place (``q *= c``) stays as it is, and the scale without it: the query before is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from .nodes import tensor_of
 from .normalize import Operation, number, operation
-from .site import Operand, Scope
+from .site import Operand, Scope, Step
 
 _VIEWS = ("flatten", "unflatten", "unsqueeze", "squeeze", "expand", "transpose", "permute", "contiguous")
 
@@ -25,12 +25,12 @@ _VIEWS = ("flatten", "unflatten", "unsqueeze", "squeeze", "expand", "transpose",
 def unscaled(scope: Scope, x: Operand) -> tuple[Operand, float]:
     """``x`` before it is multiplied or divided by positive numbers, and the factor that this makes; ``x`` and 1.0 where
     it is not, or where what was multiplied is written in place later."""
-    node, steps, factor = x.node, (), 1.0
+    node, factor = x.node, 1.0
+    steps: tuple[Step, ...] = ()
     found = x, 1.0
-    example = node.meta["example_value"]
     while (op := operation(node)) is not None and not scope.overwritten(node):
         before, constant = _scaling(op) if op.name in ("mul", "div") else (op.get("input"), None)
-        if not isinstance(before, Node) or not _alike(before.meta.get("example_value"), example):
+        if not _alike(before, x.node):
             break
         if constant is not None and 0 < factor * constant < math.inf:
             factor *= constant
@@ -54,14 +54,15 @@ def _scaling(op: Operation) -> tuple[Any, float | None]:
     return before, float(other) if op.name == "mul" else 1 / other
 
 
-def _alike(before: Any, after: torch.Tensor) -> bool:
-    """Whether a tensor has the dtype of another one, and gradients reach both or neither."""
-    if not isinstance(before, torch.Tensor) or not before.dtype.is_floating_point:
+def _alike(before: Any, after: Node) -> bool:
+    """Whether a tensor has the floating dtype of another one, and gradients reach both or neither."""
+    x, y = tensor_of(before), tensor_of(after)
+    if x is None or y is None or not x.dtype.is_floating_point:
         return False
-    return before.dtype == after.dtype and before.requires_grad == after.requires_grad
+    return x.dtype == y.dtype and x.requires_grad == y.requires_grad
 
 
-def _view(op: Operation, node: Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
+def _view(op: Operation, node: Node) -> Step | None:
     """How to write a view anew on another tensor of the same shape, whose strides may differ; None for other calls."""
     if op.name in ("view", "reshape"):
         shape = op.get("shape")
@@ -69,8 +70,8 @@ def _view(op: Operation, node: Node) -> tuple[Callable[..., Any], tuple[Any, ...
         return torch.reshape, (shape[0] if whole else shape,), {}
     if op.name not in _VIEWS or node.args[:1] != (op.get("input"),):
         return None
-    function = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
-    return function, node.args[1:], dict(node.kwargs)
+    function = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
+    return function, tuple(node.args[1:]), dict(node.kwargs)
 
 
 def _is_size(argument: Any) -> bool:

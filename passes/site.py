@@ -9,18 +9,22 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from ..core.spec import AttentionSpec, Mask, known_equal, layer_key
+from ..core.spec import AttentionSpec, Mask, feature_major, known_equal, layer_key
 from .buffers import Buffers
 from .mask import Padding
-from .nodes import shape_of, shares_memory
+from .nodes import is_parted, shares_memory, tensor_of
 from .normalize import bodies, mutated_inputs, number
 
 Emit = Callable[..., Node]
 """``emit(function, *args, **kwargs)``: a new call in the graph, its meta filled in."""
 Expand = Callable[[Emit], tuple[Node, Node]]
 """Emits what a site computes; returns its SDPA node and the node of its output."""
+
+Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+"""A call ``(function, args, kwargs)`` of a tensor, which comes before ``args``."""
 
 NOT_MATCHED = "not matched"  # the form of attention that is seen and not read
 PADDED = "a padded batch with a key padding"
@@ -85,13 +89,10 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor of the graph and the calls ``(function, args, kwargs)`` that turn it into an input of attention.
-
-    Every call takes the tensor first; its other arguments may be nodes that are sizes.
-    """
+    """A tensor of the graph and the calls that turn it into an input of attention; their arguments may be sizes."""
 
     node: Node
-    steps: tuple[tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], ...] = ()
+    steps: tuple[Step, ...] = ()
 
     def then(self, function: Callable[..., Any], *args: Any) -> Operand:
         """The result of one more call."""
@@ -112,10 +113,10 @@ class Operand:
     @property
     def example(self) -> torch.Tensor:
         """The result without values."""
-        x = self.node.meta["example_value"]
+        x: FakeTensor = self.node.meta["example_value"]
         with x.fake_mode:
-            for function, *rest in self.steps:
-                args, kwargs = torch.fx.node.map_arg(rest, lambda node: node.meta["example_value"])
+            for function, args, kwargs in self.steps:
+                args, kwargs = torch.fx.node.map_arg((args, kwargs), lambda node: node.meta["example_value"])
                 x = function(x, *args, **kwargs)
         return x
 
@@ -163,19 +164,20 @@ class Scope:
         """
         if node not in self.order:
             outer = self.caller if reader in self.order else reader
-            return None if self.parent is None else self.parent.last_write(node, outer)
+            return None if self.parent is None or outer is None else self.parent.last_write(node, outer)
         stop = self.order[reader] + bool(bodies(reader))  # what a graph inside writes, its caller writes
         places = [i for i, target in self.writes if self.order[node] < i < stop and shares_memory(target, node)]
         return self.nodes[max(places)] if places else None
 
     @cached_property
     def grad_switches(self) -> list[int]:
-        names = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
-        return [i for node, i in self.order.items() if getattr(node.target, "__name__", "") in names]
+        return self._calls("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
 
     @cached_property
     def autocast_switches(self) -> list[int]:
-        names = ("_enter_autocast", "_exit_autocast")
+        return self._calls("_enter_autocast", "_exit_autocast")
+
+    def _calls(self, *names: str) -> list[int]:
         return [i for node, i in self.order.items() if getattr(node.target, "__name__", "") in names]
 
     def written(self, node: Node, after: int = -1, before: int | None = None, but: Iterable[Node] = ()) -> bool:
@@ -194,8 +196,15 @@ class Scope:
         return self.written(node, after=self.order[node], but=but)
 
 
-def shape_of(node: Node) -> torch.Size:
-    return node.meta["example_value"].shape
+def tensor_argument(args: Mapping[str, Any], name: str, how: str = "") -> Node:
+    """The node of an argument that is a tensor; ``how`` says what would make it one that can be read."""
+    node, example = args.get(name), tensor_of(args.get(name))
+    if node is None or example is None:
+        raise Refused(f"its {name} is not a tensor of the graph")
+    if is_parted(example):
+        raise Refused(f"its {name} is a nested or sparse tensor{how}", PADDED)
+    found: Node = node
+    return found
 
 
 def check_heads(query: torch.Size, key: torch.Size, value: torch.Size, repeats: bool) -> None:
@@ -219,34 +228,23 @@ def check_heads(query: torch.Size, key: torch.Size, value: torch.Size, repeats: 
         raise Refused(f"its {H_kv} key heads do not fit its {H} query heads")
 
 
+def sizes_of(query: Operand, key: Operand) -> tuple[Any, Any, Any, Any]:
+    """``(B, H, Lq, Lk)``."""
+    B, H, Lq, _ = map(number, query.shape)
+    return B, H, Lq, number(key.shape[2])
+
+
 def make_spec(
-    out: torch.Tensor,
-    query: torch.Size,
-    key: torch.Size,
-    value: torch.Size,
-    *,
-    scale: float,
-    mask: Mask,
-    dropout_p: float,
-    feature_major: bool,
+    out: Node, query: Operand, key: Operand, value: Operand, *, scale: float, mask: Mask, dropout_p: float
 ) -> AttentionSpec:
-    """The spec of a site with these shapes, whose result is like ``out``."""
-    B, H, Lq, D = map(number, query)
+    """The spec of a site with these inputs, whose result is ``out``."""
+    example, keys = out.meta["example_value"], key.example
+    B, H, Lq, D = map(number, query.shape)
+    _, H_kv, Lk, _ = map(number, keys.shape)
     return AttentionSpec(
-        B=B,
-        H=H,
-        H_kv=number(key[1]),
-        Lq=Lq,
-        Lk=number(key[2]),
-        D=D,
-        Dv=number(value[3]),
-        dtype=out.dtype,
-        device=out.device.type,
-        scale=scale,
-        mask=mask,
-        dropout_p=dropout_p,
-        feature_major=feature_major,
-    )
+        B=B, H=H, H_kv=H_kv, Lq=Lq, Lk=Lk, D=D, Dv=number(value.shape[3]), dtype=example.dtype,
+        device=example.device.type, scale=scale, mask=mask, dropout_p=dropout_p, feature_major=feature_major(keys),
+    )  # fmt: skip
 
 
 @contextmanager

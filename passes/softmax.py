@@ -17,12 +17,13 @@ one or two batch letters. Refuses soft-caps, sinks, scores or weights that are w
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -30,21 +31,20 @@ import torch.nn.functional as F
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..core.spec import AttentionSpec, Mask, feature_major, known_equal
+from ..core.spec import AttentionSpec, Mask, known_equal
 from .mask import MaskPart, Padding, prove_all, same_for_all_queries
-from .normalize import Operation, in_place, number, operation
+from .nodes import is_parted, reached, same_sizes, sources, tensor_of
+from .normalize import Operation, in_place, known, number, operation
 from .repeat import unrepeated
 from .scale import unscaled
-from .site import PADDED, Emit, Operand, Refused, Scope, check_heads, entered, make_spec
+from .site import PADDED, Emit, Operand, Refused, Scope, check_heads, entered, make_spec, sizes_of
 from .symbolic import COORDINATES, Evaluator, Unproven, hidden_by, size_expr
 from .words import label, spoken
 
 _B, _H, _Q, _K = COORDINATES
 PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm")
-_VIEWS = ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze")
+VIEWS = ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze")
 _COPIES = ("to", "contiguous", "clone")
-_FLOORS = ("clamp", "clamp_min", "maximum")
-_STEPS = (*_VIEWS, *_COPIES, "mul", "div", "neg", "add", "sub", "masked_fill", "where", *_FLOORS)
 _NO_SINKS = "a softmax over the keys alone; it is that of another model"
 _HIDES = "float('-inf') for scores that are hidden"
 _OUTSIDE = (
@@ -103,54 +103,65 @@ def softmax_of(node: Node) -> Softmax | None:
     """The softmax that ``node`` is the result of: torch's own, ``exp(log_softmax(s))``, ``exp(s - logsumexp(s))`` or
     ``exp(s) / sum(exp(s))``; None for every other node."""
     op = operation(node) or in_place(node)
-    if op is None or op.name not in ("softmax", "softmin", "exp", "div"):
+    return _SOFTMAXES[op.name](op, node) if op is not None and op.name in _SOFTMAXES else None
+
+
+def _own(op: Operation, node: Node) -> Softmax:
+    return Softmax(op.get("input"), op.get("dim"), (node,), sign=1.0 if op.name == "softmax" else -1.0)
+
+
+def _divided(op: Operation, node: Node) -> Softmax | None:
+    before, total = op.get("input"), op.get("other")
+    inner = operation(before) if isinstance(before, Node) else None
+    if inner is None or inner.name != "exp" or op.get("rounding_mode") is not None:
         return None
-    if op.name in ("softmax", "softmin"):
-        return Softmax(op.get("input"), op.get("dim"), (node,), sign=1.0 if op.name == "softmax" else -1.0)
+    return Softmax(inner.get("input"), -1, (before, node), total) if _is_total(total, "sum", before) else None
+
+
+def _exponential(op: Operation, node: Node) -> Softmax | None:
     before = op.get("input")
     inner = operation(before) if isinstance(before, Node) else None
-    if inner is None:
+    if inner is None or inner.name not in ("log_softmax", "sub") or number(inner.get("alpha", 1)) != 1:
         return None
-    if op.name == "div":
-        of_sum = inner.name == "exp" and op.get("rounding_mode") is None and _is_sum(op.get("other"), before)
-        return Softmax(inner.get("input"), -1, (before, node), op.get("other")) if of_sum else None
+    scores, total = inner.get("input"), inner.get("other")
     if inner.name == "log_softmax":
-        return Softmax(inner.get("input"), inner.get("dim"), (before, node))
-    if inner.name == "sub" and number(inner.get("alpha", 1)) == 1:
-        of_log, scores = inner.get("other"), inner.get("input")
-        total, kept = _reduced(of_log)
-        if total is not None and total.name == "logsumexp" and kept and total.get("input") is scores:
-            return Softmax(scores, -1, (before, node), of_log) if _over_last(total, scores) else None
-    return None
+        return Softmax(scores, inner.get("dim"), (before, node))
+    return Softmax(scores, -1, (before, node), total) if _is_total(total, "logsumexp", scores) else None
 
 
-def _is_sum(node: Any, of: Node) -> bool:
-    """Whether a node is the sum of another over its last dimension, which is kept."""
+def _is_total(node: Any, name: str, of: Node) -> bool:
+    """Whether a node reduces another by ``name`` over its last dimension, which is kept."""
     op, kept = _reduced(node)
-    return op is not None and op.name == "sum" and kept and op.get("input") is of and _over_last(op, of)
+    return op is not None and op.name == name and kept and op.get("input") is of and _over_last(op, of)
 
 
-def feeds_product(node: Node) -> bool:
+_SOFTMAXES: dict[str, Callable[[Operation, Node], Softmax | None]] = {
+    **dict.fromkeys(("softmax", "softmin"), _own),
+    "div": _divided,
+    "exp": _exponential,
+}
+
+
+def feeds_product(written: Softmax) -> bool:
     """Whether a softmax's result is a factor of a matrix product, possibly after dropout, a cast or a slice.
 
     Where its scores are an input of the graph (a graph break parts them from their product), it has to be the first
     factor of a batch of products, as the weights of experts or layers seldom are. Those that are look like one query.
     """
-    outside = _from_inputs(softmax_of(node).scores)
-    open_nodes, seen = [node], {node}
-    while open_nodes:
-        source = open_nodes.pop()
-        for user in source.users:
+    outside = _from_inputs(written.scores)
+    fixed = (*VIEWS, *_COPIES, "dropout", "detach", "getitem", "expand", "transpose")
+
+    def after(node: Node) -> Iterator[Node]:
+        for user in node.users:
             op = operation(user)
-            if op is None or user in seen:
-                continue
-            if op.name in ("matmul", "bmm", "einsum") or (op.name == "baddbmm" and op.get("input") is not source):
-                if not outside or _weighs_batch(op, source):
+            if op is not None and op.name in fixed and op.get("input") is node:
+                yield user
+
+    for weights in reached(written.nodes[-1], after):
+        for op in filter(None, map(operation, weights.users)):
+            if op.name in PRODUCTS and not (op.name == "baddbmm" and op.get("input") is weights):
+                if not outside or _weighs_batch(op, weights):
                     return True
-            elif op.name in (*_VIEWS, *_COPIES, "dropout", "detach", "getitem", "expand", "transpose"):
-                if op.get("input") is source:
-                    seen.add(user)
-                    open_nodes.append(user)
     return False
 
 
@@ -159,50 +170,51 @@ def products(softmax: Node) -> list[Node]:
 
     It is a search, no proof.
     """
-    of_keys = _nearest(softmax, lambda node: node.all_input_nodes, lambda node: _stays_scores(node, softmax))
-    return [*of_keys, *_nearest(softmax, lambda node: list(node.users), lambda node: True)]
+    of_keys = _nearest(softmax, sources, lambda node: _stays_scores(node, softmax))
+    return [*of_keys, *_nearest(softmax, lambda node: node.users, lambda node: True)]
 
 
-def _nearest(start: Node, further: Callable[[Node], list[Node]], fits: Callable[[Node], bool]) -> list[Node]:
+def _nearest(start: Node, further: Callable[[Node], Iterable[Node]], fits: Callable[[Node], bool]) -> list[Node]:
     """The nearest product that fits, or none; what lies beyond another softmax belongs to that."""
-    nodes, seen = [start], {start}
-    for node in nodes:  # which grow
-        op = operation(node)
-        if op is not None and op.name in PRODUCTS and fits(node):
-            return [node]
-        if softmax_of(node) is not None and node is not start:
-            continue
-        fresh = [x for x in further(node) if x not in seen]
-        seen.update(fresh)
-        nodes.extend(fresh)
-    return []
+    inside = reached(start, lambda node: further(node) if node is start or softmax_of(node) is None else ())
+    fitting = (node for node in inside if (op := operation(node)) is not None and op.name in PRODUCTS and fits(node))
+    return list(itertools.islice(fitting, 1))
 
 
 def _from_inputs(scores: Any) -> bool:
     """Whether scores, which may have been scaled, masked and added to, are inputs of the graph."""
-    open_nodes, seen = [scores], {scores}
-    while open_nodes:
-        node = open_nodes.pop()
-        if _is_input(node):
-            continue
-        op = (operation(node) or in_place(node)) if isinstance(node, Node) else None
-        if op is None or op.name not in _STEPS:
-            return False
-        factors = [op.get("input")] if op.name in _VIEWS else [op.get("input"), op.get("other")]
-        before = [x for x in factors if x not in seen and (op.name in _VIEWS or _is_scores(x, node))]
-        seen.update(before)
-        open_nodes.extend(before)
-    return True
+
+    def before(node: Node) -> list[Any]:
+        op = _step_of(node)
+        if op is None or op.name in VIEWS:
+            return [] if op is None else [op.get("input")]
+        return [x for x in (op.get("input"), op.get("other")) if _is_scores(x, node)]
+
+    nodes = list(reached(scores, before))
+    return bool(nodes) and all(_is_input(node) or _step_of(node) is not None for node in nodes)
+
+
+def _step_of(node: Node) -> Operation | None:
+    """One of the operations that may happen to scores; None for others."""
+    op = operation(node) or in_place(node)
+    return op if op is not None and op.name in _STEPS else None
 
 
 def _is_input(node: Any) -> bool:
     return isinstance(node, Node) and node.op == "placeholder"
 
 
-def _weighs_batch(op: Any, weights: Node) -> bool:
+def _multiplied(op: Operation) -> Sequence[Any]:
+    """The factors of a product."""
+    if op.name == "einsum":
+        operands: Sequence[Any] = op.get("operands", ())
+        return operands
+    return [op.get(name) for name in (("batch1", "batch2") if op.name == "baddbmm" else ("input", "other"))]
+
+
+def _weighs_batch(op: Operation, weights: Node) -> bool:
     """Whether a product has ``weights`` as its first factor and values of three or four dimensions as its second."""
-    names = ("batch1", "batch2") if op.name == "baddbmm" else ("input", "other")
-    factors = op.get("operands", ()) if op.name == "einsum" else tuple(op.get(name) for name in names)
+    factors = _multiplied(op)
     return len(factors) == 2 and factors[0] is weights and rank_of(factors[1]) in (3, 4)
 
 
@@ -214,91 +226,92 @@ def leaves_graph(product: Node) -> Node | None:
     op = operation(product)
     if op is None or op.name not in PRODUCTS or rank_of(product) not in (3, 4) or not is_of_keys(op):
         return None
-    open_nodes, seen, left = [product], {product}, None
-    while open_nodes:
-        node = open_nodes.pop()
-        for user in node.users:
-            op = operation(user) or in_place(user)
-            if softmax_of(user) is not None:
-                return None
-            if user.op == "output":
-                left = node
-            elif op is not None and op.name in _STEPS and user not in seen and _stays_scores(node, user):
-                seen.add(user)
-                open_nodes.append(user)
+    left = None
+
+    def after(node: Node) -> Iterator[Node]:
+        return (user for user in node.users if _step_of(user) is not None and _stays_scores(node, user))
+
+    for node in reached(product, after):
+        if any(softmax_of(user) is not None for user in node.users):
+            return None
+        left = node if any(user.op == "output" for user in node.users) else left
     return left
 
 
-def is_of_keys(op: Any) -> bool:
+def letters(op: Operation) -> tuple[str, str, str]:
+    """The letters of the first two factors of an einsum and of its result, ``""`` for those that it does not have."""
+    inputs, _, result = op.get("equation").replace(" ", "").partition("->")
+    first, _, second = inputs.partition(",")
+    return first, second, result
+
+
+def is_of_keys(op: Operation) -> bool:
     """Whether a product sums over the last dimension of both factors; weights and values have another."""
     if op.name == "einsum":
-        inputs, _, result = op.get("equation").replace(" ", "").partition("->")
-        first, _, second = inputs.partition(",")
+        first, second, result = letters(op)
         return bool(first and second) and first[-1] == second[-1] and first[-1] not in result
-    key = op.get("batch2" if op.name == "baddbmm" else "other")
+    key = _multiplied(op)[1]
     while (turned := operation(key) if isinstance(key, Node) else None) is not None:
         before = turned.get("input")
         if turned.name in ("transpose", "permute"):
-            return _last_to_rows(turned, rank_of(key))
-        if turned.name not in (*_VIEWS, *_COPIES) or not _stays_scores(before, key):
+            return _order(turned, rank_of(key))[-2:-1] == [rank_of(key) - 1]
+        if turned.name not in (*VIEWS, *_COPIES) or not _stays_scores(before, key):
             return False
         key = before
     return False
 
 
-def _last_to_rows(op: Any, rank: int) -> bool:
-    """Whether a transposition makes rows of what was the last dimension."""
-    dims = (op.get("dim0"), op.get("dim1")) if op.name == "transpose" else op.get("dims", ())
-    dims = [d % rank for d in dims if isinstance(d, int)]
-    if op.name == "transpose":
-        return sorted(dims) == [rank - 2, rank - 1]
-    return len(dims) == rank and dims[-2] == rank - 1
+def _order(op: Operation, rank: int) -> list[int]:
+    """The dimensions of what is transposed or permuted, as they are after that; none where they are not known."""
+    order = list(range(rank))
+    dims = [op.get("dim0"), op.get("dim1")] if op.name == "transpose" else list(op.get("dims", ()))
+    if rank == 0 or not all(isinstance(d, int) for d in dims) or (op.name == "permute" and len(dims) != rank):
+        return []
+    if op.name == "permute":
+        return [d % rank for d in dims]
+    i, j = (d % rank for d in dims)
+    order[i], order[j] = j, i
+    return order
 
 
 def rank_of(node: Any) -> int:
     """The number of dimensions; 0 for what :func:`_example` refuses."""
-    example = node.meta.get("example_value") if isinstance(node, Node) else None
-    known = isinstance(example, torch.Tensor) and example.layout == torch.strided and not example.is_nested
-    return example.dim() if known else 0
+    example = tensor_of(node)
+    return 0 if example is None or is_parted(example) else example.dim()
 
 
 def _stays_scores(before: Node, after: Node) -> bool:
     """Whether ``after`` has the last two sizes of ``before``."""
     if rank_of(before) < 2 or rank_of(after) < 2:
         return False
-    return all(map(known_equal, _shape(before)[-2:], _shape(after)[-2:]))
+    return same_sizes(_shape(before)[-2:], _shape(after)[-2:])
 
 
-def describe(scope: Scope, softmax: Node) -> dict[str, Any]:
-    """What the attention around ``softmax`` computes, as fields of its site, whose node is the product with values.
+def describe(scope: Scope, written: Softmax) -> dict[str, Any]:
+    """What the attention around a softmax computes, as fields of its site, whose node is the product with values.
 
     Raises :class:`Refused` with the first condition that is not met.
     """
-    weights, out, dropout_p = _follow(softmax)
-    scores, product = _peel(scope, softmax)
+    weights, out, dropout_p = _follow(written)
+    scores, product = _peel(scope, written)
     query, key = _factors(product)
-    value = _values(weights[-1] if weights else softmax, out)
-    written = softmax_of(softmax)
+    value = _values(weights[-1] if weights else written.nodes[-1], out)
     chain = [product, *reversed(scores.steps), *written.nodes, *weights]
     whole = chain if written.total is None else [*chain, written.total]
     _check_order(scope, whole, out, (query.node, key.node), scores)
     _check_precision(whole, _example(value.node).dtype)
     heads = _heads(chain)
-    query, key, value = (_with_heads(x, heads) for x in (query, key, value))
-    query, key, value = _one_dtype(scope, out, query, key, value)
+    query, key, value = _one_dtype(scope, out, *(_with_heads(x, heads) for x in (query, key, value)))
     repeats = known_equal(key.shape[1], query.shape[1])
     key, value = _before_repeat(scope, out, query, key, value)
-    shapes = [x.shape for x in (query, key, value)]
-    check_heads(*shapes, repeats=repeats)
+    check_heads(query.shape, key.shape, value.shape, repeats)
     (query, of_query), (key, of_key) = (unscaled(scope, x) for x in (query, key))
     scores.factor *= of_query * of_key
     if scores.factor <= 0:
         raise Refused(f"its scale {scores.factor:g} is not positive")
-    sizes = (*map(number, shapes[0][:3]), number(shapes[1][2]))
-    mask, padding = _prove(scope, scores, sizes, heads, out)
-    facts = dict(mask=mask, dropout_p=dropout_p, feature_major=feature_major(key.example))
-    spec = make_spec(_example(out), *shapes, scale=scores.factor, **facts)
-    expand = partial(_write, query, key, value, scores, spec, heads, out, scope.contexts)
+    mask, padding = _prove(scope, scores, sizes_of(query, key), heads, out)
+    spec = make_spec(out, query, key, value, scale=scores.factor, mask=mask, dropout_p=dropout_p)
+    expand = partial(_write, _Attention((query, key, value), scores, spec, heads, out, scope.contexts))
     found = {"node": out, "spec": spec, "padding": padding, "expand": expand}
     if not _averages(scores, spec):
         return {**found, "exact": expand}
@@ -323,10 +336,10 @@ def _averages(scores: _Scores, spec: AttentionSpec) -> bool:
 
 
 def _example(node: Any) -> torch.Tensor:
-    example = node.meta.get("example_value") if isinstance(node, Node) else None
-    if not isinstance(example, torch.Tensor):
+    example = tensor_of(node)
+    if example is None:
         raise Refused("its operands are not tensors of the graph")
-    if example.layout != torch.strided or example.is_nested:
+    if is_parted(example):
         raise Refused(f"{spoken(node)} is a nested or sparse tensor", PADDED)
     return example
 
@@ -335,12 +348,14 @@ def _shape(node: Node) -> torch.Size:
     return _example(node).shape
 
 
-def _follow(softmax: Node) -> tuple[list[Node], Node, float]:
+def _follow(written: Softmax) -> tuple[list[Node], Node, float]:
     """The nodes that the weights pass through, the product that uses them, and the probability of dropping one."""
-    dim, rank = softmax_of(softmax).dim, len(_shape(softmax))
+    node = written.nodes[-1]
+    dim, rank = written.dim, len(_shape(node))
     if dim not in (-1, rank - 1):
         raise Refused(f"its softmax is over dimension {dim} of {rank}, not over the last")
-    path, dropout_p, node = [], 0.0, softmax
+    path: list[Node] = []
+    dropout_p = 0.0
     while True:
         if len(node.users) != 1:
             raise Refused("its attention weights are used more than once", _OUTPUT_ALONE)
@@ -348,23 +363,27 @@ def _follow(softmax: Node) -> tuple[list[Node], Node, float]:
         op = operation(user)
         if op is not None and op.name in PRODUCTS:
             return path, user, dropout_p
-        if op is None or op.get("input") is not node or op.name not in (*_VIEWS, *_COPIES, "dropout"):
+        if op is None or op.get("input") is not node or op.name not in (*VIEWS, *_COPIES, "dropout"):
             name = (op or in_place(user) or Operation(label(user))).name
             what = _WEIGHTS.get(name, f"given to '{label(user)}'")
             nearest = _NO_SINKS if name == "getitem" else None
             raise Refused(f"its attention weights are {what} before they meet the values", nearest)
-        if op.name == "dropout":
-            p, training = (number(op.get(name, default)) for name, default in (("p", 0.5), ("training", True)))
-            if not isinstance(p, int | float) or not isinstance(training, bool) or op.get("inplace"):
-                raise Refused("its dropout is not known when compiling")
-            if training and p > 0:
-                if dropout_p:
-                    raise Refused("it drops attention weights twice")
-                dropout_p = float(p)
-        elif op.name in _VIEWS:
+        if op.name in VIEWS:
             _same_scores(node, user)
+        dropped = _dropped(op) if op.name == "dropout" else 0.0
+        if dropped and dropout_p:
+            raise Refused("it drops attention weights twice")
+        dropout_p = dropped or dropout_p
         path.append(user)
         node = user
+
+
+def _dropped(op: Operation) -> float:
+    """The probability of a dropout; 0 where it does nothing."""
+    p, training = (number(op.get(name, default)) for name, default in (("p", 0.5), ("training", True)))
+    if not isinstance(p, int | float) or not isinstance(training, bool) or op.get("inplace"):
+        raise Refused("its dropout is not known when compiling")
+    return float(p) if training and p > 0 else 0.0
 
 
 def _same_scores(before: Node, after: Node) -> None:
@@ -373,11 +392,10 @@ def _same_scores(before: Node, after: Node) -> None:
         raise Refused(f"its scores are reshaped from {tuple(_shape(before))} to {tuple(_shape(after))}")
 
 
-def _peel(scope: Scope, softmax: Node) -> tuple[_Scores, Node]:
-    """The scores before ``softmax``, and the product of queries and keys that they begin with."""
-    written = softmax_of(softmax)
+def _peel(scope: Scope, written: Softmax) -> tuple[_Scores, Node]:
+    """The scores before a softmax, and the product of queries and keys that they begin with."""
     scores, node = _Scores(written.sign), written.scores
-    evaluator = Evaluator(scope, softmax)
+    evaluator = Evaluator(scope, written.nodes[-1])
     while True:
         _example(node)
         op = operation(node) or in_place(node)
@@ -391,154 +409,156 @@ def _peel(scope: Scope, softmax: Node) -> tuple[_Scores, Node]:
             if any(_depends(term, node, scope) for term, *_ in scores.added if not _is_single(term)):
                 raise Refused("it adds to its scores what was computed from them")
             return scores, node
+        if op.name not in _STEPS:
+            raise _foreign(op.name)
         scores.steps.append(node)
-        node = _step(scores, op, node, evaluator)
+        node = _STEPS[op.name](_Step(scores, op, node, evaluator))
 
 
 def _depends(term: Node, product: Node, scope: Scope) -> bool:
     """Whether a tensor was computed from the scores. It may hold what hides some of them, and cancel it."""
-    open_nodes, seen = [term], {term}
-    while open_nodes:
-        node = open_nodes.pop()
-        if node is product:
-            return True
-        earlier = [x for x in node.all_input_nodes if x not in seen and scope.order[x] >= scope.order[product]]
-        seen.update(earlier)
-        open_nodes.extend(earlier)
-    return False
-
-
-def _step(scores: _Scores, op: Operation, node: Node, evaluator: Evaluator) -> Node:
-    """One step back from ``node``: the scores before it."""
-    if op.name not in _READ:
-        raise _foreign(op.name)
-    return _READ[op.name](scores, op, node, evaluator)
+    first = scope.order[product]
+    return product in reached(term, lambda node: (x for x in node.all_input_nodes if scope.order[x] >= first))
 
 
 def _foreign(name: str) -> Refused:
     return Refused(*_NAMES.get(name, (f"its scores come from '{name}'", None)))
 
 
-# ---- steps: (scores, operation, node, evaluator) -> the scores before it
+# ---- steps back: what a node means for the scores, and the scores before it -----------------------------------------
 
 
-def _copied(scores: _Scores, op: Operation, node: Node, evaluator: Evaluator) -> Node:
-    return op.get("input")
+@dataclass(frozen=True)
+class _Step:
+    """``node``, which does ``op`` to the scores that it is given."""
+
+    scores: _Scores
+    op: Operation
+    node: Node
+    evaluator: Evaluator
+
+    def scalar(self, arg: Any) -> float | None:
+        return _scalar(arg, self.evaluator)
+
+    def is_scores(self, arg: Any) -> bool:
+        return _is_scores(arg, self.node)
+
+    def leads(self, arg: Any) -> bool:
+        """Whether an operand is the scores: it has their shape, and leads to a product if both have."""
+        return self.is_scores(arg) and _comes_from_product(arg)
+
+    def fill(self, value: Any, mask: Any, hides: bool) -> None:
+        """Scores are hidden by ``value`` where a mask says so."""
+        _check_fill(value, self)
+        _example(mask)
+        self.scores.filled.append((mask, hides, self.node))
 
 
-def _viewed(scores: _Scores, op: Operation, node: Node, evaluator: Evaluator) -> Node:
-    _same_scores(op.get("input"), node)
-    return op.get("input")
+def _copied(step: _Step) -> Node:
+    return step.op.node()
 
 
-def _negated(scores: _Scores, op: Operation, node: Node, evaluator: Evaluator) -> Node:
-    scores.factor = -scores.factor
-    return op.get("input")
+def _viewed(step: _Step) -> Node:
+    _same_scores(step.op.node(), step.node)
+    return step.op.node()
 
 
-def _scaled(scores: _Scores, op: Operation, node: Node, evaluator: Evaluator) -> Node:
-    before, other = op.get("input"), op.get("other")
+def _negated(step: _Step) -> Node:
+    step.scores.factor = -step.scores.factor
+    return step.op.node()
+
+
+def _scaled(step: _Step) -> Node:
+    op, before, other = step.op, step.op.get("input"), step.op.get("other")
     if op.get("rounding_mode") is not None:
         raise Refused("its scores are rounded")
-    if op.name == "mul" and not _is_scores(before, node):
+    if op.name == "mul" and not step.is_scores(before):
         before, other = other, before
-    factor = _scalar(other, evaluator)
+    factor = step.scalar(other)
     if factor is None or factor == 0:
         raise Refused(
             "its scores are scaled by a tensor, whose values are not known when compiling",
             "a query that is multiplied by it, or a number",
         )
-    scores.factor *= factor if op.name == "mul" else 1 / factor
-    return before
+    step.scores.factor *= factor if op.name == "mul" else 1 / factor
+    return cast(Node, before)
 
 
-def _added(scores: _Scores, op: Operation, node: Node, evaluator: Evaluator) -> Node:
-    before, other, sign = op.get("input"), op.get("other"), number(op.get("alpha", 1))
+def _added(step: _Step) -> Node:
+    op, before, other = step.op, step.op.get("input"), step.op.get("other")
+    sign = number(op.get("alpha", 1))
     if not isinstance(sign, int | float):
         raise Refused("its scores are added to with a factor that is not known when compiling")
-    if op.name == "add" and sign == 1 and not _leads(before, node) and _leads(other, node):
+    if op.name == "add" and sign == 1 and not step.leads(before) and step.leads(other):
         before, other = other, before
-    constant = _scalar(other, evaluator)
+    constant, scores = step.scalar(other), cast(Node, before)
     if constant is not None and math.isfinite(constant):
-        return before  # the same for all keys: no softmax sees it
-    if op.name == "sub" and sign == 1 and _is_row_maximum(other, before):
-        return before
+        return scores  # the same for all keys: no softmax sees it
+    if op.name == "sub" and sign == 1 and _is_row_maximum(other, scores):
+        return scores
     _example(other)
-    scores.added.append((other, scores.factor * (sign if op.name == "add" else -sign), node))
-    return before
+    step.scores.added.append((other, step.scores.factor * (sign if op.name == "add" else -sign), step.node))
+    return scores
 
 
-def _filled(scores: _Scores, op: Operation, node: Node, evaluator: Evaluator) -> Node:
-    _check_fill(op.get("value"), scores, node, evaluator)
-    return _fill(scores, op.get("mask"), True, node, op.get("input"))
+def _filled(step: _Step) -> Node:
+    step.fill(step.op.get("value"), step.op.get("mask"), hides=True)
+    return step.op.node()
 
 
-def _chosen(scores: _Scores, op: Operation, node: Node, evaluator: Evaluator) -> Node:
-    then, other = op.get("input"), op.get("other")
-    hides = not _leads(then, node) and _is_scores(other, node)
-    _check_fill(then if hides else other, scores, node, evaluator)
-    return _fill(scores, op.get("condition"), hides, node, other if hides else then)
+def _chosen(step: _Step) -> Node:
+    then, other = step.op.get("input"), step.op.get("other")
+    hides = not step.leads(then) and step.is_scores(other)
+    step.fill(then if hides else other, step.op.get("condition"), hides)
+    return cast(Node, other if hides else then)
 
 
-def _fill(scores: _Scores, mask: Any, hides: bool, node: Node, before: Node) -> Node:
-    _example(mask)
-    scores.filled.append((mask, hides, node))
-    return before
-
-
-def _floored(scores: _Scores, op: Operation, node: Node, evaluator: Evaluator) -> Node:
+def _floored(step: _Step) -> Node:
     """What only lifts hidden scores up to a number that hides them as well."""
-    before, low, high = op.get("input"), op.get("min"), _scalar(op.get("max"), evaluator)
+    op, dtype = step.op, _example(step.node).dtype
+    before, low, high = op.get("input"), op.get("min"), step.scalar(op.get("max"))
     if op.name == "maximum":
-        before, low = op.get("input"), op.get("other")
-        before, low = (before, low) if _is_scores(before, node) else (low, before)
-    if op.get("max") is not None and not (high is not None and high >= torch.finfo(_example(node).dtype).max):
+        low = op.get("other")
+        before, low = (before, low) if step.is_scores(before) else (low, before)
+    if op.get("max") is not None and not (high is not None and high >= torch.finfo(dtype).max):
         raise Refused(*_CLAMPED)
-    floor = -math.inf if low is None else _scalar(low, evaluator)
-    if floor is None or not floor * scores.factor <= hidden_by(_example(node).dtype):
+    floor = -math.inf if low is None else step.scalar(low)
+    if floor is None or not floor * step.scores.factor <= hidden_by(dtype):
         raise Refused(*_CLAMPED)
-    _check_fill(floor, scores, node, evaluator)
-    scores.late |= floor != -math.inf  # of what it lifts there is no mask
-    return before
+    _check_fill(floor, step)
+    step.scores.late |= floor != -math.inf  # of what it lifts there is no mask
+    return cast(Node, before)
 
 
-_READ: dict[str, Callable[[_Scores, Operation, Node, Evaluator], Node]] = {
+_STEPS: dict[str, Callable[[_Step], Node]] = {
     **dict.fromkeys(_COPIES, _copied),
-    **dict.fromkeys(_VIEWS, _viewed),
+    **dict.fromkeys(VIEWS, _viewed),
     "neg": _negated,
     **dict.fromkeys(("mul", "div"), _scaled),
     **dict.fromkeys(("add", "sub"), _added),
     "masked_fill": _filled,
     "where": _chosen,
-    **dict.fromkeys(_FLOORS, _floored),
+    **dict.fromkeys(("clamp", "clamp_min", "maximum"), _floored),
 }
+"""What may happen to scores between the product of queries and keys and the softmax."""
 
 
 def _is_scores(node: Any, like: Node) -> bool:
     """Whether an operand has the shape of the result, and so may be the scores."""
-    example = node.meta.get("example_value") if isinstance(node, Node) else None
-    if not isinstance(example, torch.Tensor) or example.dim() != len(_shape(like)):
-        return False
-    return all(known_equal(x, y) for x, y in zip(example.shape, _shape(like), strict=True))
-
-
-def _leads(node: Any, like: Node) -> bool:
-    """Whether the first operand of a sum is the scores: it has their shape, and leads to a product if both have."""
-    return _is_scores(node, like) and _comes_from_product(node)
+    example = tensor_of(node)
+    return example is not None and same_sizes(example.shape, _shape(like))
 
 
 def _comes_from_product(node: Any) -> bool:
     """Whether scores can be followed back to a product; what a mask or a bias is made from is not looked at."""
     while isinstance(node, Node):
         op = operation(node) or in_place(node)
-        if op is None:
-            return False
-        if op.name in PRODUCTS:
+        if op is not None and op.name in PRODUCTS:
             return True
-        if op.name not in _STEPS:
+        if op is None or op.name not in _STEPS:
             return False
         first, other = op.get("input"), op.get("other")
-        node = first if _is_scores(first, node) or op.name in _VIEWS else other
+        node = first if _is_scores(first, node) or op.name in VIEWS else other
     return False
 
 
@@ -546,8 +566,8 @@ def _scalar(arg: Any, evaluator: Evaluator) -> float | None:
     """A number, or the number that a tensor holds everywhere for every input; None for anything else."""
     if isinstance(number(arg), bool | int | float):
         return float(number(arg))
-    example = arg.meta.get("example_value") if isinstance(arg, Node) else None
-    if not isinstance(example, torch.Tensor):
+    example = tensor_of(arg)
+    if example is None:
         return None
     try:
         value = evaluator.value(arg, _anywhere(example.dim()))
@@ -564,13 +584,13 @@ def _anywhere(rank: int) -> tuple[Any, ...]:
 
 
 def _is_single(arg: Any) -> bool:
-    example = arg.meta.get("example_value") if isinstance(arg, Node) else None
-    return not isinstance(example, torch.Tensor) or all(known_equal(size, 1) for size in example.shape)
+    example = tensor_of(arg)
+    return example is None or all(known_equal(size, 1) for size in example.shape)
 
 
-def _check_fill(value: Any, scores: _Scores, node: Node, evaluator: Evaluator) -> None:
-    """That a score filled in ``node`` stays hidden, whatever is done to it on the way to the softmax."""
-    fill, hidden = _scalar(value, evaluator), hidden_by(_example(node).dtype)
+def _check_fill(value: Any, step: _Step) -> None:
+    """That a score filled in a step stays hidden, whatever is done to it on the way to the softmax."""
+    scores, fill, hidden = step.scores, step.scalar(value), hidden_by(_example(step.node).dtype)
     if fill is None:
         raise Refused("it fills hidden scores with a value that is not known when compiling", _HIDES)
     if not fill * scores.factor <= hidden:
@@ -583,8 +603,7 @@ def _check_fill(value: Any, scores: _Scores, node: Node, evaluator: Evaluator) -
     scores.late |= bool(scores.added)
     for term, factor, like in scores.added:
         try:
-            shape = _shape(like)
-            evaluator.visible(term, _anywhere(len(shape)), shape, factor=factor)
+            step.evaluator.visible(term, _anywhere(rank_of(like)), _shape(like), factor=factor)
         except Unproven as error:
             raise Refused(f"it fills hidden scores with {fill:g} and adds to them later, where {error}") from None
 
@@ -619,7 +638,7 @@ def _over_last(op: Operation, scores: Node) -> bool:
     return op.get("dim") in (-1, len(_shape(scores)) - 1, (-1,), [-1])
 
 
-def _read_baddbmm(scores: _Scores, op: Any, node: Node) -> None:
+def _read_baddbmm(scores: _Scores, op: Operation, node: Node) -> None:
     alpha, beta = (number(op.get(name, 1)) for name in ("alpha", "beta"))
     if not isinstance(alpha, int | float) or not isinstance(beta, int | float):
         raise Refused("its baddbmm has factors that are not known when compiling")
@@ -630,16 +649,16 @@ def _read_baddbmm(scores: _Scores, op: Any, node: Node) -> None:
 
 def _factors(product: Node) -> tuple[Operand, Operand]:
     """Query and key, ``[..., L, D]`` each with the same leading dimensions."""
-    op = operation(product)
+    op = known(product)
     if op.name == "einsum":
         return _einsum(op, of_values=False)
-    names = ("batch1", "batch2") if op.name == "baddbmm" else ("input", "other")
-    query, key = (op.get(name) for name in names)
+    query, key = _multiplied(op)
     _same_rank(query, key)
-    turned = operation(key)
-    last = turned is not None and _swaps_last(turned, len(_shape(key)))
-    rows = Operand(turned.get("input")) if last else Operand(key).then(torch.transpose, -2, -1)
-    return Operand(query), rows
+    turned, rank = operation(key), len(_shape(key))
+    if turned is not None and turned.name in ("transpose", "permute"):
+        if _order(turned, rank) == [*range(rank - 2), rank - 1, rank - 2]:
+            return Operand(query), Operand(turned.node())
+    return Operand(query), Operand(key).then(torch.transpose, -2, -1)
 
 
 def _same_rank(a: Node, b: Node) -> None:
@@ -648,18 +667,9 @@ def _same_rank(a: Node, b: Node) -> None:
         raise Refused(f"it multiplies tensors of {ranks[0]} and {ranks[1]} dimensions; needed are 2, 3 or 4, the same")
 
 
-def _swaps_last(op: Any, rank: int) -> bool:
-    if op.name == "transpose":
-        return sorted(d % rank for d in (op.get("dim0"), op.get("dim1")) if isinstance(d, int)) == [rank - 2, rank - 1]
-    if op.name == "permute":
-        dims = [d % rank for d in op.get("dims") if isinstance(d, int)]
-        return dims == [*range(rank - 2), rank - 1, rank - 2]
-    return False
-
-
 def _values(weights: Node, out: Node) -> Operand:
     """The values ``[..., Lk, Dv]`` that ``weights`` are multiplied with."""
-    op = operation(out)
+    op = known(out)
     if op.name == "einsum":
         if op.get("operands", ())[:1] != (weights,):
             raise Refused("its einsum does not begin with the attention weights")
@@ -675,15 +685,14 @@ def _values(weights: Node, out: Node) -> Operand:
     return Operand(value)
 
 
-def _einsum(op: Any, of_values: bool) -> tuple[Operand, Operand]:
+def _einsum(op: Operation, of_values: bool) -> tuple[Operand, Operand]:
     """Both factors, their dimensions in order: ``[batch, q, D]`` and ``[batch, k, D]`` of scores ``[batch, q, k]``; or
     of values ``[batch, q, k]`` and ``[batch, k, Dv]``, whose result may have any order."""
     equation, operands = op.get("equation").replace(" ", ""), op.get("operands", ())
     refusal = Refused(f"its einsum '{equation}' is not a batch of products")
     if "->" not in equation or "." in equation or len(operands) != 2:
         raise refusal
-    inputs, result = equation.split("->")
-    a, b = inputs.split(",")
+    a, b, result = letters(op)
     if any(len(set(x)) != len(x) for x in (a, b, result)) or len(a) != len(_shape(operands[0])):
         raise refusal
     batch = [x for x in result if x in a and x in b]
@@ -703,8 +712,11 @@ def _einsum(op: Any, of_values: bool) -> tuple[Operand, Operand]:
         if list(a) != [*batch, *rows, *inner]:
             raise refusal
         orders = (list(a), [*batch, *inner, *columns])
-    pairs = zip((a, b), orders, operands, strict=True)
-    return tuple(_permuted(Operand(node), [have.index(x) for x in want]) for have, want, node in pairs)
+    first, second = (
+        _permuted(Operand(node), [have.index(x) for x in want])
+        for have, want, node in zip((a, b), orders, operands, strict=True)
+    )
+    return first, second
 
 
 def _permuted(x: Operand, order: list[int]) -> Operand:
@@ -747,11 +759,12 @@ def _heads(chain: Sequence[Node]) -> tuple[Any, Any]:
     if not isinstance(H, int) and any(len(shape) == 3 for shape in shapes):
         raise Refused(f"its number of heads {H} is not known when compiling")
     for before, node, shape in zip(shapes, chain[1:], shapes[1:], strict=False):
-        viewed = (operation(node) or in_place(node)).name in _VIEWS  # as many elements as before
+        op = operation(node)
+        viewed = op is not None and op.name in VIEWS  # as many elements as before
         same = len(before) == len(shape) and all(
             statically_known_true(x == y) for x, y in zip(before, shape, strict=True)
         )
-        if not (same or viewed) or not all(map(known_equal, before[-2:], shape[-2:])):
+        if not (same or viewed) or not same_sizes(before[-2:], shape[-2:]):
             raise Refused(f"its scores are {tuple(before)} and later {tuple(shape)}")
     for shape in shapes:
         if _leading(shape[:-2], (B, H)) is None:
@@ -771,10 +784,9 @@ def _with_heads(x: Operand, heads: tuple[Any, Any]) -> Operand:
     return x
 
 
-def _one_dtype(scope: Scope, out: Node, *operands: Operand) -> list[Operand]:
+def _one_dtype(scope: Scope, out: Node, *operands: Operand) -> Iterator[Operand]:
     """``operands`` of the dtype that values have, those before a cast where that makes them so."""
     dtype = _example(operands[-1].node).dtype
-    found = []
     for x in operands:
         op = operation(x.node)
         if _example(x.node).dtype != dtype and op is not None and op.name == "to":
@@ -784,8 +796,7 @@ def _one_dtype(scope: Scope, out: Node, *operands: Operand) -> list[Operand]:
                 x = Operand(before, x.steps)
         if _example(x.node).dtype != dtype and not scope.autocast:
             raise Refused("its query, key and value have different dtypes")
-        found.append(x)
-    return found
+        yield x
 
 
 def _before_repeat(scope: Scope, out: Node, query: Operand, key: Operand, value: Operand) -> tuple[Operand, Operand]:
@@ -808,6 +819,14 @@ def _leading(sizes: Sequence[Any], heads: tuple[Any, Any]) -> tuple[int, tuple[A
     return None if split is None else (split, (*_digits(_B, sizes[:split]), *_digits(_H, sizes[split:])))
 
 
+def _parted(sizes: Sequence[Any], heads: tuple[Any, Any]) -> tuple[int, tuple[Any, ...]]:
+    """The same of sizes that :func:`_heads` has let pass."""
+    found = _leading(sizes, heads)
+    if found is None:
+        raise Refused(f"its scores are {tuple(sizes)}, not {heads[0]} sequences of {heads[1]} heads")
+    return found
+
+
 def _digits(place: Any, sizes: Sequence[Any]) -> tuple[Any, ...]:
     """Where an entry of a dimension is once that is taken apart into ``sizes``."""
     digits: list[Any] = []
@@ -820,7 +839,7 @@ def _digits(place: Any, sizes: Sequence[Any]) -> tuple[Any, ...]:
 def _coordinates(like: Node, heads: tuple[Any, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Where the dimensions of a tensor of scores are, and their sizes."""
     shape = _shape(like)
-    split, places = _leading(shape[:-2], heads)
+    split, places = _parted(shape[:-2], heads)
     if not all(isinstance(number(size), int) for size in (*shape[1:split], *shape[split + 1 : -2])):
         raise Refused("its scores are taken apart into a number of parts that is not known when compiling")
     return (*places, _Q, _K), tuple(shape)
@@ -862,45 +881,49 @@ def _shown(scope: Scope, node: Node, factor: float, like: Node, heads: tuple[Any
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def _write(
-    query: Operand,
-    key: Operand,
-    value: Operand,
-    scores: _Scores,
-    spec: AttentionSpec,
-    heads: tuple[Any, Any],
-    out: Node,
-    autocast: Sequence[tuple[Any, ...]],
-    emit: Emit,
-    averages: bool = False,
-) -> tuple[Node, Node]:
+@dataclass(frozen=True)
+class _Attention:
+    """What is written anew: query, key and value ``[B, H or H_kv, L, D]``, and all that happens to their scores.
+
+    heads: (B, H). out: the product with the values. autocast: the arguments of every ``torch.autocast`` around it.
+    """
+
+    inputs: tuple[Operand, Operand, Operand]
+    scores: _Scores
+    spec: AttentionSpec
+    heads: tuple[Any, Any]
+    out: Node
+    autocast: Sequence[tuple[Any, ...]]
+
+
+def _write(attention: _Attention, emit: Emit, averages: bool = False) -> tuple[Node, Node]:
     """``averages``: rows without a visible key get the mean of the values, as those of a query 0 that sees them all."""
-    with entered(autocast):
-        q, k, v = (x.emit(emit) for x in (query, key, value))
-        visible, mask = _emit_mask(scores, heads, q, _common(q, spec), emit)
+    spec = attention.spec
+    with entered(attention.autocast):
+        q, k, v = (x.emit(emit) for x in attention.inputs)
+        visible, mask = _emit_mask(attention, q, emit)
         if averages:
             hidden = emit(torch.logical_not, emit(torch.any, visible, -1, True))
             q = emit(torch.masked_fill, q, hidden, 0.0)
             show = (torch.logical_or, mask, hidden) if mask is visible else (torch.masked_fill, mask, hidden, 0.0)
             mask = emit(*show)
-        attention = emit(
+        result = emit(
             F.scaled_dot_product_attention, q, k, v,
             attn_mask=mask, dropout_p=spec.dropout_p, scale=spec.scale, enable_gqa=not known_equal(spec.H, spec.H_kv),
         )  # fmt: skip
-        result = _like_product(attention, out, emit)
-    return attention, result
+        return result, _like_product(result, attention.out, emit)
 
 
 def _common(query: Node, spec: AttentionSpec) -> torch.dtype:
     """What SDPA computes in, and wants its mask in."""
-    return spec.dtype if torch.is_autocast_enabled(spec.device) else query.meta["example_value"].dtype
+    return spec.dtype if torch.is_autocast_enabled(spec.device) else _example(query).dtype
 
 
-def _emit_mask(
-    scores: _Scores, heads: tuple[Any, Any], query: Node, dtype: torch.dtype, emit: Emit
-) -> tuple[Node | None, Node | None]:
+def _emit_mask(attention: _Attention, query: Node, emit: Emit) -> tuple[Node | None, Node | None]:
     """Which scores no filling hides, and the mask for SDPA."""
-    bias = visible = None
+    scores, heads, dtype = attention.scores, attention.heads, _common(query, attention.spec)
+    bias: Node | None = None
+    visible: Node | None = None
     for node, factor, like in scores.added:
         term = _broadcast(node, like, heads, query, emit)
         if not term.meta["example_value"].dtype.is_floating_point:
@@ -932,7 +955,7 @@ def _broadcast(node: Node, like: Node, heads: tuple[Any, Any], query: Node, emit
         return emit(torch.unsqueeze, node, 1) if one else emit(torch.unflatten, node, 0, (-1, heads[1]))
     for _ in range(len(sizes) + 2 - len(shape)):
         node = emit(torch.unsqueeze, node, 0)
-    split, _ = _leading(sizes, heads)
+    split, _ = _parted(sizes, heads)
     for dim, (start, stop) in ((1, (split, len(sizes))), (0, (0, split))):  # heads first: the other places stay
         own = [known_equal(size, 1) for size in _shape(node)[start:stop]]
         if any(own) and not all(own):
@@ -954,14 +977,13 @@ def _broadcast(node: Node, like: Node, heads: tuple[Any, Any], query: Node, emit
 
 def _like_product(attention: Node, out: Node, emit: Emit) -> Node:
     """``[B, H, Lq, Dv]`` as the product with the values has it."""
-    op, rank = operation(out), len(_shape(out))
+    op, rank = known(out), len(_shape(out))
     if rank == 3:
         attention = emit(torch.flatten, attention, 0, 1)
     elif rank == 2:
         attention = emit(torch.flatten, attention, 0, 2)
     if op.name == "einsum":
-        inputs, result = op.get("equation").replace(" ", "").split("->")
-        first, second = inputs.split(",")
+        first, second, result = letters(op)
         have = [x for x in first if x in result] + [x for x in second if x in result and x not in first]
         order = tuple(have.index(x) for x in result)
         if order != tuple(range(rank)):

@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..core.spec import known_equal
 from .buffers import Buffers
-from .nodes import shares_memory
+from .nodes import same_sizes, shares_memory, tensor_of
 from .normalize import Operation, in_place, number, operation
 from .words import label, spoken
 
@@ -156,7 +156,7 @@ class Evaluator:
         self.reader = place  # where what it depends on is read
         try:
             if op is not None and op.name in _RULES:
-                value = _RULES[op.name](self, node, op, coords)
+                value = _RULES[op.name](_Element(self, node, op, coords))
                 return value if op.name in _MOVES else _settle(value, example_of(node).dtype)
         except _NoRule:
             pass
@@ -188,11 +188,9 @@ class Evaluator:
 
     def operand(self, arg: Any, out: Node, coords: tuple[Any, ...]) -> Any:
         """An argument of an elementwise operation: a tensor broadcast to ``out``, or a number."""
-        if isinstance(arg, Node):
-            example = arg.meta.get("example_value")
-            if isinstance(example, torch.Tensor):
-                return self.value(arg, self.broadcast(example.shape, coords, example_of(out).shape))
-            arg = number(arg)
+        if (example := tensor_of(arg)) is not None:
+            return self.value(arg, self.broadcast(example.shape, coords, example_of(out).shape))
+        arg = number(arg)
         if isinstance(arg, bool):
             return sympy.true if arg else sympy.false
         if isinstance(arg, int | torch.SymInt):
@@ -218,17 +216,18 @@ class Evaluator:
 
     def index(self, arg: Any) -> sympy.Expr:
         """A size, offset or index that is a number or a zero-dimensional tensor, as an integer expression."""
-        if isinstance(arg, Node) and isinstance(arg.meta.get("example_value"), torch.Tensor):
-            if example_of(arg).dim() != 0:
-                raise _NoRule
-            return _integer(self.value(arg, ()))
-        return size_expr(arg)
+        example = tensor_of(arg)
+        if example is None:
+            return size_expr(arg)
+        if example.dim() != 0:
+            raise _NoRule
+        return _integer(self.value(arg, ()))
 
 
 def example_of(node: Node) -> torch.Tensor:
     """The fake tensor a node stands for; raises :class:`Unproven` if it is no tensor."""
-    example = node.meta.get("example_value")
-    if not isinstance(example, torch.Tensor):
+    example = tensor_of(node)
+    if example is None:
         raise Unproven(f"{spoken(node)}, which it is made from, is not a tensor")
     return example
 
@@ -237,11 +236,10 @@ def _same_place(a: Any, b: Node) -> bool:
     """Whether two nodes are the same elements of the same memory."""
     if a is b:
         return True
-    x, y = (node.meta.get("example_value") if isinstance(node, Node) else None for node in (a, b))
-    if not isinstance(x, torch.Tensor) or x.dtype != y.dtype or x.dim() != y.dim():
+    x, y = tensor_of(a), tensor_of(b)
+    if x is None or y is None or x.dtype != y.dtype:
         return False
-    places = ((*x.shape, *x.stride(), x.storage_offset()), (*y.shape, *y.stride(), y.storage_offset()))
-    return all(map(known_equal, *places))
+    return same_sizes(*((*tensor.shape, *tensor.stride(), tensor.storage_offset()) for tensor in (x, y)))
 
 
 def _modified(node: Node) -> Unproven:
@@ -410,42 +408,81 @@ def formula(expression: Any, evaluator: Evaluator) -> str:
     return f" {infix} ".join(f"({x})" if " and " in x or " or " in x else x for x in parts)
 
 
-# ---- rules: (evaluator, node, operation, coordinates) -> value ------------------------------------------------
+# ---- rules: an element of a result from those of its operands --------------------------------------------------------
 
 
-def _arithmetic(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    def rule(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-        a = evaluator.operand(op.get("input"), node, coords)
-        b = evaluator.operand(op.get("other"), node, coords)
-        if isinstance(op.get("alpha", 1), Node):
+@dataclass(frozen=True)
+class _Element:
+    """The element at ``coords`` of what ``node`` computes, by ``op``."""
+
+    evaluator: Evaluator
+    node: Node
+    op: Operation
+    coords: tuple[Any, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return example_of(self.node).dtype
+
+    @property
+    def source(self) -> torch.Tensor:
+        """The first operand."""
+        return example_of(self.op.get("input"))
+
+    def operand(self, name: str) -> Any:
+        return self.evaluator.operand(self.op.get(name), self.node, self.coords)
+
+    def number(self, name: str) -> Any:
+        return _number(self.operand(name))
+
+    def boolean(self, name: str) -> Boolean:
+        return _boolean(self.operand(name))
+
+    def moved(self, coords: Sequence[Any]) -> Any:
+        """The element of the first operand at other coordinates."""
+        return self.evaluator.value(self.op.get("input"), tuple(coords))
+
+    def dim(self, default: Any = None) -> int:
+        """The dimension that the operation goes along."""
+        dim = self.op.get("dim", default)
+        if not isinstance(dim, int) or not self.coords:
             raise _NoRule
-        alpha = _real(float(op.get("alpha", 1)))
-        return _map(_known(lambda x, y: function(x, y * alpha)), _number(a), _number(b))
+        return dim % len(self.coords)
+
+    def along(self, dim: int, place: Any) -> tuple[Any, ...]:
+        """Its coordinates, with another one in ``dim``."""
+        return (*self.coords[:dim], place, *self.coords[dim + 1 :])
+
+
+_Rule = Callable[[_Element], Any]
+
+
+def _arithmetic(function: Callable[[Any, Any], Any]) -> _Rule:
+    def rule(at: _Element) -> Any:
+        if isinstance(at.op.get("alpha", 1), Node):
+            raise _NoRule
+        alpha = _real(float(at.op.get("alpha", 1)))
+        return _map(_known(lambda x, y: function(x, y * alpha)), at.number("input"), at.number("other"))
 
     return rule
 
 
-def _division(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
+def _division(at: _Element) -> Any:
     """``/`` of numbers; ``//`` and ``%`` of an integer expression by a positive integer."""
-    a, b = (_number(evaluator.operand(op.get(name), node, coords)) for name in ("input", "other"))
-    rounding = "floor" if op.name == "floor_divide" else op.get("rounding_mode")
+    a, b = at.number("input"), at.number("other")
+    rounding = "floor" if at.op.name == "floor_divide" else at.op.get("rounding_mode")
     if isinstance(b, _Select) or not b.is_number or not b.is_nonzero or rounding not in (None, "floor"):
         raise _NoRule
-    if op.name == "div" and rounding is None:
+    if at.op.name == "div" and rounding is None:
         return _map(_known(lambda x: x / b), a)
     if isinstance(a, _Select) or not a.is_integer or not b.is_Integer or not b.is_positive:
         raise _NoRule
-    return _known(lambda x: sympy.Mod(x, b) if op.name == "remainder" else sympy.floor(x / b))(a)
+    return _known(lambda x: sympy.Mod(x, b) if at.op.name == "remainder" else sympy.floor(x / b))(a)
 
 
-def _extreme(function: Callable[..., Any]) -> Callable[..., Any]:
+def _extreme(function: Callable[..., Any]) -> _Rule:
     """The larger or the smaller of two numbers."""
-
-    def rule(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-        operands = (_number(evaluator.operand(op.get(name), node, coords)) for name in ("input", "other"))
-        return _map(_of_numbers(function), *operands)
-
-    return rule
+    return lambda at: _map(_of_numbers(function), at.number("input"), at.number("other"))
 
 
 def _of_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -457,19 +494,16 @@ def _of_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _clamp(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-    low, high = (op.get(name) for name in ("min", "max"))
-    values = [_number(evaluator.operand(x, node, coords)) for x in (op.get("input"), low, high) if x is not None]
-
-    def clamp(x: Any, *limits: Any) -> Any:
-        limits = list(limits)
-        x = x if low is None else sympy.Max(x, limits.pop(0))
-        return x if high is None else sympy.Min(x, limits.pop(0))
-
-    return _map(_of_numbers(clamp), *values)
+def _clamp(at: _Element) -> Any:
+    limits = {"min": sympy.Max, "max": sympy.Min}
+    value = at.number("input")
+    for name, function in limits.items():
+        if at.op.get(name) is not None:
+            value = _map(_of_numbers(function), value, at.number(name))
+    return value
 
 
-def _comparison(relation: type[Relational]) -> Callable[..., Any]:
+def _comparison(relation: type[Relational]) -> _Rule:
     def compare(a: Any, b: Any) -> Boolean:
         # a fraction is compared in floating point, where a large integer is rounded
         if not (a.is_number and b.is_number) and not (a.is_integer and b.is_integer):
@@ -480,95 +514,79 @@ def _comparison(relation: type[Relational]) -> Callable[..., Any]:
             raise _NoRule  # NaN: "not >" is not "<="
         return relation(a, b)
 
-    def rule(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-        a = evaluator.operand(op.get("input"), node, coords)
-        return _map(compare, _number(a), _number(evaluator.operand(op.get("other"), node, coords)))
-
-    return rule
+    return lambda at: _map(compare, at.number("input"), at.number("other"))
 
 
-def _logic(function: Callable[..., Boolean], bitwise: bool) -> Callable[..., Any]:
-    def rule(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-        names = [name for name in ("input", "other") if name in op.args]
-        if bitwise and example_of(node).dtype != torch.bool:
+def _logic(function: Callable[..., Boolean], bitwise: bool) -> _Rule:
+    def rule(at: _Element) -> Any:
+        if bitwise and at.dtype != torch.bool:
             raise _NoRule
-        return function(*(_boolean(evaluator.operand(op.get(name), node, coords)) for name in names))
+        return function(*(at.boolean(name) for name in ("input", "other") if name in at.op.args))
 
     return rule
 
 
-def _unary(function: Callable[[Any], Any]) -> Callable[..., Any]:
-    def rule(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-        return _map(_known(function), _number(evaluator.operand(op.get("input"), node, coords)))
-
-    return rule
+def _unary(function: Callable[[Any], Any]) -> _Rule:
+    return lambda at: _map(_known(function), at.number("input"))
 
 
-def _where(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-    condition = _boolean(evaluator.operand(op.get("condition"), node, coords))
-    then, other = (evaluator.operand(op.get(name), node, coords) for name in ("input", "other"))
-    return _select(condition, _settle(then, example_of(node).dtype), _settle(other, example_of(node).dtype))
+def _either(condition: str, then: str, other: str) -> _Rule:
+    return lambda at: _select(
+        at.boolean(condition), _settle(at.operand(then), at.dtype), _settle(at.operand(other), at.dtype)
+    )
 
 
-def _masked_fill(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-    condition = _boolean(evaluator.operand(op.get("mask"), node, coords))
-    then, other = (evaluator.operand(op.get(name), node, coords) for name in ("value", "input"))
-    return _select(condition, _settle(then, example_of(node).dtype), _settle(other, example_of(node).dtype))
-
-
-def _triangle(relation: type[Relational]) -> Callable[..., Any]:
-    def rule(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-        kept = relation(coords[-1] - coords[-2], evaluator.index(op.get("diagonal", 0)))
-        value = evaluator.operand(op.get("input"), node, coords)
+def _triangle(relation: type[Relational]) -> _Rule:
+    def rule(at: _Element) -> Any:
+        kept = relation(at.coords[-1] - at.coords[-2], at.evaluator.index(at.op.get("diagonal", 0)))
+        value = at.operand("input")
         return _select(kept, value, sympy.false if _is_condition(value) else sympy.S.Zero)
 
     return rule
 
 
-def _constant(number: int) -> Callable[..., Any]:
-    return lambda evaluator, node, op, coords: sympy.Integer(number)
+def _constant(number: int) -> _Rule:
+    return lambda at: sympy.Integer(number)
 
 
-def _fill(name: str) -> Callable[..., Any]:
-    def rule(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-        value = op.get(name)
-        if isinstance(value, Node) and isinstance(value.meta.get("example_value"), torch.Tensor):
+def _fill(name: str) -> _Rule:
+    def rule(at: _Element) -> Any:
+        if tensor_of(at.op.get(name)) is not None:
             raise _NoRule
-        return evaluator.operand(value, node, coords)
+        return at.operand(name)
 
     return rule
 
 
-def _arange(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-    return evaluator.index(op.get("start")) + coords[0] * evaluator.index(op.get("step"))
+def _arange(at: _Element) -> Any:
+    return at.evaluator.index(at.op.get("start")) + at.coords[0] * at.evaluator.index(at.op.get("step"))
 
 
-def _same(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-    return evaluator.operand(op.get("input"), node, coords)
+def _same(at: _Element) -> Any:
+    return at.operand("input")
 
 
-def _cast(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-    value = evaluator.operand(op.get("input"), node, coords)
-    old, new = example_of(op.get("input")).dtype, example_of(node).dtype
-    if isinstance(value, AppliedUndef) and new != torch.bool and torch.promote_types(old, new) != new:
+def _cast(at: _Element) -> Any:
+    value, old = at.operand("input"), at.source.dtype
+    if isinstance(value, AppliedUndef) and at.dtype != torch.bool and torch.promote_types(old, at.dtype) != at.dtype:
         raise _NoRule  # unknown values that may not fit
     return value
 
 
-def _reshape(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
+def _reshape(at: _Element) -> Any:
     """Dimensions in row-major order, some of them taken apart or put together."""
-    source, shape = op.get("input"), example_of(node).shape
-    inner = example_of(source).shape
+    inner, shape = at.source.shape, example_of(at.node).shape
     place = [sympy.S.Zero] * len(inner)
-    for parts, wholes in _groups([inner[i] for i in _nonunit(inner)], [shape[j] for j in _nonunit(shape)]):
+    own, others = _nonunit(inner), _nonunit(shape)
+    for parts, wholes in _groups([inner[i] for i in own], [shape[j] for j in others]):
         flat = sympy.S.Zero
-        for j in (_nonunit(shape)[j] for j in wholes):
-            flat = flat * size_expr(shape[j]) + coords[j]
-        first, *others = (_nonunit(inner)[i] for i in parts)
-        for i in reversed(others):
-            flat, place[i] = evaluator.divided(flat, size_expr(inner[i]))
+        for j in (others[j] for j in wholes):
+            flat = flat * size_expr(shape[j]) + at.coords[j]
+        first, *rest = (own[i] for i in parts)
+        for i in reversed(rest):
+            flat, place[i] = at.evaluator.divided(flat, size_expr(inner[i]))
         place[first] = flat
-    return evaluator.value(source, tuple(place))
+    return at.moved(place)
 
 
 def _groups(a: Sequence[Any], b: Sequence[Any]) -> list[tuple[range, range]]:
@@ -585,167 +603,158 @@ def _groups(a: Sequence[Any], b: Sequence[Any]) -> list[tuple[range, range]]:
     return found
 
 
-def _repeat(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-    source = op.get("input")
-    inner = example_of(source).shape
-    kept = coords[len(coords) - len(inner) :]
-    sizes = zip(kept, map(size_expr, inner), strict=True)
-    return evaluator.value(source, tuple(sympy.S.Zero if n == 1 else evaluator.divided(x, n)[1] for x, n in sizes))
+def _repeat(at: _Element) -> Any:
+    inner = at.source.shape
+    sizes = zip(at.coords[len(at.coords) - len(inner) :], map(size_expr, inner), strict=True)
+    return at.moved([sympy.S.Zero if n == 1 else at.evaluator.divided(x, n)[1] for x, n in sizes])
 
 
-def _repeat_interleave(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-    source, dim = op.get("input"), op.get("dim")
-    inner, repeats = example_of(source).shape, size_expr(op.get("repeats"))
-    if not isinstance(dim, int) or not repeats.is_positive:
+def _repeat_interleave(at: _Element) -> Any:
+    repeats = size_expr(at.op.get("repeats"))
+    if not repeats.is_positive:
         raise _NoRule
-    dim %= len(inner)
-    place = sympy.S.Zero if is_one(inner[dim]) else evaluator.divided(coords[dim], repeats)[0]
-    return evaluator.value(source, (*coords[:dim], place, *coords[dim + 1 :]))
+    dim = at.dim()
+    first = is_one(at.source.shape[dim])
+    return at.moved(at.along(dim, sympy.S.Zero if first else at.evaluator.divided(at.coords[dim], repeats)[0]))
 
 
-def _cat(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
+def _cat(at: _Element) -> Any:
     """One tensor behind the other."""
-    parts, dim, dtype = op.get("tensors"), op.get("dim", 0), example_of(node).dtype
-    if not isinstance(parts, list | tuple) or not parts or not isinstance(dim, int):
+    parts, dim = at.op.get("tensors"), at.dim(0)
+    if not isinstance(parts, list | tuple) or not parts:
         raise _NoRule
-    if any(not _is_tensor(part) or example_of(part).dim() != len(coords) for part in parts):
+    examples = [tensor_of(part) for part in parts]
+    if any(example is None or example.dim() != len(at.coords) for example in examples):
         raise _NoRule
-    dim %= len(coords)
-    starts = [sympy.S.Zero]
-    for part in parts[:-1]:
-        starts.append(starts[-1] + size_expr(example_of(part).shape[dim]))
+    sizes = [example_of(part).shape[dim] for part in parts]
+    starts = list(itertools.accumulate(map(size_expr, sizes[:-1]), initial=sympy.S.Zero))
     values = []
-    for part, start in zip(parts, starts, strict=True):
-        place = sympy.S.Zero if is_one(example_of(part).shape[dim]) else coords[dim] - start
-        values.append(_settle(evaluator.value(part, (*coords[:dim], place, *coords[dim + 1 :])), dtype))
+    for part, size, start in zip(parts, sizes, starts, strict=True):
+        place = sympy.S.Zero if is_one(size) else at.coords[dim] - start
+        values.append(_settle(at.evaluator.value(part, at.along(dim, place)), at.dtype))
     value = values[-1]
     for before, end in zip(reversed(values[:-1]), reversed(starts[1:]), strict=True):
-        value = _select(sympy.Lt(coords[dim], end), before, value)
+        value = _select(sympy.Lt(at.coords[dim], end), before, value)
     return value
 
 
-def _permuted(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-    source, rank = op.get("input"), len(coords)
-    if op.name == "permute":
-        order = [d % rank for d in op.get("dims")]
+def _permuted(at: _Element) -> Any:
+    rank = len(at.coords)
+    order = list(range(rank))
+    if at.op.name == "permute":
+        order = [d % rank for d in at.op.get("dims")]
     else:
-        order = list(range(rank))
-        i, j = op.get("dim0") % rank, op.get("dim1") % rank
+        i, j = at.op.get("dim0") % rank, at.op.get("dim1") % rank
         order[i], order[j] = j, i
-    return evaluator.value(source, tuple(coords[order.index(d)] for d in range(rank)))
+    return at.moved([at.coords[order.index(d)] for d in range(rank)])
 
 
-def _cumsum(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
+def _cumsum(at: _Element) -> Any:
     """A running sum of a constant."""
-    dim = op.get("dim")
-    if not isinstance(dim, int) or not coords:
-        raise _NoRule
-    dim %= len(coords)
-    step = sympy.Dummy("t", integer=True, nonnegative=True)
-    each = _number(evaluator.value(op.get("input"), (*coords[:dim], step, *coords[dim + 1 :])))
+    dim, step = at.dim(), sympy.Dummy("t", integer=True, nonnegative=True)
+    each = _number(at.moved(at.along(dim, step)))
     if isinstance(each, _Select) or not each.is_number or not each.is_Integer:
         raise _NoRule
-    return each * (coords[dim] + 1)
+    return each * (at.coords[dim] + 1)
 
 
-def _diff(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-    source, prepend, dim = op.get("input"), op.get("prepend"), op.get("dim", -1)
-    if op.get("n", 1) != 1 or op.get("append") is not None or not isinstance(dim, int):
+def _diff(at: _Element) -> Any:
+    source, prepend, dim = at.op.get("input"), at.op.get("prepend"), at.dim(-1)
+    if at.op.get("n", 1) != 1 or at.op.get("append") is not None or at.source.dtype == torch.bool:
         raise _NoRule
-    if example_of(source).dtype == torch.bool:
-        raise _NoRule
-    dim %= len(coords)
 
-    def at(tensor: Node, place: Any) -> Any:
-        return evaluator.value(tensor, (*coords[:dim], place, *coords[dim + 1 :]))
+    def difference(i: Any, before: Node, j: Any) -> Any:
+        values = at.evaluator.value(source, at.along(dim, i)), at.evaluator.value(before, at.along(dim, j))
+        return _map(_known(operator.sub), *values)
 
-    i = coords[dim]
+    i = at.coords[dim]
     if prepend is None:
-        return _map(_known(operator.sub), at(source, i + 1), at(source, i))
+        return difference(i + 1, source, i)
     if not isinstance(prepend, Node) or not is_one(example_of(prepend).shape[dim]):
         raise _NoRule
-    first = _map(_known(operator.sub), at(source, sympy.S.Zero), at(prepend, sympy.S.Zero))
-    return _select(sympy.Eq(i, 0), first, _map(_known(operator.sub), at(source, i), at(source, i - 1)))
+    first = difference(sympy.S.Zero, prepend, sympy.S.Zero)
+    return _select(sympy.Eq(i, 0), first, difference(i, source, i - 1))
 
 
-def _getitem(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any, ...]) -> Any:
-    source, index = op.get("input"), op.get("index")
-    if not _is_tensor(source):
+# ---- indexing: what each item of an index does to the dimensions -------------------------------------------------
+
+
+def _getitem(at: _Element) -> Any:
+    if tensor_of(at.op.get("input")) is None:
         raise _NoRule  # one of several results
-    shape = example_of(source).shape
-    items = list(index) if isinstance(index, tuple | list) else [index]
-    if isinstance(index, list):
-        raise _NoRule
-    used = sum(item is not None and item is not Ellipsis for item in items)
-    if Ellipsis in items:
-        at = items.index(Ellipsis)
-        items[at : at + 1] = [slice(None)] * (len(shape) - used)
-    else:
-        items += [slice(None)] * (len(shape) - used)
-    tensors = [i for i, item in enumerate(items) if _is_tensor(item)]
-    if any(example_of(items[i]).dtype in (torch.bool, torch.uint8) for i in tensors):
-        raise _NoRule
-    if tensors and any(isinstance(item, int) or _is_size(item) for item in items):
-        raise _NoRule
-    ranks = [example_of(items[i]).dim() for i in tensors]
-    block = max(ranks, default=0)
-    if block > 0 and 0 in ranks:
-        raise _NoRule  # a scalar tensor selects like an int, which decides where the other indices' dimensions go
-    together = not tensors or tensors == list(range(tensors[0], tensors[-1] + 1))
-    start = 0 if not together or not tensors else sum(not _is_tensor(item) for item in items[: tensors[0]])
-    indexed, rest = coords[start : start + block], list(coords[:start] + coords[start + block :])
-    out = example_of(node).shape[start : start + block]
-    result: list[Any] = []
+    shape = at.source.shape
+    items = _spelled_out(at.op.get("index"), len(shape))
+    block = _gathered(items)
+    gathered = at.coords[block], example_of(at.node).shape[block]
+    rest = [*at.coords[: block.start], *at.coords[block.stop :]]
+    places: list[Any] = []
     for item in items:
         if item is None:
             rest.pop(0)
         elif isinstance(item, slice):
-            result.append(_sliced(evaluator, item, shape[len(result)], rest.pop(0)))
-        elif _is_tensor(item):
-            place = _integer(evaluator.value(item, evaluator.broadcast(example_of(item).shape, indexed, out)))
-            if not place.is_nonnegative:
-                raise _NoRule
-            result.append(place)
+            places.append(_sliced(at.evaluator, item, shape[len(places)], rest.pop(0)))
+        elif tensor_of(item) is not None:
+            there = at.evaluator.broadcast(example_of(item).shape, *gathered)
+            places.append(_not_negative(_integer(at.evaluator.value(item, there))))
         else:
-            place = evaluator.index(item)
-            if place.is_negative:
-                place = place + size_expr(shape[len(result)])
-            if not place.is_nonnegative:
-                raise _NoRule
-            result.append(place)
-    return evaluator.value(source, tuple(result))
+            places.append(_from_start(at.evaluator.index(item), shape[len(places)]))
+    return at.moved(places)
 
 
-def _is_tensor(item: Any) -> bool:
-    return isinstance(item, Node) and isinstance(item.meta.get("example_value"), torch.Tensor)
+def _spelled_out(index: Any, rank: int) -> list[Any]:
+    """An index with an item for each of ``rank`` dimensions, and None for those that are inserted."""
+    if isinstance(index, list):
+        raise _NoRule
+    items = list(index) if isinstance(index, tuple) else [index]
+    missing = [slice(None)] * (rank - sum(item is not None and item is not Ellipsis for item in items))
+    at = items.index(Ellipsis) if Ellipsis in items else len(items)
+    return [*items[:at], *missing, *items[at + 1 :]]
 
 
-def _is_size(item: Any) -> bool:
-    return isinstance(item, Node) and not _is_tensor(item)
+def _gathered(items: Sequence[Any]) -> slice:
+    """The dimensions of the result that its index tensors make; ``_NoRule`` for those whose place is not plain."""
+    indexing = [i for i, item in enumerate(items) if tensor_of(item) is not None]
+    tensors = [example_of(items[i]) for i in indexing]
+    if any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors):
+        raise _NoRule
+    if tensors and any(isinstance(item, int) or (isinstance(item, Node) and tensor_of(item) is None) for item in items):
+        raise _NoRule
+    ranks = [tensor.dim() for tensor in tensors]
+    rank = max(ranks, default=0)
+    if rank > 0 and 0 in ranks:
+        raise _NoRule  # a scalar tensor selects like an int, which decides where the other indices' dimensions go
+    together = bool(indexing) and indexing == list(range(indexing[0], indexing[-1] + 1))
+    start = indexing[0] if together else 0
+    return slice(start, start + rank)
 
 
 def _sliced(evaluator: Evaluator, item: slice, size: Any, coord: Any) -> Any:
     if item.step not in (None, 1):
         raise _NoRule
-    if item.start is None:
-        return coord
-    start = evaluator.index(item.start)
-    if start.is_negative:
-        start = start + size_expr(size)
-    if not start.is_nonnegative:
+    return coord if item.start is None else coord + _from_start(evaluator.index(item.start), size)
+
+
+def _from_start(place: sympy.Expr, size: Any) -> sympy.Expr:
+    """A place that may be counted from the end."""
+    return _not_negative(place + size_expr(size) if place.is_negative else place)
+
+
+def _not_negative(place: sympy.Expr) -> sympy.Expr:
+    if not place.is_nonnegative:
         raise _NoRule
-    return coord + start
+    return place
 
 
-_MOVES: dict[str, Callable[..., Any]] = {
+_LOGIC: dict[str, Callable[..., Boolean]] = {"and": sympy.And, "or": sympy.Or, "xor": sympy.Xor, "not": sympy.Not}
+_MOVES: dict[str, _Rule] = {
     "getitem": _getitem,
-    **{name: _reshape for name in ("unsqueeze", "squeeze", "flatten", "unflatten", "view", "reshape")},
-    **{name: _same for name in ("expand", "broadcast_to", "expand_as", "contiguous", "clone", "detach")},
-    **{name: _repeat for name in ("repeat", "tile")},
+    **dict.fromkeys(("unsqueeze", "squeeze", "flatten", "unflatten", "view", "reshape"), _reshape),
+    **dict.fromkeys(("expand", "broadcast_to", "expand_as", "contiguous", "clone", "detach"), _same),
+    **dict.fromkeys(("repeat", "tile"), _repeat),
     "repeat_interleave": _repeat_interleave,
-    **{name: _permuted for name in ("transpose", "permute")},
+    **dict.fromkeys(("transpose", "permute"), _permuted),
 }
-_RULES: dict[str, Callable[..., Any]] = {
+_RULES: dict[str, _Rule] = {
     **_MOVES,
     "add": _arithmetic(operator.add),
     "sub": _arithmetic(operator.sub),
@@ -763,26 +772,19 @@ _RULES: dict[str, Callable[..., Any]] = {
     "le": _comparison(sympy.Le),
     "gt": _comparison(sympy.Gt),
     "ge": _comparison(sympy.Ge),
-    "bitwise_and": _logic(sympy.And, True),
-    "bitwise_or": _logic(sympy.Or, True),
-    "bitwise_xor": _logic(sympy.Xor, True),
-    "bitwise_not": _logic(sympy.Not, True),
-    "logical_and": _logic(sympy.And, False),
-    "logical_or": _logic(sympy.Or, False),
-    "logical_xor": _logic(sympy.Xor, False),
-    "logical_not": _logic(sympy.Not, False),
-    "where": _where,
-    "masked_fill": _masked_fill,
+    **{f"bitwise_{name}": _logic(function, True) for name, function in _LOGIC.items()},
+    **{f"logical_{name}": _logic(function, False) for name, function in _LOGIC.items()},
+    "where": _either("condition", "input", "other"),
+    "masked_fill": _either("mask", "value", "input"),
     "tril": _triangle(sympy.Le),
     "triu": _triangle(sympy.Ge),
     "cumsum": _cumsum,
     "diff": _diff,
     "arange": _arange,
-    "tensor": _fill("data"),
-    "scalar_tensor": _fill("data"),
-    **{name: _fill("fill_value") for name in ("full", "new_full", "full_like")},
-    **{name: _constant(1) for name in ("ones", "new_ones", "ones_like")},
-    **{name: _constant(0) for name in ("zeros", "new_zeros", "zeros_like", "zero")},
+    **dict.fromkeys(("tensor", "scalar_tensor"), _fill("data")),
+    **dict.fromkeys(("full", "new_full", "full_like"), _fill("fill_value")),
+    **dict.fromkeys(("ones", "new_ones", "ones_like"), _constant(1)),
+    **dict.fromkeys(("zeros", "new_zeros", "zeros_like", "zero"), _constant(0)),
     "fill": _fill("value"),
     "to": _cast,
     "cat": _cat,
