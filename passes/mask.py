@@ -30,7 +30,18 @@ from torch.fx import Node
 
 from ..core.spec import Mask, known_equal
 from .normalize import number, operation
-from .symbolic import COORDINATES, PROVABLE, Evaluator, Surroundings, Unproven, example_of, formula, is_one, size_expr
+from .symbolic import (
+    COORDINATES,
+    PROVABLE,
+    RELATIONS,
+    Evaluator,
+    Surroundings,
+    Unproven,
+    example_of,
+    formula,
+    is_one,
+    size_expr,
+)
 
 _B, _H, _Q, _K = COORDINATES
 
@@ -346,7 +357,7 @@ def _positions(segment: AppliedUndef, evaluator: Evaluator) -> AppliedUndef | No
         return None
     along = args.index(_K)
     begins = evaluator.value(total.get("input"), args)
-    step = begins.lhs if isinstance(begins, sympy.Ne) and begins.rhs == 1 else begins
+    step = begins.lhs if isinstance(begins, sympy.Ne) and begins.rhs == 1 else None
     node = evaluator.leaves.get(step.func) if isinstance(step, AppliedUndef) and step.args == args else None
     differences = None if node is None else operation(node)
     if differences is None or differences.name != "diff" or differences.get("n", 1) != 1:
@@ -421,12 +432,12 @@ def _smallest(bounds: list[Any], what: str) -> Any:
     raise Unproven(f"it is not known which of its {what} limits {', '.join(map(str, bounds))} is the smaller")
 
 
-_RELATIONS = {sympy.Eq: "eq", sympy.Ne: "ne", sympy.Lt: "lt", sympy.Le: "le", sympy.Gt: "gt", sympy.Ge: "ge"}
+_NAMES = {relation: name for name, relation in RELATIONS.items()}
 
 
 def _padding_term(literal: Boolean, asked: _Asked) -> PaddingTerm | None:
     """How to read a literal in the site's graph, or None."""
-    if type(literal) not in _RELATIONS:
+    if type(literal) not in _NAMES:
         return None
     if not isinstance(literal.lhs, AppliedUndef):
         literal = literal.reversed
@@ -443,4 +454,4 @@ def _padding_term(literal: Boolean, asked: _Asked) -> PaddingTerm | None:
         return None
     index = tuple(slice(None) if x in lengths else int(x) for x, _ in places)
     number = int(constant) if constant.is_Integer else float(constant)
-    return PaddingTerm(node, index, _B in kept, _RELATIONS[type(literal)], number)
+    return PaddingTerm(node, index, _B in kept, _NAMES[type(literal)], number)

@@ -25,8 +25,7 @@ from .nodes import dynamo_source, reached, sources, tensor_of
 _BINARY = ("input", "other")
 _UNARY = ("input",)
 SIGNATURES: dict[str, tuple[str, ...]] = {
-    "add": ("input", "other", "alpha"),
-    "sub": ("input", "other", "alpha"),
+    **dict.fromkeys(("add", "sub"), ("input", "other", "alpha")),
     **dict.fromkeys(("mul", "div", "eq", "ne", "lt", "le", "gt", "ge"), _BINARY),
     **dict.fromkeys(("floor_divide", "remainder", "maximum", "minimum"), _BINARY),
     **dict.fromkeys(("bitwise_and", "bitwise_or", "bitwise_xor"), _BINARY),
@@ -38,13 +37,11 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "cat": ("tensors", "dim"),
     "where": ("condition", "input", "other"),
     "masked_fill": ("input", "mask", "value"),
-    "tril": ("input", "diagonal"),
-    "triu": ("input", "diagonal"),
+    **dict.fromkeys(("tril", "triu"), ("input", "diagonal")),
     "cumsum": ("input", "dim"),
     "diff": ("input", "n", "dim", "prepend", "append"),
     "arange": ("start", "end", "step"),
-    "tensor": ("data",),
-    "scalar_tensor": ("data",),
+    **dict.fromkeys(("tensor", "scalar_tensor"), ("data",)),
     "full": ("size", "fill_value"),
     "new_full": ("input", "size", "fill_value"),
     "full_like": ("input", "fill_value"),
@@ -79,34 +76,17 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
 }
 
 _ALIASES = {
-    "and": "bitwise_and",
-    "or": "bitwise_or",
-    "xor": "bitwise_xor",
-    "invert": "bitwise_not",
-    "inv": "bitwise_not",
-    "truediv": "div",
-    "true_divide": "div",
-    "divide": "div",
-    "multiply": "mul",
-    "subtract": "sub",
-    "negative": "neg",
-    "absolute": "abs",
-    "greater": "gt",
-    "greater_equal": "ge",
-    "less": "lt",
-    "less_equal": "le",
-    "not_equal": "ne",
-    "swapaxes": "transpose",
-    "swapdims": "transpose",
+    **{"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor"},
+    **dict.fromkeys(("invert", "inv"), "bitwise_not"),
+    **dict.fromkeys(("truediv", "true_divide", "divide"), "div"),
+    **{"multiply": "mul", "subtract": "sub", "negative": "neg", "absolute": "abs", "clip": "clamp"},
+    **{"greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne"},
+    **dict.fromkeys(("swapaxes", "swapdims"), "transpose"),
     "_unsafe_view": "view",
-    "_softmax": "softmax",
+    **dict.fromkeys(("_softmax", "special_softmax"), "softmax"),
     "_safe_softmax": "softmax",  # rows without a key are 0, as everywhere here
-    "special_softmax": "softmax",
     **dict.fromkeys(("_log_softmax", "special_log_softmax"), "log_softmax"),
-    "special_logsumexp": "logsumexp",
-    "floordiv": "floor_divide",
-    "mod": "remainder",
-    "clip": "clamp",
+    **{"special_logsumexp": "logsumexp", "floordiv": "floor_divide", "mod": "remainder"},
     **dict.fromkeys(("concat", "concatenate"), "cat"),
     **dict.fromkeys(("bool", "int", "long", "float", "double", "half", "bfloat16", "type", "type_as"), "to"),
     **dict.fromkeys(("cpu", "cuda", "_to_copy"), "to"),
@@ -281,19 +261,35 @@ _WHOLE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 # ---- what is called, and what it writes into: by kind of target --------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of target: the name of what it calls, None if that is nothing of torch, and what a call writes into."""
+
+    of: type
+    name: Callable[[Any], str | None]
+    writes: Callable[[Node, Any], Iterable[Any]]
+
+
 def called(node: Node) -> str | None:
     """The canonical name of what of torch a node calls, whether it is known here or not; None for other calls."""
     kind = _kind(node)
-    name = kind.name(node.target) if kind is not None else None
+    name = None if kind is None else kind.name(node.target)
     return None if name is None else _ALIASES.get(name, name)
 
 
 def mutated_inputs(node: Node) -> list[Node]:
     """The tensors a node writes into, as far as its target tells; empty for a pure node."""
     kind = _kind(node)
-    written = [node.kwargs.get("out"), *(kind.writes(node, node.target) if kind is not None else ())]
+    written = [node.kwargs.get("out"), *(() if kind is None else kind.writes(node, node.target))]
     flat = (value if isinstance(value, list | tuple) else (value,) for value in written)
     return [x for values in flat for x in values if isinstance(x, Node)]
+
+
+def _kind(node: Node) -> _Kind | None:
+    """How to read the target of a call; None for what is none."""
+    if node.op not in ("call_method", "call_function"):
+        return None
+    return next(kind for kind in _KINDS if isinstance(node.target, kind.of))
 
 
 def _is_reflected(node: Node) -> bool:
@@ -302,17 +298,13 @@ def _is_reflected(node: Node) -> bool:
 
 
 def _method_name(target: str) -> str:
-    if target in _REFLECTED:
-        return _REFLECTED[target]
-    return target.removeprefix("__").removesuffix("__") if target.startswith("__") else target
+    plain = target.removeprefix("__").removesuffix("__") if target.startswith("__") else target
+    return _REFLECTED.get(target, plain)
 
 
 def _method_writes(node: Node, target: str) -> Iterable[Any]:
-    if target.startswith("__"):
-        writes = target == "__setitem__" or (target.startswith("__i") and target != "__invert__")
-    else:
-        writes = target.endswith("_")
-    return node.args[:1] if writes else ()
+    special = target == "__setitem__" or (target.startswith("__i") and target != "__invert__")
+    return node.args[:1] if special or (target.endswith("_") and not target.startswith("__")) else ()
 
 
 def _overload_name(target: torch._ops.OpOverload[..., Any]) -> str | None:
@@ -333,10 +325,6 @@ def _packet_name(target: torch._ops.OpOverloadPacket[..., Any]) -> str | None:
 def _packet_writes(node: Node, target: torch._ops.OpOverloadPacket[..., Any]) -> Iterable[Any]:
     overloads = (getattr(target, overload) for overload in target.overloads() if overload != "out")
     return node.all_input_nodes if any(overload._schema.is_mutable for overload in overloads) else ()
-
-
-def _no_name(target: Any) -> None:
-    return None
 
 
 def _operator_writes(node: Node, target: torch._ops.HigherOrderOperator) -> Iterable[Any]:
@@ -360,43 +348,23 @@ def _function_writes(node: Node, target: Any) -> Iterable[Any]:
     return (node.args[0] if node.args else node.kwargs.get("input"),) if writes else ()
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """A kind of target: the name of what it calls, and the arguments that it writes into."""
-
-    of: type
-    name: Callable[[Any], str | None]
-    writes: Callable[[Node, Any], Iterable[Any]]
-
-
 _KINDS = (
+    _Kind(str, _method_name, _method_writes),
     _Kind(torch._ops.OpOverload, _overload_name, _overload_writes),
     _Kind(torch._ops.OpOverloadPacket, _packet_name, _packet_writes),
-    _Kind(torch._ops.HigherOrderOperator, _no_name, _operator_writes),
+    _Kind(torch._ops.HigherOrderOperator, lambda target: None, _operator_writes),
     _Kind(object, _function_name, _function_writes),
 )
-_METHOD = _Kind(str, _method_name, _method_writes)
-
-
-def _kind(node: Node) -> _Kind | None:
-    """How to read the target of a call; None for what is none."""
-    if node.op == "call_method":
-        return _METHOD
-    return next(kind for kind in _KINDS if isinstance(node.target, kind.of)) if node.op == "call_function" else None
-
-
 _IN_PLACE = frozenset(
     ("iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub")
     + ("itruediv", "ixor")
 )
-
-
 _FACTORIES = frozenset(("zeros", "ones", "full", "zeros_like", "ones_like", "full_like"))
 
 
-def is_new(node: Any) -> bool:
+def is_new(node: Node) -> bool:
     """Whether a node makes a tensor that shares its memory with nothing made before."""
-    op = operation(node) if isinstance(node, Node) else None
+    op = operation(node)
     return op is not None and op.name in _FACTORIES
 
 

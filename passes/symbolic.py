@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import sympy
@@ -480,9 +481,8 @@ def _division(at: _Element) -> Any:
     return _known(lambda x: sympy.Mod(x, b) if at.op.name == "remainder" else sympy.floor(x / b))(a)
 
 
-def _extreme(function: Callable[..., Any]) -> _Rule:
-    """The larger or the smaller of two numbers."""
-    return lambda at: _map(_of_numbers(function), at.number("input"), at.number("other"))
+def _numbers(function: Callable[..., Any], *names: str) -> _Rule:
+    return lambda at: _map(function, *(at.number(name) for name in names))
 
 
 def _of_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -503,18 +503,15 @@ def _clamp(at: _Element) -> Any:
     return value
 
 
-def _comparison(relation: type[Relational]) -> _Rule:
-    def compare(a: Any, b: Any) -> Boolean:
-        # a fraction is compared in floating point, where a large integer is rounded
-        if not (a.is_number and b.is_number) and not (a.is_integer and b.is_integer):
-            if not any(isinstance(x, AppliedUndef) and y.is_number for x, y in ((a, b), (b, a))):
-                raise _NoRule
-        ordered = relation not in (sympy.Eq, sympy.Ne)
-        if ordered and any(isinstance(x, AppliedUndef) and not x.is_integer for x in (a, b)):
-            raise _NoRule  # NaN: "not >" is not "<="
-        return relation(a, b)
-
-    return lambda at: _map(compare, at.number("input"), at.number("other"))
+def _compare(relation: type[Relational], a: Any, b: Any) -> Boolean:
+    # a fraction is compared in floating point, where a large integer is rounded
+    if not (a.is_number and b.is_number) and not (a.is_integer and b.is_integer):
+        if not any(isinstance(x, AppliedUndef) and y.is_number for x, y in ((a, b), (b, a))):
+            raise _NoRule
+    ordered = relation not in (sympy.Eq, sympy.Ne)
+    if ordered and any(isinstance(x, AppliedUndef) and not x.is_integer for x in (a, b)):
+        raise _NoRule  # NaN: "not >" is not "<="
+    return relation(a, b)
 
 
 def _logic(function: Callable[..., Boolean], bitwise: bool) -> _Rule:
@@ -524,10 +521,6 @@ def _logic(function: Callable[..., Boolean], bitwise: bool) -> _Rule:
         return function(*(at.boolean(name) for name in ("input", "other") if name in at.op.args))
 
     return rule
-
-
-def _unary(function: Callable[[Any], Any]) -> _Rule:
-    return lambda at: _map(_known(function), at.number("input"))
 
 
 def _either(condition: str, then: str, other: str) -> _Rule:
@@ -545,10 +538,6 @@ def _triangle(relation: type[Relational]) -> _Rule:
     return rule
 
 
-def _constant(number: int) -> _Rule:
-    return lambda at: sympy.Integer(number)
-
-
 def _fill(name: str) -> _Rule:
     def rule(at: _Element) -> Any:
         if tensor_of(at.op.get(name)) is not None:
@@ -560,10 +549,6 @@ def _fill(name: str) -> _Rule:
 
 def _arange(at: _Element) -> Any:
     return at.evaluator.index(at.op.get("start")) + at.coords[0] * at.evaluator.index(at.op.get("step"))
-
-
-def _same(at: _Element) -> Any:
-    return at.operand("input")
 
 
 def _cast(at: _Element) -> Any:
@@ -745,11 +730,14 @@ def _not_negative(place: sympy.Expr) -> sympy.Expr:
     return place
 
 
+RELATIONS = {"eq": sympy.Eq, "ne": sympy.Ne, "lt": sympy.Lt, "le": sympy.Le, "gt": sympy.Gt, "ge": sympy.Ge}
 _LOGIC: dict[str, Callable[..., Boolean]] = {"and": sympy.And, "or": sympy.Or, "xor": sympy.Xor, "not": sympy.Not}
 _MOVES: dict[str, _Rule] = {
     "getitem": _getitem,
     **dict.fromkeys(("unsqueeze", "squeeze", "flatten", "unflatten", "view", "reshape"), _reshape),
-    **dict.fromkeys(("expand", "broadcast_to", "expand_as", "contiguous", "clone", "detach"), _same),
+    **dict.fromkeys(
+        ("expand", "broadcast_to", "expand_as", "contiguous", "clone", "detach"), lambda at: at.operand("input")
+    ),
     **dict.fromkeys(("repeat", "tile"), _repeat),
     "repeat_interleave": _repeat_interleave,
     **dict.fromkeys(("transpose", "permute"), _permuted),
@@ -760,18 +748,13 @@ _RULES: dict[str, _Rule] = {
     "sub": _arithmetic(operator.sub),
     "mul": _arithmetic(operator.mul),
     **dict.fromkeys(("div", "floor_divide", "remainder"), _division),
-    "maximum": _extreme(sympy.Max),
-    "minimum": _extreme(sympy.Min),
+    "maximum": _numbers(_of_numbers(sympy.Max), "input", "other"),
+    "minimum": _numbers(_of_numbers(sympy.Min), "input", "other"),
     **dict.fromkeys(("clamp", "clamp_min"), _clamp),
-    "log": _unary(_of_numbers(lambda x: sympy.S.NegativeInfinity if x == 0 else sympy.Float(math.log(x)))),
-    "neg": _unary(operator.neg),
-    "abs": _unary(sympy.Abs),
-    "eq": _comparison(sympy.Eq),
-    "ne": _comparison(sympy.Ne),
-    "lt": _comparison(sympy.Lt),
-    "le": _comparison(sympy.Le),
-    "gt": _comparison(sympy.Gt),
-    "ge": _comparison(sympy.Ge),
+    "log": _numbers(_of_numbers(lambda x: sympy.S.NegativeInfinity if x == 0 else sympy.Float(math.log(x))), "input"),
+    "neg": _numbers(_known(operator.neg), "input"),
+    "abs": _numbers(_known(sympy.Abs), "input"),
+    **{name: _numbers(partial(_compare, relation), "input", "other") for name, relation in RELATIONS.items()},
     **{f"bitwise_{name}": _logic(function, True) for name, function in _LOGIC.items()},
     **{f"logical_{name}": _logic(function, False) for name, function in _LOGIC.items()},
     "where": _either("condition", "input", "other"),
@@ -783,8 +766,8 @@ _RULES: dict[str, _Rule] = {
     "arange": _arange,
     **dict.fromkeys(("tensor", "scalar_tensor"), _fill("data")),
     **dict.fromkeys(("full", "new_full", "full_like"), _fill("fill_value")),
-    **dict.fromkeys(("ones", "new_ones", "ones_like"), _constant(1)),
-    **dict.fromkeys(("zeros", "new_zeros", "zeros_like", "zero"), _constant(0)),
+    **dict.fromkeys(("ones", "new_ones", "ones_like"), lambda at: sympy.S.One),
+    **dict.fromkeys(("zeros", "new_zeros", "zeros_like", "zero"), lambda at: sympy.S.Zero),
     "fill": _fill("value"),
     "to": _cast,
     "cat": _cat,
