@@ -128,7 +128,12 @@ def prove_all(
         asked = _Asked(evaluator, parts[0].node, sizes[0], size_expr(sizes[2]), size_expr(sizes[3]))
         return _classify(sympy.And(*shown), asked, as_in_sdpa)
     except Unproven as error:
-        return Mask(unknown=str(error), nearest=error.nearest), None
+        return unknown(str(error), error.nearest)
+
+
+def unknown(why: str, nearest: str | None = None) -> tuple[Mask, None]:
+    """What :func:`prove` returns of a mask that is not proven."""
+    return Mask(unknown=why, nearest=nearest), None
 
 
 def prove_key_padding(mask: Node, around: Surroundings, reader: Node) -> tuple[Mask, Padding | None]:
@@ -142,9 +147,7 @@ def prove_key_padding(mask: Node, around: Surroundings, reader: Node) -> tuple[M
         try:
             Evaluator(around, reader).visible(mask, (_B, _K)[-example.dim() :], example.shape)
         except Unproven as error:
-            return Mask(
-                unknown=f"of its key padding, {error}; a boolean one needs no proof", nearest="a boolean mask"
-            ), None
+            return unknown(f"of its key padding, {error}; a boolean one needs no proof", "a boolean mask")
     index = (slice(None),) * example.dim()
     return Mask(padding=True), Padding((PaddingTerm(mask, index, example.dim() == 2, "eq", 0),))
 
@@ -359,7 +362,7 @@ def _positions(segment: AppliedUndef, evaluator: Evaluator) -> AppliedUndef | No
     begins = evaluator.value(total.get("input"), args)
     step = begins.lhs if isinstance(begins, sympy.Ne) and begins.rhs == 1 else None
     node = evaluator.leaves.get(step.func) if isinstance(step, AppliedUndef) and step.args == args else None
-    differences = None if node is None else operation(node)
+    differences = operation(node)
     if differences is None or differences.name != "diff" or differences.get("n", 1) != 1:
         return None
     dims = [total.get("dim"), differences.get("dim", -1)]

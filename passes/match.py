@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
-import sympy
 import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
@@ -24,7 +23,7 @@ from ..core.spec import AttentionSpec, Mask, default_scale, known_equal
 from . import near, softmax
 from .buffers import Buffers
 from .cut import cut_products
-from .mask import MaskPart, Padding, prove, prove_all, same_for_all_queries
+from .mask import MaskPart, Padding, prove, prove_all, same_for_all_queries, unknown
 from .multihead import OPAQUE, describe
 from .nodes import shape_of, tensor_of
 from .normalize import bodies, computes_gradients, graph_module, known, number, operation
@@ -44,7 +43,7 @@ from .site import (
     sizes_of,
     tensor_argument,
 )
-from .symbolic import COORDINATES
+from .symbolic import COORDINATES, digits
 from .words import source_line
 
 
@@ -296,13 +295,13 @@ def _mask(
 ) -> tuple[Mask, Padding | None]:
     mask, is_causal = args.get("attn_mask"), args.get("is_causal", False)
     if not isinstance(is_causal, bool):
-        return Mask(unknown="its is_causal is not known when compiling"), None
-    if is_causal:
-        return (Mask(causal=True) if mask is None else Mask(unknown="it has a mask and is_causal=True")), None
+        return unknown("its is_causal is not known when compiling")
+    if is_causal and mask is not None:
+        return unknown("it has a mask and is_causal=True")
     if mask is None:
-        return Mask(), None
+        return Mask(causal=is_causal), None
     if tensor_of(mask) is None:
-        return Mask(unknown="it is not a tensor of the graph"), None
+        return unknown("it is not a tensor of the graph")
     shape = shape_of(node)
     if len(shape) != 4:
         return _of_other_rank(mask, shape, sizes, scope, node)
@@ -317,13 +316,7 @@ def _of_other_rank(
 ) -> tuple[Mask, Padding | None]:
     """As :func:`_mask` where the result has another number of dimensions than four."""
     b, h, q, k = COORDINATES
-    leading: list[Any] = []
-    below = 1
-    for size in reversed(shape[1:-3]):
-        leading.insert(0, sympy.floor(b / below) % size)
-        below *= size
-    leading.insert(0, sympy.floor(b / below))
-    coords = {2: (q, k), 3: (b, q, k)}.get(len(shape), (*leading, h, q, k))
+    coords = {2: (q, k), 3: (b, q, k)}.get(len(shape), (*digits(b, shape[:-3]), h, q, k))
     if len(shape_of(mask)) > len(coords):
         raise Refused(f"its mask has {len(shape_of(mask))} dimensions, its query {len(shape)}", FOUR)
     part = MaskPart(mask, coords, (*shape[:-2], *sizes[2:]))

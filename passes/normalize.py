@@ -118,8 +118,10 @@ class Operation:
         return found
 
 
-def operation(node: Node) -> Operation | None:
-    """The operation a node performs in its one spelling; None if it is not a pure operation known here."""
+def operation(node: Any) -> Operation | None:
+    """The operation a node performs in its one spelling; None for what is no node or no pure operation known here."""
+    if not isinstance(node, Node):
+        return None
     if node.target is getattr and node.args[1:] in (("mT",), ("T",)):
         return _turned(node)
     return _bound(node, called(node))
@@ -131,6 +133,11 @@ def known(node: Node) -> Operation:
     if op is None:
         raise ValueError(f"node {node.name!r} calls {node.target}, which is no operation known here")
     return op
+
+
+def performed(node: Any) -> Operation | None:
+    """The same, also for an operation that writes its result into its first argument."""
+    return operation(node) or (in_place(node) if isinstance(node, Node) else None)
 
 
 def _turned(node: Node) -> Operation | None:

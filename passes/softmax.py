@@ -32,13 +32,13 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..core.spec import AttentionSpec, Mask, known_equal
-from .mask import MaskPart, Padding, prove_all, same_for_all_queries
+from .mask import MaskPart, Padding, prove_all, same_for_all_queries, unknown
 from .nodes import is_parted, reached, same_sizes, sources, tensor_of
-from .normalize import Operation, in_place, known, number, operation
+from .normalize import Operation, in_place, known, number, operation, performed
 from .repeat import unrepeated
 from .scale import unscaled
 from .site import PADDED, Emit, Operand, Refused, Scope, check_heads, entered, make_spec, sizes_of
-from .symbolic import COORDINATES, Evaluator, Unproven, hidden_by, size_expr
+from .symbolic import COORDINATES, Evaluator, Unproven, digits, hidden_by
 from .words import label, spoken
 
 _B, _H, _Q, _K = COORDINATES
@@ -102,7 +102,7 @@ class Softmax:
 def softmax_of(node: Node) -> Softmax | None:
     """The softmax that ``node`` is the result of: torch's own, ``exp(log_softmax(s))``, ``exp(s - logsumexp(s))`` or
     ``exp(s) / sum(exp(s))``; None for every other node."""
-    op = operation(node) or in_place(node)
+    op = performed(node)
     return _SOFTMAXES[op.name](op, node) if op is not None and op.name in _SOFTMAXES else None
 
 
@@ -112,7 +112,7 @@ def _own(op: Operation, node: Node) -> Softmax:
 
 def _divided(op: Operation, node: Node) -> Softmax | None:
     before, total = op.get("input"), op.get("other")
-    inner = operation(before) if isinstance(before, Node) else None
+    inner = operation(before)
     if inner is None or inner.name != "exp" or op.get("rounding_mode") is not None:
         return None
     return Softmax(inner.get("input"), -1, (before, node), total) if _is_total(total, "sum", before) else None
@@ -120,7 +120,7 @@ def _divided(op: Operation, node: Node) -> Softmax | None:
 
 def _exponential(op: Operation, node: Node) -> Softmax | None:
     before = op.get("input")
-    inner = operation(before) if isinstance(before, Node) else None
+    inner = operation(before)
     if inner is None or inner.name not in ("log_softmax", "sub") or number(inner.get("alpha", 1)) != 1:
         return None
     scores, total = inner.get("input"), inner.get("other")
@@ -177,8 +177,12 @@ def products(softmax: Node) -> list[Node]:
 def _nearest(start: Node, further: Callable[[Node], Iterable[Node]], fits: Callable[[Node], bool]) -> list[Node]:
     """The nearest product that fits, or none; what lies beyond another softmax belongs to that."""
     inside = reached(start, lambda node: further(node) if node is start or softmax_of(node) is None else ())
-    fitting = (node for node in inside if (op := operation(node)) is not None and op.name in PRODUCTS and fits(node))
-    return list(itertools.islice(fitting, 1))
+    return list(itertools.islice((node for node in inside if _is_product(node) and fits(node)), 1))
+
+
+def _is_product(node: Any) -> bool:
+    op = operation(node)
+    return op is not None and op.name in PRODUCTS
 
 
 def _from_inputs(scores: Any) -> bool:
@@ -194,9 +198,9 @@ def _from_inputs(scores: Any) -> bool:
     return bool(nodes) and all(_is_input(node) or _step_of(node) is not None for node in nodes)
 
 
-def _step_of(node: Node) -> Operation | None:
+def _step_of(node: Any) -> Operation | None:
     """One of the operations that may happen to scores; None for others."""
-    op = operation(node) or in_place(node)
+    op = performed(node)
     return op if op is not None and op.name in _STEPS else None
 
 
@@ -251,7 +255,7 @@ def is_of_keys(op: Operation) -> bool:
         first, second, result = letters(op)
         return bool(first and second) and first[-1] == second[-1] and first[-1] not in result
     key = _multiplied(op)[1]
-    while (turned := operation(key) if isinstance(key, Node) else None) is not None:
+    while (turned := operation(key)) is not None:
         before = turned.get("input")
         if turned.name in ("transpose", "permute"):
             return _order(turned, rank_of(key))[-2:-1] == [rank_of(key) - 1]
@@ -361,7 +365,7 @@ def _follow(written: Softmax) -> tuple[list[Node], Node, float]:
             raise Refused("its attention weights are used more than once", _OUTPUT_ALONE)
         user = next(iter(node.users))
         op = operation(user)
-        if op is not None and op.name in PRODUCTS:
+        if _is_product(user):
             return path, user, dropout_p
         if op is None or op.get("input") is not node or op.name not in (*VIEWS, *_COPIES, "dropout"):
             name = (op or in_place(user) or Operation(label(user))).name
@@ -398,7 +402,7 @@ def _peel(scope: Scope, written: Softmax) -> tuple[_Scores, Node]:
     evaluator = Evaluator(scope, written.nodes[-1])
     while True:
         _example(node)
-        op = operation(node) or in_place(node)
+        op = performed(node)
         if op is None:
             raise Refused(*_OUTSIDE) if _is_input(node) else _foreign(label(node))
         if op.name in PRODUCTS:
@@ -551,15 +555,10 @@ def _is_scores(node: Any, like: Node) -> bool:
 
 def _comes_from_product(node: Any) -> bool:
     """Whether scores can be followed back to a product; what a mask or a bias is made from is not looked at."""
-    while isinstance(node, Node):
-        op = operation(node) or in_place(node)
-        if op is not None and op.name in PRODUCTS:
-            return True
-        if op is None or op.name not in _STEPS:
-            return False
+    while (op := _step_of(node)) is not None:
         first, other = op.get("input"), op.get("other")
         node = first if _is_scores(first, node) or op.name in VIEWS else other
-    return False
+    return _is_product(node)
 
 
 def _scalar(arg: Any, evaluator: Evaluator) -> float | None:
@@ -622,7 +621,7 @@ def _is_row_maximum(node: Any, scores: Node) -> bool:
 def _reduced(node: Any) -> tuple[Operation | None, bool]:
     """What reduces scores along their keys, and whether the dimension is kept or has come back."""
     kept = False
-    while isinstance(node, Node) and (op := operation(node)) is not None:
+    while (op := operation(node)) is not None:
         if op.name == "detach":
             node = op.get("input")
         elif (op.name == "unsqueeze" and op.get("dim") in (-1, rank_of(node) - 1)) or (
@@ -816,7 +815,7 @@ def _leading(sizes: Sequence[Any], heads: tuple[Any, Any]) -> tuple[int, tuple[A
     if len(sizes) == 1:
         return 1, (_B if H == 1 else _B * H + _H,)
     split = next((i for i in range(len(sizes), 0, -1) if known_equal(math.prod(sizes[i:]), H)), None)
-    return None if split is None else (split, (*_digits(_B, sizes[:split]), *_digits(_H, sizes[split:])))
+    return None if split is None else (split, (*digits(_B, sizes[:split]), *digits(_H, sizes[split:])))
 
 
 def _parted(sizes: Sequence[Any], heads: tuple[Any, Any]) -> tuple[int, tuple[Any, ...]]:
@@ -825,15 +824,6 @@ def _parted(sizes: Sequence[Any], heads: tuple[Any, Any]) -> tuple[int, tuple[An
     if found is None:
         raise Refused(f"its scores are {tuple(sizes)}, not {heads[0]} sequences of {heads[1]} heads")
     return found
-
-
-def _digits(place: Any, sizes: Sequence[Any]) -> tuple[Any, ...]:
-    """Where an entry of a dimension is once that is taken apart into ``sizes``."""
-    digits: list[Any] = []
-    for size in map(size_expr, reversed(sizes[1:])):
-        digits.insert(0, sympy.Mod(place, size))
-        place = sympy.floor(place / size)
-    return (place, *digits) if len(sizes) else ()
 
 
 def _coordinates(like: Node, heads: tuple[Any, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -854,9 +844,7 @@ def _prove(
     ]
     for node, hides, like in scores.filled:
         if _example(node).dtype != torch.bool:
-            return Mask(
-                unknown="it fills scores where something is that is not a boolean tensor", nearest="a boolean mask"
-            ), None
+            return unknown("it fills scores where something is that is not a boolean tensor", "a boolean mask")
         parts.append(MaskPart(node, *_coordinates(like, heads), hides))
     if not parts:
         return Mask(), None

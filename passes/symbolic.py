@@ -69,6 +69,16 @@ def is_one(size: Any) -> bool:
     return size == 1 if isinstance(size, int) else known_equal(size, 1)
 
 
+def digits(place: Any, sizes: Sequence[Any]) -> tuple[Any, ...]:
+    """Where an entry of a dimension is once that is taken apart into ``sizes``."""
+    found: list[Any] = []
+    below: Any = 1
+    for size in map(size_expr, reversed(sizes[1:])):
+        found.insert(0, sympy.Mod(sympy.floor(place / below), size))
+        below *= size
+    return (sympy.floor(place / below), *found) if len(sizes) else ()
+
+
 def _nonunit(shape: Sequence[Any]) -> list[int]:
     return [i for i, size in enumerate(shape) if not is_one(size)]
 
@@ -193,7 +203,7 @@ class Evaluator:
             return self.value(arg, self.broadcast(example.shape, coords, example_of(out).shape))
         arg = number(arg)
         if isinstance(arg, bool):
-            return sympy.true if arg else sympy.false
+            return sympy.sympify(arg)
         if isinstance(arg, int | torch.SymInt):
             return size_expr(arg)
         if isinstance(arg, torch.SymFloat):

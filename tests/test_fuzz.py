@@ -5,6 +5,8 @@ failure prints. The program runs as it is and as Dynamo captured it and ``find_s
 changed it, once per policy of ``POLICIES``. Nothing here knows which sites can be rewritten: a site that is rewritten
 must be equal (relative error 1e-5 in float32), a site that is not must say why, and its graph must stay as it was.
 Rows whose keys are all masked are not compared, and with Express those of padded tokens neither (``passes/mask.py``).
+Some programs run once more with other sequences beside one of the batch. What that one gets, also of the policy that
+does keep few rows, must be the same wherever it is in the program itself.
 
 220 programs by default, always the same ones, in about 70 s; ``HYPOTHESIS_PROFILE=nightly`` (``make fuzz``) draws
 10,000 new ones and prints what became of every spelling; ``FUZZ_PROGRAMS`` is another number of programs.
@@ -20,6 +22,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import hypothesis
@@ -98,6 +101,8 @@ POLICIES = {
     "thinning": Policy(methods=("express", "thinformer"), budget=32),
     "proven": Policy(methods=("proven",)),
 }
+# keeps few of the keys: what is computed is another thing than the program's, but of each sequence alone
+THINNED = {"thinned": Policy(methods=("thinformer", "express"), budget=4)}
 WRITTEN_OUT = "proven"  # where what stays exact becomes SDPA all the same, as before inductor
 
 
@@ -504,7 +509,6 @@ EQUAL = {
     "keys and heads exchanged": ("H", "Lk"),
     "keys and batch exchanged": ("B", "Lk"),
 }
-TRAINS = frozenset(("dropout",))
 
 # what has a softmax and is no attention over the keys, or hides it well
 FOREIGN = {
@@ -593,6 +597,7 @@ class Program:
 
     padding: how many keys of every sequence are padding, and whether they come first ("left") or last ("right").
     dynamic: None, "lengths" (marked) or "all" (``dynamic=True``), with a second run at another length.
+    kept: the sequence of the batch that a second run has among other ones; None for no such run.
     frozen: names of the inputs without gradients.
     """
 
@@ -613,6 +618,7 @@ class Program:
     gradients: bool = True
     frozen: tuple[str, ...] = ()
     seed: int = 0
+    kept: int | None = None
 
 
 def _family(layout: str) -> str:
@@ -770,8 +776,35 @@ def _lines_for_comparison(program: Program) -> str:
     return "\n".join(line for part in lines for line in part)
 
 
-def inputs(program: Program, longer: int = 0) -> dict[str, torch.Tensor]:
-    """The seven inputs, with ``longer`` more queries and keys than the program says; the same ones at every call."""
+@dataclass(frozen=True)
+class Situation:
+    """Inputs of a program: with ``longer`` more queries and keys than it says, and with other sequences beside the one
+    that is ``kept``, unless that is None."""
+
+    longer: int = 0
+    kept: int | None = None
+
+
+AS_DRAWN = Situation()
+
+
+def inputs(program: Program, at: Situation = AS_DRAWN) -> dict[str, torch.Tensor]:
+    """The seven inputs; the same ones at every call."""
+    tensors = _drawn(program, at.longer)
+    if at.kept is not None:
+        others = _drawn(replace(program, seed=program.seed + 100), at.longer)
+        dims = {x: max(0, birth.split()[0].find("b")) for x, birth in zip("qkv", program.births, strict=True)}
+        dims |= {x: 0 for x in ("real", "bias", "given") if tensors[x].shape[0] == program.B}
+        for name, dim in dims.items():
+            others[name].select(dim, at.kept).copy_(tensors[name].select(dim, at.kept))
+            tensors[name] = others[name]
+    if program.gradients:
+        for name in ("q", "k", "v", "bias", "gain"):
+            tensors[name].requires_grad_(name not in program.frozen)
+    return tensors
+
+
+def _drawn(program: Program, longer: int) -> dict[str, torch.Tensor]:
     B, H, Hk, D, Dv = program.B, program.H, program.Hk, program.D, program.Dv
     Lq, Lk = program.Lq + longer, program.Lk + longer
     generator = torch.Generator().manual_seed(program.seed)
@@ -795,9 +828,6 @@ def inputs(program: Program, longer: int = 0) -> dict[str, torch.Tensor]:
     given[..., 0] = True
     tensors["given"] = given
     tensors["gain"] = normal(H).abs() + 0.2
-    if program.gradients:
-        for name in ("q", "k", "v", "bias", "gain"):
-            tensors[name].requires_grad_(name not in program.frozen)
     return tensors
 
 
@@ -958,6 +988,7 @@ def programs(draw: st.DrawFn) -> Program:
         gradients=not twists & NO_GRADIENTS and not _one_in(draw, 6),
         frozen=_pick(draw, [()] * 4 + [("q",), ("k", "v"), ("v",), ("q", "k"), ("bias", "gain")]),
         seed=draw(st.integers(0, 3)),
+        kept=_pick(draw, [None, None, *range(B)]) if B > 1 else None,
     )
 
 
@@ -980,7 +1011,7 @@ class Captured:
 
     def __call__(self, gm: torch.fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
         variants = {}
-        for name, policy in POLICIES.items():
+        for name, policy in {**POLICIES, **THINNED}.items():
             variants[name] = copied = copy.deepcopy(gm)
             planned = plan_sites(self.find(copied), policy)
             count = rewrite(copied, planned, policy, written_out=name == WRITTEN_OUT)
@@ -1007,12 +1038,12 @@ def _compile(program: Program) -> dict[str, Any]:
     return namespace
 
 
-def _rows(program: Program, functions: dict[str, Any], longer: int, express: bool) -> torch.Tensor:
+def _rows(program: Program, functions: dict[str, Any], at: Situation = AS_DRAWN, express: bool = False) -> torch.Tensor:
     """bool ``[B, Lq]``: the queries to compare, which see a key (with Express: and are no padding)."""
-    tensors = inputs(program, longer)
+    tensors = inputs(program, at)
     q, k, v = functions["born"](*(tensors[name] for name in "qkv"))
     rows = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool)
-    fresh = inputs(program, longer)  # masks that a block writes are what the next one gets
+    fresh = inputs(program, at)  # masks that a block writes are what the next one gets
     for i, block in enumerate(program.blocks):
         if i and (block.twist in MIXES or block.form == "foreign"):
             rows &= rows.all(1, keepdim=True)
@@ -1024,10 +1055,15 @@ def _rows(program: Program, functions: dict[str, Any], longer: int, express: boo
 
 
 def _run(
-    function: Callable[..., Any], program: Program, rows: torch.Tensor, longer: int, double: bool = False
+    function: Callable[..., Any],
+    program: Program,
+    rows: torch.Tensor,
+    at: Situation = AS_DRAWN,
+    double: bool = False,
+    backward: bool = True,
 ) -> list[torch.Tensor | None]:
     """The outputs at ``rows`` and, if asked for, the gradients of a fixed weighted sum of them; in float64 if asked."""
-    tensors = inputs(program, longer)
+    tensors = inputs(program, at)
     if double:
         tensors = {
             name: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
@@ -1042,7 +1078,7 @@ def _run(
         shape = [rows.shape[0], *([1] if heads else []), rows.shape[1], *([1] * (out.dim() - 2 - heads))]
         kept.append(torch.where(rows.view(shape), out, 0.0))
     results: list[torch.Tensor | None] = [out.detach() for out in kept]
-    if any(out.requires_grad for out in kept):
+    if backward and any(out.requires_grad for out in kept):
         generator = torch.Generator().manual_seed(1)
         sum((out * torch.randn(out.shape, generator=generator)).sum() for out in kept).backward()
         results += [tensors[name].grad for name in ("q", "k", "v", "bias", "gain")]
@@ -1118,17 +1154,52 @@ def check(program: Program, find: Callable[..., Any] = find_sites) -> dict[str, 
     ``{}`` stands for a program whose own result is not finite, or that PyTorch cannot run.
     """
     functions = _compile(program)
-    function = functions["program"]
-    try:
-        everything = _rows(program, functions, 0, False)
-        plain = _run(function, program, everything, 0)
-    except RuntimeError as error:
-        VERDICTS["-", f"no program: {str(error)[:60]}", "skipped"] += 1
-        return {}
-    if not all(x is None or x.isfinite().all() for x in plain):
-        VERDICTS["-", "not finite", "skipped"] += 1
+    unfit = _unfit(program, functions)
+    if unfit:
+        VERDICTS["-", unfit, "skipped"] += 1
         return {}
     captured = Captured(find)
+    run = _captured(program, functions, captured)
+    words = f"\n{program}\n\n{source(program)}"
+    if find is find_sites and all(_is_listed(block) for block in program.blocks):
+        sites = captured.planned["exact"]
+        assert len(sites) == len(program.blocks), f"{len(sites)} sites were found{words}"
+    verdicts = {}
+    for name in POLICIES:
+        captured.chosen = name
+        planned = captured.planned[name]
+        verdicts[name] = [plan.verdict for _, plan in planned]
+        whole = name == "exact" and len(program.blocks) == 1 and _averages(planned)
+        rows = partial(_rows, program, functions, express="express" in {plan.method for _, plan in planned})
+        rows = partial(lambda rows, at: torch.ones_like(rows(at)), rows) if whole else rows
+        for at in _situations(program, captured.changed[name]):
+            difference = _differs(program, functions["program"], run, rows, at)
+            reasons = [f"{site.form}: {plan.verdict}, {plan.method}: {plan.reason}" for site, plan in planned]
+            assert difference is None, f"policy {name!r}, {difference}; {reasons}, {at}{words}"
+    if program.kept is not None and captured.changed["thinned"]:
+        captured.chosen = "thinned"
+        difference = _neighbours(program, functions["program"], run, _rows(program, functions, express=True))
+        assert difference is None, f"depends on other sequences, {difference}{words}"
+    _count(program, verdicts)
+    return verdicts
+
+
+def _unfit(program: Program, functions: dict[str, Any]) -> str:
+    """Why a program cannot be compared with anything; ``""`` where it can."""
+    try:
+        plain = _run(functions["program"], program, _rows(program, functions))
+    except RuntimeError as error:
+        return f"no program: {str(error)[:60]}"
+    return "" if _is_finite(plain) else "not finite"
+
+
+def _is_finite(results: list[torch.Tensor | None]) -> bool:
+    return all(x is None or bool(x.isfinite().all()) for x in results)
+
+
+def _captured(program: Program, functions: dict[str, Any], captured: Captured) -> Callable[..., Any]:
+    """The program as ``captured`` runs it."""
+    function, rows = functions["program"], _rows(program, functions)
     breaks = any("graph break" in block.twist for block in program.blocks)
     compiled = torch.compile(function, backend=captured, fullgraph=not breaks, dynamic=program.dynamic == "all" or None)
 
@@ -1144,42 +1215,60 @@ def check(program: Program, find: Callable[..., Any] = find_sites) -> dict[str, 
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):  # half the time of a compilation
         if "number.c" in source(program).replace("number = ", ""):
             functions["number"].c = 0.45  # another model of the class, which Dynamo has seen before
-            _run(torch.compile(function, backend="eager"), program, everything, 0)
+            _run(torch.compile(function, backend="eager"), program, rows)
             functions["number"].c = 0.3
-        _run(run, program, everything, 0)
-    words = f"\n{program}\n\n{source(program)}"
-    if find is find_sites and all(_is_listed(block) for block in program.blocks):
-        sites = captured.planned["exact"]
-        assert len(sites) == len(program.blocks), f"{len(sites)} sites were found{words}"
-    trains = any(block.twist in TRAINS for block in program.blocks)
-    verdicts = {}
-    for name in POLICIES:
-        captured.chosen = name
-        planned = captured.planned[name]
-        verdicts[name] = [plan.verdict for _, plan in planned]
-        for longer in (0, 2) if program.dynamic else (0,):
-            if not captured.changed[name] and not longer:
-                continue
-            methods = {plan.method for _, plan in planned}
-            rows = _rows(program, functions, longer, "express" in methods)
-            if name == "exact" and len(program.blocks) == 1 and _averages(planned):
-                rows = torch.ones_like(rows)
-            expected = _run(function, program, rows, longer)
-            if not all(x is None or x.isfinite().all() for x in expected):
-                continue
-            got = _run(run, program, rows, longer)
-            difference = _difference(expected, got)
-            if difference is not None and len(got) == len(expected):
-                truth = _run(function, program, rows, longer, double=True)
-                difference = None if _as_good(truth, expected, got) else difference
-            reasons = [f"{site.form}: {plan.verdict}, {plan.method}: {plan.reason}" for site, plan in planned]
-            assert difference is None, f"policy {name!r}, {difference}; {reasons}, {trains=}, {longer=}{words}"
+        _run(run, program, rows)
+    return run
+
+
+def _situations(program: Program, changed: bool) -> Iterator[Situation]:
+    """With which inputs a program is compared; one whose graph is as it was only where it may be another graph."""
+    if changed:
+        yield AS_DRAWN
+    if program.dynamic:
+        yield Situation(longer=2)
+    if changed and program.kept is not None:
+        yield Situation(kept=program.kept)
+
+
+def _differs(
+    program: Program,
+    function: Callable[..., Any],
+    run: Callable[..., Any],
+    rows_at: Callable[[Situation], torch.Tensor],
+    at: Situation,
+) -> str | None:
+    """What is not as in the program itself, in words; None for no difference, or for results that are not finite."""
+    rows = rows_at(at)
+    expected = _run(function, program, rows, at)
+    if not _is_finite(expected):
+        return None
+    got = _run(run, program, rows, at)
+    difference = _difference(expected, got)
+    if difference is not None and len(got) == len(expected):
+        truth = _run(function, program, rows, at, double=True)
+        difference = None if _as_good(truth, expected, got) else difference
+    return difference
+
+
+def _neighbours(
+    program: Program, function: Callable[..., Any], run: Callable[..., Any], rows: torch.Tensor
+) -> str | None:
+    """How the kept sequence differs between two runs with others beside it; None if it does so in the program, too."""
+    runs = [[_run(f, program, rows, at) for at in (AS_DRAWN, Situation(kept=program.kept))] for f in (function, run)]
+    (plain, beside), got = ([[x[program.kept] for x in results if x is not None] for results in pair] for pair in runs)
+    if not all(map(torch.equal, plain, beside)):
+        return None
+    VERDICTS["thinned", "other sequences beside it", "compared"] += 1
+    return _difference(*got)
+
+
+def _count(program: Program, verdicts: dict[str, list[str]]) -> None:
     for name, found in verdicts.items():
         told = found if len(found) == len(program.blocks) else ["several sites" if found else "no site"] * 2
         for block, verdict in zip(program.blocks, told, strict=False):
             for feature in (f"dynamic={program.dynamic}", *_features(block)):
                 VERDICTS[name, feature, verdict] += 1
-    return verdicts
 
 
 def table() -> str:
