@@ -102,7 +102,8 @@ POLICIES = {
     "proven": Policy(methods=("proven",)),
 }
 # keeps few of the keys: what is computed is another thing than the program's, but of each sequence alone
-THINNED = {"thinned": Policy(methods=("thinformer", "express"), budget=4)}
+FEW = {"budget": 4, "sinks": 1, "window": 4, "protected": 0, "method_options": {"express": {"block": 16}}}
+THINNED = {"thinned": Policy(methods=("thinformer", "express"), **FEW)}
 WRITTEN_OUT = "proven"  # where what stays exact becomes SDPA all the same, as before inductor
 
 
@@ -1255,9 +1256,12 @@ def _neighbours(
     program: Program, function: Callable[..., Any], run: Callable[..., Any], rows: torch.Tensor
 ) -> str | None:
     """How the kept sequence differs between two runs with others beside it; None if it does so in the program, too."""
-    runs = [[_run(f, program, rows, at) for at in (AS_DRAWN, Situation(kept=program.kept))] for f in (function, run)]
-    (plain, beside), got = ([[x[program.kept] for x in results if x is not None] for results in pair] for pair in runs)
-    if not all(map(torch.equal, plain, beside)):
+    beside = (AS_DRAWN, Situation(kept=program.kept))
+    plain, got = (
+        [[x[program.kept] for x in _run(f, program, rows, at, backward=False) if x is not None] for at in beside]
+        for f in (function, run)
+    )
+    if not all(map(torch.equal, *plain)):
         return None
     VERDICTS["thinned", "other sequences beside it", "compared"] += 1
     return _difference(*got)
@@ -1349,6 +1353,35 @@ def test_a_wrong_proof_is_noticed(name: str) -> None:
 def test_a_scale_of_any_sign(scale: float) -> None:
     block = Block(form="sdpa", masks=(Term("causal: tril"),), sdpa=(f"scale={scale}",))
     assert check(Program(blocks=(block,)))["proven"] == ["rewritten"]
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+@pytest.mark.parametrize("form", ["sdpa", "softmax"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_sequence_gets_the_same_whatever_is_beside_it(kept: int, form: str, causal: bool) -> None:
+    masks = (Term("causal: tril"),) if causal else ()
+    block = Block(form=form, masks=(*masks, Term("padding: index")))
+    program = Program(B=3, Lq=64, Lk=64, blocks=(block,), padding=(1, 0, 3), gradients=False, kept=kept)
+    functions, captured = _compile(program), Captured()
+    run, rows = _captured(program, functions, captured), _rows(program, functions, express=True)
+    captured.chosen = "thinned"
+    assert [plan.verdict for _, plan in captured.planned["thinned"]] == ["rewritten"]
+    assert _difference(*(_run(f, program, rows) for f in (functions["program"], run))) is not None  # it does thin
+    compared = VERDICTS["thinned", "other sequences beside it", "compared"]
+    assert _neighbours(program, functions["program"], run, rows) is None
+    assert VERDICTS["thinned", "other sequences beside it", "compared"] == compared + 1
+
+
+def test_what_depends_on_its_neighbours_is_noticed() -> None:
+    program = Program(B=2, gradients=False, kept=1)
+    function = _compile(program)["program"]
+    rows = torch.ones(2, 5, dtype=torch.bool)
+
+    def leaks(q: torch.Tensor, **others: torch.Tensor) -> Any:
+        return function(q=q + 1e-3 * q.mean(0), **others)
+
+    assert "relative error" in str(_neighbours(program, function, leaks, rows))
+    assert _neighbours(program, leaks, leaks, rows) is None  # so it is in the program, too
 
 
 def test_what_counts_as_a_difference() -> None:
