@@ -30,7 +30,7 @@ from .method import METHODS
 from .module_code import writes_attention
 from .report import SiteReport, recorder
 from .spec import Plan, Policy, Unmet, known_equal
-from .tracers import cannot_trace, refuse_tracers
+from .tracers import cannot_trace, is_exporting, refuse_tracers
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -410,7 +410,7 @@ def _close(compiled: Compiled, call: FunctionType) -> None:
 
 @torch.compiler.assume_constant_result
 def _is_ours(name: str) -> bool:
-    if torch.compiler.is_exporting():
+    if is_exporting():
         raise RuntimeError(cannot_trace(name, "torch.export"))
     return is_converting()
 
