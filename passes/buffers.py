@@ -5,13 +5,11 @@ tensor of unknown values. Dynamo hands its memory to the backend, so that it can
 one number (the ``masked_bias`` of GPT-Neo): :meth:`Buffers.value`. What was relied on must stay as it is: at every call
 :meth:`Buffers.guard` looks whether it did, and otherwise runs the graph as it was.
 
-On the CPU the values are compared, however they may have been written: through ``.data``, numpy, the storage, or by
-another tensor in the buffer's place, which may hold the same values. That reads as much memory as one head's mask of
-the buffer's full size (0.1 ms for 1,024 x 1,024 booleans, where attention itself takes some 70 ms). Of a buffer of more
-than 4 million elements every n-th row is compared, and it has to be the same tensor at the same address, not written by
-torch since: single elements that are written through ``.data``, numpy or the storage escape there. On an accelerator
-reading values would make the host wait; there whatever leaves tensor, address and version as they are escapes, which is
-writing through ``.data`` or through the storage.
+On the CPU the values are compared, however they may have been written; another tensor in the buffer's place may hold
+the same ones. That takes 0.1 ms for 1,024 x 1,024 booleans, where attention itself takes some 70 ms. Of a buffer of
+more than 4 million elements every n-th row is compared, and it has to be the same tensor at the same address, not
+written by torch since: single elements written through ``.data``, numpy or the storage escape there. On an accelerator
+reading values would make the host wait; there whatever leaves tensor, address and version as they are escapes.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ def _write(
     with entered(autocast):
         tensors = [x.emit(emit) for x in inputs]
         if isinstance(kept.get("attn_mask"), Node):
-            kept["attn_mask"] = _mask_of_four(kept["attn_mask"], shape, emit)
+            kept["attn_mask"] = softmax.broadcast(kept["attn_mask"], node, (spec.B, spec.H), tensors[0], emit)
         attention = emit(F.scaled_dot_product_attention, *tensors, **kept, scale=spec.scale, enable_gqa=gqa)
         out = attention
         if len(shape) > 4:
@@ -241,19 +241,6 @@ def _of_four(x: Operand) -> Operand:
     for _ in range(4 - rank):
         x = x.then(torch.unsqueeze, rank - 2)
     return x
-
-
-def _mask_of_four(mask: Node, shape: torch.Size, emit: Emit) -> Node:
-    """A mask that broadcasts to the scores of ``shape``, as it broadcasts to those of four dimensions."""
-    rank, own = len(shape), len(shape_of(mask))
-    if rank == 3 and own == 3:
-        return emit(torch.unsqueeze, mask, 1)
-    if rank > 4 and own > 3:
-        for _ in range(rank - own):
-            mask = emit(torch.unsqueeze, mask, 0)
-        mask = emit(torch.Tensor.expand, mask, (*shape[: rank - 3], -1, -1, -1))
-        return emit(torch.flatten, mask, 0, rank - 4)
-    return mask
 
 
 def _same_leading(node: Node, inputs: Sequence[Node]) -> int:

@@ -2,17 +2,12 @@
 
 ``torch.nn.MultiheadAttention`` arrives as one call of ``torch.nn.functional.multi_head_attention_forward``, and
 ``torch.nn.TransformerEncoderLayer`` without gradients as one ``torch._transformer_encoder_layer_fwd``. :func:`describe`
-reads such a call; what it returns (``Expand``) writes projections, ``scaled_dot_product_attention`` and all that
-follows in its place.
+reads such a call; what it returns writes projections, ``scaled_dot_product_attention`` and what follows in its place.
 
-Masks: torch hides a key where a boolean mask is True. A float mask counts only if it is proven to hold nothing but 0
-and what hides (``symbolic.HIDDEN``). ``is_causal`` is a hint that torch itself trusts only sometimes, and is never
-trusted here.
-
-Rows without any visible key: this package's ops give 0 there, and the layer's output its bias, as the SDPA path of
-torch does; the fused kernel and the path with ``need_weights=True`` give NaN.
-
-The fused kernel approximates gelu by tanh on CUDA; in the open it is the module's own, exact gelu.
+Torch hides a key where a boolean mask is True. A float mask has to be proven to hold nothing but 0 and what hides
+(``symbolic.HIDDEN``). ``is_causal`` is a hint that torch itself trusts only sometimes, and is never trusted here.
+In rows without a visible key the ops give 0, and the layer its bias, as torch's SDPA path does; its fused kernel and
+the path with ``need_weights=True`` give NaN. The fused kernel has gelu by tanh on CUDA; in the open it is exact.
 
 What Dynamo leaves to eager code is no site: ``TransformerEncoder(mask_check=False)`` with a key padding, which makes
 nested tensors (``enable_nested_tensor=False`` avoids them), a causal mask without ``is_causal``, whose values torch
@@ -213,9 +208,7 @@ def _mask(scope: Scope, node: Node, call: _Attention, sizes: tuple[Any, Any, Any
         per_head = (b * call.heads + (h if call.heads > 1 else 0), q, k)
         coords = per_head if len(shape_of(call.attn_mask)) == 3 else None
         mask, padding = prove(call.attn_mask, sizes, scope, node, coords=coords, hides=True)
-    plain = (
-        mask.causal and known_equal(mask.offset, 0) and mask.window is None and not mask.padding and not mask.segments
-    )
+    plain = known_equal(mask.offset, 0) and replace(mask, offset=0) == Mask(causal=True)
     if call.hinted and mask.unknown is None and not plain:
         mask = Mask(unknown=f"is_causal=True says that it is causal, but it is proven to be: {mask}")
     if call.key_padding is None or mask.unknown is not None:

@@ -148,6 +148,19 @@ def _turned(node: Node) -> Operation | None:
     return Operation("transpose", {"input": node.args[0], "dim0": -1, "dim1": -2})
 
 
+def order_of(op: Operation, rank: int) -> list[int]:
+    """The dimensions of what is transposed or permuted, as they are after that; none where they are not known."""
+    order = list(range(rank))
+    dims = [op.get("dim0"), op.get("dim1")] if op.name == "transpose" else list(op.get("dims", ()))
+    if rank == 0 or not all(isinstance(d, int) for d in dims) or (op.name == "permute" and len(dims) != rank):
+        return []
+    if op.name == "permute":
+        return [d % rank for d in dims]
+    i, j = (d % rank for d in dims)
+    order[i], order[j] = j, i
+    return order
+
+
 _WRITES = frozenset(
     ("add", "sub", "mul", "div", "floor_divide", "remainder", "neg", "abs", "exp", "log", "clamp", "clamp_min")
     + ("eq", "ne", "lt", "le", "gt", "ge", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not", "logical_and")

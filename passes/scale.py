@@ -1,10 +1,9 @@
 """Constants on queries and keys: the ``D**-0.5`` of ``(q * D**-0.5) @ k^T`` belongs to the scale of the scores.
 
 A method that thins keys compares them by ``exp(scale <k, k'>)``, so it must know the whole scale. Queries and keys are
-taken before they are multiplied by positive numbers, and the views that follow are written anew on them. In half
-precision the scaled query was rounded once more than the one that is taken (not at all, for a power of two): the
-result can only come closer to that of exact arithmetic, and so this is done in every floating dtype. What is scaled in
-place (``q *= c``) stays as it is, and the scale without it: the query before is gone.
+taken before they are multiplied by positive numbers, and the views that follow are written anew on them: in half
+precision with one rounding less, so this is done in every floating dtype. What is scaled in place (``q *= c``) stays
+as it is, and the scale without it: the query before is gone.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..core.spec import AttentionSpec, Mask, known_equal
 from .mask import MaskPart, Padding, prove_all, same_for_all_queries, unknown
 from .nodes import is_parted, reached, same_sizes, sources, tensor_of
-from .normalize import Operation, in_place, known, number, operation, performed
+from .normalize import Operation, in_place, known, number, operation, order_of, performed
 from .repeat import unrepeated
 from .scale import unscaled
 from .site import PADDED, Emit, Operand, Refused, Scope, check_heads, entered, make_spec, sizes_of
@@ -258,24 +258,11 @@ def is_of_keys(op: Operation) -> bool:
     while (turned := operation(key)) is not None:
         before = turned.get("input")
         if turned.name in ("transpose", "permute"):
-            return _order(turned, rank_of(key))[-2:-1] == [rank_of(key) - 1]
+            return order_of(turned, rank_of(key))[-2:-1] == [rank_of(key) - 1]
         if turned.name not in (*VIEWS, *_COPIES) or not _stays_scores(before, key):
             return False
         key = before
     return False
-
-
-def _order(op: Operation, rank: int) -> list[int]:
-    """The dimensions of what is transposed or permuted, as they are after that; none where they are not known."""
-    order = list(range(rank))
-    dims = [op.get("dim0"), op.get("dim1")] if op.name == "transpose" else list(op.get("dims", ()))
-    if rank == 0 or not all(isinstance(d, int) for d in dims) or (op.name == "permute" and len(dims) != rank):
-        return []
-    if op.name == "permute":
-        return [d % rank for d in dims]
-    i, j = (d % rank for d in dims)
-    order[i], order[j] = j, i
-    return order
 
 
 def rank_of(node: Any) -> int:
@@ -655,7 +642,7 @@ def _factors(product: Node) -> tuple[Operand, Operand]:
     _same_rank(query, key)
     turned, rank = operation(key), len(_shape(key))
     if turned is not None and turned.name in ("transpose", "permute"):
-        if _order(turned, rank) == [*range(rank - 2), rank - 1, rank - 2]:
+        if order_of(turned, rank) == [*range(rank - 2), rank - 1, rank - 2]:
             return Operand(query), Operand(turned.node())
     return Operand(query), Operand(key).then(torch.transpose, -2, -1)
 
@@ -913,14 +900,14 @@ def _emit_mask(attention: _Attention, query: Node, emit: Emit) -> tuple[Node | N
     bias: Node | None = None
     visible: Node | None = None
     for node, factor, like in scores.added:
-        term = _broadcast(node, like, heads, query, emit)
+        term = broadcast(node, like, heads, query, emit)
         if not term.meta["example_value"].dtype.is_floating_point:
             term = emit(torch.Tensor.to, term, dtype)  # the sum of two booleans is another one
         if factor != 1:
             term = emit(torch.mul, term, factor)
         bias = term if bias is None else emit(torch.add, bias, term)
     for node, hides, like in scores.filled:
-        shown = _broadcast(node, like, heads, query, emit)
+        shown = broadcast(node, like, heads, query, emit)
         shown = emit(torch.logical_not, shown) if hides else shown
         visible = shown if visible is None else emit(torch.logical_and, visible, shown)
     if bias is None:
@@ -930,7 +917,7 @@ def _emit_mask(attention: _Attention, query: Node, emit: Emit) -> tuple[Node | N
     return visible, bias if visible is None else emit(torch.where, visible, bias, float("-inf"))
 
 
-def _broadcast(node: Node, like: Node, heads: tuple[Any, Any], query: Node, emit: Emit) -> Node:
+def broadcast(node: Node, like: Node, heads: tuple[Any, Any], query: Node, emit: Emit) -> Node:
     """A tensor that broadcasts to scores like ``like``, so that it broadcasts to those of 4 dimensions, and has 2 at
     least. ``query`` is ``[B, H, Lq, D]``."""
     shape, sizes = _shape(node), _shape(like)[:-2]

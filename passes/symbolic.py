@@ -25,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from ..core.spec import known_equal
 from .buffers import Buffers
 from .nodes import same_sizes, shares_memory, tensor_of
-from .normalize import Operation, in_place, number, operation
+from .normalize import Operation, in_place, number, operation, order_of
 from .words import label, spoken
 
 COORDINATES = sympy.symbols("b h q k", integer=True, nonnegative=True)
@@ -634,14 +634,10 @@ def _cat(at: _Element) -> Any:
 
 
 def _permuted(at: _Element) -> Any:
-    rank = len(at.coords)
-    order = list(range(rank))
-    if at.op.name == "permute":
-        order = [d % rank for d in at.op.get("dims")]
-    else:
-        i, j = at.op.get("dim0") % rank, at.op.get("dim1") % rank
-        order[i], order[j] = j, i
-    return at.moved([at.coords[order.index(d)] for d in range(rank)])
+    order = order_of(at.op, len(at.coords))
+    if not order:
+        raise _NoRule
+    return at.moved([at.coords[order.index(d)] for d in range(len(order))])
 
 
 def _cumsum(at: _Element) -> Any:
