@@ -67,11 +67,12 @@ class Padding:
     """How to get the key padding ``[B, Lk]`` (bool, True = visible): the conjunction of ``terms`` and ``last_row``.
 
     Where the terms of a mask cannot be read in the site's own graph, ``last_row`` is the mask itself, whose last
-    query row sees exactly the keys that are not padding.
+    query row, at ``last_index``, sees exactly the keys that are not padding.
     """
 
     terms: tuple[PaddingTerm, ...] = ()
     last_row: Node | None = None
+    last_index: tuple[Any, ...] = ()
 
 
 def prove(
@@ -125,10 +126,20 @@ def prove_all(
     try:
         evaluator = Evaluator(around, reader, sizes)
         shown = [evaluator.visible(part.node, part.coords, part.sizes, part.hides, part.factor) for part in parts]
-        asked = _Asked(evaluator, parts[0].node, sizes[0], size_expr(sizes[2]), size_expr(sizes[3]))
-        return _classify(sympy.And(*shown), asked, as_in_sdpa)
+        last_index = _last_index(parts[0]) if as_in_sdpa else None
+        asked = _Asked(evaluator, parts[0].node, sizes[0], size_expr(sizes[2]), size_expr(sizes[3]), last_index)
+        return _classify(sympy.And(*shown), asked)
     except Unproven as error:
         return unknown(str(error), error.nearest)
+
+
+_LAST = {_B: slice(None), _H: 0, _Q: -1, _K: slice(None)}
+
+
+def _last_index(part: MaskPart) -> tuple[Any, ...] | None:
+    """Where the last query row of the first head is in a mask; None where sequences are not one dimension of it."""
+    coords = part.coords[len(part.coords) - example_of(part.node).dim() :]
+    return tuple(_LAST[x] for x in coords) if all(x in _LAST for x in coords) else None
 
 
 def unknown(why: str, nearest: str | None = None) -> tuple[Mask, None]:
@@ -176,6 +187,7 @@ class _Asked:
     B: Any
     q_len: Any
     k_len: Any
+    last_index: tuple[Any, ...] | None
 
     @property
     def is_single(self) -> bool:
@@ -188,7 +200,7 @@ class _Asked:
         return self.k_len - self.q_len
 
 
-def _classify(condition: Boolean, asked: _Asked, as_in_sdpa: bool) -> tuple[Mask, Padding | None]:
+def _classify(condition: Boolean, asked: _Asked) -> tuple[Mask, Padding | None]:
     condition, segments = _simplified(condition, asked)
     if condition is sympy.false:
         raise Unproven("it hides every key")
@@ -200,9 +212,9 @@ def _classify(condition: Boolean, asked: _Asked, as_in_sdpa: bool) -> tuple[Mask
     terms = [term for literal in found["padding"] if (term := _padding_term(literal, asked)) is not None]
     if len(terms) == len(found["padding"]):
         return proven, Padding(tuple(terms))
-    plain = as_in_sdpa and proven.window is None and not segments
-    if plain and (not proven.causal or known_equal(proven.offset, asked.bottom_right)):
-        return proven, Padding(last_row=asked.mask)
+    plain = proven.window is None and not segments
+    if asked.last_index is not None and plain and (not proven.causal or known_equal(proven.offset, asked.bottom_right)):
+        return proven, Padding(last_row=asked.mask, last_index=asked.last_index)
     raise _unproven(sympy.And(*found["padding"]), asked)
 
 

@@ -76,9 +76,9 @@ def find_sites(gm: GraphModule, buffers: Buffers | None = None, place: Place | N
             continue
         site = listed(scope.gm, node, form or NOT_MATCHED)
         try:
-            if form is None or unread is not None:
-                raise unread or Refused(NOT_MATCHED)
-            site = replace(site, **(_describe(scope, node, form) if site.refusal is None else {}))
+            if unread is not None:
+                raise unread
+            site = replace(site, **(_describe(scope, node, site.form) if site.refusal is None else {}))
             found.append(replace(site, written=scope.overwritten(site.node)))
             scope.attended.add(site.node)
         except Refused as error:

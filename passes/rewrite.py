@@ -71,7 +71,7 @@ def _renamed(site: AttentionSite, replaced: dict[Node, Node]) -> AttentionSite:
     padding = site.padding
     if padding is not None:
         terms = tuple(replace(term, node=_now(term.node, replaced)) for term in padding.terms)
-        padding = Padding(terms, padding.last_row and _now(padding.last_row, replaced))
+        padding = replace(padding, terms=terms, last_row=padding.last_row and _now(padding.last_row, replaced))
     query, key, value = (x and _now(x, replaced) for x in (site.query, site.key, site.value))
     return replace(site, padding=padding, query=query, key=key, value=value)
 
@@ -209,19 +209,18 @@ def _padding(graph: Graph, site: AttentionSite, padding: Padding, B: Any) -> Nod
 
     conditions = [_condition(emit, term) for term in padding.terms]
     if padding.last_row is not None:
-        conditions.append(_last_row(emit, padding.last_row))
+        conditions.append(_last_row(emit, padding.last_row, padding.last_index))
     result = functools.reduce(lambda a, b: emit(torch.logical_and, a, b), conditions)
     if known_equal(shape_of(result)[0], B):
         return result
     return emit(torch.Tensor.expand, result, emit(torch.Tensor.size, site.query, 0), -1)
 
 
-def _last_row(emit: Emit, mask: Node) -> Node:
-    example = mask.meta["example_value"]
-    row = emit(operator.getitem, mask, (slice(None), 0, -1, slice(None))[4 - example.dim() :])
-    if example.dtype != torch.bool:
+def _last_row(emit: Emit, mask: Node, index: tuple[Any, ...]) -> Node:
+    row = emit(operator.getitem, mask, index)
+    if mask.meta["example_value"].dtype != torch.bool:
         row = emit(torch.eq, row, 0)
-    return row if example.dim() == 4 else emit(torch.unsqueeze, row, 0)
+    return row if index.count(slice(None)) == 2 else emit(torch.unsqueeze, row, 0)
 
 
 def _condition(emit: Emit, term: PaddingTerm) -> Node:
