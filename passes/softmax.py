@@ -306,8 +306,18 @@ def describe(scope: Scope, written: Softmax) -> dict[str, Any]:
     found = {"node": out, "spec": spec, "padding": padding, "expand": expand}
     if not _averages(scores, spec):
         return {**found, "exact": expand}
-    averaging = partial(expand, averages=True) if len(scores.fills) == 1 and not scores.late else None
-    return {**found, "exact": averaging, "averages": True}
+    # one mask that is added and one that is filled in may hide all keys of a row together, each some of them
+    evaluator = Evaluator(scope, written.nodes[-1])
+    is_equal = len(scores.fills) == 1 and not scores.late and not any(_hides(*x, evaluator) for x in scores.added)
+    return {**found, "exact": partial(expand, averages=True) if is_equal else None, "averages": True}
+
+
+def _hides(term: Node, factor: float, like: Node, evaluator: Evaluator) -> bool:
+    """Whether a tensor that is added to scores is known to hide some of them."""
+    try:
+        return evaluator.visible(term, _anywhere(rank_of(like)), _shape(like), factor=factor) is not sympy.true
+    except Unproven:
+        return False
 
 
 def _averages(scores: _Scores, spec: AttentionSpec) -> bool:
