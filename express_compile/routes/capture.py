@@ -31,7 +31,7 @@ from ..core.spec import known_equal
 from ..report.explain import SiteReport, recorder
 from .dynamo import Compiled, Failure, cannot_capture, is_converting
 from .module_code import writes_attention
-from .tracers import cannot_trace, refuse_tracers
+from .tracers import cannot_trace, is_exporting, refuse_tracers
 from .transformers.masks import untraced
 
 if TYPE_CHECKING:
@@ -411,7 +411,7 @@ def _close(compiled: Compiled, call: FunctionType) -> None:
 
 @torch.compiler.assume_constant_result
 def _is_ours(name: str) -> bool:
-    if torch.compiler.is_exporting():
+    if is_exporting():
         raise RuntimeError(cannot_trace(name, "torch.export"))
     return is_converting()
 
