@@ -99,9 +99,9 @@ def stretch_reference(
     length = length[:, None, None]
     fewer = n >> torch.arange(1, bits + 1, device=device)
     shift = (fewer >= length.clamp(min=s)).sum(-1, keepdim=True)
-    bits = bits - shift
+    own_bits = bits - shift
     product = (place >> shift) * length
-    rank = (product >> bits) + ((((product & ((n >> shift) - 1)) << 24) + u * length) >> (24 + bits))
+    rank = (product >> own_bits) + ((((product & ((n >> shift) - 1)) << 24) + u * length) >> (24 + own_bits))
     rank = torch.minimum(rank, (length - 1).clamp(min=0))
     return rank if order is None else order[:, None].expand(-1, H, -1).gather(2, rank)
 
@@ -201,8 +201,8 @@ def select(
     rows = s if callable(s) else lambda L: s
     if padding is None:
         if Lk > rows(Lk):
-            kept = thin_all(key, value, None, make_schedule(Lk, rows(Lk)), rule, scale, seed, layer)
-            return *kept, None
+            all_alike = thin_all(key, value, None, make_schedule(Lk, rows(Lk)), rule, scale, seed, layer)
+            return *all_alike, None
         return torch.arange(Lk, device=device).expand(B, H, Lk), key, value, None
     order, length = real_first(padding), padding.sum(1)
     found = pieces(rows, Lk)
