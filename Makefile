@@ -56,18 +56,18 @@ transformers-tests: install
 	test -n "$(TRANSFORMERS_TESTS)" || { version=$$($(PIP_VERSION)) && cd $(TRANSFORMERS) && \
 	  $(CURDIR)/$(PY) -m pip download --quiet --no-deps --no-binary :all: "transformers==$$version" && \
 	  tar xzf "transformers-$$version.tar.gz" --strip-components 1; }
-	$(PY) examples/transformers_tests.py $(or $(TRANSFORMERS_TESTS),$(TRANSFORMERS)) --out examples/results/transformers-tests.txt
+	$(PY) examples/bench/transformers_tests.py $(or $(TRANSFORMERS_TESTS),$(TRANSFORMERS)) --out examples/bench/results/transformers-tests.txt
 
 # torchvision has no build beside the torch that the suite uses; these are the versions of the committed table.
 foreign:
 	$(PYTHON) -m venv .venv-foreign
-	.venv-foreign/bin/pip --disable-pip-version-check install --quiet -r examples/foreign-requirements.txt
-	PYTHONPATH=. .venv-foreign/bin/python examples/foreign.py --out examples/results/foreign.csv
-	PYTHONPATH=. .venv-foreign/bin/python examples/foreign.py --inductor --out examples/results/foreign.csv
+	.venv-foreign/bin/pip --disable-pip-version-check install --quiet -r examples/bench/foreign-requirements.txt
+	PYTHONPATH=. .venv-foreign/bin/python examples/bench/foreign.py --out examples/bench/results/foreign.csv
+	PYTHONPATH=. .venv-foreign/bin/python examples/bench/foreign.py --inductor --out examples/bench/results/foreign.csv
 
 inductor-tests: install
 	$(PIP) expecttest==0.3.0
-	$(PY) examples/inductor_tests.py $(SOURCE) --out examples/results/fused-attention-tests.txt
+	$(PY) examples/bench/inductor_tests.py $(SOURCE) --out examples/bench/results/fused-attention-tests.txt
 
 lint: install
 	$(PY) -m ruff check .

@@ -21,6 +21,8 @@ from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers' loading; read when torch imports tqdm
 
+sys.path.append(str(Path(__file__).parent / "bench"))  # where what it shares with the measurements lives
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure

@@ -1,8 +1,8 @@
 """Train a byte-level language model at 16,384 bytes of context, once with exact attention and once with sparse.
 
-    python examples/train_sparse.py --out examples/results/train_sparse.csv     # on a GPU: some minutes
+    python examples/train_sparse.py --out examples/bench/results/train_sparse.csv     # on a GPU: some minutes
     python examples/train_sparse.py --context 256 --dim 32 --layers 2 --heads 2 --batch 1 --steps 4     # a taste
-    python examples/train_sparse.py --plot examples/results/train_sparse.csv    # the picture of such a file
+    python examples/train_sparse.py --plot examples/bench/results/train_sparse.csv    # the picture of such a file
 
 The same model, the same initial weights, the same text in the same order; the runs differ in one line:
 
@@ -25,10 +25,13 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent / "bench"))  # where what it shares with the measurements lives
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +41,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from express_compile import record_sites, rewrite_attention
-from express_compile.backend import express
-from express_compile.devices import versions
+from express_compile.planning.devices import versions
+from express_compile.routes.compile import express
 
 RUNS = ("exact", "sparse", "compiled", "speed")
 SKIP = ("test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "__pycache__")

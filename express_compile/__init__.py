@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .eager import is_rewritten, record_sites, restore_attention, rewrite_attention
-    from .method import METHODS, Method, register
-    from .report import Report, SiteReport, explain
-    from .saved import SavedPlan, SavedSite
-    from .shadow import Watch, watch
-    from .spec import AttentionSpec, Mask, Plan, Policy, Refusal, Site
-    from .tolerance import Calibration, calibrate_error
+    from .core.method import METHODS, Method, register
+    from .core.saved import SavedPlan, SavedSite
+    from .core.spec import AttentionSpec, Mask, Plan, Policy, Refusal, Site
+    from .quality.budgets import Calibration, calibrate_error
+    from .quality.watch import Watch, watch
+    from .report.explain import Report, SiteReport, explain
+    from .routes.transformers.eager import is_rewritten, record_sites, restore_attention, rewrite_attention
 
 # kernels/ and passes/ lie beside this folder in a checkout and inside it in a wheel. When Python runs from the
 # root of a checkout, this folder is found before an installed copy, so it must find its two sisters itself.
@@ -25,13 +25,13 @@ if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels").is_dir():
     __path__.append(str(_HERE.parent))
 
 _HOMES = {
-    "eager": ("rewrite_attention", "restore_attention", "is_rewritten", "record_sites"),
-    "report": ("explain", "Report", "SiteReport"),
-    "saved": ("SavedPlan", "SavedSite"),
-    "shadow": ("Watch", "watch"),
-    "spec": ("AttentionSpec", "Mask", "Plan", "Policy", "Refusal", "Site"),
-    "method": ("METHODS", "Method", "register"),
-    "tolerance": ("Calibration", "calibrate_error"),
+    "core.method": ("METHODS", "Method", "register"),
+    "core.saved": ("SavedPlan", "SavedSite"),
+    "core.spec": ("AttentionSpec", "Mask", "Plan", "Policy", "Refusal", "Site"),
+    "quality.budgets": ("Calibration", "calibrate_error"),
+    "quality.watch": ("Watch", "watch"),
+    "report.explain": ("explain", "Report", "SiteReport"),
+    "routes.transformers.eager": ("rewrite_attention", "restore_attention", "is_rewritten", "record_sites"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -19,12 +19,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .plain import from_json
+from .core.plain import from_json
 
 if TYPE_CHECKING:
     import torch
 
-    from .report import Report
+    from .report.explain import Report
 
 MODULE = "express_compile_model"  # the module that a model's file becomes
 DTYPES = ("int64", "int32", "bool", "float32", "bfloat16", "float16", "float64")
@@ -80,8 +80,8 @@ def _add_explain(commands: Any) -> None:
 def _explain(options: argparse.Namespace) -> int:
     import torch
 
-    from .report import explain
-    from .spec import Unmet
+    from .core.spec import Unmet
+    from .report.explain import explain
 
     fields = {name: getattr(options, name) for name in POLICY if hasattr(options, name)}
     if "modules" in fields:
@@ -128,8 +128,8 @@ def _plots(report: Report, options: argparse.Namespace) -> dict[str, str]:
 def _check(options: argparse.Namespace, fields: dict[str, Any]) -> None:
     import torch
 
-    from .passes.plan import check_policy
-    from .spec import Policy
+    from .core.spec import Policy
+    from .planning.choose import check_policy
 
     try:
         torch.empty(0, device=options.device)
@@ -229,9 +229,9 @@ def _calibrate(options: argparse.Namespace) -> int:
     from rich.progress import track
     from rich.table import Table
 
-    from .cost import Rates
-    from .devices import name_of, path_of, save
-    from .measure import calibrate
+    from .core.cost import Rates
+    from .planning.devices import name_of, path_of, save
+    from .planning.measure import calibrate
 
     if options.out is None:
         try:

@@ -12,10 +12,10 @@ import functools
 
 import torch
 
-from express_compile.cost import dense_cost, visible_pairs
-from express_compile.method import Method, register
+from express_compile.core.cost import dense_cost, visible_pairs
+from express_compile.core.method import Method, register
 
-from .segments import causal_table, dense_table, segment_attention
+from .attend.segments import causal_table, dense_table, segment_attention
 
 
 def exact_attention(

@@ -34,19 +34,12 @@ import numpy as np
 import sympy
 import torch
 
-from express_compile import cost as c
-from express_compile.method import Method, register
-from express_compile.plain import number
-from express_compile.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
+from express_compile.core import cost as c
+from express_compile.core.method import Method, register
+from express_compile.core.plain import number
+from express_compile.core.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
 
-from ._op import at_the_end, define_attention, no_kernel
-from ._padding import Packing
-from ._triton import philox_uniform
-from .contest import CONTEST, compete, compete_reference
-from .exact import exact_attention
-from .halving import HalvingRule, get_rule, halve_reference
-from .schedule import Schedule, admitted, check_budget, make_schedule
-from .segments import (
+from .attend.segments import (
     COMPACTED,
     TOKENS,
     SegmentTable,
@@ -54,8 +47,15 @@ from .segments import (
     segment_attention,
     segment_attention_reference,
 )
-from .segments_backward import accumulate_rows, segment_gradients
-from .thinning import describe_launches, thin
+from .attend.segments_backward import accumulate_rows, segment_gradients
+from .exact import exact_attention
+from .launch import philox_uniform
+from .op import at_the_end, define_attention, no_kernel
+from .padding import Packing
+from .select.contest import CONTEST, compete, compete_reference
+from .select.halving import HalvingRule, get_rule, halve_reference
+from .select.schedule import Schedule, admitted, check_budget, make_schedule
+from .select.thinning import describe_launches, thin
 
 
 @dataclass(frozen=True)

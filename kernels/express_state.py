@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from ._triton import philox_uniform
-from .contest import CONTEST, contest, distinctiveness
 from .express import ExpressConfig, gather_rows
-from .halving import halve_reference
-from .schedule import CLOSE_FIRST, CLOSE_SECOND, SUBSAMPLE, Round, stage
+from .launch import philox_uniform
+from .select.contest import CONTEST, contest, distinctiveness
+from .select.halving import halve_reference
+from .select.schedule import CLOSE_FIRST, CLOSE_SECOND, SUBSAMPLE, Round, stage
 
 
 class Rows(NamedTuple):

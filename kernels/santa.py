@@ -60,16 +60,25 @@ from typing import Any
 import sympy
 import torch
 
-from express_compile import cost as c
-from express_compile.method import Method, register
-from express_compile.spec import AttentionSpec, Policy, Refusal, Site, feature_major, known_equal, layer_key, rows_at
+from express_compile.core import cost as c
+from express_compile.core.method import Method, register
+from express_compile.core.spec import (
+    AttentionSpec,
+    Policy,
+    Refusal,
+    Site,
+    feature_major,
+    known_equal,
+    layer_key,
+    rows_at,
+)
 
-from ._op import attention_fake, define_op, no_kernel, of_any_size
-from ._padding import Places
-from ._triton import philox_uniform
-from .bernoulli import check_levels, round_query
+from .attend.bernoulli import check_levels, round_query
+from .attend.sampled import CHUNK, DRAW_PROGRAMS, MAX_ROWS, grid_bits, santa_triton
 from .exact import cudnn_takes, exact_attention
-from .santa_kernels import CHUNK, DRAW_PROGRAMS, MAX_ROWS, grid_bits, santa_triton
+from .launch import philox_uniform
+from .op import attention_fake, define_op, no_kernel, of_any_size
+from .padding import Places
 
 MAX_QUERIES = 16
 _NEEDS_FEATURES = (

@@ -37,15 +37,15 @@ from typing import Any
 import sympy
 import torch
 
-from express_compile import cost as c
-from express_compile.method import Method, register
-from express_compile.plain import number
-from express_compile.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
+from express_compile.core import cost as c
+from express_compile.core.method import Method, register
+from express_compile.core.plain import number
+from express_compile.core.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
 
-from ._op import at_the_end, define_attention, no_kernel
-from ._padding import Packing, real_first
+from .attend.patterns import sparse_backward_triton, sparse_forward_triton
 from .exact import exact_attention
-from .sparse_kernels import sparse_backward_triton, sparse_forward_triton
+from .op import at_the_end, define_attention, no_kernel
+from .padding import Packing, real_first
 
 KINDS = ("strided", "fixed")
 PARTS = ("merged", "local", "far", "per_head")

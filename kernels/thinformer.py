@@ -10,7 +10,7 @@ uniform u per head, so that every token is expected equally often and none is dr
 
 Error law (the paper's, for keys of low rank): falls like ``1 / s`` up to logarithms, that of a uniform sample like
 ``1 / sqrt(s)``. Measured on keys of rank 2 with bounded scores: ``s**-0.9``. On the keys of real models it falls no
-faster than that of a uniform sample and is 1 to 10% below it (examples/results/thinformer-error.png).
+faster than that of a uniform sample and is 1 to 10% below it (examples/bench/results/thinformer-error.png).
 
 Of a policy, ``budget``, ``halving``, ``seed`` and ``min_length`` count; there are no sinks, no window and no
 protected rows.
@@ -31,21 +31,21 @@ from typing import Any
 import sympy
 import torch
 
-from express_compile import cost as c
-from express_compile.method import Method, register
-from express_compile.plain import number
-from express_compile.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
+from express_compile.core import cost as c
+from express_compile.core.method import Method, register
+from express_compile.core.plain import number
+from express_compile.core.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
 
-from ._op import define_attention, no_kernel
-from ._padding import real_first
-from ._triton import draw_uniform, jit, launch, philox_uniform, require_triton, tl
+from .attend.segments import dense_table, segment_attention
+from .attend.segments_backward import accumulate_rows, segment_gradients
 from .exact import exact_attention
 from .express import MIN_QUERIES, gather_rows, halve_all_reference
-from .halving import HalvingRule, get_rule
-from .schedule import STRETCH, Schedule, budget_options, compress_schedule, rows_of, stage
-from .segments import dense_table, segment_attention
-from .segments_backward import accumulate_rows, segment_gradients
-from .thinning import describe_launches, thin
+from .launch import draw_uniform, jit, launch, philox_uniform, require_triton, tl
+from .op import define_attention, no_kernel
+from .padding import real_first
+from .select.halving import HalvingRule, get_rule
+from .select.schedule import STRETCH, Schedule, budget_options, compress_schedule, rows_of, stage
+from .select.thinning import describe_launches, thin
 
 MAX_G = 30  # 2**30 sqrt(n) rows are all keys of any sequence
 

@@ -28,7 +28,7 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
-from ..spec import Mask, known_equal
+from ..core.spec import Mask, known_equal
 from .normalize import number, operation
 from .symbolic import COORDINATES, PROVABLE, Evaluator, Surroundings, Unproven, example_of, formula, is_one, size_expr
 
@@ -75,7 +75,7 @@ def prove(
     """What ``mask``, the ``attn_mask`` that ``reader``, a site with ``sizes`` ``(B, H, Lq, Lk)``, is given, allows.
 
     The mask broadcasts to ``sizes``, or has for every dimension an entry of ``coords``, an expression in
-    :data:`~express_compile.passes.symbolic.COORDINATES`. A boolean mask shows where it is True, or ``hides`` there.
+    :data:`COORDINATES`. A boolean mask shows where it is True, or ``hides`` there.
     Returns the proven :class:`Mask` and, if it has a key padding, where to find it; an unproven mask has
     ``Mask.unknown`` set. Never raises for a mask it does not understand.
     """
@@ -88,7 +88,7 @@ def prove(
 @dataclass(frozen=True)
 class MaskPart:
     """One of several masks that together hide scores: ``node`` broadcasts to a tensor of ``sizes``, whose dimensions
-    are at ``coords``, expressions in :data:`~express_compile.passes.symbolic.COORDINATES`. A boolean one shows where it
+    are at ``coords``, expressions in :data:`COORDINATES`. A boolean one shows where it
     is True, or ``hides`` there; any other is added to scores, and so is a boolean one with a ``factor``, that many
     times."""
 

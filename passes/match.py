@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from ..spec import AttentionSpec, Mask, default_scale, feature_major, known_equal
+from ..core.spec import AttentionSpec, Mask, default_scale, feature_major, known_equal
 from . import near, softmax
 from .buffers import Buffers
 from .cut import cut_products

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..spec import AttentionSpec, Mask, known_equal
+from ..core.spec import AttentionSpec, Mask, known_equal
 from .mask import Padding, prove, prove_key_padding
 from .normalize import number
 from .site import PADDED, Emit, Expand, Refused, Scope, entered

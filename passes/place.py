@@ -30,7 +30,7 @@ from torch.fx import GraphModule, Node
 
 _PATHS = "express_compile_paths"
 _CALLS = nn.Module._call_impl.__code__
-_CAPTURES = "express_compile.capture"  # has a function of that kind for what rewrite_attention changed
+_CAPTURES = "express_compile.routes.capture"  # has a function of that kind for what rewrite_attention changed
 Scope = tuple[Mapping[str, Any], Mapping[str, Any], CodeType]
 """Local names, global names, and the code that uses them."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..spec import known_equal
+from ..core.spec import known_equal
 from .normalize import operation
 from .site import Scope, shape_of
 

@@ -13,8 +13,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
-from ..method import METHODS
-from ..spec import Plan, Policy, known_equal
+from ..core.method import METHODS
+from ..core.spec import Plan, Policy, known_equal
 from .mask import Padding, PaddingTerm
 from .normalize import in_place, is_new, operation
 from .site import AttentionSite

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ..spec import AttentionSpec, Mask, known_equal, layer_key
+from ..core.spec import AttentionSpec, Mask, known_equal, layer_key
 from .buffers import Buffers
 from .mask import Padding
 from .normalize import bodies, mutated_inputs, number, shares_memory

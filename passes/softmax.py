@@ -3,7 +3,7 @@
 :func:`describe` starts at the softmax. Backward it peels off what may happen to scores until it reaches the product of
 queries and keys, and remembers what every step means; forward it follows the weights to the one product that uses
 them. There are no templates: every step is read in its one spelling (``normalize.py``) and either has a meaning here or
-is the reason of a refusal. The :data:`~express_compile.passes.site.Expand` that it returns writes
+is the reason of a refusal. The :data:`Expand` that it returns writes
 ``scaled_dot_product_attention`` in the place of all of it.
 
 Scores become ``factor * query @ key^T + sum of (factor_i * term_i)``, hidden where a mask says so. Whatever is added
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..spec import AttentionSpec, Mask, feature_major, known_equal
+from ..core.spec import AttentionSpec, Mask, feature_major, known_equal
 from .mask import MaskPart, Padding, prove_all, same_for_all_queries
 from .normalize import Operation, in_place, number, operation
 from .repeat import unrepeated

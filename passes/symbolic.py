@@ -21,7 +21,7 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from ..spec import known_equal
+from ..core.spec import known_equal
 from .buffers import Buffers
 from .normalize import Operation, in_place, number, operation, shares_memory
 from .words import label, spoken

@@ -72,7 +72,7 @@ def judge_contests() -> Callable[..., None]:
 
 
 def _judge_contests(key, sinks, stream, places, tolerance) -> None:
-    from express_compile.kernels.contest import CONTEST
+    from express_compile.kernels.select.contest import CONTEST
 
     B, H, contests, protected = places.shape
     rows, first = contests * CONTEST, torch.arange(contests, device=key.device) * CONTEST

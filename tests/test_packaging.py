@@ -33,7 +33,9 @@ THEIRS = "__version__ = '0.18.2'\nLayerRepository = 'theirs'\n"
 def sources() -> dict[str, Path]:
     """Every Python file we ship: path in the wheel -> path in the checkout."""
     return {
-        f"{inside}/{file.name}": file for folder, inside in FOLDERS.items() for file in (ROOT / folder).glob("*.py")
+        f"{inside}/{file.relative_to(ROOT / folder)}": file
+        for folder, inside in FOLDERS.items()
+        for file in (ROOT / folder).rglob("*.py")
     }
 
 
@@ -115,7 +117,7 @@ result["top"] = [importlib.util.find_spec(name) is not None for name in ("kernel
 def test_wheel_holds_our_modules_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     code = {name for name in names if ".dist-info/" not in name}
-    assert code == {*sources(), "express_compile/py.typed", "express_compile/devices.json"}
+    assert code == {*sources(), "express_compile/py.typed", "express_compile/planning/devices.json"}
     assert "express_compile/kernels/__init__.py" in code and "express_compile/passes/__init__.py" in code
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -130,7 +132,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert 'triton>=3.6;platform_system=="Linux"' in requires
     assert 'transformers>=5.17;extra=="transformers"' in requires
     (points,) = (archive.read(n).decode() for n in archive.namelist() if n.endswith("entry_points.txt"))
-    assert points.split() == ["[torch_dynamo_backends]", "express", "=", "express_compile.backend:express"]
+    assert points.split() == ["[torch_dynamo_backends]", "express", "=", "express_compile.routes.compile:express"]
 
 
 def test_licence_is_apache() -> None:
@@ -259,7 +261,7 @@ backend = lookup_backend("express")
 result["backend"] = [backend.__module__, callable(backend)]
 """
     result = python(code, tmp_path)
-    assert result == {"listed": True, "imported": False, "backend": ["express_compile.backend", True]}
+    assert result == {"listed": True, "imported": False, "backend": ["express_compile.routes.compile", True]}
 
 
 def test_importing_the_package_is_light_and_its_names_resolve(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from express_compile.kernels import express as E
-from express_compile.kernels._triton import philox_uniform
-from express_compile.kernels.halving import HalvingRule, halving_matrix, shortened, walk
-from express_compile.kernels.schedule import Schedule
+from express_compile.kernels.launch import philox_uniform
+from express_compile.kernels.select.halving import HalvingRule, halving_matrix, shortened, walk
+from express_compile.kernels.select.schedule import Schedule
 
 
 def _judge(

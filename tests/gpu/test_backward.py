@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from express_compile.kernels import express as E
-from express_compile.kernels.segments import (
+from express_compile.kernels.attend.segments import (
     SegmentTable,
     causal_table,
     segment_attention_backward,
     segment_attention_reference,
     segment_attention_triton,
 )
-from express_compile.kernels.segments_backward import (
+from express_compile.kernels.attend.segments_backward import (
     accumulate_rows,
     accumulate_rows_reference,
     segment_attention_backward_triton,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from express_compile.core.method import METHODS
 from express_compile.kernels import express as E
 from express_compile.kernels import thinformer as T
-from express_compile.kernels._padding import Packing
-from express_compile.kernels.halving import get_rule
-from express_compile.method import METHODS
+from express_compile.kernels.padding import Packing
+from express_compile.kernels.select.halving import get_rule
 
 EXPRESS = dict(
     s=64, inflation=-1, sinks=32, window=64, protected=0, halving="balanced", flatten=0.0, block=128, min_length=0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from express_compile.kernels.contest import CONTEST, compete, compete_reference
+from express_compile.kernels.select.contest import CONTEST, compete, compete_reference
 
 SINKS = 32
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from express_compile import restore_attention, rewrite_attention
-from express_compile.backend import express
+from express_compile.routes.compile import express
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 

@@ -1,4 +1,4 @@
-"""The kernels at real sizes on a GPU: ``make gpu-test``. Outcomes are kept in examples/results/gpu-tests.txt."""
+"""The kernels at real sizes on a GPU: ``make gpu-test``. Outcomes are kept in examples/bench/results/gpu-tests.txt."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
+from express_compile.core.method import METHODS
 from express_compile.kernels import express as E
+from express_compile.kernels.attend.segments import segment_attention_reference
 from express_compile.kernels.exact import exact_attention
-from express_compile.kernels.halving import get_rule
-from express_compile.kernels.segments import segment_attention_reference
-from express_compile.method import METHODS
+from express_compile.kernels.select.halving import get_rule
 
 OPTIONS = dict(
     s=256, inflation=-1, sinks=32, window=256, protected=0, halving="balanced", flatten=0.0, block=128,

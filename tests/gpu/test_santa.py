@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from express_compile.core.method import METHODS
 from express_compile.kernels import santa as S
-from express_compile.kernels import santa_kernels as K
-from express_compile.method import METHODS
+from express_compile.kernels.attend import sampled as K
 
 OPTIONS = dict(draws=[64], layers=[], fraction=0.0, sampler="sys", shared=True, min_length=0)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from express_compile.kernels import express as E
-from express_compile.kernels.segments import (
+from express_compile.kernels.attend.segments import (
     COMPACTED,
     SegmentTable,
     causal_table,

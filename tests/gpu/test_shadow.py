@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 
-from express_compile import eager, restore_attention, rewrite_attention, watch
-from express_compile.shadow import Watch
+from express_compile import restore_attention, rewrite_attention, watch
+from express_compile.quality.watch import Watch
+from express_compile.routes.transformers import eager
 
 N = 4096
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from express_compile.backend import express
+from express_compile.core.method import METHODS
+from express_compile.kernels.attend.patterns import sparse_backward_triton, sparse_forward_triton
 from express_compile.kernels.sparse import KINDS, PARTS, Pattern, dense_backward, dense_forward
-from express_compile.kernels.sparse_kernels import sparse_backward_triton, sparse_forward_triton
-from express_compile.method import METHODS
+from express_compile.routes.compile import express
 
 OPTIONS = dict(pattern="fixed", stride=64, summary=8, groups=1, parts="merged")
 

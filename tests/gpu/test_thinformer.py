@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from express_compile.kernels import _triton
+from express_compile.core.method import METHODS
+from express_compile.kernels import launch as _triton
 from express_compile.kernels import thinformer as T
-from express_compile.kernels.halving import get_rule
-from express_compile.method import METHODS
+from express_compile.kernels.select.halving import get_rule
 
 OPTIONS = dict(s=64, fraction=0.0, g=-1, halving="balanced", flatten=0.0, min_length=0)
 HALVES = [torch.float16, torch.bfloat16]

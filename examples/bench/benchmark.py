@@ -1,0 +1,562 @@
+"""Is it really faster: Express and Thinformer against the best exact attention, checked first and then timed.
+
+    python examples/bench/benchmark.py --out examples/bench/results/speed.csv       # on a GPU: about two minutes
+    python examples/bench/benchmark.py --lengths 4096 8192 --settings 1       # a taste, also on a CPU
+
+One row per (length, setting) of a prefill, then the other jobs: the last eighth of a prefill as a chunk, a batch
+padded on the left, forward and backward; `encode`, attention without a causal mask; and `decode`, one token over a
+long cache. The opponent is the faster of
+torch's flash and cuDNN backends (for float32 its efficient one, on a CPU its flash kernel) in the same run on the
+same inputs. A kernel whose output fails its check gets no speed-up. Rows with graph=1 replay both sides as CUDA
+graphs: what they cost inside a model that keeps the GPU busy.
+
+    python examples/bench/benchmark.py --bernoulli --out examples/bench/results/speed.csv      # on a GPU: only this
+    python examples/bench/benchmark.py --bernoulli --lengths 256 --heads 4 2 --head-size 32   # a taste, also on a CPU
+
+``--bernoulli`` measures SANTA with a rounded query (job ``bernoulli``): keys token by token and feature by feature,
+and of the latter only those features that the query needs, whose share is in the column ``params``.
+
+    python examples/bench/benchmark.py --sparse --flex --out examples/bench/results/speed.csv  # GPU: only this
+    python examples/bench/benchmark.py --sparse --lengths 1024 --heads 4 2 --head-size 32     # a taste, also on a CPU
+
+``--sparse`` measures Sparse Transformer attention, forward and with its gradients (jobs ``sparse_fixed``,
+``sparse_strided`` and these with ``_train``) at its default stride. With ``--flex`` the number ``flex`` in
+``params`` is FlexAttention with the same pattern, in ms, at 32,768 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from records import SPEED_COLUMNS, add_arguments, append, run_of, show
+from rich.progress import track
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+
+from express_compile import METHODS, Policy, Site
+from express_compile.kernels import express as E
+from express_compile.kernels import thinformer as T
+from express_compile.kernels.attend.bernoulli import feature_probability, round_query
+from express_compile.kernels.attend.sampled import santa_triton
+from express_compile.kernels.attend.segments import dense_table, segment_attention_backward, segment_attention_reference
+from express_compile.kernels.attend.segments_backward import accumulate_rows_reference
+from express_compile.kernels.exact import exact_attention
+from express_compile.kernels.padding import Packing
+from express_compile.kernels.santa import probabilities, read_probability, santa_reference, visible_keys
+from express_compile.kernels.sparse import Pattern, default_stride, dense_backward, dense_forward
+from express_compile.planning.devices import versions
+from express_compile.planning.measure import Clock, replayed
+
+SETTINGS = [
+    Policy(budget=512, sinks=32, window=32, protected=0),
+    Policy(budget=256, sinks=32, window=512, protected=0),
+    Policy(budget=1024, sinks=32, window=32, protected=0),
+    Policy(budget=256, sinks=32, window=256, protected=256),
+    Policy(),
+]
+ENCODERS = [Policy(budget=256), Policy(budget=512)]
+ENCODE_LENGTHS = [4096, 8192, 32768, 131072]
+DECODE = [(B, n, S) for B in (1, 8, 32) for n in (4096, 8192, 16384, 32768, 65536, 131072) for S in (64, 128, 512)]
+BERNOULLI = [(1, 131072, H_kv) for H_kv in (8, 32)] + [(8, 32768, H_kv) for H_kv in (8, 32)]  # B, keys
+LAYER = 0
+GRAPH_UP_TO = 16384  # tokens up to which launching takes as long as computing: measured with a CUDA graph as well
+
+
+def quantile(times: list[float], q: float) -> float:
+    return torch.tensor(times, dtype=torch.float64).quantile(q).item()
+
+
+def exact_times(
+    q, k, v, clock: Clock, repeats: int, grad: torch.Tensor | None = None, graph: bool = False, causal: bool = True
+) -> dict[str, float]:
+    """Median milliseconds of every exact backend that takes the shape; with ``grad``, forward and backward.
+
+    If ``causal``, queries are the last tokens of the keys; fewer queries than keys need a mask that says so.
+    """
+    backends = {"flash": SDPBackend.FLASH_ATTENTION}
+    if q.is_cuda:
+        backends["cudnn"] = SDPBackend.CUDNN_ATTENTION
+        if q.dtype == torch.float32:  # for which the others have no kernel
+            backends = {"efficient": SDPBackend.EFFICIENT_ATTENTION}
+    whole = not causal or q.shape[2] == k.shape[2]
+    options = dict(is_causal=causal) if whole else dict(attn_mask=causal_lower_right(q.shape[2], k.shape[2]))
+    if not whole and not q.is_cuda:  # no CPU backend takes this mask unless it is spelled out
+        options, backends = dict(attn_mask=options["attn_mask"]._materialize("cpu")), {"math": SDPBackend.MATH}
+    times = {}
+    for name, backend in backends.items():
+
+        def call(backend=backend):
+            with sdpa_kernel(backend):
+                out = F.scaled_dot_product_attention(q, k, v, **options, enable_gqa=q.shape[1] != k.shape[1])
+            return out if grad is None else torch.autograd.grad(out, (q, k, v), grad)
+
+        try:
+            times[name] = quantile(clock(replayed(call) if graph else call, repeats), 0.5)
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+    if not whole and q.is_cuda:  # our own exact kernel knows bottom-right masks
+        times["segments"] = quantile(clock(lambda: exact_attention(q, k, v, q.shape[-1] ** -0.5), repeats), 0.5)
+    return times
+
+
+def check(q, k, v, out, config: E.ExpressConfig) -> tuple[float, float]:
+    """Relative error of ``out`` in three blocks of queries against float64, and that of the reference.
+
+    The rows are those that the op itself selected.
+    """
+    Lq, scale = q.shape[2], q.shape[-1] ** -0.5
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    layout = E.make_layout(config, Lq, k.shape[2])
+    _, *compacted = E.select_rows(k, v, layout, scale, seed, LAYER)
+    table, worst, allowed = layout.table, 0.0, 0.0
+    for block in {0, len(table.tail) // 2, len(table.tail) - 1}:
+        own, one = table.of_block(block, Lq)
+        part = (q[:, :, own], k, v, *compacted)
+        truth, _ = segment_attention_reference(*(x.double() for x in part), one, scale)
+        reference, _ = segment_attention_reference(*part, one, scale)
+        worst = max(worst, ((out[:, :, own] - truth).norm() / truth.norm()).item())
+        allowed = max(allowed, 2 * ((reference - truth).norm() / truth.norm()).item())
+    return worst, allowed
+
+
+def check_gradients(q, k, v, policy: Policy) -> tuple[float, float]:
+    """Relative error of the gradients of the first 6,000 tokens against float64, and that of the reference."""
+    q, k, v = (x[:, :, :6000].detach().requires_grad_() for x in (q, k, v))
+    n, scale = q.shape[2], q.shape[-1] ** -0.5
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    params = METHODS["express"].params(Site(), policy)
+    out, _ = METHODS["express"].op(q, k, v, None, seed, scale, LAYER, **params)
+    grad = torch.randn_like(out)
+    actual = torch.autograd.grad(out, (q, k, v), grad)
+    layout = E.make_layout(E.config_of(policy, n), n, n)
+    index, *_ = E.select_rows(k, v, layout, scale, seed, LAYER)
+    gradients = []
+    for dtype in (torch.float64, q.dtype):
+        leaves = [x.detach().to(dtype) for x in (q, k, v)]
+        rows = (*leaves, *(E.gather_rows(x, index) for x in leaves[1:]))
+        result = segment_attention_reference(*rows, layout.table, scale)
+        d_query, *parts = segment_attention_backward(grad.to(dtype), *rows, *result, layout.table, scale)
+        for target, part in zip(parts[:2], parts[2:], strict=True):
+            accumulate_rows_reference(target, index, part)
+        gradients.append((d_query, *parts[:2]))
+    truth, reference = gradients
+
+    def worst(xs):
+        return max(((x.to(q.dtype) - t).norm() / t.norm()).item() for x, t in zip(xs, truth, strict=True))
+
+    return worst(actual), 2 * worst(reference)
+
+
+def row_of(
+    policy: Policy, times: list[float], opponents: dict[str, float], errors: tuple[float, float], **more
+) -> dict:
+    """A row of results; no speed-up for what failed its check."""
+    params, method = more.pop("params", {}), more.pop("method", "express")
+    if method == "express":
+        params = dict(sinks=policy.sinks, window=policy.window, protected=policy.protected, **params)
+    best, p50 = min(opponents, key=opponents.get), quantile(times, 0.5)
+    error, allowed = errors
+    return dict(
+        method=method, params=" ".join(f"{a}={b}" for a, b in params.items()),
+        s=policy.budget, ms_p20=quantile(times, 0.2), ms_p50=p50, ms_p80=quantile(times, 0.8), opponent=best,
+        opponent_ms_p50=opponents[best], speedup=opponents[best] / p50 if error <= allowed else "failed its check",
+        error=error, **more,
+    )  # fmt: skip
+
+
+def op_of(
+    policy: Policy, device: torch.device, padding: torch.Tensor | None = None, method: str = "express"
+) -> Callable:
+    """The op that ``policy`` means, as a function of query, key and value."""
+    params, op = METHODS[method].params(Site(), policy), METHODS[method].op
+    seed = torch.zeros((), dtype=torch.int64, device=device)
+    return lambda q, k, v: op(q, k, v, padding, seed, q.shape[-1] ** -0.5, LAYER, **params)[0]
+
+
+def peak_of(call: Callable, kept: Callable) -> tuple[torch.Tensor, float]:
+    """What ``call`` returns, and the megabytes it needed at most beyond the inputs and ``kept(result)`` bytes."""
+    if not torch.cuda.is_available():
+        return call(), 0.0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    return result, (torch.cuda.max_memory_allocated() - before - kept(result)) / 2**20
+
+
+def out_and_lse(out: torch.Tensor) -> int:
+    return out.numel() * out.element_size() + out.numel() // out.shape[-1] * 4
+
+
+def prefill(policy: Policy, opponents: dict[str, float], tensors, clock: Clock, repeats: int, **params) -> dict:
+    """The last ``Lq`` of ``Lk`` tokens as queries; ``graph=1`` replays a CUDA graph."""
+    op = op_of(policy, tensors[0].device)
+    call = replayed(lambda: op(*tensors)) if params.get("graph") else lambda: op(*tensors)
+    times = clock(call, repeats)
+    out, peak = peak_of(lambda: op(*tensors), out_and_lse)
+    errors = check(*tensors, out, E.config_of(policy, tensors[1].shape[2]))
+    return row_of(policy, times, opponents, errors, job="prefill", params=params, peak_mb=peak)
+
+
+def without_padding(tensors, lengths: Sequence[int], clock: Clock, repeats: int, **options) -> dict:
+    """:func:`exact_times`, with its ``options``, summed up over the sequences of a batch, each of its own length."""
+    opponents: dict[str, float] = {}
+    for b, length in enumerate(lengths):
+        query = slice(-min(length, tensors[0].shape[2]), None)
+        parts = (tensors[0][b : b + 1, :, query], *(x[b : b + 1, :, -length:] for x in tensors[1:]))
+        for name, ms in exact_times(*parts, clock, repeats, **options).items():
+            opponents[name] = opponents.get(name, 0.0) + ms
+    return opponents
+
+
+def padded(policy: Policy, tensors, lengths: list[int], clock: Clock, repeats: int) -> dict:
+    """A batch padded on the left; the opponent runs every sequence for itself, without its padding."""
+    q, k, v = tensors
+    n = q.shape[2]
+    padding = torch.arange(n, device=q.device) >= n - torch.tensor(lengths, device=q.device)[:, None]
+    op = op_of(policy, q.device, padding)
+    times = clock(lambda: op(*tensors), repeats)
+    out, peak = peak_of(lambda: op(*tensors), out_and_lse)
+    opponents = without_padding(tensors, lengths, clock, repeats)
+    pad = Packing(padding)
+    packed = [pad.pack(x) for x in (*tensors, out)]
+    shortest = min(lengths)  # check what all sequences have
+    errors = check(*(x[:, :, :shortest] for x in packed), E.config_of(policy, n))
+    params = dict(padding="left", lengths="/".join(map(str, lengths)))
+    return row_of(policy, times, opponents, errors, job="prefill", params=params, peak_mb=peak)
+
+
+def train(policy: Policy, tensors, clock: Clock, repeats: int) -> dict:
+    """Forward and backward."""
+    q, k, v = (x.requires_grad_() for x in tensors)
+    grad, op = torch.randn_like(q), op_of(policy, q.device)
+
+    def call():
+        return torch.autograd.grad(op(q, k, v), (q, k, v), grad)
+
+    times = clock(call, repeats)
+    kept = sum(x.numel() * x.element_size() for x in (q, k, v)) + out_and_lse(q)
+    _, peak = peak_of(call, lambda _: kept)
+    opponents = exact_times(q, k, v, clock, repeats, grad)
+    return row_of(policy, times, opponents, check_gradients(q, k, v, policy), job="train", peak_mb=peak)
+
+
+def check_rows(q, k, v, out, policy: Policy, padding: torch.Tensor | None) -> tuple[float, float]:
+    """As :func:`check`, for 512 queries of Thinformer over the rows that the op itself selected."""
+    scale, seed = q.shape[-1] ** -0.5, torch.zeros((), dtype=torch.int64, device=q.device)
+    s, rule = T._resolve(**METHODS["thinformer"].params(Site(), policy), Lk=k.shape[2])
+    _, keys, values, lengths = T.select(k, v, padding, s, rule, scale, seed, LAYER)
+    q, out = (x[:, :, x.shape[2] // 2 :][:, :, :512] for x in (q, out))
+    table, nothing = dense_table(q.shape[2], keys.shape[2]), keys[:, :, :0]
+
+    def attend(q, none, keys, values):
+        return segment_attention_reference(q, none, none, keys, values, table, scale, lengths=lengths)[0]
+
+    truth = attend(*(x.double() for x in (q, nothing, keys, values)))
+    reference = attend(q, nothing, keys, values)
+    return ((out - truth).norm() / truth.norm()).item(), 2 * ((reference - truth).norm() / truth.norm()).item()
+
+
+def encode(
+    policy: Policy,
+    opponents: dict[str, float],
+    tensors,
+    clock: Clock,
+    repeats: int,
+    lengths: Sequence[int] = (),
+    **params,
+) -> dict:
+    """Attention without a causal mask; ``lengths`` of the sequences of a batch that is padded on the right."""
+    q, k, v = tensors
+    padding = torch.arange(k.shape[2], device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
+    padding = padding if lengths else None
+    op = op_of(policy, q.device, padding, "thinformer")
+    call = replayed(lambda: op(*tensors)) if params.get("graph") else lambda: op(*tensors)
+    times = clock(call, repeats)
+    out, peak = peak_of(lambda: op(*tensors), out_and_lse)
+    errors = check_rows(*tensors, out, policy, padding)
+    own = policy.method_options.get("thinformer", {})
+    if lengths:
+        params["lengths"] = "/".join(map(str, lengths))
+    return row_of(policy, times, opponents, errors, method="thinformer", job="encode", params={**own, **params},
+                  peak_mb=peak)  # fmt: skip
+
+
+def rows_read(q, k, attend: Callable[[torch.Tensor], torch.Tensor], draws: int) -> tuple[float, float]:
+    """Value rows per KV head that ``attend(value)`` reads of one sequence, and how many are expected.
+
+    Which rows are drawn does not depend on the values: one row at a time is 1 in a column of its own, and shows.
+    """
+    (_, H_kv, n, D), value = k.shape, torch.zeros_like(k)
+    seen = 0
+    for start in range(0, n, D):
+        width = min(D, n - start)
+        value[:, :, start : start + width].diagonal(dim1=2, dim2=3).fill_(1)
+        seen += (attend(value).unflatten(1, (H_kv, -1)) != 0).any(2).sum().item()
+        value[:, :, start : start + width] = 0
+    p, _ = probabilities(q, k, visible_keys(1, 1, n, None, None, q.device), D**-0.5)
+    read = read_probability(p, torch.full(q.shape[1:2], draws, device=q.device), "sys", True)
+    return seen / H_kv, read.sum().item() / H_kv
+
+
+def decode(
+    tensors, draws: int, truth: torch.Tensor, opponents: dict[str, float], clock: Clock, repeats: int, **params
+) -> dict:
+    """One token by SANTA, both sides as CUDA graphs. The check is on all rows; ``error`` is that of the sample.
+
+    ``truth`` is exact attention of the first sequences in float64. ``rows`` counts the distinct value rows that a KV
+    head read, ``expected`` is what the reference's formula says. SANTA runs at every length, also where it would leave
+    exact attention to itself.
+    """
+    q, k, v = tensors
+    scale, seed = q.shape[-1] ** -0.5, torch.zeros((), dtype=torch.int64, device=q.device)
+    options = METHODS["santa"].params(Site(), Policy(budget=draws, min_length=0))
+    op = METHODS["santa"].op
+    out, peak = peak_of(lambda: op(q, k, v, None, seed, scale, LAYER, **options)[0], out_and_lse)
+    part = [x[: len(truth)] for x in tensors]
+    whole = santa_triton(*part, None, scale, seed, LAYER)[0]
+    reference = F.scaled_dot_product_attention(*part, enable_gqa=True)
+    sampled, all_rows, allowed = (
+        ((x - truth).norm() / truth.norm()).item() for x in (out[: len(truth)], whole, reference)
+    )
+    first = part[0][:1], part[1][:1]
+    rows, expected = rows_read(*first, lambda v: op(*first, v, None, seed, scale, LAYER, **options)[0], draws)
+    times = clock(replayed(lambda: op(q, k, v, None, seed, scale, LAYER, **options)), repeats)
+    params |= dict(graph=1, rows=round(rows, 1), expected=round(expected, 1))
+    errors = all_rows, 2 * allowed
+    row = row_of(Policy(budget=draws), times, opponents, errors, method="santa", job="decode", params=params,
+                 peak_mb=peak)  # fmt: skip
+    return {**row, "error": sampled}
+
+
+def bernoulli_rows(q, k, v, draws: int, clock: Clock, repeats: int, **params) -> list[dict]:
+    """SANTA over keys token by token, feature by feature, and there with the query rounded to 4 and to 8 levels.
+
+    The check is on all rows, against exact attention of the query as it is rounded; ``rounded`` is the error that the
+    rounding itself makes, ``error`` that of the sample, ``features`` the share of the features that a KV head reads.
+    """
+    scale, seed = q.shape[-1] ** -0.5, torch.zeros((), dtype=torch.int64, device=q.device)
+    step = torch.full((q.shape[0], 1), k.shape[2], device=q.device)
+    graph = {"graph": 1} if q.is_cuda else {}
+    opponents = exact_times(q, k, v, clock, repeats, graph=q.is_cuda, causal=False)
+    first = q[:1], k[:1], v[:1]
+    exact = F.scaled_dot_product_attention(*(x.double() for x in first), enable_gqa=True)
+    allowed = 2 * relative(F.scaled_dot_product_attention(*first, enable_gqa=True), exact)
+    by_feature = k.mT.contiguous().mT
+    rows, op = [], METHODS["santa"].op
+    for layout, key, levels in (("tokens", k, 0), ("features", by_feature, 0), ("features", by_feature, 4),
+                                ("features", by_feature, 8)):  # fmt: skip
+        policy = Policy(budget=draws, min_length=0, method_options={"santa": {"bernoulli": levels}})
+        options = METHODS["santa"].params(Site(), policy)
+        call = lambda key=key, options=options: op(q, key, v, None, seed, scale, LAYER, **options)  # noqa: E731
+        out, peak = peak_of(lambda call=call: call()[0], out_and_lse)
+        entered = round_query(q, levels, seed, LAYER, step)[:1] if levels else q[:1]
+        truth = F.scaled_dot_product_attention(entered.double(), *(x.double() for x in first[1:]), enable_gqa=True)
+        attend = santa_triton if q.is_cuda else santa_reference
+        whole = attend(q[:1], key[:1], v[:1], None, scale, seed, LAYER, bernoulli=levels)[0]
+        share = feature_probability(q, k.shape[1], levels).mean().item() if levels else 1.0
+        told = dict(**params, keys=layout, levels=levels, features=round(share, 4),
+                    rounded=round(relative(truth, exact), 4), **graph)  # fmt: skip
+        times = clock(replayed(call) if q.is_cuda else call, repeats)
+        row = row_of(policy, times, opponents, (relative(whole, truth), allowed), method="santa", job="bernoulli",
+                     params=told, peak_mb=peak)  # fmt: skip
+        rows.append({**row, "error": relative(out[:1], exact)})
+    return rows
+
+
+def flex_of(pattern: Pattern, n: int, device: torch.device) -> Callable:
+    """FlexAttention over the same pattern, compiled, as a function of query, key and value."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(b, h, i, j):
+        return pattern.local(i, j) | pattern.far(i, j)
+
+    mask = torch.compile(create_block_mask)(seen, None, None, n, n, device=str(device))
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def sparse_rows(tensors, pattern: Pattern, grad, opponents, clock: Clock, repeats: int, flex: bool) -> list[dict]:
+    """Sparse attention, merged, forward and with its gradients; checked on three blocks of queries, of the gradients
+    on those of the first 4,096 tokens. ``opponents``: exact times of both jobs."""
+    q, k, v = tensors
+    n, scale = q.shape[2], q.shape[-1] ** -0.5
+    options = dict(pattern=pattern.kind, stride=pattern.stride, summary=pattern.summary)
+    policy = Policy(method_options={"sparse": options})
+    op = op_of(policy, q.device, method="sparse")
+    peers = {"flex": flex_of(pattern, n, q.device)} if flex else {}
+
+    worst, allowed = 0.0, 0.0
+    with torch.no_grad():
+        out, peak = peak_of(lambda: op(q, k, v), out_and_lse)
+        for stop in {min(n, 700), n // 2 + 3, n}:
+            own = slice(max(0, stop - 256), stop)
+            part = (q[:, :, own], k[:, :, :stop], v[:, :, :stop])
+            truth, _ = dense_forward(*(x.double() for x in part), pattern, scale)
+            reference, _ = dense_forward(*part, pattern, scale)
+            worst = max(worst, relative(out[:, :, own], truth))
+            allowed = max(allowed, 2 * relative(reference, truth))
+        assert not peers or relative(peers["flex"](q, k, v), out) < 0.01, "FlexAttention computes something else"
+    first = [x[:, :, :4096].detach().requires_grad_() for x in (q, k, v)]
+    actual = torch.autograd.grad(op(*first), first, grad[:, :, :4096])
+    results = []
+    for dtype in (torch.float64, q.dtype):
+        leaves = [x.detach().to(dtype) for x in first]
+        kept = dense_forward(*leaves, pattern, scale)
+        results.append(dense_backward(grad[:, :, :4096].to(dtype), *kept, *leaves, pattern, scale))
+    errors = [[relative(x.to(q.dtype), t) for x, t in zip(xs, results[0], strict=True)] for xs in (actual, results[1])]
+
+    rows, kept = [], sum(x.numel() * x.element_size() for x in (q, k, v)) + out_and_lse(q)
+    for job, checked in {"": (worst, allowed), "_train": (max(errors[0]), 2 * max(errors[1]))}.items():
+
+        def call(attend=op, trains=bool(job)):
+            with torch.set_grad_enabled(trains):
+                out = attend(q, k, v)
+            return torch.autograd.grad(out, (q, k, v), grad) if trains else out
+
+        if job:
+            _, peak = peak_of(call, lambda _: kept)
+        times = clock(call, repeats)
+        told = {name: round(quantile(clock(lambda peer=peer: call(peer), repeats), 0.5), 4)  # noqa: B023
+                for name, peer in peers.items()}  # fmt: skip
+        rows.append(row_of(policy, times, opponents[job], checked, method="sparse", job=f"sparse_{pattern.kind}{job}",
+                           params={**options, **told}, peak_mb=peak))  # fmt: skip
+    return rows
+
+
+def relative(x: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((x - truth).norm() / truth.norm()).item()
+
+
+def bernoulli_queries(q: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Queries like ``q`` of standard deviation 2, whose entries are normal, and such with heavy tails."""
+    laplace = torch.distributions.Laplace(0.0, 2**0.5).sample(q.shape)
+    return {"gaussian": 2 * q, "laplace": laplace.to(q)}
+
+
+def random_tensors(B: int, H: int, H_kv: int, Lq: int, Lk: int, D: int, device: str, dtype: torch.dtype) -> list:
+    torch.manual_seed(Lk)
+    return [torch.randn(B, h, n, D, device=device, dtype=dtype) for h, n in ((H, Lq), (H_kv, Lk), (H_kv, Lk))]
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192, 16384, 24576, 32768, 131072, 524288])
+    parser.add_argument("--settings", type=int, default=99, help="only the first settings")
+    parser.add_argument("--heads", type=int, nargs=2, default=[32, 8], metavar=("H", "H_kv"))
+    parser.add_argument("--head-size", type=int, default=128)
+    parser.add_argument("--others", type=int, default=32768, help="length of the other jobs, 0 for none: a chunk of "
+                        "a prefill, a padded batch, forward and backward")  # fmt: skip
+    parser.add_argument("--encode", type=int, nargs="*", default=ENCODE_LENGTHS, help="lengths without a causal mask")
+    parser.add_argument("--decode", type=int, default=len(DECODE), help="how many of the shapes of decoding; 0: none")
+    parser.add_argument("--bernoulli", action="store_true", help="measure only SANTA with a rounded query; --lengths "
+                        "and --heads count on a CPU")  # fmt: skip
+    parser.add_argument("--sparse", action="store_true", help="measure only Sparse Transformer attention; --lengths "
+                        "count")  # fmt: skip
+    parser.add_argument("--flex", action="store_true", help="with --sparse: FlexAttention too, at 32,768 tokens")
+    parser.add_argument("--repeats", type=int, default=7)
+    add_arguments(parser)
+    args = parser.parse_args()
+
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    (H, H_kv), D = args.heads, args.head_size
+    common = {**run_of(args.commit), **versions()}
+    clock, rows = Clock(device), []
+
+    def add(q, k, row: dict) -> None:
+        shape = dict(B=q.shape[0], H=q.shape[1], H_kv=k.shape[1], Lq=q.shape[2], Lk=k.shape[2], D=q.shape[3])
+        rows.append({**common, **shape, "Dv": q.shape[3], "dtype": str(q.dtype).removeprefix("torch."), **row})
+        if args.out:
+            append(args.out, SPEED_COLUMNS, rows[-1:])
+
+    if args.bernoulli:
+        shapes = BERNOULLI if on_gpu else [(1, n, H_kv) for n in args.lengths]
+        for B, n, heads in track(shapes, description="bernoulli"):
+            q, k, v = random_tensors(B, H, heads, 1, n, D, device, dtype)
+            for name, query in bernoulli_queries(q).items():
+                for row in bernoulli_rows(query, k, v, 128, clock, 15, query=name):
+                    add(query, k, row)
+        show(rows, "B H_kv Lk params ms_p50 opponent opponent_ms_p50 speedup error".split())
+        return
+    if args.sparse:
+        for n in track(args.lengths, description="sparse"):
+            tensors = [x.requires_grad_() for x in random_tensors(1, H, H_kv, n, n, D, device, dtype)]
+            grad, repeats = torch.randn_like(tensors[0]), args.repeats if n < 100_000 else 3
+            with torch.no_grad():
+                opponents = {"": exact_times(*tensors, clock, repeats)}
+            opponents["_train"] = exact_times(*tensors, clock, repeats, grad)
+            for kind in ("fixed", "strided"):
+                pattern = Pattern(kind, default_stride(n), min(32, default_stride(n)))
+                for row in sparse_rows(tensors, pattern, grad, opponents, clock, repeats, args.flex and n == 32768):
+                    add(*tensors[:2], row)
+        show(rows, "job Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb".split())
+        return
+    settings = SETTINGS[: args.settings]
+    if args.others:
+        n, policies = args.others, [settings[0], settings[-1]]
+        chunk = random_tensors(1, H, H_kv, n // 8, n, D, device, dtype)
+        opponents = exact_times(*chunk, clock, args.repeats)
+        batch = random_tensors(3, H, H_kv, n, n, D, device, dtype)
+        whole = random_tensors(1, H, H_kv, n, n, D, device, dtype)
+        for policy in policies:
+            add(*chunk[:2], prefill(policy, opponents, chunk, clock, args.repeats, chunk="last"))
+            add(*batch[:2], padded(policy, batch, [n, n - n // 3, n - 17], clock, args.repeats))
+            add(*whole[:2], train(policy, whole, clock, args.repeats))
+    for n in track(args.lengths, description="lengths"):
+        tensors = random_tensors(1, H, H_kv, n, n, D, device, dtype)
+        # seconds per exact call at half a million tokens: fewer repeats there
+        repeats = args.repeats if n < 200_000 else 2
+        opponents = exact_times(*tensors, clock, repeats)
+        for policy in settings:
+            add(*tensors[:2], prefill(policy, opponents, tensors, clock, repeats))
+        if on_gpu and n <= GRAPH_UP_TO:
+            opponents = exact_times(*tensors, clock, repeats, graph=True)
+            for policy in settings:
+                add(*tensors[:2], prefill(policy, opponents, tensors, clock, repeats, graph=1))
+    for n in track(args.encode, description="encode"):
+        tensors = random_tensors(1, H, H_kv, n, n, D, device, dtype)
+        for graph in ({}, {"graph": 1})[: 1 + (on_gpu and n <= GRAPH_UP_TO)]:
+            opponents = exact_times(*tensors, clock, args.repeats, graph=bool(graph), causal=False)
+            for policy in ENCODERS:
+                add(*tensors[:2], encode(policy, opponents, tensors, clock, args.repeats, **graph))
+    if args.encode and on_gpu:
+        n = args.encode[-1] // 4  # any length, padding, fewer queries than keys, and the setting of the published code
+        stretched = random_tensors(1, H, H_kv, n - n // 5, n - n // 5, D, device, dtype)
+        batch = random_tensors(2, H, H_kv, n, n, D, device, dtype)
+        cross = random_tensors(1, H, H_kv, n // 4, n, D, device, dtype)
+        published = random_tensors(1, 8, 8, 16384, 16384, 64, device, torch.float32)
+        g = Policy(method_options={"thinformer": {"g": 2}})
+        for policy, tensors, lengths in [
+            (ENCODERS[0], stretched, ()),
+            (ENCODERS[0], batch, (n, n - n // 3)),
+            (ENCODERS[0], cross, ()),
+            (g, published, ()),
+        ]:
+            whole = [tensors[1].shape[2]] * len(tensors[0])
+            s, _ = T._resolve(**METHODS["thinformer"].params(Site(), policy), Lk=tensors[1].shape[2])
+            for graph in ({}, {"graph": 1})[: 1 + (policy is g)]:
+                opponents = without_padding(
+                    tensors, lengths or whole, clock, args.repeats, causal=False, graph=bool(graph)
+                )
+                row = encode(policy, opponents, tensors, clock, args.repeats, lengths, **graph)
+                add(*tensors[:2], {**row, "s": s})
+    opponents = {}
+    for B, n, S in track(DECODE[: args.decode if on_gpu else 0], description="decode"):
+        if (B, n) not in opponents:
+            tensors = random_tensors(B, H, H_kv, 1, n, D, device, dtype)
+            tensors[0] *= 2  # scores of standard deviation 2: neither flat nor a single key
+            opponents[B, n] = exact_times(*tensors, clock, 15, graph=True, causal=False)
+            # two sequences in float64 are enough, and all that fits
+            truth = F.scaled_dot_product_attention(*(x[:2].double() for x in tensors), enable_gqa=True)
+        add(*tensors[:2], decode(tensors, S, truth, opponents[B, n], clock, 15))
+    shown = "job dtype B Lq Lk s params ms_p50 opponent opponent_ms_p50 speedup error peak_mb"
+    show(rows, shown.split())
+
+
+if __name__ == "__main__":
+    main()

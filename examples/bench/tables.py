@@ -1,0 +1,656 @@
+"""Write the README's tables and plot from the committed result files, so that no number in it is typed by hand.
+
+python examples/bench/tables.py            # rewrites the parts of README.md between the markers, and the plot
+python examples/bench/tables.py --check    # fails if README.md is not what the result files say
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import re
+import sys
+from pathlib import Path
+from statistics import median
+
+from benchmark import SETTINGS
+from planner import Judged, crossings, judge
+from records import params_of
+
+from express_compile import METHODS
+from express_compile.kernels.santa import loses
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "examples" / "bench" / "results"
+SHIPPED = ("express", "thinformer", "santa", "sparse", "exact")
+
+
+def read(name: str) -> list[dict[str, str]]:
+    with (RESULTS / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def newest(rows: list[dict[str, str]], *key: str) -> list[dict[str, str]]:
+    """One row per value of the columns ``key``: the last one in the file supersedes the others."""
+    return list({tuple(row[k] for k in key): row for row in rows}.values())
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def setting(row: dict[str, str]) -> str:
+    values = params_of(row)
+    name = f"s={row['s']}, sinks {values['sinks']}, window {values['window']}"
+    return name + (f", protected {values['protected']}" if values["protected"] != "0" else "")
+
+
+def gpu_rows(**wanted: str) -> list[dict[str, str]]:
+    """The newest GPU row of every measurement with these values; earlier runs stay in the file as history."""
+    rows = newest(read("speed.csv"), "gpu", "job", "params", "s", "B", "Lq", "Lk", "H", "H_kv", "D", "dtype")
+    rows = [row for row in rows if row["gpu"] != "CPU" and "grid=" not in row["params"]]
+    return [row for row in rows if all(row[k] == v for k, v in wanted.items())]
+
+
+def speed_rows(**wanted: str) -> list[dict[str, str]]:
+    """Those of the default shape of a head."""
+    wanted = {"H": "32", "H_kv": "8", "D": "128", "dtype": "bfloat16", **wanted}
+    return gpu_rows(**wanted)
+
+
+def prefill_rows() -> list[dict[str, str]]:
+    """Whole prefills of one sequence with the settings of the benchmark, launched one by one."""
+    wanted = {(str(p.budget), f"sinks={p.sinks} window={p.window} protected={p.protected}") for p in SETTINGS}
+    rows = speed_rows(job="prefill", B="1")
+    return [row for row in rows if row["Lq"] == row["Lk"] and (row["s"], row["params"]) in wanted]
+
+
+def methods_table() -> str:
+    rows = [[f"`{name}`", METHODS[name].summary, METHODS[name].supports, METHODS[name].refuses] for name in SHIPPED]
+    return markdown(["method", "what it is", "supports", "refuses"], rows)
+
+
+def speed_table() -> str:
+    rows = prefill_rows()
+    graphs = [row for row in speed_rows(job="prefill", B="1") if "graph" in row["params"]]
+    lengths = sorted({int(row["Lq"]) for row in rows})
+    exact = {int(row["Lq"]): row for row in rows}
+    header = ["", *(f"n = {n:,}" for n in lengths)]
+    body = [["best exact", *(f"{float(exact[n]['opponent_ms_p50']):.2f} ms ({exact[n]['opponent']})" for n in lengths)]]
+    for name in dict.fromkeys(map(setting, rows)):
+        cells = {int(row["Lq"]): row for row in rows if setting(row) == name}
+        body.append([f"Express {name}"] + [cell(cells.get(n)) for n in lengths])
+    for name in dict.fromkeys(map(setting, graphs)):
+        cells = {int(row["Lq"]): row for row in graphs if setting(row) == name}
+        body.append([f"… {name}, both as CUDA graphs"] + [cell(cells.get(n)) for n in lengths])
+    first = rows[0]
+    note = (
+        f"{first['gpu']}, torch {first['torch']}, triton {first['triton']}; B={first['B']}, H={first['H']}, "
+        f"H_kv={first['H_kv']}, D={first['D']}, {first['dtype']}, causal prefill, compression included; measured "
+        f"{first['date']}. Bold: faster than the best exact backend."
+    )
+    return markdown(header, body) + f"\n\n{note}"
+
+
+def sparse_table() -> str:
+    """Milliseconds at the default stride of both patterns, over exact attention, and over FlexAttention where timed."""
+    rows = [row for row in read("speed.csv") if row["method"] == "sparse"]
+    flex = {(row["job"], row["Lq"]): params_of(row)["flex"] for row in rows if "flex" in row["params"]}
+    rows = newest(rows, "job", "Lq")
+    lengths = sorted({int(row["Lq"]) for row in rows})
+    body = []
+    for job in dict.fromkeys(row["job"] for row in rows):
+        own = {int(row["Lq"]): row for row in rows if row["job"] == job}
+        _, kind, *train = job.split("_")
+        cells = [cell(own.get(n)) for n in lengths]
+        body.append([f"{kind}, {'forward and backward' if train else 'forward'}", *cells])
+        timed = [flex.get((job, str(n))) for n in lengths]
+        body.append(["… FlexAttention, the same pattern", *(f"{float(x):.2f} ms" if x else "" for x in timed)])
+    first = rows[0]
+    note = (
+        f"{first['gpu']}, torch {first['torch']}, triton {first['triton']}; B=1, H=32, H_kv=8, D=128, bfloat16, "
+        f"summary 32; × over exact cuDNN of the same run; measured {first['date']}."
+    )
+    return markdown(["", *(f"n = {n:,}" for n in lengths)], body) + f"\n\n{note}"
+
+
+def others_table() -> str:
+    rows = speed_rows(method="express")
+    special = [row for row in rows if row["job"] == "train" or row["B"] != "1" or row["Lq"] != row["Lk"]]
+    rows = sorted(special, key=lambda row: (row["job"], row["B"], row["Lq"])) + speed_rows(method="express", D="64")
+    body = []
+    for row in rows:
+        values = params_of(row)
+        n = f"{int(row['Lk']):,}"
+        job = f"prefill of {n}"
+        if row["job"] == "train":
+            job = f"forward and backward, {n}"
+        elif "chunk" in values:
+            job = f"chunk: the last {int(row['Lq']):,} queries of {n}"
+        elif "padding" in values:
+            job = f"batch padded on the left, lengths {values['lengths'].replace('/', ', ')}"
+        opponent = f"{float(row['opponent_ms_p50']):.2f} ms ({row['opponent']})"
+        heads = f"{row['H']}/{row['H_kv']}, {row['D']}"
+        body.append([job, heads, setting(row), opponent, cell(row), f"{float(row['peak_mb']):,.0f}"])
+    return markdown(["job", "heads, D", "setting", "best exact", "Express", "memory, MB"], body)
+
+
+def encode_table() -> str:
+    body = []
+    for row in gpu_rows(job="encode"):
+        values = params_of(row)
+        n, what = f"{int(row['Lk']):,}", ""
+        if row["Lq"] != row["Lk"]:
+            n = f"{int(row['Lq']):,} queries, {n} keys"
+        if "lengths" in values:
+            n = f"padded batch of {values['lengths'].replace('/', ' and ')}"
+        if "graph" in values:
+            what = ", both as CUDA graphs"
+        shape = f"{row['H']}/{row['H_kv']}, {row['D']}, {row['dtype']}"
+        opponent = f"{float(row['opponent_ms_p50']):.2f} ms ({row['opponent']})"
+        body.append([n + what, shape, row["s"], opponent, cell(row), f"{float(row['peak_mb']):,.0f}"])
+    return markdown(["tokens", "heads, D, dtype", "s", "best exact", "Thinformer", "memory, MB"], body)
+
+
+def left_to_exact(row: dict[str, str]) -> bool:
+    """Whether SANTA leaves the sizes of a row to exact attention unless it is told not to."""
+    B, H, H_kv, Lk, D, S = (int(row[x]) for x in ("B", "H", "H_kv", "Lk", "D", "s"))
+    return loses(B, H, H_kv, 1, Lk, 2 * B * H_kv * Lk * D, S) is not None
+
+
+def decode_cell(row: dict[str, str]) -> str:
+    text = f"{float(row['ms_p50']) * 1e3:.0f} µs, {float(row['speedup']):.2f}×"
+    return f"{text} †" if left_to_exact(row) else f"**{text}**" if float(row["speedup"]) > 1 else text
+
+
+def decode_table() -> str:
+    rows = speed_rows(job="decode")
+    columns = list(dict.fromkeys(row["s"] for row in rows))
+    body = []
+    for B, n in dict.fromkeys((row["B"], row["Lk"]) for row in rows):
+        cells = {row["s"]: row for row in rows if (row["B"], row["Lk"]) == (B, n)}
+        first = next(iter(cells.values()))
+        exact = f"{float(first['opponent_ms_p50']) * 1e3:.0f} µs ({first['opponent']})"
+        body.append([B, f"{int(n):,}", exact, *(decode_cell(cells[s]) for s in columns)])
+    return markdown(["B", "keys", "best exact", *(f"S = {s}" for s in columns)], body)
+
+
+def decode_heads_table() -> str:
+    """Other heads, S = 128."""
+    rows = [row for row in gpu_rows(job="decode", s="128") if (row["H_kv"], row["D"]) != ("8", "128")]
+    lengths = sorted({int(row["Lk"]) for row in rows})
+    body = []
+    for H, H_kv, D, B in dict.fromkeys((row["H"], row["H_kv"], row["D"], row["B"]) for row in rows):
+        cells = {int(row["Lk"]): row for row in rows if (row["H_kv"], row["D"], row["B"]) == (H_kv, D, B)}
+        body.append([f"{H}/{H_kv}, {D}", B, *(decode_cell(cells[n]) for n in lengths)])
+    return markdown(["heads, D", "B", *(f"{n:,} keys" for n in lengths)], body)
+
+
+def decode_bytes_table() -> str:
+    """Value rows counted beside those expected, and bytes beside time, both as parts of exact attention's."""
+    rows = {(r["B"], r["Lk"], r["s"]): r for r in speed_rows(job="decode") if "rows" in r["params"]}
+    body = []
+    for (B, n, S), row in rows.items():
+        if (B, n) not in (("1", "32768"), ("1", "131072"), ("8", "32768")):
+            continue
+        values = params_of(row)
+        group, head = int(row["H"]) // int(row["H_kv"]), int(row["D"])
+        read = (1 + float(values["rows"]) / int(n)) / 2
+        stash = 2 * group * 2 / (head * 2) / 2  # written and read again, 2 bytes per query head and key
+        body.append([
+            B, f"{int(n):,}", S, values["rows"], values["expected"], f"{read:.3f}", f"{read + stash:.3f}",
+            f"{1 / float(row['speedup']):.3f}",
+        ])  # fmt: skip
+    header = ["B", "keys", "S", "value rows read", "expected", "bytes / exact's", "with the stash", "time / exact's"]
+    return markdown(header, body)
+
+
+def compiling_table() -> str:
+    """What the pass takes, and the whole compilation beside inductor's."""
+    rows = newest(read("speed.csv"), "job", "params")
+    body = []
+    for row in rows:
+        if row["job"] not in ("plan", "compile") or "grid=" in row["params"]:
+            continue
+        values = params_of(row)
+        attention = {"sdpa": "F.scaled_dot_product_attention", "eager": "written out"}[values["attention"]]
+        what = {"plan": "match, plan and rewrite", "compile": "the whole compilation"}[row["job"]]
+        beside = f"{float(row['opponent_ms_p50']) / 1e3:.1f} s" if row["opponent"] else ""
+        seconds = f"{float(row['ms_p50']) / 1e3:.2f} s"
+        body.append([f"{what}, {values['layers']} layers", attention, seconds, beside, row["gpu"]])
+    return markdown(["", "attention", "express", "plain inductor", "machine"], body)
+
+
+def steps_table() -> str:
+    """What sampled decoding costs in KL per step, beside the exact rows of largest weight."""
+    rows = [row for row in quality_rows() if row["task"] == "decode"]
+    rows = [row for row in rows if row["n"] == rows[-1]["n"]]
+    values = {(row["params"], row["metric"]): row for row in rows}
+    body = []
+    for params in sorted({row["params"] for row in rows}, key=lambda x: (int(x.split("S=")[1]), x)):
+        kl, top1 = values[params, "kl"], values[params, "top1"]
+        body.append(
+            [params.replace("=", " "), f"{float(kl['rows']):.0f}", with_interval(kl, 4), f"{float(top1['value']):.2f}"]
+        )
+    return markdown(["policy", "value rows per KV head", "KL per step (95%)", "top-1"], body)
+
+
+def rounding_table() -> str:
+    """What rounding the query of sampled decoding saves and costs on SmolLM2."""
+    rows = [row for row in quality_rows() if row["task"] == "bernoulli"]
+    levels_of = re.compile(r"bernoulli (\d+)")
+    values = {(int(found[1]) if (found := levels_of.search(row["params"])) else 0, row["metric"]): row for row in rows}
+    body = []
+    for levels in sorted({levels for levels, _ in values}, key=lambda x: (x > 0, -x)):
+        kl, features = values[levels, "kl"], values.get((levels, "features"))
+        read = "all" if features is None or levels == 0 else f"{100 * float(features['value']):.4g}%"
+        body.append([str(levels) if levels else "no rounding", read, with_interval(kl, 4)])
+    return markdown(["levels", "features read per KV head", "KL per step (95%)"], body)
+
+
+def rounding_speed_table() -> str:
+    """Decoding with a rounded query over keys that lie feature by feature."""
+    found = {}
+    for row in gpu_rows(job="bernoulli"):
+        values = params_of(row)
+        key = row["H_kv"], row["B"], row["Lk"], values["query"]
+        found.setdefault(key, {})[values["keys"], int(values["levels"])] = row, values
+    body = []
+    for (H_kv, B, n, query), cells in sorted(found.items(), key=lambda x: (int(x[0][0]), int(x[0][1]), x[0][3])):
+        exact = next(iter(cells.values()))[0]
+        line = [f"{exact['H']}/{H_kv}", B, f"{int(n):,}", query, f"{1e3 * float(exact['opponent_ms_p50']):.0f} µs"]
+        for key in (("tokens", 0), ("features", 0), ("features", 8), ("features", 4)):
+            row, values = cells[key]
+            text = f"{1e3 * float(row['ms_p50']):.0f} µs, {float(row['speedup']):.2f}×"
+            read = f"; {100 * float(values['features']):.0f}% read, off by {float(values['rounded']):.2f}"
+            line.append(text + (read if key[1] else ""))
+        body.append(line)
+    header = ["heads", "B", "keys", "query", "best exact", "SANTA", "its keys by feature", "8 levels", "4 levels"]
+    return markdown(header, body)
+
+
+def encoders_table() -> str:
+    """Whole models with random weights."""
+    body = []
+    for row in gpu_rows(job="encode_model"):
+        values = params_of(row)
+        opponent = f"{float(row['opponent_ms_p50']):.1f} ms ({row['opponent']})"
+        sites = (
+            f"{values['rewritten']} of {values['rewritten']}" if row["speedup"][0].isdigit() else values["rewritten"]
+        )
+        body.append([values["model"], f"{int(row['Lq']):,}", row["s"], sites, opponent, cell(row)])
+    return markdown(["model", "tokens", "s", "sites rewritten", "best exact", "Thinformer"], body)
+
+
+def decode_models_table() -> str:
+    """A decoding step of whole models with random weights over a static cache."""
+    body = []
+    for row in gpu_rows(job="decode_model"):
+        values = params_of(row)
+        own, best, ms = float(values["transformers_ms"]), float(row["opponent_ms_p50"]), float(row["ms_p50"])
+        name = values["model"].replace("-shape", "")
+        body.append([name, row["B"], f"{int(row['Lk']):,}", f"{own:.1f} ms", f"{best:.1f} ms ({row['opponent']})",
+                     f"**{ms:.1f} ms, {own / ms:.1f}× and {best / ms:.2f}×**"])  # fmt: skip
+    return markdown(["model", "B", "cache", "as transformers decodes", "best exact kernel", "SANTA"], body)
+
+
+def embeddings_table() -> str:
+    """How far the embeddings of MiniLM move, and what a search with them finds."""
+    rows = [row for row in quality_rows() if row["model"] == "all-MiniLM-L6-v2" and row["n"] == "512"]
+    values = {(row["method"], row["params"], row["metric"]): row for row in rows}
+    body = []
+    for method, params in dict.fromkeys((row["method"], row["params"]) for row in rows if row["metric"] == "recall1"):
+        cosine, recall, overlap = (values[method, params, metric] for metric in ("cosine", "recall1", "overlap10"))
+        name = {"thinformer": "Thinformer"}.get(method, method) + " " + params.replace("=", " ")
+        body.append(
+            [
+                name.replace(" halving balanced", "").strip(),
+                with_interval(cosine, 3),
+                with_interval(recall, 2),
+                f"{float(overlap['value']):.2f}",
+            ]
+        )
+    return markdown(["attention", "cosine to exact (95%)", "recall@1 (95%)", "overlap of the first ten"], body)
+
+
+def breakdown_table() -> str:
+    rows = newest(read("breakdown.csv"), "gpu", "part", "n", "params")
+    thin = {(r["n"], r["params"]): r for r in rows if r["part"] == "thin"}
+    body = []
+    for row in (r for r in rows if r["part"] == "attend"):
+        t = thin[row["n"], row["params"]]
+        body.append(
+            [
+                f"{int(row['n']):,}", row["params"].replace("=", " ").replace(" protected 0", ""),
+                f"{float(t['ms']):.2f} ms", f"{float(t['share']):.0%}", f"{float(row['ms']):.2f} ms",
+                f"{float(row['tflops']):.0f}", f"{float(row['floor_ms']):.2f} ms",
+            ]
+        )  # fmt: skip
+    header = ["n", "setting", "thinning", "share", "attention", "TFLOP/s", "floor"]
+    chains = [r for r in rows if r["part"] == "chain"]
+    chain = markdown(
+        ["rows of one bucket per head", *(f"{int(r['n']):,}" for r in chains)],
+        [["µs", *(f"{float(r['ms']) * 1e3:.0f}" for r in chains)],
+         ["ns per pair", *(f"{float(r['ns_per_pair']):.0f}" for r in chains)]],
+    )  # fmt: skip
+    return markdown(header, body) + "\n\n" + chain
+
+
+def cell(row: dict[str, str] | None) -> str:
+    if row is None:
+        return "–"
+    try:
+        speedup = float(row["speedup"])
+    except ValueError:
+        return row["speedup"]
+    text = f"{float(row['ms_p50']):.2f} ms, {speedup:.2f}×"
+    return f"**{text}**" if speedup > 1 else text
+
+
+def with_interval(row: dict[str, str], digits: int) -> str:
+    value, low, high = (f"{float(row[name]):.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} ({low}–{high})"
+
+
+def quality_rows() -> list[dict[str, str]]:
+    return newest(read("quality.csv"), "gpu", "task", "n", "method", "params", "metric")
+
+
+def quality_table() -> str:
+    tasks = ("natural texts", "repetitive texts")
+    rows = [row for row in quality_rows() if row["metric"] == "kl" and row["task"] in tasks]
+    # repetitions with another seed and variants of one rule's constant stay in the file
+    rows = [row for row in rows if "seed=" not in row["params"] and "flatten=" not in row["params"]]
+    top1 = {(r["task"], r["method"], r["params"]): r for r in quality_rows() if r["metric"] == "top1"}
+    body = []
+    for key in dict.fromkeys((row["method"], row["params"]) for row in rows):
+        natural, repetitive = (
+            next(r for r in rows if (r["method"], r["params"]) == key and r["task"] == task)
+            for task in ("natural texts", "repetitive texts")
+        )
+        agreement = float(top1[("natural texts", *key)]["value"])
+        body.append(
+            [
+                policy(natural),
+                f"{float(natural['rows']):.0f}",
+                with_interval(natural, 3),
+                f"{agreement:.3f}",
+                f"{float(repetitive['value']):.3f}",
+            ]
+        )
+    header = ["policy", "rows seen", "KL, natural texts (95%)", "top-1", "KL, repetitive texts"]
+    first = rows[0]
+    note = (
+        f"{first['model']} in bfloat16, {int(first['n']):,} tokens per text, positions from 2,048 on, all 30 layers "
+        f"rewritten; {first['gpu']}, {first['date']}. KL(exact ‖ policy) in nats per token; the interval resamples "
+        "chunks of 512 tokens."
+    )
+    return markdown(header, body) + f"\n\n{note}"
+
+
+def policy(row: dict[str, str]) -> str:
+    name = {"express": "Express", "streaming_llm": "StreamingLLM", "exact": "exact"}[row["method"]]
+    values = params_of(row)
+    values = {k: v for k, v in values.items() if not (k == "protected" and v == "0")}
+    if values.get("halving") == "balanced":
+        del values["halving"]
+    return " ".join([name, ", ".join(f"{k} {v}" for k, v in values.items())]).strip()
+
+
+def needle_table() -> str:
+    rows = [row for row in quality_rows() if row["metric"] == "recalled"]
+    columns = list(dict.fromkeys((row["task"], row["n"]) for row in rows))
+    body = []
+    for key in dict.fromkeys((row["method"], row["params"]) for row in rows):
+        cells = {(r["task"], r["n"]): r for r in rows if (r["method"], r["params"]) == key}
+        rows_seen = "n" if key[0] == "exact" else f"{float(cells[columns[-1]]['rows']):.0f}"
+        counts = [f"{cells[c]['value']}/{cells[c]['high']}" if c in cells else "–" for c in columns]
+        body.append([policy(next(iter(cells.values()))), rows_seen, *counts])
+    return markdown(["policy", "rows seen", *(f"{task}, {int(n):,}" for task, n in columns)], body)
+
+
+def coverage_table() -> str:
+    """A line per architecture: its sites in all masks and phases, written by hand and as SDPA."""
+    key = ("architecture", "implementation", "mask", "phase")
+    found = newest(read("coverage.csv"), *key, "torch")
+    rows = [row for row in found if "+cpu" in row["torch"]]
+    other = [row for row in found if "+cpu" not in row["torch"]]
+    fused = newest([row for row in read("coverage.csv") if row["torch_fused"]], *key)
+    fused = {tuple(row[k] for k in key): row["torch_fused"] for row in fused}
+    rows = [{**row, "torch_fused": fused.get(tuple(row[k] for k in key), "")} for row in rows]
+    # what transformers itself does not run
+    rows, other = ([row for row in x if not row["reasons"].startswith("the model itself")] for x in (rows, other))
+
+    def total(chosen: list[dict[str, str]], column: str) -> int:
+        return sum(int(row[column].split()[0]) for row in chosen if row[column])
+
+    body = []
+    for name in dict.fromkeys(row["architecture"] for row in rows):
+        own = [row for row in rows if row["architecture"] == name]
+        eager = [row for row in own if row["implementation"] == "eager"]
+        sdpa = [row for row in own if row["implementation"] != "eager"]
+        cells = [f"{total(own, 'found')} of {total(own, 'expected')}"]
+        for part, counts in ((eager, ("proven", "rewritten", "torch_fused")), (sdpa, ("proven",))):
+            cells += [f"{total(part, column)} of {total(part, 'expected')}" if part else "–" for column in counts]
+        errors = [float(row[column]) for row in own for column in ("error", "gradient_error") if row[column]]
+        body.append([name, *cells, f"{max(errors):.0e}" if errors else "–"])
+    header = ["architecture", "sites found", "by hand: proven", "rewritten", "fused by torch", "SDPA: proven"]
+
+    def worst(chosen: list[dict[str, str]]) -> float:
+        return max(float(row[column]) for row in chosen for column in ("error", "gradient_error") if row[column])
+
+    notes = []
+    for part in (rows, other):
+        eager = [row for row in part if row["implementation"] == "eager"]
+        notes.append(
+            f"torch {part[-1]['torch']}, transformers {part[-1]['transformers']}, {part[-1]['date']}: "
+            f"{total(part, 'found')} of {total(part, 'expected')} sites found, {total(eager, 'rewritten')} of "
+            f"{total(eager, 'expected')} written by hand rewritten, largest relative error {worst(part):.0e}."
+        )
+    text = f"{notes[0]} The same on the other stack, without a table of its own: {notes[1]}"
+    return markdown([*header, "largest relative error"], body) + f"\n\n{text}"
+
+
+def foreign_table() -> str:
+    """A line per package and route, of the newest row of every case."""
+    rows = newest(read("foreign.csv"), "architecture", "phase", "route")
+    body, ran = [], [row for row in rows if not row["outcome"].startswith("untouched")]
+
+    def total(chosen: list[dict[str, str]], column: str) -> int:
+        return sum(int(row[column]) for row in chosen if row[column])
+
+    for package, route in dict.fromkeys((row["package"], row["route"]) for row in ran):
+        own = [row for row in ran if (row["package"], row["route"]) == (package, route)]
+        right, wrong = (sum(row["outcome"] == word for row in own) for word in ("right", "wrong"))
+        counts = [f"{total(own, column)} of {total(own, 'expected')}" for column in ("found", "proven", "rewritten")]
+        errors = [float(row["error"]) for row in own if row["outcome"] == "right"]
+        body.append([
+            f"{package} {own[0]['version']}", route, str(len({row["architecture"] for row in own})),
+            f"{right} of {len(own)}", str(wrong), *(counts if route != "inductor" else ["–"] * 3), f"{max(errors):.0e}",
+        ])  # fmt: skip
+    header = ["package", "route", "architectures", "cases right", "wrong", "sites found", "proven", "rewritten"]
+    names = len({row["architecture"] for row in ran})
+    note = f"{names} architectures, torch {ran[-1]['torch']}, {ran[-1]['date']}; every case: foreign.csv."
+    return markdown([*header, "largest error"], body) + f"\n\n{note}"
+
+
+@functools.cache
+def judged() -> list[Judged]:
+    return judge(read("speed.csv"))
+
+
+def planner_table() -> str:
+    """How good the planner's choices were at the shapes of the grid."""
+    body = []
+    for kind, what in (("prefill", "prefill, Express"), ("encode", "no mask, Thinformer"), ("decode", "decode, SANTA")):
+        part = [x for x in judged() if x.kind == kind]
+        ratios = [x.ratio for x in part]
+        exact = [x.ratio * min(x.method, x.exact) / x.exact for x in part]
+        errors = [abs(x.predicted / x.method - 1) for x in part]
+        taken = sum(x.chosen != "exact" for x in part)
+        body.append(
+            [what, str(len(part)), str(taken), f"{median(ratios):.2f}×", f"{max(ratios):.2f}×", f"{max(exact):.2f}×",
+             f"{100 * median(errors):.0f}%, {100 * max(errors):.0f}%"]
+        )  # fmt: skip
+    header = ["sites", "shapes", "approximation chosen", "time / best, median", "worst", "time / exact, worst"]
+    return markdown([*header, "prediction off by, median and worst"], body)
+
+
+def crossings_table() -> str:
+    """Measured and predicted crossovers."""
+    rows = [
+        [x.kind, str(x.B), f"{x.method}, s={x.policy.budget}", f"{x.measured:,.0f}", f"{x.predicted:,}",
+         f"{100 * (x.predicted / x.measured - 1):+.0f}%"]
+        for x in crossings(judged())
+    ]  # fmt: skip
+    return markdown(["sites", "B", "method", "faster from, measured", "predicted", "off by"], rows)
+
+
+def tolerance_table() -> str:
+    """Budgets per layer beside uniform ones, on texts that were not used to choose them."""
+    rows = [row for row in quality_rows() if row["task"].startswith("unseen")]
+    body = []
+    for params in dict.fromkeys(row["params"] for row in rows):
+        own = {(row["task"].split()[1], row["metric"]): row for row in rows if row["params"] == params}
+        natural, repetitive = own["natural", "kl"], own["repetitive", "kl"]
+        values = dict(part.split("=") for part in params.split())
+        layers = re.sub(r"([0-9]+)x", r"\1 × ", values.get("layers", "")).replace("/", ", ")
+        per_layer = f"per layer, tolerance {values.get('tolerance')} ({layers})"
+        name = f"uniform, s={values['s']}" if "s" in values else per_layer
+        body.append(
+            [name, f"{float(natural['rows']):.0f}",
+             with_interval(natural, 3),
+             f"{float(own['natural', 'top1']['value']):.3f}", f"{float(repetitive['value']):.3f}"]
+        )  # fmt: skip
+    return markdown(["budgets", "rows seen", "KL, natural texts (95%)", "top-1", "KL, repetitive texts"], body)
+
+
+PARTS = {
+    "methods": methods_table,
+    "speed": speed_table,
+    "others": others_table,
+    "sparse": sparse_table,
+    "encode": encode_table,
+    "encoders": encoders_table,
+    "decode": decode_table,
+    "decode-heads": decode_heads_table,
+    "rounding": rounding_table,
+    "rounding-speed": rounding_speed_table,
+    "decode-models": decode_models_table,
+    "decode-bytes": decode_bytes_table,
+    "compiling": compiling_table,
+    "coverage": coverage_table,
+    "foreign": foreign_table,
+    "planner": planner_table,
+    "crossings": crossings_table,
+    "tolerance": tolerance_table,
+    "steps": steps_table,
+    "embeddings": embeddings_table,
+    "breakdown": breakdown_table,
+    "quality": quality_table,
+    "needles": needle_table,
+}
+
+
+def filled(text: str) -> str:
+    """``text`` with every part between ``<!-- name -->`` and ``<!-- /name -->`` written anew."""
+    for name, table in PARTS.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, rest = text.split(begin)
+        text = before + begin + "\n" + table() + "\n" + end + rest.split(end)[1]
+    return text
+
+
+def plot(path: Path) -> None:
+    """Speed-up over the best exact backend against n, with the FLOP floor of each setting dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = prefill_rows()
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name in dict.fromkeys(map(setting, rows)):
+        points = sorted((int(row["Lq"]), float(row["speedup"])) for row in rows if setting(row) == name)
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=f"Express {name}")
+        row = next(row for row in rows if setting(row) == name)
+        values = params_of(row)
+        seen = 3.5 * int(row["s"]) + sum(int(values[k]) for k in ("sinks", "window", "protected"))
+        axes.plot([n for n, _ in points], [max(1, n / 2 / seen) for n, _ in points], "--", color=line.get_color(), lw=1)
+    axes.axhline(1, color="black", lw=1)
+    first = rows[0]
+    axes.set(
+        xscale="log", yscale="log", xlabel="tokens n", ylabel="speed-up over the best exact backend",
+        title=f"Causal prefill, {first['gpu']}; dashed: ratio of FLOPs",
+    )  # fmt: skip
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_predictions(path: Path) -> None:
+    """Predicted against measured milliseconds at the shapes of the grid."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.add_subplot()
+    found = judged()
+    exact = {(x.kind, x.spec.B, x.spec.Lk): (x.exact, x.predicted_exact) for x in found}
+    series = {"exact": list(exact.values())}
+    for x in found:
+        series.setdefault(x.row["method"], []).append((x.method, x.predicted))
+    for name, points in series.items():
+        axes.scatter(*zip(*points, strict=True), s=14, label=f"{name} ({len(points)} shapes)")
+    ends = [min(min(p) for points in series.values() for p in points), max(max(p) for x in series.values() for p in x)]
+    axes.plot(ends, ends, color="black", lw=1)
+    axes.set(
+        xscale="log", yscale="log", xlabel="measured ms", ylabel="predicted ms",
+        title=f"Predicted and measured, {found[0].row['gpu']}",
+    )  # fmt: skip
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_sparse(path: Path) -> None:
+    """Milliseconds of Sparse Transformer attention and of the best exact one over n, with the line of n sqrt(n)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    for axis, train in zip(axes, ("", "_train"), strict=True):
+        for kind in ("fixed", "strided"):
+            rows = newest(speed_rows(job=f"sparse_{kind}{train}"), "Lq")
+            rows.sort(key=lambda row: int(row["Lq"]))
+            n, ms = [int(row["Lq"]) for row in rows], [float(row["ms_p50"]) for row in rows]
+            (line,) = axis.plot(n, ms, marker="o", label=f"{kind}, default stride")
+            axis.plot(n, [ms[-1] * (x / n[-1]) ** 1.5 for x in n], "--", color=line.get_color(), lw=1)
+        axis.plot(n, [float(row["opponent_ms_p50"]) for row in rows], marker=".", color="black", label="exact (cuDNN)")
+        axis.set(xscale="log", yscale="log", xlabel="tokens n", title="forward and backward" if train else "forward")
+    axes[0].set(ylabel=f"ms, {rows[0]['gpu']}; dashed: n sqrt(n)")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is out of date")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    new = filled(text)
+    if args.check:
+        if new != text:
+            print("README.md is not what examples/bench/results says: run python examples/bench/tables.py")
+        return int(new != text)
+    readme.write_text(new, encoding="utf-8")
+    plot(RESULTS / "speedup.png")
+    plot_predictions(RESULTS / "predictions.png")
+    plot_sparse(RESULTS / "sparse-scaling.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Plans as plain data: what became of every site of a model, to be followed by another copy of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, get_args
+
+from .plain import canonical, check_plain, from_json, number, renamed, write_whole
+from .spec import AttentionSpec, Plan, Policy, Verdict
+
+_VERSION = 1
+_SIZES = ("H", "H_kv", "D", "Dv")
+
+
+@dataclass(frozen=True)
+class SavedSite:
+    """The decision for one site. Plain data; nothing in it is trusted, it is all proven again where it is followed.
+
+    module, index: which site it is: its module path, and its place among the sites of that module.
+    method, verdict, params: as in :class:`Plan`.
+    facts: what it was decided under: ``mask`` (causal, window; offset and key padding may change from call to call)
+        and the sizes ``H``, ``H_kv``, ``D`` and ``Dv``.
+    options: the fields of the :class:`Policy` that decided; of its methods this one and "exact".
+
+    Raises ``ValueError`` or ``TypeError`` that name the field, its value and what is allowed.
+    """
+
+    module: str
+    index: int
+    method: str
+    verdict: Verdict
+    params: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("module", "method", "verdict"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name}={getattr(self, name)!r}: must be of type str")
+        object.__setattr__(self, "index", number("index", self.index, int))
+        if self.index < 0:
+            raise ValueError(f"index={self.index!r}: must be 0 or more, a place among the sites of a module")
+        if self.verdict not in get_args(Verdict):
+            raise ValueError(f"verdict={self.verdict!r}: must be one of {', '.join(get_args(Verdict))}")
+        for name in ("params", "facts", "options"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise TypeError(f"{name}={getattr(self, name)!r}: must be a mapping")
+            try:
+                object.__setattr__(self, name, canonical(getattr(self, name)))
+            except ValueError as error:
+                raise renamed(name, error) from None
+        self.policy  # noqa: B018 - raises for options that do not exist
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The policy of this site alone: its options, and its method if they name none."""
+        return Policy.for_module({"methods": (self.method,), **self.options})
+
+    @classmethod
+    def from_plan(cls, module: str, index: int, spec: AttentionSpec | None, plan: Plan) -> SavedSite:
+        """The entry of a site for which ``plan`` was made; ``spec`` is None where it was refused unseen."""
+        if plan.verdict != "rewritten":
+            return cls(module, index, plan.method, plan.verdict)
+        policy = plan.policy or Policy(methods=(plan.method,))
+        options = {name: getattr(policy, name) for name in Policy.local_names()}
+        if policy.methods is not None:  # whether exact attention may be chosen decides where the method runs
+            options["methods"] = tuple(name for name in policy.methods if name in (plan.method, "exact"))
+        return cls(module, index, plan.method, plan.verdict, plan.params, facts_of(spec), options)
+
+
+def facts_of(spec: AttentionSpec) -> dict[str, Any]:
+    """The facts of a site that a saved plan relies on, as plain data; sizes that are not known as text."""
+    sizes = {name: getattr(spec, name) for name in _SIZES}
+    mask = str(replace(spec.mask, offset=0, padding=False))
+    return {"mask": mask, **{name: size if isinstance(size, int) else str(size) for name, size in sizes.items()}}
+
+
+@dataclass(frozen=True)
+class SavedPlan:
+    """The decisions for all sites of a model, in order of execution; ``explain(...).plan`` is one.
+
+    Follow it with ``torch.compile(model, backend="express", options={"plan": plan})`` or
+    ``rewrite_attention(model, plan=plan)``; ``plan`` may also be the path of a file that :meth:`save` wrote.
+    """
+
+    sites: tuple[SavedSite, ...] = ()
+
+    def __post_init__(self) -> None:
+        sites = tuple(self.sites)
+        for site in sites:
+            if not isinstance(site, SavedSite):
+                raise TypeError(f"sites: {site!r} must be a SavedSite")
+        object.__setattr__(self, "sites", sites)
+
+    @classmethod
+    def of(cls, sites: Iterable[SavedSite]) -> SavedPlan:
+        """A plan of these sites; one that was called more than once with the same decision has one entry."""
+        kept: list[SavedSite] = []
+        for site in sites:
+            if site not in kept:
+                kept.append(site)
+        return cls(tuple(kept))
+
+    @cached_property
+    def _places(self) -> dict[tuple[str, int], list[SavedSite]]:
+        places: dict[tuple[str, int], list[SavedSite]] = {}
+        for site in self.sites:
+            places.setdefault((site.module, site.index), []).append(site)
+        return places
+
+    def at(self, module: str, index: int = 0) -> list[SavedSite]:
+        """The entries of one site: none, one, or one for each kind of call that was seen there."""
+        return self._places.get((module, index), [])
+
+    def to_json(self) -> str:
+        """The plan as JSON. NaN and infinities are written as Python's ``json`` does."""
+        sites = [{f.name: getattr(site, f.name) for f in fields(site)} for site in self.sites]
+        check_plain("sites", sites)
+        return json.dumps({"version": _VERSION, "sites": sites}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> SavedPlan:
+        """The plan that :meth:`to_json` wrote. Raises ``ValueError`` or ``TypeError`` that names the entry."""
+        return from_json("plan", text, lambda data: cls.from_data(data, "plan"))
+
+    @classmethod
+    def from_data(cls, data: Any, name: str) -> SavedPlan:
+        """The plan in what :meth:`to_json` wrote, as ``json`` reads it; errors begin with ``name``."""
+        try:
+            return cls._from_data(data)
+        except (TypeError, ValueError) as error:
+            raise renamed(name, error) from None
+
+    @classmethod
+    def _from_data(cls, data: Any) -> SavedPlan:
+        if not isinstance(data, dict) or data.get("version") != _VERSION or not isinstance(data.get("sites"), list):
+            raise ValueError(f"must be an object with version={_VERSION} and a list of sites, as save() writes it")
+        return cls(tuple(_site(i, entry) for i, entry in enumerate(data["sites"])))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the plan to a file, in one step. Raises ``OSError`` if that cannot be."""
+        write_whole(path, self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> SavedPlan:
+        """The plan in a file. Raises ``OSError`` if it cannot be read, else as :meth:`from_json`, with its name."""
+        name = f"plan={str(path)!r}"
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except ValueError as error:
+            raise renamed(name, error) from None
+        return from_json(name, text, lambda data: cls.from_data(data, name))
+
+
+def _site(i: int, entry: Any) -> SavedSite:
+    names = {f.name for f in fields(SavedSite)}
+    if not isinstance(entry, dict) or set(entry) != names:
+        found = ", ".join(sorted(entry)) if isinstance(entry, dict) else repr(entry)
+        raise ValueError(f"sites[{i}]: {found}; must be an object of {', '.join(sorted(names))}")
+    try:
+        return SavedSite(**entry)
+    except (TypeError, ValueError) as error:
+        raise renamed(f"sites[{i}] ({entry['module']!r})", error) from None

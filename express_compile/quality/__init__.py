@@ -1,0 +1,1 @@
+"""How wrong an approximation is: measured for a sample, watched in use."""

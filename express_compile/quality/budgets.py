@@ -1,0 +1,366 @@
+"""Budgets by error: the fewest rows with which a model stays within a tolerance, site by site, on sample inputs.
+
+Exact and approximate attention run side by side on the activations of the exact model, which gives the error of every
+site at every budget; one site at a time then runs approximately, which gives what the model makes of it:
+
+    KL_l(s) = KL_l(r) (e_l(s) / e_l(r))^2,    e_l(s) = |o_l(s) - o_l| / |o_l|
+
+to second order in the error. Budgets are raised where that lowers the sum most per row, up to exact attention; the sum
+is then calibrated by measurements of the whole model, and the answer is the cheapest assignment that was *measured* to
+be within the tolerance.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.call import Op, exact_options, name_of, run_by
+from ..core.method import METHODS
+from ..core.plain import number
+from ..core.spec import AttentionSpec, Mask, Policy, Site, layer_key
+from ..planning.predict import cost_at
+from ..routes.transformers.eager import is_rewritten, record_sites, restore_attention, rewrite_attention
+
+_CHUNK = 512  # positions whose logits are compared at a time
+_MEASUREMENTS = 8  # of the whole model, to calibrate the sum
+
+
+@dataclass(frozen=True)
+class SiteErrors:
+    """What was found at one site.
+
+    module: its module path. budget: the rows that were chosen, None for exact attention.
+    errors: relative error of its output by budget. kl: what each of these budgets alone is predicted to cost, in nats.
+    rows: rows that a query sees, on average over queries and batches, by budget; ``"exact"`` among them.
+    """
+
+    module: str
+    budget: int | None
+    errors: Mapping[int, float]
+    kl: Mapping[int, float]
+    rows: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The outcome of :func:`calibrate_error`.
+
+    policy: what to give to ``rewrite_attention`` or the backend; ``policy.modules`` has a budget or ``"exact"`` for
+        every site. kl: KL(exact || with that policy) on the sample, mean over positions, nats. rows: those a query
+        sees, mean over sites. sites: what was found at each.
+    """
+
+    policy: Policy
+    kl: float
+    rows: float
+    sites: tuple[SiteErrors, ...] = field(repr=False)
+
+    def to_json(self) -> str:
+        """A JSON object with the keys ``policy``, ``kl``, ``rows`` and ``sites``."""
+        policy = json.loads(self.policy.to_json())
+        data = {"policy": policy, "kl": self.kl, "rows": self.rows, "sites": [asdict(site) for site in self.sites]}
+        return json.dumps(data, indent=2)
+
+
+class Exactly:
+    """Runs the ops of rewritten attention exactly: a runner of :mod:`call`."""
+
+    def __call__(self, op: Op, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+        result = op(*args, **exact_options(args, options))
+        self.see(op, args, options, result[0])
+        return result
+
+    def see(self, op: Op, args: tuple[Any, ...], options: Mapping[str, Any], exact: torch.Tensor) -> None:
+        """Called for every op that ran exactly, with the options that it was to have."""
+
+
+class Compared(Exactly):
+    """Runs everything exactly, and notes what each op would have been off by.
+
+    errors: ``|o_hat - o| / |o|``, 0-d tensors, by layer key, in order of execution.
+    """
+
+    def __init__(self) -> None:
+        self.errors: dict[int, list[torch.Tensor]] = {}
+
+    def __call__(self, op: Op, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+        # without min_length there is no exact attention to compare with
+        return super().__call__(op, args, options) if "min_length" in options else op(*args, **options)
+
+    def see(self, op: Op, args: tuple[Any, ...], options: Mapping[str, Any], exact: torch.Tensor) -> None:
+        self.errors.setdefault(args[6], []).append(_error(op, args, options, exact))
+
+
+def _error(op: Op, args: tuple[Any, ...], options: Mapping[str, Any], exact: torch.Tensor) -> torch.Tensor:
+    """The Frobenius norm of what the op is off by, relative to that of exact attention; NaN where both are 0."""
+    return (op(*args, **options)[0].float() - exact.float()).norm() / exact.float().norm()
+
+
+class _Budgets(Exactly):
+    """Runs the ops of a rewritten model with a budget for each site, exactly where none is given."""
+
+    def __init__(self, options: Mapping[str, Mapping[int, dict[str, Any]]], chosen: Mapping[int, int | None]) -> None:
+        self.options, self.chosen = options, chosen
+
+    def __call__(self, op: Op, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+        budget = self.chosen.get(args[6])
+        return super().__call__(op, args, options) if budget is None else op(*args, **self.options[name_of(op)][budget])
+
+
+class _Errors(_Budgets):
+    """Runs everything exactly, and notes error and rows of every budget at every site."""
+
+    def __init__(self, options: Mapping[str, Mapping[int, dict[str, Any]]]) -> None:
+        super().__init__(options, {})
+        self.errors: dict[int, dict[int, list[torch.Tensor]]] = {}
+        self.rows: dict[int, dict[str, list[float]]] = {}
+
+    def see(self, op: Op, args: tuple[Any, ...], options: Mapping[str, Any], exact: torch.Tensor) -> None:
+        layer, name = args[6], name_of(op)
+        errors, rows = self.errors.setdefault(layer, {}), self.rows.setdefault(layer, {})
+        for budget, options in self.options[name].items():
+            errors.setdefault(budget, []).append(_error(op, args, options, exact))
+            rows.setdefault(str(budget), []).append(_rows_seen(name, args, options, name == "express"))
+        rows.setdefault("exact", []).append(_rows_seen("exact", args, {}, name == "express"))
+
+
+def _rows_seen(name: str, args: Any, options: dict[str, Any], causal: bool) -> float:
+    """Rows that a query sees on average."""
+    query, key, value = args[:3]
+    mask = Mask(causal=causal, offset=key.shape[2] - query.shape[2])
+    sizes = *query.shape[:2], key.shape[1], query.shape[2], key.shape[2], query.shape[3], value.shape[3]
+    spec = AttentionSpec(*sizes, query.dtype, query.device.type, args[5], mask)
+    return cost_at(name, spec, options).scores / (spec.B * spec.H * spec.Lq)
+
+
+@torch.no_grad()
+def calibrate_error(
+    model: nn.Module,
+    batches: Iterable[torch.Tensor | Mapping[str, Any]],
+    *,
+    tolerance: float = 0.05,
+    budgets: Sequence[int] = (64, 128, 256, 512, 1024, 2048),
+    policy: Policy | None = None,
+    first: int = 0,
+) -> Calibration:
+    """The policy with the fewest rows whose KL to the exact model stays within ``tolerance`` on sample inputs.
+
+    model: as for ``rewrite_attention``, not rewritten; it is left as it was. Its output, or the ``logits`` of it, are
+        scores ``[batch, positions, classes]``.
+    batches: token ids ``[batch, positions]`` or mappings of keyword arguments; best a few that are as long as those
+        that the policy is for. All budgets of one batch are tried before the next one is asked for.
+    tolerance: mean KL(exact || approximate) in nats per position, from position ``first`` on.
+    budgets: what to choose from, in rows; a site for which none of them is good enough stays exact.
+    policy: everything but the budget (default: Express with its defaults); its methods are ``express``,
+        ``thinformer`` or both, its ``modules`` must be empty.
+
+    It takes ``1 + sites + 8`` forward passes per batch, the first of them with all budgets. Raises ``ValueError`` or
+    ``TypeError`` for arguments that do not fit, and where no site can be rewritten.
+    """
+    policy = Policy(methods=("express",)) if policy is None else policy
+    budgets = _check(model, tolerance, budgets, policy, first)
+    batches = _checked_batches(batches, first)
+    methods = [name for name in policy.methods if name != "exact"]
+    options = {
+        name: {s: dict(METHODS[name].params(Site(), replace(policy, budget=s, min_length=0))) for s in budgets}
+        for name in methods
+    }
+    rewrite_attention(model, replace(policy, methods=tuple(methods), budget=budgets[-1], min_length=0))
+    try:
+        exact, paths, seen = [], {}, _Errors(options)
+        for batch in batches:
+            with record_sites() as sites, run_by(seen):
+                exact.append(_logits(model, batch))
+            _check_first(first, exact[-1].shape[1])
+            paths |= {layer_key(x.module, i): x.module for x in sites if x.verdict == "rewritten" for i in range(8)}
+        if not seen.errors:
+            reasons = "; ".join(sorted({site.reason for site in sites}))
+            raise ValueError(f"model: no site can be rewritten by {', '.join(methods)}: {reasons or 'it has none'}")
+        if len({paths[layer] for layer in seen.errors}) < len(seen.errors):
+            raise ValueError(
+                "model: one of its modules has more than one site, and a policy has one budget for a module"
+            )
+
+        def measure(chosen: Mapping[int, int | None]) -> float:
+            with run_by(_Budgets(options, chosen)):
+                found = [_kl(x, _logits(model, batch), first) for x, batch in zip(exact, batches, strict=True)]
+            return fmean(found)
+
+        found = _sensitivities(seen, budgets, measure)
+        chosen, kl = _within(found, tolerance, measure)
+    finally:
+        restore_attention(model)
+    sites = tuple(
+        SiteErrors(
+            paths[layer],
+            chosen[layer],
+            site["errors"],
+            site["kl"],
+            {"exact" if k is None else str(k): x for k, x in site["rows"].items()},
+        )
+        for layer, site in found.items()
+    )
+    rows = fmean(site.rows["exact" if site.budget is None else str(site.budget)] for site in sites)
+    overrides = {site.module: "exact" if site.budget is None else {"budget": site.budget} for site in sites}
+    return Calibration(replace(policy, modules=overrides), kl, rows, sites)
+
+
+def _check(model: nn.Module, tolerance: float, budgets: Sequence[int], policy: Policy, first: int) -> list[int]:
+    """The budgets in order, once all but the batches is known to fit."""
+    if is_rewritten(model):
+        raise ValueError("model: is rewritten; call restore_attention(model) first")
+    if not 0 < number("tolerance", tolerance, int, float) < math.inf:
+        raise ValueError(f"tolerance={tolerance!r}: must be above 0 nats and finite")
+    if number("first", first, int) < 0:
+        raise ValueError(f"first={first!r}: must be a position, 0 or more")
+    if isinstance(budgets, (str, bytes, Mapping)) or not isinstance(budgets, Iterable):
+        raise TypeError(f"budgets={budgets!r}: must be a sequence of numbers of rows")
+    budgets = [number("budgets", s, int) for s in budgets]
+    if not budgets or not all(s >= 4 and s & (s - 1) == 0 for s in budgets):
+        raise ValueError(f"budgets={budgets!r}: must be powers of two, 4 or more")
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy={policy!r}: must be None or a Policy")
+    if not policy.methods or not set(policy.methods) <= {"express", "thinformer", "exact"}:
+        raise ValueError(f"policy.methods={policy.methods!r}: allowed are 'express' and 'thinformer'")
+    if not set(policy.methods) - {"exact"}:
+        raise ValueError(f"policy.methods={policy.methods!r}: must name 'express' or 'thinformer'")
+    if policy.modules:
+        raise ValueError(f"policy.modules={dict(policy.modules)!r}: must be empty; it is what is looked for")
+    return sorted(set(budgets))
+
+
+def _checked_batches(batches: Any, first: int) -> list[torch.Tensor | Mapping[str, Any]]:
+    if isinstance(batches, (torch.Tensor, str, bytes, Mapping)) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches: a {type(batches).__name__}; must be several batches, such as a list of one")
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches: must hold at least one batch")
+    for i, batch in enumerate(batches):
+        if not isinstance(batch, (torch.Tensor, Mapping)):
+            raise TypeError(f"batches[{i}]={batch!r}: must be a tensor of token ids or a mapping of keyword arguments")
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+        if isinstance(ids, torch.Tensor):
+            if ids.dim() < 2 or not ids.numel():
+                raise ValueError(f"batches[{i}]: shape {tuple(ids.shape)}; must be [batch, positions], not empty")
+            _check_first(first, ids.shape[1])
+    return batches
+
+
+def _check_first(first: int, positions: int) -> None:
+    if first >= positions:
+        raise ValueError(f"first={first!r}: a batch has only {positions} positions")
+
+
+def _logits(model: nn.Module, batch: Any) -> torch.Tensor:
+    output = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ValueError(f"model: its output is {shape}; must be, or have as logits, [batch, positions, classes]")
+    return logits
+
+
+def _kl(exact: torch.Tensor, approximate: torch.Tensor, first: int) -> float:
+    """Mean KL(exact || approximate) over positions from ``first`` on, in nats."""
+    total = 0.0
+    for p, q in zip(exact[:, first:].split(_CHUNK, 1), approximate[:, first:].split(_CHUNK, 1), strict=True):
+        p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        total += (p.exp() * (p - q)).sum().item()
+    return total / (exact.shape[0] * (exact.shape[1] - first))
+
+
+def _sensitivities(
+    seen: _Errors, budgets: list[int], measure: Callable[[Mapping[int, int | None]], float]
+) -> dict[int, dict[str, Any]]:
+    """Errors, rows and the KL that each budget alone is expected to cost, of every site."""
+    found = {}
+    for layer, by_budget in seen.errors.items():
+        errors = {s: fmean(float(x) for x in by_budget[s]) for s in budgets}
+        # where the error is largest its effect is least hidden by rounding, but no longer of second order
+        reference = min(budgets, key=lambda s: abs(math.log(max(errors[s], 1e-9) / 0.3)))
+        alone = max(0.0, measure({layer: reference})) if errors[reference] else 0.0
+        kl = {s: alone * (errors[s] / errors[reference]) ** 2 if alone else 0.0 for s in budgets}
+        rows = {int(s) if s != "exact" else None: fmean(x) for s, x in seen.rows[layer].items()}
+        found[layer] = {"errors": errors, "kl": kl, "rows": rows}
+    return found
+
+
+def _cheapest(found: Mapping[int, Mapping[str, Any]], total: float) -> dict[int, int | None]:
+    """Budgets whose expected costs sum to at most ``total``, with few rows: raised where a row gains most.
+
+    Greedy over the lower convex hull of each site's (rows, KL), which is optimal but for the last step.
+    """
+    hulls = {layer: _hull(site) for layer, site in found.items()}
+    place = dict.fromkeys(hulls, 0)
+    cost = sum(hull[0][1] for hull in hulls.values())
+    while cost > total:
+        gains = {
+            layer: (hull[i][1] - hull[i + 1][1]) / (hull[i + 1][0] - hull[i][0])
+            for layer, hull in hulls.items()
+            if (i := place[layer]) + 1 < len(hull)
+        }
+        if not gains:
+            break
+        layer = max(gains, key=gains.get)
+        cost -= hulls[layer][place[layer]][1] - hulls[layer][place[layer] + 1][1]
+        place[layer] += 1
+    return {layer: hulls[layer][i][2] for layer, i in place.items()}
+
+
+def _hull(site: Mapping[str, Any]) -> list[tuple[float, float, int | None]]:
+    """(rows, KL, budget) from the cheapest on, each gaining less per row than the one before; the last one is exact."""
+    points = sorted([(site["rows"][s], kl, s) for s, kl in site["kl"].items()], key=lambda x: x[:2])
+    points = [x for x in points if x[0] < site["rows"][None]] + [(site["rows"][None], 0.0, None)]
+    hull: list[tuple[float, float, int | None]] = []
+    for point in points:
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
+            hull.pop()
+        if not hull or point[1] < hull[-1][1]:
+            hull.append(point)
+    return hull
+
+
+def _slope(a: tuple[float, float, Any], b: tuple[float, float, Any]) -> float:
+    return (a[1] - b[1]) / (b[0] - a[0])
+
+
+def _within(
+    found: Mapping[int, Mapping[str, Any]], tolerance: float, measure: Callable[[Mapping[int, int | None]], float]
+) -> tuple[dict[int, int | None], float]:
+    """The assignment with the fewest rows that was measured to be within the tolerance, and its KL.
+
+    The sum of single costs is not the cost of all together: the total that is asked for is moved until what is
+    measured is the tolerance.
+    """
+    best: tuple[dict[int, int | None], float] = (dict.fromkeys(found), 0.0)
+    low, high, total = 0.0, math.inf, tolerance
+    tried: dict[tuple[int | None, ...], float] = {}
+    for _ in range(_MEASUREMENTS):
+        chosen = _cheapest(found, total)
+        key = tuple(chosen.values())
+        kl = tried[key] if key in tried else measure(chosen)
+        tried[key] = kl
+        if kl <= tolerance:
+            low = total
+            if _rows(found, chosen) < _rows(found, best[0]):
+                best = chosen, kl
+        else:
+            high = total
+        total = (
+            total * min(4.0, max(0.25, tolerance / max(kl, 1e-12)))
+            if not low or high == math.inf
+            else math.sqrt(low * high)
+        )
+    return best
+
+
+def _rows(found: Mapping[int, Mapping[str, Any]], chosen: Mapping[int, int | None]) -> float:
+    return sum(found[layer]["rows"][budget] for layer, budget in chosen.items())

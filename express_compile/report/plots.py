@@ -1,0 +1,42 @@
+"""Plots of predictions: where the methods cross."""
+
+from __future__ import annotations
+
+import io
+import math
+
+from ..core.cost import Device
+from ..core.spec import AttentionSpec, Policy
+from ..planning.predict import MARGIN, at_length, crossover, predict, without_padding
+
+_FROM, _TO = 256, 1 << 20
+
+
+def crossover_plot(methods: tuple[str, ...], spec: AttentionSpec, policy: Policy, device: Device, title: str) -> str:
+    """Predicted milliseconds of ``methods`` and of exact attention over the number of keys, as an SVG document.
+
+    All but the numbers of keys (and queries, where they are as many) is that of ``spec``; the number of keys from which
+    a method is chosen is marked. Raises ``ImportError`` without matplotlib.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    least = spec.Lq if isinstance(spec.Lq, int) and str(spec.Lq) != str(spec.Lk) else 1
+    lengths = [n for i in range(8 * int(math.log2(_TO // _FROM)) + 1) if (n := round(_FROM * 2 ** (i / 8))) >= least]
+    for name in ("exact", *methods):
+        times = [predict(name, at_length(spec, n), policy, device) for n in lengths]
+        if None not in times:
+            axes.plot(lengths, times, label=f"{name}, without padding" if without_padding([name], spec) else name)
+    for name in methods:
+        n = crossover(name, "exact", spec, policy, device, margin=MARGIN)
+        if n is not None and lengths[0] <= n <= _TO:
+            axes.axvline(n, color="grey", linestyle=":", label=f"{name} from {n:,} keys on")
+    axes.set(xscale="log", yscale="log", xlabel="keys", ylabel="predicted ms", title=title)
+    axes.legend()
+    text = io.StringIO()
+    # names inside the document follow from the title: the same ones at every run, others in another plot of a page
+    with matplotlib.rc_context({"svg.hashsalt": title, "svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()

@@ -1,0 +1,1 @@
+"""The way into models of transformers: its attention interface, its masks, its decoding."""

@@ -1,0 +1,250 @@
+"""The mask of a rewritten Hugging Face model: what is proven about it travels inside it.
+
+transformers builds one mask per forward pass and hands it through the model to every attention module.
+:func:`make_mask` builds it under our name: a :class:`ProvenMask` where transformers asked for plain causal or
+bidirectional attention and sdpa would get a dense mask, and in every other case exactly what sdpa would get. A model
+that ran eager attention gets a mask wherever that got one: sdpa may do without and go by ``module.is_causal``, which
+eager attention does not read and models set without regard to it (PaliGemma).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...core.spec import Mask
+
+NAME = "express_compile"
+# The attention that a model ran before -> the name under which it runs ours, which has to mean the same.
+NAMES = {"sdpa": NAME, "eager": f"{NAME}_eager"}
+
+untraced = torch.compiler.disable(
+    reason="a model rewritten by rewrite_attention runs its attention eagerly; to compile it whole, call "
+    "restore_attention(model) and then torch.compile(model, backend='express')"
+)
+
+
+class ProvenMask(torch.Tensor):
+    """A mask ``[B, 1, Lq, Lk]`` that is proven, and is only computed if somebody looks at it.
+
+    Any torch operation on it is that on the plain boolean tensor which transformers' sdpa mask would hold, so code that
+    does not know the class gets the right numbers and loses the proof. Detached, copied by ``deepcopy`` or moved to
+    another device it keeps the proof; who writes into it, or into a view of it, takes the proof away.
+
+    proven: what a query sees of the first ``visible`` keys; it sees none of the others.
+    padding: bool ``[B, visible]``, True for real tokens, or None when there are only real ones.
+    """
+
+    proven: Mask
+    visible: int
+    padding: torch.Tensor | None
+    _arguments: dict[str, Any]
+    _exact: torch.Tensor | None
+    _version_built: int
+
+    @staticmethod
+    def __new__(
+        cls: type[ProvenMask], proven: Mask, visible: int, padding: torch.Tensor | None, arguments: dict[str, Any]
+    ) -> ProvenMask:
+        shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
+        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=arguments["device"])
+        mask.proven, mask.visible, mask.padding = proven, visible, padding
+        mask._arguments, mask._exact, mask._version_built = arguments, None, 0
+        return mask
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if function in _METADATA:
+                return function(*args, **kwargs)
+            if (keep := _KEEP.get(function)) is not None and args[0].is_proven:
+                if (kept := keep(*args, **kwargs)) is not None:
+                    return kept
+            # here and not below the dispatcher, where writes into views are not counted
+            args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.exact, (args, kwargs))
+            return function(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return args[0]
+        args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.exact, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def __repr__(self, **_: Any) -> str:
+        return f"ProvenMask(shape={tuple(self.shape)}, proven={str(self.proven)!r}, visible={self.visible})"
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the proof still holds: nothing was written into the tensor."""
+        return self._exact is None or self._exact._version == self._version_built
+
+    def exact(self) -> torch.Tensor:
+        """The boolean tensor ``[B, 1, Lq, Lk]``, for transformers' sdpa attention; computed once for all layers."""
+        if self._exact is None:
+            never = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+            with torch.inference_mode(False):  # inference tensors do not count what is written into them
+                exact = _sdpa_mask()(**{**self._arguments, **never})
+                # an expanded tensor could not be written into
+                self._exact = exact.clone() if exact.is_inference() else exact.contiguous()
+            self._version_built = self._exact._version
+        return self._exact
+
+    def _copied(self, copy: Callable[[torch.Tensor], torch.Tensor], device: Any) -> ProvenMask:
+        known = self._arguments["attention_mask"]
+        arguments = {**self._arguments, "attention_mask": None if known is None else copy(known), "device": device}
+        padding = None if self.padding is None else copy(self.padding)
+        return type(self)(self.proven, self.visible, padding, arguments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        copied = self._copied(torch.clone, self.device) if self.is_proven else self.exact().clone()
+        memo[id(self)] = copied
+        return copied
+
+    # What looks at the memory of a tensor without any operation on it.
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.exact().__reduce_ex__(protocol)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.exact().__array__(*args, **kwargs)
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.exact().__dlpack__(*args, **kwargs)
+
+    def numpy(self, **kwargs: Any) -> Any:
+        return self.exact().numpy(**kwargs)
+
+    def tolist(self) -> Any:
+        return self.exact().tolist()
+
+    def data_ptr(self) -> int:
+        return self.exact().data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.exact().untyped_storage()
+
+
+_METADATA = {
+    getattr(torch.Tensor, name).__get__
+    for name in ("shape", "device", "dtype", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "requires_grad")
+}
+_METADATA |= {getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "__len__", "is_floating_point")}
+_METADATA |= {torch.Tensor.detach, torch.Tensor.data.__get__, torch.Tensor.is_inference, torch.Tensor.__hash__}
+
+
+def _to(mask: ProvenMask, *args: Any, **kwargs: Any) -> ProvenMask | None:
+    """What ``Tensor.to`` makes of a mask, if that is the same one on this or another device; None otherwise."""
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    if dtype not in (None, torch.bool) or kwargs.get("copy"):
+        return None
+    if device is None or device == mask.device:
+        return mask
+    return mask._copied(lambda x: x.to(device), device)
+
+
+_KEEP: dict[Any, Callable[..., ProvenMask | None]] = {
+    torch.Tensor.to: _to,
+    torch.Tensor.cpu: lambda mask: _to(mask, "cpu"),
+    torch.Tensor.bool: lambda mask: mask,
+    torch.Tensor.contiguous: lambda mask, **kwargs: None if kwargs else mask,
+}
+
+
+def _sdpa_mask() -> Callable[..., torch.Tensor | None]:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    **rest: Any,
+) -> torch.Tensor | None:
+    """transformers' mask function under our name: a :class:`ProvenMask` where proven, else what sdpa would get."""
+    from transformers.masking_utils import causal_mask_function
+
+    arguments = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": causal_mask_function if mask_function is None else mask_function,
+        "attention_mask": attention_mask,
+        "device": "cpu",
+        **rest,
+    }
+    if getattr(rest.get("config"), "_attn_implementation", None) == NAMES["eager"]:
+        arguments["allow_is_causal_skip"] = False
+    if torch.compiler.is_compiling() and (q_length == 1 or torch.compiler.is_exporting()):
+        return _sdpa_mask()(**arguments)
+    return _make_mask(arguments)
+
+
+@untraced
+def _make_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+    from transformers.utils.import_utils import is_tracing
+
+    q_length, kv_length = arguments["q_length"], arguments["kv_length"]
+    q_offset, kv_offset = arguments["q_offset"], arguments["kv_offset"]
+    mask_function, attention_mask = arguments["mask_function"], arguments["attention_mask"]
+    local_size = arguments.get("local_size")
+    tracing = is_tracing(attention_mask if attention_mask is not None else q_offset)
+    window = local_size if local_size is not None and is_sliding(mask_function, local_size) else None
+    causal = window is not None or (mask_function is causal_mask_function and local_size is None)
+    plain = causal or (mask_function is bidirectional_mask_function and local_size is None)
+    if tracing or not plain or (q_length == 1 and (window is None or kv_length <= window)):
+        # One query needs no mask function: its mask *is* the padding, which the attention function reads off.
+        mask = _sdpa_mask()(**arguments)
+        if mask is not None and not tracing and not plain:
+            other = "packed sequences, blocks or a custom mask function"
+            mask._express_compile_reason = other if local_size is None else f"local attention over {local_size} keys"
+        return mask
+    # A StaticCache keeps q_offset in a tensor that it advances in place before attention runs: take its value now.
+    arguments = {**arguments, "q_offset": int(q_offset)}
+    offset = arguments["q_offset"] - kv_offset if causal else 0
+    visible = min(kv_length, q_length + offset) if causal else kv_length
+    if offset < 0 or (attention_mask is not None and attention_mask.shape[:-1] != (arguments["batch_size"],)):
+        return _sdpa_mask()(**arguments)
+    padding = None
+    if attention_mask is not None:
+        padding = attention_mask[:, kv_offset : kv_offset + visible].bool()
+        padding = nn.functional.pad(padding, (0, visible - padding.shape[1]))
+        # transformers' own mask functions read this one bit back, too
+        padding = None if bool(padding.all()) else padding
+    may_skip = arguments.get("allow_is_causal_skip", True) if causal else arguments.get("allow_is_bidirectional_skip")
+    if may_skip and padding is None and (offset == 0 or q_length == kv_length) and _sdpa_mask()(**arguments) is None:
+        return None  # model code may behave in another way if there is a mask where sdpa needs none
+    window = None if window is None or window >= visible else window
+    proven = Mask(causal=causal, offset=offset, window=window, padding=padding is not None)
+    return ProvenMask(proven, visible, padding, arguments)
+
+
+def is_sliding(mask_function: Callable[..., Any], window: int) -> bool:
+    """Whether a mask function is what transformers makes for causal attention in a sliding window: the same code, over
+    the same size, and nothing else."""
+    from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
+
+    overlay = sliding_window_overlay(window)
+    if getattr(mask_function, "__code__", None) is not and_masks(overlay).__code__:
+        return False
+    (parts,) = _held(mask_function)
+    if len(parts) != 2 or parts[1] is not causal_mask_function:
+        return False
+    return getattr(parts[0], "__code__", None) is overlay.__code__ and _held(parts[0]) == _held(overlay)
+
+
+def _held(function: Callable[..., Any]) -> list[Any]:
+    return [cell.cell_contents for cell in function.__closure__]

@@ -1,0 +1,561 @@
+"""Weighted attention over a list of key segments: what Express, Thinformer and fixed patterns have in common.
+
+A block of queries sees a few contiguous *segments* of rows, each row standing for ``weight`` tokens, followed
+by the *tail*: every token from ``tail`` up to the query itself. With ``w_j`` the weight of row j
+
+    out_i = sum_j w_j exp(scale <q_i, k_j>) v_j / sum_j w_j exp(scale <q_i, k_j>),    lse_i = log of that sum.
+
+Rows come from two buffers: 0, the tokens themselves, and 1, compacted copies. Which segments a block sees is a
+:class:`SegmentTable`, plain integers that depend on shapes only. Exact causal attention is the table without
+segments. Memory O(n D) beyond the inputs; supports grouped queries, Dv != D, float16, bfloat16 and float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+
+from ..launch import constant, jit, launch, next_power_of_two, require_triton, tl
+
+TOKENS, COMPACTED = 0, 1  # the two sources of rows
+NO_TAIL = 1 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentTable:
+    """The segments of every block of queries.
+
+    block: queries per block. q_offset: position of query 0 among the tokens.
+    segments: int32 ``[blocks, n, 3]``: source, first row, number of rows, all visible to the whole block.
+    log_weight: float64 ``[blocks, n]``. tail: int32 ``[blocks]``: first token of the exact tail, at most the
+    position of the first query of the block, or ``NO_TAIL``: that block sees its segments alone. shift: query i
+    belongs to block ``(i + shift) // block``, so that block 0 is shorter by ``shift`` queries and blocks can start
+    at the same positions whatever ``q_offset`` is.
+    """
+
+    block: int
+    q_offset: int
+    segments: np.ndarray
+    log_weight: np.ndarray
+    tail: np.ndarray
+    shift: int = 0
+    _on_device: dict = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shift < self.block:
+            raise ValueError(f"shift={self.shift}: must be from 0 to block - 1 = {self.block - 1}")
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The three arrays as tensors on ``device``, copied there once."""
+        if device not in self._on_device:
+            arrays = (self.segments.astype(np.int32), self.log_weight.astype(np.float32), self.tail.astype(np.int32))
+            self._on_device[device] = tuple(constant(a, device) for a in arrays)
+        return self._on_device[device]
+
+    def tiles_on(
+        self, device: torch.device, rows: int, Lq: int, Lk: int, compacted: int, indexed: int
+    ) -> tuple[torch.Tensor, ...]:
+        """What :func:`_tile_lists` gives for tiles of ``rows`` rows, checked and copied to ``device`` once."""
+        key = (device, rows, Lq, Lk, compacted, indexed)
+        if key not in self._on_device:
+            _check(self, Lq, Lk, compacted, indexed)
+            lists = _tile_lists(self, rows, compacted)
+            self._on_device[key] = tuple(constant(x, device) for x in lists)
+        return self._on_device[key]
+
+    def rows_seen(self, queries: int) -> np.ndarray:
+        """Rows that each of the first ``queries`` queries attends to, itself included: int64 ``[queries]``."""
+        position = np.arange(queries)
+        block = (position + self.shift) // self.block
+        tail = np.maximum(position + self.q_offset - self.tail[block] + 1, 0)
+        return self.segments[block, :, 2].sum(-1) + tail
+
+    def of_block(self, block: int, queries: int) -> tuple[slice, SegmentTable]:
+        """Which of the ``queries`` belong to ``block``, and the table of that block alone."""
+        first = max(0, block * self.block - self.shift)
+        arrays = (x[block : block + 1] for x in (self.segments, self.log_weight, self.tail))
+        own = slice(first, min((block + 1) * self.block - self.shift, queries))
+        return own, SegmentTable(self.block, self.q_offset + first, *arrays, 0 if block else self.shift)
+
+
+@functools.lru_cache(maxsize=64)
+def causal_table(Lq: int, Lk: int, block: int = 128) -> SegmentTable:
+    """The table of exact causal attention of the last ``Lq`` of ``Lk`` tokens."""
+    blocks = -(-Lq // block)
+    return SegmentTable(
+        block, Lk - Lq, np.zeros((blocks, 1, 3), np.int32), np.zeros((blocks, 1)), np.zeros(blocks, np.int32)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def dense_table(Lq: int, rows: int, block: int = 128) -> SegmentTable:
+    """The table of ``Lq`` queries that all see the same ``rows`` compacted rows, and nothing else."""
+    blocks = -(-Lq // block)
+    segments = np.tile(np.array([COMPACTED, 0, rows], np.int32), (blocks, 1, 1))
+    return SegmentTable(block, 0, segments, np.zeros((blocks, 1)), np.full(blocks, NO_TAIL, np.int32))
+
+
+def _check(table: SegmentTable, Lq: int, Lk: int, compacted: int, indexed: int) -> None:
+    """Raise ``ValueError`` unless ``table`` fits that many queries, tokens, compacted and indexed rows."""
+    blocks = -(-(Lq + table.shift) // table.block)
+    if len(table.tail) != blocks:
+        raise ValueError(f"table: {len(table.tail)} blocks; {Lq} queries with shift {table.shift} are {blocks}")
+    source, first, length = (table.segments[..., i].astype(np.int64) for i in range(3))
+    stop = (first + length) * (length > 0)
+    if stop[source == TOKENS].max(initial=0) > Lk:
+        raise ValueError(f"table: a segment reads tokens up to {stop[source == TOKENS].max()}; there are {Lk}")
+    if stop[source == COMPACTED].max(initial=0) > compacted + indexed:
+        raise ValueError(
+            f"table: a segment reads compacted rows up to {stop[source == COMPACTED].max()}; there are {compacted} "
+            f"and {indexed} more by index"
+        )
+    if (source[table.tail == NO_TAIL] == TOKENS).any():
+        raise ValueError("table: a block without a tail reads tokens; it must read compacted rows")
+    if ((source == COMPACTED) & (first < compacted) & (stop > compacted)).any():
+        raise ValueError(f"table: a segment crosses compacted row {compacted}, behind which rows are read by index")
+
+
+def _indexed(compacted_key: torch.Tensor, index: torch.Tensor | None) -> int:
+    """Rows that are read by index, behind the compacted ones."""
+    if index is None:
+        return 0
+    B, H_kv, A = compacted_key.shape[:3]
+    if index.shape[:2] != (B, H_kv) or index.shape[2] < A:
+        raise ValueError(f"index: shape {tuple(index.shape)}; must be ({B}, {H_kv}, {A} compacted rows or more)")
+    return index.shape[2] - A
+
+
+def _block_rows(table: SegmentTable, block: int, queries: int) -> tuple[list, torch.Tensor]:
+    """What a block sees of the two buffers, ``[(source, start, stop)]``, and the log-weight per row.
+
+    ``queries`` is the number of queries in all: the last block may be shorter than the others.
+    """
+    begin = block * table.block + table.q_offset - table.shift
+    slices, weights = [], []
+    for (source, first, length), weight in zip(table.segments[block].tolist(), table.log_weight[block], strict=True):
+        if length:
+            slices.append((source, first, first + length))
+            weights.append(np.full(length, weight))
+    if table.tail[block] != NO_TAIL:
+        stop = min(begin + table.block, table.q_offset + queries)
+        slices.append((TOKENS, int(table.tail[block]), stop))
+        weights.append(np.zeros(stop - int(table.tail[block])))
+    return slices, torch.from_numpy(np.concatenate(weights))
+
+
+def _block_scores(
+    query: torch.Tensor, keys: torch.Tensor, weight: torch.Tensor, scale: float, tail: bool
+) -> torch.Tensor:
+    """Masked scores ``[B, H_kv, g * b, R]`` of the queries ``[B, H_kv, g, b, D]`` of one block.
+
+    With a ``tail`` the last b of the R rows are the queries' own tokens; every other row is visible to the whole
+    block.
+    """
+    B, H_kv, g, b, _ = query.shape
+    scores = (query.reshape(B, H_kv, g * b, -1) * scale) @ keys.mT
+    scores += weight.to(scores)
+    if not tail:
+        return scores
+    hidden = torch.ones(b, b, dtype=torch.bool, device=query.device).triu(1)
+    scores[..., scores.shape[-1] - b :].masked_fill_(hidden.repeat(g, 1), -math.inf)
+    return scores
+
+
+def _behind(lengths: torch.Tensor, slices: list, copied: int) -> torch.Tensor:
+    """Which of the rows in ``slices`` lie behind the end of their sequence's compacted rows: bool ``[B, R]``."""
+    rows = [torch.arange(a, b) if s == COMPACTED and b <= copied else torch.full((b - a,), -1) for s, a, b in slices]
+    return torch.cat(rows).to(lengths.device) >= lengths[:, None]
+
+
+def _blocks(query, key, value, compacted_key, compacted_value, table: SegmentTable, scale: float, dtype, filled=False):
+    """Block by block: the queries' range, the slices of its rows, queries, keys, values and masked scores.
+
+    ``filled``: a last block that is shorter gets rows of zeros. What its products are rounded to may depend on their
+    size, and must not depend on how many tokens follow.
+    """
+    Lq, q = query.shape[2], _grouped(query, key.shape[1])
+    for block in range(len(table.tail)):
+        begin = block * table.block - table.shift
+        first, last = max(begin, 0), min(begin + table.block, Lq)
+        slices, weight = _block_rows(table, block, Lq)
+        tail, missing = bool(table.tail[block] != NO_TAIL), (begin + table.block - last) * filled
+        keys = torch.cat([(key, compacted_key)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
+        values = torch.cat([(value, compacted_value)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
+        rows = pad(q[:, :, :, first:last].to(dtype), (0, 0, 0, missing))
+        if tail:
+            keys, values = (pad(x, (0, 0, 0, missing)) for x in (keys, values))
+            weight = pad(weight, (0, missing))
+        scores = _block_scores(rows, keys, weight, scale, tail)
+        yield slice(first, last), slices, rows, keys, values, scores
+
+
+def _grouped(x: torch.Tensor, H_kv: int) -> torch.Tensor:
+    return x.unflatten(1, (H_kv, x.shape[1] // H_kv))
+
+
+def segment_attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    compacted_key: torch.Tensor,
+    compacted_value: torch.Tensor,
+    table: SegmentTable,
+    scale: float,
+    index: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition of correct. ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value``
+    ``[B, H_kv, Lk, Dv]``, compacted rows ``[B, H_kv, A, D]`` and ``[B, H_kv, A, Dv]``.
+
+    ``index`` int32 ``[B, H_kv, A + I]`` gives I compacted rows more, which are not copies but read where they are:
+    row ``A + i`` is token ``index[:, :, A + i]``. A segment lies on one side of A. With ``lengths`` int ``[B]``
+    sequence b sees of the compacted rows that are not read by index the first ``lengths[b]`` only; where it sees
+    no row at all ``out`` is 0 and ``lse`` minus infinity.
+
+    Returns ``out`` ``[B, H, Lq, Dv]`` in the dtype of ``query`` and ``lse`` ``[B, H, Lq]`` in float32
+    (float64 for float64 inputs); computed in that same precision from the inputs as they are.
+    """
+    H_kv, A = key.shape[1], compacted_key.shape[2]
+    _check(table, query.shape[2], key.shape[2], A, _indexed(compacted_key, index))
+    if index is not None:
+        rows = index[:, :, A:, None].long()
+        compacted_key, compacted_value = (
+            torch.cat([copies, x.gather(2, rows.expand(-1, -1, -1, x.shape[-1]))], 2)
+            for copies, x in ((compacted_key, key), (compacted_value, value))
+        )
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    lse = torch.empty(query.shape[:3], dtype=dtype, device=query.device)
+    blocks = _blocks(query, key, value, compacted_key, compacted_value, table, scale, dtype, filled=True)
+    for queries, slices, rows, _, values, scores in blocks:
+        if lengths is not None:
+            behind = _behind(lengths, slices, A)
+            behind = pad(behind, (0, scores.shape[-1] - behind.shape[1]))
+            scores = scores.masked_fill(behind[:, None, None], -math.inf)
+        top = scores.detach().amax(-1, keepdim=True)
+        weights = scores.sub_(top.clamp(min=torch.finfo(top.dtype).min)).exp_()
+        mass = weights.sum(-1, keepdim=True)
+        result, total = weights @ values / mass.clamp(min=1e-30), (top + mass.log())[..., 0]
+        b = queries.stop - queries.start
+        _grouped(out, H_kv)[:, :, :, queries] = result.unflatten(2, (rows.shape[2], -1))[:, :, :, :b].to(out.dtype)
+        _grouped(lse, H_kv)[:, :, :, queries] = total.unflatten(2, (rows.shape[2], -1))[:, :, :, :b]
+    return out, lse
+
+
+def segment_attention_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    compacted_key: torch.Tensor,
+    compacted_value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    table: SegmentTable,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of :func:`segment_attention_reference` for ``query``, ``key``, ``value`` and the compacted rows.
+
+    Probabilities are recomputed from ``lse`` block by block, so that memory stays O(n D). Plain PyTorch on any
+    device. Gradients are float32 (float64 for float64 inputs).
+    """
+    H_kv, dtype = key.shape[1], lse.dtype
+    grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value)]
+    compacted = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (compacted_key, compacted_value)]
+    o, do, total = (_grouped(x, H_kv) for x in (out, grad, lse))
+    blocks = _blocks(query, key, value, compacted_key, compacted_value, table, scale, dtype)
+    for queries, slices, rows, keys, values, scores in blocks:
+        probability = torch.exp(scores - total[:, :, :, queries].flatten(2, 3)[..., None])
+        d_out = do[:, :, :, queries].to(dtype).flatten(2, 3)
+        delta = (d_out * o[:, :, :, queries].to(dtype).flatten(2, 3)).sum(-1, keepdim=True)
+        d_scores = probability * (d_out @ values.mT - delta) * scale
+        _grouped(grads[0], H_kv)[:, :, :, queries] = (d_scores @ keys).unflatten(2, (rows.shape[2], -1))
+        d_keys, d_values = d_scores.mT @ rows.flatten(2, 3), probability.mT @ d_out
+        at = 0
+        for source, a, b in slices:
+            for target, part in zip((grads[1:], compacted)[source], (d_keys, d_values), strict=True):
+                target[:, :, a:b] += part[:, :, at : at + b - a]
+            at += b - a
+    return (*grads, *compacted)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Kernel: one program per (part of a block of queries, query head), which walks lists of tiles of rows
+
+
+def _tile_lists(table: SegmentTable, rows: int, compacted: int) -> tuple[np.ndarray, ...]:
+    """What a program reads of the table: the segments cut into tiles of ``rows`` rows.
+
+    start: int32 ``[3 * blocks + 1]``: block b sees the compacted tiles ``start[3 b] .. start[3 b + 1]``, then
+    tiles read by index, then tiles of tokens, up to ``start[3 b + 3]``. tiles: int32 ``[tiles, 2]``: first row,
+    number of rows. log2_weight: float32 ``[tiles]``. tail: int32 ``[blocks]``, which includes a segment that it
+    continues. The tail itself is not listed: it may be as long as the sequence.
+    """
+    source, first, length = (table.segments[..., i].astype(np.int64) for i in range(3))
+    tail = table.tail.astype(np.int64)
+    continued = (source == TOKENS) & (length > 0) & (table.log_weight == 0) & (first + length == tail[:, None])
+    joined, column = continued.any(1).nonzero()[0], continued.argmax(1)
+    tail[joined] = first[joined, column[joined]]
+    length[joined, column[joined]] = 0
+
+    kind = np.where(source == TOKENS, 2, first >= compacted)
+    block, column = length.nonzero()
+    order = np.argsort(3 * block + kind[block, column], kind="stable")
+    at = block[order], column[order]
+    count = -(-length[at] // rows)
+    which = np.repeat(np.arange(len(count)), count)
+    done = (np.arange(len(which)) - (count.cumsum() - count)[which]) * rows
+    tiles = np.stack([first[at][which] + done, np.minimum(length[at][which] - done, rows)], 1)
+    start = np.bincount(3 * at[0] + kind[at] + 1, count, 3 * len(tail) + 1).cumsum()
+    log2_weight = table.log_weight[at][which] / math.log(2.0)
+    return start.astype(np.int32), tiles.astype(np.int32), log2_weight.astype(np.float32), tail.astype(np.int32)
+
+
+@jit
+def _powers(largest):
+    """The power of two that takes ``largest`` into [2**14, 2**15), and its inverse."""
+    exponent = tl.minimum(tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 30), 230)
+    down, up = (268 - exponent) << 23, (exponent - 14) << 23
+    return down.to(tl.float32, bitcast=True), up.to(tl.float32, bitcast=True)
+
+
+@jit
+def _halves(b_x):
+    """Two float16 whose sum has 22 bits of each float32 of ``b_x``, all below ``2**15``: for tensor cores."""
+    b_high = b_x.to(tl.float16)
+    return b_high, (b_x - b_high.to(tl.float32)).to(tl.float16)
+
+
+@jit
+def _attend_tile(
+    b_acc, b_max, b_sum, b_q, b_k, b_v, k_power, v_power, scale_log2, log2_weight, shown, slope, skip,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over one tile, of which query i sees the first ``shown + slope * max(0, i - skip)`` rows.
+
+    float32 rows are multiplied by their powers of two and split in halves; queries come multiplied.
+    """
+    if b_k.dtype == tl.float32:
+        b_qh, b_ql = _halves(b_q)
+        b_kh, b_kl = _halves(b_k * k_power)
+        b_s = tl.dot(b_ql, tl.trans(b_kh))
+        b_s = tl.dot(b_qh, tl.trans(b_kl), b_s)
+        b_s = tl.dot(b_qh, tl.trans(b_kh), b_s)  # [BM, BN]
+    else:
+        b_s = tl.dot(b_q, tl.trans(b_k))  # [BM, BN]
+    if shown < BN:
+        o_m = tl.maximum(tl.arange(0, BM) - skip, 0)[:, None]
+        b_s = tl.where(tl.arange(0, BN)[None, :] < shown + slope * o_m, b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2 + log2_weight)
+    b_p = tl.exp2(b_s * scale_log2 - (b_new - log2_weight)[:, None])
+    b_rescale = tl.exp2(b_max - b_new)
+    b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+    b_acc *= b_rescale[:, None]
+    if b_v.dtype == tl.float32:
+        b_ph, b_pl = _halves(b_p * 32768.0)
+        b_vh, b_vl = _halves(b_v * v_power)
+        b_part = tl.dot(b_pl, b_vh)
+        b_part = tl.dot(b_ph, b_vl, b_part)
+        b_acc += tl.dot(b_ph, b_vh, b_part)  # tensor cores truncate what they add to: no long sums in them
+    else:
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc)
+    return b_acc, b_new, b_sum
+
+
+@jit(general="H Lq q_offset shift")
+def _segment_kernel(
+    d_k, d_v, d_ck, d_cv, p_q, p_k, p_v, p_index, p_lengths, p_largest, p_out, p_lse, p_start, p_tiles, p_log2_weight,
+    p_tail, H, G, Lq, q_offset, shift, scale_log2, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ib, stride_ih, PARTS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    i_part, i_bh = tl.program_id(0) + shift // BM, tl.program_id(1)  # no program for parts before the first query
+    i_b, i_h = i_bh // H, i_bh % H
+    i_kv, i_block = i_h // G, i_part // PARTS
+    o_n, o_d, o_dv = tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
+    o_m = i_part * BM - shift + tl.arange(0, BM)
+    m_m = (o_m >= 0) & (o_m < Lq)
+    skip = tl.maximum(shift - i_part * BM, 0)
+    p_q += i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
+    b_q = tl.load(
+        p_q + o_m.to(tl.int64)[:, None] * stride_qn + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0
+    )  # [BM, BD]
+    k_power, v_power, v_inverse = 1.0, 1.0, 1.0
+    if p_largest is not None:  # float32
+        p_largest += (i_b * (H // G) + i_kv) * 2
+        q_power, q_inverse = _powers(tl.max(tl.max(tl.abs(b_q), 1)))
+        k_power, k_inverse = _powers(tl.load(p_largest))
+        v_power, v_inverse = _powers(tl.load(p_largest + 1))
+        b_q *= q_power
+        scale_log2 *= q_inverse * k_inverse
+        v_inverse *= 1.0 / 32768
+    b_acc = tl.zeros([BM, BDV], tl.float32)
+    b_max = tl.full([BM], -1e30, tl.float32)  # not -inf: a tile of hidden rows would give inf - inf
+    b_sum = tl.zeros([BM], tl.float32)
+
+    # rows behind the end of a segment are read and hidden
+    p_start += i_block * 3
+    for t in range(tl.load(p_start), tl.load(p_start + 1)):
+        row, rows = tl.load(p_tiles + 2 * t), tl.load(p_tiles + 2 * t + 1)
+        if p_lengths is not None:
+            rows = tl.minimum(rows, tl.load(p_lengths + i_b) - row)
+        b_k = d_ck.load([i_b, i_kv, row, 0]).reshape(BN, BD)
+        b_v = d_cv.load([i_b, i_kv, row, 0]).reshape(BN, BDV)
+        b_acc, b_max, b_sum = _attend_tile(
+            b_acc, b_max, b_sum, b_q, b_k, b_v, k_power, v_power, scale_log2, tl.load(p_log2_weight + t), rows,
+            0, 0, BM, BN,
+        )  # fmt: skip
+
+    if p_index is not None:
+        p_index += i_b.to(tl.int64) * stride_ib + i_kv.to(tl.int64) * stride_ih
+        p_k += i_b.to(tl.int64) * stride_kb + i_kv.to(tl.int64) * stride_kh
+        p_v += i_b.to(tl.int64) * stride_vb + i_kv.to(tl.int64) * stride_vh
+        for t in range(tl.load(p_start + 1), tl.load(p_start + 2)):
+            row, rows = tl.load(p_tiles + 2 * t), tl.load(p_tiles + 2 * t + 1)
+            m_n = (o_n < rows)[:, None]
+            i_row = tl.load(p_index + row + o_n, mask=o_n < rows, other=0).to(tl.int64)[:, None]
+            b_k = tl.load(p_k + i_row * stride_kn + o_d[None, :], mask=m_n & (o_d < D)[None, :], other=0.0)
+            b_v = tl.load(p_v + i_row * stride_vn + o_dv[None, :], mask=m_n & (o_dv < DV)[None, :], other=0.0)
+            b_acc, b_max, b_sum = _attend_tile(
+                b_acc, b_max, b_sum, b_q, b_k, b_v, k_power, v_power, scale_log2, tl.load(p_log2_weight + t), rows,
+                0, 0, BM, BN,
+            )  # fmt: skip
+
+    # segments of tokens and the tail in one loop: a loop of its own for a tile or two costs its start-up
+    tile, tail = tl.load(p_start + 2), tl.load(p_tail + i_block)
+    last = tl.load(p_start + 3)
+    tail -= last * BN
+    position = q_offset + i_part * BM - shift + skip  # of the first query
+    stop = q_offset + tl.minimum((i_part + 1) * BM - shift, Lq)  # no token lies behind the last query
+    for t in range(tile, tl.cdiv(stop - tail, BN)):
+        in_list = t < last
+        tail_row = tail + t * BN
+        row = tl.load(p_tiles + 2 * t, mask=in_list, other=0)
+        rows = tl.load(p_tiles + 2 * t + 1, mask=in_list, other=0)
+        log2_weight = tl.load(p_log2_weight + t, mask=in_list, other=0.0)
+        row = tl.where(in_list, row, tail_row)
+        rows = tl.where(in_list, rows, position + 1 - tail_row)
+        b_k = d_k.load([i_b, i_kv, row, 0]).reshape(BN, BD)
+        b_v = d_v.load([i_b, i_kv, row, 0]).reshape(BN, BDV)
+        b_acc, b_max, b_sum = _attend_tile(
+            b_acc, b_max, b_sum, b_q, b_k, b_v, k_power, v_power, scale_log2, log2_weight, rows,
+            tl.where(in_list, 0, 1), skip, BM, BN,
+        )  # fmt: skip
+
+    o_row = i_bh.to(tl.int64) * Lq + o_m
+    p_out += o_row[:, None] * DV + o_dv[None, :]
+    b_out = b_acc / b_sum[:, None] * v_inverse
+    b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
+    if p_lengths is not None:  # a query that saw nothing but hidden rows
+        b_out = tl.where((b_sum > 0)[:, None], b_out, 0.0)
+    tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & (o_dv < DV)[None, :])
+    tl.store(p_lse + o_row, b_lse, mask=m_m)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Launchers
+
+
+def tile_sizes(width: int, itemsize: int, block: int) -> tuple[int, int, int, int]:
+    """Queries and rows per tile, warps and pipeline stages; ``width`` is D + Dv, rounded up to powers of two.
+
+    The best of four or more for D = 64, 128 and 256 on an H200, in bf16 at n = 32,768.
+    """
+    if itemsize == 4:
+        queries, rows, warps, stages = (
+            (128, 64, 4, 2) if width <= 128 else (128, 64, 8, 2) if width <= 256 else (128, 32, 8, 1)
+        )  # fmt: skip
+    elif width <= 128:
+        queries, rows, warps, stages = 64, 64, 4, 3
+    elif width <= 256:
+        queries, rows, warps, stages = 128, 64, 4, 3
+    else:
+        queries, rows, warps, stages = 128, 64, 8, 2
+    return math.gcd(queries, block), rows, warps, stages
+
+
+def _describe(x: torch.Tensor, rows: int, width: int):
+    """Descriptor of tiles of ``rows`` rows of ``x`` ``[B, H, L, D]``; rows and columns outside of ``x`` are 0.
+
+    It takes rows without gaps, and a base and strides that are multiples of 16 bytes; anything else is copied.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    shape, unit = list(x.shape), 16 // x.element_size()
+    # the stride of an axis of size 1 means nothing, but has to be valid
+    strides = [stride if size > 1 else unit for size, stride in zip(shape[:3], x.stride(), strict=False)]
+    if x.stride(3) != 1 or x.data_ptr() % 16 or any(not stride or stride % unit for stride in strides):
+        columns = -(-shape[3] // unit) * unit
+        return _describe(x.new_empty(*shape[:3], columns)[..., : shape[3]].copy_(x), rows, width)
+    return TensorDescriptor(x, shape, [*strides, 1], [1, 1, rows, width])
+
+
+def segment_attention_triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    compacted_key: torch.Tensor,
+    compacted_value: torch.Tensor,
+    table: SegmentTable,
+    scale: float,
+    index: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`segment_attention_reference` as a Triton kernel; same arguments and results.
+
+    All values must be finite, those that nobody attends to as well: whole tiles are read, and 0 times infinity is
+    not 0. Raises ``TypeError`` for dtypes other than float16, bfloat16 and float32.
+    """
+    require_triton()
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"query: dtype {query.dtype}; the kernel takes float16, bfloat16 or float32")
+    if scale <= 0:  # the kernel takes the maximum before it scales
+        query, scale = (-query, -scale) if scale else (torch.zeros_like(query), 1.0)
+    (B, H, Lq, D), (H_kv, Lk), Dv, A = query.shape, key.shape[1:3], value.shape[-1], compacted_key.shape[2]
+    BD, BDV = (max(16, next_power_of_two(x)) for x in (D, Dv))
+    BM, BN, warps, stages = tile_sizes(BD + BDV, query.element_size(), table.block)
+    lists = table.tiles_on(query.device, BN, Lq, Lk, A, _indexed(compacted_key, index))
+    q = query if query.stride(3) == 1 else query.contiguous()
+    sources = [(_describe(k, BN, BD), _describe(v, BN, BDV)) for k, v in
+               ((key, value), (compacted_key, compacted_value)) if k.shape[2]]  # fmt: skip
+    # of a source without rows nothing is read, but a descriptor has to describe something
+    (d_k, d_v), (d_ck, d_cv) = sources[0], sources[-1]
+    k, v = d_k.base, d_v.base
+    index = index if index is None or index.stride(2) == 1 else index.contiguous()
+    lengths = None if lengths is None else lengths.to(torch.int32).contiguous()
+    largest = None
+    if q.dtype == torch.float32:
+        norms = [[torch.linalg.vector_norm(x, math.inf, (2, 3)) for x in pair if x.shape[2]]
+                 for pair in ((key, compacted_key), (value, compacted_value))]  # fmt: skip
+        largest = torch.stack([functools.reduce(torch.maximum, x) for x in norms], -1)
+    out = torch.empty(B, H, Lq, Dv, dtype=q.dtype, device=q.device)
+    lse = torch.empty(B, H, Lq, dtype=torch.float32, device=q.device)
+    parts = -(-(Lq + table.shift) // BM) - table.shift // BM
+    launch(_segment_kernel, (parts, B * H),
+        d_k, d_v, d_ck, d_cv, q, k, v, index, lengths, largest, out, lse, *lists,
+        H, H // H_kv, Lq, table.q_offset, table.shift, scale * 1.4426950408889634,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0) if index is None else index.stride()[:2]),
+        PARTS=table.block // BM, D=D, DV=Dv, BD=BD, BDV=BDV, BM=BM, BN=BN, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def segment_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    compacted_key: torch.Tensor,
+    compacted_value: torch.Tensor,
+    table: SegmentTable,
+    scale: float,
+    index: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Segment attention with the kernel on CUDA and the reference elsewhere; see the reference for shapes."""
+    run = segment_attention_triton if query.is_cuda else segment_attention_reference
+    return run(query, key, value, compacted_key, compacted_value, table, scale, index, lengths)

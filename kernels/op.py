@@ -1,0 +1,244 @@
+"""Custom ops: one place for their definition and for the only shape checks there are."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from express_compile.core.spec import AttentionSpec, known_equal
+
+from .padding import each_alone, each_alone_backward
+
+
+class _Library(torch.library.Library):
+    """Ops whose forward-mode derivative is an error: torch.library would leave tangents out without a word."""
+
+    def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", **options: Any) -> None:
+        super().impl(
+            op_name, _refuse_tangents(op_name, fn) if dispatch_key == "Autograd" else fn, dispatch_key, **options
+        )
+
+
+def _refuse_tangents(name: str, kernel: Callable) -> Callable:
+    @functools.wraps(kernel)
+    def run(keyset, *args, **options):
+        if forward_ad._current_level >= 0 and any(
+            isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args
+        ):
+            raise RuntimeError(
+                f"express_compile::{name} has no forward-mode derivative (torch.func.jvp, jacfwd, "
+                "torch.autograd.forward_ad); take gradients with backward(), or run exact attention: "
+                "methods=['exact'], or restore_attention(model)"
+            )
+        return kernel(keyset, *args, **options)
+
+    return run
+
+
+LIBRARY = _Library("express_compile", "FRAGMENT")
+_SCHEMAS: dict[str, str] = {}
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+# float64 has no kernel: it is for references and their tests, on the CPU
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def define_op(
+    name: str,
+    schema: str,
+    body: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> torch._ops.OpOverload:
+    """Define ``express_compile::<name>`` with one body for CPU and CUDA, a fake and a gradient.
+
+    ``body`` runs below autograd: a ``backward`` must call an op of its own. Without one the op is not
+    differentiable, and raises ``RuntimeError`` when that is tried.
+    """
+    qualified = f"express_compile::{name}"
+    _SCHEMAS[name] = schema
+    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(*args, **options):
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):  # which would cast what a body computes in float32
+            return body(*args, **options)
+
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, key)
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{qualified} has no gradient; methods=['exact'] has those of every order")
+
+    torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context, lib=LIBRARY)
+    return getattr(torch.ops.express_compile, name).default
+
+
+def of_any_size(body: Callable, causal: bool = True) -> Callable:
+    """``body(query, key, value, padding, ...)``, which returns ``(out, lse)``, also where some size is 0.
+
+    Checks the arguments; then ``body`` sees at least one sequence, head, query, key and feature of each.
+    """
+
+    def run(query, key, value, padding, *args, **options):
+        check_qkv(query, key, value, padding, causal)
+        if 0 in query.shape[:3]:
+            return attention_fake(query, key, value)
+        if key.shape[2] == 0:
+            out, lse = attention_fake(query, key, value)
+            return out.zero_(), lse.fill_(-math.inf)
+        query, key, wide = _with_feature(query), _with_feature(key), _with_feature(value)
+        out, lse = body(query, key, wide, padding, *args, **options)
+        return out[..., : value.shape[3]].contiguous(), lse
+
+    return run
+
+
+def gradient_of_any_size(body: Callable, causal: bool = True) -> Callable:
+    """As :func:`of_any_size` for ``body(grad, out, lse, query, key, value, padding, ...)``, which returns gradients of
+    query, key and value."""
+
+    def run(grad, out, lse, query, key, value, padding, *args, **options):
+        check_qkv(query, key, value, padding, causal)
+        if 0 in query.shape[:3] or key.shape[2] == 0:
+            return tuple(x.new_zeros(x.shape) for x in (query, key, value))
+        given = (grad, out, query, key, value)
+        grad, out, *tensors = map(_with_feature, given)
+        grads = body(grad, out, lse, *tensors, padding, *args, **options)
+        return tuple(g[..., : x.shape[3]].contiguous() for g, x in zip(grads, given[2:], strict=True))
+
+    return run
+
+
+def _with_feature(x: torch.Tensor) -> torch.Tensor:
+    """``x``, or a feature of zeros where it has none: of no effect on scores, and cut off from values."""
+    return x if x.shape[3] else x.new_zeros(*x.shape[:3], 1)
+
+
+def define_attention(
+    name: str, parameters: str, body: Callable, backward_body: Callable, causal: bool = True
+) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
+    """The ops ``<name>`` and ``<name>_backward`` of a method whose gradient needs ``out`` and ``lse`` alone.
+
+    ``body(query, key, value, padding, seed, scale, layer, **options)`` returns ``(out, lse)``; ``backward_body(grad,
+    out, lse, ...)``, with the same arguments behind these, the gradients of query, key and value. ``parameters`` is
+    the schema from ``padding`` on. Both get arguments that are checked and of no size 0, and on the CPU no padding:
+    every sequence is computed alone. ``causal``: the queries are the last tokens.
+    """
+    tensors = "Tensor query, Tensor key, Tensor value"
+    alone, alone_backward = each_alone(body, own=causal), each_alone_backward(backward_body, own=causal)
+
+    def forward(query, key, value, padding, *others, **options):
+        run = body if padding is None or query.is_cuda else alone
+        return run(query, key, value, padding, *others, **options)
+
+    def backward(grad, out, lse, query, key, value, padding, *others, **options):
+        run = backward_body if padding is None or query.is_cuda else alone_backward
+        return run(grad, out, lse, query, key, value, padding, *others, **options)
+
+    def setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
+        *saved, scale, layer = inputs
+        ctx.save_for_backward(*output, *saved)
+        ctx.scale, ctx.layer, ctx.options = scale, layer, keyword_only_inputs
+        ctx.mark_non_differentiable(output[1])
+
+    def differentiate(ctx, grad, _):
+        grads = backward_op(grad, *ctx.saved_tensors, ctx.scale, ctx.layer, **ctx.options)
+        return *grads, None, None, None, None
+
+    op = define_op(
+        name,
+        f"({tensors}, {parameters}) -> (Tensor, Tensor)",
+        of_any_size(forward, causal),
+        attention_fake,
+        differentiate,
+        setup_context,
+    )
+    backward_op = define_op(
+        f"{name}_backward",
+        f"(Tensor grad, Tensor out, Tensor lse, {tensors}, {parameters}) -> (Tensor, Tensor, Tensor)",
+        gradient_of_any_size(backward, causal),
+        lambda grad, out, lse, *args, **options: tuple(x.new_empty(x.shape) for x in args[:3]),
+    )
+    return op, backward_op
+
+
+def contract() -> str:
+    """A digest of the signatures of all ops.
+
+    PyTorch keeps compiled graphs on disk by what their forward pass calls. One that was compiled when the op of a
+    gradient took other arguments must not be found again.
+    """
+    return hashlib.sha256(repr(sorted(_SCHEMAS.items())).encode()).hexdigest()[:16]
+
+
+def attention_fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **options):
+    """``out`` and ``lse`` of any attention op, without values."""
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(*query.shape[:3], value.shape[-1]), query.new_empty(query.shape[:3], dtype=lse_dtype)
+
+
+def at_the_end(spec: AttentionSpec) -> bool:
+    """Whether a causal mask is known to be that of queries which are the last tokens: the last one sees every key."""
+    whole = known_equal(spec.Lq, spec.Lk) and known_equal(spec.mask.offset, 0)
+    return whole or known_equal(spec.mask.offset, spec.Lk - spec.Lq)
+
+
+def no_kernel(spec: AttentionSpec) -> str | None:
+    """Why nothing can run on the device of a site; the CPU runs the references, in every dtype."""
+    if spec.dtype not in (torch.float16, torch.bfloat16, torch.float32) and spec.device != "cpu":
+        return f"there is no kernel for {spec.dtype}"
+    return None if spec.device in ("cpu", "cuda") else f"there is no kernel for device {spec.device}"
+
+
+def check_qkv(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    padding: torch.Tensor | None = None,
+    causal: bool = True,
+) -> None:
+    """Raise ``ValueError`` or ``TypeError`` unless the tensors fit together.
+
+    ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]`` of one floating
+    dtype and device, ``H_kv`` dividing ``H``, ``Lq <= Lk`` if ``causal``; ``padding`` bool ``[B, Lk]`` or None. Any
+    size may be 0.
+    """
+    tensors = {"query": query, "key": key, "value": value}
+    for name, x in tensors.items():
+        if x.dim() != 4:
+            raise ValueError(f"{name}: shape {tuple(x.shape)}; must be [batch, heads, length, head size]")
+        if x.dtype not in DTYPES or x.dtype != query.dtype:
+            allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            raise TypeError(f"{name}: dtype {x.dtype}; query, key and value must share one of {allowed}")
+        if x.dtype == torch.float64 and x.is_cuda:
+            raise TypeError(f"{name}: dtype {x.dtype}; the kernels take float16, bfloat16 or float32")
+        if x.device != query.device:
+            raise ValueError(f"{name}: on {x.device}, but query is on {query.device}; all must be on one device")
+    B, H, Lq, D = query.shape
+    if key.shape[0] != B or key.shape[3] != D:
+        raise ValueError(f"key: shape {tuple(key.shape)}; batch and head size must be those of query, {B} and {D}")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value: shape {tuple(value.shape)}; must begin like key's, {tuple(key.shape[:3])}")
+    if H % key.shape[1] if key.shape[1] else H:
+        raise ValueError(f"key: {key.shape[1]} heads; must divide the {H} heads of query")
+    if causal and Lq > key.shape[2]:
+        raise ValueError(f"query: {Lq} rows; must be at most the number of keys, {key.shape[2]}")
+    if padding is None:
+        return
+    if padding.dtype != torch.bool:
+        raise TypeError(f"padding: dtype {padding.dtype}; must be torch.bool, True for a real token")
+    if padding.shape != (B, key.shape[2]) or padding.device != query.device:
+        raise ValueError(
+            f"padding: shape {tuple(padding.shape)} on {padding.device}; must be {(B, key.shape[2])} on {query.device}"
+        )

@@ -1,0 +1,1 @@
+"""Which rows a query sees, and with which weights."""

@@ -1,0 +1,321 @@
+"""Protected rows: the most distinctive rows outside the window compete for places that are held exactly.
+
+Thinning keeps one of every ``w`` rows, so it forgets what a single row says. A row that leaves the window gets a
+score once and for all, minus the cosine similarity of its key to the running mean key of its head; rows arrive in
+contests of ``CONTEST`` rows, the best ``protected`` of the places and the newcomers stay, and the losers go on to
+be thinned, in position order. Query-blind and causal. (Not in the Express paper; KeyDiff, arXiv 2504.15364, scores
+keys this way.)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..launch import jit, launch, next_power_of_two, require_triton, tl
+
+CONTEST = 256  # rows that compete for the protected places at a time
+
+
+def distinctiveness(key: torch.Tensor, key_sum: torch.Tensor, count: int) -> torch.Tensor:
+    """Scores ``[B, H, C]`` of rows that leave the window: minus the cosine similarity to the running mean key.
+
+    ``key`` ``[B, H, C, D]``, ``key_sum`` ``[B, H, D]`` the sum of the ``count`` keys that left so far.
+    """
+    return -torch.cosine_similarity(key.to(key_sum), (key_sum / count)[:, :, None], dim=-1)
+
+
+def contest(
+    places: torch.Tensor, place_scores: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor, protected: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One contest for the protected places: the best ``protected`` of places and rows stay, by score.
+
+    ``places`` and ``rows`` hold token indices ``[B, H, .]`` in position order, with their scores; of equal scores
+    the earlier row is the better one. Returns the new places, their scores, and the losers in position order.
+    """
+    index, score = torch.cat([places, rows], 2), torch.cat([place_scores, scores], 2)
+    if index.shape[2] <= protected:
+        return index, score, index[:, :, :0]
+    best = torch.sort(score, dim=2, descending=True, stable=True).indices[:, :, :protected]
+    wins = torch.zeros_like(score, dtype=torch.bool).scatter_(2, best, True)
+    order = wins.to(torch.int8).argsort(dim=2, stable=True)  # losers, then winners, both in position order
+    index, score = index.gather(2, order), score.gather(2, order)
+    split = index.shape[2] - protected
+    return index[:, :, split:], score[:, :, split:], index[:, :, :split]
+
+
+def compete_reference(
+    key: torch.Tensor, sinks: int, contests: int, protected: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All contests of a prefill: ``key`` ``[B, H, L, D]``, the rows from ``sinks`` on in position order.
+
+    Returns the losers in the order in which they leave, int32 ``[B, H, max(0, contests * CONTEST - protected)]``,
+    and the places after every contest, int32 ``[B, H, contests, protected]`` (0 where a place is still free).
+    """
+    B, H = key.shape[:2]
+    dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
+    key_sum = key[:, :, :sinks].to(dtype).sum(2)
+    places = torch.empty(B, H, 0, dtype=torch.int32, device=key.device)
+    scores = torch.empty(B, H, 0, dtype=dtype, device=key.device)
+    streamed = [places]
+    history = torch.zeros(B, H, contests, protected, dtype=torch.int32, device=key.device)
+    for i in range(contests):
+        first = sinks + i * CONTEST
+        rows = torch.arange(first, first + CONTEST, dtype=torch.int32, device=key.device).expand(B, H, CONTEST)
+        keys = key[:, :, first : first + CONTEST]
+        key_sum = key_sum + keys.to(dtype).sum(2)
+        new_scores = distinctiveness(keys, key_sum, first + CONTEST)
+        places, scores, losers = contest(places, scores, rows, new_scores, protected)
+        streamed.append(losers)
+        history[:, :, i, : places.shape[2]] = places
+    return torch.cat(streamed, 2), history
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Kernels. Scores are frozen and winners stay, so the places after a contest are the best of all rows so far: a
+# prefix scan. Rows are int64 (score, row), and lists of rows are sorted. The entries of a descending and of an
+# ascending list, compared one by one, fall into the better half of both and the worse half; the better one is
+# bitonic, so that few steps sort it. Contests are scanned in groups: the best rows of every group first, then every
+# program starts from the groups before its own.
+#
+# An entry is ``score << 32 | (2**31 - 1 - row)``: of equal scores the earlier row is the better one. The score is
+# in [-1, 1], or 1.5 for NaN; a free place is below every row and says row 0, a blocked one is above every row.
+
+
+@jit
+def _rows_of(b_x):
+    return 0x7FFFFFFF - (b_x & 0xFFFFFFFF).to(tl.int32)
+
+
+@jit
+def _exchange(b_x, RUNS: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, DESCENDING: tl.constexpr):
+    """Sorts the pairs of entries that are ``STEP`` apart, with the direction of the run that they are in."""
+    b_h = tl.reshape(b_x, [RUNS * PARTS, 2, STEP])
+    b_other = tl.sum(b_h, 1, keep_dims=True) - b_h  # a reduction moves entries without shared memory
+    b_descending = (tl.arange(0, RUNS * PARTS) // PARTS + DESCENDING) % 2
+    b_larger = (tl.arange(0, 2)[None, :] != b_descending[:, None])[:, :, None]
+    return tl.reshape(tl.where((b_h < b_other) == b_larger, b_other, b_h), [RUNS * PARTS * 2 * STEP])
+
+
+@jit
+def _merge(b_x, LEVEL: tl.constexpr, LOG: tl.constexpr, DESCENDING: tl.constexpr):
+    """Sorts every run of ``2**LEVEL`` entries of ``b_x`` ``[2**LOG]``, each bitonic.
+
+    Directions alternate; the first run ascends, or descends with ``DESCENDING = 1``.
+    """
+    for i in tl.static_range(LEVEL):
+        b_x = _exchange(b_x, 1 << (LOG - LEVEL), 1 << i, 1 << (LEVEL - 1 - i), DESCENDING)
+    return b_x
+
+
+@jit
+def _sort(b_x, LOG: tl.constexpr):
+    """``b_x`` ``[2**LOG]``, ascending. (``tl.sort`` is no faster, and very slow when interpreted.)"""
+    for i in tl.static_range(LOG):
+        b_x = _merge(b_x, i + 1, LOG, 0)
+    return b_x
+
+
+@jit
+def _load_list(p_lists, i, count, LOG: tl.constexpr, LOG_LIST: tl.constexpr):
+    """Ascending list ``i`` of ``count`` as ``[2**LOG]``: short lists have free places in front, none is all free."""
+    free: tl.constexpr = 0x7FFFFFFF - (1 << 62)
+    o_n = tl.arange(0, 1 << LOG) - ((1 << LOG) - (1 << LOG_LIST))
+    first = tl.where(count > i, 0, 1 << LOG)
+    return tl.load(p_lists + (i << LOG_LIST) + o_n, mask=o_n >= first, other=free)
+
+
+@jit
+def _absorb(b_x, p_lists, count, LOG: tl.constexpr, LOG_LIST: tl.constexpr):
+    """The best of the descending ``b_x`` ``[2**LOG]`` and of ``count`` ascending lists, descending."""
+    b_next = _load_list(p_lists, 0, count, LOG, LOG_LIST)
+    for i in range(count):
+        b_new = b_next
+        b_next = _load_list(p_lists, i + 1, count, LOG, LOG_LIST)  # arrives while this one is merged
+        b_x = _merge(tl.maximum(b_x, b_new), LOG, LOG, 1)
+    return b_x
+
+
+@jit
+def _load_keys(p_k, first, end, stride_n, o_d, BN: tl.constexpr, D: tl.constexpr):
+    o_n = first + tl.arange(0, BN)
+    mask = (o_n < end)[:, None] & (o_d < D)[None, :]
+    return tl.load(p_k + o_n.to(tl.int64)[:, None] * stride_n + o_d[None, :], mask=mask, other=0.0)  # [BN, BD]
+
+
+@jit(general="H sinks contests group")
+def _sum_kernel(
+    p_sums, p_k, H, stride_b, stride_h, stride_n, sinks, contests, group,
+    ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Sum of the keys from the start of a group to the end of each contest: a program per (group, BD channels, head).
+
+    The first group starts with the sinks.
+    """
+    i_group, i_d, i_seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    p_k += (i_seq // H) * stride_b + (i_seq % H) * stride_h
+    o_d = i_d * BD + tl.arange(0, BD)
+    b_sum = tl.zeros([BD], tl.float32)
+    if i_group == 0:
+        for first in range(0, sinks, ROWS):
+            b_sum += tl.sum(_load_keys(p_k, first, sinks, stride_n, o_d, ROWS, D).to(tl.float32), 0)
+    begin, end = i_group * group, tl.minimum(i_group * group + group, contests)
+    end_row = sinks + end * ROWS
+    b_next = _load_keys(p_k, sinks + begin * ROWS, end_row, stride_n, o_d, ROWS, D)
+    for i in range(begin, end):
+        b_k = b_next
+        b_next = _load_keys(p_k, sinks + (i + 1) * ROWS, end_row, stride_n, o_d, ROWS, D)
+        b_sum += tl.sum(b_k.to(tl.float32), 0)
+        tl.store(p_sums + (i_seq * contests + i) * D + o_d, b_sum, mask=o_d < D)
+
+
+@jit(general="H sinks group")
+def _score_kernel(
+    p_newcomers, p_sums, p_k, H, stride_b, stride_h, stride_n, sinks, group,
+    LOG_ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The rows of one contest, scored and sorted, ascending: one program per (contest, head)."""
+    i_contest, i_seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    contests = tl.num_programs(0)
+    ROWS: tl.constexpr = 1 << LOG_ROWS
+    BG: tl.constexpr = 16
+    first = sinks + i_contest * ROWS
+    end = first + ROWS
+    p_k += (i_seq // H) * stride_b + (i_seq % H) * stride_h
+    p_sums += i_seq * contests * D
+    p_newcomers += (i_seq * contests + i_contest) * ROWS
+    o_n, o_d = tl.arange(0, BN), tl.arange(0, BD)
+    b_next = _load_keys(p_k, first, end, stride_n, o_d, BN, D)
+    b_mean = tl.load(p_sums + i_contest * D + o_d, mask=o_d < D, other=0.0)
+    for i_group in range(0, i_contest // group, BG):
+        o_g = i_group + tl.arange(0, BG)
+        mask = (o_g < i_contest // group)[:, None] & (o_d < D)[None, :]
+        b_mean += tl.sum(tl.load(p_sums + ((o_g + 1) * group - 1)[:, None] * D + o_d[None, :], mask=mask, other=0.0), 0)
+    b_mean /= end
+    for row in range(0, ROWS, BN):
+        b_k = b_next.to(tl.float32)
+        b_next = _load_keys(p_k, first + row + BN, end, stride_n, o_d, BN, D)  # arrives while this tile is scored
+        b_dot = tl.sum(b_k * b_mean[None, :], 1).to(tl.int32, bitcast=True)
+        b_k2 = tl.sum(b_k * b_k, 1).to(tl.int32, bitcast=True)
+        # through memory: sums over channels leave every row in many threads, and all of them would sort
+        tl.store(p_newcomers + row + o_n, (b_dot.to(tl.int64) << 32) | b_k2.to(tl.int64))
+    tl.debug_barrier()
+    o_row = tl.arange(0, ROWS)
+    b_x = tl.load(p_newcomers + o_row)
+    b_dot = (b_x >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    b_k2 = b_x.to(tl.int32).to(tl.float32, bitcast=True)
+    # exact rounding keeps equal scores equal; 0 - x because -x could be -0, whose bits are not those of 0
+    b_norm = tl.maximum(tl.sqrt_rn(b_k2), 1e-8) * tl.maximum(tl.sqrt_rn(tl.sum(b_mean * b_mean)), 1e-8)
+    b_score = 0.0 - tl.div_rn(b_dot, b_norm)
+    b_bits = tl.where(b_score == b_score, b_score, 1.5).to(tl.int32, bitcast=True)
+    b_bits = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    b_x = _sort((b_bits.to(tl.int64) << 32) | (0x7FFFFFFF - (first + o_row)).to(tl.int64), LOG_ROWS)
+    tl.debug_barrier()
+    tl.store(p_newcomers + o_row, b_x)
+
+
+@jit(general="contests group")
+def _best_kernel(
+    p_best, p_newcomers, contests, group, LOG_ROWS: tl.constexpr, LOG: tl.constexpr,
+):  # fmt: skip
+    """The best ``2**LOG`` rows of a complete group of contests, ascending: one program per (group, head)."""
+    i_group, i_seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    free: tl.constexpr = 0x7FFFFFFF - (1 << 62)
+    p_newcomers += (i_seq * contests + i_group * group) << LOG_ROWS
+    b_x = _absorb(tl.full([1 << LOG], free, tl.int64), p_newcomers, group, LOG, LOG_ROWS)
+    o_n = (1 << LOG) - 1 - tl.arange(0, 1 << LOG)
+    tl.store(p_best + ((i_seq * tl.num_programs(0) + i_group) << LOG) + o_n, b_x)
+
+
+@jit(general="contests protected streamed group span")
+def _contest_kernel(
+    p_stream, p_places, p_best, p_newcomers, contests, protected, streamed, group, span,
+    LOG_ROWS: tl.constexpr, LOG: tl.constexpr,
+):  # fmt: skip
+    """``span`` contests of one group: one program per (span, head)."""
+    ROWS: tl.constexpr = 1 << LOG_ROWS
+    N: tl.constexpr = 1 << LOG
+    free: tl.constexpr = 0x7FFFFFFF - (1 << 62)
+    blocked: tl.constexpr = (1 << 62) - 1
+    i_seq = tl.program_id(1).to(tl.int64)
+    begin = tl.program_id(0) * span
+    i_group = begin // group
+    p_newcomers += (i_seq * contests) << LOG_ROWS
+    p_best += (i_seq * ((contests - 1) // group)) << LOG
+    o_n, o_row = tl.arange(0, N), tl.arange(0, ROWS)
+    b_x = tl.where(o_n < N - protected, blocked, free)
+    b_x = _absorb(b_x, p_best, i_group, LOG, LOG)
+    b_x = _absorb(b_x, p_newcomers + (i_group * group << LOG_ROWS), begin - i_group * group, LOG, LOG_ROWS)
+    for i in range(begin, tl.minimum(begin + span, contests)):
+        b_new = _load_list(p_newcomers, i, contests, LOG, LOG_ROWS)
+        b_worse = tl.max(tl.reshape(tl.minimum(b_x, b_new), [N // ROWS, ROWS]), 0)  # only the last ROWS can lose
+        b_x = _merge(tl.maximum(b_x, b_new), LOG, LOG, 1)
+        p_place = p_places + (i_seq * contests + i) * protected
+        tl.store(p_place + o_n - (N - protected), _rows_of(b_x), mask=o_n >= N - protected)
+        # the losers in position order; places that were never filled sort behind them
+        b_loser = _sort(tl.where(b_worse == free, 0x7FFFFFFF, _rows_of(b_worse)), LOG_ROWS)
+        before = tl.maximum(i * ROWS - protected, 0)
+        leaving = tl.maximum((i + 1) * ROWS - protected, 0) - before
+        tl.store(p_stream + i_seq * streamed + before + o_row, b_loser, mask=o_row < leaving)
+
+
+_PROGRAMS = 2048  # of one warp: more of them than this only repeat each other's work
+
+
+def compete(key: torch.Tensor, sinks: int, contests: int, protected: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`compete_reference` with kernels; the places of one contest come in the order of their scores."""
+    require_triton()
+    key = key if key.stride(-1) == 1 else key.contiguous()
+    B, H, _, D = key.shape
+    streamed = max(0, contests * CONTEST - protected)
+    empty = key.new_empty
+    stream, places = empty(B, H, streamed, dtype=torch.int32), empty(B, H, contests, protected, dtype=torch.int32)
+    if contests:
+        group = next_power_of_two(max(1, math.isqrt(contests // 2)))
+        groups = (contests - 1) // group  # that others come after
+        span = min(group, next_power_of_two(-(-contests * B * H // _PROGRAMS)))
+        logs = dict(LOG_ROWS=CONTEST.bit_length() - 1, LOG=(max(CONTEST, protected) - 1).bit_length())
+        warps = 1 << max(0, min(4, logs["LOG"] - 9))
+        sums = empty(B, H, contests, D, dtype=torch.float32)
+        newcomers = empty(B, H, contests, CONTEST, dtype=torch.int64)
+        best = empty(B, H, groups, 1 << logs["LOG"], dtype=torch.int64)
+        BD = max(16, next_power_of_two(D))
+        BD_sum = min(64, BD)
+        launch(
+            _sum_kernel,
+            (groups + 1, -(-D // BD_sum), B * H),
+            sums,
+            key,
+            H,
+            *key.stride()[:3],
+            sinks,
+            contests,
+            group,
+            ROWS=CONTEST,
+            D=D,
+            BD=BD_sum,
+            num_warps=8,
+        )
+        launch(_score_kernel, (contests, B * H),
+            newcomers, sums, key, H, *key.stride()[:3], sinks, group,
+            LOG_ROWS=logs["LOG_ROWS"], D=D, BD=BD, BN=max(16, min(CONTEST, 8192 // BD)), num_warps=4,
+        )  # fmt: skip
+        if groups:
+            launch(_best_kernel, (groups, B * H), best, newcomers, contests, group, **logs, num_warps=warps)
+        launch(
+            _contest_kernel,
+            (-(-contests // span), B * H),
+            stream,
+            places,
+            best,
+            newcomers,
+            contests,
+            protected,
+            streamed,
+            group,
+            span,
+            **logs,
+            num_warps=warps,
+        )
+    return stream, places

@@ -1,0 +1,44 @@
+"""examples/bench/decoding.py without a compiler: what it times is the same attention, and SANTA where it says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from express_compile.kernels import santa
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "bench"
+
+
+def test_the_three_attentions_that_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import decoding
+
+    monkeypatch.setattr(torch, "compile", lambda function, mode: function)
+    sampled, reference = [], santa.santa_reference
+
+    def spy(*args, **options):
+        sampled.append(args[3] is not None)
+        return reference(*args, **options)
+
+    monkeypatch.setattr(santa, "santa_reference", spy)
+    clock = decoding.Clock("cpu")
+    with torch.no_grad():
+        model = decoding.random_llama("cpu", torch.float32, decoding.TINY)
+    logits = []
+    for attention in ("sdpa", "unmasked"):
+        transformers.AttentionInterface.register("unmasked", decoding.unmasked)
+        model.set_attn_implementation(attention)
+        torch.manual_seed(1)
+        times, out = decoding.step_times(model, 2, 64, clock, "default")
+        assert len(times) == decoding.STEPS and out.shape == (2, 1, 97) and out.isfinite().all()
+        logits.append(out)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+    assert not sampled
+    model.set_attn_implementation("sdpa")
+    row = decoding.rows_of(model, 2, 64, 8, clock, "default")
+    assert row["opponent"] == "transformers" and row["error"] > 0.01
+    assert sampled == [True] * (model.config.num_hidden_layers * (2 * decoding.STEPS + 2))

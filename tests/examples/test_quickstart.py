@@ -1,0 +1,65 @@
+"""The main job, end to end on two layers of the real SmolLM2; what it prints is read back as numbers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "quickstart.py"
+INSTALLED = any(importlib.metadata.distributions(name="express-compile"))
+
+
+def quickstart(*arguments: str, prefix: str = "") -> subprocess.CompletedProcess[str]:
+    code = (
+        f"import runpy, sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); {prefix}sys.argv[1:] = {list(arguments)!r}\n"
+    )
+    code += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400)
+
+
+@pytest.mark.skipif(not INSTALLED, reason="backend='express' by name needs express-compile installed")
+def test_the_table_and_the_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    done = quickstart("--tokens", "1800", "--needles", "1", "--layers", "2", "--picture", str(picture))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "torch.compile, express: first run, which compiles, " in done.stdout  # progress, in a log too
+    assert "it/s" not in done.stderr  # no bars of other packages between ours
+    assert max(map(len, done.stdout.splitlines())) <= 120 or str(picture) in done.stdout
+    lines = [line.strip("│ ") for line in done.stdout.splitlines() if line.startswith("│")]
+    rows = {cells[0]: cells[1:] for cells in (re.split(r"\s*│\s*", line) for line in lines)}
+    runs = ["rewrite_attention", "… protected=0, window=512", "torch.compile, express"]
+    assert [name for name in rows if name != "torch.compile, inductor"] == ["exact", *runs]
+    for name in runs:
+        sites, kept, kl, agree, perplexity, seconds, needles = rows[name]
+        assert sites == "2/2"
+        assert kept == "1153 / 1800"  # all rows up to position 1567, then 900 and more; the mean from 900 on
+        assert 1e-6 < float(kl) < 0.1
+        assert 0.9 < float(agree) <= 1
+        approximate, exact = map(float, re.fullmatch(r"(\S+) \((\S+)\)", perplexity).groups())
+        assert approximate == pytest.approx(exact, rel=0.1) and exact > 1
+        assert float(seconds) > 0 and needles == "-"
+    assert rows["exact"][:2] == ["-", "1800 / 1800"] and rows["exact"][-1] == "0/1"  # two layers find no needle
+    # eager and compiled use the same random numbers, so they forget the same; the other policy does not
+    kl = {name: float(rows[name][2]) for name in runs}
+    assert kl[runs[0]] == pytest.approx(kl[runs[2]], rel=0.1)
+    assert rows[runs[0]][2:4] != rows[runs[1]][2:4]
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
+
+
+def test_it_fails_early_and_in_one_sentence(tmp_path: Path) -> None:
+    absent = "import torch._dynamo; torch._dynamo.list_backends = lambda: ['inductor']; "
+    done = quickstart(prefix=absent)
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "pip install -e ." in line and "'express'" in line
+    for arguments, message in (
+        (("--layers", "0"), "--layers=0: must be 1 or more"),
+        (("--picture", str(tmp_path / "no" / "picture.png")), "there is no such folder"),
+    ):
+        done = quickstart(*arguments)
+        assert done.returncode == 2 and message in done.stderr and done.stdout == ""

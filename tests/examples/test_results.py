@@ -1,0 +1,188 @@
+"""The committed results: the README says what they say, and the bars that they had to reach hold in them."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from express_compile.kernels.santa import loses
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXTS = ["genesis", "python-data-model", "python-statements", "python-types", "argparse"]
+
+
+def kl(params: str, task: str = "natural texts") -> float:
+    with (ROOT / "examples/bench/results/quality.csv").open(newline="") as file:
+        rows = [
+            row
+            for row in csv.DictReader(file)
+            if row["metric"] == "kl" and row["task"] == task and row["params"] == params and row["n"] == "8192"
+        ]
+    return float(rows[-1]["value"])
+
+
+def policy(sinks: int, window: int, halving: str = "balanced", seed: str = "") -> str:
+    return f"s=256 sinks={sinks} window={window} protected=0 halving={halving}{seed}"
+
+
+def test_readme_is_what_the_result_files_say():
+    command = [sys.executable, str(ROOT / "examples/bench/tables.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kl_on_natural_texts():
+    assert kl(policy(32, 512)) <= 0.16
+    for name in TEXTS:
+        assert kl(policy(32, 512), f"text:{name}") <= 0.16, name
+
+
+@pytest.mark.parametrize("task", ["natural texts", "repetitive texts", *(f"text:{name}" for name in TEXTS)])
+@pytest.mark.parametrize("halving", ["balanced", "kernel", "uniform"])
+def test_a_longer_window_is_better(task, halving):
+    none, short, long = (kl(policy(*sizes, halving), task) for sizes in ((0, 0), (32, 32), (32, 512)))
+    assert none > short > long
+
+
+@pytest.mark.parametrize("seed", ["", " seed=1"])
+@pytest.mark.parametrize("window", [32, 512])
+@pytest.mark.parametrize("task", ["natural texts", "repetitive texts"])
+def test_balanced_is_not_worse_than_uniform(window, task, seed):
+    assert kl(policy(32, window, seed=seed), task) <= kl(policy(32, window, "uniform", seed), task)
+
+
+def speed(**wanted: str) -> dict[str, str]:
+    """The newest row of speed.csv with these values."""
+    with (ROOT / "examples/bench/results/speed.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if all(row[k] == v for k, v in wanted.items())]
+    return rows[-1]
+
+
+@pytest.mark.parametrize(
+    "s, window, n, bar",
+    [
+        (512, 32, 32768, 3.0),
+        (512, 32, 131072, 15.0),
+        (512, 32, 524288, 75.0),
+        (1024, 32, 32768, 1.8),
+        (1024, 32, 131072, 8.0),
+        (1024, 32, 524288, 40.0),
+        (256, 512, 8192, 1.1),
+        (256, 512, 32768, 5.0),
+        (256, 512, 131072, 20.0),
+    ],
+)
+def test_express_is_as_fast_as_it_had_to_be(s, window, n, bar):
+    """Against the best exact backend; at 8k, where launching takes the host longer, both as CUDA graphs."""
+    params = f"sinks=32 window={window} protected=0" + (" graph=1" if n == 8192 else "")
+    row = speed(job="prefill", s=str(s), Lq=str(n), Lk=str(n), H="32", D="128", B="1", params=params)
+    assert float(row["speedup"]) >= bar
+    keys_and_values = 2 * n * int(row["H_kv"]) * int(row["D"]) * 2 / 2**20
+    assert float(row["peak_mb"]) <= 1.5 * keys_and_values
+    assert 0 < float(row["error"]) < 3e-3, "what rounding to bfloat16 costs"
+
+
+@pytest.mark.parametrize("n, params, bar", [(8192, "", 4.0), (8192, "graph=1", 4.0), (32768, "", 20.0)])
+def test_thinformer_is_as_fast_as_it_had_to_be(n, params, bar):
+    row = speed(job="encode", s="256", Lq=str(n), Lk=str(n), H="32", D="128", B="1", params=params)
+    assert float(row["speedup"]) >= bar and 0 < float(row["error"]) < 3e-3
+
+
+@pytest.mark.parametrize(
+    "job, n, bar",
+    [
+        ("sparse_fixed", 32768, 5.0),  # all that a query sees is 1 / 7.5 of the causal keys
+        ("sparse_fixed_train", 32768, 4.9),
+        ("sparse_strided", 32768, 14.0),
+        ("sparse_strided_train", 32768, 12.0),
+        ("sparse_strided", 131072, 50.0),
+    ],
+)
+def test_sparse_is_as_fast_as_it_was_and_needs_memory_for_its_rows_only(job, n, bar):
+    with (ROOT / "examples/bench/results/speed.csv").open(newline="") as file:
+        rows = {int(row["Lq"]): row for row in csv.DictReader(file) if row["job"] == job}
+    assert float(rows[n]["speedup"]) >= bar and 0 < float(rows[n]["error"]) < 3e-3
+    inputs = (int(rows[n]["H"]) + 2 * int(rows[n]["H_kv"])) * n * int(rows[n]["D"]) * 2 / 2**20
+    assert float(rows[n]["peak_mb"]) <= 1.1 * inputs
+
+
+@pytest.mark.parametrize("B, n, bar", [(8, 32768, 1.45), (1, 131072, 1.35), (1, 32768, 1.1)])
+def test_santa_is_as_fast_as_it_had_to_be(B, n, bar):
+    assert float(decoding()[B, 8, n, 128, 128]["speedup"]) >= bar
+
+
+def decoding() -> dict[tuple[int, ...], dict[str, str]]:
+    """The newest row of every (B, H_kv, keys, D, S)."""
+    with (ROOT / "examples/bench/results/speed.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["job"] == "decode"]
+    return {tuple(int(row[x]) for x in ("B", "H_kv", "Lk", "D", "s")): row for row in rows}
+
+
+def test_santa_is_not_slower_where_it_does_not_leave_the_cache_to_exact_attention():
+    sampled = 0
+    for (B, H_kv, n, D, S), row in decoding().items():
+        if loses(B, int(row["H"]), H_kv, 1, n, B * H_kv * n * D * 2, S) is None:
+            sampled += 1
+            assert float(row["speedup"]) >= 0.97, row
+    assert sampled >= 100 and len(decoding()) - sampled >= 40
+
+
+def test_santa_reads_the_rows_that_its_formula_expects():
+    for (*_, S), row in decoding().items():
+        values = dict(part.split("=") for part in row["params"].split())
+        rows, expected = float(values["rows"]), float(values["expected"])
+        assert abs(rows - expected) <= 2.5 and expected <= 1.01 * S, row
+
+
+def test_thinformer_is_five_times_as_fast_as_the_published_code():
+    """Which takes 3.16 ms at its own setting on an H200 (compiled; measured for the project)."""
+    row = speed(job="encode", dtype="float32", H="8", D="64", Lk="16384", params="g=2")
+    assert 3.16 / float(row["ms_p50"]) >= 5 and float(row["error"]) < 1e-6
+
+
+@pytest.mark.parametrize(("stack", "rewritten"), [("2.13.0+cpu", 350), ("2.11.0+cu130", 348)])
+def test_every_site_is_found_and_nothing_is_rewritten_wrongly(stack, rewritten):
+    """Of 36 architectures."""
+    with (ROOT / "examples/bench/results/coverage.csv").open(newline="") as file:
+        key = ("architecture", "implementation", "mask", "phase")
+        rows = [row for row in csv.DictReader(file) if row["torch"] == stack]
+        rows = {tuple(row[k] for k in key): row for row in rows}.values()
+    rows = [row for row in rows if not row["reasons"].startswith("the model itself")]
+    assert len({row["architecture"] for row in rows}) >= 36
+    for row in rows:
+        assert row["found"] == row["expected"], row
+        for column in ("error", "gradient_error"):
+            assert not row[column] or float(row[column]) <= 1e-5, row
+    assert sum(int(row["rewritten"]) for row in rows) >= rewritten
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_pass_is_as_quick_as_it_had_to_be(attention):
+    row = speed(job="plan", params=f"layers=32 attention={attention} sites=32")
+    assert float(row["ms_p50"]) <= 2000
+    row = speed(job="compile", params=f"layers=4 attention={attention}")
+    assert float(row["speedup"]) >= 1 / 1.25 and float(row["error"]) < 1e-6
+
+
+def test_training_is_as_fast_as_it_had_to_be():
+    row = speed(job="train", s="512", Lq="32768", params="sinks=32 window=32 protected=0")
+    assert float(row["speedup"]) >= 2.0
+
+
+def test_thinning_takes_a_fifth_at_most_of_long_sequences():
+    with (ROOT / "examples/bench/results/breakdown.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["part"] == "thin" and int(row["n"]) >= 131072]
+    assert len(rows) >= 6 and all(float(row["share"]) <= 0.2 for row in rows)
+
+
+def test_budgets_per_layer_beat_uniform_ones_on_unseen_texts():
+    """KL of at most 0.05 with fewer rows than the smallest uniform budget that reaches it, on natural texts."""
+    with (ROOT / "examples/bench/results/quality.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["task"] == "unseen natural texts" and row["metric"] == "kl"]
+    good = [row for row in rows if float(row["value"]) <= 0.05]
+    uniform = min(float(row["rows"]) for row in good if row["params"].startswith("s="))
+    assert min(float(row["rows"]) for row in good if row["params"].startswith("tolerance=")) < 0.6 * uniform
