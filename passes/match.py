@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 from ..core.spec import AttentionSpec, Mask, default_scale, known_equal
 from . import near, softmax
 from .buffers import Buffers
-from .cut import cut_products
+from .cut import cut_products, cut_weights
 from .mask import MaskPart, Padding, prove, prove_all, same_for_all_queries, unknown
 from .multihead import OPAQUE, describe
 from .nodes import shape_of, tensor_of
@@ -83,7 +83,8 @@ def find_sites(gm: GraphModule, buffers: Buffers | None = None, place: Place | N
             scope.attended.add(site.node)
         except Refused as error:
             found.append(refused(site, error))
-    return found + [refused(listed(gm, product, "softmax"), error) for product, error in cut_products(gm)]
+    cut = (*cut_products(gm), *cut_weights(gm))
+    return found + [refused(listed(gm, node, "softmax"), error) for node, error in cut]
 
 
 def _form(node: Node) -> str | None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .nodes import reached, tensor_of
+from ..core.spec import known_equal
+from .nodes import reached, shape_of, tensor_of
 from .normalize import called, operation
 from .site import Refused
 from .softmax import PRODUCTS, Softmax, is_of_keys, letters, rank_of, softmax_of
@@ -46,6 +47,16 @@ def is_cut_off(written: Softmax) -> bool:
     """Whether a softmax, whose result is no factor of a product as it is, stands between two products all the same."""
     between = isinstance(written.scores, Node) and bool(_keys_before(written.scores))
     return between and _product_after(written.nodes[-1])
+
+
+def weights_leave(node: Node) -> bool:
+    """Whether a softmax comes after a product of queries and keys, and leaves its graph without one with values."""
+    written = softmax_of(node)
+    if written is None or not isinstance(written.scores, Node) or not _keys_before(written.scores):
+        return False
+    last = (x for x in reached(node, _after) if any(user.op == "output" for user in x.users))
+    alike = (x for x in last if rank_of(x) == rank_of(node) and known_equal(shape_of(x)[-1], shape_of(node)[-1]))
+    return any(alike) and not _product_after(node)
 
 
 def weighs_features(written: Softmax) -> bool:

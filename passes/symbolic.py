@@ -685,8 +685,7 @@ def _getitem(at: _Element) -> Any:
         elif isinstance(item, slice):
             places.append(_sliced(at.evaluator, item, shape[len(places)], rest.pop(0)))
         elif tensor_of(item) is not None:
-            there = at.evaluator.broadcast(example_of(item).shape, *gathered)
-            places.append(_not_negative(_integer(at.evaluator.value(item, there))))
+            places.append(_looked_up(at, item, *gathered))
         else:
             places.append(_from_start(at.evaluator.index(item), shape[len(places)]))
     return at.moved(places)
@@ -717,6 +716,16 @@ def _gathered(items: Sequence[Any]) -> slice:
     together = bool(indexing) and indexing == list(range(indexing[0], indexing[-1] + 1))
     start = indexing[0] if together else 0
     return slice(start, start + rank)
+
+
+def _looked_up(at: _Element, item: Node, coords: Sequence[Any], sizes: Sequence[Any]) -> sympy.Expr:
+    try:
+        place = at.evaluator.value(item, at.evaluator.broadcast(example_of(item).shape, coords, sizes))
+    except Unproven:
+        if not at.dtype.is_floating_point:
+            raise
+        raise _NoRule from None  # that values are added says more than how their places are made
+    return _not_negative(_integer(place))
 
 
 def _sliced(evaluator: Evaluator, item: slice, size: Any, coord: Any) -> Any:
