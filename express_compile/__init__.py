@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .core.method import METHODS, Method, register
     from .core.saved import SavedPlan, SavedSite
+    from .core.sites import SiteReport, record_sites
     from .core.spec import AttentionSpec, Mask, Plan, Policy, Refusal, Site
     from .quality.budgets import Calibration, calibrate_error
     from .quality.watch import Watch, watch
-    from .report.explain import Report, SiteReport, explain
-    from .routes.transformers.eager import is_rewritten, record_sites, restore_attention, rewrite_attention
+    from .report.explain import Report, explain
+    from .routes.eager import is_rewritten, restore_attention, rewrite_attention
 
 # kernels/ and passes/ lie beside this folder in a checkout and inside it in a wheel. When Python runs from the
 # root of a checkout, this folder is found before an installed copy, so it must find its two sisters itself.
@@ -27,11 +28,12 @@ if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels").is_dir():
 _HOMES = {
     "core.method": ("METHODS", "Method", "register"),
     "core.saved": ("SavedPlan", "SavedSite"),
+    "core.sites": ("SiteReport", "record_sites"),
     "core.spec": ("AttentionSpec", "Mask", "Plan", "Policy", "Refusal", "Site"),
     "quality.budgets": ("Calibration", "calibrate_error"),
     "quality.watch": ("Watch", "watch"),
-    "report.explain": ("explain", "Report", "SiteReport"),
-    "routes.transformers.eager": ("rewrite_attention", "restore_attention", "is_rewritten", "record_sites"),
+    "report.explain": ("explain", "Report"),
+    "routes.eager": ("rewrite_attention", "restore_attention", "is_rewritten"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -30,10 +30,9 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
 
 from express_compile.core.spec import Plan, Policy
-from express_compile.passes.buffers import Buffers
 from express_compile.passes.match import AttentionSite
 from express_compile.passes.multihead import OPAQUE
-from express_compile.routes.compile import rewrite_graph
+from express_compile.passes.pipeline import rewrite_graph
 
 COLUMNS = (
     "date,torch,transformers,commit,architecture,implementation,mask,phase,expected,found,proven,masks,rewritten,exact,"
@@ -180,7 +179,7 @@ def measure(case: Case, fusion: bool = False) -> dict[str, Any]:
             nonlocal seconds, graphs
             graphs += 1
             start = time.perf_counter()
-            planned.extend(rewrite_graph(gm, POLICY, Buffers(gm, inputs)))
+            planned.extend(rewrite_graph(gm, POLICY, inputs))
             seconds += time.perf_counter() - start
             return gm.forward
 

@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from ..core.method import METHODS, Method
 from ..core.plain import canonical, renamed
 from ..core.saved import SavedPlan, SavedSite, facts_of
+from ..core.sites import NOT_MATCHED
 from ..core.spec import AttentionSpec, Mask, Plan, Policy, Refusal, Site, Unmet, known_equal
-from ..passes.site import NOT_MATCHED, AttentionSite
 from .devices import device_of
 from .predict import LONGEST, MARGIN, crossover, predicted, wins, without_padding
 
@@ -26,7 +24,7 @@ class Question:
     """What the planner wants to know of a site.
 
     module, index: its module path, and its place among the sites of that module.
-    form, spec, refusal, nearest: as in :class:`AttentionSite`.
+    form, spec, refusal, nearest: as in :class:`~express_compile.passes.site.AttentionSite`.
     gradient: why it counts as part of a training run, for ``Policy.training``; None where it does not.
     graphs: whether it runs inside a CUDA graph, which spares the host its work.
     """
@@ -82,6 +80,13 @@ def check_policy(policy: Policy) -> None:
             raise renamed(name, error) from None
 
 
+def methods_of(policy: Policy, path: str) -> tuple[str, ...]:
+    """The methods that calls of the sites of the module at ``path`` may have."""
+    if policy.plan is not None:
+        return tuple(dict.fromkeys(entry.method for entry in policy.plan.at(path))) or ("exact",)
+    return policy.at(path).methods or DEFAULT_METHODS
+
+
 def plan(spec: AttentionSpec, policy: Policy) -> Plan:
     """The decision for one site of the root module; sizes in ``spec`` may be symbolic.
 
@@ -94,28 +99,6 @@ def plan(spec: AttentionSpec, policy: Policy) -> Plan:
     decision = answer(Question(spec=spec), policy)
     require([("this attention site", decision)], policy)
     return decision
-
-
-def plan_sites(
-    sites: Iterable[AttentionSite], policy: Policy, graphs: bool = False
-) -> list[tuple[AttentionSite, Plan]]:
-    """A plan for every site; with ``policy.strict`` one ``ValueError`` lists all that were refused.
-
-    ``graphs``: they run inside a CUDA graph.
-    """
-    check_policy(policy)
-    planned = [(site, _with_averages(site, answer(_question(site, graphs), policy))) for site in sites]
-    require([(site.module or "(root)", decision) for site, decision in planned], policy)
-    return planned
-
-
-def _with_averages(site: AttentionSite, decision: Plan) -> Plan:
-    """The decision, which says what it changes beyond an approximation."""
-    kept = not site.averages or (decision.method == "exact" and site.exact is not None)
-    if decision.verdict != "rewritten" or kept:
-        return decision
-    reason = f"{decision.reason}; rows whose keys are all hidden give 0, where the model has the mean of the values"
-    return replace(decision, reason=reason)
 
 
 def unmatched(paths: Iterable[str], policy: Policy) -> tuple[str, ...]:
@@ -190,16 +173,6 @@ def require(planned: Iterable[tuple[str, Plan]], policy: Policy) -> None:
         f"strict=True: {len(refused)} attention site{'s were' if len(refused) > 1 else ' was'} refused "
         "(allowed is strict=False, which leaves them exact)\n" + "\n".join(lines)
     )
-
-
-def _question(site: AttentionSite, graphs: bool) -> Question:
-    gradient = "its result needs a gradient" if _needs_gradient(site.node) else None
-    return Question(site.module, site.index, site.form, site.spec, site.refusal, gradient, graphs, site.nearest)
-
-
-def _needs_gradient(node: Node) -> bool:
-    values = pytree.tree_leaves(node.meta.get("example_value"))
-    return any(x.requires_grad for x in values if isinstance(x, torch.Tensor))
 
 
 def answer(question: Question, policy: Policy) -> Plan:

@@ -25,9 +25,10 @@ from torch import nn
 from ..core.call import Op, exact_options, name_of, run_by
 from ..core.method import METHODS
 from ..core.plain import number
+from ..core.sites import record_sites
 from ..core.spec import AttentionSpec, Mask, Policy, Site, layer_key
 from ..planning.predict import cost_at
-from ..routes.transformers.eager import is_rewritten, record_sites, restore_attention, rewrite_attention
+from ..routes.eager import is_rewritten, restore_attention, rewrite_attention
 
 _CHUNK = 512  # positions whose logits are compared at a time
 _MEASUREMENTS = 8  # of the whole model, to calibrate the sum

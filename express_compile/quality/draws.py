@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.method import METHODS
 from ..core.plain import number
+from ..core.sites import record_sites
 from ..core.spec import layer_key
-from ..routes.transformers.eager import is_rewritten, record_sites, restore_attention, rewrite_attention
+from ..routes.eager import is_rewritten, restore_attention, rewrite_attention
 
 
 class _OneLayer(TorchDispatchMode):

@@ -2,8 +2,7 @@
 
     error = |o_hat - o| / |o|    over the sampled queries of one call, all heads and sequences together
 
-The hook is in the attention function of ``eager.py`` and around the ops in the graphs of ``capture.py``, not in the
-ops: an op does not know the model it belongs to (two models of one architecture share their layer keys). Whether a call
+Where it meets the calls of a model is said in ``routes/watched.py``. Whether a call
 is sampled is decided on the host, by a generator that nobody else uses; which queries, on the device. The host never
 waits: an error is read at a later call of the same site, once it has come. Nothing is sampled or read inside a CUDA
 graph capture, and its replays do not come by here at all.
@@ -27,8 +26,9 @@ from ..core.call import is_run_otherwise
 from ..core.method import METHODS
 from ..core.plain import number
 from ..core.spec import AttentionSpec, Plan
+from ..planning.choose import DEFAULT_METHODS
 from ..routes.capture import Capture, captures_of
-from ..routes.transformers.eager import rewritten_sites
+from ..routes.eager import rewritten_sites
 
 _LAST = 5  # samples whose median decides
 _KEPT = 1000  # errors of a site
@@ -97,8 +97,6 @@ def watch(
 
 def _methods(capture: Capture) -> list[str]:
     """The methods that sites of captured graphs may have."""
-    from ..planning.choose import DEFAULT_METHODS
-
     policy = capture.policy
     if policy.plan is not None:
         return [entry.method for entry in policy.plan.sites] or ["exact"]

@@ -22,30 +22,11 @@ _SOFTMAX = {"softmax", "Softmax"}
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "__matmul__", "@"}
 
 
-def can_import_transformers() -> bool:
-    """Whether transformers is installed."""
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-@cache
-def _library() -> frozenset[type]:
-    """Bases whose code says nothing about the attention of a model."""
-    bases = set(nn.Module.__mro__)
-    if can_import_transformers():
-        from transformers import GenerationMixin, PreTrainedModel
-
-        bases |= {*PreTrainedModel.__mro__, *GenerationMixin.__mro__}
-    return frozenset(bases)
-
-
 @cache
 def _functions(cls: type) -> tuple[Callable[..., Any], ...]:
-    """The functions that a class and its bases define, library bases left out."""
-    members = [member for base in cls.__mro__ if base not in _library() for member in vars(base).values()]
+    """The functions that a class and its bases define, bases left out that say nothing of the attention of a model."""
+    bases = [x for x in cls.__mro__ if x not in nn.Module.__mro__ and not _is_machinery(x.__module__)]
+    members = [member for base in bases for member in vars(base).values()]
     members = [getattr(member, "__func__", getattr(member, "fget", member)) for member in members]
     return tuple(inspect.unwrap(member) for member in members if inspect.isroutine(member))
 
@@ -182,9 +163,13 @@ def _operations(code: CodeType) -> Iterator[str]:
         yield "@"
 
 
+def _is_machinery(module: str) -> bool:
+    """Whether a module is of transformers and no model of it."""
+    return module.partition(".")[0] == "transformers" and not module.startswith("transformers.models.")
+
+
 def _is_foreign(module: str | None) -> bool:
     """Whether a module belongs to Python, torch or the machinery of transformers."""
     root = (module or "").partition(".")[0]
-    if root == "transformers":
-        return not module.startswith("transformers.models.")
-    return root in ("", "torch", "numpy") or (root in sys.stdlib_module_names and root != "__main__")
+    own = root == "__main__" or (root not in ("", "torch", "numpy") and root not in sys.stdlib_module_names)
+    return not own or _is_machinery(module or "")

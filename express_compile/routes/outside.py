@@ -22,10 +22,9 @@ from torch._dynamo.utils import graph_break_reasons
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..core.sites import NOT_MATCHED, SiteReport
 from ..passes.cut import PARTED
 from ..passes.place import calls
-from ..passes.site import NOT_MATCHED
-from ..report.explain import SiteReport
 
 _HERE = os.path.dirname(os.path.dirname(__file__))
 _TORCH = os.path.dirname(torch.__file__)

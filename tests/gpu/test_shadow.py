@@ -12,7 +12,7 @@ import transformers
 
 from express_compile import restore_attention, rewrite_attention, watch
 from express_compile.quality.watch import Watch
-from express_compile.routes.transformers import eager
+from express_compile.routes import eager
 
 N = 4096
 

@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 
 from express_compile.core.method import METHODS
 from express_compile.kernels.launch import constant
-from express_compile.routes.transformers import eager
-from express_compile.routes.transformers.eager import rewrite_attention
+from express_compile.routes import eager
+from express_compile.routes.eager import rewrite_attention
 
 OPTIONS = {
     "express": dict(

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from express_compile.core.method import METHODS
+from express_compile.core.sites import record_sites
 from express_compile.core.spec import AttentionSpec, Mask, Policy, Site, layer_key
 from express_compile.kernels import santa as S
 from express_compile.planning.choose import plan
 from express_compile.planning.measure import calls_of
 from express_compile.quality.draws import measure_layers
 from express_compile.report.explain import explain
-from express_compile.routes.transformers.eager import record_sites, restore_attention, rewrite_attention
+from express_compile.routes.eager import restore_attention, rewrite_attention
 
 SEED = torch.tensor(77)
 OPTIONS = dict(draws=[16], layers=[], fraction=0.0, sampler="sys", shared=True, min_length=0)

@@ -13,8 +13,9 @@ from express_compile.core.cost import Cost, Device, Rates
 from express_compile.core.method import METHODS, Method
 from express_compile.core.saved import SavedPlan, SavedSite
 from express_compile.core.spec import TABLE_AT, AttentionSpec, Mask, Policy, Refusal, floor_power_of_two
+from express_compile.passes.pipeline import plan_sites
 from express_compile.passes.site import AttentionSite
-from express_compile.planning.choose import check_policy, plan, plan_sites, require, require_matches, unmatched
+from express_compile.planning.choose import check_policy, plan, require, require_matches, unmatched
 from express_compile.planning.predict import MARGIN, crossover
 
 SPEC = AttentionSpec(1, 4, 2, 100, 100, 8, 8, torch.float32, "cpu", 0.5, Mask(causal=True))

@@ -23,7 +23,7 @@ import express_compile
 from express_compile import record_sites, restore_attention, rewrite_attention, watch
 from express_compile.core.method import METHODS
 from express_compile.quality import watch as shadow
-from express_compile.routes.transformers.eager import rewritten_sites
+from express_compile.routes.eager import rewritten_sites
 
 VOCAB = 97
 EXPRESS = dict(

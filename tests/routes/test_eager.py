@@ -18,9 +18,10 @@ from torch import nn
 
 import express_compile
 from express_compile.core.method import METHODS, Method, register
+from express_compile.core.sites import record_sites
 from express_compile.core.spec import TABLE_AT, AttentionSpec, Mask, Policy, Refusal, known_equal
-from express_compile.routes.transformers import eager
-from express_compile.routes.transformers.eager import is_rewritten, record_sites, restore_attention, rewrite_attention
+from express_compile.routes import eager
+from express_compile.routes.eager import is_rewritten, restore_attention, rewrite_attention
 from express_compile.routes.transformers.masks import ProvenMask
 
 VOCAB = 97

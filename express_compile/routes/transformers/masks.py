@@ -12,13 +12,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sliding_window_overlay,
+)
+from transformers.utils.import_utils import is_tracing
 
 from ...core.spec import Mask
-
-untraced = torch.compiler.disable(
-    reason="a model rewritten by rewrite_attention runs its attention eagerly; to compile it whole, call "
-    "restore_attention(model) and then torch.compile(model, backend='express')"
-)
+from ..tracers import untraced
 
 
 class ProvenMask(torch.Tensor):
@@ -150,8 +154,6 @@ _KEEP: dict[Any, Callable[..., ProvenMask | None]] = {
 
 
 def _sdpa_mask() -> Callable[..., torch.Tensor | None]:
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
     return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
 
@@ -166,8 +168,6 @@ def make_mask(
     **rest: Any,
 ) -> torch.Tensor | None:
     """transformers' mask function under our name: a :class:`ProvenMask` where proven, else what sdpa would get."""
-    from transformers.masking_utils import causal_mask_function
-
     arguments = {
         "batch_size": batch_size,
         "q_length": q_length,
@@ -186,9 +186,6 @@ def make_mask(
 
 @untraced
 def _make_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-    from transformers.utils.import_utils import is_tracing
-
     q_length, kv_length = arguments["q_length"], arguments["kv_length"]
     q_offset, kv_offset = arguments["q_offset"], arguments["kv_offset"]
     mask_function, attention_mask = arguments["mask_function"], arguments["attention_mask"]
@@ -227,8 +224,6 @@ def _make_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
 def is_sliding(mask_function: Callable[..., Any], window: int) -> bool:
     """Whether a mask function is what transformers makes for causal attention in a sliding window: the same code, over
     the same size, and nothing else."""
-    from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
-
     overlay = sliding_window_overlay(window)
     if getattr(mask_function, "__code__", None) is not and_masks(overlay).__code__:
         return False
