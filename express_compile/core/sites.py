@@ -72,6 +72,7 @@ class SiteReport:
     @property
     def layer(self) -> int:
         """The key of the site for random numbers; of one that has an entry in a saved plan."""
+        assert self.saved is not None, "a site of a graph"
         return layer_key(self.saved.module, self.saved.index)
 
     @classmethod
@@ -97,7 +98,7 @@ class SiteReport:
             method=plan.method,
             verdict=plan.verdict,
             reason=plan.reason,
-            rejected=plan.rejected,
+            rejected=tuple(map(str, plan.rejected)),
             nearest=plan.nearest or "",
             shape="" if spec is None else _shape(spec),
             params=plan.params,

@@ -27,8 +27,11 @@ def compile_with_inductor(gm: GraphModule, inputs: Sequence[Any], patches: Mappi
     """``gm`` compiled by inductor under ``patches`` of its configuration; no global state is changed."""
     pre_pass = _KeepOff(patches.get("joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass))
     tag = f"{torch.compiler.config.cache_key_tag}express-compile-{contract()}"
-    with torch.compiler.config.patch(cache_key_tag=tag), _without_rematerialization(gm):
-        return compile_fx.compile_fx(gm, inputs, config_patches={**patches, "joint_custom_pre_pass": pre_pass})
+    key: Any = torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
+    with key, _without_rematerialization(gm):
+        compiled = compile_fx.compile_fx(gm, inputs, config_patches={**patches, "joint_custom_pre_pass": pre_pass})
+    assert callable(compiled), "it is asked for no file"
+    return compiled
 
 
 class _KeepOff(CustomGraphPass):

@@ -6,11 +6,19 @@ import dis
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+import functools
 from types import CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import nn
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def cache(function: F) -> F:
+    """``functools.cache`` with the signature of ``function``; mypy does not take the class of a module for hashable."""
+    return cast(F, functools.cache(function))
+
 
 _WHOLE = {
     "scaled_dot_product_attention",
@@ -97,7 +105,7 @@ def _flat(constants: Any) -> Iterator[Any]:
             yield constant
 
 
-def writes_attention(module: nn.Module) -> bool:
+def writes_attention(module: Any) -> bool:
     """Whether the code of ``module`` (not of its children) holds attention: as one call, or as softmax and products.
 
     Read are its class, the functions that it calls by a global name, the functions and callable objects that it keeps
@@ -129,7 +137,7 @@ def is_module(value: object) -> bool:
     return isinstance(value, nn.Module) and "_modules" in vars(value)
 
 
-def _has_softmax(module: nn.Module) -> bool:
+def _has_softmax(module: Any) -> bool:
     return any(isinstance(child, nn.Softmax) for child in module.children())
 
 

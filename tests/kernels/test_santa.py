@@ -1153,23 +1153,6 @@ def test_additive_masks_of_eager_attention_are_read():
     handle.remove()
 
 
-def test_only_transformers_own_sliding_window_is_proven():
-    from transformers import masking_utils as M
-
-    from express_compile.routes.transformers.masks import is_sliding
-
-    sliding = M.sliding_window_causal_mask_function
-    assert is_sliding(sliding(12), 12) and not is_sliding(sliding(12), 13)
-    others = (
-        M.causal_mask_function, M.bidirectional_mask_function, M.sliding_window_bidirectional_mask_function(12),
-        M.chunked_causal_mask_function(12, torch.zeros(1)), M.and_masks(sliding(12), M.causal_mask_function),
-        M.or_masks(M.sliding_window_overlay(12), M.causal_mask_function),
-        M.and_masks(M.sliding_window_overlay(12), M.bidirectional_mask_function), M.and_masks(sliding(12)),
-        lambda b, h, q, k: k > q - 12,
-    )  # fmt: skip
-    assert not any(is_sliding(other, 12) for other in others)
-
-
 def test_a_bad_option_is_reported_when_the_model_is_rewritten(llama):
     with pytest.raises(ValueError, match="sampler='uniform': allowed are"):
         rewrite_attention(llama, methods=["santa"], method_options={"santa": {"sampler": "uniform"}})

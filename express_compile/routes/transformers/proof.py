@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 
 from ...core.spec import AttentionSpec, Mask, default_scale, feature_major
-from .masks import ProvenMask
+from .masks import ProvenMask, reason_of
 from .sites import Site
 
 # Arguments that change what attention computes and that the ops do not take. transformers' sdpa function ignores
@@ -20,6 +20,7 @@ EXTRAS = {
     "indices": "sparse indices",
     "cu_seq_lens_q": "packed sequences",
 }
+_READ = "_express_compile_read"  # an attribute of an additive mask: its version, and what it was read as
 
 
 class Given(NamedTuple):
@@ -98,9 +99,7 @@ def prove(site: Site, given: Given) -> Proof:
     row = _key_padding(mask, (B, H, Lq, Lk)) if Lq == 1 or not causal else None
     if row is not None:
         return Proof(Mask(causal=causal, offset=Lk - 1 if causal else 0, padding=True), row, Lk)
-    kind = "a dense mask" if mask.dtype == torch.bool else "an additive mask, such as a position bias,"
-    built = f"{kind} that the model or the caller built"
-    return Proof(Mask(unknown=getattr(mask, "_express_compile_reason", built)), None, Lk)
+    return Proof(Mask(unknown=reason_of(mask)), None, Lk)
 
 
 def _unreadable(given: Given, unlike: str | None) -> str | None:
@@ -161,7 +160,7 @@ def _read(mask: torch.Tensor | None) -> torch.Tensor | None:
     if mask is None or mask.dtype == torch.bool or mask.dim() != 4 or mask.shape[2] != 1:
         return mask
     version = None if mask.is_inference() else mask._version
-    known = getattr(mask, "_express_compile_read", None)
+    known = getattr(mask, _READ, None)
     if known is not None and version is not None and known[0] == version:
         return known[1]
     if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -169,8 +168,9 @@ def _read(mask: torch.Tensor | None) -> torch.Tensor | None:
     shown = mask == 0
     proven = (shown | (mask <= torch.finfo(mask.dtype).min)).all() & shown.any(-1).all()
     proven, whole = torch.stack([proven, shown.all()]).tolist()
-    mask._express_compile_read = version, None if whole else shown if proven else mask
-    return mask._express_compile_read[1]
+    found = None if whole else shown if proven else mask
+    setattr(mask, _READ, (version, found))
+    return found
 
 
 def _key_padding(mask: torch.Tensor, sizes: tuple[int, int, int, int]) -> torch.Tensor | None:
