@@ -11,7 +11,7 @@ import torch
 from ..core.method import METHODS, Method
 from ..core.plain import canonical, renamed
 from ..core.saved import SavedPlan, SavedSite, facts_of
-from ..core.sites import NOT_MATCHED
+from ..core.sites import NOT_MATCHED, SiteReport
 from ..core.spec import AttentionSpec, Mask, Plan, Policy, Refusal, Site, Unmet, known_equal
 from .devices import device_of
 from .predict import LONGEST, MARGIN, crossover, predicted, wins, without_padding
@@ -80,11 +80,15 @@ def check_policy(policy: Policy) -> None:
             raise renamed(name, error) from None
 
 
-def methods_of(policy: Policy, path: str) -> tuple[str, ...]:
-    """The methods that calls of the sites of the module at ``path`` may have."""
+def methods_of(policy: Policy, path: str | None = None) -> tuple[str, ...]:
+    """The methods that calls of the sites of the module at ``path`` may have, or of any module."""
     if policy.plan is not None:
-        return tuple(dict.fromkeys(entry.method for entry in policy.plan.at(path))) or ("exact",)
-    return policy.at(path).methods or DEFAULT_METHODS
+        entries = policy.plan.sites if path is None else policy.plan.at(path)
+        return tuple(dict.fromkeys(entry.method for entry in entries)) or ("exact",)
+    if path is not None:
+        return policy.at(path).methods or DEFAULT_METHODS
+    given = [given["methods"] for given in policy.modules.values() if given.get("methods")]
+    return tuple(dict.fromkeys(name for names in (policy.methods or DEFAULT_METHODS, *given) for name in names))
 
 
 def plan(spec: AttentionSpec, policy: Policy) -> Plan:
@@ -162,7 +166,7 @@ def require_modules(paths: Iterable[str], policy: Policy) -> None:
         )
 
 
-def require(planned: Iterable[tuple[str, Plan]], policy: Policy) -> None:
+def require(planned: Iterable[tuple[str, Plan | SiteReport]], policy: Policy) -> None:
     """Raise ``ValueError`` with a line per refused site if ``policy.strict``; each site comes with its name."""
     refused = [(name, decision) for name, decision in planned if decision.verdict == "refused"]
     if not policy.strict or not refused:

@@ -137,9 +137,11 @@ def _rows_seen(name: str, args: Any, options: dict[str, Any], causal: bool) -> f
     """Rows that a query sees on average."""
     query, key, value = args[:3]
     mask = Mask(causal=causal, offset=key.shape[2] - query.shape[2])
-    sizes = *query.shape[:2], key.shape[1], query.shape[2], key.shape[2], query.shape[3], value.shape[3]
-    spec = AttentionSpec(*sizes, query.dtype, query.device.type, args[5], mask)
-    return cost_at(name, spec, options).scores / (spec.B * spec.H * spec.Lq)
+    (B, H, Lq, D), (H_kv, Lk), Dv = query.shape, key.shape[1:3], value.shape[3]
+    spec = AttentionSpec(B, H, H_kv, Lq, Lk, D, Dv, query.dtype, query.device.type, args[5], mask)
+    cost = cost_at(name, spec, options)
+    assert cost is not None, "methods that are calibrated say what they cost"
+    return cost.scores / (B * H * Lq)
 
 
 @torch.no_grad()
@@ -169,21 +171,23 @@ def calibrate_error(
     policy = Policy(methods=("express",)) if policy is None else policy
     budgets = _check(model, tolerance, budgets, policy, first)
     batches = _checked_batches(batches, first)
-    methods = [name for name in policy.methods if name != "exact"]
+    methods = [name for name in policy.methods or () if name != "exact"]
     options = {
         name: {s: dict(METHODS[name].params(Site(), replace(policy, budget=s, min_length=0))) for s in budgets}
         for name in methods
     }
     rewrite_attention(model, replace(policy, methods=tuple(methods), budget=budgets[-1], min_length=0))
     try:
-        exact, paths, seen = [], {}, _Errors(options)
+        exact: list[torch.Tensor] = []
+        paths: dict[int, str] = {}
+        seen = _Errors(options)
         for batch in batches:
-            with record_sites() as sites, run_by(seen):
+            with record_sites() as reports, run_by(seen):
                 exact.append(_logits(model, batch))
             _check_first(first, exact[-1].shape[1])
-            paths |= {layer_key(x.module, i): x.module for x in sites if x.verdict == "rewritten" for i in range(8)}
+            paths |= {layer_key(x.module, i): x.module for x in reports if x.verdict == "rewritten" for i in range(8)}
         if not seen.errors:
-            reasons = "; ".join(sorted({site.reason for site in sites}))
+            reasons = "; ".join(sorted({site.reason for site in reports}))
             raise ValueError(f"model: no site can be rewritten by {', '.join(methods)}: {reasons or 'it has none'}")
         if len({paths[layer] for layer in seen.errors}) < len(seen.errors):
             raise ValueError(
@@ -310,7 +314,7 @@ def _cheapest(found: Mapping[int, Mapping[str, Any]], total: float) -> dict[int,
         }
         if not gains:
             break
-        layer = max(gains, key=gains.get)
+        layer = max(gains, key=lambda layer: gains[layer])
         cost -= hulls[layer][place[layer]][1] - hulls[layer][place[layer] + 1][1]
         place[layer] += 1
     return {layer: hulls[layer][i][2] for layer, i in place.items()}

@@ -26,8 +26,8 @@ from ..core.call import is_run_otherwise
 from ..core.method import METHODS
 from ..core.plain import number
 from ..core.spec import AttentionSpec, Plan
-from ..planning.choose import DEFAULT_METHODS
-from ..routes.capture import Capture, captures_of
+from ..planning.choose import methods_of
+from ..routes.capture import captures_of
 from ..routes.eager import rewritten_sites
 
 _LAST = 5  # samples whose median decides
@@ -79,7 +79,9 @@ def watch(
         raise ValueError(f"model={type(model).__name__}: is watched already; call close() on that watch first")
     named = {path: site.plans.methods(site.path) for path, site in sites.items()}
     watched = {path for path, names in named.items() if any(METHODS[name].approximates for name in names)}
-    names = dict.fromkeys(name for names in (*named.values(), *map(_methods, captured.values())) for name in names)
+    names = dict.fromkeys(
+        name for names in (*named.values(), *(methods_of(c.policy) for c in captured.values())) for name in names
+    )
     if not any(METHODS[name].approximates for name in names):
         reasons = "; ".join(f"{name}: {_unwatchable(name)}" for name in names)
         allowed = ", ".join(name for name, method in METHODS.items() if method.approximates)
@@ -93,15 +95,6 @@ def watch(
     for path, capture in captured.items():
         capture.watch, capture.prefix = started, path.removesuffix(capture.path).rstrip(".")
     return started
-
-
-def _methods(capture: Capture) -> list[str]:
-    """The methods that sites of captured graphs may have."""
-    policy = capture.policy
-    if policy.plan is not None:
-        return [entry.method for entry in policy.plan.sites] or ["exact"]
-    names = [policy.methods or DEFAULT_METHODS, *(given.get("methods") or () for given in policy.modules.values())]
-    return [name for some in names for name in some]
 
 
 def _check(fraction: float, queries: int, threshold: float, seed: int) -> None:
@@ -212,13 +205,14 @@ class Shadow:
         if is_run_otherwise():  # what explain measures is no use of the model
             return
         with self._lock:
-            chosen = approximates is not None and self._random.random() < self.fraction
-            if not chosen or not approximates(plan.params, spec.Lk) or _is_capturing(query.device):
+            if approximates is None or self._random.random() >= self.fraction:
+                return
+            if not approximates(plan.params, spec.Lk) or _is_capturing(query.device):
                 return
             seed = self._random.getrandbits(63)
         offset = spec.mask.offset if spec.mask.causal else None
-        rows, counts = choose_rows(padding, offset, query, self.queries, seed)
-        error = relative_error(out, query, key, value, padding, spec.scale, offset, rows, counts)
+        chosen = choose_rows(padding, offset, query, self.queries, seed)
+        error = relative_error(out, query, key, value, padding, spec.scale, offset, chosen)
         sample = _Sample(*_to_host(error), plan.method)
         with self._lock:
             self._under_way.append(sample)
@@ -298,14 +292,14 @@ def relative_error(
     padding: torch.Tensor | None,
     scale: float,
     offset: int | None,
-    rows: torch.Tensor,
-    counts: torch.Tensor,
+    chosen: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
-    """``|out - o| / |o|`` over the ``rows`` that count; a 0-d tensor in float32 (float64 for float64 inputs).
+    """``|out - o| / |o|`` over the rows that count; a 0-d tensor in float32 (float64 for float64 inputs).
 
-    Arguments as in :func:`exact_rows` and :func:`choose_rows`. NaN where exact attention is 0 or NaN itself, so that
-    there is nothing to compare; infinity where only ``out`` is not finite.
+    ``chosen`` is what :func:`choose_rows` gave; the other arguments are those of :func:`exact_rows`. NaN where exact
+    attention is 0 or NaN itself, so that there is nothing to compare; infinity where only ``out`` is not finite.
     """
+    rows, counts = chosen
     exact = exact_rows(query, key, value, padding, scale, offset, rows)
     difference = _take(out, rows).to(exact.dtype) - exact
     ignored = ~counts[:, None, :, None]

@@ -271,7 +271,8 @@ def _unchanged(model: Any) -> Iterator[None]:
     hold; and the generators of random numbers. Parameters that a forward pass writes are not kept."""
     modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
     attributes = [(module, dict(vars(module))) for module in modules]
-    holders = [(x, x.copy()) for _, kept in attributes for x in kept.values() if isinstance(x, (dict, list, set))]
+    held = [x for _, kept in attributes for x in kept.values() if isinstance(x, (dict, list, set))]
+    holders: list[tuple[Any, Any]] = [(x, x.copy()) for x in held]
     buffers = [(x, x.detach().clone()) for module in modules for x in module.buffers(recurse=False)]
     state, devices = random.getstate(), range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
     try:
@@ -282,12 +283,12 @@ def _unchanged(model: Any) -> Iterator[None]:
         for module, kept in attributes:
             vars(module).clear()
             vars(module).update(kept)
-        for holder, kept in holders:
+        for holder, inside in holders:
             holder.clear()
-            (holder.extend if isinstance(holder, list) else holder.update)(kept)
-        for buffer, kept in buffers:
-            if not torch.equal(buffer, kept):
-                buffer.copy_(kept)
+            (holder.extend if isinstance(holder, list) else holder.update)(inside)
+        for buffer, values in buffers:
+            if not torch.equal(buffer, values):
+                buffer.copy_(values)
 
 
 @contextmanager
@@ -365,8 +366,8 @@ def _dry_run(model: Any, policy: Policy, error: bool, args: list[Any], kwargs: d
         return gm.forward
 
     # a model that was compiled often has used up Dynamo's limit for its code, which would then run uncaptured
-    limits = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
-    patient = torch._dynamo.config.patch(**limits, fail_on_recompile_limit_hit=False)
+    limits = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16, "fail_on_recompile_limit_hit": False}
+    patient = torch._dynamo.config.patch(limits)
     compiled = Compiled(_uncompiled(model), record)
     try:
         with patient, _compared(error) as errors, outside:

@@ -114,7 +114,8 @@ def is_captured(module: nn.Module) -> bool:
 
 def _reaches(function: object, capture: Capture) -> bool:
     """Whether a function is ``capture`` or wraps it, as accelerate wraps what it moves between devices."""
-    pending, seen = [function], set()
+    pending: list[object] = [function]
+    seen: set[int] = set()
     while pending and len(seen) < 64:
         function = pending.pop()
         if function is capture:
@@ -132,10 +133,11 @@ def _reaches(function: object, capture: Capture) -> bool:
 
 def release(module: nn.Module) -> None:
     """Undo what :func:`install` did to a module, or what a shallow copy of one has of it."""
-    capture = module.__dict__.pop(_CAPTURE, None)
+    capture: Capture | None = module.__dict__.pop(_CAPTURE, None)
     if capture is None:
         return
-    if module.__dict__.get("forward") is capture:
+    forward: object = module.__dict__.get("forward")
+    if forward is capture:
         del module.__dict__["forward"]
         if capture.given is not None:
             module.__dict__["forward"] = capture.given
@@ -193,12 +195,17 @@ class Capture:
             else FunctionType(_captured_call_impl.__code__.replace(), _captured_call_impl.__globals__)
         )
         # Dynamo keeps these where garbage collection does not look
-        before, strict = weakref.WeakMethod(self._part), self.policy.strict
+        part, strict = weakref.ref(self), self.policy.strict
+
+        def before() -> None:
+            if (capture := part()) is not None:
+                capture._part()
+
         self._compiled = Compiled(
             call,
             _backend,
             raises=lambda error: strict and isinstance(error, ValueError),
-            before=lambda: before()(),
+            before=before,
         )
         self.close = weakref.finalize(self, _close, self._compiled, call)
         self.close.atexit = False
@@ -321,7 +328,7 @@ class Capture:
         return let_watch(gm, sites, weakref.ref(self), lambda path: weakref.ref(inside.get(path, self.module)))
 
 
-def _captured_call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _captured_call_impl(self: Any, *args: Any, **kwargs: Any) -> Any:
     given = self._express_compile_capture.given
     result = type(self).forward(self, *args, **kwargs) if given is None else given(*args, **kwargs)
     return (self, result)[1]  # place.py looks who is called, so the frame has to keep it

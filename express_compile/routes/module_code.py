@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-import functools
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, TypeVar, cast
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -159,7 +159,9 @@ def _words(reason: Any) -> str:
 
 def _line() -> _Line | None:
     """The line that calls just now; None inside of a graph of a rewritten model, or of attention that it knows."""
-    frame, inner, disabled = sys._getframe(2), None, False
+    frame: FrameType | None = sys._getframe(2)
+    inner: FrameType | None = None
+    disabled = False
     while frame is not None:
         code = frame.f_code
         if code.co_qualname == "compile_wrapper":

@@ -198,7 +198,7 @@ def test_errors_where_there_is_nothing_to_compare_or_the_result_is_not_finite():
     exact = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.5, enable_gqa=True)
 
     def error(out, value=value, counts=counts):
-        return float(shadow.relative_error(out, query, key, value, None, 0.5, 0, rows, counts))
+        return float(shadow.relative_error(out, query, key, value, None, 0.5, 0, (rows, counts)))
 
     assert error(exact) <= 1e-6 and abs(error(1.25 * exact) - 0.25) <= 1e-6
     assert error(exact.masked_fill(torch.ones(64, 1).bool(), math.nan)) == math.inf

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -157,12 +157,12 @@ def _export(given: Given) -> Result:
     """A call that is traced into a program: what is exact by its policy stays what it is, the rest cannot be kept."""
     site = site_of(given.module)
     if site is None or site.plans.methods(site.path) != ("exact",):
-        _refuse_export(given.module)
+        return _refuse_export(given.module)
     return _exact(site, given)
 
 
 @untraced
-def _refuse_export(module: Any) -> None:
+def _refuse_export(module: Any) -> NoReturn:
     raise RuntimeError(cannot_trace(type(module).__name__, "torch.export"))
 
 

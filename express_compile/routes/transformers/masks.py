@@ -71,7 +71,8 @@ class ProvenMask(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return args[0]
         args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.exact, (args, kwargs or {}))
@@ -134,10 +135,10 @@ class ProvenMask(torch.Tensor):
 
 _METADATA = {
     getattr(torch.Tensor, name).__get__
-    for name in ("shape", "device", "dtype", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "requires_grad")
+    for name in ("shape", "device", "dtype", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "requires_grad", "data")
 }
 _METADATA |= {getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "__len__", "is_floating_point")}
-_METADATA |= {torch.Tensor.detach, getattr(torch.Tensor, "data").__get__, torch.Tensor.is_inference, torch.Tensor.__hash__}
+_METADATA |= {torch.Tensor.detach, torch.Tensor.is_inference, torch.Tensor.__hash__}
 
 
 def _to(mask: ProvenMask, *args: Any, **kwargs: Any) -> ProvenMask | None:
@@ -223,5 +224,5 @@ def _make_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
     if may_skip and padding is None and (offset == 0 or q_length == kv_length) and _sdpa_mask()(**arguments) is None:
         return None  # model code may behave in another way if there is a mask where sdpa needs none
     window = None if window is None or window >= visible else window
-    mask = Mask(causal=causal, offset=offset, window=window, padding=padding is not None)
-    return ProvenMask(mask, visible, padding, arguments)
+    shown = Mask(causal=causal, offset=offset, window=window, padding=padding is not None)
+    return ProvenMask(shown, visible, padding, arguments)
