@@ -29,7 +29,7 @@ from ..passes.place import calls
 _HERE = os.path.dirname(os.path.dirname(__file__))
 _TORCH = os.path.dirname(torch.__file__)
 _NEAREST = "code that Dynamo captures: TORCH_LOGS=graph_breaks shows what it does not"
-_KNOWN = ("_recorded.<locals>.run", "_attend")  # in capture.py and eager.py
+_KNOWN = ("_recorded.<locals>.run", "_run_eagerly")  # in capture.py and transformers/attention.py
 _WHOLE = (
     "_scaled_dot_product",
     "scaled_dot_product",

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .attention import attention
+from .attention import attend
 from .configs import install, remove
 from .masks import make_mask
 from .sites import NAME, find_sites, installed, rewritten_sites
 
 __all__ = ["find_sites", "install", "installed", "remove", "rewritten_sites"]
 
-AttentionInterface.register(NAME, attention)
+AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, make_mask)

@@ -1,6 +1,6 @@
 """transformers' attention function under our name: in eager code, and for decoding steps in compiled graphs.
 
-Both ways prove, plan and run a call by :func:`_attend`. They differ in what they may know: eager code has numbers for
+Both prove, plan and run a call by :func:`_prove_and_run`. They differ in what they may know: eager code has numbers for
 sizes and may record, watch and refuse; a decoding step in a graph may have symbolic sizes, and its plan holds for all.
 """
 
@@ -39,7 +39,7 @@ _WEIGHTS = {
 }
 
 
-def attention(
+def attend(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -56,7 +56,7 @@ def attention(
     return _run_eagerly(given)
 
 
-def _attend(site: Site, given: Given, decide: Callable[[AttentionSpec], tuple[Plan, Run]]) -> Result:
+def _prove_and_run(site: Site, given: Given, decide: Callable[[AttentionSpec], tuple[Plan, Run]]) -> Result:
     """A call as it is proven, decided and run: ``decide`` gives its plan, and what runs an op of ours."""
     proof = prove(site, given)
     spec = proof.spec(given)
@@ -98,7 +98,7 @@ def _run_eagerly(given: Given) -> Result:
         require([(site.path, plan)], site.plans.policy)
         return plan, lambda *args, **options: sampled(shadow, plan, spec, *args, **options)
 
-    return _attend(site, given, decide)
+    return _prove_and_run(site, given, decide)
 
 
 # ---- in compiled graphs --------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def _step_in_graph(
         question = Question(module=site.path, spec=spec, gradient=given.gradient, graphs=True)
         return answer(question, site.plans.policy), lambda op, *args, **options: op(*args, **options)
 
-    return _attend(site, given, decide)[0]
+    return _prove_and_run(site, given, decide)[0]
 
 
 # ---- in exported programs ------------------------------------------------------------------------------------------
