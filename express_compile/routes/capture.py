@@ -145,11 +145,6 @@ def release(module: nn.Module) -> None:
         capture.close()
 
 
-def policy_of(module: nn.Module) -> Policy:
-    """The policy of a module that is captured."""
-    return module.__dict__[_CAPTURE].policy
-
-
 def captures_of(model: nn.Module) -> dict[str, Capture]:
     """Module path -> what its calls run, for each module of ``model`` that is captured."""
     return {path: module.__dict__[_CAPTURE] for path, module in model.named_modules() if is_captured(module)}

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from ...core.method import METHODS
 from ...core.spec import Plan, Policy, layer_key
 from ..module_code import calls_interface, depends_on_name
-from .sites import NAME, Plans, Site, is_in_force, keep, site_of, with_owners
+from .sites import NAME, SITE, Plans, Site, is_in_force, site_of, with_owners
 
 _ORIGINALS = "_express_compile_originals"
 
@@ -39,7 +39,7 @@ def install(model: nn.Module, sites: dict[str, tuple[Any, str]], policy: Policy)
             plans=plans,
             decodes=any(METHODS[name].decodes for name in plans.methods(path)),
         )
-        keep(module, site)
+        module.__dict__[SITE] = site
         module.register_forward_pre_hook(_check_in_force)
     _point_configs(model, sites)
 
@@ -53,7 +53,7 @@ def remove(model: nn.Module) -> None:
     for module, configs in pointed.items():
         configs.restore(module)
     for module in model.modules():
-        if keep(module, None) is not None:
+        if module.__dict__.pop(SITE, None) is not None:
             hooks = module._forward_pre_hooks
             for number in [number for number, hook in hooks.items() if hook is _check_in_force]:
                 del hooks[number]

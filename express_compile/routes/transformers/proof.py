@@ -57,25 +57,12 @@ class Proof(NamedTuple):
 
     def spec(self, given: Given) -> AttentionSpec:
         """What the call computes."""
-        (B, H, Lq, D), arguments = given.query.shape, given.arguments
-        scale = arguments.get("scaling")
-        return AttentionSpec(
-            B=B,
-            H=H,
-            H_kv=given.key.shape[1],
-            Lq=Lq,
-            Lk=self.visible,
-            D=D,
-            Dv=given.value.shape[3],
-            dtype=given.query.dtype,
-            device=given.query.device.type,
-            scale=float(default_scale(D) if scale is None else scale),
-            mask=self.mask,
-            dropout_p=float(arguments.get("dropout") or 0.0),
-            softcap=arguments.get("softcap"),
-            sinks=arguments.get("s_aux") is not None,
-            feature_major=feature_major(given.key),
-        )
+        (B, H, Lq, D), H_kv, Dv = given.query.shape, given.key.shape[1], given.value.shape[3]
+        dtype, device, asked = given.query.dtype, given.query.device.type, given.arguments.get
+        scale = float(default_scale(D) if asked("scaling") is None else asked("scaling"))
+        dropout, sinks = float(asked("dropout") or 0.0), asked("s_aux") is not None
+        forms = {"softcap": asked("softcap"), "sinks": sinks, "feature_major": feature_major(given.key)}
+        return AttentionSpec(B, H, H_kv, Lq, self.visible, D, Dv, dtype, device, scale, self.mask, dropout, **forms)
 
 
 def prove(site: Site, given: Given) -> Proof:

@@ -1,6 +1,6 @@
 """Which attention modules of a model may be given another attention, and what each one knows once it was.
 
-That is a :class:`Site`, kept in the module itself under ``_SITE`` so that copies of a model are independent, and under
+That is a :class:`Site`, kept in the module itself under ``SITE`` so that copies of a model are independent, and under
 its token for graphs that a compiler made, which hold no module.
 """
 
@@ -25,7 +25,7 @@ from ..watched import Shadow
 
 NAME = "express_compile"
 NEEDS_EAGER = ("softcap", "s_aux", "sinks")  # arguments that only eager attention knows
-_SITE = "_express_compile_site"
+SITE = "_express_compile_site"
 _MAX_PLANS = 1024
 
 
@@ -50,7 +50,7 @@ def find_sites(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         if depends_on_name(type(module), exact) or (owner is not None and depends_on_name(type(owner), exact)):
             continue
         if exact == "eager":
-            before = "eager" if _SITE in module.__dict__ else implementation
+            before = "eager" if SITE in module.__dict__ else implementation
             if not owner._supports_flash_attn or before != "eager" or not passes(function, NEEDS_EAGER):
                 continue
         sites[path] = (module, exact)
@@ -153,27 +153,19 @@ def traced(token: str) -> Site:
 
 def site_of(module: Any) -> Site | None:
     """That of a module; None where it has none."""
-    return module.__dict__.get(_SITE)
-
-
-def keep(module: nn.Module, site: Site | None) -> Site | None:
-    """Let a module have a site, or none any more; gives the one that it had."""
-    before = module.__dict__.pop(_SITE, None)
-    if site is not None:
-        module.__dict__[_SITE] = site
-    return before
+    return module.__dict__.get(SITE)
 
 
 def installed(model: nn.Module) -> list[Site]:
     """The sites of the modules in ``model``, whether they are in force or not."""
-    return [module.__dict__[_SITE] for module in model.modules() if _SITE in module.__dict__]
+    return [module.__dict__[SITE] for module in model.modules() if SITE in module.__dict__]
 
 
 def is_in_force(module: Any) -> bool:
     """Whether a module has a site, and its configuration still names our attention."""
-    return _SITE in module.__dict__ and module.config._attn_implementation == NAME
+    return SITE in module.__dict__ and module.config._attn_implementation == NAME
 
 
 def rewritten_sites(model: nn.Module) -> dict[str, Site]:
     """Module path -> site, for each that is in force in ``model``."""
-    return {path: module.__dict__[_SITE] for path, module in model.named_modules() if is_in_force(module)}
+    return {path: module.__dict__[SITE] for path, module in model.named_modules() if is_in_force(module)}
