@@ -32,7 +32,7 @@ from ..passes.site import AttentionSite
 from ..planning.choose import require_matches
 from .dynamo import Compiled, Failure, cannot_capture, is_converting
 from .module_code import writes_attention
-from .tracers import cannot_trace, refuse_tracers, untraced
+from .tracers import cannot_trace, is_exporting, refuse_tracers, untraced
 from .watched import GraphSite, Watch, let_watch
 
 _CAPTURE = "_express_compile_capture"
@@ -344,7 +344,7 @@ def _close(compiled: Compiled, call: FunctionType) -> None:
 
 @torch.compiler.assume_constant_result
 def _is_ours(name: str) -> bool:
-    if torch.compiler.is_exporting():
+    if is_exporting():
         raise RuntimeError(cannot_trace(name, "torch.export"))
     return is_converting()
 

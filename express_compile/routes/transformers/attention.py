@@ -21,7 +21,7 @@ from ...core.method import METHODS
 from ...core.spec import AttentionSpec, Plan
 from ...kernels.launch import constant
 from ...planning.choose import Question, answer, require
-from ..tracers import cannot_trace, untraced
+from ..tracers import cannot_trace, is_exporting, untraced
 from ..watched import sampled
 from .masks import ProvenMask
 from .proof import EXTRAS, Given, prove
@@ -49,7 +49,7 @@ def attend(
 ) -> Result:
     """What transformers calls: ``[B, H, L, D]`` in, ``[B, Lq, H, Dv]`` out."""
     given = Given(module, query, key, value, attention_mask, arguments)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return _export(given)
     if torch.compiler.is_compiling() and query.shape[2] == 1:
         return _step(given)

@@ -16,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.utils.import_utils import is_tracing
 
 from ...core.spec import Mask
-from ..tracers import untraced
+from ..tracers import is_exporting, untraced
 from .mask_functions import proven
 
 _REASON = "_express_compile_reason"  # an attribute of a mask that is not proven
@@ -185,7 +185,7 @@ def make_mask(
         "device": "cpu",
         **rest,
     }
-    if torch.compiler.is_compiling() and (q_length == 1 or torch.compiler.is_exporting()):
+    if torch.compiler.is_compiling() and (q_length == 1 or is_exporting()):
         return _sdpa_mask()(**arguments)
     return _make_mask(arguments)
 
