@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .core.method import METHODS, Method, register
-    from .core.saved import SavedPlan, SavedSite
+    from .core.method import METHODS, Method, Refusal, register
+    from .core.plan import Plan, SavedPlan, SavedSite
+    from .core.policy import Policy
     from .core.sites import SiteReport, record_sites
-    from .core.spec import AttentionSpec, Mask, Plan, Policy, Refusal, Site
+    from .core.spec import AttentionSpec, Mask, Site
     from .quality.budgets import Calibration, calibrate_error
     from .quality.watch import Watch, watch
     from .report.explain import Report, explain
@@ -26,10 +27,11 @@ if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels").is_dir():
     __path__.append(str(_HERE.parent))
 
 _HOMES = {
-    "core.method": ("METHODS", "Method", "register"),
-    "core.saved": ("SavedPlan", "SavedSite"),
+    "core.method": ("METHODS", "Method", "Refusal", "register"),
+    "core.plan": ("Plan", "SavedPlan", "SavedSite"),
+    "core.policy": ("Policy",),
     "core.sites": ("SiteReport", "record_sites"),
-    "core.spec": ("AttentionSpec", "Mask", "Plan", "Policy", "Refusal", "Site"),
+    "core.spec": ("AttentionSpec", "Mask", "Site"),
     "quality.budgets": ("Calibration", "calibrate_error"),
     "quality.watch": ("Watch", "watch"),
     "report.explain": ("explain", "Report"),

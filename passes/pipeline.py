@@ -17,8 +17,9 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from ..core.plan import Plan
+from ..core.policy import Policy
 from ..core.sites import SiteReport
-from ..core.spec import Plan, Policy
 from ..planning.choose import Question, answer, check_policy, require, require_modules, require_sites
 from .buffers import Buffers
 from .match import find_sites

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .plain import canonical
-from .saved import SavedSite
-from .spec import AttentionSpec, Plan, Policy, layer_key
+from .plan import Plan, SavedSite
+from .policy import Policy
+from .spec import AttentionSpec, layer_key
 
 NOT_MATCHED = "not matched"  # the form of attention that is seen and not read
 NOT_CAPTURED = "not captured"  # that of a call of a rewritten module of which Dynamo made no graph

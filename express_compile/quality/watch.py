@@ -22,10 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..core.call import is_run_otherwise
+from ..core.call import Call, is_run_otherwise
 from ..core.method import METHODS
 from ..core.plain import number
-from ..core.spec import AttentionSpec, Plan
+from ..core.plan import Plan
+from ..core.spec import AttentionSpec
 from ..planning.choose import methods_of
 from ..routes.capture import captures_of
 from ..routes.eager import rewritten_sites
@@ -190,29 +191,20 @@ class Shadow:
             return plan
         return Plan("exact", "exact", self.fallen, policy=plan.policy)
 
-    def sample(
-        self,
-        plan: Plan,
-        spec: AttentionSpec,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        padding: torch.Tensor | None,
-        out: torch.Tensor,
-    ) -> None:
-        """Maybe compare ``out`` ``[B, H, Lq, Dv]``, what ``plan`` made of the other tensors, with exact attention."""
+    def sample(self, plan: Plan, spec: AttentionSpec, call: Call, out: torch.Tensor) -> None:
+        """Maybe compare ``out`` ``[B, H, Lq, Dv]``, what ``plan`` made of a call, with exact attention."""
         approximates = METHODS[plan.method].approximates
         if is_run_otherwise():  # what explain measures is no use of the model
             return
         with self._lock:
             if approximates is None or self._random.random() >= self.fraction:
                 return
-            if not approximates(plan.params, spec.Lk) or _is_capturing(query.device):
+            if not approximates(plan.params, spec.Lk) or _is_capturing(call.query.device):
                 return
             seed = self._random.getrandbits(63)
         offset = spec.mask.offset if spec.mask.causal else None
-        chosen = choose_rows(padding, offset, query, self.queries, seed)
-        error = relative_error(out, query, key, value, padding, spec.scale, offset, chosen)
+        rows, counts = choose_rows(call.padding, offset, call.query, self.queries, seed)
+        error = relative_error(out, call, offset, rows, counts)
         sample = _Sample(*_to_host(error), plan.method)
         with self._lock:
             self._under_way.append(sample)
@@ -285,22 +277,14 @@ def choose_rows(
 
 @torch.no_grad()
 def relative_error(
-    out: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    padding: torch.Tensor | None,
-    scale: float,
-    offset: int | None,
-    chosen: tuple[torch.Tensor, torch.Tensor],
+    out: torch.Tensor, call: Call, offset: int | None, rows: torch.Tensor, counts: torch.Tensor
 ) -> torch.Tensor:
     """``|out - o| / |o|`` over the rows that count; a 0-d tensor in float32 (float64 for float64 inputs).
 
-    ``chosen`` is what :func:`choose_rows` gave; the other arguments are those of :func:`exact_rows`. NaN where exact
-    attention is 0 or NaN itself, so that there is nothing to compare; infinity where only ``out`` is not finite.
+    ``o`` is exact attention of the tensors of ``call``; the others are as in :func:`choose_rows`. NaN where it is 0 or
+    NaN itself, so that there is nothing to compare; infinity where only ``out`` is not finite.
     """
-    rows, counts = chosen
-    exact = exact_rows(query, key, value, padding, scale, offset, rows)
+    exact = exact_rows(call.query, call.key, call.value, call.padding, call.scale, offset, rows)
     difference = _take(out, rows).to(exact.dtype) - exact
     ignored = ~counts[:, None, :, None]
     difference, exact = difference.masked_fill(ignored, 0), exact.masked_fill(ignored, 0)

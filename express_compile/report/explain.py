@@ -23,9 +23,10 @@ from torch.fx import GraphModule
 
 from ..core.call import plainly, run_by, wrap_ops
 from ..core.method import METHODS
-from ..core.saved import SavedPlan
+from ..core.plan import SavedPlan
+from ..core.policy import Policy
 from ..core.sites import NOT_CAPTURED, NOT_MATCHED, SiteReport, record_sites
-from ..core.spec import AttentionSpec, Policy
+from ..core.spec import AttentionSpec
 from ..passes.pipeline import plan_graph
 from ..passes.place import calls, module_paths, paths_of
 from ..planning import devices

@@ -24,8 +24,9 @@ from torch._dynamo.eval_frame import skip_code
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
+from ..core.plan import Plan
+from ..core.policy import Policy, Unmet
 from ..core.sites import NOT_CAPTURED, SiteReport, recording
-from ..core.spec import Plan, Policy, Unmet
 from ..passes.pipeline import plan_graph
 from ..passes.place import Place
 from ..passes.site import AttentionSite

@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule
 
 from ..core.method import METHODS
-from ..core.spec import Policy
+from ..core.policy import Policy
 from ..passes.pipeline import plan_graph
 from ..planning.choose import check_policy
 from .inductor import compile_with_inductor

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..core.spec import Policy
+from ..core.policy import Policy
 from ..planning.choose import check_policy, require_matches
 from ..planning.choose import unmatched as unmatched_in
 from . import capture

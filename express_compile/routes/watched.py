@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from ..core.call import Op, call, exact_options, wrap_ops
+from ..core.call import Call, Op, call, wrap_ops
 from ..core.method import METHODS
+from ..core.plan import Plan
 from ..core.sites import SiteReport
-from ..core.spec import AttentionSpec, Plan, known_equal
+from ..core.spec import AttentionSpec, known_equal
 from ..passes.site import AttentionSite
 
 
@@ -32,17 +33,8 @@ class Shadow(Protocol):
     def in_force(self, plan: Plan) -> Plan:
         """The same, and nothing is read or said."""
 
-    def sample(
-        self,
-        plan: Plan,
-        spec: AttentionSpec,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        padding: torch.Tensor | None,
-        out: torch.Tensor,
-    ) -> None:
-        """Called after it, with ``out`` ``[B, H, Lq, Dv]``, what ``plan`` made of the other tensors."""
+    def sample(self, plan: Plan, spec: AttentionSpec, call: Call, out: torch.Tensor) -> None:
+        """Called after it, with ``out`` ``[B, H, Lq, Dv]``, what ``plan`` made of it."""
 
 
 class Watch(Protocol):
@@ -59,14 +51,11 @@ class Watchable(Protocol):
     prefix: str
 
 
-def sampled(
-    shadow: Shadow | None, plan: Plan, spec: AttentionSpec, op: Op, *args: Any, **options: Any
-) -> tuple[torch.Tensor, Any]:
+def sampled(shadow: Shadow | None, plan: Plan, spec: AttentionSpec, op: Op, given: Call) -> Any:
     """The call of an op that ``plan`` asks for, which ``shadow`` may compare with exact attention."""
-    result = call(op, *args, **options)
+    result = call(op, given)
     if shadow is not None:
-        query, key, value, padding = args[:4]
-        shadow.sample(plan, spec, query, key, value, padding, result[0])
+        shadow.sample(plan, spec, given, result[0])
     return result
 
 
@@ -101,14 +90,14 @@ class GraphSite:
         """What is called in the graph in place of ``op``."""
 
         def run(*args: Any, **options: Any) -> Any:
-            shadow = self.shadow()
+            shadow, given = self.shadow(), Call.of(op, args, options)
             if shadow is None:
-                return call(op, *args, **options)
+                return call(op, given)
             if shadow.follow(self.plan).verdict != "rewritten":
-                return call(op, *args, **exact_options(args, options))
-            Lq, Lk, mask = args[0].shape[2], args[1].shape[2], self.spec.mask
-            mask = replace(mask, offset=Lk - Lq) if self.aligned else mask
-            return sampled(shadow, self.plan, replace(self.spec, Lk=Lk, mask=mask), op, *args, **options)
+                return call(op, given.exactly())
+            mask = self.spec.mask
+            mask = replace(mask, offset=given.Lk - given.Lq) if self.aligned else mask
+            return sampled(shadow, self.plan, replace(self.spec, Lk=given.Lk, mask=mask), op, given)
 
         return run
 

@@ -17,8 +17,10 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import _active_collector
 
+from ...core.call import Call, Op
 from ...core.method import METHODS
-from ...core.spec import AttentionSpec, Plan
+from ...core.plan import Plan
+from ...core.spec import AttentionSpec
 from ...kernels.launch import constant
 from ...planning.choose import Question, answer, require
 from ..tracers import cannot_trace, is_exporting, untraced
@@ -28,8 +30,8 @@ from .proof import EXTRAS, Given, prove
 from .sites import NEEDS_EAGER, Site, site_of, traced
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
-Run = Callable[..., tuple[torch.Tensor, Any]]
-"""Runs an op with its arguments and options."""
+Run = Callable[[Op, Call], Any]
+"""Runs an op."""
 
 _OF_STEP = ("scaling", "dropout", "sliding_window", "position_ids")  # what a decoding step in a graph goes by
 _WEIGHTS = {
@@ -67,9 +69,9 @@ def _prove_and_run(site: Site, given: Given, decide: Callable[[AttentionSpec], t
     if proof.visible != key.shape[2]:
         key, value = key[:, :, : proof.visible], value[:, :, : proof.visible]
     seed = _seed_of_step(_seed(site.plans.policy.seed, given.query), spec, given.arguments)
-    sinks = {"sinks": given.arguments["s_aux"]} if spec.sinks else {}
-    op = METHODS[plan.method].op
-    out, _ = run(op, given.query, key, value, proof.padding, seed, spec.scale, site.layer, **plan.params, **sinks)
+    sinks = given.arguments["s_aux"] if spec.sinks else None
+    call = Call(given.query, key, value, proof.padding, seed, spec.scale, site.layer, sinks=sinks, options=plan.params)
+    out, _ = run(METHODS[plan.method].op, call)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -96,7 +98,7 @@ def _run_eagerly(given: Given) -> Result:
         plan = plan if shadow is None else shadow.follow(plan)
         site.report(plan, spec)
         require([(site.path, plan)], site.plans.policy)
-        return plan, lambda *args, **options: sampled(shadow, plan, spec, *args, **options)
+        return plan, lambda op, call: sampled(shadow, plan, spec, op, call)
 
     return _prove_and_run(site, given, decide)
 
@@ -145,7 +147,7 @@ def _step_in_graph(
 
     def decide(spec: AttentionSpec) -> tuple[Plan, Run]:
         question = Question(module=site.path, spec=spec, gradient=given.gradient, graphs=True)
-        return answer(question, site.plans.policy), lambda op, *args, **options: op(*args, **options)
+        return answer(question, site.plans.policy), lambda op, call: call.run(op)
 
     return _prove_and_run(site, given, decide)[0]
 

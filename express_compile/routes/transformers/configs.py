@@ -15,7 +15,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ...core.method import METHODS
-from ...core.spec import Plan, Policy, layer_key
+from ...core.plan import Plan
+from ...core.policy import Policy
+from ...core.spec import layer_key
 from ..module_code import calls_interface, depends_on_name
 from .sites import NAME, SITE, Plans, Site, is_in_force, site_of, with_owners
 

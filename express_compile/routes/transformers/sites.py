@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...core.method import METHODS
+from ...core.plan import Plan
+from ...core.policy import Policy
 from ...core.sites import SiteReport, recording
-from ...core.spec import AttentionSpec, Plan, Policy
+from ...core.spec import AttentionSpec
 from ...planning.choose import Question, answer, methods_of
 from ..module_code import calls_interface, depends_on_name, passes
 from ..watched import Shadow
@@ -95,7 +97,8 @@ class Plans:
         return plan
 
     def _by_layer(self, path: str) -> bool:
-        return any(METHODS[name].by_layer for name in self.methods(path))
+        local = self.policy.at(path)
+        return any(METHODS[name].options.by_layer(local.given(name)) for name in self.methods(path))
 
     def methods(self, path: str) -> tuple[str, ...]:
         """The methods that calls of a site may have."""
