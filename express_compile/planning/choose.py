@@ -10,7 +10,7 @@ import torch
 
 from ..core.method import METHODS, Refusal
 from ..core.plain import canonical, renamed
-from ..core.plan import Plan, SavedSite, facts_of
+from ..core.plan import Plan, SavedSite, Verdict, facts_of
 from ..core.policy import Policy, Unmet
 from ..core.rows import describe
 from ..core.sites import NOT_MATCHED, SiteReport
@@ -40,6 +40,17 @@ class Question:
     graphs: bool = False
     nearest: str | None = None
 
+    @property
+    def known(self) -> AttentionSpec:
+        """Its spec; of a site that was not refused."""
+        assert self.spec is not None, self.refusal
+        return self.spec
+
+    @property
+    def site(self) -> Site:
+        """What methods are told of it."""
+        return Site(self.known, self.module, self.index)
+
 
 # Sites to try a policy on before any real one is known.
 _PROBES = tuple(
@@ -58,7 +69,7 @@ def check_policy(policy: Policy) -> None:
     for name in policy.methods or ():
         if name not in known:
             raise ValueError(
-                f"methods={list(policy.methods)!r}: unknown method {name!r}; allowed are {', '.join(known)}"
+                f"methods={list(policy.methods or ())!r}: unknown method {name!r}; allowed are {', '.join(known)}"
             )
     for name in policy.method_options:
         if name not in known:
@@ -185,13 +196,13 @@ def answer(question: Question, policy: Policy) -> Plan:
     """The decision for one site; as :func:`plan`, for a policy that :func:`check_policy` has seen, and never strict."""
     if policy.plan is not None:
         return _follow(question, policy)
-    local, spec = policy.at(question.module), question.spec
+    local = policy.at(question.module)
     decision = _left_alone(question, policy, local)
     if decision is None:
         if question.refusal is not None:
             return replace(_refused(question.refusal, local, question.nearest), policy=local)
         local = local.tabled()
-        decision = _decide(Site(spec, question.module, question.index), local, question.graphs)
+        decision = _decide(question, local)
         if question.form == "softmax" and decision.method == "exact" and "exact" in (local.methods or ()):
             reason = f"{decision.reason}; as scaled_dot_product_attention"
             decision = replace(decision, verdict="rewritten", reason=reason)
@@ -206,9 +217,9 @@ def _left_alone(question: Question, policy: Policy, local: Policy) -> Plan | Non
     if local.methods is not None and local.methods[0] == "exact":
         if question.form not in ("softmax", NOT_MATCHED) or (givers and question.refusal is not None):
             return Plan("exact", "exact", f"{(givers or ['methods'])[-1]} names 'exact' first")
-    if not local.causal_only or question.refusal is not None or question.spec.mask.causal:
+    if not local.causal_only or question.refusal is not None or question.known.mask.causal:
         return None
-    mask = question.spec.mask
+    mask = question.known.mask
     if mask.unknown is not None:
         return _refused(f"causal_only=True, and its mask is not proven: {mask.unknown}", local, mask.nearest)
     return Plan("exact", "exact", f"causal_only=True, and it is not causal (its mask: {mask})")
@@ -216,10 +227,10 @@ def _left_alone(question: Question, policy: Policy, local: Policy) -> Plan | Non
 
 def _follow(question: Question, policy: Policy) -> Plan:
     """The decision that a saved plan has for a site, proven again; of several the first that can be followed."""
-    entries = policy.plan.at(question.module, question.index)
+    assert policy.plan is not None
+    entries = sorted(policy.plan.at(question.module, question.index), key=lambda entry: entry.verdict != "rewritten")
     if not entries:
         return Plan("exact", "refused", "it is not in the saved plan")
-    entries = sorted(entries, key=lambda entry: entry.verdict != "rewritten")
     decisions = [_follow_entry(question, entry, policy.of_entry(entry)) for entry in entries]
     verdicts = ("rewritten", "exact", "refused")
     return min(decisions, key=lambda decision: verdicts.index(decision.verdict))
@@ -230,8 +241,8 @@ def _follow_entry(question: Question, entry: SavedSite, own: Policy) -> Plan:
         return Plan("exact", "exact", "the saved plan leaves it exact", policy=own)
     decision, changes, refusal = answer(question, own), [], None
     if question.refusal is None:
-        changes += _changes(entry.facts, facts_of(question.spec))
-        refusal = METHODS[entry.method].why_not(question.spec, decision.policy or own)
+        changes += _changes(entry.facts, facts_of(question.known))
+        refusal = METHODS[entry.method].why_not(question.known, decision.policy or own)
     if decision.verdict == "rewritten":
         changes += _changes({"method": entry.method}, {"method": decision.method})
         if entry.params:  # version 1 did not keep what it would take today
@@ -259,8 +270,8 @@ def _refused(reason: str, policy: Policy, nearest: str | None = None) -> Plan:
     return Plan("exact", "refused", reason, rejected=rejected, nearest=nearest)
 
 
-def _decide(site: Site, policy: Policy, graphs: bool = False) -> Plan:
-    spec, names = site.spec, policy.methods or DEFAULT_METHODS
+def _decide(question: Question, policy: Policy) -> Plan:
+    spec, names = question.known, policy.methods or DEFAULT_METHODS
     if names[0] == "exact":
         return Plan("exact", "exact", "methods names 'exact' first")
     lonely = _without_keys(spec)
@@ -277,7 +288,7 @@ def _decide(site: Site, policy: Policy, graphs: bool = False) -> Plan:
             continue
         # beside exact attention the faster of the two is wanted, unless the policy says from which length on
         beside = "exact" in names and policy.min_length is None and not METHODS[name].changes
-        found = _faster(name, site, policy, graphs) if beside else _as_asked(name, site, policy)
+        found = _faster(name, question, policy) if beside else _as_asked(name, question, policy)
         if isinstance(found, Refusal):
             rejected.append(found)
             continue
@@ -292,14 +303,14 @@ def _decide(site: Site, policy: Policy, graphs: bool = False) -> Plan:
         rejected += (Refusal(other.method, f"{first.method} is preferred; {other.reason}") for other in others)
         return replace(first, rejected=tuple(rejected), predicted_ms=times)
     allowed = "exact" in names and (spec.mask.unknown is None or policy.methods is not None)
-    verdict = "exact" if slower or allowed else "refused"
+    verdict: Verdict = "exact" if slower or allowed else "refused"
     nearest = _nearest(spec, policy, rejected) if verdict == "refused" else None
     return Plan("exact", verdict, _reasons(rejected), rejected=tuple(rejected), predicted_ms=times, nearest=nearest)
 
 
-def _as_asked(name: str, site: Site, policy: Policy) -> Plan | Refusal:
+def _as_asked(name: str, question: Question, policy: Policy) -> Plan | Refusal:
     """The plan for a method that was asked for; exact where it is asked for or was measured to be faster."""
-    spec, method, shortest = site.spec, METHODS[name], policy.min_length
+    spec, site, method, shortest = question.known, question.site, METHODS[name], policy.min_length
     loss = method.loses(spec, policy) if shortest is None else None
     if loss is not None:
         return Plan("exact", "exact", loss)
@@ -313,12 +324,12 @@ def _as_asked(name: str, site: Site, policy: Policy) -> Plan | Refusal:
     return made
 
 
-def _faster(name: str, site: Site, policy: Policy, graphs: bool) -> Plan | Refusal:
+def _faster(name: str, question: Question, policy: Policy) -> Plan | Refusal:
     """The plan for a method where it is predicted to be faster than exact attention, else exact."""
-    spec, method = site.spec, METHODS[name]
+    spec, site, method, graphs = question.known, question.site, METHODS[name], question.graphs
     device = device_of(spec.device)
     times = None if device is None else predicted((name, "exact"), spec, policy, device, graphs)
-    if times is None:
+    if device is None or times is None:
         where = spec.device if device is None else f"{device.name} at {spec.dtype}"
         return Refusal(
             name,

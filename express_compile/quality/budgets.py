@@ -215,7 +215,9 @@ def calibrate_error(
         for layer, site in found.items()
     )
     rows = fmean(site.rows["exact" if site.budget is None else str(site.budget)] for site in sites)
-    overrides = {site.module: "exact" if site.budget is None else {"budget": site.budget} for site in sites}
+    overrides: dict[str, Any] = {
+        site.module: "exact" if site.budget is None else {"budget": site.budget} for site in sites
+    }
     return Calibration(replace(policy, modules=overrides), kl, rows, sites)
 
 

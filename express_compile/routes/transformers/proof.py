@@ -59,9 +59,10 @@ class Proof(NamedTuple):
         """What the call computes."""
         (B, H, Lq, D), H_kv, Dv = given.query.shape, given.key.shape[1], given.value.shape[3]
         dtype, device, asked = given.query.dtype, given.query.device.type, given.arguments.get
-        scale = float(default_scale(D) if asked("scaling") is None else asked("scaling"))
-        dropout, sinks = float(asked("dropout") or 0.0), asked("s_aux") is not None
-        forms = {"softcap": asked("softcap"), "sinks": sinks, "feature_major": feature_major(given.key)}
+        scaling: Any = asked("scaling")
+        scale, dropout = float(default_scale(D) if scaling is None else scaling), float(asked("dropout") or 0.0)
+        forms: dict[str, Any] = {"softcap": asked("softcap"), "sinks": asked("s_aux") is not None}
+        forms["feature_major"] = feature_major(given.key)
         return AttentionSpec(B, H, H_kv, Lq, self.visible, D, Dv, dtype, device, scale, self.mask, dropout, **forms)
 
 
