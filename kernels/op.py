@@ -51,6 +51,8 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
     torch._C.DispatchKey.AutocastCUDA
 )
 
+_AUTOGRAD = [getattr(torch._C.DispatchKey, f"Autograd{x}") for x in ("Functionality", "CPU", "CUDA", "Other")]
+
 # float64 has no kernel: it is for references and their tests, on the CPU
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -94,7 +96,7 @@ def of_any_size(body: Callable[[Call], Any], causal: bool = True) -> Callable[..
     """
 
     def run(*args: Any, **options: Any) -> Any:
-        call = Call(*args, options=options)
+        call = Call.of_arguments(args, options)
         check_call(call, causal)
         if 0 in call.query.shape[:3]:
             return attention_fake(*call.args)
@@ -112,7 +114,7 @@ def gradient_of_any_size(body: Callable[..., Any], causal: bool = True) -> Calla
     op takes these tensors before the arguments of the call."""
 
     def run(grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *args: Any, **options: Any) -> Any:
-        call = Call(*args, options=options)
+        call = Call.of_arguments(args, options)
         check_call(call, causal)
         inputs = (call.query, call.key, call.value)
         if 0 in call.query.shape[:3] or call.Lk == 0:
@@ -129,14 +131,17 @@ def _with_feature(x: torch.Tensor) -> torch.Tensor:
 
 
 def _with_features(call: Call) -> Call:
-    return replace(call, **{name: _with_feature(getattr(call, name)) for name in ("query", "key", "value")})
+    query, key, value = map(_with_feature, (call.query, call.key, call.value))
+    return replace(call, query=query, key=key, value=value)
 
 
 def by_autograd(body: Callable[[Call], Any]) -> Callable[..., Any]:
     """The gradient of a body in plain PyTorch, which is computed again for it."""
 
     def backward(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with torch.enable_grad():
+        with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
+            for key in _AUTOGRAD:  # an op's body runs below autograd
+                torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
             inputs = [x.detach().requires_grad_() for x in (call.query, call.key, call.value)]
             again, _ = body(replace(call, query=inputs[0], key=inputs[1], value=inputs[2]))
             return torch.autograd.grad(again, inputs, grad)
