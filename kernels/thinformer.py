@@ -27,7 +27,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -99,9 +99,9 @@ def stretch_reference(
     length = length[:, None, None]
     fewer = n >> torch.arange(1, bits + 1, device=device)
     shift = (fewer >= length.clamp(min=s)).sum(-1, keepdim=True)
-    bits = bits - shift
+    own_bits = bits - shift
     product = (place >> shift) * length
-    rank = (product >> bits) + ((((product & ((n >> shift) - 1)) << 24) + u * length) >> (24 + bits))
+    rank = (product >> own_bits) + ((((product & ((n >> shift) - 1)) << 24) + u * length) >> (24 + own_bits))
     rank = torch.minimum(rank, (length - 1).clamp(min=0))
     return rank if order is None else order[:, None].expand(-1, H, -1).gather(2, rank)
 
@@ -130,7 +130,19 @@ def _stretch_kernel(
     tl.store(p_index + i_seq * (A + n) + A + o_n, b_rank.to(tl.int32), mask=o_n < n)
 
 
-def _thin_reference(key, value, padded, schedule, rule, scale, seed, layer) -> tuple[torch.Tensor, ...]:
+_Three: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _thin_reference(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    padded: tuple[torch.Tensor, torch.Tensor] | None,
+    schedule: Schedule,
+    rule: HalvingRule,
+    scale: float,
+    seed: torch.Tensor,
+    layer: int,
+) -> _Three:
     """The tokens that are kept, their keys and their values; ``padded`` is None, or ``order`` and ``length``."""
     (B, H, Lk), n, (order, length) = key.shape[:3], schedule.tokens, padded or (None, None)
     length = torch.full((B,), Lk, device=key.device) if length is None else length
@@ -141,7 +153,17 @@ def _thin_reference(key, value, padded, schedule, rule, scale, seed, layer) -> t
     return index, gather_rows(key, index), gather_rows(value, index)
 
 
-def _thin_triton(key, value, padded, schedule, rule, scale, seed, layer) -> tuple[torch.Tensor, ...]:
+def _thin_triton(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    padded: tuple[torch.Tensor, torch.Tensor] | None,
+    schedule: Schedule,
+    rule: HalvingRule,
+    scale: float,
+    seed: torch.Tensor,
+    layer: int,
+) -> _Three:
+    """:func:`_thin_reference` with the kernels."""
     require_triton()
     (B, H, Lk), n, s, (order, length) = key.shape[:3], schedule.tokens, schedule.s, padded or (None, None)
     A, stretched = schedule.size - n, order is not None or Lk != n
@@ -151,8 +173,8 @@ def _thin_triton(key, value, padded, schedule, rule, scale, seed, layer) -> tupl
             index, order, length, seed, layer, stage(0, STRETCH), H, Lk, n, s, n.bit_length() - 1, A, Lk,
             BLOCK=1024, num_warps=4,
         )  # fmt: skip
-    kept = thin(key, value, index, schedule, 0, rule, scale, seed, layer)
-    return tuple(x.narrow(2, A - s, s) for x in (index, *kept))
+    keys, values = thin(key, value, index, schedule, 0, rule, scale, seed, layer)
+    return index.narrow(2, A - s, s), keys.narrow(2, A - s, s), values.narrow(2, A - s, s)
 
 
 def select(
@@ -179,7 +201,8 @@ def select(
     rows = s if callable(s) else lambda L: s
     if padding is None:
         if Lk > rows(Lk):
-            return *thin_all(key, value, None, make_schedule(Lk, rows(Lk)), rule, scale, seed, layer), None
+            all_alike = thin_all(key, value, None, make_schedule(Lk, rows(Lk)), rule, scale, seed, layer)
+            return *all_alike, None
         return torch.arange(Lk, device=device).expand(B, H, Lk), key, value, None
     order, length = real_first(padding), padding.sum(1)
     found = pieces(rows, Lk)
@@ -191,9 +214,9 @@ def select(
             thinned, *_ = thin_all(key, value, (order, length), make_schedule(last, kept), rule, scale, seed, layer)
             thinned = torch.nn.functional.pad(thinned, (0, R - kept))
             index, counts = torch.where(here[:, None, None], thinned, index), torch.where(here, kept, counts)
-    chosen = gather_rows(key, index), gather_rows(value, index)
     behind = (torch.arange(R, device=device) >= counts[:, None])[:, None, :, None]
-    return index, *(x.masked_fill(behind, 0) for x in chosen), counts
+    keys, values = (gather_rows(x, index).masked_fill(behind, 0) for x in (key, value))
+    return index, keys, values, counts
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -352,6 +352,26 @@ def test_a_bias_stays_exact() -> None:
         assert torch.equal(g(q, k, v, extra), f(q, k, v, extra)) and found[0][1].verdict == "refused"
 
 
+@pytest.mark.parametrize("how", ["written in place", "given"])
+def test_a_bias_read_from_a_table_is_called_that_however_its_places_are_made(how) -> None:
+    """BEiT makes the places by writing into zeros."""
+    q, k, v = tensors()
+    table = torch.randn(9)
+    places = torch.arange(L * L).reshape(L, L) % 9
+
+    def f(q, k, v, table, places):
+        if how != "given":
+            made = torch.zeros(L, L, dtype=torch.int64)
+            made[1:, 1:] = places[1:, 1:]
+            made[0, :] = 7
+            places = made
+        return (q @ k.mT * 0.5 + table[places.view(-1)].view(1, 1, L, L)).softmax(-1) @ v
+
+    (site,) = explain(f, q, k, v, table, places, methods=["exact"]).sites
+    assert "it adds the values of an item of " in site.mask and "'table'" in site.mask
+    assert "in place" not in site.mask
+
+
 def test_dynamic_sizes() -> None:
     def f(q, k, v):
         n = q.shape[2]

@@ -1,7 +1,8 @@
 """The way into models of transformers, which let themselves be told their attention by a name.
 
 The name ``"express_compile"`` (an attention function *and* a mask function) is registered, and the attention modules of
-one model instance are pointed to it. What is proven about a mask travels with the mask itself (``ProvenMask``), so
+one model instance are pointed to it; or to ``"express_compile_eager"``, where the model ran eager attention, for that
+and sdpa may compute different things. What is proven about a mask travels with the mask itself (``ProvenMask``), so
 models, threads and generate() calls cannot mix up each other's facts; a mask that arrives as anything else is a dense
 tensor. Of that only one thing is proven, by its shape: that it is a key padding, the same row for all queries. Of
 models that have eager attention only because sdpa knows no soft-caps and no sinks, the additive mask of a single query
@@ -18,10 +19,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from .attention import attend
 from .configs import install, remove
-from .masks import make_mask
-from .sites import NAME, find_sites, installed, rewritten_sites
+from .masks import NAMES, make_mask
+from .sites import find_sites, installed, rewritten_sites
 
 __all__ = ["find_sites", "install", "installed", "remove", "rewritten_sites"]
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, make_mask)
+for name in NAMES.values():
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, make_mask)

@@ -20,13 +20,13 @@ from transformers.utils.output_capturing import _active_collector
 from ...core.call import Call, Op
 from ...core.method import METHODS
 from ...core.plan import Plan
-from ...core.spec import AttentionSpec
+from ...core.spec import AttentionSpec, Mask
 from ...kernels.launch import constant
 from ...planning.choose import Question, answer, require
 from ..tracers import cannot_trace, is_exporting, untraced
 from ..watched import sampled
-from .masks import ProvenMask
-from .proof import EXTRAS, Given, prove
+from .masks import NAME, ProvenMask
+from .proof import EXTRAS, Given, is_proven, prove
 from .sites import NEEDS_EAGER, Site, site_of, traced
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
@@ -142,7 +142,8 @@ def _step_in_graph(
     """
     site, (causal, groups, training) = traced(token), facts
     arguments = {name: x for name, x in zip(_OF_STEP, named, strict=True) if x is not None}
-    module = SimpleNamespace(num_key_value_groups=groups, is_causal=causal, training=training)
+    config = SimpleNamespace(_attn_implementation=NAME)  # to one query, eager attention and sdpa are the same
+    module = SimpleNamespace(num_key_value_groups=groups, is_causal=causal, training=training, config=config)
     given = Given(module, query, key, value, mask, {"is_causal": causal, **arguments})
 
     def decide(spec: AttentionSpec) -> tuple[Plan, Run]:
@@ -172,12 +173,17 @@ def _refuse_export(module: Any) -> NoReturn:
 
 
 def _exact(site: Site, given: Given) -> Result:
-    """transformers' own attention, with exactly the arguments it would have had."""
+    """transformers' own attention, with exactly the arguments it would have had; in place of eager attention sdpa, with
+    arguments that say the same to it."""
     module, query, key, value, mask, arguments = given
+    flag = given.eager and is_proven(mask) and mask.proven == Mask(causal=True)
     if isinstance(mask, ProvenMask):
         mask = mask.exact()
     weights = site.given == "eager" and site.eager is not None and wants_weights(given)
     if site.exact == "sdpa" and not weights and all(arguments.get(name) is None for name in NEEDS_EAGER):
+        if given.eager:  # sdpa has faster kernels where no mask but a flag says what is hidden
+            mask = None if flag else _additive(query, key, mask, False)
+            arguments = {**arguments, "is_causal": flag}
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **arguments)
     # sdpa has no soft-cap and no sinks: some versions raise, others silently leave them out
     if site.eager is None:
@@ -190,8 +196,7 @@ def _exact(site: Site, given: Given) -> Result:
 def wants_weights(given: Given) -> bool:
     """Whether somebody wants the attention weights of a call: by argument, by configuration, or by collecting what
     modules return."""
-    config = getattr(given.module, "config", None)
-    if given.arguments.get("output_attentions") or getattr(config, "output_attentions", False):
+    if given.arguments.get("output_attentions") or getattr(given.module.config, "output_attentions", False):
         return True
     collected = _active_collector.get()
     return collected is not None and any("attentions" in name for name in collected)

@@ -19,7 +19,8 @@ from ...core.plan import Plan
 from ...core.policy import Policy
 from ...core.spec import layer_key
 from ..module_code import calls_interface, depends_on_name
-from .sites import NAME, SITE, Plans, Site, is_in_force, site_of, with_owners
+from .masks import NAME, NAMES
+from .sites import SITE, Plans, Site, is_in_force, name_before, site_of, with_owners
 
 _ORIGINALS = "_express_compile_originals"
 
@@ -30,12 +31,11 @@ def install(model: nn.Module, sites: dict[str, tuple[Any, str]], policy: Policy)
     for path, (module, exact) in sites.items():
         function = calls_interface(type(module))
         assert function is not None, "what is found calls it"
-        given = "sdpa" if module.config._attn_implementation == NAME else module.config._attn_implementation
         site = Site(
             path,
             layer_key(path),
             exact,
-            given,
+            name_before(module.config),
             eager=function.__globals__.get("eager_attention_forward"),
             source=f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}",
             plans=plans,
@@ -82,10 +82,9 @@ def _point_configs(model: nn.Module, sites: dict[str, tuple[nn.Module, str]]) ->
     for original in memo.pop(id(memo), []):  # where deepcopy keeps what it copied
         if isinstance(original, PreTrainedConfig):
             copied = memo[id(original)]
-            if original._attn_implementation == NAME:  # copied from a rewritten model
-                original._attn_implementation_internal = "sdpa"
+            original._attn_implementation_internal = name_before(original)  # it may be copied from a rewritten model
             if copied._attn_implementation is not None:
-                copied._attn_implementation_internal = NAME
+                copied._attn_implementation_internal = NAMES.get(name_before(original), NAME)
             copies.append(_Copied(original, copied, _state(copied)))
     for module, originals in changes:
         for name, original in originals.items():
@@ -148,7 +147,7 @@ def _check_in_force(module: Any, args: tuple[Any, ...]) -> None:
     name = module.config._attn_implementation
     reason = (
         f"after rewrite_attention the attention of the model was set to {name!r}, which runs instead; "
-        f"rewrite_attention(model, ...) or set_attn_implementation({NAME!r}) rewrites it again"
+        f"rewrite_attention(model, ...) or set_attn_implementation({NAMES.get(site.given, NAME)!r}) rewrites it again"
     )
     if site.plans.policy.strict:
         raise ValueError(f"strict=True: {site.path or '(root)'}: {reason}")

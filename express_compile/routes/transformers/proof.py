@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 
 from ...core.spec import AttentionSpec, Mask, default_scale, feature_major
-from .masks import ProvenMask, reason_of
+from .masks import NAMES, ProvenMask, reason_of
 from .sites import Site
 
 # Arguments that change what attention computes and that the ops do not take. transformers' sdpa function ignores
@@ -34,8 +34,15 @@ class Given(NamedTuple):
     arguments: dict[str, Any]
 
     @property
+    def eager(self) -> bool:
+        """Whether the module has to compute what eager attention does, for which all is in the mask."""
+        return self.module.config._attn_implementation == NAMES["eager"]
+
+    @property
     def causal(self) -> bool:
-        """Whether a mask that is None is a causal one."""
+        """Whether it hides the future where its mask does not say so."""
+        if self.query.shape[2] > 1 and self.eager:
+            return False
         causal = self.arguments.get("is_causal")
         return bool(getattr(self.module, "is_causal", True) if causal is None else causal)
 
@@ -76,7 +83,7 @@ def prove(site: Site, given: Given) -> Proof:
     unknown = _unreadable(given, unlike)
     if unknown is not None:
         return Proof(Mask(unknown=unknown), None, Lk)
-    if _is_proven(mask):
+    if is_proven(mask):
         return Proof(mask.proven, mask.padding, mask.visible)
     if mask is None:
         if not causal:
@@ -106,7 +113,7 @@ def _unreadable(given: Given, unlike: str | None) -> str | None:
         return "query, key and value differ in dtype or device"
     if window is not None and window < Lk and not _has_window(mask, window):
         return f"local attention over {window} keys"
-    if _is_proven(mask) and (mask.shape[2:] != (Lq, Lk) or mask.shape[0] != B):
+    if is_proven(mask) and (mask.shape[2:] != (Lq, Lk) or mask.shape[0] != B):
         return f"the mask has shape {tuple(mask.shape)} and does not fit {Lq} queries and {Lk} keys"
     return None
 
@@ -132,12 +139,12 @@ def _unlike_sdpa(site: Site, given: Given) -> str | None:
 
 def _has_window(mask: torch.Tensor | None, window: int) -> bool:
     """Whether a mask says by itself what a window hides: it is proven, or it is all that hides keys from one query."""
-    if _is_proven(mask):
+    if is_proven(mask):
         return mask.proven.window == window
     return mask is not None and mask.dim() == 4 and mask.shape[2] == 1
 
 
-def _is_proven(mask: torch.Tensor | None) -> TypeGuard[ProvenMask]:
+def is_proven(mask: torch.Tensor | None) -> TypeGuard[ProvenMask]:
     return isinstance(mask, ProvenMask) and mask.is_proven
 
 

@@ -24,8 +24,8 @@ from ...core.spec import AttentionSpec
 from ...planning.choose import Question, answer, methods_of
 from ..module_code import calls_interface, depends_on_name, passes
 from ..watched import Shadow
+from .masks import NAMES
 
-NAME = "express_compile"
 NEEDS_EAGER = ("softcap", "s_aux", "sinks")  # arguments that only eager attention knows
 SITE = "_express_compile_site"
 _MAX_PLANS = 1024
@@ -166,7 +166,13 @@ def installed(model: nn.Module) -> list[Site]:
 
 def is_in_force(module: Any) -> bool:
     """Whether a module has a site, and its configuration still names our attention."""
-    return SITE in module.__dict__ and module.config._attn_implementation == NAME
+    return SITE in module.__dict__ and module.config._attn_implementation in NAMES.values()
+
+
+def name_before(config: Any) -> str:
+    """The name of the attention that a configuration asks for, without us: before it was, or would be, rewritten."""
+    name = config._attn_implementation
+    return next((given for given, ours in NAMES.items() if ours == name), name)
 
 
 def rewritten_sites(model: nn.Module) -> dict[str, Site]:
