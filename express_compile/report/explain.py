@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.plain import canonical
 from ..core.saved import SavedPlan, SavedSite
 from ..core.spec import AttentionSpec, Plan, Policy, layer_key
+from .groups import grouped, name_of
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +130,8 @@ recorder: ContextVar[list[SiteReport] | None] = ContextVar("express_compile_site
 
 @dataclass(frozen=True)
 class Report:
-    """Every attention site found in one run of a model. ``print(report)`` shows a table.
+    """Every attention site found in one run of a model. ``print(report)`` shows a table; sites of which it says the same
+    share a line.
 
     sites: in order of execution.
     graphs: number of graphs Dynamo cut the model into; 0 for a model that ``rewrite_attention`` changed.
@@ -249,7 +251,7 @@ class Report:
 
         columns = ("module", "source", "form", "mask", "method", "verdict", "reason")
         rows = [
-            [site.module or "(root)", _short(site.source) or "-", site.form, site.mask or "-"]
+            [site.module, _short(site.source) or "-", site.form, site.mask or "-"]
             + [site.method, site.verdict, site.reason]
             for site in self.sites
         ]
@@ -262,6 +264,8 @@ class Report:
         if any(site.nearest for site in self.sites):
             columns = (*columns, "nearest supported form")
             rows = [[*row, site.nearest or "-"] for row, site in zip(rows, self.sites, strict=True)]
+        groups = grouped(rows, lambda row: tuple(row[1:]))
+        rows = [[name_of([row[0] for row in group]), *group[0][1:]] for group in groups]
         table = Table(*columns)
         for row in rows:
             table.add_row(*map(Text, row))
