@@ -1,5 +1,5 @@
-"""Hooks of mkdocs: README.md is the site's first page, CONTRIBUTING.md and CHANGELOG.md are pages too, and links that leave
-docs/, as they stand for readers of the repository, lead to copies of these files in the site.
+"""Hooks of mkdocs: README.md is the site's first page, CONTRIBUTING.md and CHANGELOG.md are pages too, and links that
+leave docs/, as they stand for readers of the repository, lead to copies of these files in the site.
 """
 
 from __future__ import annotations

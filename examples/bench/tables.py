@@ -191,26 +191,17 @@ def quality_summary_table() -> str:
         ("express", "s=256 sinks=32 window=256 protected=256"),
         ("streaming_llm", "sinks=32 window=1250"),
     )
-    rows = quality_rows()
-
-    def value(task: str, metric: str, key: tuple[str, str]) -> dict[str, str] | None:
-        found = (
-            r for r in rows if (r["task"], r["metric"], r["method"]) == (task, metric, key[0]) and r["n"] == "8192"
-        )
-        return next((r for r in found if r["params"].removesuffix(" halving=balanced") == key[1]), None)
-
-    def recalled(task: str, key: tuple[str, str]) -> str:
-        found = [r for r in rows if (r["task"], r["metric"], r["method"]) == (task, "recalled", key[0])]
-        found = [r for r in found if r["params"].removesuffix(" halving=balanced") == key[1] and r["n"] == "8064"]
-        return f"{found[0]['value']} of {found[0]['high']}" if found else "–"
-
-    body = []
+    found = {
+        (r["method"], r["params"].removesuffix(" halving=balanced"), r["task"], r["metric"]): r
+        for r in quality_rows()
+        if r["n"] in ("8192", "8064")
+    }
+    body, first = [], found[*chosen[0], "natural texts", "kl"]
     for key in chosen:
-        natural, top1, repetitive = (
-            value(task, metric, key)
-            for task, metric in (("natural texts", "kl"), ("natural texts", "top1"), ("repetitive texts", "kl"))
-        )
-        needles = (recalled(task, key) for task in ("needle", "needle among 4"))
+        natural, repetitive = (found[*key, f"{kind} texts", "kl"] for kind in ("natural", "repetitive"))
+        top1 = found[*key, "natural texts", "top1"]
+        recalled = (found.get((*key, task, "recalled")) for task in ("needle", "needle among 4"))
+        needles = (f"{row['value']} of {row['high']}" if row else "–" for row in recalled)
         numbers = [with_interval(natural, 3), f"{float(top1['value']):.3f}", f"{float(repetitive['value']):.3f}"]
         body.append([policy(natural), f"{float(natural['rows']):,.0f}", *numbers, *needles])
     header = ["policy", "rows", "KL, natural texts (95%)", "top-1", "KL, repetitive texts", "one needle", "among four"]
