@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .express import ExpressConfig, gather_rows
+from .express import Express, gather_rows
 from .launch import philox_uniform
 from .select.contest import CONTEST, contest, distinctiveness
 from .select.halving import halve_reference
@@ -55,7 +55,7 @@ class ExpressState:
 
     def __init__(
         self,
-        config: ExpressConfig,
+        config: Express,
         scale: float,
         seed: torch.Tensor,
         layer: int = 0,
@@ -96,7 +96,7 @@ class ExpressState:
         self._leave_window()
 
     def _leave_window(self) -> None:
-        leaving = self._rows["window"].count - self.config.window
+        leaving = self._rows["window"].count - self.config.recent
         step = CONTEST if self.config.protected else max(leaving, 0)
         while leaving >= max(step, 1):
             rows, self._rows["window"] = self._rows["window"][:step], self._rows["window"][step:]

@@ -64,7 +64,8 @@ def speed_rows(**wanted: str) -> list[dict[str, str]]:
 
 def prefill_rows() -> list[dict[str, str]]:
     """Whole prefills of one sequence with the settings of the benchmark, launched one by one."""
-    wanted = {(str(p.budget), f"sinks={p.sinks} window={p.window} protected={p.protected}") for p in SETTINGS}
+    own = [policy.of("express") for policy in SETTINGS]
+    wanted = {(str(x.budget), f"sinks={x.sinks} window={x.recent} protected={x.protected}") for x in own}
     rows = speed_rows(job="prefill", B="1")
     return [row for row in rows if row["Lq"] == row["Lk"] and (row["s"], row["params"]) in wanted]
 
@@ -72,42 +73,6 @@ def prefill_rows() -> list[dict[str, str]]:
 def methods_table() -> str:
     rows = [[f"`{name}`", METHODS[name].summary, METHODS[name].supports, METHODS[name].refuses] for name in SHIPPED]
     return markdown(["method", "what it is", "supports", "refuses"], rows)
-
-
-MEANINGS: dict[str, dict[str, str]] = {
-    "express": {
-        "flatten": "temperature of the halving kernel, as a factor of its scores; 0 is that of the rule",
-        "block": "queries that see the same coreset, which is the one at the start of their block",
-    },
-    "thinformer": {
-        "g": "if not −1: `2^g sqrt(n)` rows in place of `budget`",
-        "flatten": "temperature of the halving kernel, as a factor of its scores; 0 is that of the rule",
-    },
-    "santa": {
-        "draws": "S, if not `budget`: a number, a list of one per head, or a table from module path to either",
-        "sampler": "`sys`, `strat`, `sys-<r>`, and with `shared=False` `iid`",
-        "shared": "the query heads of a KV head read the same rows; `False` on a CPU only",
-        "bernoulli": "levels to which the query is rounded at random; 0 is off",
-    },
-    "sparse": {
-        "pattern": "`fixed` (the block of `stride` tokens around a query, and the last `summary` columns of every "
-        "block before it) or `strided` (the last `stride` tokens, and every `stride`-th before)",
-        "stride": "l; `None` is the power of two nearest sqrt(n)",
-        "summary": "c, the summary columns of a block (`fixed`)",
-        "groups": "v: head h takes group h mod v of the summary columns",
-        "combine": "`merged` (one softmax over both parts), `per_head` (even heads local, odd heads far), "
-        "`interleaved` (layers in turn), or `local` or `far` alone",
-    },
-}
-
-
-def options_table(method: str) -> str:
-    """A method's own options, with their defaults."""
-    options, meanings = METHODS[method].options, MEANINGS[method]
-    if set(options) != set(meanings):
-        raise ValueError(f"MEANINGS[{method!r}]: of {[*meanings]}; must be of {[*options]}")
-    rows = [[f"`{name}`", f"`{default!r}`", meanings[name]] for name, default in options.items()]
-    return markdown(["option", "default", "meaning"], rows)
 
 
 def speed_table() -> str:
@@ -693,7 +658,7 @@ PARTS = {
     **{f"figures-{x}": functools.partial(speed_summary_table, x) for x in ("express", "thinformer", "santa")},
     "quality-summary": quality_summary_table,
     "methods": methods_table,
-    **{f"options-{name}": functools.partial(options_table, name) for name in MEANINGS},
+    **{f"options-{name}": METHODS[name].options.markdown for name in SHIPPED if name != "exact"},
     "speed": speed_table,
     "window": window_table,
     "others": others_table,

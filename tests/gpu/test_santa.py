@@ -10,7 +10,7 @@ from express_compile.core.method import METHODS
 from express_compile.kernels import santa as S
 from express_compile.kernels.attend import sampled as K
 
-OPTIONS = dict(draws=[64], layers=[], fraction=0.0, sampler="sys", shared=True, min_length=0)
+OPTIONS = dict(draws=[64], fraction=0.0, sampler="sys", shared=True, min_length=0)
 
 
 def tensors(n, Lq=1, B=1, H=8, H_kv=2, D=64, Dv=None, dtype=torch.bfloat16):

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from express_compile.core.method import METHODS
-from express_compile.core.spec import AttentionSpec, Mask, Policy, Site, feature_major, layer_key
+from express_compile.core.policy import Policy
+from express_compile.core.spec import AttentionSpec, Mask, Site, feature_major, layer_key
 from express_compile.kernels import santa as S
 from express_compile.kernels.attend import bernoulli as Be
 from express_compile.kernels.attend import sampled as K
@@ -19,7 +20,7 @@ from express_compile.planning.choose import plan
 from express_compile.report.explain import explain
 
 SEED = torch.tensor(11)
-OPTIONS = dict(draws=[8], layers=[], fraction=0.0, sampler="sys", shared=True, min_length=0)
+OPTIONS = dict(draws=[8], fraction=0.0, sampler="sys", shared=True, min_length=0)
 
 
 @pytest.fixture

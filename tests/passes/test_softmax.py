@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from express_compile import explain
-from express_compile.core.spec import Policy
+from express_compile.core.policy import Policy
 from express_compile.passes.match import find_sites
 from express_compile.passes.rewrite import rewrite
 from express_compile.planning.choose import plan_sites

@@ -16,8 +16,8 @@ from torch import nn
 
 from express_compile import restore_attention, rewrite_attention
 from express_compile.core.cost import Device, Rates
-from express_compile.core.method import METHODS
-from express_compile.core.spec import Refusal, layer_key
+from express_compile.core.method import METHODS, Refusal
+from express_compile.core.spec import layer_key
 from express_compile.planning import devices, measure
 from express_compile.planning.predict import MARGIN, crossover
 from express_compile.report import explain as report_module

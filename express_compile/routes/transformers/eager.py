@@ -33,7 +33,9 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ...core import call as calls
 from ...core.method import METHODS
-from ...core.spec import AttentionSpec, Mask, Plan, Policy, default_scale, feature_major, layer_key
+from ...core.plan import Plan
+from ...core.policy import Policy
+from ...core.spec import AttentionSpec, Mask, default_scale, feature_major, layer_key
 from ...report.explain import SiteReport, recorder
 from .. import capture
 from ..module_code import calls_interface, can_import_transformers, depends_on_name, passes
@@ -242,7 +244,8 @@ class _Plans:
         return plan
 
     def _by_layer(self, path: str) -> bool:
-        return any(METHODS[name].by_layer for name in self.methods(path))
+        local = self.policy.at(path)
+        return any(METHODS[name].options.by_layer(local.given(name)) for name in self.methods(path))
 
     def methods(self, path: str) -> tuple[str, ...]:
         """The methods that calls of a site may have."""
@@ -686,7 +689,8 @@ def _step_in_graph(
     given = site.plans.policy.seed
     drawn = _seed(None, query) if given is None else torch.full((), given, dtype=torch.int64, device=query.device)
     seed = _seed_of_step(drawn, spec, arguments)
-    out, _ = METHODS[plan.method].op(query, key, value, padding, seed, spec.scale, site.layer, **plan.params)
+    given = calls.Call(query, key, value, padding, seed, spec.scale, site.layer, options=plan.params)
+    out, _ = given.run(METHODS[plan.method].op)
     return out.transpose(1, 2).contiguous()
 
 
@@ -725,11 +729,11 @@ def _attend(
         return _exact(module, site, query, key, value, attention_mask, arguments)
     seed = _seed_of_step(_seed(site.plans.policy.seed, query), spec, arguments)
     key, value = key[:, :, :visible], value[:, :, :visible]
-    sinks = {"sinks": arguments["s_aux"]} if spec.sinks else {}
-    op = METHODS[plan.method].op
-    out, _ = calls.call(op, query, key, value, padding, seed, spec.scale, site.layer, **plan.params, **sinks)
+    sinks = arguments["s_aux"] if spec.sinks else None
+    given = calls.Call(query, key, value, padding, seed, spec.scale, site.layer, sinks=sinks, options=plan.params)
+    out, _ = calls.call(METHODS[plan.method].op, given)
     if shadow is not None:
-        shadow.sample(plan, spec, query, key, value, padding, out)
+        shadow.sample(plan, spec, given, out)
     return out.transpose(1, 2).contiguous(), None
 
 
