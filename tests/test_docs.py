@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from express_compile import Policy, is_rewritten
+from express_compile import METHODS, Policy, is_rewritten
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), ROOT / "examples/README.md", *(ROOT / "docs").rglob("*.md")]
@@ -87,7 +87,17 @@ def test_the_picture_of_the_house_is_what_its_script_draws_and_every_room_exists
 def test_every_option_of_the_policy_is_explained() -> None:
     table = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/guide/options.md").read_text(encoding="utf-8"), re.MULTILINE)
     told = [name for cell in table for name in re.findall(r"`(\w+)`", cell)]
-    assert sorted(told) == sorted(field.name for field in fields(Policy))
+    for_all = {name for method in METHODS.values() for name in method.options.for_all()}
+    assert set(told) == {field.name for field in fields(Policy)} - {"shared"} | for_all and len(told) == len(set(told))
+
+
+def test_every_method_has_a_page_with_its_equation_and_its_options() -> None:
+    for name in METHODS.shipped:
+        text = (ROOT / f"docs/methods/{name}.md").read_text(encoding="utf-8")
+        assert "```text\nout_i = " in text and f"kernels/{name}.py" in text
+        assert ("## Options" in text and "## Limits" in text) == bool(fields(METHODS[name].options))
+        for option, *_ in METHODS[name].options.table():
+            assert f"| `{option}` |" in text
 
 
 def test_make_lint_and_pre_commit_run_the_same_gates() -> None:
