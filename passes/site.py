@@ -21,7 +21,6 @@ Emit = Callable[..., Node]
 Expand = Callable[[Emit], tuple[Node, Node]]
 """Emits what a site computes; returns its SDPA node and the node of its output."""
 
-NOT_MATCHED = "not matched"  # the form of attention that is seen and not read
 PADDED = "a padded batch with a key padding"
 
 

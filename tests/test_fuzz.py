@@ -31,8 +31,8 @@ from express_compile.core.method import Method, Refusal, register
 from express_compile.core.policy import Policy
 from express_compile.core.spec import AttentionSpec, Mask, Site, known_equal
 from express_compile.passes.match import find_sites
+from express_compile.passes.pipeline import plan_sites
 from express_compile.passes.rewrite import rewrite
-from express_compile.planning.choose import plan_sites
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 PROGRAMS = int(os.environ.get("FUZZ_PROGRAMS", 10_000 if NIGHTLY else 220))

@@ -40,8 +40,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from express_compile import Policy, record_sites, restore_attention, rewrite_attention
-from express_compile.passes.buffers import Buffers
-from express_compile.routes.compile import rewrite_graph
+from express_compile.passes.pipeline import rewrite_graph
 
 COLUMNS = (
     "date,torch,package,version,commit,architecture,phase,route,expected,graphs,listed,found,proven,rewritten,refused,"
@@ -186,7 +185,7 @@ def by_backend(prepared: Prepared, row: dict[str, Any]) -> list[torch.Tensor]:
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         nonlocal graphs
         graphs += 1
-        found.extend((s, p) for s, p in rewrite_graph(gm, POLICY, Buffers(gm, inputs)))
+        found.extend((s, p) for s, p in rewrite_graph(gm, POLICY, inputs))
         return gm.forward
 
     got = prepared.run(torch.compile(prepared.model, backend=backend))

@@ -69,8 +69,8 @@ class Policy:
     training: bool = True
     seed: int | None = 0
     strict: bool = False
-    modules: Mapping[str, str | Options | Mapping[str, Any]] = field(default_factory=dict)
-    plan: SavedPlan | str | PathLike[str] | None = None
+    modules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    plan: SavedPlan | None = None
     shared: Mapping[str, Any] = field(default_factory=dict)
 
     def __init__(self, **options: Any) -> None:

@@ -1,9 +1,12 @@
-"""Plots of predictions: where the methods cross."""
+"""Plots of predictions: where the methods cross. It needs matplotlib, an optional package."""
 
 from __future__ import annotations
 
 import io
 import math
+
+import matplotlib
+from matplotlib.figure import Figure
 
 from ..core.cost import Device
 from ..core.policy import Policy
@@ -17,11 +20,8 @@ def crossover_plot(methods: tuple[str, ...], spec: AttentionSpec, policy: Policy
     """Predicted milliseconds of ``methods`` and of exact attention over the number of keys, as an SVG document.
 
     All but the numbers of keys (and queries, where they are as many) is that of ``spec``; the number of keys from which
-    a method is chosen is marked. Raises ``ImportError`` without matplotlib.
+    a method is chosen is marked.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     least = spec.Lq if isinstance(spec.Lq, int) and str(spec.Lq) != str(spec.Lk) else 1

@@ -20,9 +20,9 @@ from express_compile.core.method import METHODS
 from express_compile.core.plan import Plan
 from express_compile.core.spec import Mask, layer_key
 from express_compile.passes.match import find_sites
+from express_compile.passes.pipeline import rewrite_graph
 from express_compile.passes.rewrite import _expand
 from express_compile.passes.site import AttentionSite
-from express_compile.routes.compile import rewrite_graph
 
 WHOLE = Policy(methods=("thinformer",), budget=1024)  # more rows than any sequence here has keys
 FEW = Policy(methods=("thinformer",), budget=8, seed=5)

@@ -17,11 +17,12 @@ from torch import nn
 from express_compile import restore_attention, rewrite_attention
 from express_compile.core.cost import Device, Rates
 from express_compile.core.method import METHODS, Refusal
+from express_compile.core.sites import SiteReport
 from express_compile.core.spec import layer_key
 from express_compile.planning import devices, measure
 from express_compile.planning.predict import MARGIN, crossover
 from express_compile.report import explain as report_module
-from express_compile.report.explain import Report, SiteReport, explain
+from express_compile.report.explain import Report, explain
 
 Q = torch.randn(2, 4, 24, 8, generator=torch.Generator().manual_seed(0))
 NAMED: dict[str, Any] = {"methods": ("express",), "budget": 16}
