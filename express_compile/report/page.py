@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from ..core.sites import SiteReport
 from .groups import grouped, name_of
 
 if TYPE_CHECKING:
-    from .explain import Report, SiteReport
+    from .explain import Report
 
 _TEMPLATE = """\
 {% macro measured(site) %}
