@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from express_compile.report.explain import Report, SiteReport, explain
+from express_compile.core.sites import SiteReport
+from express_compile.report.explain import Report, explain
 from express_compile.report.groups import grouped, name_of
 
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import express_compile
-from express_compile.__main__ import MODULE, POLICY, main
+from express_compile.__main__ import POLICY, main
 from express_compile.core.cost import Device
 from express_compile.core.plan import SavedPlan
 from express_compile.core.policy import Policy
 from express_compile.planning import devices, measure
+from express_compile.report.commands import MODULE
 from express_compile.report.explain import explain
 
 SOURCE = """
@@ -139,7 +140,7 @@ def test_every_field_that_matters_is_an_option(
     assert set(POLICY) == set(Policy.option_names()) - {"seed"}
     asked: list[dict] = []
     monkeypatch.setattr(
-        "express_compile.report.explain.explain",
+        "express_compile.report.commands.report_of",
         lambda *inputs, example_kwargs, error, **fields: asked.append(fields) or explain(*inputs),
     )
     given = {
