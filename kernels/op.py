@@ -51,6 +51,8 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
     torch._C.DispatchKey.AutocastCUDA
 )
 
+_AUTOGRAD = [getattr(torch._C.DispatchKey, f"Autograd{x}") for x in ("Functionality", "CPU", "CUDA", "Other")]
+
 # float64 has no kernel: it is for references and their tests, on the CPU
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -136,7 +138,9 @@ def by_autograd(body: Callable[[Call], Any]) -> Callable[..., Any]:
     """The gradient of a body in plain PyTorch, which is computed again for it."""
 
     def backward(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with torch.enable_grad():
+        with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
+            for key in _AUTOGRAD:  # an op's body runs below autograd
+                torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
             inputs = [x.detach().requires_grad_() for x in (call.query, call.key, call.value)]
             again, _ = body(replace(call, query=inputs[0], key=inputs[1], value=inputs[2]))
             return torch.autograd.grad(again, inputs, grad)

@@ -349,3 +349,56 @@ def test_a_plan_of_prefill_and_decoding_has_a_decision_for_each() -> None:
     with express_compile.record_sites() as sites:
         assert torch.equal(generate(model), expected)
     assert [s.method for s in sites] == ["express", "santa", "santa", "santa"]
+
+
+# ------------------------------------------------------------------------------------------------ version 1
+
+
+class Last(Site):
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q[:, :, -1:], q[:, :2], q[:, :2], enable_gqa=True)
+
+
+class Old(nn.Module):
+    """The model for which ``plan_v1.json`` was written, by the code of 3dc008d."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.full, self.layer, self.step = Site(True), Site(False), Site(True), Last(False)
+
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        return self.step(self.layer(self.full(self.dense(q))))
+
+
+OLD = {
+    "budget": 8,
+    "sinks": 4,
+    "window": 8,
+    "protected": 0,
+    "modules": {
+        "dense": {"methods": ["express"], "method_options": {"express": {"block": 32}}},
+        "full": {"methods": ["thinformer"], "budget": 0.1, "halving": "kernel"},
+        "layer": {
+            "methods": ["sparse"],
+            "method_options": {"sparse": {"stride": 16, "summary": 4, "combine": "interleaved"}},
+        },
+        "step": {"methods": ["santa"], "min_length": 0, "method_options": {"santa": {"draws": {"step": 5, "gone": 9}}}},
+    },
+}
+
+
+def test_a_plan_of_version_1_does_what_it_did() -> None:
+    path = Path(__file__).with_name("plan_v1.json")
+    plan = SavedPlan.load(path)
+    assert json.loads(path.read_text())["version"] == 1 and json.loads(plan.to_json())["version"] == 2
+    assert all(site.rows == () and not site.params for site in plan.sites)
+    expected, decided = run(Old(), **OLD)
+    got, followed = run(Old(), plan=plan, strict=True)
+    assert [d.method for _, d in followed] == ["express", "thinformer", "sparse", "santa"]
+    assert [d.params for _, d in followed] == [d.params for _, d in decided]
+    assert torch.equal(got, expected)
+    today = explain(Old(), Q, plan=plan).plan  # and is one of version 2 from then on
+    assert all(site.params for site in today.sites) and len(today.sites[0].rows) == 2
+    assert SavedPlan.from_json(today.to_json()) == today == explain(Old(), Q, plan=today).plan
+    with pytest.raises(ValueError, match=r"plan: sites\[0\]: facts, .*; must be an object of facts, .*params, rows"):
+        SavedPlan.from_json(json.dumps({**json.loads(path.read_text()), "version": 2}))
