@@ -70,6 +70,11 @@ def prefill_rows() -> list[dict[str, str]]:
     return [row for row in rows if row["Lq"] == row["Lk"] and (row["s"], row["params"]) in wanted]
 
 
+def quoted(path: str) -> str:
+    """A file of the repository, word by word."""
+    return f"```python\n{(ROOT / path).read_text(encoding='utf-8').rstrip()}\n```"
+
+
 def methods_table() -> str:
     rows = [[f"`{name}`", METHODS[name].summary, METHODS[name].supports, METHODS[name].refuses] for name in SHIPPED]
     return markdown(["method", "what it is", "supports", "refuses"], rows)
@@ -654,6 +659,7 @@ def tolerance_table() -> str:
 
 
 PARTS = {
+    "custom-method": functools.partial(quoted, "examples/custom_method.py"),
     "speed-summary": functools.partial(speed_summary_table, "express", "thinformer", "santa"),
     **{f"figures-{x}": functools.partial(speed_summary_table, x) for x in ("express", "thinformer", "santa")},
     "quality-summary": quality_summary_table,
