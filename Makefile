@@ -72,11 +72,12 @@ inductor-tests: install
 	$(PY) examples/bench/inductor_tests.py $(SOURCE) --out examples/bench/results/fused-attention-tests.txt
 
 # .pre-commit-config.yaml runs the same.
-lint: types
+lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest --quiet tests/test_house.py
 	$(PY) examples/bench/tables.py --check
+	make types
 
 # The variable spares an advertisement that mkdocs-material prints at every build.
 docs: install
