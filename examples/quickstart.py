@@ -252,7 +252,7 @@ def main() -> None:
     console.print(
         f"Express with {', '.join(f'{k}={v}' for k, v in OPTIONS.items() if k != 'methods')}, if not said otherwise.\n"
         f"needles: a 7-digit number hidden in {NEEDLE_TOKENS} tokens of noise; counted are those that exact attention "
-        "finds.\nThinning forgets single facts; protected rows hold some of them: see the README.",
+        "finds.\nThinning forgets single facts; protected rows hold some of them: see docs/limits.md.",
         highlight=False,
     )
     if not on_gpu:
