@@ -37,7 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 def test_embeddings_are_nearer_than_truncated_ones_and_the_more_keys_the_nearer(run, capsys) -> None:
     means = {}
     for budget in (64, 256):
-        run("encoder", "--budget", str(budget), "--passages", "7")
+        run("encoder", "--budget", str(budget), "--passages", "3")
         out = capsys.readouterr().out
         assert "6 attention sites: 6 rewritten, 0 exact, 0 refused" in out and "(6 sites)" in out
         found = re.findall(r"^(Thinformer|first).*?(\d\.\d{3})  (\d\.\d{3})$", out, re.MULTILINE)
