@@ -29,7 +29,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import sympy
@@ -63,7 +63,7 @@ from .select.schedule import Schedule, admitted, check_budget, make_schedule
 from .select.thinning import describe_launches, thin
 
 BLOCKS = (16, 32, 64, 128)
-_Gradients = tuple[torch.Tensor, ...]
+_Gradients: TypeAlias = tuple[torch.Tensor, ...]
 
 
 def default_inflation(s: int) -> int:
@@ -334,8 +334,9 @@ def _prefill(
     if not key.is_cuda:
         return express_reference(query, key, value, config, scale, seed, layer)
     layout = make_layout(config, query.shape[2], key.shape[2])
-    index, *compacted = thin_triton(key, value, layout, scale, seed, layer)
-    return segment_attention(query, key, value, *compacted, layout.table, scale, index if config.protected else None)
+    index, keys, values = thin_triton(key, value, layout, scale, seed, layer)
+    behind = index if config.protected else None
+    return segment_attention(query, key, value, keys, values, layout.table, scale, behind)
 
 
 def select_rows(
@@ -345,11 +346,11 @@ def select_rows(
     if not key.is_cuda:
         index = thin_reference(key, value, layout, scale, seed, layer)
         return index, gather_rows(key, index), gather_rows(value, index)
-    index, *compacted = thin_triton(key, value, layout, scale, seed, layer)
+    index, keys, values = thin_triton(key, value, layout, scale, seed, layer)
     if layout.config.protected:
         behind = index[:, :, layout.copied :]
-        compacted = [torch.cat([c, gather_rows(x, behind)], 2) for c, x in zip(compacted, (key, value), strict=True)]
-    return index, *compacted
+        keys, values = (torch.cat([c, gather_rows(x, behind)], 2) for c, x in ((keys, key), (values, value)))
+    return index, keys, values
 
 
 def _backward(call: Call, config: Express, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> _Gradients:
@@ -399,8 +400,8 @@ def _express_body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         return out, lse
     if whole:
         short = (pad.length < whole)[:, None, None]
-        first = [x[:, :, : whole - 1] for x in (query, key, value)]
-        own_out, own_lse = exact_attention(*first, call.scale)
+        first_query, first_key, first_value = (x[:, :, : whole - 1] for x in (query, key, value))
+        own_out, own_lse = exact_attention(first_query, first_key, first_value, call.scale)
         out[:, :, : whole - 1] = torch.where(short[..., None], own_out, out[:, :, : whole - 1])
         lse[:, :, : whole - 1] = torch.where(short, own_lse, lse[:, :, : whole - 1])
     return pad.unpack(out, call.Lq), pad.unpack(lse[..., None], call.Lq, -math.inf)[..., 0]

@@ -96,7 +96,7 @@ def of_any_size(body: Callable[[Call], Any], causal: bool = True) -> Callable[..
     """
 
     def run(*args: Any, **options: Any) -> Any:
-        call = Call(*args, options=options)
+        call = Call.of_arguments(args, options)
         check_call(call, causal)
         if 0 in call.query.shape[:3]:
             return attention_fake(*call.args)
@@ -114,7 +114,7 @@ def gradient_of_any_size(body: Callable[..., Any], causal: bool = True) -> Calla
     op takes these tensors before the arguments of the call."""
 
     def run(grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *args: Any, **options: Any) -> Any:
-        call = Call(*args, options=options)
+        call = Call.of_arguments(args, options)
         check_call(call, causal)
         inputs = (call.query, call.key, call.value)
         if 0 in call.query.shape[:3] or call.Lk == 0:
@@ -131,7 +131,8 @@ def _with_feature(x: torch.Tensor) -> torch.Tensor:
 
 
 def _with_features(call: Call) -> Call:
-    return replace(call, **{name: _with_feature(getattr(call, name)) for name in ("query", "key", "value")})
+    query, key, value = map(_with_feature, (call.query, call.key, call.value))
+    return replace(call, query=query, key=key, value=value)
 
 
 def by_autograd(body: Callable[[Call], Any]) -> Callable[..., Any]:

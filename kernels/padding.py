@@ -83,8 +83,8 @@ def _equal_lengths(padding: torch.Tensor, Lq: int, own: bool) -> Iterator[tuple[
 
 
 def _alone(call: Call, queries: Places, keys: Places) -> Call:
-    own = {"query": queries.take(call.query), "key": keys.take(call.key), "value": keys.take(call.value)}
-    return replace(call, **own, padding=None)
+    query, key, value = queries.take(call.query), keys.take(call.key), keys.take(call.value)
+    return replace(call, query=query, key=key, value=value, padding=None)
 
 
 def each_alone(run: Callable[[Call], Any], own: bool) -> Callable[[Call], tuple[torch.Tensor, torch.Tensor]]:

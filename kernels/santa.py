@@ -268,55 +268,37 @@ def sample_weights(
     return (hits(comb, sampler, thresholds) * comb.weight).masked_fill(broken, math.nan)
 
 
-def santa_reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    draws: torch.Tensor | None,
-    scale: float,
-    seed: torch.Tensor,
-    layer: int = 0,
-    *,
-    sampler: str = "sys",
-    shared: bool = True,
-    padding: torch.Tensor | None = None,
-    lengths: torch.Tensor | None = None,
-    bernoulli: int = 0,
-    sinks: torch.Tensor | None = None,
-    window: int = 0,
-    softcap: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def santa_reference(call: Call, draws: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """SANTA in plain PyTorch on any device: the definition of correct.
 
-    ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``; ``draws`` int64 ``[H]``
-    or ``[B, H]``, S of every query head, 0 in all heads of a sequence that is to be exact, or None for exact attention;
-    ``seed`` 0-dim int64; ``padding`` bool ``[B, Lk]``, True for a real key; ``lengths`` int64 ``[B]``, the keys of
-    every sequence where it does not fill the cache; ``bernoulli`` levels of the query's random rounding, 0 for none;
-    ``sinks`` ``[H]``, a logit per query head, in any float dtype; ``window`` places, its own and those before, at which
-    a query sees keys, 0 for all; ``softcap`` of the scores, 0 for none. Returns ``out`` ``[B, H, Lq, Dv]`` and ``lse``
+    ``draws`` int64 ``[H]`` or ``[B, H]``, S of every query head, 0 in all heads of a sequence that is to be exact, or
+    None for exact attention. Of the options of ``call`` count ``sampler`` ("sys") and ``shared`` (True), ``bernoulli``
+    levels of the query's random rounding (0 for none), ``window`` places, its own and those before, at which a query
+    sees keys (0 for all), and ``softcap`` of the scores (0 for none). Returns ``out`` ``[B, H, Lq, Dv]`` and ``lse``
     ``[B, H, Lq]`` in float32 (or float64): the logarithm of the softmax's denominator, so of all visible keys, read or
     not, and of the sink. Sequences are computed from the keys that their queries see, those with equally many together,
     so that nothing but these can matter.
     """
-    B, H, Lq = query.shape[:3]
-    sizes = B, Lq, key.shape[2], padding, lengths, query.device
-    visible, step = visible_keys(*sizes, window), visible_keys(*sizes).sum(-1)
+    query, options, (B, H, Lq, _) = call.query, call.options, call.query.shape
+    places = B, Lq, call.Lk, call.padding, call.lengths, query.device
+    visible, step = visible_keys(*places, options.get("window", 0)), visible_keys(*places).sum(-1)
     seen = visible.any(1)
     seen[:, 0] |= ~seen.any(1)  # of a sequence that sees nothing a key that it does not see
     drawn = torch.zeros(H, dtype=torch.int64) if draws is None else draws
     drawn = drawn.to(query.device).expand(B, H)
     sizes = torch.stack([seen.sum(1), drawn[:, 0].sign()], 1)
-    out = query.new_empty(B, H, Lq, value.shape[-1])
+    out = query.new_empty(B, H, Lq, call.value.shape[-1])
     lse = query.new_empty(B, H, Lq, dtype=torch.promote_types(query.dtype, torch.float32))
+    sampler, shared = options.get("sampler", "sys"), options.get("shared", True)
     for n, samples in sizes.unique(dim=0).tolist():
         batch = (sizes == torch.tensor([n, samples], device=sizes.device)).all(1).nonzero()[:, 0]
         rows = Places(batch, seen[batch].nonzero()[:, 1].view(-1, n))
-        q, k, v, mask = query[batch], rows.take(key), rows.take(value), rows.take(visible[..., None])[..., 0]
-        if bernoulli and (samples or draws is None):
-            q = round_query(q, bernoulli, seed, layer, step[batch])
-        weights, lse[batch] = probabilities(q, k, mask, scale, softcap, sinks)
+        q, k, v, mask = query[batch], rows.take(call.key), rows.take(call.value), rows.take(visible[..., None])[..., 0]
+        if options.get("bernoulli", 0) and (samples or draws is None):
+            q = round_query(q, options["bernoulli"], call.seed, call.layer, step[batch])
+        weights, lse[batch] = probabilities(q, k, mask, call.scale, options.get("softcap", 0.0), call.sinks)
         if samples:
-            weights = sample_weights(weights, drawn[batch], step[batch], seed, layer, sampler, shared)
+            weights = sample_weights(weights, drawn[batch], step[batch], call.seed, call.layer, sampler, shared)
         v = v.to(lse.dtype).masked_fill(~mask.any(1)[:, None, :, None], 0)
         weights = weights[..., :n].flatten(2, 3).to(v.dtype)
         out[batch] = (weights @ v).unflatten(2, (-1, Lq)).flatten(1, 2).to(out.dtype)
@@ -481,11 +463,7 @@ def _on_cpu(call: Call, site: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     for n in (in_reach(Lq, n, window) for n in visible[:, -1].sum(-1).tolist()):
         S = _resolve(site, options["fraction"], table, n)
         chosen.append([0] * H if n < least or n <= min(S) else S)
-    return santa_reference(
-        call.query, call.key, call.value, torch.tensor(chosen, dtype=torch.int64).view(B, H), call.scale, call.seed,
-        call.layer, sampler=options["sampler"], shared=options["shared"], padding=call.padding, lengths=call.lengths,
-        bernoulli=options.get("bernoulli", 0), sinks=call.sinks, window=window, softcap=options.get("softcap", 0.0),
-    )  # fmt: skip
+    return santa_reference(call, torch.tensor(chosen, dtype=torch.int64).view(B, H))
 
 
 def loses(B: int, H: int, H_kv: int, Lq: int, Lk: int, key_bytes: int, S: int) -> str | None:

@@ -30,7 +30,7 @@ are not causal, windows, biases and dropout.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -280,7 +280,7 @@ def dense_forward(
 def dense_backward(
     grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, query: torch.Tensor, key: torch.Tensor,
     value: torch.Tensor, pattern: Pattern, scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Gradients of query, key and value in float32 (float64 for float64 inputs)."""
     return _Dense(query, key, value, pattern, scale).backward(grad, out, lse)
 
@@ -319,14 +319,15 @@ def _body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     if call.Lq == 1:
         return _Dense(*tensors, pattern, scale, real_first(padding), padding.sum(1)).forward()
     pad = Packing(padding)
-    out, lse = _attend(*map(pad.pack, tensors), pattern, scale)
+    query, key, value = map(pad.pack, tensors)
+    out, lse = _attend(query, key, value, pattern, scale)
     return pad.unpack(out, call.Lq), pad.unpack(lse[..., None], call.Lq, -math.inf)[..., 0]
 
 
 def _backward_body(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
     pattern, tensors = pattern_of(**call.options, Lk=call.Lk), (call.query, call.key, call.value)
     padding, scale = call.padding, call.scale
-    run = sparse_backward_triton if grad.is_cuda else dense_backward
+    run: Callable[..., tuple[torch.Tensor, ...]] = sparse_backward_triton if grad.is_cuda else dense_backward
     if padding is None:
         grads = run(grad, out, lse, *tensors, pattern, scale)
     elif call.Lq == 1:

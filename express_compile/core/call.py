@@ -52,6 +52,12 @@ class Call:
         return cls(**own, options=given)
 
     @classmethod
+    def of_arguments(cls, args: tuple[Any, ...], options: Mapping[str, Any]) -> Call:
+        """The call whose positional arguments are all given in order, as the body of an op gets them."""
+        names = (f.name for f in fields(cls))
+        return cls(**dict(zip(names, args, strict=False)), options=options)
+
+    @classmethod
     def of_node(cls, node: Node) -> Call:
         """The call that a node of a graph makes."""
         assert isinstance(node.target, Op)

@@ -88,7 +88,8 @@ class Method:
     @property
     def op(self) -> torch._ops.OpOverload:
         """The custom op with signature ``(query, key, value, padding, seed, scale, layer, **params)``."""
-        return getattr(torch.ops.express_compile, self.name).default
+        op: torch._ops.OpOverload = getattr(torch.ops.express_compile, self.name).default
+        return op
 
     def takes(self, option: str) -> bool:
         """Whether the op has an argument of this name."""

@@ -96,7 +96,7 @@ class SavedSite:
         """The entry of a site for which ``plan`` was made; ``spec`` is None where it was refused unseen."""
         if plan.verdict != "rewritten" or spec is None:
             return cls(module, index, plan.method, plan.verdict)
-        options = {"methods": (plan.method,)} if plan.policy is None else plan.policy.local()
+        options: dict[str, Any] = {"methods": (plan.method,)} if plan.policy is None else plan.policy.local()
         if options["methods"] is not None:  # whether exact attention may be chosen decides where the method runs
             options["methods"] = tuple(name for name in options["methods"] if name in (plan.method, "exact"))
         return cls(module, index, plan.method, plan.verdict, plan.params, facts_of(spec), options, plan.rows)

@@ -89,13 +89,13 @@ class Policy:
         flag("strict", self.strict)
         object.__setattr__(self, "modules", dict(_overrides(self.modules)))
         if self.plan is not None:
-            self._check_plan()
+            self._check_plan(self.plan)
 
-    def _check_plan(self) -> None:
-        if isinstance(self.plan, (str, PathLike)):
-            object.__setattr__(self, "plan", SavedPlan.load(self.plan))
-        if not isinstance(self.plan, SavedPlan):
-            raise TypeError(f"plan={self.plan!r}: must be None, a SavedPlan or the path of a file with one")
+    def _check_plan(self, plan: Any) -> None:
+        plan = SavedPlan.load(plan) if isinstance(plan, (str, PathLike)) else plan
+        if not isinstance(plan, SavedPlan):
+            raise TypeError(f"plan={plan!r}: must be None, a SavedPlan or the path of a file with one")
+        object.__setattr__(self, "plan", plan)
         given = {**self.local(), "modules": self.modules}
         others = [name for name, value in given.items() if value != (getattr(Policy, name, {}))]
         if others:
@@ -171,7 +171,7 @@ class Policy:
         """The policy of one module: the fields of every glob that matches its path over those given for all."""
         globs = self.globs(path)
         if globs not in self._local:
-            changes = {name: value for glob in globs for name, value in dict(self.modules[glob]).items()}
+            changes = {name: value for glob in globs for name, value in self.modules[glob].items()}
             self._local[globs] = replace(self, modules={}, **changes)
         return self._local[globs]
 
@@ -206,7 +206,7 @@ class Policy:
         values = {**self.local(), **{name: getattr(self, name) for name in local.GLOBAL if name != "plan"}}
         for name, value in values.items():
             check_plain(name, value)
-        plan = self.plan if not isinstance(self.plan, SavedPlan) else json.loads(self.plan.to_json())
+        plan = None if self.plan is None else json.loads(self.plan.to_json())
         return json.dumps({**values, "plan": plan}, indent=2)
 
     @classmethod
@@ -236,10 +236,10 @@ _MAPPINGS = ("method_options", "modules", "shared")
 
 
 def _seed(value: Any) -> int | None:
-    value = whole("seed", value)
-    if value is not None and value >= 2**32:
-        raise ValueError(f"seed={value!r}: must be below 2**32")
-    return value
+    seed = whole("seed", value)
+    if seed is not None and seed >= 2**32:
+        raise ValueError(f"seed={seed!r}: must be below 2**32")
+    return seed
 
 
 def _overrides(modules: Any) -> Iterator[tuple[str, dict[str, Any]]]:

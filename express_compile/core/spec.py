@@ -53,6 +53,7 @@ class Mask:
     @property
     def reach(self) -> str:
         """How far the window goes, in words."""
+        assert self.window is not None
         return f"{self.window} tokens" if self.causal else f"{self.window - 1} tokens on either side"
 
     def __str__(self) -> str:

@@ -24,6 +24,7 @@ from torch._dynamo.eval_frame import skip_code
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
+from ..core.call import Op, wrap_ops
 from ..core.plan import Plan
 from ..core.policy import Policy, Unmet
 from ..core.sites import NOT_CAPTURED, SiteReport, recording
@@ -34,7 +35,7 @@ from ..planning.choose import require_matches
 from .dynamo import Compiled, Failure, cannot_capture, is_converting
 from .module_code import writes_attention
 from .tracers import cannot_trace, is_exporting, refuse_tracers, untraced
-from .watched import GraphSite, Watch, let_watch
+from .watched import GraphSite, Watch
 
 _CAPTURE = "_express_compile_capture"
 
@@ -320,8 +321,17 @@ class Capture:
 
     def _watch(self, gm: GraphModule, sites: Iterable[tuple[AttentionSite, Plan]]) -> dict[int, GraphSite]:
         """Let the ops of a graph be sampled while the model is watched; gives how each site is, by layer key."""
-        inside = dict(self.module.named_modules(prefix=self.path))
-        return let_watch(gm, sites, weakref.ref(self), lambda path: weakref.ref(inside.get(path, self.module)))
+        owner, inside = weakref.ref(self), dict(self.module.named_modules(prefix=self.path))
+        of = {site.layer: (site, plan) for site, plan in sites}
+        found: dict[int, GraphSite] = {}
+
+        def wrap(op: Op, layer: int) -> Callable[..., Any]:
+            site, plan = of[layer]
+            found[layer] = GraphSite(owner, weakref.ref(inside.get(site.module, self.module)), site, plan)
+            return found[layer].of_op(op)
+
+        wrap_ops(gm, wrap)
+        return found
 
 
 def _captured_call_impl(self: Any, *args: Any, **kwargs: Any) -> Any:

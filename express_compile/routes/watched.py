@@ -8,15 +8,14 @@ along.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
 
-from ..core.call import Call, Op, call, wrap_ops
+from ..core.call import Call, Op, call
 from ..core.method import METHODS
 from ..core.plan import Plan
 from ..core.sites import SiteReport
@@ -110,25 +109,3 @@ class GraphSite:
         saved = replace(report.saved, method="exact", verdict="exact", params={}, facts={}, options={})
         exact = replace(report, method="exact", verdict="exact", reason=plan.reason, params={}, predicted_ms={})
         return replace(exact, rejected=(), saved=saved)
-
-
-def let_watch(
-    gm: GraphModule,
-    sites: Iterable[tuple[AttentionSite, Plan]],
-    owner: Callable[[], Watchable | None],
-    module_of: Callable[[str], Callable[[], nn.Module | None]],
-) -> dict[int, GraphSite]:
-    """Let the ops of a graph be sampled while ``owner`` is watched; gives how each site is, by layer key.
-
-    module_of: a weak reference to the module at a path.
-    """
-    of = {site.layer: (site, plan) for site, plan in sites}
-    found: dict[int, GraphSite] = {}
-
-    def wrap(op: Op, layer: int) -> Callable[..., Any]:
-        site, plan = of[layer]
-        found[layer] = GraphSite(owner, module_of(site.module), site, plan)
-        return found[layer].of_op(op)
-
-    wrap_ops(gm, wrap)
-    return found

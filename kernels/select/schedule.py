@@ -170,7 +170,9 @@ def make_schedule(tokens: int, s: int, M: int) -> Schedule:
     check_budget(s, M)
     last = round_of(tokens, s)
     size = tokens
-    ends, levels, subsamples, launches, closings = [0], [()], [], {}, []
+    ends, subsamples, closings = [0], [], []
+    levels: list[tuple[int, ...]] = [()]
+    launches: dict[int, list[Halving]] = {}
     for r in range(last + 1):
         round_ = Round(r, s, M)
         if r > 0:

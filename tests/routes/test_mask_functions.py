@@ -64,6 +64,27 @@ STATE = {"shown": True}
 REACH = 3
 
 
+def itself(b, h, q, k):
+    return itself(b, h, q, k)
+
+
+def test_a_function_that_calls_itself_is_unknown() -> None:
+    assert "recursion" in proven(itself).unknown
+
+
+def test_attributes_and_defaults_of_a_function_count() -> None:
+    def function(b, h, q, k, reach=3):
+        return (k <= q) & (q - k < reach)
+
+    assert proven(function).window == 3
+    function.__defaults__ = (5,)
+    assert proven(function).window == 5
+    function.note = []
+    assert proven(function).window == 5
+    function.note = torch.zeros(1)
+    assert "reads a Tensor" in proven(function).unknown
+
+
 def test_a_number_that_changes_makes_another_function(monkeypatch: pytest.MonkeyPatch) -> None:
     def function(b, h, q, k):
         return (k <= q) & (q - k < REACH)

@@ -31,13 +31,14 @@ def proven(mask_function: Callable[..., Any]) -> Mask:
     """
     try:
         key = _identity(mask_function)
-    except TypeError as error:
+    except (TypeError, RecursionError) as error:
         return Mask(unknown=str(error))
-    if key not in _KNOWN:
+    known = _KNOWN.get(key)
+    if known is None:
         if len(_KNOWN) >= _MOST:
             _KNOWN.clear()
-        _KNOWN[key] = _proven(mask_function)
-    return _KNOWN[key]
+        known = _KNOWN[key] = _proven(mask_function)
+    return known
 
 
 def _proven(mask_function: Callable[..., Any]) -> Mask:
@@ -93,7 +94,8 @@ def _identity(x: Any) -> Hashable:
         raise TypeError(f"its mask function reads a {type(x).__name__}")
     named = [x.__globals__[name] for name in _names(x.__code__) if name in x.__globals__]
     held = [cell.cell_contents for cell in x.__closure__ or ()]
-    return x.__code__, _identity([*named, *held, *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()])
+    defaults = [*(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()]
+    return x.__code__, _identity([*named, *held, *defaults, *vars(x).values()])
 
 
 def _names(code: CodeType) -> list[str]:
