@@ -196,9 +196,9 @@ def test_any_chunks_of_keys_draw_what_the_reference_draws(monkeypatch):
     for module in (S, K):
         monkeypatch.setattr(module, "grid_bits", lambda draws: 18)
     q, k, v = tokens(1, 600, B=2, H=8, H_kv=8)
-    expected = S.santa_reference(Call.of(S.OP, (q, k, v, None, SEED, 0.25, 5), {}), torch.full((8,), 32))[
-        0
-    ].flatten(0, 1)
+    expected = S.santa_reference(Call.of(S.OP, (q, k, v, None, SEED, 0.25, 5), {}), torch.full((8,), 32))[0].flatten(
+        0, 1
+    )
     for chunk in (64, 256):
         monkeypatch.setattr(K, "CHUNK", chunk)
         out = K.santa_triton(q, k, v, [32] * 8, 0.25, SEED, 5)[0].flatten(0, 1)
