@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .report.explain import Report, explain
     from .routes.eager import is_rewritten, restore_attention, rewrite_attention
 
+__version__ = "0.1.0"
+
 # kernels/ and passes/ lie beside this folder in a checkout and inside it in a wheel. When Python runs from the
 # root of a checkout, this folder is found before an installed copy, so it must find its two sisters itself.
 _HERE = Path(__file__).resolve().parent

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import __version__
 from .core.plain import from_json, try_to_write
 
 DTYPES = ("int64", "int32", "bool", "float32", "bfloat16", "float16", "float64")
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is allowed. What the model raises is not caught.
     """
     parser = _Parser(prog="python -m express_compile", description="Sub-quadratic attention.")
+    parser.add_argument("--version", action="version", version=f"express-compile {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_explain(commands)
     _add_calibrate(commands)
@@ -65,7 +67,7 @@ def _add_explain(commands: Any) -> None:
     add("--json", type=_file, metavar="FILE", help="write the report as JSON")
     add("--html", type=_file, metavar="FILE", help="write the report as one HTML page")
     add("--save-plan", type=_file, metavar="FILE", help="write what was decided; the option plan takes it")
-    policy = parser.add_argument_group("policy", "the options of the backend; the README says what they mean")
+    policy = parser.add_argument_group("policy", "the options of the backend (docs/guide/options.md)")
     for name, settings in POLICY.items():
         policy.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **settings)
 

@@ -6,7 +6,7 @@ import io
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
@@ -37,12 +37,14 @@ from ..quality.budgets import Compared
 from ..routes.dynamo import Compiled
 from ..routes.eager import is_rewritten, unmatched
 from ..routes.outside import Outside
+from .groups import grouped, name_of
 from .page import render
 
 
 @dataclass(frozen=True)
 class Report:
-    """Every attention site found in one run of a model. ``print(report)`` shows a table.
+    """Every attention site found in one run of a model. ``print(report)`` shows a table, one line for sites
+    of which it says the same.
 
     sites: in order of execution.
     graphs: number of graphs Dynamo cut the model into; 0 for a model that ``rewrite_attention`` changed.
@@ -81,24 +83,23 @@ class Report:
         Of sites with known sizes and a proven mask: on random tensors of these sizes, without padding, each call
         launched by itself.
         """
-
         clocks: dict[str, Clock] = {}
         known: dict[tuple[Any, ...], float] = {}
 
-        def measure(site: SiteReport, method: str, params: Mapping[str, Any]) -> float:
-            key = (site.shape, site.mask, site.spec.scale, method, repr(dict(params)))
+        def measure(spec: AttentionSpec, method: str, params: Mapping[str, Any]) -> float:
+            key = (*_sizes(spec), spec.dtype, spec.device, str(spec.mask), spec.scale, method, repr(dict(params)))
             if key not in known:
-                clock = clocks.setdefault(site.spec.device, Clock(site.spec.device))
-                known[key] = time_site(site.spec, method, params, clock)
+                clock = clocks.setdefault(spec.device, Clock(spec.device))
+                known[key] = time_site(spec, method, params, clock)
             return known[key]
 
         def complete(site: SiteReport) -> SiteReport:
             spec = site.spec
             if spec is None or spec.mask.unknown is not None or not all(isinstance(x, int) for x in _sizes(spec)):
                 return site
-            times = {"exact": measure(site, "exact", {})}
+            times = {"exact": measure(spec, "exact", {})}
             if site.method != "exact":
-                times[site.method] = measure(site, site.method, site.params)
+                times[site.method] = measure(spec, site.method, site.params)
             return replace(site, measured_ms=times)
 
         return replace(self, sites=tuple(map(complete, self.sites)))
@@ -114,15 +115,16 @@ class Report:
 
         plots: dict[str, str] = {}
         for site in self.sites:
-            device = None if site.spec is None else devices.device_of(site.spec.device)
-            if device is None or site.policy is None:
+            spec, policy = site.spec, site.policy
+            device = None if spec is None else devices.device_of(spec.device)
+            if spec is None or device is None or policy is None:
                 continue
             names = [name for name in METHODS if name != "exact"]
-            able = [name for name in names if METHODS[name].why_not(site.spec, site.policy) is None]
-            able = [name for name in able if device.rates_of(name, site.spec.dtype) is not None]
-            title = f"{site.shape}, mask: {site.mask}, s={site.policy.budget}, {device.name} ({device.source})"
+            able = [name for name in names if METHODS[name].why_not(spec, policy) is None]
+            able = [name for name in able if device.rates_of(name, spec.dtype) is not None]
+            title = f"{site.shape}, mask: {site.mask}, s={policy.budget}, {device.name} ({device.source})"
             if able and title not in plots:
-                plots[title] = crossover_plot(tuple(able), site.spec, site.policy, device, site.shape)
+                plots[title] = crossover_plot(tuple(able), spec, policy, device, site.shape)
         return plots
 
     def totals(self) -> dict[str, int]:
@@ -153,30 +155,19 @@ class Report:
     def _table(self) -> str:
         if not self.sites:
             return ""
-
-        columns = ("module", "source", "form", "mask", "method", "verdict", "reason")
-        rows = [
-            [site.module or "(root)", _short(site.source) or "-", site.form, site.mask or "-"]
-            + [site.method, site.verdict, site.reason]
-            for site in self.sites
-        ]
-        if any(site.measured_ms for site in self.sites):
-            columns = (*columns, "measured")
-            rows = [[*row, _times(site.measured_ms)] for row, site in zip(rows, self.sites, strict=True)]
-        if any(site.error is not None or site.unmeasured for site in self.sites):
-            columns = (*columns, "error")
-            rows = [[*row, _error(site)] for row, site in zip(rows, self.sites, strict=True)]
-        if any(site.nearest for site in self.sites):
-            columns = (*columns, "nearest supported form")
-            rows = [[*row, site.nearest or "-"] for row, site in zip(rows, self.sites, strict=True)]
-        table = Table(*columns)
-        for row in rows:
+        lines = [[cell(site) for cell in _COLUMNS.values()] for site in self.sites]
+        groups = grouped(lines, lambda line: tuple(line[1:]))
+        lines = [[name_of([line[0] for line in group]), *group[0][1:]] for group in groups]
+        filled = [i for i, name in enumerate(_COLUMNS) if name not in _OPTIONAL or any(x[i] != "-" for x in lines)]
+        rows = [[line[i] for i in filled] for line in (list(_COLUMNS), *lines)]
+        table = Table(*rows[0])
+        for row in rows[1:]:
             table.add_row(*map(Text, row))
-        lengths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
         # as wide as its longest row: a terminal wraps lines, but a cut reason is lost
-        console = Console(file=io.StringIO(), width=sum(lengths) + 4 * len(columns), color_system=None)
-        console.print(table)
-        return console.file.getvalue().rstrip("\n")
+        width = sum(max(map(len, cells)) for cells in zip(*rows, strict=True)) + 4 * len(filled)
+        out = io.StringIO()
+        Console(file=out, width=width, color_system=None).print(table)
+        return out.getvalue().rstrip("\n")
 
 
 def _sizes(spec: AttentionSpec) -> tuple[Any, ...]:
@@ -196,6 +187,22 @@ def _error(site: SiteReport) -> str:
 def _short(source: str) -> str:
     """The last two parts of a path; the JSON has all of it."""
     return "/".join(source.replace("\\", "/").split("/")[-2:])
+
+
+_COLUMNS: dict[str, Callable[[SiteReport], str]] = {
+    "module": lambda site: site.module,
+    "source": lambda site: _short(site.source) or "-",
+    "form": lambda site: site.form,
+    "mask": lambda site: site.mask or "-",
+    "method": lambda site: site.method,
+    "verdict": lambda site: site.verdict,
+    "reason": lambda site: site.reason,
+    "measured": lambda site: _times(site.measured_ms),
+    "error": _error,
+    "nearest supported form": lambda site: site.nearest or "-",
+}
+"""The table of a report; those of :data:`_OPTIONAL` are shown only where some site has something to say."""
+_OPTIONAL = ("measured", "error", "nearest supported form")
 
 
 def explain(

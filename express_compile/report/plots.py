@@ -28,12 +28,13 @@ def crossover_plot(methods: tuple[str, ...], spec: AttentionSpec, policy: Policy
     lengths = [n for i in range(8 * int(math.log2(_TO // _FROM)) + 1) if (n := round(_FROM * 2 ** (i / 8))) >= least]
     for name in ("exact", *methods):
         times = [predict(name, at_length(spec, n), policy, device) for n in lengths]
-        if None not in times:
-            axes.plot(lengths, times, label=f"{name}, without padding" if without_padding([name], spec) else name)
+        known = [ms for ms in times if ms is not None]
+        if len(known) == len(lengths):
+            axes.plot(lengths, known, label=f"{name}, without padding" if without_padding([name], spec) else name)
     for name in methods:
-        n = crossover(name, "exact", spec, policy, device, margin=MARGIN)
-        if n is not None and lengths[0] <= n <= _TO:
-            axes.axvline(n, color="grey", linestyle=":", label=f"{name} from {n:,} keys on")
+        crosses = crossover(name, "exact", spec, policy, device, margin=MARGIN)
+        if crosses is not None and lengths[0] <= crosses <= _TO:
+            axes.axvline(crosses, color="grey", linestyle=":", label=f"{name} from {crosses:,} keys on")
     axes.set(xscale="log", yscale="log", xlabel="keys", ylabel="predicted ms", title=title)
     axes.legend()
     text = io.StringIO()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import express_compile
 from express_compile.__main__ import POLICY, main
 from express_compile.core.cost import Device
 from express_compile.core.plan import SavedPlan
@@ -124,6 +125,13 @@ def test_errors_are_measured_on_request(model: str, tmp_path: Path, capsys: pyte
     assert main(["explain", f"{model}:make", "--shape", "1x64", *options, "--error"]) == 0
     assert "integers are ones, so errors are those of equal tokens" in capsys.readouterr().err
     assert json.loads((tmp_path / "f").read_text())["sites"][0]["error"] < 1e-5, "equal keys are thinned without loss"
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"express-compile {express_compile.__version__}\n"
+    assert express_compile.__version__.split(".")[0].isdigit()
 
 
 def test_every_field_that_matters_is_an_option(
