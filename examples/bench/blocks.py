@@ -1,4 +1,4 @@
-"""Who should choose 16 blocks of 64 keys for 128 queries: attention mass of SmolLM2 that each rule catches; and the time.
+"""Who should choose 16 blocks of 64 keys for 128 queries: how much attention mass each rule catches; and the time.
 
     python examples/bench/blocks.py --out examples/bench/results/blocks.csv             # minutes on one CPU core
     python examples/bench/blocks.py --time --out examples/bench/results/blocks.csv      # a minute on a GPU
@@ -53,7 +53,7 @@ def attention_inputs(model, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch
 
 
 def own_mass(query: torch.Tensor, key: torch.Tensor, scale: float, begin: int, candidates: int) -> torch.Tensor:
-    """Mass that each query of the block at ``begin`` gives to each candidate: ``[H_kv, H / H_kv, block, candidates]``."""
+    """Mass that each query of the block at ``begin`` gives to each candidate: ``[H_kv, g, block, candidates]``."""
     own = query[0].unflatten(0, (key.shape[1], -1))[:, :, begin : begin + CONFIG.block] * scale
     scores = own @ key[0, :, None, : begin + CONFIG.block].mT
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(begin + 1)
@@ -84,7 +84,7 @@ def shortlisted(scores: torch.Tensor, mass: torch.Tensor, blocks: int) -> torch.
 
 
 def of_block(query, key, scale, begin: int, candidates: int, causal: dict[str, torch.Tensor]) -> dict:
-    """Scores by every rule for the block of queries at ``begin``, ``[H_kv, candidates]`` each; the oracle's are true."""
+    """Scores ``[H_kv, candidates]`` by every rule for the block of queries at ``begin``; the oracle's are true."""
     mass = own_mass(query, key, scale, begin, candidates)
     rules = {"oracle": mass.sum((1, 2))}
     for n in INSIDE:
@@ -99,7 +99,7 @@ def of_block(query, key, scale, begin: int, candidates: int, causal: dict[str, t
 
 
 def mass_rows(model, tokenizer, length: int, names: list[str], layers: int, every: int) -> list[dict]:
-    """Share of the mass caught by each rule over ``names``, ``layers`` layers and one of ``every`` blocks of queries."""
+    """Share of the mass caught by each rule: texts ``names``, ``layers`` layers, one of ``every`` blocks of queries."""
     layout = query_blocks(CONFIG, length, length)
     full = layout.begin + CONFIG.block <= length
     at = np.flatnonzero(full & (layout.begin >= length // 3) & (layout.candidates > CONFIG.blocks))[::every]
