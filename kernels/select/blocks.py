@@ -260,7 +260,7 @@ def _choose_kernel(
             b_x = tl.load(p_lse + i_chooser * GROUP + g, mask=o_c < seen, other=float("-inf"))
             b_p = tl.exp2(b_x - tl.maximum(tl.max(b_x), -1e30))
             b_sum = tl.sum(b_p)
-            b_mass += tl.where(b_sum == 0, 0.0, b_p / b_sum)  # NaN stays NaN
+            b_mass += b_p / tl.where(b_sum == 0, 1.0, b_sum)  # NaN stays NaN
 
     count = tl.maximum(begin + i_block * BLOCK - held, 0) // BN
     first = (sinks - line) // BN

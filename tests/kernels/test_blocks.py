@@ -232,24 +232,24 @@ def test_a_single_query_chooses_for_itself():
 
 @pytest.mark.parametrize("run", [S.select_blocks_reference, S.select_blocks_triton])
 def test_a_padded_sequence_chooses_what_it_does_alone(run):
-    n, Lq, config = 400, 250, S.BlockConfig(2, sinks=3, recent=20, samples=2, block=32)
+    n, Lq, config = 300, 180, S.BlockConfig(2, sinks=3, recent=20, samples=2, block=64)
     q, k = tokens(n, B=4, H=4, H_kv=2, Lq=Lq, dtype=torch.float32)
     padding = torch.ones(4, n, dtype=torch.bool)
-    padding[0, :170], padding[1, -90:], padding[2, 100:160] = False, False, False
+    padding[0, :130], padding[1, -70:], padding[2, 100:160] = False, False, False
     pad = Packing(padding)
     start = pad.length - padding[:, n - Lq :].sum(1)
     chosen = run(pad.pack(q), pad.pack(k), config, 0.5, start)
     for b in range(4):
         real = padding[b]
         alone = run(q[b : b + 1, :, real[n - Lq :]], k[b : b + 1, :, real], config, 0.5)
-        first = int(start[b] + config.in_block(0)) // 32  # the block that its first query is in
+        first = int(start[b] + config.in_block(0)) // 64  # the block that its first query is in
         assert torch.equal(chosen[b : b + 1, :, first : first + alone.shape[2]], alone)
 
 
 @pytest.mark.parametrize("run", [S.select_blocks_reference, S.select_blocks_triton])
 def test_a_sequence_chooses_the_same_in_any_batch(run):
-    config = S.BlockConfig(2, sinks=3, recent=20, samples=2, block=32)
-    q, k = tokens(400, B=3, H=4, H_kv=2, dtype=torch.float32)
+    config = S.BlockConfig(2, sinks=3, recent=20, samples=2, block=64)
+    q, k = tokens(300, B=3, H=4, H_kv=2, dtype=torch.float32)
     together = run(q, k, config, 0.5)
     for b in range(3):
         assert torch.equal(together[b : b + 1], run(q[b : b + 1], k[b : b + 1], config, 0.5))
