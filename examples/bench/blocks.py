@@ -8,7 +8,8 @@ block, as a mean over blocks of queries (``share``) or of the whole mass (``tota
 all of the block against all keys; ``N inside`` ask N evenly spaced ones of the block, so that the choice tells early
 queries what late ones want; ``N xS before`` (causal) ask the block's first query and those S apart before it. Rules of
 keys, with the first query alone: means of 64 or 8 keys, bounds (each feature's least and largest, as Quest, arXiv
-2406.10774), and bounds to shortlist twice as many blocks; ``last`` are the newest blocks.
+2406.10774), and bounds to shortlist twice as many blocks; ``last`` are the newest blocks, and ``a block more`` is the
+first query's choice of 17.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from express_compile.kernels.select.blocks import KEYS, BlockConfig, block_mass,
 
 MODEL = "SmolLM2-135M-Instruct"
 CONFIG = BlockConfig(blocks=16)
-CAUSAL = {f"{n} x{stride} before": (n, stride) for n, stride in ((1, 1), (2, 4), (4, 4), (4, 32), (16, 1), (16, 8))}
+CAUSAL = {f"{n} x{stride} before": (n, stride) for n, stride in ((1, 4), (2, 4), (4, 4), (4, 32), (16, 1), (16, 8))}
+DEFAULT = f"{CONFIG.samples} x{CONFIG.stride} before"
 INSIDE = (4, 16)
+MORE = "a block more"
 
 # -- mass --------------------------------------------------------------------------------------------------------
 
@@ -93,7 +96,7 @@ def of_block(query, key, scale, begin: int, candidates: int, causal: dict[str, t
     first = query[0, :, begin].unflatten(0, (key.shape[1], -1)) * scale
     keys = key[0, :, CONFIG.sinks : CONFIG.sinks + KEYS * candidates].unflatten(1, (candidates, KEYS))
     rules |= of_keys(first, keys)
-    rules["bounds, then 1 before"] = shortlisted(rules["bounds"], causal["1 x1 before"], 2 * CONFIG.blocks)
+    rules["bounds and then 1 before"] = shortlisted(rules["bounds"], causal[DEFAULT], 2 * CONFIG.blocks)
     rules["last"] = torch.arange(candidates).expand(key.shape[1], -1) + 1.0
     return rules
 
@@ -102,7 +105,7 @@ def mass_rows(model, tokenizer, length: int, names: list[str], layers: int, ever
     """Share of the mass caught by each rule: texts ``names``, ``layers`` layers, one of ``every`` blocks of queries."""
     layout = query_blocks(CONFIG, length, length)
     full = layout.begin + CONFIG.block <= length
-    at = np.flatnonzero(full & (layout.begin >= length // 3) & (layout.candidates > CONFIG.blocks))[::every]
+    at = np.flatnonzero(full & (layout.begin >= length // 3) & (layout.candidates > CONFIG.blocks + 1))[::every]
     shares, caught = defaultdict(list), defaultdict(float)
     for name in names:
         inputs = attention_inputs(model, tokenizer(long_texts()[name], return_tensors="pt").input_ids[:, :length])
@@ -116,18 +119,21 @@ def mass_rows(model, tokenizer, length: int, names: list[str], layers: int, ever
                 own = {rule: x[0, :, i, :candidates] for rule, x in causal.items()}
                 rules = of_block(query, key, scale, int(layout.begin[i]), candidates, own)
                 true = rules["oracle"]
+                rules[MORE] = own[DEFAULT]
                 for rule, scores in rules.items():
-                    chosen = choose(scores, torch.tensor(candidates), CONFIG.blocks).long()
+                    blocks = CONFIG.blocks + (rule == MORE)
+                    chosen = choose(scores, torch.tensor(candidates), blocks).long()
                     mass = true.gather(-1, chosen).sum(-1)
                     shares[rule] += (mass / true.sum(-1)).tolist()
                     caught[rule] += float(mass.sum())
                 caught["everything"] += float(true.sum())
-    common = dict(model=MODEL, task=f"mass caught by {CONFIG.blocks} blocks", n=length, rows=KEYS * CONFIG.blocks)
+    common = dict(model=MODEL, task=f"mass caught by {CONFIG.blocks} blocks", n=length)
     common["params"] = f"sinks={CONFIG.sinks} recent={CONFIG.recent} block={CONFIG.block} texts={len(names)}"
     rows = []
     for rule, values in shares.items():
-        rows.append({**common, "method": rule, "metric": "share", "value": float(np.mean(values))})
-        rows.append({**common, "method": rule, "metric": "total", "value": caught[rule] / caught["everything"]})
+        own = {**common, "method": rule, "rows": KEYS * (CONFIG.blocks + (rule == MORE))}
+        rows.append({**own, "metric": "share", "value": float(np.mean(values))})
+        rows.append({**own, "metric": "total", "value": caught[rule] / caught["everything"]})
     return rows
 
 

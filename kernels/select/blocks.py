@@ -8,9 +8,10 @@ while there are no more candidates than ``blocks``.
 
 The score of a block of keys is the attention mass that ``samples`` whole queries give it (softmax over all that they
 see), summed over the query heads of the group. These queries are the block's first one and the ones ``stride`` apart
-before it, never later ones: the choice must not tell a query what comes after it. On SmolLM2 that costs less than
-averaging does: see ``examples/bench/blocks.py``, whose rows are in ``results/blocks.csv``. (FlashPrefill, arXiv
-2603.06199, and XAttention, arXiv 2503.16428, also choose blocks of keys by blocks of queries.)
+before it, never later ones: the choice must not tell a query what comes after it. On SmolLM2 at 8,192 tokens 16 blocks
+catch .80 of the mass between sinks and tail so (4 samples .81, which is less than a block more brings; an oracle .82;
+chosen by means of 8 keys .51): ``examples/bench/results/blocks.csv``. (FlashPrefill, arXiv 2603.06199, and XAttention,
+arXiv 2503.16428, also choose blocks of keys by blocks of queries.)
 """
 
 from __future__ import annotations
