@@ -34,7 +34,7 @@ from express_compile.core.spec import feature_major, floor_power_of_two
 
 from ..launch import FLOAT32_DOT, constant, draw_uniform, jit, launch, next_power_of_two, require_triton, tl
 from .bernoulli import is_whole, round_query_triton
-from .segments import _describe
+from .segments import describe
 
 MAX_ROWS = 256  # query heads of a KV head times queries
 TILE = 128  # keys per tile; half as many where a row takes 1 KB
@@ -389,7 +389,7 @@ def santa_triton(
     score_chunk = -(-score_chunk // span) * span if span == chunk // tile else span
     entries = -(-T // span)
     at_once = _keys_at_once(key)
-    keys = key if at_once else _describe(key, tile, BD)
+    keys = key if at_once else describe(key, tile, BD)
     stash = torch.float32 if q.dtype == torch.float32 else torch.float16
     u = torch.empty(sequences, T, R, tile, dtype=stash, device=device)
     # of every tile maxima, later factors; of every entry maxima and sums; and of every program its part of the result
