@@ -15,7 +15,7 @@ import torch
 from express_compile.core.cost import dense_cost, visible_pairs
 from express_compile.core.method import Method, register
 
-from .attend.segments import causal_table, dense_table, segment_attention
+from .attend.segments import Sources, causal_table, dense_table, segment_attention
 
 
 def exact_attention(
@@ -44,8 +44,8 @@ def exact_attention(
             )[:2]
             return out.contiguous(), lse.reshape(query.shape[:3]).contiguous()
     if causal:
-        return segment_attention(query, key, value, key[:, :, :0], value[:, :, :0], causal_table(Lq, Lk), scale)
-    return segment_attention(query, key[:, :, :0], value[:, :, :0], key, value, dense_table(Lq, Lk), scale)
+        return segment_attention(query, Sources.tokens(key, value), causal_table(Lq, Lk), scale)
+    return segment_attention(query, Sources.compacted(key, value), dense_table(Lq, Lk), scale)
 
 
 @functools.cache

@@ -48,7 +48,7 @@ def jit(fn: Callable | None = None, *, general: str = "") -> Any:
     return fn if triton is None else triton.jit(fn, do_not_specialize=general.split())
 
 
-class Rows(NamedTuple):
+class Strided(NamedTuple):
     """A tensor ``[B, H, n, D]`` as an argument of a kernel: its memory and strides; that of D is 1."""
 
     p: Any
@@ -57,12 +57,12 @@ class Rows(NamedTuple):
     n: Any
 
 
-def as_rows(x: torch.Tensor | None) -> Rows:
+def strided(x: torch.Tensor | None) -> Strided:
     """``x`` ``[B, H, n, D]`` or ``[B, H, n]``, copied unless its last stride is 1, as an argument of a kernel."""
     if x is None:
-        return Rows(None, 0, 0, 0)
+        return Strided(None, 0, 0, 0)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return Rows(x, *x.stride()[:3])
+    return Strided(x, *x.stride()[:3])
 
 
 class Random(NamedTuple):

@@ -36,11 +36,11 @@ from express_compile.core.method import Method, register
 from express_compile.core.plain import number
 from express_compile.core.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
 
-from .attend.segments import dense_table, segment_attention
+from .attend.segments import Sources, dense_table, segment_attention
 from .attend.segments_backward import accumulate_rows, segment_gradients
 from .exact import exact_attention
 from .express import MIN_QUERIES, gather_rows, halve_all_reference
-from .launch import draw_uniform, jit, launch, philox_uniform, require_triton, tl
+from .launch import Random, draw_uniform, jit, launch, philox_uniform, require_triton, tl
 from .op import define_attention, no_kernel
 from .padding import real_first
 from .select.halving import HalvingRule, get_rule
@@ -102,15 +102,14 @@ def stretch_reference(
     return rank if order is None else order[:, None].expand(-1, H, -1).gather(2, rank)
 
 
-@jit(general="H Lk n s bits A stride_b")
-def _stretch_kernel(
-    p_index, p_order, p_length, p_seed, layer, stage, H, Lk, n, s, bits, A, stride_b, BLOCK: tl.constexpr
-):  # fmt: skip
+@jit(general="random sizes")
+def _stretch_kernel(p_index, p_order, p_length, random, stage, sizes, BLOCK: tl.constexpr):
     """:func:`stretch_reference` into the entries of ``p_index`` behind the first A."""
+    H, Lk, n, s, bits, A = sizes
     i_seq = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_seq // H, i_seq % H
     o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b_u = draw_uniform(tl.load(p_seed), layer, o_n * 0, 0, stage, i_h.to(tl.int32))
+    b_u = draw_uniform(tl.load(random.seed), random.layer, o_n * 0, 0, stage, i_h.to(tl.int32))
     length, shift, last = Lk.to(tl.int64), 0, n - 1
     if p_length is not None:
         length = tl.load(p_length + i_b)
@@ -122,7 +121,7 @@ def _stretch_kernel(
     b_rank = (b_product >> bits) + (b_rest >> (24 + bits))
     b_rank = tl.minimum(b_rank, tl.maximum(length - 1, 0))
     if p_order is not None:
-        b_rank = tl.load(p_order + i_b * stride_b + b_rank, mask=o_n < n, other=0)
+        b_rank = tl.load(p_order + i_b * Lk + b_rank, mask=o_n < n, other=0)
     tl.store(p_index + i_seq * (A + n) + A + o_n, b_rank.to(tl.int32), mask=o_n < n)
 
 
@@ -140,14 +139,14 @@ def _thin_reference(key, value, order, length, schedule, rule, scale, seed, laye
 def _thin_triton(key, value, order, length, schedule, rule, scale, seed, layer) -> tuple[torch.Tensor, ...]:
     require_triton()
     (B, H, Lk), n, s = key.shape[:3], schedule.tokens, schedule.s
-    A, stretched = schedule.size - n, order is not None or Lk != n
+    random, A, stretched = Random(seed, layer), schedule.size - n, order is not None or Lk != n
     index = torch.empty(B, H, A + n * stretched, dtype=torch.int32, device=key.device)
     if stretched:
         launch(_stretch_kernel, (-(-n // 1024), B * H),
-            index, order, length, seed, layer, stage(0, STRETCH), H, Lk, n, s, n.bit_length() - 1, A, Lk,
+            index, order, length, random, stage(0, STRETCH), (H, Lk, n, s, n.bit_length() - 1, A),
             BLOCK=1024, num_warps=4,
         )  # fmt: skip
-    kept = thin(key, value, index, schedule, 0, rule, scale, seed, layer)
+    kept = thin(key, value, index, schedule, 0, rule, scale, random)
     return tuple(x.narrow(2, A - s, s) for x in (index, *kept))
 
 
@@ -212,7 +211,7 @@ def _body(query, key, value, padding, seed, scale, layer, **options):
     if lengths is None and query.is_cuda:
         return exact_attention(query, k, v, scale, causal=False)
     table = dense_table(query.shape[2], k.shape[2])
-    return segment_attention(query, k[:, :, :0], v[:, :, :0], k, v, table, scale, lengths=lengths)
+    return segment_attention(query, Sources.compacted(k, v, lengths), table, scale)
 
 
 def _backward_body(grad, out, lse, query, key, value, padding, seed, scale, layer, **options):
@@ -221,7 +220,7 @@ def _backward_body(grad, out, lse, query, key, value, padding, seed, scale, laye
     if lengths is not None:  # queries without any key have probabilities of 0 everywhere
         lse = lse.masked_fill(lse.isneginf(), math.inf)
     table = dense_table(query.shape[2], k.shape[2])
-    d_query, _, _, *parts = segment_gradients(grad, query, k[:, :, :0], v[:, :, :0], k, v, out, lse, table, scale)
+    d_query, _, _, *parts = segment_gradients(grad, query, Sources.compacted(k, v), out, lse, table, scale)
     grads = [d_query.to(query.dtype)]
     for x, part in zip((key, value), parts, strict=True):
         if lengths is not None:

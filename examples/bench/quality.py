@@ -20,7 +20,7 @@ from records import QUALITY_COLUMNS, add_arguments, append, run_of, show
 from rich.progress import track
 
 from express_compile import Method, Policy, Refusal, register, restore_attention, rewrite_attention
-from express_compile.kernels.attend.segments import TOKENS, SegmentTable, segment_attention
+from express_compile.kernels.attend.segments import TOKENS, SegmentTable, Sources, segment_attention
 from express_compile.kernels.express import rows_seen as express_rows_seen
 from express_compile.kernels.op import check_qkv, define_op
 
@@ -42,7 +42,7 @@ def streaming_table(n: int, sinks: int, window: int, block: int = 128) -> Segmen
 def _streaming_body(query, key, value, padding, seed, scale, layer, *, sinks, window):
     check_qkv(query, key, value)
     table = streaming_table(query.shape[2], sinks, window)
-    return segment_attention(query, key, value, key[:, :, :0], value[:, :, :0], table, scale)
+    return segment_attention(query, Sources.tokens(key, value), table, scale)
 
 
 define_op(

@@ -24,15 +24,15 @@ import torch
 
 from ..launch import (
     FLOAT32_DOT,
-    Rows,
+    Strided,
     Widths,
-    as_rows,
     constexpr,
     jit,
     launch,
     load_rows,
     next_power_of_two,
     sequence,
+    strided,
     tl,
 )
 from .segments import Outputs, Softmax, check_dtype, describe, softmax_start, softmax_step, with_positive_scale
@@ -83,11 +83,11 @@ def passes(pattern: Pattern) -> list[Pass]:
 class _Inputs(NamedTuple):
     """What the kernels read but by descriptor; ``hidden`` is a score that makes a probability of 0."""
 
-    q: Rows
-    k: Rows
-    v: Rows
+    q: Strided
+    k: Strided
+    v: Strided
     scale: float
-    do: Rows | None = None
+    do: Strided | None = None
     saved: Saved | None = None
     hidden: float = 0.0
 
@@ -661,7 +661,7 @@ class _Problem:
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         q, scale = with_positive_scale(self.q, self.scale)
-        inputs = _Inputs(as_rows(q), as_rows(self.k), as_rows(self.v), scale * 1.4426950408889634)
+        inputs = _Inputs(strided(q), strided(self.k), strided(self.v), scale * 1.4426950408889634)
         outputs = Outputs.of(q, self.widths.DV)
         for i, p in enumerate(passes(self.pattern)):
             tiles = forward_tiles(*self.shape, p.far > 0)
@@ -676,7 +676,7 @@ class _Problem:
             lse = lse.masked_fill(lse.isneginf(), math.inf)
         # behind the last query so that tiles need no end: probabilities of 0
         saved = Saved.of(grad, out, lse, -(-self.Lq // 128) * 128 + 128)
-        inputs = _Inputs(*map(as_rows, (self.q, self.k, self.v)), self.scale or 1e-30, as_rows(grad), saved, hidden)
+        inputs = _Inputs(*map(strided, (self.q, self.k, self.v)), self.scale or 1e-30, strided(grad), saved, hidden)
         todo = passes(self.pattern)
         d_q = self._query_gradient(todo, inputs)
         d_k, d_v = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (self.k, self.v))
@@ -711,7 +711,7 @@ class _Problem:
         programs = -(-self.M // tiles.keys) * self.B * self.H_kv * self.groups
         splits = max(1, min(8, MIN_PROGRAMS // programs))
         slots = tuple(torch.empty(splits, *x.shape, dtype=torch.float32, device=x.device) for x in self.copies)
-        k, v = (as_rows(x.flatten(0, 1)[:, None]) for x in self.copies)
+        k, v = (strided(x.flatten(0, 1)[:, None]) for x in self.copies)
         self._launch_keys(p, tiles, inputs._replace(k=k, v=v), slots, splits)
         for target, slot in zip(targets, slots, strict=True):
             total = (slot[0] if splits == 1 else slot.sum(0)).unflatten(1, (self.H_kv, self.groups))

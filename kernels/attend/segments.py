@@ -23,15 +23,15 @@ import torch
 from torch.nn.functional import pad
 
 from ..launch import (
-    Rows,
+    Strided,
     Widths,
-    as_rows,
     constant,
     jit,
     launch,
     load_rows,
     require_triton,
     sequence,
+    strided,
     tl,
 )
 
@@ -447,10 +447,10 @@ def _attend_tile(state, b_q, b_k, b_v, scales, log2_weight, seen):
 class _Inputs(NamedTuple):
     """What the kernel reads but by descriptor; ``largest``: of keys and values of a head, for float32."""
 
-    q: Rows
-    k: Rows
-    v: Rows
-    index: Rows
+    q: Strided
+    k: Strided
+    v: Strided
+    index: Strided
     lengths: torch.Tensor | None
     largest: torch.Tensor | None
     scale_log2: float
@@ -652,7 +652,7 @@ def segment_attention_triton(
                  for pair in ((key, compacted_key), (value, compacted_value))]  # fmt: skip
         largest = torch.stack([functools.reduce(torch.maximum, x) for x in norms], -1)
     outputs = Outputs.of(query, widths.DV)
-    inputs = _Inputs(as_rows(query), as_rows(d_k.base), as_rows(d_v.base), as_rows(index), lengths, largest,
+    inputs = _Inputs(strided(query), strided(d_k.base), strided(d_v.base), strided(index), lengths, largest,
                      scale * 1.4426950408889634, H // H_kv)  # fmt: skip
     parts = -(-(Lq + table.shift) // BM) - table.shift // BM
     launch(_segment_kernel, (parts, B * H),

@@ -22,9 +22,8 @@ import torch
 
 from ..launch import (
     FLOAT32_DOT,
-    Rows,
+    Strided,
     Widths,
-    as_rows,
     constant,
     jit,
     launch,
@@ -32,6 +31,7 @@ from ..launch import (
     next_power_of_two,
     require_triton,
     sequence,
+    strided,
     tl,
 )
 from .segments import NO_TAIL, TOKENS, SegmentTable, Sources, check_dtype, segment_attention_backward
@@ -243,7 +243,7 @@ class Saved(NamedTuple):
         B, H, Lq, Dv = out.shape
         saved = cls(*(lse.new_empty(B, H, L_pad, dtype=torch.float32) for _ in range(2)), L_pad)
         launch(_delta_kernel, (-(-L_pad // 32), B * H),
-            as_rows(grad), as_rows(out), lse.contiguous(), saved, (H, Lq, shift),
+            strided(grad), strided(out), lse.contiguous(), saved, (H, Lq, shift),
             DV=Dv, BDV=max(16, next_power_of_two(Dv)), BM=32, num_warps=4,
         )  # fmt: skip
         return saved
@@ -272,12 +272,12 @@ def _delta_kernel(grad, out, p_lse, saved, sizes, DV: tl.constexpr, BDV: tl.cons
 
 
 class _Inputs(NamedTuple):
-    q: Rows
-    k: Rows
-    v: Rows
-    ck: Rows
-    cv: Rows
-    do: Rows
+    q: Strided
+    k: Strided
+    v: Strided
+    ck: Strided
+    cv: Strided
+    do: Strided
     scale: float
 
 
@@ -484,7 +484,7 @@ def _row_gradient_kernel(x, saved, targets, lists, sizes, SHAPE: tl.constexpr):
 
     p_q, stride_q = sequence(x.q, i_b, i_kv * SHAPE.G)
     p_do, stride_do = sequence(x.do, i_b, i_kv * SHAPE.G)
-    x = _Inputs(Rows(p_q, 0, x.q.h, stride_q), x.k, x.v, x.ck, x.cv, Rows(p_do, 0, x.do.h, stride_do), x.scale)
+    x = _Inputs(Strided(p_q, 0, x.q.h, stride_q), x.k, x.v, x.ck, x.cv, Strided(p_do, 0, x.do.h, stride_do), x.scale)
     at = i_bh * SHAPE.G * saved.L_pad
     saved = Saved(saved.lse2 + at, saved.delta + at, saved.L_pad)
     b_dk, b_dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BDV], tl.float32)
@@ -572,7 +572,7 @@ def segment_attention_backward_triton(
     check_dtype(query)
     key, value, compacted_key, _ = sources.buffers
     (B, H, Lq, _), (_, H_kv, Lk, _), A, widths = query.shape, key.shape, compacted_key.shape[2], Widths.of(key, value)
-    inputs = _Inputs(*(as_rows(x) for x in (query, *sources.buffers, grad)), scale)
+    inputs = _Inputs(*(strided(x) for x in (query, *sources.buffers, grad)), scale)
     gradients = tuple(x.new_empty(x.shape, dtype=torch.float32) for x in (query, *sources.buffers))
     saved = Saved.of(grad, out, lse, len(table.tail) * table.block, table.shift)
     shape = (widths.BD + widths.BDV, query.element_size(), table.block)
@@ -656,7 +656,7 @@ def accumulate_rows_triton(target: torch.Tensor, index: torch.Tensor, rows: torc
     borders = torch.arange(L + 1, device=index.device, dtype=index.dtype).expand(B, H, L + 1).contiguous()
     first = torch.searchsorted(ordered, borders, out_int32=True)
     launch(_accumulate_kernel, (-(-L // 16), B * H),
-        target, target.stride(), as_rows(rows), (order.to(torch.int32), first), (H, L, A),
+        target, target.stride(), strided(rows), (order.to(torch.int32), first), (H, L, A),
         D=D, BD=max(16, next_power_of_two(D)), BN=16, num_warps=4,
     )  # fmt: skip
 
