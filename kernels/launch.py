@@ -19,10 +19,13 @@ import torch
 
 try:
     import triton
-    import triton.language as tl
+    from triton import language
+    from triton.tools import tensor_descriptor
 except ImportError:  # no Triton on this platform: the references still work, a launch raises require_triton's error
-    triton = None
-    tl = None
+    triton = language = tensor_descriptor = None
+
+tl: Any = language
+TensorDescriptor: Any = getattr(tensor_descriptor, "TensorDescriptor", None)
 
 
 def constexpr(x: Any) -> Any:
@@ -92,10 +95,19 @@ _RECENT = 4096
 
 
 def _values(args: Iterable, found: list) -> list:
-    """What tells apart the arguments of two launches, tuples laid flat: numbers, and what memory is like."""
+    """What tells apart the arguments of two launches: numbers, and what memory is like. This is called often."""
     for x in args:
-        if type(x) is int:
+        kind = type(x)
+        if kind is torch.Tensor:
+            found += (x.dtype, x.data_ptr() % 16)
+        elif kind is Strided and x.p is not None:
+            found += (x.p.dtype, x.p.data_ptr() % 16, x[1:])
+        elif kind is int or isinstance(x, tuple) and type(x[0]) is int:
             found.append(x)
+        elif x is None or kind is float:
+            found.append(kind)
+        elif kind is TensorDescriptor:
+            found += (x.base.dtype, *x.block_shape)
         elif isinstance(x, tuple):
             _values(x, found)
         else:
@@ -111,7 +123,7 @@ def _kind(x: Any, general: bool = False) -> Any:
         return tuple(_kind(y, general) for y in x)
     if isinstance(x, int):
         return x >= 1 << 31 if general else (x == 1) + 2 * (x % 16 == 0) + 4 * (x >= 1 << 31)
-    return (x.base.dtype, *x.block_shape) if hasattr(x, "block_shape") else type(x)
+    return (x.base.dtype, *x.block_shape) if type(x) is TensorDescriptor else type(x)
 
 
 def stand_in(x: Any, general: bool) -> Any:
@@ -122,14 +134,14 @@ def stand_in(x: Any, general: bool) -> Any:
     return (3 if x < 1 << 31 else (1 << 31) + 3) if general and type(x) is int else x
 
 
-def _device(args: Iterable) -> torch.device | None:
-    """That of the first tensor, which may be in a tuple."""
+def _device(args: Iterable) -> torch.device:
+    """That of the first tensor; the first tuple has one in it if none comes before."""
     for x in args:
         if isinstance(x, torch.Tensor):
             return x.device
-        if isinstance(x, tuple) and (found := _device(x)) is not None:
-            return found
-    return None
+        if isinstance(x, tuple):
+            return _device(x)
+    raise TypeError("a kernel needs a tensor")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

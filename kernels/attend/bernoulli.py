@@ -18,7 +18,8 @@ Paper: *SANTA*, arXiv 2605.01910, where L is B, the number of ternary vectors wh
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections import namedtuple
+from typing import Any
 
 import torch
 
@@ -82,22 +83,12 @@ def is_whole(step, p_draws, exact_below, reach):
     return (tl.minimum(step, reach) < exact_below) | (tl.load(p_draws) < 0)
 
 
-class _Masks(NamedTuple):
-    """Keys of a sequence, real ones among them, and which those are; the stride of padding."""
-
-    step: torch.Tensor
-    lengths: torch.Tensor | None
-    padding: torch.Tensor | None
-    stride: int
+# Keys of a sequence, real ones among them, and which those are; the stride of padding.
+_Masks = namedtuple("_Masks", "step lengths padding stride")
 
 
-class Exact(NamedTuple):
-    """What :func:`is_whole` asks, and the stride of draws."""
-
-    draws: torch.Tensor | None
-    below: int
-    reach: int
-    stride: int
+# What :func:`is_whole` asks, and the stride of draws.
+Exact = namedtuple("Exact", "draws below reach stride")
 
 
 @jit(general="random exact sizes")
@@ -139,10 +130,7 @@ def _round_kernel(q, random, masks, exact, outputs, sizes, SHAPE: tl.constexpr):
     tl.store(p_unit + i_row, unit.to(tl.float32))
 
 
-class _Shape(NamedTuple):
-    LQ: int
-    D: int
-    BD: int
+_Shape = namedtuple("_Shape", "LQ D BD")
 
 
 def round_query_triton(

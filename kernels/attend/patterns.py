@@ -17,26 +17,25 @@ up to the query (UP_TO). Two passes over the same queries are combined exactly: 
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..launch import (
     FLOAT32_DOT,
-    Strided,
     Widths,
     constexpr,
     jit,
     launch,
     load_rows,
-    next_power_of_two,
     sequence,
     strided,
     tl,
 )
 from .segments import Outputs, Softmax, check_dtype, describe, softmax_start, softmax_step, with_positive_scale
-from .segments_backward import Queries, Saved, score_gradient
+from .segments_backward import Queries, Saved, Tiles, score_gradient
 
 if TYPE_CHECKING:
     from ..sparse import Pattern
@@ -80,48 +79,16 @@ def passes(pattern: Pattern) -> list[Pass]:
 # Device functions: what a query sees
 
 
-class _Inputs(NamedTuple):
-    """What the kernels read but by descriptor; ``hidden`` is a score that makes a probability of 0."""
-
-    q: Strided
-    k: Strided
-    v: Strided
-    scale: float
-    do: Strided | None = None
-    saved: Saved | None = None
-    hidden: float = 0.0
+# What the kernels read but by descriptor; ``hidden`` is a score that makes a probability of 0.
+_Inputs = namedtuple("_Inputs", "q k v scale do saved hidden", defaults=(None, None, 0.0))
 
 
-class _Sizes(NamedTuple):
-    """``heads`` of the H query heads: ``first, first + every, ..``; M summary columns, whose queries are split."""
-
-    H: int
-    H_kv: int
-    Lq: int
-    Lk: int
-    heads: int
-    first: int
-    every: int
-    period: int
-    c: int
-    groups: int
-    M: int
-    splits: int
+# ``heads`` of the H query heads: ``first, first + every, ..``; M summary columns, whose queries are split.
+_Sizes = namedtuple("_Sizes", "H H_kv Lq Lk heads first every period c groups M splits")
 
 
-class _Shape(NamedTuple):
-    """Widths, queries and keys of a tile, what is seen, and whether to go on from what the outputs hold."""
-
-    D: int
-    DV: int
-    BD: int
-    BDV: int
-    BM: int
-    BN: int
-    NEAR: int
-    FAR: int
-    AGAIN: bool
-    LINES: bool
+# Widths, queries and keys of a tile, what is seen, and whether to go on from what the outputs hold.
+_Shape = namedtuple("_Shape", "D DV BD BDV BM BN NEAR FAR AGAIN LINES")
 
 
 @jit
@@ -173,20 +140,8 @@ def _line_rows(x, i_b, i_kv, i_line):
     return p_k + i_line * stride_k, stride_k, p_v + i_line * stride_v, stride_v
 
 
-class _Part(NamedTuple):
-    """A tile of the queries of a head that are on one line: from ``x`` to ``last``, and the first keys they see."""
-
-    i_b: Any
-    i_h: Any
-    i_kv: Any
-    i_line: Any
-    x: Any
-    last: Any
-    step: Any
-    o_x: Any
-    o_row: Any
-    lower: Any
-    b_lower: Any
+# A tile of the queries of a head that are on one line: from ``x`` to ``last``, and the first keys they see.
+_Part = namedtuple("_Part", "i_b i_h i_kv i_line x last step o_x o_row lower b_lower")
 
 
 @jit
@@ -207,13 +162,8 @@ def _part(sizes, SHAPE: tl.constexpr):
     return _Part(i_b, i_h, i_kv, i_line, x, last, step, o_x, o_row, lower, b_lower)
 
 
-class _Far(NamedTuple):
-    """The summary columns that a tile of queries sees: all queries those up to ``whole``, some those up to ``stop``."""
-
-    i_c: Any
-    whole: Any
-    stop: Any
-    b_columns: Any
+# The summary columns that a tile of queries sees: all queries those up to ``whole``, some those up to ``stop``.
+_Far = namedtuple("_Far", "i_c whole stop b_columns")
 
 
 @jit
@@ -385,24 +335,10 @@ def _key_step(b_dk, b_dv, b_s, x, b_v, scale_log2):
     return tl.dot(b_ds.to(x.b_q.dtype), x.b_q, b_dk, input_precision=FLOAT32_DOT), b_dv
 
 
-class _Seers(NamedTuple):
-    """The queries that see some key of a tile, on its line: from ``x`` to ``stop`` in ``tiles``, of these the first
-    ``some`` not all of it. ``count`` heads, ``i_h, i_h + every, ..``; ``begin``: of the summary columns of the group;
-    ``upper``: the first behind a key that does not see it.
-    """
-
-    i_b: Any
-    i_h: Any
-    every: Any
-    count: Any
-    i_line: Any
-    x: Any
-    stop: Any
-    tiles: Any
-    some: Any
-    begin: Any
-    upper: Any
-    b_upper: Any
+# The queries that see some key of a tile, on its line: from ``x`` to ``stop`` in ``tiles``, of these the first
+# ``some`` not all of it. ``count`` heads, ``i_h, i_h + every, ..``; ``begin``: of the summary columns of the group;
+# ``upper``: the first behind a key that does not see it.
+_Seers = namedtuple("_Seers", "i_b i_h every count i_line x stop tiles some begin upper b_upper")
 
 
 @jit
@@ -535,21 +471,6 @@ def _key_gradient_kernel(d_q, d_do, inputs, outputs, sizes, SHAPE: tl.constexpr)
 # Launchers
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Queries and keys per tile, warps and pipeline stages of a kernel."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-    def for_lines(self, queries: int, keys: int) -> Tiles:
-        """No larger than lines of that many queries and keys need."""
-        return Tiles(*(min(a, max(16, next_power_of_two(b))) for a, b in ((self.queries, queries), (self.keys, keys))),
-                     self.warps, self.stages)  # fmt: skip
-
-
 # Measured on an H100 at n = 32,768 with 32 and 8 heads, D = 64 and 128, bf16.
 
 
@@ -635,7 +556,7 @@ class _Problem:
                       self.groups if p.far else 1, self.M, splits)  # fmt: skip
 
     def _options(self, p: Pass, tiles: Tiles, again: bool) -> dict[str, Any]:
-        shape = _Shape(*self.widths, tiles.queries, tiles.keys, p.near, p.far, again, p.on_lines)
+        shape = _Shape(*self.widths, tiles.queries, tiles.rows, p.near, p.far, again, p.on_lines)
         return dict(SHAPE=shape, num_warps=tiles.warps, num_stages=tiles.stages)
 
     def _launch_queries(
@@ -644,16 +565,16 @@ class _Problem:
         step, sizes = self._step(p), self._sizes(p)
         length = -(-self.Lk // step)
         queries = min(length, -(-self.Lq // step))
-        tiles = tiles.for_lines(queries, length)
+        tiles = tiles.at_most(queries, length)
         launch(kernel, (self.B * sizes.heads, min(step, self.Lk) * -(-queries // tiles.queries)),
-            *self._sources(p, (self.k, self.v), tiles.keys), *self._described(self.copies, tiles.keys),
+            *self._sources(p, (self.k, self.v), tiles.rows), *self._described(self.copies, tiles.rows),
             inputs, outputs, sizes, **self._options(p, tiles, again),
         )  # fmt: skip
 
     def _launch_keys(
         self, p: Pass, tiles: Tiles, inputs: _Inputs, outputs: tuple, splits: int = 1, again: bool = False
     ) -> None:
-        programs = min(self._step(p), self.Lk) * -(-(self.M if p.far else -(-self.Lk // self._step(p))) // tiles.keys)
+        programs = min(self._step(p), self.Lk) * -(-(self.M if p.far else -(-self.Lk // self._step(p))) // tiles.rows)
         launch(_key_gradient_kernel, (self.B * self.H_kv * (self.groups if p.far else 1), programs * splits),
             *self._sources(p, (self.q, self.grad), tiles.queries), inputs, outputs, self._sizes(p, splits),
             **self._options(p, tiles, again),
@@ -676,7 +597,8 @@ class _Problem:
             lse = lse.masked_fill(lse.isneginf(), math.inf)
         # behind the last query so that tiles need no end: probabilities of 0
         saved = Saved.of(grad, out, lse, -(-self.Lq // 128) * 128 + 128)
-        inputs = _Inputs(*map(strided, (self.q, self.k, self.v)), self.scale or 1e-30, strided(grad), saved, hidden)
+        q, k, v, do = map(strided, (self.q, self.k, self.v, grad))
+        inputs = _Inputs(q, k, v, self.scale or 1e-30, do, saved, hidden)
         todo = passes(self.pattern)
         d_q = self._query_gradient(todo, inputs)
         d_k, d_v = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (self.k, self.v))
@@ -684,7 +606,7 @@ class _Problem:
         for p in todo:
             if p.near:
                 length = -(-self.Lk // self._step(p))
-                tiles = key_tiles(*self.shape).for_lines(length, length)
+                tiles = key_tiles(*self.shape).at_most(length, length)
                 self._launch_keys(replace(p, far=NOTHING), tiles, inputs, (d_k, d_v), again=written)
                 written = True
         for p in todo:
@@ -708,7 +630,7 @@ class _Problem:
     def _far_gradient(self, p: Pass, inputs: _Inputs, targets: tuple[torch.Tensor, ...], add: bool) -> None:
         """Gradients of the compacted columns, in slots that are added in order, and to the rows they are copies of."""
         tiles = key_tiles(*self.shape)
-        programs = -(-self.M // tiles.keys) * self.B * self.H_kv * self.groups
+        programs = -(-self.M // tiles.rows) * self.B * self.H_kv * self.groups
         splits = max(1, min(8, MIN_PROGRAMS // programs))
         slots = tuple(torch.empty(splits, *x.shape, dtype=torch.float32, device=x.device) for x in self.copies)
         k, v = (strided(x.flatten(0, 1)[:, None]) for x in self.copies)
@@ -745,6 +667,6 @@ def sparse_forward_triton(
 def sparse_backward_triton(
     grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, query: torch.Tensor, key: torch.Tensor,
     value: torch.Tensor, pattern: Pattern, scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Gradients of query (in its dtype), key and value (float32) from ``out`` and ``lse`` of the forward pass."""
     return _Problem(query, key, value, pattern, scale).backward(grad, out, lse)

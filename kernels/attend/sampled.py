@@ -25,8 +25,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import namedtuple
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -67,59 +67,28 @@ def grid_bits(draws: int) -> int:
     return min(24, 30 - (draws + 1).bit_length())
 
 
-class _Stats(NamedTuple):
-    """What the scores leave: the stash, maxima of tiles, maxima and sums of entries, and zeros to count with."""
-
-    u: torch.Tensor
-    most: torch.Tensor
-    entry: torch.Tensor
-    count: torch.Tensor
+# What the scores leave: the stash, maxima of tiles, maxima and sums of entries, and zeros to count with.
+_Stats = namedtuple("_Stats", "u most entry count")
 
 
-class _Masks(NamedTuple):
-    """Which keys there are, and how many of them a query sees, if not all; the stride of padding."""
-
-    lengths: torch.Tensor | None
-    padding: torch.Tensor | None
-    stride: int
-    window: int | None
+# Which keys there are, and how many of them a query sees, if not all; the stride of padding.
+_Masks = namedtuple("_Masks", "lengths padding stride window")
 
 
-class _Sizes(NamedTuple):
-    """KV heads, query heads of one, keys, tiles of all of them, of a program of the scores and of an entry, entries,
-    programs of the draws, and counts of them."""
-
-    KVH: int
-    G: int
-    n: int
-    T: int
-    chunk: int
-    programs: int
-    span: int
-    E: int
-    counts: int
+# KV heads, query heads of one, keys, tiles of all of them, of a program of the scores and of an entry, entries,
+# programs of the draws, and counts of them.
+_Sizes = namedtuple("_Sizes", "KVH G n T chunk programs span E counts")
 
 
-class _Scores(NamedTuple):
-    """The unit of rounded queries, and what makes scores of their products with keys, in base 2."""
-
-    unit: torch.Tensor | None
-    scale: float
-    cap: float | None
+# The unit of rounded queries, and what makes scores of their products with keys, in base 2.
+_Scores = namedtuple("_Scores", "unit scale cap")
 
 
-class _ScoreShape(NamedTuple):
-    LQ: int
-    R: int
-    D: int
-    BD: int
-    BM: int
-    BN: int
-    AT_ONCE: int
+_ScoreShape = namedtuple("_ScoreShape", "LQ R D BD BM BN AT_ONCE")
 
 
 @jit(general="sizes")
-def _score_kernel(d_k, strides, q, scores, stats, masks, sizes, SHAPE: tl.constexpr):
+def _score_kernel(d_k, q, strides, scores, stats, masks, sizes, SHAPE: tl.constexpr):
     LQ: tl.constexpr = SHAPE.LQ
     R: tl.constexpr = SHAPE.R
     BM: tl.constexpr = SHAPE.BM
@@ -215,48 +184,18 @@ def _sum_parts(p_part, o_x, m_x, count, stride, BX: tl.constexpr, BP: tl.constex
     return b_sum
 
 
-class _Draws(NamedTuple):
-    """Draws of every head, or of every sequence and head; their bits; keys; where a comb begins. Below ``exact_below``
-    keys in reach a sequence is exact."""
-
-    draws: torch.Tensor
-    bits: torch.Tensor | None
-    step: torch.Tensor
-    offset: torch.Tensor | None
-    sinks: torch.Tensor | None
-    stride: int
-    exact_below: int
-    reach: int
+# Draws of every head, or of every sequence and head; their bits; keys; where a comb begins. Below ``exact_below``
+# keys in reach a sequence is exact.
+_Draws = namedtuple("_Draws", "draws bits step offset sinks stride exact_below reach")
 
 
-class _Results(NamedTuple):
-    """Rows that are hit and their weights, by program; parts of the result; the result."""
-
-    rows: torch.Tensor
-    weights: torch.Tensor
-    part: torch.Tensor
-    out: torch.Tensor
-    lse: torch.Tensor
+# Rows that are hit and their weights, by program; parts of the result; the result.
+_Results = namedtuple("_Results", "rows weights part out lse")
 
 
-class _DrawShape(NamedTuple):
-    """Queries, rows, bits and strata of a comb, widths, and tiles: rows twice, keys, a chunk of them, values at once,
-    parts that one program adds, entries and parts at once."""
-
-    LQ: int
-    R: int
-    BITS: int
-    PER: int
-    DV: int
-    BDV: int
-    BM: int
-    BR: int
-    BN: int
-    BC: int
-    BG: int
-    BS: int
-    BE: int
-    BP: int
+# Queries, rows, bits and strata of a comb, widths, and tiles: rows twice, keys, a chunk of them, values at once,
+# parts that one program adds, entries and parts at once.
+_DrawShape = namedtuple("_DrawShape", "LQ R BITS PER DV BDV BM BR BN BC BG BS BE BP")
 
 
 @jit(general="draws random sizes")
@@ -512,9 +451,9 @@ def santa_triton(
     stash = torch.float32 if query.dtype == torch.float32 else torch.float16
     u = torch.empty(sequences, T, R, tile, dtype=stash, device=device)
     # of every tile maxima, later factors; of every entry maxima and sums; and of every program its part of the result
-    sizes = [sequences * R * T, sequences * 2 * R * entries, sequences * programs * chunk,
+    lengths_of = [sequences * R * T, sequences * 2 * R * entries, sequences * programs * chunk,
              sequences * programs * R * Dv]  # fmt: skip
-    most, entry, weights, part = torch.empty(sum(sizes), dtype=torch.float32, device=device).split(sizes)
+    most, entry, weights, part = torch.empty(sum(lengths_of), dtype=torch.float32, device=device).split(lengths_of)
     summed = max(SUMMED, next_power_of_two(math.isqrt(programs - 1) + 1))
     counts = -(-programs // summed) + 1
     rows = torch.empty(sequences * (programs * chunk + counts), dtype=torch.int32, device=device)
@@ -528,7 +467,7 @@ def santa_triton(
                      softcap * 1.4426950408889634 if softcap else None)  # fmt: skip
     masks = _Masks(lengths, padding, 0 if padding is None else padding.stride(0), window or None)
     launch(_score_kernel, (-(-T // score_chunk), sequences),
-        keys, (*key.stride()[:2], key.stride(3)), strided(query), scores, stats, masks, sizes,
+        keys, strided(query), (*key.stride()[:2], key.stride(3)), scores, stats, masks, sizes,
         SHAPE=_ScoreShape(Lq, R, D, BD, BM, tile, at_once),
         num_warps=8 if at_once in (1, 4) else 4, num_stages=stages,  # such loads take more registers
     )  # fmt: skip

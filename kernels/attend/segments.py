@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.functional import pad
 
 from ..launch import (
-    Strided,
+    TensorDescriptor,
     Widths,
     constant,
     jit,
@@ -91,9 +92,10 @@ class SegmentTable:
     def of_block(self, block: int, queries: int) -> tuple[slice, SegmentTable]:
         """Which of the ``queries`` belong to ``block``, and the table of that block alone."""
         first = max(0, block * self.block - self.shift)
-        arrays = (x[block : block + 1] for x in (self.segments, self.log_weight, self.tail))
+        segments, log_weight, tail = (x[block : block + 1] for x in (self.segments, self.log_weight, self.tail))
         own = slice(first, min((block + 1) * self.block - self.shift, queries))
-        return own, SegmentTable(self.block, self.q_offset + first, *arrays, 0 if block else self.shift)
+        shift = 0 if block else self.shift
+        return own, SegmentTable(self.block, self.q_offset + first, segments, log_weight, tail, shift)
 
 
 class Sources(NamedTuple):
@@ -109,7 +111,7 @@ class Sources(NamedTuple):
     value: torch.Tensor
     compacted_key: torch.Tensor
     compacted_value: torch.Tensor
-    index: torch.Tensor | None = None
+    index: torch.Tensor | None = None  # type: ignore[assignment]  # instead of tuple's method
     lengths: torch.Tensor | None = None
 
     @classmethod
@@ -142,9 +144,9 @@ class Sources(NamedTuple):
         if self.index is None:
             return self
         at = self.index[:, :, self.compacted_key.shape[2] :, None].long()
-        copies = (torch.cat([copies, x.gather(2, at.expand(-1, -1, -1, x.shape[-1]))], 2)
-                  for copies, x in ((self.compacted_key, self.key), (self.compacted_value, self.value)))  # fmt: skip
-        return Sources(self.key, self.value, *copies, None, self.lengths)
+        k, v = (torch.cat([copies, x.gather(2, at.expand(-1, -1, -1, x.shape[-1]))], 2)
+                for copies, x in ((self.compacted_key, self.key), (self.compacted_value, self.value)))  # fmt: skip
+        return self._replace(compacted_key=k, compacted_value=v, index=None)
 
 
 @functools.lru_cache(maxsize=64)
@@ -226,15 +228,8 @@ def _behind(lengths: torch.Tensor, slices: list, copied: int) -> torch.Tensor:
     return torch.cat(rows).to(lengths.device) >= lengths[:, None]
 
 
-class _Block(NamedTuple):
-    """The queries of one block, where its rows are, and all of them with their masked scores."""
-
-    queries: slice
-    slices: list
-    rows: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    scores: torch.Tensor
+# The queries of one block, where its rows are, and all of them with their masked scores.
+_Block = namedtuple("_Block", "queries slices rows keys values scores")
 
 
 def _blocks(
@@ -374,12 +369,8 @@ def _halves(b_x):
     return b_high, (b_x - b_high.to(tl.float32)).to(tl.float16)
 
 
-class Softmax(NamedTuple):
-    """An online softmax: sums of weighted values, the largest exponents in base 2, and sums of weights."""
-
-    b_acc: Any
-    b_max: Any
-    b_sum: Any
+# An online softmax: sums of weighted values, the largest exponents in base 2, and sums of weights.
+Softmax = namedtuple("Softmax", "b_acc b_max b_sum")
 
 
 @jit
@@ -399,20 +390,12 @@ def softmax_step(state, b_s, scale_log2, log2_weight):
     return b_p, Softmax(state.b_acc * b_rescale[:, None], b_new, b_sum)
 
 
-class Seen(NamedTuple):
-    """Which rows of a tile query i sees: the first ``shown + slope * max(0, i - skip)``."""
-
-    shown: Any
-    slope: Any
-    skip: Any
+# Which rows of a tile query i sees: the first ``shown + slope * max(0, i - skip)``.
+Seen = namedtuple("Seen", "shown slope skip")
 
 
-class Scales(NamedTuple):
-    """What scores are multiplied by, in base 2, and float32 rows before they are split in halves."""
-
-    log2: Any
-    k_power: Any
-    v_power: Any
+# What scores are multiplied by, in base 2, and float32 rows before they are split in halves.
+Scales = namedtuple("Scales", "log2 k_power v_power")
 
 
 @jit
@@ -444,17 +427,8 @@ def _attend_tile(state, b_q, b_k, b_v, scales, log2_weight, seen):
     return Softmax(b_acc, state.b_max, state.b_sum)
 
 
-class _Inputs(NamedTuple):
-    """What the kernel reads but by descriptor; ``largest``: of keys and values of a head, for float32."""
-
-    q: Strided
-    k: Strided
-    v: Strided
-    index: Strided
-    lengths: torch.Tensor | None
-    largest: torch.Tensor | None
-    scale_log2: float
-    G: int
+# What the kernel reads but by descriptor, and writes; ``largest``: of keys and values of a head, for float32.
+_Tensors = namedtuple("_Tensors", "q k v index lengths largest scale_log2 G out lse")
 
 
 class Outputs(NamedTuple):
@@ -468,36 +442,19 @@ class Outputs(NamedTuple):
         return cls(query.new_empty(*query.shape[:3], Dv), query.new_empty(query.shape[:3], dtype=torch.float32))
 
 
-class _Lists(NamedTuple):
-    """What :func:`_tile_lists` gives."""
-
-    start: torch.Tensor
-    tiles: torch.Tensor
-    log2_weight: torch.Tensor
-    tail: torch.Tensor
+# What :func:`_tile_lists` gives.
+_Lists = namedtuple("_Lists", "start tiles log2_weight tail")
 
 
-class _Sizes(NamedTuple):
-    H: int
-    Lq: int
-    q_offset: int
-    shift: int
+_Sizes = namedtuple("_Sizes", "H Lq q_offset shift")
 
 
-class _Shape(NamedTuple):
-    """Widths, queries and rows of a tile, and parts of a block."""
-
-    D: int
-    DV: int
-    BD: int
-    BDV: int
-    BM: int
-    BN: int
-    PARTS: int
+# Widths, queries and rows of a tile, and parts of a block.
+_Shape = namedtuple("_Shape", "D DV BD BDV BM BN PARTS")
 
 
 @jit(general="sizes")
-def _segment_kernel(d_k, d_v, d_ck, d_cv, x, outputs, lists, sizes, SHAPE: tl.constexpr):
+def _segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
     BM: tl.constexpr = SHAPE.BM
     BN: tl.constexpr = SHAPE.BN
     BD: tl.constexpr = SHAPE.BD
@@ -565,13 +522,13 @@ def _segment_kernel(d_k, d_v, d_ck, d_cv, x, outputs, lists, sizes, SHAPE: tl.co
         )  # fmt: skip
 
     o_row, o_dv = i_bh.to(tl.int64) * Lq + o_m, tl.arange(0, BDV)
-    p_out = outputs.out + (o_row[:, None] * SHAPE.DV + o_dv[None, :])
+    p_out = x.out + (o_row[:, None] * SHAPE.DV + o_dv[None, :])
     b_out = state.b_acc / state.b_sum[:, None] * v_inverse
     b_lse = (state.b_max + tl.log2(state.b_sum)) * 0.6931471805599453
     if x.lengths is not None:  # a query that saw nothing but hidden rows
         b_out = tl.where((state.b_sum > 0)[:, None], b_out, 0.0)
     tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & (o_dv < SHAPE.DV)[None, :])
-    tl.store(outputs.lse + o_row, b_lse, mask=m_m)
+    tl.store(x.lse + o_row, b_lse, mask=m_m)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -601,8 +558,6 @@ def describe(x: torch.Tensor, rows: int, width: int):
 
     It takes rows without gaps, and a base and strides that are multiples of 16 bytes; anything else is copied.
     """
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     shape, unit = list(x.shape), 16 // x.element_size()
     # the stride of an axis of size 1 means nothing, but has to be valid
     strides = [stride if size > 1 else unit for size, stride in zip(shape[:3], x.stride(), strict=False)]
@@ -652,11 +607,11 @@ def segment_attention_triton(
                  for pair in ((key, compacted_key), (value, compacted_value))]  # fmt: skip
         largest = torch.stack([functools.reduce(torch.maximum, x) for x in norms], -1)
     outputs = Outputs.of(query, widths.DV)
-    inputs = _Inputs(strided(query), strided(d_k.base), strided(d_v.base), strided(index), lengths, largest,
-                     scale * 1.4426950408889634, H // H_kv)  # fmt: skip
+    tensors = _Tensors(strided(query), strided(d_k.base), strided(d_v.base), strided(index), lengths, largest,
+                       scale * 1.4426950408889634, H // H_kv, *outputs)  # fmt: skip
     parts = -(-(Lq + table.shift) // BM) - table.shift // BM
     launch(_segment_kernel, (parts, B * H),
-        d_k, d_v, *copies, inputs, outputs, lists, _Sizes(H, Lq, table.q_offset, table.shift),
+        d_k, d_v, *copies, tensors, lists, _Sizes(H, Lq, table.q_offset, table.shift),
         SHAPE=_Shape(*widths, BM, BN, table.block // BM), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return outputs

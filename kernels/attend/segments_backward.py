@@ -14,6 +14,7 @@ as many slots as tiles (or 256), so that memory stays O(n D): at most once more 
 from __future__ import annotations
 
 import weakref
+from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -134,7 +135,7 @@ def _piece(
 ) -> np.ndarray:
     """Rows ``row .. stop`` of a tile, seen by the queries ``first .. last``."""
     pieces = np.empty(len(tile), _PIECE)
-    for name, x in zip(_PIECE.names, (source, tile, row, stop, first, last, causal, weight), strict=True):
+    for name, x in zip(_PIECE.names or (), (source, tile, row, stop, first, last, causal, weight), strict=True):
         pieces[name] = x
     return pieces
 
@@ -241,7 +242,8 @@ class Saved(NamedTuple):
     def of(cls, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, L_pad: int, shift: int = 0) -> Saved:
         """Query i is at place ``i + shift``; where there is none, probabilities are 0."""
         B, H, Lq, Dv = out.shape
-        saved = cls(*(lse.new_empty(B, H, L_pad, dtype=torch.float32) for _ in range(2)), L_pad)
+        lse2, delta = (lse.new_empty(B, H, L_pad, dtype=torch.float32) for _ in range(2))
+        saved = cls(lse2, delta, L_pad)
         launch(_delta_kernel, (-(-L_pad // 32), B * H),
             strided(grad), strided(out), lse.contiguous(), saved, (H, Lq, shift),
             DV=Dv, BDV=max(16, next_power_of_two(Dv)), BM=32, num_warps=4,
@@ -271,57 +273,22 @@ def _delta_kernel(grad, out, p_lse, saved, sizes, DV: tl.constexpr, BDV: tl.cons
 # Kernel: dQ, one program per (part of a block of queries, query head)
 
 
-class _Inputs(NamedTuple):
-    q: Strided
-    k: Strided
-    v: Strided
-    ck: Strided
-    cv: Strided
-    do: Strided
-    scale: float
+_Inputs = namedtuple("_Inputs", "q k v ck cv do scale saved")
 
 
-class _Sizes(NamedTuple):
-    H: int
-    Lq: int
-    Lk: int
-    A: int
-    shift: int
-    q_offset: int
-    segments: int
+_Sizes = namedtuple("_Sizes", "H Lq Lk A shift q_offset segments")
 
 
-class _Shape(NamedTuple):
-    """Widths, queries and rows of a tile, query heads of a KV head, parts of a block, and whether all are full."""
-
-    D: int
-    DV: int
-    BD: int
-    BDV: int
-    BM: int
-    BN: int
-    G: int = 0
-    PARTS: int = 0
-    EVEN: bool = False
+# Widths, queries and rows of a tile, query heads of a KV head, parts of a block, and whether all are full.
+_Shape = namedtuple("_Shape", "D DV BD BDV BM BN G PARTS EVEN", defaults=(0, 0, False))
 
 
-class Queries(NamedTuple):
-    """A tile of queries, their gradients, and where among the tokens they are."""
-
-    b_q: Any
-    b_do: Any
-    b_lse2: Any
-    b_delta: Any
-    o_q: Any
+# A tile of queries, their gradients, and where among the tokens they are.
+Queries = namedtuple("Queries", "b_q b_do b_lse2 b_delta o_q")
 
 
-class KeyRows(NamedTuple):
-    """Where the rows of one head begin, and the strides from one to the next."""
-
-    p_k: Any
-    stride_k: Any
-    p_v: Any
-    stride_v: Any
+# Where the rows of one head begin, and the strides from one to the next.
+KeyRows = namedtuple("KeyRows", "p_k stride_k p_v stride_v")
 
 
 @jit
@@ -362,7 +329,7 @@ def _query_gradient_rows(
 
 
 @jit(general="sizes")
-def _query_gradient_kernel(x, saved, p_dq, lists, sizes, G, SHAPE: tl.constexpr):
+def _query_gradient_kernel(x, p_dq, lists, sizes, G, SHAPE: tl.constexpr):
     BM: tl.constexpr = SHAPE.BM
     BN: tl.constexpr = SHAPE.BN
     BD: tl.constexpr = SHAPE.BD
@@ -381,8 +348,8 @@ def _query_gradient_kernel(x, saved, p_dq, lists, sizes, G, SHAPE: tl.constexpr)
     p_do, stride_do = sequence(x.do, i_b, i_h)
     b_q = load_rows(p_q, stride_q, o_m - shift, m_m, SHAPE.D, BD)  # [BM, BD]
     b_do = load_rows(p_do, stride_do, o_m - shift, m_m, SHAPE.DV, SHAPE.BDV)  # [BM, BDV]
-    b_lse2 = tl.load(saved.lse2 + i_bh * saved.L_pad + o_m)
-    b_delta = tl.load(saved.delta + i_bh * saved.L_pad + o_m)
+    b_lse2 = tl.load(x.saved.lse2 + i_bh * x.saved.L_pad + o_m)
+    b_delta = tl.load(x.saved.delta + i_bh * x.saved.L_pad + o_m)
     o_q = o_m + q_offset - shift
     scale_log2 = x.scale * 1.4426950408889634
     b_dq = tl.zeros([BM, BD], tl.float32)
@@ -416,20 +383,15 @@ def _query_gradient_kernel(x, saved, p_dq, lists, sizes, G, SHAPE: tl.constexpr)
 # Kernels: dK and dV, one program per (chunk, KV head), then the sums over slots
 
 
-class Keys(NamedTuple):
-    """A tile of rows: where they are, and the log-weight of each in base 2, -inf for rows that are not seen."""
-
-    b_k: Any
-    b_v: Any
-    b_bias: Any
-    o_n: Any
+# A tile of rows: where they are, and the log-weight of each in base 2, -inf for rows that are not seen.
+Keys = namedtuple("Keys", "b_k b_v b_bias o_n")
 
 
 @jit
-def _row_gradient_queries(b_dk, b_dv, x, inputs, saved, run, sizes, CAUSAL: tl.constexpr, SHAPE: tl.constexpr):
+def _row_gradient_queries(b_dk, b_dv, x, inputs, run, sizes, CAUSAL: tl.constexpr, SHAPE: tl.constexpr):
     """dK / scale and dV from the queries of a run of all heads; CAUSAL hides row j where j > the query."""
     BM: tl.constexpr = SHAPE.BM
-    q, do, Lq, shift = inputs.q, inputs.do, sizes.Lq, sizes.shift
+    q, do, saved, Lq, shift = inputs.q, inputs.do, inputs.saved, sizes.Lq, sizes.shift
     first, last = tl.load(run + 2), tl.load(run + 3)
     o_part, o_d, o_dv = tl.arange(0, BM), tl.arange(0, SHAPE.BD), tl.arange(0, SHAPE.BDV)
     for i in range((last - first) // BM * SHAPE.G):
@@ -459,7 +421,7 @@ def _row_gradient_queries(b_dk, b_dv, x, inputs, saved, run, sizes, CAUSAL: tl.c
 
 
 @jit(general="sizes")
-def _row_gradient_kernel(x, saved, targets, lists, sizes, SHAPE: tl.constexpr):
+def _row_gradient_kernel(x, targets, lists, sizes, SHAPE: tl.constexpr):
     BN: tl.constexpr = SHAPE.BN
     BD: tl.constexpr = SHAPE.BD
     BDV: tl.constexpr = SHAPE.BDV
@@ -484,20 +446,21 @@ def _row_gradient_kernel(x, saved, targets, lists, sizes, SHAPE: tl.constexpr):
 
     p_q, stride_q = sequence(x.q, i_b, i_kv * SHAPE.G)
     p_do, stride_do = sequence(x.do, i_b, i_kv * SHAPE.G)
-    x = _Inputs(Strided(p_q, 0, x.q.h, stride_q), x.k, x.v, x.ck, x.cv, Strided(p_do, 0, x.do.h, stride_do), x.scale)
-    at = i_bh * SHAPE.G * saved.L_pad
-    saved = Saved(saved.lse2 + at, saved.delta + at, saved.L_pad)
+    at = i_bh * SHAPE.G * x.saved.L_pad
+    saved = Saved(x.saved.lse2 + at, x.saved.delta + at, x.saved.L_pad)
+    q, do = Strided(p_q, 0, x.q.h, stride_q), Strided(p_do, 0, x.do.h, stride_do)
+    x = _Inputs(q, x.k, x.v, x.ck, x.cv, do, x.scale, saved)
     b_dk, b_dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BDV], tl.float32)
     for i in range(first_run, causal_run):
         run = p_runs + i * 4
         m_n = (o_n >= tl.load(run)) & (o_n < tl.load(run + 1))
         b_bias = tl.where(m_n, tl.load(p_log_weight + i) * 1.4426950408889634, float("-inf"))
-        b_dk, b_dv = _row_gradient_queries(b_dk, b_dv, Keys(b_k, b_v, b_bias, o_n), x, saved, run, sizes, False, SHAPE)
+        b_dk, b_dv = _row_gradient_queries(b_dk, b_dv, Keys(b_k, b_v, b_bias, o_n), x, run, sizes, False, SHAPE)
     for i in range(causal_run, stop_run):
         run = p_runs + i * 4
         m_n = (o_n >= tl.load(run)) & (o_n < tl.load(run + 1))
         b_bias = tl.where(m_n, 0.0, float("-inf"))
-        b_dk, b_dv = _row_gradient_queries(b_dk, b_dv, Keys(b_k, b_v, b_bias, o_n), x, saved, run, sizes, True, SHAPE)
+        b_dk, b_dv = _row_gradient_queries(b_dk, b_dv, Keys(b_k, b_v, b_bias, o_n), x, run, sizes, True, SHAPE)
 
     o_out = i_bh * L + o_row
     if slot >= 0:
@@ -536,6 +499,11 @@ class Tiles:
     warps: int
     stages: int
 
+    def at_most(self, queries: int, rows: int) -> Tiles:
+        """No larger than that many queries and rows need."""
+        small = (min(a, max(16, next_power_of_two(b))) for a, b in ((self.queries, queries), (self.rows, rows)))
+        return Tiles(next(small), next(small), self.warps, self.stages)
+
 
 def query_tiles(width: int, itemsize: int, block: int) -> Tiles:
     """Tiles of the dQ kernel; ``width`` is D + Dv, each rounded up to a power of two.
@@ -572,16 +540,17 @@ def segment_attention_backward_triton(
     check_dtype(query)
     key, value, compacted_key, _ = sources.buffers
     (B, H, Lq, _), (_, H_kv, Lk, _), A, widths = query.shape, key.shape, compacted_key.shape[2], Widths.of(key, value)
-    inputs = _Inputs(*(strided(x) for x in (query, *sources.buffers, grad)), scale)
     gradients = tuple(x.new_empty(x.shape, dtype=torch.float32) for x in (query, *sources.buffers))
     saved = Saved.of(grad, out, lse, len(table.tail) * table.block, table.shift)
+    q, k, v, ck, cv, do = (strided(x) for x in (query, *sources.buffers, grad))
+    inputs = _Inputs(q, k, v, ck, cv, do, scale, saved)
     shape = (widths.BD + widths.BDV, query.element_size(), table.block)
 
     segments, *rest = table.on(query.device)
     tiles, sizes = query_tiles(*shape), _Sizes(H, Lq, Lk, A, table.shift, table.q_offset, segments.shape[1])
     parts = table.block // tiles.queries
     launch(_query_gradient_kernel, (len(table.tail) * parts, B * H),
-        inputs, saved, gradients[0], (segments, *rest), sizes, H // H_kv,
+        inputs, gradients[0], (segments, *rest), sizes, H // H_kv,
         SHAPE=_Shape(*widths, tiles.queries, tiles.rows, PARTS=parts), num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
@@ -590,7 +559,7 @@ def segment_attention_backward_triton(
     slots = tuple(lse.new_empty(plan.slots * B * H_kv, tiles.rows, d, dtype=torch.float32) for d in widths[:2])
     even = Lq % tiles.queries == table.shift % tiles.queries == 0
     launch(_row_gradient_kernel, (len(plan.chunks), B * H_kv),
-        inputs, saved, (*gradients[1:], *slots), tuple(lists), sizes._replace(H=H_kv),
+        inputs, (*gradients[1:], *slots), tuple(lists), sizes._replace(H=H_kv),
         SHAPE=_Shape(*widths, tiles.queries, tiles.rows, G=G, EVEN=even),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -602,9 +571,7 @@ def segment_attention_backward_triton(
     return gradients
 
 
-def segment_gradients(
-    grad: torch.Tensor, *others: torch.Tensor | Sources | SegmentTable | float
-) -> tuple[torch.Tensor, ...]:
+def segment_gradients(grad: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...]:
     """:func:`.segments.segment_attention_backward`, with the kernels on CUDA; same arguments and results."""
     return (segment_attention_backward_triton if grad.is_cuda else segment_attention_backward)(grad, *others)
 

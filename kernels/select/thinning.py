@@ -26,7 +26,8 @@ from __future__ import annotations
 
 import functools
 import heapq
-from typing import Any, NamedTuple
+from collections import namedtuple
+from typing import Any
 
 import numpy as np
 import sympy
@@ -34,7 +35,6 @@ import torch
 
 from ..launch import (
     Random,
-    Strided,
     Widths,
     constant,
     constexpr,
@@ -189,7 +189,8 @@ def _ticket_order(table: np.ndarray, units: int, lanes: int) -> np.ndarray:
             unit_chain[unit[i]], first_tile[unit[i]] = _BEFORE + chain[i], i
     waiting = [(0.0, i) for i in range(tiles) if block[i] == 0 and (unit[i] < 0 or missing[unit[i]] == 0)]
     heapq.heapify(waiting)
-    ready, free, order = [], [0.0] * lanes, []
+    ready: list[tuple[float, int]] = []
+    free, order = [0.0] * lanes, []
     arrived, word = [0.0] * units, [0.0] * tiles
     while waiting or ready:
         now = heapq.heappop(free)
@@ -218,51 +219,19 @@ def _ticket_order(table: np.ndarray, units: int, lanes: int) -> np.ndarray:
 # Kernels
 
 
-class _Inputs(NamedTuple):
-    """The tokens, and what :func:`thin` writes: the token of every copy, and the copies, ``[B * H, A, D]``."""
-
-    k: Strided
-    v: Strided
-    index: torch.Tensor
-    copied_key: torch.Tensor
-    copied_value: torch.Tensor
+# The tokens, and what :func:`thin` writes: the token of every copy, and the copies, ``[B * H, A, D]``.
+_Inputs = namedtuple("_Inputs", "k v index copied_key copied_value")
 
 
-class _Work(NamedTuple):
-    """Scratch memory and the table; :class:`_Places` says what lies where."""
-
-    scratch: torch.Tensor
-    sync: torch.Tensor
-    table: torch.Tensor
-    gains: torch.Tensor | None
+# Scratch memory and the table; :class:`_Places` says what lies where.
+_Work = namedtuple("_Work", "scratch sync table gains")
 
 
-class _Sizes(NamedTuple):
-    programs: int
-    tiles: int
-    units: int
-    buckets: int
-    slots: int
-    sequences: int
-    H: int
-    tokens: int
-    sinks: int
-    A: int
-    index_rows: int
+_Sizes = namedtuple("_Sizes", "programs tiles units buckets slots sequences H tokens sinks A index_rows")
 
 
-class _Shape(NamedTuple):
-    """Widths, pairs of a tile, and what the rule and the stream are like; W times BP lanes walk."""
-
-    D: int
-    DV: int
-    BD: int
-    BDV: int
-    BP: int
-    W: int
-    CENTRE: bool
-    STREAMED: bool
-    COIN: bool
+# Widths, pairs of a tile, and what the rule and the stream are like; W times BP lanes walk.
+_Shape = namedtuple("_Shape", "D DV BD BDV BP W CENTRE STREAMED COIN")
 
 
 @jit
@@ -290,16 +259,9 @@ def _shortened(b_x):
     return b_x
 
 
-class _Places(NamedTuple):
-    """Where the parts of the scratch memory of one sequence begin: statistics of slots and of buckets, arrivals at
-    units and words of tiles. In front of them are what the walks keep, and the ticket."""
-
-    mean: Any
-    spread: Any
-    centre: Any
-    bound: Any
-    count: Any
-    word: Any
+# Where the parts of the scratch memory of one sequence begin: statistics of slots and of buckets, arrivals at units
+# and words of tiles. In front of them are what the walks keep, and the ticket.
+_Places = namedtuple("_Places", "mean spread centre bound count word")
 
 
 @jit
@@ -368,16 +330,8 @@ def _hand_over(p_row, at, b_k, b_v, m_p, valid, SHAPE: tl.constexpr):
             tl.atomic_add(at.count + feeds, 1, sem="release")
 
 
-class _From(NamedTuple):
-    """The memory that a tile reads: stream rows among the tokens, by index if ``raw``, all others among the copies."""
-
-    p_k: Any
-    stride_k: Any
-    p_v: Any
-    stride_v: Any
-    p_index: Any
-    first: Any
-    raw: Any
+# The memory that a tile reads: stream rows among the tokens, by index if ``raw``, all others among the copies.
+_From = namedtuple("_From", "p_k stride_k p_v stride_v p_index first raw")
 
 
 @jit
@@ -411,32 +365,12 @@ def _describe_kernel(x, work, sizes, SHAPE: tl.constexpr):
     _hand_over(p_row, _places(work, i_seq, sizes, SHAPE), b_k, b_v, m_p, valid, SHAPE)
 
 
-class _Tile(NamedTuple):
-    """A tile of a halving: its columns of the table; ``i_bucket`` is -1 for whole buckets."""
-
-    source: Any
-    rows: Any
-    block: Any
-    valid: Any
-    bucket: Any
-    stage: Any
-    i_bucket: Any
-    gain: Any
-    scale: Any
+# A tile of a halving: its columns of the table; ``i_bucket`` is -1 for whole buckets.
+_Tile = namedtuple("_Tile", "source rows block valid bucket stage i_bucket gain scale")
 
 
-class _Own(NamedTuple):
-    """The rows of a tile ``[BR, BD]``, ``[BR, BDV]``, the bias and the shift of their scores, and where they are."""
-
-    b_k: Any
-    b_v: Any
-    b_bias: Any
-    b_centre: Any
-    half_norm: Any
-    shift: Any
-    v_max: Any
-    m_r: Any
-    top: Any
+# The rows of a tile ``[BR, BD]``, ``[BR, BDV]``, the bias and the shift of their scores, and where they are.
+_Own = namedtuple("_Own", "b_k b_v b_bias b_centre half_norm shift v_max m_r top")
 
 
 @jit
@@ -544,12 +478,12 @@ def _decide(p_slot, p_word, tile, own_top, random, head, SHAPE: tl.constexpr):
     b_u = draw_uniform(random.seed, random.layer, o_pair % half, tile.bucket + o_pair // half, tile.stage, head)
     b_rows = ()
     for i in tl.static_range(BP):
-        b_rows = b_rows + (tl.load(p_slot + i * BP + o_w),)  # row i of D, zero up to column i
+        b_rows += (tl.load(p_slot + i * BP + o_w),)  # row i of D, zero up to column i  # type: ignore[assignment]
     top = 0.0
     if tile.block > 0:
         b_couple = ()
         for i in tl.static_range(BP):
-            b_couple = b_couple + (tl.load(p_slot + BP * BP + i * BP + o_w),)
+            b_couple += (tl.load(p_slot + BP * BP + i * BP + o_w),)  # type: ignore[assignment]
         word = _await_word(p_word - 1)
         top = ((word >> 32) - 1).to(tl.int32).to(tl.float32, bitcast=True)
         signs = (word & 0xFFFFFFFF).to(tl.uint32)
