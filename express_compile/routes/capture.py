@@ -29,7 +29,7 @@ from ..core.spec import Plan, Policy, Unmet, known_equal
 from ..report.explain import SiteReport, recorder
 from .dynamo import Compiled, Failure, cannot_capture, is_converting
 from .module_code import writes_attention
-from .tracers import cannot_trace, refuse_tracers
+from .tracers import cannot_trace, is_exporting, refuse_tracers
 from .transformers.masks import untraced
 
 if TYPE_CHECKING:
@@ -410,7 +410,7 @@ def _close(compiled: Compiled, call: FunctionType) -> None:
 
 @torch.compiler.assume_constant_result
 def _is_ours(name: str) -> bool:
-    if torch.compiler.is_exporting():
+    if is_exporting():
         raise RuntimeError(cannot_trace(name, "torch.export"))
     return is_converting()
 

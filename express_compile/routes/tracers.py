@@ -6,9 +6,15 @@ import torch
 from torch import nn
 
 
+def is_exporting() -> bool:
+    """Whether torch.export is at work, also where Dynamo traces the question: before torch 2.13 it takes
+    ``torch.compiler.is_exporting()`` for true whatever it traces for."""
+    return torch.compiler._is_exporting_flag
+
+
 def tracer() -> str | None:
     """The tracer that is at work in this thread, torch.compile left out; None where nothing is traced."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "torch.export"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"

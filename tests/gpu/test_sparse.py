@@ -34,8 +34,9 @@ def masked(q, k, v, pattern, scale):
     return torch.exp(scores - lse.clamp(min=-1e300)[..., None]) @ v, lse
 
 
-def error(x, truth):
-    return ((x.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item()  # 0 where both are 0
+def error(x, truth, instead=0.0):
+    """Relative to ``truth``, to ``instead`` where that is 0; 0 where all are."""
+    return ((x.double() - truth).norm() / max(truth.norm().item() or instead, 1e-30)).item()
 
 
 def check(q, k, v, pattern, scale):
@@ -53,8 +54,9 @@ def check(q, k, v, pattern, scale):
     assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
     true = torch.autograd.grad(truth, leaves, grad.double())
     by_reference = dense_backward(grad, reference, kept, q, k, v, pattern, scale)
+    size = true[2].norm().item()  # a query with one key has gradients of 0 but for rounding, and so has that key
     for a, r, t in zip(actual, by_reference, true, strict=True):
-        assert error(a.to(q.dtype), t) <= 2 * error(r.to(q.dtype), t) + 1e-6
+        assert error(a.to(q.dtype), t, size) <= 2 * error(r.to(q.dtype), t, size) + 1e-6
 
 
 @pytest.mark.parametrize("parts", PARTS)

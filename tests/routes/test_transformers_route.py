@@ -7,6 +7,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 import transformers
 from torch import nn
 
+import express_compile
 from express_compile import is_rewritten, record_sites, restore_attention, rewrite_attention
 from express_compile.core.spec import Mask
 from express_compile.routes.module_code import calls_interface, depends_on_name, passes
@@ -447,6 +449,12 @@ def test_strict_export_says_what_to_do():
     model = Logits(rewrite_attention(llama("sdpa"), **EXPRESS)).eval()
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"call restore_attention\(model\)"):
         torch.export.export(model, (IDS,), strict=True)
+
+
+def test_whether_this_is_an_export_is_asked_in_one_place():
+    """Before torch 2.13 Dynamo takes torch.compiler.is_exporting() for true in every graph: compiled models raised."""
+    files = Path(express_compile.__file__).parent.rglob("*.py")
+    assert [file.name for file in files if "torch.compiler.is_exporting" in file.read_text()] == ["tracers.py"]
 
 
 # ------------------------------------------------------------------------------------------------------ generate

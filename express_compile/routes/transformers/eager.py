@@ -37,7 +37,7 @@ from ...core.spec import AttentionSpec, Mask, Plan, Policy, default_scale, featu
 from ...report.explain import SiteReport, recorder
 from .. import capture
 from ..module_code import calls_interface, can_import_transformers, depends_on_name, passes
-from ..tracers import cannot_trace
+from ..tracers import cannot_trace, is_exporting
 from .masks import ProvenMask, make_mask, untraced
 
 if TYPE_CHECKING:
@@ -602,7 +602,7 @@ def _attention(
     **arguments: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention function under our name: ``[B, H, L, D]`` in, ``[B, Lq, H, Dv]`` out."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return _export(module, query, key, value, attention_mask, arguments)
     if torch.compiler.is_compiling() and query.shape[2] == 1:
         return _attend_compiled(module, query, key, value, attention_mask, arguments)

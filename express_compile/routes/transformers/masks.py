@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ...core.spec import Mask
+from ..tracers import is_exporting
 
 untraced = torch.compiler.disable(
     reason="a model rewritten by rewrite_attention runs its attention eagerly; to compile it whole, call "
@@ -179,7 +180,7 @@ def make_mask(
         "device": "cpu",
         **rest,
     }
-    if torch.compiler.is_compiling() and (q_length == 1 or torch.compiler.is_exporting()):
+    if torch.compiler.is_compiling() and (q_length == 1 or is_exporting()):
         return _sdpa_mask()(**arguments)
     return _make_mask(arguments)
 
