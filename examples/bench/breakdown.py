@@ -43,11 +43,10 @@ def lengths(ns: list[int], clock: Clock) -> list[dict]:
             layout = E.make_layout(config, n, n)
             index, *copies = E.thin_triton(k, v, layout, scale, seed, LAYER)
             index = index if config.protected else None
+            sources = Sources(k, v, *copies, index)
             calls = {
                 "thin": lambda c=layout, k=k, v=v: E.thin_triton(k, v, c, scale, seed, LAYER),
-                "attend": lambda c=layout, x=q, r=Sources(k, v, *copies, index): segment_attention(
-                    x, r, c.table, scale
-                ),
+                "attend": lambda c=layout, q=q, x=sources: segment_attention(q, x, c.table, scale),
             }
             ms = {part: quantile(clock(replayed(call), 5), 0.5) for part, call in calls.items()}
             seen = float(layout.table.rows_seen(n).mean())
