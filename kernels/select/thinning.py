@@ -478,7 +478,7 @@ def _decide(p_slot, p_word, tile, own_top, random, head, SHAPE: tl.constexpr):
     b_u = draw_uniform(random.seed, random.layer, o_pair % half, tile.bucket + o_pair // half, tile.stage, head)
     b_rows = ()
     for i in tl.static_range(BP):
-        b_rows += (tl.load(p_slot + i * BP + o_w),)  # row i of D, zero up to column i  # type: ignore[assignment]
+        b_rows += (tl.load(p_slot + i * BP + o_w),)  # type: ignore[assignment]  # row i of D, zero up to i
     top = 0.0
     if tile.block > 0:
         b_couple = ()
