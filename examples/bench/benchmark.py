@@ -47,7 +47,12 @@ from express_compile.kernels import express as E
 from express_compile.kernels import thinformer as T
 from express_compile.kernels.attend.bernoulli import feature_probability, round_query
 from express_compile.kernels.attend.sampled import santa_triton
-from express_compile.kernels.attend.segments import dense_table, segment_attention_backward, segment_attention_reference
+from express_compile.kernels.attend.segments import (
+    Sources,
+    dense_table,
+    segment_attention_backward,
+    segment_attention_reference,
+)
 from express_compile.kernels.attend.segments_backward import accumulate_rows_reference
 from express_compile.kernels.exact import exact_attention
 from express_compile.kernels.padding import Packing
@@ -121,9 +126,10 @@ def check(q, k, v, out, config: E.Express) -> tuple[float, float]:
     table, worst, allowed = layout.table, 0.0, 0.0
     for block in {0, len(table.tail) // 2, len(table.tail) - 1}:
         own, one = table.of_block(block, Lq)
-        part = (q[:, :, own], k, v, *compacted)
-        truth, _ = segment_attention_reference(*(x.double() for x in part), one, scale)
-        reference, _ = segment_attention_reference(*part, one, scale)
+        part = Sources(k, v, *compacted)
+        exact = Sources(*(x.double() for x in part.buffers))
+        truth, _ = segment_attention_reference(q[:, :, own].double(), exact, one, scale)
+        reference, _ = segment_attention_reference(q[:, :, own], part, one, scale)
         worst = max(worst, ((out[:, :, own] - truth).norm() / truth.norm()).item())
         allowed = max(allowed, 2 * ((reference - truth).norm() / truth.norm()).item())
     return worst, allowed
@@ -143,7 +149,7 @@ def check_gradients(q, k, v, policy: Policy) -> tuple[float, float]:
     gradients = []
     for dtype in (torch.float64, q.dtype):
         leaves = [x.detach().to(dtype) for x in (q, k, v)]
-        rows = (*leaves, *(E.gather_rows(x, index) for x in leaves[1:]))
+        rows = leaves[0], Sources(*leaves[1:], *(E.gather_rows(x, index) for x in leaves[1:]))
         result = segment_attention_reference(*rows, layout.table, scale)
         d_query, *parts = segment_attention_backward(grad.to(dtype), *rows, *result, layout.table, scale)
         for target, part in zip(parts[:2], parts[2:], strict=True):
@@ -259,13 +265,13 @@ def check_rows(q, k, v, out, policy: Policy, padding: torch.Tensor | None) -> tu
     s, rule = T.rows_kept(k.shape[2], **options), T.get_rule(options["halving"], options["flatten"])
     _, keys, values, lengths = T.select(k, v, padding, s, rule, scale, seed, LAYER)
     q, out = (x[:, :, x.shape[2] // 2 :][:, :, :512] for x in (q, out))
-    table, nothing = dense_table(q.shape[2], keys.shape[2]), keys[:, :, :0]
+    table = dense_table(q.shape[2], keys.shape[2])
 
-    def attend(q, none, keys, values):
-        return segment_attention_reference(q, none, none, keys, values, table, scale, lengths=lengths)[0]
+    def attend(q, keys, values):
+        return segment_attention_reference(q, Sources.compacted(keys, values, lengths), table, scale)[0]
 
-    truth = attend(*(x.double() for x in (q, nothing, keys, values)))
-    reference = attend(q, nothing, keys, values)
+    truth = attend(*(x.double() for x in (q, keys, values)))
+    reference = attend(q, keys, values)
     return ((out - truth).norm() / truth.norm()).item(), 2 * ((reference - truth).norm() / truth.norm()).item()
 
 
