@@ -85,7 +85,8 @@ def draw(runs: dict[str, Run], stats: dict[str, TokenStats], n: int, first: int,
         bins = kl[: len(kl) // 64 * 64].clip(1e-9).reshape(-1, 64)
         middle, rows = np.arange(len(bins)) * 64 + 32, rows_seen(run.policy, n)
         thinned = middle >= np.argmax(rows < np.arange(1, n + 1))  # before it every row is kept: KL is rounding
-        label = f"protected={run.policy.protected}, window={run.policy.window}"
+        own = run.policy.of("express")
+        label = f"protected={own.protected}, window={own.recent}"
         above.plot(middle[thinned], bins.mean(1)[thinned], color=color, label=f"{label}: mean of 64 positions")
         above.plot(middle[thinned], np.median(bins, 1)[thinned], ":", color=color, label=f"{label}: median")
         below.plot(np.arange(1, n + 1), rows, color=color, linewidth=width, label=f"Express, {label}")

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .core.method import METHODS, Method, register
-    from .core.saved import SavedPlan, SavedSite
-    from .core.spec import AttentionSpec, Mask, Plan, Policy, Refusal, Site
+    from .core.method import METHODS, Method, Refusal, register
+    from .core.plan import Plan, SavedPlan, SavedSite
+    from .core.policy import Policy
+    from .core.spec import AttentionSpec, Mask, Site
     from .quality.budgets import Calibration, calibrate_error
     from .quality.watch import Watch, watch
     from .report.explain import Report, SiteReport, explain
@@ -25,9 +26,10 @@ if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels").is_dir():
     __path__.append(str(_HERE.parent))
 
 _HOMES = {
-    "core.method": ("METHODS", "Method", "register"),
-    "core.saved": ("SavedPlan", "SavedSite"),
-    "core.spec": ("AttentionSpec", "Mask", "Plan", "Policy", "Refusal", "Site"),
+    "core.method": ("METHODS", "Method", "Refusal", "register"),
+    "core.plan": ("Plan", "SavedPlan", "SavedSite"),
+    "core.policy": ("Policy",),
+    "core.spec": ("AttentionSpec", "Mask", "Site"),
     "quality.budgets": ("Calibration", "calibrate_error"),
     "quality.watch": ("Watch", "watch"),
     "report.explain": ("explain", "Report", "SiteReport"),

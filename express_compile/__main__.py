@@ -80,7 +80,7 @@ def _add_explain(commands: Any) -> None:
 def _explain(options: argparse.Namespace) -> int:
     import torch
 
-    from .core.spec import Unmet
+    from .core.policy import Unmet
     from .report.explain import explain
 
     fields = {name: getattr(options, name) for name in POLICY if hasattr(options, name)}
@@ -128,7 +128,7 @@ def _plots(report: Report, options: argparse.Namespace) -> dict[str, str]:
 def _check(options: argparse.Namespace, fields: dict[str, Any]) -> None:
     import torch
 
-    from .core.spec import Policy
+    from .core.policy import Policy
     from .planning.choose import check_policy
 
     try:

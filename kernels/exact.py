@@ -9,11 +9,14 @@ exact is cheaper than they are: the fastest exact kernel of the device, with the
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 
 from express_compile.core.cost import dense_cost, visible_pairs
 from express_compile.core.method import Method, register
+from express_compile.core.options import Options
+from express_compile.core.rows import Rows
 
 from .attend.segments import causal_table, dense_table, segment_attention
 
@@ -56,6 +59,11 @@ def cudnn_takes(device: torch.device, dtype: torch.dtype, D: int) -> bool:
     return half and modern and torch.backends.cudnn.is_available() and D in range(8, 129, 8)
 
 
+@dataclass(frozen=True)
+class Exact(Options):
+    """Exact attention has no options."""
+
+
 METHOD = register(
     Method(
         name="exact",
@@ -64,6 +72,8 @@ METHOD = register(
         refuses="nothing",
         refuse=lambda spec, policy: None,
         params=lambda site, policy: {},
+        options=Exact,
+        sees=lambda options, site: Rows(everything=True),
         cost=lambda spec, params: dense_cost(visible_pairs(spec)),
     )
 )

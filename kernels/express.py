@@ -2,13 +2,14 @@
 
     out_i = sum_j w_j exp(scale <q_i, k_j>) v_j / sum_j w_j exp(scale <q_i, k_j>)
 
-over four parts: the first ``sinks`` tokens and the last ``window`` tokens exactly (w = 1), ``protected``
+over four parts: the first ``sinks`` tokens and the last ``recent`` tokens exactly (w = 1), ``protected``
 distinctive rows exactly, and of everything else fewer than ``6 s`` rows kept by repeated halving, each standing
 for ``w`` tokens. Paper: *Express Language Modeling*, arXiv 2606.10944; here with weight 1 for the newest tokens,
 and a subsampling group enters when it is complete.
 
 Error law (bounded inputs, R = max norm): ``|out - exact|_inf = O(exp(2 R^2 / sqrt(D)) *
-sqrt(log(D n) log s log(s log n)) / sqrt(2**M s) * max_j |v_j|)``. Exact while ``n <= 4 s + sinks + window``.
+sqrt(log(D n) log s log(s log n)) / sqrt(2**M s) * max_j |v_j|)``. Exact while
+``n <= 4 s + sinks + recent + protected``.
 Every token is kept with probability 1 / w, so sums over the kept rows are unbiased.
 
 Supports causal self-attention aligned bottom-right (continuing a longer key/value sequence), grouped queries,
@@ -16,7 +17,7 @@ Dv != D, any length, key padding on any side, float16, bfloat16, float32 (float6
 non-causal masks, windows, biases, dropout, and single-token decoding from a full cache (it would thin the
 cache again at every step).
 
-Prefill form: queries come in blocks of ``block``; a block sees the coreset as it stood ``window`` tokens before
+Prefill form: queries come in blocks of ``block``; a block sees the coreset as it stood ``recent`` tokens before
 its start, and every later token exactly. :class:`express_compile.kernels.express_state.ExpressState` is the
 streaming form of the same rows.
 """
@@ -27,17 +28,21 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import sympy
 import torch
 
 from express_compile.core import cost as c
-from express_compile.core.method import Method, register
+from express_compile.core.call import Call
+from express_compile.core.method import Method, Refusal, register
+from express_compile.core.options import NUMBER, ROWS, WHOLE, Kind, Options, budget, option
 from express_compile.core.plain import number
-from express_compile.core.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
+from express_compile.core.policy import Policy
+from express_compile.core.rows import Rows
+from express_compile.core.spec import AttentionSpec, Site, floor_power_of_two, known_equal
 
 from .attend.segments import (
     COMPACTED,
@@ -53,56 +58,101 @@ from .launch import philox_uniform
 from .op import at_the_end, define_attention, no_kernel
 from .padding import Packing
 from .select.contest import CONTEST, compete, compete_reference
-from .select.halving import HalvingRule, get_rule, halve_reference
+from .select.halving import RULE, HalvingRule, get_rule, halve_reference
 from .select.schedule import Schedule, admitted, check_budget, make_schedule
 from .select.thinning import describe_launches, thin
 
-
-@dataclass(frozen=True)
-class ExpressConfig:
-    """What decides the rows of Express besides the data: see ``Policy`` for the fields."""
-
-    s: int
-    M: int
-    sinks: int = 32
-    window: int = 256
-    protected: int = 0
-    rule: HalvingRule = get_rule("balanced")
-    block: int = 128
-
-    def __post_init__(self) -> None:
-        check_budget(self.s, self.M)
-        for name in ("sinks", "window", "protected"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be a number of rows, 0 or more")
-        if self.block not in (16, 32, 64, 128):
-            raise ValueError(f"block={self.block!r}: must be 16, 32, 64 or 128 queries")
-
-    def contests(self, tokens: int) -> int:
-        """Contests for the protected places held once ``tokens`` tokens have left sinks and window."""
-        return tokens // CONTEST if self.protected else 0
-
-    def streamed(self, tokens: int) -> int:
-        """Tokens in the thinning stream once ``tokens`` tokens have left sinks and window."""
-        return tokens if not self.protected else max(0, CONTEST * self.contests(tokens) - self.protected)
-
-    def in_block(self, position: int) -> int:
-        """How far ``position`` lies behind the start of its block of queries.
-
-        Blocks start ``sinks + window`` tokens behind multiples of ``block``, wherever a prefill starts: one in
-        chunks gives what one in a single piece does, and the slices of the coreset keep even lengths.
-        """
-        return (position - self.sinks - self.window) % self.block
-
-    @property
-    def exact_up_to(self) -> int:
-        """Sequences of at most this many tokens get exact attention."""
-        return 4 * self.s + self.sinks + self.window + self.protected
+BLOCKS = (16, 32, 64, 128)
+_Gradients: TypeAlias = tuple[torch.Tensor, ...]
 
 
 def default_inflation(s: int) -> int:
     """``M = h - 2`` for ``s = 2**h``, the paper's choice for prefill."""
     return max(0, s.bit_length() - 3)
+
+
+def budget_grows(given: Any) -> str:
+    """Why a budget that follows the number of keys has no meaning here."""
+    what = f"the fraction {given} of the keys" if isinstance(given, float) else "a table of rows"
+    what = "a function of the number of keys" if callable(given) else what
+    return (
+        f"its budget is {what}, so that how long the text becomes would decide what its first tokens see; give a "
+        "number of rows, such as budget=512"
+    )
+
+
+def _block(name: str, value: Any) -> int:
+    if number(name, value, int) not in BLOCKS:
+        raise ValueError(f"{name}={value!r}: must be 16, 32, 64 or 128 queries")
+    return int(value)
+
+
+@dataclass(frozen=True)
+class Express(Options):
+    """What decides the rows of Express besides the data."""
+
+    budget: int = option(
+        512, "rows s of the coreset, rounded down to a power of two; fewer than 6 s are held",
+        Kind("rows", "int", functools.partial(budget, least=2)),
+        schema="int s", pack=lambda rows: {"s": floor_power_of_two(rows)}, shared="budget",
+    )  # fmt: skip
+    sinks: int = option(32, "the first tokens, which are always held exactly", ROWS, shared="sinks")
+    recent: int = option(256, "the last tokens, which are always held exactly", ROWS, shared="window")
+    protected: int = option(
+        256, "places for the most distinctive rows, which are held exactly wherever they are; without them thinning "
+        "forgets single facts", ROWS, shared="protected",
+    )  # fmt: skip
+    halving: str = option("balanced", "name of a registered halving rule", RULE, shared="halving")
+    inflation: int | None = option(
+        None, "M of the paper; None is h - 2 for s = 2**h", WHOLE,
+        pack=lambda M: {"inflation": -1 if M is None else M}, shared="inflation",
+    )  # fmt: skip
+    flatten: float = option(
+        0.0, "factor of the exponent in the kernel of the halving rule; 0 is the rule's own", NUMBER
+    )
+    block: int = option(128, "queries that see the same coreset", Kind("16, 32, 64 or 128", "int", _block))
+
+    def check(self) -> None:
+        if not isinstance(self.budget, int):
+            raise ValueError(f"budget={self.budget!r}: {budget_grows(self.budget)}")
+        check_budget(self.s, self.M)
+        get_rule(self.halving, self.flatten)
+
+    @functools.cached_property
+    def s(self) -> int:
+        """The budget as a power of two."""
+        return floor_power_of_two(self.budget)
+
+    @functools.cached_property
+    def M(self) -> int:
+        """The inflation, whichever way it is given."""
+        return default_inflation(self.s) if self.inflation is None else self.inflation
+
+    @functools.cached_property
+    def rule(self) -> HalvingRule:
+        """The halving rule."""
+        return get_rule(self.halving, self.flatten)
+
+    def contests(self, tokens: int) -> int:
+        """Contests for the protected places held once ``tokens`` tokens have left sinks and tail."""
+        return tokens // CONTEST if self.protected else 0
+
+    def streamed(self, tokens: int) -> int:
+        """Tokens in the thinning stream once ``tokens`` tokens have left sinks and tail."""
+        return tokens if not self.protected else max(0, CONTEST * self.contests(tokens) - self.protected)
+
+    def in_block(self, position: int) -> int:
+        """How far ``position`` lies behind the start of its block of queries.
+
+        Blocks start ``sinks + recent`` tokens behind multiples of ``block``, wherever a prefill starts: one in
+        chunks gives what one in a single piece does, and the slices of the coreset keep even lengths.
+        """
+        return (position - self.sinks - self.recent) % self.block
+
+    @property
+    def exact_up_to(self) -> int:
+        """Sequences of at most this many tokens get exact attention."""
+        return 4 * self.s + self.sinks + self.recent + self.protected
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -117,7 +167,7 @@ class Layout:
     them, the ``schedule.tokens`` rows of the stream and ``protected`` places per contest.
     """
 
-    config: ExpressConfig
+    config: Express
     schedule: Schedule
     contests: int
     copied: int  # compacted rows that are copied to lie side by side; the others are read through their index
@@ -126,13 +176,13 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=64)
-def make_layout(config: ExpressConfig, Lq: int, Lk: int) -> Layout:
+def make_layout(config: Express, Lq: int, Lk: int) -> Layout:
     """The layout of the last ``Lq`` of ``Lk`` tokens as queries. Raises ``ValueError`` for ``Lq > Lk``."""
     if not 0 < Lq <= Lk:
         raise ValueError(f"Lq={Lq}: must be from 1 to the number of keys, Lk={Lk}")
     shift = config.in_block(Lk - Lq)
     begin = np.maximum(0, np.arange(Lk - Lq - shift, Lk, config.block, dtype=np.int64))
-    left = np.maximum(0, begin - config.sinks - config.window)
+    left = np.maximum(0, begin - config.sinks - config.recent)
     streamed = np.array([config.streamed(int(t)) for t in left], dtype=np.int64)
     complete = np.array([admitted(int(t), config.s, config.M) for t in streamed], dtype=np.int64)
     schedule = make_schedule(int(streamed[-1]), config.s, config.M)
@@ -249,7 +299,7 @@ def express_reference(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    config: ExpressConfig,
+    config: Express,
     scale: float,
     seed: torch.Tensor,
     layer: int = 0,
@@ -276,7 +326,7 @@ def _prefill(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    config: ExpressConfig,
+    config: Express,
     scale: float,
     seed: torch.Tensor,
     layer: int,
@@ -284,8 +334,9 @@ def _prefill(
     if not key.is_cuda:
         return express_reference(query, key, value, config, scale, seed, layer)
     layout = make_layout(config, query.shape[2], key.shape[2])
-    index, *compacted = thin_triton(key, value, layout, scale, seed, layer)
-    return segment_attention(query, key, value, *compacted, layout.table, scale, index if config.protected else None)
+    index, keys, values = thin_triton(key, value, layout, scale, seed, layer)
+    behind = index if config.protected else None
+    return segment_attention(query, key, value, keys, values, layout.table, scale, behind)
 
 
 def select_rows(
@@ -295,92 +346,88 @@ def select_rows(
     if not key.is_cuda:
         index = thin_reference(key, value, layout, scale, seed, layer)
         return index, gather_rows(key, index), gather_rows(value, index)
-    index, *compacted = thin_triton(key, value, layout, scale, seed, layer)
+    index, keys, values = thin_triton(key, value, layout, scale, seed, layer)
     if layout.config.protected:
         behind = index[:, :, layout.copied :]
-        compacted = [torch.cat([c, gather_rows(x, behind)], 2) for c, x in zip(compacted, (key, value), strict=True)]
-    return index, *compacted
+        keys, values = (torch.cat([c, gather_rows(x, behind)], 2) for c, x in ((keys, key), (values, value)))
+    return index, keys, values
 
 
-def _backward(grad, out, lse, query, key, value, config, scale, seed, layer) -> tuple[torch.Tensor, ...]:
+def _backward(call: Call, config: Express, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> _Gradients:
     """Gradients with the selection held fixed; it is made again, so that training stores nothing for it."""
-    layout = make_layout(config, query.shape[2], key.shape[2])
-    index, *compacted = select_rows(key, value, layout, scale, seed, layer)
-    gradients = segment_gradients(grad, query, key, value, *compacted, out, lse, layout.table, scale)
+    query, key, value = call.query, call.key, call.value
+    layout = make_layout(config, call.Lq, call.Lk)
+    index, *compacted = select_rows(key, value, layout, call.scale, call.seed, call.layer)
+    gradients = segment_gradients(grad, query, key, value, *compacted, out, lse, layout.table, call.scale)
     d_query, d_key, d_value, *d_compacted = gradients
     for target, part in zip((d_key, d_value), d_compacted, strict=True):
         accumulate_rows(target, index, part)
     return d_query, d_key, d_value
 
 
-def _config(s, inflation, sinks, window, protected, halving, flatten, block, min_length, Lk) -> ExpressConfig:
-    """The configuration that the op's options mean for ``Lk`` keys; exact for fewer than ``min_length``."""
-    M = default_inflation(s) if inflation < 0 else inflation
-    rule = get_rule(halving, flatten)
-    return ExpressConfig(s, M, sinks, max(window, Lk) if Lk < min_length else window, protected, rule, block)
+@functools.lru_cache(maxsize=256)
+def _config(s: int, inflation: int, recent: int, **same: Any) -> Express:
+    check_budget(s, 0)  # what an op is given is not rounded
+    return Express(s, inflation=None if inflation < 0 else inflation, recent=recent, **same)
 
 
-def _whole_below(config: ExpressConfig, min_length: int, Lk: int) -> int:
+def config_at(Lk: int, min_length: int, recent: int, **others: Any) -> Express:
+    """The options that those of the op mean for ``Lk`` keys; exact for fewer than ``min_length``."""
+    return _config(recent=max(recent, Lk) if Lk < min_length else recent, **others)
+
+
+def _whole_below(config: Express, min_length: int, Lk: int) -> int:
     """Sequences of a padded batch of ``Lk`` places that are exact for ``min_length`` alone have fewer tokens; or 0."""
     return min_length if config.exact_up_to + 1 < min_length <= Lk else 0
 
 
-def _express_body(query, key, value, padding, seed, scale, layer, **options):
+def _express_body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """With ``padding``, for a device that cannot be asked for lengths: all sequences as long as the longest may be.
 
     What the first tokens give does not depend on those behind them, so only ``min_length`` has to be looked after:
     sequences with fewer tokens, which lie within the first places, get the answer of exact attention.
     """
-    Lq, Lk = query.shape[2], key.shape[2]
-    config = _config(**options, Lk=Lk)
+    query, key, value, padding, Lk = call.query, call.key, call.value, call.padding, call.Lk
+    config = config_at(Lk, **call.options)
     if padding is not None:
-        pad, whole = Packing(padding), _whole_below(config, options["min_length"], Lk)
+        pad, whole = Packing(padding), _whole_below(config, call.options["min_length"], Lk)
         query, key, value = pad.pack(query), pad.pack(key), pad.pack(value)
     if key.is_cuda and Lk <= config.exact_up_to:
-        out, lse = exact_attention(query, key, value, scale)
+        out, lse = exact_attention(query, key, value, call.scale)
     else:
-        out, lse = _prefill(query, key, value, config, scale, seed, layer)
+        out, lse = _prefill(query, key, value, config, call.scale, call.seed, call.layer)
     if padding is None:
         return out, lse
     if whole:
         short = (pad.length < whole)[:, None, None]
-        first = [x[:, :, : whole - 1] for x in (query, key, value)]
-        own_out, own_lse = exact_attention(*first, scale)
+        first_query, first_key, first_value = (x[:, :, : whole - 1] for x in (query, key, value))
+        own_out, own_lse = exact_attention(first_query, first_key, first_value, call.scale)
         out[:, :, : whole - 1] = torch.where(short[..., None], own_out, out[:, :, : whole - 1])
         lse[:, :, : whole - 1] = torch.where(short, own_lse, lse[:, :, : whole - 1])
-    return pad.unpack(out, Lq), pad.unpack(lse[..., None], Lq, -math.inf)[..., 0]
+    return pad.unpack(out, call.Lq), pad.unpack(lse[..., None], call.Lq, -math.inf)[..., 0]
 
 
-def _express_backward_body(grad, out, lse, query, key, value, padding, seed, scale, layer, **options):
-    config = _config(**options, Lk=key.shape[2])
-    tensors = (grad, out, lse, query, key, value)
-    if padding is None:
-        grads = _backward(*tensors, config, scale, seed, layer)
+def _express_backward_body(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> _Gradients:
+    config, inputs, scale = config_at(call.Lk, **call.options), (call.query, call.key, call.value), call.scale
+    if call.padding is None:
+        grads = _backward(call, config, grad, out, lse)
     else:
-        pad, whole = Packing(padding), _whole_below(config, options["min_length"], key.shape[2])
-        grad, out, lse, *tensors = (pad.pack(x) for x in (grad, out, lse[..., None], query, key, value))
-        grads = _backward(grad, out, lse[..., 0], *tensors, config, scale, seed, layer)
+        pad, whole = Packing(call.padding), _whole_below(config, call.options["min_length"], call.Lk)
+        grad, out, lse, *packed = (pad.pack(x) for x in (grad, out, lse[..., None], *inputs))
+        query, key, value = packed
+        grads = _backward(replace(call, query=query, key=key, value=value), config, grad, out, lse[..., 0])
         if whole:
             short = (pad.length < whole)[:, None, None, None]
-            grad, out, lse, *first = (x[:, :, : whole - 1] for x in (grad, out, lse, *tensors))
-            table, nothing = causal_table(whole - 1, whole - 1), (x[:, :, :0] for x in tensors[1:])
+            grad, out, lse, *first = (x[:, :, : whole - 1] for x in (grad, out, lse, *packed))
+            table, nothing = causal_table(whole - 1, whole - 1), (x[:, :, :0] for x in packed[1:])
             exact = segment_gradients(grad, *first, *nothing, out, lse[..., 0], table, scale)
             for x, own in zip(grads, exact, strict=False):
                 x.copy_(torch.where(short, torch.nn.functional.pad(own, (0, 0, 0, x.shape[2] - whole + 1)), x))
-        grads = tuple(pad.unpack(g, x.shape[2]) for g, x in zip(grads, (query, key, value), strict=True))
-    return tuple(g.to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True))
+        grads = tuple(pad.unpack(g, x.shape[2]) for g, x in zip(grads, inputs, strict=True))
+    return tuple(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Op
-
-_PARAMETERS = (
-    "Tensor? padding, Tensor seed, float scale, int layer, *, int s, int inflation, int sinks, int window, "
-    "int protected, str halving, float flatten, int block, int min_length"
-)
-
-
-OP, BACKWARD = define_attention("express", _PARAMETERS, _express_body, _express_backward_body)
+OP, BACKWARD = define_attention("express", Express, _express_body, _express_backward_body)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -402,8 +449,8 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
         reason = "it is not causal; Express thins what came before each query"
     elif not at_the_end(spec):
         reason = f"its causal mask has offset {mask.offset}; needed is Lk - Lq, the last query sees every key"
-    elif not isinstance(policy.budget, int):
-        reason = _budget_grows(policy)
+    elif not isinstance(rows := policy.given("express")["budget"], int):
+        reason = budget_grows(rows)
     elif spec.dropout_p > 0:
         reason = f"it drops attention weights (dropout_p={spec.dropout_p}); call model.eval()"
     elif isinstance(spec.Lq, int) and spec.Lq < MIN_QUERIES and not known_equal(spec.Lq, spec.Lk):
@@ -413,39 +460,9 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
     return None if reason is None else Refusal("express", reason)
 
 
-def _budget_grows(policy: Policy) -> str:
-    """Why a budget that follows the number of keys has no meaning here."""
-    given = f"the fraction {policy.budget} of the keys" if isinstance(policy.budget, float) else "a table of rows"
-    what = "a function of the number of keys" if callable(policy.budget) else given
-    return (
-        f"its budget is {what}, so that how long the text becomes would decide what its first tokens see; give a "
-        "number of rows, such as budget=512"
-    )
-
-
-def _params(site: Site, policy: Policy) -> dict:
-    own = METHOD.own_options(policy)
-    if not isinstance(policy.budget, int):
-        raise ValueError(f"budget={policy.budget!r}: {_budget_grows(policy)}")
-    params = {
-        "s": floor_power_of_two(policy.budget),
-        "inflation": -1 if policy.inflation is None else policy.inflation,
-        "sinks": policy.sinks,
-        "window": policy.window,
-        "protected": policy.protected,
-        "halving": policy.halving,
-        "flatten": float(number("flatten", own["flatten"], int, float)),
-        "block": number("block", own["block"], int),
-        "min_length": policy.min_length or 0,
-    }
-    # the same checks as at run time, so that a bad value is reported when the model is rewritten
-    _config(**params, Lk=1 << 20)
-    return params
-
-
-def config_of(policy: Policy, n: int) -> ExpressConfig:
-    """The configuration that ``policy`` means for ``n`` keys. Raises ``ValueError`` as the op would."""
-    return _config(**_params(Site(), policy), Lk=n)
+def config_of(policy: Policy, n: int) -> Express:
+    """The options that ``policy`` means for ``n`` keys. Raises ``ValueError`` as the op would."""
+    return config_at(n, **METHOD.params(Site(), policy))
 
 
 def rows_seen(policy: Policy, n: int) -> np.ndarray:
@@ -483,9 +500,9 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     6 passes over the rows of query, key and value, and 4 over those of the result.
     """
     s, Lk, width = c.s, c.Lk, c.B * c.H_kv * (c.D + c.Dv)
-    sinks, window, protected, block = (params[name] for name in ("sinks", "window", "protected", "block"))
+    sinks, recent, protected, block = (params[name] for name in ("sinks", "recent", "protected", "block"))
     W = sympy.Max(1, s / 4) if params["inflation"] < 0 else sympy.Min(2 ** params["inflation"], 2 * s)
-    left = block * sympy.floor((Lk - 1 - sinks - window) / block)
+    left = block * sympy.floor((Lk - 1 - sinks - recent) / block)
     stream = sympy.Max(0, CONTEST * sympy.floor(left / CONTEST) - protected) if protected else left
     rounds = sympy.floor(c.floor_log2(stream / s) / 2)
     coin = math.isinf(get_rule(params["halving"], params["flatten"]).gain(2, 0.5))
@@ -500,7 +517,7 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
         lambda R, tau, y: sympy.Integer(0),
     )  # fmt: skip
 
-    held = sinks + window + protected
+    held = sinks + recent + protected
     # queries see the stream as it was when their block began, every ``block`` tokens, or after the last contest: every
     # CONTEST tokens, but ``late`` tokens behind multiples of that
     every, late = (CONTEST, -protected % CONTEST) if protected else (block, 0)
@@ -545,11 +562,11 @@ METHOD = register(
         supports="causal self-attention (also continuing a cache), GQA, Dv != D, key padding, any length",
         refuses="non-causal masks, windows, packed sequences, biases, dropout, decoding from a full cache",
         refuse=_refuse,
-        params=_params,
+        options=Express,
+        sees=lambda own, site: Rows(own.sinks, own.recent, own.s, own.protected),
         cost=_cost,
         padding_cost=True,
         rows=lambda params, Lk: params["s"],
-        approximates=lambda params, Lk: Lk > _config(**params, Lk=Lk).exact_up_to,
-        options={"flatten": 0.0, "block": 128},
+        approximates=lambda params, Lk: Lk > config_at(Lk, **params).exact_up_to,
     )
 )

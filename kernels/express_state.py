@@ -9,26 +9,27 @@ uses. Plain PyTorch, any device, float64 included.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
-from .express import ExpressConfig, gather_rows
+from .express import Express, gather_rows
 from .launch import philox_uniform
 from .select.contest import CONTEST, contest, distinctiveness
 from .select.halving import halve_reference
 from .select.schedule import CLOSE_FIRST, CLOSE_SECOND, SUBSAMPLE, Round, stage
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Kept:
     """Rows of every sequence and KV head: token index ``[B, H_kv, R]``, keys and values ``[B, H_kv, R, .]``."""
 
     index: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
 
-    def __getitem__(self, rows: slice) -> Rows:  # type: ignore[override]
-        return Rows(*(x[:, :, rows] for x in self.parts()))
+    def __getitem__(self, rows: slice) -> Kept:
+        return Kept(*(x[:, :, rows] for x in self.parts()))
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.index, self.key, self.value
@@ -37,13 +38,13 @@ class Rows(NamedTuple):
     def count(self) -> int:
         return self.index.shape[2]
 
-    def pick(self, at: torch.Tensor) -> Rows:
+    def pick(self, at: torch.Tensor) -> Kept:
         """The rows at ``at`` ``[B, H_kv, R']``."""
-        return Rows(self.index.gather(2, at), gather_rows(self.key, at), gather_rows(self.value, at))
+        return Kept(self.index.gather(2, at), gather_rows(self.key, at), gather_rows(self.value, at))
 
 
-def _cat(*rows: Rows) -> Rows:
-    return Rows(*(torch.cat(parts, 2) for parts in zip(*(r.parts() for r in rows), strict=True)))
+def _cat(*rows: Kept) -> Kept:
+    return Kept(*(torch.cat(parts, 2) for parts in zip(*(r.parts() for r in rows), strict=True)))
 
 
 class ExpressState:
@@ -55,7 +56,7 @@ class ExpressState:
 
     def __init__(
         self,
-        config: ExpressConfig,
+        config: Express,
         scale: float,
         seed: torch.Tensor,
         layer: int = 0,
@@ -63,10 +64,10 @@ class ExpressState:
         self.config, self.scale, self.seed, self.layer = config, scale, seed, layer
         self.length = 0  # tokens seen
         self.streamed = 0  # tokens that entered the thinning stream
-        self._rows: dict[str, Rows] = {}
-        self._buckets: list[Rows] = []  # S_0 .. of the round
+        self._rows: dict[str, Kept] = {}
+        self._buckets: list[Kept] = []  # S_0 .. of the round
         self._halved: list[int] = []  # how often each of them was halved in this round
-        self._scores = self._key_sum = None
+        self._scores, self._key_sum = torch.empty(0), torch.empty(0)  # of the shapes that the first tokens have
 
     # -- adding tokens ------------------------------------------------------------------------------------------
 
@@ -79,7 +80,7 @@ class ExpressState:
             raise ValueError(f"value: shape {tuple(value.shape)}; must begin like key's, {tuple(key.shape[:3])}")
         B, H, n, _ = key.shape
         index = torch.arange(self.length, self.length + n, device=key.device).expand(B, H, n)
-        rows = Rows(index, key, value)
+        rows = Kept(index, key, value)
         if not self._rows:
             empty = rows[:0]
             self._rows = {name: empty for name in ("sinks", "window", "places", "waiting", "E")}
@@ -96,14 +97,14 @@ class ExpressState:
         self._leave_window()
 
     def _leave_window(self) -> None:
-        leaving = self._rows["window"].count - self.config.window
+        leaving = self._rows["window"].count - self.config.recent
         step = CONTEST if self.config.protected else max(leaving, 0)
         while leaving >= max(step, 1):
             rows, self._rows["window"] = self._rows["window"][:step], self._rows["window"][step:]
             leaving -= step
             self._stream(self._compete(rows) if self.config.protected else rows)
 
-    def _compete(self, rows: Rows) -> Rows:
+    def _compete(self, rows: Kept) -> Kept:
         """One contest for the protected places; returns the rows that lost."""
         self._key_sum = self._key_sum + rows.key.to(self._key_sum).sum(2)
         scores = distinctiveness(rows.key, self._key_sum, int(rows.index[0, 0, -1]) + 1)
@@ -115,7 +116,7 @@ class ExpressState:
         self._rows["places"] = pool.pick(torch.searchsorted(pool.index.contiguous(), places.contiguous()))
         return pool.pick(torch.searchsorted(pool.index.contiguous(), losers.contiguous()))
 
-    def _stream(self, rows: Rows) -> None:
+    def _stream(self, rows: Kept) -> None:
         while rows.count:
             round_ = self._round
             if round_.r == 0:
@@ -185,19 +186,19 @@ class ExpressState:
         self._buckets = [E[:0] for _ in range(following.q)]
         self._halved = [0] * following.q
 
-    def _halve(self, rows: Rows, round_: Round, level: int, bucket: int, delta: float) -> Rows:
+    def _halve(self, rows: Kept, round_: Round, level: int, bucket: int, delta: float) -> Kept:
         pairs = torch.arange(rows.count // 2, device=rows.key.device)
         head = torch.arange(rows.index.shape[1], device=rows.key.device)[:, None]
         draws = philox_uniform(self.seed, self.layer, pairs, bucket, stage(round_.r, level), head)
         second = halve_reference(rows.key, rows.value, draws, self.config.rule, delta, self.scale)
         return rows.pick(2 * pairs + second.long())
 
-    def _append(self, name: str, rows: Rows) -> None:
+    def _append(self, name: str, rows: Kept) -> None:
         self._rows[name] = _cat(self._rows[name], rows)
 
     # -- reading ------------------------------------------------------------------------------------------------
 
-    def coreset(self) -> tuple[Rows, torch.Tensor]:
+    def coreset(self) -> tuple[Kept, torch.Tensor]:
         """Every row held, and the tokens each one stands for: float64 ``[R]``. The weights sum to ``length``."""
         if not self._rows:
             raise ValueError("the state is empty: call update() first")
@@ -210,7 +211,7 @@ class ExpressState:
 
     @property
     def thinned(self) -> int:
-        """Rows held by the thinning stream, fewer than 6 s (rows of an unfinished subsampling group excluded)."""
+        """Kept held by the thinning stream, fewer than 6 s (rows of an unfinished subsampling group excluded)."""
         return self._rows["E"].count + sum(bucket.count for bucket in self._buckets) if self._rows else 0
 
     def attend(
@@ -233,7 +234,7 @@ class ExpressState:
             keys, values, weights = [rows.key], [rows.value], [weight]
         elif not own:
             raise ValueError("the state is empty: call update() first")
-        if own:
+        if key is not None and value is not None:
             keys, values = [*keys, key], [*values, value]
             weights = [*weights, torch.ones(n, dtype=torch.float64)]
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32

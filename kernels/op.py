@@ -6,11 +6,14 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
+from express_compile.core.call import Call
+from express_compile.core.options import Options
 from express_compile.core.spec import AttentionSpec, known_equal
 
 from .padding import each_alone, each_alone_backward
@@ -48,6 +51,8 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
     torch._C.DispatchKey.AutocastCUDA
 )
 
+_AUTOGRAD = [getattr(torch._C.DispatchKey, f"Autograd{x}") for x in ("Functionality", "CPU", "CUDA", "Other")]
+
 # float64 has no kernel: it is for references and their tests, on the CPU
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -84,38 +89,38 @@ def define_op(
     return getattr(torch.ops.express_compile, name).default
 
 
-def of_any_size(body: Callable, causal: bool = True) -> Callable:
-    """``body(query, key, value, padding, ...)``, which returns ``(out, lse)``, also where some size is 0.
+def of_any_size(body: Callable[[Call], Any], causal: bool = True) -> Callable[..., Any]:
+    """``body(call)``, which returns ``(out, lse)``, as the body of an op, also where some size is 0.
 
     Checks the arguments; then ``body`` sees at least one sequence, head, query, key and feature of each.
     """
 
-    def run(query, key, value, padding, *args, **options):
-        check_qkv(query, key, value, padding, causal)
-        if 0 in query.shape[:3]:
-            return attention_fake(query, key, value)
-        if key.shape[2] == 0:
-            out, lse = attention_fake(query, key, value)
+    def run(*args: Any, **options: Any) -> Any:
+        call = Call.of_arguments(args, options)
+        check_call(call, causal)
+        if 0 in call.query.shape[:3]:
+            return attention_fake(*call.args)
+        if call.Lk == 0:
+            out, lse = attention_fake(*call.args)
             return out.zero_(), lse.fill_(-math.inf)
-        query, key, wide = _with_feature(query), _with_feature(key), _with_feature(value)
-        out, lse = body(query, key, wide, padding, *args, **options)
-        return out[..., : value.shape[3]].contiguous(), lse
+        out, lse = body(_with_features(call))
+        return out[..., : call.value.shape[3]].contiguous(), lse
 
     return run
 
 
-def gradient_of_any_size(body: Callable, causal: bool = True) -> Callable:
-    """As :func:`of_any_size` for ``body(grad, out, lse, query, key, value, padding, ...)``, which returns gradients of
-    query, key and value."""
+def gradient_of_any_size(body: Callable[..., Any], causal: bool = True) -> Callable[..., Any]:
+    """As :func:`of_any_size` for ``body(call, grad, out, lse)``, which returns gradients of query, key and value; the
+    op takes these tensors before the arguments of the call."""
 
-    def run(grad, out, lse, query, key, value, padding, *args, **options):
-        check_qkv(query, key, value, padding, causal)
-        if 0 in query.shape[:3] or key.shape[2] == 0:
-            return tuple(x.new_zeros(x.shape) for x in (query, key, value))
-        given = (grad, out, query, key, value)
-        grad, out, *tensors = map(_with_feature, given)
-        grads = body(grad, out, lse, *tensors, padding, *args, **options)
-        return tuple(g[..., : x.shape[3]].contiguous() for g, x in zip(grads, given[2:], strict=True))
+    def run(grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *args: Any, **options: Any) -> Any:
+        call = Call.of_arguments(args, options)
+        check_call(call, causal)
+        inputs = (call.query, call.key, call.value)
+        if 0 in call.query.shape[:3] or call.Lk == 0:
+            return tuple(x.new_zeros(x.shape) for x in inputs)
+        grads = body(_with_features(call), _with_feature(grad), _with_feature(out), lse)
+        return tuple(g[..., : x.shape[3]].contiguous() for g, x in zip(grads, inputs, strict=True))
 
     return run
 
@@ -125,40 +130,68 @@ def _with_feature(x: torch.Tensor) -> torch.Tensor:
     return x if x.shape[3] else x.new_zeros(*x.shape[:3], 1)
 
 
+def _with_features(call: Call) -> Call:
+    query, key, value = map(_with_feature, (call.query, call.key, call.value))
+    return replace(call, query=query, key=key, value=value)
+
+
+def by_autograd(body: Callable[[Call], Any]) -> Callable[..., Any]:
+    """The gradient of a body in plain PyTorch, which is computed again for it."""
+
+    def backward(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
+            for key in _AUTOGRAD:  # an op's body runs below autograd
+                torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+            inputs = [x.detach().requires_grad_() for x in (call.query, call.key, call.value)]
+            again, _ = body(replace(call, query=inputs[0], key=inputs[1], value=inputs[2]))
+            return torch.autograd.grad(again, inputs, grad)
+
+    return backward
+
+
 def define_attention(
-    name: str, parameters: str, body: Callable, backward_body: Callable, causal: bool = True
+    name: str,
+    options: type[Options],
+    body: Callable[[Call], Any],
+    backward_body: Callable[..., Any] | None = None,
+    causal: bool = True,
+    min_length: bool = True,
 ) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
     """The ops ``<name>`` and ``<name>_backward`` of a method whose gradient needs ``out`` and ``lse`` alone.
 
-    ``body(query, key, value, padding, seed, scale, layer, **options)`` returns ``(out, lse)``; ``backward_body(grad,
-    out, lse, ...)``, with the same arguments behind these, the gradients of query, key and value. ``parameters`` is
-    the schema from ``padding`` on. Both get arguments that are checked and of no size 0, and on the CPU no padding:
-    every sequence is computed alone. ``causal``: the queries are the last tokens.
+    ``body(call)`` returns ``(out, lse)``; ``backward_body(call, grad, out, lse)`` the gradients of query, key and
+    value, :func:`by_autograd` unless given. Keyword arguments of the ops are the options, and ``min_length`` if that is
+    so. Both get arguments that are checked and of no size 0, and on the CPU no padding: every sequence is computed
+    alone. ``causal``: the queries are the last tokens.
     """
+    keywords = ", ".join(filter(None, (options.schema(), "int min_length" if min_length else "")))
     tensors = "Tensor query, Tensor key, Tensor value"
-    alone, alone_backward = each_alone(body, own=causal), each_alone_backward(backward_body, own=causal)
+    parameters = (
+        f"{tensors}, Tensor? padding, Tensor seed, float scale, int layer{', *, ' if keywords else ''}{keywords}"
+    )
+    gradient = backward_body or by_autograd(body)
+    alone, alone_backward = each_alone(body, own=causal), each_alone_backward(gradient, own=causal)
 
-    def forward(query, key, value, padding, *others, **options):
-        run = body if padding is None or query.is_cuda else alone
-        return run(query, key, value, padding, *others, **options)
+    def forward(call: Call) -> Any:
+        return (body if call.padding is None or call.query.is_cuda else alone)(call)
 
-    def backward(grad, out, lse, query, key, value, padding, *others, **options):
-        run = backward_body if padding is None or query.is_cuda else alone_backward
-        return run(grad, out, lse, query, key, value, padding, *others, **options)
+    def backward(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> Any:
+        run = gradient if call.padding is None or call.query.is_cuda else alone_backward
+        return run(call, grad, out, lse)
 
-    def setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
-        *saved, scale, layer = inputs
-        ctx.save_for_backward(*output, *saved)
-        ctx.scale, ctx.layer, ctx.options = scale, layer, keyword_only_inputs
+    def setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+        call = Call(*inputs)
+        ctx.save_for_backward(*output, call.query, call.key, call.value, call.padding, call.seed)
+        ctx.scale, ctx.layer, ctx.options = call.scale, call.layer, keyword_only_inputs
         ctx.mark_non_differentiable(output[1])
 
-    def differentiate(ctx, grad, _):
+    def differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
         grads = backward_op(grad, *ctx.saved_tensors, ctx.scale, ctx.layer, **ctx.options)
         return *grads, None, None, None, None
 
     op = define_op(
         name,
-        f"({tensors}, {parameters}) -> (Tensor, Tensor)",
+        f"({parameters}) -> (Tensor, Tensor)",
         of_any_size(forward, causal),
         attention_fake,
         differentiate,
@@ -166,9 +199,11 @@ def define_attention(
     )
     backward_op = define_op(
         f"{name}_backward",
-        f"(Tensor grad, Tensor out, Tensor lse, {tensors}, {parameters}) -> (Tensor, Tensor, Tensor)",
+        f"(Tensor grad, Tensor out, Tensor lse, {parameters}) -> (Tensor, Tensor, Tensor)",
         gradient_of_any_size(backward, causal),
-        lambda grad, out, lse, *args, **options: tuple(x.new_empty(x.shape) for x in args[:3]),
+        lambda grad, out, lse, query, key, value, *_, **options: tuple(
+            x.new_empty(x.shape) for x in (query, key, value)
+        ),
     )
     return op, backward_op
 
@@ -201,30 +236,28 @@ def no_kernel(spec: AttentionSpec) -> str | None:
     return None if spec.device in ("cpu", "cuda") else f"there is no kernel for device {spec.device}"
 
 
-def check_qkv(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    padding: torch.Tensor | None = None,
-    causal: bool = True,
-) -> None:
-    """Raise ``ValueError`` or ``TypeError`` unless the tensors fit together.
+def _check_tensor(name: str, x: torch.Tensor, query: torch.Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{name}: shape {tuple(x.shape)}; must be [batch, heads, length, head size]")
+    if x.dtype not in DTYPES or x.dtype != query.dtype:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"{name}: dtype {x.dtype}; query, key and value must share one of {allowed}")
+    if x.dtype == torch.float64 and x.is_cuda:
+        raise TypeError(f"{name}: dtype {x.dtype}; the kernels take float16, bfloat16 or float32")
+    if x.device != query.device:
+        raise ValueError(f"{name}: on {x.device}, but query is on {query.device}; all must be on one device")
+
+
+def check_call(call: Call, causal: bool = True) -> None:
+    """Raise ``ValueError`` or ``TypeError`` unless the tensors of a call fit together.
 
     ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]`` of one floating
     dtype and device, ``H_kv`` dividing ``H``, ``Lq <= Lk`` if ``causal``; ``padding`` bool ``[B, Lk]`` or None. Any
     size may be 0.
     """
-    tensors = {"query": query, "key": key, "value": value}
-    for name, x in tensors.items():
-        if x.dim() != 4:
-            raise ValueError(f"{name}: shape {tuple(x.shape)}; must be [batch, heads, length, head size]")
-        if x.dtype not in DTYPES or x.dtype != query.dtype:
-            allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-            raise TypeError(f"{name}: dtype {x.dtype}; query, key and value must share one of {allowed}")
-        if x.dtype == torch.float64 and x.is_cuda:
-            raise TypeError(f"{name}: dtype {x.dtype}; the kernels take float16, bfloat16 or float32")
-        if x.device != query.device:
-            raise ValueError(f"{name}: on {x.device}, but query is on {query.device}; all must be on one device")
+    query, key, value, padding = call.query, call.key, call.value, call.padding
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        _check_tensor(name, x, query)
     B, H, Lq, D = query.shape
     if key.shape[0] != B or key.shape[3] != D:
         raise ValueError(f"key: shape {tuple(key.shape)}; batch and head size must be those of query, {B} and {D}")

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+
+from express_compile.core.call import Call
 
 
 def real_first(padding: torch.Tensor) -> torch.Tensor:
@@ -79,20 +82,23 @@ def _equal_lengths(padding: torch.Tensor, Lq: int, own: bool) -> Iterator[tuple[
         yield Places(batch, asking), Places(batch, rows)
 
 
-def each_alone(
-    run: Callable[..., tuple[torch.Tensor, torch.Tensor]], own: bool
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """``run(query, key, value, padding, ...)``, which gives ``(out, lse)``, for every sequence without its padding.
+def _alone(call: Call, queries: Places, keys: Places) -> Call:
+    query, key, value = queries.take(call.query), keys.take(call.key), keys.take(call.value)
+    return replace(call, query=query, key=key, value=value, padding=None)
+
+
+def each_alone(run: Callable[[Call], Any], own: bool) -> Callable[[Call], tuple[torch.Tensor, torch.Tensor]]:
+    """``run(call)``, which gives ``(out, lse)``, for every sequence without its padding.
 
     Where there is no query or no key, ``out`` is 0 and ``lse`` minus infinity.
     """
 
-    def padded(query, key, value, padding, *others, **options):
-        out = query.new_zeros(*query.shape[:3], value.shape[-1])
+    def padded(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+        query = call.query
+        out = query.new_zeros(*query.shape[:3], call.value.shape[-1])
         lse = query.new_full((*query.shape[:3], 1), -math.inf, dtype=torch.promote_types(query.dtype, torch.float32))
-        for queries, keys in _equal_lengths(padding, query.shape[2], own):
-            tensors = queries.take(query), keys.take(key), keys.take(value)
-            own_out, own_lse = run(*tensors, None, *others, **options)
+        for queries, keys in _equal_lengths(call.padding, call.Lq, own):
+            own_out, own_lse = run(_alone(call, queries, keys))
             queries.put(out, own_out)
             queries.put(lse, own_lse[..., None])
         return out, lse[..., 0]
@@ -100,15 +106,14 @@ def each_alone(
     return padded
 
 
-def each_alone_backward(run: Callable[..., tuple[torch.Tensor, ...]], own: bool) -> Callable[..., tuple]:
-    """The same for ``run(grad, out, lse, query, key, value, padding, ...)``, which gives three gradients."""
+def each_alone_backward(run: Callable[..., Any], own: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The same for ``run(call, grad, out, lse)``, which gives three gradients."""
 
-    def padded(grad, out, lse, query, key, value, padding, *others, **options):
-        grads = tuple(x.new_zeros(x.shape) for x in (query, key, value))
-        for queries, keys in _equal_lengths(padding, query.shape[2], own):
-            asking = [queries.take(x) for x in (grad, out, lse[..., None], query)]
-            asking[2] = asking[2][..., 0]
-            parts = run(*asking, keys.take(key), keys.take(value), None, *others, **options)
+    def padded(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        grads = tuple(x.new_zeros(x.shape) for x in (call.query, call.key, call.value))
+        for queries, keys in _equal_lengths(call.padding, call.Lq, own):
+            results = queries.take(grad), queries.take(out), queries.take(lse[..., None])[..., 0]
+            parts = run(_alone(call, queries, keys), *results)
             for target, part, places in zip(grads, parts, (queries, keys, keys), strict=True):
                 places.put(target, part)
         return grads

@@ -54,24 +54,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import sympy
 import torch
 
 from express_compile.core import cost as c
-from express_compile.core.method import Method, register
-from express_compile.core.spec import (
-    AttentionSpec,
-    Policy,
-    Refusal,
-    Site,
-    feature_major,
-    known_equal,
-    layer_key,
-    rows_at,
-)
+from express_compile.core.call import Call
+from express_compile.core.method import Method, Refusal, register
+from express_compile.core.options import BUDGET, Kind, Options, option, rows_at
+from express_compile.core.policy import Policy
+from express_compile.core.spec import AttentionSpec, Site, feature_major, known_equal
 
 from .attend.bernoulli import check_levels, round_query
 from .attend.sampled import CHUNK, DRAW_PROGRAMS, MAX_ROWS, grid_bits, santa_triton
@@ -274,55 +268,37 @@ def sample_weights(
     return (hits(comb, sampler, thresholds) * comb.weight).masked_fill(broken, math.nan)
 
 
-def santa_reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    draws: torch.Tensor | None,
-    scale: float,
-    seed: torch.Tensor,
-    layer: int = 0,
-    *,
-    sampler: str = "sys",
-    shared: bool = True,
-    padding: torch.Tensor | None = None,
-    lengths: torch.Tensor | None = None,
-    bernoulli: int = 0,
-    sinks: torch.Tensor | None = None,
-    window: int = 0,
-    softcap: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def santa_reference(call: Call, draws: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """SANTA in plain PyTorch on any device: the definition of correct.
 
-    ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``; ``draws`` int64 ``[H]``
-    or ``[B, H]``, S of every query head, 0 in all heads of a sequence that is to be exact, or None for exact attention;
-    ``seed`` 0-dim int64; ``padding`` bool ``[B, Lk]``, True for a real key; ``lengths`` int64 ``[B]``, the keys of
-    every sequence where it does not fill the cache; ``bernoulli`` levels of the query's random rounding, 0 for none;
-    ``sinks`` ``[H]``, a logit per query head, in any float dtype; ``window`` places, its own and those before, at which
-    a query sees keys, 0 for all; ``softcap`` of the scores, 0 for none. Returns ``out`` ``[B, H, Lq, Dv]`` and ``lse``
+    ``draws`` int64 ``[H]`` or ``[B, H]``, S of every query head, 0 in all heads of a sequence that is to be exact, or
+    None for exact attention. Of the options of ``call`` count ``sampler`` ("sys") and ``shared`` (True), ``bernoulli``
+    levels of the query's random rounding (0 for none), ``window`` places, its own and those before, at which a query
+    sees keys (0 for all), and ``softcap`` of the scores (0 for none). Returns ``out`` ``[B, H, Lq, Dv]`` and ``lse``
     ``[B, H, Lq]`` in float32 (or float64): the logarithm of the softmax's denominator, so of all visible keys, read or
     not, and of the sink. Sequences are computed from the keys that their queries see, those with equally many together,
     so that nothing but these can matter.
     """
-    B, H, Lq = query.shape[:3]
-    sizes = B, Lq, key.shape[2], padding, lengths, query.device
-    visible, step = visible_keys(*sizes, window), visible_keys(*sizes).sum(-1)
+    query, options, (B, H, Lq, _) = call.query, call.options, call.query.shape
+    places = B, Lq, call.Lk, call.padding, call.lengths, query.device
+    visible, step = visible_keys(*places, options.get("window", 0)), visible_keys(*places).sum(-1)
     seen = visible.any(1)
     seen[:, 0] |= ~seen.any(1)  # of a sequence that sees nothing a key that it does not see
     drawn = torch.zeros(H, dtype=torch.int64) if draws is None else draws
     drawn = drawn.to(query.device).expand(B, H)
     sizes = torch.stack([seen.sum(1), drawn[:, 0].sign()], 1)
-    out = query.new_empty(B, H, Lq, value.shape[-1])
+    out = query.new_empty(B, H, Lq, call.value.shape[-1])
     lse = query.new_empty(B, H, Lq, dtype=torch.promote_types(query.dtype, torch.float32))
+    sampler, shared = options.get("sampler", "sys"), options.get("shared", True)
     for n, samples in sizes.unique(dim=0).tolist():
         batch = (sizes == torch.tensor([n, samples], device=sizes.device)).all(1).nonzero()[:, 0]
         rows = Places(batch, seen[batch].nonzero()[:, 1].view(-1, n))
-        q, k, v, mask = query[batch], rows.take(key), rows.take(value), rows.take(visible[..., None])[..., 0]
-        if bernoulli and (samples or draws is None):
-            q = round_query(q, bernoulli, seed, layer, step[batch])
-        weights, lse[batch] = probabilities(q, k, mask, scale, softcap, sinks)
+        q, k, v, mask = query[batch], rows.take(call.key), rows.take(call.value), rows.take(visible[..., None])[..., 0]
+        if options.get("bernoulli", 0) and (samples or draws is None):
+            q = round_query(q, options["bernoulli"], call.seed, call.layer, step[batch])
+        weights, lse[batch] = probabilities(q, k, mask, call.scale, options.get("softcap", 0.0), call.sinks)
         if samples:
-            weights = sample_weights(weights, drawn[batch], step[batch], seed, layer, sampler, shared)
+            weights = sample_weights(weights, drawn[batch], step[batch], call.seed, call.layer, sampler, shared)
         v = v.to(lse.dtype).masked_fill(~mask.any(1)[:, None, :, None], 0)
         weights = weights[..., :n].flatten(2, 3).to(v.dtype)
         out[batch] = (weights @ v).unflatten(2, (-1, Lq)).flatten(1, 2).to(out.dtype)
@@ -401,18 +377,6 @@ def read_probability(p: torch.Tensor, draws: torch.Tensor, sampler: str, shared:
 # Op
 
 
-def _at_site(draws: list[int], layers: list[int], H: int, layer: int) -> list[int]:
-    """The numbers of every head at the site ``layer``: ``draws`` holds a row of 1 or H for every entry of ``layers``
-    and one for all other sites."""
-    width, rest = divmod(len(draws), len(layers) + 1)
-    if rest or width not in (1, H):
-        raise ValueError(
-            f"draws: {len(draws)} numbers; must be 1 or {H} (heads) for each of {len(layers)} layers and 1 more"
-        )
-    row = layers.index(layer) if layer in layers else len(layers)
-    return draws[row * width : (row + 1) * width] * (H // width)
-
-
 def _resolve(draws: list[int], fraction: float, table: Sequence[int], Lk: int) -> list[int]:
     """S of every head for ``Lk`` keys; 0 stands for an entry of the table, or the fraction of the keys."""
     varying = rows_at(table, Lk) if table else max(1, round(fraction * Lk))
@@ -440,50 +404,66 @@ def _check_forms(H: int, device: torch.device, sinks: torch.Tensor | None, windo
         raise ValueError(f"softcap={softcap}: must be above 0, or 0 for none")
 
 
-def _body(query, key, value, padding, seed, scale, layer, lengths=None, sinks=None, **options):
-    B, H, Lq = query.shape[:3]
-    Lk = key.shape[2]
+def _body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    B, H, Lq, _ = call.query.shape
     if Lq > MAX_QUERIES:
         raise ValueError(f"query: {Lq} rows; must be 1 to {MAX_QUERIES}, the queries of a decoding step")
+    lengths, window, softcap = call.lengths, call.options.get("window", 0), call.options.get("softcap", 0.0)
     if lengths is not None and (lengths.shape != (B,) or lengths.dtype != torch.int64):
         raise ValueError(f"lengths: {lengths.dtype} of shape {tuple(lengths.shape)}; must be torch.int64 {(B,)}")
-    window, softcap = options.get("window", 0), options.get("softcap", 0.0)
-    _check_forms(H, query.device, sinks, window, softcap)
-    seen = in_reach(Lq, Lk, window)
-    fraction, table = options["fraction"], options.get("table", ())
-    site = _at_site(options["draws"], options["layers"], H, layer)
+    _check_forms(H, call.query.device, call.sinks, window, softcap)
+    site = list(call.options["draws"])
+    if len(site) not in (1, H):
+        raise ValueError(f"draws: {len(site)} numbers; must be 1 or {H} (heads)")
+    site *= H // len(site)
+    _check_sampler(call.options["sampler"], call.options["shared"])
+    check_levels(call.options.get("bernoulli", 0))
+    return (_on_cuda if call.query.is_cuda else _on_cpu)(call, site)
+
+
+def _on_cuda(call: Call, site: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key, value, options, levels = (
+        call.query,
+        call.key,
+        call.value,
+        call.options,
+        call.options.get("bernoulli", 0),
+    )
+    (B, H, Lq, D), H_kv, fraction, table = query.shape, key.shape[1], options["fraction"], options.get("table", ())
+    if not options["shared"]:
+        raise ValueError("shared=False: must be True on CUDA; the kernels draw rows for all heads of a KV head")
+    if levels and not feature_major(key):
+        raise ValueError(f"bernoulli={levels}: {_NEEDS_FEATURES}")
+    more = {"window": options.get("window", 0), "softcap": options.get("softcap", 0.0)}
+    seen = in_reach(Lq, call.Lk, more["window"])
     S = _resolve(site, fraction, table, seen)
-    sampler, shared, levels = options["sampler"], options["shared"], options.get("bernoulli", 0)
-    _check_sampler(sampler, shared)
-    check_levels(levels)
-    alike = padding is None and lengths is None  # otherwise every sequence has its own number of keys
+    alike = call.padding is None and call.lengths is None  # otherwise every sequence has its own number of keys
     whole = seen < options["min_length"] or (seen <= min(S) and (alike or all(site)))
-    if query.is_cuda and options["min_length"] < 0:
-        key_bytes = key.numel() // Lk * seen * key.element_size()
-        whole = whole or loses(B, H, key.shape[1], Lq, seen, key_bytes, max(S)) is not None
-    more = dict(padding=padding, lengths=lengths, sinks=sinks, window=window, softcap=softcap)
-    if query.is_cuda:
-        if not shared:
-            raise ValueError("shared=False: must be True on CUDA; the kernels draw rows for all heads of a KV head")
-        if levels and not feature_major(key):
-            raise ValueError(f"bernoulli={levels}: {_NEEDS_FEATURES}")
-        D, plain = query.shape[-1], Lq == 1 and padding is None and lengths is None and sinks is None and not softcap
-        plain = plain and D == value.shape[-1] and not feature_major(key)
-        if whole and plain and cudnn_takes(query.device, query.dtype, D):
-            return exact_attention(query, key[:, :, -seen:], value[:, :, -seen:], scale, causal=False)
-        per = strata_per_offset(sampler)
-        site = S if alike else site
-        more |= dict(per=per, bernoulli=0 if whole else levels, fraction=fraction, table=table)
-        more |= dict(exact_below=0 if alike else max(options["min_length"], min(site) + 1))
-        return santa_triton(query, key, value, None if whole else site, scale, seed, layer, **more)
-    keys = visible_keys(B, Lq, Lk, padding, lengths, query.device)[:, -1].sum(-1).tolist()
+    if options["min_length"] < 0:
+        key_bytes = key.numel() // call.Lk * seen * key.element_size()
+        whole = whole or loses(B, H, H_kv, Lq, seen, key_bytes, max(S)) is not None
+    plain = Lq == 1 and alike and call.sinks is None and not more["softcap"]
+    plain = plain and D == value.shape[-1] and not feature_major(key)
+    if whole and plain and cudnn_takes(query.device, query.dtype, D):
+        return exact_attention(query, key[:, :, -seen:], value[:, :, -seen:], call.scale, causal=False)
+    more |= dict(padding=call.padding, lengths=call.lengths, sinks=call.sinks)
+    more |= dict(per=strata_per_offset(options["sampler"]), bernoulli=0 if whole else levels)
+    more |= dict(fraction=fraction, table=table)
+    site = S if alike else site
+    more |= dict(exact_below=0 if alike else max(options["min_length"], min(site) + 1))
+    return santa_triton(query, key, value, None if whole else site, call.scale, call.seed, call.layer, **more)
+
+
+def _on_cpu(call: Call, site: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    (B, H, Lq, _), options, window = call.query.shape, call.options, call.options.get("window", 0)
+    table, least = options.get("table", ()), options["min_length"]
+    _resolve(site, options["fraction"], table, in_reach(Lq, call.Lk, window))  # raises for bad draws
+    visible = visible_keys(B, Lq, call.Lk, call.padding, call.lengths, call.query.device)
     chosen = []
-    for n in (in_reach(Lq, n, window) for n in keys):
-        S = _resolve(site, fraction, table, n)
-        chosen.append([0] * H if n < options["min_length"] or n <= min(S) else S)
-    more |= dict(sampler=sampler, shared=shared, bernoulli=levels)
-    chosen = torch.tensor(chosen, dtype=torch.int64).view(B, H)
-    return santa_reference(query, key, value, chosen, scale, seed, layer, **more)
+    for n in (in_reach(Lq, n, window) for n in visible[:, -1].sum(-1).tolist()):
+        S = _resolve(site, options["fraction"], table, n)
+        chosen.append([0] * H if n < least or n <= min(S) else S)
+    return santa_reference(call, torch.tensor(chosen, dtype=torch.int64).view(B, H))
 
 
 def loses(B: int, H: int, H_kv: int, Lq: int, Lk: int, key_bytes: int, S: int) -> str | None:
@@ -505,27 +485,11 @@ def loses(B: int, H: int, H_kv: int, Lq: int, Lk: int, key_bytes: int, S: int) -
 
 
 def _no_gradient(ctx, *grads):
-    inputs = ("query", "key", "value", "padding", "seed", "scale", "layer", "lengths", "sinks")
-    names = [name for name, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+    names = [f.name for f, needed in zip(fields(Call), ctx.needs_input_grad, strict=False) if needed]
     raise RuntimeError(
         f"santa: {', '.join(names)} needs a gradient, and sampled decoding has none; decode under torch.no_grad(), or "
         "leave 'santa' out of methods"
     )
-
-
-OP = define_op(
-    "santa",
-    "(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor seed, float scale, int layer, "
-    "Tensor? lengths=None, Tensor? sinks=None, *, int[] draws, int[] layers, float fraction, str sampler, bool shared, "
-    "int min_length, int window=0, float softcap=0.0, int bernoulli=0, int[] table=[]) -> (Tensor, Tensor)",
-    of_any_size(_body),
-    attention_fake,
-    _no_gradient,
-)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Method
 
 
 def _check_sampler(sampler: Any, shared: Any) -> None:
@@ -536,34 +500,113 @@ def _check_sampler(sampler: Any, shared: Any) -> None:
         raise ValueError("sampler='iid': needs shared=False; shared rows are drawn with 'sys', 'strat' or 'sys-<r>'")
 
 
-def _draws_of(policy: Policy, draws: Any) -> tuple[list[int], list[int]]:
-    """``draws`` and ``layers`` of the op from the option ``draws``: None (the budget), an integer, a sequence of one
-    per head, or a mapping of module paths to either of these."""
-    table = dict(draws) if isinstance(draws, Mapping) else {}
-    for path in table:
+def _budget(budget: Any) -> dict[str, Any]:
+    """A number of draws goes where none are given for the site."""
+    if isinstance(budget, tuple):
+        return {"fraction": 0.0, "table": [min(rows, MAX_DRAWS) for rows in budget]}
+    return {"fraction": budget if isinstance(budget, float) else 0.0}
+
+
+def _draws(name: str, value: Any) -> Any:
+    for path in value if isinstance(value, Mapping) else ():
         if not isinstance(path, str):
-            raise TypeError(f"draws: {path!r}: must be a module path, such as 'model.layers.0.self_attn'")
-    given = [*table.values()] if draws is None or isinstance(draws, Mapping) else [draws]
-    rows = [list(x) if isinstance(x, Sequence) and not isinstance(x, (str, bytes)) else [x] for x in given]
+            raise TypeError(f"{name}: {path!r}: must be a module path, such as 'model.layers.0.self_attn'")
+    given = [] if value is None else [*value.values()] if isinstance(value, Mapping) else [value]
+    rows = [_heads(x) for x in given]
     width = max(map(len, rows), default=1)
     for row in rows:
         good = all(isinstance(S, int) and not isinstance(S, bool) and 1 <= S <= MAX_DRAWS for S in row)
         if not row or len(row) not in (1, width) or not good:
             raise ValueError(
-                f"draws={draws!r}: must be an integer from 1 to {MAX_DRAWS}, a list of one per head, or a mapping of "
+                f"{name}={value!r}: must be an integer from 1 to {MAX_DRAWS}, a list of one per head, or a mapping of "
                 "module paths to either"
             )
-    if len(rows) == len(table):
-        rows.append([policy.budget if isinstance(policy.budget, int) else 0])
-        if rows[-1][0] > MAX_DRAWS:
-            raise ValueError(f"budget={policy.budget!r}: must be at most {MAX_DRAWS} draws")
-    return [S for row in rows for S in (row if len(row) == width else row * width)], [layer_key(path) for path in table]
+    return value
+
+
+def _heads(draws: Any) -> list[Any]:
+    return list(draws) if isinstance(draws, Sequence) and not isinstance(draws, (str, bytes)) else [draws]
+
+
+def _sampler(name: str, value: Any) -> Any:
+    strata_per_offset(value)
+    return value
+
+
+def _shared(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: must be True or False")
+    return value
+
+
+def _levels(name: str, value: Any) -> Any:
+    check_levels(value)
+    return value
+
+
+@dataclass(frozen=True)
+class Santa(Options):
+    """How SANTA draws rows."""
+
+    budget: Any = option(
+        512, "draws S per query head where draws says none", BUDGET,
+        schema="float fraction, int[] table=[]", pack=_budget, shared="budget",
+    )  # fmt: skip
+    draws: Any = option(
+        None, "S of every head and of every layer", schema="int[] draws", pack=lambda draws: {},
+        kind=Kind("None (the budget), an integer, one per head, or a mapping of module paths to these", "", _draws),
+    )  # fmt: skip
+    sampler: str = option("sys", "how thresholds are drawn", Kind("`sys`, `strat`, `sys-<r>`, `iid`", "str", _sampler))
+    shared: bool = option(True, "the heads of a KV head share their rows", Kind("True or False", "bool", _shared))
+    bernoulli: int = option(
+        0, "levels to which the query is rounded at random; 0 for none", Kind("0 to 256", "int", _levels),
+        schema="int bernoulli=0",
+    )  # fmt: skip
+
+    def check(self) -> None:
+        _check_sampler(self.sampler, self.shared)
+        if isinstance(self.budget, int) and self.budget > MAX_DRAWS and not isinstance(self.draws, (int, Sequence)):
+            raise ValueError(f"budget={self.budget!r}: must be at most {MAX_DRAWS} draws")
+
+    @classmethod
+    def by_layer(cls, given: Mapping[str, Any]) -> bool:
+        return isinstance(given.get("draws"), Mapping)
+
+    @classmethod
+    def named(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        return {path: f"['draws'][{path!r}]" for path in given["draws"]} if cls.by_layer(given) else {}
+
+    @property
+    def listed(self) -> list[Any]:
+        """All draws that are given, for any site."""
+        return [None, *self.draws.values()] if isinstance(self.draws, Mapping) else [self.draws]
+
+    def at(self, site: Site) -> list[int]:
+        """S of every head of a site, or one for all; 0 is what a fraction or a table gives."""
+        every = self.budget if isinstance(self.budget, int) else 0
+        here = site.entry(self.draws, every) if isinstance(self.draws, Mapping) else self.draws
+        return _heads(every if here is None else here)
+
+
+OP = define_op(
+    "santa",
+    "(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor seed, float scale, int layer, "
+    f"Tensor? lengths=None, Tensor? sinks=None, *, {Santa.schema()}, int min_length, int window=0, float softcap=0.0) "
+    "-> (Tensor, Tensor)",
+    of_any_size(_body),
+    attention_fake,
+    _no_gradient,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Method
 
 
 def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
-    params = _params(Site(spec), policy)  # a bad value is reported when the model is rewritten, whatever is refused
+    own: Santa = policy.of("santa")  # a bad value is reported when the model is rewritten, whatever is refused
     mask, reason = spec.mask, None
-    width = len(params["draws"]) // (len(params["layers"]) + 1)
+    width = max(len(_heads(draws)) for draws in own.listed)
     if mask.unknown is not None:
         reason = f"its mask is not proven: {mask.unknown}"
     elif not isinstance(spec.Lq, int) or spec.Lq > MAX_QUERIES:
@@ -581,15 +624,15 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
     elif width not in (1, spec.H):
         reason = f"draws lists {width} numbers, the site has {spec.H} heads"
     else:
-        reason = no_kernel(spec) or (_refuse_cuda(spec, params) if spec.device == "cuda" else None)
+        reason = no_kernel(spec) or (_refuse_cuda(spec, own) if spec.device == "cuda" else None)
     return None if reason is None else Refusal("santa", reason)
 
 
-def _refuse_cuda(spec: AttentionSpec, params: Mapping[str, Any]) -> str | None:
-    if not params["shared"]:
+def _refuse_cuda(spec: AttentionSpec, own: Santa) -> str | None:
+    if not own.shared:
         return "there is no CUDA kernel for shared=False"
-    if params["bernoulli"] and not spec.feature_major:
-        return f"bernoulli={params['bernoulli']} {_NEEDS_FEATURES}"
+    if own.bernoulli and not spec.feature_major:
+        return f"bernoulli={own.bernoulli} {_NEEDS_FEATURES}"
     if spec.H // spec.H_kv * spec.Lq > MAX_ROWS:
         return f"{spec.H // spec.H_kv} heads per key head times {spec.Lq} queries are more than {MAX_ROWS} rows"
     return None
@@ -606,32 +649,18 @@ def _loses(spec: AttentionSpec, policy: Policy) -> str | None:
 
 
 def _params(site: Site, policy: Policy) -> dict[str, Any]:
-    spec = site.spec
-    own = METHOD.own_options(policy)
-    _check_sampler(own["sampler"], own["shared"])
-    check_levels(own["bernoulli"])
-    draws, layers = _draws_of(policy, own["draws"])
+    spec, own = site.spec, policy.of("santa")
     return {
-        "draws": draws,
-        "layers": layers,
-        "fraction": policy.budget if isinstance(policy.budget, float) else 0.0,
-        **({"table": [min(rows, MAX_DRAWS) for rows in policy.budget]} if isinstance(policy.budget, tuple) else {}),
-        "sampler": own["sampler"],
-        "shared": own["shared"],
-        "bernoulli": own["bernoulli"],
+        "draws": own.at(site),
+        **own.pack(),
         "min_length": -1 if policy.min_length is None else policy.min_length,
         **({} if spec is None or spec.mask.window is None else {"window": spec.mask.window}),
         **({} if spec is None or spec.softcap is None else {"softcap": spec.softcap}),
     }
 
 
-def _named(options: Mapping[str, Any]) -> dict[str, str]:
-    draws = options.get("draws")
-    return {path: f"['draws'][{path!r}]" for path in draws} if isinstance(draws, Mapping) else {}
-
-
 def _rows(params: Mapping[str, Any], Lk: int) -> int:
-    """The mean of the draws per head, of all layers that are listed; 0 stands for the fraction."""
+    """The mean of the draws per head; 0 stands for the fraction."""
     Lk = in_reach(1, Lk, params.get("window", 0))
     drawn = _resolve(params["draws"], params["fraction"], params.get("table", ()), Lk)
     return round(sum(drawn) / len(drawn))
@@ -665,12 +694,11 @@ METHOD = register(
         refuses="prefill, packed sequences, biases, dropout, gradients",
         forms=("softcap", "sinks"),
         refuse=_refuse,
+        options=Santa,
         params=_params,
         loses=_loses,
         cost=_cost,
         rows=_rows,
         decodes=True,
-        options={"draws": None, "sampler": "sys", "shared": True, "bernoulli": 0},
-        named=_named,
     )
 )

@@ -30,7 +30,7 @@ are not causal, windows, biases and dropout.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +38,12 @@ import sympy
 import torch
 
 from express_compile.core import cost as c
-from express_compile.core.method import Method, register
+from express_compile.core.call import Call
+from express_compile.core.method import Method, Refusal, register
+from express_compile.core.options import Kind, Options, one_of, option
 from express_compile.core.plain import number
-from express_compile.core.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
+from express_compile.core.policy import Policy
+from express_compile.core.spec import AttentionSpec, Site, floor_power_of_two, known_equal
 
 from .attend.patterns import sparse_backward_triton, sparse_forward_triton
 from .exact import exact_attention
@@ -277,7 +280,7 @@ def dense_forward(
 def dense_backward(
     grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, query: torch.Tensor, key: torch.Tensor,
     value: torch.Tensor, pattern: Pattern, scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Gradients of query, key and value in float32 (float64 for float64 inputs)."""
     return _Dense(query, key, value, pattern, scale).backward(grad, out, lse)
 
@@ -308,23 +311,26 @@ def _attend(query, key, value, pattern: Pattern, scale: float) -> tuple[torch.Te
     return (sparse_forward_triton if query.is_cuda else dense_forward)(query, key, value, pattern, scale)
 
 
-def _body(query, key, value, padding, seed, scale, layer, **options):
-    Lq, pattern = query.shape[2], pattern_of(**options, Lk=key.shape[2])
+def _body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    query, padding, scale = call.query, call.padding, call.scale
+    pattern, tensors = pattern_of(**call.options, Lk=call.Lk), (query, call.key, call.value)
     if padding is None:
-        return _attend(query, key, value, pattern, scale)
-    if Lq == 1:
-        return _Dense(query, key, value, pattern, scale, real_first(padding), padding.sum(1)).forward()
+        return _attend(*tensors, pattern, scale)
+    if call.Lq == 1:
+        return _Dense(*tensors, pattern, scale, real_first(padding), padding.sum(1)).forward()
     pad = Packing(padding)
-    out, lse = _attend(*map(pad.pack, (query, key, value)), pattern, scale)
-    return pad.unpack(out, Lq), pad.unpack(lse[..., None], Lq, -math.inf)[..., 0]
+    query, key, value = map(pad.pack, tensors)
+    out, lse = _attend(query, key, value, pattern, scale)
+    return pad.unpack(out, call.Lq), pad.unpack(lse[..., None], call.Lq, -math.inf)[..., 0]
 
 
-def _backward_body(grad, out, lse, query, key, value, padding, seed, scale, layer, **options):
-    pattern, tensors = pattern_of(**options, Lk=key.shape[2]), (query, key, value)
-    run = sparse_backward_triton if query.is_cuda else dense_backward
+def _backward_body(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    pattern, tensors = pattern_of(**call.options, Lk=call.Lk), (call.query, call.key, call.value)
+    padding, scale = call.padding, call.scale
+    run: Callable[..., tuple[torch.Tensor, ...]] = sparse_backward_triton if grad.is_cuda else dense_backward
     if padding is None:
         grads = run(grad, out, lse, *tensors, pattern, scale)
-    elif query.shape[2] == 1:
+    elif call.Lq == 1:
         grads = _Dense(*tensors, pattern, scale, real_first(padding), padding.sum(1)).backward(grad, out, lse)
     else:
         pad = Packing(padding)
@@ -334,11 +340,45 @@ def _backward_body(grad, out, lse, query, key, value, padding, seed, scale, laye
     return tuple(g.to(x.dtype) for g, x in zip(grads, tensors, strict=True))
 
 
-_PARAMETERS = (
-    "Tensor? padding, Tensor seed, float scale, int layer, *, str pattern, int stride, int summary, int groups, "
-    "str parts"
-)
-OP, BACKWARD = define_attention("sparse", _PARAMETERS, _body, _backward_body, causal=True)
+def _stride(name: str, value: Any) -> int | None:
+    if value is not None and number(name, value, int, others=("None",)) < 1:
+        raise ValueError(f"{name}={value!r}: must be 1 or more, or None for about the root of the number of keys")
+    return None if value is None else int(value)
+
+
+def _positive(name: str, value: Any) -> int:
+    if number(name, value, int) < 1:
+        raise ValueError(f"{name}={value!r}: must be an integer, 1 or more")
+    return int(value)
+
+
+COUNT = Kind("an integer, 1 or more", "int", _positive)
+
+
+@dataclass(frozen=True)
+class Sparse(Options):
+    """Which keys a query of the Sparse Transformer sees."""
+
+    pattern: str = option("fixed", "whether the far part is made of summary columns or of a stride", one_of(*KINDS))
+    stride: int | None = option(
+        None, "l; None is the power of two nearest the root of the number of keys",
+        Kind("an integer, 1 or more, or None", "int", _stride), pack=lambda stride: {"stride": stride or 0},
+    )  # fmt: skip
+    summary: int = option(32, "c, columns of a block that later blocks see (fixed)", COUNT)
+    groups: int = option(1, "v, groups of heads with summary columns of their own (fixed)", COUNT)
+    combine: str = option(
+        "merged", "how a layer has both parts", one_of(*COMBINES), schema="str parts", pack=lambda how: {"parts": how}
+    )
+
+    def check(self) -> None:
+        Pattern(self.pattern, self.stride or 1 << 60, self.summary, self.groups)
+
+    @classmethod
+    def by_layer(cls, given: Mapping[str, Any]) -> bool:
+        return given.get("combine") == "interleaved"
+
+
+OP, BACKWARD = define_attention("sparse", Sparse, _body, _backward_body, min_length=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -372,22 +412,9 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
 
 
 def _params(site: Site, policy: Policy) -> dict[str, Any]:
-    own = METHOD.own_options(policy)
-    combine, stride = own["combine"], own["stride"]
-    if combine not in COMBINES:
-        raise ValueError(f"combine={combine!r}: must be one of {', '.join(COMBINES)}")
-    if stride is not None and number("stride", stride, int, others=("None",)) < 1:
-        raise ValueError(f"stride={stride!r}: must be 1 or more, or None for about the root of the number of keys")
-    parts = ("local", "far")[site.depth % 2] if combine == "interleaved" else combine
-    # raises for what is wrong with the others
-    Pattern(own["pattern"], stride or 1 << 60, own["summary"], own["groups"], parts)
-    return {
-        "pattern": own["pattern"],
-        "stride": int(stride or 0),
-        "summary": int(own["summary"]),
-        "groups": int(own["groups"]),
-        "parts": parts,
-    }
+    own: Sparse = policy.of("sparse")
+    parts = ("local", "far")[site.depth % 2] if own.combine == "interleaved" else own.combine
+    return {**own.pack(), "parts": parts}
 
 
 def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
@@ -412,12 +439,11 @@ METHOD = register(
         supports="causal self-attention (also continuing a cache, and decoding), GQA, Dv != D, key padding, any length",
         refuses="non-causal masks, windows, packed sequences, biases, dropout",
         refuse=_refuse,
+        options=Sparse,
         params=_params,
         cost=_cost,
         decodes=True,
-        by_layer=True,
         changes="it changes the function: each query sees only the keys of the pattern, which the model must be "
         "trained with",
-        options={"pattern": "fixed", "stride": None, "summary": 32, "groups": 1, "combine": "merged"},
     )
 )

@@ -23,18 +23,22 @@ in the reference). Refuses causal masks, windows, biases and dropout.
 from __future__ import annotations
 
 import bisect
+import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 
 from express_compile.core import cost as c
-from express_compile.core.method import Method, register
+from express_compile.core.call import Call
+from express_compile.core.method import Method, Refusal, register
+from express_compile.core.options import BUDGET, NUMBER, Kind, Options, option
 from express_compile.core.plain import number
-from express_compile.core.spec import AttentionSpec, Policy, Refusal, Site, floor_power_of_two, known_equal
+from express_compile.core.policy import Policy
+from express_compile.core.spec import AttentionSpec, floor_power_of_two, known_equal
 
 from .attend.segments import dense_table, segment_attention
 from .attend.segments_backward import accumulate_rows, segment_gradients
@@ -43,7 +47,7 @@ from .express import MIN_QUERIES, gather_rows, halve_all_reference
 from .launch import draw_uniform, jit, launch, philox_uniform, require_triton, tl
 from .op import define_attention, no_kernel
 from .padding import real_first
-from .select.halving import HalvingRule, get_rule
+from .select.halving import RULE, HalvingRule, get_rule
 from .select.schedule import STRETCH, Schedule, budget_options, compress_schedule, rows_of, stage
 from .select.thinning import describe_launches, thin
 
@@ -95,9 +99,9 @@ def stretch_reference(
     length = length[:, None, None]
     fewer = n >> torch.arange(1, bits + 1, device=device)
     shift = (fewer >= length.clamp(min=s)).sum(-1, keepdim=True)
-    bits = bits - shift
+    own_bits = bits - shift
     product = (place >> shift) * length
-    rank = (product >> bits) + ((((product & ((n >> shift) - 1)) << 24) + u * length) >> (24 + bits))
+    rank = (product >> own_bits) + ((((product & ((n >> shift) - 1)) << 24) + u * length) >> (24 + own_bits))
     rank = torch.minimum(rank, (length - 1).clamp(min=0))
     return rank if order is None else order[:, None].expand(-1, H, -1).gather(2, rank)
 
@@ -126,9 +130,21 @@ def _stretch_kernel(
     tl.store(p_index + i_seq * (A + n) + A + o_n, b_rank.to(tl.int32), mask=o_n < n)
 
 
-def _thin_reference(key, value, order, length, schedule, rule, scale, seed, layer) -> tuple[torch.Tensor, ...]:
-    """The tokens that are kept, their keys and their values; ``order`` and ``length`` are None without padding."""
-    (B, H, Lk), n = key.shape[:3], schedule.tokens
+_Three: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _thin_reference(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    padded: tuple[torch.Tensor, torch.Tensor] | None,
+    schedule: Schedule,
+    rule: HalvingRule,
+    scale: float,
+    seed: torch.Tensor,
+    layer: int,
+) -> _Three:
+    """The tokens that are kept, their keys and their values; ``padded`` is None, or ``order`` and ``length``."""
+    (B, H, Lk), n, (order, length) = key.shape[:3], schedule.tokens, padded or (None, None)
     length = torch.full((B,), Lk, device=key.device) if length is None else length
     arena = torch.empty(B, H, schedule.size, dtype=torch.int64, device=key.device)
     arena[:, :, :n] = stretch_reference(order, length, n, schedule.s, H, seed, layer)
@@ -137,9 +153,19 @@ def _thin_reference(key, value, order, length, schedule, rule, scale, seed, laye
     return index, gather_rows(key, index), gather_rows(value, index)
 
 
-def _thin_triton(key, value, order, length, schedule, rule, scale, seed, layer) -> tuple[torch.Tensor, ...]:
+def _thin_triton(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    padded: tuple[torch.Tensor, torch.Tensor] | None,
+    schedule: Schedule,
+    rule: HalvingRule,
+    scale: float,
+    seed: torch.Tensor,
+    layer: int,
+) -> _Three:
+    """:func:`_thin_reference` with the kernels."""
     require_triton()
-    (B, H, Lk), n, s = key.shape[:3], schedule.tokens, schedule.s
+    (B, H, Lk), n, s, (order, length) = key.shape[:3], schedule.tokens, schedule.s, padded or (None, None)
     A, stretched = schedule.size - n, order is not None or Lk != n
     index = torch.empty(B, H, A + n * stretched, dtype=torch.int32, device=key.device)
     if stretched:
@@ -147,8 +173,8 @@ def _thin_triton(key, value, order, length, schedule, rule, scale, seed, layer) 
             index, order, length, seed, layer, stage(0, STRETCH), H, Lk, n, s, n.bit_length() - 1, A, Lk,
             BLOCK=1024, num_warps=4,
         )  # fmt: skip
-    kept = thin(key, value, index, schedule, 0, rule, scale, seed, layer)
-    return tuple(x.narrow(2, A - s, s) for x in (index, *kept))
+    keys, values = thin(key, value, index, schedule, 0, rule, scale, seed, layer)
+    return index.narrow(2, A - s, s), keys.narrow(2, A - s, s), values.narrow(2, A - s, s)
 
 
 def select(
@@ -175,7 +201,8 @@ def select(
     rows = s if callable(s) else lambda L: s
     if padding is None:
         if Lk > rows(Lk):
-            return *thin_all(key, value, None, None, make_schedule(Lk, rows(Lk)), rule, scale, seed, layer), None
+            all_alike = thin_all(key, value, None, make_schedule(Lk, rows(Lk)), rule, scale, seed, layer)
+            return *all_alike, None
         return torch.arange(Lk, device=device).expand(B, H, Lk), key, value, None
     order, length = real_first(padding), padding.sum(1)
     found = pieces(rows, Lk)
@@ -184,46 +211,76 @@ def select(
     for first, last, kept in found:  # the device cannot be asked which of them are there
         if kept:
             here = (length >= first) & (length <= last)
-            thinned, *_ = thin_all(key, value, order, length, make_schedule(last, kept), rule, scale, seed, layer)
+            thinned, *_ = thin_all(key, value, (order, length), make_schedule(last, kept), rule, scale, seed, layer)
             thinned = torch.nn.functional.pad(thinned, (0, R - kept))
             index, counts = torch.where(here[:, None, None], thinned, index), torch.where(here, kept, counts)
-    chosen = gather_rows(key, index), gather_rows(value, index)
     behind = (torch.arange(R, device=device) >= counts[:, None])[:, None, :, None]
-    return index, *(x.masked_fill(behind, 0) for x in chosen), counts
+    keys, values = (gather_rows(x, index).masked_fill(behind, 0) for x in (key, value))
+    return index, keys, values, counts
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Op
 
 
-def _resolve(s, fraction, g, halving, flatten, min_length, Lk, table=()) -> tuple[int, HalvingRule]:
-    """Rows of the coreset of ``Lk`` keys, and the rule; all keys for fewer than ``min_length``."""
+def _g(name: str, value: Any) -> int:
+    if not -1 <= number(name, value, int) <= MAX_G:
+        raise ValueError(
+            f"{name}={value!r}: must be an integer, 0 or more (2**g * sqrt(n) rows) up to {MAX_G}, or -1 for the budget"
+        )
+    return int(value)
+
+
+@dataclass(frozen=True)
+class Thinformer(Options):
+    """What decides the coreset of Thinformer besides the data."""
+
+    budget: Any = option(
+        512, "keys that are kept, rounded down to a power of two", BUDGET,
+        schema="int s, float fraction, int[] table=[]", pack=budget_options, shared="budget",
+    )  # fmt: skip
+    g: int = option(-1, "keep 2**g sqrt(n) keys in place of the budget; -1 for the budget", Kind("-1 to 30", "int", _g))
+    halving: str = option("balanced", "name of a registered halving rule", RULE, shared="halving")
+    flatten: float = option(
+        0.0, "factor of the exponent in the kernel of the halving rule; 0 is the rule's own", NUMBER
+    )
+
+    def check(self) -> None:
+        get_rule(self.halving, self.flatten)
+
+
+def rows_kept(
+    Lk: int, *, s: int, fraction: float, g: int, min_length: int, table: Sequence[int] = (), **rule: Any
+) -> int:
+    """Rows of the coreset of ``Lk`` keys for the options of the op; all keys for fewer than ``min_length``."""
     s = max(4, floor_power_of_two(int(2**g * math.sqrt(Lk))) if g >= 0 else rows_of(s, fraction, Lk, table))
-    return max(s, Lk) if Lk < min_length else s, get_rule(halving, flatten)
+    return max(s, Lk) if Lk < min_length else s
 
 
-def _select(query, key, value, padding, seed, scale, layer, options):
+def _select(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    options = call.options
     rule = get_rule(options["halving"], options["flatten"])
-    return select(key, value, padding, lambda L: _resolve(**options, Lk=L)[0], rule, scale, seed, layer)
+    rows = functools.partial(rows_kept, **options)
+    return select(call.key, call.value, call.padding, rows, rule, call.scale, call.seed, call.layer)
 
 
-def _body(query, key, value, padding, seed, scale, layer, **options):
-    _, k, v, lengths = _select(query, key, value, padding, seed, scale, layer, options)
+def _body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    query, (_, k, v, lengths) = call.query, _select(call)
     if lengths is None and query.is_cuda:
-        return exact_attention(query, k, v, scale, causal=False)
-    table = dense_table(query.shape[2], k.shape[2])
-    return segment_attention(query, k[:, :, :0], v[:, :, :0], k, v, table, scale, lengths=lengths)
+        return exact_attention(query, k, v, call.scale, causal=False)
+    table = dense_table(call.Lq, k.shape[2])
+    return segment_attention(query, k[:, :, :0], v[:, :, :0], k, v, table, call.scale, lengths=lengths)
 
 
-def _backward_body(grad, out, lse, query, key, value, padding, seed, scale, layer, **options):
+def _backward_body(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Gradients with the selection held fixed; it is made again, so that training stores nothing for it."""
-    index, k, v, lengths = _select(query, key, value, padding, seed, scale, layer, options)
+    query, (index, k, v, lengths) = call.query, _select(call)
     if lengths is not None:  # queries without any key have probabilities of 0 everywhere
         lse = lse.masked_fill(lse.isneginf(), math.inf)
-    table = dense_table(query.shape[2], k.shape[2])
-    d_query, _, _, *parts = segment_gradients(grad, query, k[:, :, :0], v[:, :, :0], k, v, out, lse, table, scale)
+    table, nothing = dense_table(call.Lq, k.shape[2]), (k[:, :, :0], v[:, :, :0])
+    d_query, _, _, *parts = segment_gradients(grad, query, *nothing, k, v, out, lse, table, call.scale)
     grads = [d_query.to(query.dtype)]
-    for x, part in zip((key, value), parts, strict=True):
+    for x, part in zip((call.key, call.value), parts, strict=True):
         if lengths is not None:
             behind = torch.arange(part.shape[2], device=part.device) >= lengths[:, None]
             part.masked_fill_(behind[:, None, :, None], 0)
@@ -233,11 +290,7 @@ def _backward_body(grad, out, lse, query, key, value, padding, seed, scale, laye
     return tuple(g.contiguous() for g in grads)
 
 
-_PARAMETERS = (
-    "Tensor? padding, Tensor seed, float scale, int layer, *, int s, float fraction, int g, str halving, "
-    "float flatten, int min_length, int[] table=[]"
-)
-OP, BACKWARD = define_attention("thinformer", _PARAMETERS, _body, _backward_body, causal=False)
+OP, BACKWARD = define_attention("thinformer", Thinformer, _body, _backward_body, causal=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -261,23 +314,6 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
     else:
         reason = no_kernel(spec)
     return None if reason is None else Refusal("thinformer", reason)
-
-
-def _params(site: Site, policy: Policy) -> dict:
-    own = METHOD.own_options(policy)
-    if not -1 <= number("g", own["g"], int) <= MAX_G:
-        raise ValueError(
-            f"g={own['g']!r}: must be an integer, 0 or more (2**g * sqrt(n) rows) up to {MAX_G}, or -1 for the budget"
-        )
-    params = {
-        **budget_options(policy),
-        "g": own["g"],
-        "halving": policy.halving,
-        "flatten": float(number("flatten", own["flatten"], int, float)),
-        "min_length": policy.min_length or 0,
-    }
-    _resolve(**params, Lk=1 << 20)
-    return params
 
 
 def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
@@ -315,10 +351,9 @@ METHOD = register(
         supports="self and cross attention, GQA, Dv != D, key padding, any length",
         refuses="causal masks, windows, packed sequences, biases, dropout",
         refuse=_refuse,
-        params=_params,
         cost=_cost,
-        rows=lambda params, Lk: _resolve(**params, Lk=Lk)[0],
-        approximates=lambda params, Lk: Lk > _resolve(**params, Lk=Lk)[0],
-        options={"g": -1, "flatten": 0.0},
+        options=Thinformer,
+        rows=lambda params, Lk: rows_kept(Lk, **params),
+        approximates=lambda params, Lk: Lk > rows_kept(Lk, **params),
     )
 )

@@ -1,8 +1,9 @@
-"""Attention that a graph break cuts in two, between the product of queries and keys and the softmax.
+"""Attention that a graph break cuts in two, before the softmax or after it.
 
 Usually Dynamo captures what follows a graph break as a graph of its own, which has the softmax, and there the site is
 listed. Where it cannot resume (an index that depends on data, say) it runs the rest of the function as plain Python.
-No graph holds the softmax then, so the site is listed at its product, in the graph that ends there.
+No graph holds the softmax then, so the site is listed at its product, in the graph that ends there. Where the weights
+leave a graph before they meet the values, the site is listed at its softmax.
 
 This is a search, no proof: nothing is rewritten. Listed are scores that leave a graph which ends in such a way, if the
 rest of the function calls something whose name has "softmax" in it.
@@ -17,16 +18,24 @@ from functools import lru_cache
 
 from torch.fx import GraphModule, Node
 
+from .near import weights_leave
 from .site import Refused
 from .softmax import leaves_graph
 
 _NOT_RESUMED = "step_unsupported"  # GraphCompileReason.reason where Dynamo skips the rest of a function
 PARTED = "a graph break parts its query-key product from its softmax"
+PARTED_AFTER = "a graph break parts its softmax from its product with the values"
 _NEAREST = (
     "code that reads no tensor's value in between, as .item(), max(0, tensor) and x[tensor:] do "
     "(TORCH_LOGS=graph_breaks names the line), or torch._dynamo.config.capture_scalar_outputs=True where torch can "
     "trace it"
 )
+
+
+def cut_weights(gm: GraphModule) -> Iterator[tuple[Node, Refused]]:
+    """The softmaxes of attention that meet no values before ``gm`` ends in a graph break, each with its refusal."""
+    if getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False):
+        yield from ((node, Refused(PARTED_AFTER, _NEAREST)) for node in gm.graph.nodes if weights_leave(node))
 
 
 def cut_products(gm: GraphModule) -> Iterator[tuple[Node, Refused]]:

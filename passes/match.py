@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 from ..core.spec import AttentionSpec, Mask, default_scale, feature_major, known_equal
 from . import near, softmax
 from .buffers import Buffers
-from .cut import cut_products
+from .cut import cut_products, cut_weights
 from .mask import MaskPart, Padding, prove, prove_all, same_for_all_queries
 from .multihead import OPAQUE, describe
 from .normalize import bodies, computes_gradients, graph_module, number, operation
@@ -83,8 +83,8 @@ def find_sites(gm: GraphModule, buffers: Buffers | None = None, place: Place | N
             scope.attended.add(site.node)
         except Refused as error:
             found.append(AttentionSite(**{**known, "refusal": str(error), "nearest": error.nearest}))
-    for product, error in cut_products(gm):
-        known = common(gm, product, "softmax")
+    for node, error in (*cut_products(gm), *cut_weights(gm)):
+        known = common(gm, node, "softmax")
         found.append(AttentionSite(**{**known, "refusal": str(error), "nearest": error.nearest}))
     return found
 

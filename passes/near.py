@@ -7,11 +7,12 @@ leads to a product with values. In between may be anything but what starts a new
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.fx import Node
 
+from ..core.spec import known_equal
 from .normalize import called, operation
 from .site import Refused
 from .softmax import PRODUCTS, is_of_keys, rank_of, softmax_of
@@ -43,6 +44,21 @@ def is_cut_off(node: Node) -> bool:
     """Whether a softmax, whose result is no factor of a product as it is, stands between two products all the same."""
     written = softmax_of(node)
     return isinstance(written.scores, Node) and bool(_keys_before(written.scores)) and _product_after(node)
+
+
+def weights_leave(node: Node) -> bool:
+    """Whether a softmax comes after a product of queries and keys, and leaves its graph without one with values."""
+    written = softmax_of(node)
+    if written is None or not isinstance(written.scores, Node) or not _keys_before(written.scores):
+        return False
+    keys = node.meta["example_value"].shape[-1]
+
+    def leaves(last: Node, user: Node) -> bool:
+        weights = last.meta.get("example_value")
+        same = isinstance(weights, torch.Tensor) and rank_of(last) == rank_of(node)
+        return user.op == "output" and same and known_equal(weights.shape[-1], keys)
+
+    return not _product_after(node) and _leads_to(node, leaves)
 
 
 def weighs_features(node: Node) -> bool:
@@ -117,11 +133,15 @@ def _keys_before(scores: Node) -> set[str] | None:
 
 
 def _product_after(weights: Node) -> bool:
+    return _leads_to(weights, lambda _, user: called(user) in PRODUCTS and not _is_mix(user))
+
+
+def _leads_to(weights: Node, is_end: Callable[[Node, Node], bool]) -> bool:
     open_nodes, seen = [weights], {weights}
     while open_nodes:
         node = open_nodes.pop()
         for user in node.users:
-            if called(user) in PRODUCTS and not _is_mix(user):
+            if is_end(node, user):
                 return True
             if called(user) == "setitem" and user.args[0] is not node:
                 user = user.args[0]

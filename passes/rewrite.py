@@ -13,8 +13,11 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
+from ..core.call import Call
 from ..core.method import METHODS
-from ..core.spec import Plan, Policy, known_equal
+from ..core.plan import Plan
+from ..core.policy import Policy
+from ..core.spec import known_equal
 from .mask import Padding, PaddingTerm
 from .normalize import in_place, is_new, operation
 from .site import AttentionSite
@@ -137,9 +140,9 @@ def _replace(site: AttentionSite, decision: Plan, policy: Policy, seeds: dict[st
         # under autocast SDPA casts its inputs; an op of ours is not known to autocast
         inputs = [_cast(graph, x, spec.dtype, node) for x in (site.query, site.key, site.value)]
         padding = None if site.padding is None else _padding(graph, site, site.padding)
-        arguments = (*inputs, padding, seeds[str(device)], spec.scale, site.layer)
-        call = _emit(graph, METHODS[decision.method].op, arguments, dict(decision.params), like=node)
-        out = _emit(graph, operator.getitem, (call, 0), like=node)
+        given = Call(*inputs, padding, seeds[str(device)], spec.scale, site.layer, options=decision.params)
+        results = _emit(graph, METHODS[decision.method].op, given.args, given.keywords, like=node)
+        out = _emit(graph, operator.getitem, (results, 0), like=node)
         if _layout_matters(node):
             out = _with_layout_of(graph, out, node)
         out = _to_be_written(graph, out, site)

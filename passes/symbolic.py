@@ -701,7 +701,13 @@ def _getitem(evaluator: Evaluator, node: Node, op: Operation, coords: tuple[Any,
         elif isinstance(item, slice):
             result.append(_sliced(evaluator, item, shape[len(result)], rest.pop(0)))
         elif _is_tensor(item):
-            place = _integer(evaluator.value(item, evaluator.broadcast(example_of(item).shape, indexed, out)))
+            where = evaluator.broadcast(example_of(item).shape, indexed, out)
+            try:
+                place = _integer(evaluator.value(item, where))
+            except Unproven:
+                if not example_of(node).dtype.is_floating_point:
+                    raise
+                raise _NoRule from None  # that values are added says more than how their places are made
             if not place.is_nonnegative:
                 raise _NoRule
             result.append(place)

@@ -203,7 +203,7 @@ def tensors_of(case: Case, device: str) -> tuple[torch.Tensor, ...]:
 
 def policy_of(method: str, options: dict[str, Any]) -> Policy:
     """``options`` of the policy and, beside them, of the method itself."""
-    own = {name: value for name, value in options.items() if name in METHODS[method].options}
+    own = {name: value for name, value in options.items() if name not in Policy.option_names()}
     rest = {name: value for name, value in options.items() if name not in own}
     return Policy(methods=(method,), method_options={method: own}, **rest)
 

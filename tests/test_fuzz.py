@@ -27,8 +27,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from express_compile.core.method import Method, register
-from express_compile.core.spec import AttentionSpec, Mask, Policy, Refusal, Site, known_equal
+from express_compile.core.method import Method, Refusal, register
+from express_compile.core.policy import Policy
+from express_compile.core.spec import AttentionSpec, Mask, Site, known_equal
 from express_compile.passes.match import find_sites
 from express_compile.passes.rewrite import rewrite
 from express_compile.planning.choose import plan_sites

@@ -103,7 +103,7 @@ def exact_times(
     return times
 
 
-def check(q, k, v, out, config: E.ExpressConfig) -> tuple[float, float]:
+def check(q, k, v, out, config: E.Express) -> tuple[float, float]:
     """Relative error of ``out`` in three blocks of queries against float64, and that of the reference.
 
     The rows are those that the op itself selected.
@@ -157,7 +157,8 @@ def row_of(
     """A row of results; no speed-up for what failed its check."""
     params, method = more.pop("params", {}), more.pop("method", "express")
     if method == "express":
-        params = dict(sinks=policy.sinks, window=policy.window, protected=policy.protected, **params)
+        own = policy.of("express")
+        params = dict(sinks=own.sinks, window=own.recent, protected=own.protected, **params)
     best, p50 = min(opponents, key=opponents.get), quantile(times, 0.5)
     error, allowed = errors
     return dict(
@@ -248,7 +249,8 @@ def train(policy: Policy, tensors, clock: Clock, repeats: int) -> dict:
 def check_rows(q, k, v, out, policy: Policy, padding: torch.Tensor | None) -> tuple[float, float]:
     """As :func:`check`, for 512 queries of Thinformer over the rows that the op itself selected."""
     scale, seed = q.shape[-1] ** -0.5, torch.zeros((), dtype=torch.int64, device=q.device)
-    s, rule = T._resolve(**METHODS["thinformer"].params(Site(), policy), Lk=k.shape[2])
+    options = METHODS["thinformer"].params(Site(), policy)
+    s, rule = T.rows_kept(k.shape[2], **options), T.get_rule(options["halving"], options["flatten"])
     _, keys, values, lengths = T.select(k, v, padding, s, rule, scale, seed, LAYER)
     q, out = (x[:, :, x.shape[2] // 2 :][:, :, :512] for x in (q, out))
     table, nothing = dense_table(q.shape[2], keys.shape[2]), keys[:, :, :0]
@@ -538,7 +540,7 @@ def main() -> None:
             (g, published, ()),
         ]:
             whole = [tensors[1].shape[2]] * len(tensors[0])
-            s, _ = T._resolve(**METHODS["thinformer"].params(Site(), policy), Lk=tensors[1].shape[2])
+            s = T.rows_kept(tensors[1].shape[2], **METHODS["thinformer"].params(Site(), policy))
             for graph in ({}, {"graph": 1})[: 1 + (policy is g)]:
                 opponents = without_padding(
                     tensors, lengths or whole, clock, args.repeats, causal=False, graph=bool(graph)

@@ -49,7 +49,7 @@ def lengths(ns: list[int], clock: Clock) -> list[dict]:
             ms = {part: quantile(clock(replayed(call), 5), 0.5) for part, call in calls.items()}
             seen = float(layout.table.rows_seen(n).mean())
             flop = 4 * H * D * n * seen
-            params = f"s={policy.budget} sinks={policy.sinks} window={policy.window} protected={policy.protected}"
+            params = f"s={config.s} sinks={config.sinks} window={config.recent} protected={config.protected}"
             for part in ms:
                 row = dict(part=part, n=n, params=params, ms=ms[part], share=ms[part] / sum(ms.values()))
                 if part == "attend":
@@ -66,7 +66,7 @@ def chains(sizes: list[int], clock: Clock) -> list[dict]:
         _, k, v = random_tensors(1, H, H_KV, 1, size, D, "cuda", torch.bfloat16)
         schedule = Schedule(size, 0, 0, size + size // 2, (), ((Halving(0, size, size, 1, 0, 0, 0.25),),), (), ())
         index = torch.empty(1, H_KV, size // 2, dtype=torch.int32, device="cuda")
-        rule = E.ExpressConfig(4, 0).rule
+        rule = E.Express(4, inflation=0, protected=0).rule
         call = replayed(lambda k=k, v=v, s=schedule, i=index, r=rule: thin(k, v, i, s, 0, r, D**-0.5, seed, LAYER))
         ms = quantile(clock(call, 9), 0.5)
         rows.append(dict(part="chain", n=size, params="rows per bucket", ms=ms, ns_per_pair=ms * 1e6 / (size // 2)))

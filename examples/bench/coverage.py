@@ -29,7 +29,8 @@ from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
 
-from express_compile.core.spec import Plan, Policy
+from express_compile.core.plan import Plan
+from express_compile.core.policy import Policy
 from express_compile.passes.buffers import Buffers
 from express_compile.passes.match import AttentionSite
 from express_compile.passes.multihead import OPAQUE

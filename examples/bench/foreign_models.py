@@ -201,10 +201,10 @@ def of_open_clip(tower: str, **more: Any) -> Callable[[], Built]:
 
         vision = dict(image_size=32, layers=2, width=32, head_width=8, patch_size=8)
         text = dict(context_length=24, vocab_size=64, width=32, heads=4, layers=2)
-        parts = dict(
-            embed_dim=32, vision_cfg={**vision, **more.pop("vision", {})}, text_cfg={**text, **more.pop("text", {})}
-        )
-        model = getattr(open_clip.model if tower != "CoCa" else open_clip.coca_model, tower)(**parts, **more)
+        parts = dict(vision_cfg={**vision, **more.get("vision", {})}, text_cfg={**text, **more.get("text", {})})
+        rest = {name: option for name, option in more.items() if name not in ("vision", "text")}
+        home = open_clip.model if tower != "CoCa" else open_clip.coca_model
+        model = getattr(home, tower)(embed_dim=32, **parts, **rest)
         return model, {"image": random(2, 3, 32, 32), "text": tokens(2, 24)}
 
     return build

@@ -146,7 +146,7 @@ def crossings(judged: list[Judged]) -> list[Crossing]:
     """Wherever the grid has a length at which exact attention is faster, and a longer one from which on it is not."""
     groups: dict[tuple, list[Judged]] = {}
     for x in judged:
-        key = x.kind, x.spec.B, x.row["method"], x.policy.budget, x.policy.protected
+        key = x.kind, x.spec.B, x.row["method"], x.policy.budget, x.policy.of("express").protected
         groups.setdefault(key, []).append(x)
     found = []
     for (kind, B, method, *_), group in groups.items():
@@ -213,7 +213,7 @@ def main() -> None:
     ):
         print(f"{name}: median {statistics.median(values):.3f}, from {min(values):.3f} to {max(values):.3f}")
     for x in crossings(judged):
-        words = f"{x.kind} B={x.B} {x.method} s={x.policy.budget} protected={x.policy.protected}"
+        words = f"{x.kind} B={x.B} {x.method} s={x.policy.budget} protected={x.policy.of('express').protected}"
         print(f"{words}: faster from {x.measured:,.0f} keys on as measured, {x.predicted:,} as predicted")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,9 +21,11 @@ from records import QUALITY_COLUMNS, add_arguments, append, run_of, show
 from rich.progress import track
 
 from express_compile import Method, Policy, Refusal, register, restore_attention, rewrite_attention
+from express_compile.core.call import Call
+from express_compile.core.options import ROWS, Options, option
 from express_compile.kernels.attend.segments import TOKENS, SegmentTable, segment_attention
 from express_compile.kernels.express import rows_seen as express_rows_seen
-from express_compile.kernels.op import check_qkv, define_op
+from express_compile.kernels.op import define_attention
 
 MODEL = "SmolLM2-135M-Instruct"
 FROM = 2048  # positions before this one see most of their past exactly whatever the method
@@ -31,42 +34,41 @@ FROM = 2048  # positions before this one see most of their past exactly whatever
 
 
 @functools.lru_cache(maxsize=8)
-def streaming_table(n: int, sinks: int, window: int, block: int = 128) -> SegmentTable:
+def streaming_table(n: int, sinks: int, recent: int, block: int = 128) -> SegmentTable:
     begin = np.arange(0, n, block)
-    tail = np.where(begin - window > sinks, begin - window, 0)
+    tail = np.where(begin - recent > sinks, begin - recent, 0)
     segments = np.zeros((len(begin), 1, 3), dtype=np.int64)
     segments[:, 0, 0], segments[:, 0, 2] = TOKENS, np.where(tail > 0, sinks, 0)
     return SegmentTable(block, 0, segments, np.zeros((len(begin), 1)), tail)
 
 
-def _streaming_body(query, key, value, padding, seed, scale, layer, *, sinks, window):
-    check_qkv(query, key, value)
-    table = streaming_table(query.shape[2], sinks, window)
-    return segment_attention(query, key, value, key[:, :, :0], value[:, :, :0], table, scale)
+@dataclass(frozen=True)
+class Streaming(Options):
+    """Which rows StreamingLLM keeps."""
+
+    sinks: int = option(32, "the first tokens", ROWS, shared="sinks")
+    recent: int = option(256, "the last tokens", ROWS, shared="window")
 
 
-define_op(
-    "streaming_llm",
-    "(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor seed, float scale, int layer, *, int sinks, "
-    "int window) -> (Tensor, Tensor)",
-    _streaming_body,
-    lambda query, key, value, *args, **options: (
-        query.new_empty(*query.shape[:3], value.shape[-1]),
-        query.new_empty(query.shape[:3], dtype=torch.float32),
-    ),
-)
+def _streaming_body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    table = streaming_table(call.Lq, **call.options)
+    nothing = call.key[:, :, :0], call.value[:, :, :0]
+    return segment_attention(call.query, call.key, call.value, *nothing, table, call.scale)
+
+
+define_attention("streaming_llm", Streaming, _streaming_body, min_length=False)
 register(
     Method(
         name="streaming_llm",
         summary="the first and the last tokens only (baseline)",
         supports="unpadded causal self-attention",
         refuses="everything else",
+        options=Streaming,
         refuse=lambda spec, policy: (
             None
             if spec.mask.causal and not spec.mask.padding and spec.Lq == spec.Lk
             else Refusal("streaming_llm", "it takes unpadded causal self-attention only")
         ),
-        params=lambda spec, policy: {"sinks": policy.sinks, "window": policy.window},
     )
 )
 
@@ -96,16 +98,17 @@ def streaming(sinks: int, window: int) -> Policy:
 def rows_seen(policy: Policy, n: int, first: int = FROM) -> float:
     """Rows that a query sees on average over the positions from ``first`` on, itself included."""
     if policy.methods == ("streaming_llm",):
-        return float(streaming_table(n, policy.sinks, policy.window).rows_seen(n)[first:].mean())
+        own = policy.of("streaming_llm")
+        return float(streaming_table(n, own.sinks, own.recent).rows_seen(n)[first:].mean())
     return float(express_rows_seen(policy, n)[first:].mean())
 
 
 def describe(policy: Policy) -> str:
-    parts = {"sinks": policy.sinks, "window": policy.window}
+    own = policy.of(policy.methods[0])
+    parts = {"sinks": own.sinks, "window": own.recent}
     if policy.methods == ("express",):
-        flatten = policy.method_options.get("express", {}).get("flatten")
-        parts = {"s": policy.budget, **parts, "protected": policy.protected, "halving": policy.halving}
-        parts |= {"flatten": flatten} if flatten else {}
+        parts = {"s": own.budget, **parts, "protected": own.protected, "halving": own.halving}
+        parts |= {"flatten": own.flatten} if own.flatten else {}
         parts |= {"seed": policy.seed} if policy.seed else {}
     return " ".join(f"{name}={value}" for name, value in parts.items())
 

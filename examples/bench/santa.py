@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,31 +40,34 @@ from express_compile import (
     restore_attention,
     rewrite_attention,
 )
+from express_compile.core.call import Call
+from express_compile.core.options import BUDGET, Options, option
 from express_compile.kernels.attend.bernoulli import feature_probability, round_query
-from express_compile.kernels.op import attention_fake, check_qkv, define_op
+from express_compile.kernels.op import define_attention
 from express_compile.kernels.santa import probabilities, read_probability, visible_keys
 from express_compile.quality.draws import allocate, measure_layers
 
 # -- top-k as a method of its own --------------------------------------------------------------------------------
 
 
-def _top_k_body(query, key, value, padding, seed, scale, layer, *, k):
-    check_qkv(query, key, value, padding)
-    visible = visible_keys(query.shape[0], query.shape[2], key.shape[2], padding, None, query.device)
-    p, lse = probabilities(query, key, visible, scale)
-    largest, index = p.topk(min(k, p.shape[-1]), -1)
+@dataclass(frozen=True)
+class TopK(Options):
+    """How many rows are kept."""
+
+    budget: int = option(512, "rows of every head", BUDGET, schema="int k", pack=lambda k: {"k": k}, shared="budget")
+
+
+def _top_k_body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    query = call.query
+    visible = visible_keys(query.shape[0], call.Lq, call.Lk, call.padding, None, query.device)
+    p, lse = probabilities(query, call.key, visible, call.scale)
+    largest, index = p.topk(min(call.options["k"], p.shape[-1]), -1)
     weights = torch.zeros_like(p).scatter_(-1, index, largest / largest.sum(-1, keepdim=True))
-    out = weights.to(lse.dtype) @ value.to(lse.dtype)[:, :, None]
+    out = weights.to(lse.dtype) @ call.value.to(lse.dtype)[:, :, None]
     return out.flatten(1, 2).to(query.dtype).contiguous(), lse.contiguous()
 
 
-define_op(
-    "top_k",
-    "(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor seed, float scale, int layer, *, int k) "
-    "-> (Tensor, Tensor)",
-    _top_k_body,
-    attention_fake,
-)
+define_attention("top_k", TopK, _top_k_body, min_length=False)
 register(
     Method(
         name="top_k",
@@ -73,7 +77,7 @@ register(
         refuse=lambda spec, policy: (
             None if spec.Lq == 1 and spec.mask.unknown is None else Refusal("top_k", "it takes one query over a cache")
         ),
-        params=lambda spec, policy: {"k": policy.budget},
+        options=TopK,
     )
 )
 
@@ -112,17 +116,17 @@ class RowsRead(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in (METHODS["santa"].op, METHODS["top_k"].op):
-            query, key, _, padding, seed, scale, layer = args[:7]
-            visible = visible_keys(query.shape[0], query.shape[2], key.shape[2], padding, None, query.device)
+            call = Call.of(function, args, kwargs)
+            query = call.query
+            visible = visible_keys(query.shape[0], call.Lq, call.Lk, call.padding, None, query.device)
             if levels := kwargs.get("bernoulli", 0):
-                self.features.append(feature_probability(query, key.shape[1], levels).mean().item())
-                query = round_query(query, levels, seed, layer, visible.sum(-1))
-            p, _ = probabilities(query, key, visible, scale)
+                self.features.append(feature_probability(query, call.key.shape[1], levels).mean().item())
+                query = round_query(query, levels, call.seed, call.layer, visible.sum(-1))
+            p, _ = probabilities(query, call.key, visible, call.scale)
             if function is METHODS["top_k"].op:
                 read = torch.zeros_like(p).scatter_(-1, p.topk(min(kwargs["k"], p.shape[-1])).indices, 1)
             else:
-                table = dict(zip(kwargs["layers"], kwargs["draws"], strict=False))
-                draws = torch.full(query.shape[1:2], table.get(layer, kwargs["draws"][-1]), device=query.device)
+                draws = torch.tensor(kwargs["draws"], device=query.device).expand(query.shape[1])
                 read = read_probability(p, draws, kwargs["sampler"], kwargs["shared"])
             self.rows.append((1 - (1 - read).prod(2)).sum(-1).mean().item())
         return function(*args, **kwargs)

@@ -62,7 +62,8 @@ def speed_rows(**wanted: str) -> list[dict[str, str]]:
 
 def prefill_rows() -> list[dict[str, str]]:
     """Whole prefills of one sequence with the settings of the benchmark, launched one by one."""
-    wanted = {(str(p.budget), f"sinks={p.sinks} window={p.window} protected={p.protected}") for p in SETTINGS}
+    own = [policy.of("express") for policy in SETTINGS]
+    wanted = {(str(x.budget), f"sinks={x.sinks} window={x.recent} protected={x.protected}") for x in own}
     rows = speed_rows(job="prefill", B="1")
     return [row for row in rows if row["Lq"] == row["Lk"] and (row["s"], row["params"]) in wanted]
 

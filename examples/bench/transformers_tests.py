@@ -125,7 +125,7 @@ def run_family(path: Path, family: str, methods: str, only: str) -> dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
         environment = {**os.environ, RESULTS: str(results), VARIABLE: methods, "HF_HUB_OFFLINE": "1"}
-        found = [str(path), str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
+        found = [str(path), str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, found))
         command = [
             sys.executable,
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if not (given.path / "tests" / "test_modeling_common.py").is_file():
         parser.error(f"path={str(given.path)!r}: has no tests/test_modeling_common.py")
-    lines = [_heading(given.path.resolve())]
+    lines = [_heading(given.path.resolve(), given.only)]
     print(lines[0])
     for family in given.families:
         start = len(lines)
@@ -185,13 +185,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.out.write_text("\n".join(lines) + "\n")
 
 
-def _heading(path: Path) -> str:
+def _heading(path: Path, only: str) -> str:
     import torch
     import transformers
 
     kind = "a checkout" if (path / "tests" / "models").is_dir() else "the source distribution"
     today = datetime.date.today()
-    return f"transformers {transformers.__version__}, its tests from {kind}; torch {torch.__version__}; {today}"
+    chosen = f"; those of -k '{only}'" if only else ""
+    return f"transformers {transformers.__version__}, its tests from {kind}{chosen}; torch {torch.__version__}; {today}"
 
 
 if __name__ == "__main__":

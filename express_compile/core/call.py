@@ -1,37 +1,123 @@
-"""Calls of the ops of rewritten attention that Python makes: the one place where such a call can be run otherwise.
+"""A call of an op of ours: its arguments by name, and the one place where what Python calls can be run otherwise.
 
-What ``rewrite_attention`` changed and what :func:`explain` runs come by here. What a compiler
-made of a graph calls the ops itself.
+What ``rewrite_attention`` changed and what :func:`explain` runs come by :func:`call`. What a compiler made of a graph
+calls the ops itself.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from .method import METHODS
+from .spec import AttentionSpec, Mask
 
 Op = torch._ops.OpOverload
-Runner = Callable[[Op, tuple[Any, ...], Mapping[str, Any]], Any]
-"""Takes an op, its arguments and its options (``Method.params``); returns what the op would."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The arguments of the op of a method: values, or the nodes that stand for them in a graph.
+
+    query, key, value: ``[B, H, Lq, D]``, ``[B, H_kv, Lk, D]``, ``[B, H_kv, Lk, Dv]`` of one floating dtype.
+    padding: bool ``[B, Lk]``, True for a real key, or None. seed: 0-dim int64. layer: :func:`spec.layer_key`.
+    lengths, sinks: int64 ``[B]`` keys of every sequence of a static cache, and ``[H]`` a logit per query head, where
+        an op takes them; else None.
+    options: the keyword arguments of the op, ``Method.params``.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    padding: Any
+    seed: Any
+    scale: Any
+    layer: Any
+    lengths: Any = None
+    sinks: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """The call ``op(*args, **kwargs)``."""
+        given = {**dict(zip(_names(op), args, strict=False)), **kwargs}
+        own = {f.name: given.pop(f.name) for f in fields(cls) if f.name in given}
+        return cls(**own, options=given)
+
+    @classmethod
+    def of_arguments(cls, args: tuple[Any, ...], options: Mapping[str, Any]) -> Call:
+        """The call whose positional arguments are all given in order, as the body of an op gets them."""
+        names = (f.name for f in fields(cls))
+        return cls(**dict(zip(names, args, strict=False)), options=options)
+
+    @classmethod
+    def of_node(cls, node: Node) -> Call:
+        """The call that a node of a graph makes."""
+        assert isinstance(node.target, Op)
+        return cls.of(node.target, node.args, node.kwargs)
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """What every op takes by position."""
+        return self.query, self.key, self.value, self.padding, self.seed, self.scale, self.layer
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What the op takes by name."""
+        given = {name: x for name in ("lengths", "sinks") if (x := getattr(self, name)) is not None}
+        return {**given, **self.options}
+
+    @property
+    def Lq(self) -> Any:
+        """The number of queries."""
+        return self.query.shape[2]
+
+    @property
+    def Lk(self) -> Any:
+        """The number of keys."""
+        return self.key.shape[2]
+
+    def spec(self, mask: Mask) -> AttentionSpec:
+        """What a site with this mask computes in a call of tensors."""
+        (B, H, Lq, D), (H_kv, Lk), Dv = self.query.shape, self.key.shape[1:3], self.value.shape[3]
+        return AttentionSpec(B, H, H_kv, Lq, Lk, D, Dv, self.query.dtype, self.query.device.type, self.scale, mask)
+
+    @property
+    def can_be_exact(self) -> bool:
+        """Whether the op has a ``min_length`` that makes it exact."""
+        return "min_length" in self.options
+
+    def exactly(self) -> Call:
+        """The same call of exact attention, for an op that :attr:`can_be_exact`."""
+        return replace(self, options={**self.options, "min_length": self.Lk + 1})
+
+    def run(self, op: Op) -> Any:
+        """What the op returns."""
+        return op(*self.args, **self.keywords)
+
+
+@functools.cache
+def _names(op: Op) -> tuple[str, ...]:
+    return tuple(argument.name for argument in op._schema.arguments)
+
+
+Runner = Callable[[Op, Call], Any]
+"""Takes an op and its arguments; returns what the op would."""
 
 _runner: ContextVar[Runner | None] = ContextVar("express_compile_runner", default=None)
 
 
-def call(op: Op, *args: Any, **options: Any) -> Any:
-    """``op(*args, **options)``, or what the runner in force makes of it."""
+def call(op: Op, given: Call) -> Any:
+    """What the op returns, or what the runner in force makes of it."""
     runner = _runner.get()
-    return op(*args, **options) if runner is None else runner(op, args, options)
-
-
-def exact_options(args: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with which an op that has ``min_length`` is exact attention of the same arguments."""
-    return {**options, "min_length": args[1].shape[2] + 1}
+    return given.run(op) if runner is None else runner(op, given)
 
 
 def is_run_otherwise() -> bool:
@@ -59,7 +145,7 @@ def wrap_ops(gm: GraphModule, wrap: Callable[[Op, int], Callable[..., Any]]) -> 
     for part in [part for part in gm.modules() if isinstance(part, GraphModule)]:
         found = [node for node in part.graph.nodes if isinstance(node.target, Op) and name_of(node.target) in METHODS]
         for node in found:
-            node.target = wrap(node.target, node.args[6])
+            node.target = wrap(node.target, Call.of_node(node).layer)
         if found:
             part.recompile()
 
@@ -68,6 +154,6 @@ def plainly(op: Op, layer: int) -> Callable[..., Any]:
     """For :func:`wrap_ops`: :func:`call`."""
 
     def run(*args: Any, **options: Any) -> Any:
-        return call(op, *args, **options)
+        return call(op, Call.of(op, args, options))
 
     return run

@@ -27,7 +27,7 @@ SLOW_HOST = 1.5
 FEW_QUERIES = 16
 
 
-class floor_log2(sympy.Function):
+class floor_log2(sympy.Function):  # type: ignore[misc]  # sympy has no types
     """The largest k with ``2**k <= x``, and 0 for ``x < 1``. (``floor(log(x, 2))`` is not exact in sympy.)"""
 
     @classmethod
@@ -189,7 +189,8 @@ def _function(cost: Cost, symbols: tuple[sympy.Symbol, ...]) -> Callable[..., li
     # to put terms in order would take a second
     options = {"order": "none", "fully_qualified_modules": False, "user_functions": {"floor_log2": "floor_log2"}}
     modules = [{"floor_log2": _floor_log2}, "math"]
-    return sympy.lambdify(symbols, values, modules, printer=PythonCodePrinter(options))
+    made: Callable[..., list[float]] = sympy.lambdify(symbols, values, modules, printer=PythonCodePrinter(options))
+    return made
 
 
 def visible_pairs(spec: AttentionSpec) -> sympy.Expr:

@@ -1,16 +1,32 @@
-"""The registry of methods: one :class:`Method` per file in ``kernels/``. A leaf beside ``spec`` and ``cost``."""
+"""The registry of methods: one :class:`Method` per file in ``kernels/``."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .cost import Cost
-from .spec import AttentionSpec, Policy, Refusal, Site
+from .options import Options
+from .rows import Rows
+from .spec import AttentionSpec, Site
+
+if TYPE_CHECKING:
+    from .policy import Policy
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why ``method`` was not used at a site, in words a user can act on."""
+
+    method: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.method}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -20,13 +36,14 @@ class Method:
     name: the name used in ``Policy.methods``; ``torch.ops.express_compile.<name>`` is its op.
     summary, supports, refuses: one line each, shown by tables and the README.
     refuse(spec, policy): ``None``, or why the method must not be used at this site.
-    params(site, policy): the keyword arguments of the op beyond
-        ``(query, key, value, padding, seed, scale, layer)``; plain data. Raises ``ValueError`` for a bad policy.
-        A site without a spec, ``Site()``, stands for any.
+    options: the dataclass of the method's own options. What a policy says of them is ``policy.of(name)``.
+    params(site, policy): the keyword arguments of the op beyond those that every op has (:class:`Call`); plain data.
+        Raises ``ValueError`` for a bad policy. A site without a spec, ``Site()``, stands for any. Unless given, what
+        the options are packed into, and ``min_length`` where the op takes it.
+    sees(options, site): the rows that each KV head of the site sees; ``None`` where they are no selection of
+        :class:`Rows`.
     loses(spec, policy): why exact attention was measured to be faster at a site of these sizes, or ``None``; asked
         unless the policy gives ``min_length``. Sizes may be symbolic: what is decided at run time is no loss.
-    options: the names and defaults of the method's own options (``Policy.method_options[name]``).
-    named(options): the module paths that its own options speak of, each as it is to be shown by its path.
     cost(spec, params): what a call costs in the symbols of ``cost.py``, for the parameters that ``params`` gave.
         Of ``spec`` it reads the mask; sizes and the budget stay symbols. ``None``: not known.
     padding_cost: whether ``cost`` also says what padding costs; else it is that of a batch without.
@@ -36,7 +53,6 @@ class Method:
     approximates(params, Lk): whether the op, given these parameters, only approximates the exact attention over ``Lk``
         keys, so that :func:`express_compile.watch` may compare the two call by call. ``None``: they must not be.
     decodes: whether it takes the single queries of decoding.
-    by_layer: whether ``params`` reads more of the site than its spec: layers of the same sizes may differ.
     changes: what it computes instead of attention over all keys, where that is no approximation but another function,
         in words that follow a semicolon. Such a method runs only where a policy names it, whatever the speed, its
         plans say so, and it is never suggested for a site that another one refused.
@@ -47,23 +63,33 @@ class Method:
     supports: str
     refuses: str
     refuse: Callable[[AttentionSpec, Policy], Refusal | None]
-    params: Callable[[Site, Policy], Mapping[str, Any]]
+    options: type[Options] = Options
+    params: Callable[[Site, Policy], Mapping[str, Any]] = None  # type: ignore[assignment]  # __post_init__ fills it
+    sees: Callable[[Any, Site], Rows | None] = lambda options, site: None
     loses: Callable[[AttentionSpec, Policy], str | None] = lambda spec, policy: None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    named: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda options: {}
     cost: Callable[[AttentionSpec, Mapping[str, Any]], Cost] | None = None
     padding_cost: bool = False
     rows: Callable[[Mapping[str, Any], int], int] = lambda params, Lk: Lk
     forms: tuple[str, ...] = ()
     approximates: Callable[[Mapping[str, Any], int], bool] | None = None
     decodes: bool = False
-    by_layer: bool = False
     changes: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.options, type) or not issubclass(self.options, Options):
+            raise TypeError(f"options={self.options!r}: must be a dataclass that inherits from Options")
+        if self.params is None:
+            object.__setattr__(self, "params", self._packed)
+
+    def _packed(self, site: Site, policy: Policy) -> dict[str, Any]:
+        least = {"min_length": policy.min_length or 0} if self.takes("min_length") else {}
+        return {**policy.of(self.name).pack(), **least}
 
     @property
     def op(self) -> torch._ops.OpOverload:
         """The custom op with signature ``(query, key, value, padding, seed, scale, layer, **params)``."""
-        return getattr(torch.ops.express_compile, self.name).default
+        op: torch._ops.OpOverload = getattr(torch.ops.express_compile, self.name).default
+        return op
 
     def takes(self, option: str) -> bool:
         """Whether the op has an argument of this name."""
@@ -79,21 +105,18 @@ class Method:
         if unknown:
             return Refusal(self.name, f"it has {' and '.join(unknown)}, which {self.name} does not compute")
         refusal = self.refuse(spec, policy)
-        if refusal is None and isinstance(policy.budget, tuple) and self.name != "exact" and not self.takes("table"):
+        budget = policy.given(self.name).get("budget", policy.budget)
+        if refusal is None and isinstance(budget, tuple) and self.name != "exact" and not self.takes("table"):
             reason = "its budget is a table of rows or a function of the number of keys, which it does not take"
             return Refusal(self.name, f"{reason}; give a number of rows, or a fraction of the keys")
         return refusal
 
-    def own_options(self, policy: Policy) -> dict[str, Any]:
-        """Defaults updated by ``policy.method_options``; raises ``TypeError`` for an unknown option."""
-        given = policy.method_options.get(self.name, {})
-        unknown = sorted(set(given) - set(self.options), key=str)
-        if unknown:
-            raise TypeError(
-                f"method_options[{self.name!r}]: unknown option {', '.join(map(repr, unknown))}; "
-                f"allowed are {', '.join(sorted(self.options)) or 'none'}"
-            )
-        return {**self.options, **given}
+    def heads(self, site: Site, policy: Policy) -> tuple[Rows, ...]:
+        """The rows that every KV head of a site sees; none where they are no selection, one where the number of heads
+        is not known."""
+        rows = self.sees(policy.of(self.name), site)
+        H_kv = None if site.spec is None else site.spec.H_kv
+        return () if rows is None else (rows,) * (H_kv if isinstance(H_kv, int) else 1)
 
 
 class _Methods(Mapping[str, Method]):
@@ -117,6 +140,13 @@ class _Methods(Mapping[str, Method]):
             raise ValueError(f"method {method.name!r} is registered already; choose another name")
         self._methods[method.name] = method
         return method
+
+    def name_of(self, options: Options) -> str:
+        """The method whose options these are. Raises ``TypeError`` if there is none."""
+        for name, method in self.items():
+            if type(options) is method.options is not Options:
+                return name
+        raise TypeError(f"{options!r}: must be the options of a registered method")
 
     def __getitem__(self, name: str) -> Method:
         self.load()

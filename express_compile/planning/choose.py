@@ -10,10 +10,12 @@ import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from ..core.method import METHODS, Method
+from ..core.method import METHODS, Refusal
 from ..core.plain import canonical, renamed
-from ..core.saved import SavedPlan, SavedSite, facts_of
-from ..core.spec import AttentionSpec, Mask, Plan, Policy, Refusal, Site, Unmet, known_equal
+from ..core.plan import Plan, SavedSite, facts_of
+from ..core.policy import Policy, Unmet
+from ..core.rows import describe
+from ..core.spec import AttentionSpec, Mask, Site, known_equal
 from ..passes.site import NOT_MATCHED, AttentionSite
 from .devices import device_of
 from .predict import LONGEST, MARGIN, crossover, predicted, wins, without_padding
@@ -63,7 +65,7 @@ def check_policy(policy: Policy) -> None:
     for name in policy.method_options:
         if name not in known:
             raise ValueError(f"method_options: unknown method {name!r}; allowed are {', '.join(known)}")
-        METHODS[name].own_options(policy)
+        policy.given(name)
     policy.tabled()  # whether a function gives rows
     local = replace(policy, budget=Policy.budget) if callable(policy.budget) else policy
     for name in dict.fromkeys((*(policy.methods or DEFAULT_METHODS), *policy.method_options)):
@@ -74,7 +76,7 @@ def check_policy(policy: Policy) -> None:
             METHODS[name].params(Site(probe), local)
     parts = {f"modules[{g!r}]": replace(policy, modules={}, **given) for g, given in policy.modules.items()}
     if policy.plan is not None:
-        parts |= {f"plan[{site.module!r}]": site.policy for site in policy.plan.sites}
+        parts |= {f"plan[{site.module!r}]": policy.of_entry(site) for site in policy.plan.sites}
     for name, part in parts.items():
         try:
             check_policy(part)
@@ -154,7 +156,7 @@ def _named(method_options: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return {
         path: f"method_options[{name!r}]{words}"
         for name, options in method_options.items()
-        for path, words in METHODS[name].named(options).items()
+        for path, words in METHODS[name].options.named(options).items()
     }
 
 
@@ -205,7 +207,7 @@ def _needs_gradient(node: Node) -> bool:
 def answer(question: Question, policy: Policy) -> Plan:
     """The decision for one site; as :func:`plan`, for a policy that :func:`check_policy` has seen, and never strict."""
     if policy.plan is not None:
-        return _follow(question, policy.plan)
+        return _follow(question, policy)
     local, spec = policy.at(question.module), question.spec
     decision = _left_alone(question, policy, local)
     if decision is None:
@@ -235,34 +237,37 @@ def _left_alone(question: Question, policy: Policy, local: Policy) -> Plan | Non
     return Plan("exact", "exact", f"causal_only=True, and it is not causal (its mask: {mask})")
 
 
-def _follow(question: Question, saved: SavedPlan) -> Plan:
+def _follow(question: Question, policy: Policy) -> Plan:
     """The decision that a saved plan has for a site, proven again; of several the first that can be followed."""
-    entries = saved.at(question.module, question.index)
+    entries = policy.plan.at(question.module, question.index)
     if not entries:
         return Plan("exact", "refused", "it is not in the saved plan")
     entries = sorted(entries, key=lambda entry: entry.verdict != "rewritten")
-    decisions = [_follow_entry(question, entry) for entry in entries]
+    decisions = [_follow_entry(question, entry, policy.of_entry(entry)) for entry in entries]
     verdicts = ("rewritten", "exact", "refused")
     return min(decisions, key=lambda decision: verdicts.index(decision.verdict))
 
 
-def _follow_entry(question: Question, entry: SavedSite) -> Plan:
+def _follow_entry(question: Question, entry: SavedSite, own: Policy) -> Plan:
     if entry.verdict != "rewritten":
-        return Plan("exact", "exact", "the saved plan leaves it exact", policy=entry.policy)
-    decision, changes, refusal = answer(question, entry.policy), [], None
+        return Plan("exact", "exact", "the saved plan leaves it exact", policy=own)
+    decision, changes, refusal = answer(question, own), [], None
     if question.refusal is None:
         changes += _changes(entry.facts, facts_of(question.spec))
-        refusal = METHODS[entry.method].why_not(question.spec, decision.policy or entry.policy)
+        refusal = METHODS[entry.method].why_not(question.spec, decision.policy or own)
     if decision.verdict == "rewritten":
         changes += _changes({"method": entry.method}, {"method": decision.method})
-        changes += _changes(entry.params, canonical(decision.params))
+        if entry.params:  # version 1 did not keep what it would take today
+            changes += _changes(entry.params, canonical(decision.params))
+        if entry.rows and entry.rows != decision.rows:
+            changes.append(f"it saw {describe(entry.rows)} and would see {describe(decision.rows)}")
         if not changes:
             return replace(decision, reason=f"{decision.reason}; as saved")
     elif decision.verdict == "exact" and not changes and refusal is None:
         return decision  # by choice, such as for want of keys
     reason = f"the saved plan has {entry.method} here, but {'; '.join(changes) or decision.reason}"
     rejected = (Refusal(entry.method, reason),)
-    return Plan("exact", "refused", reason, rejected=rejected, policy=entry.policy)
+    return Plan("exact", "refused", reason, rejected=rejected, policy=own)
 
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -321,13 +326,14 @@ def _as_asked(name: str, site: Site, policy: Policy) -> Plan | Refusal:
     loss = method.loses(spec, policy) if shortest is None else None
     if loss is not None:
         return Plan("exact", "exact", loss)
-    params, reason = dict(method.params(site, policy)), "; ".join(filter(None, (_kind(spec), method.changes)))
+    reason = "; ".join(filter(None, (_kind(spec), method.changes)))
+    made = Plan(name, "rewritten", reason, dict(method.params(site, policy)), rows=method.heads(site, policy))
     if shortest and isinstance(spec.Lk, int):
         if spec.Lk < shortest:
             return Plan("exact", "exact", f"{spec.Lk} keys are fewer than min_length {shortest}")
     elif shortest:
-        return _from_length(method, spec, shortest, params, reason)
-    return Plan(name, "rewritten", reason, params)
+        return _from_length(made, spec, shortest)
+    return made
 
 
 def _faster(name: str, site: Site, policy: Policy, graphs: bool) -> Plan | Refusal:
@@ -342,29 +348,29 @@ def _faster(name: str, site: Site, policy: Policy, graphs: bool) -> Plan | Refus
             f"how fast it is on {where} is not known: python -m express_compile calibrate measures it; "
             "methods without 'exact' use it all the same",
         )
-    params = dict(method.params(site, replace(policy, min_length=0)))
     bare = without_padding((name, "exact"), spec)
     padding = f", {'both' if name in bare else 'the latter'} without padding" if bare else ""
+    always = replace(policy, min_length=0)
+    made = Plan(name, "rewritten", _kind(spec), dict(method.params(site, always)), rows=method.heads(site, always))
     if isinstance(spec.Lk, int):
         words = f"predicted {times[name]:.3g} ms, exact attention {times['exact']:.3g} ms{padding}"
         if not wins(times, name):
             return Plan("exact", "exact", words, predicted_ms=times)
-        return Plan(name, "rewritten", f"{_kind(spec)}; {words}", params, predicted_ms=times)
+        return replace(made, reason=f"{made.reason}; {words}", predicted_ms=times)
     shortest = crossover(name, "exact", spec, policy, device, graphs, MARGIN)
     if shortest is None:
         words = f"predicted to be no faster than exact attention up to {LONGEST:,} keys{padding}"
         return Plan("exact", "exact", words)
-    return _from_length(method, spec, shortest, params, f"{_kind(spec)}, predicted to be faster than exact{padding}")
+    made = replace(made, reason=f"{made.reason}, predicted to be faster than exact{padding}")
+    return _from_length(made, spec, shortest)
 
 
-def _from_length(
-    method: Method, spec: AttentionSpec, shortest: int, params: dict[str, Any], reason: str
-) -> Plan | Refusal:
+def _from_length(made: Plan, spec: AttentionSpec, shortest: int) -> Plan | Refusal:
     """The plan for a site with an unknown number of keys, exact for fewer than ``shortest``."""
-    if not method.takes("min_length"):
-        return Refusal(method.name, f"min_length={shortest} needs a known number of keys, here it is {spec.Lk}")
-    reason = f"{reason}; exact below {shortest} keys, decided at run time"
-    return Plan(method.name, "rewritten", reason, {**params, "min_length": shortest})
+    if not METHODS[made.method].takes("min_length"):
+        return Refusal(made.method, f"min_length={shortest} needs a known number of keys, here it is {spec.Lk}")
+    reason = f"{made.reason}; exact below {shortest} keys, decided at run time"
+    return replace(made, reason=reason, params={**made.params, "min_length": shortest})
 
 
 def _kind(spec: AttentionSpec) -> str:

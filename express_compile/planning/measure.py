@@ -19,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..core.call import Call
 from ..core.cost import Cost, Device, Rates, kind_of, rates_key
 from ..core.method import METHODS
-from ..core.spec import AttentionSpec, Mask, Policy, Site
+from ..core.policy import Policy
+from ..core.spec import AttentionSpec, Mask, Site
 from .devices import name_of, versions
 from .predict import cost_at
 
@@ -120,7 +122,8 @@ def calls_of(spec: AttentionSpec, method: str, params: Mapping[str, Any]) -> lis
     tensors = [torch.randn(spec.B, *size, device=spec.device, dtype=spec.dtype) for size in sizes]
     if method != "exact":
         seed = torch.zeros((), dtype=torch.int64, device=spec.device)
-        return [lambda: METHODS[method].op(*tensors, None, seed, spec.scale, 0, **params)]
+        given = Call(*tensors, None, seed, spec.scale, 0, options=params)
+        return [lambda: given.run(METHODS[method].op)]
     window = spec.mask.window if spec.mask.causal else None
     whole = not spec.mask.causal or (spec.Lq == spec.Lk and window is None)
     options: dict[str, Any] = {"is_causal": spec.mask.causal, "scale": spec.scale, "enable_gqa": spec.H != spec.H_kv}

@@ -11,7 +11,8 @@ import torch
 
 from ..core.cost import Cost, Device
 from ..core.method import METHODS
-from ..core.spec import AttentionSpec, Mask, Policy, Site, known_equal
+from ..core.policy import Policy
+from ..core.spec import AttentionSpec, Mask, Site, known_equal
 
 LONGEST = 1 << 21  # keys up to which a crossover is looked for
 MARGIN = 1.05  # what another answer than the exact one must gain at least: predictions are off by some percent

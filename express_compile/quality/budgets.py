@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.call import Op, exact_options, name_of, run_by
+from ..core.call import Call, Op, name_of, run_by
 from ..core.method import METHODS
 from ..core.plain import number
-from ..core.spec import AttentionSpec, Mask, Policy, Site, layer_key
+from ..core.policy import Policy
+from ..core.spec import Mask, Site, layer_key
 from ..planning.predict import cost_at
 from ..routes.transformers.eager import is_rewritten, record_sites, restore_attention, rewrite_attention
 
@@ -73,13 +74,13 @@ class Calibration:
 class Exactly:
     """Runs the ops of rewritten attention exactly: a runner of :mod:`call`."""
 
-    def __call__(self, op: Op, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-        result = op(*args, **exact_options(args, options))
-        self.see(op, args, options, result[0])
+    def __call__(self, op: Op, call: Call) -> Any:
+        result = call.exactly().run(op)
+        self.see(op, call, result[0])
         return result
 
-    def see(self, op: Op, args: tuple[Any, ...], options: Mapping[str, Any], exact: torch.Tensor) -> None:
-        """Called for every op that ran exactly, with the options that it was to have."""
+    def see(self, op: Op, call: Call, exact: torch.Tensor) -> None:
+        """Called for every op that ran exactly, with the call as it was to be."""
 
 
 class Compared(Exactly):
@@ -91,17 +92,17 @@ class Compared(Exactly):
     def __init__(self) -> None:
         self.errors: dict[int, list[torch.Tensor]] = {}
 
-    def __call__(self, op: Op, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    def __call__(self, op: Op, call: Call) -> Any:
         # without min_length there is no exact attention to compare with
-        return super().__call__(op, args, options) if "min_length" in options else op(*args, **options)
+        return super().__call__(op, call) if call.can_be_exact else call.run(op)
 
-    def see(self, op: Op, args: tuple[Any, ...], options: Mapping[str, Any], exact: torch.Tensor) -> None:
-        self.errors.setdefault(args[6], []).append(_error(op, args, options, exact))
+    def see(self, op: Op, call: Call, exact: torch.Tensor) -> None:
+        self.errors.setdefault(call.layer, []).append(_error(op, call, exact))
 
 
-def _error(op: Op, args: tuple[Any, ...], options: Mapping[str, Any], exact: torch.Tensor) -> torch.Tensor:
+def _error(op: Op, call: Call, exact: torch.Tensor) -> torch.Tensor:
     """The Frobenius norm of what the op is off by, relative to that of exact attention; NaN where both are 0."""
-    return (op(*args, **options)[0].float() - exact.float()).norm() / exact.float().norm()
+    return (call.run(op)[0].float() - exact.float()).norm() / exact.float().norm()
 
 
 class _Budgets(Exactly):
@@ -110,9 +111,11 @@ class _Budgets(Exactly):
     def __init__(self, options: Mapping[str, Mapping[int, dict[str, Any]]], chosen: Mapping[int, int | None]) -> None:
         self.options, self.chosen = options, chosen
 
-    def __call__(self, op: Op, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-        budget = self.chosen.get(args[6])
-        return super().__call__(op, args, options) if budget is None else op(*args, **self.options[name_of(op)][budget])
+    def __call__(self, op: Op, call: Call) -> Any:
+        budget = self.chosen.get(call.layer)
+        if budget is None:
+            return super().__call__(op, call)
+        return replace(call, options=self.options[name_of(op)][budget]).run(op)
 
 
 class _Errors(_Budgets):
@@ -123,22 +126,20 @@ class _Errors(_Budgets):
         self.errors: dict[int, dict[int, list[torch.Tensor]]] = {}
         self.rows: dict[int, dict[str, list[float]]] = {}
 
-    def see(self, op: Op, args: tuple[Any, ...], options: Mapping[str, Any], exact: torch.Tensor) -> None:
-        layer, name = args[6], name_of(op)
-        errors, rows = self.errors.setdefault(layer, {}), self.rows.setdefault(layer, {})
+    def see(self, op: Op, call: Call, exact: torch.Tensor) -> None:
+        name = name_of(op)
+        errors, rows = self.errors.setdefault(call.layer, {}), self.rows.setdefault(call.layer, {})
         for budget, options in self.options[name].items():
-            errors.setdefault(budget, []).append(_error(op, args, options, exact))
-            rows.setdefault(str(budget), []).append(_rows_seen(name, args, options, name == "express"))
-        rows.setdefault("exact", []).append(_rows_seen("exact", args, {}, name == "express"))
+            tried = replace(call, options=options)
+            errors.setdefault(budget, []).append(_error(op, tried, exact))
+            rows.setdefault(str(budget), []).append(_rows_seen(name, tried, name == "express"))
+        rows.setdefault("exact", []).append(_rows_seen("exact", replace(call, options={}), name == "express"))
 
 
-def _rows_seen(name: str, args: Any, options: dict[str, Any], causal: bool) -> float:
+def _rows_seen(name: str, call: Call, causal: bool) -> float:
     """Rows that a query sees on average."""
-    query, key, value = args[:3]
-    mask = Mask(causal=causal, offset=key.shape[2] - query.shape[2])
-    sizes = *query.shape[:2], key.shape[1], query.shape[2], key.shape[2], query.shape[3], value.shape[3]
-    spec = AttentionSpec(*sizes, query.dtype, query.device.type, args[5], mask)
-    return cost_at(name, spec, options).scores / (spec.B * spec.H * spec.Lq)
+    spec = call.spec(Mask(causal=causal, offset=call.Lk - call.Lq))
+    return cost_at(name, spec, call.options).scores / (spec.B * spec.H * spec.Lq)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from statistics import fmean, median
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..core.call import Call
 from ..core.method import METHODS
 from ..core.plain import number
 from ..core.spec import layer_key
@@ -35,21 +37,20 @@ class _OneLayer(TorchDispatchMode):
         kwargs = kwargs or {}
         if function is not METHODS["santa"].op:
             return function(*args, **kwargs)
-        query, key, value, padding, seed, scale, layer = args[:7]
-        if layer != self.layer:
-            names = [argument.name for argument in function._schema.arguments]
-            self.see(**{**dict(zip(names, args, strict=False)), **kwargs})
-            return function(*args, **{**kwargs, "min_length": key.shape[2] + 1})
-        seed = torch.full_like(seed, self.seed)
+        call = Call.of(function, args, kwargs)
+        if call.layer != self.layer:
+            self.see(call)
+            return call.exactly().run(function)
         steps = []
-        for i, n in enumerate(range(key.shape[2] - query.shape[2] + 1, key.shape[2] + 1)):
-            one = query[:, :, i : i + 1], key[:, :, :n], value[:, :, :n], padding if padding is None else padding[:, :n]
-            steps.append(function(*one, seed, scale, layer, *args[7:], **kwargs))
+        for i, n in enumerate(range(call.Lk - call.Lq + 1, call.Lk + 1)):
+            padding = None if call.padding is None else call.padding[:, :n]
+            one = replace(call, query=call.query[:, :, i : i + 1], key=call.key[:, :, :n], value=call.value[:, :, :n])
+            steps.append(replace(one, padding=padding, seed=torch.full_like(call.seed, self.seed)).run(function))
         out, lse = (torch.cat(parts, 2) for parts in zip(*steps, strict=True))
         return out, lse
 
-    def see(self, **arguments: Any) -> None:
-        """Called with the op's arguments for every layer that runs exactly."""
+    def see(self, call: Call) -> None:
+        """Called for every layer that runs exactly, with the call as it was to be."""
 
 
 class _Variances(_OneLayer):
@@ -60,24 +61,20 @@ class _Variances(_OneLayer):
         self.draws = (max(1, draws // 2), draws, 2 * draws)
         self.found: dict[int, list[float]] = {}
 
-    def see(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, layer: int,
-        padding: torch.Tensor | None = None, sinks: torch.Tensor | None = None, window: int = 0, softcap: float = 0.0,
-        **options: Any,
-    ) -> None:  # fmt: skip
+    def see(self, call: Call) -> None:
         from ..kernels.santa import probabilities, variance, visible_keys
 
-        B, H, Lq = query.shape[:3]
-        visible = visible_keys(B, Lq, key.shape[2], padding, None, query.device, window)
-        p = probabilities(query, key, visible, scale, softcap, sinks)[0]
-        value = nn.functional.pad(value, (0, 0, 0, p.shape[-1] - key.shape[2]))  # a sink's value is zero
+        (B, H, Lq, _), options, device = call.query.shape, call.options, call.query.device
+        visible = visible_keys(B, Lq, call.Lk, call.padding, None, device, options.get("window", 0))
+        p = probabilities(call.query, call.key, visible, call.scale, options.get("softcap", 0.0), call.sinks)[0]
+        value = nn.functional.pad(call.value, (0, 0, 0, p.shape[-1] - call.Lk))  # a sink's value is zero
         sums = [0.0, 0.0, 0.0]
         for i in range(Lq):
             for k, S in enumerate(self.draws):
-                draws = torch.full((H,), S, device=query.device)
+                draws = torch.full((H,), S, device=device)
                 found = variance(p[:, :, :, i : i + 1], value, draws, options["sampler"], options["shared"])
                 sums[k] += found.mean().item() / Lq
-        self.found[layer] = sums
+        self.found[call.layer] = sums
 
 
 @torch.no_grad()

@@ -23,10 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..core.call import is_run_otherwise
+from ..core.call import Call, is_run_otherwise
 from ..core.method import METHODS
 from ..core.plain import number
-from ..core.spec import AttentionSpec, Plan
+from ..core.plan import Plan
+from ..core.spec import AttentionSpec
 from ..routes.capture import Capture, captures_of
 from ..routes.transformers.eager import rewritten_sites
 
@@ -203,24 +204,21 @@ class Shadow:
         self,
         plan: Plan,
         spec: AttentionSpec,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        padding: torch.Tensor | None,
+        call: Call,
         out: torch.Tensor,
     ) -> None:
-        """Maybe compare ``out`` ``[B, H, Lq, Dv]``, what ``plan`` made of the other tensors, with exact attention."""
+        """Maybe compare ``out`` ``[B, H, Lq, Dv]``, what ``plan`` made of a call, with exact attention."""
         approximates = METHODS[plan.method].approximates
         if is_run_otherwise():  # what explain measures is no use of the model
             return
         with self._lock:
             chosen = approximates is not None and self._random.random() < self.fraction
-            if not chosen or not approximates(plan.params, spec.Lk) or _is_capturing(query.device):
+            if not chosen or not approximates(plan.params, spec.Lk) or _is_capturing(call.query.device):
                 return
             seed = self._random.getrandbits(63)
         offset = spec.mask.offset if spec.mask.causal else None
-        rows, counts = choose_rows(padding, offset, query, self.queries, seed)
-        error = relative_error(out, query, key, value, padding, spec.scale, offset, rows, counts)
+        rows, counts = choose_rows(call.padding, offset, call.query, self.queries, seed)
+        error = relative_error(out, call, offset, rows, counts)
         sample = _Sample(*_to_host(error), plan.method)
         with self._lock:
             self._under_way.append(sample)
@@ -293,22 +291,14 @@ def choose_rows(
 
 @torch.no_grad()
 def relative_error(
-    out: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    padding: torch.Tensor | None,
-    scale: float,
-    offset: int | None,
-    rows: torch.Tensor,
-    counts: torch.Tensor,
+    out: torch.Tensor, call: Call, offset: int | None, rows: torch.Tensor, counts: torch.Tensor
 ) -> torch.Tensor:
     """``|out - o| / |o|`` over the ``rows`` that count; a 0-d tensor in float32 (float64 for float64 inputs).
 
-    Arguments as in :func:`exact_rows` and :func:`choose_rows`. NaN where exact attention is 0 or NaN itself, so that
-    there is nothing to compare; infinity where only ``out`` is not finite.
+    ``o`` is exact attention of the tensors of ``call``; the others are as in :func:`choose_rows`. NaN where it is 0 or
+    NaN itself, so that there is nothing to compare; infinity where only ``out`` is not finite.
     """
-    exact = exact_rows(query, key, value, padding, scale, offset, rows)
+    exact = exact_rows(call.query, call.key, call.value, call.padding, call.scale, offset, rows)
     difference = _take(out, rows).to(exact.dtype) - exact
     ignored = ~counts[:, None, :, None]
     difference, exact = difference.masked_fill(ignored, 0), exact.masked_fill(ignored, 0)

@@ -16,8 +16,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..core.plain import canonical
-from ..core.saved import SavedPlan, SavedSite
-from ..core.spec import AttentionSpec, Plan, Policy, layer_key
+from ..core.plan import Plan, SavedPlan, SavedSite
+from ..core.policy import Policy
+from ..core.spec import AttentionSpec, layer_key
 
 if TYPE_CHECKING:
     import torch

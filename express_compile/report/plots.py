@@ -6,7 +6,8 @@ import io
 import math
 
 from ..core.cost import Device
-from ..core.spec import AttentionSpec, Policy
+from ..core.policy import Policy
+from ..core.spec import AttentionSpec
 from ..planning.predict import MARGIN, at_length, crossover, predict, without_padding
 
 _FROM, _TO = 256, 1 << 20

@@ -23,9 +23,11 @@ import torch
 from torch import nn
 from torch._dynamo.eval_frame import skip_code
 
-from ..core.call import Op, call, exact_options, wrap_ops
+from ..core.call import Call, Op, call, wrap_ops
 from ..core.method import METHODS
-from ..core.spec import Plan, Policy, Unmet, known_equal
+from ..core.plan import Plan
+from ..core.policy import Policy, Unmet
+from ..core.spec import known_equal
 from ..report.explain import SiteReport, recorder
 from .dynamo import Compiled, Failure, cannot_capture, is_converting
 from .module_code import writes_attention
@@ -364,16 +366,15 @@ class _Follow:
 
     def of_op(self, op: Op) -> Callable[..., Any]:
         def run(*args: Any, **options: Any) -> Any:
-            shadow = self.shadow()
+            shadow, given = self.shadow(), Call.of(op, args, options)
             if shadow is None:
-                return call(op, *args, **options)
-            query, key, value, padding = args[:4]
+                return call(op, given)
             if shadow.follow(self.plan).verdict != "rewritten":
-                return call(op, *args, **exact_options(args, options))
-            result = call(op, *args, **options)
-            Lk, mask = key.shape[2], self.spec.mask
-            mask = replace(mask, offset=Lk - query.shape[2]) if self.aligned else mask
-            shadow.sample(self.plan, replace(self.spec, Lk=Lk, mask=mask), query, key, value, padding, result[0])
+                return call(op, given.exactly())
+            result = call(op, given)
+            mask = self.spec.mask
+            mask = replace(mask, offset=given.Lk - given.Lq) if self.aligned else mask
+            shadow.sample(self.plan, replace(self.spec, Lk=given.Lk, mask=mask), given, result[0])
             return result
 
         return run

@@ -15,7 +15,8 @@ import torch
 from torch.fx import GraphModule
 
 from ..core.method import METHODS
-from ..core.spec import Plan, Policy
+from ..core.plan import Plan
+from ..core.policy import Policy
 from ..passes.buffers import Buffers
 from ..passes.match import find_sites
 from ..passes.place import Place

@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from express_compile.core.options import Kind
 from express_compile.core.plain import number
 
 
@@ -72,6 +73,15 @@ def get_rule(name: str, flatten: float = 0.0) -> HalvingRule:
         raise ValueError(f"halving={name!r}: allowed are {', '.join(RULES)}")
     return RULES[name] if flatten == 0 else replace(RULES[name], flatten=flatten)
 
+
+def _name(name: str, value: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}={value!r}: must be the name of a halving rule")
+    return value
+
+
+RULE = Kind("a halving rule", "str", _name)
+"""Which rules there are is checked when one is looked for: more may have been registered by then."""
 
 register_rule(HalvingRule("kernel", lambda rows, delta: 0.5 + math.log(2.0 * rows / delta)))
 register_rule(HalvingRule("balanced", lambda rows, delta: 0.0, centre=True, flatten=0.25))

@@ -18,10 +18,12 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from express_compile.core.spec import Policy, floor_power_of_two, rows_at
+from express_compile.core.options import rows_at
+from express_compile.core.spec import floor_power_of_two
 
 STRETCH, SUBSAMPLE, CLOSE_FIRST, CLOSE_SECOND = 60, 61, 62, 63  # level codes in the random counter beside 0 .. q-1
 
@@ -168,7 +170,9 @@ def make_schedule(tokens: int, s: int, M: int) -> Schedule:
     check_budget(s, M)
     last = round_of(tokens, s)
     size = tokens
-    ends, levels, subsamples, launches, closings = [0], [()], [], {}, []
+    ends, subsamples, closings = [0], [], []
+    levels: list[tuple[int, ...]] = [()]
+    launches: dict[int, list[Halving]] = {}
     for r in range(last + 1):
         round_ = Round(r, s, M)
         if r > 0:
@@ -230,14 +234,14 @@ def compress_schedule(tokens: int, s: int) -> Schedule:
     return Schedule(tokens, s, 0, size, (), tuple(launches), (), ())
 
 
-def budget_options(policy: Policy) -> dict[str, int | float | list[int]]:
+def budget_options(budget: Any) -> dict[str, int | float | list[int]]:
     """The options ``s`` and ``fraction`` of an op, rows or a fraction of the keys, the other one 0; or, with both 0,
     ``table``: rows by the number of keys, as in ``Policy.budget``."""
-    if isinstance(policy.budget, tuple):
-        return {"s": 0, "fraction": 0.0, "table": [floor_power_of_two(rows) for rows in policy.budget]}
-    if isinstance(policy.budget, float):
-        return {"s": 0, "fraction": policy.budget}
-    return {"s": floor_power_of_two(policy.budget), "fraction": 0.0}
+    if isinstance(budget, tuple):
+        return {"s": 0, "fraction": 0.0, "table": [floor_power_of_two(rows) for rows in budget]}
+    if isinstance(budget, float):
+        return {"s": 0, "fraction": budget}
+    return {"s": floor_power_of_two(budget), "fraction": 0.0}
 
 
 def rows_of(s: int, fraction: float, Lk: int, table: Sequence[int] = ()) -> int:

@@ -20,7 +20,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from express_compile.core import cost as c
 from express_compile.core.cost import Cost, floor_log2, visible_pairs
 from express_compile.core.method import METHODS, Method
-from express_compile.core.spec import AttentionSpec, Mask, Policy, Site
+from express_compile.core.policy import Policy
+from express_compile.core.spec import AttentionSpec, Mask, Site
 from express_compile.kernels import express, thinformer
 from express_compile.kernels.attend import sampled as santa_kernels
 from express_compile.kernels.attend import segments
@@ -160,14 +161,14 @@ def count_express(policy: Policy, spec: AttentionSpec) -> Cost:
     config = express.config_of(policy, spec.Lk)
     layout = express.make_layout(config, spec.Lq, spec.Lk)
     entries, reads, chain = halvings(layout.schedule)
-    if policy.halving == "uniform":
+    if config.halving == "uniform":
         entries = chain = 0
     width = spec.B * spec.H_kv * (spec.D + spec.Dv)
     scores = spec.B * spec.H * int(layout.table.rows_seen(spec.Lq).sum())
     flops = 2 * scores * (spec.D + spec.Dv) + 2 * width * entries
     elements = dense_elements(spec, spec.Lk) + width * (reads + 2 * layout.copied)  # written, and read once more
-    if policy.protected:
-        left = (spec.Lk - 1 - policy.sinks - policy.window) // config.block * config.block
+    if config.protected:
+        left = (spec.Lk - 1 - config.sinks - config.recent) // config.block * config.block
         elements += 2 * spec.B * spec.H_kv * spec.D * left
     return Cost(flops, 2 * elements, chain, 0, scores, spec.B * spec.H_kv * entries)
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 import express_compile as e
 from express_compile.core.plain import canonical
-from express_compile.core.saved import SavedPlan, SavedSite
-from express_compile.core.spec import Policy, default_scale
+from express_compile.core.plan import SavedPlan, SavedSite
+from express_compile.core.policy import Policy
+from express_compile.core.spec import default_scale
 from express_compile.planning.choose import check_policy, unmatched
 from express_compile.routes.compile import split_options
 
@@ -193,7 +194,16 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=8,
 )
-ENTRY = {"module": "a", "index": 0, "method": "express", "verdict": "exact", "params": {}, "facts": {}, "options": {}}
+ENTRY = {
+    "module": "a",
+    "index": 0,
+    "method": "express",
+    "verdict": "exact",
+    "params": {},
+    "facts": {},
+    "options": {},
+    "rows": [],
+}
 
 
 @given(st.dictionaries(st.sampled_from(Policy.option_names()), VALUES, max_size=3) | VALUES)
@@ -214,11 +224,11 @@ def test_any_json_is_a_policy_or_an_error_that_names_a_field(data: Any) -> None:
 
 @given(st.dictionaries(st.sampled_from(list(ENTRY)), VALUES, max_size=2), st.booleans())
 def test_any_json_is_a_plan_or_an_error_that_names_the_entry(changes: dict[str, Any], whole: bool) -> None:
-    data = {"version": 1, "sites": [{**ENTRY, **changes}]} if whole else changes
+    data = {"version": 2, "sites": [{**ENTRY, **changes}]} if whole else changes
     try:
         plan = SavedPlan.from_json(json.dumps(data))
     except (TypeError, ValueError) as error:
-        assert str(error).startswith("plan: sites[0] (" if whole else "plan: must be an object with version=1"), error
+        assert str(error).startswith("plan: sites[0] (" if whole else "plan: must be an object with version=2"), error
         return
     assert SavedPlan.from_json(plan.to_json()) == plan
 

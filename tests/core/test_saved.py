@@ -17,7 +17,8 @@ from torch import nn
 
 import express_compile
 from express_compile import SavedPlan, SavedSite, explain
-from express_compile.core.spec import AttentionSpec, Mask, Policy
+from express_compile.core.policy import Policy
+from express_compile.core.spec import AttentionSpec, Mask
 from express_compile.planning.choose import Question, answer, check_policy
 from express_compile.routes.compile import rewrite_graph
 
@@ -77,7 +78,9 @@ def test_plans_come_back_as_they_were(plan: SavedPlan) -> None:
     text = plan.to_json()
     again = SavedPlan.from_json(text)
     assert again == plan and again.to_json() == text
-    assert [site.policy for site in again.sites] == [site.policy for site in plan.sites]
+    assert [Policy.for_module(site.options) for site in again.sites] == [
+        Policy.for_module(site.options) for site in plan.sites
+    ]
 
 
 def test_nan_infinities_and_tuples_survive() -> None:
@@ -102,7 +105,16 @@ def test_what_is_no_plain_data_is_named() -> None:
         Policy(method_options={"x": {"y": [1, torch.float16]}}).to_json()
 
 
-ENTRY = {"module": "a", "index": 0, "method": "express", "verdict": "exact", "params": {}, "facts": {}, "options": {}}
+ENTRY = {
+    "module": "a",
+    "index": 0,
+    "method": "express",
+    "verdict": "exact",
+    "params": {},
+    "facts": {},
+    "options": {},
+    "rows": [],
+}
 
 
 @pytest.mark.parametrize(
@@ -118,12 +130,12 @@ ENTRY = {"module": "a", "index": 0, "method": "express", "verdict": "exact", "pa
         ([{**ENTRY, "options": {"budget": 1}}], r"sites\[0\] \('a'\): budget=1: must be at least 4 rows"),
         ([{**ENTRY, "options": {"seed": 1}}], r"\('a'\): 'seed' is not allowed for one module"),
         ([{**ENTRY, "params": 3}], r"\('a'\): params=3: must be a mapping"),
-        (3, "must be an object with version=1 and a list of sites"),
+        (3, "must be an object with version=2 and a list of sites"),
     ],
 )
 def test_bad_plans_name_the_file_and_the_entry(sites: Any, words: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps({"version": 1, "sites": sites}))
+    path.write_text(json.dumps({"version": 2, "sites": sites}))
     with pytest.raises((TypeError, ValueError), match=words) as error:
         Policy(plan=path)
     assert str(error.value).startswith(f"plan={str(path)!r}: ")
@@ -239,7 +251,9 @@ def test_nothing_in_a_plan_is_trusted() -> None:
 
     assert follow(good).verdict == "rewritten"
     assert "but s was 64 and is 16" in follow(replace(good, params={**good.params, "s": 64})).reason
-    assert follow(replace(good, params={"s": 16})).reason.endswith("; window was nothing and is 8")
+    assert follow(replace(good, params={"s": 16})).reason.endswith(
+        "; recent was nothing and is 8; sinks was nothing and is 4"
+    )
     assert "but s was 16 and is 32" in follow(replace(good, options={**good.options, "budget": 32})).reason
     # another method put there by hand, with all it needs, is asked whether it may
     other_name = replace(good, method="santa")
@@ -270,7 +284,7 @@ def test_whether_exact_attention_may_be_chosen_is_kept() -> None:
     followed = answer(Question("a", spec=replace(spec, Lq=1000, Lk=1000)), plan)
     assert followed.verdict == "exact" and followed.reason == "1000 keys are fewer than min_length 2000"
     unnamed = SavedSite.from_plan("a", 0, spec, replace(decision, policy=Policy()))
-    assert unnamed.options["methods"] is None and unnamed.policy == Policy()
+    assert unnamed.options["methods"] is None and Policy.for_module(unnamed.options) == Policy()
 
 
 def test_modules_that_a_plan_does_not_find_are_told() -> None:
@@ -335,3 +349,56 @@ def test_a_plan_of_prefill_and_decoding_has_a_decision_for_each() -> None:
     with express_compile.record_sites() as sites:
         assert torch.equal(generate(model), expected)
     assert [s.method for s in sites] == ["express", "santa", "santa", "santa"]
+
+
+# ------------------------------------------------------------------------------------------------ version 1
+
+
+class Last(Site):
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q[:, :, -1:], q[:, :2], q[:, :2], enable_gqa=True)
+
+
+class Old(nn.Module):
+    """The model for which ``plan_v1.json`` was written, by the code of 3dc008d."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.full, self.layer, self.step = Site(True), Site(False), Site(True), Last(False)
+
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        return self.step(self.layer(self.full(self.dense(q))))
+
+
+OLD = {
+    "budget": 8,
+    "sinks": 4,
+    "window": 8,
+    "protected": 0,
+    "modules": {
+        "dense": {"methods": ["express"], "method_options": {"express": {"block": 32}}},
+        "full": {"methods": ["thinformer"], "budget": 0.1, "halving": "kernel"},
+        "layer": {
+            "methods": ["sparse"],
+            "method_options": {"sparse": {"stride": 16, "summary": 4, "combine": "interleaved"}},
+        },
+        "step": {"methods": ["santa"], "min_length": 0, "method_options": {"santa": {"draws": {"step": 5, "gone": 9}}}},
+    },
+}
+
+
+def test_a_plan_of_version_1_does_what_it_did() -> None:
+    path = Path(__file__).with_name("plan_v1.json")
+    plan = SavedPlan.load(path)
+    assert json.loads(path.read_text())["version"] == 1 and json.loads(plan.to_json())["version"] == 2
+    assert all(site.rows == () and not site.params for site in plan.sites)
+    expected, decided = run(Old(), **OLD)
+    got, followed = run(Old(), plan=plan, strict=True)
+    assert [d.method for _, d in followed] == ["express", "thinformer", "sparse", "santa"]
+    assert [d.params for _, d in followed] == [d.params for _, d in decided]
+    assert torch.equal(got, expected)
+    today = explain(Old(), Q, plan=plan).plan  # and is one of version 2 from then on
+    assert all(site.params for site in today.sites) and len(today.sites[0].rows) == 2
+    assert SavedPlan.from_json(today.to_json()) == today == explain(Old(), Q, plan=today).plan
+    with pytest.raises(ValueError, match=r"plan: sites\[0\]: facts, .*; must be an object of facts, .*params, rows"):
+        SavedPlan.from_json(json.dumps({**json.loads(path.read_text()), "version": 2}))

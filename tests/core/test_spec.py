@@ -13,19 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from express_compile.core.method import METHODS, Method, register
-from express_compile.core.spec import (
-    TABLE_AT,
-    AttentionSpec,
-    Mask,
-    Plan,
-    Policy,
-    Refusal,
-    floor_power_of_two,
-    known_equal,
-    layer_key,
-    rows_at,
-)
+from express_compile.core.method import METHODS, Method, Refusal, register
+from express_compile.core.options import FLAG, NUMBER, TABLE_AT, Options, option, rows_at
+from express_compile.core.plan import Plan
+from express_compile.core.policy import Policy
+from express_compile.core.spec import AttentionSpec, Mask, floor_power_of_two, known_equal, layer_key
 
 FIELDS = (
     "budget methods sinks window protected halving inflation seed min_length strict method_options "  # promised names
@@ -37,16 +29,11 @@ FIELDS = (
 
 
 def test_defaults_are_those_promised() -> None:
-    values = dataclasses.asdict(Policy())
-    assert list(values) == FIELDS == list(Policy.option_names())
+    assert sorted(FIELDS) == sorted(Policy.option_names())
+    values = {f.name: getattr(Policy(), f.name) for f in dataclasses.fields(Policy)}
     assert values == {
         "budget": 512,
         "methods": None,
-        "sinks": 32,
-        "window": 256,
-        "protected": 256,
-        "halving": "balanced",
-        "inflation": None,
         "seed": 0,
         "min_length": None,
         "strict": False,
@@ -55,6 +42,17 @@ def test_defaults_are_those_promised() -> None:
         "causal_only": False,
         "training": True,
         "plan": None,
+        "shared": {},
+    }
+    assert Policy().of("express").data() == {
+        "budget": 512,
+        "sinks": 32,
+        "recent": 256,
+        "protected": 256,
+        "halving": "balanced",
+        "inflation": None,
+        "flatten": 0.0,
+        "block": 128,
     }
 
 
@@ -255,12 +253,18 @@ def test_register_refuses_a_taken_name_and_other_objects() -> None:
         register("express")
 
 
+@dataclasses.dataclass(frozen=True)
+class Rates(Options):
+    rate: float = option(1.0, "how much", NUMBER)
+    deep: bool = option(False, "whether", FLAG)
+
+
 def test_own_options_are_checked() -> None:
-    mine = method("test_spec_options", options={"rate": 1.0, "deep": False})
-    assert mine.own_options(Policy()) == {"rate": 1.0, "deep": False}
+    register(method("test_spec_options", options=Rates))
+    assert Policy().of("test_spec_options").data() == {"rate": 1.0, "deep": False}
     given_rate = Policy(method_options={"test_spec_options": {"rate": 2.0}})
-    assert mine.own_options(given_rate) == {"rate": 2.0, "deep": False}
+    assert given_rate.of("test_spec_options").data() == {"rate": 2.0, "deep": False}
     with pytest.raises(
         TypeError, match=r"method_options\['test_spec_options'\]: unknown option 'rat'; allowed are deep"
     ):
-        mine.own_options(Policy(method_options={"test_spec_options": {"rat": 2.0}}))
+        Policy(method_options={"test_spec_options": {"rat": 2.0}}).of("test_spec_options")

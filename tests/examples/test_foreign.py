@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +74,30 @@ def test_what_is_wrong_is_called_wrong(foreign: ModuleType, monkeypatch: pytest.
     row = foreign.measure(foreign.Case("fnet", "prefill", "backend"))
     assert row["outcome"] == "wrong" and row["error"] == pytest.approx(1e-3, rel=0.01)
     assert (row["expected"], row["found"]) == (0, 0), "no attention, and none is claimed"
+
+
+def test_what_is_gone_in_float64_was_rounding(foreign: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = foreign.by_backend
+
+    def rounded(*given):
+        return [x * 1.001 if x.dtype == torch.float32 else x for x in run(*given)]
+
+    monkeypatch.setitem(foreign.RUN, "backend", rounded)
+    row = foreign.measure(foreign.Case("fnet", "prefill", "backend"))
+    assert row["outcome"] == "right" and row["error"] == pytest.approx(1e-3, rel=0.01)
+    assert row["reasons"].startswith(" | in float64 the error is")
+
+
+def test_an_architecture_is_built_twice_the_same(foreign: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    towers = SimpleNamespace(CLIP=dict, CustomTextCLIP=dict, CoCa=dict)  # open_clip is not installed here
+    monkeypatch.setitem(sys.modules, "open_clip", SimpleNamespace(model=towers, coca_model=towers))
+    for name in ("open_clip:clip-gelu-cls", "open_clip:custom-text-embed-cls", "open_clip:coca"):
+        (one, _), (other, _) = (foreign.FOREIGN[name].build() for _ in range(2))
+        assert one == other and any("pool" in key or "cls" in key for part in one.values() for key in _keys(part)), name
+
+
+def _keys(part: object) -> list[str]:
+    return list(part) if isinstance(part, dict) else []
 
 
 def test_an_error_is_a_row(foreign: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

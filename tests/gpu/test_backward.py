@@ -60,7 +60,7 @@ def check(args):
     "D, Dv, H, H_kv", [(64, 64, 9, 3), (80, 80, 4, 4), (96, 64, 4, 1), (128, 128, 8, 2), (256, 256, 2, 1)]
 )
 def test_shapes_and_dtypes(poison, dtype, D, Dv, H, H_kv):
-    config = E.ExpressConfig(64, 4, 32, 100, 200, block=64 if D == 80 else 128)
+    config = E.Express(64, inflation=4, sinks=32, recent=100, protected=200, block=64 if D == 80 else 128)
     check(problem(4000, config, 2, H, H_kv, D, Dv, dtype)[1])
 
 
@@ -69,19 +69,21 @@ def test_shapes_and_dtypes(poison, dtype, D, Dv, H, H_kv):
     [(20000, 20000, 512, 32, 0), (20000, 6000, 256, 256, 0), (12345, 12345, 128, 100, 256)],
 )
 def test_layouts(poison, n, Lq, s, window, protected):
-    config = E.ExpressConfig(s, E.default_inflation(s), 32, window, protected)
+    config = E.Express(s, inflation=E.default_inflation(s), sinks=32, recent=window, protected=protected)
     check(problem(n, config, 1, 4, 2, Lq=Lq)[1])
 
 
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 @pytest.mark.parametrize("Lq", [1, 700])
 def test_blocks(poison, block, Lq):
-    check(problem(3000, E.ExpressConfig(64, 4, 32, 32, block=block), D=64, Dv=64, Lq=Lq)[1])
+    check(
+        problem(3000, E.Express(64, inflation=4, sinks=32, recent=32, block=block, protected=0), D=64, Dv=64, Lq=Lq)[1]
+    )
 
 
 def test_exact_attention():
     """The table without segments, against PyTorch's own backward."""
-    _, (grad, q, k, v, *_, scale) = problem(4096, E.ExpressConfig(64, 4, 32, 32))
+    _, (grad, q, k, v, *_, scale) = problem(4096, E.Express(64, inflation=4, sinks=32, recent=32, protected=0))
     table = causal_table(4096, 4096)
     rows = (q, k, v, k[:, :, :0], v[:, :, :0])
     actual = segment_attention_backward_triton(
@@ -95,7 +97,7 @@ def test_exact_attention():
 
 @pytest.mark.parametrize("wrong", ["log_weight", "tail"])
 def test_a_wrong_table_is_noticed(wrong):
-    _, args = problem(6000, E.ExpressConfig(256, 6, 32, 32))
+    _, args = problem(6000, E.Express(256, inflation=6, sinks=32, recent=32, protected=0))
     grad, *rows, out, lse, table, scale = args
     truth, reference = double_gradients(grad, *rows, table=table, scale=scale), segment_attention_backward(*args)
     log_weight, tail = table.log_weight.copy(), table.tail.copy()
@@ -126,7 +128,7 @@ def test_accumulated_rows(L, A, D):
 
 def test_memory_is_linear():
     """Beside float32 gradients and two numbers per query: at most once more float32 dK and dV."""
-    _, args = problem(32768, E.ExpressConfig(512, 7, 32, 32), H=32, H_kv=8)
+    _, args = problem(32768, E.Express(512, inflation=7, sinks=32, recent=32, protected=0), H=32, H_kv=8)
     segment_attention_backward_triton(*args)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -138,7 +140,7 @@ def test_memory_is_linear():
 
 
 def test_cuda_graph():
-    _, args = problem(8192, E.ExpressConfig(256, 6, 32, 32))
+    _, args = problem(8192, E.Express(256, inflation=6, sinks=32, recent=32, protected=0))
     expected = segment_attention_backward_triton(*args)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

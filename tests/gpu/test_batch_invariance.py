@@ -15,7 +15,7 @@ EXPRESS = dict(
     s=64, inflation=-1, sinks=32, window=64, protected=0, halving="balanced", flatten=0.0, block=128, min_length=0
 )
 THINFORMER = dict(s=64, fraction=0.0, g=-1, halving="balanced", flatten=0.0, min_length=0)
-SANTA = dict(draws=[64], layers=[], fraction=0.0, sampler="sys", shared=True, min_length=0)
+SANTA = dict(draws=[64], fraction=0.0, sampler="sys", shared=True, min_length=0)
 LENGTHS, TOTAL = (9000, 3333, 3333, 700, 30), 9100
 
 
@@ -73,7 +73,7 @@ def test_express(dtype, options):
 @pytest.mark.parametrize("protected", [0, 100])
 def test_rows_of_express_are_the_same_ones(dtype, protected):
     _, k, v, padding, places = batch(dtype, 64, own=True)
-    config, pad = E.ExpressConfig(64, 4, 32, 64, protected), Packing(padding)
+    config, pad = E.Express(64, inflation=4, sinks=32, recent=64, protected=protected), Packing(padding)
     layout = E.make_layout(config, TOTAL, TOTAL)
     index, *_ = E.thin_triton(pad.pack(k), pad.pack(v), layout, 0.125, seed(), 3)
     for b, (n, place) in enumerate(zip(LENGTHS[:3], places, strict=False)):
@@ -101,7 +101,7 @@ def test_thinformer(dtype, options):
     run, rule = METHODS["thinformer"].op, get_rule(options["halving"])
 
     def s(L):
-        return T._resolve(**options, Lk=L)[0]
+        return T.rows_kept(L, **options)
 
     index, _, _, counts = T.select(k, v, padding, s, rule, 0.125, seed(), 3)
     out, _ = run(q, k, v, padding, seed(), 0.125, 3, **options)

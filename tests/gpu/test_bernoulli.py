@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from express_compile.core.call import Call
 from express_compile.core.method import METHODS
 from express_compile.kernels import santa as S
 from express_compile.kernels.attend import bernoulli as Be
 from express_compile.kernels.attend import sampled as K
 
-OPTIONS = dict(draws=[64], layers=[], fraction=0.0, sampler="sys", shared=True, min_length=0)
+OPTIONS = dict(draws=[64], fraction=0.0, sampler="sys", shared=True, min_length=0)
 
 
 def tensors(n, Lq=1, B=2, H=8, H_kv=2, D=64, dtype=torch.bfloat16):
@@ -91,7 +92,7 @@ def test_draws_are_those_of_the_reference(n, Lq, H, H_kv, masked):
     padding = torch.rand(2, n, generator=generator, device="cuda") < 0.9 if masked else None
     draws = torch.full((H,), 64, device="cuda")
     more = dict(padding=padding, bernoulli=4)
-    expected, _ = S.santa_reference(q, k, v, draws, 64**-0.5, seed_of(0), 1, **more)
+    expected, _ = S.santa_reference(Call.of(S.OP, (q, k, v, None, seed_of(0), 64**-0.5, 1), dict(**more)), draws)
     out, _ = op(q, k, v, padding, bernoulli=4)
     assert relative(expected, whole(q, k, v, 4, padding)[0]) > 0.05 and relative(out, expected) < 0.02
 

@@ -11,7 +11,6 @@ from express_compile.core.method import METHODS
 from express_compile.kernels import express as E
 from express_compile.kernels.attend.segments import segment_attention_reference
 from express_compile.kernels.exact import exact_attention
-from express_compile.kernels.select.halving import get_rule
 
 OPTIONS = dict(
     s=256, inflation=-1, sinks=32, window=256, protected=0, halving="balanced", flatten=0.0, block=128,
@@ -41,7 +40,7 @@ def test_halving_decisions(poison, judge, rule, dtype, D):
     """Replayed in float64 along the kernel's own decisions, every decision agrees or had a margin within rounding."""
     n, s = 20000, 256
     _, k, v = tokens(n, 1, 2, 2, D, D, dtype)
-    config = E.ExpressConfig(s, E.default_inflation(s), 32, 64, rule=get_rule(rule))
+    config = E.Express(s, inflation=E.default_inflation(s), sinks=32, recent=64, halving=rule, protected=0)
     layout = E.make_layout(config, n, n)
     scale = D**-0.5
     index, *_ = E.thin_triton(k, v, layout, scale, seed(), 1)
@@ -55,7 +54,7 @@ def test_halving_decisions(poison, judge, rule, dtype, D):
 def test_programs_that_wait_for_each_other_leave_no_race(D, s):
     """The tiles of a bucket run side by side: thirty repetitions give the same rows, under changing load."""
     _, k, v = tokens(9000, 2, 4, 4, D, D)
-    layout = E.make_layout(E.ExpressConfig(s, E.default_inflation(s), 32, 64), 9000, 9000)
+    layout = E.make_layout(E.Express(s, inflation=E.default_inflation(s), sinks=32, recent=64, protected=0), 9000, 9000)
     first = E.thin_triton(k, v, layout, D**-0.5, seed(), 1)
     noise, other = torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
     for repetition in range(30):
@@ -74,7 +73,7 @@ def test_op_at_real_sizes(B, n, H, H_kv):
     out, lse = METHODS["express"].op(q, k, v, None, seed(), 128**-0.5, 3, **options)
     again, _ = METHODS["express"].op(q, k, v, None, seed(), 128**-0.5, 3, **options)
     assert torch.equal(out, again), "same seed, same bits"
-    layout = E.make_layout(E.ExpressConfig(512, 7), n, n)
+    layout = E.make_layout(E.Express(512, inflation=7, protected=0), n, n)
     index, *copies = E.select_rows(k, v, layout, 128**-0.5, seed(), 3)
     for x, copy in zip((k, v), copies, strict=True):
         assert torch.equal(copy, E.gather_rows(x, index))
@@ -96,7 +95,7 @@ def test_prefill_in_chunks_is_prefill(protected):
     whole, whole_lse = run(q, k, v, None, seed(), 128**-0.5, 3, **options)
     for first in (0, 5000, 7777, 8990):
         last = min(first + 2777, n)
-        if last <= E.ExpressConfig(256, 6, protected=protected).exact_up_to:
+        if last <= E.Express(256, inflation=6, protected=protected).exact_up_to:
             continue
         part, lse = run(q[:, :, first:last], k[:, :, :last], v[:, :, :last], None, seed(), 128**-0.5, 3, **options)
         torch.testing.assert_close(part, whole[:, :, first:last])
@@ -115,7 +114,7 @@ def test_padding_continuation_and_gradients(protected):
     part = run(q[:, :, -Lq:], k, v, padding, seed(), 0.125, 3, **options)[0]
     torch.testing.assert_close(part, whole[:, :, -Lq:])
     assert (whole[0, :, :777] == 0).all()
-    config = E.ExpressConfig(64, 4, 32, 100, protected)
+    config = E.Express(64, inflation=4, sinks=32, recent=100, protected=protected)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     expected = []
     for b in range(2):

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from express_compile.core.call import Call
 from express_compile.core.method import METHODS
 from express_compile.kernels import santa as S
 from express_compile.kernels.attend import sampled as K
 
-OPTIONS = dict(draws=[64], layers=[], fraction=0.0, sampler="sys", shared=True, min_length=0)
+OPTIONS = dict(draws=[64], fraction=0.0, sampler="sys", shared=True, min_length=0)
 
 
 def tensors(n, Lq=1, B=1, H=8, H_kv=2, D=64, Dv=None, dtype=torch.bfloat16):
@@ -105,7 +106,8 @@ def test_draws_are_those_of_the_reference(sampler, n, Lq, H, H_kv, masked):
     out, _ = op(q, k, v, padding, sampler=sampler)
     draws = torch.full((H,), 64, device="cuda")
     expected, _ = S.santa_reference(
-        q, k, v, draws, 64**-0.5, seed_of(0), 1, sampler=sampler, shared=True, padding=padding
+        Call.of(S.OP, (q, k, v, None, seed_of(0), 64**-0.5, 1), dict(sampler=sampler, shared=True, padding=padding)),
+        draws,
     )
     exact, _ = whole(q, k, v, padding)
     assert relative(expected, exact) > 0.05
@@ -153,7 +155,7 @@ def test_draws_of_windows_soft_caps_and_sinks_are_those_of_the_reference(form, L
     for sampler in ("sys", "strat"):
         out, lse = op(q, k, v, sampler=sampler, **{x: y for x, y in forms.items() if y is not None})
         expected, expected_lse = S.santa_reference(
-            q, k, v, draws, 64**-0.5, seed_of(0), 1, sampler=sampler, shared=True, **forms
+            Call.of(S.OP, (q, k, v, None, seed_of(0), 64**-0.5, 1), dict(sampler=sampler, shared=True, **forms)), draws
         )
         assert relative(expected, whole(q, k, v, **forms)[0]) > 0.05 and relative(out, expected) < 0.02
         torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)

@@ -37,7 +37,9 @@ def problem(past, s, window, block, k, v, indexed):
     The last fifth of the rows is read by index with ``indexed``.
     """
     n = k.shape[2]
-    table = E.make_layout(E.ExpressConfig(s, E.default_inflation(s), 32, window, block=block), n - past, n).table
+    table = E.make_layout(
+        E.Express(s, inflation=E.default_inflation(s), sinks=32, recent=window, block=block, protected=0), n - past, n
+    ).table
     source, first, length = (table.segments[..., i] for i in range(3))
     A = int((source * (first + length)).max())
     generator = torch.Generator("cuda").manual_seed(1)

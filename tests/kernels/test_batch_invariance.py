@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from express_compile import rewrite_attention
+from express_compile.core.call import Call
 from express_compile.core.method import METHODS
-from express_compile.core.spec import Policy
+from express_compile.core.policy import Policy
 from express_compile.kernels import express as E
 from express_compile.kernels import thinformer as T
 from express_compile.kernels.attend import sampled as K
@@ -24,16 +26,16 @@ from express_compile.routes.compile import rewrite_graph
 
 SEED = torch.tensor(5)
 EXPRESS = dict(
-    s=8, inflation=-1, sinks=2, window=9, protected=0, halving="balanced", flatten=0.0, block=16, min_length=0
+    s=8, inflation=-1, sinks=2, recent=9, protected=0, halving="balanced", flatten=0.0, block=16, min_length=0
 )
 THINFORMER = dict(s=16, fraction=0.0, g=-1, halving="balanced", flatten=0.0, min_length=0)
-SANTA = dict(draws=[16], layers=[], fraction=0.0, sampler="sys", shared=True, min_length=0)
+SANTA = dict(draws=[16], fraction=0.0, sampler="sys", shared=True, min_length=0)
 TABLE = [4, 4, 16, 8, 32]  # from 16, 32, 64, 128 and 256 keys on
 CASES = [
     ("express", EXPRESS),
     ("express", {**EXPRESS, "protected": 10, "block": 32}),
     ("express", {**EXPRESS, "min_length": 120}),
-    ("express", {**EXPRESS, "sinks": 0, "window": 0, "halving": "kernel", "inflation": 3}),
+    ("express", {**EXPRESS, "sinks": 0, "recent": 0, "halving": "kernel", "inflation": 3}),
     ("express", {**EXPRESS, "halving": "uniform", "inflation": 0}),
     ("thinformer", THINFORMER),
     ("thinformer", {**THINFORMER, "s": 0, "fraction": 0.1}),
@@ -179,11 +181,11 @@ def test_the_packed_form_of_express_gives_what_the_sequences_give_alone(protecte
     *tensors, padding = batch_of(parts, places, 340, own=True)
     tensors = [x.nan_to_num(0.5) for x in tensors]
     given = (*tensors, padding, SEED, 0.4, 3)
-    packed, expected = E._express_body(*given, **options), run("express", options, *tensors, padding)
+    packed, expected = E._express_body(Call(*given, options=options)), run("express", options, *tensors, padding)
     for x, e in zip(packed, expected, strict=True):
         torch.testing.assert_close(x, e, rtol=1e-10, atol=1e-12)
     grad = torch.randn(packed[0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    grads = E._express_backward_body(grad, *packed, *given, **options)
+    grads = E._express_backward_body(Call(*given, options=options), grad, *packed)
     own = torch.ops.express_compile.express_backward.default(grad, *expected, *given, **options)
     for x, e in zip(grads, own, strict=True):
         torch.testing.assert_close(x, e, rtol=1e-9, atol=1e-11)
@@ -198,7 +200,7 @@ def test_the_kernels_keep_of_a_packed_sequence_what_it_keeps_alone():
     n, left = 110, 40
     _, k, v = (x[None] for x in sequence(n, 1, 2, 2, 8, 8, number=0))
     pad = Packing(torch.arange(n) >= torch.tensor([[0], [left]]))
-    config = E.ExpressConfig(4, 2, 2, 5, block=16)
+    config = E.Express(4, inflation=2, sinks=2, recent=5, block=16, protected=0)
     layout, own = E.make_layout(config, n, n), E.make_layout(config, n - left, n - left)
     index, *_ = E.thin_triton(*(pad.pack(x.expand(2, -1, -1, -1)) for x in (k, v)), layout, 0.3, SEED, 1)
     alone = E.thin_reference(k[:, :, left:], v[:, :, left:], own, 0.3, SEED, 1)
@@ -222,12 +224,8 @@ def test_the_kernels_keep_of_a_packed_sequence_what_it_keeps_alone():
 )
 @settings(max_examples=12)
 def test_the_packed_form_of_thinformer_keeps_the_rows_that_the_sequences_keep_alone(budget, lengths, extra, min_length):
-    rows = {
-        "root": lambda L: T._resolve(0, 0.0, 1, "balanced", 0.0, min_length, L)[0],
-        "table": lambda L: T._resolve(0, 0.0, -1, "balanced", 0.0, min_length, L, TABLE)[0],
-    }
-    fraction = budget if isinstance(budget, float) else 0.0
-    s = rows.get(budget, lambda L: T._resolve(budget, fraction, -1, "balanced", 0.0, min_length, L)[0])
+    root = T.Thinformer(g=1) if budget == "root" else T.Thinformer(TABLE if budget == "table" else budget)
+    s = partial(T.rows_kept, **root.pack(), min_length=min_length)
     total = max(1, *lengths) + extra
     k, v = (torch.randn(len(lengths), 2, total, 4, generator=torch.Generator().manual_seed(i)) for i in range(2))
     padding = torch.zeros(len(lengths), total, dtype=torch.bool)

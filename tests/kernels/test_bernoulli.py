@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from express_compile.core.call import Call
 from express_compile.core.method import METHODS
-from express_compile.core.spec import AttentionSpec, Mask, Policy, Site, feature_major, layer_key
+from express_compile.core.policy import Policy
+from express_compile.core.spec import AttentionSpec, Mask, Site, feature_major, layer_key
 from express_compile.kernels import santa as S
 from express_compile.kernels.attend import bernoulli as Be
 from express_compile.kernels.attend import sampled as K
@@ -19,7 +21,7 @@ from express_compile.planning.choose import plan
 from express_compile.report.explain import explain
 
 SEED = torch.tensor(11)
-OPTIONS = dict(draws=[8], layers=[], fraction=0.0, sampler="sys", shared=True, min_length=0)
+OPTIONS = dict(draws=[8], fraction=0.0, sampler="sys", shared=True, min_length=0)
 
 
 @pytest.fixture
@@ -134,7 +136,7 @@ def test_draws_are_those_of_the_reference(poison, small_tiles, n, Lq, heads, lev
     q, k, v = tokens(Lq, n, 2, *heads, D, seed=seed)
     more = dict(bernoulli=levels, **masks_of(masked, 2, n, seed))
     draws = torch.full(heads[:1], 6)
-    expected, expected_lse = S.santa_reference(q, k, v, draws, 0.25, SEED, 5, **more)
+    expected, expected_lse = S.santa_reference(Call.of(S.OP, (q, k, v, None, SEED, 0.25, 5), dict(**more)), draws)
     out, lse = K.santa_triton(q, k, v, draws.tolist(), 0.25, SEED, 5, **more)
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
@@ -207,7 +209,7 @@ def test_the_op_rounds_and_leaves_short_caches_exact():
     q, k, v = tokens(1, 60, 2, 4, 2, dtype=torch.float64)
     draws = torch.full((4,), 8)
     for key in (k, k.contiguous()):
-        expected, _ = S.santa_reference(q, key, v, draws, 0.25, SEED, 5, bernoulli=4)
+        expected, _ = S.santa_reference(Call.of(S.OP, (q, key, v, None, SEED, 0.25, 5), dict(bernoulli=4)), draws)
         assert torch.equal(op(q, key, v, bernoulli=4), expected)
     assert error(op(q, k, v, bernoulli=4), op(q, k, v)) > 0.05
     exact = F.scaled_dot_product_attention(q, k, v, scale=0.25, enable_gqa=True)

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from express_compile.core.method import METHODS
-from express_compile.core.spec import AttentionSpec, Mask, Policy, Site
+from express_compile.core.policy import Policy
+from express_compile.core.spec import AttentionSpec, Mask, Site
 from express_compile.kernels import express as E
 from express_compile.kernels.express_state import ExpressState
 from express_compile.kernels.select.contest import CONTEST, compete, compete_reference
-from express_compile.kernels.select.halving import get_rule
 from express_compile.planning.choose import plan
 
 SEED = torch.tensor(11)
@@ -35,13 +35,13 @@ def exact(q, k, v, scale):
 @st.composite
 def configs(draw, protected=True):
     s = 2 ** draw(st.integers(1, 5))
-    return E.ExpressConfig(
+    return E.Express(
         s,
-        draw(st.integers(0, s.bit_length())),
+        inflation=draw(st.integers(0, s.bit_length())),
         sinks=draw(st.integers(0, 6)),
-        window=draw(st.integers(0, 40)),
+        recent=draw(st.integers(0, 40)),
         protected=draw(st.sampled_from([0, 0, 7, 300])) if protected else 0,
-        rule=get_rule(draw(st.sampled_from(["kernel", "balanced", "uniform"]))),
+        halving=draw(st.sampled_from(["kernel", "balanced", "uniform"])),
         block=16,
     )
 
@@ -92,7 +92,7 @@ def test_streaming_and_prefill_compute_the_same(config, n):
 @given(config=configs(), data=st.data())
 @settings(max_examples=100)
 def test_exact_up_to_4s(config, data):
-    n = data.draw(st.integers(1, 4 * config.s + config.sinks + config.window))
+    n = data.draw(st.integers(1, 4 * config.s + config.sinks + config.recent))
     q, k, v = tokens(n)
     out, _ = E.express_reference(q, k, v, config, 0.5, SEED)
     torch.testing.assert_close(out, exact(q, k, v, 0.5), rtol=1e-11, atol=1e-11)
@@ -106,7 +106,7 @@ def test_exact_up_to_4s(config, data):
 
 
 def test_not_exact_beyond_4s():
-    config = E.ExpressConfig(8, 1, sinks=0, window=0, block=16)
+    config = E.Express(8, inflation=1, sinks=0, recent=0, block=16, protected=0)
     q, k, v = tokens(200)
     out, _ = E.express_reference(q, k, v, config, 0.5, SEED)
     error = (out - exact(q, k, v, 0.5)).norm(dim=-1)
@@ -116,7 +116,7 @@ def test_not_exact_beyond_4s():
 
 def test_state_may_be_fed_in_any_pieces():
     _, k, v = tokens(700, H_kv=2)
-    config = E.ExpressConfig(8, 1, sinks=3, window=10, protected=20, block=16)
+    config = E.Express(8, inflation=1, sinks=3, recent=10, protected=20, block=16)
     whole, pieces = ExpressState(config, 0.5, SEED), ExpressState(config, 0.5, SEED)
     whole.update(k, v)
     for a, b in zip([0, 1, 2, 60, 61, 400], [1, 2, 60, 61, 400, 700], strict=True):
@@ -129,7 +129,7 @@ def test_state_may_be_fed_in_any_pieces():
 @pytest.mark.parametrize("M", [0, 1, 3])
 def test_tokens_are_kept_with_the_probability_that_their_weight_claims(rule, M):
     n, seeds = 330, 3000
-    config = E.ExpressConfig(4, M, sinks=2, window=5, rule=get_rule(rule), block=16)
+    config = E.Express(4, inflation=M, sinks=2, recent=5, halving=rule, block=16, protected=0)
     _, k, v = tokens(n, dtype=torch.float32)
     # the heads of one sequence draw independently: 3000 copies of one head are 3000 seeds
     k, v = k.expand(1, seeds, n, 4), v.expand(1, seeds, n, 3)
@@ -154,7 +154,7 @@ def test_tokens_are_kept_with_the_probability_that_their_weight_claims(rule, M):
 # -- the op ------------------------------------------------------------------------------------------------------
 
 OPTIONS = dict(
-    s=8, inflation=-1, sinks=2, window=9, protected=0, halving="balanced", flatten=0.0, block=16,
+    s=8, inflation=-1, sinks=2, recent=9, protected=0, halving="balanced", flatten=0.0, block=16,
     min_length=0,
 )  # fmt: skip
 
@@ -169,7 +169,7 @@ def test_op_is_the_reference(poison, Lq, Lk, protected):
     q, k, v = tokens(Lk, B=2, H=4, H_kv=2)
     q = q[:, :, Lk - Lq :]
     out, lse = op(q, k, v, protected=protected)
-    config = E.ExpressConfig(8, 1, 2, 9, protected, block=16)
+    config = E.Express(8, inflation=1, sinks=2, recent=9, protected=protected, block=16)
     expected, expected_lse = E.express_reference(q, k, v, config, 0.5, SEED, 3)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
@@ -214,7 +214,7 @@ def test_each_sequence_of_a_padded_batch_has_a_state_of_its_own():
     padding = torch.ones(2, n, dtype=torch.bool)
     padding[1, : n - lengths[1]] = False
     out, _ = op(q, k, v, padding)
-    config = E.ExpressConfig(8, 1, 2, 9, block=16)
+    config = E.Express(8, inflation=1, sinks=2, recent=9, block=16, protected=0)
     for b, length in enumerate(lengths):
         state = ExpressState(config, 0.5, SEED, 3)
         parts = (x[b : b + 1, :, n - length :] for x in (q, k, v))
@@ -263,7 +263,7 @@ def test_a_budget_that_follows_the_length_is_refused(budget, words):
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_kernels_end_to_end(poison, n, D, Dv, dtype):
     _, k, v = tokens(n, 1, 2, 1, D, Dv, dtype)
-    layout = E.make_layout(E.ExpressConfig(8, 2, 2, 5, block=32), n, n)
+    layout = E.make_layout(E.Express(8, inflation=2, sinks=2, recent=5, block=32, protected=0), n, n)
     index, *copies = E.thin_triton(k, v, layout, 0.3, SEED, 1)
     assert torch.equal(index, E.thin_reference(k, v, layout, 0.3, SEED, 1))
     for x, copy in zip((k, v), copies, strict=True):
@@ -334,7 +334,7 @@ def test_gradients_with_the_selection_held_fixed(protected, padded):
     out, _ = op(*leaves, padding if padded else None, protected=protected)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype)
     actual = torch.autograd.grad(out, leaves, grad)
-    config = E.ExpressConfig(8, 1, 2, 9, protected, block=16)
+    config = E.Express(8, inflation=1, sinks=2, recent=9, protected=protected, block=16)
     expected = [torch.zeros_like(x) for x in leaves]
     for b in range(B):  # one sequence at a time
         rows = padding[b].nonzero()[:, 0]
@@ -349,7 +349,7 @@ def test_gradients_with_the_selection_held_fixed(protected, padded):
 def test_gradcheck():
     leaves = [x.requires_grad_() for x in tokens(40, 1, 2, 1, 2, 2)]
     # within the finite differences no decision flips: the smallest margin is far above 1e-6 for this seed
-    assert torch.autograd.gradcheck(lambda *x: op(*x, s=4, sinks=1, window=3)[0], leaves, atol=1e-6)
+    assert torch.autograd.gradcheck(lambda *x: op(*x, s=4, sinks=1, recent=3)[0], leaves, atol=1e-6)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------
@@ -372,7 +372,7 @@ def test_gradcheck():
         (dict(padding=torch.ones(2, 8).bool()), ValueError, r"padding: shape \(2, 8\).*must be \(2, 9\)"),
         (dict(s=12), ValueError, "s=12: must be a power of two"),
         (dict(inflation=9), ValueError, "inflation=9: must be an integer from 0 to 4 for s=8"),
-        (dict(window=-1), ValueError, "window=-1: must be a number of rows, 0 or more"),
+        (dict(recent=-1), ValueError, "recent=-1: must be a number of rows, 0 or more"),
         (dict(halving="best"), ValueError, "halving='best': allowed are kernel, balanced, uniform"),
         (dict(block=20), ValueError, "block=20: must be 16, 32, 64 or 128"),
         (dict(flatten=-1.0), ValueError, "flatten=-1.0: must be above 0"),
@@ -385,7 +385,7 @@ def test_bad_arguments(change, error, message):
 
 
 def test_bad_state_arguments():
-    config = E.ExpressConfig(8, 1)
+    config = E.Express(8, inflation=1, protected=0)
     state = ExpressState(config, 0.5, SEED)
     with pytest.raises(ValueError, match="the state is empty"):
         state.attend(torch.randn(1, 2, 1, 4))
@@ -436,7 +436,7 @@ def test_what_is_taken(changes):
 def test_parameters_come_from_the_policy():
     policy = Policy(budget=700, window=7, inflation=3, method_options={"express": {"block": 64}})
     params = METHODS["express"].params(Site(spec()), policy)
-    assert (params["s"], params["window"], params["inflation"], params["block"]) == (512, 7, 3, 64)
+    assert (params["s"], params["recent"], params["inflation"], params["block"]) == (512, 7, 3, 64)
     for bad, message in [
         (Policy(inflation=12), "inflation=12"),
         (Policy(halving="best"), "halving='best'"),
@@ -444,5 +444,5 @@ def test_parameters_come_from_the_policy():
     ]:
         with pytest.raises(ValueError, match=message):
             METHODS["express"].params(Site(spec()), bad)
-    with pytest.raises(TypeError, match="unknown option 'blok'; allowed are block, flatten"):
+    with pytest.raises(TypeError, match="unknown option 'blok'; allowed are block, budget, flatten"):
         METHODS["express"].params(Site(spec()), Policy(method_options={"express": {"blok": 7}}))

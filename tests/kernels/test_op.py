@@ -17,11 +17,11 @@ from express_compile.routes.transformers.eager import rewrite_attention
 
 OPTIONS = {
     "express": dict(
-        s=4, inflation=-1, sinks=2, window=4, protected=4, halving="balanced", flatten=0.0, block=16,
+        s=4, inflation=-1, sinks=2, recent=4, protected=4, halving="balanced", flatten=0.0, block=16,
         min_length=0,
     ),
     "thinformer": dict(s=4, fraction=0.0, g=-1, halving="balanced", flatten=0.0, min_length=0),
-    "santa": dict(layers=[], fraction=0.0, min_length=0, draws=[4], sampler="sys", shared=True),
+    "santa": dict(fraction=0.0, min_length=0, draws=[4], sampler="sys", shared=True),
 }  # fmt: skip
 LQ = {"express": 60, "thinformer": 60, "santa": 3}
 EVERY = pytest.mark.parametrize("name", OPTIONS)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from express_compile.core.call import Call
 from express_compile.kernels import santa as S
 from express_compile.kernels.attend import sampled as K
 
@@ -60,7 +61,9 @@ def test_draws_are_those_of_the_reference(
     draws = torch.randint(2, 12, (heads[0],), generator=generator)
     sinks = None if sinks is None else (2 * torch.randn(heads[0], generator=generator)).to(sinks)
     forms = dict(padding=padding, lengths=lengths, window=window, softcap=softcap, sinks=sinks)
-    expected, expected_lse = S.santa_reference(q, k, v, draws, 0.25, SEED, 5, sampler=sampler, shared=True, **forms)
+    expected, expected_lse = S.santa_reference(
+        Call.of(S.OP, (q, k, v, None, SEED, 0.25, 5), dict(sampler=sampler, shared=True, **forms)), draws
+    )
     per = S.strata_per_offset(sampler)
     out, lse = K.santa_triton(q, k, v, draws.tolist(), 0.25, SEED, 5, per=per, **forms)
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
@@ -193,7 +196,9 @@ def test_any_chunks_of_keys_draw_what_the_reference_draws(monkeypatch):
     for module in (S, K):
         monkeypatch.setattr(module, "grid_bits", lambda draws: 18)
     q, k, v = tokens(1, 600, B=2, H=8, H_kv=8)
-    expected = S.santa_reference(q, k, v, torch.full((8,), 32), 0.25, SEED, 5)[0].flatten(0, 1)
+    expected = S.santa_reference(Call.of(S.OP, (q, k, v, None, SEED, 0.25, 5), {}), torch.full((8,), 32))[0].flatten(
+        0, 1
+    )
     for chunk in (64, 256):
         monkeypatch.setattr(K, "CHUNK", chunk)
         out = K.santa_triton(q, k, v, [32] * 8, 0.25, SEED, 5)[0].flatten(0, 1)

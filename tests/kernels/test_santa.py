@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from express_compile.core.call import Call
 from express_compile.core.method import METHODS
-from express_compile.core.spec import AttentionSpec, Mask, Policy, Site, layer_key
+from express_compile.core.policy import Policy
+from express_compile.core.spec import AttentionSpec, Mask, Site, layer_key
 from express_compile.kernels import santa as S
 from express_compile.planning.choose import plan
 from express_compile.planning.measure import calls_of
@@ -24,7 +26,7 @@ from express_compile.report.explain import explain
 from express_compile.routes.transformers.eager import record_sites, restore_attention, rewrite_attention
 
 SEED = torch.tensor(77)
-OPTIONS = dict(draws=[16], layers=[], fraction=0.0, sampler="sys", shared=True, min_length=0)
+OPTIONS = dict(draws=[16], fraction=0.0, sampler="sys", shared=True, min_length=0)
 COMBS = ["sys", "strat", "sys-3"]
 
 
@@ -214,11 +216,15 @@ def test_counts(sampler):
     x = S.make_comb(p, draws, False).expected
     distance = (counts - x).abs().max()
     assert distance < 1 if sampler == "sys" else distance > 2 if sampler == "iid" else 1 < distance < 2
-    out, lse = S.santa_reference(q, k, v, draws, 0.5, SEED, 3, sampler=sampler, shared=False)
+    out, lse = S.santa_reference(
+        Call.of(S.OP, (q, k, v, None, SEED, 0.5, 3), dict(sampler=sampler, shared=False)), draws
+    )
     torch.testing.assert_close(out, (counts / S_h.double() @ v[:, :, None]).flatten(1, 2), rtol=1e-12, atol=1e-12)
     scores = (q @ k.repeat_interleave(2, 1).mT * 0.5).masked_fill(~visible[:, None], -math.inf)
     torch.testing.assert_close(lse, scores.logsumexp(-1))
-    constant, _ = S.santa_reference(q, k, torch.ones_like(v), draws, 0.5, SEED, 3, sampler=sampler, shared=False)
+    constant, _ = S.santa_reference(
+        Call.of(S.OP, (q, k, torch.ones_like(v), None, SEED, 0.5, 3), dict(sampler=sampler, shared=False)), draws
+    )
     torch.testing.assert_close(constant, torch.ones_like(constant), rtol=1e-12, atol=0)
 
 
@@ -261,7 +267,9 @@ def test_tiles_of_the_same_integers_give_the_same_counts():
 def test_flat_attention_reads_every_row_equally_often(sampler, shared):
     q, k, v = tokens(1, 64, 3, 4, 2)
     draws = torch.tensor([128, 128, 128, 128])
-    out, _ = S.santa_reference(q, 0 * k, v, draws, 0.5, SEED, sampler=sampler, shared=shared)
+    out, _ = S.santa_reference(
+        Call.of(S.OP, (q, 0 * k, v, None, SEED, 0.5, 0), dict(sampler=sampler, shared=shared)), draws
+    )
     torch.testing.assert_close(out, exact(q, 0 * k, v), rtol=1e-12, atol=1e-12)
 
 
@@ -271,10 +279,12 @@ def test_many_draws_come_close(sampler):
     q, k, v = tokens(2, 300, 2, 4, 2)
     draws = torch.full((4,), S.MAX_DRAWS)
     bound = (2 / S.MAX_DRAWS + 2**-29) * v.norm(dim=-1).sum(-1).repeat_interleave(2, 1)[..., None]
-    out, _ = S.santa_reference(q, k, v, draws, 0.5, SEED, sampler=sampler, shared=False)
+    out, _ = S.santa_reference(Call.of(S.OP, (q, k, v, None, SEED, 0.5, 0), dict(sampler=sampler, shared=False)), draws)
     error = (out - exact(q, k, v)).norm(dim=-1)
     assert (error <= bound).all() and error.max() > 1e-9
-    out, _ = S.santa_reference(q / 4, k, v, draws, 0.5, SEED, sampler=sampler, shared=True)
+    out, _ = S.santa_reference(
+        Call.of(S.OP, (q / 4, k, v, None, SEED, 0.5, 0), dict(sampler=sampler, shared=True)), draws
+    )
     torch.testing.assert_close(out, exact(q / 4, k, v), rtol=1e-12, atol=1e-12)
 
 
@@ -716,7 +726,9 @@ def test_bernoulli_scores_are_unbiased_and_the_softmax_is_not():
         assert z.abs().max() < 4.5, "unbiased scores"
         torch.testing.assert_close(scores.var(0), variance.squeeze(), rtol=0.15, atol=0)
         heads = (x.expand(1, R, -1, -1) for x in (q, k, v))
-        out = S.santa_reference(*heads, None, D**-0.5, SEED, bernoulli=levels)[0][0, :, None]
+        out = S.santa_reference(Call.of(S.OP, (*heads, None, SEED, D**-0.5, 0), dict(bernoulli=levels)), None)[0][
+            0, :, None
+        ]
         error = (out - exact(q, k, v, scale=D**-0.5)).squeeze()
         t = error.mean(0) @ torch.linalg.solve(torch.cov(error.T), error.mean(0)) * R / 4
         bias[levels] = error.mean(0).norm().item()
@@ -754,7 +766,7 @@ def test_wrong_arguments():
         op(*tokens(17, 40))
     with pytest.raises(ValueError, match=r"lengths: torch.int64 of shape \(3,\); must be torch.int64 \(2,\)"):
         op(q, k, v, lengths=torch.tensor([1, 2, 3]))
-    with pytest.raises(ValueError, match=r"draws: 3 numbers; must be 1 or 4 \(heads\) for each of 0 layers"):
+    with pytest.raises(ValueError, match=r"draws: 3 numbers; must be 1 or 4 \(heads\)$"):
         op(q, k, v, draws=[3, 4, 5])
     with pytest.raises(ValueError, match="sampler='sys-0': allowed are 'sys', 'strat', 'iid'"):
         op(q, k, v, sampler="sys-0")
@@ -897,7 +909,7 @@ def test_budgets_per_head_and_layer():
     def run(budget=512, layer="a.b", **options):
         policy = Policy(budget=budget, methods=("santa",), method_options={"santa": options})
         return METHODS["santa"].op(
-            q, k, v, None, SEED, 0.5, layer_key(layer), **METHODS["santa"].params(Site(spec()), policy)
+            q, k, v, None, SEED, 0.5, layer_key(layer), **METHODS["santa"].params(Site(spec(), layer), policy)
         )[0]
 
     sixteen = run(draws=16)

@@ -131,7 +131,7 @@ def test_few_rows_that_many_queries_see_are_cut_into_many_chunks():
 @pytest.mark.parametrize("protected", [0, 20])
 @pytest.mark.parametrize("n, Lq, s, window", [(900, 900, 16, 16), (1501, 700, 8, 100), (2000, 1999, 32, 0)])
 def test_plan_inverts_express_layouts(n, Lq, s, window, protected):
-    config = E.ExpressConfig(s, E.default_inflation(s), 8, window, protected, block=32)
+    config = E.Express(s, inflation=E.default_inflation(s), sinks=8, recent=window, protected=protected, block=32)
     layout = E.make_layout(config, Lq, n)
     plan = check_plan(layout.table, Lq, layout.size, 32, 16, 2)
     assert len(plan.sums), "rows of E are seen by most queries, others by few"
@@ -144,7 +144,7 @@ def test_plan_of_exact_attention_is_short():
 
 @pytest.mark.parametrize("n", [32768, 131072])
 def test_work_of_express_is_balanced(n):
-    layout = E.make_layout(E.ExpressConfig(512, 7, 32, 32), n, n)
+    layout = E.make_layout(E.Express(512, inflation=7, sinks=32, recent=32, protected=0), n, n)
     A = layout.size
     plan = S.make_plan(layout.table, n, n, A, 64, 64, 4)
     work = plan.runs[:, 3] - plan.runs[:, 2]
@@ -223,7 +223,7 @@ def test_kernels_with_the_tiles_of_the_gpu(poison, block, D, dtype):
 def test_gradients_of_express(poison, small_tiles, n, Lq, protected):
     """A real layout: long chains, tiles with several chunks, and the way back from copies to tokens."""
     scale = 0.25
-    config = E.ExpressConfig(8, 1, 4, 16, protected, block=16)
+    config = E.Express(8, inflation=1, sinks=4, recent=16, protected=protected, block=16)
     layout = E.make_layout(config, Lq, n)
     A = layout.size
     tensors = random_tensors(0, layout.table, Lq, 0)

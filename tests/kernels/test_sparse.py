@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from express_compile import explain, record_sites, rewrite_attention
 from express_compile.core.method import METHODS
-from express_compile.core.spec import AttentionSpec, Mask, Policy, Site
+from express_compile.core.policy import Policy
+from express_compile.core.spec import AttentionSpec, Mask, Site
 from express_compile.kernels import sparse as S
 from express_compile.kernels.attend import patterns as K
 from express_compile.kernels.sparse import (

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from express_compile.core.method import METHODS
-from express_compile.core.spec import AttentionSpec, Mask, Policy
+from express_compile.core.policy import Policy
+from express_compile.core.spec import AttentionSpec, Mask
 from express_compile.kernels import thinformer as T
 from express_compile.kernels.select.halving import get_rule
 from express_compile.kernels.select.schedule import compress_schedule
@@ -157,14 +158,14 @@ def test_kernels_select_what_the_reference_selects(Lk, s, padded):
     """In the interpreter: stretched stream, all halvings, copies of the rows; padded, beside one of 25 tokens."""
     B, H = 2, 2
     _, k, v = tokens(1, Lk, B, H, H, D=8, Dv=8, dtype=torch.float32)
-    order = length = None
+    given = None
     if padded:
         real = torch.rand(B, Lk, generator=torch.Generator().manual_seed(1)) < 0.8
         real[1] = torch.arange(Lk) < 25
-        order, length = T.real_first(real), real.sum(1)
+        given = T.real_first(real), real.sum(1)
     arguments = T.make_schedule(Lk, s), get_rule("balanced"), 0.5, SEED, 3
-    expected = T._thin_reference(k, v, order, length, *arguments)
-    for x, y in zip(T._thin_triton(k, v, order, length, *arguments), expected, strict=True):
+    expected = T._thin_reference(k, v, given, *arguments)
+    for x, y in zip(T._thin_triton(k, v, given, *arguments), expected, strict=True):
         assert torch.equal(x.to(y.dtype), y)
 
 

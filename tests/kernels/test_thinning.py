@@ -136,7 +136,9 @@ def test_whole_schedules(poison, monkeypatch, n, s, M, protected, rule):
     monkeypatch.setattr(T, "PAIRS", 8)
     generator = torch.Generator().manual_seed(0)
     k, v = torch.randn(1, 2, n, 16, generator=generator) + 0.5, torch.randn(1, 2, n, 12, generator=generator)
-    layout = E.make_layout(E.ExpressConfig(s, M, 3, 20, protected, RULES[rule], block=32), n, n)
+    layout = E.make_layout(
+        E.Express(s, inflation=M, sinks=3, recent=20, protected=protected, halving=rule, block=32), n, n
+    )
     index, *copies = E.thin_triton(k, v, layout, 0.25, SEED, 2)
     assert torch.equal(
         index[:, :, : layout.copied], E.thin_reference(k, v, layout, 0.25, SEED, 2)[:, :, : layout.copied]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from express_compile import explain, record_sites, rewrite_attention
-from express_compile.core.spec import Policy
+from express_compile.core.policy import Policy
 from express_compile.passes.buffers import Buffers, _band, _identical, _sample, _Seen
 from express_compile.routes.compile import plan_graph, rewrite_planned
 

@@ -19,6 +19,8 @@ B, H, L, D = 2, 4, 12, 8
 COUNT = torch.tensor(5)
 UNCOMPILED, INPUT = "a graph break parts its query-key product from its softmax", "its scores are an input of the graph"
 
+AFTER = "a graph break parts its softmax from its product with the values"
+
 
 def tensors() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -78,6 +80,26 @@ def plain_break(q, k, v, count):
     return torch.einsum("bqk,bkd->bqd", s.softmax(-1), v.flatten(0, 1))
 
 
+def break_after(q, k, v, count):
+    w = (q @ k.mT / 3).masked_fill(torch.ones(L, L).triu(1).bool(), -torch.inf).softmax(-1)
+    torch._dynamo.graph_break()
+    return w @ v
+
+
+def sampled(q, k, v, count):
+    """Queries are chosen by their weights: ATS."""
+    w = F.dropout(torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1), 0.0)
+    kept = torch.unique(w[:, :, 0].sum(1).argsort(-1)[:, :3])
+    return w[:, :, kept] @ v
+
+
+def branch_after(q, k, v, count):
+    w = F.softmax(q @ k.mT, -1).clone()
+    if count > 3:
+        w = w / 2
+    return torch.matmul(w, v)
+
+
 CUT = {
     "sliced bias": (sliced_bias, UNCOMPILED),
     "einsum": (einsum_of_three, UNCOMPILED),
@@ -86,6 +108,9 @@ CUT = {
     "item": (item, INPUT),
     "branch": (branch, INPUT),
     "a break alone": (plain_break, INPUT),
+    "a break after": (break_after, AFTER),
+    "sampled by weights": (sampled, AFTER),
+    "a branch after": (branch_after, AFTER),
 }
 
 
@@ -156,6 +181,19 @@ def whole_and_scores(q, k, v, count):
     return out[..., max(0, count) :], s.softmax(-1)
 
 
+def retrieval(q, k, v, count):
+    """Weights that are looked at, and of which the graph breaks when they are used up."""
+    best = (q @ k.mT).softmax(-1).amax(-1)
+    torch._dynamo.graph_break()
+    return best + 1
+
+
+def gate(q, k, v, count):
+    shares = F.linear(q, k[0, 0]).softmax(-1)
+    torch._dynamo.graph_break()
+    return shares[..., :D] * v
+
+
 def one_matrix(q, k, v, count):
     s = q[0, 0] @ k[0, 0].mT
     return s[:, max(0, count) :].softmax(-1)
@@ -180,6 +218,7 @@ def weights_last(q, k, v, count):
 
 
 OTHERS = {f.__name__: f for f in (similarity, contrast, classifier, one_matrix, router, routers_of_a_batch)}
+OTHERS |= {f.__name__: f for f in (retrieval, gate)}
 OTHERS |= {weights_last.__name__: weights_last}
 
 
@@ -188,9 +227,18 @@ def test_what_is_no_attention_is_not_listed(name: str) -> None:
     assert sites(OTHERS[name], *tensors(), COUNT) == ()
 
 
-def test_attention_beside_its_scores_is_one_site() -> None:
-    found = sites(whole_and_scores, *tensors(), COUNT, methods=["exact"])
-    assert [site.verdict for site in found] == ["rewritten"]
+def whole_and_weights(q, k, v, count):
+    """Weights that leave the graph beside the values that they weigh."""
+    w = (q @ k.mT).softmax(-1)
+    out = w @ v
+    torch._dynamo.graph_break()
+    return out, w + 1
+
+
+@pytest.mark.parametrize("f", [whole_and_scores, whole_and_weights])
+def test_attention_beside_its_scores_or_weights_is_one_site(f: Callable[..., Any]) -> None:
+    (site,) = sites(f, *tensors(), COUNT, methods=["exact"])
+    assert "parts" not in site.reason
 
 
 class Mix(nn.Module):

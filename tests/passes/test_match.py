@@ -14,7 +14,8 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from express_compile.core.spec import Mask, Policy
+from express_compile.core.policy import Policy
+from express_compile.core.spec import Mask
 from express_compile.passes.match import find_sites
 from express_compile.passes.normalize import SIGNATURES, mutated_inputs, operation
 from express_compile.passes.site import AttentionSite

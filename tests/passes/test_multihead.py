@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from express_compile import Policy, explain
 from express_compile.core.method import METHODS
-from express_compile.core.spec import Mask, Plan, layer_key
+from express_compile.core.plan import Plan
+from express_compile.core.spec import Mask, layer_key
 from express_compile.passes.match import find_sites
 from express_compile.passes.rewrite import _expand
 from express_compile.passes.site import AttentionSite

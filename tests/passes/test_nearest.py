@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from express_compile import explain
 from express_compile.core.method import METHODS
-from express_compile.core.spec import AttentionSpec, Mask, Policy
+from express_compile.core.policy import Policy
+from express_compile.core.spec import AttentionSpec, Mask
 from express_compile.passes.site import PADDED
 from express_compile.passes.symbolic import PROVABLE
 from express_compile.planning.choose import plan

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from express_compile.core.method import METHODS, Method, register
-from express_compile.core.spec import AttentionSpec, Mask, Policy, Refusal, known_equal
+from express_compile.core.method import METHODS, Method, Refusal, register
+from express_compile.core.policy import Policy
+from express_compile.core.spec import AttentionSpec, Mask, known_equal
 from express_compile.passes.match import find_sites
 from express_compile.passes.rewrite import rewrite
 from express_compile.planning.choose import plan_sites

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from express_compile.core.spec import Policy
+from express_compile.core.policy import Policy
 from express_compile.passes import match, softmax
 from express_compile.passes.rewrite import rewrite
 from express_compile.planning.choose import plan_sites

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from express_compile import explain
-from express_compile.core.spec import Policy
+from express_compile.core.policy import Policy
 from express_compile.passes.match import find_sites
 from express_compile.passes.rewrite import rewrite
 from express_compile.planning.choose import plan_sites
@@ -350,6 +350,26 @@ def test_a_bias_stays_exact() -> None:
         check(f, [q, k, v, extra], words, scale)
         g, found = compiled(f, Policy(methods=("express", "thinformer")))
         assert torch.equal(g(q, k, v, extra), f(q, k, v, extra)) and found[0][1].verdict == "refused"
+
+
+@pytest.mark.parametrize("how", ["written in place", "given"])
+def test_a_bias_read_from_a_table_is_called_that_however_its_places_are_made(how) -> None:
+    """BEiT makes the places by writing into zeros."""
+    q, k, v = tensors()
+    table = torch.randn(9)
+    places = torch.arange(L * L).reshape(L, L) % 9
+
+    def f(q, k, v, table, places):
+        if how != "given":
+            made = torch.zeros(L, L, dtype=torch.int64)
+            made[1:, 1:] = places[1:, 1:]
+            made[0, :] = 7
+            places = made
+        return (q @ k.mT * 0.5 + table[places.view(-1)].view(1, 1, L, L)).softmax(-1) @ v
+
+    (site,) = explain(f, q, k, v, table, places, methods=["exact"]).sites
+    assert "it adds the values of an item of " in site.mask and "'table'" in site.mask
+    assert "in place" not in site.mask
 
 
 def test_dynamic_sizes() -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
 from express_compile.core.cost import Cost, Device, Rates
-from express_compile.core.method import METHODS, Method
-from express_compile.core.saved import SavedPlan, SavedSite
-from express_compile.core.spec import TABLE_AT, AttentionSpec, Mask, Policy, Refusal, floor_power_of_two
+from express_compile.core.method import METHODS, Method, Refusal
+from express_compile.core.options import TABLE_AT, WHOLE, Options, option
+from express_compile.core.plan import SavedPlan, SavedSite
+from express_compile.core.policy import Policy
+from express_compile.core.spec import AttentionSpec, Mask, floor_power_of_two
 from express_compile.passes.site import AttentionSite
 from express_compile.planning.choose import check_policy, plan, plan_sites, require, require_matches, unmatched
 from express_compile.planning.predict import MARGIN, crossover
@@ -32,6 +34,11 @@ def refuse(name: str, *, dropout: bool = True) -> Any:
     return answer
 
 
+@dataclass(frozen=True)
+class Depth(Options):
+    depth: int | None = option(1, "how deep", WHOLE)
+
+
 @pytest.fixture(autouse=True)
 def _methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two methods that exist in this test alone: ``first`` (faster than exact from 64 keys on) and ``second`` (takes
@@ -43,7 +50,7 @@ def _methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         name="first",
         refuse=refuse("first"),
         params=lambda site, policy: {"s": policy.budget},
-        options={"depth": 1},
+        options=Depth,
         cost=lambda spec, params: Cost(0, 0),
         **base,
     )

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from express_compile.core.cost import Cost, Device, Rates
 from express_compile.core.method import METHODS
-from express_compile.core.spec import AttentionSpec, Mask, Policy
+from express_compile.core.policy import Policy
+from express_compile.core.spec import AttentionSpec, Mask
 from express_compile.planning import devices, measure
 from express_compile.planning.predict import LONGEST, at_length, crossover, predict, predicted, wins, without_padding
 

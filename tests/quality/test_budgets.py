@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from express_compile.core.spec import Policy
+from express_compile.core.policy import Policy
 from express_compile.kernels.express import rows_seen
 from express_compile.quality.budgets import _cheapest, _hull, calibrate_error
 from express_compile.routes.transformers.eager import is_rewritten, record_sites, restore_attention, rewrite_attention

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,15 +47,15 @@ def test_the_measured_variance_is_that_of_decoding(model, ids, measured):
     try:
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
             cache = model(ids[:, :116]).past_key_values
-            patch.setattr(S, "santa_reference", lambda *a, **k: seen.append(a) or original(*a, **k))
+            patch.setattr(S, "santa_reference", lambda *a: seen.append(a[0]) or original(*a))
             model(ids[:, 116:117], past_key_values=cache)
     finally:
         restore_attention(model)
-    q, k, v, _, scale = seen[0][:5]
-    layer, draws, errors = layer_key(PATHS[0]), torch.full((4,), 16), []
-    truth, _ = original(q, k, v, None, scale, torch.tensor(0))
+    call, draws, errors = replace(seen[0], layer=layer_key(PATHS[0])), torch.full((4,), 16), []
+    q, k, v, scale = call.query, call.key, call.value, call.scale
+    truth, _ = original(call, None)
     for seed in range(200):
-        out, _ = original(q, k, v, draws, scale, torch.tensor(seed), layer)
+        out, _ = original(replace(call, seed=torch.tensor(seed)), draws)
         errors.append((out - truth).square().sum(-1).mean())
     p, _ = S.probabilities(q, k, S.visible_keys(1, 1, 117, None, None, q.device), scale)
     first_step = S.variance(p, v, draws, "sys", True).mean()

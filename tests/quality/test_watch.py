@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import express_compile
 from express_compile import record_sites, restore_attention, rewrite_attention, watch
+from express_compile.core.call import Call
 from express_compile.core.method import METHODS
 from express_compile.quality import watch as shadow
 from express_compile.routes.transformers.eager import rewritten_sites
@@ -198,7 +199,7 @@ def test_errors_where_there_is_nothing_to_compare_or_the_result_is_not_finite():
     exact = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.5, enable_gqa=True)
 
     def error(out, value=value, counts=counts):
-        return float(shadow.relative_error(out, query, key, value, None, 0.5, 0, rows, counts))
+        return float(shadow.relative_error(out, Call(query, key, value, None, None, 0.5, 0), 0, rows, counts))
 
     assert error(exact) <= 1e-6 and abs(error(1.25 * exact) - 0.25) <= 1e-6
     assert error(exact.masked_fill(torch.ones(64, 1).bool(), math.nan)) == math.inf

@@ -16,8 +16,8 @@ from torch import nn
 
 from express_compile import restore_attention, rewrite_attention
 from express_compile.core.cost import Device, Rates
-from express_compile.core.method import METHODS
-from express_compile.core.spec import Refusal, layer_key
+from express_compile.core.method import METHODS, Refusal
+from express_compile.core.spec import layer_key
 from express_compile.planning import devices, measure
 from express_compile.planning.predict import MARGIN, crossover
 from express_compile.report import explain as report_module
@@ -91,7 +91,7 @@ def test_shapes_and_parameters_are_in_the_json() -> None:
     (site,) = json.loads(explain(f, q, **NAMED, window=9).to_json())["sites"]
     size = site["shape"].split("Lk=")[1].split()[0]
     assert size.startswith("s") and site["shape"] == f"B=2 H=4/2 Lq={size} Lk={size} D=6 Dv=8 bfloat16"
-    assert (site["params"]["s"], site["params"]["window"], site["params"]["halving"]) == (16, 9, "balanced")
+    assert (site["params"]["s"], site["params"]["recent"], site["params"]["halving"]) == (16, 9, "balanced")
     causal, full, hand = explain(Mixed(), Q, **NAMED).sites
     assert causal.shape == full.shape == "B=2 H=4 Lq=24 Lk=24 D=8 float32"
     assert hand.shape == "" and full.params == hand.params == {}
@@ -137,7 +137,7 @@ def test_the_page_shows_every_site_and_needs_nothing_else() -> None:
         params = ", ".join(f"{name}={value}" for name, value in site.params.items())
         assert method == f"{site.method} {params}".strip() and verdict == site.verdict
         assert reason == site.reason and others == "".join(site.rejected)
-    assert "s=16, inflation=-1" in " ".join(page.rows[1][4].split())
+    assert "s=16, sinks=32" in " ".join(page.rows[1][4].split())
     text = " ".join(page.text.split())
     assert "3 in all: 1 rewritten, 0 exact, 2 refused. Dynamo made 1 graph of the model." in text
     assert "No site matches modules['gone']." in text

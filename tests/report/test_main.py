@@ -14,8 +14,8 @@ import torch
 
 from express_compile.__main__ import MODULE, POLICY, main
 from express_compile.core.cost import Device
-from express_compile.core.saved import SavedPlan
-from express_compile.core.spec import Policy
+from express_compile.core.plan import SavedPlan
+from express_compile.core.policy import Policy
 from express_compile.planning import devices, measure
 from express_compile.report.explain import explain
 

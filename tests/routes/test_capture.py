@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from express_compile import explain, is_rewritten, record_sites, restore_attention, rewrite_attention
 from express_compile.core.method import METHODS
-from express_compile.core.spec import AttentionSpec, Mask, Policy, Site, layer_key
+from express_compile.core.policy import Policy
+from express_compile.core.spec import AttentionSpec, Mask, Site, layer_key
 from express_compile.routes.capture import Capture
 from express_compile.routes.compile import rewrite_graph
 

@@ -15,8 +15,9 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from express_compile.core.cost import Device, Rates
-from express_compile.core.method import METHODS, Method, register
-from express_compile.core.spec import Policy, Refusal, Site, layer_key
+from express_compile.core.method import METHODS, Method, Refusal, register
+from express_compile.core.policy import Policy
+from express_compile.core.spec import Site, layer_key
 from express_compile.kernels import op as _op
 from express_compile.report.explain import explain
 from express_compile.routes.compile import express, rewrite_graph, split_options

@@ -8,6 +8,7 @@ import pickle
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import hypothesis
 import hypothesis.strategies as st
@@ -17,8 +18,10 @@ import transformers
 from torch import nn
 
 import express_compile
-from express_compile.core.method import METHODS, Method, register
-from express_compile.core.spec import TABLE_AT, AttentionSpec, Mask, Policy, Refusal, known_equal
+from express_compile.core.method import METHODS, Method, Refusal, register
+from express_compile.core.options import NUMBER, TABLE_AT, Options, option
+from express_compile.core.policy import Policy
+from express_compile.core.spec import AttentionSpec, Mask, known_equal
 from express_compile.routes.transformers import eager
 from express_compile.routes.transformers.eager import is_rewritten, record_sites, restore_attention, rewrite_attention
 from express_compile.routes.transformers.masks import ProvenMask
@@ -102,14 +105,18 @@ def toy_refuses(spec: AttentionSpec, policy: Policy) -> Refusal | None:
     return None
 
 
+@dataclass(frozen=True)
+class Toy(Options):
+    gain: float = option(1.0, "what the result is multiplied by", NUMBER)
+
+
 TOY = Method(
     name="toy_eager",
     summary="exact causal attention, times a gain",
     supports="causal",
     refuses="decoding",
     refuse=toy_refuses,
-    params=lambda site, policy: {"gain": TOY.own_options(policy)["gain"]},
-    options={"gain": 1.0},
+    options=Toy,
 )
 TOY_ONLY = {"methods": ["toy_eager"]}
 HALF = {**TOY_ONLY, "method_options": {"toy_eager": {"gain": 0.5}}}

@@ -18,7 +18,7 @@ from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from express_compile.core.spec import Policy
+from express_compile.core.policy import Policy
 from express_compile.passes.match import find_sites
 from express_compile.passes.rewrite import rewrite
 from express_compile.planning.choose import plan_sites

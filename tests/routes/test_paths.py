@@ -16,7 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.attention.flex_attention import flex_attention
 
 from express_compile import explain, record_sites, rewrite_attention
-from express_compile.core.spec import Policy
+from express_compile.core.policy import Policy
 from express_compile.report.explain import Report
 from express_compile.routes.compile import rewrite_graph
 

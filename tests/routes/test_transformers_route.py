@@ -20,8 +20,8 @@ import express_compile
 from express_compile import is_rewritten, record_sites, restore_attention, rewrite_attention
 from express_compile.core.spec import Mask
 from express_compile.routes.module_code import calls_interface, depends_on_name, passes
-from express_compile.routes.transformers.eager import NAME, _find_sites
-from express_compile.routes.transformers.masks import ProvenMask, make_mask
+from express_compile.routes.transformers.eager import _find_sites
+from express_compile.routes.transformers.masks import NAME, NAMES, ProvenMask, make_mask
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = {"vocab_size": 50, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -195,6 +195,108 @@ def test_a_dictionary_takes_out_one_part_of_a_model():
     restore_attention(model)
     names = [part._attn_implementation for part in (model.config.vision_config, model.config.text_config)]
     assert names == ["sdpa", "eager"] and model.model.language_model.config is model.config.text_config
+
+
+# ------------------------------------------------------------------------------- what eager attention computes
+
+
+def paligemma(attention: str = "eager") -> nn.Module:
+    vision = transformers.SiglipVisionConfig(**SIZES, image_size=16, patch_size=8)
+    text = transformers.GemmaConfig(**SIZES, **TOKENS, num_key_value_heads=2, head_dim=8)
+    config = transformers.PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=49)
+    return build(transformers.PaliGemmaForConditionalGeneration, config, attention)
+
+
+def colpali(attention: str = "eager") -> nn.Module:
+    config = transformers.ColPaliConfig(vlm_config=paligemma().config, embedding_dim=8)
+    return build(transformers.ColPaliForRetrieval, config, attention)
+
+
+def gemma3(attention: str = "eager") -> nn.Module:
+    vision = transformers.SiglipVisionConfig(**SIZES, image_size=16, patch_size=8)
+    more = {"use_bidirectional_attention": True, "layer_types": ["full_attention", "sliding_attention"]}
+    more |= {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}
+    text = transformers.Gemma3TextConfig(**SIZES, **TOKENS, **more)
+    config = transformers.Gemma3Config(vision_config=vision, text_config=text, image_token_id=49, mm_tokens_per_image=4)
+    return build(transformers.Gemma3ForConditionalGeneration, config, attention)
+
+
+def flipped(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """A model whose attention modules say of themselves the opposite of what its masks say."""
+
+    def flipped(attention: str = "eager") -> nn.Module:
+        model = make(attention)
+        for module in model.modules():
+            if calls_interface(type(module)) is not None:
+                module.is_causal = not module.is_causal
+        return model
+
+    flipped.__name__ = f"{make.__name__} flipped"
+    return flipped
+
+
+PREFIX = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]).repeat(2, 1)
+ASKED = {
+    "plain": {},
+    "padded": {"attention_mask": PADDING},
+    "prefix": {"attention_mask": torch.ones_like(IDS), "token_type_ids": PREFIX},
+}
+UNLIKE_SDPA = [paligemma, colpali, gemma3, flipped(llama), flipped(gpt2), flipped(bert), flipped(bart)]
+
+
+def first(out: Any) -> torch.Tensor:
+    return out[0] if isinstance(out, tuple) else next(x for x in out.values() if x is not None and x.dim() == 3)
+
+
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("make", UNLIKE_SDPA, ids=lambda make: make.__name__)
+def test_what_is_exact_computes_what_the_attention_of_the_model_did(make, attention, asked):
+    model = make(attention)
+    if "token_type_ids" in asked and not any("PaliGemma" in type(module).__name__ for module in model.modules()):
+        asked = {"attention_mask": PREFIX}
+    with torch.no_grad():
+        want = first(model(IDS, **asked))
+        rewrite_attention(model, methods=["exact"])
+        got = first(model(IDS, **asked))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(first(restore_attention(model)(IDS, **asked)), want)
+
+
+def test_eager_attention_without_a_mask_hides_nothing_whatever_a_module_says_of_itself():
+    model = rewrite_attention(flipped(llama)(), methods=["exact"])
+    with record_sites() as sites:
+        model(IDS)
+    assert {site.mask for site in sites} == {"causal"}
+    restore_attention(model)
+    model = rewrite_attention(flipped(bert)(), methods=["exact"])
+    with record_sites() as sites:
+        model(IDS)
+    assert {site.mask for site in sites} == {"none"}
+
+
+def test_a_model_that_ran_eager_attention_decodes_as_it_did():
+    for make in (paligemma, flipped(llama)):
+        model = make()
+        want = model.generate(IDS, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        rewrite_attention(model, methods=["exact"])
+        got = model.generate(IDS, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        assert torch.equal(got.sequences, want.sequences)
+        for a, b in zip(got.logits, want.logits, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_two_names_bring_each_their_own_back():
+    model = paligemma()
+    want, other = model(IDS).logits, paligemma("sdpa")(IDS).logits
+    assert (want - other).abs().max() > 1e-3  # transformers' own two differ
+    rewrite_attention(model, methods=["exact"])
+    for name, expected in ((NAMES["eager"], want), (NAMES["sdpa"], other), (NAMES["eager"], want)):
+        model.set_attn_implementation("eager")
+        model.set_attn_implementation(name)
+        assert is_rewritten(model)
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ configurations

@@ -3,7 +3,8 @@
 :func:`rewrite_attention` takes the better of two routes for each part of a model; :func:`restore_attention` undoes it.
 
 transformers lets a model choose its attention by name. For such models the name ``"express_compile"`` (an attention
-function *and* a mask function) is registered, and the attention modules of one model instance are pointed to it. What
+function *and* a mask function) is registered, and the attention modules of one model instance are pointed to it; or to
+``"express_compile_eager"``, where the model ran eager attention, for that and sdpa may compute different things. What
 is proven about a mask travels with the mask itself (:class:`ProvenMask`), so models, threads and generate() calls
 cannot mix up each other's facts; a mask that arrives as anything else is a dense tensor. Of that only one thing is
 proven, by its shape: that it is a key padding, the same row for all queries. Of models that have eager attention only
@@ -33,19 +34,20 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ...core import call as calls
 from ...core.method import METHODS
-from ...core.spec import AttentionSpec, Mask, Plan, Policy, default_scale, feature_major, layer_key
+from ...core.plan import Plan
+from ...core.policy import Policy
+from ...core.spec import AttentionSpec, Mask, default_scale, feature_major, layer_key
 from ...report.explain import SiteReport, recorder
 from .. import capture
 from ..module_code import calls_interface, can_import_transformers, depends_on_name, passes
 from ..tracers import cannot_trace, is_exporting
-from .masks import ProvenMask, make_mask, untraced
+from .masks import NAME, NAMES, ProvenMask, make_mask, untraced
 
 if TYPE_CHECKING:
     from ...quality.watch import Shadow
 
 Model = TypeVar("Model", bound=nn.Module)
 
-NAME = "express_compile"
 _SITE = "_express_compile_site"
 _ORIGINALS = "_express_compile_originals"
 _MAX_PLANS = 1024
@@ -110,7 +112,7 @@ def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any
     for path, (module, exact) in sites.items():
         decodes = any(METHODS[name].decodes for name in plans.methods(path))
         eager = calls_interface(type(module)).__globals__.get("eager_attention_forward")
-        given = "sdpa" if module.config._attn_implementation == NAME else module.config._attn_implementation
+        given = _given(module.config)
         setattr(module, _SITE, _Site(path, layer_key(path), exact, given, eager, plans, decodes))
         module.register_forward_pre_hook(_check_in_force)
     if sites:
@@ -160,7 +162,13 @@ def _is_changed(model: nn.Module) -> bool:
 
 
 def _is_in_force(module: nn.Module) -> bool:
-    return _SITE in module.__dict__ and module.config._attn_implementation == NAME
+    return _SITE in module.__dict__ and module.config._attn_implementation in NAMES.values()
+
+
+def _given(config: Any) -> str:
+    """The name of the attention that a configuration asks for, without us: before it was, or would be, rewritten."""
+    name = config._attn_implementation
+    return next((given for given, ours in NAMES.items() if ours == name), name)
 
 
 def _require_module(model: Any) -> None:
@@ -242,7 +250,8 @@ class _Plans:
         return plan
 
     def _by_layer(self, path: str) -> bool:
-        return any(METHODS[name].by_layer for name in self.methods(path))
+        local = self.policy.at(path)
+        return any(METHODS[name].options.by_layer(local.given(name)) for name in self.methods(path))
 
     def methods(self, path: str) -> tuple[str, ...]:
         """The methods that calls of a site may have."""
@@ -382,10 +391,9 @@ def _point_configs(model: nn.Module, sites: dict[str, tuple[nn.Module, str]]) ->
     for original in memo.pop(id(memo), []):  # where deepcopy keeps what it copied
         if isinstance(original, PreTrainedConfig):
             copied = memo[id(original)]
-            if original._attn_implementation == NAME:  # copied from a rewritten model
-                original._attn_implementation_internal = "sdpa"
+            original._attn_implementation_internal = _given(original)  # it may be copied from a rewritten model
             if copied._attn_implementation is not None:
-                copied._attn_implementation_internal = NAME
+                copied._attn_implementation_internal = NAMES.get(_given(original), NAME)
             copies.append(_Copied(original, copied, _state(copied)))
     for module, originals in changes:
         for name, original in originals.items():
@@ -450,7 +458,7 @@ def _check_in_force(module: nn.Module, args: tuple[Any, ...]) -> None:
     name = module.config._attn_implementation
     reason = (
         f"after rewrite_attention the attention of the model was set to {name!r}, which runs instead; "
-        f"rewrite_attention(model, ...) or set_attn_implementation({NAME!r}) rewrites it again"
+        f"rewrite_attention(model, ...) or set_attn_implementation({NAMES.get(site.given, NAME)!r}) rewrites it again"
     )
     if site.plans.policy.strict:
         raise ValueError(f"strict=True: {site.path or '(root)'}: {reason}")
@@ -467,8 +475,9 @@ def _register_interface() -> None:
     # Both or none: with the attention function alone transformers would hand every site mask=None.
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, make_mask)
+    for name in NAMES.values():
+        AttentionInterface.register(name, _attention)
+        AttentionMaskInterface.register(name, make_mask)
 
 
 def _prove(
@@ -483,7 +492,7 @@ def _prove(
     """What is proven about the mask of a call, its padding ``[B, visible]``, and how many leading keys are visible."""
     B, H, Lq, D = query.shape
     H_kv, Lk = key.shape[1], key.shape[2]
-    causal = _is_causal(module, arguments)
+    causal = _is_causal(module, Lq, arguments)
     window = arguments.get("sliding_window")
     unlike = _unlike_sdpa(site, query, arguments)
     if site.exact == "eager" and unlike is None:
@@ -520,7 +529,15 @@ def _prove(
     return Mask(unknown=unknown), None, Lk
 
 
-def _is_causal(module: nn.Module, arguments: dict[str, Any]) -> bool:
+def _is_eager(module: nn.Module) -> bool:
+    """Whether a rewritten module has to compute what eager attention does, for which all is in the mask."""
+    return module.config._attn_implementation == NAMES["eager"]
+
+
+def _is_causal(module: nn.Module, queries: int, arguments: dict[str, Any]) -> bool:
+    """Whether a call hides the future where its mask does not say so."""
+    if queries > 1 and _is_eager(module):
+        return False
     causal = arguments.get("is_causal")
     return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
@@ -649,7 +666,7 @@ def _attend_compiled(
         or site.exact == "eager"
     ):
         return _exact(module, site, query, key, value, attention_mask, arguments)
-    facts = _is_causal(module, arguments), getattr(module, "num_key_value_groups", 1), module.training
+    facts = _is_causal(module, 1, arguments), getattr(module, "num_key_value_groups", 1), module.training
     given = [arguments.get(name) for name in _OF_STEP]
     return _step_in_graph(site.token, query, key, value, attention_mask, *facts, *given), None
 
@@ -674,7 +691,8 @@ def _step_in_graph(
     site = _TRACED[token]
     named = zip(_OF_STEP, given, strict=True)
     arguments = {"is_causal": causal, **{name: x for name, x in named if x is not None}}
-    module = SimpleNamespace(num_key_value_groups=groups, is_causal=causal, training=training)
+    config = SimpleNamespace(_attn_implementation=NAME)  # to one query, eager attention and sdpa are the same
+    module = SimpleNamespace(num_key_value_groups=groups, is_causal=causal, training=training, config=config)
     mask, padding, _ = _prove(module, site, query, key, value, attention_mask, arguments)
     spec = _spec(query, key, value, key.shape[2], mask, arguments)
     from ...planning.choose import Question, answer
@@ -686,7 +704,8 @@ def _step_in_graph(
     given = site.plans.policy.seed
     drawn = _seed(None, query) if given is None else torch.full((), given, dtype=torch.int64, device=query.device)
     seed = _seed_of_step(drawn, spec, arguments)
-    out, _ = METHODS[plan.method].op(query, key, value, padding, seed, spec.scale, site.layer, **plan.params)
+    given = calls.Call(query, key, value, padding, seed, spec.scale, site.layer, options=plan.params)
+    out, _ = given.run(METHODS[plan.method].op)
     return out.transpose(1, 2).contiguous()
 
 
@@ -725,11 +744,11 @@ def _attend(
         return _exact(module, site, query, key, value, attention_mask, arguments)
     seed = _seed_of_step(_seed(site.plans.policy.seed, query), spec, arguments)
     key, value = key[:, :, :visible], value[:, :, :visible]
-    sinks = {"sinks": arguments["s_aux"]} if spec.sinks else {}
-    op = METHODS[plan.method].op
-    out, _ = calls.call(op, query, key, value, padding, seed, spec.scale, site.layer, **plan.params, **sinks)
+    sinks = arguments["s_aux"] if spec.sinks else None
+    given = calls.Call(query, key, value, padding, seed, spec.scale, site.layer, sinks=sinks, options=plan.params)
+    out, _ = calls.call(METHODS[plan.method].op, given)
     if shadow is not None:
-        shadow.sample(plan, spec, query, key, value, padding, out)
+        shadow.sample(plan, spec, given, out)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -765,19 +784,25 @@ def _exact(
     attention_mask: torch.Tensor | None,
     arguments: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' own attention, with exactly the arguments it would have had."""
+    """transformers' own attention, with exactly the arguments it would have had; in place of eager attention sdpa, with
+    arguments that say the same to it."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    eager = _is_eager(module)
+    flag = eager and _is_proven(attention_mask) and attention_mask.proven == Mask(causal=True)
     if isinstance(attention_mask, ProvenMask):
         attention_mask = attention_mask.exact()
     weights = site.given == "eager" and site.eager is not None and wants_weights(module, arguments)
     if site.exact == "sdpa" and not weights and all(arguments.get(name) is None for name in _NEEDS_EAGER):
+        if eager:  # sdpa has faster kernels where no mask but a flag says what is hidden
+            attention_mask = None if flag else _additive(query, key, attention_mask, False)
+            arguments = {**arguments, "is_causal": flag}
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **arguments)
     # sdpa has no soft-cap and no sinks: some versions raise, others silently leave them out
     if site.eager is None:
         raise RuntimeError(f"{site.path!r}: {type(module).__module__} has no eager_attention_forward to fall back to")
     if site.exact == "sdpa" or attention_mask is not None:
-        attention_mask = _additive(query, key, attention_mask, _is_causal(module, arguments))
+        attention_mask = _additive(query, key, attention_mask, _is_causal(module, query.shape[2], arguments))
     return site.eager(module, query, key, value, attention_mask, **arguments)
 
 

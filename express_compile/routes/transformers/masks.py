@@ -2,7 +2,9 @@
 
 transformers builds one mask per forward pass and hands it through the model to every attention module.
 :func:`make_mask` builds it under our name: a :class:`ProvenMask` where transformers asked for plain causal or
-bidirectional attention and sdpa would get a dense mask, and in every other case exactly what sdpa would get.
+bidirectional attention and sdpa would get a dense mask, and in every other case exactly what sdpa would get. A model
+that ran eager attention gets a mask wherever that got one: sdpa may do without and go by ``module.is_causal``, which
+eager attention does not read and models set without regard to it (PaliGemma).
 """
 
 from __future__ import annotations
@@ -15,6 +17,10 @@ from torch import nn
 
 from ...core.spec import Mask
 from ..tracers import is_exporting
+
+NAME = "express_compile"
+# The attention that a model ran before -> the name under which it runs ours, which has to mean the same.
+NAMES = {"sdpa": NAME, "eager": f"{NAME}_eager"}
 
 untraced = torch.compiler.disable(
     reason="a model rewritten by rewrite_attention runs its attention eagerly; to compile it whole, call "
@@ -180,6 +186,8 @@ def make_mask(
         "device": "cpu",
         **rest,
     }
+    if getattr(rest.get("config"), "_attn_implementation", None) == NAMES["eager"]:
+        arguments["allow_is_causal_skip"] = False
     if torch.compiler.is_compiling() and (q_length == 1 or is_exporting()):
         return _sdpa_mask()(**arguments)
     return _make_mask(arguments)

@@ -1,4 +1,4 @@
-"""Plans as plain data: what became of every site of a model, to be followed by another copy of it."""
+"""What was decided: the plan of one site, and plans of all sites as plain data, to be followed by another copy."""
 
 from __future__ import annotations
 
@@ -8,13 +8,45 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from . import local
+from .method import Refusal
 from .plain import canonical, check_plain, from_json, number, renamed, write_whole
-from .spec import AttentionSpec, Plan, Policy, Verdict
+from .rows import Rows, heads
+from .spec import AttentionSpec
 
-_VERSION = 1
+if TYPE_CHECKING:
+    from .policy import Policy
+
+Verdict = Literal["rewritten", "exact", "refused"]
+
+_VERSION = 2
 _SIZES = ("H", "H_kv", "D", "Dv")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decision for one site.
+
+    ``method`` is what will run there (``"exact"`` when nothing else may); ``params`` are the keyword
+    arguments of its op, plain data; ``rows`` are those that every KV head sees, where the method selects such;
+    ``rejected`` holds one :class:`Refusal` for every other method that was
+    considered; ``reason`` is one sentence for the report; ``predicted_ms`` are the times by which it was chosen, of
+    each method, where lengths are known; ``policy`` is the one that decided: that of the site's module, its budget a
+    number where the number of keys is known; ``nearest`` is what would be rewritten in place of a refused site, in
+    words, if that is known.
+    """
+
+    method: str
+    verdict: Verdict
+    reason: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    rejected: tuple[Refusal, ...] = ()
+    predicted_ms: Mapping[str, float] = field(default_factory=dict)
+    nearest: str | None = None
+    policy: Policy | None = field(default=None, repr=False, compare=False)
+    rows: tuple[Rows, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -22,10 +54,11 @@ class SavedSite:
     """The decision for one site. Plain data; nothing in it is trusted, it is all proven again where it is followed.
 
     module, index: which site it is: its module path, and its place among the sites of that module.
-    method, verdict, params: as in :class:`Plan`.
+    method, verdict, params, rows: as in :class:`Plan`. Files of version 1 have no rows, and other params; their
+        options say the same, so both are left empty.
     facts: what it was decided under: ``mask`` (causal, window; offset and key padding may change from call to call)
         and the sizes ``H``, ``H_kv``, ``D`` and ``Dv``.
-    options: the fields of the :class:`Policy` that decided; of its methods this one and "exact".
+    options: those that decided, as one module may have them; of its methods this one and "exact".
 
     Raises ``ValueError`` or ``TypeError`` that name the field, its value and what is allowed.
     """
@@ -37,6 +70,7 @@ class SavedSite:
     params: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    rows: tuple[Rows, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("module", "method", "verdict"):
@@ -54,23 +88,18 @@ class SavedSite:
                 object.__setattr__(self, name, canonical(getattr(self, name)))
             except ValueError as error:
                 raise renamed(name, error) from None
-        self.policy  # noqa: B018 - raises for options that do not exist
-
-    @cached_property
-    def policy(self) -> Policy:
-        """The policy of this site alone: its options, and its method if they name none."""
-        return Policy.for_module({"methods": (self.method,), **self.options})
+        object.__setattr__(self, "rows", heads(self.rows))
+        local.check_all(self.options)
 
     @classmethod
     def from_plan(cls, module: str, index: int, spec: AttentionSpec | None, plan: Plan) -> SavedSite:
         """The entry of a site for which ``plan`` was made; ``spec`` is None where it was refused unseen."""
-        if plan.verdict != "rewritten":
+        if plan.verdict != "rewritten" or spec is None:
             return cls(module, index, plan.method, plan.verdict)
-        policy = plan.policy or Policy(methods=(plan.method,))
-        options = {name: getattr(policy, name) for name in Policy.local_names()}
-        if policy.methods is not None:  # whether exact attention may be chosen decides where the method runs
-            options["methods"] = tuple(name for name in policy.methods if name in (plan.method, "exact"))
-        return cls(module, index, plan.method, plan.verdict, plan.params, facts_of(spec), options)
+        options: dict[str, Any] = {"methods": (plan.method,)} if plan.policy is None else plan.policy.local()
+        if options["methods"] is not None:  # whether exact attention may be chosen decides where the method runs
+            options["methods"] = tuple(name for name in options["methods"] if name in (plan.method, "exact"))
+        return cls(module, index, plan.method, plan.verdict, plan.params, facts_of(spec), options, plan.rows)
 
 
 def facts_of(spec: AttentionSpec) -> dict[str, Any]:
@@ -120,6 +149,8 @@ class SavedPlan:
     def to_json(self) -> str:
         """The plan as JSON. NaN and infinities are written as Python's ``json`` does."""
         sites = [{f.name: getattr(site, f.name) for f in fields(site)} for site in self.sites]
+        for site in sites:
+            site["rows"] = [rows.to_data() for rows in site["rows"]]
         check_plain("sites", sites)
         return json.dumps({"version": _VERSION, "sites": sites}, indent=2)
 
@@ -138,9 +169,10 @@ class SavedPlan:
 
     @classmethod
     def _from_data(cls, data: Any) -> SavedPlan:
-        if not isinstance(data, dict) or data.get("version") != _VERSION or not isinstance(data.get("sites"), list):
+        version, sites = (data.get("version"), data.get("sites")) if isinstance(data, dict) else (None, None)
+        if type(version) is not int or not 1 <= version <= _VERSION or not isinstance(sites, list):
             raise ValueError(f"must be an object with version={_VERSION} and a list of sites, as save() writes it")
-        return cls(tuple(_site(i, entry) for i, entry in enumerate(data["sites"])))
+        return cls(tuple(_site(i, entry, version) for i, entry in enumerate(sites)))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the plan to a file, in one step. Raises ``OSError`` if that cannot be."""
@@ -157,12 +189,13 @@ class SavedPlan:
         return from_json(name, text, lambda data: cls.from_data(data, name))
 
 
-def _site(i: int, entry: Any) -> SavedSite:
-    names = {f.name for f in fields(SavedSite)}
+def _site(i: int, entry: Any, version: int) -> SavedSite:
+    names = {f.name for f in fields(SavedSite)} - ({"rows"} if version == 1 else set())
     if not isinstance(entry, dict) or set(entry) != names:
         found = ", ".join(sorted(entry)) if isinstance(entry, dict) else repr(entry)
         raise ValueError(f"sites[{i}]: {found}; must be an object of {', '.join(sorted(names))}")
     try:
-        return SavedSite(**entry)
+        site = SavedSite(**entry)
     except (TypeError, ValueError) as error:
         raise renamed(f"sites[{i}] ({entry['module']!r})", error) from None
+    return replace(site, params={}) if version == 1 else site

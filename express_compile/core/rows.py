@@ -1,0 +1,82 @@
+"""Which rows a KV head sees: the sources that every causal method of this project selects from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from itertools import groupby
+from typing import Any
+
+from .plain import number, renamed
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the queries of one KV head attend to. A row that two sources hold counts once, exact beats thinned.
+
+    sinks: the first tokens. recent: the last tokens. thinned: s of a coreset of fewer than 6 s rows, each standing for
+    2**m tokens; 0, or a power of two. protected: places for the most distinctive rows, held wherever they are.
+    selected: blocks of 64 keys that are chosen by the query. everything: all tokens, beside which there is no other
+    source.
+
+    Raises ``TypeError`` or ``ValueError`` that name the source, its value and what is allowed.
+    """
+
+    sinks: int = 0
+    recent: int = 0
+    thinned: int = 0
+    protected: int = 0
+    selected: int = 0
+    everything: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.everything, bool):
+            raise TypeError(f"everything={self.everything!r}: must be True or False")
+        for f in fields(self)[:-1]:
+            value = number(f.name, getattr(self, f.name), int)
+            object.__setattr__(self, f.name, value)
+            if value < 0:
+                raise ValueError(f"{f.name}={value!r}: must be a number of rows, 0 or more")
+            if value and self.everything:
+                raise ValueError(f"{f.name}={value!r}: must be 0 beside everything=True")
+        if self.thinned & (self.thinned - 1):
+            raise ValueError(f"thinned={self.thinned!r}: must be 0 or a power of two")
+
+    def __str__(self) -> str:
+        if self.everything:
+            return "everything"
+        parts = [f"{value} {name}" for name, value in asdict(self).items() if value]
+        return " + ".join(part + " blocks" * part.endswith("selected") for part in parts) or "nothing"
+
+    def to_data(self) -> dict[str, Any]:
+        """The sources that there are, for JSON."""
+        return {name: value for name, value in asdict(self).items() if value}
+
+    @classmethod
+    def from_data(cls, data: Any) -> Rows:
+        """The inverse of :meth:`to_data`."""
+        names = [f.name for f in fields(cls)]
+        if not isinstance(data, Mapping) or not set(data) <= set(names):
+            raise TypeError(f"rows={data!r}: must be an object of {', '.join(names)}")
+        return cls(**data)
+
+
+def heads(given: Any) -> tuple[Rows, ...]:
+    """Rows of every KV head from a sequence of them or of their data; errors name the head."""
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+        raise TypeError(f"rows={given!r}: must be a list with an entry for every KV head")
+    found = []
+    for i, x in enumerate(given):
+        try:
+            found.append(x if isinstance(x, Rows) else Rows.from_data(x))
+        except (TypeError, ValueError) as error:
+            raise renamed(f"rows[{i}]", error) from None
+    return tuple(found)
+
+
+def describe(rows: Iterable[Rows]) -> str:
+    """What the KV heads see, in words: equal neighbours once."""
+    groups = [(str(x), len(list(same))) for x, same in groupby(rows)]
+    if len(groups) == 1:
+        return groups[0][0]
+    return ", ".join(f"{n} head{'s' * (n > 1)}: {words}" for words, n in groups)
