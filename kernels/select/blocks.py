@@ -24,8 +24,10 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
+from express_compile.core.call import Call
+
 from ..launch import FLOAT32_DOT, jit, launch, next_power_of_two, require_triton, tl
-from ..op import check_qkv
+from ..op import check_call
 
 KEYS = 64  # keys per block
 NONE = -1  # in place of a block where there are fewer candidates than blocks
@@ -344,7 +346,7 @@ def select_blocks(
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, start: torch.Tensor | None) -> None:
-    check_qkv(query, key, key)
+    check_call(Call(query, key, key, None, None, None, None))
     if 0 in (query.shape[1], query.shape[2]):
         raise ValueError(f"query: shape {tuple(query.shape)}; heads and length must be 1 or more")
     if start is not None and (start.shape != query.shape[:1] or start.dtype != torch.int64):
