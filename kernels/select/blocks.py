@@ -226,18 +226,18 @@ def _score_kernel(
     p_k += i_b * stride_kb + i_kv * stride_kh
     p_lse += i_seq * stride_lse + o_m
     last = tl.max(b_position)
+    least = tl.min(tl.where(o_m < rows, b_position, last))
     for c in range(i_part * COLUMNS, tl.minimum((i_part + 1) * COLUMNS, (last - line) // BN + 1)):
-        o_token = line + c * BN + o_n
-        m_n = (o_token >= 0) & (o_token < Lk)
-        b_k = tl.load(
-            p_k + o_token.to(tl.int64)[:, None] * stride_kn + o_d[None, :],
-            mask=m_n[:, None] & (o_d < D)[None, :],
-            other=0.0,
-        )  # [BN, BD]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT) * scale_log2
-        b_s = tl.where(m_n[None, :] & (o_token[None, :] <= b_position[:, None]), b_s, float("-inf"))  # [BM, BN]
-        b_top = tl.maximum(tl.max(b_s, 1), -1e30)  # not -inf: a hidden column would give inf - inf
-        b_lse = b_top + tl.log2(tl.sum(tl.exp2(b_s - b_top[:, None]), 1))
+        token = line + c * BN
+        o_token = tl.minimum(tl.maximum(token + o_n, 0), Lk - 1).to(tl.int64)
+        p_tile = p_k + o_token[:, None] * stride_kn + o_d[None, :]
+        b_k = tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0) if D < BD else tl.load(p_tile)  # [BN, BD]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT)  # [BM, BN]
+        if (token < 0) | (token + BN - 1 > least):
+            m_s = (token + o_n >= 0)[None, :] & ((token + o_n)[None, :] <= b_position[:, None])
+            b_s = tl.where(m_s, b_s, float("-inf"))
+        b_top = tl.maximum(tl.max(b_s, 1), -1e30) * scale_log2  # not -inf: a hidden column would give inf - inf
+        b_lse = b_top + tl.log2(tl.sum(tl.exp2(b_s * scale_log2 - b_top[:, None]), 1))
         tl.store(p_lse + c * rows, b_lse, mask=m_m)
 
 
@@ -298,6 +298,8 @@ def select_blocks_triton(
     _check(query, key, start)
     if query.dtype == torch.float64:
         raise TypeError(f"query: dtype {query.dtype}; the kernel takes float16, bfloat16 or float32")
+    if scale <= 0:  # the kernel takes the maximum before it scales
+        query, scale = (-query, -scale) if scale else (torch.zeros_like(query), 1.0)
     query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
     (B, H, Lq, D), (H_kv, Lk) = query.shape, key.shape[1:3]
     layout, start = query_blocks(config, Lq, Lk), None if start is None else start.contiguous()
