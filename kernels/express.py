@@ -48,13 +48,14 @@ from .attend.segments import (
     COMPACTED,
     TOKENS,
     SegmentTable,
+    Sources,
     causal_table,
     segment_attention,
     segment_attention_reference,
 )
 from .attend.segments_backward import accumulate_rows, segment_gradients
 from .exact import exact_attention
-from .launch import philox_uniform
+from .launch import Random, philox_uniform
 from .op import at_the_end, define_attention, no_kernel
 from .padding import Packing
 from .select.contest import CONTEST, compete, compete_reference
@@ -292,7 +293,7 @@ def thin_triton(
         stream, places = compete(key, config.sinks, layout.contests, config.protected)
         index[:, :, copied : copied + schedule.tokens] = stream[:, :, : schedule.tokens]
         index[:, :, copied + schedule.tokens :] = places.flatten(2)
-    return index, *thin(key, value, index, schedule, config.sinks, config.rule, scale, seed, layer)
+    return index, *thin(key, value, index, schedule, config.sinks, config.rule, scale, Random(seed, layer))
 
 
 def express_reference(
@@ -313,9 +314,8 @@ def express_reference(
     layout = make_layout(config, query.shape[2], key.shape[2])
     with torch.no_grad():
         index = thin_reference(key, value, layout, scale, seed, layer)
-    return segment_attention_reference(
-        query, key, value, gather_rows(key, index), gather_rows(value, index), layout.table, scale
-    )
+    sources = Sources(key, value, gather_rows(key, index), gather_rows(value, index))
+    return segment_attention_reference(query, sources, layout.table, scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -335,8 +335,8 @@ def _prefill(
         return express_reference(query, key, value, config, scale, seed, layer)
     layout = make_layout(config, query.shape[2], key.shape[2])
     index, keys, values = thin_triton(key, value, layout, scale, seed, layer)
-    behind = index if config.protected else None
-    return segment_attention(query, key, value, keys, values, layout.table, scale, behind)
+    sources = Sources(key, value, keys, values, index if config.protected else None)
+    return segment_attention(query, sources, layout.table, scale)
 
 
 def select_rows(
@@ -358,7 +358,8 @@ def _backward(call: Call, config: Express, grad: torch.Tensor, out: torch.Tensor
     query, key, value = call.query, call.key, call.value
     layout = make_layout(config, call.Lq, call.Lk)
     index, *compacted = select_rows(key, value, layout, call.scale, call.seed, call.layer)
-    gradients = segment_gradients(grad, query, key, value, *compacted, out, lse, layout.table, call.scale)
+    sources = Sources(key, value, *compacted)
+    gradients = segment_gradients(grad, query, sources, out, lse, layout.table, call.scale)
     d_query, d_key, d_value, *d_compacted = gradients
     for target, part in zip((d_key, d_value), d_compacted, strict=True):
         accumulate_rows(target, index, part)
@@ -419,8 +420,8 @@ def _express_backward_body(call: Call, grad: torch.Tensor, out: torch.Tensor, ls
         if whole:
             short = (pad.length < whole)[:, None, None, None]
             grad, out, lse, *first = (x[:, :, : whole - 1] for x in (grad, out, lse, *packed))
-            table, nothing = causal_table(whole - 1, whole - 1), (x[:, :, :0] for x in packed[1:])
-            exact = segment_gradients(grad, *first, *nothing, out, lse[..., 0], table, scale)
+            (q, k, v), table = first, causal_table(whole - 1, whole - 1)
+            exact = segment_gradients(grad, q, Sources.tokens(k, v), out, lse[..., 0], table, scale)
             for x, own in zip(grads, exact, strict=False):
                 x.copy_(torch.where(short, torch.nn.functional.pad(own, (0, 0, 0, x.shape[2] - whole + 1)), x))
         grads = tuple(pad.unpack(g, x.shape[2]) for g, x in zip(grads, inputs, strict=True))

@@ -10,37 +10,83 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 try:
     import triton
-    import triton.language as tl
+    from triton import language
+    from triton.tools import tensor_descriptor
 except ImportError:  # no Triton on this platform: the references still work, a launch raises require_triton's error
-    triton = None
-    tl = None
+    triton = language = tensor_descriptor = None
+
+tl: Any = language
+TensorDescriptor: Any = getattr(tensor_descriptor, "TensorDescriptor", None)
+
+
+def constexpr(x: Any) -> Any:
+    """``tl.constexpr``, which a global constant has to be for kernels, or ``x`` where Triton is not installed."""
+    return x if tl is None else tl.constexpr(x)
 
 
 # Products of float32 tiles on tensor cores: each factor is split into three bfloat16. On an H200 attention (D = 64)
 # erred by 2.0e-7 and took 0.32 ms; by 5.1e-7 and 1.60 ms with "ieee", which the interpreter takes instead. With
 # "tf32x3" Triton 3.6 reads illegal memory at D = 128. Other dtypes do not look at it.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-FLOAT32_DOT = None if tl is None else tl.constexpr("ieee" if _INTERPRETED else "bf16x6")
+FLOAT32_DOT = constexpr("ieee" if _INTERPRETED else "bf16x6")
 
 
 def jit(fn: Callable | None = None, *, general: str = "") -> Any:
     """``triton.jit``, or the plain function where Triton is not installed.
 
     ``general`` names arguments, separated by spaces, for whose values no kernel of their own is compiled: counts
-    that follow the length of the sequence.
+    that follow the length of the sequence. In a tuple it means every integer; only :func:`launch` sees to that.
     """
     if fn is None:
         return functools.partial(jit, general=general)
     return fn if triton is None else triton.jit(fn, do_not_specialize=general.split())
+
+
+class Strided(NamedTuple):
+    """A tensor ``[B, H, n, D]`` as an argument of a kernel: its memory and strides; that of D is 1."""
+
+    p: Any
+    b: Any
+    h: Any
+    n: Any
+
+
+def strided(x: torch.Tensor | None) -> Strided:
+    """``x`` ``[B, H, n, D]`` or ``[B, H, n]``, copied unless its last stride is 1, as an argument of a kernel."""
+    if x is None:
+        return Strided(None, 0, 0, 0)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return Strided(x, *x.stride()[:3])
+
+
+class Random(NamedTuple):
+    """The key of a stream of random numbers: ``seed``, 0-dim int64 on the device, and the layer."""
+
+    seed: Any
+    layer: Any
+
+
+class Widths(NamedTuple):
+    """Columns of keys and of values, and of the tiles that hold them: constants of a kernel."""
+
+    D: int
+    DV: int
+    BD: int
+    BDV: int
+
+    @classmethod
+    def of(cls, key: torch.Tensor, value: torch.Tensor) -> Widths:
+        D, Dv = key.shape[-1], value.shape[-1]
+        return cls(D, Dv, *(max(16, next_power_of_two(x)) for x in (D, Dv)))
 
 
 _compiled: dict[tuple, tuple[Any, list]] = {}
@@ -48,13 +94,54 @@ _recent: dict[tuple, tuple[Any, list]] = {}  # the same by values, which is foun
 _RECENT = 4096
 
 
-def _kind(x: Any) -> Any:
+def _values(args: Iterable, found: list) -> list:
+    """What tells apart the arguments of two launches: numbers, and what memory is like. This is called often."""
+    for x in args:
+        kind = type(x)
+        if kind is torch.Tensor:
+            found += (x.dtype, x.data_ptr() % 16)
+        elif kind is Strided and x.p is not None:
+            found += (x.p.dtype, x.p.data_ptr() % 16, x[1:])
+        elif kind is int or isinstance(x, tuple) and type(x[0]) is int:
+            found.append(x)
+        elif x is None or kind is float:
+            found.append(kind)
+        elif kind is TensorDescriptor:
+            found += (x.base.dtype, *x.block_shape)
+        elif isinstance(x, tuple):
+            _values(x, found)
+        else:
+            found.append(_kind(x))
+    return found
+
+
+def _kind(x: Any, general: bool = False) -> Any:
     """What a kernel may be compiled for: the dtype and alignment of a tensor, the divisibility of an integer."""
     if isinstance(x, torch.Tensor):
         return x.dtype, x.data_ptr() % 16
+    if isinstance(x, tuple):
+        return tuple(_kind(y, general) for y in x)
     if isinstance(x, int):
-        return (x == 1) + 2 * (x % 16 == 0) + 4 * (x >= 1 << 31)
-    return (x.base.dtype, *x.block_shape) if hasattr(x, "block_shape") else type(x)
+        return x >= 1 << 31 if general else (x == 1) + 2 * (x % 16 == 0) + 4 * (x >= 1 << 31)
+    return (x.base.dtype, *x.block_shape) if type(x) is TensorDescriptor else type(x)
+
+
+def stand_in(x: Any, general: bool) -> Any:
+    """``x`` for the compiler, which would make much of 1 and of multiples of 16 in a tuple, ``general`` or not."""
+    if isinstance(x, tuple):
+        parts = (stand_in(y, general) for y in x)
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    return (3 if x < 1 << 31 else (1 << 31) + 3) if general and type(x) is int else x
+
+
+def _device(args: Iterable) -> torch.device:
+    """That of the first tensor; the first tuple has one in it if none comes before."""
+    for x in args:
+        if isinstance(x, torch.Tensor):
+            return x.device
+        if isinstance(x, tuple):
+            return _device(x)
+    raise TypeError("a kernel needs a tensor")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -62,22 +149,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
     Finds the compiled kernel again in a fraction of the time that Triton takes, which exceeds that of many kernels.
     """
-    device = next(x for x in args if isinstance(x, torch.Tensor)).device
+    device = _device(args)
     if device.type != "cuda" or not isinstance(kernel, triton.JITFunction):
         kernel[grid](*args, **options)
         return
     with torch.cuda.device(device) if device.index != torch.cuda.current_device() else contextlib.nullcontext():
-        values = [x if type(x) is int else _kind(x) for x in args]
-        recent = (kernel.fn, device.index, *options.values(), *values)
+        recent = tuple(_values(args, [kernel.fn, device.index, *options.values()]))
         found = _recent.get(recent)
         if found is None:
-            general = [parameter.do_not_specialize for parameter in kernel.params]
-            kinds = [x >= 1 << 31 if free else _kind(x) for x, free in zip(args, general, strict=False)]
+            free = [parameter.do_not_specialize for parameter in kernel.params]
+            kinds = [_kind(x, general) for x, general in zip(args, free, strict=False)]
             key = (kernel.fn, device.index, *options.values(), *kinds)
             if key not in _compiled:
-                names = kernel.arg_names[len(args) :]
-                _compiled[key] = kernel[grid](*args, **options), [options[name] for name in names]
-                return
+                compiled = kernel.warmup(*map(stand_in, args, free), grid=grid, **options)
+                _compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(args) :]]
             if len(_recent) == _RECENT:
                 _recent.clear()
             found = _recent[recent] = _compiled[key]
@@ -159,3 +244,19 @@ def draw_uniform(seed, layer, draw, bucket, stage, head):
     zero = draw * 0
     bits, _, _, _ = tl.philox(key, draw, zero + bucket, zero + stage, zero + head)
     return (bits.to(tl.uint32, bitcast=True) >> 8).to(tl.float32) * 5.9604644775390625e-08
+
+
+@jit
+def sequence(x, i_b, i_h):
+    """Where the rows of one head begin, and the stride from one to the next."""
+    return x.p + (i_b.to(tl.int64) * x.b + i_h.to(tl.int64) * x.h), x.n
+
+
+@jit
+def load_rows(p_x, stride, o_row, m_row, D: tl.constexpr, BD: tl.constexpr):
+    """Rows ``[N, BD]``, 0 where ``m_row`` is false and behind the D columns."""
+    o_d = tl.arange(0, BD)
+    m = m_row[:, None]
+    if D != BD:
+        m = m & (o_d < D)[None, :]
+    return tl.load(p_x + o_row.to(tl.int64)[:, None] * stride + o_d[None, :], mask=m, other=0.0)

@@ -40,11 +40,11 @@ from express_compile.core.plain import number
 from express_compile.core.policy import Policy
 from express_compile.core.spec import AttentionSpec, floor_power_of_two, known_equal
 
-from .attend.segments import dense_table, segment_attention
+from .attend.segments import Sources, dense_table, segment_attention
 from .attend.segments_backward import accumulate_rows, segment_gradients
 from .exact import exact_attention
 from .express import MIN_QUERIES, gather_rows, halve_all_reference
-from .launch import draw_uniform, jit, launch, philox_uniform, require_triton, tl
+from .launch import Random, draw_uniform, jit, launch, philox_uniform, require_triton, tl
 from .op import define_attention, no_kernel
 from .padding import real_first
 from .select.halving import RULE, HalvingRule, get_rule
@@ -106,15 +106,14 @@ def stretch_reference(
     return rank if order is None else order[:, None].expand(-1, H, -1).gather(2, rank)
 
 
-@jit(general="H Lk n s bits A stride_b")
-def _stretch_kernel(
-    p_index, p_order, p_length, p_seed, layer, stage, H, Lk, n, s, bits, A, stride_b, BLOCK: tl.constexpr
-):  # fmt: skip
+@jit(general="random sizes")
+def _stretch_kernel(p_index, p_order, p_length, random, stage, sizes, BLOCK: tl.constexpr):
     """:func:`stretch_reference` into the entries of ``p_index`` behind the first A."""
+    H, Lk, n, s, bits, A = sizes
     i_seq = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_seq // H, i_seq % H
     o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b_u = draw_uniform(tl.load(p_seed), layer, o_n * 0, 0, stage, i_h.to(tl.int32))
+    b_u = draw_uniform(tl.load(random.seed), random.layer, o_n * 0, 0, stage, i_h.to(tl.int32))
     length, shift, last = Lk.to(tl.int64), 0, n - 1
     if p_length is not None:
         length = tl.load(p_length + i_b)
@@ -126,7 +125,7 @@ def _stretch_kernel(
     b_rank = (b_product >> bits) + (b_rest >> (24 + bits))
     b_rank = tl.minimum(b_rank, tl.maximum(length - 1, 0))
     if p_order is not None:
-        b_rank = tl.load(p_order + i_b * stride_b + b_rank, mask=o_n < n, other=0)
+        b_rank = tl.load(p_order + i_b * Lk + b_rank, mask=o_n < n, other=0)
     tl.store(p_index + i_seq * (A + n) + A + o_n, b_rank.to(tl.int32), mask=o_n < n)
 
 
@@ -166,14 +165,14 @@ def _thin_triton(
     """:func:`_thin_reference` with the kernels."""
     require_triton()
     (B, H, Lk), n, s, (order, length) = key.shape[:3], schedule.tokens, schedule.s, padded or (None, None)
-    A, stretched = schedule.size - n, order is not None or Lk != n
+    random, A, stretched = Random(seed, layer), schedule.size - n, order is not None or Lk != n
     index = torch.empty(B, H, A + n * stretched, dtype=torch.int32, device=key.device)
     if stretched:
         launch(_stretch_kernel, (-(-n // 1024), B * H),
-            index, order, length, seed, layer, stage(0, STRETCH), H, Lk, n, s, n.bit_length() - 1, A, Lk,
+            index, order, length, random, stage(0, STRETCH), (H, Lk, n, s, n.bit_length() - 1, A),
             BLOCK=1024, num_warps=4,
         )  # fmt: skip
-    keys, values = thin(key, value, index, schedule, 0, rule, scale, seed, layer)
+    keys, values = thin(key, value, index, schedule, 0, rule, scale, random)
     return index.narrow(2, A - s, s), keys.narrow(2, A - s, s), values.narrow(2, A - s, s)
 
 
@@ -269,7 +268,7 @@ def _body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     if lengths is None and query.is_cuda:
         return exact_attention(query, k, v, call.scale, causal=False)
     table = dense_table(call.Lq, k.shape[2])
-    return segment_attention(query, k[:, :, :0], v[:, :, :0], k, v, table, call.scale, lengths=lengths)
+    return segment_attention(query, Sources.compacted(k, v, lengths), table, call.scale)
 
 
 def _backward_body(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -277,8 +276,8 @@ def _backward_body(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch
     query, (index, k, v, lengths) = call.query, _select(call)
     if lengths is not None:  # queries without any key have probabilities of 0 everywhere
         lse = lse.masked_fill(lse.isneginf(), math.inf)
-    table, nothing = dense_table(call.Lq, k.shape[2]), (k[:, :, :0], v[:, :, :0])
-    d_query, _, _, *parts = segment_gradients(grad, query, *nothing, k, v, out, lse, table, call.scale)
+    table, sources = dense_table(call.Lq, k.shape[2]), Sources.compacted(k, v)
+    d_query, _, _, *parts = segment_gradients(grad, query, sources, out, lse, table, call.scale)
     grads = [d_query.to(query.dtype)]
     for x, part in zip((call.key, call.value), parts, strict=True):
         if lengths is not None:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
+from ..core.sites import NOT_MATCHED
 from ..core.spec import AttentionSpec, Mask, default_scale, known_equal
 from . import near, softmax
 from .buffers import Buffers
@@ -31,7 +32,6 @@ from .place import Place, module_path
 from .repeat import unrepeated
 from .scale import unscaled
 from .site import (
-    NOT_MATCHED,
     AttentionSite,
     Emit,
     Operand,

@@ -26,6 +26,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.source import GlobalStateSource, LocalSource
+from torch._dynamo.symbolic_convert import tls
 from torch.fx import GraphModule, Node
 
 _PATHS = "express_compile_paths"
@@ -259,9 +262,6 @@ class Place:
         context, tx = torch._guards.TracingContext.try_get(), _translator()
         if context is None or tx is None or tx.one_graph or self.root is None:
             return
-        from torch._dynamo.guards import GuardBuilder
-        from torch._dynamo.source import GlobalStateSource, LocalSource
-
         guards = context.guards_context.dynamo_guards
         if self.local is not None:  # cheap, and says no first
             guards.add(torch._guards.Guard(LocalSource(self.local, is_input=True), GuardBuilder.ID_MATCH))
@@ -297,8 +297,6 @@ def _is_code_of(code: CodeType, callee: Any) -> bool:
 
 
 def _translator() -> Any:
-    from torch._dynamo.symbolic_convert import tls
-
     return getattr(tls, "current_tx", None)
 
 

@@ -151,9 +151,9 @@ def _replace(site: AttentionSite, decision: Plan, policy: Policy, seeds: dict[st
         if _layout_matters(node):
             out = _with_layout_of(graph, out, node)
         out = _to_be_written(graph, out, site)
-    for key, value in node.meta.items():
-        if key != "example_value":
-            out.meta.setdefault(key, value)
+    for name, fact in node.meta.items():
+        if name != "example_value":
+            out.meta.setdefault(name, fact)
     node.replace_all_uses_with(out)
     dead = list(node.all_input_nodes)
     graph.erase_node(node)

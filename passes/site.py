@@ -26,7 +26,6 @@ Expand = Callable[[Emit], tuple[Node, Node]]
 Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 """A call ``(function, args, kwargs)`` of a tensor, which comes before ``args``."""
 
-NOT_MATCHED = "not matched"  # the form of attention that is seen and not read
 PADDED = "a padded batch with a key padding"
 
 

@@ -35,8 +35,8 @@ from express_compile.core.method import Method, Refusal, register
 from express_compile.core.policy import Policy
 from express_compile.core.spec import AttentionSpec, Mask, Site, known_equal
 from express_compile.passes.match import find_sites
+from express_compile.passes.pipeline import plan_sites
 from express_compile.passes.rewrite import rewrite
-from express_compile.planning.choose import plan_sites
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 PROGRAMS = int(os.environ.get("FUZZ_PROGRAMS", 10_000 if NIGHTLY else 220))
@@ -95,7 +95,7 @@ def _params(site: Site, policy: Policy) -> dict[str, Any]:
     return {"causal": mask.causal, "offset": offset, "window": mask.window or 0}
 
 
-register(Method("proven", "what is proven", "every proven mask", "the rest", _refuse, _params))
+register(Method("proven", "what is proven", "every proven mask", "the rest", refuse=_refuse, params=_params))
 
 # short sequences are exact with Express (up to 4 * budget keys) and with Thinformer (up to budget)
 POLICIES = {

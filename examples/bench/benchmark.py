@@ -22,6 +22,12 @@ and of the latter only those features that the query needs, whose share is in th
 ``--sparse`` measures Sparse Transformer attention, forward and with its gradients (jobs ``sparse_fixed``,
 ``sparse_strided`` and these with ``_train``) at its default stride. With ``--flex`` the number ``flex`` in
 ``params`` is FlexAttention with the same pattern, in ms, at 32,768 tokens.
+
+    python examples/bench/benchmark.py --window --out examples/bench/results/speed.csv      # GPU: only this, a minute
+    python examples/bench/benchmark.py --window --lengths 1024 --heads 4 2 --head-size 32     # a taste, also on a CPU
+
+``--window`` measures what anybody could do without this package, at as many rows as Express sees: FlexAttention over
+the first tokens and the last ones (job and method ``window``), beside the two settings of Express.
 """
 
 from __future__ import annotations
@@ -41,7 +47,12 @@ from express_compile.kernels import express as E
 from express_compile.kernels import thinformer as T
 from express_compile.kernels.attend.bernoulli import feature_probability, round_query
 from express_compile.kernels.attend.sampled import santa_triton
-from express_compile.kernels.attend.segments import dense_table, segment_attention_backward, segment_attention_reference
+from express_compile.kernels.attend.segments import (
+    Sources,
+    dense_table,
+    segment_attention_backward,
+    segment_attention_reference,
+)
 from express_compile.kernels.attend.segments_backward import accumulate_rows_reference
 from express_compile.kernels.exact import exact_attention
 from express_compile.kernels.padding import Packing
@@ -115,9 +126,10 @@ def check(q, k, v, out, config: E.Express) -> tuple[float, float]:
     table, worst, allowed = layout.table, 0.0, 0.0
     for block in {0, len(table.tail) // 2, len(table.tail) - 1}:
         own, one = table.of_block(block, Lq)
-        part = (q[:, :, own], k, v, *compacted)
-        truth, _ = segment_attention_reference(*(x.double() for x in part), one, scale)
-        reference, _ = segment_attention_reference(*part, one, scale)
+        part = Sources(k, v, *compacted)
+        exact = Sources(*(x.double() for x in part.buffers))
+        truth, _ = segment_attention_reference(q[:, :, own].double(), exact, one, scale)
+        reference, _ = segment_attention_reference(q[:, :, own], part, one, scale)
         worst = max(worst, ((out[:, :, own] - truth).norm() / truth.norm()).item())
         allowed = max(allowed, 2 * ((reference - truth).norm() / truth.norm()).item())
     return worst, allowed
@@ -137,7 +149,7 @@ def check_gradients(q, k, v, policy: Policy) -> tuple[float, float]:
     gradients = []
     for dtype in (torch.float64, q.dtype):
         leaves = [x.detach().to(dtype) for x in (q, k, v)]
-        rows = (*leaves, *(E.gather_rows(x, index) for x in leaves[1:]))
+        rows = leaves[0], Sources(*leaves[1:], *(E.gather_rows(x, index) for x in leaves[1:]))
         result = segment_attention_reference(*rows, layout.table, scale)
         d_query, *parts = segment_attention_backward(grad.to(dtype), *rows, *result, layout.table, scale)
         for target, part in zip(parts[:2], parts[2:], strict=True):
@@ -253,13 +265,13 @@ def check_rows(q, k, v, out, policy: Policy, padding: torch.Tensor | None) -> tu
     s, rule = T.rows_kept(k.shape[2], **options), T.get_rule(options["halving"], options["flatten"])
     _, keys, values, lengths = T.select(k, v, padding, s, rule, scale, seed, LAYER)
     q, out = (x[:, :, x.shape[2] // 2 :][:, :, :512] for x in (q, out))
-    table, nothing = dense_table(q.shape[2], keys.shape[2]), keys[:, :, :0]
+    table = dense_table(q.shape[2], keys.shape[2])
 
-    def attend(q, none, keys, values):
-        return segment_attention_reference(q, none, none, keys, values, table, scale, lengths=lengths)[0]
+    def attend(q, keys, values):
+        return segment_attention_reference(q, Sources.compacted(keys, values, lengths), table, scale)[0]
 
-    truth = attend(*(x.double() for x in (q, nothing, keys, values)))
-    reference = attend(q, nothing, keys, values)
+    truth = attend(*(x.double() for x in (q, keys, values)))
+    reference = attend(q, keys, values)
     return ((out - truth).norm() / truth.norm()).item(), 2 * ((reference - truth).norm() / truth.norm()).item()
 
 
@@ -445,8 +457,187 @@ def random_tensors(B: int, H: int, H_kv: int, Lq: int, Lk: int, D: int, device: 
     return [torch.randn(B, h, n, D, device=device, dtype=dtype) for h, n in ((H, Lq), (H_kv, Lk), (H_kv, Lk))]
 
 
+def window_of(rows: int, sinks: int, n: int, device: torch.device) -> Callable:
+    """FlexAttention over the first ``sinks`` tokens and the last ones, ``rows`` in all, compiled on a GPU."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(b, h, i, j):
+        return (i >= j) & ((i - j < rows - sinks) | (j < sinks))
+
+    on_gpu = torch.device(device).type == "cuda"
+    make, attend = (
+        (torch.compile(create_block_mask), torch.compile(flex_attention, dynamic=False))
+        if on_gpu
+        else (create_block_mask, flex_attention)
+    )
+    mask = make(seen, None, None, n, n, device=str(device))
+    return lambda q, k, v: attend(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def window(tensors, rows: int, sinks: int, opponents: dict[str, float], clock: Clock, repeats: int) -> dict:
+    """What a user could do without us, at as many rows as Express sees; checked on three blocks of queries."""
+    q, k, v = tensors
+    n = q.shape[2]
+    attend = window_of(rows, sinks, n, q.device)
+    out, peak = peak_of(lambda: attend(q, k, v), out_and_lse)
+    worst, allowed = 0.0, 0.0
+    for stop in {min(n, 700), n // 2 + 3, n}:
+        own = slice(max(0, stop - 64), stop)
+        i, j = torch.arange(stop, device=q.device)[own, None], torch.arange(stop, device=q.device)
+        mask = (i >= j) & ((i - j < rows - sinks) | (j < sinks))
+        part = (q[:, :, own], k[:, :, :stop], v[:, :, :stop])
+        truth, reference = (
+            F.scaled_dot_product_attention(*(x.to(dtype) for x in part), attn_mask=mask, enable_gqa=True)
+            for dtype in (torch.float64, q.dtype)
+        )
+        worst = max(worst, relative(out[:, :, own], truth))
+        allowed = max(allowed, 2 * relative(reference, truth))
+    times = clock(lambda: attend(q, k, v), repeats)
+    return row_of(Policy(budget=rows), times, opponents, (worst, allowed), method="window", job="window",
+                  params=dict(sinks=sinks, rows=rows), peak_mb=peak)  # fmt: skip
+
+
+class Bench:
+    """One run of the command: its arguments, the machine, and the rows so far."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.on_gpu = args, torch.cuda.is_available()
+        self.device, self.dtype = ("cuda", torch.bfloat16) if self.on_gpu else ("cpu", torch.float32)
+        self.common = {**run_of(args.commit), **versions()}
+        self.clock, self.rows = Clock(self.device), []
+
+    def tensors(self, B: int, Lq: int, Lk: int, H_kv: int | None = None) -> list[torch.Tensor]:
+        H, own = self.args.heads
+        return random_tensors(B, H, H_kv or own, Lq, Lk, self.args.head_size, self.device, self.dtype)
+
+    def repeats(self, n: int, few_from: int = 200_000, few: int = 2) -> int:
+        """Seconds per exact call at half a million tokens: fewer repeats there."""
+        return self.args.repeats if n < few_from else few
+
+    def add(self, q: torch.Tensor, k: torch.Tensor, row: dict) -> None:
+        shape = dict(B=q.shape[0], H=q.shape[1], H_kv=k.shape[1], Lq=q.shape[2], Lk=k.shape[2], D=q.shape[3])
+        dtype = str(q.dtype).removeprefix("torch.")
+        self.rows.append({**self.common, **shape, "Dv": q.shape[3], "dtype": dtype, **row})
+        if self.args.out:
+            append(self.args.out, SPEED_COLUMNS, self.rows[-1:])
+
+    def bernoulli(self) -> None:
+        shapes = BERNOULLI if self.on_gpu else [(1, n, self.args.heads[1]) for n in self.args.lengths]
+        for B, n, heads in track(shapes, description="bernoulli"):
+            q, k, v = self.tensors(B, 1, n, heads)
+            for name, query in bernoulli_queries(q).items():
+                for row in bernoulli_rows(query, k, v, 128, self.clock, 15, query=name):
+                    self.add(query, k, row)
+
+    def sparse(self) -> None:
+        for n in track(self.args.lengths, description="sparse"):
+            tensors = [x.requires_grad_() for x in self.tensors(1, n, n)]
+            grad, repeats = torch.randn_like(tensors[0]), self.repeats(n, 100_000, 3)
+            with torch.no_grad():
+                opponents = {"": exact_times(*tensors, self.clock, repeats)}
+            opponents["_train"] = exact_times(*tensors, self.clock, repeats, grad)
+            flex = self.args.flex and n == 32768
+            for kind in ("fixed", "strided"):
+                pattern = Pattern(kind, default_stride(n), min(32, default_stride(n)))
+                for row in sparse_rows(tensors, pattern, grad, opponents, self.clock, repeats, flex):
+                    self.add(*tensors[:2], row)
+
+    def window(self) -> None:
+        """The two settings of Express with protected rows, and FlexAttention over as many rows, in one run."""
+        for n in track(self.args.lengths, description="window"):
+            tensors, repeats = self.tensors(1, n, n), self.repeats(n)
+            opponents = exact_times(*tensors, self.clock, repeats)
+            for policy in SETTINGS[-2:]:
+                rows = round(float(E.rows_seen(policy, n)[n // 4 :].mean()))
+                self.add(*tensors[:2], prefill(policy, opponents, tensors, self.clock, repeats))
+                self.add(
+                    *tensors[:2], window(tensors, rows, policy.of("express").sinks, opponents, self.clock, repeats)
+                )
+
+    def everything(self) -> None:
+        settings = SETTINGS[: self.args.settings]
+        if self.args.others:
+            self.others(self.args.others, [settings[0], settings[-1]])
+        self.prefills(settings)
+        self.encodes()
+        self.decodes()
+
+    def others(self, n: int, policies: list[Policy]) -> None:
+        """A chunk of a prefill, a padded batch, forward and backward."""
+        clock, repeats = self.clock, self.args.repeats
+        chunk, batch, whole = self.tensors(1, n // 8, n), self.tensors(3, n, n), self.tensors(1, n, n)
+        opponents = exact_times(*chunk, clock, repeats)
+        for policy in policies:
+            self.add(*chunk[:2], prefill(policy, opponents, chunk, clock, repeats, chunk="last"))
+            self.add(*batch[:2], padded(policy, batch, [n, n - n // 3, n - 17], clock, repeats))
+            self.add(*whole[:2], train(policy, whole, clock, repeats))
+
+    def graphs(self, n: int) -> list[dict[str, int]]:
+        """Launched one by one, and where that takes as long as computing also as a CUDA graph."""
+        return [{}, {"graph": 1}] if self.on_gpu and n <= GRAPH_UP_TO else [{}]
+
+    def prefills(self, settings: list[Policy]) -> None:
+        for n in track(self.args.lengths, description="lengths"):
+            tensors, repeats = self.tensors(1, n, n), self.repeats(n)
+            for graph in self.graphs(n):
+                opponents = exact_times(*tensors, self.clock, repeats, graph=bool(graph))
+                for policy in settings:
+                    self.add(*tensors[:2], prefill(policy, opponents, tensors, self.clock, repeats, **graph))
+
+    def encodes(self) -> None:
+        clock, repeats = self.clock, self.args.repeats
+        for n in track(self.args.encode, description="encode"):
+            tensors = self.tensors(1, n, n)
+            for graph in self.graphs(n):
+                opponents = exact_times(*tensors, clock, repeats, graph=bool(graph), causal=False)
+                for policy in ENCODERS:
+                    self.add(*tensors[:2], encode(policy, opponents, tensors, clock, repeats, **graph))
+        if not self.args.encode or not self.on_gpu:
+            return
+        n = self.args.encode[-1] // 4  # any length, padding, fewer queries than keys, and the published code's setting
+        stretched, batch = self.tensors(1, n - n // 5, n - n // 5), self.tensors(2, n, n)
+        cross = self.tensors(1, n // 4, n)
+        published = random_tensors(1, 8, 8, 16384, 16384, 64, self.device, torch.float32)
+        g = Policy(method_options={"thinformer": {"g": 2}})
+        for policy, tensors, lengths in [
+            (ENCODERS[0], stretched, ()),
+            (ENCODERS[0], batch, (n, n - n // 3)),
+            (ENCODERS[0], cross, ()),
+            (g, published, ()),
+        ]:
+            keys = tensors[1].shape[2]
+            s = T.rows_kept(keys, **METHODS["thinformer"].params(Site(), policy))
+            for graph in ({}, {"graph": 1})[: 1 + (policy is g)]:
+                each = lengths or [keys] * len(tensors[0])
+                opponents = without_padding(tensors, each, clock, repeats, causal=False, graph=bool(graph))
+                row = encode(policy, opponents, tensors, clock, repeats, lengths, **graph)
+                self.add(*tensors[:2], {**row, "s": s})
+
+    def decodes(self) -> None:
+        opponents: dict[tuple[int, int], dict[str, float]] = {}
+        for B, n, S in track(DECODE[: self.args.decode if self.on_gpu else 0], description="decode"):
+            if (B, n) not in opponents:
+                tensors = self.tensors(B, 1, n)
+                tensors[0] *= 2  # scores of standard deviation 2: neither flat nor a single key
+                opponents[B, n] = exact_times(*tensors, self.clock, 15, graph=True, causal=False)
+                # two sequences in float64 are enough, and all that fits
+                truth = F.scaled_dot_product_attention(*(x[:2].double() for x in tensors), enable_gqa=True)
+            self.add(*tensors[:2], decode(tensors, S, truth, opponents[B, n], self.clock, 15))
+
+
+PARTS: dict[str, tuple[Callable[[Bench], None], str]] = {
+    "bernoulli": (Bench.bernoulli, "B H_kv Lk params ms_p50 opponent opponent_ms_p50 speedup error"),
+    "sparse": (Bench.sparse, "job Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb"),
+    "window": (Bench.window, "method Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb"),
+    "everything": (
+        Bench.everything,
+        "job dtype B Lq Lk s params ms_p50 opponent opponent_ms_p50 speedup error peak_mb",
+    ),
+}
+"""What the command measures, and the columns that it shows of it."""
+
+
 def main() -> None:
-    on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192, 16384, 24576, 32768, 131072, 524288])
     parser.add_argument("--settings", type=int, default=99, help="only the first settings")
@@ -461,103 +652,15 @@ def main() -> None:
     parser.add_argument("--sparse", action="store_true", help="measure only Sparse Transformer attention; --lengths "
                         "count")  # fmt: skip
     parser.add_argument("--flex", action="store_true", help="with --sparse: FlexAttention too, at 32,768 tokens")
+    parser.add_argument("--window", action="store_true", help="measure only Express beside FlexAttention over sinks "
+                        "and a window of as many rows; --lengths count")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=7)
     add_arguments(parser)
     args = parser.parse_args()
-
-    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    (H, H_kv), D = args.heads, args.head_size
-    common = {**run_of(args.commit), **versions()}
-    clock, rows = Clock(device), []
-
-    def add(q, k, row: dict) -> None:
-        shape = dict(B=q.shape[0], H=q.shape[1], H_kv=k.shape[1], Lq=q.shape[2], Lk=k.shape[2], D=q.shape[3])
-        rows.append({**common, **shape, "Dv": q.shape[3], "dtype": str(q.dtype).removeprefix("torch."), **row})
-        if args.out:
-            append(args.out, SPEED_COLUMNS, rows[-1:])
-
-    if args.bernoulli:
-        shapes = BERNOULLI if on_gpu else [(1, n, H_kv) for n in args.lengths]
-        for B, n, heads in track(shapes, description="bernoulli"):
-            q, k, v = random_tensors(B, H, heads, 1, n, D, device, dtype)
-            for name, query in bernoulli_queries(q).items():
-                for row in bernoulli_rows(query, k, v, 128, clock, 15, query=name):
-                    add(query, k, row)
-        show(rows, "B H_kv Lk params ms_p50 opponent opponent_ms_p50 speedup error".split())
-        return
-    if args.sparse:
-        for n in track(args.lengths, description="sparse"):
-            tensors = [x.requires_grad_() for x in random_tensors(1, H, H_kv, n, n, D, device, dtype)]
-            grad, repeats = torch.randn_like(tensors[0]), args.repeats if n < 100_000 else 3
-            with torch.no_grad():
-                opponents = {"": exact_times(*tensors, clock, repeats)}
-            opponents["_train"] = exact_times(*tensors, clock, repeats, grad)
-            for kind in ("fixed", "strided"):
-                pattern = Pattern(kind, default_stride(n), min(32, default_stride(n)))
-                for row in sparse_rows(tensors, pattern, grad, opponents, clock, repeats, args.flex and n == 32768):
-                    add(*tensors[:2], row)
-        show(rows, "job Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb".split())
-        return
-    settings = SETTINGS[: args.settings]
-    if args.others:
-        n, policies = args.others, [settings[0], settings[-1]]
-        chunk = random_tensors(1, H, H_kv, n // 8, n, D, device, dtype)
-        opponents = exact_times(*chunk, clock, args.repeats)
-        batch = random_tensors(3, H, H_kv, n, n, D, device, dtype)
-        whole = random_tensors(1, H, H_kv, n, n, D, device, dtype)
-        for policy in policies:
-            add(*chunk[:2], prefill(policy, opponents, chunk, clock, args.repeats, chunk="last"))
-            add(*batch[:2], padded(policy, batch, [n, n - n // 3, n - 17], clock, args.repeats))
-            add(*whole[:2], train(policy, whole, clock, args.repeats))
-    for n in track(args.lengths, description="lengths"):
-        tensors = random_tensors(1, H, H_kv, n, n, D, device, dtype)
-        # seconds per exact call at half a million tokens: fewer repeats there
-        repeats = args.repeats if n < 200_000 else 2
-        opponents = exact_times(*tensors, clock, repeats)
-        for policy in settings:
-            add(*tensors[:2], prefill(policy, opponents, tensors, clock, repeats))
-        if on_gpu and n <= GRAPH_UP_TO:
-            opponents = exact_times(*tensors, clock, repeats, graph=True)
-            for policy in settings:
-                add(*tensors[:2], prefill(policy, opponents, tensors, clock, repeats, graph=1))
-    for n in track(args.encode, description="encode"):
-        tensors = random_tensors(1, H, H_kv, n, n, D, device, dtype)
-        for graph in ({}, {"graph": 1})[: 1 + (on_gpu and n <= GRAPH_UP_TO)]:
-            opponents = exact_times(*tensors, clock, args.repeats, graph=bool(graph), causal=False)
-            for policy in ENCODERS:
-                add(*tensors[:2], encode(policy, opponents, tensors, clock, args.repeats, **graph))
-    if args.encode and on_gpu:
-        n = args.encode[-1] // 4  # any length, padding, fewer queries than keys, and the setting of the published code
-        stretched = random_tensors(1, H, H_kv, n - n // 5, n - n // 5, D, device, dtype)
-        batch = random_tensors(2, H, H_kv, n, n, D, device, dtype)
-        cross = random_tensors(1, H, H_kv, n // 4, n, D, device, dtype)
-        published = random_tensors(1, 8, 8, 16384, 16384, 64, device, torch.float32)
-        g = Policy(method_options={"thinformer": {"g": 2}})
-        for policy, tensors, lengths in [
-            (ENCODERS[0], stretched, ()),
-            (ENCODERS[0], batch, (n, n - n // 3)),
-            (ENCODERS[0], cross, ()),
-            (g, published, ()),
-        ]:
-            whole = [tensors[1].shape[2]] * len(tensors[0])
-            s = T.rows_kept(tensors[1].shape[2], **METHODS["thinformer"].params(Site(), policy))
-            for graph in ({}, {"graph": 1})[: 1 + (policy is g)]:
-                opponents = without_padding(
-                    tensors, lengths or whole, clock, args.repeats, causal=False, graph=bool(graph)
-                )
-                row = encode(policy, opponents, tensors, clock, args.repeats, lengths, **graph)
-                add(*tensors[:2], {**row, "s": s})
-    opponents = {}
-    for B, n, S in track(DECODE[: args.decode if on_gpu else 0], description="decode"):
-        if (B, n) not in opponents:
-            tensors = random_tensors(B, H, H_kv, 1, n, D, device, dtype)
-            tensors[0] *= 2  # scores of standard deviation 2: neither flat nor a single key
-            opponents[B, n] = exact_times(*tensors, clock, 15, graph=True, causal=False)
-            # two sequences in float64 are enough, and all that fits
-            truth = F.scaled_dot_product_attention(*(x[:2].double() for x in tensors), enable_gqa=True)
-        add(*tensors[:2], decode(tensors, S, truth, opponents[B, n], clock, 15))
-    shown = "job dtype B Lq Lk s params ms_p50 opponent opponent_ms_p50 speedup error peak_mb"
-    show(rows, shown.split())
+    bench = Bench(args)
+    measure, shown = PARTS[next((name for name in PARTS if getattr(args, name, False)), "everything")]
+    measure(bench)
+    show(bench.rows, shown.split())
 
 
 if __name__ == "__main__":

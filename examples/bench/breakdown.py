@@ -17,7 +17,8 @@ from records import add_arguments, append, run_of, show
 
 from express_compile import Policy
 from express_compile.kernels import express as E
-from express_compile.kernels.attend.segments import segment_attention
+from express_compile.kernels.attend.segments import Sources, segment_attention
+from express_compile.kernels.launch import Random
 from express_compile.kernels.select.schedule import Halving, Schedule
 from express_compile.kernels.select.thinning import thin
 from express_compile.planning.devices import versions
@@ -42,9 +43,10 @@ def lengths(ns: list[int], clock: Clock) -> list[dict]:
             layout = E.make_layout(config, n, n)
             index, *copies = E.thin_triton(k, v, layout, scale, seed, LAYER)
             index = index if config.protected else None
+            sources = Sources(k, v, *copies, index)
             calls = {
                 "thin": lambda c=layout, k=k, v=v: E.thin_triton(k, v, c, scale, seed, LAYER),
-                "attend": lambda c=layout, i=index, r=copies, x=(q, k, v): segment_attention(*x, *r, c.table, scale, i),
+                "attend": lambda c=layout, q=q, x=sources: segment_attention(q, x, c.table, scale),
             }
             ms = {part: quantile(clock(replayed(call), 5), 0.5) for part, call in calls.items()}
             seen = float(layout.table.rows_seen(n).mean())
@@ -67,7 +69,9 @@ def chains(sizes: list[int], clock: Clock) -> list[dict]:
         schedule = Schedule(size, 0, 0, size + size // 2, (), ((Halving(0, size, size, 1, 0, 0, 0.25),),), (), ())
         index = torch.empty(1, H_KV, size // 2, dtype=torch.int32, device="cuda")
         rule = E.Express(4, inflation=0, protected=0).rule
-        call = replayed(lambda k=k, v=v, s=schedule, i=index, r=rule: thin(k, v, i, s, 0, r, D**-0.5, seed, LAYER))
+        call = replayed(
+            lambda k=k, v=v, s=schedule, i=index, r=rule: thin(k, v, i, s, 0, r, D**-0.5, Random(seed, LAYER))
+        )
         ms = quantile(clock(call, 9), 0.5)
         rows.append(dict(part="chain", n=size, params="rows per bucket", ms=ms, ns_per_pair=ms * 1e6 / (size // 2)))
     return rows

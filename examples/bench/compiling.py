@@ -22,9 +22,8 @@ import transformers
 from records import SPEED_COLUMNS, add_arguments, append, run_of, show
 
 from express_compile import Policy
-from express_compile.passes.buffers import Buffers
+from express_compile.passes.pipeline import rewrite_graph
 from express_compile.planning.devices import versions
-from express_compile.routes.compile import rewrite_graph
 
 TOKENS = 48
 
@@ -49,7 +48,7 @@ def pass_times(model: torch.nn.Module, policy: Policy, repeats: int) -> tuple[li
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
         nonlocal rewritten
         start = time.perf_counter()
-        planned = rewrite_graph(gm, policy, Buffers(gm, inputs))
+        planned = rewrite_graph(gm, policy, inputs)
         times.append((time.perf_counter() - start) * 1e3)
         rewritten = sum(decision.verdict == "rewritten" for _, decision in planned)
         return gm.forward

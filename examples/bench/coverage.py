@@ -31,10 +31,9 @@ from torch._inductor.compile_fx import compile_fx
 
 from express_compile.core.plan import Plan
 from express_compile.core.policy import Policy
-from express_compile.passes.buffers import Buffers
 from express_compile.passes.match import AttentionSite
 from express_compile.passes.multihead import OPAQUE
-from express_compile.routes.compile import rewrite_graph
+from express_compile.passes.pipeline import rewrite_graph
 
 COLUMNS = (
     "date,torch,transformers,commit,architecture,implementation,mask,phase,expected,found,proven,masks,rewritten,exact,"
@@ -181,7 +180,7 @@ def measure(case: Case, fusion: bool = False) -> dict[str, Any]:
             nonlocal seconds, graphs
             graphs += 1
             start = time.perf_counter()
-            planned.extend(rewrite_graph(gm, POLICY, Buffers(gm, inputs)))
+            planned.extend(rewrite_graph(gm, POLICY, inputs))
             seconds += time.perf_counter() - start
             return gm.forward
 

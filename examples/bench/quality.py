@@ -23,7 +23,7 @@ from rich.progress import track
 from express_compile import Method, Policy, Refusal, register, restore_attention, rewrite_attention
 from express_compile.core.call import Call
 from express_compile.core.options import ROWS, Options, option
-from express_compile.kernels.attend.segments import TOKENS, SegmentTable, segment_attention
+from express_compile.kernels.attend.segments import TOKENS, SegmentTable, Sources, segment_attention
 from express_compile.kernels.express import rows_seen as express_rows_seen
 from express_compile.kernels.op import define_attention
 
@@ -52,8 +52,7 @@ class Streaming(Options):
 
 def _streaming_body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     table = streaming_table(call.Lq, **call.options)
-    nothing = call.key[:, :, :0], call.value[:, :, :0]
-    return segment_attention(call.query, call.key, call.value, *nothing, table, call.scale)
+    return segment_attention(call.query, Sources.tokens(call.key, call.value), table, call.scale)
 
 
 define_attention("streaming_llm", Streaming, _streaming_body, min_length=False)

@@ -1,7 +1,8 @@
-"""Write the README's tables and plot from the committed result files, so that no number in it is typed by hand.
+"""Write the tables and plots of README.md, CONTRIBUTING.md and docs/ from the committed result files and the sources:
+no number in them is typed by hand.
 
-python examples/bench/tables.py            # rewrites the parts of README.md between the markers, and the plot
-python examples/bench/tables.py --check    # fails if README.md is not what the result files say
+python examples/bench/tables.py            # rewrites what stands between markers such as <!-- speed -->, and the plots
+python examples/bench/tables.py --check    # fails if a page is not what the result files and the sources say
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import csv
 import functools
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -68,6 +70,11 @@ def prefill_rows() -> list[dict[str, str]]:
     return [row for row in rows if row["Lq"] == row["Lk"] and (row["s"], row["params"]) in wanted]
 
 
+def quoted(path: str) -> str:
+    """A file of the repository, word by word."""
+    return f"```python\n{(ROOT / path).read_text(encoding='utf-8').rstrip()}\n```"
+
+
 def methods_table() -> str:
     rows = [[f"`{name}`", METHODS[name].summary, METHODS[name].supports, METHODS[name].refuses] for name in SHIPPED]
     return markdown(["method", "what it is", "supports", "refuses"], rows)
@@ -93,6 +100,104 @@ def speed_table() -> str:
         f"{first['date']}. Bold: faster than the best exact backend."
     )
     return markdown(header, body) + f"\n\n{note}"
+
+
+LENGTHS = (4096, 8192, 32768, 131072, 524288)
+"""Those of the README's table; the first is one at which exact attention is faster."""
+
+
+def summary_cells(rows: list[dict[str, str]], show: Callable[[dict[str, str]], str]) -> list[str]:
+    found = {int(row["Lk"]): row for row in rows}
+    return [show(found[n]) if n in found else "–" for n in LENGTHS]
+
+
+def summary_of(method: str) -> tuple[list[list[str]], set[str]]:
+    """The lines of one method: the best exact kernel, what anybody could do without this package where that was
+    measured, and the method; and the cards they were measured on."""
+
+    def exact(row: dict[str, str]) -> str:
+        ms = float(row["opponent_ms_p50"])
+        return f"{1e3 * ms:.0f} µs" if method == "santa" else f"{ms:,.2f} ms"
+
+    if method == "santa":
+        rows = speed_rows(job="decode", B="1", s="128")
+        lines = {"one token, B = 1, best exact": exact, "… SANTA, S = 128": decode_cell}
+        return [[name, *summary_cells(rows, show)] for name, show in lines.items()], {row["gpu"] for row in rows}
+    if method == "thinformer":
+        rows = [row for row in speed_rows(job="encode", B="1", s="256", params="") if row["Lq"] == row["Lk"]]
+        lines = {"no mask, best exact": exact, "… Thinformer, s = 256": cell}
+        return [[name, *summary_cells(rows, show)] for name, show in lines.items()], {row["gpu"] for row in rows}
+    rows, window = prefill_rows(), speed_rows(job="window")
+    body = [["causal prefill, best exact", *summary_cells(rows, exact)]]
+    for s in ("512", "256"):
+        params = "sinks=32 window=256 protected=256"
+        seen = next(r["rows"] for r in quality_rows() if r["params"] == f"s={s} {params} halving=balanced")
+        own = [row for row in rows if (row["s"], row["params"]) == (s, params)]
+        body.append([f"… Express, s = {s}, {float(seen):,.0f} rows", *summary_cells(own, cell)])
+    for s in sorted({row["s"] for row in window}, key=int, reverse=True):
+        own = [row for row in window if row["s"] == s]
+        body.append([f"… sinks + window by FlexAttention, {int(s):,} rows", *summary_cells(own, cell)])
+    return body, {row["gpu"] for row in (*rows, *window)}
+
+
+def speed_summary_table(*methods: str) -> str:
+    """One table for all jobs of one card."""
+    found = [summary_of(method) for method in methods]
+    cards = sorted(set.union(*(cards for _, cards in found)))
+    note = (
+        f"{' and '.join(cards)}, bfloat16, 32 query and 8 KV heads of size 128. Best exact: the faster of "
+        "torch's flash and cuDNN backends in the same run; × is over it, selection of rows included. Bold: faster."
+    )
+    note += " †: left to exact attention." if "santa" in methods else ""
+    body = [line for lines, _ in found for line in lines]
+    return markdown(["", *(f"n = {n:,}" for n in LENGTHS)], body) + f"\n\n{note}"
+
+
+def quality_summary_table() -> str:
+    """Express beside StreamingLLM at about as many rows."""
+    chosen = (
+        ("express", "s=512 sinks=32 window=256 protected=256"),
+        ("streaming_llm", "sinks=32 window=1904"),
+        ("express", "s=256 sinks=32 window=256 protected=256"),
+        ("streaming_llm", "sinks=32 window=1250"),
+    )
+    found = {
+        (r["method"], r["params"].removesuffix(" halving=balanced"), r["task"], r["metric"]): r
+        for r in quality_rows()
+        if r["n"] in ("8192", "8064")
+    }
+    body, first = [], found[*chosen[0], "natural texts", "kl"]
+    for key in chosen:
+        natural, repetitive = (found[*key, f"{kind} texts", "kl"] for kind in ("natural", "repetitive"))
+        top1 = found[*key, "natural texts", "top1"]
+        recalled = (found.get((*key, task, "recalled")) for task in ("needle", "needle among 4"))
+        needles = (f"{row['value']} of {row['high']}" if row else "–" for row in recalled)
+        numbers = [with_interval(natural, 3), f"{float(top1['value']):.3f}", f"{float(repetitive['value']):.3f}"]
+        body.append([policy(natural), f"{float(natural['rows']):,.0f}", *numbers, *needles])
+    header = ["policy", "rows", "KL, natural texts (95%)", "top-1", "KL, repetitive texts", "one needle", "among four"]
+    note = (
+        f"{first['model']}, {int(first['n']):,} tokens, all 30 layers, {first['gpu']}; KL(exact ‖ policy) in nats per "
+        "token (less is better); needles: numbers recalled of those that exact attention recalls."
+    )
+    return markdown(header, body) + f"\n\n{note}"
+
+
+def window_table() -> str:
+    """Express and FlexAttention over sinks and a window of as many rows, of the same runs."""
+    windows = speed_rows(job="window")
+    if not windows:
+        return "Not measured yet: no row of `speed.csv` has it."
+    body = []
+    for row in windows:
+        same = [x for x in read("speed.csv") if x["job"] == "prefill" and x["Lk"] == row["Lk"]]
+        same = [x for x in same if (x["commit"], x["date"], x["gpu"]) == (row["commit"], row["date"], row["gpu"])]
+        s = "512" if row["s"] == max((x["s"] for x in windows), key=int) else "256"
+        params = "sinks=32 window=256 protected=256"
+        express = next(x for x in same if (x["s"], x["params"]) == (s, params))
+        exact = f"{float(row['opponent_ms_p50']):.2f} ms ({row['opponent']})"
+        body.append([f"{int(row['Lk']):,}", f"{int(row['s']):,}", exact, cell(express), cell(row)])
+    header = ["n", "rows", "best exact", "Express", "sinks + window by FlexAttention"]
+    return markdown(header, body) + f"\n\n{windows[0]['gpu']}, {windows[0]['date']}."
 
 
 def sparse_table() -> str:
@@ -554,8 +659,14 @@ def tolerance_table() -> str:
 
 
 PARTS = {
+    "custom-method": functools.partial(quoted, "examples/custom_method.py"),
+    "speed-summary": functools.partial(speed_summary_table, "express", "thinformer", "santa"),
+    **{f"figures-{x}": functools.partial(speed_summary_table, x) for x in ("express", "thinformer", "santa")},
+    "quality-summary": quality_summary_table,
     "methods": methods_table,
+    **{f"options-{name}": METHODS[name].options.markdown for name in SHIPPED if name != "exact"},
     "speed": speed_table,
+    "window": window_table,
     "others": others_table,
     "sparse": sparse_table,
     "train-sparse": train_sparse_table,
@@ -581,13 +692,27 @@ PARTS = {
 }
 
 
+_MARKED = re.compile(r"<!-- ([a-z-]+) -->\n(.*?)<!-- /\1 -->", re.DOTALL)
+
+
+def documents() -> list[Path]:
+    """Every page that may hold generated parts."""
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def parts_of(text: str) -> list[str]:
+    """The names of the generated parts of a page; raises ``ValueError`` for one that is unknown or not closed."""
+    names = _MARKED.findall(text)
+    opened = re.findall(r"<!-- /?([a-z-]+) -->", text)
+    if unknown := sorted({*opened} - {*PARTS}) or len(opened) != 2 * len(names):
+        raise ValueError(f"markers {unknown or opened}: must be pairs <!-- name --> and <!-- /name --> of {[*PARTS]}")
+    return [name for name, _ in names]
+
+
 def filled(text: str) -> str:
     """``text`` with every part between ``<!-- name -->`` and ``<!-- /name -->`` written anew."""
-    for name, table in PARTS.items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, rest = text.split(begin)
-        text = before + begin + "\n" + table() + "\n" + end + rest.split(end)[1]
-    return text
+    parts_of(text)
+    return _MARKED.sub(lambda found: f"<!-- {found[1]} -->\n{PARTS[found[1]]()}\n<!-- /{found[1]} -->", text)
 
 
 def plot(path: Path) -> None:
@@ -663,16 +788,19 @@ def plot_sparse(path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    new = filled(text)
+    texts = {path: path.read_text(encoding="utf-8") for path in documents()}
+    if missing := sorted({*PARTS} - {name for text in texts.values() for name in parts_of(text)}):
+        sys.exit(f"no page shows {', '.join(missing)}")
+    new = {path: filled(text) for path, text in texts.items()}
+    changed = [path for path, text in texts.items() if new[path] != text]
     if args.check:
-        if new != text:
-            print("README.md is not what examples/bench/results says: run python examples/bench/tables.py")
-        return int(new != text)
-    readme.write_text(new, encoding="utf-8")
+        for path in changed:
+            print(f"{path.relative_to(ROOT)} is not what the results and sources say: run examples/bench/tables.py")
+        return int(bool(changed))
+    for path in changed:
+        path.write_text(new[path], encoding="utf-8")
     plot(RESULTS / "speedup.png")
     plot_predictions(RESULTS / "predictions.png")
     plot_sparse(RESULTS / "sparse-scaling.png")

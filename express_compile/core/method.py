@@ -133,6 +133,8 @@ class _Methods(Mapping[str, Method]):
         if not self._loaded:
             for name in self.shipped:
                 importlib.import_module(f"express_compile.kernels.{name}")
+            in_order = (*self.shipped, *self._methods)  # whichever was imported first
+            self._methods = {name: self._methods[name] for name in in_order}
             self._loaded = True
 
     def add(self, method: Method) -> Method:

@@ -89,6 +89,17 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
         raise
 
 
+def try_to_write(path: Path) -> None:
+    """Raise ``OSError`` unless a file can be written there, and leave everything as it is."""
+    if path.exists() and not path.is_file() and not path.is_dir():  # to open a pipe would wait for its reader
+        return
+    new = not path.exists()
+    with path.open("ab"):
+        pass
+    if new:
+        path.unlink()
+
+
 def check_plain(name: str, value: Any) -> None:
     """Raise ``TypeError``, which names the field and the value, unless JSON gives back what it is given."""
     if isinstance(value, Mapping):

@@ -7,16 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from ..core.method import METHODS, Refusal
 from ..core.plain import canonical, renamed
-from ..core.plan import Plan, SavedSite, facts_of
+from ..core.plan import Plan, SavedSite, Verdict, facts_of
 from ..core.policy import Policy, Unmet
 from ..core.rows import describe
+from ..core.sites import NOT_MATCHED, SiteReport
 from ..core.spec import AttentionSpec, Mask, Site, known_equal
-from ..passes.site import NOT_MATCHED, AttentionSite
 from .devices import device_of
 from .predict import LONGEST, MARGIN, crossover, predicted, wins, without_padding
 
@@ -28,7 +26,7 @@ class Question:
     """What the planner wants to know of a site.
 
     module, index: its module path, and its place among the sites of that module.
-    form, spec, refusal, nearest: as in :class:`AttentionSite`.
+    form, spec, refusal, nearest: as in :class:`~express_compile.passes.site.AttentionSite`.
     gradient: why it counts as part of a training run, for ``Policy.training``; None where it does not.
     graphs: whether it runs inside a CUDA graph, which spares the host its work.
     """
@@ -41,6 +39,17 @@ class Question:
     gradient: str | None = None
     graphs: bool = False
     nearest: str | None = None
+
+    @property
+    def known(self) -> AttentionSpec:
+        """Its spec; of a site that was not refused."""
+        assert self.spec is not None, self.refusal
+        return self.spec
+
+    @property
+    def site(self) -> Site:
+        """What methods are told of it."""
+        return Site(self.known, self.module, self.index)
 
 
 # Sites to try a policy on before any real one is known.
@@ -60,7 +69,7 @@ def check_policy(policy: Policy) -> None:
     for name in policy.methods or ():
         if name not in known:
             raise ValueError(
-                f"methods={list(policy.methods)!r}: unknown method {name!r}; allowed are {', '.join(known)}"
+                f"methods={list(policy.methods or ())!r}: unknown method {name!r}; allowed are {', '.join(known)}"
             )
     for name in policy.method_options:
         if name not in known:
@@ -84,6 +93,17 @@ def check_policy(policy: Policy) -> None:
             raise renamed(name, error) from None
 
 
+def methods_of(policy: Policy, path: str | None = None) -> tuple[str, ...]:
+    """The methods that calls of the sites of the module at ``path`` may have, or of any module."""
+    if policy.plan is not None:
+        entries = policy.plan.sites if path is None else policy.plan.at(path)
+        return tuple(dict.fromkeys(entry.method for entry in entries)) or ("exact",)
+    if path is not None:
+        return policy.at(path).methods or DEFAULT_METHODS
+    given = [given["methods"] for given in policy.modules.values() if given.get("methods")]
+    return tuple(dict.fromkeys(name for names in (policy.methods or DEFAULT_METHODS, *given) for name in names))
+
+
 def plan(spec: AttentionSpec, policy: Policy) -> Plan:
     """The decision for one site of the root module; sizes in ``spec`` may be symbolic.
 
@@ -96,28 +116,6 @@ def plan(spec: AttentionSpec, policy: Policy) -> Plan:
     decision = answer(Question(spec=spec), policy)
     require([("this attention site", decision)], policy)
     return decision
-
-
-def plan_sites(
-    sites: Iterable[AttentionSite], policy: Policy, graphs: bool = False
-) -> list[tuple[AttentionSite, Plan]]:
-    """A plan for every site; with ``policy.strict`` one ``ValueError`` lists all that were refused.
-
-    ``graphs``: they run inside a CUDA graph.
-    """
-    check_policy(policy)
-    planned = [(site, _with_averages(site, answer(_question(site, graphs), policy))) for site in sites]
-    require([(site.module or "(root)", decision) for site, decision in planned], policy)
-    return planned
-
-
-def _with_averages(site: AttentionSite, decision: Plan) -> Plan:
-    """The decision, which says what it changes beyond an approximation."""
-    kept = not site.averages or (decision.method == "exact" and site.exact is not None)
-    if decision.verdict != "rewritten" or kept:
-        return decision
-    reason = f"{decision.reason}; rows whose keys are all hidden give 0, where the model has the mean of the values"
-    return replace(decision, reason=reason)
 
 
 def unmatched(paths: Iterable[str], policy: Policy) -> tuple[str, ...]:
@@ -181,7 +179,7 @@ def require_modules(paths: Iterable[str], policy: Policy) -> None:
         )
 
 
-def require(planned: Iterable[tuple[str, Plan]], policy: Policy) -> None:
+def require(planned: Iterable[tuple[str, Plan | SiteReport]], policy: Policy) -> None:
     """Raise ``ValueError`` with a line per refused site if ``policy.strict``; each site comes with its name."""
     refused = [(name, decision) for name, decision in planned if decision.verdict == "refused"]
     if not policy.strict or not refused:
@@ -194,27 +192,17 @@ def require(planned: Iterable[tuple[str, Plan]], policy: Policy) -> None:
     )
 
 
-def _question(site: AttentionSite, graphs: bool) -> Question:
-    gradient = "its result needs a gradient" if _needs_gradient(site.node) else None
-    return Question(site.module, site.index, site.form, site.spec, site.refusal, gradient, graphs, site.nearest)
-
-
-def _needs_gradient(node: Node) -> bool:
-    values = pytree.tree_leaves(node.meta.get("example_value"))
-    return any(x.requires_grad for x in values if isinstance(x, torch.Tensor))
-
-
 def answer(question: Question, policy: Policy) -> Plan:
     """The decision for one site; as :func:`plan`, for a policy that :func:`check_policy` has seen, and never strict."""
     if policy.plan is not None:
         return _follow(question, policy)
-    local, spec = policy.at(question.module), question.spec
+    local = policy.at(question.module)
     decision = _left_alone(question, policy, local)
     if decision is None:
         if question.refusal is not None:
             return replace(_refused(question.refusal, local, question.nearest), policy=local)
         local = local.tabled()
-        decision = _decide(Site(spec, question.module, question.index), local, question.graphs)
+        decision = _decide(question, local)
         if question.form == "softmax" and decision.method == "exact" and "exact" in (local.methods or ()):
             reason = f"{decision.reason}; as scaled_dot_product_attention"
             decision = replace(decision, verdict="rewritten", reason=reason)
@@ -229,9 +217,9 @@ def _left_alone(question: Question, policy: Policy, local: Policy) -> Plan | Non
     if local.methods is not None and local.methods[0] == "exact":
         if question.form not in ("softmax", NOT_MATCHED) or (givers and question.refusal is not None):
             return Plan("exact", "exact", f"{(givers or ['methods'])[-1]} names 'exact' first")
-    if not local.causal_only or question.refusal is not None or question.spec.mask.causal:
+    if not local.causal_only or question.refusal is not None or question.known.mask.causal:
         return None
-    mask = question.spec.mask
+    mask = question.known.mask
     if mask.unknown is not None:
         return _refused(f"causal_only=True, and its mask is not proven: {mask.unknown}", local, mask.nearest)
     return Plan("exact", "exact", f"causal_only=True, and it is not causal (its mask: {mask})")
@@ -239,10 +227,10 @@ def _left_alone(question: Question, policy: Policy, local: Policy) -> Plan | Non
 
 def _follow(question: Question, policy: Policy) -> Plan:
     """The decision that a saved plan has for a site, proven again; of several the first that can be followed."""
-    entries = policy.plan.at(question.module, question.index)
+    assert policy.plan is not None
+    entries = sorted(policy.plan.at(question.module, question.index), key=lambda entry: entry.verdict != "rewritten")
     if not entries:
         return Plan("exact", "refused", "it is not in the saved plan")
-    entries = sorted(entries, key=lambda entry: entry.verdict != "rewritten")
     decisions = [_follow_entry(question, entry, policy.of_entry(entry)) for entry in entries]
     verdicts = ("rewritten", "exact", "refused")
     return min(decisions, key=lambda decision: verdicts.index(decision.verdict))
@@ -253,8 +241,8 @@ def _follow_entry(question: Question, entry: SavedSite, own: Policy) -> Plan:
         return Plan("exact", "exact", "the saved plan leaves it exact", policy=own)
     decision, changes, refusal = answer(question, own), [], None
     if question.refusal is None:
-        changes += _changes(entry.facts, facts_of(question.spec))
-        refusal = METHODS[entry.method].why_not(question.spec, decision.policy or own)
+        changes += _changes(entry.facts, facts_of(question.known))
+        refusal = METHODS[entry.method].why_not(question.known, decision.policy or own)
     if decision.verdict == "rewritten":
         changes += _changes({"method": entry.method}, {"method": decision.method})
         if entry.params:  # version 1 did not keep what it would take today
@@ -282,8 +270,8 @@ def _refused(reason: str, policy: Policy, nearest: str | None = None) -> Plan:
     return Plan("exact", "refused", reason, rejected=rejected, nearest=nearest)
 
 
-def _decide(site: Site, policy: Policy, graphs: bool = False) -> Plan:
-    spec, names = site.spec, policy.methods or DEFAULT_METHODS
+def _decide(question: Question, policy: Policy) -> Plan:
+    spec, names = question.known, policy.methods or DEFAULT_METHODS
     if names[0] == "exact":
         return Plan("exact", "exact", "methods names 'exact' first")
     lonely = _without_keys(spec)
@@ -300,7 +288,7 @@ def _decide(site: Site, policy: Policy, graphs: bool = False) -> Plan:
             continue
         # beside exact attention the faster of the two is wanted, unless the policy says from which length on
         beside = "exact" in names and policy.min_length is None and not METHODS[name].changes
-        found = _faster(name, site, policy, graphs) if beside else _as_asked(name, site, policy)
+        found = _faster(name, question, policy) if beside else _as_asked(name, question, policy)
         if isinstance(found, Refusal):
             rejected.append(found)
             continue
@@ -315,14 +303,14 @@ def _decide(site: Site, policy: Policy, graphs: bool = False) -> Plan:
         rejected += (Refusal(other.method, f"{first.method} is preferred; {other.reason}") for other in others)
         return replace(first, rejected=tuple(rejected), predicted_ms=times)
     allowed = "exact" in names and (spec.mask.unknown is None or policy.methods is not None)
-    verdict = "exact" if slower or allowed else "refused"
+    verdict: Verdict = "exact" if slower or allowed else "refused"
     nearest = _nearest(spec, policy, rejected) if verdict == "refused" else None
     return Plan("exact", verdict, _reasons(rejected), rejected=tuple(rejected), predicted_ms=times, nearest=nearest)
 
 
-def _as_asked(name: str, site: Site, policy: Policy) -> Plan | Refusal:
+def _as_asked(name: str, question: Question, policy: Policy) -> Plan | Refusal:
     """The plan for a method that was asked for; exact where it is asked for or was measured to be faster."""
-    spec, method, shortest = site.spec, METHODS[name], policy.min_length
+    spec, site, method, shortest = question.known, question.site, METHODS[name], policy.min_length
     loss = method.loses(spec, policy) if shortest is None else None
     if loss is not None:
         return Plan("exact", "exact", loss)
@@ -336,12 +324,12 @@ def _as_asked(name: str, site: Site, policy: Policy) -> Plan | Refusal:
     return made
 
 
-def _faster(name: str, site: Site, policy: Policy, graphs: bool) -> Plan | Refusal:
+def _faster(name: str, question: Question, policy: Policy) -> Plan | Refusal:
     """The plan for a method where it is predicted to be faster than exact attention, else exact."""
-    spec, method = site.spec, METHODS[name]
+    spec, site, method, graphs = question.known, question.site, METHODS[name], question.graphs
     device = device_of(spec.device)
     times = None if device is None else predicted((name, "exact"), spec, policy, device, graphs)
-    if times is None:
+    if device is None or times is None:
         where = spec.device if device is None else f"{device.name} at {spec.dtype}"
         return Refusal(
             name,

@@ -95,12 +95,17 @@ def _measured(name: str) -> Device | None:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
     except (OSError, ValueError) as error:
-        return _ignored(path, error)
+        _ignored(path, error)
+        return None
     try:
         device = from_json("device", text, Device.from_dict)
     except (TypeError, ValueError) as error:
-        return _ignored(path, error)
-    return device if device.name == name else _ignored(path, f"it is of {device.name!r}, not {name!r}")
+        _ignored(path, error)
+        return None
+    if device.name != name:
+        _ignored(path, f"it is of {device.name!r}, not {name!r}")
+        return None
+    return device
 
 
 def _ignored(path: Path, reason: object) -> None:

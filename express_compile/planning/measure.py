@@ -54,7 +54,8 @@ class Clock:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         torch.cuda.synchronize()
         for begin, end in events:
-            self.flush.zero_()
+            if self.flush is not None:
+                self.flush.zero_()
             begin.record()
             call()
             end.record()
@@ -110,7 +111,9 @@ class Shape:
     def cost(self, device: str) -> Cost:
         """What the call costs, in numbers."""
         spec = self.spec(device)
-        return cost_at(self.method, spec, METHODS[self.method].params(Site(spec), self.policy))
+        cost = cost_at(self.method, spec, METHODS[self.method].params(Site(spec), self.policy))
+        assert cost is not None, "what is measured says what it costs"
+        return cost
 
 
 def calls_of(spec: AttentionSpec, method: str, params: Mapping[str, Any]) -> list[Callable[[], object]]:
@@ -119,10 +122,10 @@ def calls_of(spec: AttentionSpec, method: str, params: Mapping[str, Any]) -> lis
     For ``exact`` torch's attention as it chooses its backend, and also by cuDNN where that may apply.
     """
     sizes = (spec.H, spec.Lq, spec.D), (spec.H_kv, spec.Lk, spec.D), (spec.H_kv, spec.Lk, spec.Dv)
-    tensors = [torch.randn(spec.B, *size, device=spec.device, dtype=spec.dtype) for size in sizes]
+    query, key, value = (torch.randn(spec.B, *size, device=spec.device, dtype=spec.dtype) for size in sizes)
     if method != "exact":
         seed = torch.zeros((), dtype=torch.int64, device=spec.device)
-        given = Call(*tensors, None, seed, spec.scale, 0, options=params)
+        given = Call(query, key, value, None, seed, spec.scale, 0, options=params)
         return [lambda: given.run(METHODS[method].op)]
     window = spec.mask.window if spec.mask.causal else None
     whole = not spec.mask.causal or (spec.Lq == spec.Lk and window is None)
@@ -133,7 +136,7 @@ def calls_of(spec: AttentionSpec, method: str, params: Mapping[str, Any]) -> lis
         options |= {"is_causal": False, "attn_mask": seen}
 
     def default() -> object:
-        return F.scaled_dot_product_attention(*tensors, **options)
+        return F.scaled_dot_product_attention(query, key, value, **options)
 
     def cudnn() -> object:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -159,14 +162,14 @@ def _decode(method: str, B: int, n: int, s: int = 128, **more: Any) -> Shape:
 def shapes(device: str, dtype: torch.dtype) -> list[Shape]:
     """What is measured: for every method and dtype enough to tell the fields of its cost apart."""
     if device == "cpu":
-        more = dict(H=4, H_kv=2, D=64, dtype=torch.float32)
-        rows = [(1024, 64, 1, 0), (2048, 64, 1, 64), (4096, 256, 1, 0), (4096, 512, 1, 256), (8192, 512, 1, 256)]
-        rows += [(16384, 512, 1, 256), (16384, 128, 1, 0), (2048, 128, 4, 0), (4096, 64, 2, 256)]
-        found = [_prefill(method, *row, **more) for method in ("express", "thinformer") for row in rows]
+        more: dict[str, Any] = dict(H=4, H_kv=2, D=64, dtype=torch.float32)
+        few = [(1024, 64, 1, 0), (2048, 64, 1, 64), (4096, 256, 1, 0), (4096, 512, 1, 256), (8192, 512, 1, 256)]
+        few += [(16384, 512, 1, 256), (16384, 128, 1, 0), (2048, 128, 4, 0), (4096, 64, 2, 256)]
+        found = [_prefill(method, *row, **more) for method in ("express", "thinformer") for row in few]
         found += [_prefill("exact", n, causal=c, **more) for n in (512, 1024, 4096, 16384) for c in (True, False)]
         return found + [_decode(m, B, n, **more) for m in ("exact", "santa") for B, n in ((1, 4096), (4, 16384))]
     if dtype == torch.float32:
-        more, methods = dict(H=8, H_kv=8, dtype=dtype), ("exact", "express", "thinformer")
+        more, methods = {"H": 8, "H_kv": 8, "dtype": dtype}, ("exact", "express", "thinformer")
         rows = [(2048, 128, 128), (8192, 256, 64), (16384, 512, 64), (16384, 256, 128), (4096, 256, 64)]
         found = [_prefill(m, n, s, protected=0, D=D, **more) for m in methods for n, s, D in rows]
         found += [_prefill("exact", n, causal=False, **more) for n in (4096, 8192)]
@@ -208,15 +211,16 @@ def calibrate(progress: Callable[[Iterable[Shape]], Iterable[Shape]] = iter) -> 
     METHODS.load()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = (torch.bfloat16, torch.float32) if device == "cuda" else (torch.float32,)
-    clock, found = Clock(device), []
+    clock = Clock(device)
+    found: list[dict[str, Any]] = []
     cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
     for shape in progress([shape for dtype in dtypes for shape in shapes(device, dtype)]):
         seconds = min(_seconds(clock, call) for call in _able(shape.calls(device)))
         found.append(dict(shape=shape, cost=shape.cost(device), seconds=seconds))
     rates: dict[str, dict[str, Rates]] = {}
     key = lambda row: row["shape"].key  # noqa: E731
-    for (kind, method), rows in itertools.groupby(sorted(found, key=key), key):
-        rows = list(rows)
+    for (kind, method), group in itertools.groupby(sorted(found, key=key), key):
+        rows = list(group)
         rates.setdefault(kind, {})[method] = fit(rows, _launched(clock, rows), cache if len(rows) >= _MANY else 0)
     source = f"measured {datetime.date.today().isoformat()}, {', '.join(f'{k} {v}' for k, v in versions().items())}"
     return Device(name_of(device), source, rates), found

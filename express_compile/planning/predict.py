@@ -17,6 +17,7 @@ from ..core.spec import AttentionSpec, Mask, Site, known_equal
 LONGEST = 1 << 21  # keys up to which a crossover is looked for
 MARGIN = 1.05  # what another answer than the exact one must gain at least: predictions are off by some percent
 _PER_OCTAVE = 8
+_COUNTS = ("B", "H", "H_kv", "D", "Dv")
 
 
 def predict(method: str, spec: AttentionSpec, policy: Policy, device: Device, graphs: bool = False) -> float | None:
@@ -26,10 +27,10 @@ def predict(method: str, spec: AttentionSpec, policy: Policy, device: Device, gr
     ``graphs``: inside a CUDA graph, which spares the host its work. None where the method says nothing of its cost, or
     the device nothing of the method. Raises ``ValueError`` for a size that is not a number.
     """
-    rates, cost = device.rates_of(method, spec.dtype, spec.Lq), _numbers(method, spec, policy)
+    rates, cost = device.rates_of(method, spec.dtype, spec.Lq), _cost_of(method, spec, policy)
     if cost is None:
         return None
-    if cost == _numbers("exact", spec, policy):  # short sequences are left to exact attention
+    if cost == _cost_of("exact", spec, policy):  # short sequences are left to exact attention
         rates = device.rates_of("exact", spec.dtype, spec.Lq)
     return None if rates is None else rates.seconds(cost, graphs) * 1e3
 
@@ -40,7 +41,8 @@ def predicted(
     """:func:`predict` of several methods; a size that is not known counts as 1. None if one of them is not known."""
     at = at_length(spec, spec.Lk if isinstance(spec.Lk, int) else 1)
     times = {name: predict(name, at, policy, device, graphs) for name in methods}
-    return None if None in times.values() else times
+    known = {name: time for name, time in times.items() if time is not None}
+    return known if len(known) == len(times) else None
 
 
 def wins(times: Mapping[str, float], method: str) -> bool:
@@ -105,13 +107,13 @@ def _from_which(ahead: Callable[[int], bool], shortest: int) -> int | None:
 def at_length(spec: AttentionSpec, n: int) -> AttentionSpec:
     """The site with ``n`` keys, as many queries if they were as many or not known, and 1 for any other unknown size."""
     Lq = spec.Lq if isinstance(spec.Lq, int) and not known_equal(spec.Lq, spec.Lk) else n
-    sizes = {name: x if isinstance(x := getattr(spec, name), int) else 1 for name in ("B", "H", "H_kv", "D", "Dv")}
+    sizes: dict[str, Any] = {name: x if isinstance(x := getattr(spec, name), int) else 1 for name in _COUNTS}
     aligned = known_equal(spec.mask.offset, spec.Lk - spec.Lq) or not isinstance(spec.mask.offset, int)
     mask = replace(spec.mask, offset=n - Lq) if aligned else spec.mask
     return replace(spec, Lq=Lq, Lk=n, mask=mask, **sizes)
 
 
-def _numbers(method: str, spec: AttentionSpec, policy: Policy) -> Cost | None:
+def _cost_of(method: str, spec: AttentionSpec, policy: Policy) -> Cost | None:
     return cost_at(method, spec, METHODS[method].params(Site(spec), replace(policy, min_length=0)))
 
 
@@ -133,9 +135,9 @@ def _mask_of(spec: AttentionSpec, padding: bool) -> tuple[Mask, bool]:
 
 
 @functools.lru_cache(maxsize=64)
-def _cost(method: str, mask: tuple[Mask, bool], params: tuple[tuple[str, Any], ...]) -> Cost | None:
+def _cost(method: str, kind: tuple[Mask, bool], params: tuple[tuple[str, Any], ...]) -> Cost | None:
     """One expression for all sites with this mask and these parameters: to make one takes up to half a second."""
-    mask, aligned = mask
+    mask, aligned = kind
     function = METHODS[method].cost
     Lk = 1 if aligned else mask.offset + 2
     spec = AttentionSpec(1, 1, 1, 1, Lk, 1, 1, torch.float32, "cpu", 1.0, mask)

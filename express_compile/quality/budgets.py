@@ -26,9 +26,10 @@ from ..core.call import Call, Op, name_of, run_by
 from ..core.method import METHODS
 from ..core.plain import number
 from ..core.policy import Policy
+from ..core.sites import record_sites
 from ..core.spec import Mask, Site, layer_key
 from ..planning.predict import cost_at
-from ..routes.transformers.eager import is_rewritten, record_sites, restore_attention, rewrite_attention
+from ..routes.eager import is_rewritten, restore_attention, rewrite_attention
 
 _CHUNK = 512  # positions whose logits are compared at a time
 _MEASUREMENTS = 8  # of the whole model, to calibrate the sum
@@ -139,7 +140,9 @@ class _Errors(_Budgets):
 def _rows_seen(name: str, call: Call, causal: bool) -> float:
     """Rows that a query sees on average."""
     spec = call.spec(Mask(causal=causal, offset=call.Lk - call.Lq))
-    return cost_at(name, spec, call.options).scores / (spec.B * spec.H * spec.Lq)
+    cost = cost_at(name, spec, call.options)
+    assert cost is not None, "methods that are calibrated say what they cost"
+    return cost.scores / (spec.B * spec.H * spec.Lq)
 
 
 @torch.no_grad()
@@ -169,21 +172,23 @@ def calibrate_error(
     policy = Policy(methods=("express",)) if policy is None else policy
     budgets = _check(model, tolerance, budgets, policy, first)
     batches = _checked_batches(batches, first)
-    methods = [name for name in policy.methods if name != "exact"]
+    methods = [name for name in policy.methods or () if name != "exact"]
     options = {
         name: {s: dict(METHODS[name].params(Site(), replace(policy, budget=s, min_length=0))) for s in budgets}
         for name in methods
     }
     rewrite_attention(model, replace(policy, methods=tuple(methods), budget=budgets[-1], min_length=0))
     try:
-        exact, paths, seen = [], {}, _Errors(options)
+        exact: list[torch.Tensor] = []
+        paths: dict[int, str] = {}
+        seen = _Errors(options)
         for batch in batches:
-            with record_sites() as sites, run_by(seen):
+            with record_sites() as reports, run_by(seen):
                 exact.append(_logits(model, batch))
             _check_first(first, exact[-1].shape[1])
-            paths |= {layer_key(x.module, i): x.module for x in sites if x.verdict == "rewritten" for i in range(8)}
+            paths |= {layer_key(x.module, i): x.module for x in reports if x.verdict == "rewritten" for i in range(8)}
         if not seen.errors:
-            reasons = "; ".join(sorted({site.reason for site in sites}))
+            reasons = "; ".join(sorted({site.reason for site in reports}))
             raise ValueError(f"model: no site can be rewritten by {', '.join(methods)}: {reasons or 'it has none'}")
         if len({paths[layer] for layer in seen.errors}) < len(seen.errors):
             raise ValueError(
@@ -210,7 +215,9 @@ def calibrate_error(
         for layer, site in found.items()
     )
     rows = fmean(site.rows["exact" if site.budget is None else str(site.budget)] for site in sites)
-    overrides = {site.module: "exact" if site.budget is None else {"budget": site.budget} for site in sites}
+    overrides: dict[str, Any] = {
+        site.module: "exact" if site.budget is None else {"budget": site.budget} for site in sites
+    }
     return Calibration(replace(policy, modules=overrides), kl, rows, sites)
 
 
@@ -310,7 +317,7 @@ def _cheapest(found: Mapping[int, Mapping[str, Any]], total: float) -> dict[int,
         }
         if not gains:
             break
-        layer = max(gains, key=gains.get)
+        layer = max(gains, key=lambda layer: gains[layer])
         cost -= hulls[layer][place[layer]][1] - hulls[layer][place[layer] + 1][1]
         place[layer] += 1
     return {layer: hulls[layer][i][2] for layer, i in place.items()}

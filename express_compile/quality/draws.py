@@ -22,8 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..core.call import Call
 from ..core.method import METHODS
 from ..core.plain import number
+from ..core.sites import record_sites
 from ..core.spec import layer_key
-from ..routes.transformers.eager import is_rewritten, record_sites, restore_attention, rewrite_attention
+from ..kernels.santa import probabilities, variance, visible_keys
+from ..routes.eager import is_rewritten, restore_attention, rewrite_attention
 
 
 class _OneLayer(TorchDispatchMode):
@@ -62,8 +64,6 @@ class _Variances(_OneLayer):
         self.found: dict[int, list[float]] = {}
 
     def see(self, call: Call) -> None:
-        from ..kernels.santa import probabilities, variance, visible_keys
-
         (B, H, Lq, _), options, device = call.query.shape, call.options, call.query.device
         visible = visible_keys(B, Lq, call.Lk, call.padding, None, device, options.get("window", 0))
         p = probabilities(call.query, call.key, visible, call.scale, options.get("softcap", 0.0), call.sinks)[0]

@@ -2,8 +2,7 @@
 
     error = |o_hat - o| / |o|    over the sampled queries of one call, all heads and sequences together
 
-The hook is in the attention function of ``eager.py`` and around the ops in the graphs of ``capture.py``, not in the
-ops: an op does not know the model it belongs to (two models of one architecture share their layer keys). Whether a call
+Where it meets the calls of a model is said in ``routes/watched.py``. Whether a call
 is sampled is decided on the host, by a generator that nobody else uses; which queries, on the device. The host never
 waits: an error is read at a later call of the same site, once it has come. Nothing is sampled or read inside a CUDA
 graph capture, and its replays do not come by here at all.
@@ -28,8 +27,9 @@ from ..core.method import METHODS
 from ..core.plain import number
 from ..core.plan import Plan
 from ..core.spec import AttentionSpec
-from ..routes.capture import Capture, captures_of
-from ..routes.transformers.eager import rewritten_sites
+from ..planning.choose import methods_of
+from ..routes.capture import captures_of
+from ..routes.eager import rewritten_sites
 
 _LAST = 5  # samples whose median decides
 _KEPT = 1000  # errors of a site
@@ -80,7 +80,9 @@ def watch(
         raise ValueError(f"model={type(model).__name__}: is watched already; call close() on that watch first")
     named = {path: site.plans.methods(site.path) for path, site in sites.items()}
     watched = {path for path, names in named.items() if any(METHODS[name].approximates for name in names)}
-    names = dict.fromkeys(name for names in (*named.values(), *map(_methods, captured.values())) for name in names)
+    names = dict.fromkeys(
+        name for names in (*named.values(), *(methods_of(c.policy) for c in captured.values())) for name in names
+    )
     if not any(METHODS[name].approximates for name in names):
         reasons = "; ".join(f"{name}: {_unwatchable(name)}" for name in names)
         allowed = ", ".join(name for name, method in METHODS.items() if method.approximates)
@@ -94,17 +96,6 @@ def watch(
     for path, capture in captured.items():
         capture.watch, capture.prefix = started, path.removesuffix(capture.path).rstrip(".")
     return started
-
-
-def _methods(capture: Capture) -> list[str]:
-    """The methods that sites of captured graphs may have."""
-    from ..planning.choose import DEFAULT_METHODS
-
-    policy = capture.policy
-    if policy.plan is not None:
-        return [entry.method for entry in policy.plan.sites] or ["exact"]
-    names = [policy.methods or DEFAULT_METHODS, *(given.get("methods") or () for given in policy.modules.values())]
-    return [name for some in names for name in some]
 
 
 def _check(fraction: float, queries: int, threshold: float, seed: int) -> None:
@@ -200,20 +191,15 @@ class Shadow:
             return plan
         return Plan("exact", "exact", self.fallen, policy=plan.policy)
 
-    def sample(
-        self,
-        plan: Plan,
-        spec: AttentionSpec,
-        call: Call,
-        out: torch.Tensor,
-    ) -> None:
+    def sample(self, plan: Plan, spec: AttentionSpec, call: Call, out: torch.Tensor) -> None:
         """Maybe compare ``out`` ``[B, H, Lq, Dv]``, what ``plan`` made of a call, with exact attention."""
         approximates = METHODS[plan.method].approximates
         if is_run_otherwise():  # what explain measures is no use of the model
             return
         with self._lock:
-            chosen = approximates is not None and self._random.random() < self.fraction
-            if not chosen or not approximates(plan.params, spec.Lk) or _is_capturing(call.query.device):
+            if approximates is None or self._random.random() >= self.fraction:
+                return
+            if not approximates(plan.params, spec.Lk) or _is_capturing(call.query.device):
                 return
             seed = self._random.getrandbits(63)
         offset = spec.mask.offset if spec.mask.causal else None
@@ -293,7 +279,7 @@ def choose_rows(
 def relative_error(
     out: torch.Tensor, call: Call, offset: int | None, rows: torch.Tensor, counts: torch.Tensor
 ) -> torch.Tensor:
-    """``|out - o| / |o|`` over the ``rows`` that count; a 0-d tensor in float32 (float64 for float64 inputs).
+    """``|out - o| / |o|`` over the rows that count; a 0-d tensor in float32 (float64 for float64 inputs).
 
     ``o`` is exact attention of the tensors of ``call``; the others are as in :func:`choose_rows`. NaN where it is 0 or
     NaN itself, so that there is nothing to compare; infinity where only ``out`` is not finite.

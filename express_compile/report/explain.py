@@ -6,131 +6,45 @@ import io
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from copy import deepcopy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..core.plain import canonical
-from ..core.plan import Plan, SavedPlan, SavedSite
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch._dynamo import OptimizedModule
+from torch.fx import GraphModule
+
+from ..core.call import plainly, run_by, wrap_ops
+from ..core.method import METHODS
+from ..core.plan import SavedPlan
 from ..core.policy import Policy
-from ..core.spec import AttentionSpec, layer_key
-
-if TYPE_CHECKING:
-    import torch
-    from torch.fx import GraphModule
-
-    from ..passes.site import AttentionSite
-
-
-@dataclass(frozen=True)
-class SiteReport:
-    """One attention site, in words.
-
-    module: path from the root of the model, ``""`` for the root itself.
-    source: ``file:line`` of the call, ``""`` if unknown.
-    form: how attention is written there (``"sdpa"``, ``"softmax"``, ...); ``"not captured"`` for a call of a rewritten
-        module of which Dynamo made no graph.
-    mask: what is proven about its mask, ``""`` where that was not looked at.
-    method: what runs there; ``"exact"`` is the model's own attention.
-    verdict: ``"rewritten"``, ``"exact"`` (we chose exact) or ``"refused"`` (exact for want of a proof).
-    reason: why, in one sentence.
-    rejected: ``"method: reason"`` for every method that was considered and not used; given as strings or as
-        :class:`Refusal`.
-    nearest: what would be rewritten in place of a refused site; ``""`` where that is not known.
-    shape: its sizes and dtype, e.g. ``"B=1 H=32/8 Lq=s0 Lk=s0 D=128 bfloat16"`` (heads of the query and of the keys),
-        ``""`` where that was not looked at.
-    params: the keyword arguments of the op that runs there, plain data.
-    predicted_ms: milliseconds by method, where the choice went by them and lengths are known.
-    measured_ms: milliseconds on this machine by method, where :meth:`Report.timed` measured them.
-    error: what its output is off by, ``|o_hat - o| / |o|`` in the Frobenius norm, measured by ``explain(error=True)``;
-        the largest one where it ran another number of times than it is listed.
-    unmeasured: why that could not be measured.
-    saved, spec, policy: its entry in a saved plan, what it computes, and what decided; neither printed nor in the JSON.
-    """
-
-    module: str
-    source: str
-    form: str
-    mask: str
-    method: str
-    verdict: str
-    reason: str
-    rejected: tuple[str, ...] = ()
-    shape: str = ""
-    params: Mapping[str, Any] = field(default_factory=dict)
-    predicted_ms: Mapping[str, float] = field(default_factory=dict)
-    nearest: str = ""
-    measured_ms: Mapping[str, float] = field(default_factory=dict)
-    error: float | None = None
-    unmeasured: str = ""
-    saved: SavedSite | None = field(default=None, repr=False, compare=False)
-    spec: AttentionSpec | None = field(default=None, repr=False, compare=False)
-    policy: Policy | None = field(default=None, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rejected", tuple(map(str, self.rejected)))
-        object.__setattr__(self, "params", canonical(self.params))
-
-    def is_inside(self, path: str) -> bool:
-        """Whether it is in the module at ``path``, or in one inside of that."""
-        return not path or f"{self.module}.".startswith(f"{path}.")
-
-    @property
-    def layer(self) -> int:
-        """The key of the site for random numbers; of one that has an entry in a saved plan."""
-        return layer_key(self.saved.module, self.saved.index)
-
-    @classmethod
-    def of(cls, site: AttentionSite, plan: Plan) -> SiteReport:
-        """The report of a site of a graph for which ``plan`` was made."""
-        return cls.from_plan(site.module, site.source, site.form, plan, spec=site.spec, index=site.index)
-
-    @classmethod
-    def from_plan(
-        cls,
-        module: str,
-        source: str,
-        form: str,
-        plan: Plan,
-        *,
-        spec: AttentionSpec | None = None,
-        index: int = 0,
-    ) -> SiteReport:
-        """The report of a site for which ``plan`` was made; ``spec`` is None where it was refused unseen.
-
-        ``index`` is its place among the sites of its module.
-        """
-        return cls(
-            module=module,
-            source=source,
-            form=form,
-            mask="" if spec is None else str(spec.mask),
-            method=plan.method,
-            verdict=plan.verdict,
-            reason=plan.reason,
-            rejected=plan.rejected,
-            nearest=plan.nearest or "",
-            shape="" if spec is None else _shape(spec),
-            params=plan.params,
-            predicted_ms=plan.predicted_ms,
-            spec=spec,
-            policy=plan.policy,
-            saved=SavedSite.from_plan(module, index, spec, plan),
-        )
-
-
-recorder: ContextVar[list[SiteReport] | None] = ContextVar("express_compile_sites", default=None)
-"""Where rewritten models put their reports while ``record_sites`` is active."""
+from ..core.sites import NOT_CAPTURED, NOT_MATCHED, SiteReport, record_sites
+from ..core.spec import AttentionSpec
+from ..passes.pipeline import plan_graph
+from ..passes.place import calls, module_paths, paths_of
+from ..planning import devices
+from ..planning.choose import check_policy, require, require_sites
+from ..planning.choose import unmatched as unmatched_in
+from ..planning.measure import Clock, time_site
+from ..quality.budgets import Compared
+from ..routes.dynamo import Compiled
+from ..routes.eager import is_rewritten, unmatched
+from ..routes.outside import Outside
+from .groups import grouped, name_of
+from .page import render
 
 
 @dataclass(frozen=True)
 class Report:
-    """Every attention site found in one run of a model. ``print(report)`` shows a table.
+    """Every attention site found in one run of a model. ``print(report)`` shows a table, one line for sites
+    of which it says the same.
 
     sites: in order of execution.
     graphs: number of graphs Dynamo cut the model into; 0 for a model that ``rewrite_attention`` changed.
@@ -160,7 +74,6 @@ class Report:
 
         Raises ``ValueError`` for a figure that is no SVG.
         """
-        from .page import render
 
         return render(self, figures)
 
@@ -170,25 +83,23 @@ class Report:
         Of sites with known sizes and a proven mask: on random tensors of these sizes, without padding, each call
         launched by itself.
         """
-        from ..planning.measure import Clock, time_site
-
         clocks: dict[str, Clock] = {}
         known: dict[tuple[Any, ...], float] = {}
 
-        def measure(site: SiteReport, method: str, params: Mapping[str, Any]) -> float:
-            key = (site.shape, site.mask, site.spec.scale, method, repr(dict(params)))
+        def measure(spec: AttentionSpec, method: str, params: Mapping[str, Any]) -> float:
+            key = (*_sizes(spec), spec.dtype, spec.device, str(spec.mask), spec.scale, method, repr(dict(params)))
             if key not in known:
-                clock = clocks.setdefault(site.spec.device, Clock(site.spec.device))
-                known[key] = time_site(site.spec, method, params, clock)
+                clock = clocks.setdefault(spec.device, Clock(spec.device))
+                known[key] = time_site(spec, method, params, clock)
             return known[key]
 
         def complete(site: SiteReport) -> SiteReport:
             spec = site.spec
             if spec is None or spec.mask.unknown is not None or not all(isinstance(x, int) for x in _sizes(spec)):
                 return site
-            times = {"exact": measure(site, "exact", {})}
+            times = {"exact": measure(spec, "exact", {})}
             if site.method != "exact":
-                times[site.method] = measure(site, site.method, site.params)
+                times[site.method] = measure(spec, site.method, site.params)
             return replace(site, measured_ms=times)
 
         return replace(self, sites=tuple(map(complete, self.sites)))
@@ -199,21 +110,21 @@ class Report:
         Of sites whose mask is proven and which some method takes, on a device whose speed is known. Raises
         ``ImportError`` without matplotlib.
         """
-        from ..core.method import METHODS
-        from ..planning.devices import device_of
+        # matplotlib is an optional package
         from .plots import crossover_plot
 
         plots: dict[str, str] = {}
         for site in self.sites:
-            device = None if site.spec is None else device_of(site.spec.device)
-            if device is None or site.policy is None:
+            spec, policy = site.spec, site.policy
+            device = None if spec is None else devices.device_of(spec.device)
+            if spec is None or device is None or policy is None:
                 continue
             names = [name for name in METHODS if name != "exact"]
-            able = [name for name in names if METHODS[name].why_not(site.spec, site.policy) is None]
-            able = [name for name in able if device.rates_of(name, site.spec.dtype) is not None]
-            title = f"{site.shape}, mask: {site.mask}, s={site.policy.budget}, {device.name} ({device.source})"
+            able = [name for name in names if METHODS[name].why_not(spec, policy) is None]
+            able = [name for name in able if device.rates_of(name, spec.dtype) is not None]
+            title = f"{site.shape}, mask: {site.mask}, s={policy.budget}, {device.name} ({device.source})"
             if able and title not in plots:
-                plots[title] = crossover_plot(tuple(able), site.spec, site.policy, device, site.shape)
+                plots[title] = crossover_plot(tuple(able), spec, policy, device, site.shape)
         return plots
 
     def totals(self) -> dict[str, int]:
@@ -244,43 +155,23 @@ class Report:
     def _table(self) -> str:
         if not self.sites:
             return ""
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        columns = ("module", "source", "form", "mask", "method", "verdict", "reason")
-        rows = [
-            [site.module or "(root)", _short(site.source) or "-", site.form, site.mask or "-"]
-            + [site.method, site.verdict, site.reason]
-            for site in self.sites
-        ]
-        if any(site.measured_ms for site in self.sites):
-            columns = (*columns, "measured")
-            rows = [[*row, _times(site.measured_ms)] for row, site in zip(rows, self.sites, strict=True)]
-        if any(site.error is not None or site.unmeasured for site in self.sites):
-            columns = (*columns, "error")
-            rows = [[*row, _error(site)] for row, site in zip(rows, self.sites, strict=True)]
-        if any(site.nearest for site in self.sites):
-            columns = (*columns, "nearest supported form")
-            rows = [[*row, site.nearest or "-"] for row, site in zip(rows, self.sites, strict=True)]
-        table = Table(*columns)
-        for row in rows:
+        lines = [[cell(site) for cell in _COLUMNS.values()] for site in self.sites]
+        groups = grouped(lines, lambda line: tuple(line[1:]))
+        lines = [[name_of([line[0] for line in group]), *group[0][1:]] for group in groups]
+        filled = [i for i, name in enumerate(_COLUMNS) if name not in _OPTIONAL or any(x[i] != "-" for x in lines)]
+        rows = [[line[i] for i in filled] for line in (list(_COLUMNS), *lines)]
+        table = Table(*rows[0])
+        for row in rows[1:]:
             table.add_row(*map(Text, row))
-        lengths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
         # as wide as its longest row: a terminal wraps lines, but a cut reason is lost
-        console = Console(file=io.StringIO(), width=sum(lengths) + 4 * len(columns), color_system=None)
-        console.print(table)
-        return console.file.getvalue().rstrip("\n")
+        width = sum(max(map(len, cells)) for cells in zip(*rows, strict=True)) + 4 * len(filled)
+        out = io.StringIO()
+        Console(file=out, width=width, color_system=None).print(table)
+        return out.getvalue().rstrip("\n")
 
 
 def _sizes(spec: AttentionSpec) -> tuple[Any, ...]:
     return spec.B, spec.H, spec.H_kv, spec.Lq, spec.Lk, spec.D, spec.Dv
-
-
-def _shape(spec: AttentionSpec) -> str:
-    heads = f"{spec.H}" if str(spec.H) == str(spec.H_kv) else f"{spec.H}/{spec.H_kv}"
-    D = f"{spec.D}" if str(spec.D) == str(spec.Dv) else f"{spec.D} Dv={spec.Dv}"
-    return f"B={spec.B} H={heads} Lq={spec.Lq} Lk={spec.Lk} D={D} {str(spec.dtype).removeprefix('torch.')}"
 
 
 def _times(times: Mapping[str, float]) -> str:
@@ -296,6 +187,22 @@ def _error(site: SiteReport) -> str:
 def _short(source: str) -> str:
     """The last two parts of a path; the JSON has all of it."""
     return "/".join(source.replace("\\", "/").split("/")[-2:])
+
+
+_COLUMNS: dict[str, Callable[[SiteReport], str]] = {
+    "module": lambda site: site.module,
+    "source": lambda site: _short(site.source) or "-",
+    "form": lambda site: site.form,
+    "mask": lambda site: site.mask or "-",
+    "method": lambda site: site.method,
+    "verdict": lambda site: site.verdict,
+    "reason": lambda site: site.reason,
+    "measured": lambda site: _times(site.measured_ms),
+    "error": _error,
+    "nearest supported form": lambda site: site.nearest or "-",
+}
+"""The table of a report; those of :data:`_OPTIONAL` are shown only where some site has something to say."""
+_OPTIONAL = ("measured", "error", "nearest supported form")
 
 
 def explain(
@@ -323,10 +230,6 @@ def explain(
     activations of the exact model, and runs twice: exactly, which is what goes on, and as planned. Of SANTA, which is
     random by design, it is the error of one draw, far above that of the mean.
     """
-    import torch
-
-    from ..routes.transformers.eager import is_rewritten
-
     if not callable(model):
         raise TypeError(f"model={model!r}: must be a torch.nn.Module or a function")
     if example_kwargs is not None and not isinstance(example_kwargs, Mapping):
@@ -351,23 +254,15 @@ def explain(
 
 def _recorded(model: torch.nn.Module, error: bool, args: list[Any], kwargs: dict[str, Any]) -> Report:
     """What a rewritten model does."""
-    from ..passes.place import module_paths
-    from ..passes.site import NOT_MATCHED
-    from ..routes.outside import Outside
-    from ..routes.transformers.eager import record_sites, unmatched
-
     with record_sites() as sites, _compared(error) as errors, Outside(lambda: module_paths(model), sites):
         model(*args, **kwargs)
-    whole = [site.module for site in sites if site.form == "not captured"]  # these say it of all that is inside
-    sites = [site for site in sites if site.form != NOT_MATCHED or not any(map(site.is_inside, whole))]
-    sites = _with_errors(sites, errors)
-    return Report(sites, unmatched=unmatched(model, [site.module for site in sites]))
+    whole = [site.module for site in sites if site.form == NOT_CAPTURED]  # these say it of all that is inside
+    found = [site for site in sites if site.form != NOT_MATCHED or not any(map(site.is_inside, whole))]
+    return Report(_with_errors(found, errors), unmatched=unmatched(model, [site.module for site in found]))
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """A copy for the model to change, such as a cache, if there can be one; modules are themselves."""
-    import torch
-
     if isinstance(value, torch.nn.Module):
         return value
     if isinstance(value, torch.Tensor) and not value.is_leaf:  # which cannot be copied deeply
@@ -382,11 +277,10 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 def _unchanged(model: Any) -> Iterator[None]:
     """Leave a model as it is: its buffers, the attributes of its modules and what lists, dicts and sets among these
     hold; and the generators of random numbers. Parameters that a forward pass writes are not kept."""
-    import torch
-
     modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
     attributes = [(module, dict(vars(module))) for module in modules]
-    holders = [(x, x.copy()) for _, kept in attributes for x in kept.values() if isinstance(x, (dict, list, set))]
+    held = [x for _, kept in attributes for x in kept.values() if isinstance(x, (dict, list, set))]
+    holders: list[tuple[Any, Any]] = [(x, x.copy()) for x in held]
     buffers = [(x, x.detach().clone()) for module in modules for x in module.buffers(recurse=False)]
     state, devices = random.getstate(), range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
     try:
@@ -397,12 +291,12 @@ def _unchanged(model: Any) -> Iterator[None]:
         for module, kept in attributes:
             vars(module).clear()
             vars(module).update(kept)
-        for holder, kept in holders:
+        for holder, inside in holders:
             holder.clear()
-            (holder.extend if isinstance(holder, list) else holder.update)(kept)
-        for buffer, kept in buffers:
-            if not torch.equal(buffer, kept):
-                buffer.copy_(kept)
+            (holder.extend if isinstance(holder, list) else holder.update)(inside)
+        for buffer, values in buffers:
+            if not torch.equal(buffer, values):
+                buffer.copy_(values)
 
 
 @contextmanager
@@ -411,9 +305,6 @@ def _compared(error: bool) -> Iterator[Mapping[int, list[torch.Tensor]] | None]:
 
     None, and nothing is changed, unless ``error``.
     """
-    from ..core.call import run_by
-    from ..quality.budgets import Compared
-
     if not error:
         yield None
         return
@@ -456,18 +347,6 @@ def _is_approximate(site: SiteReport) -> bool:
 
 
 def _dry_run(model: Any, policy: Policy, error: bool, args: list[Any], kwargs: dict[str, Any]) -> Report:
-    import torch
-
-    from ..core.call import plainly, wrap_ops
-    from ..core.method import METHODS
-    from ..passes.buffers import Buffers
-    from ..passes.match import find_sites
-    from ..passes.place import Place, calls, paths_of
-    from ..planning.choose import check_policy, plan_sites, require, require_sites, unmatched
-    from ..routes.compile import rewrite_planned
-    from ..routes.dynamo import Compiled
-    from ..routes.outside import Outside
-
     METHODS.load()
     check_policy(policy)
     lenient = replace(policy, strict=False)  # it is judged for the whole model, once that is known
@@ -485,20 +364,18 @@ def _dry_run(model: Any, policy: Policy, error: bool, args: list[Any], kwargs: d
             return gm.forward
 
     def search(gm: GraphModule, inputs: list[torch.Tensor]) -> Any:
-        buffers, place = Buffers(gm, inputs), Place.of_graph()
-        planned = plan_sites(find_sites(gm, buffers, place), lenient)
-        if planned:
-            place.pin()
-        found.extend(SiteReport.of(site, plan) for site, plan in planned)
-        if not error:
-            return gm.forward
-        unchanged = rewrite_planned(gm, planned, lenient, buffers)
+        planned = plan_graph(gm, inputs, lenient)
+        planned.pin(told=True)
+        found.extend(planned.reports())
+        return planned.rewritten(measured, lambda gm: gm.forward) if error else gm.forward
+
+    def measured(gm: GraphModule) -> Any:
         wrap_ops(gm, plainly)
-        return gm.forward if unchanged is None else buffers.guard(gm.forward, unchanged.forward)
+        return gm.forward
 
     # a model that was compiled often has used up Dynamo's limit for its code, which would then run uncaptured
-    limits = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
-    patient = torch._dynamo.config.patch(**limits, fail_on_recompile_limit_hit=False)
+    limits = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16, "fail_on_recompile_limit_hit": False}
+    patient = torch._dynamo.config.patch(limits)
     compiled = Compiled(_uncompiled(model), record)
     try:
         with patient, _compared(error) as errors, outside:
@@ -510,10 +387,8 @@ def _dry_run(model: Any, policy: Policy, error: bool, args: list[Any], kwargs: d
     paths = [site.module for site in found]
     require([(site.module or "(root)", site) for site in found], policy)
     require_sites(paths, policy)
-    return Report(_with_errors(found, errors), len(graphs), unmatched(paths, policy), outside.breaks)
+    return Report(_with_errors(found, errors), len(graphs), unmatched_in(paths, policy), outside.breaks)
 
 
 def _uncompiled(model: Any) -> Any:
-    from torch._dynamo import OptimizedModule
-
     return model._orig_mod if isinstance(model, OptimizedModule) else model

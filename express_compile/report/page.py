@@ -1,18 +1,35 @@
-"""A report as one self-contained HTML page: no script, no file and no address beside it."""
+"""A report as one self-contained HTML page: no script, no file and no address beside it.
+
+Sites of which the same was decided are one row, whose modules unfold.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from ..core.sites import SiteReport
+from .groups import grouped, name_of
+
 if TYPE_CHECKING:
     from .explain import Report
 
 _TEMPLATE = """\
+{% macro measured(site) %}
+{%- for name, ms in site.measured_ms.items() %}{{ "<br>measured: "|safe if loop.first else ", " }}
+{{- name }} {{ "%.3g" | format(ms) }} ms
+{%- endfor %}
+{%- if site.error is not none %}{{ "<br>"|safe }}error: {{ "%.3g" | format(site.error) }}{% endif %}
+{%- if site.unmeasured %}{{ "<br>"|safe }}error not measured: {{ site.unmeasured }}{% endif %}
+{% endmacro %}
+{% macro errors(group) %}
+{%- set found = group | map(attribute="error") | reject("none") | list %}
+{%- if found %}{{ "<br>"|safe }}error: {{ "%.3g to %.3g" | format(found | min, found | max) }}{% endif %}
+{% endmacro %}
 <!DOCTYPE html>
 <html lang="en">
 <head>
@@ -47,9 +64,17 @@ _TEMPLATE = """\
 <thead><tr><th>module</th><th>form</th><th>shape</th><th>mask</th><th>method</th><th>verdict</th><th>reason</th>
 <th>other methods</th></tr></thead>
 <tbody>
-{% for site in report.sites %}
+{% for group in groups %}
+{% set site = group[0] %}
 <tr>
-<td>{{ site.module or "(root)" }}<br><small>{{ site.source or "source unknown" }}</small></td>
+<td>
+{%- if group | length == 1 %}{{ site.module or "(root)" }}<br><small>{{ site.source or "source unknown" }}</small>
+{%- else %}<details><summary>{{ name_of(group | map(attribute="module") | list) }}</summary><ul>
+{% for site in group %}
+<li>{{ site.module or "(root)" }}<br><small>{{ site.source or "source unknown" }}</small>{{ measured(site) }}</li>
+{% endfor %}
+</ul></details>
+{%- endif %}</td>
 <td>{{ site.form }}</td>
 <td>{{ site.shape or "–" }}</td>
 <td>{{ site.mask or "–" }}</td>
@@ -58,12 +83,7 @@ _TEMPLATE = """\
 {{ "<br>"|safe if loop.first }}<code>{{ name }}={{ value }}</code>
 {%- endfor %}</td>
 <td class="{{ site.verdict }}">{{ site.verdict }}</td>
-<td>{{ site.reason }}
-{%- for name, ms in site.measured_ms.items() %}{{ "<br>measured: "|safe if loop.first else ", " }}
-{{- name }} {{ "%.3g" | format(ms) }} ms
-{%- endfor %}
-{%- if site.error is not none %}{{ "<br>"|safe }}error: {{ "%.3g" | format(site.error) }}{% endif %}
-{%- if site.unmeasured %}{{ "<br>"|safe }}error not measured: {{ site.unmeasured }}{% endif %}</td>
+<td>{{ site.reason }}{{ measured(site) if group | length == 1 else errors(group) }}</td>
 <td>{% if site.rejected %}<ul>{% for words in site.rejected %}<li>{{ words }}</li>{% endfor %}</ul>{% endif %}</td>
 </tr>
 {% endfor %}
@@ -85,9 +105,18 @@ def render(report: Report, figures: Mapping[str, str]) -> str:
 
     Raises ``ValueError`` for a figure that is no SVG. Figures are put in as they are, so they must be yours.
     """
+    groups = grouped(report.sites, _decided)
     inline = {title: Markup(_svg(title, text)) for title, text in figures.items()}
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    return environment.from_string(_TEMPLATE).render(report=report, totals=report.totals(), figures=inline)
+    environment.globals["name_of"] = name_of
+    page = environment.from_string(_TEMPLATE)
+    return page.render(report=report, groups=groups, totals=report.totals(), figures=inline)
+
+
+def _decided(site: SiteReport) -> tuple[Hashable, ...]:
+    """What the page says of a site but for where it is and what was measured there."""
+    params = tuple((name, str(value)) for name, value in site.params.items())
+    return site.form, site.shape, site.mask, site.method, params, site.verdict, site.reason, site.rejected
 
 
 def _svg(title: str, text: str) -> str:

@@ -15,30 +15,27 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import replace
 from types import CodeType, FrameType, FunctionType, MappingProxyType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo.eval_frame import skip_code
+from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
 
-from ..core.call import Call, Op, call, wrap_ops
-from ..core.method import METHODS
+from ..core.call import Op, wrap_ops
 from ..core.plan import Plan
 from ..core.policy import Policy, Unmet
-from ..core.spec import known_equal
-from ..report.explain import SiteReport, recorder
+from ..core.sites import NOT_CAPTURED, SiteReport, recording
+from ..passes.pipeline import plan_graph
+from ..passes.place import Place
+from ..passes.site import AttentionSite
+from ..planning.choose import require_matches
 from .dynamo import Compiled, Failure, cannot_capture, is_converting
 from .module_code import writes_attention
-from .tracers import cannot_trace, is_exporting, refuse_tracers
-from .transformers.masks import untraced
-
-if TYPE_CHECKING:
-    from torch.fx import GraphModule
-
-    from ..passes.site import AttentionSite
-    from ..quality.watch import Shadow, Watch
+from .tracers import cannot_trace, is_exporting, refuse_tracers, untraced
+from .watched import GraphSite, Watch
 
 _CAPTURE = "_express_compile_capture"
 
@@ -81,11 +78,14 @@ def find_modules(model: nn.Module, sites: Iterable[nn.Module] = ()) -> dict[str,
     return found
 
 
-def install(model: nn.Module, modules: dict[str, nn.Module], policy: Policy) -> None:
-    """Let ``modules`` of ``model`` run with rewritten attention; random numbers are keyed by paths in ``model``."""
+def install(model: nn.Module, modules: dict[str, nn.Module], policy: Policy, others: Iterable[str] = ()) -> None:
+    """Let ``modules`` of ``model`` run with rewritten attention; random numbers are keyed by paths in ``model``.
+
+    others: paths of its sites that are rewritten in another way.
+    """
     for path, module in modules.items():
         release(module)
-        module.__dict__[_CAPTURE] = Capture(module, path, policy, weakref.ref(model))
+        module.__dict__[_CAPTURE] = Capture(module, path, policy, weakref.ref(model), frozenset(others))
 
 
 def remove(model: nn.Module) -> None:
@@ -116,7 +116,8 @@ def is_captured(module: nn.Module) -> bool:
 
 def _reaches(function: object, capture: Capture) -> bool:
     """Whether a function is ``capture`` or wraps it, as accelerate wraps what it moves between devices."""
-    pending, seen = [function], set()
+    pending: list[object] = [function]
+    seen: set[int] = set()
     while pending and len(seen) < 64:
         function = pending.pop()
         if function is capture:
@@ -134,20 +135,16 @@ def _reaches(function: object, capture: Capture) -> bool:
 
 def release(module: nn.Module) -> None:
     """Undo what :func:`install` did to a module, or what a shallow copy of one has of it."""
-    capture = module.__dict__.pop(_CAPTURE, None)
+    capture: Capture | None = module.__dict__.pop(_CAPTURE, None)
     if capture is None:
         return
-    if module.__dict__.get("forward") is capture:
+    forward: object = module.__dict__.get("forward")
+    if forward is capture:
         del module.__dict__["forward"]
         if capture.given is not None:
             module.__dict__["forward"] = capture.given
     if capture.module is module:
         capture.close()
-
-
-def policy_of(module: nn.Module) -> Policy:
-    """The policy of a module that is captured."""
-    return module.__dict__[_CAPTURE].policy
 
 
 def captures_of(model: nn.Module) -> dict[str, Capture]:
@@ -162,6 +159,7 @@ class Capture:
     """What a rewritten ``module`` has for ``forward``. Copies and pickles of the module get their own.
 
     path: of the module, in the model that was rewritten, which is ``root`` while it exists.
+    others: paths of sites of that model that are rewritten in another way.
     given: a ``forward`` that the module, and not its class, had before.
     seen: paths of the sites in graphs that have run, in calls of ``module`` and of what is inside.
     watch: what has the errors of its sites sampled, in a model where this one is at ``prefix``; stays behind in a copy.
@@ -170,9 +168,14 @@ class Capture:
     __name__ = "forward"
 
     def __init__(
-        self, module: nn.Module, path: str, policy: Policy, root: Callable[[], nn.Module | None] | None
+        self,
+        module: nn.Module,
+        path: str,
+        policy: Policy,
+        root: Callable[[], nn.Module | None] | None = None,
+        others: frozenset[str] = frozenset(),
     ) -> None:
-        self.module, self.path, self.policy, self.root = module, path, policy, root
+        self.module, self.path, self.policy, self.root, self.others = module, path, policy, root, others
         self.given: Callable[..., Any] | None = module.__dict__.get("forward")
         self._start()
         module.__dict__["forward"] = self
@@ -189,12 +192,17 @@ class Capture:
             else FunctionType(_captured_call_impl.__code__.replace(), _captured_call_impl.__globals__)
         )
         # Dynamo keeps these where garbage collection does not look
-        before, strict = weakref.WeakMethod(self._part), self.policy.strict
+        part, strict = weakref.ref(self), self.policy.strict
+
+        def before() -> None:
+            if (capture := part()) is not None:
+                capture._part()
+
         self._compiled = Compiled(
             call,
             _backend,
             raises=lambda error: strict and isinstance(error, ValueError),
-            before=lambda: before()(),
+            before=before,
         )
         self.close = weakref.finalize(self, _close, self._compiled, call)
         self.close.atexit = False
@@ -215,7 +223,8 @@ class Capture:
         raise RuntimeError(cannot_trace(type(self.module).__name__, "torch.jit"))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "path": self.path, "policy": self.policy, "root": None, "given": self.given}
+        kept = {"module": self.module, "path": self.path, "policy": self.policy, "given": self.given}
+        return {**kept, "root": None, "others": self.others}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -264,16 +273,13 @@ class Capture:
     def _require_sites(self, paths: set[str]) -> None:
         """Judge by the paths of the sites in all graphs of a call: it has some. The call of a whole model shows whether
         names in the policy have none."""
-        from ..planning.choose import require_matches
-        from .transformers.eager import rewritten_sites
-
         if not paths:
             raise Unmet(f"strict=True: no attention was found in the graphs of {type(self.module).__name__}")
         root = None if self.root is None else self.root()
         whole = self if root is None or not is_captured(root) else root.__dict__[_CAPTURE]
         whole.seen |= paths
         if self.module is root:
-            require_matches(self.seen | rewritten_sites(root).keys(), self.policy)
+            require_matches(self.seen | self.others, self.policy)
 
     def _run_exactly(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, list[Failure]]:
         return _captured_call_impl(module, *args, **kwargs), []
@@ -294,103 +300,41 @@ class Capture:
     def _say(self, reason: str, source: str = "") -> None:
         if self.policy.strict:
             raise ValueError(f"strict=True: {self.path or '(root)'}: {reason}")
-        if (sites := recorder.get()) is not None:
-            sites.append(SiteReport(self.path, source, "not captured", "", "exact", "refused", reason))
+        if (sites := recording()) is not None:
+            sites.append(SiteReport(self.path, source, NOT_CAPTURED, "", "exact", "refused", reason))
         if not self._warned:
             self._warned = True
             warnings.warn(f"{self.path or type(self.module).__name__}: {reason}", RuntimeWarning, stacklevel=7)
 
     def _rewrite(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """A callable that runs the rewritten graph."""
-        from ..passes.buffers import Buffers
-        from ..passes.match import find_sites
-        from ..passes.place import Place
-        from ..planning.choose import plan_sites
-        from .compile import rewrite_planned
+        planned = plan_graph(gm, inputs, self.policy, Place.of_graph(self.module, self.path))
+        planned.pin(told=True)
 
-        place = Place.of_graph(self.module, self.path)
-        buffers = Buffers(gm, inputs)
-        planned = plan_sites(find_sites(gm, buffers, place), self.policy)
-        if planned:
-            place.pin()
-        unchanged = rewrite_planned(gm, planned, self.policy, buffers)
-        shadows = self._watch(gm, planned)
-        run = _recorded(gm, [SiteReport.of(site, plan) for site, plan in planned], shadows)
-        if unchanged is None:
-            return run
-        exact = Plan("exact", "refused", _CHANGED)
-        before = [SiteReport.of(site, exact if plan.verdict == "rewritten" else plan) for site, plan in planned]
-        return buffers.guard(run, _recorded(unchanged, before))
+        def finish(gm: GraphModule) -> Callable[..., Any]:
+            return _recorded(gm, planned.reports(), self._watch(gm, planned.sites))
 
-    def _watch(self, gm: GraphModule, planned: Iterable[tuple[AttentionSite, Plan]]) -> dict[int, _Follow]:
+        def before(gm: GraphModule) -> Callable[..., Any]:
+            return _recorded(gm, planned.reports(otherwise=Plan("exact", "refused", _CHANGED)))
+
+        return planned.rewritten(finish, before)
+
+    def _watch(self, gm: GraphModule, sites: Iterable[tuple[AttentionSite, Plan]]) -> dict[int, GraphSite]:
         """Let the ops of a graph be sampled while the model is watched; gives how each site is, by layer key."""
         owner, inside = weakref.ref(self), dict(self.module.named_modules(prefix=self.path))
-        of = {site.layer: (site, plan) for site, plan in planned}
-        found: dict[int, _Follow] = {}
+        of = {site.layer: (site, plan) for site, plan in sites}
+        found: dict[int, GraphSite] = {}
 
         def wrap(op: Op, layer: int) -> Callable[..., Any]:
             site, plan = of[layer]
-            found[layer] = _Follow(owner, weakref.ref(inside.get(site.module, self.module)), site, plan)
+            found[layer] = GraphSite(owner, weakref.ref(inside.get(site.module, self.module)), site, plan)
             return found[layer].of_op(op)
 
         wrap_ops(gm, wrap)
         return found
 
 
-class _Follow:
-    """A rewritten site of a graph. It may be watched unless its method, its offset or its op forbid it."""
-
-    def __init__(
-        self,
-        owner: Callable[[], Capture | None],
-        module: Callable[[], nn.Module | None],
-        site: AttentionSite,
-        plan: Plan,
-    ) -> None:
-        # Dynamo keeps graphs where garbage collection does not look: none may hold its module
-        self.owner, self.module, self.plan, self.spec = owner, module, plan, site.spec
-        self.path, self.number = site.module, f"#{site.index}" if site.index else ""
-        mask = site.spec.mask
-        self.aligned = mask.causal and known_equal(mask.offset, site.spec.Lk - site.spec.Lq)
-        is_known = not mask.causal or self.aligned or isinstance(mask.offset, int)
-        can_be_exact = "min_length" in plan.params
-        self.is_watchable = is_known and can_be_exact and METHODS[plan.method].approximates is not None
-
-    def shadow(self) -> Shadow | None:
-        """What samples this site now; None where nothing does, also in training mode."""
-        owner, module = self.owner(), self.module()
-        watch = owner.watch if self.is_watchable and owner is not None else None
-        if watch is None or (module is not None and module.training):
-            return None
-        return watch.shadow(".".join(filter(None, (owner.prefix, self.path))) + self.number)
-
-    def of_op(self, op: Op) -> Callable[..., Any]:
-        def run(*args: Any, **options: Any) -> Any:
-            shadow, given = self.shadow(), Call.of(op, args, options)
-            if shadow is None:
-                return call(op, given)
-            if shadow.follow(self.plan).verdict != "rewritten":
-                return call(op, given.exactly())
-            result = call(op, given)
-            mask = self.spec.mask
-            mask = replace(mask, offset=given.Lk - given.Lq) if self.aligned else mask
-            shadow.sample(self.plan, replace(self.spec, Lk=given.Lk, mask=mask), given, result[0])
-            return result
-
-        return run
-
-    def now(self, report: SiteReport) -> SiteReport:
-        """The report of the site as it is now."""
-        shadow = self.shadow()
-        plan = self.plan if shadow is None else shadow.in_force(self.plan)
-        if plan is self.plan:
-            return report
-        saved = replace(report.saved, method="exact", verdict="exact", params={}, facts={}, options={})
-        changes = {"method": "exact", "verdict": "exact", "reason": plan.reason, "params": {}, "predicted_ms": {}}
-        return replace(report, rejected=(), saved=saved, **changes)
-
-
-def _captured_call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _captured_call_impl(self: Any, *args: Any, **kwargs: Any) -> Any:
     given = self._express_compile_capture.given
     result = type(self).forward(self, *args, **kwargs) if given is None else given(*args, **kwargs)
     return (self, result)[1]  # place.py looks who is called, so the frame has to keep it
@@ -438,7 +382,7 @@ def _place(code: CodeType) -> str:
 
 
 def _recorded(
-    gm: GraphModule, reports: Sequence[SiteReport], follows: Mapping[int, _Follow] = MappingProxyType({})
+    gm: GraphModule, reports: Sequence[SiteReport], follows: Mapping[int, GraphSite] = MappingProxyType({})
 ) -> Callable[..., Any]:
     _run_checkpoints(gm)
     names = [(report, follows.get(report.layer)) for report in reports]
@@ -448,7 +392,7 @@ def _recorded(
             call.graphs += 1
             call.paths.update(report.module for report in reports)
         result = gm.forward(*args)  # in which a site that is watched may fall back
-        if (sites := recorder.get()) is not None:
+        if (sites := recording()) is not None:
             sites.extend(report if follow is None else follow.now(report) for report, follow in names)
         return result
 
@@ -458,7 +402,7 @@ def _recorded(
 def _run_checkpoints(gm: GraphModule) -> None:
     """Activation checkpoints of a graph are marks for a compiler; make them what they are in eager code."""
     marker = torch.ops.higher_order.tag_activation_checkpoint
-    for part in [part for part in gm.modules() if isinstance(part, torch.fx.GraphModule)]:
+    for part in [part for part in gm.modules() if isinstance(part, GraphModule)]:
         marks = part.graph.find_nodes(op="call_function", target=marker)
         for node in marks:
             node.target = _checkpoint
@@ -467,8 +411,6 @@ def _run_checkpoints(gm: GraphModule) -> None:
 
 
 def _checkpoint(body: GraphModule, *args: Any, **kwargs: Any) -> Any:
-    from torch.utils.checkpoint import checkpoint
-
     context = body.meta.get("_checkpoint_context_fn")
     kwargs = kwargs if context is None else {**kwargs, "context_fn": context}
     return checkpoint(body.forward, *args, **{**kwargs, "use_reentrant": False})

@@ -11,16 +11,21 @@ from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
-from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+from torch._C._dynamo.eval_frame import (
+    _debug_get_cache_entry_list,
+    _FrameAction,
+    _FrameExecStrategy,
+    reset_code,
+)
 from torch._dynamo import convert_frame, eval_frame
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.guards import CheckFunctionManager, DeletedGuardManagerWrapper
-from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
+from torch._dynamo.types import ConvertFrameReturn
 from torch.nn.modules import module as nn_module
 
 from .module_code import code_writes_attention, is_module, writes_attention
 
-_WITH_ALL_IT_CALLS = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+_WITH_ALL_IT_CALLS = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
 _TRIES = 3
 _GAVE_UP = "Dynamo gave it up (TORCH_LOGS=graph_breaks shows why)"
 
@@ -31,7 +36,7 @@ class Failure(NamedTuple):
     code: CodeType
     reason: str
     attention: bool
-    strategy: FrameExecStrategy = _WITH_ALL_IT_CALLS
+    strategy: _FrameExecStrategy = _WITH_ALL_IT_CALLS
 
 
 _converting: ContextVar[bool] = ContextVar("express_compile_converting", default=False)
@@ -73,11 +78,11 @@ class Compiled:
     ) -> None:
         self._backend, self._raises, self._before = backend, raises, before
         self._codes: dict[int, CodeType] = {}
-        self._failed: dict[int, tuple[int, Failure]] = {}
+        self._failed: dict[int, tuple[int, Failure | None]] = {}
         self._managers: dict[int, CheckFunctionManager] = {}
         self._hooks: tuple[int, ...] = ()
         self._root = getattr(function, "__code__", None)
-        context = torch._dynamo.optimize(backend)
+        context: Any = torch._dynamo.optimize(backend)
         if (convert := getattr(context, "callback", None)) is not None:  # not where TORCHDYNAMO_DISABLE is set
             self._convert = convert
             context.callback = _Callback(self, convert._torchdynamo_orig_backend)
@@ -120,6 +125,7 @@ class Compiled:
                 if result.guarded_code is not None or not (code is self._root or _has_attention(frame)):
                     return result
                 failure = Failure(code, _GAVE_UP, code is not self._root, result.frame_exec_strategy)
+        assert failure is not None, "it was tried, or has failed before"
         if (failures := _failures.get()) is not None:
             failures.append(failure)
         # so the next call of this code comes by here
@@ -209,7 +215,8 @@ def _forget(code: CodeType, guards: list[Any]) -> None:
         reset_code(code)
         return
     for entry in ours:
-        entry.guard_manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("its attention was restored"))
+        state: Any = entry.guard_manager.extra_state
+        state.invalidate(entry, DeletedGuardManagerWrapper("its attention was restored"))
 
 
 def _is_deleted(entry: Any) -> bool:
@@ -218,7 +225,7 @@ def _is_deleted(entry: Any) -> bool:
 
 def _finalizers() -> Iterator[tuple[weakref.finalize, CheckFunctionManager]]:
     """What deletes guards together with an object that they look at, which may live as long as Python does."""
-    for finalizer in list(weakref.finalize._registry):
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
         if (alive := finalizer.peek()) is not None:
             manager = getattr(getattr(alive[1], "func", None), "__self__", None)
             if isinstance(manager, CheckFunctionManager):

@@ -13,26 +13,25 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch._inductor import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule, Node
 
+from ..kernels.op import contract
 from ..passes.normalize import computes_gradients
 
 _aten = torch.ops.aten
 
 
-def compile_with_inductor(
-    gm: GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]
-) -> Callable[..., Any]:
+def compile_with_inductor(gm: GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
     """``gm`` compiled by inductor under ``patches`` of its configuration; no global state is changed."""
-    from torch._inductor.compile_fx import compile_fx
-
-    from ..kernels.op import contract
-
     pre_pass = _KeepOff(patches.get("joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass))
     tag = f"{torch.compiler.config.cache_key_tag}express-compile-{contract()}"
-    with torch.compiler.config.patch(cache_key_tag=tag), _without_rematerialization(gm):
-        return compile_fx(gm, example_inputs, config_patches={**patches, "joint_custom_pre_pass": pre_pass})
+    key: Any = torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
+    with key, _without_rematerialization(gm):
+        compiled = compile_fx.compile_fx(gm, inputs, config_patches={**patches, "joint_custom_pre_pass": pre_pass})
+    assert callable(compiled), "it is asked for no file"
+    return compiled
 
 
 class _KeepOff(CustomGraphPass):

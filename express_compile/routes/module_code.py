@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
 from types import CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import nn
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def cache(function: F) -> F:
+    """``functools.cache`` with the signature of ``function``; mypy does not take the class of a module for hashable."""
+    return cast(F, functools.cache(function))
+
 
 _WHOLE = {
     "scaled_dot_product_attention",
@@ -22,30 +30,11 @@ _SOFTMAX = {"softmax", "Softmax"}
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "__matmul__", "@"}
 
 
-def can_import_transformers() -> bool:
-    """Whether transformers is installed."""
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-@cache
-def _library() -> frozenset[type]:
-    """Bases whose code says nothing about the attention of a model."""
-    bases = set(nn.Module.__mro__)
-    if can_import_transformers():
-        from transformers import GenerationMixin, PreTrainedModel
-
-        bases |= {*PreTrainedModel.__mro__, *GenerationMixin.__mro__}
-    return frozenset(bases)
-
-
 @cache
 def _functions(cls: type) -> tuple[Callable[..., Any], ...]:
-    """The functions that a class and its bases define, library bases left out."""
-    members = [member for base in cls.__mro__ if base not in _library() for member in vars(base).values()]
+    """The functions that a class and its bases define, bases left out that say nothing of the attention of a model."""
+    bases = [x for x in cls.__mro__ if x not in nn.Module.__mro__ and not _is_machinery(x.__module__)]
+    members = [member for base in bases for member in vars(base).values()]
     members = [getattr(member, "__func__", getattr(member, "fget", member)) for member in members]
     return tuple(inspect.unwrap(member) for member in members if inspect.isroutine(member))
 
@@ -116,7 +105,7 @@ def _flat(constants: Any) -> Iterator[Any]:
             yield constant
 
 
-def writes_attention(module: nn.Module) -> bool:
+def writes_attention(module: Any) -> bool:
     """Whether the code of ``module`` (not of its children) holds attention: as one call, or as softmax and products.
 
     Read are its class, the functions that it calls by a global name, the functions and callable objects that it keeps
@@ -148,7 +137,7 @@ def is_module(value: object) -> bool:
     return isinstance(value, nn.Module) and "_modules" in vars(value)
 
 
-def _has_softmax(module: nn.Module) -> bool:
+def _has_softmax(module: Any) -> bool:
     return any(isinstance(child, nn.Softmax) for child in module.children())
 
 
@@ -182,9 +171,13 @@ def _operations(code: CodeType) -> Iterator[str]:
         yield "@"
 
 
+def _is_machinery(module: str) -> bool:
+    """Whether a module is of transformers and no model of it."""
+    return module.partition(".")[0] == "transformers" and not module.startswith("transformers.models.")
+
+
 def _is_foreign(module: str | None) -> bool:
     """Whether a module belongs to Python, torch or the machinery of transformers."""
     root = (module or "").partition(".")[0]
-    if root == "transformers":
-        return not module.startswith("transformers.models.")
-    return root in ("", "torch", "numpy") or (root in sys.stdlib_module_names and root != "__main__")
+    own = root == "__main__" or (root not in ("", "torch", "numpy") and root not in sys.stdlib_module_names)
+    return not own or _is_machinery(module or "")

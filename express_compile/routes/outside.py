@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -22,15 +22,14 @@ from torch._dynamo.utils import graph_break_reasons
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..core.sites import NOT_MATCHED, SiteReport
 from ..passes.cut import PARTED
 from ..passes.place import calls
-from ..passes.site import NOT_MATCHED
-from ..report.explain import SiteReport
 
 _HERE = os.path.dirname(os.path.dirname(__file__))
 _TORCH = os.path.dirname(torch.__file__)
 _NEAREST = "code that Dynamo captures: TORCH_LOGS=graph_breaks shows what it does not"
-_KNOWN = ("_recorded.<locals>.run", "_attend")  # in capture.py and eager.py
+_KNOWN = ("_recorded.<locals>.run", "_run_eagerly")  # in capture.py and transformers/attention.py
 _WHOLE = (
     "_scaled_dot_product",
     "scaled_dot_product",
@@ -160,7 +159,9 @@ def _words(reason: Any) -> str:
 
 def _line() -> _Line | None:
     """The line that calls just now; None inside of a graph of a rewritten model, or of attention that it knows."""
-    frame, inner, disabled = sys._getframe(2), None, False
+    frame: FrameType | None = sys._getframe(2)
+    inner: FrameType | None = None
+    disabled = False
     while frame is not None:
         code = frame.f_code
         if code.co_qualname == "compile_wrapper":

@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+untraced = torch.compiler.disable(
+    reason="a model rewritten by rewrite_attention runs its attention eagerly; to compile it whole, call "
+    "restore_attention(model) and then torch.compile(model, backend='express')"
+)
+
 
 def is_exporting() -> bool:
     """Whether torch.export is at work, also where Dynamo traces the question: before torch 2.13 it takes

@@ -18,14 +18,26 @@ Paper: *SANTA*, arXiv 2605.01910, where L is B, the number of ternary vectors wh
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Any
 
 import torch
 
-from ..launch import draw_uniform, jit, launch, next_power_of_two, philox_uniform, tl
+from ..launch import (
+    Random,
+    constexpr,
+    draw_uniform,
+    jit,
+    launch,
+    next_power_of_two,
+    philox_uniform,
+    sequence,
+    strided,
+    tl,
+)
 
 MAX_LEVELS = 256  # bfloat16 holds the integers up to here
-_BUCKET = (1 << 30) + 2  # word of the random counter; those before it belong to the draws of value rows
+BUCKET = constexpr((1 << 30) + 2)  # word of the random counter; those before it belong to the draws of value rows
 
 
 def check_levels(levels: Any) -> None:
@@ -49,7 +61,7 @@ def round_query(query: torch.Tensor, levels: int, seed: torch.Tensor, layer: int
     unit = _unit(q, levels)
     head = torch.arange(query.shape[1], device=query.device)[:, None, None]
     place = torch.arange(query.shape[-1], device=query.device)
-    u = philox_uniform(seed, layer, place, _BUCKET, step[:, None, :, None], head).double() + 2.0**-25
+    u = philox_uniform(seed, layer, place, int(BUCKET), step[:, None, :, None], head).double() + 2.0**-25
     ratio = (q / unit).abs()
     rounded = q.sign() * unit * (ratio.floor() + (u < ratio.frac()))
     return rounded if query.dtype == torch.float64 else rounded.float()
@@ -71,33 +83,41 @@ def is_whole(step, p_draws, exact_below, reach):
     return (tl.minimum(step, reach) < exact_below) | (tl.load(p_draws) < 0)
 
 
-@jit(general="layer H n levels exact_below reach stride_db")
-def _round_kernel(
-    p_q, p_seed, p_step, p_lengths, p_padding, p_draws, p_counts, p_unit, layer, H, n, levels, exact_below, reach,
-    stride_db,
-    stride_qb, stride_qh, stride_qn, stride_pb, LQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BUCKET: tl.constexpr,
-):  # fmt: skip
+# Keys of a sequence, real ones among them, and which those are; the stride of padding.
+_Masks = namedtuple("_Masks", "step lengths padding stride")
+
+
+# What :func:`is_whole` asks, and the stride of draws.
+Exact = namedtuple("Exact", "draws below reach stride")
+
+
+@jit(general="random exact sizes")
+def _round_kernel(q, random, masks, exact, outputs, sizes, SHAPE: tl.constexpr):
+    LQ: tl.constexpr = SHAPE.LQ
+    D: tl.constexpr = SHAPE.D
+    p_counts, p_unit = outputs
+    H, n, levels = sizes
     i_row = tl.program_id(0)
     i_b, i_h, i_q = i_row // (H * LQ), i_row // LQ % H, i_row % LQ
-    o_d = tl.arange(0, BD)
-    p_q += i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh + i_q * stride_qn
+    o_d = tl.arange(0, SHAPE.BD)
+    p_q, stride_q = sequence(q, i_b, i_h)
+    p_q += i_q * stride_q
     # the interpreter knows no way from bfloat16 to float64 but this one
     b_q = tl.load(p_q + o_d, mask=o_d < D, other=0.0).to(tl.float32).to(tl.float64)
     # the last query sees `step` keys, and this one those of them that are not behind its own
     end = n
-    if p_lengths is not None:
-        end = tl.load(p_lengths + i_b).to(tl.int32)
+    if masks.lengths is not None:
+        end = tl.load(masks.lengths + i_b).to(tl.int32)
     o_behind = end - LQ + 1 + i_q + tl.arange(0, 16)
     m_behind = (o_behind >= 0) & (o_behind < end)
-    if p_padding is not None:
-        m_behind &= tl.load(p_padding + i_b.to(tl.int64) * stride_pb + o_behind, mask=m_behind, other=0) != 0
-    step = tl.load(p_step + i_b).to(tl.int32)
+    if masks.padding is not None:
+        m_behind &= tl.load(masks.padding + i_b.to(tl.int64) * masks.stride + o_behind, mask=m_behind, other=0) != 0
+    step = tl.load(masks.step + i_b).to(tl.int32)
     whole = False
-    if p_draws is not None:
-        whole = is_whole(step, p_draws + i_b * stride_db, exact_below, reach)
+    if exact.draws is not None:
+        whole = is_whole(step, exact.draws + i_b * exact.stride, exact.below, exact.reach)
     step -= tl.sum(m_behind.to(tl.int32), 0)
-    b_u = draw_uniform(tl.load(p_seed), layer, o_d, BUCKET, step, i_h).to(tl.float64)
+    b_u = draw_uniform(tl.load(random.seed), random.layer, o_d, BUCKET, step, i_h).to(tl.float64)
     b_abs = tl.abs(b_q)
     top = tl.max(b_abs, 0)
     unit = tl.where(top == 0, 1.0, top) / levels
@@ -110,32 +130,31 @@ def _round_kernel(
     tl.store(p_unit + i_row, unit.to(tl.float32))
 
 
+_Shape = namedtuple("_Shape", "LQ D BD")
+
+
 def round_query_triton(
     query: torch.Tensor,
     keys: int,
     levels: int,
-    seed: torch.Tensor,
-    layer: int,
+    random: Random,
     step: torch.Tensor,
     padding: torch.Tensor | None,
     lengths: torch.Tensor | None,
-    exact: tuple[torch.Tensor, int, int, int] | None = None,
+    exact: Exact | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`round_query` as integers, ``[B, H, Lq, D]`` in the query's dtype, and their unit, float32 ``[B, H, Lq]``.
 
     ``keys`` is ``Lk``; ``step`` int64 ``[B]``, those that the last query sees; ``padding`` uint8 ``[B, Lk]``; both, and
-    ``lengths``, of unit stride; ``Lq`` at most 16. ``exact``: what :func:`is_whole` asks, and the stride of draws, to
-    leave the query of such a sequence as it is. The product of the two results is the reference's, up to the
-    rounding of the unit.
+    ``lengths``, of unit stride; ``Lq`` at most 16. The query of a sequence that is ``exact`` is left as it is. The
+    product of the two results is the reference's, up to the rounding of the unit.
     """
     (B, H, Lq, D), device = query.shape, query.device
-    q = query if query.stride(3) == 1 else query.contiguous()
-    counts = torch.empty(B, H, Lq, D, dtype=q.dtype, device=device)
+    counts = torch.empty(B, H, Lq, D, dtype=query.dtype, device=device)
     unit = torch.empty(B, H, Lq, dtype=torch.float32, device=device)
-    draws, *limits = exact or (None, 0, 0, 0)
     launch(_round_kernel, (B * H * Lq,),
-        q, seed, step, lengths, padding, draws, counts, unit, layer, H, keys, levels, *limits,
-        *q.stride()[:3], 0 if padding is None else padding.stride(0),
-        LQ=Lq, D=D, BD=max(16, next_power_of_two(D)), BUCKET=_BUCKET, num_warps=1, num_stages=1,
+        strided(query), random, _Masks(step, lengths, padding, 0 if padding is None else padding.stride(0)),
+        exact or Exact(None, 0, 0, 0), (counts, unit), (H, keys, levels),
+        SHAPE=_Shape(Lq, D, max(16, next_power_of_two(D))), num_warps=1, num_stages=1,
     )  # fmt: skip
     return counts, unit

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import namedtuple
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,9 +33,22 @@ import torch
 
 from express_compile.core.spec import feature_major, floor_power_of_two
 
-from ..launch import FLOAT32_DOT, constant, draw_uniform, jit, launch, next_power_of_two, require_triton, tl
-from .bernoulli import is_whole, round_query_triton
-from .segments import _describe
+from ..launch import (
+    FLOAT32_DOT,
+    Random,
+    Widths,
+    constant,
+    draw_uniform,
+    jit,
+    launch,
+    next_power_of_two,
+    require_triton,
+    sequence,
+    strided,
+    tl,
+)
+from .bernoulli import Exact, is_whole, round_query_triton
+from .segments import Outputs, describe
 
 MAX_ROWS = 256  # query heads of a KV head times queries
 TILE = 128  # keys per tile; half as many where a row takes 1 KB
@@ -53,65 +67,91 @@ def grid_bits(draws: int) -> int:
     return min(24, 30 - (draws + 1).bit_length())
 
 
-@jit(general="KVH G n T chunk span E counts")
-def _score_kernel(
-    d_k, p_q, p_unit, p_u, p_most, p_entry, p_count, p_lengths, p_padding, KVH, G, n, T, chunk, span, E, counts, window,
-    scale_log2, cap_log2, stride_qb, stride_qh, stride_qn, stride_pb, stride_kb, stride_kh, stride_kd,
-    LQ: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):  # fmt: skip
+# What the scores leave: the stash, maxima of tiles, maxima and sums of entries, and zeros to count with.
+_Stats = namedtuple("_Stats", "u most entry count")
+
+
+# Which keys there are, and how many of them a query sees, if not all; the stride of padding.
+_Masks = namedtuple("_Masks", "lengths padding stride window")
+
+
+# KV heads, query heads of one, keys, tiles of all of them, of a program of the scores and of an entry, entries,
+# programs of the draws, and counts of them.
+_Sizes = namedtuple("_Sizes", "KVH G n T chunk programs span E counts")
+
+
+# The unit of rounded queries, and what makes scores of their products with keys, in base 2.
+_Scores = namedtuple("_Scores", "unit scale cap")
+
+
+_ScoreShape = namedtuple("_ScoreShape", "LQ R D BD BM BN AT_ONCE")
+
+
+@jit(general="sizes")
+def _score_kernel(d_k, q, strides, scores, stats, masks, sizes, SHAPE: tl.constexpr):
+    LQ: tl.constexpr = SHAPE.LQ
+    R: tl.constexpr = SHAPE.R
+    BM: tl.constexpr = SHAPE.BM
+    BN: tl.constexpr = SHAPE.BN
+    BD: tl.constexpr = SHAPE.BD
+    KVH, G, n, T, chunk, _, span, E, counts = sizes
     i_chunk, i_seq = tl.program_id(0), tl.program_id(1)
     i_b, i_kv = i_seq // KVH, i_seq % KVH
     o_m, o_d, o_n = tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BN)
     m_m = o_m < R
-    p_q += i_b.to(tl.int64) * stride_qb + (i_kv * G + o_m // LQ).to(tl.int64)[:, None] * stride_qh
+    p_q = q.p + i_b.to(tl.int64) * q.b + (i_kv * G + o_m // LQ).to(tl.int64)[:, None] * q.h
     b_q = tl.load(
-        p_q + (o_m % LQ)[:, None] * stride_qn + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0
+        p_q + (o_m % LQ)[:, None] * q.n + o_d[None, :], mask=m_m[:, None] & (o_d < SHAPE.D)[None, :], other=0.0
     )  # [BM, BD]
     end = n
-    if p_lengths is not None:
-        end = tl.load(p_lengths + i_b).to(tl.int32)
+    if masks.lengths is not None:
+        end = tl.load(masks.lengths + i_b).to(tl.int32)
     b_end = end - LQ + 1 + o_m % LQ
-    if p_unit is not None:  # of the rounded query, which is integers
-        scale_log2 *= tl.load(p_unit + i_seq.to(tl.int64) * R + o_m, mask=m_m, other=0.0)[:, None]
-    if AT_ONCE > 0:  # d_k is the keys themselves: features that no query needs are not read
+    scale_log2 = scores.scale
+    if scores.unit is not None:  # of the rounded query, which is integers
+        scale_log2 = scale_log2 * tl.load(scores.unit + i_seq.to(tl.int64) * R + o_m, mask=m_m, other=0.0)[:, None]
+    if SHAPE.AT_ONCE > 0:  # d_k is the keys themselves: features that no query needs are not read
         m_d = tl.sum((b_q != 0).to(tl.int32), 0) > 0
-        p_k = d_k + i_b.to(tl.int64) * stride_kb + i_kv.to(tl.int64) * stride_kh + o_d.to(tl.int64) * stride_kd
-        in_rows = tl.cdiv(n, AT_ONCE) * AT_ONCE  # whole groups of AT_ONCE keys, which are loaded at once
-    p_most += i_seq.to(tl.int64) * R * T
-    p_entry += i_seq.to(tl.int64) * 2 * R * E
+        p_k = d_k + i_b.to(tl.int64) * strides[0] + i_kv.to(tl.int64) * strides[1] + o_d.to(tl.int64) * strides[2]
+        in_rows = tl.cdiv(n, SHAPE.AT_ONCE) * SHAPE.AT_ONCE  # whole groups of AT_ONCE keys, which are loaded at once
+    p_most = stats.most + i_seq.to(tl.int64) * R * T
+    p_entry = stats.entry + i_seq.to(tl.int64) * 2 * R * E
     for i in range(i_chunk, counts, tl.num_programs(0)):
-        tl.store(p_count + i_seq * counts + i, 0)
+        tl.store(stats.count + i_seq * counts + i, 0)
     b_top, b_all = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)  # of the tiles of an entry
     first = i_chunk * chunk
     last = tl.minimum(first + chunk, T)
-    if window is not None and p_lengths is not None:  # tiles that no query sees: no keys, no mass
-        seen = tl.maximum(end - LQ + 1 - window, 0) // BN
+    if masks.window is not None and masks.lengths is not None:  # tiles that no query sees: no keys, no mass
+        seen = tl.maximum(end - LQ + 1 - masks.window, 0) // BN
         for t in range(first, tl.minimum(seen, last)):
             tl.store(p_most + o_m * T + t, b_top, mask=m_m)
             tl.store(p_entry + o_m * E + t // span, b_top, mask=m_m)
             tl.store(p_entry + (R + o_m) * E + t // span, b_all, mask=m_m)
         first = tl.maximum(first, seen)
     for t in range(first, last):
-        if AT_ONCE > 0:
+        if SHAPE.AT_ONCE > 0:
             m_k = m_d[:, None] & (t * BN + o_n < in_rows)[None, :]
             b_k = tl.load(p_k[:, None] + (t * BN + o_n)[None, :], mask=m_k, other=0.0)  # [BD, BN]
         else:
             b_k = tl.trans(d_k.load([i_b, i_kv, t * BN, 0]).reshape(BN, BD))
         b_s = tl.dot(b_q, b_k, input_precision=FLOAT32_DOT) * scale_log2  # [BM, BN]
-        if cap_log2 is not None:  # the scale holds 2 / cap, and this is cap * tanh
-            b_s = cap_log2 - 2.0 * cap_log2 / (tl.exp2(b_s) + 1.0)
+        if scores.cap is not None:  # the scale holds 2 / cap, and this is cap * tanh
+            b_s = scores.cap - 2.0 * scores.cap / (tl.exp2(b_s) + 1.0)
         m_s = (t * BN + o_n)[None, :] < b_end[:, None]
-        if window is not None:
-            m_s = m_s & ((t * BN + o_n)[None, :] >= b_end[:, None] - window)
-        if p_padding is not None:
-            b_real = tl.load(p_padding + i_b.to(tl.int64) * stride_pb + t * BN + o_n, mask=t * BN + o_n < n, other=0)
+        if masks.window is not None:
+            m_s = m_s & ((t * BN + o_n)[None, :] >= b_end[:, None] - masks.window)
+        if masks.padding is not None:
+            b_real = tl.load(
+                masks.padding + i_b.to(tl.int64) * masks.stride + t * BN + o_n, mask=t * BN + o_n < n, other=0
+            )
             m_s = m_s & (b_real != 0)[None, :]
         b_s = tl.where(m_s, b_s, float("-inf"))
         b_max = tl.maximum(tl.max(b_s, 1), -1e30)
-        b_u = tl.exp2(b_s - b_max[:, None]).to(p_u.dtype.element_ty)
+        b_u = tl.exp2(b_s - b_max[:, None]).to(stats.u.dtype.element_ty)
         o_tile = (i_seq.to(tl.int64) * T + t) * (R * BN)
-        tl.store(p_u + o_tile + o_m[:, None] * BN + o_n[None, :], b_u, mask=m_m[:, None], eviction_policy="evict_last")
+        tl.store(
+            stats.u + o_tile + o_m[:, None] * BN + o_n[None, :], b_u, mask=m_m[:, None], eviction_policy="evict_last"
+        )
         tl.store(p_most + o_m * T + t, b_max, mask=m_m)
         fresh = t % span == 0
         b_new = tl.where(fresh, b_max, tl.maximum(b_top, b_max))
@@ -123,12 +163,12 @@ def _score_kernel(
 
 
 @jit
-def _below(b_x, p_seed, layer, step, head, offset, bits, PER: tl.constexpr):
+def _below(b_x, random, step, head, offset, bits, PER: tl.constexpr):
     """Thresholds below ``b_x``, of which stratum m has one at ``m + U_m``, in units of ``2**-bits``."""
     b_stratum = b_x >> bits
     b_offset = b_x * 0 + offset
     if PER > 0:
-        b_u = draw_uniform(tl.load(p_seed), layer, b_stratum // PER, 1 << 30, step, head)
+        b_u = draw_uniform(tl.load(random.seed), random.layer, b_stratum // PER, 1 << 30, step, head)
         b_offset = (b_u * 16777216.0).to(tl.int32) >> (24 - bits)
     return b_stratum + (b_x - (b_stratum << bits) > b_offset).to(tl.int32)
 
@@ -144,40 +184,59 @@ def _sum_parts(p_part, o_x, m_x, count, stride, BX: tl.constexpr, BP: tl.constex
     return b_sum
 
 
-@jit(general="KVH G T E span programs layer exact_below reach stride_db")
-def _draw_kernel(
-    p_v, p_u, p_most, p_entry, p_count, p_draws, p_bits, p_seed, p_step, p_offset, p_lengths, p_sinks, p_rows,
-    p_weights, p_part, p_out, p_lse, layer, KVH, G, T, E, span, programs, window, exact_below, reach, stride_db,
-    stride_vb, stride_vh, stride_vn,
-    LQ: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, DV: tl.constexpr,
-    BDV: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-    BG: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
+# Draws of every head, or of every sequence and head; their bits; keys; where a comb begins. Below ``exact_below``
+# keys in reach a sequence is exact.
+_Draws = namedtuple("_Draws", "draws bits step offset sinks stride exact_below reach")
+
+
+# Rows that are hit and their weights, by program; parts of the result; the result.
+_Results = namedtuple("_Results", "rows weights part out lse")
+
+
+# Queries, rows, bits and strata of a comb, widths, and tiles: rows twice, keys, a chunk of them, values at once,
+# parts that one program adds, entries and parts at once.
+_DrawShape = namedtuple("_DrawShape", "LQ R BITS PER DV BDV BM BR BN BC BG BS BE BP")
+
+
+@jit(general="draws random sizes")
+def _draw_kernel(v, stats, draws, random, masks, results, sizes, SHAPE: tl.constexpr):
+    LQ: tl.constexpr = SHAPE.LQ
+    R: tl.constexpr = SHAPE.R
+    DV: tl.constexpr = SHAPE.DV
+    BDV: tl.constexpr = SHAPE.BDV
+    BM: tl.constexpr = SHAPE.BM
+    BR: tl.constexpr = SHAPE.BR
+    BN: tl.constexpr = SHAPE.BN
+    BC: tl.constexpr = SHAPE.BC
+    BG: tl.constexpr = SHAPE.BG
+    BS: tl.constexpr = SHAPE.BS
+    TILES: tl.constexpr = SHAPE.BC // SHAPE.BN
+    UNROLL: tl.constexpr = min(SHAPE.R, 4)
+    KVH, G, _, T, _, programs, span, E, _ = sizes
     i_chunk, i_seq = tl.program_id(0), tl.program_id(1)
     i_b, i_kv = i_seq // KVH, i_seq % KVH
-    TILES: tl.constexpr = BC // BN
     o_n, o_r, o_key = tl.arange(0, BC), tl.arange(0, BR), tl.arange(0, BN)
-    first, bits = i_chunk * TILES, BITS
-    if p_bits is not None:
-        bits = tl.load(p_bits + i_b)
+    first, bits = i_chunk * TILES, SHAPE.BITS
+    if draws.bits is not None:
+        bits = tl.load(draws.bits + i_b)
     one = 1 << bits
     o_tile = first + tl.arange(0, TILES)
-    p_u += i_seq.to(tl.int64) * T * (R * BN)
-    p_most += i_seq.to(tl.int64) * R * T
-    p_entry += i_seq.to(tl.int64) * 2 * R * E
-    p_draws += i_b * stride_db + i_kv * G
+    p_u = stats.u + i_seq.to(tl.int64) * T * (R * BN)
+    p_most = stats.most + i_seq.to(tl.int64) * R * T
+    p_entry = stats.entry + i_seq.to(tl.int64) * 2 * R * E
+    p_draws = draws.draws + i_b * draws.stride + i_kv * G
 
     # softmax statistics of all keys, and how much of them lies before these
     m_r = o_r < R
     m_t = m_r[:, None] & (o_tile < T)[None, :]
     b_factor = tl.load(p_most + o_r[:, None] * T + o_tile[None, :], mask=m_t, other=-1e30)
     b_top, b_all, b_before = tl.full([BR], -1e30, tl.float32), tl.zeros([BR], tl.float32), tl.zeros([BR], tl.float32)
-    if p_sinks is not None:
-        b_sink = tl.load(p_sinks + i_kv * G + o_r // LQ, mask=m_r, other=0.0).to(tl.float32) * 1.4426950408889634
+    if draws.sinks is not None:
+        b_sink = tl.load(draws.sinks + i_kv * G + o_r // LQ, mask=m_r, other=0.0).to(tl.float32) * 1.4426950408889634
         b_top = tl.maximum(b_sink, -1e30)
         b_all = tl.exp2(b_sink - b_top)
-    for e in range(0, E, BE):
-        o_e = e + tl.arange(0, BE)[None, :]
+    for e in range(0, E, SHAPE.BE):
+        o_e = e + tl.arange(0, SHAPE.BE)[None, :]
         m_e = m_r[:, None] & (o_e < E)
         b_most = tl.load(p_entry + o_r[:, None] * E + o_e, mask=m_e, other=-1e30)
         b_l = tl.load(p_entry + (R + o_r)[:, None] * E + o_e, mask=m_e, other=0.0)
@@ -190,7 +249,7 @@ def _draw_kernel(
     b_inverse = tl.where(b_all > 0, 1.0 / b_all, 0.0)
     if i_chunk == 0:
         b_lse = (b_top + tl.log2(tl.where(b_all > 0, b_all, 1.0))) * 0.6931471805599453
-        tl.store(p_lse + i_seq.to(tl.int64) * R + o_r, tl.where(b_all > 0, b_lse, float("-inf")), mask=m_r)
+        tl.store(results.lse + i_seq.to(tl.int64) * R + o_r, tl.where(b_all > 0, b_lse, float("-inf")), mask=m_r)
     b_rate = tl.abs(tl.load(p_draws + o_r // LQ, mask=m_r, other=0.0)) / R
     start = tl.sum(b_before * b_inverse * b_rate)
     # what makes probabilities of the stash takes the place of the maxima of these tiles
@@ -202,9 +261,9 @@ def _draw_kernel(
     b_factor *= tl.abs(tl.load(p_draws + o_r // LQ, mask=m_r, other=0.0))[:, None]
     b_x = tl.zeros([TILES, BN], tl.float32)
     m_u = (o_tile < T)[:, None]
-    if window is not None:  # nothing was left of the tiles before it
-        m_u = m_u & ((o_tile + 1) * BN > tl.load(p_lengths + i_b).to(tl.int32) - LQ + 1 - window)[:, None]
-    for r in tl.range(0, R, loop_unroll_factor=min(R, 4)):
+    if masks.window is not None:  # nothing was left of the tiles before it
+        m_u = m_u & ((o_tile + 1) * BN > tl.load(masks.lengths + i_b).to(tl.int32) - LQ + 1 - masks.window)[:, None]
+    for r in tl.range(0, R, loop_unroll_factor=UNROLL):
         o_u = (o_tile * R + r)[:, None] * BN + o_key[None, :]
         b_u = tl.load(p_u + o_u, mask=m_u, other=0.0, eviction_policy="evict_first")
         b_x += b_u.to(tl.float32) * tl.sum(tl.where((o_r == r)[:, None], b_factor, 0.0), 0)[:, None]
@@ -212,16 +271,15 @@ def _draw_kernel(
     b_x *= one / R
     b_x = tl.maximum(tl.floor(b_x + 0.5), tl.where(b_x > 0, 1.0, 0.0)).to(tl.int32)
     b_high = (start * one).to(tl.int32) + tl.cumsum(b_x, 0)
-    step = tl.load(p_step + i_b).to(tl.int32)
-    whole = is_whole(step, p_draws, exact_below, reach)
-    if p_offset is None:
-        b_draw = draw_uniform(tl.load(p_seed), layer, tl.arange(0, 1), 1 << 30, step, i_kv)
+    step = tl.load(draws.step + i_b).to(tl.int32)
+    whole = is_whole(step, p_draws, draws.exact_below, draws.reach)
+    if draws.offset is None:
+        b_draw = draw_uniform(tl.load(random.seed), random.layer, tl.arange(0, 1), 1 << 30, step, i_kv)
         offset = tl.sum((b_draw * 16777216.0).to(tl.int32) >> (24 - bits))
     else:
-        offset = tl.load(p_offset + i_seq)
-    b_hits = _below(b_high, p_seed, layer, step, i_kv, offset, bits, PER) - _below(
-        b_high - b_x, p_seed, layer, step, i_kv, offset, bits, PER
-    )
+        offset = tl.load(draws.offset + i_seq)
+    b_hits = _below(b_high, random, step, i_kv, offset, bits, SHAPE.PER)
+    b_hits -= _below(b_high - b_x, random, step, i_kv, offset, bits, SHAPE.PER)
     # expected draws of 1 or more: always read, with its own weight
     b_weight = b_hits.to(tl.float32) * one / tl.maximum(b_x, 1).to(tl.float32)
     b_weight = tl.where((b_x >= one) | (whole & (b_x > 0)), 1.0, b_weight)
@@ -231,18 +289,18 @@ def _draw_kernel(
     b_place = tl.cumsum(m_hit.to(tl.int32), 0) - 1
     hit = tl.sum(m_hit.to(tl.int32), 0)
     o_list = (i_seq.to(tl.int64) * programs + i_chunk) * BC
-    tl.store(p_rows + o_list + b_place, o_n, mask=m_hit)
-    tl.store(p_weights + o_list + b_place, b_weight, mask=m_hit)
+    tl.store(results.rows + o_list + b_place, o_n, mask=m_hit)
+    tl.store(results.weights + o_list + b_place, b_weight, mask=m_hit)
     tl.debug_barrier()
     o_m, o_dv, o_g = tl.arange(0, BM), tl.arange(0, BDV), tl.arange(0, BG)
     m_m = o_m < R
-    p_v += i_b.to(tl.int64) * stride_vb + i_kv.to(tl.int64) * stride_vh
+    p_v, stride_v = sequence(v, i_b, i_kv)
     b_acc = tl.zeros([BM, BDV], tl.float32)
     for i in range(0, hit, BG):
         m_g = i + o_g < hit
-        b_row = tl.load(p_rows + o_list + i + o_g, mask=m_g, other=0)
-        b_w = tl.load(p_weights + o_list + i + o_g, mask=m_g, other=0.0)
-        o_v = (first * BN + b_row).to(tl.int64)[:, None] * stride_vn + o_dv[None, :]
+        b_row = tl.load(results.rows + o_list + i + o_g, mask=m_g, other=0)
+        b_w = tl.load(results.weights + o_list + i + o_g, mask=m_g, other=0.0)
+        o_v = (first * BN + b_row).to(tl.int64)[:, None] * stride_v + o_dv[None, :]
         b_v = tl.load(p_v + o_v, mask=m_g[:, None] & (o_dv < DV)[None, :], other=0.0)  # [BG, BDV]
         m_p = m_m[:, None] & m_g[None, :]
         o_p = ((first + b_row // BN) * (R * BN) + b_row % BN)[None, :] + o_m[:, None] * BN
@@ -252,8 +310,8 @@ def _draw_kernel(
         b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision=FLOAT32_DOT)
 
     # parts are added in groups of BS programs, and then the groups, each by whoever is the last of them
-    p_part += i_seq.to(tl.int64) * programs * (R * DV)
-    p_count += i_seq * (tl.cdiv(programs, BS) + 1)
+    p_part = results.part + i_seq.to(tl.int64) * programs * (R * DV)
+    p_count = stats.count + i_seq * (tl.cdiv(programs, BS) + 1)
     tl.store(
         p_part + i_chunk * (R * DV) + o_m[:, None] * DV + o_dv[None, :], b_acc,
         mask=m_m[:, None] & (o_dv < DV)[None, :],
@@ -266,15 +324,17 @@ def _draw_kernel(
         m_x = (o_x // BDV < R) & (o_x % BDV < DV)
         o_x = o_x // BDV * DV + o_x % BDV
         p_group = p_part + group * BS * (R * DV)
-        b_sum = _sum_parts(p_group, o_x, m_x, members, R * DV, BR * BDV, BP)
+        b_sum = _sum_parts(p_group, o_x, m_x, members, R * DV, BR * BDV, SHAPE.BP)
         tl.debug_barrier()
         tl.store(p_group + o_x, b_sum, mask=m_x)
         tl.debug_barrier()
         groups = tl.cdiv(programs, BS)
         if tl.atomic_add(p_count, 1, sem="acq_rel") == groups - 1:
-            b_sum = _sum_parts(p_part, o_x, m_x, groups, BS * (R * DV), BR * BDV, BP)
+            b_sum = _sum_parts(p_part, o_x, m_x, groups, BS * (R * DV), BR * BDV, SHAPE.BP)
             # rows are (head, query) of this KV head, which lie side by side in the output
-            tl.store(p_out + i_seq.to(tl.int64) * (R * DV) + o_x, b_sum.to(p_out.dtype.element_ty), mask=m_x)
+            tl.store(
+                results.out + i_seq.to(tl.int64) * (R * DV) + o_x, b_sum.to(results.out.dtype.element_ty), mask=m_x
+            )
 
 
 def _keys_at_once(key: torch.Tensor) -> int:
@@ -359,8 +419,8 @@ def santa_triton(
         stride_db = H
     unit = None
     if bernoulli:
-        exact = None if draws is None else (counted, exact_below, reach, stride_db)
-        query, unit = round_query_triton(query, n, bernoulli, seed, layer, step, padding, lengths, exact)
+        exact = None if draws is None else Exact(counted, exact_below, reach, stride_db)
+        query, unit = round_query_triton(query, n, bernoulli, Random(seed, layer), step, padding, lengths, exact)
     if draws is None:
         exact_below = NO_LIMIT
     if window >= n:
@@ -373,12 +433,10 @@ def santa_triton(
     R = H // KVH * Lq
     if R > MAX_ROWS:
         raise ValueError(f"query: {H // KVH} heads per key head times {Lq} queries are {R}; must be at most {MAX_ROWS}")
-    BM, BD, BDV = (max(16, next_power_of_two(x)) for x in (R, D, Dv))
+    BM, BR, BD, BDV = max(16, next_power_of_two(R)), next_power_of_two(R), *Widths.of(key, value)[2:]
     row_bytes = BD * query.element_size()
     tile = WIDE_TILE if row_bytes <= 128 else TILE if row_bytes <= 512 else TILE // 2
     T, sequences = -(-n // tile), B * KVH
-    q = query if query.stride(3) == 1 else query.contiguous()
-    v = value if value.stride(3) == 1 else value.contiguous()
     chunk = CHUNK if n * sequences >= CHUNK * DRAW_PROGRAMS else CHUNK // 2
     # eight tiles at least: with four the draws took 26 us instead of 11 (D = 64)
     chunk = max(tile, min(max(chunk, 8 * tile), next_power_of_two(n)))
@@ -389,36 +447,38 @@ def santa_triton(
     score_chunk = -(-score_chunk // span) * span if span == chunk // tile else span
     entries = -(-T // span)
     at_once = _keys_at_once(key)
-    keys = key if at_once else _describe(key, tile, BD)
-    stash = torch.float32 if q.dtype == torch.float32 else torch.float16
+    keys = key if at_once else describe(key, tile, BD)
+    stash = torch.float32 if query.dtype == torch.float32 else torch.float16
     u = torch.empty(sequences, T, R, tile, dtype=stash, device=device)
     # of every tile maxima, later factors; of every entry maxima and sums; and of every program its part of the result
-    sizes = [sequences * R * T, sequences * 2 * R * entries, sequences * programs * chunk,
+    lengths_of = [sequences * R * T, sequences * 2 * R * entries, sequences * programs * chunk,
              sequences * programs * R * Dv]  # fmt: skip
-    most, entry, weights, part = torch.empty(sum(sizes), dtype=torch.float32, device=device).split(sizes)
+    most, entry, weights, part = torch.empty(sum(lengths_of), dtype=torch.float32, device=device).split(lengths_of)
     summed = max(SUMMED, next_power_of_two(math.isqrt(programs - 1) + 1))
     counts = -(-programs // summed) + 1
     rows = torch.empty(sequences * (programs * chunk + counts), dtype=torch.int32, device=device)
     count = rows[-sequences * counts :]
-    out = torch.empty(B, H, Lq, Dv, dtype=q.dtype, device=device)
-    lse = torch.empty(B, H, Lq, dtype=torch.float32, device=device)
-    BR = next_power_of_two(R)
+    out, lse = Outputs.of(query, Dv)
     log2_scale, skips = scale * 1.4426950408889634, bool(window) and lengths is not None
-    stages = (2 if score_chunk <= 4 else 3) if row_bytes <= 256 else 2 if q.element_size() == 2 else 1
+    stages = (2 if score_chunk <= 4 else 3) if row_bytes <= 256 else 2 if query.element_size() == 2 else 1
+    stats = _Stats(u, most, entry, count)
+    sizes = _Sizes(KVH, H // KVH, n, T, score_chunk, programs, span, entries, counts)
+    scores = _Scores(unit, 2 * log2_scale / softcap if softcap else log2_scale,
+                     softcap * 1.4426950408889634 if softcap else None)  # fmt: skip
+    masks = _Masks(lengths, padding, 0 if padding is None else padding.stride(0), window or None)
     launch(_score_kernel, (-(-T // score_chunk), sequences),
-        keys, q, unit, u, most, entry, count, lengths, padding, KVH, H // KVH, n, T, score_chunk, span,
-        entries, counts, window or None, 2 * log2_scale / softcap if softcap else log2_scale,
-        softcap * 1.4426950408889634 if softcap else None, *q.stride()[:3], 0 if padding is None else padding.stride(0),
-        *key.stride()[:2], key.stride(3), LQ=Lq, R=R, D=D, BD=BD, BM=BM, BN=tile, AT_ONCE=at_once,
+        keys, strided(query), (*key.stride()[:2], key.stride(3)), scores, stats, masks, sizes,
+        SHAPE=_ScoreShape(Lq, R, D, BD, BM, tile, at_once),
         num_warps=8 if at_once in (1, 4) else 4, num_stages=stages,  # such loads take more registers
     )  # fmt: skip
+    sinks = None if sinks is None else sinks.contiguous()
+    shape = _DrawShape(
+        Lq, R, grid_bits(max(draws) if draws else 1), per, Dv, BDV, BM, BR, tile, chunk, GROUP, summed,
+        BE=max(16, min(1024 // BR, next_power_of_two(entries))), BP=max(1, min(4, 4096 // (BR * BDV))),
+    )  # fmt: skip
     launch(_draw_kernel, (programs, sequences),
-        v, u, most, entry, count, counted, bits, seed, step, offset, lengths if skips else None,
-        None if sinks is None else sinks.contiguous(), rows, weights, part, out, lse,
-        layer, KVH, H // KVH, T, entries, span, programs, window if skips else None,
-        exact_below, reach, stride_db, *v.stride()[:3],
-        LQ=Lq, R=R, BITS=grid_bits(max(draws) if draws else 1), PER=per, DV=Dv, BDV=BDV, BM=BM, BR=BR,
-        BE=max(16, min(1024 // BR, next_power_of_two(entries))), BN=tile, BC=chunk, BG=GROUP,
-        BP=max(1, min(4, 4096 // (BR * BDV))), BS=summed, num_warps=WARPS, num_stages=1,
+        strided(value), stats, _Draws(counted, bits, step, offset, sinks, stride_db, exact_below, reach),
+        Random(seed, layer), masks if skips else _Masks(None, None, 0, None), _Results(rows, weights, part, out, lse),
+        sizes, SHAPE=shape, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     return out, lse

@@ -14,13 +14,27 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import namedtuple
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from ..launch import constant, jit, launch, next_power_of_two, require_triton, tl
+from ..launch import (
+    TensorDescriptor,
+    Widths,
+    constant,
+    jit,
+    launch,
+    load_rows,
+    require_triton,
+    sequence,
+    strided,
+    tl,
+)
 
 TOKENS, COMPACTED = 0, 1  # the two sources of rows
 NO_TAIL = 1 << 30
@@ -78,9 +92,61 @@ class SegmentTable:
     def of_block(self, block: int, queries: int) -> tuple[slice, SegmentTable]:
         """Which of the ``queries`` belong to ``block``, and the table of that block alone."""
         first = max(0, block * self.block - self.shift)
-        arrays = (x[block : block + 1] for x in (self.segments, self.log_weight, self.tail))
+        segments, log_weight, tail = (x[block : block + 1] for x in (self.segments, self.log_weight, self.tail))
         own = slice(first, min((block + 1) * self.block - self.shift, queries))
-        return own, SegmentTable(self.block, self.q_offset + first, *arrays, 0 if block else self.shift)
+        shift = 0 if block else self.shift
+        return own, SegmentTable(self.block, self.q_offset + first, segments, log_weight, tail, shift)
+
+
+class Sources(NamedTuple):
+    """The rows that a table speaks of: tokens, ``key`` ``[B, H_kv, Lk, D]`` and ``value`` ``[B, H_kv, Lk, Dv]``, and
+    compacted ones, ``[B, H_kv, A, D]`` and ``[B, H_kv, A, Dv]``.
+
+    ``index`` int32 ``[B, H_kv, A + I]`` gives I compacted rows more, which are not copies but read where they are:
+    row ``A + i`` is token ``index[:, :, A + i]``. A segment lies on one side of A. With ``lengths`` int ``[B]``
+    sequence b sees of the compacted rows that are not read by index the first ``lengths[b]`` only.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    compacted_key: torch.Tensor
+    compacted_value: torch.Tensor
+    index: torch.Tensor | None = None  # type: ignore[assignment]  # instead of tuple's method
+    lengths: torch.Tensor | None = None
+
+    @classmethod
+    def tokens(cls, key: torch.Tensor, value: torch.Tensor) -> Sources:
+        """No compacted rows."""
+        return cls(key, value, key[:, :, :0], value[:, :, :0])
+
+    @classmethod
+    def compacted(cls, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor | None = None) -> Sources:
+        """No tokens."""
+        return cls(key[:, :, :0], value[:, :, :0], key, value, None, lengths)
+
+    @property
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self[:4]
+
+    @property
+    def indexed(self) -> int:
+        """Rows that are read by index, behind the compacted ones. Raises ``ValueError`` if it does not fit them."""
+        if self.index is None:
+            return 0
+        B, H_kv, A = self.compacted_key.shape[:3]
+        if self.index.shape[:2] != (B, H_kv) or self.index.shape[2] < A:
+            shape = tuple(self.index.shape)
+            raise ValueError(f"index: shape {shape}; must be ({B}, {H_kv}, {A} compacted rows or more)")
+        return self.index.shape[2] - A
+
+    def gathered(self) -> Sources:
+        """The same with copies of the rows that are read by index."""
+        if self.index is None:
+            return self
+        at = self.index[:, :, self.compacted_key.shape[2] :, None].long()
+        k, v = (torch.cat([copies, x.gather(2, at.expand(-1, -1, -1, x.shape[-1]))], 2)
+                for copies, x in ((self.compacted_key, self.key), (self.compacted_value, self.value)))  # fmt: skip
+        return self._replace(compacted_key=k, compacted_value=v, index=None)
 
 
 @functools.lru_cache(maxsize=64)
@@ -118,16 +184,6 @@ def _check(table: SegmentTable, Lq: int, Lk: int, compacted: int, indexed: int) 
         raise ValueError("table: a block without a tail reads tokens; it must read compacted rows")
     if ((source == COMPACTED) & (first < compacted) & (stop > compacted)).any():
         raise ValueError(f"table: a segment crosses compacted row {compacted}, behind which rows are read by index")
-
-
-def _indexed(compacted_key: torch.Tensor, index: torch.Tensor | None) -> int:
-    """Rows that are read by index, behind the compacted ones."""
-    if index is None:
-        return 0
-    B, H_kv, A = compacted_key.shape[:3]
-    if index.shape[:2] != (B, H_kv) or index.shape[2] < A:
-        raise ValueError(f"index: shape {tuple(index.shape)}; must be ({B}, {H_kv}, {A} compacted rows or more)")
-    return index.shape[2] - A
 
 
 def _block_rows(table: SegmentTable, block: int, queries: int) -> tuple[list, torch.Tensor]:
@@ -172,26 +228,32 @@ def _behind(lengths: torch.Tensor, slices: list, copied: int) -> torch.Tensor:
     return torch.cat(rows).to(lengths.device) >= lengths[:, None]
 
 
-def _blocks(query, key, value, compacted_key, compacted_value, table: SegmentTable, scale: float, dtype, filled=False):
-    """Block by block: the queries' range, the slices of its rows, queries, keys, values and masked scores.
+# The queries of one block, where its rows are, and all of them with their masked scores.
+_Block = namedtuple("_Block", "queries slices rows keys values scores")
+
+
+def _blocks(
+    query: torch.Tensor, sources: Sources, table: SegmentTable, scale: float, dtype: torch.dtype, filled: bool = False
+) -> Iterator[_Block]:
+    """Block by block.
 
     ``filled``: a last block that is shorter gets rows of zeros. What its products are rounded to may depend on their
     size, and must not depend on how many tokens follow.
     """
-    Lq, q = query.shape[2], _grouped(query, key.shape[1])
+    Lq, q = query.shape[2], _grouped(query, sources.key.shape[1])
+    buffers = ((sources.key, sources.compacted_key), (sources.value, sources.compacted_value))
     for block in range(len(table.tail)):
         begin = block * table.block - table.shift
         first, last = max(begin, 0), min(begin + table.block, Lq)
         slices, weight = _block_rows(table, block, Lq)
         tail, missing = bool(table.tail[block] != NO_TAIL), (begin + table.block - last) * filled
-        keys = torch.cat([(key, compacted_key)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
-        values = torch.cat([(value, compacted_value)[s][:, :, a:b] for s, a, b in slices], 2).to(dtype)
+        keys, values = (torch.cat([x[s][:, :, a:b] for s, a, b in slices], 2).to(dtype) for x in buffers)
         rows = pad(q[:, :, :, first:last].to(dtype), (0, 0, 0, missing))
         if tail:
             keys, values = (pad(x, (0, 0, 0, missing)) for x in (keys, values))
             weight = pad(weight, (0, missing))
         scores = _block_scores(rows, keys, weight, scale, tail)
-        yield slice(first, last), slices, rows, keys, values, scores
+        yield _Block(slice(first, last), slices, rows, keys, values, scores)
 
 
 def _grouped(x: torch.Tensor, H_kv: int) -> torch.Tensor:
@@ -199,89 +261,65 @@ def _grouped(x: torch.Tensor, H_kv: int) -> torch.Tensor:
 
 
 def segment_attention_reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    compacted_key: torch.Tensor,
-    compacted_value: torch.Tensor,
-    table: SegmentTable,
-    scale: float,
-    index: torch.Tensor | None = None,
-    lengths: torch.Tensor | None = None,
+    query: torch.Tensor, sources: Sources, table: SegmentTable, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition of correct. ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value``
-    ``[B, H_kv, Lk, Dv]``, compacted rows ``[B, H_kv, A, D]`` and ``[B, H_kv, A, Dv]``.
+    """The definition of correct: ``out`` ``[B, H, Lq, Dv]`` in the dtype of ``query`` ``[B, H, Lq, D]``, and ``lse``
+    ``[B, H, Lq]`` in float32 (float64 for float64 inputs); computed in that same precision from the inputs as they are.
 
-    ``index`` int32 ``[B, H_kv, A + I]`` gives I compacted rows more, which are not copies but read where they are:
-    row ``A + i`` is token ``index[:, :, A + i]``. A segment lies on one side of A. With ``lengths`` int ``[B]``
-    sequence b sees of the compacted rows that are not read by index the first ``lengths[b]`` only; where it sees
-    no row at all ``out`` is 0 and ``lse`` minus infinity.
-
-    Returns ``out`` ``[B, H, Lq, Dv]`` in the dtype of ``query`` and ``lse`` ``[B, H, Lq]`` in float32
-    (float64 for float64 inputs); computed in that same precision from the inputs as they are.
+    Where a query sees no row at all ``out`` is 0 and ``lse`` minus infinity. Raises ``ValueError`` for a table that
+    does not fit.
     """
-    H_kv, A = key.shape[1], compacted_key.shape[2]
-    _check(table, query.shape[2], key.shape[2], A, _indexed(compacted_key, index))
-    if index is not None:
-        rows = index[:, :, A:, None].long()
-        compacted_key, compacted_value = (
-            torch.cat([copies, x.gather(2, rows.expand(-1, -1, -1, x.shape[-1]))], 2)
-            for copies, x in ((compacted_key, key), (compacted_value, value))
-        )
+    H_kv, A = sources.key.shape[1], sources.compacted_key.shape[2]
+    _check(table, query.shape[2], sources.key.shape[2], A, sources.indexed)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    out = query.new_empty(*query.shape[:3], sources.value.shape[-1])
     lse = torch.empty(query.shape[:3], dtype=dtype, device=query.device)
-    blocks = _blocks(query, key, value, compacted_key, compacted_value, table, scale, dtype, filled=True)
-    for queries, slices, rows, _, values, scores in blocks:
-        if lengths is not None:
-            behind = _behind(lengths, slices, A)
+    for block in _blocks(query, sources.gathered(), table, scale, dtype, filled=True):
+        scores = block.scores
+        if sources.lengths is not None:
+            behind = _behind(sources.lengths, block.slices, A)
             behind = pad(behind, (0, scores.shape[-1] - behind.shape[1]))
             scores = scores.masked_fill(behind[:, None, None], -math.inf)
         top = scores.detach().amax(-1, keepdim=True)
         weights = scores.sub_(top.clamp(min=torch.finfo(top.dtype).min)).exp_()
         mass = weights.sum(-1, keepdim=True)
-        result, total = weights @ values / mass.clamp(min=1e-30), (top + mass.log())[..., 0]
-        b = queries.stop - queries.start
-        _grouped(out, H_kv)[:, :, :, queries] = result.unflatten(2, (rows.shape[2], -1))[:, :, :, :b].to(out.dtype)
-        _grouped(lse, H_kv)[:, :, :, queries] = total.unflatten(2, (rows.shape[2], -1))[:, :, :, :b]
+        result, total = weights @ block.values / mass.clamp(min=1e-30), (top + mass.log())[..., 0]
+        g, b = block.rows.shape[2], block.queries.stop - block.queries.start
+        _grouped(out, H_kv)[:, :, :, block.queries] = result.unflatten(2, (g, -1))[:, :, :, :b].to(out.dtype)
+        _grouped(lse, H_kv)[:, :, :, block.queries] = total.unflatten(2, (g, -1))[:, :, :, :b]
     return out, lse
 
 
 def segment_attention_backward(
     grad: torch.Tensor,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    compacted_key: torch.Tensor,
-    compacted_value: torch.Tensor,
+    sources: Sources,
     out: torch.Tensor,
     lse: torch.Tensor,
     table: SegmentTable,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Gradients of :func:`segment_attention_reference` for ``query``, ``key``, ``value`` and the compacted rows.
 
     Probabilities are recomputed from ``lse`` block by block, so that memory stays O(n D). Plain PyTorch on any
     device. Gradients are float32 (float64 for float64 inputs).
     """
-    H_kv, dtype = key.shape[1], lse.dtype
-    grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value)]
-    compacted = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (compacted_key, compacted_value)]
+    H_kv, dtype = sources.key.shape[1], lse.dtype
+    d_query, *targets = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, *sources.buffers))
     o, do, total = (_grouped(x, H_kv) for x in (out, grad, lse))
-    blocks = _blocks(query, key, value, compacted_key, compacted_value, table, scale, dtype)
-    for queries, slices, rows, keys, values, scores in blocks:
+    for queries, slices, rows, keys, values, scores in _blocks(query, sources, table, scale, dtype):
         probability = torch.exp(scores - total[:, :, :, queries].flatten(2, 3)[..., None])
         d_out = do[:, :, :, queries].to(dtype).flatten(2, 3)
         delta = (d_out * o[:, :, :, queries].to(dtype).flatten(2, 3)).sum(-1, keepdim=True)
         d_scores = probability * (d_out @ values.mT - delta) * scale
-        _grouped(grads[0], H_kv)[:, :, :, queries] = (d_scores @ keys).unflatten(2, (rows.shape[2], -1))
-        d_keys, d_values = d_scores.mT @ rows.flatten(2, 3), probability.mT @ d_out
+        _grouped(d_query, H_kv)[:, :, :, queries] = (d_scores @ keys).unflatten(2, (rows.shape[2], -1))
+        parts = d_scores.mT @ rows.flatten(2, 3), probability.mT @ d_out
         at = 0
         for source, a, b in slices:
-            for target, part in zip((grads[1:], compacted)[source], (d_keys, d_values), strict=True):
+            for target, part in zip(targets[2 * source : 2 * source + 2], parts, strict=True):
                 target[:, :, a:b] += part[:, :, at : at + b - a]
             at += b - a
-    return (*grads, *compacted)
+    return (d_query, *targets)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -331,103 +369,140 @@ def _halves(b_x):
     return b_high, (b_x - b_high.to(tl.float32)).to(tl.float16)
 
 
-@jit
-def _attend_tile(
-    b_acc, b_max, b_sum, b_q, b_k, b_v, k_power, v_power, scale_log2, log2_weight, shown, slope, skip,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over one tile, of which query i sees the first ``shown + slope * max(0, i - skip)`` rows.
+# An online softmax: sums of weighted values, the largest exponents in base 2, and sums of weights.
+Softmax = namedtuple("Softmax", "b_acc b_max b_sum")
 
-    float32 rows are multiplied by their powers of two and split in halves; queries come multiplied.
-    """
+
+@jit
+def softmax_start(BM: tl.constexpr, BDV: tl.constexpr):
+    b_acc = tl.zeros([BM, BDV], tl.float32)
+    b_max = tl.full([BM], -1e30, tl.float32)  # not -inf: a tile of hidden rows would give inf - inf
+    return Softmax(b_acc, b_max, tl.zeros([BM], tl.float32))
+
+
+@jit
+def softmax_step(state, b_s, scale_log2, log2_weight):
+    """The weights of one more tile of scores ``[BM, BN]``, and the state to which its values are yet to be added."""
+    b_new = tl.maximum(state.b_max, tl.max(b_s, 1) * scale_log2 + log2_weight)
+    b_p = tl.exp2(b_s * scale_log2 - (b_new - log2_weight)[:, None])
+    b_rescale = tl.exp2(state.b_max - b_new)
+    b_sum = state.b_sum * b_rescale + tl.sum(b_p, 1)
+    return b_p, Softmax(state.b_acc * b_rescale[:, None], b_new, b_sum)
+
+
+# Which rows of a tile query i sees: the first ``shown + slope * max(0, i - skip)``.
+Seen = namedtuple("Seen", "shown slope skip")
+
+
+# What scores are multiplied by, in base 2, and float32 rows before they are split in halves.
+Scales = namedtuple("Scales", "log2 k_power v_power")
+
+
+@jit
+def _attend_tile(state, b_q, b_k, b_v, scales, log2_weight, seen):
+    """Online softmax over one tile. float32 rows are multiplied by their powers; queries come multiplied."""
+    BM: tl.constexpr = b_q.shape[0]
+    BN: tl.constexpr = b_k.shape[0]
     if b_k.dtype == tl.float32:
         b_qh, b_ql = _halves(b_q)
-        b_kh, b_kl = _halves(b_k * k_power)
+        b_kh, b_kl = _halves(b_k * scales.k_power)
         b_s = tl.dot(b_ql, tl.trans(b_kh))
         b_s = tl.dot(b_qh, tl.trans(b_kl), b_s)
         b_s = tl.dot(b_qh, tl.trans(b_kh), b_s)  # [BM, BN]
     else:
         b_s = tl.dot(b_q, tl.trans(b_k))  # [BM, BN]
-    if shown < BN:
-        o_m = tl.maximum(tl.arange(0, BM) - skip, 0)[:, None]
-        b_s = tl.where(tl.arange(0, BN)[None, :] < shown + slope * o_m, b_s, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2 + log2_weight)
-    b_p = tl.exp2(b_s * scale_log2 - (b_new - log2_weight)[:, None])
-    b_rescale = tl.exp2(b_max - b_new)
-    b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
-    b_acc *= b_rescale[:, None]
+    if seen.shown < BN:
+        o_m = tl.maximum(tl.arange(0, BM) - seen.skip, 0)[:, None]
+        b_s = tl.where(tl.arange(0, BN)[None, :] < seen.shown + seen.slope * o_m, b_s, float("-inf"))
+    b_p, state = softmax_step(state, b_s, scales.log2, log2_weight)
     if b_v.dtype == tl.float32:
         b_ph, b_pl = _halves(b_p * 32768.0)
-        b_vh, b_vl = _halves(b_v * v_power)
+        b_vh, b_vl = _halves(b_v * scales.v_power)
         b_part = tl.dot(b_pl, b_vh)
         b_part = tl.dot(b_ph, b_vl, b_part)
-        b_acc += tl.dot(b_ph, b_vh, b_part)  # tensor cores truncate what they add to: no long sums in them
+        # tensor cores truncate what they add to: no long sums in them
+        b_acc = state.b_acc + tl.dot(b_ph, b_vh, b_part)
     else:
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc)
-    return b_acc, b_new, b_sum
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, state.b_acc)
+    return Softmax(b_acc, state.b_max, state.b_sum)
 
 
-@jit(general="H Lq q_offset shift")
-def _segment_kernel(
-    d_k, d_v, d_ck, d_cv, p_q, p_k, p_v, p_index, p_lengths, p_largest, p_out, p_lse, p_start, p_tiles, p_log2_weight,
-    p_tail, H, G, Lq, q_offset, shift, scale_log2, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_ib, stride_ih, PARTS: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
+# What the kernel reads but by descriptor, and writes; ``largest``: of keys and values of a head, for float32.
+_Tensors = namedtuple("_Tensors", "q k v index lengths largest scale_log2 G out lse")
+
+
+class Outputs(NamedTuple):
+    """Of attention: ``[B, H, Lq, Dv]``, and float32 ``[B, H, Lq]``."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+    @classmethod
+    def of(cls, query: torch.Tensor, Dv: int) -> Outputs:
+        return cls(query.new_empty(*query.shape[:3], Dv), query.new_empty(query.shape[:3], dtype=torch.float32))
+
+
+# What :func:`_tile_lists` gives.
+_Lists = namedtuple("_Lists", "start tiles log2_weight tail")
+
+
+_Sizes = namedtuple("_Sizes", "H Lq q_offset shift")
+
+
+# Widths, queries and rows of a tile, and parts of a block.
+_Shape = namedtuple("_Shape", "D DV BD BDV BM BN PARTS")
+
+
+@jit(general="sizes")
+def _segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
+    BM: tl.constexpr = SHAPE.BM
+    BN: tl.constexpr = SHAPE.BN
+    BD: tl.constexpr = SHAPE.BD
+    BDV: tl.constexpr = SHAPE.BDV
+    H, Lq, q_offset, shift = sizes
     i_part, i_bh = tl.program_id(0) + shift // BM, tl.program_id(1)  # no program for parts before the first query
     i_b, i_h = i_bh // H, i_bh % H
-    i_kv, i_block = i_h // G, i_part // PARTS
-    o_n, o_d, o_dv = tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
+    i_kv, i_block = i_h // x.G, i_part // SHAPE.PARTS
     o_m = i_part * BM - shift + tl.arange(0, BM)
     m_m = (o_m >= 0) & (o_m < Lq)
     skip = tl.maximum(shift - i_part * BM, 0)
-    p_q += i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
-    b_q = tl.load(
-        p_q + o_m.to(tl.int64)[:, None] * stride_qn + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0
-    )  # [BM, BD]
-    k_power, v_power, v_inverse = 1.0, 1.0, 1.0
-    if p_largest is not None:  # float32
-        p_largest += (i_b * (H // G) + i_kv) * 2
+    p_q, stride_q = sequence(x.q, i_b, i_h)
+    b_q = load_rows(p_q, stride_q, o_m, m_m, SHAPE.D, BD)  # [BM, BD]
+    scales, v_inverse = Scales(x.scale_log2, 1.0, 1.0), 1.0
+    if x.largest is not None:  # float32
+        p_largest = x.largest + (i_b * (H // x.G) + i_kv) * 2
         q_power, q_inverse = _powers(tl.max(tl.max(tl.abs(b_q), 1)))
         k_power, k_inverse = _powers(tl.load(p_largest))
         v_power, v_inverse = _powers(tl.load(p_largest + 1))
         b_q *= q_power
-        scale_log2 *= q_inverse * k_inverse
+        scales = Scales(x.scale_log2 * (q_inverse * k_inverse), k_power, v_power)
         v_inverse *= 1.0 / 32768
-    b_acc = tl.zeros([BM, BDV], tl.float32)
-    b_max = tl.full([BM], -1e30, tl.float32)  # not -inf: a tile of hidden rows would give inf - inf
-    b_sum = tl.zeros([BM], tl.float32)
+    state = softmax_start(BM, BDV)
 
     # rows behind the end of a segment are read and hidden
-    p_start += i_block * 3
+    p_start = lists.start + i_block * 3
     for t in range(tl.load(p_start), tl.load(p_start + 1)):
-        row, rows = tl.load(p_tiles + 2 * t), tl.load(p_tiles + 2 * t + 1)
-        if p_lengths is not None:
-            rows = tl.minimum(rows, tl.load(p_lengths + i_b) - row)
+        row, shown = tl.load(lists.tiles + 2 * t), tl.load(lists.tiles + 2 * t + 1)
+        if x.lengths is not None:
+            shown = tl.minimum(shown, tl.load(x.lengths + i_b) - row)
         b_k = d_ck.load([i_b, i_kv, row, 0]).reshape(BN, BD)
         b_v = d_cv.load([i_b, i_kv, row, 0]).reshape(BN, BDV)
-        b_acc, b_max, b_sum = _attend_tile(
-            b_acc, b_max, b_sum, b_q, b_k, b_v, k_power, v_power, scale_log2, tl.load(p_log2_weight + t), rows,
-            0, 0, BM, BN,
-        )  # fmt: skip
+        state = _attend_tile(state, b_q, b_k, b_v, scales, tl.load(lists.log2_weight + t), Seen(shown, 0, 0))
 
-    if p_index is not None:
-        p_index += i_b.to(tl.int64) * stride_ib + i_kv.to(tl.int64) * stride_ih
-        p_k += i_b.to(tl.int64) * stride_kb + i_kv.to(tl.int64) * stride_kh
-        p_v += i_b.to(tl.int64) * stride_vb + i_kv.to(tl.int64) * stride_vh
+    if x.index.p is not None:
+        p_index, _ = sequence(x.index, i_b, i_kv)
+        p_k, stride_k = sequence(x.k, i_b, i_kv)
+        p_v, stride_v = sequence(x.v, i_b, i_kv)
+        o_n = tl.arange(0, BN)
         for t in range(tl.load(p_start + 1), tl.load(p_start + 2)):
-            row, rows = tl.load(p_tiles + 2 * t), tl.load(p_tiles + 2 * t + 1)
-            m_n = (o_n < rows)[:, None]
-            i_row = tl.load(p_index + row + o_n, mask=o_n < rows, other=0).to(tl.int64)[:, None]
-            b_k = tl.load(p_k + i_row * stride_kn + o_d[None, :], mask=m_n & (o_d < D)[None, :], other=0.0)
-            b_v = tl.load(p_v + i_row * stride_vn + o_dv[None, :], mask=m_n & (o_dv < DV)[None, :], other=0.0)
-            b_acc, b_max, b_sum = _attend_tile(
-                b_acc, b_max, b_sum, b_q, b_k, b_v, k_power, v_power, scale_log2, tl.load(p_log2_weight + t), rows,
-                0, 0, BM, BN,
-            )  # fmt: skip
+            row, shown = tl.load(lists.tiles + 2 * t), tl.load(lists.tiles + 2 * t + 1)
+            i_row = tl.load(p_index + row + o_n, mask=o_n < shown, other=0)
+            b_k = load_rows(p_k, stride_k, i_row, o_n < shown, SHAPE.D, BD)  # [BN, BD]
+            b_v = load_rows(p_v, stride_v, i_row, o_n < shown, SHAPE.DV, BDV)  # [BN, BDV]
+            state = _attend_tile(state, b_q, b_k, b_v, scales, tl.load(lists.log2_weight + t), Seen(shown, 0, 0))
 
     # segments of tokens and the tail in one loop: a loop of its own for a tile or two costs its start-up
-    tile, tail = tl.load(p_start + 2), tl.load(p_tail + i_block)
+    tile, tail = tl.load(p_start + 2), tl.load(lists.tail + i_block)
     last = tl.load(p_start + 3)
     tail -= last * BN
     position = q_offset + i_part * BM - shift + skip  # of the first query
@@ -435,26 +510,25 @@ def _segment_kernel(
     for t in range(tile, tl.cdiv(stop - tail, BN)):
         in_list = t < last
         tail_row = tail + t * BN
-        row = tl.load(p_tiles + 2 * t, mask=in_list, other=0)
-        rows = tl.load(p_tiles + 2 * t + 1, mask=in_list, other=0)
-        log2_weight = tl.load(p_log2_weight + t, mask=in_list, other=0.0)
+        row = tl.load(lists.tiles + 2 * t, mask=in_list, other=0)
+        shown = tl.load(lists.tiles + 2 * t + 1, mask=in_list, other=0)
+        log2_weight = tl.load(lists.log2_weight + t, mask=in_list, other=0.0)
         row = tl.where(in_list, row, tail_row)
-        rows = tl.where(in_list, rows, position + 1 - tail_row)
+        shown = tl.where(in_list, shown, position + 1 - tail_row)
         b_k = d_k.load([i_b, i_kv, row, 0]).reshape(BN, BD)
         b_v = d_v.load([i_b, i_kv, row, 0]).reshape(BN, BDV)
-        b_acc, b_max, b_sum = _attend_tile(
-            b_acc, b_max, b_sum, b_q, b_k, b_v, k_power, v_power, scale_log2, log2_weight, rows,
-            tl.where(in_list, 0, 1), skip, BM, BN,
+        state = _attend_tile(
+            state, b_q, b_k, b_v, scales, log2_weight, Seen(shown, tl.where(in_list, 0, 1), skip)
         )  # fmt: skip
 
-    o_row = i_bh.to(tl.int64) * Lq + o_m
-    p_out += o_row[:, None] * DV + o_dv[None, :]
-    b_out = b_acc / b_sum[:, None] * v_inverse
-    b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
-    if p_lengths is not None:  # a query that saw nothing but hidden rows
-        b_out = tl.where((b_sum > 0)[:, None], b_out, 0.0)
-    tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & (o_dv < DV)[None, :])
-    tl.store(p_lse + o_row, b_lse, mask=m_m)
+    o_row, o_dv = i_bh.to(tl.int64) * Lq + o_m, tl.arange(0, BDV)
+    p_out = x.out + (o_row[:, None] * SHAPE.DV + o_dv[None, :])
+    b_out = state.b_acc / state.b_sum[:, None] * v_inverse
+    b_lse = (state.b_max + tl.log2(state.b_sum)) * 0.6931471805599453
+    if x.lengths is not None:  # a query that saw nothing but hidden rows
+        b_out = tl.where((state.b_sum > 0)[:, None], b_out, 0.0)
+    tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & (o_dv < SHAPE.DV)[None, :])
+    tl.store(x.lse + o_row, b_lse, mask=m_m)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -479,83 +553,72 @@ def tile_sizes(width: int, itemsize: int, block: int) -> tuple[int, int, int, in
     return math.gcd(queries, block), rows, warps, stages
 
 
-def _describe(x: torch.Tensor, rows: int, width: int):
+def describe(x: torch.Tensor, rows: int, width: int):
     """Descriptor of tiles of ``rows`` rows of ``x`` ``[B, H, L, D]``; rows and columns outside of ``x`` are 0.
 
     It takes rows without gaps, and a base and strides that are multiples of 16 bytes; anything else is copied.
     """
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     shape, unit = list(x.shape), 16 // x.element_size()
     # the stride of an axis of size 1 means nothing, but has to be valid
     strides = [stride if size > 1 else unit for size, stride in zip(shape[:3], x.stride(), strict=False)]
     if x.stride(3) != 1 or x.data_ptr() % 16 or any(not stride or stride % unit for stride in strides):
         columns = -(-shape[3] // unit) * unit
-        return _describe(x.new_empty(*shape[:3], columns)[..., : shape[3]].copy_(x), rows, width)
+        return describe(x.new_empty(*shape[:3], columns)[..., : shape[3]].copy_(x), rows, width)
     return TensorDescriptor(x, shape, [*strides, 1], [1, 1, rows, width])
 
 
+def check_dtype(query: torch.Tensor) -> None:
+    """Raise ``TypeError`` unless kernels take the dtype of ``query``, and ``RuntimeError`` where Triton is missing."""
+    require_triton()
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"query: dtype {query.dtype}; the kernel takes float16, bfloat16 or float32")
+
+
+def with_positive_scale(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """The same scores with a scale above 0: kernels take the maximum before they scale."""
+    if scale > 0:
+        return query, scale
+    return (-query, -scale) if scale else (torch.zeros_like(query), 1.0)
+
+
 def segment_attention_triton(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    compacted_key: torch.Tensor,
-    compacted_value: torch.Tensor,
-    table: SegmentTable,
-    scale: float,
-    index: torch.Tensor | None = None,
-    lengths: torch.Tensor | None = None,
+    query: torch.Tensor, sources: Sources, table: SegmentTable, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`segment_attention_reference` as a Triton kernel; same arguments and results.
 
     All values must be finite, those that nobody attends to as well: whole tiles are read, and 0 times infinity is
     not 0. Raises ``TypeError`` for dtypes other than float16, bfloat16 and float32.
     """
-    require_triton()
-    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise TypeError(f"query: dtype {query.dtype}; the kernel takes float16, bfloat16 or float32")
-    if scale <= 0:  # the kernel takes the maximum before it scales
-        query, scale = (-query, -scale) if scale else (torch.zeros_like(query), 1.0)
-    (B, H, Lq, D), (H_kv, Lk), Dv, A = query.shape, key.shape[1:3], value.shape[-1], compacted_key.shape[2]
-    BD, BDV = (max(16, next_power_of_two(x)) for x in (D, Dv))
-    BM, BN, warps, stages = tile_sizes(BD + BDV, query.element_size(), table.block)
-    lists = table.tiles_on(query.device, BN, Lq, Lk, A, _indexed(compacted_key, index))
-    q = query if query.stride(3) == 1 else query.contiguous()
-    sources = [(_describe(k, BN, BD), _describe(v, BN, BDV)) for k, v in
-               ((key, value), (compacted_key, compacted_value)) if k.shape[2]]  # fmt: skip
+    check_dtype(query)
+    query, scale = with_positive_scale(query, scale)
+    key, value, compacted_key, compacted_value, index, lengths = sources
+    (B, H, Lq, _), (H_kv, Lk), A = query.shape, key.shape[1:3], compacted_key.shape[2]
+    widths = Widths.of(query, value)
+    BM, BN, warps, stages = tile_sizes(widths.BD + widths.BDV, query.element_size(), table.block)
+    lists = _Lists(*table.tiles_on(query.device, BN, Lq, Lk, A, sources.indexed))
+    described = [(describe(k, BN, widths.BD), describe(v, BN, widths.BDV)) for k, v in
+                 ((key, value), (compacted_key, compacted_value)) if k.shape[2]]  # fmt: skip
     # of a source without rows nothing is read, but a descriptor has to describe something
-    (d_k, d_v), (d_ck, d_cv) = sources[0], sources[-1]
-    k, v = d_k.base, d_v.base
-    index = index if index is None or index.stride(2) == 1 else index.contiguous()
+    (d_k, d_v), copies = described[0], described[-1]
     lengths = None if lengths is None else lengths.to(torch.int32).contiguous()
     largest = None
-    if q.dtype == torch.float32:
+    if query.dtype == torch.float32:
         norms = [[torch.linalg.vector_norm(x, math.inf, (2, 3)) for x in pair if x.shape[2]]
                  for pair in ((key, compacted_key), (value, compacted_value))]  # fmt: skip
         largest = torch.stack([functools.reduce(torch.maximum, x) for x in norms], -1)
-    out = torch.empty(B, H, Lq, Dv, dtype=q.dtype, device=q.device)
-    lse = torch.empty(B, H, Lq, dtype=torch.float32, device=q.device)
+    outputs = Outputs.of(query, widths.DV)
+    tensors = _Tensors(strided(query), strided(d_k.base), strided(d_v.base), strided(index), lengths, largest,
+                       scale * 1.4426950408889634, H // H_kv, *outputs)  # fmt: skip
     parts = -(-(Lq + table.shift) // BM) - table.shift // BM
     launch(_segment_kernel, (parts, B * H),
-        d_k, d_v, d_ck, d_cv, q, k, v, index, lengths, largest, out, lse, *lists,
-        H, H // H_kv, Lq, table.q_offset, table.shift, scale * 1.4426950408889634,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0) if index is None else index.stride()[:2]),
-        PARTS=table.block // BM, D=D, DV=Dv, BD=BD, BDV=BDV, BM=BM, BN=BN, num_warps=warps, num_stages=stages,
+        d_k, d_v, *copies, tensors, lists, _Sizes(H, Lq, table.q_offset, table.shift),
+        SHAPE=_Shape(*widths, BM, BN, table.block // BM), num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return out, lse
+    return outputs
 
 
 def segment_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    compacted_key: torch.Tensor,
-    compacted_value: torch.Tensor,
-    table: SegmentTable,
-    scale: float,
-    index: torch.Tensor | None = None,
-    lengths: torch.Tensor | None = None,
+    query: torch.Tensor, sources: Sources, table: SegmentTable, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Segment attention with the kernel on CUDA and the reference elsewhere; see the reference for shapes."""
-    run = segment_attention_triton if query.is_cuda else segment_attention_reference
-    return run(query, key, value, compacted_key, compacted_value, table, scale, index, lengths)
+    return (segment_attention_triton if query.is_cuda else segment_attention_reference)(query, sources, table, scale)

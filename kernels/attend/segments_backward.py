@@ -14,13 +14,28 @@ as many slots as tiles (or 256), so that memory stays O(n D): at most once more 
 from __future__ import annotations
 
 import weakref
+from collections import namedtuple
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ..launch import FLOAT32_DOT, constant, jit, launch, next_power_of_two, require_triton, tl
-from .segments import NO_TAIL, TOKENS, SegmentTable, segment_attention_backward
+from ..launch import (
+    FLOAT32_DOT,
+    Strided,
+    Widths,
+    constant,
+    jit,
+    launch,
+    load_rows,
+    next_power_of_two,
+    require_triton,
+    sequence,
+    strided,
+    tl,
+)
+from .segments import NO_TAIL, TOKENS, SegmentTable, Sources, check_dtype, segment_attention_backward
 
 # ---------------------------------------------------------------------------------------------------------------
 # The plan: which queries see the rows of a tile, as integers
@@ -115,10 +130,12 @@ def _expand(count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return which, np.arange(len(which)) - (count.cumsum() - count)[which]
 
 
-def _piece(source, tile, row, stop, first, last, causal, weight) -> np.ndarray:
+def _piece(
+    source: Any, tile: np.ndarray, row: Any, stop: Any, first: Any, last: Any, causal: int, weight: Any
+) -> np.ndarray:
     """Rows ``row .. stop`` of a tile, seen by the queries ``first .. last``."""
     pieces = np.empty(len(tile), _PIECE)
-    for name, x in zip(_PIECE.names, (source, tile, row, stop, first, last, causal, weight), strict=True):
+    for name, x in zip(_PIECE.names or (), (source, tile, row, stop, first, last, causal, weight), strict=True):
         pieces[name] = x
     return pieces
 
@@ -214,243 +231,253 @@ def plan_on(device: torch.device, table: SegmentTable, *sizes: int) -> tuple[Pla
 # Kernel: delta, and lse in base 2, one program per (tile of queries, query head)
 
 
-@jit(general="H Lq shift")
-def _delta_kernel(
-    p_grad, p_out, p_lse, p_lse2, p_delta, H, Lq, shift, L_pad, stride_gb, stride_gh, stride_gn, stride_ob, stride_oh,
-    stride_on, DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
+class Saved(NamedTuple):
+    """lse in base 2 and delta of every query, float32 ``[B, H, L_pad]``."""
+
+    lse2: torch.Tensor
+    delta: torch.Tensor
+    L_pad: int
+
+    @classmethod
+    def of(cls, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, L_pad: int, shift: int = 0) -> Saved:
+        """Query i is at place ``i + shift``; where there is none, probabilities are 0."""
+        B, H, Lq, Dv = out.shape
+        lse2, delta = (lse.new_empty(B, H, L_pad, dtype=torch.float32) for _ in range(2))
+        saved = cls(lse2, delta, L_pad)
+        launch(_delta_kernel, (-(-L_pad // 32), B * H),
+            strided(grad), strided(out), lse.contiguous(), saved, (H, Lq, shift),
+            DV=Dv, BDV=max(16, next_power_of_two(Dv)), BM=32, num_warps=4,
+        )  # fmt: skip
+        return saved
+
+
+@jit(general="sizes")
+def _delta_kernel(grad, out, p_lse, saved, sizes, DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr):
+    H, Lq, shift = sizes
     i_tile, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
-    o_m, o_dv = i_tile * BM + tl.arange(0, BM), tl.arange(0, BDV)
-    o_row = (o_m - shift).to(tl.int64)[:, None]
+    o_m = i_tile * BM + tl.arange(0, BM)
     m_m = (o_m >= shift) & (o_m < Lq + shift)
-    m_out = m_m[:, None] & (o_dv < DV)[None, :]
-    p_grad += i_b * stride_gb + i_h * stride_gh
-    p_out += i_b * stride_ob + i_h * stride_oh
-    b_grad = tl.load(p_grad + o_row * stride_gn + o_dv[None, :], mask=m_out, other=0.0).to(tl.float32)
-    b_out = tl.load(p_out + o_row * stride_on + o_dv[None, :], mask=m_out, other=0.0).to(tl.float32)
+    p_grad, stride_g = sequence(grad, i_b, i_h)
+    p_out, stride_o = sequence(out, i_b, i_h)
+    b_grad = load_rows(p_grad, stride_g, o_m - shift, m_m, DV, BDV).to(tl.float32)  # [BM, BDV]
+    b_out = load_rows(p_out, stride_o, o_m - shift, m_m, DV, BDV).to(tl.float32)  # [BM, BDV]
     # where no query is, probabilities are 0
     b_lse = tl.load(p_lse + i_bh * Lq + o_m - shift, mask=m_m, other=float("inf"))
-    tl.store(p_lse2 + i_bh * L_pad + o_m, b_lse * 1.4426950408889634, mask=o_m < L_pad)
-    tl.store(p_delta + i_bh * L_pad + o_m, tl.sum(b_grad * b_out, 1), mask=o_m < L_pad)
+    o_out = i_bh * saved.L_pad + o_m
+    tl.store(saved.lse2 + o_out, b_lse * 1.4426950408889634, mask=o_m < saved.L_pad)
+    tl.store(saved.delta + o_out, tl.sum(b_grad * b_out, 1), mask=o_m < saved.L_pad)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Kernel: dQ, one program per (part of a block of queries, query head)
 
 
+_Inputs = namedtuple("_Inputs", "q k v ck cv do scale saved")
+
+
+_Sizes = namedtuple("_Sizes", "H Lq Lk A shift q_offset segments")
+
+
+# Widths, queries and rows of a tile, query heads of a KV head, parts of a block, and whether all are full.
+_Shape = namedtuple("_Shape", "D DV BD BDV BM BN G PARTS EVEN", defaults=(0, 0, False))
+
+
+# A tile of queries, their gradients, and where among the tokens they are.
+Queries = namedtuple("Queries", "b_q b_do b_lse2 b_delta o_q")
+
+
+# Where the rows of one head begin, and the strides from one to the next.
+KeyRows = namedtuple("KeyRows", "p_k stride_k p_v stride_v")
+
+
+@jit
+def score_gradient(b_p, b_x, b_y, b_delta):
+    """dS of the scores whose probabilities are ``b_p``: x is dO and y is V, or the other way for columns of queries."""
+    return b_p * (tl.dot(b_x, tl.trans(b_y), input_precision=FLOAT32_DOT) - b_delta)
+
+
 @jit
 def _query_gradient_rows(
-    b_dq, b_q, b_do, b_lse2, b_delta, o_q, p_k, p_v, stride_k, stride_v, first, stop, scale_log2,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
+    b_dq, x, rows, first, stop, scale_log2, MASK: tl.constexpr, SHAPE: tl.constexpr
 ):  # fmt: skip
-    """dQ / scale from the rows ``first .. stop``, whole tiles unless MASKED; CAUSAL hides row j where j > o_q."""
-    o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
-    for start in range(first, stop, BN):
-        o_n = start + tl.arange(0, BN)
+    """dQ / scale from the rows ``first .. stop``, whole tiles if MASK is 0; with 2 row j is hidden where j > o_q."""
+    o_d, o_dv = tl.arange(0, SHAPE.BD), tl.arange(0, SHAPE.BDV)
+    for start in range(first, stop, SHAPE.BN):
+        o_n = start + tl.arange(0, SHAPE.BN)
         o_row = o_n.to(tl.int64)[:, None]
         m_n = o_n < stop
-        p_k_tile, p_v_tile = p_k + o_row * stride_k + o_d[None, :], p_v + o_row * stride_v + o_dv[None, :]
-        if MASKED or D != BD:
-            b_k = tl.load(p_k_tile, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)  # [BN, BD]
+        p_k, p_v = rows.p_k + o_row * rows.stride_k + o_d[None, :], rows.p_v + o_row * rows.stride_v + o_dv[None, :]
+        if MASK > 0 or SHAPE.D != SHAPE.BD:
+            b_k = tl.load(p_k, mask=m_n[:, None] & (o_d < SHAPE.D)[None, :], other=0.0)  # [BN, BD]
         else:
-            b_k = tl.load(p_k_tile)
-        if MASKED or DV != BDV:
-            b_v = tl.load(p_v_tile, mask=m_n[:, None] & (o_dv < DV)[None, :], other=0.0)  # [BN, BDV]
+            b_k = tl.load(p_k)
+        if MASK > 0 or SHAPE.DV != SHAPE.BDV:
+            b_v = tl.load(p_v, mask=m_n[:, None] & (o_dv < SHAPE.DV)[None, :], other=0.0)  # [BN, BDV]
         else:
-            b_v = tl.load(p_v_tile)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT)  # [BM, BN]
-        b_p = tl.exp2(b_s * scale_log2 - b_lse2[:, None])
-        if MASKED:
+            b_v = tl.load(p_v)
+        b_s = tl.dot(x.b_q, tl.trans(b_k), input_precision=FLOAT32_DOT)  # [BM, BN]
+        b_p = tl.exp2(b_s * scale_log2 - x.b_lse2[:, None])
+        if MASK > 0:
             m_s = m_n[None, :]
-            if CAUSAL:
-                m_s = m_s & (o_n[None, :] <= o_q[:, None])
+            if MASK > 1:
+                m_s = m_s & (o_n[None, :] <= x.o_q[:, None])
             b_p = tl.where(m_s, b_p, 0.0)
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=FLOAT32_DOT)
-        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_ds = score_gradient(b_p, x.b_do, b_v, x.b_delta[:, None])
         b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=FLOAT32_DOT)
     return b_dq
 
 
-@jit(general="n_segments H Lq shift q_offset")
-def _query_gradient_kernel(
-    p_q, p_k, p_v, p_ck, p_cv, p_do, p_lse2, p_delta, p_dq, p_segments, p_log_weight, p_tail, n_segments, H, G, Lq,
-    shift, L_pad, q_offset, scale, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb,
-    stride_vh, stride_vn, stride_ckb, stride_ckh, stride_ckn, stride_cvb, stride_cvh, stride_cvn, stride_gb, stride_gh,
-    stride_gn, PARTS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
+@jit(general="sizes")
+def _query_gradient_kernel(x, p_dq, lists, sizes, G, SHAPE: tl.constexpr):
+    BM: tl.constexpr = SHAPE.BM
+    BN: tl.constexpr = SHAPE.BN
+    BD: tl.constexpr = SHAPE.BD
+    p_segments, p_log_weight, p_tail = lists
+    Lq, shift, q_offset = sizes.Lq, sizes.shift, sizes.q_offset
     i_part, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i_block = i_part // PARTS
-    i_b, i_h = i_bh // H, i_bh % H
+    i_block = i_part // SHAPE.PARTS
+    i_b, i_h = i_bh // sizes.H, i_bh % sizes.H
     i_kv = i_h // G
-    p_k += i_b * stride_kb + i_kv * stride_kh
-    p_v += i_b * stride_vb + i_kv * stride_vh
-    p_ck += i_b * stride_ckb + i_kv * stride_ckh
-    p_cv += i_b * stride_cvb + i_kv * stride_cvh
+    tokens = KeyRows(*sequence(x.k, i_b, i_kv), *sequence(x.v, i_b, i_kv))
+    copies = KeyRows(*sequence(x.ck, i_b, i_kv), *sequence(x.cv, i_b, i_kv))
 
     o_m = i_part * BM + tl.arange(0, BM)
-    o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
-    o_row = (o_m - shift).to(tl.int64)[:, None]
-    m_m = ((o_m >= shift) & (o_m < Lq + shift))[:, None]
-    m_q, m_do = m_m & (o_d < D)[None, :], m_m & (o_dv < DV)[None, :]
-    p_q += i_b * stride_qb + i_h * stride_qh
-    p_do += i_b * stride_gb + i_h * stride_gh
-    b_q = tl.load(p_q + o_row * stride_qn + o_d[None, :], mask=m_q, other=0.0)  # [BM, BD]
-    b_do = tl.load(p_do + o_row * stride_gn + o_dv[None, :], mask=m_do, other=0.0)  # [BM, BDV]
-    b_lse2 = tl.load(p_lse2 + i_bh * L_pad + o_m)
-    b_delta = tl.load(p_delta + i_bh * L_pad + o_m)
+    m_m = (o_m >= shift) & (o_m < Lq + shift)
+    p_q, stride_q = sequence(x.q, i_b, i_h)
+    p_do, stride_do = sequence(x.do, i_b, i_h)
+    b_q = load_rows(p_q, stride_q, o_m - shift, m_m, SHAPE.D, BD)  # [BM, BD]
+    b_do = load_rows(p_do, stride_do, o_m - shift, m_m, SHAPE.DV, SHAPE.BDV)  # [BM, BDV]
+    b_lse2 = tl.load(x.saved.lse2 + i_bh * x.saved.L_pad + o_m)
+    b_delta = tl.load(x.saved.delta + i_bh * x.saved.L_pad + o_m)
     o_q = o_m + q_offset - shift
-    scale_log2 = scale * 1.4426950408889634
+    scale_log2 = x.scale * 1.4426950408889634
     b_dq = tl.zeros([BM, BD], tl.float32)
 
-    for i in range(n_segments):
-        o_segment = i_block * n_segments + i
+    for i in range(sizes.segments):
+        o_segment = i_block * sizes.segments + i
         compacted = tl.load(p_segments + o_segment * 3) == 1
         first = tl.load(p_segments + o_segment * 3 + 1)
-        rows = tl.load(p_segments + o_segment * 3 + 2)
+        count = tl.load(p_segments + o_segment * 3 + 2)
         b_shift = b_lse2 - tl.load(p_log_weight + o_segment) * 1.4426950408889634
-        p_k_from, p_v_from, stride_k, stride_v = p_k, p_v, stride_kn, stride_vn
+        part = Queries(b_q, b_do, b_shift, b_delta, o_q)
+        rows = tokens
         if compacted:
-            p_k_from, p_v_from, stride_k, stride_v = p_ck, p_cv, stride_ckn, stride_cvn
-        whole = first + rows // BN * BN
-        b_dq = _query_gradient_rows(
-            b_dq, b_q, b_do, b_shift, b_delta, o_q, p_k_from, p_v_from, stride_k, stride_v, first, whole,
-            scale_log2, False, False, D, DV, BD, BDV, BN,
-        )  # fmt: skip
-        b_dq = _query_gradient_rows(
-            b_dq, b_q, b_do, b_shift, b_delta, o_q, p_k_from, p_v_from, stride_k, stride_v, whole, first + rows,
-            scale_log2, True, False, D, DV, BD, BDV, BN,
-        )  # fmt: skip
+            rows = copies
+        whole = first + count // BN * BN
+        b_dq = _query_gradient_rows(b_dq, part, rows, first, whole, scale_log2, 0, SHAPE)
+        b_dq = _query_gradient_rows(b_dq, part, rows, whole, first + count, scale_log2, 1, SHAPE)
     stop = q_offset - shift + tl.minimum((i_part + 1) * BM, Lq + shift)
     tail = tl.load(p_tail + i_block)
     # up to here every query sees every row
     middle = tail + tl.maximum(q_offset - shift + i_part * BM - tail, 0) // BN * BN
-    b_dq = _query_gradient_rows(
-        b_dq, b_q, b_do, b_lse2, b_delta, o_q, p_k, p_v, stride_kn, stride_vn, tail, middle,
-        scale_log2, False, False, D, DV, BD, BDV, BN,
-    )  # fmt: skip
-    b_dq = _query_gradient_rows(
-        b_dq, b_q, b_do, b_lse2, b_delta, o_q, p_k, p_v, stride_kn, stride_vn, middle, stop,
-        scale_log2, True, True, D, DV, BD, BDV, BN,
-    )  # fmt: skip
-    tl.store(p_dq + (i_bh * Lq + o_row) * D + o_d[None, :], b_dq * scale, mask=m_q)
+    part = Queries(b_q, b_do, b_lse2, b_delta, o_q)
+    b_dq = _query_gradient_rows(b_dq, part, tokens, tail, middle, scale_log2, 0, SHAPE)
+    b_dq = _query_gradient_rows(b_dq, part, tokens, middle, stop, scale_log2, 2, SHAPE)
+    o_row, o_d = (o_m - shift).to(tl.int64)[:, None], tl.arange(0, BD)
+    p_dq += (i_bh * Lq + o_row) * SHAPE.D + o_d[None, :]
+    tl.store(p_dq, b_dq * x.scale, mask=m_m[:, None] & (o_d < SHAPE.D)[None, :])
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Kernels: dK and dV, one program per (chunk, KV head), then the sums over slots
 
 
-@jit
-def _row_gradient_queries(
-    b_dk, b_dv, b_k, b_v, b_bias, o_n, p_q, p_do, p_lse2, p_delta, first, last, Lq, shift, L_pad, q_offset, scale_log2,
-    stride_qh, stride_qn, stride_gh, stride_gn,
-    CAUSAL: tl.constexpr, EVEN: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """dK / scale and dV from the queries ``first .. last`` of G heads; CAUSAL hides row j where j > the query.
+# A tile of rows: where they are, and the log-weight of each in base 2, -inf for rows that are not seen.
+Keys = namedtuple("Keys", "b_k b_v b_bias o_n")
 
-    ``b_bias`` is the log-weight of each row in base 2, -inf for rows that are not seen. EVEN: all parts are full.
-    """
-    o_part, o_d, o_dv = tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BDV)
-    for i in range((last - first) // BM * G):
-        i_h, i_m = tl.cast(i % G, tl.int64), first + i // G * BM
+
+@jit
+def _row_gradient_queries(b_dk, b_dv, x, inputs, run, sizes, CAUSAL: tl.constexpr, SHAPE: tl.constexpr):
+    """dK / scale and dV from the queries of a run of all heads; CAUSAL hides row j where j > the query."""
+    BM: tl.constexpr = SHAPE.BM
+    q, do, saved, Lq, shift = inputs.q, inputs.do, inputs.saved, sizes.Lq, sizes.shift
+    first, last = tl.load(run + 2), tl.load(run + 3)
+    o_part, o_d, o_dv = tl.arange(0, BM), tl.arange(0, SHAPE.BD), tl.arange(0, SHAPE.BDV)
+    for i in range((last - first) // BM * SHAPE.G):
+        i_h, i_m = tl.cast(i % SHAPE.G, tl.int64), first + i // SHAPE.G * BM
         o_row = (i_m - shift).to(tl.int64)
-        p_q_tile = p_q + (i_h * stride_qh + o_row * stride_qn) + (o_part[:, None] * stride_qn + o_d[None, :])
-        p_do_tile = p_do + (i_h * stride_gh + o_row * stride_gn) + (o_part[:, None] * stride_gn + o_dv[None, :])
+        p_q = q.p + (i_h * q.h + o_row * q.n) + (o_part[:, None] * q.n + o_d[None, :])
+        p_do = do.p + (i_h * do.h + o_row * do.n) + (o_part[:, None] * do.n + o_dv[None, :])
         m_m = ((i_m + o_part >= shift) & (i_m + o_part < Lq + shift))[:, None]
-        if EVEN and D == BD:
-            b_q = tl.load(p_q_tile)  # [BM, BD]
+        if SHAPE.EVEN and SHAPE.D == SHAPE.BD:
+            b_q = tl.load(p_q)  # [BM, BD]
         else:
-            b_q = tl.load(p_q_tile, mask=m_m & (o_d < D)[None, :], other=0.0)
-        b_lse2 = tl.load(p_lse2 + i_h * L_pad + i_m + o_part)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=FLOAT32_DOT)  # [BN, BM]
-        b_p = tl.exp2(b_s * scale_log2 + (b_bias[:, None] - b_lse2[None, :]))
+            b_q = tl.load(p_q, mask=m_m & (o_d < SHAPE.D)[None, :], other=0.0)
+        b_lse2 = tl.load(saved.lse2 + i_h * saved.L_pad + i_m + o_part)
+        b_s = tl.dot(x.b_k, tl.trans(b_q), input_precision=FLOAT32_DOT)  # [BN, BM]
+        b_p = tl.exp2(b_s * (inputs.scale * 1.4426950408889634) + (x.b_bias[:, None] - b_lse2[None, :]))
         if CAUSAL:
-            b_p = tl.where(o_n[:, None] <= (i_m + o_part + q_offset - shift)[None, :], b_p, 0.0)
-        if EVEN and DV == BDV:
-            b_do = tl.load(p_do_tile)  # [BM, BDV]
+            b_p = tl.where(x.o_n[:, None] <= (i_m + o_part + sizes.q_offset - shift)[None, :], b_p, 0.0)
+        if SHAPE.EVEN and SHAPE.DV == SHAPE.BDV:
+            b_do = tl.load(p_do)  # [BM, BDV]
         else:
-            b_do = tl.load(p_do_tile, mask=m_m & (o_dv < DV)[None, :], other=0.0)
+            b_do = tl.load(p_do, mask=m_m & (o_dv < SHAPE.DV)[None, :], other=0.0)
         b_dv += tl.dot(b_p.to(b_do.dtype), b_do, input_precision=FLOAT32_DOT)
-        b_delta = tl.load(p_delta + i_h * L_pad + i_m + o_part)
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=FLOAT32_DOT)
-        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_delta = tl.load(saved.delta + i_h * saved.L_pad + i_m + o_part)
+        b_ds = score_gradient(b_p, x.b_v, b_do, b_delta[None, :])
         b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision=FLOAT32_DOT)
     return b_dk, b_dv
 
 
-@jit(general="H_kv Lq shift Lk A q_offset")
-def _row_gradient_kernel(
-    p_q, p_k, p_v, p_ck, p_cv, p_do, p_lse2, p_delta, p_dk, p_dv, p_dck, p_dcv, p_dk_slots, p_dv_slots, p_chunks,
-    p_runs, p_log_weight, H_kv, Lq, shift, L_pad, Lk, A, q_offset, scale, stride_qb, stride_qh, stride_qn, stride_kb,
-    stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_ckb, stride_ckh, stride_ckn, stride_cvb, stride_cvh,
-    stride_cvn, stride_gb, stride_gh, stride_gn,
-    EVEN: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
+@jit(general="sizes")
+def _row_gradient_kernel(x, targets, lists, sizes, SHAPE: tl.constexpr):
+    BN: tl.constexpr = SHAPE.BN
+    BD: tl.constexpr = SHAPE.BD
+    BDV: tl.constexpr = SHAPE.BDV
+    p_dk, p_dv, p_dck, p_dcv, p_dk_slots, p_dv_slots = targets
+    p_chunks, p_runs, p_log_weight = lists
     i_bh = tl.program_id(1).to(tl.int64)
-    i_b, i_kv = i_bh // H_kv, i_bh % H_kv
+    i_b, i_kv = i_bh // sizes.H, i_bh % sizes.H
     p_chunks += tl.program_id(0) * 6
     compacted, row = tl.load(p_chunks) == 1, tl.load(p_chunks + 1)
     first_run, causal_run, stop_run = tl.load(p_chunks + 2), tl.load(p_chunks + 3), tl.load(p_chunks + 4)
     slot = tl.load(p_chunks + 5).to(tl.int64)
 
-    p_k += i_b * stride_kb + i_kv * stride_kh
-    p_v += i_b * stride_vb + i_kv * stride_vh
-    stride_k, stride_v, L = stride_kn, stride_vn, Lk
+    rows, L = KeyRows(*sequence(x.k, i_b, i_kv), *sequence(x.v, i_b, i_kv)), sizes.Lk
     if compacted:
-        p_k = p_ck + i_b * stride_ckb + i_kv * stride_ckh
-        p_v = p_cv + i_b * stride_cvb + i_kv * stride_cvh
-        stride_k, stride_v, L, p_dk, p_dv = stride_ckn, stride_cvn, A, p_dck, p_dcv
+        rows, L, p_dk, p_dv = KeyRows(*sequence(x.ck, i_b, i_kv), *sequence(x.cv, i_b, i_kv)), sizes.A, p_dck, p_dcv
     o_n, o_d, o_dv = row + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
     o_row = o_n.to(tl.int64)[:, None]
-    m_k, m_v = (o_n < L)[:, None] & (o_d < D)[None, :], (o_n < L)[:, None] & (o_dv < DV)[None, :]
-    b_k = tl.load(p_k + o_row * stride_k + o_d[None, :], mask=m_k, other=0.0)  # [BN, BD]
-    b_v = tl.load(p_v + o_row * stride_v + o_dv[None, :], mask=m_v, other=0.0)  # [BN, BDV]
+    m_k = (o_n < L)[:, None] & (o_d < SHAPE.D)[None, :]
+    m_v = (o_n < L)[:, None] & (o_dv < SHAPE.DV)[None, :]
+    b_k = tl.load(rows.p_k + o_row * rows.stride_k + o_d[None, :], mask=m_k, other=0.0)  # [BN, BD]
+    b_v = tl.load(rows.p_v + o_row * rows.stride_v + o_dv[None, :], mask=m_v, other=0.0)  # [BN, BDV]
 
-    p_q += i_b * stride_qb + i_kv * G * stride_qh
-    p_do += i_b * stride_gb + i_kv * G * stride_gh
-    p_lse2 += i_bh * G * L_pad
-    p_delta += i_bh * G * L_pad
-    scale_log2 = scale * 1.4426950408889634
+    p_q, stride_q = sequence(x.q, i_b, i_kv * SHAPE.G)
+    p_do, stride_do = sequence(x.do, i_b, i_kv * SHAPE.G)
+    at = i_bh * SHAPE.G * x.saved.L_pad
+    saved = Saved(x.saved.lse2 + at, x.saved.delta + at, x.saved.L_pad)
+    q, do = Strided(p_q, 0, x.q.h, stride_q), Strided(p_do, 0, x.do.h, stride_do)
+    x = _Inputs(q, x.k, x.v, x.ck, x.cv, do, x.scale, saved)
     b_dk, b_dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BDV], tl.float32)
-    for run in range(first_run, causal_run):
-        m_n = (o_n >= tl.load(p_runs + run * 4)) & (o_n < tl.load(p_runs + run * 4 + 1))
-        b_bias = tl.where(m_n, tl.load(p_log_weight + run) * 1.4426950408889634, float("-inf"))
-        b_dk, b_dv = _row_gradient_queries(
-            b_dk, b_dv, b_k, b_v, b_bias, o_n, p_q, p_do, p_lse2, p_delta, tl.load(p_runs + run * 4 + 2),
-            tl.load(p_runs + run * 4 + 3), Lq, shift, L_pad, q_offset, scale_log2, stride_qh, stride_qn,
-            stride_gh, stride_gn, False, EVEN, G, D, DV, BD, BDV, BM,
-        )  # fmt: skip
-    for run in range(causal_run, stop_run):
-        m_n = (o_n >= tl.load(p_runs + run * 4)) & (o_n < tl.load(p_runs + run * 4 + 1))
+    for i in range(first_run, causal_run):
+        run = p_runs + i * 4
+        m_n = (o_n >= tl.load(run)) & (o_n < tl.load(run + 1))
+        b_bias = tl.where(m_n, tl.load(p_log_weight + i) * 1.4426950408889634, float("-inf"))
+        b_dk, b_dv = _row_gradient_queries(b_dk, b_dv, Keys(b_k, b_v, b_bias, o_n), x, run, sizes, False, SHAPE)
+    for i in range(causal_run, stop_run):
+        run = p_runs + i * 4
+        m_n = (o_n >= tl.load(run)) & (o_n < tl.load(run + 1))
         b_bias = tl.where(m_n, 0.0, float("-inf"))
-        b_dk, b_dv = _row_gradient_queries(
-            b_dk, b_dv, b_k, b_v, b_bias, o_n, p_q, p_do, p_lse2, p_delta, tl.load(p_runs + run * 4 + 2),
-            tl.load(p_runs + run * 4 + 3), Lq, shift, L_pad, q_offset, scale_log2, stride_qh, stride_qn,
-            stride_gh, stride_gn, True, EVEN, G, D, DV, BD, BDV, BM,
-        )  # fmt: skip
+        b_dk, b_dv = _row_gradient_queries(b_dk, b_dv, Keys(b_k, b_v, b_bias, o_n), x, run, sizes, True, SHAPE)
 
     o_out = i_bh * L + o_row
     if slot >= 0:
         o_out = (slot * tl.num_programs(1) + i_bh) * BN + (o_row - row)
         p_dk, p_dv = p_dk_slots, p_dv_slots
-    tl.store(p_dk + o_out * D + o_d[None, :], b_dk * scale, mask=m_k)
-    tl.store(p_dv + o_out * DV + o_dv[None, :], b_dv, mask=m_v)
+    tl.store(p_dk + o_out * SHAPE.D + o_d[None, :], b_dk * x.scale, mask=m_k)
+    tl.store(p_dv + o_out * SHAPE.DV + o_dv[None, :], b_dv, mask=m_v)
 
 
-@jit(general="Lk A D")
-def _sum_slots_kernel(
-    p_slots, p_tokens, p_compacted, p_sums, Lk, A, D, SIZE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+@jit(general="lengths D")
+def _sum_slots_kernel(p_slots, targets, p_sums, lengths, D, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     i_bh = tl.program_id(2).to(tl.int64)
     p_sums += tl.program_id(0) * 4
     compacted, row = tl.load(p_sums) == 1, tl.load(p_sums + 1)
-    p_out, L = p_tokens, Lk
+    p_out, L = targets[0], lengths[0]
     if compacted:
-        p_out, L = p_compacted, A
+        p_out, L = targets[1], lengths[1]
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # within the tile, whose rows are contiguous
     m = o < tl.minimum(SIZE, (L - row) * D)
     b_sum = tl.zeros([BLOCK], tl.float32)
@@ -472,6 +499,11 @@ class Tiles:
     warps: int
     stages: int
 
+    def at_most(self, queries: int, rows: int) -> Tiles:
+        """No larger than that many queries and rows need."""
+        small = (min(a, max(16, next_power_of_two(b))) for a, b in ((self.queries, queries), (self.rows, rows)))
+        return Tiles(next(small), next(small), self.warps, self.stages)
+
 
 def query_tiles(width: int, itemsize: int, block: int) -> Tiles:
     """Tiles of the dQ kernel; ``width`` is D + Dv, each rounded up to a power of two.
@@ -492,104 +524,54 @@ def row_tiles(width: int, itemsize: int, block: int) -> Tiles:
     return Tiles(min(32, block), 64, 4, 3) if width <= 256 else Tiles(min(32, block), 64, 8, 3)
 
 
-class _Problem:
-    """The tensors of one backward pass and the launches over them, in order: see ``run``."""
-
-    def __init__(self, grad, query, key, value, compacted_key, compacted_value, out, lse, table, scale) -> None:
-        tensors = (query, key, value, compacted_key, compacted_value, grad, out)
-        q, k, v, ck, cv, grad, out = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-        self.inputs, self.grad, self.out, self.lse = (q, k, v, ck, cv), grad, out, lse.contiguous()
-        self.table, self.scale = table, scale
-        (B, H, Lq, D), H_kv, Dv = q.shape, k.shape[1], v.shape[-1]
-        self.B, self.H, self.Lq, self.H_kv, self.G = B, H, Lq, H_kv, H // H_kv
-        self.Lk, self.A = k.shape[2], ck.shape[2]
-        BD, BDV = (max(16, next_power_of_two(x)) for x in (D, Dv))
-        self.sizes = dict(D=D, DV=Dv, BD=BD, BDV=BDV)
-        shape = (BD + BDV, q.element_size(), table.block)
-        self.query_tiles, self.row_tiles = query_tiles(*shape), row_tiles(*shape)
-        self.L_pad = len(table.tail) * table.block
-        self.strides = [x for t in (*self.inputs, grad) for x in t.stride()[:3]]
-        self.lse2, self.delta = (q.new_empty(B, H, self.L_pad, dtype=torch.float32) for _ in range(2))
-        self.gradients = tuple(x.new_empty(x.shape, dtype=torch.float32) for x in self.inputs)
-
-    def run(self) -> tuple[torch.Tensor, ...]:
-        self.launch_delta()
-        self.launch_queries()
-        self.launch_rows()
-        self.launch_sums()
-        return self.gradients
-
-    def launch_delta(self) -> None:
-        DV, BDV = self.sizes["DV"], self.sizes["BDV"]
-        launch(_delta_kernel, (-(-self.L_pad // 32), self.B * self.H),
-            self.grad, self.out, self.lse, self.lse2, self.delta, self.H, self.Lq, self.table.shift, self.L_pad,
-            *self.grad.stride()[:3], *self.out.stride()[:3],
-            DV=DV, BDV=BDV, BM=32, num_warps=4,
-        )  # fmt: skip
-
-    def launch_queries(self) -> None:
-        tiles, table = self.query_tiles, self.table
-        segments, log_weight, tail = table.on(self.lse.device)
-        parts = table.block // tiles.queries
-        launch(_query_gradient_kernel, (len(table.tail) * parts, self.B * self.H),
-            *self.inputs, self.grad, self.lse2, self.delta, self.gradients[0], segments, log_weight, tail,
-            segments.shape[1], self.H, self.G, self.Lq, table.shift, self.L_pad, table.q_offset, self.scale,
-            *self.strides,
-            PARTS=parts, **self.sizes, BM=tiles.queries, BN=tiles.rows,
-            num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
-
-    def launch_rows(self) -> None:
-        tiles, D, Dv = self.row_tiles, self.sizes["D"], self.sizes["DV"]
-        sizes = (self.Lq, self.Lk, self.A, tiles.rows, tiles.queries, self.G)
-        self.plan, (chunks, runs, log_weight, self.sums) = plan_on(self.lse.device, self.table, *sizes)
-        slots = self.plan.slots * self.B * self.H_kv
-        self.slots = tuple(self.delta.new_empty(slots, tiles.rows, d) for d in (D, Dv))
-        launch(_row_gradient_kernel, (len(chunks), self.B * self.H_kv),
-            *self.inputs, self.grad, self.lse2, self.delta, *self.gradients[1:], *self.slots, chunks, runs, log_weight,
-            self.H_kv, self.Lq, self.table.shift, self.L_pad, self.Lk, self.A, self.table.q_offset, self.scale,
-            *self.strides, EVEN=self.Lq % tiles.queries == self.table.shift % tiles.queries == 0, G=self.G,
-            **self.sizes, BM=tiles.queries, BN=tiles.rows,
-            num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
-
-    def launch_sums(self) -> None:
-        if not len(self.sums):
-            return
-        _, *targets = self.gradients
-        for slots, tokens, compacted in zip(self.slots, targets[:2], targets[2:], strict=True):
-            d = slots.shape[-1]
-            size = self.row_tiles.rows * d
-            launch(_sum_slots_kernel, (len(self.sums), -(-size // 1024), self.B * self.H_kv),
-                slots, tokens, compacted, self.sums, self.Lk, self.A, d, SIZE=size, BLOCK=1024, num_warps=4
-            )  # fmt: skip
-
-
 def segment_attention_backward_triton(
     grad: torch.Tensor,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    compacted_key: torch.Tensor,
-    compacted_value: torch.Tensor,
+    sources: Sources,
     out: torch.Tensor,
     lse: torch.Tensor,
     table: SegmentTable,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """:func:`.segments.segment_attention_backward` as Triton kernels; same arguments and float32 results.
 
     Raises ``TypeError`` for dtypes other than float16, bfloat16 and float32.
     """
-    require_triton()
-    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise TypeError(f"query: dtype {query.dtype}; the kernel takes float16, bfloat16 or float32")
-    return _Problem(grad, query, key, value, compacted_key, compacted_value, out, lse, table, scale).run()
+    check_dtype(query)
+    key, value, compacted_key, _ = sources.buffers
+    (B, H, Lq, _), (_, H_kv, Lk, _), A, widths = query.shape, key.shape, compacted_key.shape[2], Widths.of(key, value)
+    gradients = tuple(x.new_empty(x.shape, dtype=torch.float32) for x in (query, *sources.buffers))
+    saved = Saved.of(grad, out, lse, len(table.tail) * table.block, table.shift)
+    q, k, v, ck, cv, do = (strided(x) for x in (query, *sources.buffers, grad))
+    inputs = _Inputs(q, k, v, ck, cv, do, scale, saved)
+    shape = (widths.BD + widths.BDV, query.element_size(), table.block)
+
+    segments, *rest = table.on(query.device)
+    tiles, sizes = query_tiles(*shape), _Sizes(H, Lq, Lk, A, table.shift, table.q_offset, segments.shape[1])
+    parts = table.block // tiles.queries
+    launch(_query_gradient_kernel, (len(table.tail) * parts, B * H),
+        inputs, gradients[0], (segments, *rest), sizes, H // H_kv,
+        SHAPE=_Shape(*widths, tiles.queries, tiles.rows, PARTS=parts), num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+
+    tiles, G = row_tiles(*shape), H // H_kv
+    plan, (*lists, sums) = plan_on(query.device, table, Lq, Lk, A, tiles.rows, tiles.queries, G)
+    slots = tuple(lse.new_empty(plan.slots * B * H_kv, tiles.rows, d, dtype=torch.float32) for d in widths[:2])
+    even = Lq % tiles.queries == table.shift % tiles.queries == 0
+    launch(_row_gradient_kernel, (len(plan.chunks), B * H_kv),
+        inputs, (*gradients[1:], *slots), tuple(lists), sizes._replace(H=H_kv),
+        SHAPE=_Shape(*widths, tiles.queries, tiles.rows, G=G, EVEN=even),
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    for i, (parts_of, d) in enumerate(zip(slots, widths[:2], strict=True) if len(sums) else ()):
+        size = tiles.rows * d
+        launch(_sum_slots_kernel, (len(sums), -(-size // 1024), B * H_kv),
+            parts_of, gradients[1 + i :: 2], sums, (Lk, A), d, SIZE=size, BLOCK=1024, num_warps=4
+        )  # fmt: skip
+    return gradients
 
 
-def segment_gradients(
-    grad: torch.Tensor, *others: torch.Tensor | SegmentTable | float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def segment_gradients(grad: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...]:
     """:func:`.segments.segment_attention_backward`, with the kernels on CUDA; same arguments and results."""
     return (segment_attention_backward_triton if grad.is_cuda else segment_attention_backward)(grad, *others)
 
@@ -598,26 +580,26 @@ def segment_gradients(
 # Gradients of copies go back to the rows that they were copied from
 
 
-@jit(general="H L A")
+@jit(general="sizes")
 def _accumulate_kernel(
-    p_target, p_rows, p_order, p_first, H, L, A, stride_tb, stride_th, stride_tn, stride_td, stride_rb, stride_rh,
-    stride_rn, stride_rd, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+    p_target, strides, rows, lists, sizes, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
+    p_order, p_first = lists
+    H, L, A = sizes
+    stride_b, stride_h, stride_n, stride_d = strides
     i_seq = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_seq // H, i_seq % H
     o_n, o_d = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BD)
     m_n, m_d = o_n < L, (o_d < D)[None, :]
     first = tl.load(p_first + i_seq * (L + 1) + o_n, mask=m_n, other=0)
     count = tl.load(p_first + i_seq * (L + 1) + o_n + 1, mask=m_n, other=0) - first
-    p_rows += i_b * stride_rb + i_h * stride_rh
-    p_target += i_b * stride_tb + i_h * stride_th
+    p_rows, stride_r = sequence(rows, i_b, i_h)
     b_sum = tl.zeros([BN, BD], tl.float32)
     for i in range(tl.max(count, 0)):
-        m_i = i < count
-        i_row = tl.load(p_order + i_seq * A + first + i, mask=m_i, other=0).to(tl.int64)
-        p_row = p_rows + i_row[:, None] * stride_rn + o_d[None, :] * stride_rd
-        b_sum += tl.load(p_row, mask=m_i[:, None] & m_d, other=0.0)
-    p_out = p_target + o_n.to(tl.int64)[:, None] * stride_tn + o_d[None, :] * stride_td
+        i_row = tl.load(p_order + i_seq * A + first + i, mask=i < count, other=0)
+        b_sum += load_rows(p_rows, stride_r, i_row, i < count, D, BD)  # [BN, BD]
+    p_target += i_b * stride_b + i_h * stride_h
+    p_out = p_target + o_n.to(tl.int64)[:, None] * stride_n + o_d[None, :] * stride_d
     m_out = (count > 0)[:, None] & m_d
     tl.store(p_out, tl.load(p_out, mask=m_out, other=0.0) + b_sum, mask=m_out)
 
@@ -641,7 +623,7 @@ def accumulate_rows_triton(target: torch.Tensor, index: torch.Tensor, rows: torc
     borders = torch.arange(L + 1, device=index.device, dtype=index.dtype).expand(B, H, L + 1).contiguous()
     first = torch.searchsorted(ordered, borders, out_int32=True)
     launch(_accumulate_kernel, (-(-L // 16), B * H),
-        target, rows, order.to(torch.int32), first, H, L, A, *target.stride(), *rows.stride(),
+        target, target.stride(), strided(rows), (order.to(torch.int32), first), (H, L, A),
         D=D, BD=max(16, next_power_of_two(D)), BN=16, num_warps=4,
     )  # fmt: skip
 

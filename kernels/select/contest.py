@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from ..launch import jit, launch, next_power_of_two, require_triton, tl
+from ..launch import constexpr, jit, launch, next_power_of_two, require_triton, sequence, strided, tl
 
 CONTEST = 256  # rows that compete for the protected places at a time
 
@@ -83,6 +83,9 @@ def compete_reference(
 # in [-1, 1], or 1.5 for NaN; a free place is below every row and says row 0, a blocked one is above every row.
 
 
+_FREE, _BLOCKED = constexpr(0x7FFFFFFF - (1 << 62)), constexpr((1 << 62) - 1)
+
+
 @jit
 def _rows_of(b_x):
     return 0x7FFFFFFF - (b_x & 0xFFFFFFFF).to(tl.int32)
@@ -120,10 +123,9 @@ def _sort(b_x, LOG: tl.constexpr):
 @jit
 def _load_list(p_lists, i, count, LOG: tl.constexpr, LOG_LIST: tl.constexpr):
     """Ascending list ``i`` of ``count`` as ``[2**LOG]``: short lists have free places in front, none is all free."""
-    free: tl.constexpr = 0x7FFFFFFF - (1 << 62)
     o_n = tl.arange(0, 1 << LOG) - ((1 << LOG) - (1 << LOG_LIST))
     first = tl.where(count > i, 0, 1 << LOG)
-    return tl.load(p_lists + (i << LOG_LIST) + o_n, mask=o_n >= first, other=free)
+    return tl.load(p_lists + (i << LOG_LIST) + o_n, mask=o_n >= first, other=_FREE)
 
 
 @jit
@@ -144,17 +146,15 @@ def _load_keys(p_k, first, end, stride_n, o_d, BN: tl.constexpr, D: tl.constexpr
     return tl.load(p_k + o_n.to(tl.int64)[:, None] * stride_n + o_d[None, :], mask=mask, other=0.0)  # [BN, BD]
 
 
-@jit(general="H sinks contests group")
-def _sum_kernel(
-    p_sums, p_k, H, stride_b, stride_h, stride_n, sinks, contests, group,
-    ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+@jit(general="sizes")
+def _sum_kernel(p_sums, k, sizes, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """Sum of the keys from the start of a group to the end of each contest: a program per (group, BD channels, head).
 
     The first group starts with the sinks.
     """
     i_group, i_d, i_seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    p_k += (i_seq // H) * stride_b + (i_seq % H) * stride_h
+    H, sinks, contests, group = sizes
+    p_k, stride_n = sequence(k, i_seq // H, i_seq % H)
     o_d = i_d * BD + tl.arange(0, BD)
     b_sum = tl.zeros([BD], tl.float32)
     if i_group == 0:
@@ -170,19 +170,18 @@ def _sum_kernel(
         tl.store(p_sums + (i_seq * contests + i) * D + o_d, b_sum, mask=o_d < D)
 
 
-@jit(general="H sinks group")
+@jit(general="sizes")
 def _score_kernel(
-    p_newcomers, p_sums, p_k, H, stride_b, stride_h, stride_n, sinks, group,
-    LOG_ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+    p_newcomers, p_sums, k, sizes, LOG_ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
     """The rows of one contest, scored and sorted, ascending: one program per (contest, head)."""
     i_contest, i_seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    contests = tl.num_programs(0)
+    H, sinks, contests, group = sizes
     ROWS: tl.constexpr = 1 << LOG_ROWS
     BG: tl.constexpr = 16
     first = sinks + i_contest * ROWS
     end = first + ROWS
-    p_k += (i_seq // H) * stride_b + (i_seq % H) * stride_h
+    p_k, stride_n = sequence(k, i_seq // H, i_seq % H)
     p_sums += i_seq * contests * D
     p_newcomers += (i_seq * contests + i_contest) * ROWS
     o_n, o_d = tl.arange(0, BN), tl.arange(0, BD)
@@ -221,30 +220,25 @@ def _best_kernel(
 ):  # fmt: skip
     """The best ``2**LOG`` rows of a complete group of contests, ascending: one program per (group, head)."""
     i_group, i_seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    free: tl.constexpr = 0x7FFFFFFF - (1 << 62)
     p_newcomers += (i_seq * contests + i_group * group) << LOG_ROWS
-    b_x = _absorb(tl.full([1 << LOG], free, tl.int64), p_newcomers, group, LOG, LOG_ROWS)
+    b_x = _absorb(tl.full([1 << LOG], _FREE, tl.int64), p_newcomers, group, LOG, LOG_ROWS)
     o_n = (1 << LOG) - 1 - tl.arange(0, 1 << LOG)
     tl.store(p_best + ((i_seq * tl.num_programs(0) + i_group) << LOG) + o_n, b_x)
 
 
-@jit(general="contests protected streamed group span")
-def _contest_kernel(
-    p_stream, p_places, p_best, p_newcomers, contests, protected, streamed, group, span,
-    LOG_ROWS: tl.constexpr, LOG: tl.constexpr,
-):  # fmt: skip
+@jit(general="sizes")
+def _contest_kernel(p_stream, p_places, p_best, p_newcomers, sizes, LOG_ROWS: tl.constexpr, LOG: tl.constexpr):
     """``span`` contests of one group: one program per (span, head)."""
     ROWS: tl.constexpr = 1 << LOG_ROWS
     N: tl.constexpr = 1 << LOG
-    free: tl.constexpr = 0x7FFFFFFF - (1 << 62)
-    blocked: tl.constexpr = (1 << 62) - 1
+    contests, protected, streamed, group, span = sizes
     i_seq = tl.program_id(1).to(tl.int64)
     begin = tl.program_id(0) * span
     i_group = begin // group
     p_newcomers += (i_seq * contests) << LOG_ROWS
     p_best += (i_seq * ((contests - 1) // group)) << LOG
     o_n, o_row = tl.arange(0, N), tl.arange(0, ROWS)
-    b_x = tl.where(o_n < N - protected, blocked, free)
+    b_x = tl.where(o_n < N - protected, _BLOCKED, _FREE)
     b_x = _absorb(b_x, p_best, i_group, LOG, LOG)
     b_x = _absorb(b_x, p_newcomers + (i_group * group << LOG_ROWS), begin - i_group * group, LOG, LOG_ROWS)
     for i in range(begin, tl.minimum(begin + span, contests)):
@@ -254,7 +248,7 @@ def _contest_kernel(
         p_place = p_places + (i_seq * contests + i) * protected
         tl.store(p_place + o_n - (N - protected), _rows_of(b_x), mask=o_n >= N - protected)
         # the losers in position order; places that were never filled sort behind them
-        b_loser = _sort(tl.where(b_worse == free, 0x7FFFFFFF, _rows_of(b_worse)), LOG_ROWS)
+        b_loser = _sort(tl.where(b_worse == _FREE, 0x7FFFFFFF, _rows_of(b_worse)), LOG_ROWS)
         before = tl.maximum(i * ROWS - protected, 0)
         leaving = tl.maximum((i + 1) * ROWS - protected, 0) - before
         tl.store(p_stream + i_seq * streamed + before + o_row, b_loser, mask=o_row < leaving)
@@ -266,7 +260,6 @@ _PROGRAMS = 2048  # of one warp: more of them than this only repeat each other's
 def compete(key: torch.Tensor, sinks: int, contests: int, protected: int) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`compete_reference` with kernels; the places of one contest come in the order of their scores."""
     require_triton()
-    key = key if key.stride(-1) == 1 else key.contiguous()
     B, H, _, D = key.shape
     streamed = max(0, contests * CONTEST - protected)
     empty = key.new_empty
@@ -282,40 +275,17 @@ def compete(key: torch.Tensor, sinks: int, contests: int, protected: int) -> tup
         best = empty(B, H, groups, 1 << logs["LOG"], dtype=torch.int64)
         BD = max(16, next_power_of_two(D))
         BD_sum = min(64, BD)
-        launch(
-            _sum_kernel,
-            (groups + 1, -(-D // BD_sum), B * H),
-            sums,
-            key,
-            H,
-            *key.stride()[:3],
-            sinks,
-            contests,
-            group,
-            ROWS=CONTEST,
-            D=D,
-            BD=BD_sum,
-            num_warps=8,
-        )
+        rows, sizes = strided(key), (H, sinks, contests, group)
+        launch(_sum_kernel, (groups + 1, -(-D // BD_sum), B * H),
+            sums, rows, sizes, ROWS=CONTEST, D=D, BD=BD_sum, num_warps=8
+        )  # fmt: skip
         launch(_score_kernel, (contests, B * H),
-            newcomers, sums, key, H, *key.stride()[:3], sinks, group,
+            newcomers, sums, rows, sizes,
             LOG_ROWS=logs["LOG_ROWS"], D=D, BD=BD, BN=max(16, min(CONTEST, 8192 // BD)), num_warps=4,
         )  # fmt: skip
         if groups:
             launch(_best_kernel, (groups, B * H), best, newcomers, contests, group, **logs, num_warps=warps)
-        launch(
-            _contest_kernel,
-            (-(-contests // span), B * H),
-            stream,
-            places,
-            best,
-            newcomers,
-            contests,
-            protected,
-            streamed,
-            group,
-            span,
-            **logs,
-            num_warps=warps,
-        )
+        launch(_contest_kernel, (-(-contests // span), B * H),
+            stream, places, best, newcomers, (contests, protected, streamed, group, span), **logs, num_warps=warps
+        )  # fmt: skip
     return stream, places

@@ -26,26 +26,41 @@ from __future__ import annotations
 
 import functools
 import heapq
+from collections import namedtuple
+from typing import Any
 
 import numpy as np
 import sympy
 import torch
 
-from ..launch import constant, draw_uniform, jit, launch, next_power_of_two, require_triton, tl
+from ..launch import (
+    Random,
+    Widths,
+    constant,
+    constexpr,
+    draw_uniform,
+    jit,
+    launch,
+    load_rows,
+    require_triton,
+    sequence,
+    strided,
+    tl,
+)
 from .halving import HalvingRule
-from .schedule import Schedule
+from .schedule import Halving, Schedule
 
 PAIRS = 32  # pairs walked per tile
 WARPS = 4
 PROGRAMS = 2  # per multiprocessor
 
-# columns of the table of tiles; the kernels have their numbers
+# columns of the table of tiles
 (
     SOURCE, TARGET, ROWS, BLOCK, VALID, STAGE, BUCKET, GROUP,  # what to halve; ROWS = 0: pick one row per GROUP
     UNIT, NEED, WORD,  # what has to arrive before it can start; where its signs go
     FEEDS, FEEDERS, SLOT, FIRST_SLOT, SLOTS, FED_ROWS,  # which unit its rows go to, and the statistics of that
-) = range(17)  # fmt: skip
-COLUMNS = 17
+    COLUMNS,
+) = (constexpr(i) for i in range(18))  # fmt: skip
 
 
 class Tiles:
@@ -58,77 +73,17 @@ class Tiles:
     """
 
     def __init__(self, schedule: Schedule, rule: HalvingRule, pairs: int, lanes: int) -> None:
-        span, tokens = 2 * pairs, schedule.tokens
+        self.pairs, tokens = pairs, schedule.tokens
         halvings = [job for launch in schedule.launches for job in launch]
-        # what every halving reads: (first row, rows, rows per unit, first unit, first slot or -1)
-        ranges, self.buckets, self.slots = [], 0, 0
-        for job in halvings:
-            if job.rows > span:
-                ranges.append((job.source, job.rows * job.buckets, job.rows, self.buckets, self.slots))
-                self.buckets += job.buckets
-                self.slots += -(-job.rows // pairs) * job.buckets
-        self.units = self.buckets
-        for job in halvings:
-            if job.rows <= span:
-                rows = span // job.rows * job.rows
-                ranges.append((job.source, job.rows * job.buckets, rows, self.units, -1))
-                self.units += -(-job.rows * job.buckets // rows)
-
-        def units_of(at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-            """Unit that reads each arena row (-1: none), its slot, and the first slot and rows of its bucket."""
-            unit, slot, first, rows = (np.full(len(at), value) for value in (-1, -1, 0, 0))
-            for source, total, size, base, slots in ranges:
-                inside = (at >= source) & (at < source + total)
-                which, within = np.divmod(at - source, size)
-                unit = np.where(inside, base + which, unit)
-                if slots >= 0:
-                    per_bucket = -(-size // pairs)
-                    first = np.where(inside, slots + which * per_bucket, first)
-                    slot = np.where(inside, first + within // pairs, slot)
-                    rows = np.where(inside, size, rows)
-            return unit, slot, first, rows
-
-        def part(columns: dict[int, np.ndarray | int], count: int, fed_from: np.ndarray) -> np.ndarray:
-            table = np.zeros((count, COLUMNS), dtype=np.int64)
-            for column, values in columns.items():
-                table[:, column] = values
-            table[:, FEEDS], table[:, SLOT], table[:, FIRST_SLOT], table[:, FED_ROWS] = units_of(fed_from)
-            table[:, SLOTS] = -(-table[:, FED_ROWS] // pairs)
-            return table
-
-        def picks(source: int, target: int, rows: int, group: int, stage: int) -> np.ndarray:
-            first = np.arange(0, rows, pairs)
-            columns = {
-                SOURCE: source + first * group, TARGET: -1 if target < 0 else target + first, BUCKET: first,
-                GROUP: group, STAGE: stage, VALID: np.minimum(pairs, rows - first), UNIT: -1,
-            }  # fmt: skip
-            return part(columns, len(first), first + (source if target < 0 else target))
-
-        tiles, gains = [np.zeros((0, COLUMNS), dtype=np.int64)], [np.zeros(0)]
-        described = [picks(j.source, -1, j.rows * j.buckets, 1, 0) for j in halvings
-                     if j.source < tokens and j.rows > span]  # fmt: skip
-        for job in schedule.subsamples:
-            tiles.append(picks(job.source, job.target, job.rows, job.group, job.stage))
-            gains.append(np.zeros(len(tiles[-1])))
-        for job in halvings:
-            half = job.rows // 2
-            if job.rows > span:
-                bucket, block = np.divmod(np.arange(job.buckets * -(-job.rows // span)), -(-job.rows // span))
-                valid = np.minimum(pairs, half - block * pairs)
-            else:
-                bucket = np.arange(0, job.buckets, span // job.rows)
-                block, valid = 0 * bucket, np.minimum(span // job.rows, job.buckets - bucket) * half
-            source = job.source + bucket * job.rows + block * span
-            target = job.target + bucket * half + block * pairs
-            columns = {
-                SOURCE: source, TARGET: target, ROWS: job.rows, BLOCK: block, VALID: valid, STAGE: job.stage,
-                BUCKET: job.first + bucket, UNIT: units_of(source)[0],
-            }  # fmt: skip
-            tiles.append(part(columns, len(bucket), target))
-            last = units_of(target + valid - 1)[0]
-            assert np.all((last == tiles[-1][:, FEEDS]) | (last < 0)), "what a tile keeps goes to one unit"
-            gains.append(np.full(len(bucket), rule.gain(job.rows, job.delta)))
-        table, gain, raw = np.concatenate(tiles), np.concatenate(gains), np.concatenate(described or tiles[:1])
+        self._number_units(halvings)
+        none = np.zeros((0, int(COLUMNS)), dtype=np.int64)
+        described = [self._picks(j.source, -1, j.rows * j.buckets, 1, 0) for j in halvings
+                     if j.source < tokens and j.rows > 2 * pairs]  # fmt: skip
+        picked = [self._picks(j.source, j.target, j.rows, j.group, j.stage) for j in schedule.subsamples]
+        halved = [self._halves(job) for job in halvings]
+        gains = [np.full(len(x), rule.gain(j.rows, j.delta)) for j, x in zip(halvings, halved, strict=True)]
+        table, raw = np.concatenate([none, *picked, *halved]), np.concatenate([none, *described])
+        gain = np.concatenate([np.zeros(sum(map(len, picked))), *gains])
         table[:, WORD] = np.arange(len(table))
         feeds = np.concatenate([table[:, FEEDS], raw[:, FEEDS]])
         arrivals = np.bincount(feeds[feeds >= 0], minlength=self.units)
@@ -141,6 +96,72 @@ class Tiles:
         order = _ticket_order(table, self.units, lanes)
         self.table, self.gains = table[order].astype(np.int32), gain[order].astype(np.float32)
         self.described = raw.astype(np.int32)
+
+    def _number_units(self, halvings: list[Halving]) -> None:
+        """What every halving reads: (first row, rows, rows per unit, first unit, first slot or -1)."""
+        self.ranges: list[tuple[int, int, int, int, int]] = []
+        self.buckets = self.slots = 0
+        span = 2 * self.pairs
+        for job in halvings:
+            if job.rows > span:
+                self.ranges.append((job.source, job.rows * job.buckets, job.rows, self.buckets, self.slots))
+                self.buckets += job.buckets
+                self.slots += -(-job.rows // self.pairs) * job.buckets
+        self.units = self.buckets
+        for job in halvings:
+            if job.rows <= span:
+                rows = span // job.rows * job.rows
+                self.ranges.append((job.source, job.rows * job.buckets, rows, self.units, -1))
+                self.units += -(-job.rows * job.buckets // rows)
+
+    def _units_of(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Unit that reads each arena row (-1: none), its slot, and the first slot and rows of its bucket."""
+        unit, slot, first, rows = (np.full(len(at), value) for value in (-1, -1, 0, 0))
+        for source, total, size, base, slots in self.ranges:
+            inside = (at >= source) & (at < source + total)
+            which, within = np.divmod(at - source, size)
+            unit = np.where(inside, base + which, unit)
+            if slots >= 0:
+                per_bucket = -(-size // self.pairs)
+                first = np.where(inside, slots + which * per_bucket, first)
+                slot = np.where(inside, first + within // self.pairs, slot)
+                rows = np.where(inside, size, rows)
+        return unit, slot, first, rows
+
+    def _part(self, columns: dict[Any, np.ndarray | int], count: int, fed_from: np.ndarray) -> np.ndarray:
+        table = np.zeros((count, int(COLUMNS)), dtype=np.int64)
+        for column, values in columns.items():
+            table[:, column] = values
+        table[:, FEEDS], table[:, SLOT], table[:, FIRST_SLOT], table[:, FED_ROWS] = self._units_of(fed_from)
+        table[:, SLOTS] = -(-table[:, FED_ROWS] // self.pairs)
+        return table
+
+    def _picks(self, source: int, target: int, rows: int, group: int, stage: int) -> np.ndarray:
+        """One row of every group."""
+        first = np.arange(0, rows, self.pairs)
+        columns = {
+            SOURCE: source + first * group, TARGET: -1 if target < 0 else target + first, BUCKET: first,
+            GROUP: group, STAGE: stage, VALID: np.minimum(self.pairs, rows - first), UNIT: -1,
+        }  # fmt: skip
+        return self._part(columns, len(first), first + (source if target < 0 else target))
+
+    def _halves(self, job: Halving) -> np.ndarray:
+        pairs, span, half = self.pairs, 2 * self.pairs, job.rows // 2
+        if job.rows > span:
+            bucket, block = np.divmod(np.arange(job.buckets * -(-job.rows // span)), -(-job.rows // span))
+            valid = np.minimum(pairs, half - block * pairs)
+        else:
+            bucket = np.arange(0, job.buckets, span // job.rows)
+            block, valid = 0 * bucket, np.minimum(span // job.rows, job.buckets - bucket) * half
+        source = job.source + bucket * job.rows + block * span
+        target = job.target + bucket * half + block * pairs
+        columns = {
+            SOURCE: source, TARGET: target, ROWS: job.rows, BLOCK: block, VALID: valid, STAGE: job.stage,
+            BUCKET: job.first + bucket, UNIT: self._units_of(source)[0],
+        }  # fmt: skip
+        table, last = self._part(columns, len(bucket), target), self._units_of(target + valid - 1)[0]
+        assert np.all((last == table[:, FEEDS]) | (last < 0)), "what a tile keeps goes to one unit"
+        return table
 
 
 # roughly what a tile costs on an H200, in microseconds: before its walk, per earlier tile, walk, and after it; a
@@ -168,7 +189,8 @@ def _ticket_order(table: np.ndarray, units: int, lanes: int) -> np.ndarray:
             unit_chain[unit[i]], first_tile[unit[i]] = _BEFORE + chain[i], i
     waiting = [(0.0, i) for i in range(tiles) if block[i] == 0 and (unit[i] < 0 or missing[unit[i]] == 0)]
     heapq.heapify(waiting)
-    ready, free, order = [], [0.0] * lanes, []
+    ready: list[tuple[float, int]] = []
+    free, order = [0.0] * lanes, []
     arrived, word = [0.0] * units, [0.0] * tiles
     while waiting or ready:
         now = heapq.heappop(free)
@@ -197,6 +219,21 @@ def _ticket_order(table: np.ndarray, units: int, lanes: int) -> np.ndarray:
 # Kernels
 
 
+# The tokens, and what :func:`thin` writes: the token of every copy, and the copies, ``[B * H, A, D]``.
+_Inputs = namedtuple("_Inputs", "k v index copied_key copied_value")
+
+
+# Scratch memory and the table; :class:`_Places` says what lies where.
+_Work = namedtuple("_Work", "scratch sync table gains")
+
+
+_Sizes = namedtuple("_Sizes", "programs tiles units buckets slots sequences H tokens sinks A index_rows")
+
+
+# Widths, pairs of a tile, and what the rule and the stream are like; W times BP lanes walk.
+_Shape = namedtuple("_Shape", "D DV BD BDV BP W CENTRE STREAMED COIN")
+
+
 @jit
 def _await(p_count, needed):
     """Until ``needed`` arrivals at a unit; what they wrote is visible then."""
@@ -215,13 +252,6 @@ def _await_word(p_word):
 
 
 @jit
-def _load_rows(p_x, i_row, m_r, stride, D: tl.constexpr, BD: tl.constexpr):
-    o_d = tl.arange(0, BD)
-    pointers = p_x + i_row.to(tl.int64)[:, None] * stride + o_d[None, :]
-    return tl.load(pointers, mask=m_r[:, None] & (o_d < D)[None, :], other=0.0)
-
-
-@jit
 def _shortened(b_x):
     """What :func:`.halving.shortened` gives: what tensor cores read of float32, so that products are exact."""
     if b_x.dtype == tl.float32:
@@ -229,115 +259,144 @@ def _shortened(b_x):
     return b_x
 
 
-@jit
-def _hand_over(
-    p_row, p_count, p_mean, p_spread, p_centre, p_bound, b_k, b_v, m_p, valid,
-    CENTRE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
-    """Describe the rows of a tile, announce them to the unit that reads them, and complete it if they are the last."""
-    b_k, b_v = _shortened(b_k), _shortened(b_v)
-    feeds, slot = tl.load(p_row + 11), tl.load(p_row + 13)
-    o_d = tl.arange(0, BD)
-    if slot >= 0:
-        b_mean = tl.zeros([BD], tl.float32)
-        if CENTRE:
-            b_mean = tl.sum(b_k.to(tl.float32), 0) / valid
-        b_far = tl.where(m_p[:, None], b_k.to(tl.float32) - b_mean[None, :], 0.0)
-        tl.store(p_mean + slot * D + o_d, b_mean, mask=o_d < D)
-        tl.store(p_spread + slot * 2, tl.sqrt(tl.max(tl.sum(b_far * b_far, 1))))
-        tl.store(p_spread + slot * 2 + 1, tl.max(tl.max(tl.abs(b_v.to(tl.float32)), 1)))
-    if feeds >= 0:
-        tl.debug_barrier()
-        arrived = tl.atomic_add(p_count + feeds, 1, sem="acq_rel").to(tl.int32) + 1
-        if (slot >= 0) & (arrived == tl.load(p_row + 12)):
-            first, slots, rows = tl.load(p_row + 14), tl.load(p_row + 15), tl.load(p_row + 16)
-            o_s = tl.arange(0, 2 * BP)
-            b_centre = tl.zeros([BD], tl.float32)
-            radius, v_max = 0.0, 0.0
-            if CENTRE:
-                for i in range(0, slots, 2 * BP):
-                    b_m = _load_rows(p_mean, first + i + o_s, i + o_s < slots, D, D, BD)
-                    b_weight = tl.minimum(rows - (i + o_s) * BP, BP).to(tl.float32)
-                    b_centre += tl.sum(b_m * b_weight[:, None], 0)
-                b_centre = b_centre / rows
-                tl.store(p_centre + feeds * D + o_d, b_centre, mask=o_d < D)
-            for i in range(0, slots, 2 * BP):
-                m_s = i + o_s < slots
-                b_m = _load_rows(p_mean, first + i + o_s, m_s, D, D, BD) - b_centre[None, :]
-                b_reach = tl.sqrt(tl.sum(b_m * b_m, 1)) + tl.load(p_spread + (first + i + o_s) * 2, mask=m_s, other=0.0)
-                radius = tl.maximum(radius, tl.max(tl.where(m_s, b_reach, 0.0)))
-                b_v_max = tl.load(p_spread + (first + i + o_s) * 2 + 1, mask=m_s, other=0.0)
-                v_max = tl.maximum(v_max, tl.max(b_v_max))
-            tl.store(p_bound + feeds * 2, radius * radius)
-            tl.store(p_bound + feeds * 2 + 1, v_max)
-            tl.debug_barrier()
-            tl.atomic_add(p_count + feeds, 1, sem="release")
+# Where the parts of the scratch memory of one sequence begin: statistics of slots and of buckets, arrivals at units
+# and words of tiles. In front of them are what the walks keep, and the ticket.
+_Places = namedtuple("_Places", "mean spread centre bound count word")
 
 
 @jit
-def _places(p_scratch, p_sync, programs, sequences, units, buckets, slots, D: tl.constexpr, BP: tl.constexpr):
-    """Where the parts of the scratch memory of :func:`thin` begin: statistics of slots and of buckets, then the
-    arrivals at units and the words of tiles. In front of them are what the walks keep, and the ticket."""
-    sequences = sequences.to(tl.int64)
-    p_mean = p_scratch + programs.to(tl.int64) * (2 * BP * BP + 4 * BP)
-    p_centre = p_mean + sequences * slots * D
-    p_spread = p_centre + sequences * buckets * D
-    p_bound = p_spread + sequences * slots * 2
-    p_count = p_sync + 1
-    return p_mean, p_spread, p_centre, p_bound, p_count, p_count + sequences * units
-
-
-@jit(general="programs sequences units buckets slots H sinks A index_rows")
-def _describe_kernel(
-    p_index, p_scratch, p_sync, p_k, p_v, p_table, programs, sequences, units, buckets, slots, H, sinks, A,
-    index_rows, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    CENTRE: tl.constexpr, STREAMED: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
-    """Statistics of stream rows that buckets of several tiles read as they are."""
-    p_mean, p_spread, p_centre, p_bound, p_count, _ = _places(
-        p_scratch, p_sync, programs, sequences, units, buckets, slots, D, BP
-    )
-    p_row, i_seq = p_table + tl.program_id(0) * 17, tl.program_id(1).to(tl.int64)
-    p_k += (i_seq // H) * stride_kb + (i_seq % H) * stride_kh
-    p_v += (i_seq // H) * stride_vb + (i_seq % H) * stride_vh
-    valid = tl.load(p_row + 4)
-    m_p = tl.arange(0, BP) < valid
-    b_row = tl.load(p_row) + tl.arange(0, BP)
-    if STREAMED:
-        b_row = tl.load(p_index + i_seq * index_rows + A + b_row, mask=m_p, other=0) - sinks
-    b_k = _load_rows(p_k, sinks + b_row, m_p, stride_kn, D, BD)
-    b_v = _load_rows(p_v, sinks + b_row, m_p, stride_vn, DV, BDV)
-    _hand_over(
-        p_row, p_count + i_seq * units, p_mean + i_seq * slots * D, p_spread + i_seq * slots * 2,
-        p_centre + i_seq * buckets * D, p_bound + i_seq * buckets * 2, b_k, b_v, m_p, valid, CENTRE, D, BD, BP,
+def _places(work, i_seq, sizes, SHAPE: tl.constexpr):
+    sequences, D = sizes.sequences.to(tl.int64), SHAPE.D
+    p_mean = work.scratch + sizes.programs.to(tl.int64) * (2 * SHAPE.BP * SHAPE.BP + 4 * SHAPE.BP)
+    p_centre = p_mean + sequences * sizes.slots * D
+    p_spread = p_centre + sequences * sizes.buckets * D
+    p_bound = p_spread + sequences * sizes.slots * 2
+    p_count = work.sync + 1
+    return _Places(
+        p_mean + i_seq * sizes.slots * D, p_spread + i_seq * sizes.slots * 2,
+        p_centre + i_seq * sizes.buckets * D, p_bound + i_seq * sizes.buckets * 2,
+        p_count + i_seq * sizes.units, p_count + sequences * sizes.units + i_seq * sizes.tiles,
     )  # fmt: skip
 
 
 @jit
-def _decide(
-    p_index, p_k, p_v, p_centre, p_bound, p_slot, p_word, seed, layer, stage, head,
-    source, rows, block, valid, bucket, i_bucket, gain, scale, raw, first, A, sinks, stride_k, stride_v,
-    CENTRE: tl.constexpr, STREAMED: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BP: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """Which row of each pair of a tile is kept, as arena rows [BP]; hands on the word of the tile."""
-    BR: tl.constexpr = 2 * BP
-    o_p, o_r = tl.arange(0, BP), tl.arange(0, BR)
-    half = rows // 2
-    m_r = o_r < 2 * valid
-    b_row = source + o_r
-    if STREAMED and raw:
-        b_row = tl.load(p_index + A + b_row, mask=m_r, other=0) - sinks
-    b_k = _shortened(_load_rows(p_k, first + b_row, m_r, stride_k, D, BD))  # [BR, BD]
-    b_v = _shortened(_load_rows(p_v, first + b_row, m_r, stride_v, DV, BDV))
+def _describe_bucket(p_row, feeds, at, SHAPE: tl.constexpr):
+    """Centre, bound on the norms and largest value of a bucket from the statistics of its slots."""
+    BD: tl.constexpr = SHAPE.BD
+    BR: tl.constexpr = 2 * SHAPE.BP
+    first, slots, rows = tl.load(p_row + FIRST_SLOT), tl.load(p_row + SLOTS), tl.load(p_row + FED_ROWS)
+    o_d, o_s = tl.arange(0, BD), tl.arange(0, BR)
+    b_centre = tl.zeros([BD], tl.float32)
+    radius, v_max = 0.0, 0.0
+    if SHAPE.CENTRE:
+        for i in range(0, slots, BR):
+            b_m = load_rows(at.mean, SHAPE.D, first + i + o_s, i + o_s < slots, SHAPE.D, BD)  # [BR, BD]
+            b_weight = tl.minimum(rows - (i + o_s) * SHAPE.BP, SHAPE.BP).to(tl.float32)
+            b_centre += tl.sum(b_m * b_weight[:, None], 0)
+        b_centre = b_centre / rows
+        tl.store(at.centre + feeds * SHAPE.D + o_d, b_centre, mask=o_d < SHAPE.D)
+    for i in range(0, slots, BR):
+        m_s = i + o_s < slots
+        b_m = load_rows(at.mean, SHAPE.D, first + i + o_s, m_s, SHAPE.D, BD) - b_centre[None, :]  # [BR, BD]
+        b_reach = tl.sqrt(tl.sum(b_m * b_m, 1)) + tl.load(at.spread + (first + i + o_s) * 2, mask=m_s, other=0.0)
+        radius = tl.maximum(radius, tl.max(tl.where(m_s, b_reach, 0.0)))
+        b_v_max = tl.load(at.spread + (first + i + o_s) * 2 + 1, mask=m_s, other=0.0)
+        v_max = tl.maximum(v_max, tl.max(b_v_max))
+    tl.store(at.bound + feeds * 2, radius * radius)
+    tl.store(at.bound + feeds * 2 + 1, v_max)
+
+
+@jit
+def _hand_over(p_row, at, b_k, b_v, m_p, valid, SHAPE: tl.constexpr):
+    """Describe the rows of a tile, announce them to the unit that reads them, and complete it if they are the last."""
+    BD: tl.constexpr = SHAPE.BD
+    b_k, b_v = _shortened(b_k), _shortened(b_v)
+    feeds, slot = tl.load(p_row + FEEDS), tl.load(p_row + SLOT)
+    if slot >= 0:
+        o_d = tl.arange(0, BD)
+        b_mean = tl.zeros([BD], tl.float32)
+        if SHAPE.CENTRE:
+            b_mean = tl.sum(b_k.to(tl.float32), 0) / valid
+        b_far = tl.where(m_p[:, None], b_k.to(tl.float32) - b_mean[None, :], 0.0)
+        tl.store(at.mean + slot * SHAPE.D + o_d, b_mean, mask=o_d < SHAPE.D)
+        tl.store(at.spread + slot * 2, tl.sqrt(tl.max(tl.sum(b_far * b_far, 1))))
+        tl.store(at.spread + slot * 2 + 1, tl.max(tl.max(tl.abs(b_v.to(tl.float32)), 1)))
+    if feeds >= 0:
+        tl.debug_barrier()
+        arrived = tl.atomic_add(at.count + feeds, 1, sem="acq_rel").to(tl.int32) + 1
+        if (slot >= 0) & (arrived == tl.load(p_row + FEEDERS)):
+            _describe_bucket(p_row, feeds, at, SHAPE)
+            tl.debug_barrier()
+            tl.atomic_add(at.count + feeds, 1, sem="release")
+
+
+# The memory that a tile reads: stream rows among the tokens, by index if ``raw``, all others among the copies.
+_From = namedtuple("_From", "p_k stride_k p_v stride_v p_index first raw")
+
+
+@jit
+def _rows_at(source, b_at, m_r, SHAPE: tl.constexpr):
+    """Where in that memory the arena rows ``b_at`` are."""
+    b_row = source.first + b_at
+    if SHAPE.STREAMED:
+        if source.raw:
+            b_row = tl.load(source.p_index + b_at, mask=m_r, other=0)
+    return b_row
+
+
+@jit
+def _pair(source, b_row, m_r, SHAPE: tl.constexpr):
+    """Keys and values of rows of it."""
+    b_k = load_rows(source.p_k, source.stride_k, b_row, m_r, SHAPE.D, SHAPE.BD)
+    return b_k, load_rows(source.p_v, source.stride_v, b_row, m_r, SHAPE.DV, SHAPE.BDV)
+
+
+@jit(general="sizes")
+def _describe_kernel(x, work, sizes, SHAPE: tl.constexpr):
+    """Statistics of stream rows that buckets of several tiles read as they are."""
+    p_row, i_seq = work.table + tl.program_id(0) * COLUMNS, tl.program_id(1).to(tl.int64)
+    p_k, stride_k = sequence(x.k, i_seq // sizes.H, i_seq % sizes.H)
+    p_v, stride_v = sequence(x.v, i_seq // sizes.H, i_seq % sizes.H)
+    p_index = x.index + i_seq * sizes.index_rows + sizes.A
+    source = _From(p_k, stride_k, p_v, stride_v, p_index, sizes.sinks, True)
+    valid, o_p = tl.load(p_row + VALID), tl.arange(0, SHAPE.BP)
+    m_p = o_p < valid
+    b_k, b_v = _pair(source, _rows_at(source, tl.load(p_row + SOURCE) + o_p, m_p, SHAPE), m_p, SHAPE)
+    _hand_over(p_row, _places(work, i_seq, sizes, SHAPE), b_k, b_v, m_p, valid, SHAPE)
+
+
+# A tile of a halving: its columns of the table; ``i_bucket`` is -1 for whole buckets.
+_Tile = namedtuple("_Tile", "source rows block valid bucket stage i_bucket gain scale")
+
+
+# The rows of a tile ``[BR, BD]``, ``[BR, BDV]``, the bias and the shift of their scores, and where they are.
+_Own = namedtuple("_Own", "b_k b_v b_bias b_centre half_norm shift v_max m_r top")
+
+
+@jit
+def _signed_sums(b_kappa, BP: tl.constexpr):
+    """D of the pairs ``[BP, BP]`` from the kernel of their rows ``[2 BP, 2 BP]``, with signs."""
+    return tl.sum(tl.sum(tl.reshape(b_kappa, [BP, 2, BP, 2]), 3), 1)
+
+
+@jit
+def _own_block(source, at, p_slot, tile, SHAPE: tl.constexpr):
+    """D of the pairs of a tile, to ``p_slot``, then the roots b of its diagonal and the largest of them so far."""
+    BP: tl.constexpr = SHAPE.BP
+    BR: tl.constexpr = 2 * SHAPE.BP
+    BD: tl.constexpr = SHAPE.BD
+    rows, scale = tile.rows, tile.scale
+    o_p, o_r, half = tl.arange(0, BP), tl.arange(0, BR), tile.rows // 2
+    m_r = o_r < 2 * tile.valid
+    b_k, b_v = _pair(source, _rows_at(source, tile.source + o_r, m_r, SHAPE), m_r, SHAPE)
+    b_k, b_v = _shortened(b_k), _shortened(b_v)
     b_centre, half_norm, shift, v_max = tl.zeros([BD], tl.float32), 0.0, 0.0, 0.0
     o_bucket = o_r // rows
     m_same = (o_bucket[:, None] == o_bucket[None, :]) & m_r[:, None] & m_r[None, :]
     b_gram = tl.dot(b_k, tl.trans(b_k), input_precision="tf32")  # [BR, BR]
-    if i_bucket < 0:  # whole buckets: all statistics are here
+    if tile.i_bucket < 0:  # whole buckets: all statistics are here
         b_bias = tl.zeros([BR], tl.float32)
-        if CENTRE:
+        if SHAPE.CENTRE:
             b_mean = tl.sum(tl.where(m_same, b_gram, 0.0), 1) / rows
             b_bias = b_mean - 0.5 * tl.sum(tl.where(m_same, b_mean[None, :], 0.0), 1) / rows
         b_norm = tl.sum(tl.where(o_r[:, None] == o_r[None, :], b_gram, 0.0), 1) - 2.0 * b_bias
@@ -346,11 +405,12 @@ def _decide(
         b_v_max = tl.max(tl.where(m_same, b_v_max[None, :], 0.0), 1)
     else:
         o_d = tl.arange(0, BD)
-        if CENTRE:
-            b_centre = tl.load(p_centre + i_bucket * D + o_d, mask=o_d < D, other=0.0)
+        if SHAPE.CENTRE:
+            b_centre = tl.load(at.centre + tile.i_bucket * SHAPE.D + o_d, mask=o_d < SHAPE.D, other=0.0)
             half_norm = 0.5 * tl.sum(b_centre * b_centre)
         b_bias = tl.sum(b_k.to(tl.float32) * b_centre[None, :], 1) - half_norm
-        shift, v_max = tl.load(p_bound + i_bucket * 2) * scale, tl.load(p_bound + i_bucket * 2 + 1)
+        p_bound = at.bound + tile.i_bucket * 2
+        shift, v_max = tl.load(p_bound) * scale, tl.load(p_bound + 1)
         b_shift, b_v_max = tl.zeros([BR], tl.float32) + shift, tl.zeros([BR], tl.float32) + v_max
     b_alternating = (1 - 2 * (o_r % 2)).to(tl.float32)  # + for the first row of a pair, - for the second
     # at most 0 but for rounding, which an outlier key could blow up
@@ -358,59 +418,72 @@ def _decide(
     b_kappa = tl.exp(b_s)
     b_kappa *= tl.dot(b_v, tl.trans(b_v), input_precision="tf32") + (b_v_max * b_v_max)[:, None]
     b_kappa = tl.where(m_same, b_kappa * b_alternating[:, None] * b_alternating[None, :], 0.0)
-    b_d = tl.sum(tl.sum(tl.reshape(b_kappa, [BP, 2, BP, 2]), 3), 1)  # [BP, BP]
-    p_own = p_slot + o_p[:, None] * BP + o_p[None, :]
-    tl.store(p_own, tl.where(o_p[:, None] < o_p[None, :], b_d, 0.0))
+    b_d = _signed_sums(b_kappa, BP)
+    tl.store(p_slot + o_p[:, None] * BP + o_p[None, :], tl.where(o_p[:, None] < o_p[None, :], b_d, 0.0))
     b_b = tl.sqrt(tl.maximum(tl.sum(tl.where(o_p[:, None] == o_p[None, :], b_d, 0.0), 1), 0.0))
     m_before = ((o_p // half)[:, None] == (o_p // half)[None, :]) & (o_p[None, :] <= o_p[:, None])
     b_top = tl.max(tl.where(m_before, b_b[None, :], 0.0), 1)
     own_top = tl.max(b_b)
     tl.store(p_slot + 2 * BP * BP + o_p, b_b)
     tl.store(p_slot + 2 * BP * BP + BP + o_p, b_top)
+    return _Own(b_k, b_v, b_bias, b_centre, half_norm, shift, v_max, m_r, own_top)
 
+
+@jit
+def _earlier_tiles(source, p_slot, p_word, tile, own, SHAPE: tl.constexpr):
+    """What the earlier tiles of the bucket have decided, as alphas, behind b; of the last one the block of D as well,
+    as its signs come last."""
+    BP: tl.constexpr = SHAPE.BP
+    BR: tl.constexpr = 2 * SHAPE.BP
+    o_p, o_r, block = tl.arange(0, BP), tl.arange(0, BR), tile.block
+    b_alternating = (1 - 2 * (o_r % 2)).to(tl.float32)
     b_g = tl.zeros([BR], tl.float32)
     for i in range(0, block):
-        # the tile before this one first: its block is stored, as its signs come last
+        # the tile before this one first: its block is stored
         j = tl.where(i == 0, block - 1, i - 1)
         word = tl.load(p_word - block + j, volatile=True)  # asked for early: the answer takes as long as the rows
-        b_row2 = source - (block - j) * BR + o_r
-        if STREAMED and raw:
-            b_row2 = tl.load(p_index + A + b_row2) - sinks
-        b_k2 = _shortened(_load_rows(p_k, first + b_row2, o_r < BR, stride_k, D, BD))
-        b_v2 = _shortened(_load_rows(p_v, first + b_row2, o_r < BR, stride_v, DV, BDV))
+        b_row = _rows_at(source, tile.source - (block - j) * BR + o_r, o_r < BR, SHAPE)
+        b_k, b_v = _pair(source, b_row, o_r < BR, SHAPE)
+        b_k, b_v = _shortened(b_k), _shortened(b_v)
         # centring is a rank-one correction of the scores, so that the product runs on the rows as they are
-        b_bias2 = tl.sum(b_k2.to(tl.float32) * b_centre[None, :], 1) - half_norm
-        b_s = tl.dot(b_k2, tl.trans(b_k), input_precision="tf32") - b_bias2[:, None] - b_bias[None, :]
-        b_w = tl.dot(b_v2, tl.trans(b_v), input_precision="tf32") + v_max * v_max
-        b_kappa = tl.exp(tl.minimum(b_s * scale - shift, 0.0)) * b_w  # [BR, BR]
+        b_bias = tl.sum(b_k.to(tl.float32) * own.b_centre[None, :], 1) - own.half_norm
+        b_s = tl.dot(b_k, tl.trans(own.b_k), input_precision="tf32") - b_bias[:, None] - own.b_bias[None, :]
+        b_w = tl.dot(b_v, tl.trans(own.b_v), input_precision="tf32") + own.v_max * own.v_max
+        b_kappa = tl.exp(tl.minimum(b_s * tile.scale - own.shift, 0.0)) * b_w  # [BR, BR]
         if i == 0:
-            b_kappa = tl.where(m_r[None, :], b_kappa * b_alternating[:, None] * b_alternating[None, :], 0.0)
-            b_d = tl.sum(tl.sum(tl.reshape(b_kappa, [BP, 2, BP, 2]), 3), 1)
-            tl.store(p_own + BP * BP, b_d)
+            b_kappa = tl.where(own.m_r[None, :], b_kappa * b_alternating[:, None] * b_alternating[None, :], 0.0)
+            b_d = _signed_sums(b_kappa, BP)
+            tl.store(p_slot + BP * BP + o_p[:, None] * BP + o_p[None, :], b_d)
         else:
             while word == 0:
                 word = tl.load(p_word - block + j, volatile=True)
             b_sign = 1 - 2 * (((word & 0xFFFFFFFF) >> (o_r // 2)) & 1).to(tl.int32)
             b_g += tl.sum(b_kappa * (b_sign.to(tl.float32) * b_alternating)[:, None], 0)
-    b_alpha = -tl.sum(tl.reshape(tl.where(m_r, b_g, 0.0) * b_alternating, [BP, 2]), 1)
+    b_alpha = -tl.sum(tl.reshape(tl.where(own.m_r, b_g, 0.0) * b_alternating, [BP, 2]), 1)
     tl.store(p_slot + 2 * BP * BP + 2 * BP + o_p, b_alpha)
-    tl.debug_barrier()
 
-    # the walk: [W, BP] puts one pair on each lane, the same in every warp
+
+@jit
+def _decide(p_slot, p_word, tile, own_top, random, head, SHAPE: tl.constexpr):
+    """The walk: which row of each pair of a tile is kept, as arena rows ``[BP]``; hands on the word of the tile."""
+    BP: tl.constexpr = SHAPE.BP
+    W: tl.constexpr = SHAPE.W
+    o_p, half, p_vectors = tl.arange(0, BP), tile.rows // 2, p_slot + 2 * BP * BP
+    # [W, BP] puts one pair on each lane, the same in every warp
     o_w = tl.zeros([W, 1], tl.int32) + o_p[None, :]
-    b_alpha = tl.load(p_slot + 2 * BP * BP + 2 * BP + o_w)
-    b_b = tl.load(p_slot + 2 * BP * BP + o_w)
-    b_top = tl.load(p_slot + 2 * BP * BP + BP + o_w)
-    o_pair = block * BP + o_w
-    b_u = draw_uniform(seed, layer, o_pair % half, bucket + o_pair // half, stage, head)
+    b_alpha = tl.load(p_vectors + 2 * BP + o_w)
+    b_b = tl.load(p_vectors + o_w)
+    b_top = tl.load(p_vectors + BP + o_w)
+    o_pair = tile.block * BP + o_w
+    b_u = draw_uniform(random.seed, random.layer, o_pair % half, tile.bucket + o_pair // half, tile.stage, head)
     b_rows = ()
     for i in tl.static_range(BP):
-        b_rows = b_rows + (tl.load(p_slot + i * BP + o_w),)  # row i of D, zero up to column i
+        b_rows += (tl.load(p_slot + i * BP + o_w),)  # type: ignore[assignment]  # row i of D, zero up to i
     top = 0.0
-    if block > 0:
+    if tile.block > 0:
         b_couple = ()
         for i in tl.static_range(BP):
-            b_couple = b_couple + (tl.load(p_slot + BP * BP + i * BP + o_w),)
+            b_couple += (tl.load(p_slot + BP * BP + i * BP + o_w),)  # type: ignore[assignment]
         word = _await_word(p_word - 1)
         top = ((word >> 32) - 1).to(tl.int32).to(tl.float32, bitcast=True)
         signs = (word & 0xFFFFFFFF).to(tl.uint32)
@@ -418,7 +491,7 @@ def _decide(
             b_alpha += tl.where((signs >> i) & 1 != 0, b_couple[i], -b_couple[i])
     b_product = b_b * tl.maximum(b_top, top)
     # u < 1/2 (1 - alpha / a) as a threshold on alpha; a tie (alpha = 0) and a_i = 0 become fair coins
-    b_threshold = (1.0 - 2.0 * b_u) * tl.maximum(gain * b_product, 1e-37)
+    b_threshold = (1.0 - 2.0 * b_u) * tl.maximum(tile.gain * b_product, 1e-37)
     b_threshold = tl.where(b_product > 0, b_threshold, tl.where(b_u < 0.5, float("inf"), float("-inf")))
     b_bits = tl.zeros([W, BP], tl.int32)
     for i in tl.static_range(BP):
@@ -431,98 +504,75 @@ def _decide(
     m_first = (tl.arange(0, W)[:, None] == 0) & (o_p[None, :] == 0)
     tl.atomic_xchg(p_word + 0 * o_w, b_word, mask=m_first, sem="relaxed")
     signs = tl.min(tl.min(b_bits.to(tl.int64) & 0xFFFFFFFF, 1), 0)
-    return source + 2 * o_p + ((signs >> o_p) & 1).to(tl.int32)
+    return tile.source + 2 * o_p + ((signs >> o_p) & 1).to(tl.int32)
 
 
 @jit
-def _tile(
-    ticket, p_index, p_ck, p_cv, p_mean, p_spread, p_centre, p_bound, p_slot, p_count, p_word, p_k, p_v, p_table,
-    p_gain, p_seed, layer, scale, tiles, units, buckets, slots, sequences, H, tokens, sinks, A, index_rows,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    COIN: tl.constexpr, CENTRE: tl.constexpr, STREAMED: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BP: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    i_seq, p_row = ticket % sequences, p_table + ticket // sequences * 17
-    source, target, rows, block = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2), tl.load(p_row + 3)
-    valid, stage, bucket, unit = tl.load(p_row + 4), tl.load(p_row + 5), tl.load(p_row + 6), tl.load(p_row + 8)
-    need, word = tl.load(p_row + 9), tl.load(p_row + 10)
-    seed, head = tl.load(p_seed), (i_seq % H).to(tl.int32)
-    p_k += (i_seq // H) * stride_kb + (i_seq % H) * stride_kh
-    p_v += (i_seq // H) * stride_vb + (i_seq % H) * stride_vh
-    p_ck += i_seq * A * D
-    p_cv += i_seq * A * DV
-    p_index += i_seq * index_rows
-    p_mean += i_seq * slots * D
-    p_spread += i_seq * slots * 2
-    p_centre += i_seq * buckets * D
-    p_bound += i_seq * buckets * 2
-    p_count += i_seq * units
-    # where the rows are: stream rows among the tokens, all others among the copies
-    raw = source < tokens
-    p_k_from, p_v_from, stride_k, stride_v, first = p_ck, p_cv, D, DV, -tokens
+def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
+    BP: tl.constexpr = SHAPE.BP
+    i_seq, p_row = ticket % sizes.sequences, work.table + ticket // sizes.sequences * COLUMNS
+    rows, block, unit, bucket = (
+        tl.load(p_row + ROWS), tl.load(p_row + BLOCK), tl.load(p_row + UNIT), tl.load(p_row + BUCKET)
+    )  # fmt: skip
+    target, valid, stage = tl.load(p_row + TARGET), tl.load(p_row + VALID), tl.load(p_row + STAGE)
+    tile = _Tile(
+        tl.load(p_row + SOURCE), rows, block, valid, bucket, stage, tl.where(unit < sizes.buckets, unit, -1),
+        tl.load(work.gains + ticket // sizes.sequences), scale,
+    )  # fmt: skip
+    head = (i_seq % sizes.H).to(tl.int32)
+    random = Random(tl.load(random.seed), random.layer)
+    at = _places(work, i_seq, sizes, SHAPE)
+    p_ck, p_cv = x.copied_key + i_seq * sizes.A * SHAPE.D, x.copied_value + i_seq * sizes.A * SHAPE.DV
+    p_index = x.index + i_seq * sizes.index_rows
+    raw = tile.source < sizes.tokens
+    p_k, stride_k, p_v, stride_v, first = p_ck, SHAPE.D, p_cv, SHAPE.DV, -sizes.tokens
     if raw:
-        p_k_from, p_v_from, stride_k, stride_v, first = p_k, p_v, stride_kn, stride_vn, sinks
+        p_k, stride_k = sequence(x.k, i_seq // sizes.H, i_seq % sizes.H)
+        p_v, stride_v = sequence(x.v, i_seq // sizes.H, i_seq % sizes.H)
+        first = sizes.sinks
+    source = _From(p_k, stride_k, p_v, stride_v, p_index + sizes.A, first, raw)
 
     o_p = tl.arange(0, BP)
     m_p = o_p < valid
-    _await(p_count + unit, need)
+    _await(at.count + unit, tl.load(p_row + NEED))
     if rows == 0:  # one row of every group
-        group = tl.load(p_row + 7)
-        b_u = draw_uniform(seed, layer, bucket + o_p, 0, stage, head)
-        b_at = source + o_p * group + (b_u * group).to(tl.int32)
-    elif COIN:
-        o_pair = block * BP + o_p
-        half = rows // 2
-        b_u = draw_uniform(seed, layer, o_pair % half, bucket + o_pair // half, stage, head)
-        b_at = source + 2 * o_p + (b_u < 0.5).to(tl.int32)
+        group = tl.load(p_row + GROUP)
+        b_u = draw_uniform(random.seed, random.layer, bucket + o_p, 0, stage, head)
+        b_at = tile.source + o_p * group + (b_u * group).to(tl.int32)
+    elif SHAPE.COIN:
+        o_pair, half = block * BP + o_p, rows // 2
+        b_u = draw_uniform(random.seed, random.layer, o_pair % half, bucket + o_pair // half, stage, head)
+        b_at = tile.source + 2 * o_p + (b_u < 0.5).to(tl.int32)
     else:
-        i_bucket = tl.where(unit < buckets, unit, -1)
-        b_at = _decide(
-            p_index, p_k_from, p_v_from, p_centre, p_bound, p_slot, p_word + i_seq * tiles + word, seed, layer, stage,
-            head, source, rows, block, valid, bucket, i_bucket, tl.load(p_gain + ticket // sequences), scale, raw,
-            first, A, sinks, stride_k, stride_v, CENTRE, STREAMED, D, DV, BD, BDV, BP, W,
-        )  # fmt: skip
+        p_slot = work.scratch + tl.program_id(0) * (2 * BP * BP + 4 * BP)
+        p_word = at.word + tl.load(p_row + WORD)
+        own = _own_block(source, at, p_slot, tile, SHAPE)
+        _earlier_tiles(source, p_slot, p_word, tile, own, SHAPE)
+        tl.debug_barrier()
+        b_at = _decide(p_slot, p_word, tile, own.top, random, head, SHAPE)
 
-    b_row = b_at
-    if STREAMED and raw:
-        b_row = tl.load(p_index + A + b_at, mask=m_p, other=0) - sinks
-    b_k = _load_rows(p_k_from, first + b_row, m_p, stride_k, D, BD)  # [BP, BD]
-    b_v = _load_rows(p_v_from, first + b_row, m_p, stride_v, DV, BDV)
-    b_token = first + b_row
+    b_row = _rows_at(source, b_at, m_p, SHAPE)
+    b_k, b_v = _pair(source, b_row, m_p, SHAPE)  # [BP, BD], [BP, BDV]
+    b_token = b_row
     if not raw:
         b_token = tl.load(p_index + b_token, mask=m_p, other=0)
-    o_out = target - tokens + o_p
-    o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
+    o_out = target - sizes.tokens + o_p
+    o_d, o_dv = tl.arange(0, SHAPE.BD), tl.arange(0, SHAPE.BDV)
     tl.store(p_index + o_out, b_token, mask=m_p)
-    p_k_out = p_ck + o_out.to(tl.int64)[:, None] * D + o_d[None, :]
-    p_v_out = p_cv + o_out.to(tl.int64)[:, None] * DV + o_dv[None, :]
-    tl.store(p_k_out, b_k, mask=m_p[:, None] & (o_d < D)[None, :])
-    tl.store(p_v_out, b_v, mask=m_p[:, None] & (o_dv < DV)[None, :])
-    _hand_over(p_row, p_count, p_mean, p_spread, p_centre, p_bound, b_k, b_v, m_p, valid, CENTRE, D, BD, BP)
+    p_k_out = p_ck + o_out.to(tl.int64)[:, None] * SHAPE.D + o_d[None, :]
+    p_v_out = p_cv + o_out.to(tl.int64)[:, None] * SHAPE.DV + o_dv[None, :]
+    tl.store(p_k_out, b_k, mask=m_p[:, None] & (o_d < SHAPE.D)[None, :])
+    tl.store(p_v_out, b_v, mask=m_p[:, None] & (o_dv < SHAPE.DV)[None, :])
+    _hand_over(p_row, at, b_k, b_v, m_p, valid, SHAPE)
 
 
-@jit(general="layer tiles units buckets slots sequences H tokens sinks A index_rows")
-def _thin_kernel(
-    p_index, p_ck, p_cv, p_scratch, p_sync, p_k, p_v, p_table, p_gain, p_seed, layer, scale, tiles, units, buckets,
-    slots, sequences, H, tokens, sinks, A, index_rows,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    COIN: tl.constexpr, CENTRE: tl.constexpr, STREAMED: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BP: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    p_slot = p_scratch + tl.program_id(0) * (2 * BP * BP + 4 * BP)
-    p_mean, p_spread, p_centre, p_bound, p_count, p_word = _places(
-        p_scratch, p_sync, tl.num_programs(0), sequences, units, buckets, slots, D, BP
-    )
-    total = tiles.to(tl.int64) * sequences
-    ticket = tl.atomic_add(p_sync, 1)
+@jit(general="random sizes")
+def _thin_kernel(x, work, random, scale, sizes, SHAPE: tl.constexpr):
+    total = sizes.tiles.to(tl.int64) * sizes.sequences
+    ticket = tl.atomic_add(work.sync, 1)
     while ticket < total:
-        _tile(
-            ticket, p_index, p_ck, p_cv, p_mean, p_spread, p_centre, p_bound, p_slot, p_count, p_word, p_k, p_v,
-            p_table, p_gain, p_seed, layer, scale, tiles, units, buckets, slots, sequences, H, tokens, sinks, A,
-            index_rows, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-            COIN, CENTRE, STREAMED, D, DV, BD, BDV, BP, W,
-        )  # fmt: skip
-        ticket = tl.atomic_add(p_sync, 1)
+        _run_tile(ticket, x, work, random, scale, sizes, SHAPE)
+        ticket = tl.atomic_add(work.sync, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -549,26 +599,23 @@ def thin(
     sinks: int,
     rule: HalvingRule,
     scale: float,
-    seed: torch.Tensor,
-    layer: int,
+    random: Random,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Carry out ``schedule``: copies of the kept rows, keys ``[B, H_kv, A, D]`` and values ``[B, H_kv, A, Dv]``.
 
     ``key`` ``[B, H_kv, L, D]`` and ``value`` ``[B, H_kv, L, Dv]`` are the tokens, ``A = schedule.size -
     schedule.tokens``. ``index`` int32 ``[B, H_kv, A + ..]`` receives the token of every copied row in its first A
     entries. If it is longer, the entries that follow are the tokens of the stream; otherwise stream row i is
-    token ``sinks + i``. ``seed`` is a 0-dim int64 tensor on the device. Draws the same numbers as the reference.
+    token ``sinks + i``. Draws the same numbers as the reference.
     """
     require_triton()
-    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    (B, H, _, D), Dv, device = key.shape, value.shape[-1], key.device
+    (B, H, _, D), device, widths = key.shape, key.device, Widths.of(key, value)
     A, sequences = schedule.size - schedule.tokens, B * H
-    kept_key, kept_value = key.new_empty(B, H, A, D), value.new_empty(B, H, A, Dv)
+    kept_key, kept_value = key.new_empty(B, H, A, D), value.new_empty(B, H, A, widths.DV)
     if not schedule.launches and not schedule.subsamples:
         return kept_key, kept_value
-    BD, BDV = (max(16, next_power_of_two(x)) for x in (D, Dv))
     # two tiles of keys and two of values are in shared memory at once
-    pairs = PAIRS if (BD + BDV) * key.element_size() <= 1024 else PAIRS // 2
+    pairs = PAIRS if (widths.BD + widths.BDV) * key.element_size() <= 1024 else PAIRS // 2
     processors = _processors(device) if key.is_cuda else 1
     lanes = max(1, PROGRAMS * processors // sequences)
     tiles, table, gains, described, coin = _tiles_on(schedule, rule, pairs, lanes, device)
@@ -578,18 +625,17 @@ def thin(
     per_sequence = (tiles.slots + tiles.buckets) * (D + 2)
     scratch = key.new_empty(programs * (2 * pairs + 4) * pairs + sequences * per_sequence, dtype=torch.float32)
     sync = key.new_zeros(1 + sequences * (tiles.units + count), dtype=torch.int64)
-    strides = (*key.stride()[:3], *value.stride()[:3])
-    options = dict(CENTRE=rule.centre, STREAMED=index.shape[2] > A, D=D, DV=Dv, BD=BD, BDV=BDV, BP=pairs)
+    inputs = _Inputs(strided(key), strided(value), index, kept_key, kept_value)
+    sizes = _Sizes(programs, count, tiles.units, tiles.buckets, tiles.slots, sequences, H, schedule.tokens, sinks, A,
+                   index.shape[2])  # fmt: skip
+    shape = _Shape(*widths, pairs, 32 * WARPS // pairs, rule.centre, index.shape[2] > A, coin)
     if len(described) and not coin:
         launch(_describe_kernel, (len(described), sequences),
-            index, scratch, sync, key, value, described, programs, sequences, tiles.units, tiles.buckets, tiles.slots,
-            H, sinks, A, index.shape[2], *strides, **options, num_warps=4,
+            inputs, _Work(scratch, sync, described, None), sizes, SHAPE=shape, num_warps=4
         )  # fmt: skip
     launch(_thin_kernel, (programs,),
-        index, kept_key, kept_value, scratch, sync, key, value, table, gains, seed, layer, scale * rule.flatten,
-        count, tiles.units, tiles.buckets, tiles.slots, sequences, H, schedule.tokens, sinks, A, index.shape[2],
-        *strides, COIN=coin, **options,
-        W=32 * WARPS // pairs, num_warps=WARPS, num_stages=1,
+        inputs, _Work(scratch, sync, table, gains), random, scale * rule.flatten, sizes,
+        SHAPE=shape, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     return kept_key, kept_value
 

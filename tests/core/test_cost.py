@@ -343,7 +343,7 @@ def test_launches_of_the_kernels(monkeypatch: pytest.MonkeyPatch, protected: int
     layout = express.make_layout(express.config_of(policy, n), 32, n)
     index, *compacted = express.thin_triton(k, v, layout, 0.25, seed, 0)
     indexed = index if protected else None
-    segments.segment_attention_triton(q[:, :, -32:], k, v, *compacted, layout.table, 0.25, indexed)
+    segments.segment_attention_triton(q[:, :, -32:], segments.Sources(k, v, *compacted, indexed), layout.table, 0.25)
     assert launched(cost_of("express", spec, policy), spec, s)
     if protected:
         return

@@ -19,8 +19,8 @@ import express_compile
 from express_compile import SavedPlan, SavedSite, explain
 from express_compile.core.policy import Policy
 from express_compile.core.spec import AttentionSpec, Mask
+from express_compile.passes.pipeline import rewrite_graph
 from express_compile.planning.choose import Question, answer, check_policy
-from express_compile.routes.compile import rewrite_graph
 
 # ---------------------------------------------------------------------------------------------- round trips
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import re
 import subprocess
@@ -51,15 +52,28 @@ def test_the_table_and_the_picture(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
 
 
-def test_it_fails_early_and_in_one_sentence(tmp_path: Path) -> None:
+def test_it_fails_early_and_in_one_sentence() -> None:
     absent = "import torch._dynamo; torch._dynamo.list_backends = lambda: ['inductor']; "
     done = quickstart(prefix=absent)
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert "pip install -e ." in line and "'express'" in line
-    for arguments, message in (
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (("--layers", "0"), "--layers=0: must be 1 or more"),
-        (("--picture", str(tmp_path / "no" / "picture.png")), "there is no such folder"),
-    ):
-        done = quickstart(*arguments)
-        assert done.returncode == 2 and message in done.stderr and done.stdout == ""
+        (("--tokens", "63"), "--tokens=63: must be at least 64"),
+        (("--needles", "-1"), "--needles=-1: must be 0 or more"),
+        (("--picture", "/no/such/picture.png"), "--picture=/no/such/picture.png: there is no such folder"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    module = importlib.import_module("quickstart")
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and message in err and out == ""

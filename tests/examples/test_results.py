@@ -1,9 +1,9 @@
-"""The committed results: the README says what they say, and the bars that they had to reach hold in them."""
+"""The committed results: README and docs say what they say, and the bars that they had to reach hold in them."""
 
 from __future__ import annotations
 
 import csv
-import subprocess
+import importlib
 import sys
 from pathlib import Path
 
@@ -29,10 +29,57 @@ def policy(sinks: int, window: int, halving: str = "balanced", seed: str = "") -
     return f"s=256 sinks={sinks} window={window} protected=0 halving={halving}{seed}"
 
 
-def test_readme_is_what_the_result_files_say():
-    command = [sys.executable, str(ROOT / "examples/bench/tables.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples/bench"))
+    return importlib.import_module("tables")
+
+
+def test_readme_and_docs_are_what_the_result_files_say(tables, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
+    assert tables.main() == 0, capsys.readouterr().out
+    shown = [name for path in tables.documents() for name in tables.parts_of(path.read_text(encoding="utf-8"))]
+    assert set(shown) == set(tables.PARTS) and "README.md" in {path.name for path in tables.documents()}
+
+
+def test_a_window_of_as_many_rows_stands_beside_express_as_soon_as_it_is_measured(tables, monkeypatch):
+    read, run = tables.read, {"commit": "abc", "date": "2026-12-01"}
+    protected = "sinks=32 window=256 protected=256"
+    of_express = [x for x in tables.prefill_rows() if x["Lq"] == "32768" and x["params"] == protected]
+    (small,) = ({**x, **run, "ms_p50": "3.0", "speedup": "5.0"} for x in of_express if x["s"] == "256")
+    (default,) = ({**x, **run, "ms_p50": "4.0", "speedup": "3.75"} for x in of_express if x["s"] == "512")
+    window = {**small, "job": "window", "method": "window", "params": "sinks=32 rows=1290", "s": "1290"}
+    more = [small, default, {**window, "ms_p50": "2.0", "speedup": "7.5"}]
+    more.append({**window, "s": "2139", "params": "sinks=32 rows=2139", "ms_p50": "30.0", "speedup": "0.5"})
+    monkeypatch.setattr(tables, "read", lambda name: read(name) + (more if name == "speed.csv" else []))
+    lines = tables.window_table().splitlines()
+    assert len(lines) == 2 + 2 + 2 and lines[0].endswith("| Express | sinks + window by FlexAttention |")
+    assert lines[2].startswith("| 32,768 | 1,290 |") and lines[2].endswith(
+        "| **3.00 ms, 5.00×** | **2.00 ms, 7.50×** |"
+    )
+    assert lines[3].startswith("| 32,768 | 2,139 |") and lines[3].endswith("| **4.00 ms, 3.75×** | 30.00 ms, 0.50× |")
+    summary = tables.speed_summary_table("express").splitlines()
+    (line,) = [line for line in summary if "FlexAttention, 1,290 rows" in line]
+    assert line.split("|")[2:7] == [" – ", " – ", " **2.00 ms, 7.50×** ", " – ", " – "]
+
+
+def test_what_is_out_of_date_is_named(tables, monkeypatch, capsys, tmp_path):
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "CONTRIBUTING.md"):
+        (tmp_path / name).write_text("no part")
+    page = tmp_path / "docs" / "page.md"
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "PARTS", {"some": lambda: "new"})
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
+    page.write_text("a\n<!-- some -->\nold\n<!-- /some -->\nb\n")
+    assert tables.main() == 1 and "docs/page.md is not what" in capsys.readouterr().out
+    assert tables.filled(page.read_text()) == "a\n<!-- some -->\nnew\n<!-- /some -->\nb\n"
+    page.write_text("nothing")
+    with pytest.raises(SystemExit, match="no page shows some"):
+        tables.main()
+    for wrong in ("<!-- other -->\n<!-- /other -->", "<!-- some -->\n", "<!-- /some -->\n<!-- some -->"):
+        with pytest.raises(ValueError, match="must be pairs"):
+            tables.parts_of(wrong)
 
 
 def test_kl_on_natural_texts():

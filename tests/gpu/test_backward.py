@@ -8,6 +8,7 @@ import torch
 from express_compile.kernels import express as E
 from express_compile.kernels.attend.segments import (
     SegmentTable,
+    Sources,
     causal_table,
     segment_attention_backward,
     segment_attention_reference,
@@ -28,27 +29,28 @@ def problem(n, config, B=1, H=8, H_kv=2, D=128, Dv=128, dtype=torch.bfloat16, Lq
     grad, q, k, v = (torch.randn(s, generator=generator, device="cuda").to(dtype).transpose(1, 2) for s in shapes)
     grad, q = (x[:, :, n - (Lq or n) :] for x in (grad, q))
     kept = torch.randint(n, (B, H_kv, layout.size), generator=generator, device="cuda", dtype=torch.int32)
-    rows = (q, k, v, E.gather_rows(k, kept), E.gather_rows(v, kept))
-    return kept, (grad, *rows, *segment_attention_triton(*rows, layout.table, D**-0.5), layout.table, D**-0.5)
+    rows = Sources(k, v, E.gather_rows(k, kept), E.gather_rows(v, kept))
+    outputs = segment_attention_triton(q, rows, layout.table, D**-0.5)
+    return kept, (grad, q, rows, *outputs, layout.table, D**-0.5)
 
 
 def error(x, truth):
     return ((x.double() - truth).norm() / truth.norm()).item()
 
 
-def double_gradients(grad, *rows, table, scale):
-    rows = [x.double() for x in rows]
-    out, lse = segment_attention_reference(*rows, table, scale)
-    return segment_attention_backward(grad.double(), *rows, out, lse, table, scale)
+def double_gradients(grad, query, rows, table, scale):
+    query, rows = query.double(), Sources(*(x.double() for x in rows.buffers))
+    out, lse = segment_attention_reference(query, rows, table, scale)
+    return segment_attention_backward(grad.double(), query, rows, out, lse, table, scale)
 
 
 def check(args):
     """The tolerance rule: in the dtype of the inputs, at most twice the error of the reference; the same bits twice."""
-    grad, *rows, _, _, table, scale = args
+    grad, query, rows, _, _, table, scale = args
     actual = segment_attention_backward_triton(*args)
     for a, b in zip(actual, segment_attention_backward_triton(*args), strict=True):
         assert torch.equal(a, b), "same inputs, same bits"
-    truth = double_gradients(grad, *rows, table=table, scale=scale)
+    truth = double_gradients(grad, query, rows, table, scale)
     for a, r, t in zip(actual, segment_attention_backward(*args), truth, strict=True):
         assert a.dtype == torch.float32 and a.shape == t.shape
         assert error(a.to(grad.dtype), t) <= 2 * error(r.to(grad.dtype), t) + 1e-7
@@ -83,12 +85,11 @@ def test_blocks(poison, block, Lq):
 
 def test_exact_attention():
     """The table without segments, against PyTorch's own backward."""
-    _, (grad, q, k, v, *_, scale) = problem(4096, E.Express(64, inflation=4, sinks=32, recent=32, protected=0))
+    _, (grad, q, (k, v, *_), *_, scale) = problem(4096, E.Express(64, inflation=4, sinks=32, recent=32, protected=0))
     table = causal_table(4096, 4096)
-    rows = (q, k, v, k[:, :, :0], v[:, :, :0])
-    actual = segment_attention_backward_triton(
-        grad, *rows, *segment_attention_triton(*rows, table, scale), table, scale
-    )
+    rows = Sources.tokens(k, v)
+    outputs = segment_attention_triton(q, rows, table, scale)
+    actual = segment_attention_backward_triton(grad, q, rows, *outputs, table, scale)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, scale=scale, enable_gqa=True)
     for a, e in zip(actual, torch.autograd.grad(out, leaves, grad.double()), strict=False):
@@ -98,15 +99,15 @@ def test_exact_attention():
 @pytest.mark.parametrize("wrong", ["log_weight", "tail"])
 def test_a_wrong_table_is_noticed(wrong):
     _, args = problem(6000, E.Express(256, inflation=6, sinks=32, recent=32, protected=0))
-    grad, *rows, out, lse, table, scale = args
-    truth, reference = double_gradients(grad, *rows, table=table, scale=scale), segment_attention_backward(*args)
+    grad, query, rows, out, lse, table, scale = args
+    truth, reference = double_gradients(grad, query, rows, table, scale), segment_attention_backward(*args)
     log_weight, tail = table.log_weight.copy(), table.tail.copy()
     if wrong == "log_weight":
         log_weight[20:, 1] += 0.05
     else:
         tail[20:] += 1
     other = SegmentTable(table.block, table.q_offset, table.segments, log_weight, tail)
-    actual = segment_attention_backward_triton(grad, *rows, out, lse, other, scale)
+    actual = segment_attention_backward_triton(grad, query, rows, out, lse, other, scale)
     worse = [
         error(a.bfloat16(), t) > 2 * error(r.bfloat16(), t) for a, r, t in zip(actual, reference, truth, strict=True)
     ]

@@ -13,6 +13,7 @@ from express_compile.core.method import METHODS
 from express_compile.kernels import santa as S
 from express_compile.kernels.attend import bernoulli as Be
 from express_compile.kernels.attend import sampled as K
+from express_compile.kernels.launch import Random
 
 OPTIONS = dict(draws=[64], fraction=0.0, sampler="sys", shared=True, min_length=0)
 
@@ -57,7 +58,7 @@ def test_the_kernel_rounds_as_the_reference(dtype, levels, masked):
     padding = torch.rand(2, 300, generator=generator, device="cuda") < 0.9 if masked else None
     step = S.visible_keys(2, 5, 300, padding, None, q.device).sum(-1)
     own = None if padding is None else padding.view(torch.uint8)
-    counts, unit = Be.round_query_triton(q, 300, levels, seed_of(0), 1, step[:, -1].contiguous(), own, None)
+    counts, unit = Be.round_query_triton(q, 300, levels, Random(seed_of(0), 1), step[:, -1].contiguous(), own, None)
     found = (counts.double() * unit[..., None]).float()
     torch.testing.assert_close(found, rounded(q, k, levels, padding), rtol=2.0**-22, atol=0)
 

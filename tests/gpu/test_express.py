@@ -9,7 +9,7 @@ import torch
 
 from express_compile.core.method import METHODS
 from express_compile.kernels import express as E
-from express_compile.kernels.attend.segments import segment_attention_reference
+from express_compile.kernels.attend.segments import Sources, segment_attention_reference
 from express_compile.kernels.exact import exact_attention
 
 OPTIONS = dict(
@@ -80,9 +80,11 @@ def test_op_at_real_sizes(B, n, H, H_kv):
     # a few blocks of queries in float64 are enough, and all that fits in the time
     for block in (0, n // 256, n // 128 - 1):
         own, one = layout.table.of_block(block, n)
-        rows = (q[:, :, own], k, v, *copies)
-        truth, truth_lse = segment_attention_reference(*(x.double() for x in rows), one, 128**-0.5)
-        reference, _ = segment_attention_reference(*rows, one, 128**-0.5)
+        rows = (k, v, *copies)
+        truth, truth_lse = segment_attention_reference(
+            q[:, :, own].double(), Sources(*(x.double() for x in rows)), one, 128**-0.5
+        )
+        reference, _ = segment_attention_reference(q[:, :, own], Sources(*rows), one, 128**-0.5)
         assert error(out[:, :, own], truth) <= 2 * error(reference, truth)
         assert (lse[:, :, own] - truth_lse).abs().max() < 1e-4
 

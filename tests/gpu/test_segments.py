@@ -12,6 +12,7 @@ from express_compile.kernels import express as E
 from express_compile.kernels.attend.segments import (
     COMPACTED,
     SegmentTable,
+    Sources,
     causal_table,
     segment_attention_reference,
     segment_attention_triton,
@@ -55,11 +56,16 @@ def problem(past, s, window, block, k, v, indexed):
     return replace(table, segments=segments), (ck[:, :, :A], cv[:, :, :A]), index
 
 
+def attend(run, tensors, table, scale, index=None):
+    query, *rows = tensors
+    return run(query, Sources(*rows, index), table, scale)
+
+
 def check(tensors, table, scale, index):
     """The tolerance rule: at most twice the error of the reference in the same precision, both against float64."""
-    truth, truth_lse = segment_attention_reference(*(x.double() for x in tensors), table, scale, index)
-    reference, _ = segment_attention_reference(*tensors, table, scale, index)
-    out, lse = segment_attention_triton(*tensors, table, scale, index)
+    truth, truth_lse = attend(segment_attention_reference, [x.double() for x in tensors], table, scale, index)
+    reference, _ = attend(segment_attention_reference, tensors, table, scale, index)
+    out, lse = attend(segment_attention_triton, tensors, table, scale, index)
     assert (out - truth).norm() <= 2 * (reference - truth).norm()
     assert (lse.double() - truth_lse).abs().max() < 1e-4
 
@@ -97,9 +103,9 @@ def test_a_wrong_shift_is_noticed():
     q, k, v = tokens(n, 1, 4, 2, 128, 128, torch.bfloat16)
     table, rows, _ = problem(200, 64, 32, 128, k, v, False)
     tensors = (q[:, :, 200:], k, v, *rows)
-    truth, _ = segment_attention_reference(*(x.double() for x in tensors), table, 0.09)
-    reference, _ = segment_attention_reference(*tensors, table, 0.09)
-    wrong, _ = segment_attention_triton(*tensors, replace(table, shift=table.shift - 1), 0.09)
+    truth, _ = attend(segment_attention_reference, [x.double() for x in tensors], table, 0.09)
+    reference, _ = attend(segment_attention_reference, tensors, table, 0.09)
+    wrong, _ = attend(segment_attention_triton, tensors, replace(table, shift=table.shift - 1), 0.09)
     assert (wrong - truth).norm() > 2 * (reference - truth).norm()
 
 
@@ -110,15 +116,15 @@ def test_long_sequence(past, indexed):
     q, k, v = tokens(n, *shape, torch.bfloat16)
     q = q[:, :, past:]
     table, rows, index = problem(past, 512, 32, 128, k, v, indexed)
-    out, lse = segment_attention_triton(q, k, v, *rows, table, 128**-0.5, index)
+    out, lse = attend(segment_attention_triton, (q, k, v, *rows), table, 128**-0.5, index)
     for block in (0, 1, 300, len(table.tail) - 1):
         begin = max(block * 128 - table.shift, 0)
         own = slice(begin, (block + 1) * 128 - table.shift)
         arrays = (x[block : block + 1] for x in (table.segments, table.log_weight, table.tail))
         one = SegmentTable(128, table.q_offset + begin, *arrays, 0 if block else table.shift)
-        truth, truth_lse = segment_attention_reference(
-            *(x.double() for x in (q[:, :, own], k, v, *rows)), one, 128**-0.5, index
+        truth, truth_lse = attend(
+            segment_attention_reference, [x.double() for x in (q[:, :, own], k, v, *rows)], one, 128**-0.5, index
         )
-        reference, _ = segment_attention_reference(q[:, :, own], k, v, *rows, one, 128**-0.5, index)
+        reference, _ = attend(segment_attention_reference, (q[:, :, own], k, v, *rows), one, 128**-0.5, index)
         assert (out[:, :, own] - truth).norm() <= 2 * (reference - truth).norm()
         assert (lse[:, :, own] - truth_lse).abs().max() < 1e-4

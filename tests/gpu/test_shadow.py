@@ -12,7 +12,7 @@ import transformers
 
 from express_compile import restore_attention, rewrite_attention, watch
 from express_compile.quality.watch import Watch
-from express_compile.routes.transformers import eager
+from express_compile.routes.transformers import attention
 
 N = 4096
 
@@ -41,7 +41,7 @@ def site() -> tuple[torch.nn.Module, Callable[[], torch.Tensor], tuple[torch.Ten
     inputs = tuple(torch.randn(s, generator=generator, device="cuda").bfloat16() for s in shapes)
     module = model.model.layers[0].self_attn
     with torch.no_grad():
-        call = lambda: eager._attention(module, *inputs, None)[0]  # noqa: E731
+        call = lambda: attention.attend(module, *inputs, None)[0]  # noqa: E731
         call(), torch.cuda.synchronize()  # kernels are compiled, and tables are on the device
         yield model, call, inputs
 

@@ -15,7 +15,7 @@ import transformers as hf
 from torch import nn
 
 from express_compile import Policy, explain, record_sites, restore_attention, rewrite_attention
-from express_compile.routes.compile import rewrite_graph
+from express_compile.passes.pipeline import rewrite_graph
 
 VOCAB, LENGTH = 60, 24
 LENGTHS = (LENGTH, 19, 13)

@@ -22,7 +22,7 @@ from express_compile.kernels import thinformer as T
 from express_compile.kernels.attend import sampled as K
 from express_compile.kernels.padding import Packing
 from express_compile.kernels.select.halving import get_rule
-from express_compile.routes.compile import rewrite_graph
+from express_compile.passes.pipeline import rewrite_graph
 
 SEED = torch.tensor(5)
 EXPRESS = dict(

@@ -17,6 +17,7 @@ from express_compile.core.spec import AttentionSpec, Mask, Site, feature_major, 
 from express_compile.kernels import santa as S
 from express_compile.kernels.attend import bernoulli as Be
 from express_compile.kernels.attend import sampled as K
+from express_compile.kernels.launch import Random
 from express_compile.planning.choose import plan
 from express_compile.report.explain import explain
 
@@ -76,7 +77,8 @@ def test_the_kernel_rounds_as_the_reference(n, Lq, D, levels, masked, dtype, see
     step = step_of(q, k, **masks)
     expected = Be.round_query(q, levels, SEED, 5, step)
     padding = masks["padding"].view(torch.uint8) if "padding" in masks else None
-    counts, unit = Be.round_query_triton(q, n, levels, SEED, 5, step[:, -1].contiguous(), padding, masks.get("lengths"))
+    masked = padding, masks.get("lengths")
+    counts, unit = Be.round_query_triton(q, n, levels, Random(SEED, 5), step[:, -1].contiguous(), *masked)
     counts = counts.double()
     assert counts.abs().max() == levels and torch.equal(counts, counts.round())
     torch.testing.assert_close((counts * unit[..., None]).float(), expected, rtol=2.0**-22, atol=0)
@@ -185,7 +187,7 @@ def test_keys_that_lie_feature_by_feature_are_read_where_they_are(small_tiles, m
     for draws in ([6] * 4, None):
         expected = K.santa_triton(q, k.contiguous(), v, draws, 0.25, SEED, 5)
         with monkeypatch.context() as without:
-            without.setattr(K, "_describe", None)  # which copies what it cannot describe
+            without.setattr(K, "describe", None)  # which copies what it cannot describe
             found = K.santa_triton(q, sliced, v, draws, 0.25, SEED, 5)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

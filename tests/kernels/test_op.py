@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 
 from express_compile.core.method import METHODS
 from express_compile.kernels.launch import constant
-from express_compile.routes.transformers import eager
-from express_compile.routes.transformers.eager import rewrite_attention
+from express_compile.routes.eager import restore_attention, rewrite_attention
+from express_compile.routes.transformers import attention
 
 OPTIONS = {
     "express": dict(
@@ -193,7 +193,7 @@ def test_a_rewritten_model_has_no_forward_mode_derivative(listening_model) -> No
         with pytest.raises(RuntimeError, match="express has no forward-mode derivative"):
             torch.func.jvp(lambda x: model(inputs_embeds=x, use_cache=False).logits, (x,), (x,))
     finally:
-        eager.restore_attention(model)
+        restore_attention(model)
 
 
 @EVERY
@@ -235,9 +235,9 @@ def test_what_is_kept_for_later_calls_is_a_plain_tensor_in_any_mode(mode) -> Non
     made = mode(lambda: constant(np.arange(3), torch.device("cpu")))
     assert type(made) is torch.Tensor and made.device.type == "cpu" and not made.is_inference()
     assert not torch._C._functorch.is_functorch_wrapped_tensor(made) and made.tolist() == [0, 1, 2]
-    eager._fixed_seed.cache_clear()
-    seed = mode(lambda: eager._fixed_seed(5, torch.device("cpu")))
-    assert seed is eager._fixed_seed(5, torch.device("cpu")) and type(seed) is torch.Tensor
+    attention._fixed_seed.cache_clear()
+    seed = mode(lambda: attention._fixed_seed(5, torch.device("cpu")))
+    assert seed is attention._fixed_seed(5, torch.device("cpu")) and type(seed) is torch.Tensor
     assert seed.item() == 5 and seed.dtype == torch.int64 and seed.shape == () and not seed.is_inference()
 
 
@@ -245,7 +245,7 @@ def test_a_call_with_fake_tensors_gives_them_a_seed_of_their_kind(listening_mode
     ids = torch.arange(40)[None]
     model = rewrite_attention(listening_model, methods=["express"], budget=4, sinks=2, window=4, protected=0)
     try:
-        eager._fixed_seed.cache_clear()
+        attention._fixed_seed.cache_clear()
         with torch.no_grad():
             with FakeTensorMode(allow_non_fake_inputs=True):
                 fake = model(ids).logits
@@ -256,13 +256,13 @@ def test_a_call_with_fake_tensors_gives_them_a_seed_of_their_kind(listening_mode
         strict = FakeTensorMode()
         q = strict.from_tensor(torch.randn(1, 4, 40, 8))
         with strict:
-            assert eager._seed(7, q).shape == ()
+            assert attention._seed(7, q).shape == ()
             assert (
-                METHODS["express"].op(q, q, q, None, eager._seed(7, q), 0.3, 1, **OPTIONS["express"])[0].shape
+                METHODS["express"].op(q, q, q, None, attention._seed(7, q), 0.3, 1, **OPTIONS["express"])[0].shape
                 == q.shape
             )
     finally:
-        eager.restore_attention(model)
+        restore_attention(model)
 
 
 @EVERY

@@ -17,13 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from express_compile.core.call import Call
 from express_compile.core.method import METHODS
 from express_compile.core.policy import Policy
+from express_compile.core.sites import record_sites
 from express_compile.core.spec import AttentionSpec, Mask, Site, layer_key
 from express_compile.kernels import santa as S
 from express_compile.planning.choose import plan
 from express_compile.planning.measure import calls_of
 from express_compile.quality.draws import measure_layers
 from express_compile.report.explain import explain
-from express_compile.routes.transformers.eager import record_sites, restore_attention, rewrite_attention
+from express_compile.routes.eager import restore_attention, rewrite_attention
 
 SEED = torch.tensor(77)
 OPTIONS = dict(draws=[16], fraction=0.0, sampler="sys", shared=True, min_length=0)
@@ -1162,23 +1163,6 @@ def test_additive_masks_of_eager_attention_are_read():
     handle = model.model.layers[1].register_forward_pre_hook(change)
     assert [x for x, _ in step(mask)[1]] == ["santa", "exact"]
     handle.remove()
-
-
-def test_only_transformers_own_sliding_window_is_proven():
-    from transformers import masking_utils as M
-
-    from express_compile.routes.transformers.masks import is_sliding
-
-    sliding = M.sliding_window_causal_mask_function
-    assert is_sliding(sliding(12), 12) and not is_sliding(sliding(12), 13)
-    others = (
-        M.causal_mask_function, M.bidirectional_mask_function, M.sliding_window_bidirectional_mask_function(12),
-        M.chunked_causal_mask_function(12, torch.zeros(1)), M.and_masks(sliding(12), M.causal_mask_function),
-        M.or_masks(M.sliding_window_overlay(12), M.causal_mask_function),
-        M.and_masks(M.sliding_window_overlay(12), M.bidirectional_mask_function), M.and_masks(sliding(12)),
-        lambda b, h, q, k: k > q - 12,
-    )  # fmt: skip
-    assert not any(is_sliding(other, 12) for other in others)
 
 
 def test_a_bad_option_is_reported_when_the_model_is_rewritten(llama):

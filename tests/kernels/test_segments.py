@@ -16,10 +16,11 @@ from express_compile.kernels.attend.segments import (
     NO_TAIL,
     TOKENS,
     SegmentTable,
-    _describe,
+    Sources,
     _tile_lists,
     causal_table,
     dense_table,
+    describe,
     segment_attention_backward,
     segment_attention_reference,
     segment_attention_triton,
@@ -98,7 +99,7 @@ def test_reference_is_dense_attention(seed, Lq, past, segments, shift, indexed):
     tensors, table, index = random_problem(
         seed, Lq, past, segments, 16, B=2, H=4, H_kv=2, D=6, Dv=5, shift=shift, indexed=indexed
     )
-    out, lse = segment_attention_reference(*tensors, table, 0.3, index)
+    out, lse = attend(segment_attention_reference, tensors, table, 0.3, index)
     expected, expected_lse = dense(tensors, table, 0.3, index)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
@@ -124,11 +125,16 @@ def test_tile_lists_are_the_table(seed, Lq, past, shift, indexed, rows):
         assert sorted(listed) == sorted(expected)
 
 
+def attend(run, tensors, table, scale, index=None, lengths=None):
+    query, *rows = tensors
+    return run(query, Sources(*rows, index, lengths), table, scale)
+
+
 def check_kernel(tensors, table, scale, index=None):
     """The tolerance rule: the kernel errs at most twice as much as the reference in the same precision."""
-    truth, truth_lse = segment_attention_reference(*(x.double() for x in tensors), table, scale, index)
-    reference, _ = segment_attention_reference(*tensors, table, scale, index)
-    out, lse = segment_attention_triton(*tensors, table, scale, index)
+    truth, truth_lse = attend(segment_attention_reference, [x.double() for x in tensors], table, scale, index)
+    reference, _ = attend(segment_attention_reference, tensors, table, scale, index)
+    out, lse = attend(segment_attention_triton, tensors, table, scale, index)
 
     def error(x):
         return ((x.double() - truth).norm() / truth.norm()).item()
@@ -181,23 +187,21 @@ def test_kernel_reads_strided_inputs_and_nothing_else(poison, spare):
         wide = torch.full((x.shape[0], x.shape[2] + 7, x.shape[1], x.shape[3] + spare), math.nan)
         wide[:, : x.shape[2], :, : x.shape[3]] = x.transpose(1, 2)
         strided.append(wide[:, : x.shape[2], :, : x.shape[3]].transpose(1, 2))
-        assert (_describe(strided[-1], 32, 32).base is strided[-1]) == (spare % 4 == 0), (
-            "copied only where it has to be"
-        )
+        assert (describe(strided[-1], 32, 32).base is strided[-1]) == (spare % 4 == 0), "copied only where it has to be"
     out = check_kernel(strided, table, 0.2, index)
-    assert torch.equal(out, segment_attention_triton(*tensors, table, 0.2, index)[0])
+    assert torch.equal(out, attend(segment_attention_triton, tensors, table, 0.2, index)[0])
 
 
 @pytest.mark.parametrize("wrong", ["weight", "shift"])
 def test_a_wrong_table_is_noticed(wrong):
     tensors, table, _ = random_problem(4, 20, 30, 2, 16, dtype=torch.float32, shift=3)
-    truth, _ = segment_attention_reference(*(x.double() for x in tensors), table, 0.25)
-    reference, _ = segment_attention_reference(*tensors, table, 0.25)
+    truth, _ = attend(segment_attention_reference, [x.double() for x in tensors], table, 0.25)
+    reference, _ = attend(segment_attention_reference, tensors, table, 0.25)
     if wrong == "weight":
         table = replace(table, log_weight=table.log_weight + 0.01)
     else:
         table = replace(table, shift=4)
-    other, _ = segment_attention_triton(*tensors, table, 0.25)
+    other, _ = attend(segment_attention_triton, tensors, table, 0.25)
     assert (other - truth).norm() > 2 * (reference - truth).norm()
 
 
@@ -208,7 +212,7 @@ def test_causal_table_is_exact_attention(Lq, Lk):
     k, v = (torch.randn(2, 2, Lk, 8, generator=generator, dtype=torch.float64) for _ in range(2))
     mask = torch.ones(Lq, Lk, dtype=torch.bool).tril(Lk - Lq)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.4, enable_gqa=True)
-    out, _ = segment_attention_reference(q, k, v, k[:, :, :0], v[:, :, :0], causal_table(Lq, Lk, 16), 0.4)
+    out, _ = segment_attention_reference(q, Sources.tokens(k, v), causal_table(Lq, Lk, 16), 0.4)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -235,7 +239,7 @@ def test_dense_table_with_lengths(seed, Lq, R, lengths, dtype):
     table = dense_table(Lq, R)
     results = {}
     for run in (segment_attention_reference, segment_attention_triton):
-        out, lse = run(q, k[:, :, :0], v[:, :, :0], k, v, table, 0.3, lengths=lengths)
+        out, lse = run(q, Sources.compacted(k, v, lengths), table, 0.3)
         assert (lse == -math.inf).all(-1).all(-1).tolist() == (~seen.any(1)).tolist()
         assert out.isfinite().all()
         results[run] = (out.double() - truth).norm()
@@ -250,15 +254,15 @@ def test_lengths_count_compacted_rows_alone():
     ck, cv = (x.clone() for x in (ck, cv))
     ck[0, :, 10:], cv[0, :, 10:] = 0, 0
     log_weight = table.log_weight.copy()
-    whole, _ = segment_attention_reference(q, k, v, ck, cv, table, 0.3, index)
+    whole, _ = attend(segment_attention_reference, (q, k, v, ck, cv), table, 0.3, index)
     for run in (segment_attention_reference, segment_attention_triton):
-        out, _ = run(*tensors, table, 0.3, index, lengths)
+        out, _ = attend(run, tensors, table, 0.3, index, lengths)
         torch.testing.assert_close(out[1].double(), whole[1], rtol=1e-4, atol=1e-5)
         segments = table.segments.copy()
         inside = (segments[..., 0] == COMPACTED) & (segments[..., 1] < 90)
         segments[..., 2] = np.where(inside, np.clip(10 - segments[..., 1], 0, segments[..., 2]), segments[..., 2])
         cut = replace(table, segments=segments, log_weight=log_weight)
-        expected, _ = segment_attention_reference(q, k, v, ck, cv, cut, 0.3, index)
+        expected, _ = attend(segment_attention_reference, (q, k, v, ck, cv), cut, 0.3, index)
         torch.testing.assert_close(out[0].double(), expected[0], rtol=1e-4, atol=1e-5)
         assert (out[0].double() - whole[0]).norm() > 1e-3
 
@@ -268,10 +272,10 @@ def test_lengths_count_compacted_rows_alone():
 def test_backward_is_autograd_of_the_reference(seed, Lq, past, shift):
     tensors, table, _ = random_problem(seed, Lq, past, 3, 16, B=2, H=4, H_kv=2, D=6, Dv=5, shift=shift)
     leaves = [x.clone().requires_grad_() for x in tensors]
-    out, lse = segment_attention_reference(*leaves, table, 0.3)
+    out, lse = attend(segment_attention_reference, leaves, table, 0.3)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=out.dtype)
     expected = torch.autograd.grad(out, leaves, grad, materialize_grads=True)
-    actual = segment_attention_backward(grad, *tensors, out.detach(), lse.detach(), table, 0.3)
+    actual = segment_attention_backward(grad, tensors[0], Sources(*tensors[1:]), out.detach(), lse.detach(), table, 0.3)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
 
@@ -282,7 +286,7 @@ def test_tables_that_do_not_fit(run):
 
     def fails(message, table=table, index=index):
         with pytest.raises(ValueError, match=message):
-            run(*tensors, table, 1.0, index)
+            attend(run, tensors, table, 1.0, index)
 
     def reading(source, first, length):
         segments = table.segments.copy()
@@ -303,4 +307,4 @@ def test_tables_that_do_not_fit(run):
 def test_dtypes_without_a_kernel():
     tensors, table, _ = random_problem(0, 4, 0, 1, 16)
     with pytest.raises(TypeError, match="query: dtype torch.float64; the kernel takes float16, bfloat16 or float32"):
-        segment_attention_triton(*tensors, table, 1.0)
+        attend(segment_attention_triton, tensors, table, 1.0)

@@ -16,6 +16,7 @@ from express_compile.kernels.attend.segments import (
     COMPACTED,
     TOKENS,
     SegmentTable,
+    Sources,
     causal_table,
     dense_table,
     segment_attention_backward,
@@ -157,8 +158,9 @@ def test_work_of_express_is_balanced(n):
 def gradients(tensors, table, scale, dtype=None, run=segment_attention_backward):
     """Gradients of the attention of the tensors, in ``dtype`` if one is given."""
     grad, *inputs = (x if dtype is None else x.to(dtype) for x in tensors)
-    out, lse = segment_attention_reference(*inputs, table, scale)
-    return run(grad, *inputs, out, lse, table, scale)
+    query, sources = inputs[0], Sources(*inputs[1:])
+    out, lse = segment_attention_reference(query, sources, table, scale)
+    return run(grad, query, sources, out, lse, table, scale)
 
 
 def error(x, truth):
@@ -204,10 +206,10 @@ def test_kernels_of_dense_tables(poison, small_tiles, Lq, R, dtype):
     tensors = [torch.randn(2, n, h, 16, generator=generator).to(dtype).transpose(1, 2) for n, h in shapes]
     table = dense_table(Lq, R, 32)
     check_gradients(tensors, table, 0.25)
-    out, lse = segment_attention_reference(*tensors[1:], table, 0.25)
+    out, lse = segment_attention_reference(tensors[1], Sources(*tensors[2:]), table, 0.25)
     out[1], lse[1] = 0, math.inf
     for run in (segment_attention_backward, S.segment_attention_backward_triton):
-        for x in run(*tensors, out, lse, table, 0.25):
+        for x in run(*tensors[:2], Sources(*tensors[2:]), out, lse, table, 0.25):
             assert (x[1] == 0).all() and x.isfinite().all()
 
 
@@ -236,7 +238,7 @@ def test_gradients_of_express(poison, small_tiles, n, Lq, protected):
         S.accumulate_rows_triton(target, kept, part)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     copies = [E.gather_rows(x, kept) for x in leaves[1:]]
-    out, _ = segment_attention_reference(*leaves, *copies, layout.table, scale)
+    out, _ = segment_attention_reference(leaves[0], Sources(*leaves[1:], *copies), layout.table, scale)
     for a, e in zip((d_query, *d_rows), torch.autograd.grad(out, leaves, grad.double()), strict=False):
         assert error(a, e) < 1e-5
 
@@ -277,14 +279,14 @@ def test_a_wrong_table_is_noticed(small_tiles, wrong):
     tensors = random_tensors(4, table, 40, 50)
     truth = gradients(tensors, table, 0.25, torch.float64)
     reference = gradients(tensors, table, 0.25)
-    out, lse = segment_attention_reference(*tensors[1:], table, 0.25)
+    out, lse = segment_attention_reference(tensors[1], Sources(*tensors[2:]), table, 0.25)
     if wrong == "log_weight":
         table.log_weight[:] += 0.01
     elif wrong == "segments":
         table.segments[1, 0] = COMPACTED, 7, 11
     else:
         table.tail[:] += 1
-    actual = S.segment_attention_backward_triton(*tensors, out, lse, table, 0.25)
+    actual = S.segment_attention_backward_triton(*tensors[:2], Sources(*tensors[2:]), out, lse, table, 0.25)
     errors = [error(a, t) > 2 * error(r, t) + 1e-6 for a, r, t in zip(actual, reference, truth, strict=True)]
     assert errors[0] and any(errors[1:]), "dQ and the rows read the table each in their own way"
 
@@ -302,7 +304,8 @@ def test_the_plan_is_made_once_and_forgotten_with_its_table():
 def test_dtypes_without_a_kernel():
     tensors = [x.double() for x in random_tensors(0, causal_table(4, 4, 16), 4, 0)]
     with pytest.raises(TypeError, match="query: dtype torch.float64; the kernel takes float16, bfloat16 or float32"):
-        S.segment_attention_backward_triton(*tensors, *tensors[:2], causal_table(4, 4, 16), 1.0)
+        rows = Sources(*tensors[2:])
+        S.segment_attention_backward_triton(*tensors[:2], rows, *tensors[:2], causal_table(4, 4, 16), 1.0)
 
 
 @given(seed=st.integers(0, 10**6), L=st.integers(1, 70), A=st.integers(0, 60), D=st.sampled_from([5, 16, 24]))

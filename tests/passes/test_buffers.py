@@ -18,7 +18,7 @@ from torch import nn
 from express_compile import explain, record_sites, rewrite_attention
 from express_compile.core.policy import Policy
 from express_compile.passes.buffers import Buffers, _band, _identical, _sample, _Seen
-from express_compile.routes.compile import plan_graph, rewrite_planned
+from express_compile.passes.pipeline import plan_graph
 
 N, C, H = 48, 32, 4
 OPTIONS = {"methods": ["express"], "budget": 64}
@@ -172,10 +172,9 @@ def test_layers_that_share_a_buffer_and_layers_that_look_alike() -> None:
     graphs: list[Buffers] = []
 
     def backend(gm, values):
-        graphs.append(buffers := Buffers(gm, values))
-        planned = plan_graph(gm, Policy.from_options(OPTIONS), buffers)
-        unchanged = rewrite_planned(gm, planned, Policy.from_options(OPTIONS), buffers)
-        return buffers.guard(gm, unchanged)
+        planned = plan_graph(gm, values, Policy.from_options(OPTIONS))
+        graphs.append(planned.buffers)
+        return planned.rewritten(lambda gm: gm)
 
     run = torch.compile(layers, backend=backend, fullgraph=True)
     assert relative(run(x), original(x)) < 1e-5
@@ -194,12 +193,10 @@ def test_a_buffer_that_changes_while_it_is_compiled_is_noticed() -> None:
     block, original, x = Block(tril(), equals_zero), Block(tril(), equals_zero), inputs()
 
     def backend(gm, values):
-        buffers, policy = Buffers(gm, values), Policy.from_options(OPTIONS)
-        planned = plan_graph(gm, policy, buffers)
-        unchanged = rewrite_planned(gm, planned, policy, buffers)
+        run = plan_graph(gm, values, Policy.from_options(OPTIONS)).rewritten(lambda gm: gm)
         block.bias.data.fill_(1)
         original.bias.data.fill_(1)
-        return buffers.guard(gm, unchanged)
+        return run
 
     torch._dynamo.reset()
     with pytest.warns(RuntimeWarning, match="mask kept in a buffer"):

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from express_compile import explain
+from express_compile.core.sites import SiteReport, record_sites
 from express_compile.passes.cut import _calls_softmax
-from express_compile.report.explain import SiteReport
-from express_compile.routes.transformers.eager import record_sites, rewrite_attention
+from express_compile.routes.eager import rewrite_attention
 
 B, H, L, D = 2, 4, 12, 8
 COUNT = torch.tensor(5)

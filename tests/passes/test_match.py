@@ -18,8 +18,8 @@ from express_compile.core.policy import Policy
 from express_compile.core.spec import Mask
 from express_compile.passes.match import find_sites
 from express_compile.passes.normalize import SIGNATURES, mutated_inputs, operation
+from express_compile.passes.pipeline import rewrite_graph
 from express_compile.passes.site import AttentionSite
-from express_compile.routes.compile import rewrite_graph
 
 SHAPE = (2, 4, 6, 8)
 

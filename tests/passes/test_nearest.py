@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from express_compile import explain
 from express_compile.core.method import METHODS
 from express_compile.core.policy import Policy
+from express_compile.core.sites import SiteReport
 from express_compile.core.spec import AttentionSpec, Mask
 from express_compile.passes.site import PADDED
 from express_compile.passes.symbolic import PROVABLE
 from express_compile.planning.choose import plan
-from express_compile.report.explain import Report, SiteReport
+from express_compile.report.explain import Report
 
 L = 24
 Q = torch.randn(2, 4, L, 8, generator=torch.Generator().manual_seed(0))

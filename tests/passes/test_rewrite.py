@@ -16,9 +16,8 @@ from express_compile.core.method import METHODS, Method, Refusal, register
 from express_compile.core.policy import Policy
 from express_compile.core.spec import AttentionSpec, Mask, known_equal
 from express_compile.passes.match import find_sites
+from express_compile.passes.pipeline import plan_sites, rewrite_graph
 from express_compile.passes.rewrite import rewrite
-from express_compile.planning.choose import plan_sites
-from express_compile.routes.compile import rewrite_graph
 
 transformers = pytest.importorskip("transformers")
 

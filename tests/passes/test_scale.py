@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from express_compile.core.policy import Policy
 from express_compile.passes import match, softmax
+from express_compile.passes.pipeline import plan_sites
 from express_compile.passes.rewrite import rewrite
-from express_compile.planning.choose import plan_sites
 
 B, L, H, D = 2, 12, 4, 8
 SHORT = Policy(methods=("express",), budget=64, strict=True)  # exact for so few keys

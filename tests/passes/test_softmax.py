@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from express_compile import explain
 from express_compile.core.policy import Policy
 from express_compile.passes.match import find_sites
+from express_compile.passes.pipeline import plan_sites
 from express_compile.passes.rewrite import rewrite
-from express_compile.planning.choose import plan_sites
 
 B, H, L, D = 2, 4, 12, 8
 EXACT = Policy(methods=("exact",), strict=True)

@@ -15,8 +15,9 @@ from express_compile.core.options import TABLE_AT, WHOLE, Options, option
 from express_compile.core.plan import SavedPlan, SavedSite
 from express_compile.core.policy import Policy
 from express_compile.core.spec import AttentionSpec, Mask, floor_power_of_two
+from express_compile.passes.pipeline import plan_sites
 from express_compile.passes.site import AttentionSite
-from express_compile.planning.choose import check_policy, plan, plan_sites, require, require_matches, unmatched
+from express_compile.planning.choose import check_policy, plan, require, require_matches, unmatched
 from express_compile.planning.predict import MARGIN, crossover
 
 SPEC = AttentionSpec(1, 4, 2, 100, 100, 8, 8, torch.float32, "cpu", 0.5, Mask(causal=True))

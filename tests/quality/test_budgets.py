@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from express_compile.core.policy import Policy
+from express_compile.core.sites import record_sites
 from express_compile.kernels.express import rows_seen
 from express_compile.quality.budgets import _cheapest, _hull, calibrate_error
-from express_compile.routes.transformers.eager import is_rewritten, record_sites, restore_attention, rewrite_attention
+from express_compile.routes.eager import is_rewritten, restore_attention, rewrite_attention
 
 PATHS = [f"model.layers.{i}.self_attn" for i in range(3)]
 BASE = Policy(methods=("express",), sinks=2, window=4, protected=0, method_options={"express": {"block": 16}})

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from express_compile.core.sites import record_sites
 from express_compile.core.spec import layer_key
 from express_compile.kernels import santa as S
 from express_compile.quality.draws import allocate, measure_layers
-from express_compile.routes.transformers.eager import is_rewritten, record_sites, restore_attention, rewrite_attention
+from express_compile.routes.eager import is_rewritten, restore_attention, rewrite_attention
 
 PATHS = [f"model.layers.{i}.self_attn" for i in range(3)]
 

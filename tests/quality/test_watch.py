@@ -24,7 +24,7 @@ from express_compile import record_sites, restore_attention, rewrite_attention, 
 from express_compile.core.call import Call
 from express_compile.core.method import METHODS
 from express_compile.quality import watch as shadow
-from express_compile.routes.transformers.eager import rewritten_sites
+from express_compile.routes.eager import rewritten_sites
 
 VOCAB = 97
 EXPRESS = dict(

@@ -17,11 +17,12 @@ from torch import nn
 from express_compile import restore_attention, rewrite_attention
 from express_compile.core.cost import Device, Rates
 from express_compile.core.method import METHODS, Refusal
+from express_compile.core.sites import SiteReport
 from express_compile.core.spec import layer_key
 from express_compile.planning import devices, measure
 from express_compile.planning.predict import MARGIN, crossover
 from express_compile.report import explain as report_module
-from express_compile.report.explain import Report, SiteReport, explain
+from express_compile.report.explain import Report, explain
 
 Q = torch.randn(2, 4, 24, 8, generator=torch.Generator().manual_seed(0))
 NAMED: dict[str, Any] = {"methods": ("express",), "budget": 16}
@@ -137,7 +138,8 @@ def test_the_page_shows_every_site_and_needs_nothing_else() -> None:
         params = ", ".join(f"{name}={value}" for name, value in site.params.items())
         assert method == f"{site.method} {params}".strip() and verdict == site.verdict
         assert reason == site.reason and others == "".join(site.rejected)
-    assert "s=16, sinks=32" in " ".join(page.rows[1][4].split())
+    words = " ".join(page.rows[1][4].split())
+    assert "express s=16, sinks=32" in words and "inflation=-1" in words
     text = " ".join(page.text.split())
     assert "3 in all: 1 rewritten, 0 exact, 2 refused. Dynamo made 1 graph of the model." in text
     assert "No site matches modules['gone']." in text

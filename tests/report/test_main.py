@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from express_compile.__main__ import MODULE, POLICY, main
+import express_compile
+from express_compile.__main__ import POLICY, main
 from express_compile.core.cost import Device
 from express_compile.core.plan import SavedPlan
 from express_compile.core.policy import Policy
 from express_compile.planning import devices, measure
+from express_compile.report.commands import MODULE
 from express_compile.report.explain import explain
 
 SOURCE = """
@@ -125,13 +127,20 @@ def test_errors_are_measured_on_request(model: str, tmp_path: Path, capsys: pyte
     assert json.loads((tmp_path / "f").read_text())["sites"][0]["error"] < 1e-5, "equal keys are thinned without loss"
 
 
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"express-compile {express_compile.__version__}\n"
+    assert express_compile.__version__.split(".")[0].isdigit()
+
+
 def test_every_field_that_matters_is_an_option(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert set(POLICY) == set(Policy.option_names()) - {"seed"}
     asked: list[dict] = []
     monkeypatch.setattr(
-        "express_compile.report.explain.explain",
+        "express_compile.report.commands.report_of",
         lambda *inputs, example_kwargs, error, **fields: asked.append(fields) or explain(*inputs),
     )
     given = {

@@ -24,8 +24,8 @@ from express_compile import explain, is_rewritten, record_sites, restore_attenti
 from express_compile.core.method import METHODS
 from express_compile.core.policy import Policy
 from express_compile.core.spec import AttentionSpec, Mask, Site, layer_key
+from express_compile.passes.pipeline import rewrite_graph
 from express_compile.routes.capture import Capture
-from express_compile.routes.compile import rewrite_graph
 
 VOCAB, N, C, H = 61, 40, 32, 4
 EXACT: dict[str, Any] = {"methods": ["exact"]}
@@ -195,9 +195,8 @@ def worst(run: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
 
 def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """What torch.compile(backend="express") does with THIN, without inductor and buffers."""
-    from express_compile.passes.buffers import Buffers
 
-    rewrite_graph(gm, Policy(**THIN), Buffers(gm, inputs))
+    rewrite_graph(gm, Policy(**THIN), inputs)
     return gm.forward
 
 

@@ -19,8 +19,9 @@ from express_compile.core.method import METHODS, Method, Refusal, register
 from express_compile.core.policy import Policy
 from express_compile.core.spec import Site, layer_key
 from express_compile.kernels import op as _op
+from express_compile.passes.pipeline import rewrite_graph
 from express_compile.report.explain import explain
-from express_compile.routes.compile import express, rewrite_graph, split_options
+from express_compile.routes.compile import express, split_options
 
 NAMED = {"methods": ["express"]}
 

@@ -21,9 +21,10 @@ import express_compile
 from express_compile.core.method import METHODS, Method, Refusal, register
 from express_compile.core.options import NUMBER, TABLE_AT, Options, option
 from express_compile.core.policy import Policy
+from express_compile.core.sites import record_sites
 from express_compile.core.spec import AttentionSpec, Mask, known_equal
-from express_compile.routes.transformers import eager
-from express_compile.routes.transformers.eager import is_rewritten, record_sites, restore_attention, rewrite_attention
+from express_compile.routes import eager
+from express_compile.routes.eager import is_rewritten, restore_attention, rewrite_attention
 from express_compile.routes.transformers.masks import ProvenMask
 
 VOCAB = 97

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from express_compile.core.policy import Policy
 from express_compile.passes.match import find_sites
+from express_compile.passes.pipeline import plan_sites
 from express_compile.passes.rewrite import rewrite
-from express_compile.planning.choose import plan_sites
 from express_compile.routes.compile import express
 from express_compile.routes.inductor import _KeepOff
 

@@ -17,8 +17,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from express_compile import explain, record_sites, rewrite_attention
 from express_compile.core.policy import Policy
+from express_compile.passes.pipeline import rewrite_graph
 from express_compile.report.explain import Report
-from express_compile.routes.compile import rewrite_graph
 
 THIN: dict[str, Any] = {"methods": ("express",), "budget": 8, "sinks": 2, "window": 4, "protected": 0}
 X = torch.randn(1, 192, 16, generator=torch.Generator().manual_seed(0))

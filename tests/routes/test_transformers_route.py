@@ -20,8 +20,8 @@ import express_compile
 from express_compile import is_rewritten, record_sites, restore_attention, rewrite_attention
 from express_compile.core.spec import Mask
 from express_compile.routes.module_code import calls_interface, depends_on_name, passes
-from express_compile.routes.transformers.eager import _find_sites
 from express_compile.routes.transformers.masks import NAME, NAMES, ProvenMask, make_mask
+from express_compile.routes.transformers.sites import find_sites
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = {"vocab_size": 50, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -381,7 +381,7 @@ def test_a_softcap_and_sinks_are_seen_in_the_call(file, cls, words):
 
 def test_a_model_with_eager_attention_only_has_its_graphs_captured():
     model = build(transformers.SplinterModel, transformers.SplinterConfig(**SIZES, **TOKENS))
-    assert _find_sites(model) == {}
+    assert find_sites(model) == {}
     before = model(IDS, attention_mask=PADDING).last_hidden_state
     rewrite_attention(model, methods=["exact"])
     with record_sites() as sites:
@@ -396,7 +396,7 @@ def test_a_model_that_branches_on_the_name_has_its_graphs_captured_and_its_masks
     sizes |= {"vocab_size_per_layer_input": 50, "hidden_size_per_layer_input": 8}
     model = build(transformers.Gemma4ForCausalLM, transformers.Gemma4TextConfig(**sizes), "sdpa")
     branches = depends_on_name(type(model.model), "sdpa")  # not yet in transformers 5.17
-    assert (_find_sites(model) == {}) == branches
+    assert (find_sites(model) == {}) == branches
     before = model(IDS, attention_mask=PADDING).logits
     rewrite_attention(model, methods=["exact"])
     with record_sites() as sites:

@@ -1,1 +1,29 @@
-"""The way into models of transformers: its attention interface, its masks, its decoding."""
+"""The way into models of transformers, which let themselves be told their attention by a name.
+
+The name ``"express_compile"`` (an attention function *and* a mask function) is registered, and the attention modules of
+one model instance are pointed to it; or to ``"express_compile_eager"``, where the model ran eager attention, for that
+and sdpa may compute different things. What is proven about a mask travels with the mask itself (``ProvenMask``), so
+models, threads and generate() calls cannot mix up each other's facts; a mask that arrives as anything else is a dense
+tensor. Of that only one thing is proven, by its shape: that it is a key padding, the same row for all queries. Of
+models that have eager attention only because sdpa knows no soft-caps and no sinks, the additive mask of a single query
+is read. Everything else runs exactly.
+
+Everything in here imports transformers, an optional package, and ``routes/eager.py`` is the only one to import it. A
+rewritten model that is unpickled imports it as well, so the name is registered wherever there is such a model. Both
+functions or none: with the attention function alone transformers would hand every site mask=None.
+"""
+
+from __future__ import annotations
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from .attention import attend
+from .configs import install, remove
+from .masks import NAMES, make_mask
+from .sites import find_sites, installed, rewritten_sites
+
+__all__ = ["find_sites", "install", "installed", "remove", "rewritten_sites"]
+
+for name in NAMES.values():
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, make_mask)

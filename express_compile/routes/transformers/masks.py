@@ -14,18 +14,23 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.utils.import_utils import is_tracing
 
 from ...core.spec import Mask
-from ..tracers import is_exporting
+from ..tracers import is_exporting, untraced
+from .mask_functions import proven
 
 NAME = "express_compile"
 # The attention that a model ran before -> the name under which it runs ours, which has to mean the same.
 NAMES = {"sdpa": NAME, "eager": f"{NAME}_eager"}
+_REASON = "_express_compile_reason"  # an attribute of a mask that is not proven
 
-untraced = torch.compiler.disable(
-    reason="a model rewritten by rewrite_attention runs its attention eagerly; to compile it whole, call "
-    "restore_attention(model) and then torch.compile(model, backend='express')"
-)
+
+def reason_of(mask: torch.Tensor) -> str:
+    """Why a mask is not proven, in words."""
+    kind = "a dense mask" if mask.dtype == torch.bool else "an additive mask, such as a position bias,"
+    return getattr(mask, _REASON, f"{kind} that the model or the caller built")
 
 
 class ProvenMask(torch.Tensor):
@@ -70,13 +75,15 @@ class ProvenMask(torch.Tensor):
             return function(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return args[0]
         args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.exact, (args, kwargs or {}))
         return function(*args, **kwargs)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"ProvenMask(shape={tuple(self.shape)}, proven={str(self.proven)!r}, visible={self.visible})"
 
     @property
@@ -90,6 +97,7 @@ class ProvenMask(torch.Tensor):
             never = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
             with torch.inference_mode(False):  # inference tensors do not count what is written into them
                 exact = _sdpa_mask()(**{**self._arguments, **never})
+                assert exact is not None, "nothing is skipped"
                 # an expanded tensor could not be written into
                 self._exact = exact.clone() if exact.is_inference() else exact.contiguous()
             self._version_built = self._exact._version
@@ -132,10 +140,10 @@ class ProvenMask(torch.Tensor):
 
 _METADATA = {
     getattr(torch.Tensor, name).__get__
-    for name in ("shape", "device", "dtype", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "requires_grad")
+    for name in ("shape", "device", "dtype", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "requires_grad", "data")
 }
 _METADATA |= {getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "__len__", "is_floating_point")}
-_METADATA |= {torch.Tensor.detach, torch.Tensor.data.__get__, torch.Tensor.is_inference, torch.Tensor.__hash__}
+_METADATA |= {torch.Tensor.detach, torch.Tensor.is_inference, torch.Tensor.__hash__}
 
 
 def _to(mask: ProvenMask, *args: Any, **kwargs: Any) -> ProvenMask | None:
@@ -157,8 +165,6 @@ _KEEP: dict[Any, Callable[..., ProvenMask | None]] = {
 
 
 def _sdpa_mask() -> Callable[..., torch.Tensor | None]:
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
     return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
 
@@ -173,8 +179,6 @@ def make_mask(
     **rest: Any,
 ) -> torch.Tensor | None:
     """transformers' mask function under our name: a :class:`ProvenMask` where proven, else what sdpa would get."""
-    from transformers.masking_utils import causal_mask_function
-
     arguments = {
         "batch_size": batch_size,
         "q_length": q_length,
@@ -195,23 +199,21 @@ def make_mask(
 
 @untraced
 def _make_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-    from transformers.utils.import_utils import is_tracing
-
     q_length, kv_length = arguments["q_length"], arguments["kv_length"]
     q_offset, kv_offset = arguments["q_offset"], arguments["kv_offset"]
     mask_function, attention_mask = arguments["mask_function"], arguments["attention_mask"]
     local_size = arguments.get("local_size")
     tracing = is_tracing(attention_mask if attention_mask is not None else q_offset)
-    window = local_size if local_size is not None and is_sliding(mask_function, local_size) else None
-    causal = window is not None or (mask_function is causal_mask_function and local_size is None)
-    plain = causal or (mask_function is bidirectional_mask_function and local_size is None)
+    known = Mask(unknown="it is traced") if tracing else proven(mask_function)
+    causal, window = known.causal, known.window
+    plain = known.unknown is None and known == Mask(causal=causal, window=window) and (causal or window is None)
+    plain = plain and local_size in (None, window)
     if tracing or not plain or (q_length == 1 and (window is None or kv_length <= window)):
         # One query needs no mask function: its mask *is* the padding, which the attention function reads off.
         mask = _sdpa_mask()(**arguments)
         if mask is not None and not tracing and not plain:
             other = "packed sequences, blocks or a custom mask function"
-            mask._express_compile_reason = other if local_size is None else f"local attention over {local_size} keys"
+            setattr(mask, _REASON, other if local_size is None else f"local attention over {local_size} keys")
         return mask
     # A StaticCache keeps q_offset in a tensor that it advances in place before attention runs: take its value now.
     arguments = {**arguments, "q_offset": int(q_offset)}
@@ -229,23 +231,5 @@ def _make_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
     if may_skip and padding is None and (offset == 0 or q_length == kv_length) and _sdpa_mask()(**arguments) is None:
         return None  # model code may behave in another way if there is a mask where sdpa needs none
     window = None if window is None or window >= visible else window
-    proven = Mask(causal=causal, offset=offset, window=window, padding=padding is not None)
-    return ProvenMask(proven, visible, padding, arguments)
-
-
-def is_sliding(mask_function: Callable[..., Any], window: int) -> bool:
-    """Whether a mask function is what transformers makes for causal attention in a sliding window: the same code, over
-    the same size, and nothing else."""
-    from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
-
-    overlay = sliding_window_overlay(window)
-    if getattr(mask_function, "__code__", None) is not and_masks(overlay).__code__:
-        return False
-    (parts,) = _held(mask_function)
-    if len(parts) != 2 or parts[1] is not causal_mask_function:
-        return False
-    return getattr(parts[0], "__code__", None) is overlay.__code__ and _held(parts[0]) == _held(overlay)
-
-
-def _held(function: Callable[..., Any]) -> list[Any]:
-    return [cell.cell_contents for cell in function.__closure__]
+    shown = Mask(causal=causal, offset=offset, window=window, padding=padding is not None)
+    return ProvenMask(shown, visible, padding, arguments)

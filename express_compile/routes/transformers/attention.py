@@ -1,0 +1,242 @@
+"""transformers' attention function under our name: in eager code, and for decoding steps in compiled graphs.
+
+Both prove, plan and run a call by :func:`_prove_and_run`. They differ in what they may know: eager code has numbers for
+sizes and may record, watch and refuse; a decoding step in a graph may have symbolic sizes, and its plan holds for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.output_capturing import _active_collector
+
+from ...core.call import Call, Op
+from ...core.method import METHODS
+from ...core.plan import Plan
+from ...core.spec import AttentionSpec, Mask
+from ...kernels.launch import constant
+from ...planning.choose import Question, answer, require
+from ..tracers import cannot_trace, is_exporting, untraced
+from ..watched import sampled
+from .masks import NAME, ProvenMask
+from .proof import EXTRAS, Given, is_proven, prove
+from .sites import NEEDS_EAGER, Site, site_of, traced
+
+Result = tuple[torch.Tensor, torch.Tensor | None]
+Run = Callable[[Op, Call], Any]
+"""Runs an op."""
+
+_OF_STEP = ("scaling", "dropout", "sliding_window", "position_ids")  # what a decoding step in a graph goes by
+_WEIGHTS = {
+    True: "the call asks for attention weights (output_attentions=True): the model's own eager attention runs",
+    False: "the call asks for attention weights (output_attentions=True), which the model's own attention does not "
+    "give either: only attn_implementation='eager' does",
+}
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **arguments: Any,
+) -> Result:
+    """What transformers calls: ``[B, H, L, D]`` in, ``[B, Lq, H, Dv]`` out."""
+    given = Given(module, query, key, value, attention_mask, arguments)
+    if is_exporting():
+        return _export(given)
+    if torch.compiler.is_compiling() and query.shape[2] == 1:
+        return _step(given)
+    return _run_eagerly(given)
+
+
+def _prove_and_run(site: Site, given: Given, decide: Callable[[AttentionSpec], tuple[Plan, Run]]) -> Result:
+    """A call as it is proven, decided and run: ``decide`` gives its plan, and what runs an op of ours."""
+    proof = prove(site, given)
+    spec = proof.spec(given)
+    plan, run = decide(spec)
+    if plan.verdict != "rewritten":
+        return _exact(site, given)
+    key, value = given.key, given.value
+    if proof.visible != key.shape[2]:
+        key, value = key[:, :, : proof.visible], value[:, :, : proof.visible]
+    seed = _seed_of_step(_seed(site.plans.policy.seed, given.query), spec, given.arguments)
+    sinks = given.arguments["s_aux"] if spec.sinks else None
+    call = Call(given.query, key, value, proof.padding, seed, spec.scale, site.layer, sinks=sinks, options=plan.params)
+    out, _ = run(METHODS[plan.method].op, call)
+    return out.transpose(1, 2).contiguous(), None
+
+
+# ---- in eager code -------------------------------------------------------------------------------------------------
+
+
+@untraced
+def _run_eagerly(given: Given) -> Result:
+    if torch.jit.is_tracing() or get_proxy_mode() is not None:  # type: ignore[attr-defined]
+        return _export(given)
+    site, module = site_of(given.module), given.module
+    if site is None:
+        raise RuntimeError(
+            f"{type(module).__name__} was sent to express_compile's attention but was never rewritten: it was added to "
+            "a rewritten model, or its configuration was copied from one; call rewrite_attention on this model"
+        )
+    shadow = None if module.training else site.shadow
+
+    def decide(spec: AttentionSpec) -> tuple[Plan, Run]:
+        if wants_weights(given):
+            plan = Plan("exact", "refused", _WEIGHTS[site.given == "eager"])
+        else:
+            plan = site.plans(site.path, spec, given.gradient)
+        plan = plan if shadow is None else shadow.follow(plan)
+        site.report(plan, spec)
+        require([(site.path, plan)], site.plans.policy)
+        return plan, lambda op, call: sampled(shadow, plan, spec, op, call)
+
+    return _prove_and_run(site, given, decide)
+
+
+# ---- in compiled graphs --------------------------------------------------------------------------------------------
+
+
+def _step(given: Given) -> Result:
+    """A decoding step that Dynamo traces: generate() compiles those over a StaticCache by itself."""
+    site, module, arguments = site_of(given.module), given.module, given.arguments
+    assert site is not None
+    if (
+        any(arguments.get(name) is not None for name in (*EXTRAS, *NEEDS_EAGER))
+        or wants_weights(given)
+        or isinstance(arguments.get("scaling"), torch.Tensor)
+        or not site.decodes
+        or site.shadow is not None
+        or site.exact == "eager"
+    ):
+        return _exact(site, given)
+    facts = given.causal, getattr(module, "num_key_value_groups", 1), module.training
+    named = [arguments.get(name) for name in _OF_STEP]
+    return _step_in_graph(site.token, given.query, given.key, given.value, given.mask, facts, *named), None
+
+
+@torch.compiler.allow_in_graph
+def _step_in_graph(
+    token: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    facts: tuple[bool, int, bool],
+    *named: Any,
+) -> torch.Tensor:
+    """One call in Dynamo's graph; what it stands for is planned and written when AOTAutograd looks into it.
+
+    ``facts`` of the module: whether it is causal, its query heads per key head, and whether it is in training mode;
+    ``named``: its arguments of the names ``_OF_STEP``. Then sizes may be symbolic, so a plan holds for all of them, as
+    in a graph that the backend rewrites.
+    """
+    site, (causal, groups, training) = traced(token), facts
+    arguments = {name: x for name, x in zip(_OF_STEP, named, strict=True) if x is not None}
+    config = SimpleNamespace(_attn_implementation=NAME)  # to one query, eager attention and sdpa are the same
+    module = SimpleNamespace(num_key_value_groups=groups, is_causal=causal, training=training, config=config)
+    given = Given(module, query, key, value, mask, {"is_causal": causal, **arguments})
+
+    def decide(spec: AttentionSpec) -> tuple[Plan, Run]:
+        question = Question(module=site.path, spec=spec, gradient=given.gradient, graphs=True)
+        return answer(question, site.plans.policy), lambda op, call: call.run(op)
+
+    return _prove_and_run(site, given, decide)[0]
+
+
+# ---- in exported programs ------------------------------------------------------------------------------------------
+
+
+def _export(given: Given) -> Result:
+    """A call that is traced into a program: what is exact by its policy stays what it is, the rest cannot be kept."""
+    site = site_of(given.module)
+    if site is None or site.plans.methods(site.path) != ("exact",):
+        return _refuse_export(given.module)
+    return _exact(site, given)
+
+
+@untraced
+def _refuse_export(module: Any) -> NoReturn:
+    raise RuntimeError(cannot_trace(type(module).__name__, "torch.export"))
+
+
+# ---- exactly -------------------------------------------------------------------------------------------------------
+
+
+def _exact(site: Site, given: Given) -> Result:
+    """transformers' own attention, with exactly the arguments it would have had; in place of eager attention sdpa, with
+    arguments that say the same to it."""
+    module, query, key, value, mask, arguments = given
+    flag = given.eager and is_proven(mask) and mask.proven == Mask(causal=True)
+    if isinstance(mask, ProvenMask):
+        mask = mask.exact()
+    weights = site.given == "eager" and site.eager is not None and wants_weights(given)
+    if site.exact == "sdpa" and not weights and all(arguments.get(name) is None for name in NEEDS_EAGER):
+        if given.eager:  # sdpa has faster kernels where no mask but a flag says what is hidden
+            mask = None if flag else _additive(query, key, mask, False)
+            arguments = {**arguments, "is_causal": flag}
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **arguments)
+    # sdpa has no soft-cap and no sinks: some versions raise, others silently leave them out
+    if site.eager is None:
+        raise RuntimeError(f"{site.path!r}: {type(module).__module__} has no eager_attention_forward to fall back to")
+    if site.exact == "sdpa" or mask is not None:
+        mask = _additive(query, key, mask, given.causal)
+    return site.eager(module, query, key, value, mask, **arguments)
+
+
+def wants_weights(given: Given) -> bool:
+    """Whether somebody wants the attention weights of a call: by argument, by configuration, or by collecting what
+    modules return."""
+    if given.arguments.get("output_attentions") or getattr(given.module.config, "output_attentions", False):
+        return True
+    collected = _active_collector.get()
+    return collected is not None and any("attentions" in name for name in collected)
+
+
+def _additive(
+    query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, causal: bool
+) -> torch.Tensor | None:
+    """The additive mask of eager attention that means what ``attention_mask`` means to sdpa."""
+    Lq, Lk = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        if not causal or Lq == 1:
+            return None
+        attention_mask = torch.ones(Lq, Lk, dtype=torch.bool, device=query.device).tril()[None, None]
+    if attention_mask.dtype != torch.bool:
+        return attention_mask
+    zero = torch.zeros((), dtype=query.dtype, device=query.device)
+    return torch.where(attention_mask, zero, torch.finfo(query.dtype).min)
+
+
+# ---- random numbers ------------------------------------------------------------------------------------------------
+
+
+def _seed_of_step(seed: torch.Tensor, spec: AttentionSpec, arguments: dict[str, Any]) -> torch.Tensor:
+    """A cache that evicts has as many keys at every step: there the position of the last token counts, where the model
+    passes it on."""
+    window, positions = arguments.get("sliding_window"), arguments.get("position_ids")
+    if spec.Lq != 1 or spec.mask.window is not None or not window or window > spec.Lk or positions is None:
+        return seed
+    return seed + positions.flatten()[-1]
+
+
+def _seed(seed: int | None, query: torch.Tensor) -> torch.Tensor:
+    if seed is None:
+        return torch.randint(0, 2**31 - 1, (), dtype=torch.int64, device=query.device)
+    if type(query) is not torch.Tensor:  # such as a fake tensor, which mixes with no others
+        return torch.full((), seed, dtype=torch.int64, device=query.device)
+    return _fixed_seed(seed, query.device)
+
+
+@lru_cache(maxsize=64)
+def _fixed_seed(seed: int, device: torch.device) -> torch.Tensor:
+    return constant(np.array(seed, np.int64), device)
