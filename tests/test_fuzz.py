@@ -8,7 +8,7 @@ Rows whose keys are all masked are not compared, and with Express those of padde
 Some programs run once more with other sequences beside one of the batch. What that one gets, also of the policy that
 does keep few rows, must be the same wherever it is in the program itself.
 
-220 programs by default, always the same ones, in about 70 s; ``HYPOTHESIS_PROFILE=nightly`` (``make fuzz``) draws
+220 programs by default, always the same ones, in about 40 s; ``HYPOTHESIS_PROFILE=nightly`` (``make fuzz``) draws
 10,000 new ones and prints what became of every spelling; ``FUZZ_PROGRAMS`` is another number of programs.
 """
 
