@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -102,6 +103,36 @@ def _judge_contests(key, sinks, stream, places, tolerance) -> None:
     worst = score.gather(2, held.flatten(2)).view(held.shape).masked_fill(~filled, float("inf")).amin(-1)
     best = torch.full_like(worst, -float("inf")).scatter_reduce(2, contest, score.gather(2, lost), "amax")
     assert (worst >= best - tolerance).all(), f"better rows lost: by {(best - worst).max():.1e}"
+
+
+@pytest.fixture(scope="session")
+def judge_blocks() -> Callable[..., None]:
+    """A function that fails unless blocks of keys were chosen as promised, up to scores within ``tolerance``."""
+    return _judge_blocks
+
+
+def _judge_blocks(chosen, q, k, config, scale, start=None, tolerance=1e-4) -> None:
+    """Fails unless ``chosen`` has the form that is promised, and the best blocks up to ``tolerance``, decision by
+    decision. Blocks of queries without any chooser may choose as they like."""
+    from express_compile.kernels.select import blocks as S
+
+    layout = S.query_blocks(config, q.shape[2], k.shape[2])
+    mass = S.block_mass(q.double(), k.double(), config, scale, start)
+    candidates = torch.from_numpy(layout.candidates).to(chosen.device)
+    fewer = candidates.clamp(max=config.blocks)
+    taken = torch.arange(config.blocks, device=chosen.device) < fewer[:, None]
+    assert chosen.dtype == torch.int32 and chosen.shape == (*mass.shape[:3], config.blocks)
+    assert (chosen == S.NONE).eq(~taken).all(), "as many as there are, NONE behind"
+    assert ((chosen < candidates[:, None]) & (chosen >= 0) | ~taken).all(), "blocks are candidates"
+    assert ((chosen.diff() > 0) | ~taken[:, 1:]).all(), "blocks ascend"
+    if not mass.shape[3]:
+        return
+    held = torch.zeros(*mass.shape[:3], mass.shape[3] + 1, dtype=torch.bool, device=chosen.device)
+    held = held.scatter_(3, chosen.long().where(taken, mass.shape[3]), True)[..., :-1]
+    worst = mass.masked_fill(~held, math.inf).amin(-1)
+    other = torch.arange(mass.shape[3], device=chosen.device) < candidates[:, None]
+    best = mass.masked_fill(held | ~other, -math.inf).amax(-1)
+    assert (worst >= best - tolerance).all(), f"better blocks were left: by {(best - worst).max():.1e}"
 
 
 @pytest.fixture(scope="module")

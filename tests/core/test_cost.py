@@ -350,7 +350,7 @@ def test_launches_of_the_kernels(monkeypatch: pytest.MonkeyPatch, protected: int
     for Lk in (128, 100):
         spec = site(8, Lk, sizes=(1, 1, 1, 16, 16))
         schedule, rule = thinformer.make_schedule(Lk, s), thinformer.get_rule("balanced")
-        thinformer._thin_triton(k[:, :, :Lk], v[:, :, :Lk], None, None, schedule, rule, 0.25, seed, 0)
+        thinformer._thin_triton(k[:, :, :Lk], v[:, :, :Lk], None, schedule, rule, 0.25, seed, 0)
         calls["n"] += 1  # exact attention over what is left
         assert launched(cost_of("thinformer", spec, policy), spec, s)
     spec = site(1, 200, sizes=(1, 1, 1, 16, 16))

@@ -112,7 +112,7 @@ def test_explain_says_the_same_of_both_ways():
 
 
 def test_what_a_policy_may_say():
-    assert Policy().protected == 256
+    assert Policy().of("express").protected == 256
     with pytest.raises(ValueError, match="methods=.*unknown method 'expres'; allowed are exact, express"):
         rewrite_attention(llama(), methods=["expres"])
     with pytest.raises(ValueError, match="halving='best': allowed are kernel, balanced, uniform"):
