@@ -148,7 +148,7 @@ def time_rows(lengths: list[int]) -> list[dict]:
     from quality import streaming_table
     from triton.testing import do_bench
 
-    from express_compile.kernels.attend.segments import segment_attention_triton
+    from express_compile.kernels.attend.segments import Sources, segment_attention_triton
 
     H, H_kv, D = SHAPE.values()
     rows = []
@@ -162,7 +162,7 @@ def time_rows(lengths: list[int]) -> list[dict]:
 
         runs = {
             "exact": (exact, n),
-            "segments": (lambda: segment_attention_triton(q, k, v, k[:, :, :0], v[:, :, :0], window, D**-0.5), ROWS),  # noqa: B023
+            "segments": (lambda: segment_attention_triton(q, Sources.tokens(k, v), window, D**-0.5), ROWS),  # noqa: B023
         }
         for samples in (1, 4):
             config = BlockConfig((ROWS - CONFIG.sinks - CONFIG.recent - CONFIG.block // 2) // KEYS, samples=samples)

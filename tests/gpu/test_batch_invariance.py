@@ -12,7 +12,7 @@ from express_compile.kernels.padding import Packing
 from express_compile.kernels.select.halving import get_rule
 
 EXPRESS = dict(
-    s=64, inflation=-1, sinks=32, window=64, protected=0, halving="balanced", flatten=0.0, block=128, min_length=0
+    s=64, inflation=-1, sinks=32, recent=64, protected=0, halving="balanced", flatten=0.0, block=128, min_length=0
 )
 THINFORMER = dict(s=64, fraction=0.0, g=-1, halving="balanced", flatten=0.0, min_length=0)
 SANTA = dict(draws=[64], fraction=0.0, sampler="sys", shared=True, min_length=0)

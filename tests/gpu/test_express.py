@@ -13,7 +13,7 @@ from express_compile.kernels.attend.segments import Sources, segment_attention_r
 from express_compile.kernels.exact import exact_attention
 
 OPTIONS = dict(
-    s=256, inflation=-1, sinks=32, window=256, protected=0, halving="balanced", flatten=0.0, block=128,
+    s=256, inflation=-1, sinks=32, recent=256, protected=0, halving="balanced", flatten=0.0, block=128,
     min_length=0,
 )  # fmt: skip
 
@@ -108,7 +108,7 @@ def test_prefill_in_chunks_is_prefill(protected):
 def test_padding_continuation_and_gradients(protected):
     n, Lq = 3000, 1000
     q, k, v = (x.detach().requires_grad_() for x in tokens(n, 2, 4, 2, 64, 64))
-    options = {**OPTIONS, "s": 64, "window": 100, "protected": protected}
+    options = {**OPTIONS, "s": 64, "recent": 100, "protected": protected}
     padding = torch.ones(2, n, dtype=torch.bool, device="cuda")
     padding[0, :777] = False
     run = METHODS["express"].op
