@@ -281,6 +281,42 @@ except AttributeError as error:
     assert result["error"] == "module 'express_compile' has no attribute 'nonsense'"
 
 
+OLD_NAMES = {
+    "backend": "routes.compile",
+    "calibrate": "quality.draws",
+    "cost": "core.cost",
+    "devices": "planning.devices",
+    "method": "core.method",
+}
+
+
+@pytest.mark.parametrize("old", OLD_NAMES)
+def test_an_old_name_is_the_module_that_has_moved_and_says_where(old: str) -> None:
+    new = f"express_compile.{OLD_NAMES[old]}"
+    code = f"""
+import sys, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always", DeprecationWarning)
+    import express_compile.{old}, {new}
+    from express_compile import {old}
+result["same"] = sys.modules["{new}"] is express_compile.{old} is {old} is sys.modules["express_compile.{old}"]
+result["said"] = [[str(w.message), w.filename] for w in caught if "0.2" in str(w.message)]
+"""
+    said = f"express_compile.{old} has moved to {new}; the old name goes with 0.2"
+    assert python(code, ROOT) == {"same": True, "said": [[said, "<string>"]]}
+
+
+def test_nothing_of_ours_uses_an_old_name() -> None:
+    code = f"""
+import warnings
+warnings.filterwarnings("error", "express_compile.* has moved")
+import sys, express_compile, express_compile.__main__
+result["missing"] = [name for name in express_compile.__all__ if getattr(express_compile, name, None) is None]
+result["old"] = [name for name in {[*OLD_NAMES]} if f"express_compile.{{name}}" in sys.modules]
+"""
+    assert python(code, ROOT) == {"missing": [], "old": []}
+
+
 def test_every_dependency_of_the_development_set_up_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [

@@ -1,0 +1,5 @@
+"""The old name of routes.compile."""
+
+from ._moved import moved
+
+moved(__name__, "routes.compile")
