@@ -9,7 +9,8 @@ is the reason of a refusal. The :data:`Expand` that it returns writes
 Scores become ``factor * query @ key^T + sum of (factor_i * term_i)``, hidden where a mask says so. Whatever is added
 or filled in is a mask to the prover (``mask.py``), which tells causal masks and paddings from biases; for exact
 attention it stays what it is. Filling with or adding -1e9 or less hides a score: scores are taken to be larger. So
-does the lowest number of a dtype that has none so low, and so scores may be lifted to a number that hides.
+does the lowest number of a dtype that has none so low, and so scores may be lifted to a number that hides. What is
+filled with the lowest number stays hidden whatever is added later, for that is taken to be far from the largest one.
 
 Reads ``[B, H, L, D]``, ``[B * H, L, D]`` (B and H from a view of the scores, else H = 1), ``[L, D]``, and einsum with
 one or two batch letters. Refuses soft-caps, sinks, scores or weights that are written, and weights that are used again.
@@ -601,6 +602,8 @@ def _check_fill(value: Any, step: _Step) -> None:
         try:
             step.evaluator.visible(term, _anywhere(rank_of(like)), _shape(like), factor=factor)
         except Unproven as error:
+            if 2 * fill * scores.factor <= torch.finfo(_example(step.node).dtype).min:
+                continue
             raise Refused(f"it fills hidden scores with {fill:g} and adds to them later, where {error}") from None
 
 

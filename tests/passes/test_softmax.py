@@ -567,7 +567,7 @@ NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     "in half precision": (lambda q, k, v: (q @ k.mT).bfloat16().softmax(-1).float() @ v,
                           "rounded to torch.bfloat16, its values are torch.float32"),
     "filled, and then added to": (
-        lambda q, k, v: ((q @ k.mT).masked_fill(~causal(), LOWEST) + v @ k.mT).softmax(-1) @ v,
+        lambda q, k, v: ((q @ k.mT).masked_fill(~causal(), -1e9) + v @ k.mT).softmax(-1) @ v,
         "and adds to them later, where it adds the values of",
     ),
     "less the largest of each column": (
@@ -582,8 +582,8 @@ NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     "clamped above": (lambda q, k, v: (q @ k.mT).clamp(max=3.0).softmax(-1) @ v, "it clamps its scores"),
     "not below -100": (lambda q, k, v: torch.maximum(q @ k.mT, torch.tensor(-100.0)).softmax(-1) @ v, "it clamps"),
     "not below others": (lambda q, k, v: torch.max(q @ k.mT, v @ k.mT).softmax(-1) @ v, "it clamps its scores"),
-    "not below the lowest, and then added to": (
-        lambda q, k, v: ((q @ k.mT + hidden(q)).clamp(min=LOWEST) + v @ k.mT).softmax(-1) @ v, "adds to them later",
+    "not below -1e9, and then added to": (
+        lambda q, k, v: ((q @ k.mT + hidden(q)).clamp(min=-1e9) + v @ k.mT).softmax(-1) @ v, "adds to them later",
     ),
     "exp over more than its sum": (
         lambda q, k, v: ((w := (q @ k.mT).exp()) / (w.sum(-1, keepdim=True) + 1)) @ v, "not divided by their sum alone",

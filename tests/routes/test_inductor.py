@@ -268,6 +268,27 @@ def test_what_gives_zero_instead_says_so() -> None:
     assert run.code == run.before, "what SDPA would not give is not written as SDPA unasked"
 
 
+def test_what_is_filled_with_the_lowest_number_stays_hidden_whatever_is_added_later() -> None:
+    """PyTorch's pattern 19. Rows without a key are the difference, so nobody gets SDPA for it unasked."""
+
+    def f(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        causal = torch.ones(12, 12, dtype=torch.bool).tril()
+        lowest = torch.full((), LOWEST, dtype=q.dtype)
+        return (torch.where(causal, q @ k.mT / 3.0, lowest) + bias).softmax(-1) @ v
+
+    q, k, v = tensors(2, 4, 12, 8)
+    (bias,) = tensors(12, 12, count=1)
+    for scale in (1.0, 1e9, -1e9):
+        run, truth = rewritten(f, q, k, v, scale * bias), f(q, k, v, scale * bias)
+        ((site, decision),) = run.planned
+        assert "adds the values of" in site.spec.mask.unknown and site.exact is None
+        assert decision.verdict == "rewritten" and "rows whose keys are all hidden" in decision.reason
+        assert (run.out - truth).abs().max() < 1e-5
+    run = rewritten(f, q, k, v, bias, policy=Policy(), written_out=True)
+    assert run.code == run.before and run.planned[0][1].verdict == "refused"
+    assert rewritten(f, q, k, v, bias, policy=EXPRESS).planned[0][1].verdict == "refused"
+
+
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_a_mask_that_is_added_gives_them_the_mean_in_sdpa_too(contiguous: bool) -> None:
     q, k, v = tensors(2, 4, 12, 8)
