@@ -272,7 +272,7 @@ def _check_first(first: int, positions: int) -> None:
 
 
 def logits_of(model: nn.Module, batch: Any) -> torch.Tensor:
-    """What a model makes of a batch: scores ``[batch, positions, classes]``. Raises ``ValueError`` for other outputs."""
+    """What a model makes of a batch: scores ``[batch, positions, classes]``; ``ValueError`` for other outputs."""
     output = model(**batch) if isinstance(batch, Mapping) else model(batch)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, torch.Tensor) or logits.dim() != 3:

@@ -24,19 +24,14 @@ from rich.progress import Progress
 from torch import nn
 
 from ..core.call import Call, Op, name_of, run_by
-from ..core.method import METHODS
 from ..core.plain import from_json, number
 from ..core.policy import Policy
-from ..core.rows import Rows, heads
+from ..core.rows import Rows, heads, to_numbers
 from ..core.sites import SiteReport, record_sites
+from ..kernels.heads import EVERYTHING, METHOD, PerHead, rows_seen
 from ..routes.capture import captures_of
 from ..routes.eager import is_rewritten, restore_attention, rewrite_attention
 from .budgets import checked_batches
-
-METHOD = "per_head"
-"""The method whose KV heads have rows each for itself."""
-
-EVERYTHING = Rows(everything=True)
 
 DEFAULT_OPTIONS = (
     *(Rows(sinks=32, recent=recent) for recent in (256, 1024, 2048)),
@@ -110,6 +105,7 @@ def profile(
     sample: torch.Tensor | Iterable[torch.Tensor | Mapping[str, Any]],
     options: Iterable[Rows] = DEFAULT_OPTIONS,
     *,
+    block: int = 128,
     progress: bool = False,
 ) -> Profile:
     """What every KV head of a model loses with every option of rows, on sample inputs.
@@ -118,7 +114,8 @@ def profile(
         are left out.
     sample: token ids ``[batch, tokens]``, or several such tensors or mappings of keyword arguments, of which the errors
         are averaged; as long as what the rows are for, if that can be.
-    options: what a head may have. progress: show a bar.
+    options: what a head may have. block: queries that see the same rows of the past, 16, 32, 64 or 128. progress: show
+        a bar.
 
     Takes one exact pass per sample, with ``options`` calls more at each site, and a short one that finds the linear
     layers. Memory: that of the pass, two outputs of one site, and 512 positions of one linear layer's output for each
@@ -126,19 +123,21 @@ def profile(
     """
     options = checked_options(options)
     samples = samples_of("sample", sample)
-    with rewritten(model):
-        return measured(model, samples, options, progress)
+    with rewritten(model, block):
+        return measured(model, samples, options, block, progress)[0]
 
 
-def measured(model: nn.Module, samples: Sequence[Any], options: tuple[Rows, ...], progress: bool = False) -> Profile:
-    """:func:`profile` of a model that is :func:`rewritten`."""
-    finder, reports = _Finder(), []
+def measured(
+    model: nn.Module, samples: Sequence[Any], options: tuple[Rows, ...], block: int, progress: bool = False
+) -> tuple[Profile, list[SiteReport]]:
+    """:func:`profile` of a model that is :func:`rewritten`; the reports of its sites, in order, and then of others."""
+    finder = _Finder()
     with record_sites() as reports, run_by(finder), finder.hooked(model):
-        model(samples[0][:, : _CHUNK]) if isinstance(samples[0], torch.Tensor) else model(**samples[0])
+        model(samples[0][:, :_CHUNK]) if isinstance(samples[0], torch.Tensor) else model(**samples[0])
     if not finder.sites:
         reasons = "; ".join(sorted({x.reason for x in reports})) or "it has none"
         raise ValueError(f"model: no site can have rows for each KV head: {reasons}")
-    places = {x.layer: x for x in reports if x.saved is not None}
+    of = {x.layer: x for x in reports if x.saved is not None and x.verdict == "rewritten"}
     sums: list[dict[int, torch.Tensor]] = []
     with Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task("profile", total=len(samples) * len(finder.sites) * len(options))
@@ -148,28 +147,28 @@ def measured(model: nn.Module, samples: Sequence[Any], options: tuple[Rows, ...]
                 model(**batch) if isinstance(batch, Mapping) else model(batch)
             sums.append(meter.errors())
     sites = tuple(
-        SiteProfile(
-            *_place(places[layer]),
-            finder.paths.get(layer),
-            tuple(map(tuple, (sum(x[layer] for x in sums) / len(sums)).tolist())),
-        )
+        SiteProfile(report.saved.module, report.saved.index, finder.paths.get(layer), _mean([x[layer] for x in sums]))
         for layer in sums[0]
+        if (report := of[layer]).saved is not None
     )
     tokens = max(map(tokens_of, samples))
-    return Profile(options, tokens, len(samples), tuple(rows_of(x, tokens) for x in options), sites)
+    rows = tuple(rows_of(options, tokens, block))
+    return Profile(options, tokens, len(samples), rows, sites), [
+        *(of[layer] for layer in sums[0]),
+        *(x for x in reports if x.verdict != "rewritten"),
+    ]
 
 
-def _place(report: SiteReport) -> tuple[str, int]:
-    assert report.saved is not None
-    return report.saved.module, report.saved.index
+def _mean(errors: Sequence[torch.Tensor]) -> tuple[tuple[float, ...], ...]:
+    return tuple(map(tuple, torch.stack(tuple(errors)).mean(0).tolist()))
 
 
 @contextmanager
-def rewritten(model: nn.Module) -> Iterator[None]:
+def rewritten(model: nn.Module, block: int) -> Iterator[None]:
     """While active, the sites of a model that can have rows for each KV head are rewritten, to see everything."""
     if isinstance(model, nn.Module) and is_rewritten(model):
         raise ValueError("model: is rewritten; call restore_attention(model) first")
-    rewrite_attention(model, Policy(methods=(METHOD,)))
+    rewrite_attention(model, Policy(methods=(PerHead(EVERYTHING, block=block),)))
     try:
         yield
     finally:
@@ -177,17 +176,17 @@ def rewritten(model: nn.Module) -> Iterator[None]:
 
 
 def with_rows(call: Call, rows: Sequence[Rows]) -> Call:
-    """The call of an op of :data:`METHOD` with other rows, one for each KV head."""
-    return replace(call, options={**call.options, **METHODS[METHOD].options(rows=tuple(rows)).pack()})
+    """The call of an op of :data:`METHOD` with other rows, one for each KV head or one for all."""
+    return replace(call, options={**call.options, "rows": to_numbers(rows)})
 
 
 class Exact:
     """A runner that gives every KV head everything."""
 
     def __call__(self, op: Op, call: Call) -> Any:
-        if name_of(op) != METHOD:
+        if name_of(op) != METHOD.name:
             return call.run(op)
-        result = with_rows(call, [EVERYTHING] * call.key.shape[1]).run(op)
+        result = with_rows(call, [EVERYTHING]).run(op)
         self.see(op, call, result[0])
         return result
 
@@ -258,7 +257,7 @@ class _Meter(Exact):
         first = max(0, late(call.Lk) - (call.Lk - call.Lq))
         off = []
         for option in self.options:
-            tried = with_rows(call, [option] * H_kv).run(op)[0]
+            tried = with_rows(call, [option]).run(op)[0]
             off.append(_squares(tried, exact, first, H_kv, weight))
             self.advance()
         self.off[call.layer] = self.off.get(call.layer, 0) + torch.stack(off, 1)
@@ -290,9 +289,9 @@ def late(tokens: int) -> int:
     return min(max(1, tokens // 4), tokens - 1)
 
 
-def rows_of(option: Rows, tokens: int) -> float:
-    """Rows that a late query of a prefill of ``tokens`` tokens sees on average."""
-    return float(rows_seen(option, tokens)[late(tokens) :].mean())
+def rows_of(options: Sequence[Rows], tokens: int, block: int) -> list[float]:
+    """Rows that a late query of a prefill of ``tokens`` tokens sees on average, by option."""
+    return [float(x) for x in rows_seen(PerHead(tuple(options), block=block), tokens)[:, late(tokens) :].mean(1)]
 
 
 # -------------------------------------------------------------------------------------------------------- choice
