@@ -18,7 +18,8 @@ from express_compile.core.plan import SavedPlan
 from express_compile.core.policy import Policy
 from express_compile.core.rows import Rows
 from express_compile.core.sites import record_sites
-from express_compile.kernels.heads import heads_reference
+from express_compile.core.spec import layer_key
+from express_compile.kernels.heads import PerHead, heads_reference
 from express_compile.quality.fit import fit, rewrite_attention
 from express_compile.quality.profile import Profile, SiteProfile, choose, prices, profile
 from express_compile.routes.eager import is_rewritten, restore_attention
@@ -40,19 +41,22 @@ def ids():
 
 
 class Decoder(nn.Module):
-    """A decoder in plain PyTorch whose two heads look at one token each: the first one at the beginning of the text, the
-    second one at the marker, wherever it is."""
+    """A decoder in plain PyTorch whose two heads look at one token each: the first one at the beginning of the text,
+    the second one at the marker, wherever it is."""
 
     BEGIN, MARKER, SIZE = 0, 1, 16
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.out = nn.Embedding(self.SIZE, self.SIZE), nn.Linear(2 * self.SIZE, self.SIZE)
+        self.keys = nn.Linear(self.SIZE, 2 * self.SIZE, bias=False)
         with torch.no_grad():
             self.embed.weight.copy_(torch.eye(self.SIZE))
+            self.out.weight.mul_(4)
+            self.keys.weight.copy_(torch.eye(self.SIZE).repeat(2, 1))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(ids)[:, None].expand(-1, 2, -1, -1)
+        x = self.keys(self.embed(ids)).unflatten(-1, (2, -1)).transpose(1, 2)
         looked_for = F.one_hot(torch.tensor([self.BEGIN, self.MARKER], device=ids.device), self.SIZE).to(x.dtype)
         query = 60.0 * looked_for[None, :, None].expand_as(x)
         x = F.scaled_dot_product_attention(query, x, x, is_causal=True)
@@ -107,7 +111,6 @@ def test_errors_are_those_of_a_loop_over_heads_queries_and_options(model, ids) -
     assert len(calls) == 3
     for site, layer, (q, k, v) in zip(found.sites, model.model.layers, calls, strict=True):
         k, v = (x[:, :: x.shape[1] // 2] for x in (k, v))  # transformers repeats the two KV heads
-        from express_compile.core.spec import layer_key
 
         def through(out: torch.Tensor, layer: nn.Module = layer) -> torch.Tensor:
             return layer.self_attn.o_proj(out.transpose(1, 2).flatten(2))[:, 60:].double()
@@ -149,7 +152,7 @@ def test_a_head_that_needs_a_far_token_gets_it_and_the_other_one_does_not() -> N
     found = fit(model, ids, tolerance=1e-4, options=options, block=16)
     ((first, second),) = found.chosen
     assert first == Rows(4, 16) and second == Rows(4, 16, selected=1)
-    assert kl_of(model, ids[1:], 64, methods=[express_compile.kernels.heads.PerHead([Rows(4, 16)], block=16)]) > 0.01
+    assert kl_of(model, ids[1:], 64, methods=[PerHead([Rows(4, 16)], block=16)]) > 0.01
     assert found.kl <= 1e-4 and found.kl == pytest.approx(kl_of(model, ids[1:], 64, plan=found.plan), abs=1e-7)
     assert not is_rewritten(model)
 
@@ -256,7 +259,7 @@ def test_rows_are_kept_with_less_error_than_equal_rows_for_all(model, ids) -> No
 
 def test_a_speedup_is_that_of_the_predicted_times(model, ids) -> None:
     options = (Rows(32, 256), Rows(32, 256, selected=8), EVERYTHING)
-    slow, fast = (fit(model, ids, speedup=x, options=options, length=65536) for x in (1.5, 20.0))
+    slow, fast = (fit(model, ids, speedup=x, options=options, length=65536) for x in (1.5, 4.0))
     assert fast.rows < slow.rows < slow.exact_rows / 1.2
     with pytest.raises(
         ValueError, match=r"speedup=1000000.0: the cheapest options are predicted to be .* times as fast"
@@ -341,6 +344,6 @@ def test_two_sites_of_one_module_have_plans_of_their_own() -> None:
     torch.manual_seed(0)
     model, ids = Twice().eval(), texts(40, 45)
     found = fit(model, ids, tolerance=1e-4, options=(Rows(4, 16), EVERYTHING), block=16)
-    assert found.chosen == ((EVERYTHING,) * 2, (Rows(4, 16),) * 2)
+    assert found.chosen == ((EVERYTHING,), (Rows(4, 16),))
     assert [(x.module, x.index) for x in found.plan.sites] == [("", 0), ("", 1)]
     assert found.kl == pytest.approx(kl_of(model, ids[1:], 64, plan=found.plan), abs=1e-7)
