@@ -69,10 +69,12 @@ def strided(x: torch.Tensor | None) -> Strided:
 
 
 class Random(NamedTuple):
-    """The key of a stream of random numbers: ``seed``, 0-dim int64 on the device, and the layer."""
+    """The key of a stream of random numbers: ``seed``, 0-dim int64 on the device, and the layer. ``heads`` int32
+    ``[H_kv]``: the numbers that the KV heads have in the stream, where they are not all heads of a layer in order."""
 
     seed: Any
     layer: Any
+    heads: Any = None
 
 
 class Widths(NamedTuple):

@@ -114,6 +114,14 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             for combine in ("merged", "per_head", "interleaved", "local", "far")
         },
     },
+    "heads": {
+        "": {"rows": ({"sinks": 2, "recent": 9, "thinned": 8}, {"sinks": 2, "recent": 9, "selected": 1}), "block": 16},
+        "window": {"rows": ({"sinks": 2, "recent": 9}, {"everything": True})},
+        "protected": {"rows": ({"recent": 9, "protected": 20}, {"thinned": 8, "protected": 20}), "block": 32},
+        "one for all": {"rows": ({"sinks": 1, "selected": 1},)},
+        "kernel": {"halving": "kernel"},
+        "min_length": {"min_length": 400},
+    },
 }
 
 

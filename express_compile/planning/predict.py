@@ -27,7 +27,8 @@ def predict(method: str, spec: AttentionSpec, policy: Policy, device: Device, gr
     ``graphs``: inside a CUDA graph, which spares the host its work. None where the method says nothing of its cost, or
     the device nothing of the method. Raises ``ValueError`` for a size that is not a number.
     """
-    rates, cost = device.rates_of(method, spec.dtype, spec.Lq), _cost_of(method, spec, policy)
+    rates = device.rates_of(METHODS[method].timed_as or method, spec.dtype, spec.Lq)
+    cost = _cost_of(method, spec, policy)
     if cost is None:
         return None
     if cost == _cost_of("exact", spec, policy):  # short sequences are left to exact attention
