@@ -131,8 +131,8 @@ def measured(
     model: nn.Module, samples: Sequence[Any], options: tuple[Rows, ...], block: int, progress: bool = False
 ) -> tuple[Profile, list[SiteReport]]:
     """:func:`profile` of a model that is :func:`rewritten`; the reports of its sites, in order, and then of others."""
-    finder = _Finder()
-    with record_sites() as reports, run_by(finder), finder.hooked(model):
+    finder = _Finder(model)
+    with record_sites() as reports, run_by(finder), finder.hooked():
         model(samples[0][:, :_CHUNK]) if isinstance(samples[0], torch.Tensor) else model(**samples[0])
     if not finder.sites:
         reasons = "; ".join(sorted({x.reason for x in reports})) or "it has none"
@@ -208,7 +208,10 @@ class Chosen(Exact):
 class _Finder(Exact):
     """Finds the linear layer that takes the output of each site, by what it is given: the same numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self.linear = {path: x for path, x in model.named_modules() if isinstance(x, nn.Linear)}
+        captured = {x for capture in captures_of(model).values() for x in capture.module.modules()}
+        self.hookable = [x for x in self.linear.values() if x not in captured]  # graphs tell of theirs by themselves
         self.sites: set[int] = set()
         self.projections: dict[int, torch.Tensor] = {}
         self.paths: dict[int, str] = {}
@@ -218,28 +221,30 @@ class _Finder(Exact):
         self.sites.add(call.layer)
         self._last = call.layer, exact.transpose(1, 2).flatten(2)
 
+    def see_linear(self, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """Called for every linear layer that may take the output of a site, with its input and its weight."""
+        if self._last is None:
+            return
+        layer, output = self._last
+        path = next((path for path, module in self.linear.items() if module.weight is weight), None)
+        if path is not None and x.numel() == output.numel() and torch.equal(x.reshape(output.shape), output):
+            self.projections[layer], self.paths[layer] = weight, path
+            self._last = None
+
     @contextmanager
-    def hooked(self, model: nn.Module) -> Iterator[None]:
-        """While active, the linear layers of the model say what they are given."""
-        inside = {x for capture in captures_of(model).values() for x in capture.module.modules()}
-        linear = {path: x for path, x in model.named_modules() if isinstance(x, nn.Linear) and x not in inside}
-        hooks = [x.register_forward_pre_hook(self._hook(path)) for path, x in linear.items()]
+    def hooked(self) -> Iterator[None]:
+        """While active, the linear layers of the model tell what they are given."""
+
+        def hook(module: nn.Linear, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], torch.Tensor):
+                self.see_linear(args[0], module.weight)
+
+        hooks = [x.register_forward_pre_hook(hook) for x in self.hookable]
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self._last is None or not args or not isinstance(args[0], torch.Tensor):
-                return
-            layer, output = self._last
-            if args[0].numel() == output.numel() and torch.equal(args[0].reshape(output.shape), output):
-                self.projections[layer], self.paths[layer] = module.weight, path
-                self._last = None
-
-        return see
+            for handle in hooks:
+                handle.remove()
 
 
 class _Meter(Exact):

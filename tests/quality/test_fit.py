@@ -153,6 +153,7 @@ def test_a_head_that_needs_a_far_token_gets_it_and_the_other_one_does_not() -> N
     ((first, second),) = found.chosen
     assert first == Rows(4, 16) and second == Rows(4, 16, selected=1)
     assert kl_of(model, ids[1:], 64, methods=[PerHead([Rows(4, 16)], block=16)]) > 0.01
+    assert found.profile.sites[0].through == "out"
     assert found.kl <= 1e-4 and found.kl == pytest.approx(kl_of(model, ids[1:], 64, plan=found.plan), abs=1e-7)
     assert not is_rewritten(model)
 
@@ -345,5 +346,6 @@ def test_two_sites_of_one_module_have_plans_of_their_own() -> None:
     model, ids = Twice().eval(), texts(40, 45)
     found = fit(model, ids, tolerance=1e-4, options=(Rows(4, 16), EVERYTHING), block=16)
     assert found.chosen == ((EVERYTHING,), (Rows(4, 16),))
+    assert found.profile.sites[1].through is None, "their sum is what goes through the linear layer"
     assert [(x.module, x.index) for x in found.plan.sites] == [("", 0), ("", 1)]
     assert found.kl == pytest.approx(kl_of(model, ids[1:], 64, plan=found.plan), abs=1e-7)
