@@ -136,11 +136,13 @@ def fit(
         elif rows is not None:
             price = search.by_rows(rows)
         else:
+            assert speedup is not None, "one of them is given"
             price = search.by_speedup(speedup)
         choice = search.choice(price)
+    average = search.rows_of(choice)
     fitted = {
         "asked": asked,
-        "rows": search.rows_of(choice),
+        "rows": average,
         "length": length,
         "price": price,
         "tokens": [tokens_of(x) for x in profiled],
@@ -154,7 +156,7 @@ def fit(
     finally:
         restore_attention(model)
     plan = replace(plan, fitted={**fitted, "kl": kl})
-    return Fit(plan, kl, fitted["rows"], search.exact_rows, price, search.profile, search.chosen(choice))
+    return Fit(plan, kl, average, search.exact_rows, price, search.profile, search.chosen(choice))
 
 
 class _Search:
