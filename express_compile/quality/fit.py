@@ -124,7 +124,7 @@ def fit(
     reaches, and where no site can be rewritten.
     """
     asked = _asked(tolerance=tolerance, rows=rows, speedup=speedup)
-    options = checked_options(options)
+    options = checked_options(options, block)
     profiled, judged = _halves(samples_of("sample", sample), held_out)
     length = max(map(tokens_of, profiled)) if length is None else number("length", length, int)
     if length < 2:

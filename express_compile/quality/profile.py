@@ -24,7 +24,7 @@ from rich.progress import Progress
 from torch import nn
 
 from ..core.call import Call, Op, name_of, run_by
-from ..core.plain import from_json, number
+from ..core.plain import from_json, number, renamed
 from ..core.policy import Policy
 from ..core.rows import Rows, heads, to_numbers
 from ..core.sites import SiteReport, record_sites
@@ -121,7 +121,7 @@ def profile(
     layers. Memory: that of the pass, two outputs of one site, and 512 positions of one linear layer's output for each
     KV head. Raises ``ValueError`` or ``TypeError`` for arguments that do not fit, and where no site can be rewritten.
     """
-    options = checked_options(options)
+    options = checked_options(options, block)
     samples = samples_of("sample", sample)
     with rewritten(model, block):
         return measured(model, samples, options, block, progress)[0]
@@ -383,8 +383,8 @@ def tokens_of(batch: torch.Tensor | Mapping[str, Any]) -> int:
     return int(ids.shape[1])
 
 
-def checked_options(options: Any) -> tuple[Rows, ...]:
-    """The options, each once, in order."""
+def checked_options(options: Any, block: int) -> tuple[Rows, ...]:
+    """The options, each once, in order, all of which a head may have in blocks of so many queries."""
     if isinstance(options, (str, bytes, Rows)) or not isinstance(options, Iterable):
         raise TypeError(f"options={options!r}: must be a sequence of Rows")
     found = tuple(dict.fromkeys(options))
@@ -393,4 +393,9 @@ def checked_options(options: Any) -> tuple[Rows, ...]:
             raise TypeError(f"options: {option!r} must be a Rows")
     if not found:
         raise ValueError("options=(): must hold at least one Rows")
+    PerHead(EVERYTHING, block=block)
+    try:
+        PerHead(found, block=block)
+    except ValueError as error:
+        raise renamed("options", error) from None
     return found

@@ -298,6 +298,7 @@ def test_wrong_arguments(model, ids) -> None:
         (r"options=\(\): must hold at least one Rows", {"options": ()}),
         ("options: 5 must be a Rows", {"options": [5]}),
         ("options=Rows.*: must be a sequence of Rows", {"options": Rows(2, 8)}),
+        (r"options: rows\[1\]: 8 recent \+ 4 thinned \+ 1 selected", {"options": [EVERYTHING, Rows(0, 8, 4, 0, 1)]}),
         ("length=1: must be 2 tokens or more", {"length": 1}),
         ("sample: a str; must be several", {"sample": "text"}),
         (r"sample\[0\]: 1 token; must be 2 or more", {"sample": ids[:, :1]}),
