@@ -16,6 +16,7 @@ from express_compile.kernels.heads import PerHead
 WINDOW, CORE, BLOCKS, WHOLE = Rows(2, 20), Rows(2, 9, 8, 10), Rows(2, 9, selected=1), Rows(everything=True)
 PLAN = {"model.layers.0.self_attn": [WINDOW, CORE], "model.layers.1.self_attn": [BLOCKS, WHOLE]}
 OWN = PerHead(PLAN, block=16)
+NORMS = {"rtol": 1e-4, "atol": 1e-4}  # the model's norms compute in float32, and Inductor fuses them
 IDS = torch.randint(3, 50, (2, 200), generator=torch.Generator().manual_seed(0))
 
 
@@ -25,7 +26,7 @@ def llama() -> torch.nn.Module:
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3,
     )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(config).eval().double()
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def test_both_routes_give_every_head_its_rows() -> None:
     assert (EXPECTED - exact).norm() > 0.05 * exact.norm()
     torch._dynamo.reset()
     compiled = torch.compile(llama(), backend="express", options={"methods": [OWN], "strict": True})
-    torch.testing.assert_close(logits(compiled), EXPECTED)
+    torch.testing.assert_close(logits(compiled), EXPECTED, **NORMS)
 
 
 def test_globs_say_the_same_as_paths() -> None:
@@ -64,7 +65,8 @@ def test_a_padded_batch_gives_what_its_sequences_give_alone() -> None:
     padded = logits(model, attention_mask=mask)
     with torch.no_grad():
         alone = model(IDS[:1, 60:], use_cache=False).logits
-    torch.testing.assert_close(padded[:1, 60:], alone)
+    # rotary angles, float32 in any model, are those of places 60 further on
+    torch.testing.assert_close(padded[:1, 60:], alone, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(padded[1:], EXPECTED[1:])
 
 
@@ -97,11 +99,12 @@ def test_a_saved_plan_has_the_rows_of_every_head_and_gives_them_again(tmp_path) 
     assert torch.equal(rewritten(plan=tmp_path / "plan.json"), EXPECTED)
     torch._dynamo.reset()
     options = {"plan": str(tmp_path / "plan.json"), "strict": True}
-    torch.testing.assert_close(logits(torch.compile(llama(), backend="express", options=options)), EXPECTED)
+    torch.testing.assert_close(logits(torch.compile(llama(), backend="express", options=options)), EXPECTED, **NORMS)
 
 
-def test_an_entry_of_a_plan_needs_its_rows_and_nothing_else() -> None:
-    sites = [SavedSite(path, 0, "heads", "rewritten", rows=tuple(rows)) for path, rows in PLAN.items()]
+def test_an_entry_of_a_plan_needs_no_options_beside_its_rows() -> None:
+    facts = {"mask": "causal", "H": 4, "H_kv": 2, "D": 8, "Dv": 8}
+    sites = [SavedSite(path, 0, "heads", "rewritten", facts=facts, rows=tuple(x)) for path, x in PLAN.items()]
     plan = SavedPlan.from_json(SavedPlan(tuple(sites)).to_json())
     assert torch.equal(rewritten(plan=plan), rewritten(methods=[PerHead(PLAN)]))
     data = json.loads(plan.to_json())
