@@ -539,6 +539,11 @@ def _steps_sum(y: sympy.Expr, step: sympy.Expr) -> sympy.Expr:
     return step**2 * k * (k - 1) / 2 + k * step * (y - k * step)
 
 
+def packing_cost() -> sympy.Expr:
+    """Elements that :class:`Packing` reads and writes."""
+    return c.B * c.Lk * (6 * (c.H * c.D + c.H_kv * (c.D + c.Dv)) + 4 * c.H * c.Dv)
+
+
 def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     """Thinning and attention over the rows that every block of queries sees.
 
@@ -589,7 +594,7 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     # rows are read to be picked or halved; half of them, and all that are picked, are written and then attended to
     rows = halved + picked + 2 * (halved / 2 + picked)
     scored = 2 * c.B * c.H_kv * c.D * left if protected else 0  # the contest reads keys twice
-    copied = c.B * Lk * (6 * (c.H * c.D + c.H_kv * (c.D + c.Dv)) + 4 * c.H * c.Dv) if spec.mask.padding else 0
+    copied = packing_cost() if spec.mask.padding else 0
     thinned = c.Cost(
         attention.flops + 2 * width * (0 if coin else entries),
         attention.bytes + c.itemsize * (width * rows + scored + copied),

@@ -30,7 +30,7 @@ import torch
 
 from express_compile.core import cost as c
 from express_compile.core.call import Call
-from express_compile.core.method import METHODS, Method, Refusal, register
+from express_compile.core.method import METHODS, Method, Refusal, Share, register
 from express_compile.core.options import NUMBER, WHOLE, Kind, Options, option
 from express_compile.core.plain import renamed
 from express_compile.core.policy import Policy
@@ -50,11 +50,13 @@ from .express import (
     make_layout,
     packed,
     packed_backward,
+    packing_cost,
     prefill_only,
 )
 from .launch import constant
 from .op import define_attention
 from .select.blocks import KEYS, BlockConfig, query_blocks, select_blocks
+from .select.contest import CONTEST
 from .select.halving import RULE
 from .select.schedule import check_budget
 
@@ -398,9 +400,9 @@ def rows_seen(own: PerHead, n: int) -> np.ndarray:
 def _chosen_cost(rows: Rows, block: int) -> c.Cost:
     """Selected rows, or sinks, recent and protected ones alone: what a query sees once there is more, on average over
     its block; and the choice, one query of ``block`` against all keys before it."""
-    every = KEYS if rows.selected else 256 if rows.protected else 1  # tokens that leave the tail at a time
-    held = rows.sinks + rows.recent + rows.protected + KEYS * rows.selected + (every - 1) / sympy.Integer(2)
-    held += (block + 1) / sympy.Integer(2)
+    every = KEYS if rows.selected else CONTEST if rows.protected else 1  # tokens that leave the tail at a time
+    late = max(0, every - block) + block + 1
+    held = rows.sinks + rows.recent + rows.protected + KEYS * rows.selected + late / sympy.Integer(2)
 
     def seen(queries: sympy.Expr) -> sympy.Expr:
         first = sympy.Min(queries, held)
@@ -417,7 +419,8 @@ def _chosen_cost(rows: Rows, block: int) -> c.Cost:
 
 
 def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
-    """The sum over groups of heads."""
+    """The sum over heads, and with padding what packing them costs."""
+    bare = replace(spec, mask=replace(spec.mask, padding=False))
     own = options_at(params["min_length"], **params)
     exact = c.dense_cost(c.visible_pairs(spec))
     members: dict[Rows, int] = {}
@@ -432,18 +435,32 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
             assert isinstance(config, Express)
             of = METHODS["express"].cost
             assert of is not None
-            cost = of(spec, {**config.pack(), "min_length": 0})
+            cost = of(bare, {**config.pack(), "min_length": 0})
             cost = _each(cost, {c.s: rows.thinned})
         else:
             cost = _chosen_cost(rows, own.block).unless(c.Lk <= exact_up_to(rows), exact)
         share = sympy.Rational(count, len(own.rows))
         costs.append(cost if share == 1 else _each(cost, {c.H: c.H * share, c.H_kv: c.H_kv * share}))
+    if spec.mask.padding:
+        costs.append(c.Cost(sympy.Integer(0), c.itemsize * packing_cost(), launches=sympy.Integer(0)))
     summed = c.Cost(*(sum(getattr(cost, f.name) for cost in costs) for f in fields(c.Cost)))
     return summed.unless(c.Lk < params["min_length"], exact) if params["min_length"] else summed
 
 
 def _each(cost: c.Cost, values: Mapping[Any, Any]) -> c.Cost:
     return c.Cost(*(sympy.sympify(getattr(cost, f.name)).subs(values, simultaneous=True) for f in fields(c.Cost)))
+
+
+def _shares(spec: AttentionSpec, params: Mapping[str, Any]) -> list[Share]:
+    """Heads that see everything, and the others."""
+    rows = from_numbers(params["rows"])
+    exact = [x for x in rows if x.everything]
+    found = [("exact", exact), ("express", [x for x in rows if not x.everything])]
+
+    def few(own: list[Rows]) -> AttentionSpec:
+        return replace(spec, H=spec.H * len(own) // len(rows), H_kv=spec.H_kv * len(own) // len(rows))
+
+    return [(name, few(own), {**params, "rows": to_numbers(own)}) for name, own in found if own]
 
 
 def _approximates(params: Mapping[str, Any], Lk: int) -> bool:
@@ -461,7 +478,8 @@ METHOD = register(
         params=_params,
         sees=lambda own, site: own.at(site),
         cost=_cost,
-        timed_as="express",
+        padding_cost=True,
+        shares=_shares,
         approximates=_approximates,
     )
 )

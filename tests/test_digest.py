@@ -115,11 +115,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "heads": {
-        "": {"rows": ({"sinks": 2, "recent": 9, "thinned": 8}, {"sinks": 2, "recent": 9, "selected": 1}), "block": 16},
+        "": {"rows": ({"sinks": 2, "recent": 9, "selected": 1},), "block": 16},
+        "mixture": {"rows": ({"sinks": 2, "recent": 9, "thinned": 8}, {"sinks": 2, "recent": 9, "selected": 1})},
         "window": {"rows": ({"sinks": 2, "recent": 9}, {"everything": True})},
         "protected": {"rows": ({"recent": 9, "protected": 20}, {"thinned": 8, "protected": 20}), "block": 32},
-        "one for all": {"rows": ({"sinks": 1, "selected": 1},)},
-        "kernel": {"halving": "kernel"},
+        "kernel": {"rows": ({"sinks": 2, "thinned": 8}, {"sinks": 5}), "halving": "kernel"},
         "min_length": {"min_length": 400},
     },
 }

@@ -29,6 +29,10 @@ class Refusal:
         return f"{self.method}: {self.reason}"
 
 
+Share = tuple[str, AttentionSpec, Mapping[str, Any]]
+"""A part of a call: whose kernels it runs, its spec and the parameters of the op for it."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to compute attention at a site.
@@ -47,7 +51,9 @@ class Method:
     cost(spec, params): what a call costs in the symbols of ``cost.py``, for the parameters that ``params`` gave.
         Of ``spec`` it reads the mask; sizes and the budget stay symbols. ``None``: not known.
     padding_cost: whether ``cost`` also says what padding costs; else it is that of a batch without.
-    timed_as: the method whose kernels it runs, by whose rates it is predicted; itself unless given.
+    shares(spec, params): the parts of a call of which each runs the kernels of one method, by whose rates it is
+        predicted: that method, and the spec and the parameters of the part; all sizes are numbers. Unless given a call
+        is one part by rates of its own.
     rows(params, Lk): what the symbol s of its cost stands for at ``Lk`` keys.
     forms: which fields of ``AttentionSpec.forms`` the op computes. A site that has another one is refused without
         asking ``refuse``. Of ``"sinks"`` the op takes the logits ``[H]`` as the argument ``sinks``.
@@ -70,7 +76,7 @@ class Method:
     loses: Callable[[AttentionSpec, Policy], str | None] = lambda spec, policy: None
     cost: Callable[[AttentionSpec, Mapping[str, Any]], Cost] | None = None
     padding_cost: bool = False
-    timed_as: str = ""
+    shares: Callable[[AttentionSpec, Mapping[str, Any]], list[Share]] | None = None
     rows: Callable[[Mapping[str, Any], int], int] = lambda params, Lk: Lk
     forms: tuple[str, ...] = ()
     approximates: Callable[[Mapping[str, Any], int], bool] | None = None

@@ -72,7 +72,7 @@ def from_numbers(numbers: Sequence[int]) -> tuple[Rows, ...]:
     if not numbers or len(numbers) % len(names):
         raise ValueError(f"rows: {len(numbers)} numbers; must be {len(names)} for every KV head: {', '.join(names)}")
     parts = (numbers[i : i + len(names)] for i in range(0, len(numbers), len(names)))
-    return tuple(Rows(**{**dict(zip(names, part, strict=True)), "everything": bool(part[-1])}) for part in parts)
+    return tuple(Rows.from_data(dict(zip(names, (*part[:-1], bool(part[-1])), strict=True))) for part in parts)
 
 
 def heads(given: Any) -> tuple[Rows, ...]:

@@ -179,7 +179,7 @@ def test_what_comes_after_a_query_changes_no_bit_of_it(method, options):
     "method, options", [("express", {**EXPRESS, "min_length": 90}), ("thinformer", THINFORMER), *MIXED]
 )
 def test_gradients_are_those_of_every_sequence_alone(method, options):
-    own, lengths = method == "express", [100, 60, 140, 60]
+    own, lengths = method in ("express", "heads"), [100, 60, 140, 60]
     parts = [sequence(n, n if own else 30, 4, 2, 8, 8, number=n) for n in lengths]
     places = [
         places_of(n, 150, side, 0) for n, side in zip(lengths, ("left", "right", "anywhere", "both"), strict=True)
