@@ -355,6 +355,16 @@ def test_a_mapping_of_module_paths_is_the_plan_of_each_site():
     assert wrong.reason == "rows lists 2 KV heads, the site has 4"
 
 
+@given(
+    rows=st.dictionaries(st.text(max_size=5), st.lists(any_rows(), min_size=1, max_size=3), max_size=3),
+    block=st.sampled_from([16, 128]),
+)
+def test_plans_survive_json_and_their_plain_data(rows, block):
+    own = P.PerHead(rows, block=block)
+    assert P.PerHead(**own.data()) == own
+    assert Policy.from_json(Policy(methods=[own]).to_json()).of("heads") == own
+
+
 # -- cost ----------------------------------------------------------------------------------------------------------
 
 
