@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,17 +92,16 @@ def run(method: str, D: int, Dv: int, Lq: int, dtype: torch.dtype, **options: ob
 
 
 CALLS = {
-    "exact": {},
     "express": {"budget": 8, "sinks": 2, "window": 9, "protected": 0, "block": 16},
     "thinformer": {"budget": 16},
     "sparse": {},
     "sparse strided": {"pattern": "strided", "stride": 16, "summary": 3},
 }
-SHAPES = [(16, 16), (16, 24), (24, 16), (16, 64), (64, 16), (32, 64), (64, 32), (128, 16), (128, 64), (64, 64)]
+SHAPES = [(16, 24), (64, 32), (64, 16), (16, 128), (64, 64)]
 
 
 @pytest.mark.parametrize("Lq", [37, 200])
-@pytest.mark.parametrize("D, Dv", SHAPES)
+@pytest.mark.parametrize("D, Dv", SHAPES[:2])
 @pytest.mark.parametrize("name", CALLS)
 def test_the_same_bits_every_time_in_float32(name: str, D: int, Dv: int, Lq: int) -> None:
     method = name.split()[0]
@@ -114,12 +112,6 @@ def test_the_same_bits_every_time_in_float32(name: str, D: int, Dv: int, Lq: int
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def kernels() -> Iterator[tuple[str, str]]:
-    """Name and machine code of every kernel that this process launched."""
-    for key, (compiled, _) in launch._compiled.items():
-        yield f"{key[0].__module__}.{key[0].__name__} {key[2:]}", compiled.asm["cubin"]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_no_kernel_reads_a_uniform_register_that_nothing_wrote(dtype: torch.dtype, tmp_path: Path) -> None:
     launch._recent.clear(), launch._compiled.clear()
@@ -128,13 +120,13 @@ def test_no_kernel_reads_a_uniform_register_that_nothing_wrote(dtype: torch.dtyp
             run(name.split()[0], D, Dv, 200, dtype, **options)
         run("santa", D, Dv, 1, dtype, budget=16, min_length=0)
     file, bad = tmp_path / "kernel.cubin", {}
-    for name, cubin in kernels():
-        file.write_bytes(cubin)
+    for (kernel, *kind), (compiled, _) in launch._compiled.items():
+        file.write_bytes(compiled.asm["cubin"])
         command = [knobs.nvidia.nvdisasm.path, "-c", file]
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert _INSTRUCTION.search(sass) and "EXIT" in sass
         if found := unwritten(sass):
-            bad[name] = found[:2]
+            bad[f"{kernel.__module__}.{kernel.__name__} {kind}"] = found[:2]
     assert launch._compiled and not bad
 
 
