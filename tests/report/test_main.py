@@ -254,13 +254,13 @@ def test_calibrate_prints_and_keeps_the_rates(
     assert set(device.rates["float32"]) == {"exact"}
     words = capsys.readouterr().out
     assert device.source in words and "float32" in words and "at most" in words
-    devices.device_of.cache_clear()
+    devices.known.cache_clear()
     assert main(["calibrate"]) == 0
     try:
         found = devices.device_of("cpu")
         assert found.source == device.source and str(devices.path_of(found.name)) in capsys.readouterr().out
     finally:
-        devices.device_of.cache_clear()
+        devices.known.cache_clear()
 
 
 @pytest.mark.parametrize("called", ["json", "statistics", "torch", "rich"])
