@@ -332,16 +332,17 @@ def express_reference(
     scale: float,
     seed: torch.Tensor,
     layer: int = 0,
+    heads: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Express attention in plain PyTorch on any device: the definition of correct.
 
     ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``; query i is token
-    ``Lk - Lq + i``. ``seed`` is a 0-dim int64 tensor. Returns ``(out, lse)`` as
-    :func:`segment_attention_reference` does. Differentiable with the selection held fixed.
+    ``Lk - Lq + i``. ``seed`` is a 0-dim int64 tensor, ``heads`` as in :class:`Random`. Returns ``(out, lse)``
+    as :func:`segment_attention_reference` does. Differentiable with the selection held fixed.
     """
     layout = make_layout(config, query.shape[2], key.shape[2])
     with torch.no_grad():
-        index = thin_reference(key, value, layout, scale, seed, layer)
+        index = thin_reference(key, value, layout, scale, seed, layer, heads)
     sources = Sources(key, value, gather_rows(key, index), gather_rows(value, index))
     return segment_attention_reference(query, sources, layout.table, scale)
 
@@ -365,7 +366,9 @@ def attend(call: Call, config: Express, heads: torch.Tensor | None = None) -> tu
     """Express of a call without padding, its options those of ``config``; exact attention by the fastest kernel where
     it is exact. ``heads``: as in :class:`Random`."""
     query, key, value = call.query, call.key, call.value
-    if key.is_cuda and call.Lk <= config.exact_up_to:
+    if not key.is_cuda:
+        return express_reference(query, key, value, config, call.scale, call.seed, call.layer, heads)
+    if call.Lk <= config.exact_up_to:
         return exact_attention(query, key, value, call.scale)
     layout = make_layout(config, call.Lq, call.Lk)
     sources, _ = select_rows(key, value, layout, call.scale, Random(call.seed, call.layer, heads))

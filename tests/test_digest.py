@@ -512,6 +512,7 @@ def test_another_seed_is_told_from_the_recorded_one_by_its_bits_and_without_them
     recorded = json.loads(RECORD.read_text())["digests"]
     found = digests("cpu", SEED + 1)
     drawn = {name for name in found if not any(word in name for word in ("sparse", "exact", "min_length"))}
+    drawn -= {name for name, case in cases().items() if case.method == "heads" and "thinned" not in str(case.options)}
     assert len(drawn) > 60
     for bitwise in (True, False):
         assert differences(found, recorded, bitwise).keys() == drawn

@@ -522,7 +522,7 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
     head = (i_seq % sizes.H).to(tl.int32)
     if random.heads is not None:
         head = tl.load(random.heads + head)
-    random = Random(tl.load(random.seed), random.layer, None)
+    random = Random(tl.load(random.seed), random.layer, head)
     at = _places(work, i_seq, sizes, SHAPE)
     p_ck, p_cv = x.copied_key + i_seq * sizes.A * SHAPE.D, x.copied_value + i_seq * sizes.A * SHAPE.DV
     p_index = x.index + i_seq * sizes.index_rows
