@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from .core.method import METHODS, Method, Refusal, register
     from .core.plan import Plan, SavedPlan, SavedSite
     from .core.policy import Policy
+    from .core.rows import Rows
     from .core.sites import SiteReport, record_sites
     from .core.spec import AttentionSpec, Mask, Site
     from .quality.budgets import Calibration, calibrate_error
+    from .quality.fit import Fit, fit, rewrite_attention
+    from .quality.profile import Profile, profile
     from .quality.watch import Watch, watch
     from .report.explain import Report, explain
-    from .routes.eager import is_rewritten, restore_attention, rewrite_attention
+    from .routes.eager import is_rewritten, restore_attention
 
 __version__ = "0.1.0"
 
@@ -33,11 +36,14 @@ _HOMES = {
     "core.plan": ("Plan", "SavedPlan", "SavedSite"),
     "core.policy": ("Policy",),
     "core.sites": ("SiteReport", "record_sites"),
+    "core.rows": ("Rows",),
     "core.spec": ("AttentionSpec", "Mask", "Site"),
     "quality.budgets": ("Calibration", "calibrate_error"),
+    "quality.fit": ("Fit", "fit", "rewrite_attention"),
+    "quality.profile": ("Profile", "profile"),
     "quality.watch": ("Watch", "watch"),
     "report.explain": ("explain", "Report"),
-    "routes.eager": ("rewrite_attention", "restore_attention", "is_rewritten"),
+    "routes.eager": ("restore_attention", "is_rewritten"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -45,12 +51,15 @@ __all__ = [
     "METHODS",
     "AttentionSpec",
     "Calibration",
+    "Fit",
     "Mask",
     "Method",
     "Plan",
     "Policy",
+    "Profile",
     "Refusal",
     "Report",
+    "Rows",
     "SavedPlan",
     "SavedSite",
     "Site",
@@ -58,7 +67,9 @@ __all__ = [
     "Watch",
     "calibrate_error",
     "explain",
+    "fit",
     "is_rewritten",
+    "profile",
     "record_sites",
     "register",
     "restore_attention",

@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"express-compile {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_explain(commands)
+    _add_fit(commands)
     _add_calibrate(commands)
     options = parser.parse_args(arguments)
     # it loads torch, which takes seconds: --help and bad arguments do without
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if options.command == "calibrate":
         return run.calibrate(options)
+    if options.command == "fit":
+        return run.fit(options)
     return run.explain(options, {name: getattr(options, name) for name in POLICY if hasattr(options, name)})
 
 
@@ -70,6 +73,34 @@ def _add_explain(commands: Any) -> None:
     policy = parser.add_argument_group("policy", "the options of the backend (docs/guide/options.md)")
     for name, settings in POLICY.items():
         policy.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **settings)
+
+
+# ---------------------------------------------------------------------------------------------------------- fit
+
+
+def _add_fit(commands: Any) -> None:
+    parser = commands.add_parser(
+        "fit",
+        usage="%(prog)s MODEL --sample FILE (--tolerance NATS | --rows N | --speedup FACTOR) [options]",
+        help="fit a plan for every KV head of a model to a sample text",
+        description="Measure what every KV head loses with every option of rows on one half of a sample, and choose "
+        "the cheapest ones that keep what is asked for, as measured on the other half.",
+    )
+    parser.set_defaults(parser=parser)
+    add = parser.add_argument
+    add(
+        "model", type=_place, metavar="MODEL",
+        help="FILE.py:FUNCTION or MODULE:FUNCTION that returns the model, or the model and its tokenizer",
+    )  # fmt: skip
+    add("--sample", type=Path, required=True, metavar="FILE", help="a text, or token ids that torch.save wrote (.pt)")
+    add("--tokens", type=int, metavar="N", help="of the sample that are used (default: all)")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--tolerance", type=float, metavar="NATS", help="KL per token that is allowed, measured")
+    asked.add_argument("--rows", type=float, metavar="N", help="rows per query that are allowed, mean over KV heads")
+    asked.add_argument("--speedup", type=float, metavar="FACTOR", help="predicted, over exact attention")
+    add("--length", type=int, metavar="N", help="tokens that rows and speedup are for (default: those profiled)")
+    add("--device", default="cpu", help="where the model runs, e.g. cuda (default: %(default)s)")
+    add("--save-plan", type=_file, metavar="FILE", help="write the plan; the option plan takes it")
 
 
 # ---------------------------------------------------------------------------------------------------- calibrate

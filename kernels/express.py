@@ -88,6 +88,9 @@ def _block(name: str, value: Any) -> int:
     return int(value)
 
 
+BLOCK = Kind("16, 32, 64 or 128", "int", _block)
+
+
 @dataclass(frozen=True)
 class Express(Options):
     """What decides the rows of Express besides the data."""
@@ -111,7 +114,7 @@ class Express(Options):
     flatten: float = option(
         0.0, "factor of the exponent in the kernel of the halving rule; 0 is the rule's own", NUMBER
     )
-    block: int = option(128, "queries that see the same coreset", Kind("16, 32, 64 or 128", "int", _block))
+    block: int = option(128, "queries that see the same coreset", BLOCK)
 
     def check(self) -> None:
         if not isinstance(self.budget, int):
@@ -151,9 +154,27 @@ class Express(Options):
         return (position - self.sinks - self.recent) % self.block
 
     @property
+    def forgets(self) -> bool:
+        """Whether tokens that left sinks, tail and places are dropped, not thinned."""
+        return False
+
+    @property
     def exact_up_to(self) -> int:
         """Sequences of at most this many tokens get exact attention."""
         return 4 * self.s + self.sinks + self.recent + self.protected
+
+
+class Unthinned(Express):
+    """Express without its coreset: sinks, recent and protected rows alone."""
+
+    forgets = True
+
+    def streamed(self, tokens: int) -> int:
+        return 0
+
+    @property
+    def exact_up_to(self) -> int:
+        return self.sinks + self.recent + self.protected
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -208,7 +229,7 @@ def make_layout(config: Express, Lq: int, Lk: int) -> Layout:
         size = copied
         source = np.where(in_stream, TOKENS, COMPACTED)
         offset = np.where(in_stream, offset + config.sinks, offset - schedule.tokens)
-        tail = np.minimum(config.sinks, begin) + complete
+        tail = np.minimum(config.sinks, begin) + (left if config.forgets else complete)
         extra = []
     zero = np.zeros_like(begin)
     columns = [(zero, zero, np.minimum(config.sinks, begin), zero)]
@@ -234,6 +255,11 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.gather(2, flat[..., None].expand(*flat.shape, x.shape[-1])).unflatten(2, index.shape[2:])
 
 
+def _numbers(key: torch.Tensor, random: Random) -> torch.Tensor:
+    """The numbers of the KV heads of ``key`` in the stream of random numbers."""
+    return torch.arange(key.shape[1], device=key.device) if random.heads is None else random.heads
+
+
 def halve_all_reference(
     arena: torch.Tensor,
     key: torch.Tensor,
@@ -241,16 +267,15 @@ def halve_all_reference(
     schedule: Schedule,
     rule: HalvingRule,
     scale: float,
-    seed: torch.Tensor,
-    layer: int,
+    random: Random,
 ) -> None:
     """All halvings of a schedule in place on ``arena`` ``[B, H_kv, schedule.size]``, which holds token indices."""
-    head = torch.arange(key.shape[1], device=key.device)[:, None, None]
+    head = _numbers(key, random)[:, None, None]
     for job in itertools.chain(*schedule.launches):
         source = arena[:, :, job.source : job.source + job.rows * job.buckets].unflatten(2, (job.buckets, job.rows))
         pairs = torch.arange(job.rows // 2, device=key.device)
         bucket = torch.arange(job.first, job.first + job.buckets, device=key.device)[:, None]
-        draws = philox_uniform(seed, layer, pairs, bucket, job.stage, head)
+        draws = philox_uniform(random.seed, random.layer, pairs, bucket, job.stage, head)
         rows = gather_rows(key, source), gather_rows(value, source)
         second = halve_reference(*rows, draws, rule, job.delta, scale)
         kept = torch.where(second, source[..., 1::2], source[..., 0::2])
@@ -258,10 +283,11 @@ def halve_all_reference(
 
 
 def thin_reference(
-    key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, seed: torch.Tensor, layer: int
-) -> torch.Tensor:
+    key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, seed: torch.Tensor, layer: int,
+    heads: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Which token every compacted row is: int32 ``[B, H_kv, layout.size]``. ``key`` ``[B, H_kv, Lk, D]``,
-    ``value`` ``[B, H_kv, Lk, Dv]``."""
+    ``value`` ``[B, H_kv, Lk, Dv]``. ``heads``: their numbers, as in :class:`Random`."""
     B, H = key.shape[:2]
     schedule, config = layout.schedule, layout.config
     arena = torch.empty(B, H, schedule.size, dtype=torch.int32, device=key.device)
@@ -273,19 +299,21 @@ def thin_reference(
     else:
         first = config.sinks
         arena[:, :, : schedule.tokens] = torch.arange(first, first + schedule.tokens, device=key.device)
-    head = torch.arange(H, device=key.device)[:, None]
+    random = Random(seed, layer, heads)
+    head = _numbers(key, random)[:, None]
     for job in schedule.subsamples:
         rows = torch.arange(job.rows, device=key.device)
         draws = philox_uniform(seed, layer, rows, 0, job.stage, head)
         pick = job.source + rows * job.group + (draws * job.group).long()
         arena[:, :, job.target : job.target + job.rows] = arena.gather(2, pick.expand(B, *pick.shape))
-    halve_all_reference(arena, key, value, schedule, config.rule, scale, seed, layer)
+    halve_all_reference(arena, key, value, schedule, config.rule, scale, random)
     return torch.cat([arena[:, :, schedule.tokens :], *behind], 2)
 
 
 def thin_triton(
-    key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, seed: torch.Tensor, layer: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, seed: torch.Tensor, layer: int,
+    heads: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """:func:`thin_reference` with the kernels: the index, and copies of the first ``layout.copied`` rows."""
     schedule, config, copied = layout.schedule, layout.config, layout.copied
     index = torch.empty(*key.shape[:2], layout.size, dtype=torch.int32, device=key.device)
@@ -293,7 +321,7 @@ def thin_triton(
         stream, places = compete(key, config.sinks, layout.contests, config.protected)
         index[:, :, copied : copied + schedule.tokens] = stream[:, :, : schedule.tokens]
         index[:, :, copied + schedule.tokens :] = places.flatten(2)
-    return index, *thin(key, value, index, schedule, config.sinks, config.rule, scale, Random(seed, layer))
+    return index, *thin(key, value, index, schedule, config.sinks, config.rule, scale, Random(seed, layer, heads))
 
 
 def express_reference(
@@ -304,16 +332,17 @@ def express_reference(
     scale: float,
     seed: torch.Tensor,
     layer: int = 0,
+    heads: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Express attention in plain PyTorch on any device: the definition of correct.
 
     ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``; query i is token
-    ``Lk - Lq + i``. ``seed`` is a 0-dim int64 tensor. Returns ``(out, lse)`` as
-    :func:`segment_attention_reference` does. Differentiable with the selection held fixed.
+    ``Lk - Lq + i``. ``seed`` is a 0-dim int64 tensor, ``heads`` as in :class:`Random`. Returns ``(out, lse)``
+    as :func:`segment_attention_reference` does. Differentiable with the selection held fixed.
     """
     layout = make_layout(config, query.shape[2], key.shape[2])
     with torch.no_grad():
-        index = thin_reference(key, value, layout, scale, seed, layer)
+        index = thin_reference(key, value, layout, scale, seed, layer, heads)
     sources = Sources(key, value, gather_rows(key, index), gather_rows(value, index))
     return segment_attention_reference(query, sources, layout.table, scale)
 
@@ -322,48 +351,48 @@ def express_reference(
 # Launcher: the reference on the CPU, the kernels on CUDA
 
 
-def _prefill(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    config: Express,
-    scale: float,
-    seed: torch.Tensor,
-    layer: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if not key.is_cuda:
-        return express_reference(query, key, value, config, scale, seed, layer)
-    layout = make_layout(config, query.shape[2], key.shape[2])
-    index, keys, values = thin_triton(key, value, layout, scale, seed, layer)
-    sources = Sources(key, value, keys, values, index if config.protected else None)
-    return segment_attention(query, sources, layout.table, scale)
-
-
 def select_rows(
-    key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, seed: torch.Tensor, layer: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token index ``[B, H_kv, A]`` of all compacted rows, and their keys and values."""
+    key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, random: Random
+) -> tuple[Sources, torch.Tensor]:
+    """The rows that the table of ``layout`` speaks of, and which tokens the compacted ones are: ``[B, H_kv, A]``."""
     if not key.is_cuda:
-        index = thin_reference(key, value, layout, scale, seed, layer)
-        return index, gather_rows(key, index), gather_rows(value, index)
-    index, keys, values = thin_triton(key, value, layout, scale, seed, layer)
-    if layout.config.protected:
-        behind = index[:, :, layout.copied :]
-        keys, values = (torch.cat([c, gather_rows(x, behind)], 2) for c, x in ((keys, key), (values, value)))
-    return index, keys, values
+        index = thin_reference(key, value, layout, scale, *random)
+        return Sources(key, value, gather_rows(key, index), gather_rows(value, index)), index
+    index, keys, values = thin_triton(key, value, layout, scale, *random)
+    return Sources(key, value, keys, values, index if layout.config.protected else None), index
 
 
-def _backward(call: Call, config: Express, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> _Gradients:
-    """Gradients with the selection held fixed; it is made again, so that training stores nothing for it."""
+def attend(call: Call, config: Express, heads: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Express of a call without padding, its options those of ``config``; exact attention by the fastest kernel where
+    it is exact. ``heads``: as in :class:`Random`."""
     query, key, value = call.query, call.key, call.value
+    if not key.is_cuda:
+        return express_reference(query, key, value, config, call.scale, call.seed, call.layer, heads)
+    if call.Lk <= config.exact_up_to:
+        return exact_attention(query, key, value, call.scale)
     layout = make_layout(config, call.Lq, call.Lk)
-    index, *compacted = select_rows(key, value, layout, call.scale, call.seed, call.layer)
-    sources = Sources(key, value, *compacted)
-    gradients = segment_gradients(grad, query, sources, out, lse, layout.table, call.scale)
-    d_query, d_key, d_value, *d_compacted = gradients
+    sources, _ = select_rows(key, value, layout, call.scale, Random(call.seed, call.layer, heads))
+    return segment_attention(query, sources, layout.table, call.scale)
+
+
+def gradients(
+    call: Call, sources: Sources, index: torch.Tensor, table: SegmentTable, results: _Gradients
+) -> _Gradients:
+    """Of query, key and value for ``results``: the gradient of the output, the output and its log-sum-exp. The choice
+    of the rows, ``index``, is held fixed."""
+    d_query, d_key, d_value, *d_compacted = segment_gradients(
+        results[0], call.query, sources.gathered(), *results[1:], table, call.scale
+    )
     for target, part in zip((d_key, d_value), d_compacted, strict=True):
         accumulate_rows(target, index, part)
     return d_query, d_key, d_value
+
+
+def backward(call: Call, config: Express, results: _Gradients, heads: torch.Tensor | None = None) -> _Gradients:
+    """The gradients of :func:`attend`; the selection is made again, so that training stores nothing for it."""
+    layout = make_layout(config, call.Lq, call.Lk)
+    rows = select_rows(call.key, call.value, layout, call.scale, Random(call.seed, call.layer, heads))
+    return gradients(call, *rows, layout.table, results)
 
 
 @functools.lru_cache(maxsize=256)
@@ -377,55 +406,73 @@ def config_at(Lk: int, min_length: int, recent: int, **others: Any) -> Express:
     return _config(recent=max(recent, Lk) if Lk < min_length else recent, **others)
 
 
-def _whole_below(config: Express, min_length: int, Lk: int) -> int:
+def _whole_below(exact_up_to: int, min_length: int, Lk: int) -> int:
     """Sequences of a padded batch of ``Lk`` places that are exact for ``min_length`` alone have fewer tokens; or 0."""
-    return min_length if config.exact_up_to + 1 < min_length <= Lk else 0
+    return min_length if exact_up_to + 1 < min_length <= Lk else 0
 
 
-def _express_body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """With ``padding``, for a device that cannot be asked for lengths: all sequences as long as the longest may be.
+def packed(
+    call: Call, exact_up_to: int, run: Callable[[Call, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``run(call, start)`` with the real tokens of every sequence in front, for a device that cannot be asked for
+    lengths: all sequences as long as the longest may be. ``start`` int64 ``[B]`` is each one's first real query.
 
     What the first tokens give does not depend on those behind them, so only ``min_length`` has to be looked after:
-    sequences with fewer tokens, which lie within the first places, get the answer of exact attention.
+    sequences with fewer tokens, which lie within the first places, get the answer of exact attention. Up to
+    ``exact_up_to`` tokens they have it anyway.
     """
-    query, key, value, padding, Lk = call.query, call.key, call.value, call.padding, call.Lk
-    config = config_at(Lk, **call.options)
-    if padding is not None:
-        pad, whole = Packing(padding), _whole_below(config, call.options["min_length"], Lk)
-        query, key, value = pad.pack(query), pad.pack(key), pad.pack(value)
-    if key.is_cuda and Lk <= config.exact_up_to:
-        out, lse = exact_attention(query, key, value, call.scale)
-    else:
-        out, lse = _prefill(query, key, value, config, call.scale, call.seed, call.layer)
-    if padding is None:
-        return out, lse
+    if call.padding is None:
+        return run(call, None)
+    pad, whole = Packing(call.padding), _whole_below(exact_up_to, call.options["min_length"], call.Lk)
+    query, key, value = map(pad.pack, (call.query, call.key, call.value))
+    out, lse = run(replace(call, query=query, key=key, value=value, padding=None), pad.start(call.Lq))
     if whole:
         short = (pad.length < whole)[:, None, None]
-        first_query, first_key, first_value = (x[:, :, : whole - 1] for x in (query, key, value))
-        own_out, own_lse = exact_attention(first_query, first_key, first_value, call.scale)
+        q, k, v = (x[:, :, : whole - 1] for x in (query, key, value))
+        own_out, own_lse = exact_attention(q, k, v, call.scale)
         out[:, :, : whole - 1] = torch.where(short[..., None], own_out, out[:, :, : whole - 1])
         lse[:, :, : whole - 1] = torch.where(short, own_lse, lse[:, :, : whole - 1])
     return pad.unpack(out, call.Lq), pad.unpack(lse[..., None], call.Lq, -math.inf)[..., 0]
 
 
-def _express_backward_body(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> _Gradients:
-    config, inputs, scale = config_at(call.Lk, **call.options), (call.query, call.key, call.value), call.scale
+def packed_backward(
+    call: Call,
+    results: _Gradients,
+    exact_up_to: int,
+    run: Callable[[Call, _Gradients, torch.Tensor | None], _Gradients],
+) -> _Gradients:
+    """The same for gradients, in the dtypes of query, key and value; ``results`` as in :func:`gradients`."""
+    inputs = (call.query, call.key, call.value)
     if call.padding is None:
-        grads = _backward(call, config, grad, out, lse)
+        grads = run(call, results, None)
     else:
-        pad, whole = Packing(call.padding), _whole_below(config, call.options["min_length"], call.Lk)
-        grad, out, lse, *packed = (pad.pack(x) for x in (grad, out, lse[..., None], *inputs))
-        query, key, value = packed
-        grads = _backward(replace(call, query=query, key=key, value=value), config, grad, out, lse[..., 0])
+        pad, whole = Packing(call.padding), _whole_below(exact_up_to, call.options["min_length"], call.Lk)
+        grad, out, lse = results
+        grad, out, lse, *rows = (pad.pack(x) for x in (grad, out, lse[..., None], *inputs))
+        query, key, value = rows
+        own = replace(call, query=query, key=key, value=value, padding=None)
+        grads = run(own, (grad, out, lse[..., 0]), pad.start(call.Lq))
         if whole:
             short = (pad.length < whole)[:, None, None, None]
-            grad, out, lse, *first = (x[:, :, : whole - 1] for x in (grad, out, lse, *packed))
+            grad, out, lse, *first = (x[:, :, : whole - 1] for x in (grad, out, lse, *rows))
             (q, k, v), table = first, causal_table(whole - 1, whole - 1)
-            exact = segment_gradients(grad, q, Sources.tokens(k, v), out, lse[..., 0], table, scale)
-            for x, own in zip(grads, exact, strict=False):
-                x.copy_(torch.where(short, torch.nn.functional.pad(own, (0, 0, 0, x.shape[2] - whole + 1)), x))
+            exact = segment_gradients(grad, q, Sources.tokens(k, v), out, lse[..., 0], table, call.scale)
+            for x, part in zip(grads, exact, strict=False):
+                x.copy_(torch.where(short, torch.nn.functional.pad(part, (0, 0, 0, x.shape[2] - whole + 1)), x))
         grads = tuple(pad.unpack(g, x.shape[2]) for g, x in zip(grads, inputs, strict=True))
     return tuple(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
+
+
+def _express_body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    config = config_at(call.Lk, **call.options)
+    return packed(call, config.exact_up_to, lambda own, start: attend(own, config))
+
+
+def _express_backward_body(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> _Gradients:
+    config = config_at(call.Lk, **call.options)
+    return packed_backward(
+        call, (grad, out, lse), config.exact_up_to, lambda own, results, start: backward(own, config, results)
+    )
 
 
 OP, BACKWARD = define_attention("express", Express, _express_body, _express_backward_body)
@@ -437,27 +484,29 @@ OP, BACKWARD = define_attention("express", Express, _express_body, _express_back
 MIN_QUERIES = 16  # below, a call that continues a cache counts as decoding
 
 
-def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
+def prefill_only(spec: AttentionSpec, who: str) -> str | None:
+    """Why a site is no causal prefill of plain tokens, for a method whose name is ``who``; None if it is one."""
     mask = spec.mask
-    reason = None
     if mask.unknown is not None:
-        reason = f"its mask is not proven: {mask.unknown}"
-    elif mask.segments:
-        reason = "it keeps packed sequences apart; Express would let them see each other"
-    elif mask.window is not None:
-        reason = f"it has a sliding window of {mask.reach}"
-    elif not mask.causal:
-        reason = "it is not causal; Express thins what came before each query"
-    elif not at_the_end(spec):
-        reason = f"its causal mask has offset {mask.offset}; needed is Lk - Lq, the last query sees every key"
-    elif not isinstance(rows := policy.given("express")["budget"], int):
-        reason = budget_grows(rows)
-    elif spec.dropout_p > 0:
-        reason = f"it drops attention weights (dropout_p={spec.dropout_p}); call model.eval()"
-    elif isinstance(spec.Lq, int) and spec.Lq < MIN_QUERIES and not known_equal(spec.Lq, spec.Lk):
-        reason = f"decoding {spec.Lq} token(s) from a full cache would thin the whole cache again at every step"
-    else:
-        reason = no_kernel(spec)
+        return f"its mask is not proven: {mask.unknown}"
+    if mask.segments:
+        return f"it keeps packed sequences apart; {who} would let them see each other"
+    if mask.window is not None:
+        return f"it has a sliding window of {mask.reach}"
+    if not mask.causal:
+        return f"it is not causal; {who} thins what came before each query"
+    if not at_the_end(spec):
+        return f"its causal mask has offset {mask.offset}; needed is Lk - Lq, the last query sees every key"
+    if spec.dropout_p > 0:
+        return f"it drops attention weights (dropout_p={spec.dropout_p}); call model.eval()"
+    if isinstance(spec.Lq, int) and spec.Lq < MIN_QUERIES and not known_equal(spec.Lq, spec.Lk):
+        return f"decoding {spec.Lq} token(s) from a full cache would thin the whole cache again at every step"
+    return no_kernel(spec)
+
+
+def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
+    rows = policy.given("express")["budget"]
+    reason = prefill_only(spec, "Express") or (None if isinstance(rows, int) else budget_grows(rows))
     return None if reason is None else Refusal("express", reason)
 
 
@@ -491,6 +540,11 @@ def _steps_sum(y: sympy.Expr, step: sympy.Expr) -> sympy.Expr:
     """The sum of ``step * floor(x / step)`` over x = 0 .. y - 1."""
     k = sympy.floor(y / step)
     return step**2 * k * (k - 1) / 2 + k * step * (y - k * step)
+
+
+def packing_cost() -> sympy.Expr:
+    """Elements that :class:`Packing` reads and writes."""
+    return c.B * c.Lk * (6 * (c.H * c.D + c.H_kv * (c.D + c.Dv)) + 4 * c.H * c.Dv)
 
 
 def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
@@ -543,7 +597,7 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     # rows are read to be picked or halved; half of them, and all that are picked, are written and then attended to
     rows = halved + picked + 2 * (halved / 2 + picked)
     scored = 2 * c.B * c.H_kv * c.D * left if protected else 0  # the contest reads keys twice
-    copied = c.B * Lk * (6 * (c.H * c.D + c.H_kv * (c.D + c.Dv)) + 4 * c.H * c.Dv) if spec.mask.padding else 0
+    copied = packing_cost() if spec.mask.padding else 0
     thinned = c.Cost(
         attention.flops + 2 * width * (0 if coin else entries),
         attention.bytes + c.itemsize * (width * rows + scored + copied),

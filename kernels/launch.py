@@ -69,10 +69,12 @@ def strided(x: torch.Tensor | None) -> Strided:
 
 
 class Random(NamedTuple):
-    """The key of a stream of random numbers: ``seed``, 0-dim int64 on the device, and the layer."""
+    """The key of a stream of random numbers: ``seed``, 0-dim int64 on the device, and the layer. ``heads`` int32
+    ``[H_kv]``: the numbers that the KV heads have in the stream, where they are not all heads of a layer in order."""
 
     seed: Any
     layer: Any
+    heads: Any = None
 
 
 class Widths(NamedTuple):
@@ -87,6 +89,20 @@ class Widths(NamedTuple):
     def of(cls, key: torch.Tensor, value: torch.Tensor) -> Widths:
         D, Dv = key.shape[-1], value.shape[-1]
         return cls(D, Dv, *(max(16, next_power_of_two(x)) for x in (D, Dv)))
+
+    @classmethod
+    def alike(cls, key: torch.Tensor, value: torch.Tensor) -> Widths:
+        """The same for kernels with products over both widths: of float32 the narrower tile gets as many columns as the
+        other, up to 64.
+
+        Narrower tiles of unequal width are swizzled in two ways in shared memory, and the parts of float32 factors
+        take turns in the same place of it. ptxas 12.8 (Triton 3.6, sm_90; 12.9 does not) then computes the address of
+        some of them from a register that nothing wrote: sums that change from run to run, or reads of illegal memory.
+        tests/gpu/test_registers.py looks for such reads in what was compiled.
+        """
+        widths = cls.of(key, value)
+        least = min(64, max(widths[2:])) if key.dtype == torch.float32 else 0
+        return widths._replace(BD=max(widths.BD, least), BDV=max(widths.BDV, least))
 
 
 _compiled: dict[tuple, tuple[Any, list]] = {}

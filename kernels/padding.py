@@ -36,6 +36,10 @@ class Packing:
         self.rank = self.order.argsort(1)
         self.front = torch.arange(padding.shape[1], device=padding.device) < self.length[:, None]
 
+    def start(self, Lq: int) -> torch.Tensor:
+        """Where the first real one of the last ``Lq`` tokens of each sequence comes to lie: int64 ``[B]``."""
+        return self.real[:, : self.real.shape[1] - Lq].sum(1)
+
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.nn.functional.pad(x, (0, 0, self.real.shape[1] - x.shape[2], 0))
         x = x.gather(2, self.order[:, None, :, None].expand(x.shape))

@@ -147,7 +147,7 @@ def _thin_reference(
     length = torch.full((B,), Lk, device=key.device) if length is None else length
     arena = torch.empty(B, H, schedule.size, dtype=torch.int64, device=key.device)
     arena[:, :, :n] = stretch_reference(order, length, n, schedule.s, H, seed, layer)
-    halve_all_reference(arena, key, value, schedule, rule, scale, seed, layer)
+    halve_all_reference(arena, key, value, schedule, rule, scale, Random(seed, layer))
     index = arena[:, :, -schedule.s :]
     return index, gather_rows(key, index), gather_rows(value, index)
 

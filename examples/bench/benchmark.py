@@ -55,6 +55,7 @@ from express_compile.kernels.attend.segments import (
 )
 from express_compile.kernels.attend.segments_backward import accumulate_rows_reference
 from express_compile.kernels.exact import exact_attention
+from express_compile.kernels.launch import Random
 from express_compile.kernels.padding import Packing
 from express_compile.kernels.santa import probabilities, read_probability, santa_reference, visible_keys
 from express_compile.kernels.sparse import Pattern, default_stride, dense_backward, dense_forward
@@ -122,11 +123,10 @@ def check(q, k, v, out, config: E.Express) -> tuple[float, float]:
     Lq, scale = q.shape[2], q.shape[-1] ** -0.5
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
     layout = E.make_layout(config, Lq, k.shape[2])
-    _, *compacted = E.select_rows(k, v, layout, scale, seed, LAYER)
+    part = E.select_rows(k, v, layout, scale, Random(seed, LAYER))[0].gathered()
     table, worst, allowed = layout.table, 0.0, 0.0
     for block in {0, len(table.tail) // 2, len(table.tail) - 1}:
         own, one = table.of_block(block, Lq)
-        part = Sources(k, v, *compacted)
         exact = Sources(*(x.double() for x in part.buffers))
         truth, _ = segment_attention_reference(q[:, :, own].double(), exact, one, scale)
         reference, _ = segment_attention_reference(q[:, :, own], part, one, scale)
@@ -145,7 +145,7 @@ def check_gradients(q, k, v, policy: Policy) -> tuple[float, float]:
     grad = torch.randn_like(out)
     actual = torch.autograd.grad(out, (q, k, v), grad)
     layout = E.make_layout(E.config_of(policy, n), n, n)
-    index, *_ = E.select_rows(k, v, layout, scale, seed, LAYER)
+    _, index = E.select_rows(k, v, layout, scale, Random(seed, LAYER))
     gradients = []
     for dtype in (torch.float64, q.dtype):
         leaves = [x.detach().to(dtype) for x in (q, k, v)]

@@ -25,7 +25,7 @@ from express_compile.kernels.santa import loses
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "examples" / "bench" / "results"
-SHIPPED = ("express", "thinformer", "santa", "sparse", "exact")
+SHIPPED = ("express", "thinformer", "santa", "sparse", "heads", "exact")
 
 
 def read(name: str) -> list[dict[str, str]]:

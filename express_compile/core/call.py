@@ -141,13 +141,47 @@ def name_of(op: Op) -> str:
 
 
 def wrap_ops(gm: GraphModule, wrap: Callable[[Op, int], Callable[..., Any]]) -> None:
-    """Let ``wrap(op, layer)`` be called in place of every op of a method in a graph that runs as it is."""
+    """Let ``wrap(op, layer)`` be called in place of every op of a method in a graph that runs as it is.
+
+    The linear layer that takes what such an op gives tells the runner in force, if that has a method ``see_linear``,
+    which takes its input and its weight.
+    """
     for part in [part for part in gm.modules() if isinstance(part, GraphModule)]:
         found = [node for node in part.graph.nodes if isinstance(node.target, Op) and name_of(node.target) in METHODS]
         for node in found:
             node.target = wrap(node.target, Call.of_node(node).layer)
+            if (linear := _linear_behind(node)) is not None:
+                linear.target = _telling(linear.target)
         if found:
             part.recompile()
+
+
+_MOVES = {"getitem", "transpose", "permute", "contiguous", "reshape", "view", "flatten", "to"}
+
+
+def _linear_behind(node: Node) -> Node | None:
+    """The linear layer that alone takes the first result of an op, however it is laid out in between."""
+    while len(users := [x for x in node.users if x.args[1:2] != (1,) or _word(x) != "getitem"]) == 1:
+        (node,) = users
+        if node.target is torch.nn.functional.linear:
+            return node
+        if _word(node) not in _MOVES:
+            return None
+    return None
+
+
+def _word(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _telling(linear: Any) -> Callable[..., torch.Tensor]:
+    def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if (see := getattr(_runner.get(), "see_linear", None)) is not None:
+            see(x, weight)
+        out: torch.Tensor = linear(x, weight, bias)
+        return out
+
+    return run
 
 
 def plainly(op: Op, layer: int) -> Callable[..., Any]:

@@ -29,6 +29,10 @@ class Refusal:
         return f"{self.method}: {self.reason}"
 
 
+Share = tuple[str, AttentionSpec, Mapping[str, Any]]
+"""A part of a call: whose kernels it runs, its spec and the parameters of the op for it."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to compute attention at a site.
@@ -40,13 +44,16 @@ class Method:
     params(site, policy): the keyword arguments of the op beyond those that every op has (:class:`Call`); plain data.
         Raises ``ValueError`` for a bad policy. A site without a spec, ``Site()``, stands for any. Unless given, what
         the options are packed into, and ``min_length`` where the op takes it.
-    sees(options, site): the rows that each KV head of the site sees; ``None`` where they are no selection of
-        :class:`Rows`.
+    sees(options, site): the rows that each KV head of the site sees, one for all or a tuple of one for each; ``None``
+        where they are no selection of :class:`Rows`.
     loses(spec, policy): why exact attention was measured to be faster at a site of these sizes, or ``None``; asked
         unless the policy gives ``min_length``. Sizes may be symbolic: what is decided at run time is no loss.
     cost(spec, params): what a call costs in the symbols of ``cost.py``, for the parameters that ``params`` gave.
         Of ``spec`` it reads the mask; sizes and the budget stay symbols. ``None``: not known.
     padding_cost: whether ``cost`` also says what padding costs; else it is that of a batch without.
+    shares(spec, params): the parts of a call of which each runs the kernels of one method, by whose rates it is
+        predicted: that method, and the spec and the parameters of the part; all sizes are numbers. Unless given a call
+        is one part by rates of its own.
     rows(params, Lk): what the symbol s of its cost stands for at ``Lk`` keys.
     forms: which fields of ``AttentionSpec.forms`` the op computes. A site that has another one is refused without
         asking ``refuse``. Of ``"sinks"`` the op takes the logits ``[H]`` as the argument ``sinks``.
@@ -65,10 +72,11 @@ class Method:
     refuse: Callable[[AttentionSpec, Policy], Refusal | None]
     options: type[Options] = Options
     params: Callable[[Site, Policy], Mapping[str, Any]] = None  # type: ignore[assignment]  # __post_init__ fills it
-    sees: Callable[[Any, Site], Rows | None] = lambda options, site: None
+    sees: Callable[[Any, Site], Rows | tuple[Rows, ...] | None] = lambda options, site: None
     loses: Callable[[AttentionSpec, Policy], str | None] = lambda spec, policy: None
     cost: Callable[[AttentionSpec, Mapping[str, Any]], Cost] | None = None
     padding_cost: bool = False
+    shares: Callable[[AttentionSpec, Mapping[str, Any]], list[Share]] | None = None
     rows: Callable[[Mapping[str, Any], int], int] = lambda params, Lk: Lk
     forms: tuple[str, ...] = ()
     approximates: Callable[[Mapping[str, Any], int], bool] | None = None
@@ -116,13 +124,14 @@ class Method:
         is not known."""
         rows = self.sees(policy.of(self.name), site)
         H_kv = None if site.spec is None else site.spec.H_kv
-        return () if rows is None else (rows,) * (H_kv if isinstance(H_kv, int) else 1)
+        each = rows if isinstance(rows, tuple) else () if rows is None else (rows,)
+        return each * H_kv if len(each) == 1 and isinstance(H_kv, int) else each
 
 
 class _Methods(Mapping[str, Method]):
     """Name -> :class:`Method`. The shipped methods are imported on first use, never at package import."""
 
-    shipped = ("express", "thinformer", "santa", "sparse", "exact")
+    shipped = ("express", "thinformer", "santa", "sparse", "heads", "exact")
 
     def __init__(self) -> None:
         self._methods: dict[str, Method] = {}

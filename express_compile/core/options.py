@@ -77,6 +77,11 @@ class Options:
         """The module paths that the given options speak of, each as it is to be shown."""
         return {}
 
+    @classmethod
+    def at_module(cls, given: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+        """What the given options say to the sites of one module, where :meth:`named` options speak of many."""
+        return given
+
     def pack(self) -> dict[str, Any]:
         """The op's arguments that these options are."""
         packed: dict[str, Any] = {}

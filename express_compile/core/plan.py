@@ -115,9 +115,12 @@ class SavedPlan:
 
     Follow it with ``torch.compile(model, backend="express", options={"plan": plan})`` or
     ``rewrite_attention(model, plan=plan)``; ``plan`` may also be the path of a file that :meth:`save` wrote.
+
+    fitted: what it was fitted on, for :func:`express_compile.fit`: plain data that nothing is decided by.
     """
 
     sites: tuple[SavedSite, ...] = ()
+    fitted: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         sites = tuple(self.sites)
@@ -125,6 +128,10 @@ class SavedPlan:
             if not isinstance(site, SavedSite):
                 raise TypeError(f"sites: {site!r} must be a SavedSite")
         object.__setattr__(self, "sites", sites)
+        if not isinstance(self.fitted, Mapping):
+            raise TypeError(f"fitted={self.fitted!r}: must be a mapping")
+        check_plain("fitted", self.fitted)
+        object.__setattr__(self, "fitted", canonical(self.fitted))
 
     @classmethod
     def of(cls, sites: Iterable[SavedSite]) -> SavedPlan:
@@ -152,7 +159,8 @@ class SavedPlan:
         for site in sites:
             site["rows"] = [rows.to_data() for rows in site["rows"]]
         check_plain("sites", sites)
-        return json.dumps({"version": _VERSION, "sites": sites}, indent=2)
+        fitted = {"fitted": self.fitted} if self.fitted else {}
+        return json.dumps({"version": _VERSION, **fitted, "sites": sites}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> SavedPlan:
@@ -172,7 +180,7 @@ class SavedPlan:
         version, sites = (data.get("version"), data.get("sites")) if isinstance(data, dict) else (None, None)
         if type(version) is not int or not 1 <= version <= _VERSION or not isinstance(sites, list):
             raise ValueError(f"must be an object with version={_VERSION} and a list of sites, as save() writes it")
-        return cls(tuple(_site(i, entry, version) for i, entry in enumerate(sites)))
+        return cls(tuple(_site(i, entry, version) for i, entry in enumerate(sites)), data.get("fitted", {}))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the plan to a file, in one step. Raises ``OSError`` if that cannot be."""

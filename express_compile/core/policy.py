@@ -158,6 +158,10 @@ class Policy:
         return {}
 
     @cached_property
+    def _of_paths(self) -> dict[str, Policy]:
+        return {}
+
+    @cached_property
     def _of_entries(self) -> dict[int, Policy]:
         return {}
 
@@ -173,12 +177,23 @@ class Policy:
         if globs not in self._local:
             changes = {name: value for glob in globs for name, value in self.modules[glob].items()}
             self._local[globs] = replace(self, modules={}, **changes)
-        return self._local[globs]
+        local = self._local[globs]
+        own = {name: METHODS[name].options.at_module(given, path) for name, given in local.method_options.items()}
+        if own == local.method_options:
+            return local
+        if path not in self._of_paths:
+            self._of_paths[path] = replace(local, method_options=own)
+        return self._of_paths[path]
 
     def of_entry(self, entry: SavedSite) -> Policy:
         """The policy of a site of :attr:`plan` alone: its options, and its method if they name none."""
         if id(entry) not in self._of_entries:
-            self._of_entries[id(entry)] = Policy.for_module({"methods": (entry.method,), **entry.options})
+            given = {"methods": (entry.method,), **entry.options}
+            own = given.get("method_options", {}).get(entry.method, {})
+            if entry.method in METHODS and "rows" in METHODS[entry.method].options.__dataclass_fields__:
+                own = {"rows": [rows.to_data() for rows in entry.rows], **own}
+                given["method_options"] = {**given.get("method_options", {}), entry.method: own}
+            self._of_entries[id(entry)] = Policy.for_module(given)
         return self._of_entries[id(entry)]
 
     def local(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from typing import Any
@@ -59,6 +59,20 @@ class Rows:
         if not isinstance(data, Mapping) or not set(data) <= set(names):
             raise TypeError(f"rows={data!r}: must be an object of {', '.join(names)}")
         return cls(**data)
+
+
+def to_numbers(rows: Iterable[Rows]) -> list[int]:
+    """The fields of :class:`Rows` in order, those of every head behind each other: what an op takes."""
+    return [int(getattr(x, f.name)) for x in rows for f in fields(Rows)]
+
+
+def from_numbers(numbers: Sequence[int]) -> tuple[Rows, ...]:
+    """The inverse of :func:`to_numbers`. Raises ``ValueError`` for numbers that are none of whole heads."""
+    names = [f.name for f in fields(Rows)]
+    if not numbers or len(numbers) % len(names):
+        raise ValueError(f"rows: {len(numbers)} numbers; must be {len(names)} for every KV head: {', '.join(names)}")
+    parts = (numbers[i : i + len(names)] for i in range(0, len(numbers), len(names)))
+    return tuple(Rows.from_data(dict(zip(names, (*part[:-1], bool(part[-1])), strict=True))) for part in parts)
 
 
 def heads(given: Any) -> tuple[Rows, ...]:

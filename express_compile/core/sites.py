@@ -11,6 +11,7 @@ from typing import Any
 from .plain import canonical
 from .plan import Plan, SavedSite
 from .policy import Policy
+from .rows import Rows
 from .spec import AttentionSpec, layer_key
 
 NOT_MATCHED = "not matched"  # the form of attention that is seen and not read
@@ -65,6 +66,11 @@ class SiteReport:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rejected", tuple(map(str, self.rejected)))
         object.__setattr__(self, "params", canonical(self.params))
+
+    @property
+    def rows(self) -> tuple[Rows, ...]:
+        """What every KV head sees, where the method selects rows."""
+        return () if self.saved is None else self.saved.rows
 
     def is_inside(self, path: str) -> bool:
         """Whether it is in the module at ``path``, or in one inside of that."""

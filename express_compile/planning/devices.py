@@ -58,7 +58,7 @@ def save(device: Device) -> Path:
     path = path_of(device.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(asdict(device), indent=2))
-    device_of.cache_clear()
+    known.cache_clear()
     return path
 
 
@@ -77,12 +77,16 @@ def shipped() -> dict[str, Device]:
     return devices
 
 
-@functools.cache
 def device_of(kind: str) -> Device | None:
     """What is known of the device of this type here: as measured on this machine, else shipped, else None."""
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
         return None
-    name = name_of(kind)
+    return known(name_of(kind))
+
+
+@functools.cache
+def known(name: str) -> Device | None:
+    """The device of this name, which for a CPU follows ``torch.set_num_threads``."""
     return _measured(name) or shipped().get(name)
 
 

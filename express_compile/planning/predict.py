@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..core.cost import Cost, Device
-from ..core.method import METHODS
+from ..core.method import METHODS, Share
 from ..core.policy import Policy
 from ..core.spec import AttentionSpec, Mask, Site, known_equal
 
@@ -27,10 +27,20 @@ def predict(method: str, spec: AttentionSpec, policy: Policy, device: Device, gr
     ``graphs``: inside a CUDA graph, which spares the host its work. None where the method says nothing of its cost, or
     the device nothing of the method. Raises ``ValueError`` for a size that is not a number.
     """
-    rates, cost = device.rates_of(method, spec.dtype, spec.Lq), _cost_of(method, spec, policy)
+    params, shares = _params(method, spec, policy), METHODS[method].shares
+    parts = [(method, spec, params)] if shares is None else shares(spec, params)
+    times = [_milliseconds(method, part, device, graphs) for part in parts]
+    known = [time for time in times if time is not None]
+    return sum(known) if len(known) == len(times) else None
+
+
+def _milliseconds(method: str, part: Share, device: Device, graphs: bool) -> float | None:
+    """Of a part of a call of ``method``."""
+    kernels, spec, params = part
+    rates, cost = device.rates_of(kernels, spec.dtype, spec.Lq), cost_at(method, spec, params)
     if cost is None:
         return None
-    if cost == _cost_of("exact", spec, policy):  # short sequences are left to exact attention
+    if cost == cost_at("exact", spec, {}):  # short sequences are left to exact attention
         rates = device.rates_of("exact", spec.dtype, spec.Lq)
     return None if rates is None else rates.seconds(cost, graphs) * 1e3
 
@@ -113,8 +123,8 @@ def at_length(spec: AttentionSpec, n: int) -> AttentionSpec:
     return replace(spec, Lq=Lq, Lk=n, mask=mask, **sizes)
 
 
-def _cost_of(method: str, spec: AttentionSpec, policy: Policy) -> Cost | None:
-    return cost_at(method, spec, METHODS[method].params(Site(spec), replace(policy, min_length=0)))
+def _params(method: str, spec: AttentionSpec, policy: Policy) -> Mapping[str, Any]:
+    return METHODS[method].params(Site(spec), replace(policy, min_length=0))
 
 
 def cost_at(method: str, spec: AttentionSpec, params: Mapping[str, Any]) -> Cost | None:

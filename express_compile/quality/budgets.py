@@ -171,7 +171,7 @@ def calibrate_error(
     """
     policy = Policy(methods=("express",)) if policy is None else policy
     budgets = _check(model, tolerance, budgets, policy, first)
-    batches = _checked_batches(batches, first)
+    batches = checked_batches(batches, "batches", first)
     methods = [name for name in policy.methods or () if name != "exact"]
     options = {
         name: {s: dict(METHODS[name].params(Site(), replace(policy, budget=s, min_length=0))) for s in budgets}
@@ -184,7 +184,7 @@ def calibrate_error(
         seen = _Errors(options)
         for batch in batches:
             with record_sites() as reports, run_by(seen):
-                exact.append(_logits(model, batch))
+                exact.append(logits_of(model, batch))
             _check_first(first, exact[-1].shape[1])
             paths |= {layer_key(x.module, i): x.module for x in reports if x.verdict == "rewritten" for i in range(8)}
         if not seen.errors:
@@ -197,7 +197,7 @@ def calibrate_error(
 
         def measure(chosen: Mapping[int, int | None]) -> float:
             with run_by(_Budgets(options, chosen)):
-                found = [_kl(x, _logits(model, batch), first) for x, batch in zip(exact, batches, strict=True)]
+                found = [mean_kl(x, logits_of(model, batch), first) for x, batch in zip(exact, batches, strict=True)]
             return fmean(found)
 
         found = _sensitivities(seen, budgets, measure)
@@ -245,19 +245,23 @@ def _check(model: nn.Module, tolerance: float, budgets: Sequence[int], policy: P
     return sorted(set(budgets))
 
 
-def _checked_batches(batches: Any, first: int) -> list[torch.Tensor | Mapping[str, Any]]:
+def checked_batches(batches: Any, name: str, first: int = 0) -> list[torch.Tensor | Mapping[str, Any]]:
+    """Several batches as a list, each a tensor of token ids or keyword arguments, with more than ``first`` positions.
+
+    Raises ``TypeError`` or ``ValueError`` that begins with ``name``.
+    """
     if isinstance(batches, (torch.Tensor, str, bytes, Mapping)) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches: a {type(batches).__name__}; must be several batches, such as a list of one")
+        raise TypeError(f"{name}: a {type(batches).__name__}; must be several batches, such as a list of one")
     batches = list(batches)
     if not batches:
-        raise ValueError("batches: must hold at least one batch")
+        raise ValueError(f"{name}: must hold at least one batch")
     for i, batch in enumerate(batches):
         if not isinstance(batch, (torch.Tensor, Mapping)):
-            raise TypeError(f"batches[{i}]={batch!r}: must be a tensor of token ids or a mapping of keyword arguments")
+            raise TypeError(f"{name}[{i}]={batch!r}: must be a tensor of token ids or a mapping of keyword arguments")
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
         if isinstance(ids, torch.Tensor):
             if ids.dim() < 2 or not ids.numel():
-                raise ValueError(f"batches[{i}]: shape {tuple(ids.shape)}; must be [batch, positions], not empty")
+                raise ValueError(f"{name}[{i}]: shape {tuple(ids.shape)}; must be [batch, positions], not empty")
             _check_first(first, ids.shape[1])
     return batches
 
@@ -267,7 +271,8 @@ def _check_first(first: int, positions: int) -> None:
         raise ValueError(f"first={first!r}: a batch has only {positions} positions")
 
 
-def _logits(model: nn.Module, batch: Any) -> torch.Tensor:
+def logits_of(model: nn.Module, batch: Any) -> torch.Tensor:
+    """What a model makes of a batch: scores ``[batch, positions, classes]``; ``ValueError`` for other outputs."""
     output = model(**batch) if isinstance(batch, Mapping) else model(batch)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
@@ -276,7 +281,7 @@ def _logits(model: nn.Module, batch: Any) -> torch.Tensor:
     return logits
 
 
-def _kl(exact: torch.Tensor, approximate: torch.Tensor, first: int) -> float:
+def mean_kl(exact: torch.Tensor, approximate: torch.Tensor, first: int) -> float:
     """Mean KL(exact || approximate) over positions from ``first`` on, in nats."""
     total = 0.0
     for p, q in zip(exact[:, first:].split(_CHUNK, 1), approximate[:, first:].split(_CHUNK, 1), strict=True):

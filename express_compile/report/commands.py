@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import pickle
 import statistics
 import sys
 import traceback
@@ -25,6 +26,7 @@ from ..core.plain import try_to_write
 from ..core.policy import Policy, Unmet
 from ..planning import devices, measure
 from ..planning.choose import check_policy
+from ..quality.fit import fit as fit_plan
 from .explain import Report
 from .explain import explain as report_of
 
@@ -90,6 +92,49 @@ def explain(options: argparse.Namespace, policy: dict[str, Any]) -> int:
     return 0
 
 
+def fit(options: argparse.Namespace) -> int:
+    """Fit a plan for every KV head to a sample, print what came of it and write it."""
+    _check_device(options)
+    made = _load(options)()
+    model, tokenizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, torch.nn.Module):
+        home = ":".join(options.model)
+        options.parser.error(f"MODEL={home}: returned {made!r}; must return a torch.nn.Module, or it and its tokenizer")
+    sample = _sample(options, tokenizer)
+    try:
+        asked = dict(tolerance=options.tolerance, rows=options.rows, speedup=options.speedup)
+        found = fit_plan(model.to(options.device).eval(), sample, **asked, length=options.length, progress=True)
+    except (TypeError, ValueError) as error:
+        options.parser.error(str(error))
+    print(found)
+    if options.save_plan is not None:
+        found.save(options.save_plan)
+    return 0
+
+
+def _sample(options: argparse.Namespace, tokenizer: Any) -> torch.Tensor:
+    """The token ids ``[batch, tokens]`` of the sample."""
+    path, where = options.sample, f"--sample={str(options.sample)!r}"
+    try:
+        if path.suffix == ".pt":
+            ids = torch.load(path, map_location="cpu", weights_only=True)
+        elif tokenizer is None:
+            options.parser.error(
+                f"{where}: is a text, and MODEL returned no tokenizer; must be token ids (.pt), or MODEL a function "
+                "that returns the model and its tokenizer"
+            )
+        else:
+            ids = tokenizer(path.read_text(encoding="utf-8"))
+            ids = torch.as_tensor(ids["input_ids"] if hasattr(ids, "keys") else ids)
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        options.parser.error(f"{where}: {_first_line(error)}")
+    if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.dim() not in (1, 2):
+        options.parser.error(f"{where}: must be token ids, integers [tokens] or [batch, tokens]")
+    if options.tokens is not None and options.tokens < 4:
+        options.parser.error(f"--tokens={options.tokens}: must be 4 or more")
+    return ids.reshape(-1, ids.shape[-1])[:, : options.tokens].to(options.device)
+
+
 def _plots(report: Report, options: argparse.Namespace) -> dict[str, str]:
     try:
         return report.crossovers()
@@ -98,11 +143,15 @@ def _plots(report: Report, options: argparse.Namespace) -> dict[str, str]:
         return {}
 
 
-def _check(options: argparse.Namespace, policy: dict[str, Any]) -> None:
+def _check_device(options: argparse.Namespace) -> None:
     try:
         torch.empty(0, device=options.device)
     except Exception as error:  # torch raises AssertionError, RuntimeError, NotImplementedError, ..
         options.parser.error(f"--device={options.device!r}: {_first_line(error)}")
+
+
+def _check(options: argparse.Namespace, policy: dict[str, Any]) -> None:
+    _check_device(options)
     try:
         check_policy(Policy.from_options(policy))
     except (OSError, TypeError, ValueError) as error:

@@ -25,6 +25,7 @@ from ..core.call import plainly, run_by, wrap_ops
 from ..core.method import METHODS
 from ..core.plan import SavedPlan
 from ..core.policy import Policy
+from ..core.rows import describe
 from ..core.sites import NOT_CAPTURED, NOT_MATCHED, SiteReport, record_sites
 from ..core.spec import AttentionSpec
 from ..passes.pipeline import plan_graph
@@ -195,6 +196,7 @@ _COLUMNS: dict[str, Callable[[SiteReport], str]] = {
     "form": lambda site: site.form,
     "mask": lambda site: site.mask or "-",
     "method": lambda site: site.method,
+    "rows": lambda site: describe(site.rows) if "rows" in site.params else "-",
     "verdict": lambda site: site.verdict,
     "reason": lambda site: site.reason,
     "measured": lambda site: _times(site.measured_ms),
@@ -202,7 +204,7 @@ _COLUMNS: dict[str, Callable[[SiteReport], str]] = {
     "nearest supported form": lambda site: site.nearest or "-",
 }
 """The table of a report; those of :data:`_OPTIONAL` are shown only where some site has something to say."""
-_OPTIONAL = ("measured", "error", "nearest supported form")
+_OPTIONAL = ("rows", "measured", "error", "nearest supported form")
 
 
 def explain(

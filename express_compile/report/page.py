@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from ..core.rows import describe
 from ..core.sites import SiteReport
 from .groups import grouped, name_of
+from .picture import picture
 
 if TYPE_CHECKING:
     from .explain import Report
@@ -79,7 +81,7 @@ _TEMPLATE = """\
 <td>{{ site.shape or "–" }}</td>
 <td>{{ site.mask or "–" }}</td>
 <td>{{ site.method }}
-{%- for name, value in site.params.items() %}{{ "," if not loop.first }}
+{%- for name, value in told(site).items() %}{{ "," if not loop.first }}
 {{ "<br>"|safe if loop.first }}<code>{{ name }}={{ value }}</code>
 {%- endfor %}</td>
 <td class="{{ site.verdict }}">{{ site.verdict }}</td>
@@ -91,6 +93,10 @@ _TEMPLATE = """\
 </table>
 {% else %}
 <p>No attention site was found.</p>
+{% endif %}
+{% if heads %}
+<h2>Rows of every KV head</h2>
+{{ heads }}
 {% endif %}
 {% for title, svg in figures.items() %}
 <figure><figcaption>{{ title }}</figcaption>{{ svg }}</figure>
@@ -108,14 +114,19 @@ def render(report: Report, figures: Mapping[str, str]) -> str:
     groups = grouped(report.sites, _decided)
     inline = {title: Markup(_svg(title, text)) for title, text in figures.items()}
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.globals["name_of"] = name_of
+    environment.globals |= {"name_of": name_of, "told": _told, "heads": Markup(picture(report.sites))}
     page = environment.from_string(_TEMPLATE)
     return page.render(report=report, groups=groups, totals=report.totals(), figures=inline)
 
 
+def _told(site: SiteReport) -> dict[str, str]:
+    """The parameters of a site as they are shown: rows in words."""
+    return {name: describe(site.rows) if name == "rows" else str(value) for name, value in site.params.items()}
+
+
 def _decided(site: SiteReport) -> tuple[Hashable, ...]:
     """What the page says of a site but for where it is and what was measured there."""
-    params = tuple((name, str(value)) for name, value in site.params.items())
+    params = tuple(_told(site).items())
     return site.form, site.shape, site.mask, site.method, params, site.verdict, site.reason, site.rejected
 
 

@@ -510,7 +510,7 @@ class _Problem:
         self.q, self.k, self.v = query, key, value
         self.pattern, self.scale = pattern, scale
         (self.B, self.H, self.Lq, _), (self.H_kv, self.Lk) = query.shape, key.shape[1:3]
-        self.widths = Widths.of(key, value)
+        self.widths = Widths.alike(key, value)
         self.shape = self.widths.BD + self.widths.BDV, query.element_size()
         self.groups = pattern.groups if pattern.kind == "fixed" else 1
         self.copies, self.M = (key, value), 1

@@ -593,7 +593,7 @@ def segment_attention_triton(
     query, scale = with_positive_scale(query, scale)
     key, value, compacted_key, compacted_value, index, lengths = sources
     (B, H, Lq, _), (H_kv, Lk), A = query.shape, key.shape[1:3], compacted_key.shape[2]
-    widths = Widths.of(query, value)
+    widths = Widths.alike(query, value)
     BM, BN, warps, stages = tile_sizes(widths.BD + widths.BDV, query.element_size(), table.block)
     lists = _Lists(*table.tiles_on(query.device, BN, Lq, Lk, A, sources.indexed))
     described = [(describe(k, BN, widths.BD), describe(v, BN, widths.BDV)) for k, v in

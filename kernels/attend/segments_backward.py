@@ -539,7 +539,8 @@ def segment_attention_backward_triton(
     """
     check_dtype(query)
     key, value, compacted_key, _ = sources.buffers
-    (B, H, Lq, _), (_, H_kv, Lk, _), A, widths = query.shape, key.shape, compacted_key.shape[2], Widths.of(key, value)
+    (B, H, Lq, _), (_, H_kv, Lk, _), A = query.shape, key.shape, compacted_key.shape[2]
+    widths = Widths.alike(key, value)
     gradients = tuple(x.new_empty(x.shape, dtype=torch.float32) for x in (query, *sources.buffers))
     saved = Saved.of(grad, out, lse, len(table.tail) * table.block, table.shift)
     q, k, v, ck, cv, do = (strided(x) for x in (query, *sources.buffers, grad))

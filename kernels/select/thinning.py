@@ -520,7 +520,9 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
         tl.load(work.gains + ticket // sizes.sequences), scale,
     )  # fmt: skip
     head = (i_seq % sizes.H).to(tl.int32)
-    random = Random(tl.load(random.seed), random.layer)
+    if random.heads is not None:
+        head = tl.load(random.heads + head)
+    random = Random(tl.load(random.seed), random.layer, head)
     at = _places(work, i_seq, sizes, SHAPE)
     p_ck, p_cv = x.copied_key + i_seq * sizes.A * SHAPE.D, x.copied_value + i_seq * sizes.A * SHAPE.DV
     p_index = x.index + i_seq * sizes.index_rows

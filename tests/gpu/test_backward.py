@@ -59,7 +59,8 @@ def check(args):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    "D, Dv, H, H_kv", [(64, 64, 9, 3), (80, 80, 4, 4), (96, 64, 4, 1), (128, 128, 8, 2), (256, 256, 2, 1)]
+    "D, Dv, H, H_kv",
+    [(64, 64, 9, 3), (80, 80, 4, 4), (96, 64, 4, 1), (128, 128, 8, 2), (256, 256, 2, 1), (16, 24, 4, 1)],
 )
 def test_shapes_and_dtypes(poison, dtype, D, Dv, H, H_kv):
     config = E.Express(64, inflation=4, sinks=32, recent=100, protected=200, block=64 if D == 80 else 128)

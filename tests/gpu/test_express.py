@@ -11,6 +11,7 @@ from express_compile.core.method import METHODS
 from express_compile.kernels import express as E
 from express_compile.kernels.attend.segments import Sources, segment_attention_reference
 from express_compile.kernels.exact import exact_attention
+from express_compile.kernels.launch import Random
 
 OPTIONS = dict(
     s=256, inflation=-1, sinks=32, recent=256, protected=0, halving="balanced", flatten=0.0, block=128,
@@ -74,7 +75,8 @@ def test_op_at_real_sizes(B, n, H, H_kv):
     again, _ = METHODS["express"].op(q, k, v, None, seed(), 128**-0.5, 3, **options)
     assert torch.equal(out, again), "same seed, same bits"
     layout = E.make_layout(E.Express(512, inflation=7, protected=0), n, n)
-    index, *copies = E.select_rows(k, v, layout, 128**-0.5, seed(), 3)
+    sources, index = E.select_rows(k, v, layout, 128**-0.5, Random(seed(), 3))
+    copies = sources.gathered().buffers[2:]
     for x, copy in zip((k, v), copies, strict=True):
         assert torch.equal(copy, E.gather_rows(x, index))
     # a few blocks of queries in float64 are enough, and all that fits in the time

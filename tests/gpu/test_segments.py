@@ -18,7 +18,7 @@ from express_compile.kernels.attend.segments import (
     segment_attention_triton,
 )
 
-SIZES = [(64, 64, 9, 3), (80, 80, 4, 4), (96, 64, 4, 1), (128, 128, 8, 2), (256, 256, 2, 1)]
+SIZES = [(64, 64, 9, 3), (80, 80, 4, 4), (96, 64, 4, 1), (128, 128, 8, 2), (256, 256, 2, 1), (64, 32, 4, 1)]
 
 
 def tokens(n, B, H, H_kv, D, Dv, dtype, spare=0):

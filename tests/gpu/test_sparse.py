@@ -78,6 +78,8 @@ def test_patterns(kind, parts, stride, summary, groups):
         (torch.float16, 128, 64, 3, 1),
         (torch.float32, 64, 64, 4, 2),
         (torch.float32, 128, 128, 2, 1),
+        (torch.float32, 16, 24, 4, 1),
+        (torch.float32, 64, 32, 4, 1),
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,7 +17,9 @@ from express_compile import rewrite_attention
 from express_compile.core.call import Call
 from express_compile.core.method import METHODS
 from express_compile.core.policy import Policy
+from express_compile.core.rows import Rows, to_numbers
 from express_compile.kernels import express as E
+from express_compile.kernels import heads as P
 from express_compile.kernels import thinformer as T
 from express_compile.kernels.attend import sampled as K
 from express_compile.kernels.padding import Packing
@@ -30,6 +32,14 @@ EXPRESS = dict(
 )
 THINFORMER = dict(s=16, fraction=0.0, g=-1, halving="balanced", flatten=0.0, min_length=0)
 SANTA = dict(draws=[16], fraction=0.0, sampler="sys", shared=True, min_length=0)
+WINDOW, CORE, KEPT, BLOCKS, WHOLE = (
+    Rows(2, 9),
+    Rows(2, 9, 8),
+    Rows(1, 5, 8, 10),
+    Rows(2, 9, selected=1),
+    Rows(everything=True),
+)
+HEADS = dict(inflation=-1, halving="balanced", flatten=0.0, block=16, min_length=0)
 TABLE = [4, 4, 16, 8, 32]  # from 16, 32, 64, 128 and 256 keys on
 CASES = [
     ("express", EXPRESS),
@@ -47,6 +57,15 @@ CASES = [
     ("santa", {**SANTA, "sampler": "iid", "shared": False, "min_length": 90}),
     ("santa", {**SANTA, "bernoulli": 4, "softcap": 3.0}),
     ("santa", {**SANTA, "window": 70}),
+    *(
+        ("heads", {**HEADS, "rows": to_numbers([rows])})
+        for rows in (WINDOW, CORE, KEPT, Rows(protected=4), BLOCKS, WHOLE)
+    ),
+    ("heads", {**HEADS, "rows": to_numbers([BLOCKS]), "min_length": 110}),
+]
+MIXED = [
+    ("heads", {**HEADS, "rows": to_numbers(rows), "min_length": least})
+    for rows, least in (([CORE, BLOCKS], 90), ([WHOLE, KEPT], 0), ([BLOCKS], 0))
 ]
 
 
@@ -90,7 +109,7 @@ def check(
     method: str, options: dict[str, Any], lengths: list[int], extra: int, sides: list[str], heads, sizes, Lq: int
 ):
     """Of every sequence alone and in the batch, and in the batch turned round: the same bits."""
-    own = method == "express"
+    own = method in ("express", "heads")
     parts = [sequence(n, n if own else Lq, *heads, *sizes, number=n) for n in lengths]  # equal lengths are duplicates
     total = max(lengths) + extra
     places = [places_of(n, total, side, b) for b, (n, side) in enumerate(zip(lengths, sides, strict=True))]
@@ -138,19 +157,29 @@ def test_it_would_be_noticed_if_the_place_in_the_batch_counted(monkeypatch):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("options", [c for m, c in CASES if m == "express" and not c["min_length"]])
-def test_what_comes_after_a_query_changes_no_bit_of_it(options):
-    """As an encoder of fewer tokens: in the last block of a shorter sequence, and where all is exact."""
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        (m, c)
+        for m, c in CASES
+        if m in ("express", "heads") and not c["min_length"] and c.get("rows") != to_numbers([WHOLE])
+    ],
+)
+def test_what_comes_after_a_query_changes_no_bit_of_it(method, options):
+    """As an encoder of fewer tokens: in the last block of a shorter sequence, and where all is exact. (Heads that see
+    everything run PyTorch's kernel, whose rounding may depend on lengths.)"""
     whole = sequence(300, 300, 4, 2, 8, 8, number=1)
-    out, lse = run("express", options, *(x[None] for x in whole))
+    out, lse = run(method, options, *(x[None] for x in whole))
     for n in (1, 20, 63, 150, 299):
-        first, first_lse = run("express", options, *(x[None, :, :n] for x in whole))
+        first, first_lse = run(method, options, *(x[None, :, :n] for x in whole))
         assert torch.equal(first, out[:, :, :n]) and torch.equal(first_lse, lse[:, :, :n])
 
 
-@pytest.mark.parametrize("method, options", [("express", {**EXPRESS, "min_length": 90}), ("thinformer", THINFORMER)])
+@pytest.mark.parametrize(
+    "method, options", [("express", {**EXPRESS, "min_length": 90}), ("thinformer", THINFORMER), *MIXED]
+)
 def test_gradients_are_those_of_every_sequence_alone(method, options):
-    own, lengths = method == "express", [100, 60, 140, 60]
+    own, lengths = method in ("express", "heads"), [100, 60, 140, 60]
     parts = [sequence(n, n if own else 30, 4, 2, 8, 8, number=n) for n in lengths]
     places = [
         places_of(n, 150, side, 0) for n, side in zip(lengths, ("left", "right", "anywhere", "both"), strict=True)
@@ -193,6 +222,26 @@ def test_the_packed_form_of_express_gives_what_the_sequences_give_alone(protecte
     assert torch.allclose(short[2], packed[0][2])
     if not protected:  # with a place to win the first 256 tokens are exact as it is
         assert torch.allclose(short[1], packed[0][1]) != bool(min_length)
+
+
+@pytest.mark.parametrize("min_length", [0, 150])
+@pytest.mark.parametrize("rows", [[CORE, BLOCKS], [WHOLE, KEPT], [BLOCKS], [WINDOW, Rows(2, 9, selected=2)]], ids=str)
+def test_the_packed_form_of_heads_gives_what_the_sequences_give_alone(rows, min_length):
+    options, lengths = {**HEADS, "rows": to_numbers(rows), "min_length": min_length}, [330, 149, 150, 30]
+    for Lq in (340, 40):
+        parts = [sequence(n, n, 4, 2, 8, 8, number=n, dtype=torch.float64) for n in lengths]
+        places = [places_of(n, 340, "anywhere" if Lq == 340 else "left", n) for n in lengths]
+        q, *tensors, padding = batch_of(parts, places, 340, own=True)
+        tensors = [x.nan_to_num(0.5) for x in (q[:, :, 340 - Lq :], *tensors)]
+        given = (*tensors, padding, SEED, 0.4, 3)
+        packed, expected = P._body(Call(*given, options=options)), run("heads", options, *tensors, padding)
+        for x, e in zip(packed, expected, strict=True):
+            torch.testing.assert_close(x, e, rtol=1e-10, atol=1e-12)
+        grad = torch.randn(packed[0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        grads = P._backward_body(Call(*given, options=options), grad, *packed)
+        own = torch.ops.express_compile.heads_backward.default(grad, *expected, *given, **options)
+        for x, e in zip(grads, own, strict=True):
+            torch.testing.assert_close(x, e, rtol=1e-9, atol=1e-11)
 
 
 def test_the_kernels_keep_of_a_packed_sequence_what_it_keeps_alone():

@@ -6,7 +6,7 @@ from collections import namedtuple
 
 import torch
 
-from express_compile.kernels.launch import Strided, _kind, _values, stand_in, strided
+from express_compile.kernels.launch import Strided, Widths, _kind, _values, stand_in, strided
 
 Sizes = namedtuple("Sizes", "n rows")
 
@@ -42,3 +42,18 @@ def test_rows_with_gaps_between_columns_are_copied() -> None:
     x = torch.zeros(2, 3, 16, 4).mT
     assert strided(x).p is not x and strided(x)[1:] == (192, 64, 16)
     assert strided(x.contiguous())[1:] == (192, 64, 16) and strided(None) == Strided(None, 0, 0, 0)
+
+
+def test_tiles_of_float32_are_equally_wide_or_at_least_64_columns_each() -> None:
+    def tiles(D: int, Dv: int, dtype: torch.dtype) -> tuple[int, int]:
+        key, value = torch.zeros(1, 1, 1, D, dtype=dtype), torch.zeros(1, 1, 1, Dv, dtype=dtype)
+        widths = Widths.alike(key, value)
+        assert widths[:2] == (D, Dv) and widths.BD >= D and widths.BDV >= Dv
+        return widths.BD, widths.BDV
+
+    assert tiles(16, 24, torch.float32) == (32, 32) and tiles(64, 24, torch.float32) == (64, 64)
+    for D in (1, 16, 24, 64, 80, 256):
+        for Dv in (1, 16, 24, 64, 80, 256):
+            narrow, wide = sorted(tiles(D, Dv, torch.float32))
+            assert narrow == wide or narrow >= 64
+            assert tiles(D, Dv, torch.bfloat16) == Widths.of(torch.zeros(1, D), torch.zeros(1, Dv))[2:]

@@ -149,7 +149,7 @@ def test_what_lies_before_the_window_is_not_read(poison, small_tiles, monkeypatc
     def recorded(kernel, grid, *args, **options):
         launch(kernel, grid, *args, **options)
         if kernel is K._score_kernel:
-            stashes.append(args[3])
+            stashes.append(args[4].u)
 
     monkeypatch.setattr(K, "launch", recorded)
     q, k, v = tokens(1, 110, 2, 2, 1)

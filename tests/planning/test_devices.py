@@ -20,9 +20,9 @@ from express_compile.planning import devices
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(devices, "name_of", lambda kind: "CPU, 99 threads")  # of which nothing is shipped
-    devices.device_of.cache_clear()
+    devices.known.cache_clear()
     yield
-    devices.device_of.cache_clear()
+    devices.known.cache_clear()
 
 
 def mine() -> Device:
@@ -95,7 +95,7 @@ def test_bytes_that_are_no_text_and_a_folder_are_told() -> None:
     place().write_bytes(b"\xff\xfe")
     with pytest.warns(RuntimeWarning, match="decode"):
         assert devices.device_of("cpu") is None
-    devices.device_of.cache_clear()
+    devices.known.cache_clear()
     place().unlink()
     place().mkdir()
     with pytest.warns(RuntimeWarning, match="directory"):

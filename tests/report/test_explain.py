@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -17,8 +18,10 @@ from torch import nn
 from express_compile import restore_attention, rewrite_attention
 from express_compile.core.cost import Device, Rates
 from express_compile.core.method import METHODS, Refusal
+from express_compile.core.rows import Rows
 from express_compile.core.sites import SiteReport
 from express_compile.core.spec import layer_key
+from express_compile.kernels.heads import PerHead
 from express_compile.planning import devices, measure
 from express_compile.planning.predict import MARGIN, crossover
 from express_compile.report import explain as report_module
@@ -444,3 +447,20 @@ def test_rewritten_models_report_what_was_done() -> None:
     assert [s.verdict for s in before.sites] == ["rewritten"] * 2
     assert (before.graphs, during.graphs) == (1, 0)
     assert (before.unmatched, during.unmatched) == ((), ("modules['*.cross']",))
+
+
+# ---------------------------------------------------------------------------------------------- plans per KV head
+
+
+def test_what_every_head_sees_is_told_in_words_and_in_a_picture():
+    q, k, v = (torch.randn(1, heads, 64, 8) for heads in (4, 2, 2))
+    mixed = PerHead([Rows(recent=9), Rows(2, 9, selected=1)])
+    attend = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    report = explain(attend, q, k, v, methods=[mixed])
+    words = "1 head: 9 recent, 1 head: 2 sinks + 9 recent + 1 selected blocks"
+    assert "┃ rows" in str(report) and words in str(report)
+    page = report.to_html()
+    assert f"<code>rows={words}</code>" in page and page.count("<rect ") == 2 + 2
+    assert "<title>(root) head 1: 2 sinks + 9 recent + 1 selected blocks</title>" in page
+    uniform = explain(attend, q, k, v, methods=[PerHead([Rows(recent=9)])])
+    assert "<rect " not in uniform.to_html() and "│ 9 recent │" in str(uniform)

@@ -51,6 +51,10 @@ def make():
     return Model()
 
 
+def with_tokenizer():
+    return make(), lambda text: {"input_ids": [ord(letter) % 2 for letter in text]}
+
+
 def needs(config):
     return Model()
 
@@ -125,6 +129,50 @@ def test_errors_are_measured_on_request(model: str, tmp_path: Path, capsys: pyte
     assert main(["explain", f"{model}:make", "--shape", "1x64", *options, "--error"]) == 0
     assert "integers are ones, so errors are those of equal tokens" in capsys.readouterr().err
     assert json.loads((tmp_path / "f").read_text())["sites"][0]["error"] < 1e-5, "equal keys are thinned without loss"
+
+
+def test_a_plan_is_fitted_to_a_text_and_saved(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, plan, ids = tmp_path / "sample.txt", tmp_path / "plan.json", tmp_path / "ids.pt"
+    text.write_text("It was a dark and stormy night; the rain fell in torrents. " * 24)
+    written = ["--tokens", "1400", "--save-plan", str(plan)]
+    assert main(["fit", f"{model}:with_tokenizer", "--sample", str(text), "--tolerance", "0.01", *written]) == 0
+    printed, found = capsys.readouterr().out, SavedPlan.load(plan)
+    assert found.fitted["tokens"] == found.fitted["held_out"] == (700,) and found.fitted["kl"] <= 0.01
+    assert [len(site.rows) for site in found.sites] == [1, 1] or [len(site.rows) for site in found.sites] == [4, 4]
+    assert f"KL {found.fitted['kl']:.4g} nats per token on 700 tokens held out; " in printed
+    assert main(["explain", f"{model}:make", "--shape", "1x1400", "--plan", str(plan), "--strict"]) == 0
+
+    torch.save(torch.tensor([ord(letter) % 2 for letter in text.read_text()]), ids)
+    assert main(["fit", f"{model}:make", "--sample", str(ids), "--tolerance", "0.01", *written]) == 0
+    assert SavedPlan.load(plan) == found and SavedPlan.load(plan).fitted == found.fitted
+
+
+def test_what_cannot_be_fitted_is_told(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, broken = tmp_path / "sample.txt", tmp_path / "broken.pt"
+    text.write_text("It was a dark and stormy night.")
+    broken.write_text("no tensor")
+    for arguments, words in (
+        (["--rows", "5"], "the following arguments are required: --sample"),
+        (["--sample", str(text)], "one of the arguments --tolerance --rows --speedup is required"),
+        (["--sample", str(text), "--rows", "5", "--tolerance", "1"], "--tolerance: not allowed with argument --rows"),
+        (["--sample", str(text), "--rows", "5"], f"--sample='{text}': is a text, and MODEL returned no tokenizer"),
+        (["--sample", str(broken), "--rows", "5"], f"--sample='{broken}': "),
+        (["--sample", "/none.pt", "--rows", "5"], "--sample='/none.pt': [Errno 2]"),
+        (["--sample", str(text), "--rows", "5", "--device", "none"], "--device='none': "),
+    ):
+        with pytest.raises(SystemExit) as error:
+            main(["fit", f"{model}:make", *arguments])
+        message = capsys.readouterr().err
+        assert error.value.code == 2 and words in message and message.count("\n") == 1, message
+    for arguments, words in (
+        (["--rows", "1"], "rows=1.0: the cheapest options take "),
+        (["--tolerance", "-1"], "tolerance=-1.0: must be above 0 and finite"),
+        (["--rows", "5", "--tokens", "3"], "--tokens=3: must be 4 or more"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            main(["fit", f"{model}:with_tokenizer", "--sample", str(text), *arguments])
+        message = capsys.readouterr().err
+        assert error.value.code == 2 and words in message, message
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,13 +302,13 @@ def test_calibrate_prints_and_keeps_the_rates(
     assert set(device.rates["float32"]) == {"exact"}
     words = capsys.readouterr().out
     assert device.source in words and "float32" in words and "at most" in words
-    devices.device_of.cache_clear()
+    devices.known.cache_clear()
     assert main(["calibrate"]) == 0
     try:
         found = devices.device_of("cpu")
         assert found.source == device.source and str(devices.path_of(found.name)) in capsys.readouterr().out
     finally:
-        devices.device_of.cache_clear()
+        devices.known.cache_clear()
 
 
 @pytest.mark.parametrize("called", ["json", "statistics", "torch", "rich"])

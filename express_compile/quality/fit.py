@@ -1,0 +1,355 @@
+"""Plans per KV head that keep what is asked for: a tolerance of KL, a number of rows, or a speedup.
+
+The samples are halved. On one half every option of every head is profiled (``profile.py``); the other half is *held
+out*: the KL of the rewritten model against the exact one is measured there, and the price of a row is moved until that
+is within the tolerance. What is promised is what was measured, on tokens that the plan was not fitted to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from statistics import fmean
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..core.call import run_by
+from ..core.plain import number, renamed
+from ..core.plan import SavedPlan, SavedSite
+from ..core.policy import Policy
+from ..core.rows import Rows, to_numbers
+from ..core.sites import SiteReport
+from ..core.spec import AttentionSpec
+from ..kernels.heads import EVERYTHING, METHOD, PerHead
+from ..planning.devices import device_of
+from ..planning.predict import at_length, predict
+from ..routes.eager import restore_attention
+from ..routes.eager import rewrite_attention as routed
+from .budgets import logits_of, mean_kl
+from .profile import (
+    DEFAULT_OPTIONS,
+    Choice,
+    Chosen,
+    Exact,
+    Profile,
+    checked_options,
+    choose,
+    late,
+    least,
+    measured,
+    prices,
+    rewritten,
+    rows_of,
+    samples_of,
+    tokens_of,
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The outcome of :func:`fit`.
+
+    plan: the plan of every site; ``plan.fitted`` says what it was fitted on. kl: KL(exact || with this plan), mean over
+        the late positions of the held-out samples, in nats. rows: those that a late query sees at the length of use,
+        mean over KV heads. exact_rows: those of exact attention. price: of a row (for a speedup: of a millisecond),
+        in error, by which heads have chosen.
+    profile: what was measured. chosen: the rows of every KV head, by site.
+    """
+
+    plan: SavedPlan
+    kl: float
+    rows: float
+    exact_rows: float
+    price: float
+    profile: Profile = field(repr=False)
+    chosen: tuple[tuple[Rows, ...], ...] = field(repr=False)
+
+    def __str__(self) -> str:
+        counts = Counter(rows for of_heads in self.chosen for rows in of_heads)
+        heads = "\n".join(f"  {count:>4} x {rows}" for rows, count in counts.most_common())
+        fitted = self.plan.fitted
+        return (
+            f"KL {self.kl:.4g} nats per token on {sum(fitted['held_out'])} tokens held out; {self.rows:.0f} rows per "
+            f"query of {self.exact_rows:.0f} at {fitted['length']} tokens; KV heads:\n{heads}"
+        )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the plan to a file, which the option ``plan`` takes. Raises ``OSError`` if that cannot be."""
+        self.plan.save(path)
+
+    def policy(self, **options: Any) -> Policy:
+        """The policy that follows the plan; ``options`` are those that may be given beside one: seed and strict."""
+        return Policy(plan=self.plan, **options)
+
+
+@torch.no_grad()
+def fit(
+    model: nn.Module,
+    sample: torch.Tensor | Iterable[torch.Tensor | Mapping[str, Any]],
+    *,
+    tolerance: float | None = None,
+    rows: float | None = None,
+    speedup: float | None = None,
+    options: Iterable[Rows] = DEFAULT_OPTIONS,
+    held_out: torch.Tensor | Iterable[torch.Tensor | Mapping[str, Any]] | None = None,
+    length: int | None = None,
+    block: int = 128,
+    progress: bool = False,
+) -> Fit:
+    """A plan for every KV head of a causal model: the best rows for what they may cost.
+
+    model: as for ``rewrite_attention``, not rewritten; it is left as it was. Its output, or the ``logits`` of it, are
+        scores ``[batch, positions, classes]``.
+    sample: token ids ``[batch, tokens]``, or several such tensors or mappings of keyword arguments; best as long as
+        what the plan is for. Half of them are profiled, the others held out: every other sample, of one tensor with
+        several sequences every other sequence, and of a single sequence its second half.
+    tolerance: at most so much KL(exact || rewritten), nats per token, mean over the late positions (from a quarter of a
+        sample on) of what is held out, with as few rows as were found. rows: at most so many rows that a late query
+        sees, mean over KV heads. speedup: attention at least so many times as fast as exact attention, as predicted at
+        ``length``. Exactly one of the three; where it is not the tolerance, the KL is only measured.
+    options: what a head may have (:data:`.profile.DEFAULT_OPTIONS`). block: queries that see the same rows of the past,
+        16, 32, 64 or 128. held_out: samples to measure the KL on; then all
+        of ``sample`` is profiled. length: tokens that rows and times are for; those of the longest sample unless
+        given. progress: show a bar.
+
+    Takes the passes of :func:`.profile.profile`, and for a tolerance about ten more over what is held out, whose exact
+    logits are kept. Raises ``ValueError`` or ``TypeError`` for arguments that do not fit, for what no choice of options
+    reaches, and where no site can be rewritten.
+    """
+    asked = _asked(tolerance=tolerance, rows=rows, speedup=speedup)
+    options = checked_options(options, block)
+    profiled, judged = _halves(samples_of("sample", sample), held_out)
+    length = max(map(tokens_of, profiled)) if length is None else number("length", length, int)
+    if length < 2:
+        raise ValueError(f"length={length!r}: must be 2 tokens or more")
+    with rewritten(model, block):
+        search = _Search(model, judged, *measured(model, profiled, options, block, progress), length, block)
+        if tolerance is not None:
+            price = search.by_tolerance(tolerance)
+        elif rows is not None:
+            price = search.by_rows(rows)
+        else:
+            assert speedup is not None, "one of them is given"
+            price = search.by_speedup(speedup)
+        choice = search.choice(price)
+    average = search.rows_of(choice)
+    fitted = {
+        "asked": asked,
+        "rows": average,
+        "length": length,
+        "price": price,
+        "tokens": [tokens_of(x) for x in profiled],
+        "held_out": [tokens_of(x) for x in judged],
+        "options": [x.to_data() for x in options],
+    }
+    plan = SavedPlan(search.entries(choice), fitted)
+    routed(model, plan=plan)
+    try:
+        kl = search.kl()
+    finally:
+        restore_attention(model)
+    plan = replace(plan, fitted={**fitted, "kl": kl})
+    return Fit(plan, kl, average, search.exact_rows, price, search.profile, search.chosen(choice))
+
+
+class _Search:
+    """Choices by the price of a row, or of a millisecond.
+
+    reports: of the sites of the profile, and of others. length: tokens that costs are for.
+    block: queries that see the same rows of the past.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        judged: Sequence[Any],
+        profile: Profile,
+        reports: Sequence[SiteReport],
+        length: int,
+        block: int,
+    ) -> None:
+        self.model, self.judged, self.profile, self.length, self.block = model, judged, profile, length, block
+        self.reports, self.others = reports[: len(profile.sites)], reports[len(profile.sites) :]
+        self.rows = rows_of(profile.options, length, block)
+        (self.exact_rows,) = rows_of([EVERYTHING], length, block)
+        self.cost: Any = self.rows
+        with run_by(Exact()):
+            self.exact = [logits_of(model, batch) for batch in judged]
+        self._seen: dict[Choice, float] = {}
+
+    def choice(self, price: float) -> Choice:
+        return choose(self.profile, price, self.cost)
+
+    def chosen(self, choice: Choice) -> tuple[tuple[Rows, ...], ...]:
+        """The rows of every KV head, by site."""
+        return tuple(tuple(self.profile.options[o] for o in of_heads) for of_heads in choice)
+
+    def rows_of(self, choice: Choice) -> float:
+        """Rows that a late query sees, mean over KV heads."""
+        return fmean(self.rows[o] for of_heads in choice for o in of_heads)
+
+    def kl(self) -> float:
+        """KL of the model as it runs now, on what is held out."""
+        found = []
+        for exact, batch in zip(self.exact, self.judged, strict=True):
+            found.append(mean_kl(exact, logits_of(self.model, batch), late(exact.shape[1])))
+        return fmean(found)
+
+    def kl_of(self, choice: Choice) -> float:
+        """KL of a choice, measured once."""
+        if choice not in self._seen:
+            layers = (report.layer for report in self.reports)
+            with run_by(Chosen(dict(zip(layers, self.chosen(choice), strict=True)))):
+                self._seen[choice] = self.kl()
+        return self._seen[choice]
+
+    def by_tolerance(self, tolerance: float) -> float:
+        """The greatest price found at which the KL is measured to be within the tolerance."""
+        ladder = prices(self.profile, self.cost)[::-1]
+        price = least(ladder, lambda price: self.kl_of(self.choice(price)) <= tolerance)
+        if price is None:
+            raise ValueError(
+                f"tolerance={tolerance!r}: the best options of every head have a KL of "
+                f"{self.kl_of(self.choice(0.0)):.3g} nats; allowed is more than that, or Rows(everything=True) among "
+                "the options"
+            )
+        return price
+
+    def by_rows(self, rows: float) -> float:
+        """The least price at which there are at most so many rows."""
+        ladder = prices(self.profile, self.cost)
+        price = least(ladder, lambda price: self.rows_of(self.choice(price)) <= rows)
+        if price is None:
+            cheapest = self.rows_of(self.choice(ladder[-1]))
+            raise ValueError(
+                f"rows={rows!r}: the cheapest options take {cheapest:.1f} rows at {self.length} tokens; allowed are "
+                "that many and more, or cheaper options"
+            )
+        return price
+
+    def by_speedup(self, speedup: float) -> float:
+        """The least price, of a millisecond, at which attention is predicted to be so much faster than exact one."""
+        try:
+            specs = [report.spec for report in self.reports if report.spec is not None]
+            self.cost = [[_milliseconds(spec, self.profile.options, self.length, self.block)] for spec in specs]
+            exact = sum(spec.H_kv * _milliseconds(spec, [EVERYTHING], self.length, self.block)[0] for spec in specs)
+        except ValueError as error:
+            raise renamed(f"speedup={speedup!r}", error) from None
+
+        def reached(price: float) -> float:
+            choice = self.choice(price)
+            return exact / sum(its[o] for (its,), of_heads in zip(self.cost, choice, strict=True) for o in of_heads)
+
+        ladder = prices(self.profile, self.cost)
+        price = least(ladder, lambda price: reached(price) >= speedup)
+        if price is None:
+            raise ValueError(
+                f"speedup={speedup!r}: the cheapest options are predicted to be {reached(ladder[-1]):.2f} times as "
+                f"fast as exact attention at {self.length} tokens; allowed is at most that, or cheaper options"
+            )
+        return price
+
+    def entries(self, choice: Choice) -> tuple[SavedSite, ...]:
+        """The entries of a plan: those that the planner made, with the rows that were chosen."""
+        found = []
+        for report, rows in zip(self.reports, self.chosen(choice), strict=True):
+            saved = report.saved
+            assert saved is not None, "a site that was rewritten"
+            own = {METHOD.name: {**saved.options["method_options"][METHOD.name], "rows": [x.to_data() for x in rows]}}
+            found.append(
+                replace(
+                    saved,
+                    params={**saved.params, "rows": to_numbers(rows)},
+                    options={**saved.options, "method_options": own},
+                    rows=rows,
+                )
+            )
+        return (*found, *(report.saved for report in self.others if report.saved is not None))
+
+
+def _milliseconds(spec: AttentionSpec, options: Sequence[Rows], length: int, block: int) -> list[float]:
+    """What every option of one KV head is predicted to take at a length; ``ValueError`` where that is not known."""
+    spec = at_length(spec, length)
+    device = device_of(spec.device)
+    times = [
+        None if device is None else predict(METHOD.name, spec, Policy(methods=(PerHead(x, block=block),)), device)
+        for x in options
+    ]
+    known = [x / spec.H_kv for x in times if x is not None]
+    if len(known) < len(options):
+        raise ValueError(
+            f"how fast {METHOD.name} is on this {spec.device} for {spec.dtype} is not known; python -m express_compile "
+            "calibrate measures it, and tolerance and rows do without"
+        )
+    return known
+
+
+def rewrite_attention(
+    model: Model,
+    policy: Policy | None = None,
+    *,
+    sample: torch.Tensor | Iterable[torch.Tensor | Mapping[str, Any]] | None = None,
+    tolerance: float | None = None,
+    rows: float | None = None,
+    speedup: float | None = None,
+    **options: Any,
+) -> Model:
+    if sample is None:
+        for name, value in {"tolerance": tolerance, "rows": rows, "speedup": speedup}.items():
+            if value is not None:
+                raise TypeError(f"{name}={value!r}: needs sample=input_ids, tokens to fit a plan on")
+        return routed(model, policy, **options)
+    if policy is not None:
+        raise TypeError("policy and sample were both given: a plan that is fitted to a sample decides for every site")
+    others = {name: value for name, value in options.items() if name in ("seed", "strict")}
+    if unknown := sorted(set(options) - set(others)):
+        raise TypeError(
+            f"{', '.join(unknown)}: not allowed beside sample; allowed are tolerance, rows, speedup, seed and strict"
+        )
+    return routed(model, fit(model, sample, tolerance=tolerance, rows=rows, speedup=speedup).policy(**others))
+
+
+rewrite_attention.__doc__ = f"""{routed.__doc__}
+    sample: token ids ``[batch, tokens]``, or several such tensors or mappings of keyword arguments: a plan for every KV
+        head is fitted to them by :func:`fit`, and followed. tolerance, rows, speedup: what the plan is to keep,
+        exactly one of them. Beside a sample only ``seed`` and ``strict`` may be given.
+    """
+
+
+# --------------------------------------------------------------------------------------------------------- inputs
+
+
+def _asked(**targets: float | None) -> dict[str, float]:
+    """What is asked for, by name."""
+    given = {name: x for name, x in targets.items() if x is not None}
+    if len(given) != 1:
+        words = ", ".join(f"{name}={value!r}" for name, value in given.items()) or "nothing asked for"
+        raise ValueError(f"{words}: exactly one of {', '.join(targets)} must be given")
+    for name, value in given.items():
+        if not 0 < number(name, value, int, float) < math.inf:
+            raise ValueError(f"{name}={value!r}: must be above 0 and finite")
+    return given
+
+
+def _halves(samples: list[Any], held_out: Any) -> tuple[list[Any], list[Any]]:
+    """What is profiled and what is held out."""
+    if held_out is not None:
+        return samples, samples_of("held_out", held_out)
+    if len(samples) > 1:
+        return samples[::2], samples[1::2]
+    (sample,) = samples
+    if not isinstance(sample, torch.Tensor):
+        raise ValueError("held_out=None: of one mapping nothing can be held out; give several samples, or held_out")
+    if sample.shape[0] > 1:
+        return [sample[::2]], [sample[1::2]]
+    half = sample.shape[1] // 2
+    if half < 2:
+        raise ValueError(f"sample: {sample.shape[1]} tokens; must be 4 or more, of which the second half is held out")
+    return [sample[:, :half]], [sample[:, half:]]

@@ -1,0 +1,401 @@
+"""The profile of a model: what each of its KV heads would lose with each option of rows, and the choice by it.
+
+One exact pass over sample tokens. At every site that can have rows per KV head, each option is attended to by all KV
+heads side by side, on the activations of the exact model:
+
+    error[site, head, option] = sum_i |W (o_hat_i - o_i)_head|^2 / sum_i |W o_i|^2
+
+over the *late* queries i, from a quarter of the sample on; ``(..)_head`` are the outputs of the query heads of one KV
+head, and W is the linear layer that takes the output of the site, the identity where none was found to. Of the options
+of a head that one is chosen that minimises ``error + price * cost`` (:func:`choose`), so one number, the price of a
+row, moves the choice of all heads from the best options to the cheapest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import nn
+
+from ..core.call import Call, Op, name_of, run_by
+from ..core.plain import from_json, number, renamed
+from ..core.policy import Policy
+from ..core.rows import Rows, heads, to_numbers
+from ..core.sites import SiteReport, record_sites
+from ..kernels.heads import EVERYTHING, METHOD, PerHead, rows_seen
+from ..routes.capture import captures_of
+from ..routes.eager import is_rewritten, restore_attention, rewrite_attention
+from .budgets import checked_batches
+
+DEFAULT_OPTIONS = (
+    *(Rows(sinks=32, recent=recent) for recent in (256, 1024, 2048)),
+    *(Rows(sinks=32, recent=256, thinned=thinned) for thinned in (64, 256)),
+    Rows(sinks=32, recent=256, thinned=64, protected=256),
+    *(Rows(sinks=32, recent=256, protected=protected) for protected in (256, 512, 1024)),
+    *(Rows(sinks=32, recent=256, selected=blocks) for blocks in (8, 16, 32, 64)),
+    EVERYTHING,
+)
+"""What a head may have unless other options are given: windows, thinned, protected and selected rows, and all."""
+
+_CHUNK = 512  # queries whose outputs are compared at a time
+
+Choice = tuple[tuple[int, ...], ...]
+"""For every site, the place among the options of what each KV head has."""
+
+
+@dataclass(frozen=True)
+class SiteProfile:
+    """What was measured at one site.
+
+    module, index: which one it is: its module path, and its place among the sites of that module.
+    through: path of the linear layer through which errors were measured; None: of the output of the site itself.
+    errors: relative squared error of its output by KV head and option, ``[H_kv][options]``.
+    """
+
+    module: str
+    index: int
+    through: str | None
+    errors: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The outcome of :func:`profile`.
+
+    options: what each head may have. tokens: how long the longest sample was; samples: how many there were.
+    rows: rows that a late query sees on average, by option, for that many tokens. sites: in order of execution.
+    """
+
+    options: tuple[Rows, ...]
+    tokens: int
+    samples: int
+    rows: tuple[float, ...]
+    sites: tuple[SiteProfile, ...] = field(repr=False)
+
+    def to_json(self) -> str:
+        """The profile as a JSON object."""
+        return json.dumps({**asdict(self), "options": [x.to_data() for x in self.options]}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Profile:
+        """The inverse of :meth:`to_json`. Raises ``TypeError`` or ``ValueError`` for other text."""
+        return from_json("profile", text, cls._from_data)
+
+    @classmethod
+    def _from_data(cls, data: Any) -> Profile:
+        names = {"options", "tokens", "samples", "rows", "sites"}
+        if not isinstance(data, dict) or set(data) != names:
+            raise TypeError(f"profile: must be an object of {', '.join(sorted(names))}")
+        sites = tuple(SiteProfile(**{**x, "errors": tuple(map(tuple, x["errors"]))}) for x in data["sites"])
+        return cls(heads(data["options"]), data["tokens"], data["samples"], tuple(data["rows"]), sites)
+
+
+# --------------------------------------------------------------------------------------------------- measurement
+
+
+@torch.no_grad()
+def profile(
+    model: nn.Module,
+    sample: torch.Tensor | Iterable[torch.Tensor | Mapping[str, Any]],
+    options: Iterable[Rows] = DEFAULT_OPTIONS,
+    *,
+    block: int = 128,
+    progress: bool = False,
+) -> Profile:
+    """What every KV head of a model loses with every option of rows, on sample inputs.
+
+    model: as for ``rewrite_attention``, not rewritten; it is left as it was. Sites that the method ``per_head`` refuses
+        are left out.
+    sample: token ids ``[batch, tokens]``, or several such tensors or mappings of keyword arguments, of which the errors
+        are averaged; as long as what the rows are for, if that can be.
+    options: what a head may have. block: queries that see the same rows of the past, 16, 32, 64 or 128. progress: show
+        a bar.
+
+    Takes one exact pass per sample, with ``options`` calls more at each site, and a short one that finds the linear
+    layers. Memory: that of the pass, two outputs of one site, and 512 positions of one linear layer's output for each
+    KV head. Raises ``ValueError`` or ``TypeError`` for arguments that do not fit, and where no site can be rewritten.
+    """
+    options = checked_options(options, block)
+    samples = samples_of("sample", sample)
+    with rewritten(model, block):
+        return measured(model, samples, options, block, progress)[0]
+
+
+def measured(
+    model: nn.Module, samples: Sequence[Any], options: tuple[Rows, ...], block: int, progress: bool = False
+) -> tuple[Profile, list[SiteReport]]:
+    """:func:`profile` of a model that is :func:`rewritten`; the reports of its sites, in order, and then of others."""
+    finder = _Finder(model)
+    with record_sites() as reports, run_by(finder), finder.hooked():
+        model(samples[0][:, :_CHUNK]) if isinstance(samples[0], torch.Tensor) else model(**samples[0])
+    if not finder.sites:
+        reasons = "; ".join(sorted({x.reason for x in reports})) or "it has none"
+        raise ValueError(f"model: no site can have rows for each KV head: {reasons}")
+    of = {x.layer: x for x in reports if x.saved is not None and x.verdict == "rewritten"}
+    sums: list[dict[int, torch.Tensor]] = []
+    with Progress(transient=True, disable=not progress) as bar:
+        task = bar.add_task("profile", total=len(samples) * len(finder.sites) * len(options))
+        for batch in samples:
+            meter = _Meter(options, finder.projections, lambda: bar.advance(task))
+            with run_by(meter):
+                model(**batch) if isinstance(batch, Mapping) else model(batch)
+            sums.append(meter.errors())
+    sites = tuple(
+        SiteProfile(report.saved.module, report.saved.index, finder.paths.get(layer), _mean([x[layer] for x in sums]))
+        for layer in sums[0]
+        if (report := of[layer]).saved is not None
+    )
+    tokens = max(map(tokens_of, samples))
+    rows = tuple(rows_of(options, tokens, block))
+    return Profile(options, tokens, len(samples), rows, sites), [
+        *(of[layer] for layer in sums[0]),
+        *(x for x in reports if x.verdict != "rewritten"),
+    ]
+
+
+def _mean(errors: Sequence[torch.Tensor]) -> tuple[tuple[float, ...], ...]:
+    return tuple(map(tuple, torch.stack(tuple(errors)).mean(0).tolist()))
+
+
+@contextmanager
+def rewritten(model: nn.Module, block: int) -> Iterator[None]:
+    """While active, the sites of a model that can have rows for each KV head are rewritten, to see everything."""
+    if isinstance(model, nn.Module) and is_rewritten(model):
+        raise ValueError("model: is rewritten; call restore_attention(model) first")
+    rewrite_attention(model, Policy(methods=(PerHead(EVERYTHING, block=block),)))
+    try:
+        yield
+    finally:
+        restore_attention(model)
+
+
+def with_rows(call: Call, rows: Sequence[Rows]) -> Call:
+    """The call of an op of :data:`METHOD` with other rows, one for each KV head or one for all."""
+    return replace(call, options={**call.options, "rows": to_numbers(rows)})
+
+
+class Exact:
+    """A runner that gives every KV head everything."""
+
+    def __call__(self, op: Op, call: Call) -> Any:
+        if name_of(op) != METHOD.name:
+            return call.run(op)
+        result = with_rows(call, [EVERYTHING]).run(op)
+        self.see(op, call, result[0])
+        return result
+
+    def see(self, op: Op, call: Call, exact: torch.Tensor) -> None:
+        """Called for every op of ours, with the output ``[B, H, Lq, Dv]`` that it gives."""
+
+
+class Chosen(Exact):
+    """A runner that gives every KV head what was chosen for it, by layer key; everything where there is no choice."""
+
+    def __init__(self, rows: Mapping[int, Sequence[Rows]]) -> None:
+        self.rows = rows
+
+    def __call__(self, op: Op, call: Call) -> Any:
+        chosen = self.rows.get(call.layer)
+        return super().__call__(op, call) if chosen is None else with_rows(call, chosen).run(op)
+
+
+class _Finder(Exact):
+    """Finds the linear layer that takes the output of each site, by what it is given: the same numbers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.linear = {path: x for path, x in model.named_modules() if isinstance(x, nn.Linear)}
+        captured = {x for capture in captures_of(model).values() for x in capture.module.modules()}
+        self.hookable = [x for x in self.linear.values() if x not in captured]  # graphs tell of theirs by themselves
+        self.sites: set[int] = set()
+        self.projections: dict[int, torch.Tensor] = {}
+        self.paths: dict[int, str] = {}
+        self._last: tuple[int, torch.Tensor] | None = None
+
+    def see(self, op: Op, call: Call, exact: torch.Tensor) -> None:
+        self.sites.add(call.layer)
+        self._last = call.layer, exact.transpose(1, 2).flatten(2)
+
+    def see_linear(self, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """Called for every linear layer that may take the output of a site, with its input and its weight."""
+        if self._last is None:
+            return
+        layer, output = self._last
+        path = next((path for path, module in self.linear.items() if module.weight is weight), None)
+        if path is not None and x.numel() == output.numel() and torch.equal(x.reshape(output.shape), output):
+            self.projections[layer], self.paths[layer] = weight, path
+            self._last = None
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """While active, the linear layers of the model tell what they are given."""
+
+        def hook(module: nn.Linear, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], torch.Tensor):
+                self.see_linear(args[0], module.weight)
+
+        hooks = [x.register_forward_pre_hook(hook) for x in self.hookable]
+        try:
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+
+class _Meter(Exact):
+    """Runs everything exactly, and adds up what each option would be off by, on the device."""
+
+    def __init__(
+        self, options: Sequence[Rows], projections: Mapping[int, torch.Tensor], advance: Callable[[], None]
+    ) -> None:
+        self.options, self.projections, self.advance = options, projections, advance
+        self.off: dict[int, torch.Tensor] = {}
+        self.whole: dict[int, torch.Tensor] = {}
+
+    def see(self, op: Op, call: Call, exact: torch.Tensor) -> None:
+        H_kv, weight = call.key.shape[1], self.projections.get(call.layer)
+        first = max(0, late(call.Lk) - (call.Lk - call.Lq))
+        off = []
+        for option in self.options:
+            tried = with_rows(call, [option]).run(op)[0]
+            off.append(_squares(tried, exact, first, H_kv, weight))
+            self.advance()
+        self.off[call.layer] = self.off.get(call.layer, 0) + torch.stack(off, 1)
+        self.whole[call.layer] = self.whole.get(call.layer, 0) + _squares(exact, None, first, 1, weight)
+
+    def errors(self) -> dict[int, torch.Tensor]:
+        """float64 ``[H_kv, options]`` on the CPU, by layer key; 0 where the output of the whole site is 0."""
+        return {layer: (off / self.whole[layer]).nan_to_num(0.0).cpu() for layer, off in self.off.items()}
+
+
+def _squares(
+    x: torch.Tensor, y: torch.Tensor | None, first: int, groups: int, weight: torch.Tensor | None
+) -> torch.Tensor:
+    """The sum of squares of ``W (x - y)`` over queries from ``first`` on, by group of heads: float64 ``[groups]``."""
+    total = torch.zeros(groups, dtype=torch.float64, device=x.device)
+    by_group = None if weight is None else weight.detach().unflatten(1, (groups, -1)).transpose(0, 1)
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for i in range(first, x.shape[2], _CHUNK):
+        part = x[:, :, i : i + _CHUNK].to(kind)
+        part = part if y is None else part - y[:, :, i : i + _CHUNK].to(kind)
+        part = part.unflatten(1, (groups, -1)).permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)  # [groups, B n, G Dv]
+        part = part if by_group is None else part @ by_group.to(kind).mT
+        total += part.square().sum((1, 2), dtype=torch.float64)
+    return total
+
+
+def late(tokens: int) -> int:
+    """The first of the queries that count: a quarter of the tokens, at least 1."""
+    return min(max(1, tokens // 4), tokens - 1)
+
+
+def rows_of(options: Sequence[Rows], tokens: int, block: int) -> list[float]:
+    """Rows that a late query of a prefill of ``tokens`` tokens sees on average, by option."""
+    return [float(x) for x in rows_seen(PerHead(tuple(options), block=block), tokens)[:, late(tokens) :].mean(1)]
+
+
+# -------------------------------------------------------------------------------------------------------- choice
+
+
+def choose(profile: Profile, price: float, cost: Any = None) -> Choice:
+    """For every KV head the option that minimises ``error + price * cost``; of equal ones the cheapest.
+
+    price: of a unit of cost, 0 or more. cost: of every option, ``[options]`` or ``[sites, 1, options]``; the profile's
+    rows unless given.
+    """
+    if not 0 <= number("price", price, int, float) < float("inf"):
+        raise ValueError(f"price={price!r}: must be 0 or more and finite")
+    cost = profile.rows if cost is None else cost
+    cost = torch.as_tensor(cost, dtype=torch.float64).expand(len(profile.sites), 1, -1)
+    found = []
+    for site, its in zip(profile.sites, cost, strict=True):
+        cheapest = its[0].argsort(stable=True)
+        error = torch.tensor(site.errors, dtype=torch.float64)
+        paid = (error + price * its)[:, cheapest]
+        found.append(tuple(cheapest[paid.argmin(1)].tolist()))
+    return tuple(found)
+
+
+def prices(profile: Profile, cost: Any = None) -> list[float]:
+    """All prices at which the choice of some head changes, ascending, 0 first: :func:`choose` at each of them has the
+    cheaper option of the two. Those of the lower convex hulls of (cost, error) of every head."""
+    cost = profile.rows if cost is None else cost
+    cost = torch.as_tensor(cost, dtype=torch.float64).expand(len(profile.sites), 1, -1)
+    found = {0.0}
+    for site, its in zip(profile.sites, cost.tolist(), strict=True):
+        for errors in site.errors:
+            found.update(_slopes(list(zip(its[0], errors, strict=True))))
+    # what rounding makes of a price must not fall below the slope that it is
+    return sorted(x * (1 + 1e-9) for x in found)
+
+
+def _slopes(points: Iterable[tuple[float, float]]) -> list[float]:
+    """How much error a unit of cost saves, on each edge of the lower convex hull of (cost, error)."""
+    hull: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if hull and point[1] >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
+            hull.pop()
+        if not hull or point[0] > hull[-1][0]:
+            hull.append(point)
+    return [_slope(a, b) for a, b in zip(hull, hull[1:], strict=False)]
+
+
+def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return (a[1] - b[1]) / (b[0] - a[0])
+
+
+def least(prices: Sequence[float], fits: Callable[[float], bool]) -> float | None:
+    """The least of the ascending prices that ``fits``, if all behind one that does fit; None if not even the last one
+    does. Asks ``log2(prices) + 1`` times."""
+    low, high = 0, len(prices) - 1
+    if not fits(prices[high]):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(prices[middle]) else (middle + 1, high)
+    return prices[high]
+
+
+# --------------------------------------------------------------------------------------------------------- inputs
+
+
+def samples_of(name: str, sample: Any) -> list[torch.Tensor | Mapping[str, Any]]:
+    """The samples that are given: one tensor of token ids, or several of them or of mappings. Raises as it says."""
+    samples = checked_batches([sample] if isinstance(sample, torch.Tensor) else sample, name)
+    for i, batch in enumerate(samples):
+        if tokens_of(batch) < 2:
+            raise ValueError(f"{name}[{i}]: {tokens_of(batch)} token; must be 2 or more")
+    return samples
+
+
+def tokens_of(batch: torch.Tensor | Mapping[str, Any]) -> int:
+    """How many tokens the sequences of a sample have."""
+    ids = batch if isinstance(batch, torch.Tensor) else batch.get("input_ids", batch.get("inputs_embeds"))
+    if not isinstance(ids, torch.Tensor):
+        raise ValueError("sample: a mapping must hold a tensor input_ids or inputs_embeds")
+    return int(ids.shape[1])
+
+
+def checked_options(options: Any, block: int) -> tuple[Rows, ...]:
+    """The options, each once, in order, all of which a head may have in blocks of so many queries."""
+    if isinstance(options, (str, bytes, Rows)) or not isinstance(options, Iterable):
+        raise TypeError(f"options={options!r}: must be a sequence of Rows")
+    found = tuple(dict.fromkeys(options))
+    for option in found:
+        if not isinstance(option, Rows):
+            raise TypeError(f"options: {option!r} must be a Rows")
+    if not found:
+        raise ValueError("options=(): must hold at least one Rows")
+    PerHead(EVERYTHING, block=block)
+    try:
+        PerHead(found, block=block)
+    except ValueError as error:
+        raise renamed("options", error) from None
+    return found

@@ -1,0 +1,485 @@
+"""Plans per KV head: each one attends to the rows that its own :class:`~express_compile.core.rows.Rows` say.
+
+    out_i = sum_{j in S_i} w_j exp(scale <q_i, k_j>) v_j / sum_{j in S_i} w_j exp(scale <q_i, k_j>)
+
+where S_i is what the KV head of query i sees: all tokens (exact attention), or sinks and recent tokens, and with them
+thinned and protected rows (``express``), or blocks of 64 keys that the queries choose (``select.blocks``); w is 1, and
+2^m for a thinned row. Heads differ: some need a window and nothing else, some single facts from far away, and few all
+tokens. Heads with equal rows are computed together, with the random numbers of their own places in the layer, so
+that equal rows for all heads are Express bit for bit.
+
+A head is exact while the sequence has no more tokens than its rows: ``sinks + recent``, and with it ``protected``, and
+``4 thinned``, and ``64 selected``. The error of thinned rows is that of ``express``; a query with selected rows loses
+the mass of the blocks that it did not choose. The choice is held fixed in gradients.
+
+Supports causal self-attention (also continuing a cache), grouped queries, Dv != D, any length, key padding on any
+side, float16, bfloat16, float32 (float64 on a CPU). Refuses what ``express`` refuses.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import sympy
+import torch
+
+from express_compile.core import cost as c
+from express_compile.core.call import Call
+from express_compile.core.method import METHODS, Method, Refusal, Share, register
+from express_compile.core.options import NUMBER, WHOLE, Kind, Options, option
+from express_compile.core.plain import renamed
+from express_compile.core.policy import Policy
+from express_compile.core.rows import Rows, from_numbers, to_numbers
+from express_compile.core.rows import heads as rows_of_heads
+from express_compile.core.spec import AttentionSpec, Site
+
+from .attend.segments import COMPACTED, TOKENS, SegmentTable, Sources, causal_table, segment_attention
+from .exact import exact_attention
+from .express import (
+    BLOCK,
+    Express,
+    Unthinned,
+    attend,
+    backward,
+    gradients,
+    make_layout,
+    packed,
+    packed_backward,
+    packing_cost,
+    prefill_only,
+)
+from .launch import constant
+from .op import define_attention
+from .select.blocks import KEYS, BlockConfig, query_blocks, select_blocks
+from .select.contest import CONTEST
+from .select.halving import RULE
+from .select.schedule import check_budget
+
+_Tensors = tuple[torch.Tensor, ...]
+EVERYTHING = Rows(everything=True)
+
+
+def _rows(name: str, value: Any) -> Any:
+    """Rows of every KV head, or one for all, or a mapping of module paths to these."""
+    if isinstance(value, Mapping):
+        for path in value:
+            if not isinstance(path, str):
+                raise TypeError(f"{name}: {path!r}: must be a module path, such as 'model.layers.0.self_attn'")
+        return {path: _of_site(f"{name}[{path!r}]", x) for path, x in value.items()}
+    return _of_site(name, value)
+
+
+def _of_site(name: str, value: Any) -> tuple[Rows, ...]:
+    try:
+        rows = (value,) if isinstance(value, Rows) else rows_of_heads(value)
+    except (TypeError, ValueError) as error:
+        raise renamed(name, error) from None
+    if not rows:
+        raise ValueError(f"{name}=(): must have an entry for every KV head, or one for all")
+    for i, x in enumerate(rows):
+        if x.selected and (x.thinned or x.protected):
+            raise ValueError(
+                f"{name}[{i}]: {x}; selected rows take sinks and recent ones beside them only: a row that is also "
+                "thinned or protected would count twice"
+            )
+        if x.thinned == 1:
+            raise ValueError(f"{name}[{i}]: thinned=1; must be 0, or a power of two from 2 on")
+    return rows
+
+
+@dataclass(frozen=True)
+class PerHead(Options):
+    """Which rows every KV head sees."""
+
+    rows: Any = option(
+        (Rows(32, 256, 512, 256),), "the rows of every KV head of a site, or of all of them; a site that a mapping "
+        "does not name stays exact", schema="int[] rows", pack=lambda rows: {},
+        kind=Kind("`Rows`, a list of one per KV head, or a mapping of module paths to these", "", _rows),
+    )  # fmt: skip
+    halving: str = option("balanced", "name of a registered halving rule, for thinned rows", RULE, shared="halving")
+    inflation: int | None = option(
+        None, "M of the paper, for thinned rows; None is h - 2 for 2**h of them", WHOLE,
+        pack=lambda M: {"inflation": -1 if M is None else M}, shared="inflation",
+    )  # fmt: skip
+    flatten: float = option(
+        0.0, "factor of the exponent in the kernel of the halving rule; 0 is the rule's own", NUMBER
+    )
+    block: int = option(128, "queries that see the same rows of the past", BLOCK)
+
+    def check(self) -> None:
+        for rows in self.rows.values() if isinstance(self.rows, Mapping) else [self.rows]:
+            for x in rows:
+                self.config(x)
+
+    @classmethod
+    def by_layer(cls, given: Mapping[str, Any]) -> bool:
+        return isinstance(given.get("rows"), Mapping)
+
+    @classmethod
+    def named(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        return {path: f"['rows'][{path!r}]" for path in given["rows"]} if cls.by_layer(given) else {}
+
+    @classmethod
+    def at_module(cls, given: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+        if not cls.by_layer(given):
+            return given
+        return {**given, "rows": {own: rows for own, rows in given["rows"].items() if own == path}}
+
+    def data(self) -> dict[str, Any]:
+        if isinstance(self.rows, Mapping):
+            rows: Any = {path: [x.to_data() for x in own] for path, own in self.rows.items()}
+        else:
+            rows = [x.to_data() for x in self.rows]
+        return {**super().data(), "rows": rows}
+
+    def at(self, site: Site) -> tuple[Rows, ...]:
+        """The rows of every KV head of a site, or one for all; none where a mapping does not name it."""
+        found: tuple[Rows, ...] = site.entry(self.rows, ()) if isinstance(self.rows, Mapping) else self.rows
+        return found
+
+    def config(self, rows: Rows) -> Express | BlockConfig | None:
+        """What computes these rows; None is exact attention. Raises ``ValueError`` for an ``inflation`` that does not
+        fit."""
+        if rows.everything:
+            return None
+        if rows.selected:
+            return BlockConfig(rows.selected, rows.sinks, rows.recent, block=self.block)
+        if not rows.thinned:
+            return Unthinned(2, rows.sinks, rows.recent, rows.protected, block=self.block)
+        if self.inflation is not None:
+            check_budget(rows.thinned, self.inflation)
+        own = self.halving, self.inflation, self.flatten, self.block
+        return Express(rows.thinned, rows.sinks, rows.recent, rows.protected, *own)
+
+
+def exact_up_to(rows: Rows) -> float:
+    """Sequences of at most this many tokens get exact attention in such a head."""
+    if rows.everything:
+        return math.inf
+    return rows.sinks + rows.recent + rows.protected + 4 * rows.thinned + KEYS * rows.selected
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Selected rows, as segments that are read through an index
+
+
+@functools.lru_cache(maxsize=64)
+def blocks_table(config: BlockConfig, Lq: int, Lk: int) -> tuple[SegmentTable, np.ndarray]:
+    """Sinks, tail and chosen blocks of keys. The rows of all choices lie side by side, those of the first block of
+    queries first: int64 ``[A, 3]`` has the block of queries, the place among its choices and the key in it."""
+    layout = query_blocks(config, Lq, Lk)
+    count = np.minimum(layout.candidates, config.blocks)
+    chosen = np.arange(config.blocks) < count[:, None]
+    rows = np.stack([x.flatten() for x in np.indices((*chosen.shape, KEYS))], 1)[np.repeat(chosen.flatten(), KEYS)]
+    first = KEYS * (count.cumsum() - count)
+    zero = np.zeros_like(count)
+    sinks = np.stack([zero + TOKENS, zero, np.where(count, config.sinks, 0)], -1)
+    blocks = np.stack([zero + COMPACTED, first, KEYS * count], -1)
+    segments = np.stack([sinks, blocks], 1)
+    segments[segments[:, :, 2] == 0] = 0
+    weights = np.zeros((len(count), 2))
+    return SegmentTable(config.block, layout.q_offset, segments, weights, layout.tail, layout.shift), rows
+
+
+@functools.lru_cache(maxsize=64)
+def _rows_on(config: BlockConfig, Lq: int, Lk: int, device: torch.device) -> torch.Tensor:
+    return constant(blocks_table(config, Lq, Lk)[1].T.copy(), device)
+
+
+@torch.no_grad()
+def chosen_rows(call: Call, config: BlockConfig, start: torch.Tensor | None) -> torch.Tensor:
+    """The token of every row of :func:`blocks_table`: int32 ``[B, H_kv, A]``. ``start``: as in ``select_blocks``."""
+    chosen = select_blocks(call.query, call.key, config, call.scale, start)
+    block, place, key = _rows_on(config, call.Lq, call.Lk, call.key.device)
+    return (config.sinks + KEYS * chosen[:, :, block, place] + key).to(torch.int32)
+
+
+def _selected(
+    call: Call, config: BlockConfig, start: torch.Tensor | None
+) -> tuple[Sources, torch.Tensor, SegmentTable]:
+    index = chosen_rows(call, config, start)
+    tokens = Sources.tokens(call.key, call.value)
+    return tokens._replace(index=index), index, blocks_table(config, call.Lq, call.Lk)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# All heads of a layer: those with equal rows together
+
+
+@dataclass(frozen=True)
+class Group:
+    """KV heads that see the same rows; ``heads`` None: all of them."""
+
+    rows: Rows
+    heads: tuple[int, ...] | None
+
+    def on(self, device: torch.device) -> torch.Tensor | None:
+        return None if self.heads is None else _constant(self.heads, device)
+
+    def take(self, x: torch.Tensor, H_kv: int) -> torch.Tensor:
+        """The heads of the group of ``x`` ``[B, H, ..]``, each KV head with all its query heads."""
+        if self.heads is None:
+            return x
+        own = self.on(x.device)
+        return x.unflatten(1, (H_kv, x.shape[1] // H_kv)).index_select(1, own).flatten(1, 2)
+
+    def of(self, call: Call) -> Call:
+        """The call of these heads alone."""
+        H_kv = call.key.shape[1]
+        query, key, value = (self.take(x, H_kv) for x in (call.query, call.key, call.value))
+        return replace(call, query=query, key=key, value=value)
+
+
+@functools.lru_cache(maxsize=1024)
+def _constant(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return constant(np.array(numbers, np.int32), device)
+
+
+@functools.lru_cache(maxsize=1024)
+def groups(rows: tuple[Rows, ...], H_kv: int) -> tuple[Group, ...]:
+    """The groups of ``H_kv`` heads, in the order of their first ones. Raises ``ValueError`` unless ``rows`` has one
+    entry, or one for every head."""
+    if len(rows) not in (1, H_kv):
+        raise ValueError(f"rows lists {len(rows)} KV heads, the call has {H_kv}")
+    members: dict[Rows, list[int]] = {}
+    for head in range(H_kv):
+        members.setdefault(rows[head % len(rows)], []).append(head)
+    if len(members) == 1:
+        return (Group(rows[0], None),)
+    return tuple(Group(x, tuple(heads)) for x, heads in members.items())
+
+
+def _joined(parts: Sequence[tuple[Group, torch.Tensor]], H_kv: int) -> torch.Tensor:
+    """What the groups gave, ``[B, H of the group, ..]`` each, as the heads of the layer lie."""
+    (group, first), *_ = parts
+    if group.heads is None:
+        return first
+    order = [head for group, _ in parts for head in group.heads or ()]
+    back = _constant(tuple(sorted(range(H_kv), key=order.__getitem__)), first.device)
+    whole = torch.cat([x.unflatten(1, (len(group.heads or ()), -1)) for group, x in parts], 1)
+    return whole.index_select(1, back).flatten(1, 2)
+
+
+def _forward_group(call: Call, own: PerHead, group: Group, start: torch.Tensor | None) -> _Tensors:
+    config = own.config(group.rows)
+    if config is None or (call.key.is_cuda and call.Lk <= exact_up_to(group.rows)):
+        return exact_attention(call.query, call.key, call.value, call.scale)
+    if isinstance(config, Express):
+        return attend(call, config, group.on(call.key.device))
+    sources, _, table = _selected(call, config, start)
+    return segment_attention(call.query, sources, table, call.scale)
+
+
+def _backward_group(call: Call, own: PerHead, group: Group, results: _Tensors, start: torch.Tensor | None) -> _Tensors:
+    config = own.config(group.rows)
+    if isinstance(config, Express):
+        return backward(call, config, results, group.on(call.key.device))
+    if config is None:
+        none = torch.empty(*call.key.shape[:2], 0, dtype=torch.int32, device=call.key.device)
+        table = causal_table(call.Lq, call.Lk)
+        return gradients(call, Sources.tokens(call.key, call.value), none, table, results)
+    return gradients(call, *_selected(call, config, start), results)
+
+
+def _forward(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    H_kv = call.key.shape[1]
+    parts = [(group, _forward_group(group.of(call), own, group, start)) for group in groups(own.rows, H_kv)]
+    out, lse = (_joined([(group, x[i]) for group, x in parts], H_kv) for i in range(2))
+    return out, lse
+
+
+def _backward(call: Call, own: PerHead, results: _Tensors, start: torch.Tensor | None) -> _Tensors:
+    H_kv, parts = call.key.shape[1], []
+    for group in groups(own.rows, H_kv):
+        of_group = tuple(group.take(x, H_kv) for x in results)
+        parts.append((group, _backward_group(group.of(call), own, group, of_group, start)))
+    return tuple(_joined([(group, x[i]) for group, x in parts], H_kv) for i in range(3))
+
+
+def heads_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: Sequence[Rows] | PerHead,
+    scale: float,
+    seed: torch.Tensor,
+    layer: int = 0,
+    block: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of every KV head to its own ``rows``, one entry for each or one for all (or all options, with a
+    ``block`` of their own).
+
+    ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``; query i is token
+    ``Lk - Lq + i``. ``seed`` is a 0-dim int64 tensor. Returns ``out`` ``[B, H, Lq, Dv]`` and the log-sum-exp
+    ``[B, H, Lq]`` in float32 (float64 for float64 inputs). In plain PyTorch on a CPU, where it is the definition of
+    correct; with the kernels on CUDA. No gradient: that is of the op ``express_compile::heads``. Raises ``ValueError``
+    or ``TypeError`` for rows that do not fit.
+    """
+    own = rows if isinstance(rows, PerHead) else PerHead(rows, block=block)
+    call = Call(query, key, value, None, seed, scale, layer)
+    with torch.no_grad():
+        return _forward(call, own, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Op
+
+
+@functools.lru_cache(maxsize=1024)
+def _options(rows: tuple[int, ...], inflation: int, **same: Any) -> PerHead:
+    return PerHead(from_numbers(rows), inflation=None if inflation < 0 else inflation, **same)
+
+
+def options_at(Lk: int, min_length: int, rows: Sequence[int], **others: Any) -> PerHead:
+    """The options that those of the op mean for ``Lk`` keys; exact for fewer than ``min_length``."""
+    own = _options(tuple(rows), **others)
+    return replace(own, rows=EVERYTHING) if Lk < min_length else own
+
+
+def _exact_up_to(own: PerHead) -> int:
+    least = min(map(exact_up_to, own.rows))
+    return 1 << 62 if math.isinf(least) else int(least)
+
+
+def _body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    own = options_at(call.Lk, **call.options)
+    return packed(call, _exact_up_to(own), lambda real, start: _forward(real, own, start))
+
+
+def _backward_body(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> _Tensors:
+    own = options_at(call.Lk, **call.options)
+    return packed_backward(
+        call, (grad, out, lse), _exact_up_to(own), lambda real, results, start: _backward(real, own, results, start)
+    )
+
+
+OP, BACKWARD = define_attention("heads", PerHead, _body, _backward_body)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Method
+
+
+def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
+    own: PerHead = policy.of("heads")  # a bad value is reported whatever is refused
+    listed = [len(x) for x in own.rows.values()] if isinstance(own.rows, Mapping) else [len(own.rows)]
+    reason = prefill_only(spec, "heads")
+    if reason is None and not listed:
+        reason = "its rows have no entry for this module"
+    if reason is None and not {*listed} <= {1, spec.H_kv}:
+        n = next(n for n in listed if n not in (1, spec.H_kv))
+        reason = f"rows lists {n} KV heads, the site has {spec.H_kv}"
+    return None if reason is None else Refusal("heads", reason)
+
+
+def _params(site: Site, policy: Policy) -> dict[str, Any]:
+    own: PerHead = policy.of("heads")
+    return {"rows": to_numbers(own.at(site)), **own.pack(), "min_length": policy.min_length or 0}
+
+
+def rows_seen(own: PerHead, n: int) -> np.ndarray:
+    """Rows that each query of a prefill of ``n`` tokens attends to, itself included, for every entry of ``own.rows``:
+    int64 ``[entries, n]``."""
+
+    def of(rows: Rows) -> np.ndarray:
+        config = own.config(rows)
+        if config is None:
+            return np.arange(1, n + 1)
+        if isinstance(config, Express):
+            return make_layout(config, n, n).table.rows_seen(n)
+        return query_blocks(config, n, n).rows_seen(n)
+
+    return np.stack([of(rows) for rows in own.rows])
+
+
+def _chosen_cost(rows: Rows, block: int) -> c.Cost:
+    """Selected rows, or sinks, recent and protected ones alone: what a query sees once there is more, on average over
+    its block; and the choice, one query of ``block`` against all keys before it."""
+    every = KEYS if rows.selected else CONTEST if rows.protected else 1  # tokens that leave the tail at a time
+    late = max(0, every - block) + block + 1
+    held = rows.sinks + rows.recent + rows.protected + KEYS * rows.selected + late / sympy.Integer(2)
+
+    def seen(queries: sympy.Expr) -> sympy.Expr:
+        first = sympy.Min(queries, held)
+        return first * (first + 1) / 2 + held * (queries - first)
+
+    attention = c.dense_cost(seen(c.Lk) - seen(c.Lk - c.Lq))
+    if not rows.selected:
+        return attention
+    pairs = c.B * c.H * c.Lq / block * (c.Lk - c.Lq / 2)
+    return c.Cost(
+        attention.flops + 2 * pairs * c.D, attention.bytes, attention.steps, sympy.Integer(3),
+        attention.scores + pairs,
+    )  # fmt: skip
+
+
+def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
+    """The sum over heads, and with padding what packing them costs."""
+    bare = replace(spec, mask=replace(spec.mask, padding=False))
+    own = options_at(params["min_length"], **params)
+    exact = c.dense_cost(c.visible_pairs(spec))
+    members: dict[Rows, int] = {}
+    for rows in own.rows:
+        members[rows] = members.get(rows, 0) + 1
+    costs = []
+    for rows, count in members.items():
+        if rows.everything:
+            cost = exact
+        elif rows.thinned:
+            config = own.config(rows)
+            assert isinstance(config, Express)
+            of = METHODS["express"].cost
+            assert of is not None
+            cost = of(bare, {**config.pack(), "min_length": 0})
+            cost = _each(cost, {c.s: rows.thinned})
+        else:
+            cost = _chosen_cost(rows, own.block).unless(c.Lk <= exact_up_to(rows), exact)
+        share = sympy.Rational(count, len(own.rows))
+        costs.append(cost if share == 1 else _each(cost, {c.H: c.H * share, c.H_kv: c.H_kv * share}))
+    if spec.mask.padding:
+        costs.append(c.Cost(sympy.Integer(0), c.itemsize * packing_cost(), launches=sympy.Integer(0)))
+    summed = c.Cost(*(sum(getattr(cost, f.name) for cost in costs) for f in fields(c.Cost)))
+    return summed.unless(c.Lk < params["min_length"], exact) if params["min_length"] else summed
+
+
+def _each(cost: c.Cost, values: Mapping[Any, Any]) -> c.Cost:
+    return c.Cost(*(sympy.sympify(getattr(cost, f.name)).subs(values, simultaneous=True) for f in fields(c.Cost)))
+
+
+def _shares(spec: AttentionSpec, params: Mapping[str, Any]) -> list[Share]:
+    """Heads that see everything, and the others."""
+    rows = from_numbers(params["rows"])
+    exact = [x for x in rows if x.everything]
+    found = [("exact", exact), ("express", [x for x in rows if not x.everything])]
+
+    def few(own: list[Rows]) -> AttentionSpec:
+        return replace(spec, H=spec.H * len(own) // len(rows), H_kv=spec.H_kv * len(own) // len(rows))
+
+    return [(name, few(own), {**params, "rows": to_numbers(own)}) for name, own in found if own]
+
+
+def _approximates(params: Mapping[str, Any], Lk: int) -> bool:
+    return Lk > _exact_up_to(options_at(Lk, **params))
+
+
+METHOD = register(
+    Method(
+        name="heads",
+        summary="causal attention to other rows in every KV head: a window, a coreset, selected blocks or everything",
+        supports="causal self-attention (also continuing a cache), GQA, Dv != D, key padding, any length",
+        refuses="non-causal masks, windows, packed sequences, biases, dropout, decoding from a full cache",
+        refuse=_refuse,
+        options=PerHead,
+        params=_params,
+        sees=lambda own, site: own.at(site),
+        cost=_cost,
+        padding_cost=True,
+        shares=_shares,
+        approximates=_approximates,
+    )
+)

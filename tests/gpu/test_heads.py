@@ -1,0 +1,129 @@
+"""Plans per KV head at real sizes: each group against its reference, gradients, padding, CUDA graphs, no sync."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from express_compile.core.method import METHODS
+from express_compile.core.rows import Rows, to_numbers
+from express_compile.kernels import express as E
+from express_compile.kernels import heads as P
+from express_compile.kernels.attend.segments import segment_attention_backward, segment_attention_reference
+from express_compile.kernels.launch import Random
+
+WINDOW, CORE, KEPT = Rows(32, 256), Rows(32, 256, 64), Rows(32, 256, 128, 256)
+PLACES, BLOCKS, WHOLE = Rows(32, 256, protected=256), Rows(32, 256, selected=16), Rows(everything=True)
+MIXED = [BLOCKS, WINDOW, WHOLE, KEPT, BLOCKS, PLACES, WHOLE, CORE]
+LAYER = 3
+
+
+def seed() -> torch.Tensor:
+    return torch.zeros((), dtype=torch.int64, device="cuda")
+
+
+def tokens(n: int, Lq: int | None = None, H: int = 16, H_kv: int = 8, D: int = 128, dtype=torch.bfloat16, B: int = 1):
+    generator = torch.Generator("cuda").manual_seed(n)
+    q, k, v = (torch.randn(B, h, n, D, generator=generator, device="cuda") for h in (H, H_kv, H_kv))
+    return [(2 * q).to(dtype)[:, :, n - (Lq or n) :], k.to(dtype), v.to(dtype)]
+
+
+def op(q, k, v, rows: list[Rows], padding: torch.Tensor | None = None, **changes: Any):
+    options = dict(halving="balanced", inflation=-1, flatten=0.0, block=128, min_length=0)
+    given = {**options, **changes, "rows": to_numbers(rows)}
+    return METHODS["heads"].op(q, k, v, padding, seed(), q.shape[3] ** -0.5, LAYER, **given)
+
+
+@pytest.mark.parametrize("rows", [WINDOW, CORE, KEPT], ids=str)
+def test_equal_rows_for_all_heads_are_express_bit_for_bit_where_it_has_such_rows(rows: Rows) -> None:
+    q, k, v = tokens(5000)
+    if not rows.thinned:
+        out, table = op(q, k, v, [rows])[0], E.make_layout(P.PerHead([rows]).config(rows), 5000, 5000).table
+        expected = segment_attention_reference(q, P.Sources.tokens(k, v), table, 128**-0.5)[0]
+        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-3)
+        return
+    own = dict(s=rows.thinned, sinks=32, recent=256, protected=rows.protected, inflation=-1)
+    options = dict(**own, halving="balanced", flatten=0.0, block=128, min_length=0)
+    expected = METHODS["express"].op(q, k, v, None, seed(), 128**-0.5, LAYER, **options)
+    for x, e in zip(op(q, k, v, [rows] * 8), expected, strict=True):
+        assert torch.equal(x, e)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("Lq", [6000, 700])
+def test_a_head_gives_beside_others_what_it_gives_among_its_like(dtype: torch.dtype, Lq: int) -> None:
+    """Also that it draws the numbers of its own place: its rows are those that it has where all heads are alike."""
+    q, k, v = tokens(6000, Lq, dtype=dtype)
+    out, lse = op(q, k, v, MIXED)
+    for rows in set(MIXED):
+        every, every_lse = op(q, k, v, [rows])
+        for h in (h for h, own in enumerate(MIXED) if own == rows):
+            heads = slice(2 * h, 2 * h + 2)
+            torch.testing.assert_close(out[:, heads], every[:, heads], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(lse[:, heads], every_lse[:, heads], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [BLOCKS, Rows(70, 33, selected=3), PLACES, WINDOW], ids=str)
+def test_forward_and_backward_are_as_near_to_float64_as_the_reference(rows: Rows, dtype: torch.dtype) -> None:
+    """With the rows that the kernels chose: at most twice the error of the reference in the same precision."""
+    q, k, v = (x.requires_grad_() for x in tokens(3000, H=4, H_kv=2, dtype=dtype))
+    out, _ = op(q, k, v, [rows])
+    grad = torch.randn_like(out)
+    found = (out, *torch.autograd.grad(out, (q, k, v), grad))
+    config = P.PerHead([rows]).config(rows)
+    call = P.Call(q.detach(), k.detach(), v.detach(), None, seed(), 128**-0.5, LAYER)
+    if rows.selected:
+        _, index, table = P._selected(call, config, None)
+    else:
+        layout = E.make_layout(config, 3000, 3000)
+        _, index = E.select_rows(call.key, call.value, layout, call.scale, Random(seed(), LAYER))
+        table = layout.table
+    results = []
+    for precision in (torch.float64, dtype):
+        query, key, value = (x.detach().to(precision) for x in (q, k, v))
+        sources = P.Sources(key, value, E.gather_rows(key, index), E.gather_rows(value, index))
+        own, lse = segment_attention_reference(query, sources, table, call.scale)
+        grads = list(segment_attention_backward(grad.to(precision), query, sources, own, lse, table, call.scale))
+        for i in (1, 2):
+            grads[i].scatter_add_(2, index.long()[..., None].expand_as(grads[i + 2]), grads[i + 2])
+        results.append([own, *(g.to(precision) for g in grads[:3])])
+    for x, truth, reference in zip(found, *results, strict=True):
+        error, allowed = ((y.double() - truth).norm() / truth.norm() for y in (x, reference))
+        assert error <= 2 * allowed + 1e-6
+
+
+def test_padding_does_not_reach_any_head() -> None:
+    n, left = 4000, 1100
+    q, k, v = (x.expand(2, -1, -1, -1).contiguous().requires_grad_() for x in tokens(n))
+    padding = torch.arange(n, device="cuda") >= torch.tensor([[left], [0]], device="cuda")
+    out, lse = op(q, k, v, MIXED, padding)
+    leaves = [x[:1, :, left:].detach().requires_grad_() for x in (q, k, v)]
+    alone, alone_lse = op(*leaves, MIXED)
+    torch.testing.assert_close(out[:1, :, left:], alone, rtol=2e-2, atol=2e-3)
+    torch.testing.assert_close(lse[:1, :, left:], alone_lse, rtol=1e-3, atol=1e-3)
+    assert (out[0, :, :left] == 0).all()
+    grad = torch.randn_like(out)
+    found = torch.autograd.grad(out, (q, k, v), grad)
+    expected = torch.autograd.grad(alone, leaves, grad[:1, :, left:])
+    for x, e in zip(found, expected, strict=True):
+        assert (x[:1, :, left:] - e).norm() <= 2e-2 * e.norm() and (x[0, :, :left] == 0).all()
+
+
+def test_it_never_waits_for_the_device_and_runs_in_a_cuda_graph() -> None:
+    q, k, v = tokens(8192)
+    expected = op(q, k, v, MIXED)[0]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        op(q, k, v, MIXED)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = op(q, k, v, MIXED)[0]
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)

@@ -1,0 +1,402 @@
+"""Plans per KV head: every head sees the rows that its plan says, whatever the others see."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from express_compile.core.call import Call
+from express_compile.core.method import METHODS
+from express_compile.core.policy import Policy
+from express_compile.core.rows import Rows, from_numbers, to_numbers
+from express_compile.core.spec import AttentionSpec, Mask, Site
+from express_compile.kernels import express as E
+from express_compile.kernels import heads as P
+from express_compile.kernels.attend.segments import segment_attention_backward, segment_attention_triton
+from express_compile.kernels.attend.segments_backward import segment_attention_backward_triton
+from express_compile.kernels.select.blocks import rows_visible, select_blocks_reference
+from express_compile.kernels.select.contest import CONTEST, compete_reference
+from express_compile.planning.choose import Question, answer, plan
+from express_compile.planning.devices import shipped
+from express_compile.planning.predict import cost_at, predict
+
+SEED = torch.tensor(7)
+WINDOW, CORE, PLACES = Rows(2, 9), Rows(2, 9, 8), Rows(3, 5, protected=20)
+KEPT, BLOCKS, WHOLE = Rows(2, 9, 8, 20), Rows(2, 9, selected=1), Rows(everything=True)
+SOURCES = [WINDOW, CORE, PLACES, KEPT, BLOCKS, WHOLE, Rows()]
+
+
+def tokens(n: int, B: int = 2, H: int = 4, H_kv: int = 2, D: int = 8, Dv: int = 6, Lq: int | None = None, **own: Any):
+    generator = torch.Generator().manual_seed(n)
+    shapes = (B, H, Lq or n, D), (B, H_kv, n, D), (B, H_kv, n, Dv)
+    return [torch.randn(shape, generator=generator, **{"dtype": torch.float64, **own}) for shape in shapes]
+
+
+def op(q, k, v, rows, padding=None, block=16, layer=3, min_length=0, **options):
+    given = {"halving": "balanced", "inflation": -1, "flatten": 0.0, **options}
+    numbers = to_numbers(rows)
+    return METHODS["heads"].op(
+        q, k, v, padding, SEED, 0.5, layer, rows=numbers, block=block, min_length=min_length, **given
+    )
+
+
+def mask_of(rows: Rows, q, k, block: int) -> torch.Tensor:
+    """Which tokens each query sees, written out: bool ``[B, H_kv, Lq, Lk]``; of rows without thinned ones."""
+    (B, H_kv, Lk, _), Lq = k.shape, q.shape[2]
+    if rows.selected:
+        config = P.BlockConfig(rows.selected, rows.sinks, rows.recent, block=block)
+        return rows_visible(select_blocks_reference(q, k, config, 0.5), config, Lq, Lk)
+    seen = torch.zeros(B, H_kv, Lq, Lk, dtype=torch.bool)
+    for i in range(Lq):
+        position = Lk - Lq + i
+        first = max(0, position - (position - rows.sinks - rows.recent) % block)  # of the block of queries
+        left = max(0, first - rows.recent - rows.sinks)  # tokens that left sinks and tail
+        if rows.protected:
+            left = left // CONTEST * CONTEST
+            places = compete_reference(k, rows.sinks, left // CONTEST, rows.protected)[1]
+            if left:
+                seen[:, :, i].scatter_(2, places[:, :, -1, : min(rows.protected, left)].long(), True)
+        seen[:, :, i, : rows.sinks] = True
+        seen[:, :, i, min(rows.sinks, first) + left :] = True
+        seen[:, :, i, position + 1 :] = False
+    return torch.ones_like(seen).tril(Lk - Lq) if rows.everything else seen
+
+
+def masked(q, k, v, rows: list[Rows], block: int) -> torch.Tensor:
+    """Attention by masks, in which thinned heads are those of Express for all heads."""
+    H_kv, G = k.shape[1], q.shape[1] // k.shape[1]
+    out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    for h, own in enumerate(rows):
+        heads = slice(h * G, h * G + G)
+        if own.thinned:
+            config = E.Express(own.thinned, own.sinks, own.recent, own.protected, block=block)
+            out[:, heads] = E.express_reference(q, k, v, config, 0.5, SEED, 3)[0][:, heads]
+            continue
+        seen = mask_of(own, q[:, heads], k[:, h : h + 1], block)
+        out[:, heads] = F.scaled_dot_product_attention(
+            q[:, heads], k[:, h : h + 1], v[:, h : h + 1], seen, scale=0.5, enable_gqa=True
+        )
+    assert len(rows) == H_kv
+    return out
+
+
+# -- what a head sees ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", SOURCES, ids=str)
+@pytest.mark.parametrize("Lq", [700, 60])
+def test_every_source_alone_is_the_mask_that_is_written_out(rows, Lq):
+    q, k, v = tokens(700, B=1, Lq=Lq)
+    torch.testing.assert_close(op(q, k, v, [rows])[0], masked(q, k, v, [rows] * 2, 16))
+
+
+@pytest.mark.parametrize("rows", [Rows(2, 9, 8), Rows(2, 9, 8, 20), Rows(0, 0, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equal_rows_for_all_heads_are_express_bit_for_bit(rows, dtype):
+    q, k, v = tokens(700, dtype=dtype)
+    padding = torch.arange(700) >= torch.tensor([[0], [120]])
+    own = dict(s=rows.thinned, sinks=rows.sinks, recent=rows.recent, protected=rows.protected)
+    options = dict(halving="balanced", inflation=-1, flatten=0.0, block=16, min_length=0)
+    for real in (None, padding):
+        expected = METHODS["express"].op(q, k, v, real, SEED, 0.5, 3, **own, **options)
+        for given_rows in ([rows], [rows, rows]):
+            for x, e in zip(op(q, k, v, given_rows, real), expected, strict=True):
+                assert torch.equal(x, e)
+
+
+def test_a_head_draws_the_numbers_of_its_own_place_in_the_layer():
+    """Of what is kept, the same tokens: alone, beside others, and among all."""
+    _, k, v = tokens(900, H_kv=3)
+    layout = E.make_layout(E.Express(8, 2, 9, 20, block=16), 900, 900)
+    every = E.thin_reference(k, v, layout, 0.5, SEED, 3)
+    for heads in ([1], [0, 2], [2, 1]):
+        own = E.thin_reference(k[:, heads], v[:, heads], layout, 0.5, SEED, 3, torch.tensor(heads))
+        assert torch.equal(own, every[:, heads])
+        few, names = [x[:, heads].float() for x in (k, v)], torch.tensor(heads, dtype=torch.int32)
+        kernel = E.thin_triton(*few, layout, 0.5, SEED, 3, names)[0][:, :, : layout.copied]
+        expected = E.thin_reference(*few, layout, 0.5, SEED, 3, names)[:, :, : layout.copied]
+        assert torch.equal(kernel, expected) and expected.numel()
+    unnamed = E.thin_reference(k[:, 1:], v[:, 1:], layout, 0.5, SEED, 3)
+    assert not torch.equal(unnamed, every[:, 1:]), "or the test shows nothing"
+
+
+@st.composite
+def any_rows(draw):
+    kind = draw(st.sampled_from(["everything", "selected", "kept"]))
+    if kind == "everything":
+        return WHOLE
+    sinks, recent = draw(st.sampled_from([0, 1, 32, 70])), draw(st.sampled_from([0, 5, 64]))
+    if kind == "selected":
+        return Rows(sinks, recent, selected=draw(st.integers(1, 3)))
+    return Rows(sinks, recent, draw(st.sampled_from([0, 2, 8, 32])), draw(st.sampled_from([0, 0, 7, 64])))
+
+
+@given(
+    rows=st.lists(any_rows(), min_size=1, max_size=4),
+    n=st.sampled_from([1, 15, 64, 200, 513, 650]),
+    past=st.sampled_from([0, 0, 40, 300]),
+    group=st.integers(1, 2),
+    block=st.sampled_from([16, 64, 128]),
+)
+@settings(max_examples=25)
+def test_any_mixture_gives_every_head_its_own_rows(rows, n, past, group, block):
+    H_kv = len(rows)
+    Lq = max(1, n - past)
+    q, k, v = tokens(n, B=1, H=group * H_kv, H_kv=H_kv, Lq=Lq)
+    out, lse = op(q, k, v, rows, block=block)
+    torch.testing.assert_close(out, masked(q, k, v, rows, block))
+    reference, reference_lse = P.heads_reference(q, k, v, rows, 0.5, SEED, 3, block)
+    assert torch.equal(out, reference) and torch.equal(lse, reference_lse) and lse.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", SOURCES, ids=str)
+def test_a_head_is_exact_while_there_are_no_more_tokens_than_its_rows(rows):
+    n = 400 if rows.everything else int(P.exact_up_to(rows))
+    if n:
+        q, k, v = tokens(n)
+        exact = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5, enable_gqa=True)
+        torch.testing.assert_close(op(q, k, v, [rows])[0], exact)
+        params = METHODS["heads"].params(Site(), Policy(methods=[P.PerHead([rows], block=16)]))
+        assert not METHODS["heads"].approximates(params, n)
+        assert METHODS["heads"].approximates(params, n + 400) != rows.everything
+
+
+@pytest.mark.parametrize("rows", SOURCES, ids=str)
+def test_the_rows_that_a_query_sees_are_counted(rows):
+    q, k, _ = tokens(900, B=1, H=1, H_kv=1)
+    v = torch.eye(900, dtype=torch.float64)[None, None]
+    read = (op(q, k, v, [rows])[0][0, 0] > 0).sum(-1)
+    assert np.array_equal(P.rows_seen(P.PerHead([rows], block=16), 900)[0], read.numpy())
+
+
+# -- gradients -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [[x] for x in SOURCES] + [[CORE, BLOCKS], [WHOLE, WINDOW]], ids=str)
+def test_gradcheck_of_every_source(rows):
+    """With the choice held fixed: within the finite differences none flips."""
+    leaves = [x.requires_grad_() for x in tokens(150, 1, 2, 2 if len(rows) == 2 else 1, 2, 2)]
+    if any(x.protected for x in rows):
+        rows = [Rows(1, 3, protected=2, thinned=4 * bool(x.thinned)) for x in rows]
+        leaves = [x.requires_grad_() for x in tokens(290, 1, 2, 1, 1, 1)]
+    assert torch.autograd.gradcheck(lambda *x: op(*x, [replace(r) for r in rows])[0], leaves, atol=1e-6, fast_mode=True)
+
+
+@pytest.mark.parametrize("rows", [CORE, KEPT, BLOCKS], ids=str)
+def test_gradients_with_padding_and_a_past_are_those_of_the_sequences_alone(rows):
+    q, k, v = (x.requires_grad_() for x in tokens(330, Lq=300))
+    padding = torch.arange(330) >= torch.tensor([[40], [0]])
+    grad = torch.randn(2, 4, 300, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = torch.autograd.grad(op(q, k, v, [rows, WINDOW], padding)[0], (q, k, v), grad)
+    alone = [x.detach()[:1, :, at:].requires_grad_() for x, at in ((q, 10), (k, 40), (v, 40))]
+    expected = torch.autograd.grad(op(*alone, [rows, WINDOW])[0], alone, grad[:1, :, 10:])
+    for x, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(x[:1, :, x.shape[2] - e.shape[2] :], e)
+        assert (x[0, :, : x.shape[2] - e.shape[2]] == 0).all()
+
+
+# -- as an op ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("rows", [[CORE, BLOCKS], [WHOLE, WINDOW], [KEPT]], ids=str)
+def test_opcheck(rows, padded):
+    q, k, v = (x.requires_grad_() for x in tokens(150))
+    padding = torch.arange(150) >= torch.tensor([[0], [30]]) if padded else None
+    options = dict(rows=to_numbers(rows), halving="balanced", inflation=-1, flatten=0.0, block=16, min_length=0)
+    args = (q, k, v, padding, SEED, 0.5, 3)
+    torch.library.opcheck(METHODS["heads"].op, args, options)
+    out, lse = (x.detach() for x in METHODS["heads"].op(*args, **options))
+    plain = (x.detach() for x in (q, k, v))
+    torch.library.opcheck(
+        torch.ops.express_compile.heads_backward.default, (out, out, lse, *plain, padding, SEED, 0.5, 3), options
+    )
+
+
+class Net(torch.nn.Module):
+    """Queries, keys and values of one sequence: features of ``x`` ``[B, n, 64]``."""
+
+    def split(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [part.unflatten(2, (-1, 8)).transpose(1, 2) for part in x.split([32, 16, 16], 2)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(*self.split(x), is_causal=True, enable_gqa=True)
+
+
+def test_other_lengths_are_not_compiled_again():
+    torch._dynamo.reset()
+    net, options = Net(), {"methods": [P.PerHead([CORE, BLOCKS])], "strict": True}
+    compiled = torch.compile(net, backend="express", options=options)
+    for i, n in enumerate((300, 700, 512)):
+        x = torch.randn(2, n, 64, generator=torch.Generator().manual_seed(n))
+        torch._dynamo.mark_dynamic(x, 1)
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            out = compiled(x)
+        expected, exact = P.heads_reference(*net.split(x), [CORE, BLOCKS], 8**-0.5, torch.tensor(0))[0], net(x)
+        torch.testing.assert_close(out[:, 2:], expected[:, 2:])  # blocks draw nothing
+        assert (out - exact).norm() > 0.1 * exact.norm()
+
+
+def test_no_size_of_a_call_has_to_be_more_than_nothing():
+    for shape in ((0, 4, 5), (2, 0, 5), (2, 4, 0)):
+        B, H, n = shape
+        q, k, v = (torch.randn(B, heads, n, 8) for heads in (H, H // 2, H // 2))
+        assert op(q, k, v, [CORE, BLOCKS])[0].shape == (B, H, n, 8)
+
+
+# -- the kernels, in the interpreter -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [BLOCKS, Rows(70, 5, selected=3), Rows(0, 0, selected=2)], ids=str)
+@pytest.mark.parametrize("Lq", [400, 60])
+def test_the_kernels_attend_to_selected_rows_as_the_reference_does(rows, Lq):
+    q, k, v = tokens(400, B=1, Lq=Lq, dtype=torch.float32, D=16, Dv=16)
+    call = Call(q, k, v, None, SEED, 0.5, 3)
+    config = P.PerHead([rows], block=16).config(rows)
+    sources, index, table = P._selected(call, config, None)
+    out, lse = segment_attention_triton(q, sources, table, 0.5)
+    expected, expected_lse = op(q, k, v, [rows])
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-5)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+    found = segment_attention_backward_triton(grad, q, sources.gathered(), out, lse, table, 0.5)
+    slow = segment_attention_backward(grad, q, sources.gathered(), expected, expected_lse, table, 0.5)
+    for x, e in zip(found, slow, strict=True):
+        torch.testing.assert_close(x, e, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [WINDOW, PLACES], ids=str)
+def test_the_kernels_attend_without_a_coreset_as_the_reference_does(rows):
+    q, k, v = tokens(700, B=1, dtype=torch.float32, D=16, Dv=16)
+    layout = E.make_layout(P.PerHead([rows], block=16).config(rows), 700, 700)
+    index, *copies = E.thin_triton(k, v, layout, 0.5, SEED, 3)
+    expected = E.thin_reference(k, v, layout, 0.5, SEED, 3)  # places of one contest have no order
+    places = max(rows.protected, 1)
+    assert torch.equal(*(x.unflatten(2, (-1, places)).sort().values for x in (index, expected)))
+    assert not copies[0].numel() and expected.numel() == 2 * rows.protected * 2
+    sources = P.Sources(k, v, *copies, index if rows.protected else None)
+    out, _ = segment_attention_triton(q, sources, layout.table, 0.5)
+    torch.testing.assert_close(out, op(q, k, v, [rows])[0], rtol=1e-4, atol=1e-5)
+
+
+# -- errors and refusals -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "words"),
+    [
+        ([], ValueError, r"rows=\(\): must have an entry for every KV head"),
+        (3, TypeError, "must be a list with an entry for every KV head"),
+        ([Rows(thinned=1)], ValueError, r"rows\[0\]: thinned=1; must be 0, or a power of two from 2 on"),
+        ([CORE, Rows(thinned=8, selected=2)], ValueError, r"rows\[1\]: 8 thinned \+ 2 selected blocks; .* count twice"),
+        ([Rows(protected=8, selected=2)], ValueError, r"rows\[0\]: .* count twice"),
+        ([{"sinks": -1}], ValueError, r"rows\[0\]: sinks=-1"),
+        ({"a.b": [{"window": 3}]}, TypeError, r"rows\['a.b'\]: .*rows\[0\]: .*must be an object of sinks, recent"),
+        ({3: [CORE]}, TypeError, "3: must be a module path"),
+    ],
+)
+def test_rows_that_do_not_fit_are_named(rows, error, words):
+    with pytest.raises(error, match=words):
+        P.PerHead(rows)
+
+
+def test_what_else_does_not_fit_is_named():
+    with pytest.raises(ValueError, match="inflation=9: must be an integer from 0 to 4 for s=8"):
+        P.PerHead([CORE], inflation=9)
+    with pytest.raises(ValueError, match="block=20: must be 16, 32, 64 or 128"):
+        P.PerHead([CORE], block=20)
+    q, k, v = tokens(20)
+    with pytest.raises(ValueError, match="rows lists 3 KV heads, the call has 2"):
+        op(q, k, v, [CORE] * 3)
+    with pytest.raises(ValueError, match="rows: 7 numbers; must be 6 for every KV head: sinks, recent"):
+        from_numbers([0] * 7)
+
+
+def test_numbers_of_an_op_are_rows_and_back():
+    assert from_numbers(to_numbers(SOURCES)) == tuple(SOURCES)
+    assert len(to_numbers([CORE])) == 6
+
+
+def spec(**changes: Any) -> AttentionSpec:
+    base = dict(B=1, H=4, H_kv=2, Lq=600, Lk=600, D=8, Dv=8, dtype=torch.float32, device="cpu", scale=0.5)
+    return AttentionSpec(**{**base, "mask": Mask(causal=True), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(mask=Mask()), "it is not causal"),
+        (dict(mask=Mask(causal=True, window=64)), "it has a sliding window of 64"),
+        (dict(Lq=1, mask=Mask(causal=True, offset=599)), "decoding 1 token"),
+        (dict(H_kv=4), "rows lists 2 KV heads, the site has 4"),
+        (dict(dropout_p=0.1), "dropout_p=0.1"),
+    ],
+)
+def test_refusals_say_why(changes, words):
+    made = plan(spec(**changes), Policy(methods=[P.PerHead([CORE, BLOCKS])]))
+    assert made.verdict == "refused" and words in made.reason
+
+
+def test_a_mapping_of_module_paths_is_the_plan_of_each_site():
+    policy = Policy(methods=[P.PerHead({"layers.0": [CORE, BLOCKS], "layers.1": [WHOLE]})])
+    first, second, third = (answer(Question(f"layers.{i}", spec=spec()), policy) for i in range(3))
+    assert first.rows == (CORE, BLOCKS) and first.params["rows"] == to_numbers([CORE, BLOCKS])
+    assert second.rows == (WHOLE, WHOLE) and third.verdict == "refused"
+    assert third.reason == "its rows have no entry for this module"
+    assert Policy.from_json(policy.to_json()) == policy
+    wrong = answer(Question("layers.0", spec=spec(H_kv=4)), policy)
+    assert wrong.reason == "rows lists 2 KV heads, the site has 4"
+
+
+@given(
+    rows=st.dictionaries(st.text(max_size=5), st.lists(any_rows(), min_size=1, max_size=3), max_size=3),
+    block=st.sampled_from([16, 128]),
+)
+def test_plans_survive_json_and_their_plain_data(rows, block):
+    own = P.PerHead(rows, block=block)
+    assert P.PerHead(**own.data()) == own
+    assert Policy.from_json(Policy(methods=[own]).to_json()).of("heads") == own
+
+
+# -- cost ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", SOURCES, ids=str)
+def test_the_scores_of_attention_are_the_rows_that_queries_see(rows):
+    n = 16_384
+    own = P.PerHead([rows])
+    params = METHODS["heads"].params(Site(), Policy(methods=[own]))
+    at = spec(Lq=n, Lk=n, H=2)
+    scores = cost_at("heads", at, params).scores
+    choice = 2 * n / 128 * n / 2 if rows.selected else 0
+    assert scores == pytest.approx(2 * P.rows_seen(own, n)[0].sum() + choice, rel=0.03)
+
+
+def test_the_cost_of_a_mixture_is_that_of_its_heads():
+    n, rows = 8192, [Rows(32, 256, 64, 64), WHOLE, Rows(32, 256, selected=8), WHOLE]
+    at = spec(Lq=n, Lk=n, H=8, H_kv=4)
+    params = METHODS["heads"].params(Site(), Policy(methods=[P.PerHead(rows)]))
+    whole = cost_at("heads", at, params)
+    alone = [cost_at("heads", replace(at, H=2, H_kv=1), {**params, "rows": to_numbers([x])}) for x in rows]
+    assert whole.flops == pytest.approx(sum(x.flops for x in alone))
+    assert whole.scores == pytest.approx(sum(x.scores for x in alone))
+    uniform = {**params, "rows": to_numbers([Rows(32, 256, 64, 64)])}
+    own = METHODS["express"].params(Site(), Policy(methods=[E.Express(64, 32, 256, 64)]))
+    assert cost_at("heads", at, uniform) == cost_at("express", at, own)
+
+
+def test_fewer_exact_heads_are_predicted_to_be_faster():
+    H200 = shipped()["NVIDIA H200"]
+    at = spec(B=1, H=32, H_kv=8, Lq=32_768, Lk=32_768, D=128, Dv=128, dtype=torch.bfloat16, device="cuda")
+    times = [
+        predict("heads", at, Policy(methods=[P.PerHead([WHOLE] * i + [Rows(32, 256)] * (8 - i))]), H200)
+        for i in range(9)
+    ]
+    assert times == sorted(times) and times[8] == predict("exact", at, Policy(), H200)

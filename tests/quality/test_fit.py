@@ -1,0 +1,352 @@
+"""Plans per KV head: what is measured, what is chosen, and that the plan does what was promised."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import express_compile
+from express_compile.core.plan import SavedPlan
+from express_compile.core.policy import Policy
+from express_compile.core.rows import Rows
+from express_compile.core.sites import record_sites
+from express_compile.core.spec import layer_key
+from express_compile.kernels.heads import PerHead, heads_reference
+from express_compile.quality.fit import fit, rewrite_attention
+from express_compile.quality.profile import Profile, SiteProfile, choose, prices, profile
+from express_compile.routes.eager import is_rewritten, restore_attention
+
+EVERYTHING = Rows(everything=True)
+OPTIONS = (Rows(2, 8), Rows(2, 32), Rows(2, 8, thinned=4), Rows(2, 8, selected=1), EVERYTHING)
+PATHS = [f"model.layers.{i}.self_attn" for i in range(3)]
+SEED = torch.zeros((), dtype=torch.int64)
+
+
+@pytest.fixture(scope="module")
+def model(listening_model):
+    return listening_model
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(97, (2, 240), generator=torch.Generator().manual_seed(0))
+
+
+class Decoder(nn.Module):
+    """A decoder in plain PyTorch whose two heads look at one token each: the first one at the beginning of the text,
+    the second one at the marker, wherever it is."""
+
+    BEGIN, MARKER, SIZE = 0, 1, 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(self.SIZE, self.SIZE), nn.Linear(2 * self.SIZE, self.SIZE)
+        self.keys = nn.Linear(self.SIZE, 2 * self.SIZE, bias=False)
+        with torch.no_grad():
+            self.embed.weight.copy_(torch.eye(self.SIZE))
+            self.out.weight.mul_(4)
+            self.keys.weight.copy_(torch.eye(self.SIZE).repeat(2, 1))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.keys(self.embed(ids)).unflatten(-1, (2, -1)).transpose(1, 2)
+        looked_for = F.one_hot(torch.tensor([self.BEGIN, self.MARKER], device=ids.device), self.SIZE).to(x.dtype)
+        query = 60.0 * looked_for[None, :, None].expand_as(x)
+        x = F.scaled_dot_product_attention(query, x, x, is_causal=True)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+def texts(*markers: int, tokens: int = 256) -> torch.Tensor:
+    """Sequences that begin with the token for that and have one marker."""
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, Decoder.SIZE, (len(markers), tokens), generator=random)
+    ids[:, 0] = Decoder.BEGIN
+    ids[torch.arange(len(markers)), list(markers)] = Decoder.MARKER
+    return ids
+
+
+@torch.no_grad()
+def kl_of(model, ids, first: int, **options) -> float:
+    """Mean KL(exact || rewritten) from a position on, computed apart from the code under test."""
+
+    def scores() -> torch.Tensor:
+        output = model(ids)
+        return getattr(output, "logits", output)[:, first:].double().log_softmax(-1)
+
+    exact = scores()
+    rewrite_attention(model, **options)
+    try:
+        found = scores()
+    finally:
+        restore_attention(model)
+    return (exact.exp() * (exact - found)).sum(-1).mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------- measurement
+
+
+@torch.no_grad()
+def test_errors_are_those_of_a_loop_over_heads_queries_and_options(model, ids) -> None:
+    found = profile(model, ids, OPTIONS, block=16)
+    assert [site.module for site in found.sites] == PATHS and not is_rewritten(model)
+    assert [site.through for site in found.sites] == [f"{path}.o_proj" for path in PATHS]
+    assert (found.tokens, found.samples, found.options) == (240, 1, OPTIONS)
+
+    calls: list[tuple[torch.Tensor, ...]] = []
+    sdpa = F.scaled_dot_product_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            F,
+            "scaled_dot_product_attention",
+            lambda q, k, v, *a, **o: calls.append((q, k, v)) or sdpa(q, k, v, *a, **o),
+        )
+        model(ids)
+    assert len(calls) == 3
+    for site, layer, (q, k, v) in zip(found.sites, model.model.layers, calls, strict=True):
+        k, v = (x[:, :: x.shape[1] // 2] for x in (k, v))  # transformers repeats the two KV heads
+
+        def through(out: torch.Tensor, layer: nn.Module = layer) -> torch.Tensor:
+            return layer.self_attn.o_proj(out.transpose(1, 2).flatten(2))[:, 60:].double()
+
+        scale = q.shape[-1] ** -0.5
+        exact = heads_reference(q, k, v, [EVERYTHING], scale, SEED)[0]
+        whole = through(exact).square().sum()
+        for head, (o, option) in itertools.product(range(2), enumerate(OPTIONS)):
+            out = heads_reference(q, k, v, [option], scale, SEED, layer_key(site.module), block=16)[0]
+            mixed = exact.clone()
+            mixed[:, 2 * head : 2 * head + 2] = out[:, 2 * head : 2 * head + 2]
+            expected = ((through(mixed) - through(exact)).square().sum() / whole).item() if whole else 0.0
+            assert site.errors[head][o] == pytest.approx(expected, rel=1e-3, abs=1e-9), (site.module, head, option)
+    assert all(errors[-1] == 0 for site in found.sites for errors in site.errors), "everything is exact"
+    assert max(found.sites[2].errors[0]) == 0, "nobody listens to the last layer"
+    assert found.sites[1].errors[0][0] > 0.1
+
+
+@torch.no_grad()
+def test_several_samples_are_averaged(model, ids) -> None:
+    both, *each = (profile(model, x, OPTIONS, block=16) for x in ([ids[:1], ids[1:]], ids[:1], ids[1:]))
+    for i, site in enumerate(both.sites):
+        mean = (torch.tensor(each[0].sites[i].errors) + torch.tensor(each[1].sites[i].errors)) / 2
+        torch.testing.assert_close(torch.tensor(site.errors), mean)
+    assert both.samples == 2
+
+
+def test_a_profile_survives_json(model, ids) -> None:
+    found = profile(model, ids, OPTIONS, block=16)
+    assert Profile.from_json(found.to_json()) == found
+    with pytest.raises(TypeError, match="profile: must be an object of options, rows"):
+        Profile.from_json("{}")
+
+
+def test_a_head_that_needs_a_far_token_gets_it_and_the_other_one_does_not() -> None:
+    torch.manual_seed(0)
+    model, ids = Decoder().eval(), texts(40, 45)
+    options = (Rows(4, 16), Rows(4, 48), Rows(4, 16, selected=1), EVERYTHING)
+    found = fit(model, ids, tolerance=1e-4, options=options, block=16)
+    ((first, second),) = found.chosen
+    assert first == Rows(4, 16) and second == Rows(4, 16, selected=1)
+    assert kl_of(model, ids[1:], 64, methods=[PerHead([Rows(4, 16)], block=16)]) > 0.01
+    assert found.profile.sites[0].through == "out"
+    assert found.kl <= 1e-4 and found.kl == pytest.approx(kl_of(model, ids[1:], 64, plan=found.plan), abs=1e-7)
+    assert not is_rewritten(model)
+
+
+# --------------------------------------------------------------------------------------------------------- choice
+
+
+@st.composite
+def tables(draw, most: int = 3) -> Profile:
+    """Profiles of a few heads, with made-up errors and rows."""
+    number, error = draw(st.integers(1, 4)), st.integers(0, 20).map(lambda x: x / 16)
+    rows = tuple(float(x) for x in draw(st.lists(st.integers(1, 50), min_size=number, max_size=number)))
+    options = tuple(Rows(recent=i + 1) for i in range(number))
+    shape = draw(st.lists(st.integers(1, 2), min_size=1, max_size=most))
+    sites = tuple(
+        SiteProfile(str(i), 0, None, tuple(tuple(draw(error) for _ in options) for _ in range(heads)))
+        for i, heads in enumerate(shape)
+    )
+    return Profile(options, 64, 1, rows, sites)
+
+
+def totals(table: Profile, choice) -> tuple[float, float]:
+    """(error, rows) summed over heads."""
+    picked = [
+        (e[o], table.rows[o])
+        for site, own in zip(table.sites, choice, strict=True)
+        for e, o in zip(site.errors, own, strict=True)
+    ]
+    return sum(x for x, _ in picked), sum(x for _, x in picked)
+
+
+@given(tables(most=2), st.integers(0, 64).map(lambda x: x / 64))
+def test_no_other_choice_has_less_error_and_price(table: Profile, price: float) -> None:
+    error, rows = totals(table, choose(table, price))
+    heads = [len(site.errors) for site in table.sites]
+    for flat in itertools.product(range(len(table.options)), repeat=sum(heads)):
+        rest = iter(flat)
+        other = tuple(tuple(next(rest) for _ in range(n)) for n in heads)
+        e, r = totals(table, other)
+        assert error + price * rows <= e + price * r + 1e-12
+
+
+@given(tables())
+def test_rows_fall_and_errors_rise_with_the_price_and_every_choice_is_met(table: Profile) -> None:
+    ladder = prices(table)
+    found = [totals(table, choose(table, price)) for price in ladder]
+    assert ladder == sorted(set(ladder)) and ladder[0] == 0
+    assert all(a[0] <= b[0] and a[1] > b[1] for a, b in itertools.pairwise(found)), "each price is a step"
+    assert found[-1][1] == sum(min(table.rows) * len(site.errors) for site in table.sites)
+    for low, high in itertools.pairwise(ladder):
+        assert totals(table, choose(table, (low + high) / 2)) == totals(table, choose(table, low))
+
+
+def test_a_price_is_a_number_from_0_on() -> None:
+    table = Profile((EVERYTHING,), 4, 1, (3.0,), (SiteProfile("", 0, None, ((0.0,),)),))
+    for price in (-1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="price=.*: must be 0 or more and finite"):
+            choose(table, price)
+
+
+# ------------------------------------------------------------------------------------------------------------ fit
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 0.03])
+def test_the_kl_that_is_promised_is_the_kl_of_the_plan(model, ids, tolerance: float, tmp_path) -> None:
+    started = time.perf_counter()
+    found = fit(model, ids, tolerance=tolerance, options=OPTIONS, block=16)
+    assert time.perf_counter() - started < 10
+    assert found.kl <= tolerance and not is_rewritten(model)
+    found.save(tmp_path / "plan.json")
+    assert kl_of(model, ids[1:], 60, plan=tmp_path / "plan.json") == pytest.approx(found.kl, rel=1e-3, abs=1e-6)
+    assert found.chosen[2] == (Rows(2, 8), Rows(2, 8)), "nobody listens to the last layer"
+    rewrite_attention(model, found.policy(strict=True))
+    with torch.no_grad(), record_sites() as sites:
+        model(ids)
+    restore_attention(model)
+    assert [x.saved.rows for x in sites] == list(found.chosen) and {x.verdict for x in sites} == {"rewritten"}
+    fitted = json.loads((tmp_path / "plan.json").read_text())["fitted"]
+    assert fitted["kl"] == found.kl and fitted["asked"] == {"tolerance": tolerance} and fitted["price"] == found.price
+    assert fitted["tokens"] == fitted["held_out"] == [240] and fitted["options"] == [x.to_data() for x in OPTIONS]
+    assert SavedPlan.load(tmp_path / "plan.json") == found.plan
+
+
+def test_a_smaller_tolerance_takes_more_rows(model, ids) -> None:
+    found = [fit(model, ids, tolerance=x, options=OPTIONS, block=16) for x in (1.0, 0.3, 0.01)]
+    assert found[0].rows <= found[1].rows <= found[2].rows < found[2].exact_rows and found[0].rows < found[2].rows
+
+
+def test_rows_are_kept_with_less_error_than_equal_rows_for_all(model, ids) -> None:
+    wide = profile(model, ids[:1], [Rows(2, 32)], block=16)
+    found = fit(model, ids, rows=wide.rows[0], options=OPTIONS, block=16)
+    assert found.rows <= wide.rows[0]
+    at = {x: i for i, x in enumerate(OPTIONS)}
+    mixed = sum(
+        e[at[x]]
+        for s, own in zip(found.profile.sites, found.chosen, strict=True)
+        for e, x in zip(s.errors, own, strict=True)
+    )
+    assert mixed < sum(e[at[Rows(2, 32)]] for s in found.profile.sites for e in s.errors)
+    assert found.kl == pytest.approx(kl_of(model, ids[1:], 60, plan=found.plan), rel=1e-3)
+    twice = fit(model, ids, rows=wide.rows[0], options=OPTIONS, block=16, length=120)
+    assert twice.rows <= wide.rows[0] and twice.exact_rows < found.exact_rows
+
+
+def test_a_speedup_is_that_of_the_predicted_times(model, ids) -> None:
+    options = (Rows(32, 256), Rows(32, 256, selected=8), EVERYTHING)
+    slow, fast = (fit(model, ids, speedup=x, options=options, length=65536) for x in (1.5, 4.0))
+    assert fast.rows < slow.rows < slow.exact_rows / 1.2
+    with pytest.raises(
+        ValueError, match=r"speedup=1000000.0: the cheapest options are predicted to be .* times as fast"
+    ):
+        fit(model, ids, speedup=1e6, options=options, length=65536)
+
+
+def test_one_line_rewrites_a_model_by_a_sample(model, ids) -> None:
+    with torch.no_grad():
+        exact = model(ids).logits
+        assert express_compile.rewrite_attention(model, sample=ids, tolerance=0.05, strict=True) is model
+        with record_sites() as sites:
+            found = model(ids).logits
+    restore_attention(model)
+    assert [x.method for x in sites] == ["heads"] * 3 and torch.isfinite(found).all() and found.shape == exact.shape
+
+
+def test_what_is_held_out(model, ids) -> None:
+    one = fit(model, ids[:1], rows=100, options=OPTIONS, block=16).plan.fitted
+    assert (one["tokens"], one["held_out"]) == ((120,), (120,)), "two halves of one sequence"
+    some = fit(model, [{"input_ids": ids[:1]}, ids[1:, :200], ids[1:]], rows=100, options=OPTIONS, block=16).plan.fitted
+    assert (some["tokens"], some["held_out"]) == ((240, 240), (200,)), "every other sample"
+    own = fit(model, ids, rows=100, options=OPTIONS, block=16, held_out=ids[:, :99]).plan.fitted
+    assert (own["tokens"], own["held_out"]) == ((240,), (99,))
+
+
+def test_wrong_arguments(model, ids) -> None:
+    for words, changes in (
+        ("nothing asked for: exactly one of tolerance, rows, speedup must be given", {"tolerance": None}),
+        (r"tolerance=0\.1, rows=5: exactly one of tolerance, rows, speedup", {"rows": 5}),
+        ("tolerance=0: must be above 0 and finite", {"tolerance": 0}),
+        ("tolerance='x': must be of type int or float", {"tolerance": "x"}),
+        (r"rows=1: the cheapest options take 1\d\.\d rows at 240 tokens", {"tolerance": None, "rows": 1}),
+        ("tolerance=1e-09: the best options of every head have a KL of", {"tolerance": 1e-9, "options": OPTIONS[:1]}),
+        (r"options=\(\): must hold at least one Rows", {"options": ()}),
+        ("options: 5 must be a Rows", {"options": [5]}),
+        ("options=Rows.*: must be a sequence of Rows", {"options": Rows(2, 8)}),
+        (r"options: rows\[1\]: 8 recent \+ 4 thinned \+ 1 selected", {"options": [EVERYTHING, Rows(0, 8, 4, 0, 1)]}),
+        ("length=1: must be 2 tokens or more", {"length": 1}),
+        ("sample: a str; must be several", {"sample": "text"}),
+        (r"sample\[0\]: 1 token; must be 2 or more", {"sample": ids[:, :1]}),
+        ("sample: 3 tokens; must be 4 or more", {"sample": ids[:1, :3]}),
+        ("held_out=None: of one mapping nothing can be held out", {"sample": [{"input_ids": ids}]}),
+        ("block=24: must be 16, 32, 64 or 128", {"block": 24}),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            given = {"sample": ids, "tolerance": 0.1, "options": OPTIONS, "block": 16, **changes}
+            fit(model, given.pop("sample"), **given)
+        assert not is_rewritten(model)
+    with pytest.raises(TypeError, match="tolerance=0.1: needs sample=input_ids"):
+        rewrite_attention(model, tolerance=0.1)
+    with pytest.raises(TypeError, match="budget: not allowed beside sample"):
+        rewrite_attention(model, sample=ids, tolerance=0.1, budget=64)
+    with pytest.raises(TypeError, match="policy and sample were both given"):
+        rewrite_attention(model, Policy(), sample=ids, tolerance=0.1)
+    rewrite_attention(model)
+    with pytest.raises(ValueError, match="is rewritten; call restore_attention"):
+        fit(model, ids, tolerance=0.1)
+    restore_attention(model)
+
+
+def test_a_model_without_causal_attention_is_told_why() -> None:
+    class Encoder(Decoder):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(ids)[:, None].expand(-1, 2, -1, -1)
+            return self.out(F.scaled_dot_product_attention(x, x, x).transpose(1, 2).flatten(2))
+
+    with pytest.raises(ValueError, match="no site can have rows for each KV head: .*not causal"):
+        fit(Encoder().eval(), texts(40, 45), tolerance=0.1)
+
+
+def test_two_sites_of_one_module_have_plans_of_their_own() -> None:
+    class Twice(Decoder):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(ids)[:, None].expand(-1, 2, -1, -1)
+            marker = torch.zeros_like(x)
+            marker[..., self.MARKER] = 60.0
+            begin = torch.zeros_like(x)
+            begin[..., self.BEGIN] = 60.0
+            x = sum(F.scaled_dot_product_attention(query, x, x, is_causal=True) for query in (marker, begin))
+            return self.out(x.transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    model, ids = Twice().eval(), texts(40, 45)
+    found = fit(model, ids, tolerance=1e-4, options=(Rows(4, 16), EVERYTHING), block=16)
+    assert found.chosen == ((EVERYTHING,), (Rows(4, 16),))
+    assert found.profile.sites[1].through is None, "their sum is what goes through the linear layer"
+    assert [(x.module, x.index) for x in found.plan.sites] == [("", 0), ("", 1)]
+    assert found.kl == pytest.approx(kl_of(model, ids[1:], 64, plan=found.plan), abs=1e-7)
