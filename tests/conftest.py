@@ -66,6 +66,15 @@ def poison() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = was_filling
 
 
+@pytest.fixture
+def shipped_rates() -> Iterator[None]:
+    """The CPU whose speed is shipped has two threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def judge_contests() -> Callable[..., None]:
     """A function that fails unless ``(stream, places)`` is what contests give, up to scores within ``tolerance``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -738,15 +738,6 @@ def test_almost_causal_masks_stay_what_they_are(change: Callable) -> None:
         g, found = compiled(f, policy)
         assert relative(g(q, k, v), f(q, k, v)) < 1e-6
         assert str(found[0][0].spec.mask) != "causal"
-
-
-@pytest.fixture
-def shipped_rates() -> Iterator[None]:
-    """The CPU whose speed is shipped has two threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_explain_names_form_mask_and_reason(shipped_rates: None) -> None:

@@ -258,7 +258,7 @@ def test_rows_are_kept_with_less_error_than_equal_rows_for_all(model, ids) -> No
     assert twice.rows <= wide.rows[0] and twice.exact_rows < found.exact_rows
 
 
-def test_a_speedup_is_that_of_the_predicted_times(model, ids) -> None:
+def test_a_speedup_is_that_of_the_predicted_times(shipped_rates: None, model, ids) -> None:
     options = (Rows(32, 256), Rows(32, 256, selected=8), EVERYTHING)
     slow, fast = (fit(model, ids, speedup=x, options=options, length=65536) for x in (1.5, 4.0))
     assert fast.rows < slow.rows < slow.exact_rows / 1.2
