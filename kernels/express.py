@@ -39,7 +39,6 @@ from express_compile.core import cost as c
 from express_compile.core.call import Call
 from express_compile.core.method import Method, Refusal, register
 from express_compile.core.options import NUMBER, ROWS, WHOLE, Kind, Options, budget, option
-from express_compile.core.plain import number
 from express_compile.core.policy import Policy
 from express_compile.core.rows import Rows
 from express_compile.core.spec import AttentionSpec, Site, floor_power_of_two, known_equal
@@ -60,10 +59,10 @@ from .op import at_the_end, define_attention, no_kernel
 from .padding import Packing
 from .select.contest import CONTEST, compete, compete_reference
 from .select.halving import RULE, HalvingRule, get_rule, halve_reference
+from .select.queries import InBlocks, check_block
 from .select.schedule import Schedule, admitted, check_budget, make_schedule
 from .select.thinning import describe_launches, thin
 
-BLOCKS = (16, 32, 64, 128)
 _Gradients: TypeAlias = tuple[torch.Tensor, ...]
 
 
@@ -82,17 +81,11 @@ def budget_grows(given: Any) -> str:
     )
 
 
-def _block(name: str, value: Any) -> int:
-    if number(name, value, int) not in BLOCKS:
-        raise ValueError(f"{name}={value!r}: must be 16, 32, 64 or 128 queries")
-    return int(value)
-
-
-BLOCK = Kind("16, 32, 64 or 128", "int", _block)
+BLOCK = Kind("16, 32, 64 or 128", "int", check_block)
 
 
 @dataclass(frozen=True)
-class Express(Options):
+class Express(Options, InBlocks):
     """What decides the rows of Express besides the data."""
 
     budget: int = option(
@@ -145,14 +138,6 @@ class Express(Options):
         """Tokens in the thinning stream once ``tokens`` tokens have left sinks and tail."""
         return tokens if not self.protected else max(0, CONTEST * self.contests(tokens) - self.protected)
 
-    def in_block(self, position: int) -> int:
-        """How far ``position`` lies behind the start of its block of queries.
-
-        Blocks start ``sinks + recent`` tokens behind multiples of ``block``, wherever a prefill starts: one in
-        chunks gives what one in a single piece does, and the slices of the coreset keep even lengths.
-        """
-        return (position - self.sinks - self.recent) % self.block
-
     @property
     def forgets(self) -> bool:
         """Whether tokens that left sinks, tail and places are dropped, not thinned."""
@@ -200,10 +185,7 @@ class Layout:
 @functools.lru_cache(maxsize=64)
 def make_layout(config: Express, Lq: int, Lk: int) -> Layout:
     """The layout of the last ``Lq`` of ``Lk`` tokens as queries. Raises ``ValueError`` for ``Lq > Lk``."""
-    if not 0 < Lq <= Lk:
-        raise ValueError(f"Lq={Lq}: must be from 1 to the number of keys, Lk={Lk}")
-    shift = config.in_block(Lk - Lq)
-    begin = np.maximum(0, np.arange(Lk - Lq - shift, Lk, config.block, dtype=np.int64))
+    shift, begin = config.blocks_of(Lq, Lk)
     left = np.maximum(0, begin - config.sinks - config.recent)
     streamed = np.array([config.streamed(int(t)) for t in left], dtype=np.int64)
     complete = np.array([admitted(int(t), config.s, config.M) for t in streamed], dtype=np.int64)

@@ -130,12 +130,14 @@ class PerHead(Options):
             return given
         return {**given, "rows": {own: rows for own, rows in given["rows"].items() if own == path}}
 
+    @classmethod
+    def of_rows(cls, rows: Sequence[Rows]) -> dict[str, Any]:
+        return {"rows": [x.to_data() for x in rows]}
+
     def data(self) -> dict[str, Any]:
         if isinstance(self.rows, Mapping):
-            rows: Any = {path: [x.to_data() for x in own] for path, own in self.rows.items()}
-        else:
-            rows = [x.to_data() for x in self.rows]
-        return {**super().data(), "rows": rows}
+            return {**super().data(), "rows": {path: self.of_rows(own)["rows"] for path, own in self.rows.items()}}
+        return {**super().data(), **self.of_rows(self.rows)}
 
     def at(self, site: Site) -> tuple[Rows, ...]:
         """The rows of every KV head of a site, or one for all; none where a mapping does not name it."""
@@ -145,16 +147,22 @@ class PerHead(Options):
     def config(self, rows: Rows) -> Express | BlockConfig | None:
         """What computes these rows; None is exact attention. Raises ``ValueError`` for an ``inflation`` that does not
         fit."""
-        if rows.everything:
-            return None
-        if rows.selected:
-            return BlockConfig(rows.selected, rows.sinks, rows.recent, block=self.block)
-        if not rows.thinned:
-            return Unthinned(2, rows.sinks, rows.recent, rows.protected, block=self.block)
-        if self.inflation is not None:
-            check_budget(rows.thinned, self.inflation)
-        own = self.halving, self.inflation, self.flatten, self.block
-        return Express(rows.thinned, rows.sinks, rows.recent, rows.protected, *own)
+        return _config(rows, self.halving, self.inflation, self.flatten, self.block)
+
+
+@functools.lru_cache(maxsize=1024)
+def _config(
+    rows: Rows, halving: str, inflation: int | None, flatten: float, block: int
+) -> Express | BlockConfig | None:
+    if rows.everything:
+        return None
+    if rows.selected:
+        return BlockConfig(rows.selected, rows.sinks, rows.recent, block=block)
+    if not rows.thinned:
+        return Unthinned(2, rows.sinks, rows.recent, rows.protected, block=block)
+    if inflation is not None:
+        check_budget(rows.thinned, inflation)
+    return Express(rows.thinned, rows.sinks, rows.recent, rows.protected, halving, inflation, flatten, block)
 
 
 def exact_up_to(rows: Rows) -> float:
@@ -254,23 +262,29 @@ def groups(rows: tuple[Rows, ...], H_kv: int) -> tuple[Group, ...]:
     return tuple(Group(x, tuple(heads)) for x, heads in members.items())
 
 
-def _joined(parts: Sequence[tuple[Group, torch.Tensor]], H_kv: int) -> torch.Tensor:
+def _joined(parts: Sequence[tuple[Group, torch.Tensor]]) -> torch.Tensor:
     """What the groups gave, ``[B, H of the group, ..]`` each, as the heads of the layer lie."""
     (group, first), *_ = parts
     if group.heads is None:
         return first
-    order = [head for group, _ in parts for head in group.heads or ()]
-    back = _constant(tuple(sorted(range(H_kv), key=order.__getitem__)), first.device)
+    back = _places(tuple(group.heads or () for group, _ in parts), first.device)
     whole = torch.cat([x.unflatten(1, (len(group.heads or ()), -1)) for group, x in parts], 1)
     return whole.index_select(1, back).flatten(1, 2)
 
 
+@functools.lru_cache(maxsize=1024)
+def _places(heads: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
+    """Where each head of a layer lies among the heads of its groups, one group behind the other."""
+    order = [head for of_group in heads for head in of_group]
+    return _constant(tuple(sorted(range(len(order)), key=order.__getitem__)), device)
+
+
 def _forward_group(call: Call, own: PerHead, group: Group, start: torch.Tensor | None) -> _Tensors:
     config = own.config(group.rows)
-    if config is None or (call.key.is_cuda and call.Lk <= exact_up_to(group.rows)):
-        return exact_attention(call.query, call.key, call.value, call.scale)
     if isinstance(config, Express):
         return attend(call, config, group.on(call.key.device))
+    if config is None or (call.key.is_cuda and call.Lk <= exact_up_to(group.rows)):
+        return exact_attention(call.query, call.key, call.value, call.scale)
     sources, _, table = _selected(call, config, start)
     return segment_attention(call.query, sources, table, call.scale)
 
@@ -289,7 +303,7 @@ def _backward_group(call: Call, own: PerHead, group: Group, results: _Tensors, s
 def _forward(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     H_kv = call.key.shape[1]
     parts = [(group, _forward_group(group.of(call), own, group, start)) for group in groups(own.rows, H_kv)]
-    out, lse = (_joined([(group, x[i]) for group, x in parts], H_kv) for i in range(2))
+    out, lse = (_joined([(group, x[i]) for group, x in parts]) for i in range(2))
     return out, lse
 
 
@@ -298,7 +312,7 @@ def _backward(call: Call, own: PerHead, results: _Tensors, start: torch.Tensor |
     for group in groups(own.rows, H_kv):
         of_group = tuple(group.take(x, H_kv) for x in results)
         parts.append((group, _backward_group(group.of(call), own, group, of_group, start)))
-    return tuple(_joined([(group, x[i]) for group, x in parts], H_kv) for i in range(3))
+    return tuple(_joined([(group, x[i]) for group, x in parts]) for i in range(3))
 
 
 def heads_reference(
@@ -337,8 +351,7 @@ def _options(rows: tuple[int, ...], inflation: int, **same: Any) -> PerHead:
 
 def options_at(Lk: int, min_length: int, rows: Sequence[int], **others: Any) -> PerHead:
     """The options that those of the op mean for ``Lk`` keys; exact for fewer than ``min_length``."""
-    own = _options(tuple(rows), **others)
-    return replace(own, rows=EVERYTHING) if Lk < min_length else own
+    return _options(tuple(to_numbers([EVERYTHING]) if Lk < min_length else rows), **others)
 
 
 def _exact_up_to(own: PerHead) -> int:

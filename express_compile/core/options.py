@@ -82,6 +82,11 @@ class Options:
         """What the given options say to the sites of one module, where :meth:`named` options speak of many."""
         return given
 
+    @classmethod
+    def of_rows(cls, rows: Sequence[Any]) -> Mapping[str, Any]:
+        """The options that say what ``Rows`` every KV head sees; none where other options say that."""
+        return {}
+
     def pack(self) -> dict[str, Any]:
         """The op's arguments that these options are."""
         packed: dict[str, Any] = {}

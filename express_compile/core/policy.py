@@ -189,10 +189,9 @@ class Policy:
         """The policy of a site of :attr:`plan` alone: its options, and its method if they name none."""
         if id(entry) not in self._of_entries:
             given = {"methods": (entry.method,), **entry.options}
-            own = given.get("method_options", {}).get(entry.method, {})
-            if entry.method in METHODS and "rows" in METHODS[entry.method].options.__dataclass_fields__:
-                own = {"rows": [rows.to_data() for rows in entry.rows], **own}
-                given["method_options"] = {**given.get("method_options", {}), entry.method: own}
+            if entry.method in METHODS and (rows := METHODS[entry.method].options.of_rows(entry.rows)):
+                every = given.get("method_options", {})
+                given["method_options"] = {**every, entry.method: {**rows, **every.get(entry.method, {})}}
             self._of_entries[id(entry)] = Policy.for_module(given)
         return self._of_entries[id(entry)]
 

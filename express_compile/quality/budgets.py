@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from ..core.spec import Mask, Site, layer_key
 from ..planning.predict import cost_at
 from ..routes.eager import is_rewritten, restore_attention, rewrite_attention
 
+Choice = TypeVar("Choice")
 _CHUNK = 512  # positions whose logits are compared at a time
 _MEASUREMENTS = 8  # of the whole model, to calibrate the sum
 
@@ -316,9 +317,7 @@ def _cheapest(found: Mapping[int, Mapping[str, Any]], total: float) -> dict[int,
     cost = sum(hull[0][1] for hull in hulls.values())
     while cost > total:
         gains = {
-            layer: (hull[i][1] - hull[i + 1][1]) / (hull[i + 1][0] - hull[i][0])
-            for layer, hull in hulls.items()
-            if (i := place[layer]) + 1 < len(hull)
+            layer: slope(hull[i], hull[i + 1]) for layer, hull in hulls.items() if (i := place[layer]) + 1 < len(hull)
         }
         if not gains:
             break
@@ -330,18 +329,24 @@ def _cheapest(found: Mapping[int, Mapping[str, Any]], total: float) -> dict[int,
 
 def _hull(site: Mapping[str, Any]) -> list[tuple[float, float, int | None]]:
     """(rows, KL, budget) from the cheapest on, each gaining less per row than the one before; the last one is exact."""
-    points = sorted([(site["rows"][s], kl, s) for s, kl in site["kl"].items()], key=lambda x: x[:2])
-    points = [x for x in points if x[0] < site["rows"][None]] + [(site["rows"][None], 0.0, None)]
-    hull: list[tuple[float, float, int | None]] = []
-    for point in points:
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
+    points = [(site["rows"][s], kl, s) for s, kl in site["kl"].items() if site["rows"][s] < site["rows"][None]]
+    return lower_hull([*points, (site["rows"][None], 0.0, None)])
+
+
+def lower_hull(points: Iterable[tuple[float, float, Choice]]) -> list[tuple[float, float, Choice]]:
+    """The (cost, error, choice) that are best for some price of cost, from the cheapest on."""
+    hull: list[tuple[float, float, Choice]] = []
+    for point in sorted(points, key=lambda x: x[:2]):
+        if hull and point[1] >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and slope(hull[-2], hull[-1]) <= slope(hull[-1], point):
             hull.pop()
-        if not hull or point[1] < hull[-1][1]:
-            hull.append(point)
+        hull.append(point)
     return hull
 
 
-def _slope(a: tuple[float, float, Any], b: tuple[float, float, Any]) -> float:
+def slope(a: tuple[float, float, Any], b: tuple[float, float, Any]) -> float:
+    """How much error a unit of cost saves from one point of a hull to the next."""
     return (a[1] - b[1]) / (b[0] - a[0])
 
 

@@ -30,12 +30,11 @@ from ..planning.devices import device_of
 from ..planning.predict import at_length, predict
 from ..routes.eager import restore_attention
 from ..routes.eager import rewrite_attention as routed
-from .budgets import logits_of, mean_kl
+from .budgets import Exactly, logits_of, mean_kl
 from .profile import (
     DEFAULT_OPTIONS,
     Choice,
     Chosen,
-    Exact,
     Profile,
     checked_options,
     choose,
@@ -180,7 +179,7 @@ class _Search:
         self.rows = rows_of(profile.options, length, block)
         (self.exact_rows,) = rows_of([EVERYTHING], length, block)
         self.cost: Any = self.rows
-        with run_by(Exact()):
+        with run_by(Exactly()):
             self.exact = [logits_of(model, batch) for batch in judged]
         self._seen: dict[Choice, float] = {}
 
@@ -262,7 +261,7 @@ class _Search:
         for report, rows in zip(self.reports, self.chosen(choice), strict=True):
             saved = report.saved
             assert saved is not None, "a site that was rewritten"
-            own = {METHOD.name: {**saved.options["method_options"][METHOD.name], "rows": [x.to_data() for x in rows]}}
+            own = {METHOD.name: {**saved.options["method_options"][METHOD.name], **PerHead.of_rows(rows)}}
             found.append(
                 replace(
                     saved,

@@ -23,15 +23,15 @@ import torch
 from rich.progress import Progress
 from torch import nn
 
-from ..core.call import Call, Op, name_of, run_by
+from ..core.call import Call, Op, run_by
 from ..core.plain import from_json, number, renamed
 from ..core.policy import Policy
 from ..core.rows import Rows, heads, to_numbers
 from ..core.sites import SiteReport, record_sites
-from ..kernels.heads import EVERYTHING, METHOD, PerHead, rows_seen
+from ..kernels.heads import EVERYTHING, PerHead, rows_seen
 from ..routes.capture import captures_of
 from ..routes.eager import is_rewritten, restore_attention, rewrite_attention
-from .budgets import checked_batches
+from .budgets import Exactly, checked_batches, lower_hull, slope
 
 DEFAULT_OPTIONS = (
     *(Rows(sinks=32, recent=recent) for recent in (256, 1024, 2048)),
@@ -110,7 +110,7 @@ def profile(
 ) -> Profile:
     """What every KV head of a model loses with every option of rows, on sample inputs.
 
-    model: as for ``rewrite_attention``, not rewritten; it is left as it was. Sites that the method ``per_head`` refuses
+    model: as for ``rewrite_attention``, not rewritten; it is left as it was. Sites that the method ``heads`` refuses
         are left out.
     sample: token ids ``[batch, tokens]``, or several such tensors or mappings of keyword arguments, of which the errors
         are averaged; as long as what the rows are for, if that can be.
@@ -180,21 +180,7 @@ def with_rows(call: Call, rows: Sequence[Rows]) -> Call:
     return replace(call, options={**call.options, "rows": to_numbers(rows)})
 
 
-class Exact:
-    """A runner that gives every KV head everything."""
-
-    def __call__(self, op: Op, call: Call) -> Any:
-        if name_of(op) != METHOD.name:
-            return call.run(op)
-        result = with_rows(call, [EVERYTHING]).run(op)
-        self.see(op, call, result[0])
-        return result
-
-    def see(self, op: Op, call: Call, exact: torch.Tensor) -> None:
-        """Called for every op of ours, with the output ``[B, H, Lq, Dv]`` that it gives."""
-
-
-class Chosen(Exact):
+class Chosen(Exactly):
     """A runner that gives every KV head what was chosen for it, by layer key; everything where there is no choice."""
 
     def __init__(self, rows: Mapping[int, Sequence[Rows]]) -> None:
@@ -205,7 +191,7 @@ class Chosen(Exact):
         return super().__call__(op, call) if chosen is None else with_rows(call, chosen).run(op)
 
 
-class _Finder(Exact):
+class _Finder(Exactly):
     """Finds the linear layer that takes the output of each site, by what it is given: the same numbers."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -247,7 +233,7 @@ class _Finder(Exact):
                 handle.remove()
 
 
-class _Meter(Exact):
+class _Meter(Exactly):
     """Runs everything exactly, and adds up what each option would be off by, on the device."""
 
     def __init__(
@@ -310,10 +296,8 @@ def choose(profile: Profile, price: float, cost: Any = None) -> Choice:
     """
     if not 0 <= number("price", price, int, float) < float("inf"):
         raise ValueError(f"price={price!r}: must be 0 or more and finite")
-    cost = profile.rows if cost is None else cost
-    cost = torch.as_tensor(cost, dtype=torch.float64).expand(len(profile.sites), 1, -1)
     found = []
-    for site, its in zip(profile.sites, cost, strict=True):
+    for site, its in zip(profile.sites, _costs(profile, cost), strict=True):
         cheapest = its[0].argsort(stable=True)
         error = torch.tensor(site.errors, dtype=torch.float64)
         paid = (error + price * its)[:, cheapest]
@@ -321,34 +305,21 @@ def choose(profile: Profile, price: float, cost: Any = None) -> Choice:
     return tuple(found)
 
 
+def _costs(profile: Profile, cost: Any) -> torch.Tensor:
+    cost = torch.as_tensor(profile.rows if cost is None else cost, dtype=torch.float64)
+    return cost.expand(len(profile.sites), 1, -1)
+
+
 def prices(profile: Profile, cost: Any = None) -> list[float]:
     """All prices at which the choice of some head changes, ascending, 0 first: :func:`choose` at each of them has the
     cheaper option of the two. Those of the lower convex hulls of (cost, error) of every head."""
-    cost = profile.rows if cost is None else cost
-    cost = torch.as_tensor(cost, dtype=torch.float64).expand(len(profile.sites), 1, -1)
     found = {0.0}
-    for site, its in zip(profile.sites, cost.tolist(), strict=True):
+    for site, its in zip(profile.sites, _costs(profile, cost).tolist(), strict=True):
         for errors in site.errors:
-            found.update(_slopes(list(zip(its[0], errors, strict=True))))
+            hull = lower_hull((x, error, None) for x, error in zip(its[0], errors, strict=True))
+            found.update(map(slope, hull, hull[1:]))
     # what rounding makes of a price must not fall below the slope that it is
     return sorted(x * (1 + 1e-9) for x in found)
-
-
-def _slopes(points: Iterable[tuple[float, float]]) -> list[float]:
-    """How much error a unit of cost saves, on each edge of the lower convex hull of (cost, error)."""
-    hull: list[tuple[float, float]] = []
-    for point in sorted(points):
-        if hull and point[1] >= hull[-1][1]:
-            continue
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
-            hull.pop()
-        if not hull or point[0] > hull[-1][0]:
-            hull.append(point)
-    return [_slope(a, b) for a, b in zip(hull, hull[1:], strict=False)]
-
-
-def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
-    return (a[1] - b[1]) / (b[0] - a[0])
 
 
 def least(prices: Sequence[float], fits: Callable[[float], bool]) -> float | None:

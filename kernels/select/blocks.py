@@ -28,13 +28,14 @@ from express_compile.core.call import Call
 
 from ..launch import FLOAT32_DOT, jit, launch, next_power_of_two, require_triton, tl
 from ..op import check_call
+from .queries import InBlocks, check_block
 
 KEYS = 64  # keys per block
 NONE = -1  # in place of a block where there are fewer candidates than blocks
 
 
 @dataclass(frozen=True)
-class BlockConfig:
+class BlockConfig(InBlocks):
     """How many rows a query sees, and who chooses them.
 
     blocks: blocks of 64 keys. sinks, recent: tokens that are seen in any case. samples: queries per query head that
@@ -53,15 +54,7 @@ class BlockConfig:
         for name, least in (("blocks", 1), ("sinks", 0), ("recent", 0), ("samples", 1), ("stride", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be {least} or more")
-        if self.block not in (16, 32, 64, 128):
-            raise ValueError(f"block={self.block!r}: must be 16, 32, 64 or 128 queries")
-
-    def in_block(self, position: int) -> int:
-        """How far ``position`` lies behind the start of its block of queries.
-
-        Blocks start ``sinks + recent`` tokens behind multiples of ``block``, wherever a prefill starts.
-        """
-        return (position - self.sinks - self.recent) % self.block
+        check_block("block", self.block)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +83,7 @@ class QueryBlocks:
 @functools.lru_cache(maxsize=64)
 def query_blocks(config: BlockConfig, Lq: int, Lk: int) -> QueryBlocks:
     """The blocks of the last ``Lq`` of ``Lk`` tokens. Raises ``ValueError`` for ``Lq > Lk``."""
-    if not 0 < Lq <= Lk:
-        raise ValueError(f"Lq={Lq}: must be from 1 to the number of keys, Lk={Lk}")
-    shift = config.in_block(Lk - Lq)
-    begin = np.maximum(0, np.arange(Lk - Lq - shift, Lk, config.block, dtype=np.int64))
+    shift, begin = config.blocks_of(Lq, Lk)
     candidates = np.maximum(0, begin - config.sinks - config.recent) // KEYS
     tail = np.where(candidates > 0, config.sinks + KEYS * candidates, 0)
     return QueryBlocks(config, Lk - Lq, shift, begin, candidates, tail)
