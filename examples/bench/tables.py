@@ -658,6 +658,23 @@ def tolerance_table() -> str:
     return markdown(["budgets", "rows seen", "KL, natural texts (95%)", "top-1", "KL, repetitive texts"], body)
 
 
+def heads_table() -> str:
+    """KL of a plan for every KV head beside one for all heads and StreamingLLM, at equal rows."""
+    rows = newest(read("heads.csv"), "gpu", "task", "n", "method", "params", "metric")
+    by_method: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        if row["metric"] == "kl":
+            by_method.setdefault(row["method"], []).append(row)
+    methods = {"express": "uniform Express", "streaming": "StreamingLLM", "per head": "plan for every KV head"}
+    lines = zip(*(sorted(by_method[name], key=lambda row: float(row["rows"])) for name in methods), strict=True)
+    body = [[f"{float(own[0]['rows']):.0f}", *(with_interval(row, 3) for row in own)] for own in lines]
+    first, texts = rows[0], rows[0]["task"].partition(": ")[2]
+    return markdown(["rows", *methods.values()], body) + (
+        f"\n\n{first['model']} in float32, the first {int(first['n']):,} tokens of {texts}; {first['gpu']}, "
+        f"{first['date']}. KL(exact ‖ rewritten) in nats per token; the interval resamples chunks of 512 tokens."
+    )
+
+
 PARTS = {
     "custom-method": functools.partial(quoted, "examples/custom_method.py"),
     "speed-summary": functools.partial(speed_summary_table, "express", "thinformer", "santa"),
@@ -683,6 +700,7 @@ PARTS = {
     "foreign": foreign_table,
     "planner": planner_table,
     "crossings": crossings_table,
+    "heads": heads_table,
     "tolerance": tolerance_table,
     "steps": steps_table,
     "embeddings": embeddings_table,
