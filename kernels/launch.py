@@ -69,8 +69,8 @@ def strided(x: torch.Tensor | None) -> Strided:
 
 
 class Random(NamedTuple):
-    """The key of a stream of random numbers: ``seed``, 0-dim int64 on the device, and the layer. ``heads`` int32
-    ``[H_kv]``: the numbers that the KV heads have in the stream, where they are not all heads of a layer in order."""
+    """The key of a stream of random numbers: ``seed``, 0-dim int64 on the device, and the layer. ``heads`` int32: which
+    KV heads draw, by their numbers in the layer, where it is not all of them in order."""
 
     seed: Any
     layer: Any
@@ -266,6 +266,14 @@ def draw_uniform(seed, layer, draw, bucket, stage, head):
 def sequence(x, i_b, i_h):
     """Where the rows of one head begin, and the stride from one to the next."""
     return x.p + (i_b.to(tl.int64) * x.b + i_h.to(tl.int64) * x.h), x.n
+
+
+@jit
+def head_of(p_heads, i_h):
+    """The number of head ``i_h`` of those that ``p_heads`` lists; without a list, of all heads."""
+    if p_heads is not None:
+        i_h = tl.load(p_heads + i_h)
+    return i_h
 
 
 @jit

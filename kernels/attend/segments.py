@@ -27,6 +27,7 @@ from ..launch import (
     TensorDescriptor,
     Widths,
     constant,
+    constexpr,
     jit,
     launch,
     load_rows,
@@ -74,11 +75,11 @@ class SegmentTable:
     def tiles_on(
         self, device: torch.device, rows: int, Lq: int, Lk: int, compacted: int, indexed: int
     ) -> tuple[torch.Tensor, ...]:
-        """What :func:`_tile_lists` gives for tiles of ``rows`` rows, checked and copied to ``device`` once."""
+        """What :func:`tile_lists` gives for tiles of ``rows`` rows, checked and copied to ``device`` once."""
         key = (device, rows, Lq, Lk, compacted, indexed)
         if key not in self._on_device:
-            _check(self, Lq, Lk, compacted, indexed)
-            lists = _tile_lists(self, rows, compacted)
+            check_table(self, Lq, Lk, compacted, indexed)
+            lists = tile_lists(self, rows, compacted)
             self._on_device[key] = tuple(constant(x, device) for x in lists)
         return self._on_device[key]
 
@@ -166,7 +167,7 @@ def dense_table(Lq: int, rows: int, block: int = 128) -> SegmentTable:
     return SegmentTable(block, 0, segments, np.zeros((blocks, 1)), np.full(blocks, NO_TAIL, np.int32))
 
 
-def _check(table: SegmentTable, Lq: int, Lk: int, compacted: int, indexed: int) -> None:
+def check_table(table: SegmentTable, Lq: int, Lk: int, compacted: int, indexed: int) -> None:
     """Raise ``ValueError`` unless ``table`` fits that many queries, tokens, compacted and indexed rows."""
     blocks = -(-(Lq + table.shift) // table.block)
     if len(table.tail) != blocks:
@@ -270,7 +271,7 @@ def segment_attention_reference(
     does not fit.
     """
     H_kv, A = sources.key.shape[1], sources.compacted_key.shape[2]
-    _check(table, query.shape[2], sources.key.shape[2], A, sources.indexed)
+    check_table(table, query.shape[2], sources.key.shape[2], A, sources.indexed)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     out = query.new_empty(*query.shape[:3], sources.value.shape[-1])
     lse = torch.empty(query.shape[:3], dtype=dtype, device=query.device)
@@ -326,7 +327,7 @@ def segment_attention_backward(
 # Kernel: one program per (part of a block of queries, query head), which walks lists of tiles of rows
 
 
-def _tile_lists(table: SegmentTable, rows: int, compacted: int) -> tuple[np.ndarray, ...]:
+def tile_lists(table: SegmentTable, rows: int, compacted: int) -> tuple[np.ndarray, ...]:
     """What a program reads of the table: the segments cut into tiles of ``rows`` rows.
 
     start: int32 ``[3 * blocks + 1]``: block b sees the compacted tiles ``start[3 b] .. start[3 b + 1]``, then
@@ -427,8 +428,22 @@ def _attend_tile(state, b_q, b_k, b_v, scales, log2_weight, seen):
     return Softmax(b_acc, state.b_max, state.b_sum)
 
 
-# What the kernel reads but by descriptor, and writes; ``largest``: of keys and values of a head, for float32.
-_Tensors = namedtuple("_Tensors", "q k v index lengths largest scale_log2 G out lse")
+# What the kernel reads but by descriptor, and writes; ``largest``: of keys and values of a head, for float32. ``jobs``
+# and ``chosen``: of a launch for heads that see rows of different tables (:mod:`.mixed`).
+KernelTensors = namedtuple(
+    "KernelTensors", "q k v index lengths largest scale_log2 G out lse jobs chosen", defaults=(None, None)
+)
+
+
+# What a program of such a launch does: its query head and part of the queries; how far the first query lies behind
+# the start of its block; where the lists of its table begin; where its compacted rows, its index and what its block of
+# queries chose begin, and how far from one sequence to the next each; the first token of chosen block 0, and how many
+# were chosen.
+Job = namedtuple(
+    "Job", "head part shift list copied copied_b index index_b chosen chosen_b first blocks"
+)  # fmt: skip
+JOB = constexpr(len(Job._fields))
+CHOSEN = 64  # rows of a chosen block, also in the kernel
 
 
 class Outputs(NamedTuple):
@@ -442,27 +457,43 @@ class Outputs(NamedTuple):
         return cls(query.new_empty(*query.shape[:3], Dv), query.new_empty(query.shape[:3], dtype=torch.float32))
 
 
-# What :func:`_tile_lists` gives.
-_Lists = namedtuple("_Lists", "start tiles log2_weight tail")
+# What :func:`tile_lists` gives.
+Lists = namedtuple("Lists", "start tiles log2_weight tail")
 
 
-_Sizes = namedtuple("_Sizes", "H Lq q_offset shift")
+KernelSizes = namedtuple("KernelSizes", "H Lq q_offset shift")
 
 
 # Widths, queries and rows of a tile, and parts of a block.
-_Shape = namedtuple("_Shape", "D DV BD BDV BM BN PARTS")
+KernelShape = namedtuple("KernelShape", "D DV BD BDV BM BN PARTS")
+
+
+@jit
+def _job(p_job):
+    return Job(
+        tl.load(p_job), tl.load(p_job + 1), tl.load(p_job + 2), tl.load(p_job + 3), tl.load(p_job + 4),
+        tl.load(p_job + 5), tl.load(p_job + 6), tl.load(p_job + 7), tl.load(p_job + 8), tl.load(p_job + 9),
+        tl.load(p_job + 10), tl.load(p_job + 11),
+    )  # fmt: skip
 
 
 @jit(general="sizes")
-def _segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
+def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
     BM: tl.constexpr = SHAPE.BM
     BN: tl.constexpr = SHAPE.BN
     BD: tl.constexpr = SHAPE.BD
     BDV: tl.constexpr = SHAPE.BDV
     H, Lq, q_offset, shift = sizes
-    i_part, i_bh = tl.program_id(0) + shift // BM, tl.program_id(1)  # no program for parts before the first query
-    i_b, i_h = i_bh // H, i_bh % H
-    i_kv, i_block = i_h // x.G, i_part // SHAPE.PARTS
+    if x.jobs is None:
+        i_part, i_bh = tl.program_id(0) + shift // BM, tl.program_id(1)  # no program for parts before the first query
+        i_b, i_h = i_bh // H, i_bh % H
+        i_kv, i_block = i_h // x.G, i_part // SHAPE.PARTS
+        c_b, c_h, c_row = i_b, i_kv, 0  # where the compacted rows begin
+    else:
+        job = _job(x.jobs + tl.program_id(0) * JOB)
+        i_b, i_h, i_part, shift = tl.program_id(1), job.head, job.part, job.shift
+        i_bh, i_kv, i_block = i_b * H + i_h, i_h // x.G, job.list + i_part // SHAPE.PARTS
+        c_b, c_h, c_row = 0, 0, job.copied + i_b * job.copied_b
     o_m = i_part * BM - shift + tl.arange(0, BM)
     m_m = (o_m >= 0) & (o_m < Lq)
     skip = tl.maximum(shift - i_part * BM, 0)
@@ -485,12 +516,15 @@ def _segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
         row, shown = tl.load(lists.tiles + 2 * t), tl.load(lists.tiles + 2 * t + 1)
         if x.lengths is not None:
             shown = tl.minimum(shown, tl.load(x.lengths + i_b) - row)
-        b_k = d_ck.load([i_b, i_kv, row, 0]).reshape(BN, BD)
-        b_v = d_cv.load([i_b, i_kv, row, 0]).reshape(BN, BDV)
+        b_k = d_ck.load([c_b, c_h, c_row + row, 0]).reshape(BN, BD)
+        b_v = d_cv.load([c_b, c_h, c_row + row, 0]).reshape(BN, BDV)
         state = _attend_tile(state, b_q, b_k, b_v, scales, tl.load(lists.log2_weight + t), Seen(shown, 0, 0))
 
     if x.index.p is not None:
-        p_index, _ = sequence(x.index, i_b, i_kv)
+        if x.jobs is None:
+            p_index, _ = sequence(x.index, i_b, i_kv)
+        else:
+            p_index = x.index.p + (job.index + i_b * job.index_b)
         p_k, stride_k = sequence(x.k, i_b, i_kv)
         p_v, stride_v = sequence(x.v, i_b, i_kv)
         o_n = tl.arange(0, BN)
@@ -500,6 +534,14 @@ def _segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
             b_k = load_rows(p_k, stride_k, i_row, o_n < shown, SHAPE.D, BD)  # [BN, BD]
             b_v = load_rows(p_v, stride_v, i_row, o_n < shown, SHAPE.DV, BDV)  # [BN, BDV]
             state = _attend_tile(state, b_q, b_k, b_v, scales, tl.load(lists.log2_weight + t), Seen(shown, 0, 0))
+
+    if x.chosen is not None:
+        p_chosen = x.chosen + (job.chosen + i_b * job.chosen_b)
+        for n in range(0, job.blocks * 64, BN):
+            row = job.first + tl.load(p_chosen + n // 64) * 64 + n % 64
+            b_k = d_k.load([i_b, i_kv, row, 0]).reshape(BN, BD)
+            b_v = d_v.load([i_b, i_kv, row, 0]).reshape(BN, BDV)
+            state = _attend_tile(state, b_q, b_k, b_v, scales, 0.0, Seen(BN, 0, 0))
 
     # segments of tokens and the tail in one loop: a loop of its own for a tile or two costs its start-up
     tile, tail = tl.load(p_start + 2), tl.load(lists.tail + i_block)
@@ -581,6 +623,13 @@ def with_positive_scale(query: torch.Tensor, scale: float) -> tuple[torch.Tensor
     return (-query, -scale) if scale else (torch.zeros_like(query), 1.0)
 
 
+def largest_of(*pairs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The largest of keys and of values of every head ``[B, H_kv, 2]``, each from one or more tensors, by which the
+    kernel scales float32."""
+    norms = [[torch.linalg.vector_norm(x, math.inf, (2, 3)) for x in pair if x.shape[2]] for pair in pairs]
+    return torch.stack([functools.reduce(torch.maximum, x) for x in norms], -1)
+
+
 def segment_attention_triton(
     query: torch.Tensor, sources: Sources, table: SegmentTable, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -595,24 +644,20 @@ def segment_attention_triton(
     (B, H, Lq, _), (H_kv, Lk), A = query.shape, key.shape[1:3], compacted_key.shape[2]
     widths = Widths.alike(query, value)
     BM, BN, warps, stages = tile_sizes(widths.BD + widths.BDV, query.element_size(), table.block)
-    lists = _Lists(*table.tiles_on(query.device, BN, Lq, Lk, A, sources.indexed))
+    lists = Lists(*table.tiles_on(query.device, BN, Lq, Lk, A, sources.indexed))
     described = [(describe(k, BN, widths.BD), describe(v, BN, widths.BDV)) for k, v in
                  ((key, value), (compacted_key, compacted_value)) if k.shape[2]]  # fmt: skip
     # of a source without rows nothing is read, but a descriptor has to describe something
     (d_k, d_v), copies = described[0], described[-1]
     lengths = None if lengths is None else lengths.to(torch.int32).contiguous()
-    largest = None
-    if query.dtype == torch.float32:
-        norms = [[torch.linalg.vector_norm(x, math.inf, (2, 3)) for x in pair if x.shape[2]]
-                 for pair in ((key, compacted_key), (value, compacted_value))]  # fmt: skip
-        largest = torch.stack([functools.reduce(torch.maximum, x) for x in norms], -1)
+    largest = largest_of((key, compacted_key), (value, compacted_value)) if query.dtype == torch.float32 else None
     outputs = Outputs.of(query, widths.DV)
-    tensors = _Tensors(strided(query), strided(d_k.base), strided(d_v.base), strided(index), lengths, largest,
+    tensors = KernelTensors(strided(query), strided(d_k.base), strided(d_v.base), strided(index), lengths, largest,
                        scale * 1.4426950408889634, H // H_kv, *outputs)  # fmt: skip
     parts = -(-(Lq + table.shift) // BM) - table.shift // BM
-    launch(_segment_kernel, (parts, B * H),
-        d_k, d_v, *copies, tensors, lists, _Sizes(H, Lq, table.q_offset, table.shift),
-        SHAPE=_Shape(*widths, BM, BN, table.block // BM), num_warps=warps, num_stages=stages,
+    launch(segment_kernel, (parts, B * H),
+        d_k, d_v, *copies, tensors, lists, KernelSizes(H, Lq, table.q_offset, table.shift),
+        SHAPE=KernelShape(*widths, BM, BN, table.block // BM), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return outputs
 
