@@ -8,15 +8,27 @@ beside those of a table: blocks of 64 tokens, a list of them for every block of 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..launch import Widths, constant, launch, strided
 from .segments import (
+    BLOCKS,
     CHOSEN,
-    Job,
+    CHOSEN_B,
+    COLUMNS,
+    COPIES,
+    COPIES_B,
+    FIRST,
+    HEAD,
+    INDEX,
+    INDEX_B,
+    KEYS,
+    PART,
+    SHIFT,
+    TABLE,
     KernelShape,
     KernelSizes,
     KernelTensors,
@@ -92,7 +104,7 @@ class Mixture:
         return self.shares[0].table.block
 
     def lists(self, queries: int, rows: int) -> tuple[np.ndarray, ...]:
-        """Jobs of ``queries`` queries int32 ``[jobs, JOB]``, and the lists of :func:`.segments.tile_lists` for all
+        """Jobs of ``queries`` queries int32 ``[jobs, COLUMNS]``, and the lists of :func:`.segments.tile_lists` for all
         tables, one behind the other. Raises ``ValueError`` for tables that do not fit."""
         jobs, work, parts = [], [], []
         blocks = tiles = 0
@@ -100,7 +112,7 @@ class Mixture:
             check_table(share.table, self.Lq, self.Lk, share.copied, share.indexed)
             start, *others = tile_lists(share.table, rows, share.copied)
             own, of = self._jobs(share, start, others[-1], queries, rows)
-            own[..., Job._fields.index("list")] = blocks
+            own[..., TABLE] = blocks
             jobs.append(own.reshape(-1, own.shape[-1]))
             work.append(np.tile(of, own.shape[0]))
             parts.append((start[:-1] + tiles, *others))
@@ -115,29 +127,29 @@ class Mixture:
     def _jobs(
         self, share: HeadRows, start: np.ndarray, tail: np.ndarray, queries: int, rows: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """int64 ``[query heads, parts, JOB]``, and the tiles of rows of every part."""
+        """int64 ``[query heads, parts, COLUMNS]``, and the tiles of rows of every part."""
         table = share.table
         part = np.arange(table.shift // queries, -(-(self.Lq + table.shift) // queries))
         block = part // (table.block // queries)
         stop = table.q_offset + np.minimum((part + 1) * queries - table.shift, self.Lq)
         count = np.diff(start[::3])[block] + np.maximum(0, -(-(stop - tail[block].astype(np.int64)) // rows))
         head = np.repeat(np.arange(len(share.heads)), self.group)[:, None]
-        columns = {
-            "head": (np.array(share.heads)[:, None] * self.group + np.arange(self.group)).reshape(-1, 1),
-            "part": part, "shift": table.shift,
-            "copied": share.copies.first + head * share.copies.head, "copied_b": share.copies.sequence,
-            "index": share.index.first + head * share.index.head, "index_b": share.index.sequence,
+        columns: dict[Any, np.ndarray | int] = {
+            HEAD: (np.array(share.heads)[:, None] * self.group + np.arange(self.group)).reshape(-1, 1),
+            PART: part, SHIFT: table.shift,
+            COPIES: share.copies.first + head * share.copies.head, COPIES_B: share.copies.sequence,
+            INDEX: share.index.first + head * share.index.head, INDEX_B: share.index.sequence,
         }  # fmt: skip
         if share.chosen is not None:
             own, place = share.chosen, share.chosen.place
-            count = count + own.count[block] * (CHOSEN // rows)
+            count = count + own.count[block] * (KEYS // rows)
             columns |= {
-                "chosen": place.first + head * place.head + block * own.width, "chosen_b": place.sequence,
-                "first": own.first, "blocks": own.count[block],
+                CHOSEN: place.first + head * place.head + block * own.width, CHOSEN_B: place.sequence,
+                FIRST: own.first, BLOCKS: own.count[block],
             }  # fmt: skip
-        jobs = np.zeros((len(head), len(part), len(Job._fields)), np.int64)
-        for name, x in columns.items():
-            jobs[..., Job._fields.index(name)] = x
+        jobs = np.zeros((len(head), len(part), int(COLUMNS)), np.int64)
+        for column, x in columns.items():
+            jobs[..., column] = x
         return jobs, count
 
     def on(self, device: torch.device, queries: int, rows: int) -> tuple[torch.Tensor, ...]:
@@ -169,10 +181,11 @@ def mixed_attention_triton(
     copies = d_k, d_v  # a descriptor has to describe something
     if buffers.key is not None and buffers.value is not None:
         copies = describe(buffers.key[None, None], BN, widths.BD), describe(buffers.value[None, None], BN, widths.BDV)
-    index = strided(None) if buffers.index is None else strided(buffers.index[None, None])
+    # where no head has them, loops without rows: one kernel for all mixtures, of which fewer registers are spilled
+    index, chosen = (jobs if x is None else x for x in (buffers.index, buffers.chosen))
     largest = largest_of((key,), (value,)) if query.dtype == torch.float32 else None  # copies are none but tokens
-    tensors = KernelTensors(strided(query), strided(d_k.base), strided(d_v.base), index, None, largest,
-                            scale * 1.4426950408889634, H // H_kv, *outputs, jobs, buffers.chosen)  # fmt: skip
+    tensors = KernelTensors(strided(query), strided(d_k.base), strided(d_v.base), strided(index.view(1, 1, -1)), None, largest,
+                            scale * 1.4426950408889634, H // H_kv, *outputs, jobs, chosen)  # fmt: skip
     launch(segment_kernel, (len(jobs), B),
         d_k, d_v, *copies, tensors, Lists(*lists), KernelSizes(H, Lq, key.shape[2] - Lq, 0),
         SHAPE=KernelShape(*widths, BM, BN, mixture.block // BM), num_warps=warps, num_stages=stages,

@@ -435,15 +435,18 @@ KernelTensors = namedtuple(
 )
 
 
-# What a program of such a launch does: its query head and part of the queries; how far the first query lies behind
-# the start of its block; where the lists of its table begin; where its compacted rows, its index and what its block of
-# queries chose begin, and how far from one sequence to the next each; the first token of chosen block 0, and how many
-# were chosen.
-Job = namedtuple(
-    "Job", "head part shift list copied copied_b index index_b chosen chosen_b first blocks"
-)  # fmt: skip
-JOB = constexpr(len(Job._fields))
-CHOSEN = 64  # rows of a chosen block, also in the kernel
+# What a program of such a launch does, in columns
+(
+    HEAD, PART,  # its query head and part of the queries
+    SHIFT,  # how far the first query lies behind the start of its block
+    TABLE,  # the first block of its table, among those of all tables
+    COPIES, COPIES_B,  # where its compacted rows begin, and how far it is from those of one sequence to the next
+    INDEX, INDEX_B,  # the same of their index
+    CHOSEN, CHOSEN_B,  # the same of what its block of queries chose
+    FIRST, BLOCKS,  # the first token of block 0, and how many blocks were chosen
+    COLUMNS,
+) = (constexpr(i) for i in range(13))  # fmt: skip
+KEYS = 64  # in a chosen block, also in the kernel
 
 
 class Outputs(NamedTuple):
@@ -468,15 +471,6 @@ KernelSizes = namedtuple("KernelSizes", "H Lq q_offset shift")
 KernelShape = namedtuple("KernelShape", "D DV BD BDV BM BN PARTS")
 
 
-@jit
-def _job(p_job):
-    return Job(
-        tl.load(p_job), tl.load(p_job + 1), tl.load(p_job + 2), tl.load(p_job + 3), tl.load(p_job + 4),
-        tl.load(p_job + 5), tl.load(p_job + 6), tl.load(p_job + 7), tl.load(p_job + 8), tl.load(p_job + 9),
-        tl.load(p_job + 10), tl.load(p_job + 11),
-    )  # fmt: skip
-
-
 @jit(general="sizes")
 def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
     BM: tl.constexpr = SHAPE.BM
@@ -490,10 +484,11 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
         i_kv, i_block = i_h // x.G, i_part // SHAPE.PARTS
         c_b, c_h, c_row = i_b, i_kv, 0  # where the compacted rows begin
     else:
-        job = _job(x.jobs + tl.program_id(0) * JOB)
-        i_b, i_h, i_part, shift = tl.program_id(1), job.head, job.part, job.shift
-        i_bh, i_kv, i_block = i_b * H + i_h, i_h // x.G, job.list + i_part // SHAPE.PARTS
-        c_b, c_h, c_row = 0, 0, job.copied + i_b * job.copied_b
+        p_job = x.jobs + tl.program_id(0) * COLUMNS
+        i_b, i_h, i_part = tl.program_id(1), tl.load(p_job + HEAD), tl.load(p_job + PART)
+        i_bh, i_kv, shift = i_b * H + i_h, i_h // x.G, tl.load(p_job + SHIFT)
+        i_block = tl.load(p_job + TABLE) + i_part // SHAPE.PARTS
+        c_b, c_h, c_row = 0, 0, tl.load(p_job + COPIES) + i_b * tl.load(p_job + COPIES_B)
     o_m = i_part * BM - shift + tl.arange(0, BM)
     m_m = (o_m >= 0) & (o_m < Lq)
     skip = tl.maximum(shift - i_part * BM, 0)
@@ -524,7 +519,7 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
         if x.jobs is None:
             p_index, _ = sequence(x.index, i_b, i_kv)
         else:
-            p_index = x.index.p + (job.index + i_b * job.index_b)
+            p_index = x.index.p + (tl.load(p_job + INDEX) + i_b * tl.load(p_job + INDEX_B))
         p_k, stride_k = sequence(x.k, i_b, i_kv)
         p_v, stride_v = sequence(x.v, i_b, i_kv)
         o_n = tl.arange(0, BN)
@@ -536,9 +531,10 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
             state = _attend_tile(state, b_q, b_k, b_v, scales, tl.load(lists.log2_weight + t), Seen(shown, 0, 0))
 
     if x.chosen is not None:
-        p_chosen = x.chosen + (job.chosen + i_b * job.chosen_b)
-        for n in range(0, job.blocks * 64, BN):
-            row = job.first + tl.load(p_chosen + n // 64) * 64 + n % 64
+        p_chosen = x.chosen + (tl.load(p_job + CHOSEN) + i_b * tl.load(p_job + CHOSEN_B))
+        first = tl.load(p_job + FIRST)
+        for n in range(0, tl.load(p_job + BLOCKS) * 64, BN):
+            row = first + tl.load(p_chosen + n // 64) * 64 + n % 64
             b_k = d_k.load([i_b, i_kv, row, 0]).reshape(BN, BD)
             b_v = d_v.load([i_b, i_kv, row, 0]).reshape(BN, BDV)
             state = _attend_tile(state, b_q, b_k, b_v, scales, 0.0, Seen(BN, 0, 0))

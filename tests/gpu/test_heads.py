@@ -13,6 +13,7 @@ from express_compile.kernels import express as E
 from express_compile.kernels import heads as P
 from express_compile.kernels.attend.segments import segment_attention_backward, segment_attention_reference
 from express_compile.kernels.launch import Random
+from express_compile.kernels.select.blocks import select_blocks
 
 WINDOW, CORE, KEPT = Rows(32, 256), Rows(32, 256, 64), Rows(32, 256, 128, 256)
 PLACES, BLOCKS, WHOLE = Rows(32, 256, protected=256), Rows(32, 256, selected=16), Rows(everything=True)
@@ -76,7 +77,7 @@ def test_forward_and_backward_are_as_near_to_float64_as_the_reference(rows: Rows
     config = P.PerHead([rows]).config(rows)
     call = P.Call(q.detach(), k.detach(), v.detach(), None, seed(), 128**-0.5, LAYER)
     if rows.selected:
-        _, index, table = P._selected(call, config, None)
+        _, index, table = P._selected(call, config, select_blocks(q.detach(), k.detach(), config, call.scale))
     else:
         layout = E.make_layout(config, 3000, 3000)
         _, index = E.select_rows(call.key, call.value, layout, call.scale, Random(seed(), LAYER))

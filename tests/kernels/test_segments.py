@@ -17,13 +17,13 @@ from express_compile.kernels.attend.segments import (
     TOKENS,
     SegmentTable,
     Sources,
-    tile_lists,
     causal_table,
     dense_table,
     describe,
     segment_attention_backward,
     segment_attention_reference,
     segment_attention_triton,
+    tile_lists,
 )
 
 
