@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..launch import Widths, constant, launch, strided
+from ..launch import Strided, Widths, constant, launch, strided
 from .segments import (
     BLOCKS,
     CHOSEN,
@@ -184,8 +184,10 @@ def mixed_attention_triton(
     # where no head has them, loops without rows: one kernel for all mixtures, of which fewer registers are spilled
     index, chosen = (jobs if x is None else x for x in (buffers.index, buffers.chosen))
     largest = largest_of((key,), (value,)) if query.dtype == torch.float32 else None  # copies are none but tokens
-    tensors = KernelTensors(strided(query), strided(d_k.base), strided(d_v.base), strided(index.view(1, 1, -1)), None, largest,
-                            scale * 1.4426950408889634, H // H_kv, *outputs, jobs, chosen)  # fmt: skip
+    inputs = strided(query), strided(d_k.base), strided(d_v.base), Strided(index, 0, 0, 0)
+    tensors = KernelTensors(
+        *inputs, None, largest, scale * 1.4426950408889634, H // H_kv, *outputs, jobs, chosen
+    )  # fmt: skip
     launch(segment_kernel, (len(jobs), B),
         d_k, d_v, *copies, tensors, Lists(*lists), KernelSizes(H, Lq, key.shape[2] - Lq, 0),
         SHAPE=KernelShape(*widths, BM, BN, mixture.block // BM), num_warps=warps, num_stages=stages,
