@@ -655,7 +655,8 @@ class Bench:
                 plans |= {f"{x} as {name}": equal_rows(rows, n, x == "Express") for x in ("window", "Express")}
                 for plan, given in plans.items():
                     self.add(*tensors[:2], per_head(plan, given, opponents, tensors, self.clock, repeats))
-                self.add(*tensors[:2], window(tensors, rows, 32, opponents, self.clock, repeats))
+                if own.rows is EVERY:
+                    self.add(*tensors[:2], window(tensors, rows, 32, opponents, self.clock, repeats))
 
     def everything(self) -> None:
         settings = SETTINGS[: self.args.settings]
