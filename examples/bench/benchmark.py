@@ -655,7 +655,7 @@ class Bench:
                 plans |= {f"{x} as {name}": equal_rows(rows, n, x == "Express") for x in ("window", "Express")}
                 for plan, given in plans.items():
                     self.add(*tensors[:2], per_head(plan, given, opponents, tensors, self.clock, repeats))
-                if own.rows is EVERY:
+                if own.rows == EVERY:
                     self.add(*tensors[:2], window(tensors, rows, 32, opponents, self.clock, repeats))
 
     def everything(self) -> None:
