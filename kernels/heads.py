@@ -5,8 +5,9 @@
 where S_i is what the KV head of query i sees: all tokens (exact attention), or sinks and recent tokens, and with them
 thinned and protected rows (``express``), or blocks of 64 keys that the queries choose (``select.blocks``); w is 1, and
 2^m for a thinned row. Heads differ: some need a window and nothing else, some single facts from far away, and few all
-tokens. Heads with equal rows are computed together, with the random numbers of their own places in the layer, so
-that equal rows for all heads are Express bit for bit.
+tokens. Heads with equal rows choose and thin together, with the random numbers of their own places in the layer, so
+that equal rows for all heads are Express bit for bit. On CUDA all heads but the exact ones attend in one launch
+(:mod:`.attend.mixed`), in which nothing is copied to lie beside its like.
 
 A head is exact while the sequence has no more tokens than its rows: ``sinks + recent``, and with it ``protected``, and
 ``4 thinned``, and ``64 selected``. The error of thinned rows is that of ``express``; a query with selected rows loses
@@ -640,6 +641,8 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     if spec.mask.padding:
         costs.append(c.Cost(sympy.Integer(0), c.itemsize * packing_cost(), launches=sympy.Integer(0)))
     summed = c.Cost(*(sum(getattr(cost, f.name) for cost in costs) for f in fields(c.Cost)))
+    together_too = max(0, sum(not rows.everything for rows in members) - 1)  # attention is one launch for all of these
+    summed = replace(summed, launches=summed.launches - together_too)
     return summed.unless(c.Lk < params["min_length"], exact) if params["min_length"] else summed
 
 

@@ -42,6 +42,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -539,11 +540,13 @@ def check_heads(q, k, v, out, own: P.PerHead) -> tuple[float, float]:
         for block in {0, len(table.tail) // 2, len(table.tail) - 1}:
             queries, one = table.of_block(block, q.shape[2])
             few = sources
-            if sources.index is not None and not sources.compacted_key.shape[2]:  # copies of this block's rows alone
-                at = one.segments[0, :, 0] == 1
-                first, rows = (int(x) for x in one.segments[0, at][:, 1:].sum(0))
-                one.segments[0, at, 1] = 0
-                few = sources._replace(index=sources.index[:, :, first : first + rows])
+            if group.rows.selected:  # copies of this block's rows alone; the table is that of the op
+                segments = one.segments.copy()
+                (_, first, rows), segments[0, 1, 1] = segments[0, 1].tolist(), 0
+                one, few = (
+                    replace(one, segments=segments),
+                    sources._replace(index=sources.index[:, :, first : first + rows]),
+                )
             few = few.gathered()
             exact = Sources(*(x.double() for x in few.buffers))
             truth, _ = segment_attention_reference(query[:, :, queries].double(), exact, one, call.scale)
@@ -563,17 +566,20 @@ def launches(call: Callable) -> int:
     return sum(1 for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
 
 
-def per_head(name: str, own: P.PerHead, opponents: dict[str, float], tensors, clock: Clock, repeats: int) -> dict:
-    """A plan per KV head."""
+def per_head(
+    name: str, own: P.PerHead, opponents: dict[str, float], tensors, clock: Clock, repeats: int, **params
+) -> dict:
+    """A plan per KV head; ``graph=1`` replays a CUDA graph."""
     n = tensors[1].shape[2]
     op = op_of(Policy(methods=(own,)), tensors[0].device, method="heads")
     out, peak = peak_of(lambda: op(*tensors), out_and_lse)
     errors = check_heads(*tensors, out, own)
-    params = dict(
-        rows=round(rows_on_average(own, n)), plan=name.replace(" ", "_"), launches=launches(lambda: op(*tensors))
+    told = dict(
+        plan=name.replace(" ", "_"), rows=round(rows_on_average(own, n)), launches=launches(lambda: op(*tensors))
     )
-    times = clock(lambda: op(*tensors), repeats)
-    return row_of(Policy(), times, opponents, errors, job="prefill", method="heads", params=params, peak_mb=peak)
+    told |= params
+    times = clock(replayed(lambda: op(*tensors)) if params.get("graph") else lambda: op(*tensors), repeats)
+    return row_of(Policy(), times, opponents, errors, job="prefill", method="heads", params=told, peak_mb=peak)
 
 
 def rows_on_average(own: P.PerHead, n: int) -> float:
@@ -647,15 +653,15 @@ class Bench:
         """Mixtures, and plans of as many rows in all that are equal for all heads, in one run."""
         for n in track(self.args.lengths, description="mixed"):
             tensors, repeats = self.tensors(1, n, n), self.repeats(n)
-            opponents = exact_times(*tensors, self.clock, repeats)
-            for name, every in MIXED.items():
+            for graph, (name, every) in product(self.graphs(n), MIXED.items()):
+                opponents = exact_times(*tensors, self.clock, repeats, graph=bool(graph))
                 own = P.PerHead(every)
                 rows = round(rows_on_average(own, n))
                 plans = {name: own}
                 plans |= {f"{x} as {name}": equal_rows(rows, n, x == "Express") for x in ("window", "Express")}
                 for plan, given in plans.items():
-                    self.add(*tensors[:2], per_head(plan, given, opponents, tensors, self.clock, repeats))
-                if own.rows == EVERY:
+                    self.add(*tensors[:2], per_head(plan, given, opponents, tensors, self.clock, repeats, **graph))
+                if every is EVERY and not graph:
                     self.add(*tensors[:2], window(tensors, rows, 32, opponents, self.clock, repeats))
 
     def everything(self) -> None:
