@@ -21,7 +21,8 @@ and of the latter only those features that the query needs, whose share is in th
 
 ``--sparse`` measures Sparse Transformer attention, forward and with its gradients (jobs ``sparse_fixed``,
 ``sparse_strided`` and these with ``_train``) at its default stride. With ``--flex`` the number ``flex`` in
-``params`` is FlexAttention with the same pattern, in ms, at 32,768 tokens.
+``params`` is FlexAttention with the same pattern, in ms, at 32,768 tokens, and ``flex_fa4`` its FlashAttention-4
+backend, where ``flash-attn-4`` is installed and takes the pattern.
 
     python examples/bench/benchmark.py --window --out examples/bench/results/speed.csv      # GPU: only this, a minute
     python examples/bench/benchmark.py --window --lengths 1024 --heads 4 2 --head-size 32     # a taste, also on a CPU
@@ -40,6 +41,7 @@ plans with as many rows in all, equal ones for all heads: a window, Express, and
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
@@ -399,7 +401,7 @@ def bernoulli_rows(q, k, v, draws: int, clock: Clock, repeats: int, **params) ->
     return rows
 
 
-def flex_of(pattern: Pattern, n: int, device: torch.device) -> Callable:
+def flex_of(pattern: Pattern, n: int, device: torch.device, backend: str = "TRITON") -> Callable:
     """FlexAttention over the same pattern, compiled, as a function of query, key and value."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -407,8 +409,20 @@ def flex_of(pattern: Pattern, n: int, device: torch.device) -> Callable:
         return pattern.local(i, j) | pattern.far(i, j)
 
     mask = torch.compile(create_block_mask)(seen, None, None, n, n, device=str(device))
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    compiled, options = torch.compile(flex_attention, dynamic=False), {"BACKEND": backend}
+    return lambda q, k, v: compiled(
+        q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options
+    )
+
+
+def runs(call: Callable) -> bool:
+    """Whether a peer takes the call; says why not."""
+    try:
+        call()
+    except Exception as error:  # a peer may fail in any way
+        print(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}")
+        return False
+    return True
 
 
 def sparse_rows(tensors, pattern: Pattern, grad, opponents, clock: Clock, repeats: int, flex: bool) -> list[dict]:
@@ -420,6 +434,9 @@ def sparse_rows(tensors, pattern: Pattern, grad, opponents, clock: Clock, repeat
     policy = Policy(method_options={"sparse": options})
     op = op_of(policy, q.device, method="sparse")
     peers = {"flex": flex_of(pattern, n, q.device)} if flex else {}
+    if flex and importlib.util.find_spec("flash_attn"):
+        attend = flex_of(pattern, n, q.device, "FLASH")
+        peers |= {"flex_fa4": attend} if runs(lambda: attend(q.detach(), k.detach(), v.detach())) else {}
 
     worst, allowed = 0.0, 0.0
     with torch.no_grad():
@@ -431,7 +448,8 @@ def sparse_rows(tensors, pattern: Pattern, grad, opponents, clock: Clock, repeat
             reference, _ = dense_forward(*part, pattern, scale)
             worst = max(worst, relative(out[:, :, own], truth))
             allowed = max(allowed, 2 * relative(reference, truth))
-        assert not peers or relative(peers["flex"](q, k, v), out) < 0.01, "FlexAttention computes something else"
+        for peer in peers.values():
+            assert relative(peer(q, k, v), out) < 0.01, "FlexAttention computes something else"
     first = [x[:, :, :4096].detach().requires_grad_() for x in (q, k, v)]
     actual = torch.autograd.grad(op(*first), first, grad[:, :, :4096])
     results = []
@@ -453,7 +471,7 @@ def sparse_rows(tensors, pattern: Pattern, grad, opponents, clock: Clock, repeat
             _, peak = peak_of(call, lambda _: kept)
         times = clock(call, repeats)
         told = {name: round(quantile(clock(lambda peer=peer: call(peer), repeats), 0.5), 4)  # noqa: B023
-                for name, peer in peers.items()}  # fmt: skip
+                for name, peer in peers.items() if runs(lambda peer=peer: call(peer))}  # fmt: skip  # noqa: B023
         rows.append(row_of(policy, times, opponents[job], checked, method="sparse", job=f"sparse_{pattern.kind}{job}",
                            params={**options, **told}, peak_mb=peak))  # fmt: skip
     return rows
@@ -481,6 +499,7 @@ def window_of(rows: int, sinks: int, n: int, device: torch.device) -> Callable:
     def seen(b, h, i, j):
         return (i >= j) & ((i - j < rows - sinks) | (j < sinks))
 
+    torch.compiler.reset()  # one length after the other: Dynamo gives up at its limit of recompilations
     on_gpu = torch.device(device).type == "cuda"
     make, attend = (
         (torch.compile(create_block_mask), torch.compile(flex_attention, dynamic=False))
@@ -543,10 +562,8 @@ def check_heads(q, k, v, out, own: P.PerHead) -> tuple[float, float]:
             if group.rows.selected:  # copies of this block's rows alone; the table is that of the op
                 segments = one.segments.copy()
                 (_, first, rows), segments[0, 1, 1] = segments[0, 1].tolist(), 0
-                one, few = (
-                    replace(one, segments=segments),
-                    sources._replace(index=sources.index[:, :, first : first + rows]),
-                )
+                one = replace(one, segments=segments)
+                few = sources._replace(index=sources.index[:, :, first : first + rows])
             few = few.gathered()
             exact = Sources(*(x.double() for x in few.buffers))
             truth, _ = segment_attention_reference(query[:, :, queries].double(), exact, one, call.scale)
@@ -574,10 +591,8 @@ def per_head(
     op = op_of(Policy(methods=(own,)), tensors[0].device, method="heads")
     out, peak = peak_of(lambda: op(*tensors), out_and_lse)
     errors = check_heads(*tensors, out, own)
-    told = dict(
-        plan=name.replace(" ", "_"), rows=round(rows_on_average(own, n)), launches=launches(lambda: op(*tensors))
-    )
-    told |= params
+    rows, plan = round(rows_on_average(own, n)), name.replace(" ", "_")
+    told = dict(plan=plan, rows=rows, launches=launches(lambda: op(*tensors)), **params)
     times = clock(replayed(lambda: op(*tensors)) if params.get("graph") else lambda: op(*tensors), repeats)
     return row_of(Policy(), times, opponents, errors, job="prefill", method="heads", params=told, peak_mb=peak)
 
