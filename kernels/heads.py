@@ -370,7 +370,8 @@ def _choose(call: Call, family: Family, start: torch.Tensor | None) -> torch.Ten
 
 def _choices(call: Call, own: PerHead, start: torch.Tensor | None) -> Choices:
     """Of all heads with selected rows, the ones that :func:`_forward` makes."""
-    H_kv, found = call.key.shape[1], {}
+    H_kv = call.key.shape[1]
+    found: dict[Rows, torch.Tensor] = {}
     if call.key.is_cuda:
         for family in _families(own, H_kv, call.Lk):
             chosen = _choose(call, family, start)
@@ -475,9 +476,7 @@ def together(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torc
     found = [_choose(call, family, start).flatten() for family in what.families]
     chosen = None if not found else found[0] if len(found) == 1 else torch.cat(found)
     read = index if any(x.layout.config.protected for x in what.thinned) else None
-    mixed_attention_triton(
-        query, key, value, Buffers(*(copies or (None, None)), read, chosen), what.mixture, call.scale, outputs
-    )
+    mixed_attention_triton(query, key, value, Buffers(copies, read, chosen), what.mixture, call.scale, outputs)
     return outputs
 
 
@@ -485,13 +484,14 @@ def _exact_heads(call: Call, heads: tuple[int, ...], outputs: Outputs) -> None:
     """Exact attention of these KV heads into ``outputs``; of neighbours without copies of what they read."""
     H_kv = call.key.shape[1]
     first, last = heads[0], heads[-1] + 1
-    own, inputs = None, (call.query, call.key, call.value)
+    own = None
     if last - first > len(heads):
         own = _constant(heads, call.key.device)
-        given = [of_heads(x, H_kv, own) for x in inputs]
-    else:
-        given = [x.unflatten(1, (H_kv, -1))[:, first:last].flatten(1, 2) for x in inputs]
-    for target, x in zip(outputs, exact_attention(*given, call.scale), strict=True):
+    query, key, value = (
+        x.unflatten(1, (H_kv, -1))[:, first:last].flatten(1, 2) if own is None else of_heads(x, H_kv, own)
+        for x in (call.query, call.key, call.value)
+    )  # fmt: skip
+    for target, x in zip(outputs, exact_attention(query, key, value, call.scale), strict=True):
         target, x = target.unflatten(1, (H_kv, -1)), x.unflatten(1, (len(heads), -1))
         if own is None:
             target[:, first:last] = x

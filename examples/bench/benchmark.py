@@ -33,9 +33,9 @@ the first tokens and the last ones (job and method ``window``), beside the two s
     python examples/bench/benchmark.py --mixed --out examples/bench/results/speed.csv       # GPU: only this, a minute
     python examples/bench/benchmark.py --mixed --lengths 1024 --heads 16 8 --head-size 32     # a taste, also on a CPU
 
-``--mixed`` measures plans per KV head (method ``heads``): mixtures like the plans that were found for a model, beside
-plans with as many rows in all, equal ones for all heads: a window, Express, and FlexAttention over such a window.
-``launches`` in ``params`` counts what a call launches on the GPU.
+``--mixed`` measures plans per KV head (job ``mixed``, method ``heads``): mixtures like the plans that were found for a
+model, beside plans with as many rows in all, equal ones for all heads: a window, Express, and FlexAttention over such a
+window. ``launches`` in ``params`` counts what a call launches on the GPU.
 """
 
 from __future__ import annotations
@@ -594,7 +594,7 @@ def per_head(
     rows, plan = round(rows_on_average(own, n)), name.replace(" ", "_")
     told = dict(plan=plan, rows=rows, launches=launches(lambda: op(*tensors)), **params)
     times = clock(replayed(lambda: op(*tensors)) if params.get("graph") else lambda: op(*tensors), repeats)
-    return row_of(Policy(), times, opponents, errors, job="prefill", method="heads", params=told, peak_mb=peak)
+    return row_of(Policy(budget=rows), times, opponents, errors, job="mixed", method="heads", params=told, peak_mb=peak)
 
 
 def rows_on_average(own: P.PerHead, n: int) -> float:
@@ -677,7 +677,8 @@ class Bench:
                 for plan, given in plans.items():
                     self.add(*tensors[:2], per_head(plan, given, opponents, tensors, self.clock, repeats, **graph))
                 if every is EVERY and not graph:
-                    self.add(*tensors[:2], window(tensors, rows, 32, opponents, self.clock, repeats))
+                    flex = window(tensors, rows, 32, opponents, self.clock, repeats)
+                    self.add(*tensors[:2], {**flex, "job": "mixed"})
 
     def everything(self) -> None:
         settings = SETTINGS[: self.args.settings]

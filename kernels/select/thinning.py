@@ -603,7 +603,7 @@ def thin(
     rule: HalvingRule,
     scale: float,
     random: Random,
-    kept: tuple[torch.Tensor, torch.Tensor] | None = None,
+    kept: tuple[torch.Tensor, ...] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Carry out ``schedule``: copies of the kept rows, keys ``[B, H, A, D]`` and values ``[B, H, A, Dv]``, in ``kept``
     if it is given, contiguous.
