@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -134,7 +134,6 @@ def uniform(budget: float, n: int) -> dict[str, PerHead]:
 def policies(found: Profile, natural: Profile, budget: float, n: int) -> dict[str, PerHead]:
     """All policies of one budget for ``n`` tokens; ``natural``: the profile without generated text."""
     heads = {
-        "per head": found,
         "per layer": by_layer(found),
         "window or everything": only(found, lambda x: x.everything or x == Rows(x.sinks, x.recent)),
         "without thinned": only(found, lambda x: not x.thinned),
@@ -143,7 +142,8 @@ def policies(found: Profile, natural: Profile, budget: float, n: int) -> dict[st
         "without everything": only(found, lambda x: not x.everything),
         "without records": natural,
     }
-    return {**{name: chosen(its, budget, n) for name, its in heads.items()}, **uniform(budget, n)}
+    others = {name: chosen(its, budget, n) for name, its in heads.items()}
+    return {"per head": chosen(found, budget, n), **uniform(budget, n), **others}
 
 
 def rows_by_head(plan: Plan) -> list[Rows]:
@@ -194,7 +194,7 @@ class Judge:
     exact: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.exact = {name: self.hidden(x).cpu() for name, x in self.ids.items()}
+        self.exact = {name: self.hidden(x) for name, x in self.ids.items()}
         asked = self.cases
         self.cases = [case for case, right in zip(asked, self.found(asked), strict=True) if right]
         self.asked, self.solved = (Counter(map(_place, x)) for x in (asked, self.cases))
@@ -218,8 +218,7 @@ class Judge:
 
     def statistics(self, name: str) -> TokenStats:
         x = self.ids[name]
-        exact = self.exact[name].to(self.device)
-        return token_statistics(exact, self.hidden(x), self.model.lm_head, x).tail(late(x.shape[1]))
+        return token_statistics(self.exact[name], self.hidden(x), self.model.lm_head, x).tail(late(x.shape[1]))
 
     def of_exact(self) -> list[dict[str, Any]]:
         """How many cases it solves of those asked."""
@@ -320,6 +319,7 @@ class Bench:
         asked = cases(self.tokenizer, n + 1, {"noise": NOISE, **haystacks()}, each) if each else []
         judge = Judge(self.model, ids, asked, batch, self.device)
         self.write(judge.of_exact(), n, "exact")
+        print(f"{n} tokens: {len(judge.cases)} needles of {len(asked)} are found by exact attention", flush=True)
         return judge
 
     def run(self) -> None:
@@ -331,16 +331,25 @@ class Bench:
         print(fitted, flush=True)
         if self.args.plan:
             fitted.save(self.args.plan)
+        left_out = {}
         for budget in budgets:
             plans: dict[str, Plan] = {**policies(found, natural, budget, n)}
             if budget == budgets[0]:
                 plans["per head"] = SavedPlan.from_json(fitted.plan.to_json())
-            for method, plan in track(plans.items(), f"{n} tokens, {budget:g} rows", total=len(plans)):
-                self.write(judge.rows(plan), n, method, budget, plan)
+                left_out = {name: plan for name, plan in plans.items() if name.startswith("without")}
+            self.judged(judge, n, budget, {k: plan for k, plan in plans.items() if not k.startswith("without")})
         for other in self.args.others:
-            judge, its = self.judge(other), policies(found, natural, budgets[0], other)
-            for method in ("per head", "streaming", "express", "selected"):
-                self.write(judge.rows(its[method]), other, method, budgets[0], its[method])
+            its = policies(found, natural, budgets[0], other)
+            few = ("per head", "streaming", "express", "selected")
+            self.judged(self.judge(other), other, budgets[0], {method: its[method] for method in few})
+        self.judged(judge, n, budgets[0], left_out)
+
+    def judged(self, judge: Judge, n: int, budget: float, plans: Mapping[str, Plan]) -> None:
+        """Write what is measured of these plans."""
+        start = time.perf_counter()
+        for method, plan in track(plans.items(), f"{n} tokens, {budget:g} rows", total=len(plans)):
+            self.write(judge.rows(plan), n, method, budget, plan)
+        print(f"{len(plans)} plans: {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def main() -> None:
