@@ -289,6 +289,20 @@ def test_what_is_held_out(model, ids) -> None:
 
 
 @torch.no_grad()
+def test_a_saved_plan_is_followed_at_another_length_than_it_was_fitted_at(model, ids, tmp_path) -> None:
+    found = fit(model, ids[:, :160], rows=60, options=OPTIONS, block=16)
+    found.save(tmp_path / "plan.json")
+    rows = {site.module: list(own) for site, own in zip(found.profile.sites, found.chosen, strict=True)}
+    for n in (100, 240):
+        outputs = []
+        for options in ({"plan": str(tmp_path / "plan.json"), "strict": True}, {"methods": [PerHead(rows, block=16)]}):
+            rewrite_attention(model, **options)
+            outputs.append(model(ids[:, :n]).logits)
+            restore_attention(model)
+        assert torch.equal(*outputs) and not torch.equal(outputs[0], model(ids[:, :n]).logits), n
+
+
+@torch.no_grad()
 def test_a_fit_from_a_profile_is_the_fit_that_would_have_measured_it(model, ids) -> None:
     first = fit(model, ids[:1], rows=100, options=OPTIONS, block=16, held_out=ids[1:])
     again = fit(model, ids[1:], rows=100, block=16, profile=Profile.from_json(first.profile.to_json()))
