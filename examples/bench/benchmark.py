@@ -482,6 +482,7 @@ def window_of(rows: int, sinks: int, n: int, device: torch.device) -> Callable:
     def seen(b, h, i, j):
         return (i >= j) & ((i - j < rows - sinks) | (j < sinks))
 
+    torch.compiler.reset()  # one length after the other: Dynamo gives up at its limit of recompilations
     on_gpu = torch.device(device).type == "cuda"
     make, attend = (
         (torch.compile(create_block_mask), torch.compile(flex_attention, dynamic=False))
