@@ -421,7 +421,9 @@ def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int) -> Toge
                 thinned.append(Thinned(heads, layout, copied, indexed))
             places = Place(copied, A, A * len(heads)), Place(indexed, layout.size, layout.size * len(heads))
             shares.append(HeadRows(heads, layout.table, A, I, *places))
-            copied, indexed = copied + B * len(heads) * A, indexed + B * len(heads) * layout.size
+            copied += B * len(heads) * A  # no gaps: what lies in them would be read
+            # multiples of 16 bytes: kernels are compiled once more for memory that begins elsewhere
+            indexed += -(-B * len(heads) * layout.size // 4) * 4
     for family in _families(own, H_kv, Lk):
         blocks = query_blocks(family.config, Lq, Lk)
         each = len(blocks.begin) * family.config.blocks

@@ -67,31 +67,40 @@ GATHERED = constexpr(2048)  # elements of rows by index that are asked for at a 
 
 Shared = namedtuple("Shared", "q k v q_full k_full k_empty v_full v_empty")
 # Where kinds of tiles end, one after the other: copied rows, rows by index, chosen blocks, listed tokens, the tail
-Work = namedtuple("Work", "first copied indexed chosen listed total tail")
+Work = namedtuple("Work", "first copied indexed chosen listed total tail keys")
 Where = namedtuple("Where", "i_b i_h i_kv c_b c_h c_row p_index p_chosen first_key")
 
 
 @_jit
 def _tile(j, work, lists, BN: gl.constexpr):
-    """First row, rows that are shown, and log2-weight of tile j; of rows by index the place in the index, of chosen
-    blocks nothing but the weight."""
+    """First row, rows that are shown, and log2-weight of tile j; of rows by index the place in the index, and of chosen
+    blocks the row among all of them."""
     in_list = (j < work.indexed) | ((j >= work.chosen) & (j < work.listed))
     at = work.first + j - gl.where(j < work.indexed, 0, work.chosen - work.indexed)
     row = gl.load(lists.tiles + 2 * at, mask=in_list, other=0)
     shown = gl.load(lists.tiles + 2 * at + 1, mask=in_list, other=BN)
     weight = gl.load(lists.log2_weight + at, mask=in_list, other=0.0)
+    of_chosen = (j >= work.indexed) & (j < work.chosen)
+    row = gl.where(of_chosen, (j - work.indexed) * BN, row)
+    shown = gl.where(of_chosen, gl.minimum(work.keys - row, BN), shown)
     return gl.where(j < work.listed, row, work.tail + (j - work.listed) * BN), shown, weight
 
 
 @_jit
-def _gather(target, x, where, row, shown, BN: gl.constexpr, D: gl.constexpr, STEP: gl.constexpr):
-    """Rows by index into shared memory, ``STEP`` at a time; those behind ``shown`` are copies of the last one."""
+def _gather(target, x, where, by_index, row, shown, BN: gl.constexpr, D: gl.constexpr, STEP: gl.constexpr):
+    """Rows by index, or those of chosen blocks of 64 keys, into shared memory, ``STEP`` at a time; behind ``shown`` of
+    them come copies of the last one."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     p = x.p + (where.i_b.to(gl.int64) * x.b + where.i_kv.to(gl.int64) * x.h)
+    p_from = where.p_index + row
+    if not by_index:
+        p_from = where.p_chosen + row // 64
     o_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
     o_n = gl.arange(0, STEP, gl.SliceLayout(1, LAYOUT))
     for i in gl.static_range(BN // STEP):
-        i_row = gl.load(where.p_index + row + gl.minimum(o_n + i * STEP, shown - 1)).to(gl.int64)
+        o_row = gl.minimum(o_n + i * STEP, shown - 1)
+        i_row = gl.load(p_from + gl.where(by_index, o_row, o_row // 64))
+        i_row = gl.where(by_index, i_row, where.first_key + i_row * 64 + o_row % 64).to(gl.int64)
         pointers = p + i_row[:, None] * x.n + o_d[None, :]
         async_copy.async_copy_global_to_shared(target.slice(i * STEP, STEP, 0), pointers)
 
@@ -116,31 +125,17 @@ def _produce(
         k_full = shared.k_full.index(stage)
         v_full = shared.v_full.index(stage)
         mbarrier.wait(shared.k_empty.index(stage), phase ^ 1)
-        if (x.index.p is not None) and ((j >= work.copied) & (j < work.indexed)):
-            _gather(
-                shared.k.index(stage).reshape([BN, D]), x.k, i_b, i_kv, where.p_index, row, shown, BN, D, GATHERED // D
-            )
+        if (x.index.p is not None) and ((j >= work.copied) & (j < work.chosen)):
+            k_tile = shared.k.index(stage).reshape([BN, D])
+            _gather(k_tile, x.k, where, j < work.indexed, row, shown, BN, D, GATHERED // D)
             async_copy.mbarrier_arrive(k_full)
             mbarrier.arrive(k_full)
             mbarrier.wait(shared.v_empty.index(stage), phase ^ 1)
-            _gather(
-                shared.v.index(stage).reshape([BN, DV]),
-                x.v,
-                i_b,
-                i_kv,
-                where.p_index,
-                row,
-                shown,
-                BN,
-                DV,
-                GATHERED // DV,
-            )
+            v_tile = shared.v.index(stage).reshape([BN, DV])
+            _gather(v_tile, x.v, where, j < work.indexed, row, shown, BN, DV, GATHERED // DV)
             async_copy.mbarrier_arrive(v_full)
             mbarrier.arrive(v_full)
         else:
-            if x.chosen is not None:
-                if (j >= work.indexed) & (j < work.chosen):
-                    row = where.first_key + gl.load(where.p_chosen + j - work.indexed) * 64
             mbarrier.expect(k_full, d_k.block_type.nbytes)
             if j < work.copied:
                 tma.async_copy_global_to_shared(
@@ -302,7 +297,7 @@ def segment_kernel(d_q, d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: gl.constex
     first = gl.load(p_start)
     copied = gl.load(p_start + 1) - first
     indexed = gl.load(p_start + 2) - first
-    chosen = indexed + blocks * (64 // BN)
+    chosen = indexed + (blocks * 64 + BN - 1) // BN
     listed = gl.load(p_start + 3) - first + chosen - indexed
     tail = gl.load(lists.tail + i_block)
     q_row = i_part * SHAPE.BM - shift
@@ -310,7 +305,7 @@ def segment_kernel(d_q, d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: gl.constex
     position = q_offset + q_row + skip
     stop = q_offset + gl.minimum(q_row + SHAPE.BM, Lq)
     total = listed + (gl.maximum(stop - tail, 0) + BN - 1) // BN
-    work = Work(first, copied, indexed, chosen, listed, total, tail)
+    work = Work(first, copied, indexed, chosen, listed, total, tail, blocks * 64)
     gl.warp_specialize(
         [
             (_consume, (x, lists, shared, work, i_b, i_bh, position, skip, q_row, Lq, 0, SHAPE, STAGES)),
@@ -318,7 +313,7 @@ def segment_kernel(d_q, d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: gl.constex
             (_produce, (d_q, d_k, d_v, d_ck, d_cv, x, lists, shared, work, where, q_row, SHAPE, STAGES)),
         ],
         [4, 4],
-        [232, 40],
+        [224, 64],
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..launch import Widths, constant, strided
+from ..launch import Strided, Widths, constant, strided
 from .arguments import (
     BLOCKS,
     CHOSEN,
@@ -141,7 +141,7 @@ class Mixture:
         }  # fmt: skip
         if share.chosen is not None:
             own, place = share.chosen, share.chosen.place
-            count = count + own.count[block] * (KEYS // rows)
+            count = count - (-own.count[block] * KEYS // rows)
             columns |= {
                 CHOSEN: place.first + head * place.head + block * own.width, CHOSEN_B: place.sequence,
                 FIRST: own.first, BLOCKS: own.count[block],
@@ -173,7 +173,7 @@ def mixed_attention_triton(
     check_dtype(query)
     query, scale = with_positive_scale(query, scale)
     (B, H, Lq, _), H_kv = query.shape, key.shape[1]
-    tiles, widths = SegmentTiles.of(query, key, value, mixture.block, chosen=True), Widths.alike(query, value)
+    tiles, widths = SegmentTiles.of(query, key, value, mixture.block), Widths.alike(query, value)
     jobs, *lists = mixture.on(query.device, tiles.queries, tiles.rows)
     d_k, d_v = tiles.describe(key, widths.BD), tiles.describe(value, widths.BDV)
     copies = d_k, d_v  # a descriptor has to describe something
@@ -185,7 +185,9 @@ def mixed_attention_triton(
     # where no head has them, loops without rows: one kernel for all mixtures, of which fewer registers are spilled
     index, chosen = (jobs if x is None else x for x in (buffers.index, buffers.chosen))
     largest = largest_of((key,), (value,)) if query.dtype == torch.float32 else None  # copies are none but tokens
-    tensors = KernelTensors(strided(query), strided(d_k.base), strided(d_v.base), strided(index.view(1, 1, -1)), None,
-                            largest, scale * 1.4426950408889634, H // H_kv, *outputs, jobs, chosen)  # fmt: skip
+    inputs = strided(query), strided(d_k.base), strided(d_v.base), Strided(index, 0, 0, 0)
+    tensors = KernelTensors(
+        *inputs, None, largest, scale * 1.4426950408889634, H // H_kv, *outputs, jobs, chosen
+    )  # fmt: skip
     sizes = KernelSizes(H, Lq, key.shape[2] - Lq, 0)
     tiles.launch((len(jobs), B), query, (d_k, d_v, *copies), tensors, Lists(*lists), sizes, mixture.block)

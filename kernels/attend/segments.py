@@ -571,13 +571,11 @@ class SegmentTiles(NamedTuple):
     hopper: bool = False
 
     @classmethod
-    def of(
-        cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: int, chosen: bool = False
-    ) -> SegmentTiles:
-        """What suits the tensors, blocks of ``block`` queries, and ``chosen`` blocks of keys. The best of four or more
-        for D = 64, 128 and 256 on an H200, in bf16 at n = 32,768."""
+    def of(cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: int) -> SegmentTiles:
+        """What suits the tensors and blocks of ``block`` queries. The best of four or more for D = 64, 128 and 256 on
+        an H200, in bf16 at n = 32,768."""
         if hopper.takes(query, key, value, block):
-            return cls(hopper.QUERIES, 64 if chosen else 128, 4, 2, True)
+            return cls(hopper.QUERIES, 128, 4, 2, True)
         widths = Widths.alike(query, value)
         width = widths.BD + widths.BDV
         if query.element_size() == 4:

@@ -228,12 +228,16 @@ def _best_kernel(
 
 
 @jit(general="sizes")
-def _contest_kernel(p_stream, p_places, p_best, p_newcomers, sizes, LOG_ROWS: tl.constexpr, LOG: tl.constexpr):
-    """``span`` contests of one group: one program per (span, head). ``row``: from one head's rows to the next's."""
+def _contest_kernel(
+    p_index, p_best, p_newcomers, sizes, LOSERS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG: tl.constexpr
+):  # fmt: skip
+    """``span`` contests of one group: one program per (span, head). Places come from ``first`` on among the ``length``
+    rows of a head, the losers before them, if they are wanted."""
     ROWS: tl.constexpr = 1 << LOG_ROWS
     N: tl.constexpr = 1 << LOG
-    contests, protected, row, group, span = sizes
+    contests, protected, first, length, group, span = sizes
     i_seq = tl.program_id(1).to(tl.int64)
+    p_places = p_index + i_seq * length + first
     begin = tl.program_id(0) * span
     i_group = begin // group
     p_newcomers += (i_seq * contests) << LOG_ROWS
@@ -246,14 +250,14 @@ def _contest_kernel(p_stream, p_places, p_best, p_newcomers, sizes, LOG_ROWS: tl
         b_new = _load_list(p_newcomers, i, contests, LOG, LOG_ROWS)
         b_worse = tl.max(tl.reshape(tl.minimum(b_x, b_new), [N // ROWS, ROWS]), 0)  # only the last ROWS can lose
         b_x = _merge(tl.maximum(b_x, b_new), LOG, LOG, 1)
-        p_place = p_places + i_seq * row + i * protected
-        tl.store(p_place + o_n - (N - protected), _rows_of(b_x), mask=o_n >= N - protected)
-        if p_stream is not None:
+        tl.store(p_places + i * protected + o_n - (N - protected), _rows_of(b_x), mask=o_n >= N - protected)
+        if LOSERS:
             # the losers in position order; places that were never filled sort behind them
             b_loser = _sort(tl.where(b_worse == _FREE, 0x7FFFFFFF, _rows_of(b_worse)), LOG_ROWS)
             before = tl.maximum(i * ROWS - protected, 0)
             leaving = tl.maximum((i + 1) * ROWS - protected, 0) - before
-            tl.store(p_stream + i_seq * row + before + o_row, b_loser, mask=o_row < leaving)
+            p_losers = p_places - tl.maximum(contests * ROWS - protected, 0) + before
+            tl.store(p_losers + o_row, b_loser, mask=o_row < leaving)
 
 
 _PROGRAMS = 2048  # of one warp: more of them than this only repeat each other's work
@@ -279,11 +283,7 @@ def compete_into(
     (B, H), D = index.shape[:2], key.shape[3]
     if not contests:
         return
-    streamed = max(0, contests * CONTEST - protected)
-    places = index[:, :, index.shape[2] - contests * protected :]
-    stream = None
-    if index.shape[2] >= streamed + contests * protected:
-        stream = index[:, :, index.shape[2] - contests * protected - streamed :]
+    first = index.shape[2] - contests * protected
     empty = key.new_empty
     group = next_power_of_two(max(1, math.isqrt(contests // 2)))
     groups = (contests - 1) // group  # that others come after
@@ -306,5 +306,6 @@ def compete_into(
     if groups:
         launch(_best_kernel, (groups, B * H), best, newcomers, contests, group, **logs, num_warps=warps)
     launch(_contest_kernel, (-(-contests // span), B * H),
-        stream, places, best, newcomers, (contests, protected, index.shape[2], group, span), **logs, num_warps=warps
+        index, best, newcomers, (contests, protected, first, index.shape[2], group, span),
+        LOSERS=first >= max(1, contests * CONTEST - protected), **logs, num_warps=warps,
     )  # fmt: skip

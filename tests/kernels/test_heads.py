@@ -338,16 +338,14 @@ def test_one_launch_for_any_mixture(rows, n, past, block):
     torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-5)
 
 
-def test_one_launch_reads_views_of_longer_tensors_and_leaves_the_choice_of_a_neighbour_alone():
-    """Strided query, key and value, as a projection of all of them gives."""
+def test_one_launch_reads_heads_where_a_projection_of_all_of_them_left_them():
     rows = [WINDOW, BLOCKS, CORE]
     call, own = small(rows, 300)
     packed = torch.cat([x.transpose(1, 2) for x in (call.query, call.key, call.value)], 2)
     q, k, v = (x.transpose(1, 2) for x in packed.split(3, 2))
     assert not q.is_contiguous() and torch.equal(q, call.query)
-    for x, e in zip(
-        P.together(replace(call, query=q, key=k, value=v), own, None), P.together(call, own, None), strict=True
-    ):
+    found, expected = (P.together(x, own, None) for x in (replace(call, query=q, key=k, value=v), call))
+    for x, e in zip(found, expected, strict=True):
         assert torch.equal(x, e)
 
 
