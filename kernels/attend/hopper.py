@@ -5,8 +5,9 @@ what lies side by side, rows by index asynchronously one by one. Two warp groups
 product with the keys of a tile runs beside the one with the values of the tile before it, and exponentials of one group
 overlap with products of the other.
 
-On an H200 (bfloat16, D = 128, causal, n = 8,192) it reaches 585 TFLOP/s, where the kernel of :mod:`.segments` has 379
-and cuDNN 606. Tiles of 64 rows give the same bits as that kernel.
+On an H200 (bfloat16, D = 128, causal, n = 32,768) it reaches 621 TFLOP/s, where the kernel of :mod:`.segments` has 447
+and cuDNN 585; over the few rows of Express 471 for 366, as what comes before and after a short list of tiles overlaps with
+nothing (``examples/bench/results/gpu-tests.txt``).
 """
 
 from __future__ import annotations
@@ -154,12 +155,9 @@ def _produce(
 
 
 @_jit
-def _hide(s, j, row, shown, x, work, i_b, position, skip, half, BN: gl.constexpr, LAYOUT: gl.constexpr):
+def _hide(s, j, row, shown, work, position, skip, half, BN: gl.constexpr, LAYOUT: gl.constexpr):
     """Scores of rows that a query does not see become -inf."""
     in_tail = j >= work.listed
-    if x.lengths is not None:
-        if j < work.copied:
-            shown = gl.minimum(shown, gl.load(x.lengths + i_b) - row)
     shown = gl.where(in_tail, position + 1 - row, shown)
     if shown < BN:
         o_m = gl.maximum(gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) + ROWS * half - skip, 0)
@@ -193,7 +191,7 @@ def _consume(
         fence_async_shared()
     b_s = warpgroup_mma(q, shared.k.index(0).reshape([BN, D]).permute((1, 0)), b_zero, use_acc=False)
     mbarrier.arrive(shared.k_empty.index(0))
-    b_s = _hide(b_s, 0, row, shown, x, work, i_b, position, skip, half, BN, S_L)
+    b_s = _hide(b_s, 0, row, shown, work, position, skip, half, BN, S_L)
     b_max = gl.maximum(gl.max(b_s, 1) * scale_log2 + weight, -1e30)
     b_w = gl.exp2(b_s * scale_log2 - (b_max - weight)[:, None])
     b_sum = gl.sum(b_w, 1)
@@ -215,7 +213,7 @@ def _consume(
         next_row, next_shown, next_weight = _tile(j + 1, work, lists, BN)
         b_s = warpgroup_mma_wait(1, deps=[s_token])
         mbarrier.arrive(shared.k_empty.index(stage))
-        b_s = _hide(b_s, j, row, shown, x, work, i_b, position, skip, half, BN, S_L)
+        b_s = _hide(b_s, j, row, shown, work, position, skip, half, BN, S_L)
         b_new = gl.maximum(b_max, gl.max(b_s, 1) * scale_log2 + weight)
         b_w = gl.exp2(b_s * scale_log2 - (b_new - weight)[:, None])
         b_rescale = gl.exp2(b_max - b_new)
@@ -237,8 +235,6 @@ def _consume(
     o_d = gl.arange(0, DV, gl.SliceLayout(0, O_L))
     b_sum = gl.convert_layout(b_sum, ROW)
     b_out = b_acc / b_sum[:, None]
-    if x.lengths is not None:
-        b_out = gl.where((b_sum > 0)[:, None], b_out, 0.0)
     o_row = i_bh.to(gl.int64) * Lq + o_m
     gl.store(x.out + o_row[:, None] * DV + o_d[None, :], b_out.to(dtype), mask=m_m[:, None])
     b_lse = (gl.convert_layout(b_max, ROW) + gl.log2(b_sum)) * 0.6931471805599453
@@ -308,8 +304,8 @@ def segment_kernel(d_q, d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: gl.constex
     work = Work(first, copied, indexed, chosen, listed, total, tail, blocks * 64)
     gl.warp_specialize(
         [
-            (_consume, (x, lists, shared, work, i_b, i_bh, position, skip, q_row, Lq, 0, SHAPE, STAGES)),
-            (_consume, (x, lists, shared, work, i_b, i_bh, position, skip, q_row, Lq, 1, SHAPE, STAGES)),
+            (_consume, (x, lists, shared, work, i_bh, position, skip, q_row, Lq, 0, SHAPE, STAGES)),
+            (_consume, (x, lists, shared, work, i_bh, position, skip, q_row, Lq, 1, SHAPE, STAGES)),
             (_produce, (d_q, d_k, d_v, d_ck, d_cv, x, lists, shared, work, where, q_row, SHAPE, STAGES)),
         ],
         [4, 4],

@@ -571,10 +571,17 @@ class SegmentTiles(NamedTuple):
     hopper: bool = False
 
     @classmethod
-    def of(cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: int) -> SegmentTiles:
-        """What suits the tensors and blocks of ``block`` queries. The best of four or more for D = 64, 128 and 256 on
-        an H200, in bf16 at n = 32,768."""
-        if hopper.takes(query, key, value, block):
+    def of(
+        cls,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        block: int,
+        lengths: torch.Tensor | None = None,
+    ) -> SegmentTiles:
+        """What suits the tensors, blocks of ``block`` queries, and ``lengths`` of compacted rows. The best of four or
+        more for D = 64, 128 and 256 on an H200, in bf16 at n = 32,768."""
+        if lengths is None and hopper.takes(query, key, value, block):
             return cls(hopper.QUERIES, 128, 4, 2, True)
         widths = Widths.alike(query, value)
         width = widths.BD + widths.BDV
@@ -646,7 +653,7 @@ def segment_attention_triton(
     query, scale = with_positive_scale(query, scale)
     key, value, compacted_key, compacted_value, index, lengths = sources
     (B, H, Lq, _), (H_kv, Lk), A = query.shape, key.shape[1:3], compacted_key.shape[2]
-    tiles, widths = SegmentTiles.of(query, key, value, table.block), Widths.alike(query, value)
+    tiles, widths = SegmentTiles.of(query, key, value, table.block, lengths), Widths.alike(query, value)
     BM = tiles.queries
     lists = Lists(*table.tiles_on(query.device, tiles.rows, Lq, Lk, A, sources.indexed))
     described = [(tiles.describe(k, widths.BD), tiles.describe(v, widths.BDV)) for k, v in
