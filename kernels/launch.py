@@ -24,8 +24,14 @@ try:
 except ImportError:  # no Triton on this platform: the references still work, a launch raises require_triton's error
     triton = language = tensor_descriptor = None
 
+try:
+    from triton.experimental.gluon.nvidia import hopper as gluon_hopper
+except ImportError:  # no Triton, or one without Gluon
+    gluon_hopper = None
+
 tl: Any = language
 TensorDescriptor: Any = getattr(tensor_descriptor, "TensorDescriptor", None)
+DESCRIPTORS = (TensorDescriptor, getattr(gluon_hopper, "TensorDescriptor", None))
 
 
 def constexpr(x: Any) -> Any:
@@ -122,7 +128,7 @@ def _values(args: Iterable, found: list) -> list:
             found.append(x)
         elif x is None or kind is float:
             found.append(kind)
-        elif kind is TensorDescriptor:
+        elif kind in DESCRIPTORS:
             found += (x.base.dtype, *x.block_shape)
         elif isinstance(x, tuple):
             _values(x, found)
@@ -139,7 +145,7 @@ def _kind(x: Any, general: bool = False) -> Any:
         return tuple(_kind(y, general) for y in x)
     if isinstance(x, int):
         return x >= 1 << 31 if general else (x == 1) + 2 * (x % 16 == 0) + 4 * (x >= 1 << 31)
-    return (x.base.dtype, *x.block_shape) if type(x) is TensorDescriptor else type(x)
+    return (x.base.dtype, *x.block_shape) if type(x) in DESCRIPTORS else type(x)
 
 
 def stand_in(x: Any, general: bool) -> Any:

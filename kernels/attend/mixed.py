@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..launch import Strided, Widths, constant, launch, strided
-from .segments import (
+from ..launch import Strided, Widths, constant, strided
+from .arguments import (
     BLOCKS,
     CHOSEN,
     CHOSEN_B,
@@ -29,19 +29,18 @@ from .segments import (
     PART,
     SHIFT,
     TABLE,
-    KernelShape,
     KernelSizes,
     KernelTensors,
     Lists,
+)
+from .segments import (
     Outputs,
     SegmentTable,
+    SegmentTiles,
     check_dtype,
     check_table,
-    describe,
     largest_of,
-    segment_kernel,
     tile_lists,
-    tile_sizes,
     with_positive_scale,
 )
 
@@ -142,7 +141,7 @@ class Mixture:
         }  # fmt: skip
         if share.chosen is not None:
             own, place = share.chosen, share.chosen.place
-            count = count + own.count[block] * (KEYS // rows)
+            count = count - (-own.count[block] * KEYS // rows)
             columns |= {
                 CHOSEN: place.first + head * place.head + block * own.width, CHOSEN_B: place.sequence,
                 FIRST: own.first, BLOCKS: own.count[block],
@@ -174,13 +173,12 @@ def mixed_attention_triton(
     check_dtype(query)
     query, scale = with_positive_scale(query, scale)
     (B, H, Lq, _), H_kv = query.shape, key.shape[1]
-    widths = Widths.alike(query, value)
-    BM, BN, warps, stages = tile_sizes(widths.BD + widths.BDV, query.element_size(), mixture.block)
-    jobs, *lists = mixture.on(query.device, BM, BN)
-    d_k, d_v = describe(key, BN, widths.BD), describe(value, BN, widths.BDV)
+    tiles, widths = SegmentTiles.of(query, key, value, mixture.block), Widths.alike(query, value)
+    jobs, *lists = mixture.on(query.device, tiles.queries, tiles.rows)
+    d_k, d_v = tiles.describe(key, widths.BD), tiles.describe(value, widths.BDV)
     copies = [d_k, d_v]  # a descriptor has to describe something
     if buffers.copies is not None:
-        copies = [describe(x[None, None], BN, w) for x, w in zip(buffers.copies, widths[2:], strict=True)]
+        copies = [tiles.describe(x[None, None], w) for x, w in zip(buffers.copies, widths[2:], strict=True)]
     # where no head has them, loops without rows: one kernel for all mixtures, of which fewer registers are spilled
     index, chosen = (jobs if x is None else x for x in (buffers.tokens, buffers.chosen))
     largest = largest_of((key,), (value,)) if query.dtype == torch.float32 else None  # copies are none but tokens
@@ -188,7 +186,5 @@ def mixed_attention_triton(
     tensors = KernelTensors(
         *inputs, None, largest, scale * 1.4426950408889634, H // H_kv, *outputs, jobs, chosen
     )  # fmt: skip
-    launch(segment_kernel, (len(jobs), B),
-        d_k, d_v, *copies, tensors, Lists(*lists), KernelSizes(H, Lq, key.shape[2] - Lq, 0),
-        SHAPE=KernelShape(*widths, BM, BN, mixture.block // BM), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    sizes = KernelSizes(H, Lq, key.shape[2] - Lq, 0)
+    tiles.launch((len(jobs), B), query, (d_k, d_v, *copies), tensors, Lists(*lists), sizes, mixture.block)

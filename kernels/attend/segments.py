@@ -17,7 +17,7 @@ import math
 from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from ..launch import (
     TensorDescriptor,
     Widths,
     constant,
-    constexpr,
     jit,
     launch,
     load_rows,
@@ -35,6 +34,27 @@ from ..launch import (
     sequence,
     strided,
     tl,
+)
+from . import hopper
+from .arguments import (
+    BLOCKS,
+    CHOSEN,
+    CHOSEN_B,
+    COLUMNS,
+    COPIES,
+    COPIES_B,
+    FIRST,
+    HEAD,
+    INDEX,
+    INDEX_B,
+    PART,
+    SHIFT,
+    TABLE,
+    KernelShape,
+    KernelSizes,
+    KernelTensors,
+    Lists,
+    describable,
 )
 
 TOKENS, COMPACTED = 0, 1  # the two sources of rows
@@ -428,27 +448,6 @@ def _attend_tile(state, b_q, b_k, b_v, scales, log2_weight, seen):
     return Softmax(b_acc, state.b_max, state.b_sum)
 
 
-# What the kernel reads but by descriptor, and writes; ``largest``: of keys and values of a head, for float32. ``jobs``
-# and ``chosen``: of a launch for heads that see rows of different tables (:mod:`.mixed`).
-KernelTensors = namedtuple(
-    "KernelTensors", "q k v index lengths largest scale_log2 G out lse jobs chosen", defaults=(None, None)
-)
-
-
-# What a program of such a launch does, in columns
-(
-    HEAD, PART,  # its query head and part of the queries
-    SHIFT,  # how far the first query lies behind the start of its block
-    TABLE,  # the first block of its table, among those of all tables
-    COPIES, COPIES_B,  # where its compacted rows begin, and how far it is from those of one sequence to the next
-    INDEX, INDEX_B,  # the same of their index
-    CHOSEN, CHOSEN_B,  # the same of what its block of queries chose
-    FIRST, BLOCKS,  # the first token of block 0, and how many blocks were chosen
-    COLUMNS,
-) = (constexpr(i) for i in range(13))  # fmt: skip
-KEYS = 64  # in a chosen block, also in the kernel
-
-
 class Outputs(NamedTuple):
     """Of attention: ``[B, H, Lq, Dv]``, and float32 ``[B, H, Lq]``."""
 
@@ -458,17 +457,6 @@ class Outputs(NamedTuple):
     @classmethod
     def of(cls, query: torch.Tensor, Dv: int) -> Outputs:
         return cls(query.new_empty(*query.shape[:3], Dv), query.new_empty(query.shape[:3], dtype=torch.float32))
-
-
-# What :func:`tile_lists` gives.
-Lists = namedtuple("Lists", "start tiles log2_weight tail")
-
-
-KernelSizes = namedtuple("KernelSizes", "H Lq q_offset shift")
-
-
-# Widths, queries and rows of a tile, and parts of a block.
-KernelShape = namedtuple("KernelShape", "D DV BD BDV BM BN PARTS")
 
 
 @jit(general="sizes")
@@ -573,36 +561,63 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
 # Launchers
 
 
-def tile_sizes(width: int, itemsize: int, block: int) -> tuple[int, int, int, int]:
-    """Queries and rows per tile, warps and pipeline stages; ``width`` is D + Dv, rounded up to powers of two.
+class SegmentTiles(NamedTuple):
+    """Queries and rows per tile, warps and pipeline stages; ``hopper``: of the kernel of :mod:`.hopper`."""
 
-    The best of four or more for D = 64, 128 and 256 on an H200, in bf16 at n = 32,768.
-    """
-    if itemsize == 4:
-        queries, rows, warps, stages = (
-            (128, 64, 4, 2) if width <= 128 else (128, 64, 8, 2) if width <= 256 else (128, 32, 8, 1)
-        )  # fmt: skip
-    elif width <= 128:
-        queries, rows, warps, stages = 64, 64, 4, 3
-    elif width <= 256:
-        queries, rows, warps, stages = 128, 64, 4, 3
-    else:
-        queries, rows, warps, stages = 128, 64, 8, 2
-    return math.gcd(queries, block), rows, warps, stages
+    queries: int
+    rows: int
+    warps: int
+    stages: int
+    hopper: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        block: int,
+        lengths: torch.Tensor | None = None,
+    ) -> SegmentTiles:
+        """What suits the tensors, blocks of ``block`` queries, and ``lengths`` of compacted rows. The best of four or
+        more for D = 64, 128 and 256 on an H200, in bf16 at n = 32,768."""
+        if lengths is None and hopper.takes(query, key, value, block):
+            return cls(hopper.QUERIES, 128, 4, 2, True)
+        widths = Widths.alike(query, value)
+        width = widths.BD + widths.BDV
+        if query.element_size() == 4:
+            found = (128, 64, 4, 2) if width <= 128 else (128, 64, 8, 2) if width <= 256 else (128, 32, 8, 1)
+        elif width <= 128:
+            found = 64, 64, 4, 3
+        else:
+            found = (128, 64, 4, 3) if width <= 256 else (128, 64, 8, 2)
+        return cls(math.gcd(found[0], block), *found[1:])
+
+    def launch(
+        self, grid: tuple[int, ...], query: torch.Tensor, descriptors: tuple[Any, ...], tensors: KernelTensors,
+        lists: Lists, sizes: KernelSizes, block: int,
+    ) -> None:  # fmt: skip
+        """Run the kernel; ``descriptors`` are those of keys, values and copies."""
+        shape = KernelShape(*Widths.alike(query, tensors.out), self.queries, self.rows, block // self.queries)
+        if self.hopper:
+            queries = hopper.describe(query, hopper.QUERIES // 2)
+            launch(hopper.segment_kernel, grid, queries, *descriptors, tensors, lists, sizes,
+                   SHAPE=shape, STAGES=self.stages, num_warps=self.warps)  # fmt: skip
+        else:
+            launch(segment_kernel, grid, *descriptors, tensors, lists, sizes,
+                   SHAPE=shape, num_warps=self.warps, num_stages=self.stages)  # fmt: skip
+
+    def describe(self, x: torch.Tensor, width: int) -> Any:
+        return hopper.describe(x, self.rows) if self.hopper else describe(x, self.rows, width)
 
 
-def describe(x: torch.Tensor, rows: int, width: int):
+def describe(x: torch.Tensor, rows: int, width: int) -> Any:
     """Descriptor of tiles of ``rows`` rows of ``x`` ``[B, H, L, D]``; rows and columns outside of ``x`` are 0.
 
     It takes rows without gaps, and a base and strides that are multiples of 16 bytes; anything else is copied.
     """
-    shape, unit = list(x.shape), 16 // x.element_size()
-    # the stride of an axis of size 1 means nothing, but has to be valid
-    strides = [stride if size > 1 else unit for size, stride in zip(shape[:3], x.stride(), strict=False)]
-    if x.stride(3) != 1 or x.data_ptr() % 16 or any(not stride or stride % unit for stride in strides):
-        columns = -(-shape[3] // unit) * unit
-        return describe(x.new_empty(*shape[:3], columns)[..., : shape[3]].copy_(x), rows, width)
-    return TensorDescriptor(x, shape, [*strides, 1], [1, 1, rows, width])
+    x, shape, strides = describable(x)
+    return TensorDescriptor(x, shape, strides, [1, 1, rows, width])
 
 
 def check_dtype(query: torch.Tensor) -> None:
@@ -638,10 +653,10 @@ def segment_attention_triton(
     query, scale = with_positive_scale(query, scale)
     key, value, compacted_key, compacted_value, index, lengths = sources
     (B, H, Lq, _), (H_kv, Lk), A = query.shape, key.shape[1:3], compacted_key.shape[2]
-    widths = Widths.alike(query, value)
-    BM, BN, warps, stages = tile_sizes(widths.BD + widths.BDV, query.element_size(), table.block)
-    lists = Lists(*table.tiles_on(query.device, BN, Lq, Lk, A, sources.indexed))
-    described = [(describe(k, BN, widths.BD), describe(v, BN, widths.BDV)) for k, v in
+    tiles, widths = SegmentTiles.of(query, key, value, table.block, lengths), Widths.alike(query, value)
+    BM = tiles.queries
+    lists = Lists(*table.tiles_on(query.device, tiles.rows, Lq, Lk, A, sources.indexed))
+    described = [(tiles.describe(k, widths.BD), tiles.describe(v, widths.BDV)) for k, v in
                  ((key, value), (compacted_key, compacted_value)) if k.shape[2]]  # fmt: skip
     # of a source without rows nothing is read, but a descriptor has to describe something
     (d_k, d_v), copies = described[0], described[-1]
@@ -651,10 +666,8 @@ def segment_attention_triton(
     tensors = KernelTensors(strided(query), strided(d_k.base), strided(d_v.base), strided(index), lengths, largest,
                        scale * 1.4426950408889634, H // H_kv, *outputs)  # fmt: skip
     parts = -(-(Lq + table.shift) // BM) - table.shift // BM
-    launch(segment_kernel, (parts, B * H),
-        d_k, d_v, *copies, tensors, lists, KernelSizes(H, Lq, table.q_offset, table.shift),
-        SHAPE=KernelShape(*widths, BM, BN, table.block // BM), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    sizes = KernelSizes(H, Lq, table.q_offset, table.shift)
+    tiles.launch((parts, B * H), query, (d_k, d_v, *copies), tensors, lists, sizes, table.block)
     return outputs
 
 
