@@ -56,7 +56,7 @@ from .express import (
     packed_backward,
     packing_cost,
     prefill_only,
-    thin_into,
+    select_into,
 )
 from .launch import Random, constant
 from .op import define_attention
@@ -472,7 +472,7 @@ def together(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torc
         )  # fmt: skip
         listed = index[x.index : x.index + own_index].view(B, len(x.heads), x.layout.size)
         random = Random(call.seed, call.layer, None if len(x.heads) == H_kv else _constant(x.heads, device))
-        thin_into(listed, kept, key, value, x.layout, call.scale, random)
+        select_into((listed, *kept), key, value, x.layout, call.scale, random)
     found = [_choose(call, family, start).flatten() for family in what.families]
     chosen = None if not found else found[0] if len(found) == 1 else torch.cat(found)
     read = index if any(x.layout.config.protected for x in what.thinned) else None
