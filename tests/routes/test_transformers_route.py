@@ -140,6 +140,67 @@ def test_strict_raises_where_weights_are_asked_for():
         model(IDS, output_attentions=True)
 
 
+def t5(attention: str = "eager") -> nn.Module:
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+    return build(transformers.T5ForConditionalGeneration, transformers.T5Config(**sizes), attention)
+
+
+ORDERS = {
+    "before": lambda model: rewrite_attention(asking(model), **EXPRESS),
+    "after": lambda model: asking(rewrite_attention(model, **EXPRESS)),
+    "twice": lambda model: rewrite_attention(asking(rewrite_attention(model, **EXPRESS)), methods=["exact"]),
+    "copied": lambda model: asking(pickle.loads(pickle.dumps(rewrite_attention(model, **EXPRESS)))),
+    "restored": lambda model: restore_attention(asking(rewrite_attention(model, **EXPRESS))),
+}
+
+
+def asking(model: nn.Module) -> nn.Module:
+    model.config.output_attentions = True
+    return model
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("make", [llama, bert, t5, llava], ids=lambda make: make.__name__)
+def test_a_configuration_asks_for_weights_and_is_saved_as_without_us(make, order, tmp_path):
+    asked = {"input_ids": IDS, **({"decoder_input_ids": IDS} if make is t5 else {})}
+    plain = asking(make())
+    want, model = plain(**asked), order(make())
+    got = model(**asked)
+    names = [name for name in want if "attentions" in name]
+    assert bool(names) == (make in (llama, bert))  # the parts of the others have configurations of their own
+    assert [name for name in got if "attentions" in name] == names
+    assert all(same(want[name], got[name]) for name in names)
+    plain.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "ours")
+    for file in (tmp_path / "plain").glob("*.json"):
+        assert (tmp_path / "ours" / file.name).read_text() == file.read_text()
+    assert "express" not in model.config.to_json_string(use_diff=False)
+    assert type(model).from_pretrained(tmp_path / "ours", attn_implementation="eager").config.output_attentions
+
+
+@pytest.mark.parametrize("make", [llama, bert, t5], ids=lambda make: make.__name__)
+def test_a_configuration_without_eager_attention_says_why_it_gives_no_weights(make, tmp_path):
+    model = rewrite_attention(make("sdpa"), **EXPRESS)
+    with pytest.raises(ValueError, match=r"output_attentions=True: the model ran 'sdpa' attention before rewrite"):
+        model.config.output_attentions = True
+    assert model.config.output_attentions is False
+    model.config._output_attentions = True
+    with pytest.raises(Exception, match=r"output_attentions=True: the model ran 'sdpa' attention before rewrite"):
+        model.save_pretrained(tmp_path)
+    model.config.output_attentions = False
+    model.save_pretrained(tmp_path)
+    assert not any("express" in file.read_text() for file in tmp_path.glob("*.json"))
+
+
+def test_a_configuration_that_is_not_ours_asks_for_weights_as_ever():
+    config = transformers.LlamaConfig(**SIZES, **TOKENS, attn_implementation="sdpa")
+    with pytest.raises(ValueError, match="attribute is not supported when using the `attn_implementation` set to sdpa"):
+        config.output_attentions = True
+    fresh = transformers.LlamaConfig(**SIZES, **TOKENS)
+    fresh.output_attentions = True
+    assert fresh._attn_implementation == "eager" and fresh.output_attentions is True
+
+
 # ------------------------------------------------------------------------------------ another attention by name
 
 
