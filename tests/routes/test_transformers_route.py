@@ -669,3 +669,64 @@ def test_a_rewritten_model_moves_saves_and_ties_as_before(tmp_path):
     assert again.config._attn_implementation == "sdpa" and again.lm_head.weight is again.model.embed_tokens.weight
     assert NAME not in (tmp_path / "config.json").read_text()
     assert same(again.state_dict()["lm_head.weight"], model.state_dict()["lm_head.weight"])
+
+
+# ------------------------------------------------------------------------------------- masks that are read by value
+
+
+def llama4(attention: str = "eager", chunk: int = 8192) -> nn.Module:
+    more = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}
+    config = transformers.Llama4TextConfig(**SIZES, **TOKENS, **more, attention_chunk_size=chunk)
+    return build(transformers.Llama4ForCausalLM, config, attention)
+
+
+@pytest.mark.parametrize("mask, shown", [(None, "causal"), (PADDING, "causal, key padding")], ids=["all", "padded"])
+@pytest.mark.parametrize("chunk, fits", [(8192, True), (8, True), (5, False)])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_chunks_that_are_longer_than_the_sequence_are_proven(attention, chunk, fits, mask, shown):
+    model = llama4(attention, chunk)
+    with torch.no_grad():
+        want = model(IDS, attention_mask=mask).logits
+        rewrite_attention(model, methods=["exact"])
+        with record_sites() as sites:
+            got = model(IDS, attention_mask=mask).logits
+    # in a padded batch of chunks of 5 the first sequence has 5 real tokens, but the other one has 8
+    assert {site.mask == shown for site in sites} == {fits} and len(sites) == 2
+    real = torch.ones_like(IDS) if mask is None else mask
+    assert ((got - want).abs().amax(-1) * real).max() < 2e-6
+
+
+def test_images_hide_nothing_in_a_batch_without_any():
+    model, plain = gemma3(), gemma3()
+    for types, shown in ((torch.zeros_like(IDS), "causal"), (PREFIX.flip(1), None)):
+        with torch.no_grad():
+            want = plain(IDS, token_type_ids=types).logits
+            rewrite_attention(model, methods=["exact"])
+            with record_sites() as sites:
+                got = model(IDS, token_type_ids=types).logits
+        masks = [site.mask for site in sites if "language_model" in site.module]
+        assert (masks[0] == shown) == (shown is not None) and (got - want).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("q_offset", [0, 2])
+def test_a_mask_that_differs_anywhere_from_a_causal_one_is_not_proven(padded, q_offset):
+    Lq, Lk = 4, 4 + q_offset
+    padding = torch.ones(2, Lk, dtype=torch.bool)
+    padding[1, :2] = not padded
+    held = torch.zeros(2, 1, Lq, Lk, dtype=torch.bool)
+
+    def function(b, h, q, k):
+        return (k <= q) ^ held[b, h, q - q_offset, k]
+
+    def made() -> Any:
+        places = {"batch_size": 2, "q_length": Lq, "kv_length": Lk, "q_offset": q_offset}
+        return make_mask(**places, mask_function=function, attention_mask=padding, allow_is_causal_skip=False)
+
+    mask, exact = made(), torch.ones(Lq, Lk, dtype=torch.bool).tril(q_offset) & padding[:, None, None]
+    assert isinstance(mask, ProvenMask) and mask.proven == Mask(causal=True, offset=q_offset, padding=padded)
+    assert mask.visible == Lk and torch.equal(mask.exact(), exact)
+    assert (mask.padding is None) != padded and (not padded or torch.equal(mask.padding, padding))
+    for place in (padding[:, None, None] & torch.ones(Lq, Lk, dtype=torch.bool)).nonzero().tolist():
+        held.zero_()[tuple(place)] = True
+        assert not isinstance(made(), ProvenMask)
