@@ -200,8 +200,8 @@ def make_mask(
 @untraced
 def _make_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
     q_length, kv_length = arguments["q_length"], arguments["kv_length"]
-    q_offset, kv_offset = arguments["q_offset"], arguments["kv_offset"]
-    mask_function, attention_mask = arguments["mask_function"], arguments["attention_mask"]
+    q_offset, attention_mask = arguments["q_offset"], arguments["attention_mask"]
+    mask_function = arguments["mask_function"]
     local_size = arguments.get("local_size")
     tracing = is_tracing(attention_mask if attention_mask is not None else q_offset)
     known = Mask(unknown="it is traced") if tracing else proven(mask_function)
