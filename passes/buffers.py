@@ -46,8 +46,10 @@ class Buffers:
         placeholders = [] if gm is None else [node for node in gm.graph.nodes if node.op == "placeholder"]
         pairs = enumerate(zip(placeholders, inputs, strict=True)) if inputs else ()
         self.places = {node: i for i, (node, value) in pairs if _is_readable(value)}
-        self.tensors = {node: inputs[i] for node, i in self.places.items() if _is_buffer(node)}
-        self.others = {node: inputs[i] for node, i in self.places.items() if node not in self.tensors}
+        self.tensors, self.others = (
+            {node: inputs[i] for node, i in self.places.items() if _is_buffer(node) == buffers}
+            for buffers in (True, False)
+        )
         self.bands: dict[Node, tuple[Any, ...] | None] = {}
         self.seen: dict[Node, _Seen] = {}
         self.copies: dict[Any, torch.Tensor] = {}  # of a pattern, whichever layers have it
@@ -59,7 +61,7 @@ class Buffers:
 
         ``condition`` is a sympy boolean of the last two coordinates; ``then`` and ``other`` are Python numbers.
         """
-        if node not in self.tensors:
+        if node not in self.tensors or self.tensors[node].is_inference():  # which do not count what is written
             return None
         if node not in self.bands:
             self.bands[node] = _band(self.tensors[node])
@@ -149,14 +151,15 @@ class _Flags:
         """Whether that is so of ``now``, which a call brings."""
         if not _is_readable(now):
             return False
-        if now.device.type != "cpu":
+        if now.device.type != "cpu" and not now.is_inference():
             if now is self.last() and now._version == self.version:
                 return True
-            if now.is_cuda and torch.cuda.is_current_stream_capturing():
-                return False  # nothing can be read back
+        if now.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False  # nothing can be read back
         if not _are_flags(now):
             return False
-        self.last, self.version = weakref.ref(now), now._version
+        if not now.is_inference():
+            self.last, self.version = weakref.ref(now), now._version
         return True
 
 
@@ -189,7 +192,7 @@ def _is_buffer(node: Node) -> bool:
 
 
 def _is_readable(value: Any) -> bool:
-    if type(value) is not torch.Tensor or value.layout != torch.strided or value.is_inference() or value.is_meta:
+    if type(value) is not torch.Tensor or value.layout != torch.strided or value.is_meta:
         return False
     return 0 < value.numel() <= _MAX_ELEMENTS and not value.is_complex()
 
