@@ -152,7 +152,8 @@ class _Flags:
         if not _is_readable(now):
             return False
         if now.device.type != "cpu" and not now.is_inference():
-            if now is self.last() and now._version == self.version:
+            last = self.last()
+            if last is not None and last is now and last._version == self.version:
                 return True
         if now.is_cuda and torch.cuda.is_current_stream_capturing():
             return False  # nothing can be read back

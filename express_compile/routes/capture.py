@@ -217,8 +217,8 @@ class Capture:
         """For torch.export, which reads it before it calls the module."""
         return self.__wrapped__.__code__
 
-    @property
-    def __class__(self) -> type[Capture]:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Capture]:
         """torch.fx asks this of all that a module holds, and then traces the method of the module's class."""
         frame = sys._getframe(1)
         if frame.f_code.co_name == "collect_tensor_attrs" and frame.f_locals.get("prefix_atoms") == []:
