@@ -21,7 +21,8 @@ and of the latter only those features that the query needs, whose share is in th
 
 ``--sparse`` measures Sparse Transformer attention, forward and with its gradients (jobs ``sparse_fixed``,
 ``sparse_strided`` and these with ``_train``) at its default stride. With ``--flex`` the number ``flex`` in
-``params`` is FlexAttention with the same pattern, in ms, at 32,768 tokens.
+``params`` is FlexAttention with the same pattern, in ms, at 32,768 tokens, and ``flex_fa4`` its FlashAttention-4
+backend, where ``flash-attn-4`` is installed and takes the pattern.
 
     python examples/bench/benchmark.py --window --out examples/bench/results/speed.csv      # GPU: only this, a minute
     python examples/bench/benchmark.py --window --lengths 1024 --heads 4 2 --head-size 32     # a taste, also on a CPU
@@ -33,6 +34,7 @@ the first tokens and the last ones (job and method ``window``), beside the two s
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable, Sequence
 
 import torch
@@ -382,7 +384,7 @@ def bernoulli_rows(q, k, v, draws: int, clock: Clock, repeats: int, **params) ->
     return rows
 
 
-def flex_of(pattern: Pattern, n: int, device: torch.device) -> Callable:
+def flex_of(pattern: Pattern, n: int, device: torch.device, backend: str = "TRITON") -> Callable:
     """FlexAttention over the same pattern, compiled, as a function of query, key and value."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -390,8 +392,20 @@ def flex_of(pattern: Pattern, n: int, device: torch.device) -> Callable:
         return pattern.local(i, j) | pattern.far(i, j)
 
     mask = torch.compile(create_block_mask)(seen, None, None, n, n, device=str(device))
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    compiled, options = torch.compile(flex_attention, dynamic=False), {"BACKEND": backend}
+    return lambda q, k, v: compiled(
+        q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options
+    )
+
+
+def runs(call: Callable) -> bool:
+    """Whether a peer takes the call; says why not."""
+    try:
+        call()
+    except Exception as error:  # a peer may fail in any way
+        print(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}")
+        return False
+    return True
 
 
 def sparse_rows(tensors, pattern: Pattern, grad, opponents, clock: Clock, repeats: int, flex: bool) -> list[dict]:
@@ -403,6 +417,9 @@ def sparse_rows(tensors, pattern: Pattern, grad, opponents, clock: Clock, repeat
     policy = Policy(method_options={"sparse": options})
     op = op_of(policy, q.device, method="sparse")
     peers = {"flex": flex_of(pattern, n, q.device)} if flex else {}
+    if flex and importlib.util.find_spec("flash_attn"):
+        attend = flex_of(pattern, n, q.device, "FLASH")
+        peers |= {"flex_fa4": attend} if runs(lambda: attend(q.detach(), k.detach(), v.detach())) else {}
 
     worst, allowed = 0.0, 0.0
     with torch.no_grad():
@@ -414,7 +431,8 @@ def sparse_rows(tensors, pattern: Pattern, grad, opponents, clock: Clock, repeat
             reference, _ = dense_forward(*part, pattern, scale)
             worst = max(worst, relative(out[:, :, own], truth))
             allowed = max(allowed, 2 * relative(reference, truth))
-        assert not peers or relative(peers["flex"](q, k, v), out) < 0.01, "FlexAttention computes something else"
+        for peer in peers.values():
+            assert relative(peer(q, k, v), out) < 0.01, "FlexAttention computes something else"
     first = [x[:, :, :4096].detach().requires_grad_() for x in (q, k, v)]
     actual = torch.autograd.grad(op(*first), first, grad[:, :, :4096])
     results = []
@@ -436,7 +454,7 @@ def sparse_rows(tensors, pattern: Pattern, grad, opponents, clock: Clock, repeat
             _, peak = peak_of(call, lambda _: kept)
         times = clock(call, repeats)
         told = {name: round(quantile(clock(lambda peer=peer: call(peer), repeats), 0.5), 4)  # noqa: B023
-                for name, peer in peers.items()}  # fmt: skip
+                for name, peer in peers.items() if runs(lambda peer=peer: call(peer))}  # fmt: skip  # noqa: B023
         rows.append(row_of(policy, times, opponents[job], checked, method="sparse", job=f"sparse_{pattern.kind}{job}",
                            params={**options, **told}, peak_mb=peak))  # fmt: skip
     return rows
@@ -464,6 +482,7 @@ def window_of(rows: int, sinks: int, n: int, device: torch.device) -> Callable:
     def seen(b, h, i, j):
         return (i >= j) & ((i - j < rows - sinks) | (j < sinks))
 
+    torch.compiler.reset()  # one length after the other: Dynamo gives up at its limit of recompilations
     on_gpu = torch.device(device).type == "cuda"
     make, attend = (
         (torch.compile(create_block_mask), torch.compile(flex_attention, dynamic=False))
