@@ -93,6 +93,28 @@ def test_a_compiled_model_looks_at_the_flags_of_every_call() -> None:
         assert error(compiled(X, graded(PADDING)), model(X, graded(PADDING))) < 1e-5
 
 
+COMPARED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "float": lambda scores, m: scores + (1.0 - (m[:, None, None] > 0).float()) * MIN,
+    "integer": lambda scores, m: scores + (1 - (m != 0).long()[:, None, None]) * -1e9,
+    "dtype of the scores": lambda scores, m: scores - 1e9 * (1 - m.bool()[:, None, None].to(scores.dtype)),
+    "inverted": lambda scores, m: inverted(scores, m >= 1),
+    "filled": lambda scores, m: scores.masked_fill(m[:, None, None] == 0, float("-inf")),
+}
+
+
+@pytest.mark.parametrize("form", COMPARED.values(), ids=COMPARED)
+@torch.no_grad()
+def test_a_comparison_is_proven_whatever_the_values_are(form: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Encoder(form)
+    want = model(X, graded(PADDING))
+    rewrite_attention(model, **THIN)
+    model(X, PADDING)
+    monkeypatch.setattr(buffers, "_are_flags", lambda tensor: pytest.fail("a call looked at its padding"))
+    with record_sites() as sites:
+        assert error(model(X, graded(PADDING)), want) < 1e-6
+    assert [(site.method, site.mask) for site in sites] == [("thinformer", "key padding")]
+
+
 @torch.no_grad()
 def test_what_stays_exact_looks_at_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Encoder(FORMS["(1 - m) * -1e9"])
