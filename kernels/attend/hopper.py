@@ -6,8 +6,8 @@ product with the keys of a tile runs beside the one with the values of the tile 
 overlap with products of the other.
 
 On an H200 (bfloat16, D = 128, causal, n = 32,768) it reaches 621 TFLOP/s, where the kernel of :mod:`.segments` has 447
-and cuDNN 585; over the few rows of Express 471 for 366, as what comes before and after a short list of tiles overlaps with
-nothing (``examples/bench/results/gpu-tests.txt``).
+and cuDNN 585; over the few rows of Express 471 for 366, as nothing overlaps with what comes before and after a short
+list of tiles (``examples/bench/results/gpu-tests.txt``).
 """
 
 from __future__ import annotations
@@ -168,9 +168,7 @@ def _hide(s, j, row, shown, work, position, skip, half, BN: gl.constexpr, LAYOUT
 
 
 @_jit
-def _consume(
-    x, lists, shared, work, i_b, i_bh, position, skip, q_row, Lq, half, SHAPE: gl.constexpr, STAGES: gl.constexpr
-):
+def _consume(x, lists, shared, work, i_bh, position, skip, q_row, Lq, half, SHAPE: gl.constexpr, STAGES: gl.constexpr):
     BN: gl.constexpr = SHAPE.BN
     D: gl.constexpr = SHAPE.D
     DV: gl.constexpr = SHAPE.DV
