@@ -699,6 +699,5 @@ METHOD = register(
         loses=_loses,
         cost=_cost,
         rows=_rows,
-        decodes=True,
     )
 )

@@ -325,7 +325,7 @@ def decode_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`decode_attention` by the kernels; needs a GPU, or Triton's interpreter."""
     require_triton()
-    (B, H, Lq, D), (KVH, L), Dv = query.shape, key.shape[1:3], value.shape[-1]
+    (B, H, Lq), (KVH, L), Dv = query.shape[:3], key.shape[1:3], value.shape[-1]
     R = H // KVH * Lq
     if Lq > MAX_QUERIES or R > MAX_ROWS:
         raise ValueError(

@@ -13,7 +13,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import _active_collector
 
@@ -21,12 +23,14 @@ from ...core.call import Call, Op
 from ...core.method import METHODS
 from ...core.plan import Plan
 from ...core.spec import AttentionSpec, Mask
+from ...kernels.exact import OP as EXACT_STEP
+from ...kernels.exact import takes_step
 from ...kernels.launch import constant
 from ...planning.choose import Question, answer, require
 from ..tracers import cannot_trace, is_exporting, untraced
 from ..watched import sampled
 from .masks import NAME, ProvenMask
-from .proof import EXTRAS, Given, is_proven, prove
+from .proof import EXTRAS, Given, Proof, is_proven, prove
 from .sites import NEEDS_EAGER, Site, site_of, traced
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
@@ -64,10 +68,8 @@ def _prove_and_run(site: Site, given: Given, decide: Callable[[AttentionSpec], t
     spec = proof.spec(given)
     plan, run = decide(spec)
     if plan.verdict != "rewritten":
-        return _exact(site, given)
-    key, value = given.key, given.value
-    if proof.visible != key.shape[2]:
-        key, value = key[:, :, : proof.visible], value[:, :, : proof.visible]
+        return _exact_step(given, proof, spec) or _exact(site, given)
+    key, value = proof.seen(given)
     seed = _seed_of_step(_seed(site.plans.policy.seed, given.query), spec, given.arguments)
     sinks = given.arguments["s_aux"] if spec.sinks else None
     call = Call(given.query, key, value, proof.padding, seed, spec.scale, site.layer, sinks=sinks, options=plan.params)
@@ -114,7 +116,6 @@ def _step(given: Given) -> Result:
         any(arguments.get(name) is not None for name in (*EXTRAS, *NEEDS_EAGER))
         or wants_weights(given)
         or isinstance(arguments.get("scaling"), torch.Tensor)
-        or not site.decodes
         or site.shadow is not None
         or site.exact == "eager"
     ):
@@ -170,6 +171,26 @@ def _refuse_export(module: Any) -> NoReturn:
 
 
 # ---- exactly -------------------------------------------------------------------------------------------------------
+
+
+def _exact_step(given: Given, proof: Proof, spec: AttentionSpec) -> Result | None:
+    """A step of decoding by our own kernel, which needs no dense mask and no copies of heads, and leaves alone what
+    is not filled; None where that is not known to be the same, or the call wants more than the result."""
+    tensors = given.query, given.key, given.value
+    if (
+        not takes_step(spec)
+        or (given.mask is None and not given.query.is_cuda)  # PyTorch reads all there is, and nothing else
+        or (given.eager and spec.Lq > 1 and spec.mask.padding)  # eager attention gives padded queries a mean
+        or given.gradient is not None
+        or wants_weights(given)
+        or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or any(is_traceable_wrapper_subclass(x) for x in tensors)
+    ):
+        return None
+    key, value = proof.seen(given)
+    out = EXACT_STEP(given.query, key, value, proof.padding, spec.scale)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _exact(site: Site, given: Given) -> Result:
