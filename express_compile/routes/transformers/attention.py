@@ -160,7 +160,7 @@ def _step_in_graph(
 def _export(given: Given) -> Result:
     """A call that is traced into a program: what is exact by its policy stays what it is, the rest cannot be kept."""
     site = site_of(given.module)
-    if site is None or site.plans.methods(site.path) != ("exact",):
+    if site is None or site.methods != ("exact",):
         return _refuse_export(given.module)
     return _exact(site, given)
 

@@ -38,6 +38,7 @@ def install(model: nn.Module, sites: dict[str, tuple[Any, str]], policy: Policy)
             eager=function.__globals__.get("eager_attention_forward"),
             source=f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}",
             plans=plans,
+            methods=plans.methods(path),
         )
         module.__dict__[SITE] = site
         module.register_forward_pre_hook(_check_in_force)
