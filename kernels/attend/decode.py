@@ -148,16 +148,16 @@ def decode_reference(
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 
-# As :class:`Rows`; the stride of padding, and the number of pages.
-_Masks = namedtuple("_Masks", "lengths padding log_weight pages stride listed")
+# As :class:`Rows`.
+_Masks = namedtuple("_Masks", "lengths padding log_weight pages")
 
 
 # Maxima, sums and weighted values of the programs of a KV head.
 _Parts = namedtuple("_Parts", "most sum value")
 
 
-# KV heads, query heads of one, and rows.
-_Sizes = namedtuple("_Sizes", "KVH G L")
+# KV heads, query heads of one, rows, the stride of padding, and the number of pages.
+_Sizes = namedtuple("_Sizes", "KVH G L stride listed")
 
 
 # Queries, rows of the product, widths and their tiles, rows of a block, blocks whose padding is looked through at once,
@@ -166,20 +166,20 @@ _Shape = namedtuple("_Shape", "LQ R D DV BD BDV BM BN BJ PAGE WHOLE")
 
 
 @jit
-def _bounds(masks, i_b, L, end, i_split, splits, SHAPE: tl.constexpr):
+def _bounds(masks, i_b, sizes, end, i_split, splits, SHAPE: tl.constexpr):
     """Of the blocks of a program, counted among its own: the first that holds a row, and the one behind the last."""
     BN: tl.constexpr = SHAPE.BN
     BJ: tl.constexpr = SHAPE.BJ
-    blocks = tl.cdiv(masks.listed * SHAPE.PAGE if masks.pages is not None else end, BN)
+    blocks = tl.cdiv(sizes.listed * SHAPE.PAGE if masks.pages is not None else end, BN)
     stop = tl.maximum(tl.cdiv(blocks - i_split, splits), 0)
     start = 0
     if masks.padding is not None and masks.pages is None:
         o_n, o_j = tl.arange(0, BN), tl.arange(0, BJ)
-        p_row = masks.padding + i_b.to(tl.int64) * masks.stride
+        p_row = masks.padding + i_b.to(tl.int64) * sizes.stride
         start, found = stop, 0
         for j in range(0, stop, BJ):
             o_row = (i_split + (j + o_j) * splits)[:, None] * BN + o_n[None, :]
-            b_real = tl.load(p_row + o_row, mask=(j + o_j < stop)[:, None] & (o_row < L), other=0)
+            b_real = tl.load(p_row + o_row, mask=(j + o_j < stop)[:, None] & (o_row < sizes.L), other=0)
             b_any = tl.max(b_real.to(tl.int32), 1) > 0
             start = tl.minimum(start, tl.min(tl.where(b_any, j + o_j, stop)))
             found = tl.maximum(found, tl.max(tl.where(b_any, j + o_j + 1, 0)))
@@ -194,7 +194,7 @@ def _split_kernel(q, k, v, masks, parts, out, lse, scale_log2, sizes, SHAPE: tl.
     BM: tl.constexpr = SHAPE.BM
     BN: tl.constexpr = SHAPE.BN
     PAGE: tl.constexpr = SHAPE.PAGE
-    KVH, G, L = sizes
+    KVH, G, L, stride_p, listed = sizes
     i_split, i_seq, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     i_b, i_kv = i_seq // KVH, i_seq % KVH
     o_m, o_n, o_d, o_dv = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, SHAPE.BD), tl.arange(0, SHAPE.BDV)
@@ -206,7 +206,7 @@ def _split_kernel(q, k, v, masks, parts, out, lse, scale_log2, sizes, SHAPE: tl.
     if masks.lengths is not None:
         end = tl.minimum(tl.load(masks.lengths + i_b).to(tl.int32), L)
     b_end = end - LQ + 1 + o_m % LQ  # behind the last row that a query sees
-    start, stop = _bounds(masks, i_b, L, end, i_split, splits, SHAPE)
+    start, stop = _bounds(masks, i_b, sizes, end, i_split, splits, SHAPE)
     p_k, stride_k = sequence(k, i_b, i_kv)
     p_v, stride_v = sequence(v, i_b, i_kv)
     b_top, b_sum = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
@@ -214,12 +214,12 @@ def _split_kernel(q, k, v, masks, parts, out, lse, scale_log2, sizes, SHAPE: tl.
     for j in range(start, stop):
         o_row = (i_split + j * splits) * BN + o_n
         if masks.pages is not None:
-            p_page = masks.pages + i_seq.to(tl.int64) * masks.listed
-            b_page = tl.load(p_page + o_row // PAGE, mask=o_row < masks.listed * PAGE, other=-1)
+            p_page = masks.pages + i_seq.to(tl.int64) * listed
+            b_page = tl.load(p_page + o_row // PAGE, mask=o_row < listed * PAGE, other=-1)
             o_row = tl.where(b_page < 0, end, b_page * PAGE + o_row % PAGE)
         m_n = o_row < end
         if masks.padding is not None:
-            p_real = masks.padding + i_b.to(tl.int64) * masks.stride
+            p_real = masks.padding + i_b.to(tl.int64) * stride_p
             m_n = m_n & (tl.load(p_real + o_row, mask=m_n, other=0) != 0)
         if masks.log_weight.p is not None:
             p_weight = masks.log_weight.p + (i_b.to(tl.int64) * masks.log_weight.b + i_kv * masks.log_weight.h)
@@ -347,12 +347,11 @@ def decode_triton(
     memory = torch.empty(max(sum(sizes_of), 1), dtype=torch.float32, device=query.device)
     parts = _Parts(*(memory.split(sizes_of) if sizes_of else [memory] * 3))
     lengths = None if rows.lengths is None else rows.lengths.contiguous()
-    masks = _Masks(lengths, padding, strided(rows.log_weight), pages, 0 if padding is None else padding.stride(0),
-                   listed)  # fmt: skip
+    masks = _Masks(lengths, padding, strided(rows.log_weight), pages)
     shape = _Shape(Lq, R, *widths, BM, tiles.rows, max(1, _SCANNED // tiles.rows), PAGE, splits == 1)
     launch(_split_kernel, (splits, sequences),
         strided(query), strided(key), strided(value), masks, parts, out, lse, scale * _LOG2_E,
-        _Sizes(KVH, H // KVH, L), SHAPE=shape, num_warps=tiles.warps, num_stages=tiles.stages,
+        _Sizes(KVH, H // KVH, L, 0 if padding is None else padding.stride(0), listed), SHAPE=shape, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if splits > 1:
         launch(_combine_kernel, (R, sequences), parts, out, lse, splits,

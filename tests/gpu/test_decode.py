@@ -25,11 +25,12 @@ def rows_of(kind: str, B: int, H_kv: int, L: int, n: int) -> K.Rows:
     weight = torch.randn(B, H_kv, L, generator=generator, device="cuda")
     weight[torch.rand(weight.shape, generator=generator, device="cuda") < 0.3] = -math.inf
     pages = torch.rand(B, H_kv, -(-L // K.PAGE), generator=generator, device="cuda").argsort(-1)[..., :9].int()
-    pages[..., 1] = -1
+    pages[..., 1:2] = -1
     holes = torch.rand(B, L, generator=generator, device="cuda") < 0.3
     return {
-        "all": K.Rows(), "lengths": K.Rows(lengths), "filled": K.Rows(padding=(place < lengths[:, None]) & (place >= left)),
-        "holes": K.Rows(padding=holes), "weights": K.Rows(lengths, log_weight=weight),
+        "all": K.Rows(), "lengths": K.Rows(lengths), "holes": K.Rows(padding=holes),
+        "filled": K.Rows(padding=(place < lengths[:, None]) & (place >= left)),
+        "weights": K.Rows(lengths, log_weight=weight),
         "pages": K.Rows(lengths, pages=pages), "everything": K.Rows(lengths, holes, weight, pages),
     }[kind]  # fmt: skip
 
