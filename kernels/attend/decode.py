@@ -170,7 +170,8 @@ def _bounds(masks, i_b, sizes, end, i_split, splits, SHAPE: tl.constexpr):
     """Of the blocks of a program, counted among its own: the first that holds a row, and the one behind the last."""
     BN: tl.constexpr = SHAPE.BN
     BJ: tl.constexpr = SHAPE.BJ
-    blocks = tl.cdiv(sizes.listed * SHAPE.PAGE if masks.pages is not None else end, BN)
+    PAGE: tl.constexpr = SHAPE.PAGE
+    blocks = tl.cdiv(sizes.listed * PAGE if masks.pages is not None else end, BN)
     stop = tl.maximum(tl.cdiv(blocks - i_split, splits), 0)
     start = 0
     if masks.padding is not None and masks.pages is None:
@@ -194,14 +195,18 @@ def _split_kernel(q, k, v, masks, parts, out, lse, scale_log2, sizes, SHAPE: tl.
     BM: tl.constexpr = SHAPE.BM
     BN: tl.constexpr = SHAPE.BN
     PAGE: tl.constexpr = SHAPE.PAGE
+    D: tl.constexpr = SHAPE.D
+    DV: tl.constexpr = SHAPE.DV
+    BD: tl.constexpr = SHAPE.BD
+    BDV: tl.constexpr = SHAPE.BDV
     KVH, G, L, stride_p, listed = sizes
     i_split, i_seq, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     i_b, i_kv = i_seq // KVH, i_seq % KVH
-    o_m, o_n, o_d, o_dv = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, SHAPE.BD), tl.arange(0, SHAPE.BDV)
+    o_m, o_n, o_d, o_dv = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
     m_m = o_m < R
     p_q = q.p + i_b.to(tl.int64) * q.b + (i_kv * G + o_m // LQ).to(tl.int64)[:, None] * q.h
     p_q += (o_m % LQ).to(tl.int64)[:, None] * q.n + o_d[None, :]
-    b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < SHAPE.D)[None, :], other=0.0)  # [BM, BD]
+    b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)  # [BM, BD]
     end = L
     if masks.lengths is not None:
         end = tl.minimum(tl.load(masks.lengths + i_b).to(tl.int32), L)
@@ -210,7 +215,7 @@ def _split_kernel(q, k, v, masks, parts, out, lse, scale_log2, sizes, SHAPE: tl.
     p_k, stride_k = sequence(k, i_b, i_kv)
     p_v, stride_v = sequence(v, i_b, i_kv)
     b_top, b_sum = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
-    b_acc = tl.zeros([BM, SHAPE.BDV], tl.float32)
+    b_acc = tl.zeros([BM, BDV], tl.float32)
     for j in range(start, stop):
         o_row = (i_split + j * splits) * BN + o_n
         if masks.pages is not None:
@@ -225,7 +230,7 @@ def _split_kernel(q, k, v, masks, parts, out, lse, scale_log2, sizes, SHAPE: tl.
             p_weight = masks.log_weight.p + (i_b.to(tl.int64) * masks.log_weight.b + i_kv * masks.log_weight.h)
             b_weight = tl.load(p_weight + o_row, mask=m_n, other=float("-inf"))
             m_n = m_n & (b_weight > float("-inf"))
-        b_k = load_rows(p_k, stride_k, o_row, m_n, SHAPE.D, SHAPE.BD)  # [BN, BD]
+        b_k = load_rows(p_k, stride_k, o_row, m_n, D, BD)  # [BN, BD]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT) * scale_log2  # [BM, BN]
         if masks.log_weight.p is not None:
             b_s += tl.where(m_n, b_weight, 0.0)[None, :] * 1.4426950408889634
@@ -233,16 +238,16 @@ def _split_kernel(q, k, v, masks, parts, out, lse, scale_log2, sizes, SHAPE: tl.
         b_new = tl.maximum(b_top, tl.max(b_s, 1))
         b_old = tl.exp2(b_top - b_new)
         b_p = tl.exp2(b_s - b_new[:, None])
-        b_v = load_rows(p_v, stride_v, o_row, m_n, SHAPE.DV, SHAPE.BDV)  # [BN, BDV]
+        b_v = load_rows(p_v, stride_v, o_row, m_n, DV, BDV)  # [BN, BDV]
         b_sum = b_sum * b_old + tl.sum(b_p, 1)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision=FLOAT32_DOT)
         b_top = b_new
-    m_out = m_m[:, None] & (o_dv < SHAPE.DV)[None, :]
+    m_out = m_m[:, None] & (o_dv < DV)[None, :]
     if SHAPE.WHOLE:
         # rows are (head, query) of this KV head, which lie side by side in the output
         o_seq = i_seq.to(tl.int64) * R
         b_acc = b_acc / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
-        tl.store(out + (o_seq + o_m)[:, None] * SHAPE.DV + o_dv[None, :], b_acc.to(out.dtype.element_ty), mask=m_out)
+        tl.store(out + (o_seq + o_m)[:, None] * DV + o_dv[None, :], b_acc.to(out.dtype.element_ty), mask=m_out)
         b_lse = (b_top + tl.log2(tl.where(b_sum > 0, b_sum, 1.0))) * 0.6931471805599453
         tl.store(lse + o_seq + o_m, tl.where(b_sum > 0, b_lse, float("-inf")), mask=m_m)
     else:
@@ -250,7 +255,7 @@ def _split_kernel(q, k, v, masks, parts, out, lse, scale_log2, sizes, SHAPE: tl.
         tl.store(parts.most + o_part + o_m, b_top, mask=m_m)
         tl.store(parts.sum + o_part + o_m, b_sum, mask=m_m)
         if start < stop:
-            tl.store(parts.value + (o_part + o_m)[:, None] * SHAPE.DV + o_dv[None, :], b_acc, mask=m_out)
+            tl.store(parts.value + (o_part + o_m)[:, None] * DV + o_dv[None, :], b_acc, mask=m_out)
 
 
 _CombineShape = namedtuple("_CombineShape", "R DV BDV BS")
@@ -259,29 +264,32 @@ _CombineShape = namedtuple("_CombineShape", "R DV BDV BS")
 @jit(general="splits")
 def _combine_kernel(parts, out, lse, splits, SHAPE: tl.constexpr):
     R: tl.constexpr = SHAPE.R
+    DV: tl.constexpr = SHAPE.DV
+    BDV: tl.constexpr = SHAPE.BDV
+    BS: tl.constexpr = SHAPE.BS
     i_r, i_seq = tl.program_id(0), tl.program_id(1)
-    o_s, o_dv = tl.arange(0, SHAPE.BS), tl.arange(0, SHAPE.BDV)
+    o_s, o_dv = tl.arange(0, BS), tl.arange(0, BDV)
     p_most = parts.most + i_seq.to(tl.int64) * splits * R + i_r
     p_sum = parts.sum + i_seq.to(tl.int64) * splits * R + i_r
-    p_value = parts.value + (i_seq.to(tl.int64) * splits * R + i_r) * SHAPE.DV
+    p_value = parts.value + (i_seq.to(tl.int64) * splits * R + i_r) * DV
     top, total = -1e30, 0.0
-    b_out = tl.zeros([SHAPE.BDV], tl.float32)
-    for s in range(0, splits, SHAPE.BS):
+    b_out = tl.zeros([BDV], tl.float32)
+    for s in range(0, splits, BS):
         m_s = s + o_s < splits
         b_sum = tl.load(p_sum + (s + o_s) * R, mask=m_s, other=0.0)
         b_most = tl.load(p_most + (s + o_s) * R, mask=m_s, other=-1e30)
         new = tl.maximum(top, tl.max(b_most))
         b_factor = tl.exp2(b_most - new)
         old = tl.exp2(top - new)
-        m_value = (b_sum != 0)[:, None] & (o_dv < SHAPE.DV)[None, :]  # not 0 is NaN too
-        b_value = tl.load(p_value + (s + o_s)[:, None] * (R * SHAPE.DV) + o_dv[None, :], mask=m_value, other=0.0)
+        m_value = (b_sum != 0)[:, None] & (o_dv < DV)[None, :]  # not 0 is NaN too
+        b_value = tl.load(p_value + (s + o_s)[:, None] * (R * DV) + o_dv[None, :], mask=m_value, other=0.0)
         b_out = b_out * old + tl.sum(b_value * b_factor[:, None], 0)
         total = total * old + tl.sum(b_sum * b_factor)
         top = new
     o_row = i_seq.to(tl.int64) * R + i_r
     whole = tl.where(total == 0, 1.0, total)
     b_out = b_out / whole
-    tl.store(out + o_row * SHAPE.DV + o_dv, b_out.to(out.dtype.element_ty), mask=o_dv < SHAPE.DV)
+    tl.store(out + o_row * DV + o_dv, b_out.to(out.dtype.element_ty), mask=o_dv < DV)
     tl.store(lse + o_row, tl.where(total == 0, float("-inf"), (top + tl.log2(whole)) * 0.6931471805599453))
 
 
