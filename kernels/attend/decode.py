@@ -357,9 +357,10 @@ def decode_triton(
     lengths = None if rows.lengths is None else rows.lengths.contiguous()
     masks = _Masks(lengths, padding, strided(rows.log_weight), pages)
     shape = _Shape(Lq, R, *widths, BM, tiles.rows, max(1, _SCANNED // tiles.rows), PAGE, splits == 1)
+    sizes = _Sizes(KVH, H // KVH, L, 0 if padding is None else padding.stride(0), listed)
     launch(_split_kernel, (splits, sequences),
-        strided(query), strided(key), strided(value), masks, parts, out, lse, scale * _LOG2_E,
-        _Sizes(KVH, H // KVH, L, 0 if padding is None else padding.stride(0), listed), SHAPE=shape, num_warps=tiles.warps, num_stages=tiles.stages,
+        strided(query), strided(key), strided(value), masks, parts, out, lse, scale * _LOG2_E, sizes,
+        SHAPE=shape, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if splits > 1:
         launch(_combine_kernel, (R, sequences), parts, out, lse, splits,

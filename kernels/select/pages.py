@@ -188,12 +188,11 @@ def update_means(
 ) -> None:
     """Write the means of the eights that hold the last ``new`` tokens (all of them for None) into ``means``
     ``[B, H_kv, ceil(L / 8), D]``; ``first``, ``end`` as in :func:`page_mass`. Asks the device nothing."""
-    (B, H_kv, L, D), device = key.shape, key.device
     if not key.is_cuda:
-        place = torch.arange(L, device=device)
+        place = torch.arange(key.shape[2])
         own = means_reference(key, (place >= first[:, None]) & (place < end[:, None]))
         since = torch.zeros_like(end) if new is None else (end - new).clamp(min=0) // SUB
-        written = torch.arange(own.shape[2], device=device) >= since[:, None]
+        written = torch.arange(own.shape[2]) >= since[:, None]
         means.copy_(torch.where(written[:, None, :, None], own, means))
         return
     means_triton(means, key, first, end, new)
