@@ -19,7 +19,7 @@ from ..launch import FLOAT32_DOT, jit, launch, load_rows, next_power_of_two, req
 PAGE, SUB = 64, 8
 NONE = -1
 _TILE = 128  # means of a product
-_PROGRAMS = 264
+_PROGRAMS = 1056  # eight per multiprocessor of an H200
 
 
 def listed(pages: int, sinks: int, recent: int) -> int:
@@ -158,13 +158,14 @@ def _choose_kernel(chosen, lse, spans, sizes, sinks, recent, SHAPE: tl.constexpr
     BC: tl.constexpr = SHAPE.BC
     BB: tl.constexpr = SHAPE.BB
     PAGE: tl.constexpr = SHAPE.PAGE
+    UNROLL: tl.constexpr = min(SHAPE.R, 4)
     i_seq = tl.program_id(0)
     i_b = i_seq // sizes.KVH
     o_c, o_b = tl.arange(0, BC), tl.arange(0, BB)
     first, end = tl.load(spans.first + i_b).to(tl.int32), tl.load(spans.end + i_b).to(tl.int32)
     m_c = (o_c * PAGE < end) & ((o_c + 1) * PAGE > first)
     b_mass = tl.zeros([BC], tl.float32)
-    for r in range(R):
+    for r in tl.range(0, R, loop_unroll_factor=UNROLL):
         b_x = tl.load(lse + (i_seq.to(tl.int64) * R + r) * sizes.P + o_c, mask=m_c, other=float("-inf"))
         b_p = tl.exp2(b_x - tl.maximum(tl.max(b_x), -1e30))
         b_mass += b_p / tl.maximum(tl.sum(b_p), 1e-30)
@@ -224,7 +225,7 @@ def choose_triton(
     lse = torch.empty(sequences, R, P, dtype=torch.float32, device=device)
     chosen = torch.empty(B, H_kv, count, dtype=torch.int32, device=device)
     BD, BM = max(16, next_power_of_two(D)), max(16, next_power_of_two(R))
-    programs = min(-(-S // _TILE), max(1, -(-2 * _PROGRAMS // sequences)))
+    programs = min(-(-S // _TILE), max(1, -(-_PROGRAMS // sequences)))
     launch(_score_kernel, (programs, sequences),
         lse, strided(query), strided(means), spans, sizes, scale * 1.4426950408889634,
         SHAPE=_Shape(Lq, R, D, BD, BM, _TILE, SUB, PAGE), num_warps=4, num_stages=2,
@@ -232,7 +233,7 @@ def choose_triton(
     BC = max(32, next_power_of_two(P))
     launch(_choose_kernel, (sequences,),
         chosen, lse, spans, sizes, sinks, recent,
-        SHAPE=_ChooseShape(R, BC, next_power_of_two(count), PAGE), num_warps=max(1, min(16, BC // 256)),
+        SHAPE=_ChooseShape(R, BC, next_power_of_two(count), PAGE), num_warps=max(1, min(8, BC // 512)),
     )  # fmt: skip
     return chosen
 
