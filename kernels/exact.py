@@ -141,5 +141,6 @@ METHOD = register(
         options=Exact,
         sees=lambda options, site: Rows(everything=True),
         cost=lambda spec, params: dense_cost(visible_pairs(spec)),
+        step=lambda spec: OP if takes_step(spec) else None,
     )
 )

@@ -174,3 +174,38 @@ def test_what_is_more_than_a_result_is_left_to_pytorch(rows_read) -> None:
         model(ids[:, :30], past_key_values=cache)
         step = model(ids[:, 30:], past_key_values=cache, output_attentions=True)
     assert rows_read == [] and step.attentions[0].shape == (1, 4, 1, 40)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", [EXACT, EXPRESS], ids=["exact", "express"])
+def test_the_backend_reads_filled_rows_alone(policy) -> None:
+    """A model that was never rewritten, whose graph holds its mask: by padding on the left and by a static cache."""
+    model, ids = build(), torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 40, dtype=torch.int64)
+    mask[0, :7] = 0
+    compiled = torch.compile(model, backend="express", options=policy)
+
+    def run(step, fill: float) -> torch.Tensor:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+        model(ids[:, :30], past_key_values=cache, attention_mask=mask[:, :30])
+        for layer in cache.layers:
+            layer.keys[:, :, 30:] = layer.values[:, :, 30:] = fill
+        steps = [
+            step(ids[:, i : i + 1], past_key_values=cache, attention_mask=mask[:, : i + 1]).logits
+            for i in range(30, 33)
+        ]
+        return torch.cat(steps, 1)
+
+    truth = run(model, 0.0)
+    assert run(model, math.nan).isnan().any()
+    assert (run(compiled, math.nan) - truth).abs().max() <= 1e-5
+
+
+def test_a_compiled_step_that_needs_a_gradient_keeps_it() -> None:
+    model, ids = build(), torch.randint(0, 97, (1, 31), generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(model, backend="express", options=EXACT)
+    with torch.no_grad():
+        cache = transformers.StaticCache(config=model.config, max_cache_len=40)
+        model(ids[:, :30], past_key_values=cache)
+    compiled(ids[:, 30:], past_key_values=cache).logits.sum().backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0

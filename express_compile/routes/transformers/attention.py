@@ -23,8 +23,6 @@ from ...core.call import Call, Op
 from ...core.method import METHODS
 from ...core.plan import Plan
 from ...core.spec import AttentionSpec, Mask
-from ...kernels.exact import OP as EXACT_STEP
-from ...kernels.exact import takes_step
 from ...kernels.launch import constant
 from ...planning.choose import Question, answer, require
 from ..tracers import cannot_trace, is_exporting, untraced
@@ -176,9 +174,9 @@ def _refuse_export(module: Any) -> NoReturn:
 def _exact_step(given: Given, proof: Proof, spec: AttentionSpec) -> Result | None:
     """A step of decoding by our own kernel, which needs no dense mask and no copies of heads, and leaves alone what
     is not filled; None where that is not known to be the same, or the call wants more than the result."""
-    tensors = given.query, given.key, given.value
+    tensors, op = (given.query, given.key, given.value), METHODS["exact"].step(spec)
     if (
-        not takes_step(spec)
+        op is None
         or (given.mask is None and not given.query.is_cuda)  # PyTorch reads all there is, and nothing else
         or (given.eager and spec.Lq > 1 and spec.mask.padding)  # eager attention gives padded queries a mean
         or given.gradient is not None
@@ -189,7 +187,7 @@ def _exact_step(given: Given, proof: Proof, spec: AttentionSpec) -> Result | Non
     ):
         return None
     key, value = proof.seen(given)
-    out = EXACT_STEP(given.query, key, value, proof.padding, spec.scale)
+    out = op(given.query, key, value, proof.padding, spec.scale)
     return out.transpose(1, 2).contiguous(), None
 
 
