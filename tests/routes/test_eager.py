@@ -289,7 +289,7 @@ def test_exact_sites_are_bitwise_sdpa(make, side):
 @pytest.mark.parametrize("cache", [transformers.DynamicCache, transformers.StaticCache], ids=lambda c: c.__name__)
 @pytest.mark.parametrize("make", [llama, qwen2_mixed], ids=lambda make: make.__name__)
 def test_exact_sites_are_sdpa_over_a_cache(make, cache, side):
-    """Bitwise over a growing one; empty places of a static one are not read, and sums of fewer terms may round apart."""
+    """Bitwise over a growing one; empty places of a static one are not read, so sums may round apart."""
     model = build(make)
     ids, mask = padded_batch(side)
     more = {"max_cache_len": 24} if cache is transformers.StaticCache else {}
