@@ -148,12 +148,13 @@ def decode_reference(
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 
-# As :class:`Rows`; weights come beside it, for Triton 3.6 loses strides of 1 in a tuple of a tuple.
-_Masks = namedtuple("_Masks", "lengths padding pages")
+# As :class:`Rows`, and the scale for scores in base 2; weights come beside it, for Triton 3.6 loses strides of 1 in a
+# tuple of a tuple.
+_Masks = namedtuple("_Masks", "lengths padding pages scale")
 
 
-# Maxima, sums and weighted values of the programs of a KV head.
-_Parts = namedtuple("_Parts", "most sum value")
+# Maxima, sums and weighted values of the programs of a KV head, and what becomes of them.
+_Parts = namedtuple("_Parts", "most sum value out lse")
 
 
 # KV heads, query heads of one, rows, the stride of padding, and the number of pages.
@@ -189,7 +190,7 @@ def _bounds(masks, i_b, sizes, end, i_split, splits, SHAPE: tl.constexpr):
 
 
 @jit(general="sizes")
-def _split_kernel(q, k, v, weight, masks, parts, out, lse, scale_log2, sizes, SHAPE: tl.constexpr):
+def _split_kernel(q, k, v, weight, masks, parts, sizes, SHAPE: tl.constexpr):
     LQ: tl.constexpr = SHAPE.LQ
     R: tl.constexpr = SHAPE.R
     BM: tl.constexpr = SHAPE.BM
@@ -231,7 +232,7 @@ def _split_kernel(q, k, v, weight, masks, parts, out, lse, scale_log2, sizes, SH
             b_weight = tl.load(p_weight + o_row, mask=m_n, other=float("-inf"))
             m_n = m_n & (b_weight > float("-inf"))
         b_k = load_rows(p_k, stride_k, o_row, m_n, D, BD)  # [BN, BD]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT) * scale_log2  # [BM, BN]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT) * masks.scale  # [BM, BN]
         if weight.p is not None:
             b_s += tl.where(m_n, b_weight, 0.0)[None, :] * 1.4426950408889634
         b_s = tl.where(m_n[None, :] & (o_row[None, :] < b_end[:, None]), b_s, float("-inf"))
@@ -247,9 +248,11 @@ def _split_kernel(q, k, v, weight, masks, parts, out, lse, scale_log2, sizes, SH
         # rows are (head, query) of this KV head, which lie side by side in the output
         o_seq = i_seq.to(tl.int64) * R
         b_acc = b_acc / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
-        tl.store(out + (o_seq + o_m)[:, None] * DV + o_dv[None, :], b_acc.to(out.dtype.element_ty), mask=m_out)
+        tl.store(
+            parts.out + (o_seq + o_m)[:, None] * DV + o_dv[None, :], b_acc.to(parts.out.dtype.element_ty), mask=m_out
+        )
         b_lse = (b_top + tl.log2(tl.where(b_sum > 0, b_sum, 1.0))) * 0.6931471805599453
-        tl.store(lse + o_seq + o_m, tl.where(b_sum > 0, b_lse, float("-inf")), mask=m_m)
+        tl.store(parts.lse + o_seq + o_m, tl.where(b_sum > 0, b_lse, float("-inf")), mask=m_m)
     else:
         o_part = (i_seq.to(tl.int64) * splits + i_split) * R
         tl.store(parts.most + o_part + o_m, b_top, mask=m_m)
@@ -262,7 +265,7 @@ _CombineShape = namedtuple("_CombineShape", "R DV BDV BS")
 
 
 @jit(general="splits")
-def _combine_kernel(parts, out, lse, splits, SHAPE: tl.constexpr):
+def _combine_kernel(parts, splits, SHAPE: tl.constexpr):
     R: tl.constexpr = SHAPE.R
     DV: tl.constexpr = SHAPE.DV
     BDV: tl.constexpr = SHAPE.BDV
@@ -289,8 +292,8 @@ def _combine_kernel(parts, out, lse, splits, SHAPE: tl.constexpr):
     o_row = i_seq.to(tl.int64) * R + i_r
     whole = tl.where(total == 0, 1.0, total)
     b_out = b_out / whole
-    tl.store(out + o_row * DV + o_dv, b_out.to(out.dtype.element_ty), mask=o_dv < DV)
-    tl.store(lse + o_row, tl.where(total == 0, float("-inf"), (top + tl.log2(whole)) * 0.6931471805599453))
+    tl.store(parts.out + o_row * DV + o_dv, b_out.to(parts.out.dtype.element_ty), mask=o_dv < DV)
+    tl.store(parts.lse + o_row, tl.where(total == 0, float("-inf"), (top + tl.log2(whole)) * 0.6931471805599453))
 
 
 class Tiling(NamedTuple):
@@ -360,17 +363,18 @@ def decode_triton(
     out, lse = Outputs.of(query, Dv)
     sizes_of = [] if splits == 1 else [sequences * splits * R] * 2 + [sequences * splits * R * Dv]
     memory = torch.empty(max(sum(sizes_of), 1), dtype=torch.float32, device=query.device)
-    parts = _Parts(*(memory.split(sizes_of) if sizes_of else [memory] * 3))
+    most, total, weighted = memory.split(sizes_of) if sizes_of else [memory] * 3
+    parts = _Parts(most, total, weighted, out, lse)
     lengths = None if rows.lengths is None else rows.lengths.contiguous()
-    masks = _Masks(lengths, padding, pages)
+    masks = _Masks(lengths, padding, pages, scale * _LOG2_E)
     shape = _Shape(Lq, R, *widths, BM, tiles.rows, max(1, _SCANNED // tiles.rows), PAGE, splits == 1)
     sizes = _Sizes(KVH, H // KVH, L, 0 if padding is None else padding.stride(0), listed)
     launch(_split_kernel, (splits, sequences),
-        strided(query), strided(key), strided(value), strided(rows.log_weight), masks, parts, out, lse,
-        scale * _LOG2_E, sizes, SHAPE=shape, num_warps=tiles.warps, num_stages=tiles.stages,
+        strided(query), strided(key), strided(value), strided(rows.log_weight), masks, parts, sizes, SHAPE=shape,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if splits > 1:
-        launch(_combine_kernel, (R, sequences), parts, out, lse, splits,
+        launch(_combine_kernel, (R, sequences), parts, splits,
             SHAPE=_CombineShape(R, Dv, widths.BDV, 16), num_warps=2,
         )  # fmt: skip
     return out, lse
