@@ -25,6 +25,7 @@ from ...kernels.launch import constant
 from ...planning.choose import Question, answer, require
 from ..tracers import cannot_trace, is_exporting, untraced
 from ..watched import sampled
+from .layers import layer_of
 from .masks import NAME, ProvenMask
 from .proof import EXTRAS, Given, is_proven, prove
 from .sites import NEEDS_EAGER, Site, site_of, traced
@@ -82,6 +83,10 @@ def _prove_and_run(site: Site, given: Given, decide: Callable[[AttentionSpec], t
 def _run_eagerly(given: Given) -> Result:
     if torch.jit.is_tracing() or get_proxy_mode() is not None:  # type: ignore[attr-defined]
         return _export(given)
+    if (layer := layer_of(given.key)) is not None:
+        out = layer.attend(given, wants_weights(given))
+        if out is not None:
+            return out.transpose(1, 2).contiguous(), None
     site, module = site_of(given.module), given.module
     if site is None:
         raise RuntimeError(
