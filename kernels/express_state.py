@@ -210,7 +210,7 @@ class ExpressState:
     # -- reading ------------------------------------------------------------------------------------------------
 
     def coreset(self) -> tuple[Kept, torch.Tensor]:
-        """Every row held, and the tokens each one stands for: float64 ``[R]``. The weights sum to ``length - dropped``."""
+        """Every row held, and the tokens each one stands for: float64 ``[R]``; they sum to ``length - dropped``."""
         if not self._rows:
             raise ValueError("the state is empty: call update() first")
         round_ = self._round

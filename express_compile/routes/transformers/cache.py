@@ -29,7 +29,7 @@ from ...kernels.held import Held, HeldRows
 from ...kernels.launch import Random
 from ...planning.choose import methods_of
 from ..eager import rewrite_attention, rewritten_sites
-from .layers import ExpressLayer, Like, Place, Step
+from .layers import ExpressLayer, Place, Step
 from .sites import installed
 
 _ROWS = ("budget", "sinks", "recent", "protected")
@@ -80,17 +80,14 @@ class ExpressCache(Cache):
         seed: int | None = 0,
         **options: Any,
     ) -> None:
-        policy = Policy(seed=seed)  # checks it
-        found = _asked(plan, rows, options)
+        seed = Policy(seed=seed).seed  # checks it
+        asked = _asked(plan, rows, options)
         sites = _sites(model)
-        if found is None:
-            found = Policy(method_options={"heads": PerHead().data()}, methods=("heads",))
-            policies = {site.path: site.plans.policy for site in installed(model)}
-            if any(methods_of(own, path) != ("exact",) for path, own in policies.items()):
-                found = policies
-        paths = {index: path for path, index in sites.items()}
-        own = {path: _rows_at(found if isinstance(found, Policy) else found[path], path) for path in sites}
-        self._build(model, paths, own, policy.seed)
+        policies = {site.path: site.plans.policy for site in installed(model)}
+        if asked is None and all(methods_of(policy, path) == ("exact",) for path, policy in policies.items()):
+            asked = Policy(methods=("heads",))
+        own = {path: _rows_at(asked or policies[path], path) for path in sites}
+        self._build(model, sites, own, seed)
         if unknown := sorted(_named(plan, rows) - set(own)):
             name = "rows" if plan is None else "plan"
             raise ValueError(
@@ -98,14 +95,13 @@ class ExpressCache(Cache):
             )
 
     def _build(
-        self, model: PreTrainedModel, paths: Mapping[int, str], own: Mapping[str, PerHead], seed: int | None
+        self, model: PreTrainedModel, sites: Mapping[str, int], own: Mapping[str, PerHead], seed: int | None
     ) -> None:
         self.seed = int(torch.randint(0, 2**31 - 1, ())) if seed is None else seed
-        self._step = Step(len(paths))
+        self._step = Step(len(sites))
         self._model = _shape_of(model)
-        self._dtype = model.dtype
         layers = DynamicCache(config=model.config).layers
-        for index, path in paths.items():
+        for path, index in sites.items():
             place = Place(index, path, layer_key(path), weakref.ref(model.get_submodule(path)))
             layers[index] = ExpressLayer(place, own[path], self.seed, self._step)
         super().__init__(layers=layers)
@@ -149,13 +145,15 @@ class ExpressCache(Cache):
             return
         layers = self.express_layers
         others = sorted({type(x).__name__ for x in self.layers if not isinstance(x, ExpressLayer)} - {"DummyLayer"})
-        stuck = [x.place.path for x in layers if not (x.can_undo if x.place.index in self._step.done else not x.settling)]
+        stuck = [
+            x.place.path for x in layers if not (x.can_undo if x.place.number in self._step.done else not x.settling)
+        ]
         if others or stuck:
             why = f"{', '.join(others)} cannot go back" if others else f"{stuck[0]!r} has moved rows of it already"
             raise RuntimeError(f"ExpressCache: the step cannot be taken back, {why}; reset() empties the cache")
         for layer in layers:
-            if layer.place.index in self._step.done or layer.place.index == self._step.open:
-                layer.undo(layer.place.index in self._step.done)
+            if layer.place.number in self._step.done or layer.place.number == self._step.open:
+                layer.undo(layer.place.number in self._step.done)
         self._step.clear()
 
     def reset(self) -> None:
@@ -183,13 +181,14 @@ class ExpressCache(Cache):
         self._step.require_whole()
         if others := sorted({type(x).__name__ for x in self.layers if not isinstance(x, ExpressLayer)}):
             raise ValueError(f"ExpressCache: {', '.join(others)} cannot be saved; only layers of full attention can")
-        layers, tensors = [], {}
+        layers: list[dict[str, Any]] = []
+        tensors: dict[str, torch.Tensor] = {}
         for layer in self.express_layers:
             if layer.like is None:
                 raise ValueError("ExpressCache: there are no tokens to save")
             data, own = _saved(layer)
             layers.append(data)
-            tensors |= {f"{layer.place.index}.{name}": x.detach().contiguous().cpu() for name, x in own.items()}
+            tensors |= {f"{layer.place.number}.{name}": x.detach().contiguous().cpu() for name, x in own.items()}
         header = {"version": _VERSION, "model": self._model, "seed": self.seed, "layers": layers}
         target = Path(os.path.realpath(path))
         part = target.with_name(f".{uuid.uuid4().hex}.part")
@@ -237,9 +236,9 @@ class ExpressCache(Cache):
                         f"{header['seed']}), asked is {describe(layer.own.rows)} (seed {asked.seed})"
                     )
         cache = cls.__new__(cls)
-        cache._build(model, {index: path for path, index in sites.items()}, own, header["seed"])
+        cache._build(model, sites, own, header["seed"])
         for layer in cache.express_layers:
-            prefix = f"{layer.place.index}."
+            prefix = f"{layer.place.number}."
             mine = {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
             _restore(layer, entries[layer.place.path], mine)
         return cache
@@ -263,11 +262,10 @@ def _asked(plan: Any, rows: Any, options: Mapping[str, Any]) -> Policy | None:
     if rows is None and not options:
         return None
     if rows is None:
-        given = {name: options.get(name, default) for name, default in zip(_ROWS, (512, 32, 256, 256), strict=True)}
-        budget = given.pop("budget")
+        budget, *others = (options.get(name, x) for name, x in zip(_ROWS, (512, 32, 256, 256), strict=True))
         if isinstance(budget, bool) or not isinstance(budget, int) or (budget < 2 and budget != 0):
             raise ValueError(f"budget={budget!r}: must be a number of rows, 2 or more, or 0 for no thinned rows")
-        rows = Rows(thinned=floor_power_of_two(budget) if budget else 0, **given)
+        rows = Rows(thinned=floor_power_of_two(budget) if budget else 0, **dict(zip(_ROWS[1:], others, strict=True)))
     own = PerHead(rows, **{name: options[name] for name in _OTHERS if name in options})
     return Policy(methods=("heads",), method_options={"heads": own.data()})
 
@@ -333,7 +331,9 @@ def _shape_of(model: PreTrainedModel) -> dict[str, Any]:
 
 def _require_fits(name: str, header: Mapping[str, Any], model: PreTrainedModel) -> None:
     mine, theirs = header["model"], _shape_of(model)
-    if wrong := [f"{key}={mine.get(key)!r}, the model has {theirs[key]!r}" for key in theirs if mine.get(key) != theirs[key]]:
+    if wrong := [
+        f"{key}={mine.get(key)!r}, the model has {theirs[key]!r}" for key in theirs if mine.get(key) != theirs[key]
+    ]:
         raise ValueError(f"{name}: was saved from another model: {'; '.join(wrong)}")
 
 
@@ -342,7 +342,7 @@ def _saved(layer: ExpressLayer) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     assert layer.like is not None
     data = {
         "path": layer.place.path,
-        "index": layer.place.index,
+        "index": layer.place.number,
         "options": layer.own.data(),
         "columns": layer.columns,
         "padded": layer.padded,
@@ -352,7 +352,7 @@ def _saved(layer: ExpressLayer) -> tuple[dict[str, Any], dict[str, torch.Tensor]
         return data, {"keys": layer.keys, "values": layer.values}
     held = {"length": layer.held.length, "left": [part.left for part in layer.held.parts]}
     held["scale"] = layer.held.parts[0].scale
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for i, part in enumerate(layer.held.parts):
         tensors |= {f"{i}.{name}": getattr(part, name) for name in HeldRows.TENSORS}
     return {**data, "held": held}, tensors
@@ -360,24 +360,20 @@ def _saved(layer: ExpressLayer) -> tuple[dict[str, Any], dict[str, torch.Tensor]
 
 def _restore(layer: ExpressLayer, data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Put what :func:`_saved` gave into an empty layer."""
-    if "held" not in data:
-        key, value = tensors["keys"], tensors["values"]
-        layer.lazy_initialization(key, value)
-        layer.keys, layer.values = key, value
-    else:
-        held, sizes = data["held"], []
-        for name in ("key", "value"):
-            parts = [tensors[f"{i}.{name}"] for i in range(len(held["left"]))]
-            H_kv = sum(part.shape[1] for part in parts)
-            sizes.append(parts[0].new_empty(parts[0].shape[0], H_kv, 0, parts[0].shape[3]))
-        layer.lazy_initialization(*sizes)
-        layer.keys = layer.values = None
-        random = Random(torch.tensor(layer.seed, device=sizes[0].device), layer.place.key)
-        layer.held = Held(layer.own, *sizes, random, held["scale"])
-        layer.held.length = held["length"]
-        for i, part in enumerate(layer.held.parts):
-            part.left = held["left"][i]
-            for name in HeldRows.TENSORS:
-                setattr(part, name, tensors[f"{i}.{name}"])
     layer.columns, layer.padded = data["columns"], data["padded"]
-    assert layer.like == Like.of(*((layer.keys, layer.values) if layer.held is None else sizes))
+    if "held" not in data:
+        layer.lazy_initialization(tensors["keys"], tensors["values"])
+        layer.keys, layer.values = tensors["keys"], tensors["values"]
+        return
+    held, parts = data["held"], range(len(data["held"]["left"]))
+    H_kv = sum(tensors[f"{i}.key"].shape[1] for i in parts)
+    key, value = (tensors[f"0.{name}"][:, :1, :0].expand(-1, H_kv, -1, -1) for name in ("key", "value"))
+    layer.lazy_initialization(key, value)
+    layer.keys = layer.values = None
+    random = Random(torch.tensor(layer.seed, device=key.device), layer.place.key)
+    layer.held = Held(layer.own, key, value, random, held["scale"])
+    layer.held.length = held["length"]
+    for i, part in enumerate(layer.held.parts):
+        part.left = held["left"][i]
+        for name in HeldRows.TENSORS:
+            setattr(part, name, tensors[f"{i}.{name}"])

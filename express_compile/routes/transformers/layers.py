@@ -9,7 +9,6 @@ two halves, and :class:`Step` knows which layers have both.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
@@ -123,7 +122,7 @@ class Step:
 class Place(NamedTuple):
     """Which layer of which model: its number, the path of its module, the key of its random numbers, the module."""
 
-    index: int
+    number: int
     path: str
     key: int
     module: Callable[[], torch.nn.Module | None]
@@ -141,7 +140,7 @@ class Like(NamedTuple):
 
     @classmethod
     def of(cls, key: torch.Tensor, value: torch.Tensor) -> Like:
-        return cls(*key.shape[:2], key.shape[3], value.shape[3], key.dtype, key.device)
+        return cls(key.shape[0], key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
 
 
 class ExpressLayer(CacheLayerMixin):
@@ -195,7 +194,7 @@ class ExpressLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._require_alike(key_states, value_states)
-        self.step.begin(self.place.index)
+        self.step.begin(self.place.number)
         if self.held is not None:  # the last step can no longer be undone
             self.keys = self.values = None
         total = self.columns + key_states.shape[2]
@@ -228,7 +227,9 @@ class ExpressLayer(CacheLayerMixin):
             self._end(n)
             return None
         if weights:
-            raise ValueError(f"{self.place.path!r}: output_attentions: weighted rows have no attention weights per token")
+            raise ValueError(
+                f"{self.place.path!r}: output_attentions: weighted rows have no attention weights per token"
+            )
         out = self._attend(site, given, prove(site, given), key, value)
         self._end(n)
         return out
@@ -238,9 +239,7 @@ class ExpressLayer(CacheLayerMixin):
         self.step.end()
 
     @torch.no_grad()
-    def _attend(
-        self, site: Site, given: Given, proof: Proof, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
+    def _attend(self, site: Site, given: Given, proof: Proof, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         n, scaling = key.shape[2], given.arguments.get("scaling")
         scale = float(default_scale(key.shape[3]) if scaling is None else scaling)
         self._require_causal(proof, n)
@@ -389,12 +388,10 @@ class ExpressLayer(CacheLayerMixin):
 
     def _drop(self, count: int) -> None:
         self.columns -= count
-        if self.held is None:
-            self.keys, self.values = (x[:, :, : self.columns] for x in (self.keys, self.values))
-        elif self.keys is not None and self.keys.shape[2] >= self.columns:  # thinned by the last step alone
-            self.held = None
-            self.keys, self.values = (x[:, :, : self.columns] for x in (self.keys, self.values))
-        else:
+        if self.keys is not None and self.values is not None and self.keys.shape[2] >= self.columns:
+            self.held = None  # what there may be of it is of the last step alone
+            self.keys, self.values = self.keys[:, :, : self.columns], self.values[:, :, : self.columns]
+        elif self.held is not None:
             self.held.drop(count)
         self.last = max(0, self.last - count)
 
