@@ -166,7 +166,7 @@ class ExpressCache(Cache):
         thinned or dropped one of them."""
         self._step.require_whole()
         for layer in self.express_layers:
-            layer.require_croppable(-tokens_to_remove)
+            layer.require_croppable(-int(tokens_to_remove))
         super().crop(tokens_to_remove)
 
     # -- files --------------------------------------------------------------------------------------------------------

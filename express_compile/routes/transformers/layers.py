@@ -380,7 +380,7 @@ class ExpressLayer(CacheLayerMixin):
         """Take the last ``-tokens_to_remove`` tokens back. Raises ``ValueError`` where they are thinned already."""
         if tokens_to_remove > 0:
             raise ValueError(f"ExpressCache: crop({tokens_to_remove}): must be minus the number of tokens to take back")
-        count = -tokens_to_remove
+        count = -int(tokens_to_remove)  # some versions give a tensor
         self.step.require_whole()
         self.require_croppable(count)
         if count and self.is_initialized:
