@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from .express import Express
+from .attend.segments import COMPACTED
+from .express import Express, gather_rows, make_layout, select_rows
 from .express_state import Kept, join
 from .heads import Group, PerHead, groups
 from .launch import Random, philox_uniform
@@ -161,6 +162,8 @@ class HeldRows:
         if sinks:
             self._write(b, length, new[:sinks])
         if settle:
+            if not length:
+                self._thin_prompt(b, new)
             self.advance(b, length, new)
         first = max(length + sinks, self.ring + self.left[b.start])
         for place, token, count in self._in_ring(first, length + new.count):
@@ -175,6 +178,44 @@ class HeldRows:
         for i in range(0, rows.count, CONTEST):
             losers = self._compete(b, left + i, rows[i : i + CONTEST])
             self._stream(b, config.streamed(left + i), losers)
+
+    def _thin_prompt(self, b: slice, new: Kept) -> None:
+        """Let the first tokens leave all at once, as a prefill thins them, up to where a block of queries starts."""
+        config = self.config
+        assert config is not None
+        begin = new.count - config.in_block(new.count)
+        left = self.leaves(begin, 0)
+        if config.streamed(left) < 4 * config.s:
+            return
+        layout, random = make_layout(config, 1, begin + 1), self.random._replace(heads=self.random.heads.int())
+        index = select_rows(new.key[:, :, :begin], new.value[:, :, :begin], layout, self.scale, random)[1]
+        segments, log_weight = layout.table.segments[0], layout.table.log_weight[0]
+        round_ = Round(round_of(config.streamed(left), config.s), config.s, config.M)
+        names = [*(("places", "waiting") if config.protected else ()), "E", *range(round_.q)]
+        to = {"places": self.places, "waiting": self.waiting, "E": self.coreset}
+        to |= {level: self._bucket(round_, level) for level in range(round_.q)}
+        for name, (source, first, count), weight in zip(names, segments[1:], log_weight[1:], strict=False):
+            at = index[:, :, first : first + count] if source == COMPACTED else new.index[:, :, first : first + count]
+            self._write(b, to[name], new.pick(at.long()), float(weight))
+        if config.protected:
+            self._score_places(b, new, left)
+        else:  # a subsampling group that is not complete is where the tail of the table begins
+            self._write(b, self.waiting, new[int(layout.table.tail[0]) : config.sinks + left])
+        self.left[b] = [left] * (b.stop - b.start)
+
+    def _score_places(self, b: slice, new: Kept, left: int) -> None:
+        """The scores of the protected tokens, each by the mean of the keys up to its contest."""
+        config = self.config
+        assert config is not None
+        keys = new.key[:, :, config.sinks : config.sinks + left].to(self.key_sum).unflatten(2, (-1, CONTEST)).sum(3)
+        keys[:, :, 0] += new.key[:, :, : config.sinks].to(self.key_sum).sum(2)
+        sums = keys.cumsum(2)
+        self.key_sum[b] = sums[:, :, -1]
+        places = self._read(b, self.places, config.protected)
+        contests = (places.index.long() - config.sinks) // CONTEST
+        counts = config.sinks + (contests + 1) * CONTEST
+        means = gather_rows(sums, contests) / counts[..., None]
+        self.scores[b] = -torch.cosine_similarity(places.key.to(sums), means, dim=-1)
 
     def _compete(self, b: slice, left: int, rows: Kept) -> Kept:
         """One contest for the protected places; returns the rows that lost."""
