@@ -3,7 +3,7 @@
     python examples/bench/caching.py --out examples/bench/results/caching.csv  # on a CPU ten minutes or more
     python examples/bench/caching.py --prompt 1536 --steps 512 --texts genesis argparse
 
-Every text is forced: the model reads ``--prompt`` tokens at once and the next ``--steps`` one by one, whatever it
+Every text is forced: the model reads ``--prompt`` tokens at once and the next ``--steps`` by ``--piece``, whatever it
 would say. An ExpressCache of each plan, and beside it one with as many rows of sinks and a window alone (StreamingLLM),
 the number that the plan held on average over the steps. Prompts attend by the plan of the cache, too. In a row of the
 file ``low`` and ``high`` are the means of the first and of the last quarter of the steps, where a drift would show.
@@ -27,16 +27,15 @@ PLANS = (Rows(SINKS, 160, 64), Rows(SINKS, 64, 64, 32), Rows(SINKS, 96, 32, 96))
 
 
 @torch.no_grad()
-def forced(model, ids: torch.Tensor, prompt: int, rows: Rows) -> tuple[torch.Tensor, float, int]:
+def forced(model, ids: torch.Tensor, prompt: int, piece: int, rows: Rows) -> tuple[torch.Tensor, float, int]:
     """Log-probabilities ``[B, steps, vocabulary]`` after the tokens from ``prompt - 1`` on, the rows that a KV head
     held on average over the steps, and the bytes of the cache after them."""
     cache = ExpressCache(model, rows=rows)
     out = [model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1).logits]
     held = []
-    for i in track(range(prompt, ids.shape[1] - 1), description=str(rows), transient=True):
-        out.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
-        if i % 16 == 0:
-            held.append(cache.rows_held)
+    for step in track(ids[:, prompt:-1].split(piece, 1), description=str(rows), transient=True):
+        out.append(model(step, past_key_values=cache).logits)
+        held.append(cache.rows_held)
     return torch.cat(out, 1).log_softmax(-1), sum(held) / len(held), cache.nbytes
 
 
@@ -44,10 +43,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
     parser.add_argument("--prompt", type=int, default=1536, help="tokens read at once (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=512, help="tokens that follow one by one (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=512, help="tokens that follow in steps (default: %(default)s)")
     parser.add_argument(
         "--texts", nargs="+", default=TEXTS, metavar="TEXT", help="names of texts (default: all natural)"
     )
+    parser.add_argument("--piece", type=int, default=1, help="tokens of a step, at most 32 (default: %(default)s)")
+    parser.add_argument("--plans", type=int, default=len(PLANS), help="how many of the plans (default: all)")
     args = parser.parse_args()
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     model, tokenizer = load_smollm2(device, dtype)
@@ -57,14 +58,17 @@ def main() -> None:
         kept = args.steps + 1
         exact = torch.cat([model(x, logits_to_keep=kept).logits[:, :-1] for x in ids.split(1)]).log_softmax(-1)
     rows = []
-    for plan in PLANS:
-        found = forced(model, ids, args.prompt, plan)
-        window = forced(model, ids, args.prompt, Rows(SINKS, round(found[1]) - SINKS - 1))  # and the newest token
+    for plan in PLANS[: args.plans]:
+        found = forced(model, ids, args.prompt, args.piece, plan)
+        # beside the window there are the tokens of the last step
+        window = forced(model, ids, args.prompt, args.piece, Rows(SINKS, round(found[1]) - SINKS - args.piece))
         for name, (got, held, size) in (("ExpressCache", found), ("StreamingLLM", window)):
             kl = torch.stack([(p.exp() * (p - q)).sum(-1) for p, q in zip(exact, got, strict=True)]).mean(0)
             quarter = args.steps // 4
             common = dict(run_of(args.commit), model=MODEL, n=end, method=name, rows=round(held, 1))
-            common |= dict(task=f"{len(ids)} texts, {args.steps} forced steps", params=str(plan).replace(" ", ""))
+            common |= dict(
+                task=f"{len(ids)} texts, {args.steps} forced tokens by {args.piece}", params=str(plan).replace(" ", "")
+            )
             means = [float(x.mean()) for x in (kl, kl[:quarter], kl[-quarter:])]
             rows.append({**common, "metric": "kl", "value": means[0], "low": means[1], "high": means[2]})
             rows.append({**common, "metric": "bytes per sequence", "value": size / len(ids)})
