@@ -13,8 +13,9 @@ Tokens of a short step stay in the ring until the next one begins (:meth:`Held.s
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -55,6 +56,17 @@ def weighted_attention(
     lse = scores.logsumexp(-1)
     out = (scores - lse[..., None]).exp() @ v[:, :, None]
     return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
+
+
+def _in_place(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Without gradients, and with tensors that can be written to whether or not somebody is in inference mode."""
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run
 
 
 class HeldRows:
@@ -191,12 +203,11 @@ class HeldRows:
         index = select_rows(new.key[:, :, :begin], new.value[:, :, :begin], layout, self.scale, random)[1]
         segments, log_weight = layout.table.segments[0], layout.table.log_weight[0]
         round_ = Round(round_of(config.streamed(left), config.s), config.s, config.M)
-        names = [*(("places", "waiting") if config.protected else ()), "E", *range(round_.q)]
-        to = {"places": self.places, "waiting": self.waiting, "E": self.coreset}
-        to |= {level: self._bucket(round_, level) for level in range(round_.q)}
-        for name, (source, first, count), weight in zip(names, segments[1:], log_weight[1:], strict=False):
+        places = [self.places, self.waiting] if config.protected else []
+        places += [self.coreset, *(self._bucket(round_, level) for level in range(round_.q))]
+        for to, (source, first, count), weight in zip(places, segments[1:], log_weight[1:], strict=False):
             at = index[:, :, first : first + count] if source == COMPACTED else new.index[:, :, first : first + count]
-            self._write(b, to[name], new.pick(at.long()), float(weight))
+            self._write(b, to, new.pick(at.long()), float(weight))
         if config.protected:
             self._score_places(b, new, left)
         else:  # a subsampling group that is not complete is where the tail of the table begins
@@ -352,6 +363,7 @@ class Held:
     ``random`` is the seed (0-dim int64) and the key of the layer. length: the tokens of each sequence, without padding.
     """
 
+    @_in_place
     def __init__(self, own: PerHead, key: torch.Tensor, value: torch.Tensor, random: Random, scale: float) -> None:
         self.length = [0] * key.shape[0]
         self.parts = []
@@ -386,14 +398,14 @@ class Held:
         index = torch.arange(length, length + n, dtype=torch.int32, device=key.device)
         return Kept(index.expand(*k.shape[:2], n), k, v)
 
-    @torch.no_grad()
+    @_in_place
     def settle(self) -> None:
         """Let the tokens leave that are no longer recent. What came before cannot be undone any more."""
         for b, length, _, _ in list(self._spans(0, None)):
             for part in self.parts:
                 part.advance(b, length, part._read(b, 0, 0))
 
-    @torch.no_grad()
+    @_in_place
     def fill(self, key: torch.Tensor, value: torch.Tensor, real: Real = None) -> None:
         """Add tokens and settle; ``key`` ``[B, H_kv, n, D]``, ``value`` ``[B, H_kv, n, Dv]``."""
         for b, length, at, _ in list(self._spans(key.shape[2], real)):
@@ -402,7 +414,7 @@ class Held:
                 part.append(b, length, self._tokens(part, length, k, v), settle=True)
         self._count(key.shape[2], real)
 
-    @torch.no_grad()
+    @_in_place
     def extend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, real: Real = None) -> torch.Tensor:
         """Attention of new tokens ``query`` ``[B, H, n, D]`` to what is held, settled, and causally to themselves:
         ``[B, H, n, Dv]``, 0 for padding. Then they are held, too; not settled if there are at most ``STEP``."""
@@ -433,7 +445,7 @@ class Held:
         ]
         return min(tails)
 
-    @torch.no_grad()
+    @_in_place
     def drop(self, count: int, beyond: int = 0) -> None:
         """Forget the last ``count`` tokens, at most ``exact_tail``, and what may lie up to ``beyond`` places behind."""
         for i, length in enumerate(self.length):
@@ -448,7 +460,7 @@ class Held:
                     part._free(b, place, n)
         self.length = [length - count for length in self.length]
 
-    @torch.no_grad()
+    @_in_place
     def select(self, index: torch.Tensor) -> None:
         """The sequences at ``index`` int64 ``[B']``, in place where there are as many as before."""
         order = index.tolist()

@@ -297,6 +297,18 @@ def test_memory_does_not_grow_with_the_length() -> None:
     assert cache.rows_held < 6 * 32 + 2 + 30 + 16 + 255 + 16
 
 
+def test_a_cache_goes_from_inference_mode_to_no_grad_and_back() -> None:
+    model, prompt = llama(), ids(104)
+    expected = ExpressCache(model, rows=MIXED, block=16)
+    results = [logits(model, part, expected) for part in prompt.split([100, 2, 2], 1)]
+    cache = ExpressCache(model, rows=MIXED, block=16)
+    for i, part in enumerate(prompt.split([100, 2, 2], 1)):
+        with torch.inference_mode(i != 1), torch.no_grad():
+            found = model(part, past_key_values=cache).logits
+        cache.reorder_cache(torch.tensor([0]))
+        assert torch.equal(found, results[i])
+
+
 def test_what_attended_is_recorded() -> None:
     model = llama()
     cache = ExpressCache(model, rows=MIXED)

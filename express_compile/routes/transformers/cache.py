@@ -301,6 +301,10 @@ def _sites(model: Any) -> dict[str, int]:
     """Module path -> number of the layer, for the layers whose tokens a plan may thin. The model is rewritten."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model={type(model).__name__}: must be a PreTrainedModel of transformers")
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"model={type(model).__name__}: has an encoder and a decoder; only decoders alone are supported"
+        )
     if not rewritten_sites(model):
         rewrite_attention(model, methods=["exact"])
     found: dict[str, int] = {}
