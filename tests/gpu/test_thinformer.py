@@ -63,7 +63,7 @@ def test_halving_decisions(poison, judge, rule, dtype, Lk, s, D):
     T.thin(k, v, index, schedule, 0, get_rule(rule), scale, _triton.Random(seed_of(5), 3))
     arena = torch.cat([stream, index[:, :, :A]], 2)
     assert judge(k, v, arena, schedule, get_rule(rule), scale, seed_of(5), 3) == 4 * (n - s)
-    chosen, keys, values, _ = T.select(k, v, None, s, get_rule(rule), scale, _triton.Random(seed_of(5), 3))
+    chosen, keys, values, _ = T.select(k, v, None, s, get_rule(rule), scale, seed_of(5), 3)
     assert torch.equal(chosen, arena[:, :, -s:])
     assert torch.equal(keys, T.gather_rows(k, chosen)) and torch.equal(values, T.gather_rows(v, chosen))
 
