@@ -174,8 +174,6 @@ class HeldRows:
         if sinks:
             self._write(b, length, new[:sinks])
         if settle:
-            if not length:
-                self._thin_prompt(b, new)
             self.advance(b, length, new)
         first = max(length + sinks, self.ring + self.left[b.start])
         for place, token, count in self._in_ring(first, length + new.count):
@@ -191,16 +189,18 @@ class HeldRows:
             losers = self._compete(b, left + i, rows[i : i + CONTEST])
             self._stream(b, config.streamed(left + i), losers)
 
-    def _thin_prompt(self, b: slice, new: Kept) -> None:
-        """Let the first tokens leave all at once, as a prefill thins them, up to where a block of queries starts."""
+    def thin_prompt(self, b: slice, new: Kept, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Let the first tokens leave all at once, as a prefill thins them, up to where a block of queries starts;
+        ``key`` and ``value`` are those of all heads."""
         config = self.config
-        assert config is not None
+        if config is None:
+            return
         begin = new.count - config.in_block(new.count)
         left = self.leaves(begin, 0)
         if config.streamed(left) < 4 * config.s:
             return
-        layout, random = make_layout(config, 1, begin + 1), self.random._replace(heads=self.random.heads.int())
-        index = select_rows(new.key[:, :, :begin], new.value[:, :, :begin], layout, self.scale, random)[1]
+        layout, random = make_layout(config, 1, begin + 1), self.random._replace(heads=self.group.on(key.device))
+        index = select_rows(key[:, :, :begin], value[:, :, :begin], layout, self.scale, random)[1]
         segments, log_weight = layout.table.segments[0], layout.table.log_weight[0]
         round_ = Round(round_of(config.streamed(left), config.s), config.s, config.M)
         places = [self.places, self.waiting] if config.protected else []
@@ -411,7 +411,10 @@ class Held:
         for b, length, at, _ in list(self._spans(key.shape[2], real)):
             k, v = (x[b] if at is None else x[b].index_select(2, at) for x in (key, value))
             for part in self.parts:
-                part.append(b, length, self._tokens(part, length, k, v), settle=True)
+                new = self._tokens(part, length, k, v)
+                if not length:
+                    part.thin_prompt(b, new, k, v)
+                part.append(b, length, new, settle=True)
         self._count(key.shape[2], real)
 
     @_in_place
