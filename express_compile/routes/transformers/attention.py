@@ -26,6 +26,7 @@ from ...kernels.launch import constant
 from ...planning.choose import Question, answer, require
 from ..tracers import cannot_trace, is_exporting, tracer, untraced
 from ..watched import sampled
+from .layers import layer_of
 from .masks import NAME, ProvenMask
 from .proof import EXTRAS, Given, Proof, is_proven, prove
 from .sites import NEEDS_EAGER, Site, site_of, traced
@@ -81,6 +82,10 @@ def _prove_and_run(site: Site, given: Given, decide: Callable[[AttentionSpec], t
 def _run_eagerly(given: Given) -> Result:
     if tracer() is not None:
         return _export(given)
+    if (layer := layer_of(given.key)) is not None:
+        out = layer.attend(given, wants_weights(given))
+        if out is not None:
+            return out.transpose(1, 2).contiguous(), None
     site, module = site_of(given.module), given.module
     if site is None:
         raise RuntimeError(
