@@ -5,10 +5,12 @@ the same weights, for the same random numbers. Heads with equal rows share one :
 are places of sinks, of a ring of recent tokens, of protected tokens, of the coreset and of a subsampling group that is
 not complete. An empty place has the log-weight ``-inf``. What is where follows from two numbers per sequence: its
 tokens, and how many of them have left the ring. Heads that see everything, or blocks that queries select, hold all
-tokens, and they alone grow.
+tokens, and they alone grow. Selecting heads also hold the means of their keys in eights; a short step attends to the
+pages of :mod:`.select.pages` that its queries choose by them.
 
 Tokens of a short step stay in the ring until the next one begins (:meth:`Held.settle`), so that it can be undone
-(:meth:`Held.drop`) as if it had never been. Plain PyTorch, any device.
+(:meth:`Held.drop`) as if it had never been. Rows move in plain PyTorch, on any device; single tokens and short steps
+attend by the kernels of :mod:`.attend.decode` on CUDA.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 
+from .attend.decode import decode_attention, queries_at_once
 from .attend.segments import COMPACTED
 from .express import Express, gather_rows, make_layout, select_rows
 from .express_state import Kept, join
@@ -28,6 +31,7 @@ from .heads import Group, PerHead, groups
 from .launch import Random, philox_uniform
 from .select.contest import CONTEST, contest, distinctiveness
 from .select.halving import halve_reference
+from .select.pages import PAGE, SUB, choose_pages, listed, update_means
 from .select.schedule import CLOSE_FIRST, CLOSE_SECOND, SUBSAMPLE, Round, round_of, stage
 
 STEP = 32  # tokens of a step that can be undone
@@ -35,27 +39,6 @@ _GROW = 256  # rows, the least that heads which hold everything grow by
 _PIECE = 128  # queries that attend at once where a head holds everything
 _WAITING = 16  # places for an unfinished subsampling group at first
 _LN2 = math.log(2.0)
-
-
-def weighted_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_weight: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of ``query`` ``[B, H, n, D]`` over weighted rows ``key`` ``[B, H_kv, L, D]``, ``value``
-    ``[B, H_kv, L, Dv]``: each counts as ``exp(log_weight)`` of them, float32 ``[B, H_kv, L]``, with ``-inf`` not at
-    all. The last n rows are the tokens of the queries themselves: row ``L - n + j`` is hidden from query ``i < j``.
-
-    Returns ``out`` ``[B, H, n, Dv]`` and the log-sum-exp ``[B, H, n]``, computed in float32 (float64 for float64).
-    """
-    n, dtype = query.shape[2], torch.promote_types(query.dtype, torch.float32)
-    k, v = key.to(dtype), value.to(dtype)
-    q = query.unflatten(1, (k.shape[1], -1)).to(dtype)
-    scores = (q @ k.mT[:, :, None]) * scale + log_weight[:, :, None, None].to(dtype)
-    if n > 1:
-        hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-        scores[..., -n:] = scores[..., -n:].masked_fill(hidden, -math.inf)
-    lse = scores.logsumexp(-1)
-    out = (scores - lse[..., None]).exp() @ v[:, :, None]
-    return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
 
 
 def _in_place(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,10 +53,11 @@ def _in_place(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class HeldRows:
-    """The rows of the KV heads of a group. ``config`` None: they hold every token.
+    """The rows of the KV heads of a group. ``config`` None: they hold every token, token i at place i.
 
     key, value: ``[B, G, places, .]``. log_weight: float32 ``[B, G, places]``. token: int32 like it, which token of its
-    sequence is there. left: for each sequence, the tokens that left the ring and are no sinks.
+    sequence is there. means: ``[B, G, places / 8, D]`` where blocks are selected. left: for each sequence, the tokens
+    that left the ring and are no sinks.
     """
 
     def __init__(
@@ -102,8 +86,9 @@ class HeldRows:
         self.value = value.new_zeros(B, G, places, value.shape[-1])
         self.token = torch.zeros(B, G, places, dtype=torch.int32, device=key.device)
         self.log_weight = torch.full((B, G, places), -math.inf, device=key.device)
+        self.means = key.new_zeros(B, G, 0, key.shape[-1])
 
-    TENSORS = ("key", "value", "token", "log_weight", "scores", "key_sum")
+    TENSORS = ("key", "value", "token", "log_weight", "scores", "key_sum", "means")
 
     # -- places -------------------------------------------------------------------------------------------------
 
@@ -125,9 +110,12 @@ class HeldRows:
     def _grow(self, places: int) -> None:
         """More places at the end: for all tokens, or for a longer subsampling group."""
         places += max(_GROW, places // 8) if self.config is None else 0
-        for name in ("key", "value", "token", "log_weight"):
+        sizes = dict.fromkeys(("key", "value", "token", "log_weight"), places)
+        if self.group.rows.selected:
+            sizes["means"] = -(-places // SUB)
+        for name, size in sizes.items():
             old = getattr(self, name)
-            new = old.new_full((*old.shape[:2], places, *old.shape[3:]), -math.inf if name == "log_weight" else 0)
+            new = old.new_full((*old.shape[:2], size, *old.shape[3:]), -math.inf if name == "log_weight" else 0)
             new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
 
@@ -169,6 +157,8 @@ class HeldRows:
         """Hold ``new`` tokens behind ``length`` of them; those that leave the ring, too, or let them wait for that."""
         if self.config is None:
             self._write(b, length, new)
+            if self.group.rows.selected:
+                self._update_means(b, length, length + new.count)
             return
         sinks = min(max(self.ring - length, 0), new.count)
         if sinks:
@@ -178,6 +168,16 @@ class HeldRows:
         first = max(length + sinks, self.ring + self.left[b.start])
         for place, token, count in self._in_ring(first, length + new.count):
             self._write(b, place, new[token - length : token - length + count])
+
+    def _update_means(self, b: slice, since: int, end: int) -> None:
+        """The means of the eights that hold the tokens from ``since`` to ``end``."""
+        first, place = since // SUB, since // SUB * SUB
+        key, means = self.key[b, :, place:end], self.means[b, :, first : -(-end // SUB)]
+        update_means(means, key, *self._span(b, end - place))
+
+    def _span(self, b: slice, tokens: int) -> list[torch.Tensor]:
+        sizes = (0, tokens)
+        return [torch.full((b.stop - b.start,), x, dtype=torch.int32, device=self.key.device) for x in sizes]
 
     def _leave(self, b: slice, left: int, rows: Kept) -> None:
         config = self.config
@@ -330,24 +330,46 @@ class HeldRows:
         if own.count:
             key, value = torch.cat([key, own.key], 2), torch.cat([value, own.value], 2)
             log_weight = torch.nn.functional.pad(log_weight, (0, own.count))
-        return weighted_attention(query, key, value, log_weight, self.scale)[0]
+        return decode_attention(query, key, value, self.scale, log_weight=log_weight)[0]
+
+    def _extend_all(self, b: slice, length: int, query: torch.Tensor, new: Kept) -> torch.Tensor:
+        """:meth:`extend` where every token is held; the queries of a short step select, others see all tokens."""
+        is_selecting = self.group.rows.selected and new.count <= STEP
+        at_once, outs = _PIECE, []
+        if is_selecting:
+            at_once = max(1, queries_at_once(query.shape[1] // self.key.shape[1]))
+        for first in range(0, new.count, at_once):
+            piece, q = new[first : first + at_once], query[:, :, first : first + at_once]
+            self.append(b, length, piece, settle=True)
+            length += piece.count
+            pages = self._pages(b, length, q) if is_selecting else None
+            key, value = self.key[b, :, :length], self.value[b, :, :length]
+            outs.append(decode_attention(q, key, value, self.scale, pages=pages)[0])
+        return torch.cat(outs, 2)
+
+    def _pages(self, b: slice, length: int, query: torch.Tensor) -> torch.Tensor | None:
+        """The pages that the last of ``length`` tokens select, all together: int32 ``[B', G, .]``; None for all."""
+        rows = self.group.rows
+        recent = max(1, rows.recent) + query.shape[2] - 1  # every query sees its own recent tokens
+        if -(-length // PAGE) <= listed(rows.selected, rows.sinks, recent):
+            return None
+        means = self.means[b, :, : -(-length // SUB)]
+        return choose_pages(query, means, self.scale, *self._span(b, length), rows.selected, rows.sinks, recent)
 
     def extend(self, b: slice, length: int, query: torch.Tensor, new: Kept) -> torch.Tensor:
         """Attend with and append new tokens: those of a short step as they are, of others block by block."""
-        n = new.count
-        if n <= STEP:
-            if n > 1:
-                out = self.attend(b, query, new)
-                self.append(b, length, new, settle=False)
-                return out
+        n, config = new.count, self.config
+        if config is None:
+            return self._extend_all(b, length, query, new)
+        if n == 1:
             self.append(b, length, new, settle=False)
             return self.attend(b, query, new[:0])
-        config, outs, first = self.config, [], 0
+        outs, first = [], 0
         while first < n:
-            block = _PIECE if config is None else config.block - config.in_block(length + first)
+            block = n if n <= STEP else config.block - config.in_block(length + first)
             piece = new[first : first + block]
             outs.append(self.attend(b, query[:, :, first : first + block], piece))
-            self.append(b, length + first, piece, settle=True)
+            self.append(b, length + first, piece, settle=n > STEP)
             first += piece.count
         return torch.cat(outs, 2)
 

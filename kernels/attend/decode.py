@@ -75,12 +75,19 @@ def decode_attention(
     The n queries are the last n of the ``lengths`` rows (of all L without), and causal among themselves. The rest as
     in :class:`Rows`. Tensors of one floating dtype, of any strides. Returns ``out`` ``[B, H, n, Dv]`` and ``lse``
     ``[B, H, n]`` in float32 (float64 for float64): 0 and minus infinity where a query sees no row. On CUDA by
-    kernels, elsewhere by :func:`decode_reference`. Raises ``ValueError`` or ``TypeError`` for arguments that do not
-    fit, on CUDA also for more than 16 queries, and for more than 64 of them times heads per KV head.
+    kernels, for up to 16 queries and up to 64 of them times heads per KV head; otherwise, for float64 and elsewhere by
+    :func:`decode_reference`. Raises ``ValueError`` for arguments that do not fit.
     """
     rows = Rows(lengths, padding, log_weight, pages)
     _check(query, key, value, rows)
-    return (decode_triton if query.is_cuda else decode_reference)(query, key, value, scale, rows)
+    few = query.shape[2] <= queries_at_once(query.shape[1] // key.shape[1])
+    is_fast = query.is_cuda and few and query.dtype != torch.float64
+    return (decode_triton if is_fast else decode_reference)(query, key, value, scale, rows)
+
+
+def queries_at_once(group: int) -> int:
+    """How many queries the kernels take of ``group`` query heads per KV head; 0 if none."""
+    return min(MAX_QUERIES, MAX_ROWS // group)
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows) -> None:
@@ -133,8 +140,8 @@ def decode_reference(
     dtype, H_kv, n = torch.promote_types(query.dtype, torch.float32), key.shape[1], query.shape[2]
     seen = visible_rows(query, key, rows)
     read = seen.any(2)[..., None]
-    k, v = (x.to(dtype).masked_fill(~read, 0) for x in (key, value))
-    scores = (query.unflatten(1, (H_kv, -1)).flatten(2, 3).to(dtype) * scale) @ k.mT
+    v = value.to(dtype).masked_fill(~read, 0)
+    scores = (query.unflatten(1, (H_kv, -1)).flatten(2, 3).to(dtype) * scale) @ key.to(dtype).mT
     scores = scores.unflatten(2, (-1, n))  # [B, H_kv, g, n, L]
     if rows.log_weight is not None:
         scores = scores + rows.log_weight[:, :, None, None].to(dtype)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from express_compile.core.rows import Rows
+from express_compile.kernels.attend.decode import decode_attention
 from express_compile.kernels.heads import EVERYTHING, PerHead
-from express_compile.kernels.held import Held, HeldRows, weighted_attention
+from express_compile.kernels.held import Held, HeldRows
 from express_compile.kernels.launch import Random
 
 ROWS = (Rows(4, 60), Rows(4, 60, 64), EVERYTHING, Rows(4, 60, 64, 128), Rows(4, 60, 64), Rows(4, 60, selected=2))
@@ -51,7 +52,8 @@ def test_weighted_attention_is_that_of_the_cpu() -> None:
     log_weight = torch.randint(0, 5, (2, 6, 500), device="cuda") * math.log(2)
     log_weight[..., ::7] = -math.inf
     for n in (1, 5):
-        out, lse = weighted_attention(q[:, :, :n], k, v, log_weight, 0.125)
-        expected = weighted_attention(*(x.cpu() for x in (q[:, :, :n], k, v, log_weight)), 0.125)
+        out, lse = decode_attention(q[:, :, :n], k, v, 0.125, log_weight=log_weight)
+        own = (x.cpu() for x in (q[:, :, :n], k, v))
+        expected = decode_attention(*own, 0.125, log_weight=log_weight.cpu())
         torch.testing.assert_close(out.cpu(), expected[0], rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(lse.cpu(), expected[1], rtol=1e-3, atol=1e-3)

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from express_compile.core.rows import Rows
+from express_compile.kernels.attend.decode import MAX_QUERIES, Rows as Places, decode_attention, decode_reference, decode_triton
 from express_compile.kernels.express import Express
 from express_compile.kernels.express_state import ExpressState
 from express_compile.kernels.heads import EVERYTHING, PerHead, groups, heads_reference
-from express_compile.kernels.held import STEP, Held, HeldRows, weighted_attention
+from express_compile.kernels.held import STEP, Held, HeldRows
 from express_compile.kernels.launch import Random
 
 SEED = torch.tensor(7)
@@ -216,7 +217,7 @@ def test_weighted_attention_is_softmax_over_repeated_rows() -> None:
     q, k, v = tokens(9, B=2)
     counts = torch.tensor([1, 3, 0, 2, 1, 1, 4])
     log_weight = counts.to(torch.float32).log().expand(2, 2, 7)
-    out, lse = weighted_attention(q[:, :, :2], k[:, :, :7], v[:, :, :7], log_weight, 0.5)
+    out, lse = decode_attention(q[:, :, :2], k[:, :, :7], v[:, :, :7], 0.5, log_weight=log_weight)
     for i, seen in enumerate((slice(0, 6), slice(0, 7))):  # the last two rows are those of the queries
         own = counts[seen]
         rows = torch.arange(len(own)).repeat_interleave(own)
