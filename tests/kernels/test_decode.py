@@ -152,3 +152,7 @@ def test_more_queries_than_the_kernels_take_are_an_error():
     for H, n in ((2, 17), (65, 1)):
         with pytest.raises(ValueError, match=f"query: {n} queries of {H} heads"):
             K.decode_triton(*tokens(1, H, 1, n, 30), 0.25, K.Rows())
+
+
+def test_how_many_queries_the_kernels_take_follows_from_the_heads_of_a_key_head():
+    assert [K.queries_at_once(group) for group in (1, 4, 5, 8, 64, 65)] == [16, 16, 12, 8, 1, 0]

@@ -10,12 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from express_compile.core.rows import Rows
-from express_compile.kernels.attend.decode import MAX_QUERIES, Rows as Places, decode_attention, decode_reference, decode_triton
+from express_compile.kernels import held as K
+from express_compile.kernels.attend import decode
+from express_compile.kernels.attend.decode import decode_attention
 from express_compile.kernels.express import Express
 from express_compile.kernels.express_state import ExpressState
 from express_compile.kernels.heads import EVERYTHING, PerHead, groups, heads_reference
 from express_compile.kernels.held import STEP, Held, HeldRows
 from express_compile.kernels.launch import Random
+from express_compile.kernels.select import pages
 
 SEED = torch.tensor(7)
 FLOAT = {"rtol": 2e-6, "atol": 1e-8}  # log-weights are float32
@@ -231,3 +234,144 @@ def test_groups_of_heads_are_what_is_held_together() -> None:
     _, k, v = tokens(10, H_kv=6)
     cache = held(PerHead(MIXED), k, v)
     assert [part.group for part in cache.parts] == list(groups(MIXED, 6))
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_the_kernel_gives_what_the_reference_gives_over_the_rows_that_are_held(poison, n: int) -> None:
+    q, k, v = tokens(700, B=2, H=24, H_kv=6, dtype=torch.float32)
+    cache = held(PerHead(MIXED), k, v)
+    cache.fill(k[:, :, :650], v[:, :, :650], [(True,) * 650, tuple(i >= 90 for i in range(650))])
+    cache.extend(*(x[:, :, 650:690] for x in (q, k, v)))
+    cache.settle()
+    for part in cache.parts:
+        mine = [part.group.take(x[:, :, 690 : 690 + n], 6) for x in (q, k, v)]
+        key, value = (torch.cat(pair, 2) for pair in zip((part.key, part.value), mine[1:], strict=True))
+        log_weight = torch.nn.functional.pad(part.log_weight, (0, n))
+        assert (log_weight == -math.inf).any() and (log_weight > 0).any() == bool(part.group.rows.thinned)
+        rows = decode.Rows(log_weight=log_weight)
+        out, lse = decode.decode_triton(mine[0], key, value, 0.5, rows)
+        expected, expected_lse = decode.decode_reference(mine[0], key, value, 0.5, rows)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+# ---- selected blocks ------------------------------------------------------------------------------------------------
+
+SELECTING = (Rows(3, 70, selected=2), EVERYTHING, Rows(3, 70, selected=2), Rows(0, 0, selected=1))
+
+
+def pages_seen(q: torch.Tensor, k: torch.Tensor, rows: Rows, scale: float) -> set[int]:
+    """The pages that queries ``[R, D]`` of a head read of keys ``[n, D]``: kept ones, and the heaviest by 8 bits."""
+    n = len(k)
+    means = torch.stack([k[i : i + 8].mean(0) for i in range(0, n, 8)])
+    mass = (q @ means.T * scale).softmax(-1).sum(0)
+    worth = [int(mass[i : i + 8].sum().float().view(torch.int32)) >> 16 for i in range(0, len(mass), 8)]
+    kept = {p for p in range(len(worth)) if 64 * p < rows.sinks or 64 * (p + 1) > n - max(1, rows.recent)}
+    count = rows.selected + -(-rows.sinks // 64) + -(-max(1, rows.recent) // 64) + 1
+    others = sorted(set(range(len(worth))) - kept, key=lambda p: -worth[p])
+    return kept | set(others[: count - len(kept)])
+
+
+def masked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Rows, scale: float) -> torch.Tensor:
+    """Dense attention of queries ``[R, D]``, with a mask of the rows on the pages that are read."""
+    seen = pages_seen(q, k, rows, scale) if rows.selected else set(range(len(k)))
+    hidden = torch.tensor([i // 64 not in seen for i in range(len(k))]) if rows.selected else torch.zeros(len(k)).bool()
+    return (q @ k.T * scale).masked_fill(hidden, -math.inf).softmax(-1) @ v
+
+
+def assert_means(cache: Held) -> None:
+    for part in cache.parts:
+        for b, length in enumerate(cache.length):
+            if part.group.rows.selected:
+                key, count = part.key[b : b + 1, :, :length], -(-length // 8)
+                expected = pages.means_reference(key, torch.ones(1, length, dtype=torch.bool))
+                torch.testing.assert_close(part.means[b : b + 1, :, :count], expected)
+
+
+def test_selecting_heads_decode_over_the_pages_that_a_dense_mask_shows() -> None:
+    n = 64 * 12 + 5
+    q, k, v = tokens(n, B=2, H=8, H_kv=4)
+    cache, rows, loses = held(PerHead(SELECTING), k, v), SELECTING, 0.0
+    cache.fill(k[:, :, :700], v[:, :, :700])
+    for i in range(700, n):
+        cache.settle()
+        out = cache.extend(*(x[:, :, i : i + 1] for x in (q, k, v)))
+        for b, h in torch.cartesian_prod(torch.arange(2), torch.arange(4)).tolist():
+            own = q[b, 2 * h : 2 * h + 2, i], k[b, h, : i + 1], v[b, h, : i + 1]
+            expected = masked_attention(*own, rows[h], 0.5)
+            torch.testing.assert_close(out[b, 2 * h : 2 * h + 2, 0], expected)
+            loses = max(loses, float((expected - masked_attention(*own, EVERYTHING, 0.5)).norm() / expected.norm()))
+    assert loses > 0.1 and cache.length == [n, n]
+    assert_means(cache)
+
+
+def test_queries_of_a_short_step_select_together_and_each_sees_its_recent_tokens_and_none_behind_it() -> None:
+    q, k, v = tokens(64 * 10, B=1, H=2, H_kv=1)
+    row = Rows(3, 70, selected=2)
+    cache = held(PerHead((row,)), k, v)
+    cache.fill(k[:, :, :620], v[:, :, :620])
+    out = cache.extend(*(x[:, :, 620:636] for x in (q, k, v)))
+    seen = pages_seen(q[0, :, 620:636].flatten(0, 1), k[0, 0, :636], Rows(3, 85, selected=2), 0.5)
+    assert len(seen) < 10 and all((i - 69) // 64 in seen for i in range(620, 636))
+    for i in range(16):
+        hidden = torch.tensor([j // 64 not in seen or j > 620 + i for j in range(636)])
+        scores = (q[0, :, 620 + i] @ k[0, 0, :636].T * 0.5).masked_fill(hidden, -math.inf)
+        torch.testing.assert_close(out[0, :, i], scores.softmax(-1) @ v[0, 0, :636])
+
+
+def test_selecting_heads_are_exact_while_there_are_no_more_pages_than_they_read_and_in_long_steps() -> None:
+    row = Rows(4, 60, selected=3)  # a page of sinks, two of recent tokens and three
+    q, k, v = tokens(640)
+    everything, selecting = (held(PerHead((x,)), k, v) for x in (EVERYTHING, row))
+    for cache in (everything, selecting):
+        cache.fill(k[:, :, :300], v[:, :, :300])
+    for i in range(300, 64 * 6):
+        step = [x[:, :, i : i + 1] for x in (q, k, v)]
+        assert torch.equal(everything.extend(*step), selecting.extend(*step))
+    long = [x[:, :, 64 * 6 : 639] for x in (q, k, v)]
+    assert torch.equal(everything.extend(*long), selecting.extend(*long))
+    step = [x[:, :, 639:] for x in (q, k, v)]
+    assert (everything.extend(*step) - selecting.extend(*step)).norm() > 0.1
+
+
+def test_crop_reorder_reset_and_padding_keep_the_means_those_of_the_tokens() -> None:
+    q, k, v = tokens(1000, B=3, H=8, H_kv=4)
+    cache = held(PerHead(SELECTING), k, v)
+    real = [tuple(i >= pad for i in range(500)) for pad in (0, 123, 77)]
+    cache.fill(k[:, :, :500], v[:, :, :500], real)
+    assert_means(cache)
+    for count in (1, 3, 8, 45):
+        before = cache.length
+        cache.extend(*(x[:, :, 500 : 500 + count] for x in (q, k, v)))
+        assert_means(cache)
+        cache.drop(count)
+        assert cache.length == before
+        cache.fill(k[:, :, 600:611], v[:, :, 600:611])  # others in their places
+        assert_means(cache)
+        cache.drop(7)
+        cache.select(torch.tensor([2, 0, 1]))
+        hole = [(True, False, True), (False,) * 3, (True,) * 3]
+        cache.extend(*(x[:, :, 700:703] for x in (q, k, v)), hole)
+        cache.extend(*(x[:, :, 703:704] for x in (q, k, v)))  # means are those of the tokens at the latest with one
+        assert_means(cache)
+    assert sum(cache.length) == 3 * 500 - 123 - 77 + 4 * (3 * 4 + 5 + 3)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_selecting_by_the_kernels_is_selecting_by_the_reference(monkeypatch, poison, n: int) -> None:
+    q, k, v = tokens(710, B=2, H=8, H_kv=4, dtype=torch.float32)
+    q = 3 * q  # masses of pages that rounding does not make change places
+    outs, caches = [], []
+    for is_fast in (False, True):
+        cache = held(PerHead(SELECTING), k, v)
+        if is_fast:
+            monkeypatch.setattr(K, "update_means", pages.means_triton)
+            monkeypatch.setattr(K, "choose_pages", pages.choose_triton)
+            monkeypatch.setattr(K, "decode_attention", lambda *x, **rows: decode.decode_triton(*x, decode.Rows(**rows)))
+        cache.fill(k[:, :, :700], v[:, :, :700], [(True,) * 700, tuple(i >= 90 for i in range(700))])
+        outs.append([cache.extend(*(x[:, :, i : i + n] for x in (q, k, v))) for i in range(700, 710 - n, n)])
+        caches.append(cache)
+    for one, other in zip(*outs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for cache in caches:
+        assert_means(cache)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from express_compile import (
     record_sites,
     restore_attention,
     rewrite_attention,
+    watch,
 )
 from express_compile.kernels.heads import PerHead
 from express_compile.kernels.held import Held
@@ -188,6 +190,42 @@ def test_a_padded_batch_gives_what_its_sequences_give_alone() -> None:
         for x, y in zip(batch.logits, alone.logits, strict=True):
             torch.testing.assert_close(x[b], y[0], **CLOSE)
     assert [layer.held.length for layer in cache.express_layers] == [[198, 259, 109]] * 2
+
+
+SELECTING = {PATHS[0]: [Rows(2, 14, selected=1), Rows(2, 70, selected=2)], PATHS[1]: [Rows(0, 0, selected=2)]}
+
+
+def test_steps_of_heads_with_selected_blocks_read_few_pages_and_follow_padding_crop_beams_and_reset() -> None:
+    model, prompt = llama().double(), ids(450, 2)
+    mask = torch.ones_like(prompt)
+    mask[0, :101] = 0
+    step = {"attention_mask": torch.nn.functional.pad(mask, (0, 1), value=1)}
+    cache = ExpressCache(model, rows=SELECTING, block=16)
+
+    def state(tokens: torch.Tensor, cache: ExpressCache, **more: Any) -> ExpressCache:
+        logits(model, tokens, cache, **more)
+        return cache
+
+    state(prompt, cache, attention_mask=mask)
+    tail = ids(1, 2, seed=1)
+    expected = logits(model, tail, copy.deepcopy(cache), **step)
+    everything = copy.deepcopy(cache)
+    for layer in everything.express_layers:
+        for part in layer.held.parts:
+            part.group = replace(part.group, rows=Rows(everything=True))
+    assert (expected - logits(model, tail, everything, **step)).norm() > 0.01 * expected.norm()
+    for b, pad in enumerate((101, 0)):
+        alone = state(prompt[b : b + 1, pad:], ExpressCache(model, rows=SELECTING, block=16))
+        torch.testing.assert_close(logits(model, tail[b : b + 1], alone)[0], expected[b], **CLOSE)
+    for count in (1, 5, 17):  # of other tokens, taken back
+        state(ids(count, 2, seed=2), cache, attention_mask=torch.nn.functional.pad(mask, (0, count), value=1))
+        cache.crop(-count)
+        torch.testing.assert_close(logits(model, tail, copy.deepcopy(cache), **step), expected)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    swapped = logits(model, tail.flip(0), cache, attention_mask=step["attention_mask"].flip(0))
+    torch.testing.assert_close(swapped, expected.flip(0))
+    cache.reset()
+    assert torch.equal(logits(model, tail, state(prompt, cache, attention_mask=mask), **step), expected)
 
 
 def test_tokens_before_padding_are_not_taken_back() -> None:
@@ -467,6 +505,18 @@ def test_attention_weights_gradients_and_dropout_are_refused_once_rows_are_thinn
     logits(model, ids(100), cache)
 
 
+def test_a_watched_model_is_refused_once_rows_are_thinned_and_goes_on_when_the_watch_ends() -> None:
+    model = rewrite_attention(llama(), methods=[own(BLOCKS)])
+    expected = logits(model, ids(200), ExpressCache(model, rows=BLOCKS, block=16))
+    cache = ExpressCache(model, rows=BLOCKS, block=16)
+    with watch(model, fraction=1.0) as watched:
+        with pytest.raises(ValueError, match=re.escape(f"'{PATHS[0]}' is watched, and what its error is cannot be")):
+            logits(model, ids(200), cache)
+        cache.rollback()
+        assert not any(watched.errors.values())
+    assert torch.equal(logits(model, ids(200), cache), expected)
+
+
 def test_models_without_full_attention_and_things_that_are_no_models_are_refused() -> None:
     with pytest.raises(TypeError, match="must be a PreTrainedModel"):
         ExpressCache(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
@@ -640,7 +690,7 @@ def test_a_prefix_is_shared_by_copying(n: int) -> None:
     assert cache.get_seq_length() == n
 
 
-@pytest.mark.parametrize("n", [9, 200])
+@pytest.mark.parametrize("n", [9, 200, 400])  # from 257 on selecting heads leave pages out
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_cache_goes_on_as_it_was(n: int, dtype: torch.dtype, tmp_path: Path) -> None:
     model, prompt, tail = llama().to(dtype), ids(n, 2), ids(40, 2, seed=1)

@@ -34,7 +34,7 @@ from .sites import installed
 
 _ROWS = ("budget", "sinks", "recent", "protected")
 _OTHERS = ("halving", "inflation", "flatten", "block")
-_VERSION = 1
+_VERSION = 2
 _SHAPE = (
     "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "rope_theta",
@@ -59,8 +59,10 @@ class ExpressCache(Cache):
     seed: of the random numbers that thinning takes; None draws one from torch's default generator.
 
     Heads that hold everything, and heads with ``selected`` blocks, which are chosen among all tokens, grow with the
-    length and attend to all tokens when decoding; nothing else does. Sequences that all heads hold whole are what
-    ``DynamicCache`` makes of them, bit for bit. Layers with a sliding window, of linear attention or of both kinds are
+    length; nothing else does. In steps of up to 32 tokens, selecting heads read the pages of 64 tokens that hold sinks
+    and recent tokens and the ``selected`` best ones, by the means of eight keys each, an eighth more keys to hold; in
+    longer ones (another turn of a chat) all tokens. Sequences that all heads hold whole are what ``DynamicCache`` makes
+    of them, bit for bit. Layers with a sliding window, of linear attention or of both kinds are
     those of transformers, unchanged.
 
     Left padding and padding in between take no rows. ``crop`` takes back tokens that are still held as they are, the

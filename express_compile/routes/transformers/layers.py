@@ -221,7 +221,7 @@ class ExpressLayer(CacheLayerMixin):
             raise RuntimeError(f"ExpressCache: {self.place.path!r} attends twice to the tokens of one step")
         key, value = self.new
         n = given.query.shape[2]
-        self._require_computable(given)
+        self._require_computable(given, site)
         if self.held is None and self.columns + n <= self.limit:
             self.keys, self.values = key, value
             self._end(n)
@@ -299,7 +299,7 @@ class ExpressLayer(CacheLayerMixin):
             if mine != theirs:
                 raise ValueError(f"ExpressCache: {self.place.path!r} has {what}: {mine}; the new tokens have {theirs}")
 
-    def _require_computable(self, given: Given) -> None:
+    def _require_computable(self, given: Given, site: Site) -> None:
         """Raise ``ValueError`` for attention that weighted rows cannot stand in for, before they have to."""
         asked = given.arguments.get
         kinds = {"softcap": "a logit soft-cap", "s_aux": "attention sinks", "sinks": "attention sinks"}
@@ -312,6 +312,11 @@ class ExpressLayer(CacheLayerMixin):
         thins = self.held is not None or self.columns + given.query.shape[2] > self.limit
         if thins and asked("dropout"):
             raise ValueError(f"ExpressCache: {self.place.path!r} drops attention weights; call model.eval()")
+        if thins and site.shadow is not None:
+            raise ValueError(
+                f"ExpressCache: {self.place.path!r} is watched, and what its error is cannot be known: exact attention "
+                "needs all tokens, of which the cache holds a part; close() the watch, or generate with a DynamicCache"
+            )
         if thins and torch.is_grad_enabled() and given.query.requires_grad:
             raise ValueError("ExpressCache: rows that are thinned give no gradient; run under torch.no_grad()")
 
