@@ -65,9 +65,6 @@ def cudnn_takes(device: torch.device, dtype: torch.dtype, D: int) -> bool:
     return half and modern and torch.backends.cudnn.is_available() and D in range(8, 129, 8)
 
 
-MAX_WIDTH = 256  # features of a head
-
-
 # ---- steps of decoding ---------------------------------------------------------------------------------------------
 
 
@@ -79,8 +76,8 @@ def takes_step(spec: AttentionSpec) -> bool:
     if mask.unknown is not None or mask.window is not None or mask.segments or spec.forms or spec.dropout_p:
         return False
     last = at_the_end(spec) if mask.causal else spec.Lq == 1
-    few = spec.Lq <= decode.MAX_QUERIES and spec.H // spec.H_kv * spec.Lq <= decode.MAX_ROWS
-    narrow = max(spec.D, spec.Dv) <= MAX_WIDTH
+    few = spec.Lq <= decode.queries_at_once(spec.H // spec.H_kv)
+    narrow = max(spec.D, spec.Dv) <= decode.MAX_WIDTH
     return last and few and narrow and no_kernel(spec) is None
 
 

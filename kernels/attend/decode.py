@@ -39,6 +39,7 @@ from .segments import Outputs
 
 MAX_QUERIES = 16
 MAX_ROWS = 64  # query heads of a KV head times queries
+MAX_WIDTH = 256  # features of a head
 PAGE = 64
 _MULTIPROCESSORS = 132  # in the interpreter
 _SCANNED = 4096  # bytes of padding that a program looks through at once
@@ -75,13 +76,14 @@ def decode_attention(
     The n queries are the last n of the ``lengths`` rows (of all L without), and causal among themselves. The rest as
     in :class:`Rows`. Tensors of one floating dtype, of any strides. Returns ``out`` ``[B, H, n, Dv]`` and ``lse``
     ``[B, H, n]`` in float32 (float64 for float64): 0 and minus infinity where a query sees no row. On CUDA by
-    kernels, for up to 16 queries and up to 64 of them times heads per KV head; otherwise, for float64 and elsewhere by
-    :func:`decode_reference`. Raises ``ValueError`` for arguments that do not fit.
+    kernels, for up to 16 queries, up to 64 of them times heads per KV head, and 256 features; otherwise, for float64
+    and elsewhere by :func:`decode_reference`. Raises ``ValueError`` for arguments that do not fit.
     """
     rows = Rows(lengths, padding, log_weight, pages)
     _check(query, key, value, rows)
     few = query.shape[2] <= queries_at_once(query.shape[1] // key.shape[1])
-    is_fast = query.is_cuda and few and query.dtype != torch.float64
+    narrow = max(query.shape[3], value.shape[3]) <= MAX_WIDTH
+    is_fast = query.is_cuda and few and narrow and query.dtype != torch.float64
     return (decode_triton if is_fast else decode_reference)(query, key, value, scale, rows)
 
 

@@ -190,10 +190,10 @@ def update_means(
     """Write the means of the eights that hold the last ``new`` tokens (all of them for None) into ``means``
     ``[B, H_kv, ceil(L / 8), D]``; ``first``, ``end`` as in :func:`page_mass`. Asks the device nothing."""
     if not key.is_cuda:
-        place = torch.arange(key.shape[2])
+        place = torch.arange(key.shape[2], device=key.device)
         own = means_reference(key, (place >= first[:, None]) & (place < end[:, None]))
         since = torch.zeros_like(end) if new is None else (end - new).clamp(min=0) // SUB
-        written = torch.arange(own.shape[2]) >= since[:, None]
+        written = torch.arange(own.shape[2], device=key.device) >= since[:, None]
         means.copy_(torch.where(written[:, None, :, None], own, means))
         return
     means_triton(means, key, first, end, new)

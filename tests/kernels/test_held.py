@@ -149,6 +149,23 @@ def test_memory_is_constant_from_4_thousand_to_64_thousand_tokens() -> None:
     assert max(counts) < 6 * 64 + 4 + 64 + 32 + 255 + 64
 
 
+def test_memory_is_the_same_bytes_at_the_same_addresses_from_8_thousand_to_256_thousand_tokens() -> None:
+    own = PerHead((Rows(4, 64, 256, 32), Rows(4, 128)), "uniform")
+    q, k, v = tokens(262144, dtype=torch.float32)
+    cache = held(own, k, v)
+    sizes, addresses = set(), set()
+    for stop in (8192, 16384, 65536, 262144):
+        first = cache.length[0]
+        cache.fill(k[:, :, first : stop - 3], v[:, :, first : stop - 3])
+        for i in range(stop - 3, stop):
+            cache.settle()
+            cache.extend(*(x[:, :, i : i + 1] for x in (q, k, v)))
+        sizes.add(cache.nbytes)
+        addresses.add(tuple(getattr(part, name).data_ptr() for part in cache.parts for name in HeldRows.TENSORS))
+        assert cache.length == [stop] and 128 <= int(cache.rows().min()) <= int(cache.rows().max()) < 6 * 256 + 420
+    assert len(sizes) == len(addresses) == 1 and max(sizes) < 100_000
+
+
 def test_padding_takes_no_rows() -> None:
     q, k, v = tokens(500, B=3, H=6, H_kv=6)
     alone = []
@@ -369,7 +386,7 @@ def test_selecting_by_the_kernels_is_selecting_by_the_reference(monkeypatch, poi
             monkeypatch.setattr(K, "choose_pages", pages.choose_triton)
             monkeypatch.setattr(K, "decode_attention", lambda *x, **rows: decode.decode_triton(*x, decode.Rows(**rows)))
         cache.fill(k[:, :, :700], v[:, :, :700], [(True,) * 700, tuple(i >= 90 for i in range(700))])
-        outs.append([cache.extend(*(x[:, :, i : i + n] for x in (q, k, v))) for i in range(700, 710 - n, n)])
+        outs.append([cache.extend(*(x[:, :, i : i + n] for x in (q, k, v))) for i in range(700, 700 + 3 * n, n)])
         caches.append(cache)
     for one, other in zip(*outs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
