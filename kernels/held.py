@@ -175,9 +175,10 @@ class HeldRows:
         key, means = self.key[b, :, place:end], self.means[b, :, first : -(-end // SUB)]
         update_means(means, key, *self._span(b, end - place))
 
-    def _span(self, b: slice, tokens: int) -> list[torch.Tensor]:
-        sizes = (0, tokens)
-        return [torch.full((b.stop - b.start,), x, dtype=torch.int32, device=self.key.device) for x in sizes]
+    def _span(self, b: slice, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first token of every sequence, and the one behind the last."""
+        end = torch.full((b.stop - b.start,), tokens, dtype=torch.int32, device=self.key.device)
+        return torch.zeros_like(end), end
 
     def _leave(self, b: slice, left: int, rows: Kept) -> None:
         config = self.config
@@ -354,7 +355,8 @@ class HeldRows:
         if -(-length // PAGE) <= listed(rows.selected, rows.sinks, recent):
             return None
         means = self.means[b, :, : -(-length // SUB)]
-        return choose_pages(query, means, self.scale, *self._span(b, length), rows.selected, rows.sinks, recent)
+        span = self._span(b, length)
+        return choose_pages(query, means, self.scale, *span, rows.selected, rows.sinks, recent)
 
     def extend(self, b: slice, length: int, query: torch.Tensor, new: Kept) -> torch.Tensor:
         """Attend with and append new tokens: those of a short step as they are, of others block by block."""
