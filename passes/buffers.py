@@ -38,7 +38,7 @@ class Buffers:
     def __init__(self, gm: GraphModule | None = None, inputs: Sequence[Any] = ()) -> None:
         placeholders = [] if gm is None else [node for node in gm.graph.nodes if node.op == "placeholder"]
         pairs = enumerate(zip(placeholders, inputs, strict=True)) if inputs else ()
-        self.places = {node: i for i, (node, value) in pairs if _is_buffer(node) and _is_readable(value)}
+        self.places = {node: i for i, (node, value) in pairs if _is_buffer(node) and is_readable(value)}
         self.tensors = {node: inputs[i] for node, i in self.places.items()}
         self.bands: dict[Node, tuple[Any, ...] | None] = {}
         self.seen: dict[Node, _Seen] = {}
@@ -139,7 +139,8 @@ def _is_buffer(node: Node) -> bool:
     return False
 
 
-def _is_readable(value: Any) -> bool:
+def is_readable(value: Any) -> bool:
+    """Whether the values of a buffer may be looked at."""
     if type(value) is not torch.Tensor or value.layout != torch.strided or value.is_inference() or value.is_meta:
         return False
     return 0 < value.numel() <= _MAX_ELEMENTS and not value.is_complex()

@@ -34,6 +34,7 @@ from ..passes.site import AttentionSite
 from ..planning.choose import require_matches
 from .dynamo import Compiled, Failure, cannot_capture, is_converting
 from .module_code import writes_attention
+from .program import is_inside, trace_rewritten
 from .tracers import cannot_trace, is_exporting, refuse_tracers, untraced
 from .watched import GraphSite, Watch
 
@@ -231,6 +232,8 @@ class Capture:
         self._start()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_exporting() and not torch.compiler.is_dynamo_compiling():
+            return self._export(args, kwargs)
         if torch.compiler.is_compiling():
             ours = _is_ours(type(self.module).__name__)
             return _captured_call_impl(self.module, *args, **kwargs) if ours else self._run(args, kwargs)
@@ -268,6 +271,18 @@ class Capture:
                 self._say(f"Dynamo did not capture {place}, so it ran as it was: {reason}", place.rpartition(" ")[2])
         elif self.policy.strict and _in_progress.get() is None:
             self._require_sites(call.paths)
+        return result
+
+    @untraced
+    def _export(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call as a part of a program that torch.export makes."""
+        if is_inside():
+            return _captured_call_impl(self.module, *args, **kwargs)
+        result, reports = trace_rewritten(self.module, self.path, self.policy, _captured_call_impl, args, kwargs)
+        if (sites := recording()) is not None:
+            sites.extend(reports)
+        if self.policy.strict:
+            self._require_sites({report.module for report in reports})
         return result
 
     def _require_sites(self, paths: set[str]) -> None:

@@ -157,11 +157,24 @@ def _step_in_graph(
 
 
 def _export(given: Given) -> Result:
-    """A call that is traced into a program: what is exact by its policy stays what it is, the rest cannot be kept."""
+    """A call in a program that torch.export makes; sizes may be symbols, and then the plan holds for all of them."""
     site = site_of(given.module)
-    if site is None or site.plans.methods(site.path) != ("exact",):
+    if site is None:
         return _refuse_export(given.module)
-    return _exact(site, given)
+
+    def decide(spec: AttentionSpec) -> tuple[Plan, Run]:
+        if wants_weights(given):
+            return Plan("exact", "refused", _WEIGHTS[site.given == "eager"]), _run
+        plan = answer(Question(module=site.path, spec=spec, gradient=given.gradient), site.plans.policy)
+        site.report(plan, spec)
+        require([(site.path, plan)], site.plans.policy)
+        return plan, _run
+
+    return _prove_and_run(site, given, decide)
+
+
+def _run(op: Op, call: Call) -> Any:
+    return call.run(op)
 
 
 @untraced

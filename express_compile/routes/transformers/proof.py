@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 
 from ...core.spec import AttentionSpec, Mask, default_scale, feature_major
+from ..program import proven_in_program
+from ..tracers import is_exporting
 from .masks import NAMES, ProvenMask, reason_of
 from .sites import Site
 
@@ -94,6 +96,8 @@ def prove(site: Site, given: Given) -> Proof:
     row = _key_padding(mask, (B, H, Lq, Lk)) if Lq == 1 or not causal else None
     if row is not None:
         return Proof(Mask(causal=causal, offset=Lk - 1 if causal else 0, padding=True), row, Lk)
+    if is_exporting() and (shown := proven_in_program(mask, (B, H, Lq, Lk))) is not None and not shown.padding:
+        return Proof(shown, None, Lk)
     return Proof(Mask(unknown=reason_of(mask)), None, Lk)
 
 
