@@ -35,7 +35,7 @@ from ..planning.choose import require_matches
 from .dynamo import Compiled, Failure, cannot_capture, is_converting
 from .module_code import writes_attention
 from .program import is_inside, trace_rewritten
-from .tracers import cannot_trace, is_exporting, refuse_tracers, untraced
+from .tracers import cannot_trace, is_exporting, refuse_strict_export, refuse_tracers, untraced
 from .watched import GraphSite, Watch
 
 _CAPTURE = "_express_compile_capture"
@@ -281,6 +281,8 @@ class Capture:
         result, reports = trace_rewritten(self.module, self.path, self.policy, _captured_call_impl, args, kwargs)
         if (sites := recording()) is not None:
             sites.extend(reports)
+        if not reports:
+            self._say("no attention was found in what torch.export traced of it")
         if self.policy.strict:
             self._require_sites({report.module for report in reports})
         return result
@@ -370,8 +372,7 @@ def _close(compiled: Compiled, call: FunctionType) -> None:
 
 @torch.compiler.assume_constant_result
 def _is_ours(name: str) -> bool:
-    if is_exporting():
-        raise RuntimeError(cannot_trace(name, "torch.export"))
+    refuse_strict_export(name)
     return is_converting()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -41,7 +43,7 @@ _is_inside: ContextVar[bool] = ContextVar("express_compile_inside_program", defa
 
 def proven_in_program(mask: torch.Tensor, sizes: tuple[Any, Any, Any, Any]) -> Mask | None:
     """What a mask that the program computes lets the queries of a site of ``sizes`` ``(B, H, Lq, Lk)`` see, proven by
-    how it is computed; None where that cannot be found."""
+    how it is computed; None where that cannot be found, or is a key padding."""
     tracer = proxy_tensor._CURRENT_MAKE_FX_TRACER
     slot = None if tracer is None else proxy_tensor.get_proxy_slot(mask, tracer.fx_tracer, None)
     if slot is None:
@@ -51,10 +53,16 @@ def proven_in_program(mask: torch.Tensor, sizes: tuple[Any, Any, Any, Any]) -> M
     if known is None or known[0] is not node:
         copied = _copied(node)
         reader = copied.graph.output(copied)
-        shown, _ = prove(copied, sizes, Scope(GraphModule(nn.Module(), copied.graph)), reader)
-        known = node, shown
+        shown, padding = prove(copied, sizes, Scope(GraphModule(nn.Module(), copied.graph)), reader)
+        known = node, None if padding is not None else without_wide_window(shown, sizes[3])
         setattr(mask, _PROVEN, known)
     return known[1]
+
+
+def without_wide_window(mask: Mask, Lk: Any) -> Mask:
+    """``mask`` without a window that is known to be as wide as the sequence may become."""
+    wide = mask.window is not None and statically_known_true(mask.window >= Lk)
+    return replace(mask, window=None) if wide else mask
 
 
 # ---- the call of a module ------------------------------------------------------------------------------------------
@@ -162,6 +170,11 @@ def _spell(node: Node) -> None:
     index: Any = None
     if name in _OPERATORS:
         node.target = _OPERATORS[name]
+    elif name == "lift_fresh_copy" and (constant := _constant(args[0])) is not None:
+        node.target, node.args = torch.tensor, (constant.item(),)
+        node.kwargs = {"dtype": constant.dtype, "device": constant.device}
+    elif name == "detach_":  # of a number that was just made
+        node.target = torch.ops.aten.detach.default
     elif node.target is torch.ops.aten.index.Tensor:
         index = tuple(slice(None) if i is None else i for i in args[1])
     elif node.target is torch.ops.aten.select.int:
@@ -171,6 +184,14 @@ def _spell(node: Node) -> None:
         index = (*_whole(args), slice(start, None if end == _END else end, step))
     if index is not None:
         node.target, node.args, node.kwargs = operator.getitem, (args[0], index), {}
+
+
+def _constant(node: Node) -> torch.Tensor | None:
+    """The single number that a node looks up in what its graph holds."""
+    if node.op != "get_attr" or node.graph.owning_module is None:
+        return None
+    held = getattr(node.graph.owning_module, str(node.target), None)
+    return held if isinstance(held, torch.Tensor) and held.dim() == 0 and not isinstance(held, FakeTensor) else None
 
 
 def _whole(args: Any) -> tuple[slice, ...]:

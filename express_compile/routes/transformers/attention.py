@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from ...core.plan import Plan
 from ...core.spec import AttentionSpec, Mask
 from ...kernels.launch import constant
 from ...planning.choose import Question, answer, require
-from ..tracers import cannot_trace, is_exporting, untraced
+from ..tracers import cannot_trace, is_exporting, refuse_strict_export, untraced
 from ..watched import sampled
 from .masks import NAME, ProvenMask
 from .proof import EXTRAS, Given, is_proven, prove
@@ -52,10 +52,20 @@ def attend(
     """What transformers calls: ``[B, H, L, D]`` in, ``[B, Lq, H, Dv]`` out."""
     given = Given(module, query, key, value, attention_mask, arguments)
     if is_exporting():
-        return _export(given)
+        return _traced(given) if torch.compiler.is_dynamo_compiling() else _exported(given)
     if torch.compiler.is_compiling() and query.shape[2] == 1:
         return _step(given)
     return _run_eagerly(given)
+
+
+def _site(given: Given) -> Site:
+    site = site_of(given.module)
+    if site is None:
+        raise RuntimeError(
+            f"{type(given.module).__name__} was sent to express_compile's attention but was never rewritten: it was "
+            "added to a rewritten model, or its configuration was copied from one; call rewrite_attention on this model"
+        )
+    return site
 
 
 def _prove_and_run(site: Site, given: Given, decide: Callable[[AttentionSpec], tuple[Plan, Run]]) -> Result:
@@ -81,13 +91,8 @@ def _prove_and_run(site: Site, given: Given, decide: Callable[[AttentionSpec], t
 @untraced
 def _run_eagerly(given: Given) -> Result:
     if torch.jit.is_tracing() or get_proxy_mode() is not None:  # type: ignore[attr-defined]
-        return _export(given)
-    site, module = site_of(given.module), given.module
-    if site is None:
-        raise RuntimeError(
-            f"{type(module).__name__} was sent to express_compile's attention but was never rewritten: it was added to "
-            "a rewritten model, or its configuration was copied from one; call rewrite_attention on this model"
-        )
+        return _traced(given)
+    site, module = _site(given), given.module
     shadow = None if module.training else site.shadow
 
     def decide(spec: AttentionSpec) -> tuple[Plan, Run]:
@@ -153,33 +158,32 @@ def _step_in_graph(
     return _prove_and_run(site, given, decide)[0]
 
 
-# ---- in exported programs ------------------------------------------------------------------------------------------
+# ---- in exported and traced programs -------------------------------------------------------------------------------
 
 
-def _export(given: Given) -> Result:
+@untraced
+def _exported(given: Given) -> Result:
     """A call in a program that torch.export makes; sizes may be symbols, and then the plan holds for all of them."""
-    site = site_of(given.module)
-    if site is None:
-        return _refuse_export(given.module)
+    site = _site(given)
 
     def decide(spec: AttentionSpec) -> tuple[Plan, Run]:
-        if wants_weights(given):
-            return Plan("exact", "refused", _WEIGHTS[site.given == "eager"]), _run
         plan = answer(Question(module=site.path, spec=spec, gradient=given.gradient), site.plans.policy)
+        if wants_weights(given):
+            plan = Plan("exact", "refused", _WEIGHTS[site.given == "eager"])
         site.report(plan, spec)
         require([(site.path, plan)], site.plans.policy)
-        return plan, _run
+        return plan, lambda op, call: call.run(op)
 
     return _prove_and_run(site, given, decide)
 
 
-def _run(op: Op, call: Call) -> Any:
-    return call.run(op)
-
-
-@untraced
-def _refuse_export(module: Any) -> NoReturn:
-    raise RuntimeError(cannot_trace(type(module).__name__, "torch.export"))
+def _traced(given: Given) -> Result:
+    """A call that is traced into a program that keeps what is exact by its policy, and cannot keep the rest."""
+    site, name = site_of(given.module), type(given.module).__name__
+    if site is None or site.plans.methods(site.path) != ("exact",):
+        refuse_strict_export(name)
+        raise RuntimeError(cannot_trace(name, "torch.jit"))
+    return _exact(site, given)
 
 
 # ---- exactly -------------------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.utils.import_utils import is_tracing
 
-from ...core.spec import Mask, known_equal
+from ...core.spec import Mask
 from ...kernels.launch import on_another_thread
+from ..program import without_wide_window
 from ..tracers import is_exporting, untraced
 from .mask_functions import proven
 
@@ -198,25 +199,21 @@ def make_mask(
     return _make_mask_of_program(arguments) if is_exporting() else _make_mask(arguments)
 
 
-def _is_zero(offset: Any) -> bool:
-    return isinstance(offset, int) and offset == 0
-
-
 def _make_mask_of_program(arguments: dict[str, Any]) -> torch.Tensor | None:
     """A mask in a program that torch.export makes, where sizes may be symbols and tensors have no values yet."""
-    q_length, kv_length, attention_mask = (arguments[name] for name in ("q_length", "kv_length", "attention_mask"))
+    q_length, kv_length, padding = (arguments[name] for name in ("q_length", "kv_length", "attention_mask"))
     # tracing, and the fake tensors of it, belong to a thread
-
-    known = on_another_thread(lambda: proven(arguments["mask_function"]))
+    known = on_another_thread(proven, arguments["mask_function"])
     causal, window = known.causal, known.window
     plain = known == Mask(causal=causal, window=window) and (causal or window is None)
     plain = plain and arguments.get("local_size") in (None, window)
-    starts = known_equal(q_length, kv_length) and _is_zero(arguments["q_offset"]) and _is_zero(arguments["kv_offset"])
-    fits = attention_mask is None or (attention_mask.dim() == 2 and known_equal(attention_mask.shape[1], kv_length))
+    offsets = [arguments["q_offset"], arguments["kv_offset"]]
+    starts = all(isinstance(x, int) and x == 0 for x in offsets) and bool(q_length == kv_length)
+    fits = padding is None or (padding.dim() == 2 and bool(padding.shape[1] == kv_length))
     if not plain or not fits or not (starts or not causal):
         return _sdpa_mask()(**arguments)
-    padding = None if attention_mask is None else attention_mask.bool()
-    return ProvenMask(Mask(causal=causal, window=window, padding=padding is not None), kv_length, padding, arguments)
+    shown = without_wide_window(Mask(causal=causal, window=window, padding=padding is not None), kv_length)
+    return ProvenMask(shown, kv_length, None if padding is None else padding.bool(), arguments)
 
 
 @untraced

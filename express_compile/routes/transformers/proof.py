@@ -96,7 +96,7 @@ def prove(site: Site, given: Given) -> Proof:
     row = _key_padding(mask, (B, H, Lq, Lk)) if Lq == 1 or not causal else None
     if row is not None:
         return Proof(Mask(causal=causal, offset=Lk - 1 if causal else 0, padding=True), row, Lk)
-    if is_exporting() and (shown := proven_in_program(mask, (B, H, Lq, Lk))) is not None and not shown.padding:
+    if is_exporting() and (shown := proven_in_program(mask, (B, H, Lq, Lk))) is not None:
         return Proof(shown, None, Lk)
     return Proof(Mask(unknown=reason_of(mask)), None, Lk)
 
@@ -115,7 +115,7 @@ def _unreadable(given: Given, unlike: str | None) -> str | None:
         return f"query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
     if not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:
         return "query, key and value differ in dtype or device"
-    if window is not None and window < Lk and not _has_window(mask, window):
+    if window is not None and not _has_window(mask, window) and window < Lk:
         return f"local attention over {window} keys"
     if is_proven(mask) and (mask.shape[2:] != (Lq, Lk) or mask.shape[0] != B):
         return f"the mask has shape {tuple(mask.shape)} and does not fit {Lq} queries and {Lk} keys"
@@ -143,6 +143,8 @@ def _unlike_sdpa(site: Site, given: Given) -> str | None:
 
 def _has_window(mask: torch.Tensor | None, window: int) -> bool:
     """Whether a mask says by itself what a window hides: it is proven, or it is all that hides keys from one query."""
+    if is_exporting():
+        return mask is not None  # transformers leaves none out there
     if is_proven(mask):
         return mask.proven.window == window
     return mask is not None and mask.dim() == 4 and mask.shape[2] == 1
