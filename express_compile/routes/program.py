@@ -84,14 +84,16 @@ def trace_rewritten(
     tracer = proxy_tensor._CURRENT_MAKE_FX_TRACER
     assert tracer is not None, "torch.export traces by make_fx"
     outer: Any = tracer.fx_tracer
-    given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    _require_plain(module, "is given", leaves := pytree.tree_leaves((args, kwargs)))
+    given = [x for x in leaves if isinstance(x, torch.Tensor)]
     inputs = list({id(x): x for x in (*module.parameters(), *module.buffers(), *given)}.values())
     spec: Any = None
 
     def call(*_: Any) -> tuple[Any, ...]:
         nonlocal spec
-        leaves, spec = pytree.tree_flatten(run(module, *args, **kwargs))
-        return tuple(leaves)
+        results, spec = pytree.tree_flatten(run(module, *args, **kwargs))
+        _require_plain(module, "returns", results)
+        return tuple(results)
 
     written = len(outer.graph.nodes)
     token = _is_inside.set(True)
@@ -105,6 +107,29 @@ def trace_rewritten(
         place = Place(module_paths(module, path), ((str(id(module)), path),), holder=module)
         reports = _rewrite(gm, place, policy, inputs, outer.scope_root)
     return pytree.tree_unflatten(Interpreter(gm).run(*inputs), spec), reports
+
+
+_PLAIN = (
+    torch.Tensor,
+    torch.SymInt,
+    torch.SymFloat,
+    torch.SymBool,
+    int,
+    float,
+    str,
+    type(None),
+    torch.dtype,
+    torch.device,
+)
+
+
+def _require_plain(module: nn.Module, what: str, leaves: list[Any]) -> None:
+    """Raise ``RuntimeError`` for objects that may hold tensors without a program knowing of it."""
+    if others := [type(x).__name__ for x in leaves if not isinstance(x, _PLAIN)]:
+        raise RuntimeError(
+            f"{type(module).__name__}: {what} a {others[0]}, which torch.export cannot follow where attention "
+            "is rewritten; of models with a cache, export them with use_cache=False"
+        )
 
 
 def _rewrite(
@@ -175,6 +200,8 @@ def _spell(node: Node) -> None:
         node.kwargs = {"dtype": constant.dtype, "device": constant.device}
     elif name == "detach_":  # of a number that was just made
         node.target = torch.ops.aten.detach.default
+    elif node.target._schema.is_mutable and name.endswith("_") and hasattr(torch.Tensor, name):
+        node.op, node.target = "call_method", name
     elif node.target is torch.ops.aten.index.Tensor:
         index = tuple(slice(None) if i is None else i for i in args[1])
     elif node.target is torch.ops.aten.select.int:

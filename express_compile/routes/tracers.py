@@ -38,7 +38,9 @@ def refuse_tracers(module: nn.Module) -> None:
 def refuse_strict_export(name: str) -> None:
     """Raise ``RuntimeError`` where Dynamo traces for torch.export; ``name`` is that of the module's class."""
     if is_exporting():
-        raise RuntimeError(f"{name}: torch.export(strict=True) would lose the rewriting; strict=False, the default, keeps it")
+        raise RuntimeError(
+            f"{name}: torch.export(strict=True) would lose the rewriting; strict=False, the default, keeps it"
+        )
 
 
 def cannot_trace(name: str, by: str) -> str:
