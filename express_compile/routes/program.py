@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..core.policy import Policy
-from ..core.sites import SiteReport, recording
+from ..core.sites import SiteReport
 from ..core.spec import Mask
 from ..passes.buffers import Buffers, is_readable
 from ..passes.mask import prove
