@@ -41,7 +41,9 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
 def _why_not(node: Node) -> str | None:
     query, key = (x.meta["val"] for x in (Call.of_node(node).query, Call.of_node(node).key))
     if node.target not in PLAIN:
-        return "its sampling is not written in plain PyTorch; keep it as an op, and import express_compile.engines.export"
+        return (
+            "its sampling is not written in plain PyTorch; keep it as an op, and import express_compile.engines.export"
+        )
     if query.device.type != "cpu":
         return f"it is on {query.device}, where it is made of kernels; keep it as an op"
     if any(isinstance(size, torch.SymInt) for size in (*query.shape, *key.shape)):
