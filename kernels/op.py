@@ -54,8 +54,8 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 _AUTOGRAD = [getattr(torch._C.DispatchKey, f"Autograd{x}") for x in ("Functionality", "CPU", "CUDA", "Other")]
 
 PLAIN: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
-"""The ops of :func:`define_attention` -> what they compute in plain PyTorch on the CPU, also where it is traced; padding
-takes no values to be read."""
+"""The ops of :func:`define_attention` -> what they compute in plain PyTorch on the CPU, also traced: padding
+is not read."""
 
 # float64 has no kernel: it is for references and their tests, on the CPU
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
