@@ -125,3 +125,16 @@ def test_the_five_minutes_of_the_readme_run(capsys: pytest.CaptureFixture[str]) 
     assert "2 attention sites: 2 rewritten, 0 exact, 0 refused" in out and out.count("(2 sites)") == 2
     assert not is_rewritten(names["model"]) and is_rewritten(names["encoder"])
     assert isinstance(names["exact"], torch.Tensor)
+
+
+def test_the_page_of_exported_programs_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/guide/export.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(block, names := {})  # noqa: S102
+    assert capsys.readouterr().out.count("express, causal attention") == 2
+    ops = [str(node.target) for node in names["program"].graph.nodes if "express_compile" in str(node.target)]
+    assert ops == ["express_compile.express.default"] * 2
