@@ -75,7 +75,7 @@ class Plain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
-        self.register_buffer("shown", torch.tril(torch.ones(128, 128)))
+        self.register_buffer("shown", torch.tril(torch.ones(160, 160)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
@@ -186,6 +186,8 @@ def test_a_sliding_window_counts_unless_no_length_is_longer() -> None:
         rewrite_attention(model, **THIN)
         program = torch.export.export(model, (IDS,), dynamic_shapes=({1: Dim("n", min=2, max=128)},))
         assert ops(program) == expected
+        if not expected:  # a model that is called sees of a shorter one that its window hides nothing
+            restore_attention(model)
         for ids in (IDS, IDS[:, :50]):
             torch.testing.assert_close(program.module()(ids), model(ids), rtol=1e-5, atol=1e-5)
 
@@ -213,13 +215,26 @@ def test_objects_that_may_hold_tensors_are_refused_in_the_words_of_the_user() ->
 # ------------------------------------------------------------------------------------------ in plain PyTorch
 
 
-@pytest.mark.parametrize("name", ["express", "thinformer, padded", "written out"])
+SHORT = {**THIN, "budget": 2, "sinks": 2, "window": 2}
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "args"),
+    [
+        (Plain, SHORT, (STATES[:, :32],)),
+        (lambda: Language(False), {"methods": ["thinformer"], "budget": 16}, (IDS[:, 80:], PADDING[:, 20:60])),
+    ],
+    ids=["express", "thinformer, padded"],
+)
 @torch.no_grad()
-def test_a_decomposed_program_has_no_op_of_ours_and_gives_the_same_bits(name) -> None:
-    model, args, expected = rewritten(name)
-    program = decompose(torch.export.export(model, args))
-    assert ops(program) == []
-    torch.testing.assert_close(program.module()(*args), expected, rtol=1e-5, atol=1e-5)
+def test_a_decomposed_program_has_no_op_of_ours_and_gives_the_same_numbers(make, options, args) -> None:
+    model = build(make)
+    exact = model(*args)
+    rewrite_attention(model, **options)
+    program = torch.export.export(model, args)
+    assert ops(program) and ops(plain := decompose(program)) == []
+    assert (model(*args) - exact).norm() > 1e-2 * exact.norm()
+    torch.testing.assert_close(plain.module()(*args), model(*args), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -255,8 +270,7 @@ def test_a_compiled_package_runs_in_another_process(imports, tmp_path) -> None:
     """With our ops, for which it imports them, at any length; in plain PyTorch, where it never sees us."""
     model = build(Plain)
     x = STATES[:, :32]
-    rewrite_attention(model, methods=["express"], budget=2, sinks=2, window=2, protected=0,
-        method_options={"express": {"block": 16}})  # fmt: skip
+    rewrite_attention(model, **SHORT)
     shapes = ({1: Dim("n", min=2, max=128)},) if imports else None
     program = torch.export.export(model, (x,), dynamic_shapes=shapes)
     package, data = str(tmp_path / "model.pt2"), str(tmp_path / "data.pt")

@@ -593,17 +593,11 @@ def test_restoring_leaves_the_users_own_compilation_alone() -> None:
 
 
 TRACERS: dict[str, Callable[[nn.Module], Any]] = {
-    "export": lambda m: torch.export.export(m, (states(),), strict=False),
-    "strict export": lambda m: torch.export.export(m, (states(),), strict=True),
-    "dynamic export": lambda m: torch.export.export(
-        m, (states(),), strict=False, dynamic_shapes=({1: torch.export.Dim.AUTO},)
-    ),
     "jit.trace": lambda m: torch.jit.trace(m, (states(),)),
     "jit.trace of a function": lambda m: torch.jit.trace(lambda x: m(x), (states(),)),
     "jit.script": torch.jit.script,
     "fx": lambda m: torch.fx.symbolic_trace(nn.Sequential(m)),
     "make_fx": lambda m: torch.fx.experimental.proxy_tensor.make_fx(m)(states()),
-    "part": lambda m: torch.export.export(nn.Sequential(nn.Identity(), m), (states(),), strict=False),
     "onnx": lambda m: torch.onnx.export(m, (states(),), "never.onnx", dynamo=False),
 }
 
