@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -44,8 +44,8 @@ _is_inside: ContextVar[bool] = ContextVar("express_compile_inside_program", defa
 def proven_in_program(mask: torch.Tensor, sizes: tuple[Any, Any, Any, Any]) -> Mask | None:
     """What a mask that the program computes lets the queries of a site of ``sizes`` ``(B, H, Lq, Lk)`` see, proven by
     how it is computed; None where that cannot be found, or is a key padding."""
-    tracer = proxy_tensor._CURRENT_MAKE_FX_TRACER
-    slot = None if tracer is None else proxy_tensor.get_proxy_slot(mask, tracer.fx_tracer, None)
+    tracer = getattr(proxy_tensor._CURRENT_MAKE_FX_TRACER, "fx_tracer", None)
+    slot = None if tracer is None else proxy_tensor.get_proxy_slot(mask, tracer, None)
     if slot is None:
         return None
     node = slot.proxy.node
@@ -173,7 +173,8 @@ def _copied(node: Node) -> Node:
             if other not in needed:
                 needed.add(other)
                 pending.append(other)
-    graph, copies = Graph(), {}
+    graph = Graph()
+    copies: dict[Node, Node] = {}
     for own in node.graph.nodes:
         if own in needed:
             is_input = own.op not in ("call_function", "call_method")
@@ -191,7 +192,7 @@ def _spell(node: Node) -> None:
     """Let a node of ATen that has no name of its own in Python be what Python calls there."""
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
         return
-    name, args = node.target._schema.name.removeprefix("aten::"), node.args
+    name, args = node.target._schema.name.removeprefix("aten::"), cast(tuple[Any, ...], node.args)
     index: Any = None
     if name in _OPERATORS:
         node.target = _OPERATORS[name]
@@ -207,8 +208,8 @@ def _spell(node: Node) -> None:
     elif node.target is torch.ops.aten.select.int:
         index = (*_whole(args), args[2])
     elif node.target is torch.ops.aten.slice.Tensor:
-        start, end, step = (*args[2:], *(None, None, 1)[len(args) - 2 :])
-        index = (*_whole(args), slice(start, None if end == _END else end, step))
+        bounds = [*args[2:], *(None, None, 1)[max(0, len(args) - 2) :]]
+        index = (*_whole(args), slice(bounds[0], None if bounds[1] == _END else bounds[1], bounds[2]))
     if index is not None:
         node.target, node.args, node.kwargs = operator.getitem, (args[0], index), {}
 

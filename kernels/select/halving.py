@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch._higher_order_ops.while_loop import while_loop_op
@@ -173,7 +174,7 @@ def _walk_in_program(
         return i + 1, torch.where(here, keep, second), alpha - sign * after.index_select(-2, at).squeeze(-2)
 
     start = torch.zeros((), dtype=torch.int64, device=product.device)
-    carried = (start, torch.zeros_like(product, dtype=torch.bool), torch.zeros_like(product))
+    carried: Any = (start, torch.zeros_like(product, dtype=torch.bool), torch.zeros_like(product))
     _, second, alpha = while_loop_op(goes_on, step, carried, (after, draws.contiguous(), product))
     return second, alpha, product
 

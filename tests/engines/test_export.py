@@ -215,13 +215,13 @@ def test_objects_that_may_hold_tensors_are_refused_in_the_words_of_the_user() ->
 # ------------------------------------------------------------------------------------------ in plain PyTorch
 
 
-SHORT = {**THIN, "budget": 2, "sinks": 2, "window": 2}
+SHORT = {**THIN, "budget": 4, "sinks": 2, "window": 2}
 
 
 @pytest.mark.parametrize(
     ("make", "options", "args"),
     [
-        (Plain, SHORT, (STATES[:, :32],)),
+        (Plain, SHORT, (STATES[:, :48],)),
         (lambda: Language(False), {"methods": ["thinformer"], "budget": 16}, (IDS[:, 80:], PADDING[:, 20:60])),
     ],
     ids=["express", "thinformer, padded"],
@@ -269,7 +269,7 @@ print(float((out - expected).abs().max()))
 def test_a_compiled_package_runs_in_another_process(imports, tmp_path) -> None:
     """With our ops, for which it imports them, at any length; in plain PyTorch, where it never sees us."""
     model = build(Plain)
-    x = STATES[:, :32]
+    x = STATES[:, :48]
     rewrite_attention(model, **SHORT)
     shapes = ({1: Dim("n", min=2, max=128)},) if imports else None
     program = torch.export.export(model, (x,), dynamic_shapes=shapes)
