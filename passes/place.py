@@ -215,6 +215,11 @@ class Place:
             local=next((name for name, value in tx.f_locals.items() if holder is not None and value is holder), None),
         )
 
+    def module(self, path: str) -> nn.Module | None:
+        """The module of this path; None if that is not known."""
+        modules = self.root.modules() if isinstance(self.root, nn.Module) else ()
+        return next((module for module in modules if self.paths.get(str(id(module))) == path), None)
+
     def name(self, gm: GraphModule) -> None:
         """Let :func:`module_path` give the paths of this place to the nodes of ``gm``."""
         for graph in {part.graph for part in gm.modules() if isinstance(part, GraphModule)}:

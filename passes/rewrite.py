@@ -18,6 +18,7 @@ from ..core.call import Call
 from ..core.method import METHODS
 from ..core.plan import Plan
 from ..core.policy import Policy
+from ..core.shards import is_dtensor, seed_of
 from ..core.spec import known_equal
 from .mask import Padding, PaddingTerm
 from .nodes import reached, same_sizes, shape_of
@@ -138,15 +139,19 @@ def _replace(site: AttentionSite, decision: Plan, policy: Policy, seeds: dict[st
     inputs = [x for x in (site.query, site.key, site.value) if x is not None]
     if spec is None or len(inputs) < 3:
         raise ValueError(f"site {site.module!r}: it is not known what its node {node.name!r} computes")
-    device = node.meta["example_value"].device
+    device, shard = node.meta["example_value"].device, spec.shard
     if str(device) not in seeds:
         seeds[str(device)] = _seed(graph, device, policy, node)
     with graph.inserting_before(node):
         # under autocast SDPA casts its inputs; an op of ours is not known to autocast
         query, key, value = (_cast(graph, x, spec.dtype, node) for x in inputs)
         padding = None if site.padding is None else _padding(graph, site, site.padding, spec.B)
-        given = Call(query, key, value, padding, seeds[str(device)], spec.scale, site.layer, options=decision.params)
-        results = _emit(graph, METHODS[decision.method].op, given.args, given.keywords, like=node)
+        method, seed = METHODS[decision.method], seeds[str(device)]
+        if shard is not None and shard.first:
+            seed = _emit(graph, torch.add, (seed, seed_of(0, shard)), like=node)
+        options = method.part(decision.params, shard)
+        given = Call(query, key, value, padding, seed, spec.scale, site.layer, options=options)
+        results = _emit(graph, method.op, given.args, given.keywords, like=node)
         out = _emit(graph, operator.getitem, (results, 0), like=node)
         if _layout_matters(node):
             out = _with_layout_of(graph, out, node)
@@ -195,6 +200,8 @@ def _emit(
 
 def _fake_mode(node: Node) -> Any:
     example = _tensor_of(node)
+    if is_dtensor(example):
+        example = example._local_tensor
     if not isinstance(example, FakeTensor):
         raise ValueError(f"node {node.name!r}: its example_value is a {type(example).__name__}, must be a FakeTensor")
     return example.fake_mode

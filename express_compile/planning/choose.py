@@ -193,7 +193,12 @@ def require(planned: Iterable[tuple[str, Plan | SiteReport]], policy: Policy) ->
 
 
 def answer(question: Question, policy: Policy) -> Plan:
-    """The decision for one site; as :func:`plan`, for a policy that :func:`check_policy` has seen, and never strict."""
+    """The decision for one site; as :func:`plan`, for a policy that :func:`check_policy` has seen, and never strict.
+
+    It is for all heads of the layer, so that processes that share them decide alike; each one runs :meth:`Method.part`.
+    """
+    if question.spec is not None and question.spec.shard is not None:
+        question = replace(question, spec=question.spec.whole)
     if policy.plan is not None:
         return _follow(question, policy)
     local = policy.at(question.module)

@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import _active_collector
 from ...core.call import Call, Op
 from ...core.method import METHODS
 from ...core.plan import Plan
+from ...core.shards import SEEDS, seed_of, shard_of
 from ...core.spec import AttentionSpec, Mask
 from ...kernels.launch import constant
 from ...planning.choose import Question, answer, require
@@ -69,8 +70,9 @@ def _prove_and_run(site: Site, given: Given, decide: Callable[[AttentionSpec], t
     if proof.visible != key.shape[2]:
         key, value = key[:, :, : proof.visible], value[:, :, : proof.visible]
     seed = _seed_of_step(_seed(site.plans.policy.seed, given.query), spec, given.arguments)
+    seed, options = seed_of(seed, spec.shard), METHODS[plan.method].part(plan.params, spec.shard)
     sinks = given.arguments["s_aux"] if spec.sinks else None
-    call = Call(given.query, key, value, proof.padding, seed, spec.scale, site.layer, sinks=sinks, options=plan.params)
+    call = Call(given.query, key, value, proof.padding, seed, spec.scale, site.layer, sinks=sinks, options=options)
     out, _ = run(METHODS[plan.method].op, call)
     return out.transpose(1, 2).contiguous(), None
 
@@ -88,6 +90,8 @@ def _run_eagerly(given: Given) -> Result:
             f"{type(module).__name__} was sent to express_compile's attention but was never rewritten: it was added to "
             "a rewritten model, or its configuration was copied from one; call rewrite_attention on this model"
         )
+    given = given._replace(shard=shard_of(module, given.key, given.key.shape[1], given.key.shape[3]))
+    site.shard = given.shard
     shadow = None if module.training else site.shadow
 
     def decide(spec: AttentionSpec) -> tuple[Plan, Run]:
@@ -144,7 +148,7 @@ def _step_in_graph(
     arguments = {name: x for name, x in zip(_OF_STEP, named, strict=True) if x is not None}
     config = SimpleNamespace(_attn_implementation=NAME)  # to one query, eager attention and sdpa are the same
     module = SimpleNamespace(num_key_value_groups=groups, is_causal=causal, training=training, config=config)
-    given = Given(module, query, key, value, mask, {"is_causal": causal, **arguments})
+    given = Given(module, query, key, value, mask, {"is_causal": causal, **arguments}, site.shard)
 
     def decide(spec: AttentionSpec) -> tuple[Plan, Run]:
         question = Question(module=site.path, spec=spec, gradient=given.gradient, graphs=True)
@@ -226,7 +230,7 @@ def _seed_of_step(seed: torch.Tensor, spec: AttentionSpec, arguments: dict[str, 
     window, positions = arguments.get("sliding_window"), arguments.get("position_ids")
     if spec.Lq != 1 or spec.mask.window is not None or not window or window > spec.Lk or positions is None:
         return seed
-    return seed + positions.flatten()[-1]
+    return (seed + positions.flatten()[-1]) & SEEDS
 
 
 def _seed(seed: int | None, query: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 
-from ...core.spec import AttentionSpec, Mask, default_scale, feature_major
+from ...core.spec import AttentionSpec, HeadShard, Mask, default_scale, feature_major
 from .masks import NAMES, ProvenMask, reason_of
 from .sites import Site
 
@@ -24,7 +24,8 @@ _READ = "_express_compile_read"  # an attribute of an additive mask: its version
 
 
 class Given(NamedTuple):
-    """One call: the module, ``[B, H, Lq, D]``, ``[B, H_kv, Lk, D]``, ``[B, H_kv, Lk, Dv]``, the mask and the rest."""
+    """One call: the module, ``[B, H, Lq, D]``, ``[B, H_kv, Lk, D]``, ``[B, H_kv, Lk, Dv]``, the mask and the rest; and
+    which heads of the layer it has, if not all."""
 
     module: Any
     query: torch.Tensor
@@ -32,6 +33,7 @@ class Given(NamedTuple):
     value: torch.Tensor
     mask: torch.Tensor | None
     arguments: dict[str, Any]
+    shard: HeadShard | None = None
 
     @property
     def eager(self) -> bool:
@@ -69,7 +71,7 @@ class Proof(NamedTuple):
         scaling: Any = asked("scaling")
         scale, dropout = float(default_scale(D) if scaling is None else scaling), float(asked("dropout") or 0.0)
         forms: dict[str, Any] = {"softcap": asked("softcap"), "sinks": asked("s_aux") is not None}
-        forms["feature_major"] = feature_major(given.key)
+        forms |= {"feature_major": feature_major(given.key), "shard": given.shard}
         return AttentionSpec(B, H, H_kv, Lq, self.visible, D, Dv, dtype, device, scale, self.mask, dropout, **forms)
 
 
