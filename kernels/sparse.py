@@ -443,6 +443,9 @@ METHOD = register(
         params=_params,
         cost=_cost,
         decodes=True,
+        cycle=lambda params: (
+            (params["groups"] if params["pattern"] == "fixed" else 1) * (2 if params["parts"] == "per_head" else 1)
+        ),
         changes="it changes the function: each query sees only the keys of the pattern, which the model must be "
         "trained with",
     )

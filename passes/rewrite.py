@@ -11,17 +11,16 @@ from typing import Any, cast
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from ..core.call import Call
 from ..core.method import METHODS
 from ..core.plan import Plan
 from ..core.policy import Policy
-from ..core.shards import is_dtensor, seed_of
+from ..core.shards import seed_of
 from ..core.spec import known_equal
 from .mask import Padding, PaddingTerm
-from .nodes import reached, same_sizes, shape_of
+from .nodes import fake_mode_of, reached, same_sizes, shape_of
 from .normalize import in_place, is_new, operation
 from .site import AttentionSite, Emit
 
@@ -189,22 +188,13 @@ def _emit(
     node = graph.call_function(target, args, kwargs)
     values = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
     # without Python's decompositions some C++ ones turn symbolic sizes into numbers
-    with _fake_mode(like), enable_python_dispatcher():
+    with fake_mode_of(_tensor_of(like)), enable_python_dispatcher():
         node.meta["example_value"] = target(*values[0], **values[1])
     if inherit:
         for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
     return node
-
-
-def _fake_mode(node: Node) -> Any:
-    example = _tensor_of(node)
-    if is_dtensor(example):
-        example = example._local_tensor
-    if not isinstance(example, FakeTensor):
-        raise ValueError(f"node {node.name!r}: its example_value is a {type(example).__name__}, must be a FakeTensor")
-    return example.fake_mode
 
 
 def _cast(graph: Graph, x: Node, dtype: torch.dtype, like: Node) -> Node:
@@ -263,7 +253,7 @@ def _with_layout_of(graph: Graph, out: Node, like: Node) -> Node:
         return out
     for order in itertools.permutations(range(example.dim())):
         inverse = tuple(order.index(d) for d in range(example.dim()))
-        with target.fake_mode:
+        with fake_mode_of(target):
             candidate = example.permute(order).contiguous().permute(inverse)
         if same_sizes(candidate.stride(), target.stride()):
             moved = _emit(graph, torch.permute, (out, order), like=like)

@@ -65,6 +65,7 @@ class Method:
         plans say so, and it is never suggested for a site that another one refused.
     per_head: of its parameters those that list something for every head of a layer, or once for all heads, and how
         many numbers each entry has. A process with a part of the heads takes theirs (:meth:`part`).
+    cycle(params): after how many query heads of a layer what they do repeats, where it goes by their number besides.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Method:
     decodes: bool = False
     changes: str = ""
     per_head: Mapping[str, int] = field(default_factory=dict)
+    cycle: Callable[[Mapping[str, Any]], int] = lambda params: 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, type) or not issubclass(self.options, Options):

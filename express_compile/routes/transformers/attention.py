@@ -7,7 +7,8 @@ sizes and may record, watch and refuse; a decoding step in a graph may have symb
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -21,13 +22,13 @@ from ...core.call import Call, Op
 from ...core.method import METHODS
 from ...core.plan import Plan
 from ...core.shards import SEEDS, seed_of, shard_of
-from ...core.spec import AttentionSpec, Mask
+from ...core.spec import AttentionSpec, HeadShard, Mask
 from ...kernels.launch import constant
 from ...planning.choose import Question, answer, require
 from ..tracers import cannot_trace, is_exporting, untraced
 from ..watched import sampled
-from .masks import NAME, ProvenMask
-from .proof import EXTRAS, Given, is_proven, prove
+from .masks import NAME, ProvenMask, make_mask
+from .proof import EXTRAS, Given, Proof, is_proven, prove
 from .sites import NEEDS_EAGER, Site, site_of, traced
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
@@ -54,7 +55,7 @@ def attend(
     given = Given(module, query, key, value, attention_mask, arguments)
     if is_exporting():
         return _export(given)
-    if torch.compiler.is_compiling() and query.shape[2] == 1:
+    if torch.compiler.is_compiling() and query.shape[2] == 1 and not _has_parts(module):
         return _step(given)
     return _run_eagerly(given)
 
@@ -92,7 +93,11 @@ def _run_eagerly(given: Given) -> Result:
         )
     given = given._replace(shard=shard_of(module, given.key, given.key.shape[1], given.key.shape[3]))
     site.shard = given.shard
-    shadow = None if module.training else site.shadow
+    return _run_planned(site, given) if site.spread is None else site.spread(Part(site, given))
+
+
+def _run_planned(site: Site, given: Given) -> Result:
+    shadow = None if given.module.training else site.shadow
 
     def decide(spec: AttentionSpec) -> tuple[Plan, Run]:
         if wants_weights(given):
@@ -105,6 +110,42 @@ def _run_eagerly(given: Given) -> Result:
         return plan, lambda op, call: sampled(shadow, plan, spec, op, call)
 
     return _prove_and_run(site, given, decide)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A call that has a part of its sequence, for :attr:`Site.spread`."""
+
+    site: Site
+    given: Given
+
+    @cached_property
+    def proof(self) -> Proof:
+        """What is proven about it, as if the part were all."""
+        return prove(self.site, self.given)
+
+    @property
+    def wants_weights(self) -> bool:
+        """Whether somebody wants its attention weights."""
+        return wants_weights(self.given)
+
+    @property
+    def seed(self) -> torch.Tensor:
+        """The seed for its heads."""
+        return seed_of(_seed(self.site.plans.policy.seed, self.given.query), self.given.shard)
+
+    def run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shard: HeadShard) -> Result:
+        """The call of all tokens for some heads, as it is planned: plain causal, or without a mask, as the part is."""
+        module, causal, n = self.given.module, self.proof.mask.causal, key.shape[2]
+        device = {"device": query.device, "config": module.config}
+        mask = make_mask(query.shape[0], n, n, **device) if causal else None
+        arguments = {**self.given.arguments, "is_causal": causal, "position_ids": None}
+        return _run_planned(self.site, Given(module, query, key, value, mask, arguments, shard))
+
+
+def _has_parts(module: Any) -> bool:
+    site = site_of(module)
+    return site is not None and site.spread is not None
 
 
 # ---- in compiled graphs --------------------------------------------------------------------------------------------
@@ -163,7 +204,7 @@ def _step_in_graph(
 def _export(given: Given) -> Result:
     """A call that is traced into a program: what is exact by its policy stays what it is, the rest cannot be kept."""
     site = site_of(given.module)
-    if site is None or site.plans.methods(site.path) != ("exact",):
+    if site is None or site.spread is not None or site.plans.methods(site.path) != ("exact",):
         return _refuse_export(given.module)
     return _exact(site, given)
 
@@ -179,7 +220,7 @@ def _refuse_export(module: Any) -> NoReturn:
 def _exact(site: Site, given: Given) -> Result:
     """transformers' own attention, with exactly the arguments it would have had; in place of eager attention sdpa, with
     arguments that say the same to it."""
-    module, query, key, value, mask, arguments = given
+    module, query, key, value, mask, arguments, _ = given
     flag = given.eager and is_proven(mask) and mask.proven == Mask(causal=True)
     if isinstance(mask, ProvenMask):
         mask = mask.exact()

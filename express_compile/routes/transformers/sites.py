@@ -115,6 +115,7 @@ class Site:
     source: ``file:line`` of the method that looks its attention up.
     decodes: whether one of the methods may take a single query.
     shadow: what samples its error while the model is watched; stays behind when the site is copied.
+    spread: what takes its calls where a process has a part of the tokens; see engines/distributed.py.
     shard: which heads of the layer it had at its last eager call, if not all; decoding steps in graphs go by it.
     token: what a compiled graph knows it by; copies have their own.
     """
@@ -128,6 +129,7 @@ class Site:
     plans: Plans = field(repr=False)
     decodes: bool
     shadow: Shadow | None = field(default=None, repr=False)
+    spread: Callable[[Any], Any] | None = field(default=None, repr=False)
     shard: HeadShard | None = field(default=None, repr=False)
     token: str = field(default="", repr=False)
 
@@ -136,7 +138,7 @@ class Site:
         _TRACED[self.token] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "shadow": None}
+        return {**self.__dict__, "shadow": None, "spread": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
