@@ -3,10 +3,10 @@
     out_i = (e^a out_own + e^b out_before) / (e^a + e^b)
 
 A query attends to its own chunk by Express (a its log-sum-exp), and to the coreset of every earlier chunk (b that of
-all of them): the rows that a query right behind that chunk would see, fewer than ``6 s`` of them thinned, and the sinks,
-protected and last tokens of the chunk, exactly. Their weights sum to the tokens of the chunk, so those that a query sees
-sum to the tokens up to itself. Thinning reads raw tokens only, so chunks are thinned at the same time, by other processes
-(:mod:`express_compile.engines.distributed`), and what they send does not grow with the sequence.
+all of them): the rows that a query right behind that chunk would see, fewer than ``6 s`` of them thinned, and its
+sinks, protected and last tokens, exactly. Their weights sum to the tokens of the chunk, so those that a query
+sees sum to the tokens up to itself. Thinning reads raw tokens only, so chunks are thinned at the same time, by other
+processes (:mod:`express_compile.engines.distributed`), and what they send does not grow with the sequence.
 
 Each chunk draws its own random numbers; the first one's are those of a sequence that ends with it. Sequences no longer
 than :attr:`Express.exact_up_to` per chunk are exact. No gradients.
@@ -74,8 +74,8 @@ def attend_chunk(
 ) -> tuple[_Tensors, _Tensors]:
     """``(out, lse)`` of a chunk by itself, and keys ``[B, H_kv, R, D]`` and values ``[B, H_kv, R, Dv]`` of its coreset.
 
-    ``query`` ``[B, H, m, D]``, ``key`` ``[B, H_kv, m, D]``, ``value`` ``[B, H_kv, m, Dv]``: its m tokens; ``chunk``: its
-    number. ``out`` ``[B, H, m, Dv]``; ``lse`` ``[B, H, m]``, as in :func:`~.attend.segments.segment_attention`.
+    ``query`` ``[B, H, m, D]``, ``key`` ``[B, H_kv, m, D]``, ``value`` ``[B, H_kv, m, Dv]``: its m tokens; ``chunk``:
+    its number. ``out`` ``[B, H, m, Dv]``; ``lse`` ``[B, H, m]``, as in :func:`~.attend.segments.segment_attention`.
     """
     tokens = key.shape[2]
     plan = make_chunk(config, tokens)
@@ -100,8 +100,8 @@ def _rows(sources: Sources, source: int, first: int, rows: int) -> _Tensors:
 def attend_before(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, config: Express, scale: float
 ) -> _Tensors:
-    """``(out, lse)`` of queries ``[B, H, m, D]`` to the coresets of the chunks before theirs, of m tokens each: ``keys``
-    ``[chunks, B, H_kv, R, D]``, ``values`` ``[chunks, B, H_kv, R, Dv]``, one chunk at least."""
+    """``(out, lse)`` of queries ``[B, H, m, D]`` to the coresets of the chunks before theirs, of m tokens each:
+    ``keys`` ``[chunks, B, H_kv, R, D]``, ``values`` ``[chunks, B, H_kv, R, Dv]``, one chunk at least."""
     plan, chunks = make_chunk(config, query.shape[2]), keys.shape[0]
     sizes = [rows for *_, rows in plan.parts]
 

@@ -230,11 +230,10 @@ def philox_uniform(
 ) -> torch.Tensor:
     """Uniform numbers in [0, 1), multiples of 2**-24, in float32: Philox4x32-10 (Salmon et al., 2011).
 
-    ``seed`` is a 0-dim int64 tensor: its low 32 bits count, and the others are added to ``head``; ``layer`` is the upper
-    key word. The counters
-    broadcast against each other: ``draw`` (the pair), ``bucket``, ``stage`` (round and level) and ``head``; that
-    none of them says which sequence of a batch it is makes batches invariant: a sequence draws the same numbers
-    wherever it stands. Equal to :func:`draw_uniform` in a kernel, bit for bit.
+    ``seed`` is a 0-dim int64 tensor: its low 32 bits count, and the others are added to ``head``; ``layer`` is the
+    upper key word. The counters broadcast against each other: ``draw`` (the pair), ``bucket``, ``stage`` (round and
+    level) and ``head``; that none of them says which sequence of a batch it is makes batches invariant: a sequence
+    draws the same numbers wherever it stands. Equal to :func:`draw_uniform` in a kernel, bit for bit.
     """
     device = draw.device
     seed = seed.to(device=device, dtype=torch.int64)

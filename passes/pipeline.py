@@ -19,11 +19,12 @@ from torch.utils import _pytree as pytree
 
 from ..core.plan import Plan
 from ..core.policy import Policy
-from ..core.shards import shard_of
+from ..core.shards import is_dtensor, shard_of
 from ..core.sites import SiteReport
 from ..planning.choose import Question, answer, check_policy, require, require_modules, require_sites
 from .buffers import Buffers
 from .match import find_sites
+from .nodes import tensor_of
 from .place import Place
 from .rewrite import changes, rewrite
 from .site import AttentionSite
@@ -109,10 +110,9 @@ def plan_graph(
 
 def _with_shard(site: AttentionSite, place: Place) -> AttentionSite:
     """The site, whose spec says which heads of the layer it has."""
-    if site.spec is None:
+    if site.spec is None or is_dtensor(tensor_of(site.node)):  # DTensors say it themselves: rewrite()
         return site
-    key = None if site.key is None else site.key.meta["example_value"]
-    shard = shard_of(place.module(site.module), key, site.spec.H_kv, site.spec.D)
+    shard = shard_of(place.module(site.module), site.spec.H, site.spec.H_kv, site.spec.D)
     return site if shard is None else replace(site, spec=replace(site.spec, shard=shard))
 
 

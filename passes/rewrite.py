@@ -17,8 +17,8 @@ from ..core.call import Call
 from ..core.method import METHODS
 from ..core.plan import Plan
 from ..core.policy import Policy
-from ..core.shards import seed_of
-from ..core.spec import known_equal
+from ..core.shards import is_dtensor, seed_of, shard_of_dtensor
+from ..core.spec import AttentionSpec, HeadShard, known_equal
 from .mask import Padding, PaddingTerm
 from .nodes import fake_mode_of, reached, same_sizes, shape_of
 from .normalize import in_place, is_new, operation
@@ -66,6 +66,8 @@ def rewrite(
 
 def changes(site: AttentionSite, decision: Plan, written_out: bool) -> bool:
     """Whether :func:`rewrite` changes the graph at ``site``."""
+    if decision.method == "exact" and is_dtensor(_tensor_of(site.node)):  # of which not every SDPA kernel knows
+        return False
     return decision.verdict == "rewritten" or (written_out and site.exact is not None)
 
 
@@ -138,7 +140,7 @@ def _replace(site: AttentionSite, decision: Plan, policy: Policy, seeds: dict[st
     inputs = [x for x in (site.query, site.key, site.value) if x is not None]
     if spec is None or len(inputs) < 3:
         raise ValueError(f"site {site.module!r}: it is not known what its node {node.name!r} computes")
-    device, shard = node.meta["example_value"].device, spec.shard
+    device, shard = node.meta["example_value"].device, spec.shard or _shard_of_dtensor(inputs[1], spec, decision)
     if str(device) not in seeds:
         seeds[str(device)] = _seed(graph, device, policy, node)
     with graph.inserting_before(node):
@@ -165,6 +167,19 @@ def _replace(site: AttentionSite, decision: Plan, policy: Policy, seeds: dict[st
     return out
 
 
+def _shard_of_dtensor(key: Node, spec: AttentionSpec, decision: Plan) -> HeadShard | None:
+    """The heads that this process has of a DTensor; of attention that is written out the key is known only now."""
+    if not is_dtensor(example := _tensor_of(key)):
+        return None
+    shard, cycle = shard_of_dtensor(example), METHODS[decision.method].cycle(decision.params)
+    if shard is not None and spec.H // spec.H_kv * shard.heads % cycle:
+        raise ValueError(
+            f"{decision.method} gives every {cycle} heads their parts in turn; a process has {shard.heads} of "
+            f"{shard.of} KV heads, with {spec.H // spec.H_kv} heads each"
+        )
+    return shard
+
+
 def _seed(graph: Graph, device: torch.device, policy: Policy, like: Node) -> Node:
     first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
     with graph.inserting_before(first):
@@ -189,12 +204,23 @@ def _emit(
     values = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
     # without Python's decompositions some C++ ones turn symbolic sizes into numbers
     with fake_mode_of(_tensor_of(like)), enable_python_dispatcher():
-        node.meta["example_value"] = target(*values[0], **values[1])
+        run = _sdpa if target is torch.nn.functional.scaled_dot_product_attention else target
+        node.meta["example_value"] = run(*values[0], **values[1])
     if inherit:
         for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
     return node
+
+
+def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """SDPA without values; of DTensors by that of their parts, for not every kernel of it knows DTensors."""
+    parts = [x._local_tensor if is_dtensor(x) else x for x in (query, key, value)]
+    out = torch.nn.functional.scaled_dot_product_attention(*parts, *args, **kwargs)
+    if not is_dtensor(query):
+        return out
+    whole: torch.Tensor = query.from_local(out, query.device_mesh, query.placements, run_check=False)  # type: ignore[attr-defined]
+    return whole
 
 
 def _cast(graph: Graph, x: Node, dtype: torch.dtype, like: Node) -> Node:

@@ -38,60 +38,55 @@ def declare(model: nn.Module, rank: int, ranks: int) -> None:
         module.__dict__[_DECLARED] = (rank, ranks)
 
 
-def shard_of(module: Any, key: Any, H_kv: Any, D: Any) -> HeadShard | None:
-    """The KV heads that ``key`` ``[B, H_kv, Lk, D]`` of an attention module has, or None for all of them. None for the
-    key: it is not known.
+def shard_of(module: Any, H: Any, H_kv: Any, D: Any) -> HeadShard | None:
+    """The KV heads that a call of attention in ``module`` has, by its weights or as :func:`declare` was told; None for
+    all of them. H, H_kv, D: query heads and KV heads of the call, and features of a head.
 
     Raises ``ValueError`` where weights are sharded and it cannot be known whether the heads are.
     """
-    if is_dtensor(key):
-        return _of_placements(key)
-    declared = vars(module).get(_DECLARED) if isinstance(module, nn.Module) else None
+    if not isinstance(module, nn.Module):
+        return None
+    declared = vars(module).get(_DECLARED)
     if declared is not None:
         return HeadShard(declared[0] * H_kv, H_kv, declared[1] * H_kv)
     columns = _columns(module)
     if not columns:
         return None
-    if len({place for place, _ in columns}) > 1:
-        raise ValueError(f"{_of(module, H_kv)}: its weights are sharded over more than one dimension of a mesh; {_SAY}")
-    (rank, ranks), _ = columns[0]
-    config = getattr(module, "config", None)
-    total = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
-    if isinstance(total, int) and isinstance(H_kv, int) and total in (H_kv, ranks * H_kv):
-        return None if total == H_kv else HeadShard(rank * H_kv, H_kv, total)
-    if any(features % (ranks * H_kv * D) == 0 for _, features in columns):
-        return HeadShard(rank * H_kv, H_kv, ranks * H_kv)
-    if any(features % (H_kv * D) == 0 for _, features in columns):
+    (rank, ranks), others = columns[0][0], {place for place, _ in columns[1:]}
+    total = getattr(getattr(module, "config", None), "num_attention_heads", None)
+    features = {n for _, n in columns}
+    if not others - {(rank, ranks)}:
+        if total == ranks * H or {ranks * H * D, ranks * (H + 2 * H_kv) * D} & features:
+            return HeadShard(rank * H_kv, H_kv, ranks * H_kv)
+        if total == H or {H * D, (H + 2 * H_kv) * D} & features:
+            return None
+    raise ValueError(f"{type(module).__name__}: its weights are sharded, and it calls attention with {H} heads; {_SAY}")
+
+
+def shard_of_dtensor(key: Any) -> HeadShard | None:
+    """The KV heads that this process has of a DTensor ``[B, H_kv, Lk, D]``, or None for all of them. Raises
+    ``ValueError`` unless they are sharded evenly over one dimension of a mesh."""
+    mesh, dims = key.device_mesh, [i for i, placement in enumerate(key.placements) if placement.is_shard(1)]
+    if not dims:
         return None
-    raise ValueError(f"{_of(module, H_kv)}: its weights are sharded over {ranks} processes; {_SAY}")
+    total, ranks = key.shape[1], mesh.size(dims[0])
+    if len(dims) > 1 or total % ranks:
+        raise ValueError(
+            f"key: a DTensor with placements {key.placements}, {total} heads on a mesh of shape {tuple(mesh.shape)}; "
+            "its heads must be sharded evenly over one dimension of the mesh"
+        )
+    return HeadShard(mesh.get_local_rank(dims[0]) * total // ranks, total // ranks, total)
 
 
 _SAY = "which heads these are is not known: say it with express_compile.engines.distributed.shard_heads(model, mesh)"
 
 
-def _of(module: Any, H_kv: int) -> str:
-    return f"{type(module).__name__} calls attention with {H_kv} KV heads"
-
-
-def _of_placements(key: Any) -> HeadShard | None:
-    mesh, dims = key.device_mesh, [i for i, placement in enumerate(key.placements) if placement.is_shard(1)]
-    if not dims:
-        return None
-    total, local = key.shape[1], key.to_local().shape[1] if len(dims) == 1 else 0
-    if len(dims) > 1 or local * mesh.size(dims[0]) != total:
-        raise ValueError(
-            f"key: a DTensor with placements {key.placements}, {total} heads on a mesh of shape {tuple(mesh.shape)}; "
-            "its heads must be sharded evenly over one dimension of the mesh"
-        )
-    return HeadShard(mesh.get_local_rank(dims[0]) * local, local, total)
-
-
-def _columns(module: Any) -> list[tuple[tuple[int, int], int]]:
+def _columns(module: nn.Module) -> list[tuple[tuple[int, int], int]]:
     """Of every weight ``[out, in]`` whose output features are sharded: place and number of the parts, and features."""
     found: list[tuple[tuple[int, int], int]] = []
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return found
-    for parameter in module.parameters() if isinstance(module, nn.Module) else ():
+    for parameter in module.parameters():
         if is_dtensor(parameter) and parameter.dim() == 2:
             mesh = parameter.device_mesh
             found += [

@@ -87,8 +87,8 @@ class AttentionSpec:
     ``scaled_dot_product_attention``. ``H_kv`` divides ``H`` (grouped-query attention).
     ``device`` is a device type (``"cpu"``, ``"cuda"``). ``softcap`` is c of ``cap(s) = c * tanh(s / c)``, or None where
     scores are not capped. ``sinks``: a logit per query head joins the softmax, with a value of zero. ``feature_major``:
-    the keys are known to lie feature by feature (:func:`feature_major`). ``shard``: which heads of the layer this process
-    computes, where that is not all.
+    the keys are known to lie feature by feature (:func:`feature_major`). ``shard``: which heads of the layer this
+    process computes, where that is not all.
     """
 
     B: Any
@@ -110,7 +110,7 @@ class AttentionSpec:
 
     @property
     def whole(self) -> AttentionSpec:
-        """The same with all heads of the layer, for which plans are made; sizes of DTensors are those of all already."""
+        """The same with all heads of the layer, for which plans are made."""
         if self.shard is None:
             return self
         ranks = self.shard.of // self.H_kv

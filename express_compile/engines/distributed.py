@@ -1,14 +1,14 @@
 """Models on several devices: heads that processes share, and sequences in parts.
 
-**Heads** (tensor parallel) need no call: shard the model by transformers' ``tp_plan`` or by ``parallelize_module``, then
-:func:`express_compile.rewrite_attention` it or compile it as ever. Which heads a process has is seen by its DTensors,
-and N processes give the bits of one. Where weights are plain tensors, :func:`shard_heads` says it.
+**Heads** (tensor parallel) need no call: shard the model by transformers' ``tp_plan`` or by ``parallelize_module``,
+then :func:`express_compile.rewrite_attention` it or compile it as ever. Which heads a process has is seen by its
+DTensors, and N processes give the bits of one. Where weights are plain tensors, :func:`shard_heads` says it.
 
 **Sequences**: :func:`shard_sequence` after :func:`express_compile.rewrite_attention`. Each process has ``n / N``
-consecutive tokens of every sequence. With ``"all_to_all"`` (DeepSpeed-Ulysses, arXiv 2309.14509) it computes attention of
-all tokens for a part of the heads; with ``"coresets"`` of its tokens to themselves and to what
-:mod:`express_compile.kernels.express_chunks` keeps of those before. Only attention sees that the sequence is in parts; the
-rest of a model goes token by token, but for positions: give it :func:`position_ids`.
+consecutive tokens of every sequence. With ``"all_to_all"`` (DeepSpeed-Ulysses, arXiv 2309.14509) it computes attention
+of all tokens for a part of the heads; with ``"coresets"`` of its tokens to themselves and to what
+:mod:`express_compile.kernels.express_chunks` keeps of those before. Only attention sees that the sequence is in parts;
+the rest of a model goes token by token, but for positions: give it :func:`position_ids`.
 
 Through ``torch.distributed`` alone: any backend with ``all_to_all_single`` and ``all_gather_into_tensor``.
 """
@@ -68,7 +68,7 @@ def shard_sequence(model: Model, mesh: DeviceMesh, how: str = "all_to_all") -> M
     Process i of N is given tokens ``i n / N`` to ``(i + 1) n / N - 1`` of all ``n`` (their ``input_ids`` and their
     :func:`position_ids`), and returns what belongs to these. Calls are prefills and training steps without key padding,
     windows and attention sinks, causal or, by all-to-all, without a mask; any other raises ``RuntimeError`` with its
-    reason, for what a part of the tokens gives would be wrong. Pass ``use_cache=False``: a cache would hold the part only.
+    reason, for what a part of the tokens gives would be wrong. Pass ``use_cache=False``: a cache would hold the part.
 
     model: one whose attention modules choose their attention by name in transformers, after ``rewrite_attention``.
     mesh: of one dimension; each process has the same number of tokens.
@@ -77,8 +77,8 @@ def shard_sequence(model: Model, mesh: DeviceMesh, how: str = "all_to_all") -> M
         divides the heads. ``"coresets"``: each process sends ``O(s)`` rows per KV head instead. For Express, forward
         only; what the policy leaves exact runs by all-to-all.
 
-    ``restore_attention`` and rewriting the model anew undo it. Raises ``ValueError`` for another ``how``, a mesh of more
-    dimensions, a model that is not rewritten, or one with attention that writes itself.
+    ``restore_attention`` and rewriting the model anew undo it. Raises ``ValueError`` for another ``how``, a mesh of
+    more dimensions, a model that is not rewritten, or one with attention that writes itself.
     """
     _one_dimension(mesh)
     if how not in HOW:
@@ -86,8 +86,8 @@ def shard_sequence(model: Model, mesh: DeviceMesh, how: str = "all_to_all") -> M
     sites = rewritten_sites(model)
     if captured := captures_of(model):
         raise ValueError(
-            f"model: attention in {', '.join(repr(path or '(root)') for path in captured)} is no call that transformers "
-            "chooses by name; only such calls can be given parts of a sequence"
+            f"model: attention in {', '.join(repr(path or '(root)') for path in captured)} is no call that "
+            "transformers chooses by name; only such calls can be given parts of a sequence"
         )
     if not sites:
         raise ValueError(
@@ -97,6 +97,12 @@ def shard_sequence(model: Model, mesh: DeviceMesh, how: str = "all_to_all") -> M
     for site in sites.values():
         site.spread = parts
     return model
+
+
+def sequence_of(model: nn.Module) -> list[SequenceParts]:
+    """What :func:`shard_sequence` made of a model: one for each call of it, with the bytes that were sent."""
+    found = {id(site.spread): site.spread for site in rewritten_sites(model).values() if site.spread is not None}
+    return list(found.values())
 
 
 def _one_dimension(mesh: DeviceMesh) -> None:
@@ -109,8 +115,8 @@ def _one_dimension(mesh: DeviceMesh) -> None:
 
 
 def bytes_of_ring(spec: AttentionSpec, ranks: int) -> float:
-    """Bytes that a process sends in ring attention: keys and values of its part, to all others in turn. ``spec``: of the
-    whole sequence."""
+    """Bytes that a process sends in ring attention: keys and values of its part, to all others in turn. ``spec``: of
+    the whole sequence."""
     return (ranks - 1) / ranks * spec.B * spec.H_kv * spec.Lk * (spec.D + spec.Dv) * spec.dtype.itemsize
 
 
@@ -130,7 +136,7 @@ def bytes_of_coresets(spec: AttentionSpec, ranks: int, rows: int) -> float:
 
 
 class _Exchange(torch.autograd.Function):
-    """Part j of ``x`` ``[ranks, ..]`` to process j, and the parts that the others have for this one; its own inverse."""
+    """Part j of ``x`` ``[ranks, ..]`` to process j, and the parts that the others have for this; its own inverse."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
@@ -147,7 +153,8 @@ class _Exchange(torch.autograd.Function):
 class SequenceParts:
     """The processes that have a sequence in parts, for all sites of a model: what :attr:`Site.spread` is.
 
-    sent: bytes that this process has sent to others so far, forward.
+    sent: bytes that this process has sent to others so far, forward. Copies of a model have the same one; it cannot be
+    pickled.
     """
 
     group: Any
@@ -156,6 +163,14 @@ class SequenceParts:
     how: str
     first: str
     sent: float = 0.0
+
+    def __deepcopy__(self, memo: Any) -> SequenceParts:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a model that has a part of its sequences (shard_sequence) cannot be pickled; its state_dict can"
+        )
 
     def __call__(self, part: Part) -> Result:
         """A call of attention with this process's tokens."""
@@ -222,8 +237,8 @@ class SequenceParts:
         copies = 1 if H_kv % ranks == 0 else ranks // H_kv
         if H_kv * copies % ranks or H % (H_kv * copies):
             raise RuntimeError(
-                f"{part.site.path!r}: {H} heads and {H_kv} KV heads for {ranks} processes (shard_sequence); their number "
-                "must divide the KV heads, or be a multiple of them that divides the heads"
+                f"{part.site.path!r}: {H} heads and {H_kv} KV heads for {ranks} processes (shard_sequence); their "
+                "number must divide the KV heads, or be a multiple of them that divides the heads"
             )
         if copies > 1:
             key, value = (x.repeat_interleave(copies, 1) for x in (key, value))
@@ -255,7 +270,7 @@ class SequenceParts:
         own, coreset = attend_chunk(query, given.key, given.value, config, scale, random, self.rank)
         mine = torch.cat(coreset, 3).contiguous()
         every = mine.new_empty(self.ranks, *mine.shape)
-        dist.all_gather_into_tensor(every, mine, group=self.group)
+        dist.all_gather_into_tensor(every, mine[None], group=self.group)
         self.sent += mine.numel() * mine.element_size() * (self.ranks - 1)
         if self.rank:
             keys, values = every[: self.rank, ..., :width], every[: self.rank, ..., width:]

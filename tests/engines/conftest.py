@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="session")
 def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
-    """``of_ranks(script, ranks)``: what each process of ``script`` returned. Fails with what the first of them wrote."""
+    """``of_ranks(script, ranks)``: what each process of ``script`` returned. Fails with what the first wrote."""
 
     def run(script: str, ranks: int = 2, seconds: float = 300) -> list[dict[str, Any]]:
         folder = tmp_path_factory.mktemp(Path(script).stem)

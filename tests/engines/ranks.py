@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 
 def run(work: Callable[[int, int, str], dict[str, Any]]) -> None:
-    """Initialise gloo by a file, run ``work(rank, ranks, folder)`` and leave what it returns where the test reads it."""
+    """Initialise gloo by a file, run ``work(rank, ranks, folder)`` and leave what it returns to the test."""
     rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     meeting = f"file://{folder / 'meeting'}"

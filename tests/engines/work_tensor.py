@@ -33,7 +33,7 @@ PREFILLS = {
 
 
 def ops(rank: int, ranks: int) -> dict[str, Any]:
-    """Every op with its inputs sharded over heads, over the batch, and replicated: whether bits are those of one."""
+    """Every op with its inputs sharded over heads, over the batch, and replicated: how far it is from one process."""
     mesh, found = init_device_mesh("cpu", (ranks,)), {}
     generator = torch.Generator().manual_seed(0)
     B, H, H_kv, L, D = 2, 8, 4, 600, 16
@@ -64,12 +64,12 @@ def ops(rank: int, ranks: int) -> dict[str, Any]:
                 shard = HeadShard(rank * H_kv // ranks, H_kv // ranks, H_kv) if placement == Shard(1) else None
                 seed = seed_of(torch.tensor(7), shard)
                 mine, mine_lse = method.op(*split, own_real, seed, 0.25, 3, **method.part(params, shard))
-                same = [mine.placements == (placement,)]
-                same += [torch.equal(x.full_tensor(), y) for x, y in ((mine, out), (mine_lse, lse))]
+                assert mine.placements == (placement,)
+                apart = [_apart(x.full_tensor(), y) for x, y in ((mine, out), (mine_lse, lse))]
                 if grads:
                     own_grads = torch.autograd.grad(mine, split, distribute_tensor(weight, mesh, [placement]))
-                    same += [torch.equal(x.full_tensor(), y) for x, y in zip(own_grads, grads, strict=True)]
-                found[title, real is not None, str(placement)] = same
+                    apart += [_apart(x.full_tensor(), y) for x, y in zip(own_grads, grads, strict=True)]
+                found[title, real is not None, str(placement)] = max(apart)
     return found
 
 
@@ -122,6 +122,10 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def _apart(x: torch.Tensor, y: torch.Tensor) -> float:
+    return 0.0 if torch.equal(x, y) else (x - y).abs().max().item()
+
+
 def _distance(x: torch.Tensor, y: torch.Tensor) -> float:
     return ((x - y).norm() / y.norm()).item()
 
@@ -165,7 +169,7 @@ def plain_modules(ranks: int) -> dict[str, Any]:
             rewritten = many(x)
         found["written" if written else "sdpa", "local" if local else "DTensor"] = {
             "shard": sites[0].spec.shard,
-            "same": torch.equal(rewritten, expected),
+            "rewritten": _distance(rewritten, expected),
             "compiled": _distance(compiled, expected),
             "error": _distance(expected, exact),
         }
@@ -191,7 +195,7 @@ def declared(rank: int, ranks: int) -> dict[str, Any]:
         expected = rewrite_attention(one, **options)(x)
         out = rewrite_attention(mine, **options)(x)
         dist.all_reduce(out)
-        return {"same": torch.equal(out + one.o_proj.bias, expected)}
+        return {"distance": _distance(out + one.o_proj.bias, expected)}
 
 
 def refused(folder: str, ranks: int) -> dict[str, str]:

@@ -91,7 +91,8 @@ def _run_eagerly(given: Given) -> Result:
             f"{type(module).__name__} was sent to express_compile's attention but was never rewritten: it was added to "
             "a rewritten model, or its configuration was copied from one; call rewrite_attention on this model"
         )
-    given = given._replace(shard=shard_of(module, given.key, given.key.shape[1], given.key.shape[3]))
+    H, (_, H_kv, _, D) = given.query.shape[1], given.key.shape
+    given = given._replace(shard=shard_of(module, H, H_kv, D))
     site.shard = given.shard
     return _run_planned(site, given) if site.spread is None else site.spread(Part(site, given))
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 
+from ...core.shards import is_dtensor
 from ...core.spec import AttentionSpec, HeadShard, Mask, default_scale, feature_major
 from .masks import NAMES, ProvenMask, reason_of
 from .sites import Site
@@ -109,6 +110,8 @@ def _unreadable(given: Given, unlike: str | None) -> str | None:
         return f"the attention takes {', '.join(extras)}, which no method computes"
     if unlike is not None:
         return unlike
+    if is_dtensor(key):
+        return "its inputs are DTensors; shard the model so that attention gets local tensors (use_local_output=True)"
     if key.shape[:3] != value.shape[:3] or key.shape[0] != B or key.shape[3] != D or H % H_kv != 0:
         return f"query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
     if not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:

@@ -138,7 +138,7 @@ class Site:
         _TRACED[self.token] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "shadow": None, "spread": None}
+        return {**self.__dict__, "shadow": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
