@@ -6,7 +6,8 @@ A query attends to its own chunk by Express (a its log-sum-exp), and to the core
 all of them): the rows that a query right behind that chunk would see, fewer than ``6 s`` of them thinned, and its
 sinks, protected and last tokens, exactly. Their weights sum to the tokens of the chunk, so those that a query
 sees sum to the tokens up to itself. Thinning reads raw tokens only, so chunks are thinned at the same time, by other
-processes (:mod:`express_compile.engines.distributed`), and what they send does not grow with the sequence.
+processes (:mod:`express_compile.engines.distributed`), and what they send hardly grows
+with the sequence: by the tokens of a group, of ``n / (s 2^M)``, that is not complete.
 
 Each chunk draws its own random numbers; the first one's are those of a sequence that ends with it. Sequences no longer
 than :attr:`Express.exact_up_to` per chunk are exact. No gradients.
@@ -50,16 +51,15 @@ def make_chunk(config: Express, tokens: int) -> Chunk:
     """The plan of a chunk of ``tokens`` tokens."""
     whole = make_layout(config, tokens + 1, tokens + 1).table  # the last query is the first one behind the chunk
     last, blocks = (tokens + whole.shift) // whole.block, (tokens - 1 + whole.shift) // whole.block + 1
-    cut = (x[:blocks] for x in (whole.segments, whole.log_weight, whole.tail))
+    segments, log_weight, tails = (x[:blocks] for x in (whole.segments, whole.log_weight, whole.tail))
     tail = int(whole.tail[last])
-    parts = [
-        (*part, weight) for part, weight in zip(whole.segments[last].tolist(), whole.log_weight[last], strict=True)
-    ]
-    parts = [part for part in (*parts, [TOKENS, tail, tokens - tail, 0.0]) if part[2]]
+    segments_of, weights_of = whole.segments[last].tolist(), whole.log_weight[last].tolist()
+    rows = [(*segment, weight) for segment, weight in zip(segments_of, weights_of, strict=True)]
+    parts = [part for part in (*rows, (TOKENS, tail, tokens - tail, 0.0)) if part[2]]
     return Chunk(
-        SegmentTable(whole.block, 0, *cut, whole.shift),
-        tuple((source, first, rows) for source, first, rows, _ in parts),
-        tuple(float(weight) for *_, weight in parts),
+        SegmentTable(whole.block, 0, segments, log_weight, tails, whole.shift),
+        tuple((source, first, count) for source, first, count, _ in parts),
+        tuple(weight for *_, weight in parts),
     )
 
 
@@ -140,8 +140,8 @@ def express_in_chunks(
     """What ``chunks`` processes compute together, in one: ``(out, lse)`` of all n tokens. ``chunks`` divides n."""
     if key.shape[2] % chunks or query.shape[2] != key.shape[2]:
         raise ValueError(f"chunks={chunks}: must divide {key.shape[2]} keys, of as many queries as {query.shape[2]}")
-    parts = list(zip(*(x.chunk(chunks, 2) for x in (query, key, value)), strict=True))
-    found = [attend_chunk(*part, config, scale, random, i) for i, part in enumerate(parts)]
+    parts = list(zip(query.chunk(chunks, 2), key.chunk(chunks, 2), value.chunk(chunks, 2), strict=True))
+    found = [attend_chunk(q, k, v, config, scale, random, i) for i, (q, k, v) in enumerate(parts)]
     results = [found[0][0]]
     for i in range(1, chunks):
         keys, values = (torch.stack([x[1][j] for x in found[:i]]) for j in range(2))

@@ -25,9 +25,15 @@ def shape_of(node: Node) -> torch.Size:
     return shape
 
 
+def local_of(example: Any) -> torch.Tensor:
+    """The part that this process has of a DTensor; any other tensor as it is."""
+    local: torch.Tensor = example._local_tensor if is_dtensor(example) else example
+    return local
+
+
 def fake_mode_of(example: torch.Tensor) -> Any:
     """The mode that the tensor a node stands for was made in. Raises ``ValueError`` for a tensor with values."""
-    fake = example._local_tensor if is_dtensor(example) else example
+    fake = local_of(example)
     if not isinstance(fake, FakeTensor):
         raise ValueError(f"example_value: a {type(fake).__name__}; must be a FakeTensor")
     return fake.fake_mode

@@ -20,7 +20,7 @@ from ..core.policy import Policy
 from ..core.shards import is_dtensor, seed_of, shard_of_dtensor
 from ..core.spec import AttentionSpec, HeadShard, known_equal
 from .mask import Padding, PaddingTerm
-from .nodes import fake_mode_of, reached, same_sizes, shape_of
+from .nodes import fake_mode_of, local_of, reached, same_sizes, shape_of
 from .normalize import in_place, is_new, operation
 from .site import AttentionSite, Emit
 
@@ -213,13 +213,13 @@ def _emit(
     return node
 
 
-def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _sdpa(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """SDPA without values; of DTensors by that of their parts, for not every kernel of it knows DTensors."""
-    parts = [x._local_tensor if is_dtensor(x) else x for x in (query, key, value)]
-    out = torch.nn.functional.scaled_dot_product_attention(*parts, *args, **kwargs)
-    if not is_dtensor(query):
-        return out
-    whole: torch.Tensor = query.from_local(out, query.device_mesh, query.placements, run_check=False)  # type: ignore[attr-defined]
+    attention: Any = torch.nn.functional.scaled_dot_product_attention
+    out: Any = attention(*map(local_of, (query, key, value)), *args, **kwargs)
+    if is_dtensor(query):
+        out = query.from_local(out, query.device_mesh, query.placements, run_check=False)
+    whole: torch.Tensor = out
     return whole
 
 

@@ -88,10 +88,10 @@ def _columns(module: nn.Module) -> list[tuple[tuple[int, int], int]]:
         return found
     for parameter in module.parameters():
         if is_dtensor(parameter) and parameter.dim() == 2:
-            mesh = parameter.device_mesh
+            mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
             found += [
                 ((mesh.get_local_rank(i), mesh.size(i)), parameter.shape[0])
-                for i, placement in enumerate(parameter.placements)
+                for i, placement in enumerate(parameter.placements)  # type: ignore[attr-defined]
                 if placement.is_shard(0) and mesh.size(i) > 1
             ]
     return found

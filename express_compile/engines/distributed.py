@@ -15,7 +15,6 @@ Through ``torch.distributed`` alone: any backend with ``all_to_all_single`` and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -244,12 +243,12 @@ class SequenceParts:
             key, value = (x.repeat_interleave(copies, 1) for x in (key, value))
         first, _, of = given.shard or HeadShard(0, H_kv, H_kv)
         shard = HeadShard(first + self.rank * H_kv // ranks, H_kv * copies // ranks, of)
-        out, weights = part.run(*self._all_tokens(query, key, value), shard)
+        out, weights = part.run(self._all_tokens(query, key, value), shard)
         # [B, n, H / ranks, Dv] -> [B, n / ranks, H, Dv]
         back = self._exchanged(out.unflatten(1, (ranks, -1)).movedim(1, 0))
         return back.movedim(0, 2).flatten(2, 3).contiguous(), weights
 
-    def _all_tokens(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+    def _all_tokens(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """``[B, h, n / ranks, D]`` of this process's tokens -> ``[B, h / ranks, n, D]`` of its heads, at once."""
         parts = [x.unflatten(1, (self.ranks, -1)).movedim(1, 0) for x in tensors]
         sizes = [x[0].numel() for x in parts]

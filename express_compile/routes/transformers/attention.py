@@ -6,7 +6,7 @@ sizes and may record, watch and refuse; a decoding step in a graph may have symb
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from types import SimpleNamespace
@@ -135,8 +135,10 @@ class Part:
         """The seed for its heads."""
         return seed_of(_seed(self.site.plans.policy.seed, self.given.query), self.given.shard)
 
-    def run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shard: HeadShard) -> Result:
-        """The call of all tokens for some heads, as it is planned: plain causal, or without a mask, as the part is."""
+    def run(self, inputs: Sequence[torch.Tensor], shard: HeadShard) -> Result:
+        """The call with query, key and value of all tokens for some heads, as it is planned: plain causal, or without a
+        mask, as the part is."""
+        query, key, value = inputs
         module, causal, n = self.given.module, self.proof.mask.causal, key.shape[2]
         device = {"device": query.device, "config": module.config}
         mask = make_mask(query.shape[0], n, n, **device) if causal else None
