@@ -128,7 +128,8 @@ def measure(arguments: argparse.Namespace, device: torch.device, mesh: DeviceMes
                 yield {
                     "device": name, "ranks": ranks, "model": arguments.model, "n": n, "method": method, "how": how,
                     "one_ms": round(alone, 3), "all_ms": round(both, 3), "speedup": round(alone / both, 3),
-                    "layer_bytes": round(layer_bytes) if sequences else "", "ring_bytes": round(parallel.bytes_of_ring(spec, ranks)),
+                    "layer_bytes": round(layer_bytes) if sequences else "",
+                    "ring_bytes": round(parallel.bytes_of_ring(spec, ranks)),
                     "all_to_all_bytes": round(parallel.bytes_of_all_to_all(spec, ranks)),
                 }  # fmt: skip
 
