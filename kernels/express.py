@@ -61,7 +61,7 @@ from .select.contest import CONTEST, compete_into, compete_reference
 from .select.halving import RULE, HalvingRule, get_rule, halve_reference
 from .select.queries import InBlocks, check_block
 from .select.schedule import Schedule, admitted, check_budget, make_schedule
-from .select.thinning import describe_launches, thin
+from .select.thinning import describe_launches, thin_into
 
 _Gradients: TypeAlias = tuple[torch.Tensor, ...]
 
@@ -308,19 +308,18 @@ def thin_triton(
     B, H = key.shape[0], key.shape[1] if heads is None else len(heads)
     index = torch.empty(B, H, layout.size, dtype=torch.int32, device=key.device)
     kept = tuple(x.new_empty(B, H, layout.copied, x.shape[3]) for x in (key, value))
-    thin_into(index, kept, key, value, layout, scale, Random(seed, layer, heads))
+    select_into((index, *kept), key, value, layout, scale, Random(seed, layer, heads))
     return index, *kept
 
 
-def thin_into(
-    index: torch.Tensor, kept: tuple[torch.Tensor, ...], key: torch.Tensor, value: torch.Tensor, layout: Layout,
-    scale: float, random: Random,
-) -> None:  # fmt: skip
+def select_into(
+    kept: tuple[torch.Tensor, ...], key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, random: Random
+) -> None:
     """What :func:`thin_triton` gives, into tensors of such shapes, contiguous."""
     config = layout.config
     if config.protected:
-        compete_into(index, key, config.sinks, layout.contests, config.protected, random.heads)
-    thin(key, value, index, layout.schedule, config.sinks, config.rule, scale, random, kept)
+        compete_into(kept[0], key, config.sinks, layout.contests, config.protected, random.heads)
+    thin_into(kept, key, value, layout.schedule, config.sinks, config.rule, scale, random)
 
 
 def express_reference(

@@ -96,7 +96,7 @@ def declare_sharding(op: torch._ops.OpOverload) -> None:
     batch, or over heads where KV heads can be shared evenly. ``seed`` is replicated, and may count heads from another
     one on each rank. Does nothing where torch has no distributed package.
     """
-    if not torch.distributed.is_available():
+    if not torch.distributed.is_available() or "key" not in {argument.name for argument in op._schema.arguments}:
         return
     from torch.distributed.tensor import Replicate, Shard, experimental  # not in every build of torch
 

@@ -702,7 +702,6 @@ METHOD = register(
         loses=_loses,
         cost=_cost,
         rows=_rows,
-        decodes=True,
         per_head={"draws": 1},
     )
 )

@@ -442,7 +442,6 @@ METHOD = register(
         options=Sparse,
         params=_params,
         cost=_cost,
-        decodes=True,
         cycle=lambda params: (
             (params["groups"] if params["pattern"] == "fixed" else 1) * (2 if params["parts"] == "per_head" else 1)
         ),

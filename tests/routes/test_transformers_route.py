@@ -641,6 +641,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_generate_gives_the_same_whatever_it_is_asked(options):
+    """Bit by bit, but for a static cache: its empty places are not read, so sums of one row less may round apart."""
     one = "prompt_lookup_num_tokens" in options
     ids, padding = (IDS[1:], None) if one else (IDS, PADDING)
     model = llama("sdpa")
@@ -654,7 +655,10 @@ def test_generate_gives_the_same_whatever_it_is_asked(options):
     rewrite_attention(model, methods=["exact"])
     after = generate()
     assert torch.equal(before.sequences, after.sequences) and before.keys() == after.keys()
-    assert same(before.logits, after.logits)
+    if options.get("cache_implementation") == "static":
+        torch.testing.assert_close(before.logits, after.logits, rtol=1e-6, atol=1e-6)
+    else:
+        assert same(before.logits, after.logits)
 
 
 def test_a_rewritten_model_moves_saves_and_ties_as_before(tmp_path):

@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import _active_collector
 
@@ -26,6 +28,7 @@ from ...kernels.launch import constant
 from ...planning.choose import Question, answer, require
 from ..tracers import cannot_trace, is_exporting, tracer, untraced
 from ..watched import sampled
+from .layers import layer_of
 from .masks import NAME, ProvenMask, make_mask
 from .proof import EXTRAS, Given, Proof, is_proven, prove
 from .sites import NEEDS_EAGER, Site, site_of, traced
@@ -65,10 +68,8 @@ def _prove_and_run(site: Site, given: Given, decide: Callable[[AttentionSpec], t
     spec = proof.spec(given)
     plan, run = decide(spec)
     if plan.verdict != "rewritten":
-        return _exact(site, given)
-    key, value = given.key, given.value
-    if proof.visible != key.shape[2]:
-        key, value = key[:, :, : proof.visible], value[:, :, : proof.visible]
+        return _exact_step(given, proof, spec) or _exact(site, given)
+    key, value = proof.seen(given)
     seed = _seed_of_step(_seed(site.plans.policy.seed, given.query), spec, given.arguments)
     seed, options = seed_of(seed, spec.shard), METHODS[plan.method].part(plan.params, spec.shard)
     sinks = given.arguments["s_aux"] if spec.sinks else None
@@ -84,6 +85,12 @@ def _prove_and_run(site: Site, given: Given, decide: Callable[[AttentionSpec], t
 def _run_eagerly(given: Given) -> Result:
     if tracer() is not None:
         return _export(given)
+    if (layer := layer_of(given.key)) is not None:
+        if _has_parts(given.module):
+            raise RuntimeError("a part of a sequence (shard_sequence) cannot be held in a cache; use_cache=False")
+        out = layer.attend(given, wants_weights(given))
+        if out is not None:
+            return out.transpose(1, 2).contiguous(), None
     site, module = site_of(given.module), given.module
     if site is None:
         raise RuntimeError(
@@ -161,7 +168,6 @@ def _step(given: Given) -> Result:
         any(arguments.get(name) is not None for name in (*EXTRAS, *NEEDS_EAGER))
         or wants_weights(given)
         or isinstance(arguments.get("scaling"), torch.Tensor)
-        or not site.decodes
         or site.shadow is not None
         or site.exact == "eager"
     ):
@@ -206,7 +212,7 @@ def _step_in_graph(
 def _export(given: Given) -> Result:
     """A call that is traced into a program: what is exact by its policy stays what it is, the rest cannot be kept."""
     site = site_of(given.module)
-    if site is None or site.spread is not None or site.plans.methods(site.path) != ("exact",):
+    if site is None or site.spread is not None or site.methods != ("exact",):
         return _refuse_export(given.module)
     return _exact(site, given)
 
@@ -217,6 +223,26 @@ def _refuse_export(module: Any) -> NoReturn:
 
 
 # ---- exactly -------------------------------------------------------------------------------------------------------
+
+
+def _exact_step(given: Given, proof: Proof, spec: AttentionSpec) -> Result | None:
+    """A step of decoding by our own kernel, which needs no dense mask and no copies of heads, and leaves alone what
+    is not filled; None where that is not known to be the same, or the call wants more than the result."""
+    tensors, op = (given.query, given.key, given.value), METHODS["exact"].step(spec)
+    if (
+        op is None
+        or (given.mask is None and not given.query.is_cuda)  # PyTorch reads all there is, and nothing else
+        or (given.eager and spec.Lq > 1 and spec.mask.padding)  # eager attention gives padded queries a mean
+        or given.gradient is not None
+        or wants_weights(given)
+        or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or any(is_traceable_wrapper_subclass(x) for x in tensors)
+    ):
+        return None
+    key, value = proof.seen(given)
+    out = op(given.query, key, value, proof.padding, spec.scale)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _exact(site: Site, given: Given) -> Result:

@@ -65,6 +65,12 @@ class Proof(NamedTuple):
     padding: torch.Tensor | None
     visible: Any
 
+    def seen(self, given: Given) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values that are visible at all."""
+        if self.visible == given.key.shape[2]:
+            return given.key, given.value
+        return given.key[:, :, : self.visible], given.value[:, :, : self.visible]
+
     def spec(self, given: Given) -> AttentionSpec:
         """What the call computes."""
         (B, H, Lq, D), H_kv, Dv = given.query.shape, given.key.shape[1], given.value.shape[3]
