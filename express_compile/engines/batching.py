@@ -1,8 +1,8 @@
 """transformers' continuous batching (``generate_batch``, a paged cache) of a rewritten model.
 
 transformers packs the tokens of many requests into one sequence and hands attention where each one starts. Under our
-name here every request is one call of its own, with the mask it would have alone: so its prompt is prefilled by the plan
-that ``model(input_ids)`` would have, with the same random numbers, and no request can see another.
+name here every request is one call of its own, with the mask it would have alone: so its prompt is prefilled by the
+plan that ``model(input_ids)`` would have, with the same random numbers, and no request can see another.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
@@ -24,7 +23,7 @@ from ..routes.tracers import untraced
 from ..routes.transformers.attention import Result, attend
 from ..routes.transformers.configs import renamed
 from ..routes.transformers.masks import PAGED, make_mask
-from ..routes.transformers.sites import is_in_force, rewritten_sites
+from ..routes.transformers.sites import is_in_force, rewritten_sites, site_of
 
 _PACKED = PagedAttentionArgs.__annotations__.keys()  # arguments that speak of all requests together
 _READ = "_express_compile_read"  # an attribute of the tensor of starts: those, and the masks, for all layers
@@ -38,16 +37,20 @@ def continuous_batching(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     ...     model.generate_batch(prompts, continuous_batching_config=ContinuousBatchingConfig(use_cuda_graph=False))
 
     That is ``generate_batch``, ``continuous_batching_context_manager`` and ``init_continuous_batching``; other calls of
-    the model raise ``RuntimeError`` until the end. ``ValueError``: the model is not rewritten, or some of its attention
-    is not, which packed requests could not be kept apart in.
+    the model raise ``RuntimeError`` until the end. What a request dies of, such as ``strict=True``, is its ``error``.
+    ``ValueError``: the model is not rewritten, or some of its attention is not or has eager attention only.
     """
     if not rewritten_sites(model):
         raise ValueError(f"{type(model).__name__} is not rewritten: call rewrite_attention(model, ...) before")
     for path, module in model.named_modules():
-        if calls_interface(type(module)) is not None and not is_in_force(module):
+        if calls_interface(type(module)) is None:
+            continue
+        site = site_of(module) if is_in_force(module) else None
+        if site is None or site.exact == "eager":
+            which = "is not rewritten" if site is None else "has eager attention only (a soft-cap or sinks)"
             raise ValueError(
-                f"{path!r} ({type(module).__name__}) is not rewritten, and knows nothing of the lengths of packed "
-                "requests; restore_attention(model) and generate_batch run the model exactly"
+                f"{path!r} ({type(module).__name__}) {which} and cannot keep packed requests apart: "
+                "restore_attention(model), after which generate_batch is all transformers'"
             )
     with renamed(model, PAGED):
         yield model
