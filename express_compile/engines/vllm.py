@@ -2,20 +2,18 @@
 
     LLM(model, additional_config={"express_compile": {"methods": ["express"], "budget": 512}})
 
-The options are those of ``rewrite_attention``, as plain data. vLLM's attention backends are subclassed and registered in
-their own places by ``register_backend``; without options they do what they did. A prompt that is computed at once, with
-nothing of it in the cache, goes to our op, which reads its queries, keys and values as they come. vLLM itself writes the
-cache, computes every other request of the batch, and decodes. Nothing of it is patched.
+The options are those of ``rewrite_attention``, as plain data. vLLM's attention backends are subclassed and registered
+in their own places by ``register_backend``; without options they do what they did. A prompt that is computed at once,
+with nothing of it in the cache, goes to our op, which reads its queries, keys and values as they come. vLLM itself
+writes the cache, computes every other request of the batch, and decodes. Nothing of it is patched.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from vllm import __version__ as found
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
@@ -32,7 +30,6 @@ from ..core.method import METHODS
 from ..core.plan import Plan
 from ..core.policy import Policy, Unmet
 from ..core.spec import AttentionSpec, Mask, layer_key
-from ..kernels.launch import constant
 from ..planning.choose import Question, answer, check_policy, require, require_matches, unmatched
 
 VERSION = "0.32."
@@ -76,12 +73,7 @@ def policy_of(config: VllmConfig) -> Policy | None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if (size := getattr(config.parallel_config, name, 1)) != 1:
             raise ValueError(f"{name}={size}: a prompt is on several ranks, where express_compile needs it on one (1)")
-    return _policy(json.dumps(options))
-
-
-@lru_cache(maxsize=8)
-def _policy(text: str) -> Policy:
-    policy = Policy.from_options(json.loads(text))
+    policy = Policy.from_options(options)
     check_policy(policy)
     return policy
 
@@ -96,27 +88,24 @@ class _Impl:
 
     def plan(self: Any, layer: Any, n: int, device: str) -> Plan:
         """The plan for a whole prompt of ``n`` tokens in this layer."""
+        path = path_of(layer)
         if n not in self.plans:
             if len(self.plans) >= _MAX_PLANS:
                 self.plans.clear()
-            path = path_of(layer)
-            question = Question(module=path, spec=self._spec(layer, n, device))
-            self.plans[n] = plan = answer(question, self.policy)
+            unknown = None if self.alibi_slopes is None else "it has ALiBi slopes"
+            if (other := layer.kv_sharing_target_layer_name) is not None:
+                unknown = f"it has the keys of {other}"
+            sizes = 1, self.num_heads, self.num_kv_heads, n, n, self.head_size, layer.head_size_v
+            forms: dict[str, Any] = {"softcap": self.logits_soft_cap or None, "sinks": self.sinks is not None}
+            mask = Mask(causal=unknown is None, unknown=unknown)
+            spec = AttentionSpec(*sizes, layer.dtype, device, float(self.scale), mask, **forms)
+            self.plans[n] = plan = answer(Question(module=path, spec=spec), self.policy)
             if plan.verdict == "rewritten":
                 _logger.info_once("express-compile: whole prompts are prefilled by %s", plan.method)
             elif plan.verdict == "refused":
                 _logger.warning_once("express-compile: prompts are prefilled by vLLM: %s", plan.reason)
-        require([(path_of(layer), self.plans[n])], self.policy)
+        require([(path, self.plans[n])], self.policy)
         return self.plans[n]
-
-    def _spec(self: Any, layer: Any, n: int, device: str) -> AttentionSpec:
-        unknown = None if self.alibi_slopes is None else "it has ALiBi slopes"
-        if layer.kv_sharing_target_layer_name is not None:
-            unknown = f"it has the keys of {layer.kv_sharing_target_layer_name}"
-        sizes = 1, self.num_heads, self.num_kv_heads, n, n, self.head_size, layer.head_size_v
-        forms: dict[str, Any] = {"softcap": self.logits_soft_cap or None, "sinks": self.sinks is not None}
-        mask = Mask(causal=unknown is None, unknown=unknown)
-        return AttentionSpec(*sizes, layer.dtype, device, float(self.scale), mask, **forms)
 
     def forward(
         self: Any,
@@ -144,11 +133,13 @@ class _Impl:
         if len(planned) < len(prompts):  # of this layer; what it has planned is written over
             by_vllm(slice(None), attn_metadata)
         else:
-            for tokens, _, metadata in rest:
+            for tokens, metadata in rest:
                 by_vllm(tokens, metadata)
         for tokens, plan in planned:
             q, k, v = (x[tokens].transpose(0, 1)[None] for x in (query, key, value))
-            seed = _seed(self.policy.seed, query.device)
+            number = {"dtype": torch.int64, "device": query.device}
+            drawn, given = self.policy.seed is None, self.policy.seed
+            seed = torch.randint(0, 2**31 - 1, (), **number) if drawn else torch.full((), given, **number)
             call = Call(q, k, v, None, seed, float(self.scale), layer_key(path_of(layer)), options=plan.params)
             output[tokens] = call.run(METHODS[plan.method].op)[0][0].transpose(0, 1)
         return output
@@ -162,10 +153,13 @@ class _Builder:
         self.policy = policy_of(self.vllm_config)
         self.layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase, self.layer_names).values()
         if self.policy is not None:
+            self.supports_update_block_table = False  # which knows of one description of a batch only
             every = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase).values()
             require_matches(paths := [path_of(layer) for layer in every], self.policy)
             for words in unmatched(paths, self.policy):
                 _logger.warning_once("express-compile: %s matches no attention layer", words)
+            if not isinstance(self.kv_cache_spec, FullAttentionSpec):
+                _logger.warning_once("express-compile: vLLM prefills layers of %s", type(self.kv_cache_spec).__name__)
 
     @classmethod
     def get_cudagraph_support(cls: Any, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -191,22 +185,14 @@ class _Builder:
         rest = []
         for run, part in zip(runs, split_attn_metadata(runs, common) if prompts else (), strict=False):
             metadata = build(0, part)
-            if getattr(metadata, "scheduler_metadata", None) is not None:  # some builders have one buffer for it
-                metadata.scheduler_metadata = metadata.scheduler_metadata.clone()
-            rest.append((run.token_slice, run.request_slice, metadata))
+            schedule = getattr(metadata, "scheduler_metadata", None)
+            if schedule is not None and schedule.is_cuda:  # in a buffer that the next one is written to
+                metadata.scheduler_metadata = schedule.clone()
+            rest.append((run.token_slice, metadata))
         metadata = build(common_prefix_len, common_attn_metadata, fast_build)
         if prompts:
             setattr(metadata, _PARTS, ([slice(starts[i], starts[i + 1]) for i in prompts], rest))
         return metadata
-
-    def update_block_table(self: Any, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
-        """The same batch for layers whose keys are in other pages."""
-        update = super().update_block_table
-        new = update(metadata, blk_table, slot_mapping)
-        if (parts := getattr(metadata, _PARTS, None)) is not None:
-            rest = [(x, r, update(part, blk_table[r], slot_mapping[x])) for x, r, part in parts[1]]
-            setattr(new, _PARTS, (parts[0], rest))
-        return new
 
     def _prompts(self: Any, common: CommonAttentionMetadata, starts: list[int]) -> list[int]:
         """The requests that are whole prompts, and that some layer has a plan for."""
@@ -216,37 +202,24 @@ class _Builder:
         found, lengths = [], common.seq_lens_cpu_upper_bound.tolist()
         for i in range(common.num_reqs):
             new, n = starts[i + 1] - starts[i], lengths[i]
-            decodes = common.is_prefilling is not None and not common.is_prefilling[i]
-            if new < 2 or decodes:
+            if new < 2 or (common.is_prefilling is not None and not common.is_prefilling[i]):
                 continue
             plans = (layer.impl.plan(layer, n, self.device.type) for layer in self.layers)
-            if not any(plan.verdict == "rewritten" for plan in plans):
-                continue
-            if new == n:
-                found.append(i)
-            else:
-                self._say_cached(n, n - new)
+            if any(plan.verdict == "rewritten" for plan in plans):
+                if new == n:
+                    found.append(i)
+                    continue
+                most = self.vllm_config.scheduler_config.max_num_batched_tokens
+                words = (
+                    f"vLLM prefills {new} of {n} tokens of a prompt, since the cache has those before them: it cuts "
+                )
+                words += f"prompts at max_num_batched_tokens={most}, or knew a prefix"
+                if self.policy.strict:
+                    raise Unmet(f"strict=True: {words}")
+                _logger.warning_once("express-compile: %s", words)
         return found
-
-    def _say_cached(self: Any, n: int, known: int) -> None:
-        words = f"{known} of {n} tokens of a prompt are in the cache, so vLLM prefills the others (a prompt is cut at "
-        words += f"max_num_batched_tokens={self.vllm_config.scheduler_config.max_num_batched_tokens}, or its beginning was known)"
-        if self.policy.strict:
-            raise Unmet(f"strict=True: {words}")
-        _logger.warning_once("express-compile: %s", words)
 
 
 def path_of(layer: Any) -> str:
     """The path that a layer's module has in transformers."""
     return layer.layer_name.removesuffix(".attn")
-
-
-def _seed(seed: int | None, device: torch.device) -> torch.Tensor:
-    if seed is None:
-        return torch.randint(0, 2**31 - 1, (), dtype=torch.int64, device=device)
-    return _fixed_seed(seed, device)
-
-
-@lru_cache(maxsize=8)
-def _fixed_seed(seed: int, device: torch.device) -> torch.Tensor:
-    return constant(np.array(seed, np.int64), device)
