@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,13 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 import pytest
 import torch
 import transformers
+import vllm.logger
 from models import load_smollm2, long_texts
 from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import _cached_get_attn_backend
 
 from express_compile import restore_attention, rewrite_attention
 from express_compile.engines import vllm as plugin
@@ -58,22 +62,41 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return llama
 
 
+class Said(logging.Handler):
+    """text: what vLLM and the plugin say, a line each."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text += f"{record.getMessage()}\n"
+
+
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What the plugin says; vLLM's loggers do not pass it on, and forget nothing that they said once."""
-    caplog.handler.setLevel(logging.INFO)
-    logging.getLogger("vllm").addHandler(caplog.handler)
-    sys.modules["vllm.logger"]._print_warning_once.cache_clear()
-    sys.modules["vllm.logger"]._print_info_once.cache_clear()
-    yield caplog
-    logging.getLogger("vllm").removeHandler(caplog.handler)
+def said() -> Iterator[Said]:
+    """What is said in a test, also what was said once before."""
+    logging.getLogger("vllm").addHandler(handler := Said())
+    vllm.logger._print_warning_once.cache_clear()
+    vllm.logger._print_info_once.cache_clear()
+    yield handler
+    logging.getLogger("vllm").removeHandler(handler)
 
 
-def engine(model: Any, options: dict[str, Any] | None = None, **more: Any) -> LLM:
+@contextmanager
+def engine(model: Any, options: dict[str, Any] | None = None, **more: Any) -> Iterator[LLM]:
     given = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "max_num_batched_tokens": 4096}
     given |= {"enable_prefix_caching": False, "disable_log_stats": True, "skip_tokenizer_init": True, **more}
     asked = {} if options is None else {"additional_config": {"express_compile": options}}
-    return LLM(model.name_or_path, **asked, **given)
+    _cached_get_attn_backend.cache_clear()  # what is registered may have changed since
+    try:
+        llm = LLM(model.name_or_path, **asked, **given)
+        yield llm
+        llm.llm_engine.engine_core.shutdown()
+    finally:
+        llm = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
 
 def generated(llm: LLM, prompts: list[list[int]] = PROMPTS) -> Outputs:
@@ -87,9 +110,8 @@ def generated(llm: LLM, prompts: list[list[int]] = PROMPTS) -> Outputs:
 
 
 def by_vllm(model: Any, options: dict[str, Any] | None = None, **more: Any) -> Outputs:
-    found = generated(engine(model, options, **more))
-    gc.collect()
-    return found
+    with engine(model, options, **more) as llm:
+        return generated(llm)
 
 
 def by_transformers(model: Any, options: dict[str, Any] | None = None, prompts: Any = PROMPTS) -> Outputs:
@@ -153,7 +175,7 @@ def test_a_budget_that_holds_the_prompts_gives_the_same_tokens(model: Any, untou
 
 
 def test_long_prompts_in_a_batch_are_prefilled_as_rewrite_attention_does(
-    model: Any, untouched: Outputs, said: pytest.LogCaptureFixture
+    model: Any, untouched: Outputs, said: Said
 ) -> None:
     found = by_vllm(model, OPTIONS)
     assert_same(found, by_transformers(model, OPTIONS))
@@ -176,11 +198,9 @@ def test_layers_may_have_different_plans(model: Any) -> None:
     assert_same(by_vllm(model, options), by_transformers(model, options))
 
 
-def test_what_follows_a_first_part_is_prefilled_by_vllm_which_is_said(
-    model: Any, said: pytest.LogCaptureFixture
-) -> None:
-    llm = engine(model, OPTIONS, max_num_batched_tokens=256)
-    ((tokens, logprobs),) = generated(llm, PROMPTS[:1])
+def test_what_follows_a_first_part_is_prefilled_by_vllm_which_is_said(model: Any, said: Said) -> None:
+    with engine(model, OPTIONS, max_num_batched_tokens=256) as llm:
+        ((tokens, logprobs),) = generated(llm, PROMPTS[:1])
     assert "vLLM prefills 256 of 512 tokens of a prompt" in said.text
     assert "max_num_batched_tokens=256" in said.text
     ids, cache = torch.tensor(PROMPTS[:1]), transformers.DynamicCache()
@@ -193,18 +213,20 @@ def test_what_follows_a_first_part_is_prefilled_by_vllm_which_is_said(
     assert abs(float(logprobs[0] - logits.max())) < 2e-4
 
 
-def test_a_known_prefix_is_left_to_vllm(model: Any, said: pytest.LogCaptureFixture) -> None:
-    llm = engine(model, OPTIONS, enable_prefix_caching=True)
-    first = generated(llm, PROMPTS[:1])
-    assert "since the cache has those before them" not in said.text
+def test_a_known_prefix_is_left_to_vllm(model: Any, said: Said) -> None:
+    with engine(model, OPTIONS, enable_prefix_caching=True) as llm:
+        first = generated(llm, PROMPTS[:1])
+        assert "since the cache has those before them" not in said.text
+        generated(llm, PROMPTS[:1])
     assert_same(first, by_transformers(model, OPTIONS, PROMPTS[:1]))
-    generated(llm, PROMPTS[:1])
     assert "since the cache has those before them" in said.text
 
 
 def test_strict_raises_where_a_prompt_would_be_prefilled_by_vllm(model: Any) -> None:
-    with pytest.raises(Exception, match="strict=True: vLLM prefills 256 of 512 tokens"):
-        generated(engine(model, {**OPTIONS, "strict": True}, max_num_batched_tokens=256), PROMPTS[:1])
+    options = {**OPTIONS, "strict": True}
+    with engine(model, options, max_num_batched_tokens=256) as llm:
+        with pytest.raises(Exception, match="strict=True: vLLM prefills 256 of 512 tokens"):
+            generated(llm, PROMPTS[:1])
 
 
 @pytest.mark.parametrize(
@@ -216,16 +238,17 @@ def test_strict_raises_where_a_prompt_would_be_prefilled_by_vllm(model: Any) -> 
     ],
 )
 def test_bad_options_raise_when_the_model_is_loaded(model: Any, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(Exception, match=words):
-        engine(model, options)
+    with pytest.raises(Exception, match=words), engine(model, options):
+        pass
 
 
-def test_what_matches_no_layer_is_said(model: Any, said: pytest.LogCaptureFixture) -> None:
-    engine(model, {**OPTIONS, "modules": {"*.attention": "exact"}})
+def test_what_matches_no_layer_is_said(model: Any, said: Said) -> None:
+    with engine(model, {**OPTIONS, "modules": {"*.attention": "exact"}}):
+        pass
     assert "modules['*.attention'] matches no attention layer" in said.text
 
 
-def test_another_version_turns_the_plugin_off(monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture) -> None:
+def test_another_version_turns_the_plugin_off(monkeypatch: pytest.MonkeyPatch, said: Said) -> None:
     AttentionBackendEnum.CPU_ATTN.clear_override()
     monkeypatch.setattr(plugin, "found", "0.33.0")
     plugin.register()
@@ -260,8 +283,10 @@ def test_smollm2_on_genesis(tmp_path: Path) -> None:
     prompts = [tokenizer(long_texts()["genesis"])["input_ids"][:n] for n in (1500, 40)]
     exact = by_transformers(model, prompts=prompts)
     options = {"methods": ["express"], "budget": 64, "min_length": 256, "window": 64, "protected": 64}
-    assert_same(generated(engine(model), prompts), exact, 2e-3)
-    found = generated(engine(model, options), prompts)
+    with engine(model) as llm:
+        assert_same(generated(llm, prompts), exact, 2e-3)
+    with engine(model, options) as llm:
+        found = generated(llm, prompts)
     assert_same(found, by_transformers(model, options, prompts), 2e-3)
     assert off(found, exact)[0] > 1e-2
 
@@ -273,7 +298,8 @@ def test_the_snippet_of_the_guide_runs_with_an_engine_in_another_process(tmp_pat
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     ran = subprocess.run([sys.executable, str(file)], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert re.search(r"EngineCore.*whole prompts are prefilled by express", ran.stdout + ran.stderr), ran.stderr[-3000:]
+    said = re.search(r"\((\w+) pid.*whole prompts are prefilled by express", ran.stdout + ran.stderr)
+    assert said is not None and said[1] != "MainProcess", ran.stdout + ran.stderr
     assert ran.stdout.count("new tokens: 8") == 2
 
 

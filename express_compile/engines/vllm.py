@@ -137,7 +137,7 @@ class _Impl:
                 by_vllm(tokens, metadata)
         for tokens, plan in planned:
             q, k, v = (x[tokens].transpose(0, 1)[None] for x in (query, key, value))
-            number = {"dtype": torch.int64, "device": query.device}
+            number: dict[str, Any] = {"dtype": torch.int64, "device": query.device}
             drawn, given = self.policy.seed is None, self.policy.seed
             seed = torch.randint(0, 2**31 - 1, (), **number) if drawn else torch.full((), given, **number)
             call = Call(q, k, v, None, seed, float(self.scale), layer_key(path_of(layer)), options=plan.params)
@@ -164,14 +164,14 @@ class _Builder:
     @classmethod
     def get_cudagraph_support(cls: Any, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
         """Batches with prompts stay out of graphs, which would hold vLLM's attention alone."""
-        most = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        most = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
         if policy_of(vllm_config) is None:
             return most
         return min(most, AttentionCGSupport.UNIFORM_BATCH, key=lambda support: support.value)
 
     def build(self: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """What vLLM's builder makes, and the same of every run of requests between whole prompts."""
-        common, build = common_attn_metadata, super().build
+        common, build = common_attn_metadata, super().build  # type: ignore[misc]
         if self.policy is None or fast_build or common.max_query_len == 1:
             return build(common_prefix_len, common, fast_build)
         if common.seq_lens_cpu_upper_bound is None:
