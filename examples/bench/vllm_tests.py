@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that the engine is in this process; one test says otherwise
@@ -259,21 +260,28 @@ def test_another_version_turns_the_plugin_off(monkeypatch: pytest.MonkeyPatch, s
     assert AttentionBackendEnum.CPU_ATTN.is_overridden()
 
 
+def asking(options: dict[str, Any] | None, **parallel: int) -> Any:
+    """What the plugin reads of a configuration."""
+    sizes = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, **parallel}
+    return SimpleNamespace(additional_config={"express_compile": options}, parallel_config=SimpleNamespace(**sizes))
+
+
+def test_prompts_on_several_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match="context parallel size 2"):
+        plugin.policy_of(asking(OPTIONS, decode_context_parallel_size=2))
+    assert plugin.policy_of(asking(None, decode_context_parallel_size=2)) is None
+
+
 @pytest.mark.parametrize("name", ["FLASH_ATTN", "TRITON_ATTN"])
 def test_graphs_of_the_gpu_backends_hold_no_prompts(name: str) -> None:
-    class Config:
-        additional_config = {"express_compile": OPTIONS}
-        parallel_config = model_config = None
-
+    config = asking(OPTIONS)
     backend = AttentionBackendEnum[name].get_class()
     assert backend.get_name() == name
-    builder = backend.get_builder_cls()
-    builder._cudagraph_support = AttentionCGSupport.ALWAYS
+    assert issubclass(backend.get_builder_cls(), plugin._Builder) and issubclass(backend.get_impl_cls(), plugin._Impl)
     parent = type("Parent", (), {"get_cudagraph_support": classmethod(lambda cls, *_: AttentionCGSupport.ALWAYS)})
     capped = type("Capped", (plugin._Builder, parent), {})
-    assert capped.get_cudagraph_support(Config, None) is AttentionCGSupport.UNIFORM_BATCH
-    Config.additional_config = {}
-    assert capped.get_cudagraph_support(Config, None) is AttentionCGSupport.ALWAYS
+    assert capped.get_cudagraph_support(config, None) is AttentionCGSupport.UNIFORM_BATCH
+    assert capped.get_cudagraph_support(asking(None), None) is AttentionCGSupport.ALWAYS
 
 
 def test_smollm2_on_genesis(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ writes the cache, computes every other request of the batch, and decodes. Nothin
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -70,9 +71,9 @@ def policy_of(config: VllmConfig) -> Policy | None:
     options = every.get("express_compile") if isinstance(every, dict) else None
     if options is None:
         return None
-    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        if (size := getattr(config.parallel_config, name, 1)) != 1:
-            raise ValueError(f"{name}={size}: a prompt is on several ranks, where express_compile needs it on one (1)")
+    parallel = config.parallel_config
+    if (size := parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size) > 1:
+        raise ValueError(f"context parallel size {size}: express_compile needs prompts whole on a rank (1)")
     policy = Policy.from_options(options)
     check_policy(policy)
     return policy
@@ -107,39 +108,21 @@ class _Impl:
         require([(path, self.plans[n])], self.policy)
         return self.plans[n]
 
-    def forward(
-        self: Any,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        output: torch.Tensor,
-        *scales: Any,
-        **named: Any,
-    ) -> torch.Tensor:
+    def forward(self: Any, layer, query, key, value, kv_cache, attn_metadata, output, *scales, **named):
         """``[T, H, D]``, ``[T, H_kv, D]``, ``[T, H_kv, Dv]`` of all requests, into ``output`` ``[T, H, Dv]``."""
-
-        def by_vllm(tokens: slice, metadata: Any) -> None:
-            given = query[tokens], key[tokens], value[tokens], kv_cache, metadata, output[tokens]
-            super(_Impl, self).forward(layer, *given, *scales, **named)
-
+        by_vllm: Any = super().forward  # type: ignore[misc]
         prompts, rest = getattr(attn_metadata, _PARTS, ((), ()))
         plans = [(x, self.plan(layer, x.stop - x.start, query.device.type)) for x in prompts]
         planned = [(tokens, plan) for tokens, plan in plans if plan.verdict == "rewritten"]
-        if not planned:
-            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales, **named)
-        if len(planned) < len(prompts):  # of this layer; what it has planned is written over
-            by_vllm(slice(None), attn_metadata)
+        if len(planned) < len(prompts) or not prompts:  # what this layer has planned is written over
+            by_vllm(layer, query, key, value, kv_cache, attn_metadata, output, *scales, **named)
         else:
-            for tokens, metadata in rest:
-                by_vllm(tokens, metadata)
+            for x, metadata in rest:
+                by_vllm(layer, query[x], key[x], value[x], kv_cache, metadata, output[x], *scales, **named)
         for tokens, plan in planned:
             q, k, v = (x[tokens].transpose(0, 1)[None] for x in (query, key, value))
-            number: dict[str, Any] = {"dtype": torch.int64, "device": query.device}
-            drawn, given = self.policy.seed is None, self.policy.seed
-            seed = torch.randint(0, 2**31 - 1, (), **number) if drawn else torch.full((), given, **number)
+            number = self.policy.seed if self.policy.seed is not None else secrets.randbelow(2**31)
+            seed = torch.full((), number, dtype=torch.int64, device=query.device)
             call = Call(q, k, v, None, seed, float(self.scale), layer_key(path_of(layer)), options=plan.params)
             output[tokens] = call.run(METHODS[plan.method].op)[0][0].transpose(0, 1)
         return output
