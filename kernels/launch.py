@@ -24,8 +24,14 @@ try:
 except ImportError:  # no Triton on this platform: the references still work, a launch raises require_triton's error
     triton = language = tensor_descriptor = None
 
+try:
+    from triton.experimental.gluon.nvidia import hopper as gluon_hopper
+except ImportError:  # no Triton, or one without Gluon
+    gluon_hopper = None
+
 tl: Any = language
 TensorDescriptor: Any = getattr(tensor_descriptor, "TensorDescriptor", None)
+DESCRIPTORS = (TensorDescriptor, getattr(gluon_hopper, "TensorDescriptor", None))
 
 
 def constexpr(x: Any) -> Any:
@@ -69,8 +75,8 @@ def strided(x: torch.Tensor | None) -> Strided:
 
 
 class Random(NamedTuple):
-    """The key of a stream of random numbers: ``seed``, 0-dim int64 on the device, and the layer. ``heads`` int32
-    ``[H_kv]``: the numbers that the KV heads have in the stream, where they are not all heads of a layer in order."""
+    """The key of a stream of random numbers: ``seed``, 0-dim int64 on the device, and the layer. ``heads`` int32: which
+    KV heads draw, by their numbers in the layer, where it is not all of them in order."""
 
     seed: Any
     layer: Any
@@ -122,7 +128,7 @@ def _values(args: Iterable, found: list) -> list:
             found.append(x)
         elif x is None or kind is float:
             found.append(kind)
-        elif kind is TensorDescriptor:
+        elif kind in DESCRIPTORS:
             found += (x.base.dtype, *x.block_shape)
         elif isinstance(x, tuple):
             _values(x, found)
@@ -139,7 +145,7 @@ def _kind(x: Any, general: bool = False) -> Any:
         return tuple(_kind(y, general) for y in x)
     if isinstance(x, int):
         return x >= 1 << 31 if general else (x == 1) + 2 * (x % 16 == 0) + 4 * (x >= 1 << 31)
-    return (x.base.dtype, *x.block_shape) if type(x) is TensorDescriptor else type(x)
+    return (x.base.dtype, *x.block_shape) if type(x) in DESCRIPTORS else type(x)
 
 
 def stand_in(x: Any, general: bool) -> Any:
@@ -266,6 +272,14 @@ def draw_uniform(seed, layer, draw, bucket, stage, head):
 def sequence(x, i_b, i_h):
     """Where the rows of one head begin, and the stride from one to the next."""
     return x.p + (i_b.to(tl.int64) * x.b + i_h.to(tl.int64) * x.h), x.n
+
+
+@jit
+def head_of(p_heads, i_h):
+    """The number of head ``i_h`` of those that ``p_heads`` lists; without a list, of all heads."""
+    if p_heads is not None:
+        i_h = tl.load(p_heads + i_h)
+    return i_h
 
 
 @jit

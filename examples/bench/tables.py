@@ -139,13 +139,18 @@ def summary_of(method: str) -> tuple[list[list[str]], set[str]]:
 
 
 def windows_by_setting() -> dict[str, list[dict[str, str]]]:
-    """FlexAttention over sinks and a window of as many rows as Express sees, by the budget of Express: the longer
-    window at each length is that of 512."""
-    rows = speed_rows(job="window")
-    by_length = [
-        sorted((x for x in rows if x["Lk"] == n), key=lambda x: -int(x["s"])) for n in {x["Lk"]: 0 for x in rows}
-    ]
-    return {s: [own[i] for own in by_length if len(own) > i] for i, s in enumerate(("512", "256"))}
+    """FlexAttention over sinks and a window of as many rows as Express sees, by the budget of Express: of the newest
+    run at each length the longer window is that of 512."""
+    by_length: dict[int, list[dict[str, str]]] = {}
+    for row in speed_rows(job="window"):
+        by_length.setdefault(int(row["Lk"]), []).append(row)
+    found: dict[str, list[dict[str, str]]] = {"512": [], "256": []}
+    for rows in by_length.values():
+        run = [rows[-1][name] for name in ("date", "commit", "gpu")]
+        own = [row for row in rows if [row[name] for name in ("date", "commit", "gpu")] == run]
+        for s, row in zip(found, sorted(own, key=lambda row: -int(row["s"])), strict=False):
+            found[s].append(row)
+    return found
 
 
 def speed_summary_table(*methods: str) -> str:
@@ -682,6 +687,131 @@ def heads_table() -> str:
     )
 
 
+PLANS = {
+    "per head": "plan per head",
+    "per layer": "plan per layer",
+    "window or everything": "window or everything, per head",
+    "streaming": "StreamingLLM",
+    "express": "uniform Express",
+    "protected": "uniform, protected keys (KeyDiff)",
+    "selected": "uniform, selected blocks",
+    **{f"without {x}": f"plan per head without {x}" for x in ("thinned", "protected", "selected", "everything")},
+    "without records": "plan per head, profiled without the ledger",
+}
+"""What the methods of plans.csv are called, in the order of the tables."""
+
+Run = tuple[str, int, str]
+UNMEASURED = "Not measured yet: no row of `plans.csv` has it."
+
+
+def plan_rows() -> dict[Run, list[dict[str, str]]]:
+    """The newest rows of plans.csv by model, length and machine, the longest first, with their budgets."""
+    found: dict[Run, list[dict[str, str]]] = {}
+    rows = read("plans.csv") if (RESULTS / "plans.csv").exists() else []
+    rows = [{**row, "budget": params_budget(row["params"])} for row in rows]
+    for row in newest(rows, "gpu", "model", "n", "task", "method", "budget", "metric"):
+        found.setdefault((row["model"], int(row["n"]), row["gpu"]), []).append(row)
+    return dict(sorted(found.items(), key=lambda item: (item[0][0] != "SmolLM2-135M-Instruct", -item[0][1])))
+
+
+def params_budget(params: str) -> str:
+    """The budget of a row of plans.csv; "" where it has none."""
+    return params.split(";")[0].removeprefix("budget=") if params.startswith("budget=") else ""
+
+
+def of_plans(rows: list[dict[str, str]]) -> list[list[dict[str, str]]]:
+    """The rows of every plan, by budget and in the order of :data:`PLANS`."""
+    by_plan: dict[tuple[float, int], list[dict[str, str]]] = {}
+    for row in rows:
+        if row["method"] in PLANS:
+            by_plan.setdefault((float(row["budget"]), [*PLANS].index(row["method"])), []).append(row)
+    return [own for _, own in sorted(by_plan.items())]
+
+
+def recall_of(rows: list[dict[str, str]], task: str = "") -> str:
+    """Needles that were found of those that exact attention finds, over all tasks that begin so."""
+    own = [row for row in rows if row["metric"] == "recalled" and row["task"].startswith(task)]
+    hits, solved = (sum(int(row[k]) for row in own) for k in ("value", "high"))
+    return f"{hits} of {solved}" if solved else "–"
+
+
+def plan_line(own: list[dict[str, str]], stream: float) -> list[str]:
+    """Name, rows, KL, its part of StreamingLLM's, 99th percentile, top-1, needles."""
+    measured = {row["metric"]: row for row in own if row["task"].startswith("texts")}
+    kl = measured["kl"]
+    return [
+        PLANS[kl["method"]], f"{float(kl['rows']):,.0f}", with_interval(kl, 4), f"{float(kl['value']) / stream:.2f}",
+        f"{float(measured['kl_median']['value']):.4f}", f"{float(measured['kl_p99']['value']):.2f}",
+        f"{float(measured['top1']['value']):.3f}", recall_of(own),
+    ]  # fmt: skip
+
+
+def stream_of(plans: list[list[dict[str, str]]], budget: str) -> float:
+    """The KL of StreamingLLM at a budget."""
+    rows = (row for own in plans for row in own if (row["method"], row["budget"]) == ("streaming", budget))
+    return next(float(row["value"]) for row in rows if row["metric"] == "kl" and row["task"].startswith("texts"))
+
+
+PLAN_HEADER = ["policy", "rows", "KL (95%)", "× StreamingLLM", "median", "99th percentile", "top-1", "needles"]
+
+
+def plans_table() -> str:
+    """A table for every run: all policies at equal rows."""
+    found = []
+    for (model, n, gpu), rows in plan_rows().items():
+        plans = of_plans(rows)
+        body = [plan_line(own, stream_of(plans, own[0]["budget"])) for own in plans]
+        texts = next(row["task"].partition(": ")[2] for row in plans[0] if row["task"].startswith("texts"))
+        date = plans[0][0]["date"]
+        profiled = [row for row in rows if row["metric"] == "seconds"]
+        said = f"**{model}, {n:,} tokens** ({gpu}, {date}); judged: {texts}"
+        if profiled:
+            said += f"; profiled in {float(profiled[0]['value']):.0f} s: {profiled[0]['task'].partition(': ')[2]}"
+        found.append(f"{said}.\n\n{markdown(PLAN_HEADER, body)}")
+    return "\n\n".join(found) or UNMEASURED
+
+
+def plans_summary_table() -> str:
+    """A plan per head, StreamingLLM and uniform Express at equal rows, at the longest length of every model."""
+    body, machines, seen = [], set(), set()
+    for (model, n, gpu), rows in plan_rows().items():
+        if model in seen:
+            continue
+        seen.add(model)
+        machines.add(gpu)
+        plans = of_plans(rows)
+        for own in plans:
+            if own[0]["method"] in ("per head", "streaming", "express"):
+                name, count, kl, ratio, _, p99, top1, needles = plan_line(own, stream_of(plans, own[0]["budget"]))
+                where = f"{model.split('-')[0]}, {n:,}"
+                body.append([where, name, count, kl, ratio, p99, top1, needles])
+    header = ["model, tokens", *(x for x in PLAN_HEADER if x != "median")]
+    note = (
+        f"{' and '.join(sorted(machines))}; rows: mean over KV heads and queries; KL(exact ‖ rewritten) in nats per "
+        "token on texts that were not profiled; needles: found of those that exact attention finds."
+    )
+    return markdown(header, body) + f"\n\n{note}" if body else UNMEASURED
+
+
+def recall_table() -> str:
+    """Recall by task and haystack, of every run that asked for needles, at its largest budget."""
+    found = []
+    for (model, n, gpu), rows in plan_rows().items():
+        asked = [row for row in rows if row["method"] == "exact"]
+        if not asked:
+            continue
+        largest = max((row["budget"] for row in rows if row["budget"]), key=float)
+        own = {m: [r for r in rows if (r["method"], r["budget"]) == (m, largest)] for m in PLANS}
+        methods = [m for m, its in own.items() if its and not m.startswith("without")]
+        body = [
+            [row["task"], f"{row['value']} of {row['high']}", *(recall_of(own[m], row["task"]) for m in methods)]
+            for row in asked
+        ]
+        said = f"**{model}, {n:,} tokens**, at most {float(largest):,.0f} rows ({gpu})."
+        found.append(f"{said}\n\n{markdown(['task, haystack', 'exact', *(PLANS[m] for m in methods)], body)}")
+    return "\n\n".join(found) or UNMEASURED
+
+
 PARTS = {
     "custom-method": functools.partial(quoted, "examples/custom_method.py"),
     "speed-summary": functools.partial(speed_summary_table, "express", "thinformer", "santa"),
@@ -708,6 +838,9 @@ PARTS = {
     "planner": planner_table,
     "crossings": crossings_table,
     "heads": heads_table,
+    "plans-summary": plans_summary_table,
+    "plans": plans_table,
+    "recall": recall_table,
     "tolerance": tolerance_table,
     "steps": steps_table,
     "embeddings": embeddings_table,

@@ -275,6 +275,7 @@ def test_prompts_on_several_ranks_are_refused() -> None:
 @pytest.mark.parametrize("name", ["FLASH_ATTN", "TRITON_ATTN"])
 def test_graphs_of_the_gpu_backends_hold_no_prompts(name: str) -> None:
     config = asking(OPTIONS)
+    plugin.register()
     backend = AttentionBackendEnum[name].get_class()
     assert backend.get_name() == name
     assert issubclass(backend.get_builder_cls(), plugin._Builder) and issubclass(backend.get_impl_cls(), plugin._Impl)
@@ -299,7 +300,7 @@ def test_smollm2_on_genesis(tmp_path: Path) -> None:
     with engine(model, options) as llm:
         found = generated(llm, prompts)
     assert_same(found, by_transformers(model, options, prompts), 2e-3)
-    assert off(found, exact)[0] > 1e-2
+    assert off(found, exact)[0] > 5e-3
 
 
 def test_the_snippet_of_the_guide_runs_with_an_engine_in_another_process(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from .profile import (
     least,
     measured,
     prices,
+    profiled_before,
     rewritten,
     rows_of,
     samples_of,
@@ -101,6 +102,7 @@ def fit(
     length: int | None = None,
     block: int = 128,
     progress: bool = False,
+    profile: Profile | None = None,
 ) -> Fit:
     """A plan for every KV head of a causal model: the best rows for what they may cost.
 
@@ -117,19 +119,29 @@ def fit(
         16, 32, 64 or 128. held_out: samples to measure the KL on; then all
         of ``sample`` is profiled. length: tokens that rows and times are for; those of the longest sample unless
         given. progress: show a bar.
+    profile: what :func:`.profile.profile` or an earlier fit (``found.profile``) measured on this model, with the same
+        ``block``; then nothing is profiled, all of ``sample`` is held out, and ``options`` are those of the profile.
 
     Takes the passes of :func:`.profile.profile`, and for a tolerance about ten more over what is held out, whose exact
     logits are kept. Raises ``ValueError`` or ``TypeError`` for arguments that do not fit, for what no choice of options
     reaches, and where no site can be rewritten.
     """
     asked = _asked(tolerance=tolerance, rows=rows, speedup=speedup)
-    options = checked_options(options, block)
-    profiled, judged = _halves(samples_of("sample", sample), held_out)
-    length = max(map(tokens_of, profiled)) if length is None else number("length", length, int)
-    if length < 2:
+    options = checked_options(options if profile is None else profile.options, block)
+    samples = samples_of("sample", sample)
+    if profile is not None and held_out is not None:
+        raise TypeError("profile and held_out were both given: beside a profile all of sample is held out")
+    profiled, judged = _halves(samples, held_out) if profile is None else ([], samples)
+    if length is None:
+        length = profile.tokens if profile is not None else max(map(tokens_of, profiled))
+    elif number("length", length, int) < 2:
         raise ValueError(f"length={length!r}: must be 2 tokens or more")
     with rewritten(model, block):
-        search = _Search(model, judged, *measured(model, profiled, options, block, progress), length, block)
+        if profile is None:
+            profile, reports = measured(model, profiled, options, block, progress)
+        else:
+            reports = profiled_before(model, judged[0], profile)
+        search = _Search(model, judged, profile, reports, length, block)
         if tolerance is not None:
             price = search.by_tolerance(tolerance)
         elif rows is not None:
@@ -144,7 +156,7 @@ def fit(
         "rows": average,
         "length": length,
         "price": price,
-        "tokens": [tokens_of(x) for x in profiled],
+        "tokens": [tokens_of(x) for x in profiled] or [profile.tokens] * profile.samples,
         "held_out": [tokens_of(x) for x in judged],
         "options": [x.to_data() for x in options],
     }

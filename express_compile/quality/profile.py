@@ -131,9 +131,7 @@ def measured(
     model: nn.Module, samples: Sequence[Any], options: tuple[Rows, ...], block: int, progress: bool = False
 ) -> tuple[Profile, list[SiteReport]]:
     """:func:`profile` of a model that is :func:`rewritten`; the reports of its sites, in order, and then of others."""
-    finder = _Finder(model)
-    with record_sites() as reports, run_by(finder), finder.hooked():
-        model(samples[0][:, :_CHUNK]) if isinstance(samples[0], torch.Tensor) else model(**samples[0])
+    finder, reports = _found(model, samples[0])
     if not finder.sites:
         reasons = "; ".join(sorted({x.reason for x in reports})) or "it has none"
         raise ValueError(f"model: no site can have rows for each KV head: {reasons}")
@@ -153,8 +151,37 @@ def measured(
     )
     tokens = max(map(tokens_of, samples))
     rows = tuple(rows_of(options, tokens, block))
-    return Profile(options, tokens, len(samples), rows, sites), [
-        *(of[layer] for layer in sums[0]),
+    found = Profile(options, tokens, len(samples), rows, sites)
+    return found, _in_order(found, reports)
+
+
+def profiled_before(model: nn.Module, sample: Any, found: Profile) -> list[SiteReport]:
+    """The reports of a model that is :func:`rewritten` and has a profile, as :func:`measured` gives them. Raises
+    ``ValueError`` for a profile of another model."""
+    return _in_order(found, _found(model, sample)[1])
+
+
+def _found(model: nn.Module, sample: Any) -> tuple[_Finder, list[SiteReport]]:
+    """The sites of a model and the linear layers that take their outputs, by a short pass."""
+    finder = _Finder(model)
+    with record_sites() as reports, run_by(finder), finder.hooked():
+        model(sample[:, :_CHUNK]) if isinstance(sample, torch.Tensor) else model(**sample)
+    return finder, reports
+
+
+def _in_order(found: Profile, reports: Sequence[SiteReport]) -> list[SiteReport]:
+    """The reports of the sites of a profile, in its order, and then those of sites that are left exact."""
+    of = {(x.saved.module, x.saved.index): x for x in reports if x.saved is not None and x.verdict == "rewritten"}
+    for site in found.sites:
+        report = of.get((site.module, site.index))
+        if report is None or report.spec is None or report.spec.H_kv != len(site.errors):
+            what = "no such site" if report is None or report.spec is None else f"{report.spec.H_kv} KV heads there"
+            raise ValueError(
+                f"profile: it has {len(site.errors)} KV heads at {site.module}, and the model has {what}; must be a "
+                "profile of this model"
+            )
+    return [
+        *(of[site.module, site.index] for site in found.sites),
         *(x for x in reports if x.verdict != "rewritten"),
     ]
 

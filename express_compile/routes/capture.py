@@ -39,7 +39,7 @@ from .watched import GraphSite, Watch
 
 _CAPTURE = "_express_compile_capture"
 
-_CHANGED = "the buffer that holds its mask changed after it was looked at"
+_CHANGED = "the buffer that holds its mask, or its padding of 0 and 1, changed after it was looked at"
 _NOT_CAPTURED = "Dynamo captured no graph of this call, so it ran as it was: "
 _CAUSES = (
     "compilation is disabled (TORCHDYNAMO_DISABLE, torch.compiler.set_stance), the code cannot be captured, or it was "
@@ -216,6 +216,14 @@ class Capture:
     def __code__(self) -> CodeType:
         """For torch.export, which reads it before it calls the module."""
         return self.__wrapped__.__code__
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Capture]:
+        """torch.fx asks this of all that a module holds, and then traces the method of the module's class."""
+        frame = sys._getframe(1)
+        if frame.f_code.co_name == "collect_tensor_attrs" and frame.f_locals.get("prefix_atoms") == []:
+            raise RuntimeError(cannot_trace(type(self.module).__name__, "torch.fx"))
+        return Capture
 
     @property
     def _torchscript_modifier(self) -> None:

@@ -17,7 +17,7 @@ import math
 from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,27 @@ from ..launch import (
     sequence,
     strided,
     tl,
+)
+from . import hopper
+from .arguments import (
+    BLOCKS,
+    CHOSEN,
+    CHOSEN_B,
+    COLUMNS,
+    COPIES,
+    COPIES_B,
+    FIRST,
+    HEAD,
+    INDEX,
+    INDEX_B,
+    PART,
+    SHIFT,
+    TABLE,
+    KernelShape,
+    KernelSizes,
+    KernelTensors,
+    Lists,
+    describable,
 )
 
 TOKENS, COMPACTED = 0, 1  # the two sources of rows
@@ -74,11 +95,11 @@ class SegmentTable:
     def tiles_on(
         self, device: torch.device, rows: int, Lq: int, Lk: int, compacted: int, indexed: int
     ) -> tuple[torch.Tensor, ...]:
-        """What :func:`_tile_lists` gives for tiles of ``rows`` rows, checked and copied to ``device`` once."""
+        """What :func:`tile_lists` gives for tiles of ``rows`` rows, checked and copied to ``device`` once."""
         key = (device, rows, Lq, Lk, compacted, indexed)
         if key not in self._on_device:
-            _check(self, Lq, Lk, compacted, indexed)
-            lists = _tile_lists(self, rows, compacted)
+            check_table(self, Lq, Lk, compacted, indexed)
+            lists = tile_lists(self, rows, compacted)
             self._on_device[key] = tuple(constant(x, device) for x in lists)
         return self._on_device[key]
 
@@ -166,7 +187,7 @@ def dense_table(Lq: int, rows: int, block: int = 128) -> SegmentTable:
     return SegmentTable(block, 0, segments, np.zeros((blocks, 1)), np.full(blocks, NO_TAIL, np.int32))
 
 
-def _check(table: SegmentTable, Lq: int, Lk: int, compacted: int, indexed: int) -> None:
+def check_table(table: SegmentTable, Lq: int, Lk: int, compacted: int, indexed: int) -> None:
     """Raise ``ValueError`` unless ``table`` fits that many queries, tokens, compacted and indexed rows."""
     blocks = -(-(Lq + table.shift) // table.block)
     if len(table.tail) != blocks:
@@ -270,7 +291,7 @@ def segment_attention_reference(
     does not fit.
     """
     H_kv, A = sources.key.shape[1], sources.compacted_key.shape[2]
-    _check(table, query.shape[2], sources.key.shape[2], A, sources.indexed)
+    check_table(table, query.shape[2], sources.key.shape[2], A, sources.indexed)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     out = query.new_empty(*query.shape[:3], sources.value.shape[-1])
     lse = torch.empty(query.shape[:3], dtype=dtype, device=query.device)
@@ -326,7 +347,7 @@ def segment_attention_backward(
 # Kernel: one program per (part of a block of queries, query head), which walks lists of tiles of rows
 
 
-def _tile_lists(table: SegmentTable, rows: int, compacted: int) -> tuple[np.ndarray, ...]:
+def tile_lists(table: SegmentTable, rows: int, compacted: int) -> tuple[np.ndarray, ...]:
     """What a program reads of the table: the segments cut into tiles of ``rows`` rows.
 
     start: int32 ``[3 * blocks + 1]``: block b sees the compacted tiles ``start[3 b] .. start[3 b + 1]``, then
@@ -427,10 +448,6 @@ def _attend_tile(state, b_q, b_k, b_v, scales, log2_weight, seen):
     return Softmax(b_acc, state.b_max, state.b_sum)
 
 
-# What the kernel reads but by descriptor, and writes; ``largest``: of keys and values of a head, for float32.
-_Tensors = namedtuple("_Tensors", "q k v index lengths largest scale_log2 G out lse")
-
-
 class Outputs(NamedTuple):
     """Of attention: ``[B, H, Lq, Dv]``, and float32 ``[B, H, Lq]``."""
 
@@ -442,27 +459,24 @@ class Outputs(NamedTuple):
         return cls(query.new_empty(*query.shape[:3], Dv), query.new_empty(query.shape[:3], dtype=torch.float32))
 
 
-# What :func:`_tile_lists` gives.
-_Lists = namedtuple("_Lists", "start tiles log2_weight tail")
-
-
-_Sizes = namedtuple("_Sizes", "H Lq q_offset shift")
-
-
-# Widths, queries and rows of a tile, and parts of a block.
-_Shape = namedtuple("_Shape", "D DV BD BDV BM BN PARTS")
-
-
 @jit(general="sizes")
-def _segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
+def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
     BM: tl.constexpr = SHAPE.BM
     BN: tl.constexpr = SHAPE.BN
     BD: tl.constexpr = SHAPE.BD
     BDV: tl.constexpr = SHAPE.BDV
     H, Lq, q_offset, shift = sizes
-    i_part, i_bh = tl.program_id(0) + shift // BM, tl.program_id(1)  # no program for parts before the first query
-    i_b, i_h = i_bh // H, i_bh % H
-    i_kv, i_block = i_h // x.G, i_part // SHAPE.PARTS
+    if x.jobs is None:
+        i_part, i_bh = tl.program_id(0) + shift // BM, tl.program_id(1)  # no program for parts before the first query
+        i_b, i_h = i_bh // H, i_bh % H
+        i_kv, i_block = i_h // x.G, i_part // SHAPE.PARTS
+        c_b, c_h, c_row = i_b, i_kv, 0  # where the compacted rows begin
+    else:
+        p_job = x.jobs + tl.program_id(0) * COLUMNS
+        i_b, i_h, i_part = tl.program_id(1), tl.load(p_job + HEAD), tl.load(p_job + PART)
+        i_bh, i_kv, shift = i_b * H + i_h, i_h // x.G, tl.load(p_job + SHIFT)
+        i_block = tl.load(p_job + TABLE) + i_part // SHAPE.PARTS
+        c_b, c_h, c_row = 0, 0, tl.load(p_job + COPIES) + i_b * tl.load(p_job + COPIES_B)
     o_m = i_part * BM - shift + tl.arange(0, BM)
     m_m = (o_m >= 0) & (o_m < Lq)
     skip = tl.maximum(shift - i_part * BM, 0)
@@ -485,12 +499,15 @@ def _segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
         row, shown = tl.load(lists.tiles + 2 * t), tl.load(lists.tiles + 2 * t + 1)
         if x.lengths is not None:
             shown = tl.minimum(shown, tl.load(x.lengths + i_b) - row)
-        b_k = d_ck.load([i_b, i_kv, row, 0]).reshape(BN, BD)
-        b_v = d_cv.load([i_b, i_kv, row, 0]).reshape(BN, BDV)
+        b_k = d_ck.load([c_b, c_h, c_row + row, 0]).reshape(BN, BD)
+        b_v = d_cv.load([c_b, c_h, c_row + row, 0]).reshape(BN, BDV)
         state = _attend_tile(state, b_q, b_k, b_v, scales, tl.load(lists.log2_weight + t), Seen(shown, 0, 0))
 
     if x.index.p is not None:
-        p_index, _ = sequence(x.index, i_b, i_kv)
+        if x.jobs is None:
+            p_index, _ = sequence(x.index, i_b, i_kv)
+        else:
+            p_index = x.index.p + (tl.load(p_job + INDEX) + i_b * tl.load(p_job + INDEX_B))
         p_k, stride_k = sequence(x.k, i_b, i_kv)
         p_v, stride_v = sequence(x.v, i_b, i_kv)
         o_n = tl.arange(0, BN)
@@ -500,6 +517,15 @@ def _segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
             b_k = load_rows(p_k, stride_k, i_row, o_n < shown, SHAPE.D, BD)  # [BN, BD]
             b_v = load_rows(p_v, stride_v, i_row, o_n < shown, SHAPE.DV, BDV)  # [BN, BDV]
             state = _attend_tile(state, b_q, b_k, b_v, scales, tl.load(lists.log2_weight + t), Seen(shown, 0, 0))
+
+    if x.chosen is not None:
+        p_chosen = x.chosen + (tl.load(p_job + CHOSEN) + i_b * tl.load(p_job + CHOSEN_B))
+        first = tl.load(p_job + FIRST)
+        for n in range(0, tl.load(p_job + BLOCKS) * 64, BN):
+            row = first + tl.load(p_chosen + n // 64) * 64 + n % 64
+            b_k = d_k.load([i_b, i_kv, row, 0]).reshape(BN, BD)
+            b_v = d_v.load([i_b, i_kv, row, 0]).reshape(BN, BDV)
+            state = _attend_tile(state, b_q, b_k, b_v, scales, 0.0, Seen(BN, 0, 0))
 
     # segments of tokens and the tail in one loop: a loop of its own for a tile or two costs its start-up
     tile, tail = tl.load(p_start + 2), tl.load(lists.tail + i_block)
@@ -535,36 +561,65 @@ def _segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
 # Launchers
 
 
-def tile_sizes(width: int, itemsize: int, block: int) -> tuple[int, int, int, int]:
-    """Queries and rows per tile, warps and pipeline stages; ``width`` is D + Dv, rounded up to powers of two.
+class SegmentTiles(NamedTuple):
+    """Queries and rows per tile, warps and pipeline stages; ``hopper``: of the kernel of :mod:`.hopper`."""
 
-    The best of four or more for D = 64, 128 and 256 on an H200, in bf16 at n = 32,768.
-    """
-    if itemsize == 4:
-        queries, rows, warps, stages = (
-            (128, 64, 4, 2) if width <= 128 else (128, 64, 8, 2) if width <= 256 else (128, 32, 8, 1)
-        )  # fmt: skip
-    elif width <= 128:
-        queries, rows, warps, stages = 64, 64, 4, 3
-    elif width <= 256:
-        queries, rows, warps, stages = 128, 64, 4, 3
-    else:
-        queries, rows, warps, stages = 128, 64, 8, 2
-    return math.gcd(queries, block), rows, warps, stages
+    queries: int
+    rows: int
+    warps: int
+    stages: int
+    hopper: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        block: int,
+        lengths: torch.Tensor | None = None,
+    ) -> SegmentTiles:
+        """What suits the tensors, blocks of ``block`` queries, and ``lengths`` of compacted rows. The best of four or
+        more for D = 64, 128 and 256 on an H200, in bf16 at n = 32,768."""
+        if lengths is None and hopper.takes(query, key, value, block):
+            return cls(hopper.QUERIES, 128, 4, 2, True)
+        widths = Widths.alike(query, value)
+        width = widths.BD + widths.BDV
+        if query.element_size() == 4:
+            found = (128, 64, 4, 2) if width <= 128 else (128, 64, 8, 2) if width <= 256 else (128, 32, 8, 1)
+        elif width <= 128:
+            found = 64, 64, 4, 3
+        else:
+            found = (128, 64, 4, 3) if width <= 256 else (128, 64, 8, 2)
+        return cls(math.gcd(found[0], block), *found[1:])
+
+    def launch(
+        self, grid: tuple[int, ...], query: torch.Tensor, descriptors: tuple[Any, ...], tensors: KernelTensors,
+        lists: Lists, sizes: KernelSizes, block: int,
+    ) -> None:  # fmt: skip
+        """Run the kernel; ``descriptors`` are those of keys, values and copies."""
+        widths, parts = Widths.alike(query, tensors.out), block // self.queries
+        if self.hopper:
+            queries = hopper.describe(query, hopper.QUERIES // 2)
+            own = hopper.KernelShape(widths.D, widths.DV, self.queries, self.rows, parts, self.stages)
+            launch(hopper.segment_kernel, grid, queries, *descriptors, tensors, lists, sizes,
+                   SHAPE=own, num_warps=self.warps)  # fmt: skip
+        else:
+            shape = KernelShape(*widths, self.queries, self.rows, parts)
+            launch(segment_kernel, grid, *descriptors, tensors, lists, sizes,
+                   SHAPE=shape, num_warps=self.warps, num_stages=self.stages)  # fmt: skip
+
+    def describe(self, x: torch.Tensor, width: int) -> Any:
+        return hopper.describe(x, self.rows) if self.hopper else describe(x, self.rows, width)
 
 
-def describe(x: torch.Tensor, rows: int, width: int):
+def describe(x: torch.Tensor, rows: int, width: int) -> Any:
     """Descriptor of tiles of ``rows`` rows of ``x`` ``[B, H, L, D]``; rows and columns outside of ``x`` are 0.
 
     It takes rows without gaps, and a base and strides that are multiples of 16 bytes; anything else is copied.
     """
-    shape, unit = list(x.shape), 16 // x.element_size()
-    # the stride of an axis of size 1 means nothing, but has to be valid
-    strides = [stride if size > 1 else unit for size, stride in zip(shape[:3], x.stride(), strict=False)]
-    if x.stride(3) != 1 or x.data_ptr() % 16 or any(not stride or stride % unit for stride in strides):
-        columns = -(-shape[3] // unit) * unit
-        return describe(x.new_empty(*shape[:3], columns)[..., : shape[3]].copy_(x), rows, width)
-    return TensorDescriptor(x, shape, [*strides, 1], [1, 1, rows, width])
+    x, shape, strides = describable(x)
+    return TensorDescriptor(x, shape, strides, [1, 1, rows, width])
 
 
 def check_dtype(query: torch.Tensor) -> None:
@@ -581,6 +636,13 @@ def with_positive_scale(query: torch.Tensor, scale: float) -> tuple[torch.Tensor
     return (-query, -scale) if scale else (torch.zeros_like(query), 1.0)
 
 
+def largest_of(*pairs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The largest of keys and of values of every head ``[B, H_kv, 2]``, each from one or more tensors, by which the
+    kernel scales float32."""
+    norms = [[torch.linalg.vector_norm(x, math.inf, (2, 3)) for x in pair if x.shape[2]] for pair in pairs]
+    return torch.stack([functools.reduce(torch.maximum, x) for x in norms], -1)
+
+
 def segment_attention_triton(
     query: torch.Tensor, sources: Sources, table: SegmentTable, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -593,27 +655,21 @@ def segment_attention_triton(
     query, scale = with_positive_scale(query, scale)
     key, value, compacted_key, compacted_value, index, lengths = sources
     (B, H, Lq, _), (H_kv, Lk), A = query.shape, key.shape[1:3], compacted_key.shape[2]
-    widths = Widths.alike(query, value)
-    BM, BN, warps, stages = tile_sizes(widths.BD + widths.BDV, query.element_size(), table.block)
-    lists = _Lists(*table.tiles_on(query.device, BN, Lq, Lk, A, sources.indexed))
-    described = [(describe(k, BN, widths.BD), describe(v, BN, widths.BDV)) for k, v in
+    tiles, widths = SegmentTiles.of(query, key, value, table.block, lengths), Widths.alike(query, value)
+    BM = tiles.queries
+    lists = Lists(*table.tiles_on(query.device, tiles.rows, Lq, Lk, A, sources.indexed))
+    described = [(tiles.describe(k, widths.BD), tiles.describe(v, widths.BDV)) for k, v in
                  ((key, value), (compacted_key, compacted_value)) if k.shape[2]]  # fmt: skip
     # of a source without rows nothing is read, but a descriptor has to describe something
     (d_k, d_v), copies = described[0], described[-1]
     lengths = None if lengths is None else lengths.to(torch.int32).contiguous()
-    largest = None
-    if query.dtype == torch.float32:
-        norms = [[torch.linalg.vector_norm(x, math.inf, (2, 3)) for x in pair if x.shape[2]]
-                 for pair in ((key, compacted_key), (value, compacted_value))]  # fmt: skip
-        largest = torch.stack([functools.reduce(torch.maximum, x) for x in norms], -1)
+    largest = largest_of((key, compacted_key), (value, compacted_value)) if query.dtype == torch.float32 else None
     outputs = Outputs.of(query, widths.DV)
-    tensors = _Tensors(strided(query), strided(d_k.base), strided(d_v.base), strided(index), lengths, largest,
+    tensors = KernelTensors(strided(query), strided(d_k.base), strided(d_v.base), strided(index), lengths, largest,
                        scale * 1.4426950408889634, H // H_kv, *outputs)  # fmt: skip
     parts = -(-(Lq + table.shift) // BM) - table.shift // BM
-    launch(_segment_kernel, (parts, B * H),
-        d_k, d_v, *copies, tensors, lists, _Sizes(H, Lq, table.q_offset, table.shift),
-        SHAPE=_Shape(*widths, BM, BN, table.block // BM), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    sizes = KernelSizes(H, Lq, table.q_offset, table.shift)
+    tiles.launch((parts, B * H), query, (d_k, d_v, *copies), tensors, lists, sizes, table.block)
     return outputs
 
 

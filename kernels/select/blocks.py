@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 
 from express_compile.core.call import Call
 
-from ..launch import FLOAT32_DOT, jit, launch, next_power_of_two, require_triton, tl
+from ..launch import FLOAT32_DOT, head_of, jit, launch, next_power_of_two, require_triton, tl
 from ..op import check_call
 from .queries import InBlocks, check_block
 
@@ -190,7 +190,7 @@ def _choosers(i_chooser, begin, start, SAMPLES: tl.constexpr, STRIDE: tl.constex
 
 @jit(general="H_kv Lq Lk q_offset begin line rows")
 def _score_kernel(
-    p_lse, p_q, p_k, p_start, H_kv, Lq, Lk, q_offset, begin, line, rows, scale_log2,
+    p_lse, p_q, p_k, p_start, p_heads, H_kv, Lq, Lk, q_offset, begin, line, rows, scale_log2,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_lse,
     GROUP: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr,
@@ -200,7 +200,7 @@ def _score_kernel(
     One program per (COLUMNS columns, BM rows, KV head).
     """
     i_part, i_tile, i_seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    i_b, i_kv = i_seq // H_kv, i_seq % H_kv
+    i_b, i_kv = i_seq // H_kv, head_of(p_heads, i_seq % H_kv)
     o_m, o_n, o_d = i_tile * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
     start = q_offset
     if p_start is not None:
@@ -233,11 +233,12 @@ def _score_kernel(
 
 @jit(general="H_kv q_offset begin line held rows columns blocks")
 def _choose_kernel(
-    p_chosen, p_lse, p_start, H_kv, q_offset, begin, line, sinks, held, rows, columns, blocks, stride_lse,
+    p_chosen, p_lse, p_start, p_blocks, H_kv, q_offset, begin, line, sinks, held, rows, columns, blocks, stride_lse,
     stride_chosen, GROUP: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    """One program per (block of queries, KV head); ``held`` tokens before the block are sinks and tail."""
+    """One program per (block of queries, KV head); ``held`` tokens before the block are sinks and tail. ``blocks``
+    places for each, of which a head fills as many as ``p_blocks`` says."""
     i_block, i_seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_c, o_b = tl.arange(0, BC), tl.arange(0, BB)
     start = q_offset
@@ -259,16 +260,19 @@ def _choose_kernel(
     first = (sinks - line) // BN
     b_bits = tl.where(b_mass == b_mass, b_mass, 0.0).to(tl.int32, bitcast=True)
     b_bits = tl.where((o_c >= first) & (o_c < first + count), b_bits, -1)
+    wanted = blocks
+    if p_blocks is not None:
+        wanted = tl.load(p_blocks + i_seq % H_kv)
     least = 0  # the largest integer that as many candidates as are wanted reach
     for i in range(31):
         higher = least | (1 << (30 - i))
-        least = tl.where(tl.sum((b_bits >= higher).to(tl.int32)) >= blocks, higher, least)
+        least = tl.where(tl.sum((b_bits >= higher).to(tl.int32)) >= wanted, higher, least)
     b_better, b_equal = (b_bits > least).to(tl.int32), (b_bits == least).to(tl.int32)
-    left = blocks - tl.sum(b_better)
+    left = wanted - tl.sum(b_better)
     b_taken = b_better + b_equal * (tl.cumsum(b_equal, 0) <= left).to(tl.int32)
     p_chosen += i_seq * stride_chosen + i_block * blocks
     tl.store(p_chosen + tl.cumsum(b_taken, 0) - 1, o_c - first, mask=b_taken > 0)
-    tl.store(p_chosen + o_b, tl.full([BB], -1, tl.int32), mask=(o_b >= count) & (o_b < blocks))
+    tl.store(p_chosen + o_b, tl.full([BB], -1, tl.int32), mask=(o_b >= tl.minimum(count, wanted)) & (o_b < blocks))
 
 
 _WORKSPACE = 1 << 26  # bytes; longer prefills are chosen in parts
@@ -276,10 +280,14 @@ _WORKSPACE = 1 << 26  # bytes; longer prefills are chosen in parts
 
 @torch.no_grad()
 def select_blocks_triton(
-    query: torch.Tensor, key: torch.Tensor, config: BlockConfig, scale: float, start: torch.Tensor | None = None
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, config: BlockConfig, scale: float, start: torch.Tensor | None = None,
+    heads: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:  # fmt: skip
     """:func:`select_blocks_reference` as Triton kernels; same arguments and results, up to masses that rounding makes
     change places. Reads nothing back from the device.
+
+    ``heads`` int32 ``[H]`` each: the KV heads that choose, None for all, and how many blocks each, ``config.blocks`` at
+    most; the result is ``[B, H, ..]`` then, ``NONE`` behind what a head chose.
 
     Work: ``samples / block`` of the scores of exact attention. Memory: at most 64 MiB, or what one block of queries
     needs. Raises ``TypeError`` for dtypes other than float16, bfloat16 and float32.
@@ -294,6 +302,8 @@ def select_blocks_triton(
     (B, H, Lq, D), (H_kv, Lk) = query.shape, key.shape[1:3]
     layout, start = query_blocks(config, Lq, Lk), None if start is None else start.contiguous()
     total, group = len(layout.begin), H // H_kv
+    own, wanted = heads or (None, None)
+    H_kv = H_kv if own is None else len(own)
     chosen = torch.empty(B, H_kv, total, config.blocks, dtype=torch.int32, device=query.device)
     if not 0 < B * H_kv * D:
         return chosen.fill_(NONE) if chosen.numel() else chosen
@@ -311,13 +321,13 @@ def select_blocks_triton(
         rows = blocks * per_block
         lse = torch.empty(B * H_kv, columns, rows, dtype=torch.float32, device=query.device)
         launch(_score_kernel, (-(-columns // _COLUMNS), -(-rows // BM), B * H_kv),
-            lse, query, key, start, H_kv, Lq, Lk, layout.q_offset, begin, line, rows, scale * math.log2(math.e),
+            lse, query, key, start, own, H_kv, Lq, Lk, layout.q_offset, begin, line, rows, scale * math.log2(math.e),
             *query.stride()[:3], *key.stride()[:3], columns * rows,
             D=D, BD=BD, BM=BM, COLUMNS=_COLUMNS, **sizes, num_warps=4, num_stages=3 if small and BD <= 128 else 2,
         )  # fmt: skip
         BC = max(32, next_power_of_two(columns))
         launch(_choose_kernel, (blocks, B * H_kv),
-            chosen[:, :, first:], lse, start, H_kv, layout.q_offset, begin, line, config.sinks,
+            chosen[:, :, first:], lse, start, wanted, H_kv, layout.q_offset, begin, line, config.sinks,
             config.sinks + config.recent, rows, columns, config.blocks, columns * rows, total * config.blocks,
             BC=BC, BB=next_power_of_two(config.blocks), **sizes, num_warps=max(1, min(16, BC // 256)),
         )  # fmt: skip

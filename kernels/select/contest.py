@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from ..launch import constexpr, jit, launch, next_power_of_two, require_triton, sequence, strided, tl
+from ..launch import constexpr, head_of, jit, launch, next_power_of_two, require_triton, sequence, strided, tl
 
 CONTEST = 256  # rows that compete for the protected places at a time
 
@@ -147,14 +147,14 @@ def _load_keys(p_k, first, end, stride_n, o_d, BN: tl.constexpr, D: tl.constexpr
 
 
 @jit(general="sizes")
-def _sum_kernel(p_sums, k, sizes, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+def _sum_kernel(p_sums, k, p_heads, sizes, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """Sum of the keys from the start of a group to the end of each contest: a program per (group, BD channels, head).
 
     The first group starts with the sinks.
     """
     i_group, i_d, i_seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H, sinks, contests, group = sizes
-    p_k, stride_n = sequence(k, i_seq // H, i_seq % H)
+    p_k, stride_n = sequence(k, i_seq // H, head_of(p_heads, i_seq % H))
     o_d = i_d * BD + tl.arange(0, BD)
     b_sum = tl.zeros([BD], tl.float32)
     if i_group == 0:
@@ -172,7 +172,8 @@ def _sum_kernel(p_sums, k, sizes, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.co
 
 @jit(general="sizes")
 def _score_kernel(
-    p_newcomers, p_sums, k, sizes, LOG_ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr
+    p_newcomers, p_sums, k, p_heads, sizes,
+    LOG_ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The rows of one contest, scored and sorted, ascending: one program per (contest, head)."""
     i_contest, i_seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -181,7 +182,7 @@ def _score_kernel(
     BG: tl.constexpr = 16
     first = sinks + i_contest * ROWS
     end = first + ROWS
-    p_k, stride_n = sequence(k, i_seq // H, i_seq % H)
+    p_k, stride_n = sequence(k, i_seq // H, head_of(p_heads, i_seq % H))
     p_sums += i_seq * contests * D
     p_newcomers += (i_seq * contests + i_contest) * ROWS
     o_n, o_d = tl.arange(0, BN), tl.arange(0, BD)
@@ -227,12 +228,16 @@ def _best_kernel(
 
 
 @jit(general="sizes")
-def _contest_kernel(p_stream, p_places, p_best, p_newcomers, sizes, LOG_ROWS: tl.constexpr, LOG: tl.constexpr):
-    """``span`` contests of one group: one program per (span, head)."""
+def _contest_kernel(
+    p_index, p_best, p_newcomers, sizes, LOSERS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG: tl.constexpr
+):  # fmt: skip
+    """``span`` contests of one group: one program per (span, head). Places come from ``first`` on among the ``length``
+    rows of a head, the losers before them, if they are wanted."""
     ROWS: tl.constexpr = 1 << LOG_ROWS
     N: tl.constexpr = 1 << LOG
-    contests, protected, streamed, group, span = sizes
+    contests, protected, first, length, group, span = sizes
     i_seq = tl.program_id(1).to(tl.int64)
+    p_places = p_index + i_seq * length + first
     begin = tl.program_id(0) * span
     i_group = begin // group
     p_newcomers += (i_seq * contests) << LOG_ROWS
@@ -245,47 +250,62 @@ def _contest_kernel(p_stream, p_places, p_best, p_newcomers, sizes, LOG_ROWS: tl
         b_new = _load_list(p_newcomers, i, contests, LOG, LOG_ROWS)
         b_worse = tl.max(tl.reshape(tl.minimum(b_x, b_new), [N // ROWS, ROWS]), 0)  # only the last ROWS can lose
         b_x = _merge(tl.maximum(b_x, b_new), LOG, LOG, 1)
-        p_place = p_places + (i_seq * contests + i) * protected
-        tl.store(p_place + o_n - (N - protected), _rows_of(b_x), mask=o_n >= N - protected)
-        # the losers in position order; places that were never filled sort behind them
-        b_loser = _sort(tl.where(b_worse == _FREE, 0x7FFFFFFF, _rows_of(b_worse)), LOG_ROWS)
-        before = tl.maximum(i * ROWS - protected, 0)
-        leaving = tl.maximum((i + 1) * ROWS - protected, 0) - before
-        tl.store(p_stream + i_seq * streamed + before + o_row, b_loser, mask=o_row < leaving)
+        tl.store(p_places + i * protected + o_n - (N - protected), _rows_of(b_x), mask=o_n >= N - protected)
+        if LOSERS:
+            # the losers in position order; places that were never filled sort behind them
+            b_loser = _sort(tl.where(b_worse == _FREE, 0x7FFFFFFF, _rows_of(b_worse)), LOG_ROWS)
+            before = tl.maximum(i * ROWS - protected, 0)
+            leaving = tl.maximum((i + 1) * ROWS - protected, 0) - before
+            p_losers = p_places - tl.maximum(contests * ROWS - protected, 0) + before
+            tl.store(p_losers + o_row, b_loser, mask=o_row < leaving)
 
 
 _PROGRAMS = 2048  # of one warp: more of them than this only repeat each other's work
 
 
-def compete(key: torch.Tensor, sinks: int, contests: int, protected: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`compete_reference` with kernels; the places of one contest come in the order of their scores."""
+def compete(
+    key: torch.Tensor, sinks: int, contests: int, protected: int, heads: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`compete_reference` with kernels; the places of one contest come in the order of their scores. ``heads``
+    int32: which heads of ``key``, None for all."""
+    B, H, streamed = key.shape[0], key.shape[1] if heads is None else len(heads), max(0, contests * CONTEST - protected)
+    index = torch.empty(B, H, streamed + contests * protected, dtype=torch.int32, device=key.device)
+    compete_into(index, key, sinks, contests, protected, heads)
+    return index[:, :, :streamed], index[:, :, streamed:].unflatten(2, (contests, protected))
+
+
+def compete_into(
+    index: torch.Tensor, key: torch.Tensor, sinks: int, contests: int, protected: int, heads: torch.Tensor | None
+) -> None:
+    """What :func:`compete` gives into the last rows of ``index`` int32 ``[B, H, ..]``, contiguous: the losers, and
+    behind them the places; without room for losers the places alone."""
     require_triton()
-    B, H, _, D = key.shape
-    streamed = max(0, contests * CONTEST - protected)
+    (B, H), D = index.shape[:2], key.shape[3]
+    if not contests:
+        return
+    first = index.shape[2] - contests * protected
     empty = key.new_empty
-    stream, places = empty(B, H, streamed, dtype=torch.int32), empty(B, H, contests, protected, dtype=torch.int32)
-    if contests:
-        group = next_power_of_two(max(1, math.isqrt(contests // 2)))
-        groups = (contests - 1) // group  # that others come after
-        span = min(group, next_power_of_two(-(-contests * B * H // _PROGRAMS)))
-        logs = dict(LOG_ROWS=CONTEST.bit_length() - 1, LOG=(max(CONTEST, protected) - 1).bit_length())
-        warps = 1 << max(0, min(4, logs["LOG"] - 9))
-        sums = empty(B, H, contests, D, dtype=torch.float32)
-        newcomers = empty(B, H, contests, CONTEST, dtype=torch.int64)
-        best = empty(B, H, groups, 1 << logs["LOG"], dtype=torch.int64)
-        BD = max(16, next_power_of_two(D))
-        BD_sum = min(64, BD)
-        rows, sizes = strided(key), (H, sinks, contests, group)
-        launch(_sum_kernel, (groups + 1, -(-D // BD_sum), B * H),
-            sums, rows, sizes, ROWS=CONTEST, D=D, BD=BD_sum, num_warps=8
-        )  # fmt: skip
-        launch(_score_kernel, (contests, B * H),
-            newcomers, sums, rows, sizes,
-            LOG_ROWS=logs["LOG_ROWS"], D=D, BD=BD, BN=max(16, min(CONTEST, 8192 // BD)), num_warps=4,
-        )  # fmt: skip
-        if groups:
-            launch(_best_kernel, (groups, B * H), best, newcomers, contests, group, **logs, num_warps=warps)
-        launch(_contest_kernel, (-(-contests // span), B * H),
-            stream, places, best, newcomers, (contests, protected, streamed, group, span), **logs, num_warps=warps
-        )  # fmt: skip
-    return stream, places
+    group = next_power_of_two(max(1, math.isqrt(contests // 2)))
+    groups = (contests - 1) // group  # that others come after
+    span = min(group, next_power_of_two(-(-contests * B * H // _PROGRAMS)))
+    logs = dict(LOG_ROWS=CONTEST.bit_length() - 1, LOG=(max(CONTEST, protected) - 1).bit_length())
+    warps = 1 << max(0, min(4, logs["LOG"] - 9))
+    sums = empty(B, H, contests, D, dtype=torch.float32)
+    newcomers = empty(B, H, contests, CONTEST, dtype=torch.int64)
+    best = empty(B, H, groups, 1 << logs["LOG"], dtype=torch.int64)
+    BD = max(16, next_power_of_two(D))
+    BD_sum = min(64, BD)
+    rows, sizes = strided(key), (H, sinks, contests, group)
+    launch(_sum_kernel, (groups + 1, -(-D // BD_sum), B * H),
+        sums, rows, heads, sizes, ROWS=CONTEST, D=D, BD=BD_sum, num_warps=8
+    )  # fmt: skip
+    launch(_score_kernel, (contests, B * H),
+        newcomers, sums, rows, heads, sizes,
+        LOG_ROWS=logs["LOG_ROWS"], D=D, BD=BD, BN=max(16, min(CONTEST, 8192 // BD)), num_warps=4,
+    )  # fmt: skip
+    if groups:
+        launch(_best_kernel, (groups, B * H), best, newcomers, contests, group, **logs, num_warps=warps)
+    launch(_contest_kernel, (-(-contests // span), B * H),
+        index, best, newcomers, (contests, protected, first, index.shape[2], group, span),
+        LOSERS=first >= max(1, contests * CONTEST - protected), **logs, num_warps=warps,
+    )  # fmt: skip

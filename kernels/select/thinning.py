@@ -39,6 +39,7 @@ from ..launch import (
     constant,
     constexpr,
     draw_uniform,
+    head_of,
     jit,
     launch,
     load_rows,
@@ -219,8 +220,9 @@ def _ticket_order(table: np.ndarray, units: int, lanes: int) -> np.ndarray:
 # Kernels
 
 
-# The tokens, and what :func:`thin` writes: the token of every copy, and the copies, ``[B * H, A, D]``.
-_Inputs = namedtuple("_Inputs", "k v index copied_key copied_value")
+# The tokens and which heads of them, and what :func:`thin` writes: the token of every copy, and the copies,
+# ``[B * H, A, D]``.
+_Inputs = namedtuple("_Inputs", "k v heads index copied_key copied_value")
 
 
 # Scratch memory and the table; :class:`_Places` says what lies where.
@@ -355,8 +357,9 @@ def _pair(source, b_row, m_r, SHAPE: tl.constexpr):
 def _describe_kernel(x, work, sizes, SHAPE: tl.constexpr):
     """Statistics of stream rows that buckets of several tiles read as they are."""
     p_row, i_seq = work.table + tl.program_id(0) * COLUMNS, tl.program_id(1).to(tl.int64)
-    p_k, stride_k = sequence(x.k, i_seq // sizes.H, i_seq % sizes.H)
-    p_v, stride_v = sequence(x.v, i_seq // sizes.H, i_seq % sizes.H)
+    head = head_of(x.heads, i_seq % sizes.H)
+    p_k, stride_k = sequence(x.k, i_seq // sizes.H, head)
+    p_v, stride_v = sequence(x.v, i_seq // sizes.H, head)
     p_index = x.index + i_seq * sizes.index_rows + sizes.A
     source = _From(p_k, stride_k, p_v, stride_v, p_index, sizes.sinks, True)
     valid, o_p = tl.load(p_row + VALID), tl.arange(0, SHAPE.BP)
@@ -519,9 +522,7 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
         tl.load(p_row + SOURCE), rows, block, valid, bucket, stage, tl.where(unit < sizes.buckets, unit, -1),
         tl.load(work.gains + ticket // sizes.sequences), scale,
     )  # fmt: skip
-    head = (i_seq % sizes.H).to(tl.int32)
-    if random.heads is not None:
-        head = tl.load(random.heads + head)
+    head = head_of(x.heads, (i_seq % sizes.H).to(tl.int32))
     random = Random(tl.load(random.seed), random.layer, head)
     at = _places(work, i_seq, sizes, SHAPE)
     p_ck, p_cv = x.copied_key + i_seq * sizes.A * SHAPE.D, x.copied_value + i_seq * sizes.A * SHAPE.DV
@@ -529,8 +530,8 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
     raw = tile.source < sizes.tokens
     p_k, stride_k, p_v, stride_v, first = p_ck, SHAPE.D, p_cv, SHAPE.DV, -sizes.tokens
     if raw:
-        p_k, stride_k = sequence(x.k, i_seq // sizes.H, i_seq % sizes.H)
-        p_v, stride_v = sequence(x.v, i_seq // sizes.H, i_seq % sizes.H)
+        p_k, stride_k = sequence(x.k, i_seq // sizes.H, head)
+        p_v, stride_v = sequence(x.v, i_seq // sizes.H, head)
         first = sizes.sinks
     source = _From(p_k, stride_k, p_v, stride_v, p_index + sizes.A, first, raw)
 
@@ -602,18 +603,20 @@ def thin(
     rule: HalvingRule,
     scale: float,
     random: Random,
+    kept: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Carry out ``schedule``: copies of the kept rows, keys ``[B, H_kv, A, D]`` and values ``[B, H_kv, A, Dv]``.
+    """Carry out ``schedule``: copies of the kept rows, keys ``[B, H, A, D]`` and values ``[B, H, A, Dv]``, in ``kept``
+    if it is given, contiguous.
 
-    ``key`` ``[B, H_kv, L, D]`` and ``value`` ``[B, H_kv, L, Dv]`` are the tokens, ``A = schedule.size -
-    schedule.tokens``. ``index`` int32 ``[B, H_kv, A + ..]`` receives the token of every copied row in its first A
-    entries. If it is longer, the entries that follow are the tokens of the stream; otherwise stream row i is
-    token ``sinks + i``. Draws the same numbers as the reference.
+    ``key`` ``[B, H_kv, L, D]`` and ``value`` ``[B, H_kv, L, Dv]`` are the tokens, of which the H heads
+    ``random.heads`` are thinned, or all; ``A = schedule.size - schedule.tokens``. ``index`` int32 ``[B, H, A + ..]``
+    receives the token of every copied row in its first A entries. If it is longer, the entries that follow are the
+    tokens of the stream; otherwise stream row i is token ``sinks + i``. Draws the same numbers as the reference.
     """
     require_triton()
-    (B, H, _, D), device, widths = key.shape, key.device, Widths.of(key, value)
+    (B, H), D, device, widths = index.shape[:2], key.shape[3], key.device, Widths.of(key, value)
     A, sequences = schedule.size - schedule.tokens, B * H
-    kept_key, kept_value = key.new_empty(B, H, A, D), value.new_empty(B, H, A, widths.DV)
+    kept_key, kept_value = kept or (key.new_empty(B, H, A, D), value.new_empty(B, H, A, widths.DV))
     if not schedule.launches and not schedule.subsamples:
         return kept_key, kept_value
     # two tiles of keys and two of values are in shared memory at once
@@ -627,7 +630,7 @@ def thin(
     per_sequence = (tiles.slots + tiles.buckets) * (D + 2)
     scratch = key.new_empty(programs * (2 * pairs + 4) * pairs + sequences * per_sequence, dtype=torch.float32)
     sync = key.new_zeros(1 + sequences * (tiles.units + count), dtype=torch.int64)
-    inputs = _Inputs(strided(key), strided(value), index, kept_key, kept_value)
+    inputs = _Inputs(strided(key), strided(value), random.heads, index, kept_key, kept_value)
     sizes = _Sizes(programs, count, tiles.units, tiles.buckets, tiles.slots, sequences, H, schedule.tokens, sinks, A,
                    index.shape[2])  # fmt: skip
     shape = _Shape(*widths, pairs, 32 * WARPS // pairs, rule.centre, index.shape[2] > A, coin)
@@ -636,7 +639,7 @@ def thin(
             inputs, _Work(scratch, sync, described, None), sizes, SHAPE=shape, num_warps=4
         )  # fmt: skip
     launch(_thin_kernel, (programs,),
-        inputs, _Work(scratch, sync, table, gains), random, scale * rule.flatten, sizes,
+        inputs, _Work(scratch, sync, table, gains), random._replace(heads=None), scale * rule.flatten, sizes,
         SHAPE=shape, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     return kept_key, kept_value

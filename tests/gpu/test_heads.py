@@ -13,10 +13,12 @@ from express_compile.kernels import express as E
 from express_compile.kernels import heads as P
 from express_compile.kernels.attend.segments import segment_attention_backward, segment_attention_reference
 from express_compile.kernels.launch import Random
+from express_compile.kernels.select.blocks import select_blocks
 
 WINDOW, CORE, KEPT = Rows(32, 256), Rows(32, 256, 64), Rows(32, 256, 128, 256)
 PLACES, BLOCKS, WHOLE = Rows(32, 256, protected=256), Rows(32, 256, selected=16), Rows(everything=True)
 MIXED = [BLOCKS, WINDOW, WHOLE, KEPT, BLOCKS, PLACES, WHOLE, CORE]
+FEW = [WINDOW, BLOCKS, Rows(70, 33, selected=3), PLACES, Rows(32, 256, selected=7), KEPT, Rows(32, 512), BLOCKS]
 LAYER = 3
 
 
@@ -52,14 +54,14 @@ def test_equal_rows_for_all_heads_are_express_bit_for_bit_where_it_has_such_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("Lq", [6000, 700])
-def test_a_head_gives_beside_others_what_it_gives_among_its_like(dtype: torch.dtype, Lq: int) -> None:
+@pytest.mark.parametrize(("mixed", "Lq", "B"), [(MIXED, 6000, 1), (MIXED, 700, 2), (FEW, 6000, 2)])
+def test_a_head_gives_beside_others_what_it_gives_among_its_like(dtype: torch.dtype, mixed, Lq: int, B: int) -> None:
     """Also that it draws the numbers of its own place: its rows are those that it has where all heads are alike."""
-    q, k, v = tokens(6000, Lq, dtype=dtype)
-    out, lse = op(q, k, v, MIXED)
-    for rows in set(MIXED):
+    q, k, v = tokens(6000, Lq, dtype=dtype, B=B)
+    out, lse = op(q, k, v, mixed)
+    for rows in set(mixed):
         every, every_lse = op(q, k, v, [rows])
-        for h in (h for h, own in enumerate(MIXED) if own == rows):
+        for h in (h for h, own in enumerate(mixed) if own == rows):
             heads = slice(2 * h, 2 * h + 2)
             torch.testing.assert_close(out[:, heads], every[:, heads], rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(lse[:, heads], every_lse[:, heads], rtol=1e-4, atol=1e-4)
@@ -76,7 +78,7 @@ def test_forward_and_backward_are_as_near_to_float64_as_the_reference(rows: Rows
     config = P.PerHead([rows]).config(rows)
     call = P.Call(q.detach(), k.detach(), v.detach(), None, seed(), 128**-0.5, LAYER)
     if rows.selected:
-        _, index, table = P._selected(call, config, None)
+        _, index, table = P._selected(call, config, select_blocks(q.detach(), k.detach(), config, call.scale))
     else:
         layout = E.make_layout(config, 3000, 3000)
         _, index = E.select_rows(call.key, call.value, layout, call.scale, Random(seed(), LAYER))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from express_compile.kernels import express as E
+from express_compile.kernels.attend import hopper
 from express_compile.kernels.attend.segments import (
     COMPACTED,
     SegmentTable,
@@ -79,6 +80,21 @@ def test_against_reference(poison, dtype, D, Dv, H, H_kv, past, indexed):
     table, rows, index = problem(past, 64, 200, 64 if D == 80 else 128, k, v, indexed)
     assert (table.shift == 0) == (past == 232)
     check((q[:, :, past:], k, v, *rows), table, D**-0.5, index)
+
+
+@pytest.mark.parametrize("D, Dv", [(128, 128), (64, 128)])
+def test_the_kernel_for_hopper_and_the_other_one_give_the_same_up_to_rounding(monkeypatch, poison, D, Dv):
+    q, k, v = tokens(4000, 2, 8, 2, D, Dv, torch.bfloat16)
+    if not hopper.takes(q, k, v, 128):
+        pytest.skip("this machine or its Triton is none that the kernel for Hopper is for")
+    table, rows, index = problem(200, 64, 200, 128, k, v, True)
+    tensors = (q[:, :, 200:], k, v, *rows)
+    own = attend(segment_attention_triton, tensors, table, D**-0.5, index)
+    check(tensors, table, D**-0.5, index)
+    monkeypatch.setattr(hopper, "takes", lambda *_: False)
+    other = attend(segment_attention_triton, tensors, table, D**-0.5, index)
+    check(tensors, table, D**-0.5, index)
+    assert (own[0] - other[0]).norm() < 3e-3 * other[0].norm() and (own[1] - other[1]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("spare", [3, 8])

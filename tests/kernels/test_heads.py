@@ -19,7 +19,12 @@ from express_compile.core.rows import Rows, from_numbers, to_numbers
 from express_compile.core.spec import AttentionSpec, Mask, Site
 from express_compile.kernels import express as E
 from express_compile.kernels import heads as P
-from express_compile.kernels.attend.segments import segment_attention_backward, segment_attention_triton
+from express_compile.kernels.attend.arguments import BLOCKS as CHOSEN_BLOCKS
+from express_compile.kernels.attend.arguments import HEAD, KEYS, PART, SHIFT, TABLE
+from express_compile.kernels.attend.segments import (
+    segment_attention_backward,
+    segment_attention_triton,
+)
 from express_compile.kernels.attend.segments_backward import segment_attention_backward_triton
 from express_compile.kernels.select.blocks import rows_visible, select_blocks_reference
 from express_compile.kernels.select.contest import CONTEST, compete_reference
@@ -116,13 +121,18 @@ def test_a_head_draws_the_numbers_of_its_own_place_in_the_layer():
     _, k, v = tokens(900, H_kv=3)
     layout = E.make_layout(E.Express(8, 2, 9, 20, block=16), 900, 900)
     every = E.thin_reference(k, v, layout, 0.5, SEED, 3)
+    small = [x.float() for x in (k, v)]
     for heads in ([1], [0, 2], [2, 1]):
-        own = E.thin_reference(k[:, heads], v[:, heads], layout, 0.5, SEED, 3, torch.tensor(heads))
+        names = torch.tensor(heads, dtype=torch.int32)
+        own = E.thin_reference(k, v, layout, 0.5, SEED, 3, names)
         assert torch.equal(own, every[:, heads])
-        few, names = [x[:, heads].float() for x in (k, v)], torch.tensor(heads, dtype=torch.int32)
-        kernel = E.thin_triton(*few, layout, 0.5, SEED, 3, names)[0][:, :, : layout.copied]
-        expected = E.thin_reference(*few, layout, 0.5, SEED, 3, names)[:, :, : layout.copied]
+        kernel, *copies = E.thin_triton(*small, layout, 0.5, SEED, 3, names)
+        kernel, expected = (
+            x[:, :, : layout.copied] for x in (kernel, E.thin_reference(*small, layout, 0.5, SEED, 3, names))
+        )
         assert torch.equal(kernel, expected) and expected.numel()
+        for x, copy in zip(small, copies, strict=True):
+            assert torch.equal(copy, E.gather_rows(x[:, heads], kernel))
     unnamed = E.thin_reference(k[:, 1:], v[:, 1:], layout, 0.5, SEED, 3)
     assert not torch.equal(unnamed, every[:, 1:]), "or the test shows nothing"
 
@@ -260,7 +270,8 @@ def test_the_kernels_attend_to_selected_rows_as_the_reference_does(rows, Lq):
     q, k, v = tokens(400, B=1, Lq=Lq, dtype=torch.float32, D=16, Dv=16)
     call = Call(q, k, v, None, SEED, 0.5, 3)
     config = P.PerHead([rows], block=16).config(rows)
-    sources, index, table = P._selected(call, config, None)
+    chosen = select_blocks_reference(q, k, config, 0.5)
+    sources, index, table = P._selected(call, config, chosen)
     out, lse = segment_attention_triton(q, sources, table, 0.5)
     expected, expected_lse = op(q, k, v, [rows])
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
@@ -284,6 +295,96 @@ def test_the_kernels_attend_without_a_coreset_as_the_reference_does(rows):
     sources = P.Sources(k, v, *copies, index if rows.protected else None)
     out, _ = segment_attention_triton(q, sources, layout.table, 0.5)
     torch.testing.assert_close(out, op(q, k, v, [rows])[0], rtol=1e-4, atol=1e-5)
+
+
+def small(rows: list[Rows], n: int, Lq: int | None = None, B: int = 1, **own: Any) -> tuple[Call, P.PerHead]:
+    q, k, v = tokens(n, B=B, H=len(rows), H_kv=len(rows), D=16, Dv=16, Lq=Lq, dtype=torch.float32)
+    return Call(q, k, v, None, SEED, 0.5, 3), P.PerHead(rows, **{"block": 32, **own})
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "Lq"),
+    [
+        ([WINDOW, BLOCKS, WHOLE, KEPT], 400, None),
+        ([BLOCKS, Rows(40, 9, selected=2), Rows(2, 9, selected=3), WHOLE, WHOLE], 330, None),
+        ([CORE, PLACES, CORE, KEPT, Rows(2, 9, 16), Rows(0, 0, selected=1)], 420, 60),
+        ([BLOCKS], 300, 100),
+        ([Rows(2, 9, selected=1), Rows(2, 9, selected=2)], 300, None),
+    ],
+    ids=str,
+)
+def test_one_launch_for_all_heads_gives_each_what_the_reference_gives(rows, n, Lq):
+    """Two sequences, two query heads for each KV head; the last of the heads with equal rows are not neighbours."""
+    q, k, v = tokens(n, H=2 * len(rows), H_kv=len(rows), D=16, Dv=16, Lq=Lq, dtype=torch.float32)
+    call, own = Call(q, k, v, None, SEED, 0.5, 3), P.PerHead(rows, block=32)
+    out, lse = P.together(call, own, None)
+    expected, expected_lse = P.heads_reference(q, k, v, own, 0.5, SEED, 3)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-5)
+
+
+@given(
+    rows=st.lists(any_rows(), min_size=2, max_size=3),
+    n=st.sampled_from([1, 64, 290]),
+    past=st.sampled_from([0, 40]),
+    block=st.sampled_from([32, 128]),
+)
+@settings(max_examples=8)
+def test_one_launch_for_any_mixture(rows, n, past, block):
+    call, own = small(rows, n, max(1, n - past), block=block)
+    out, lse = P.together(call, own, None)
+    expected, expected_lse = P.heads_reference(call.query, call.key, call.value, own, 0.5, SEED, 3)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-5)
+
+
+def test_one_launch_reads_heads_where_a_projection_of_all_of_them_left_them():
+    rows = [WINDOW, BLOCKS, CORE]
+    call, own = small(rows, 300)
+    packed = torch.cat([x.transpose(1, 2) for x in (call.query, call.key, call.value)], 2)
+    q, k, v = (x.transpose(1, 2) for x in packed.split(3, 2))
+    assert not q.is_contiguous() and torch.equal(q, call.query)
+    found, expected = (P.together(x, own, None) for x in (replace(call, query=q, key=k, value=v), call))
+    for x, e in zip(found, expected, strict=True):
+        assert torch.equal(x, e)
+
+
+@given(
+    rows=st.lists(any_rows(), min_size=1, max_size=4),
+    n=st.sampled_from([1, 64, 290, 1000]),
+    past=st.sampled_from([0, 40, 200]),
+    block=st.sampled_from([32, 128]),
+    B=st.integers(1, 2),
+)
+def test_every_query_of_every_head_that_is_not_exact_is_in_one_job_and_long_jobs_come_first(rows, n, past, block, B):
+    """And a job with its table, its part of the buffers, and as many rows as the query sees."""
+    Lq, group, own = max(1, n - past), 2, P.PerHead(rows, block=block)
+    what = P._together(own, B, group, len(rows), Lq, n)
+    exact = [h for h, x in enumerate(rows) if n <= P.exact_up_to(x)]
+    assert list(what.exact) == exact
+    if what.mixture is None:
+        assert len(exact) == len(rows)
+        return
+    jobs, start, tiles, _, tail = what.mixture.lists(16, 16)
+    covered = np.zeros((group * len(rows), Lq), int)
+    rows_of = P.rows_seen(own, n)[:, n - Lq :]
+    loads = []
+    for job in jobs.tolist():
+        first = job[PART] * 16 - job[SHIFT]
+        own_queries = slice(max(0, first), min(first + 16, Lq))
+        covered[job[HEAD], own_queries] += 1
+        block_of = job[TABLE] + job[PART] // (block // 16)
+        listed = tiles[start[3 * block_of] : start[3 * block_of + 3], 1].sum()
+        last = own_queries.stop - 1
+        seen = listed + KEYS * job[CHOSEN_BLOCKS] + n - Lq + last + 1 - tail[block_of]
+        if n == Lq:  # rows_seen is of a prefill of all tokens
+            assert seen == rows_of[job[HEAD] // group, last]
+        loads.append(len(tiles[start[3 * block_of] : start[3 * block_of + 3]]) + 4 * job[CHOSEN_BLOCKS]
+                     + -(-(n - Lq + last + 1 - tail[block_of]) // 16))  # fmt: skip
+    seen_by = [h for h in range(group * len(rows)) if h // group not in exact]
+    assert (covered[seen_by] == 1).all() and covered.sum() == len(seen_by) * Lq
+    loads = np.array(loads)
+    assert (loads[1:] <= loads[:-1] + loads.max() / 8).all()
 
 
 # -- errors and refusals -------------------------------------------------------------------------------------------

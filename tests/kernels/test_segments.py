@@ -17,13 +17,13 @@ from express_compile.kernels.attend.segments import (
     TOKENS,
     SegmentTable,
     Sources,
-    _tile_lists,
     causal_table,
     dense_table,
     describe,
     segment_attention_backward,
     segment_attention_reference,
     segment_attention_triton,
+    tile_lists,
 )
 
 
@@ -106,10 +106,10 @@ def test_reference_is_dense_attention(seed, Lq, past, segments, shift, indexed):
 
 
 @given(**PROBLEM, Lq=st.integers(1, 200), rows=st.sampled_from([1, 16, 64]))
-def test_tile_lists_are_the_table(seed, Lq, past, shift, indexed, rows):
+def testtile_lists_are_the_table(seed, Lq, past, shift, indexed, rows):
     tensors, table, _ = random_problem(seed, Lq, past, 4, 16, shift=shift, indexed=indexed)
     A = tensors[3].shape[2]
-    start, tiles, log2_weight, tail = _tile_lists(table, rows, A)
+    start, tiles, log2_weight, tail = tile_lists(table, rows, A)
     assert len(start) == 3 * len(tail) + 1 and start[0] == 0 and start[-1] == len(tiles) == len(log2_weight)
     assert ((tiles[:, 1] > 0) & (tiles[:, 1] <= rows)).all()
     for b in range(len(tail)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -285,6 +286,41 @@ def test_what_is_held_out(model, ids) -> None:
     assert (some["tokens"], some["held_out"]) == ((240, 240), (200,)), "every other sample"
     own = fit(model, ids, rows=100, options=OPTIONS, block=16, held_out=ids[:, :99]).plan.fitted
     assert (own["tokens"], own["held_out"]) == ((240,), (99,))
+
+
+@torch.no_grad()
+def test_a_saved_plan_is_followed_at_another_length_than_it_was_fitted_at(model, ids, tmp_path) -> None:
+    found = fit(model, ids[:, :160], rows=60, options=OPTIONS, block=16)
+    found.save(tmp_path / "plan.json")
+    rows = {site.module: list(own) for site, own in zip(found.profile.sites, found.chosen, strict=True)}
+    for n in (100, 240):
+        outputs = []
+        for options in ({"plan": str(tmp_path / "plan.json"), "strict": True}, {"methods": [PerHead(rows, block=16)]}):
+            rewrite_attention(model, **options)
+            outputs.append(model(ids[:, :n]).logits)
+            restore_attention(model)
+        assert torch.equal(*outputs) and not torch.equal(outputs[0], model(ids[:, :n]).logits), n
+
+
+@torch.no_grad()
+def test_a_fit_from_a_profile_is_the_fit_that_would_have_measured_it(model, ids) -> None:
+    first = fit(model, ids[:1], rows=100, options=OPTIONS, block=16, held_out=ids[1:])
+    again = fit(model, ids[1:], rows=100, block=16, profile=Profile.from_json(first.profile.to_json()))
+    assert again == first and again.plan.fitted == first.plan.fitted and not is_rewritten(model)
+    fewer = fit(model, ids[1:, :200], rows=60, block=16, profile=first.profile)
+    assert fewer.rows <= 60 and fewer.kl > first.kl
+    assert fewer.plan.fitted["tokens"] == (240,) and fewer.plan.fitted["held_out"] == (200,)
+    assert fit(model, ids[1:], rows=100, block=16, profile=first.profile, length=400).plan.fitted["length"] == 400
+    with pytest.raises(TypeError, match="profile and held_out were both given"):
+        fit(model, ids, rows=100, profile=first.profile, held_out=ids)
+    for changes, what in (
+        ({"module": "other"}, "at other, and the model has no such site"),
+        ({"errors": ((0.0,) * 5,)}, "1 KV heads at .* has 2 KV heads"),
+    ):
+        site = replace(first.profile.sites[0], **changes)
+        with pytest.raises(ValueError, match=f"profile: it has .*{what}.*must be a profile of this model"):
+            fit(model, ids, rows=100, block=16, profile=replace(first.profile, sites=(site,)))
+    assert not is_rewritten(model)
 
 
 def test_wrong_arguments(model, ids) -> None:

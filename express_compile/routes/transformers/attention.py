@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import _active_collector
 
@@ -23,7 +22,7 @@ from ...core.plan import Plan
 from ...core.spec import AttentionSpec, Mask
 from ...kernels.launch import constant
 from ...planning.choose import Question, answer, require
-from ..tracers import cannot_trace, is_exporting, untraced
+from ..tracers import cannot_trace, is_exporting, tracer, untraced
 from ..watched import sampled
 from .masks import NAME, ProvenMask
 from .proof import EXTRAS, Given, is_proven, prove
@@ -80,7 +79,7 @@ def _prove_and_run(site: Site, given: Given, decide: Callable[[AttentionSpec], t
 
 @untraced
 def _run_eagerly(given: Given) -> Result:
-    if torch.jit.is_tracing() or get_proxy_mode() is not None:  # type: ignore[attr-defined]
+    if tracer() is not None:
         return _export(given)
     site, module = site_of(given.module), given.module
     if site is None:

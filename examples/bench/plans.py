@@ -1,0 +1,378 @@
+"""Plans per KV head against every other way to choose rows, at equal rows: KL on texts and needles in haystacks.
+
+    python examples/bench/plans.py --model smollm2 --length 8192 --rows 700 1350 --out results.csv   # a GPU, minutes
+    python examples/bench/plans.py --length 1024 --rows 300 --texts 1 --each 1 --batch 1             # a taste on a CPU
+
+One profile of three texts (``models.profiled_texts``), by which every policy that differs between heads is chosen:
+
+* ``per head``: every source of rows; ``without ...``: all but one of them; ``per layer``: the errors of a layer's heads
+  summed, so that all of them have the same; ``without records``: the profile of the two natural texts alone;
+* ``window or everything``: heads stream or see everything, as in DuoAttention (arXiv 2410.10819).
+
+Uniform policies have the same rows in all heads, and as many as the budget allows: ``streaming`` (StreamingLLM: sinks
+and a window), ``express`` (sinks, window, protected and thinned rows), ``protected`` (KeyDiff: sinks, a window and
+distinctive keys), ``selected`` (sinks, a window and blocks that the queries choose: Quest, FlashPrefill). Rows and KL
+are those of positions from a quarter of the text on. Needles are those of ``needles.py``; those that exact attention
+does not find are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from measures import TokenStats, chunk_bootstrap, token_statistics
+from models import haystacks, judged_texts, load_qwen, load_smollm2, profiled_texts
+from needles import NOISE, TASKS, Case, cases
+from records import QUALITY_COLUMNS, add_arguments, append, run_of, show
+from rich.progress import track
+
+from express_compile import Policy, fit, restore_attention, rewrite_attention
+from express_compile.core.plan import SavedPlan
+from express_compile.core.rows import Rows
+from express_compile.kernels.heads import EVERYTHING, PerHead
+from express_compile.quality.profile import Profile, choose, late, least, prices, profile, rows_of
+
+MODELS = {
+    "smollm2": ("SmolLM2-135M-Instruct", load_smollm2),
+    "qwen": ("Qwen2.5-Coder-0.5B-Instruct", load_qwen),
+}
+BLOCK = 128
+SINKS = 32
+OPTIONS = (
+    *(Rows(SINKS, recent) for recent in (64, 128, 256, 512, 1024, 2048)),
+    *(Rows(SINKS, recent, thinned) for recent, thinned in ((128, 32), (256, 64), (256, 256))),
+    *(Rows(SINKS, 256, n, n) for n in (64, 256)),
+    *(Rows(SINKS, recent, protected=n) for recent, n in ((128, 128), (256, 256), (256, 512), (256, 1024))),
+    *(Rows(SINKS, recent, selected=n) for recent, n in ((64, 2), (128, 4), (128, 8), (128, 16), (256, 32), (256, 64))),
+    EVERYTHING,
+)
+"""What a head may have. A list of its own, so that what was measured stays what it was when the defaults change."""
+
+Plan = PerHead | SavedPlan
+
+
+# --------------------------------------------------------------------------------------------------- the policies
+
+
+def mean_of(profiles: Sequence[Profile]) -> Profile:
+    """The profile of several samples of which each was profiled alone."""
+    first = profiles[0]
+    sites = tuple(
+        replace(sites[0], errors=tuple(map(tuple, np.mean([site.errors for site in sites], 0).tolist())))
+        for sites in zip(*(x.sites for x in profiles), strict=True)
+    )
+    return replace(first, tokens=max(x.tokens for x in profiles), samples=len(profiles), sites=sites)
+
+
+def only(found: Profile, allowed: Callable[[Rows], bool]) -> Profile:
+    """The profile with those of its options that are allowed."""
+    kept = [o for o, rows in enumerate(found.options) if allowed(rows)]
+
+    def of(values: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(values[o] for o in kept)
+
+    sites = tuple(replace(site, errors=tuple(map(of, site.errors))) for site in found.sites)
+    return replace(found, options=of(found.options), rows=of(found.rows), sites=sites)
+
+
+def by_layer(found: Profile) -> Profile:
+    """The profile of layers as a whole: heads of one layer all get the same."""
+    sites = tuple(replace(site, errors=(tuple(np.sum(site.errors, 0).tolist()),)) for site in found.sites)
+    return replace(found, sites=sites)
+
+
+def chosen(found: Profile, budget: float, n: int) -> PerHead:
+    """The plan of the profile with at most ``budget`` rows on average over heads and late queries of ``n`` tokens."""
+    rows = rows_of(found.options, n, BLOCK)
+
+    def average(price: float) -> float:
+        return fmean(rows[o] for heads in choose(found, price, rows) for o in heads)
+
+    price = least(prices(found, rows), lambda price: average(price) <= budget)
+    if price is None:
+        raise ValueError(f"budget={budget!r}: the cheapest options have {min(rows):.0f} rows at {n} tokens")
+    choice = zip(found.sites, choose(found, price, rows), strict=True)
+    return PerHead({site.module: [found.options[o] for o in heads] for site, heads in choice}, block=BLOCK)
+
+
+def most(make: Callable[[int], Rows], budget: float, n: int) -> Rows:
+    """``make(x)`` for the largest x from 1 on with which there are at most ``budget`` rows at ``n`` tokens."""
+    low, high = 1, n
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if rows_of([make(middle)], n, BLOCK)[0] <= budget else (low, middle - 1)
+    if rows_of([make(low)], n, BLOCK)[0] > budget:
+        raise ValueError(f"budget={budget!r}: {make(low)} has more rows at {n} tokens")
+    return make(low)
+
+
+def uniform(budget: float, n: int) -> dict[str, PerHead]:
+    """The policies with the same rows in all heads, each with as long a window, or as many places, as there can be."""
+    sizes = [x for x in (2**i for i in range(3, 11)) if rows_of([Rows(SINKS, 128, x, x)], n, BLOCK)[0] <= budget]
+    if not sizes:
+        raise ValueError(f"budget={budget!r}: must be {rows_of([Rows(SINKS, 128, 8, 8)], n, BLOCK)[0]:.0f} or more")
+    places = most(lambda x: Rows(SINKS, 128, selected=x), budget, n).selected
+    found = {
+        "streaming": most(lambda x: Rows(SINKS, x), budget, n),
+        "express": most(lambda x: Rows(SINKS, x, sizes[-1], sizes[-1]), budget, n),
+        "protected": most(lambda x: Rows(SINKS, 128, protected=x), budget, n),
+        "selected": most(lambda x: Rows(SINKS, x, selected=places), budget, n),
+    }
+    return {name: PerHead(rows, block=BLOCK) for name, rows in found.items()}
+
+
+def policies(found: Profile, natural: Profile, budget: float, n: int) -> dict[str, PerHead]:
+    """All policies of one budget for ``n`` tokens; ``natural``: the profile without generated text."""
+    heads = {
+        "per layer": by_layer(found),
+        "window or everything": only(found, lambda x: x.everything or x == Rows(x.sinks, x.recent)),
+        "without thinned": only(found, lambda x: not x.thinned),
+        "without protected": only(found, lambda x: not x.protected),
+        "without selected": only(found, lambda x: not x.selected),
+        "without everything": only(found, lambda x: not x.everything),
+        "without records": natural,
+    }
+    others = {name: chosen(its, budget, n) for name, its in heads.items()}
+    return {"per head": chosen(found, budget, n), **uniform(budget, n), **others}
+
+
+def rows_by_head(plan: Plan) -> list[Rows]:
+    """The rows of every KV head of a plan, or the one that all have."""
+    if isinstance(plan, SavedPlan):
+        return [x for site in plan.sites for x in site.rows]
+    return [x for its in (plan.rows.values() if isinstance(plan.rows, dict) else [plan.rows]) for x in its]
+
+
+def average_rows(plan: Plan, n: int) -> float:
+    """Rows that a late query of ``n`` tokens sees, mean over KV heads."""
+    counts = Counter(rows_by_head(plan))
+    rows = rows_of(list(counts), n, BLOCK)
+    return sum(x * count for x, count in zip(rows, counts.values(), strict=True)) / counts.total()
+
+
+def in_words(plan: Plan) -> str:
+    """How many heads (of a plan per layer: layers) have which rows."""
+    counts = Counter(map(str, rows_by_head(plan)))
+    return "; ".join(f"{count} x {rows}" if counts.total() > 1 else rows for rows, count in counts.most_common())
+
+
+# --------------------------------------------------------------------------------------------------------- judging
+
+
+@torch.no_grad()
+def recalled(model: Any, asked: Sequence[Case], batch: int, device: str) -> list[bool]:
+    """Of every case whether each token of its answer is ranked first; all have the same number of tokens."""
+    found: list[bool] = []
+    for i in range(0, len(asked), batch):
+        part = asked[i : i + batch]
+        ids = torch.tensor([(*case.prompt, *case.answer) for case in part], device=device)
+        longest = max(len(case.answer) for case in part)
+        best = model(ids[:, :-1], use_cache=False, logits_to_keep=longest).logits.argmax(-1).tolist()
+        found += [tuple(top[-len(case.answer) :]) == case.answer for top, case in zip(best, part, strict=True)]
+    return found
+
+
+@dataclass
+class Judge:
+    """Texts and cases of one length, what exact attention makes of them, and the rows of a result file."""
+
+    model: Any
+    ids: dict[str, torch.Tensor]
+    cases: list[Case]
+    batch: int
+    device: str
+    exact: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.exact = {name: self.hidden(x) for name, x in self.ids.items()}
+        asked = self.cases
+        self.cases = [case for case, right in zip(asked, self.found(asked), strict=True) if right]
+        self.asked, self.solved = (Counter(map(_place, x)) for x in (asked, self.cases))
+
+    @contextmanager
+    def following(self, plan: Plan) -> Iterator[None]:
+        policy = Policy(plan=plan) if isinstance(plan, SavedPlan) else Policy(methods=(plan,))
+        rewrite_attention(self.model, replace(policy, strict=True))
+        try:
+            yield
+        finally:
+            restore_attention(self.model)
+
+    @torch.no_grad()
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.model.model(x, use_cache=False).last_hidden_state
+        return out
+
+    def found(self, asked: Sequence[Case]) -> list[bool]:
+        return recalled(self.model, asked, self.batch, self.device)
+
+    def statistics(self, name: str) -> TokenStats:
+        x = self.ids[name]
+        return token_statistics(self.exact[name], self.hidden(x), self.model.lm_head, x).tail(late(x.shape[1]))
+
+    def of_exact(self) -> list[dict[str, Any]]:
+        """How many cases it solves of those asked."""
+        return [
+            dict(task=place, method="exact", metric="recalled", value=self.solved[place], high=count)
+            for place, count in self.asked.items()
+        ]
+
+    def rows(self, plan: Plan) -> list[dict[str, Any]]:
+        """What is measured of one plan."""
+        with self.following(plan):
+            stats = {name: self.statistics(name) for name in self.ids}
+            right = self.found(self.cases)
+        texts, kl = f"texts: {', '.join(stats)}", [x.kl for x in stats.values()]
+        rows: list[dict[str, Any]] = []
+        for metric, values in (("kl", kl), ("top1", [x.agree for x in stats.values()])):
+            value, low, high = chunk_bootstrap(values)
+            rows.append(dict(task=texts, metric=metric, value=value, low=low, high=high))
+        for metric, part in (("kl_median", 0.5), ("kl_p99", 0.99)):
+            rows.append(dict(task=texts, metric=metric, value=float(np.quantile(np.concatenate(kl), part))))
+        rows += [dict(task=f"text: {name}", metric="kl", value=float(x.kl.mean())) for name, x in stats.items()]
+        hits = Counter(_place(case) for case, hit in zip(self.cases, right, strict=True) if hit)
+        counts = self.solved.items()
+        return rows + [dict(task=place, metric="recalled", value=hits[place], high=n) for place, n in counts]
+
+
+def _place(case: Case) -> str:
+    return f"{case.task}, {case.haystack}"
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line per policy: KL and recall over all cases, and by task."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        line = found.setdefault((row["n"], row["budget"], row["method"]), {k: row[k] for k in ("n", "method", "rows")})
+        if row["metric"] == "recalled":
+            for name in (row["task"].split(",")[0], "all"):
+                hits, of = line.get(name, "0/0").split("/")
+                line[name] = f"{int(hits) + row['value']}/{int(of) + row['high']}"
+        elif row["task"].startswith("texts"):
+            line[row["metric"]] = row["value"]
+    return list(found.values())
+
+
+# --------------------------------------------------------------------------------------------------------- running
+
+
+class Bench:
+    """One run: a model, the arguments, and the rows that were measured."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.device = args, "cuda" if torch.cuda.is_available() else "cpu"
+        self.name, load = MODELS[args.model]
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        self.model, self.tokenizer = load(self.device, dtype)
+        self.results: list[dict[str, Any]] = []
+        self.common = {**run_of(args.commit), "model": self.name}
+
+    def write(
+        self, rows: Sequence[dict[str, Any]], n: int, method: str, budget: float = 0, plan: Plan | None = None
+    ) -> None:
+        """Add rows to the results and to the file, so that a run that is cut short leaves what it had."""
+        own = dict(n=n, method=method, budget=budget, params="", rows=n)
+        if plan is not None:
+            own |= dict(params=f"budget={budget:g}; {in_words(plan)}", rows=round(average_rows(plan, n), 1))
+        new = [{**self.common, **own, **row} for row in rows]
+        self.results += new
+        if self.args.out:
+            append(self.args.out, QUALITY_COLUMNS, [{k: row[k] for k in QUALITY_COLUMNS if k in row} for row in new])
+
+    def tokens(self, text: str, n: int) -> torch.Tensor:
+        ids: torch.Tensor = self.tokenizer(text[: 8 * n], return_tensors="pt").input_ids[:, :n].to(self.device)
+        if ids.shape[1] < n:
+            raise ValueError(f"--length={n}: a text has {ids.shape[1]} tokens only")
+        return ids
+
+    def profiles(self) -> tuple[Profile, Profile]:
+        """The profile of all texts, and that of the natural ones; from the file if there is one, with both the same."""
+        path, n, each = self.args.profile, self.args.length, {}
+        if path and path.exists():
+            found = Profile.from_json(path.read_text(encoding="utf-8"))
+            return found, found
+        start = time.perf_counter()
+        for text, content in profiled_texts().items():
+            each[text] = profile(self.model, self.tokens(content, n), OPTIONS, block=BLOCK, progress=True)
+            print(f"profile of {text}: {time.perf_counter() - start:.1f} s in all", flush=True)
+        seconds = time.perf_counter() - start
+        self.write([dict(task=f"profile: {', '.join(each)}", metric="seconds", value=seconds)], n, "profile")
+        found = mean_of(list(each.values()))
+        if path:
+            path.write_text(found.to_json(), encoding="utf-8")
+        return found, mean_of([x for name, x in each.items() if name != "records"])
+
+    def judge(self, n: int) -> Judge:
+        """Texts and cases of ``n`` tokens, with as many at a time as there is memory for."""
+        ids = {name: self.tokens(text, n) for name, text in list(judged_texts().items())[: self.args.texts]}
+        each, batch = self.args.each, max(1, self.args.batch * self.args.length // n)
+        asked = cases(self.tokenizer, n + 1, {"noise": NOISE, **haystacks()}, each) if each else []
+        judge = Judge(self.model, ids, asked, batch, self.device)
+        self.write(judge.of_exact(), n, "exact")
+        print(f"{n} tokens: {len(judge.cases)} needles of {len(asked)} are found by exact attention", flush=True)
+        return judge
+
+    def run(self) -> None:
+        n, budgets = self.args.length, sorted(self.args.rows, reverse=True)
+        found, natural = self.profiles()
+        judge = self.judge(n)
+        held_out = next(iter(judge.ids.values()))
+        fitted = fit(self.model, held_out, rows=budgets[0], profile=found, length=n, block=BLOCK)
+        print(fitted, flush=True)
+        if self.args.plan:
+            fitted.save(self.args.plan)
+        left_out = {}
+        for budget in budgets:
+            plans: dict[str, Plan] = {**policies(found, natural, budget, n)}
+            if budget == budgets[0]:
+                plans["per head"] = SavedPlan.from_json(fitted.plan.to_json())
+                left_out = {name: plan for name, plan in plans.items() if name.startswith("without")}
+            self.judged(judge, n, budget, {k: plan for k, plan in plans.items() if not k.startswith("without")})
+        for other in self.args.others:
+            its = policies(found, natural, budgets[0], other)
+            few = ("per head", "streaming", "express", "selected")
+            self.judged(self.judge(other), other, budgets[0], {method: its[method] for method in few})
+        self.judged(judge, n, budgets[0], left_out)
+
+    def judged(self, judge: Judge, n: int, budget: float, plans: Mapping[str, Plan]) -> None:
+        """Write what is measured of these plans."""
+        start = time.perf_counter()
+        for method, plan in track(plans.items(), f"{n} tokens, {budget:g} rows", total=len(plans)):
+            self.write(judge.rows(plan), n, method, budget, plan)
+        print(f"{len(plans)} plans: {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--length", type=int, default=8192, help="of what is profiled and judged")
+    parser.add_argument("--others", type=int, nargs="*", default=[], help="lengths to judge the largest budget at, too")
+    parser.add_argument("--rows", type=float, nargs="+", default=[700, 1350], help="budgets")
+    parser.add_argument("--texts", type=int, default=9, help="how many texts are judged")
+    parser.add_argument("--each", type=int, default=3, help="needles of each kind; 0 for none")
+    parser.add_argument("--batch", type=int, default=8, help="needles that are asked at a time, at that length")
+    parser.add_argument("--plan", type=Path, help="file for the plan per head of the largest budget")
+    parser.add_argument("--profile", type=Path, help="file for the profile; one that is there is taken instead")
+    add_arguments(parser)
+    args = parser.parse_args()
+    start = time.perf_counter()
+    bench = Bench(args)
+    print(f"loading: {time.perf_counter() - start:.1f} s", flush=True)
+    bench.run()
+    print(f"{bench.name}: {time.perf_counter() - start:.0f} s in all")
+    measures = ["kl", "kl_median", "kl_p99", "top1"]
+    show(summary(bench.results), ["n", "rows", "method", *measures, "all", *TASKS], width=160)
+
+
+if __name__ == "__main__":
+    main()

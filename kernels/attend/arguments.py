@@ -1,0 +1,52 @@
+"""What the two kernels of segment attention are given: the one of :mod:`.segments` and the one of :mod:`.hopper`."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import torch
+
+from ..launch import constexpr
+
+# What the kernel reads but by descriptor, and writes; ``largest``: of keys and values of a head, for float32. ``jobs``
+# and ``chosen``: of a launch for heads that see rows of different tables (:mod:`.mixed`).
+KernelTensors = namedtuple(
+    "KernelTensors", "q k v index lengths largest scale_log2 G out lse jobs chosen", defaults=(None, None)
+)
+
+
+# What a program of such a launch does, in columns
+(
+    HEAD, PART,  # its query head and part of the queries
+    SHIFT,  # how far the first query lies behind the start of its block
+    TABLE,  # the first block of its table, among those of all tables
+    COPIES, COPIES_B,  # where its compacted rows begin, and how far it is from those of one sequence to the next
+    INDEX, INDEX_B,  # the same of their index
+    CHOSEN, CHOSEN_B,  # the same of what its block of queries chose
+    FIRST, BLOCKS,  # the first token of block 0, and how many blocks were chosen
+    COLUMNS,
+) = (constexpr(i) for i in range(13))  # fmt: skip
+KEYS = 64  # in a chosen block, also in the kernels
+
+
+# What :func:`.segments.tile_lists` gives.
+Lists = namedtuple("Lists", "start tiles log2_weight tail")
+
+
+KernelSizes = namedtuple("KernelSizes", "H Lq q_offset shift")
+
+
+# Widths, queries and rows of a tile, and parts of a block.
+KernelShape = namedtuple("KernelShape", "D DV BD BDV BM BN PARTS")
+
+
+def describable(x: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
+    """``x`` ``[B, H, L, D]`` with its shape and strides as a tensor descriptor may have them. It takes rows without
+    gaps, and a base and strides that are multiples of 16 bytes; anything else is copied."""
+    shape, unit = list(x.shape), 16 // x.element_size()
+    # the stride of an axis of size 1 means nothing, but has to be valid
+    strides = [stride if size > 1 else unit for size, stride in zip(shape[:3], x.stride(), strict=False)]
+    if x.stride(3) != 1 or x.data_ptr() % 16 or any(not stride or stride % unit for stride in strides):
+        columns = -(-shape[3] // unit) * unit
+        return describable(x.new_empty(*shape[:3], columns)[..., : shape[3]].copy_(x))
+    return x, shape, [*strides, 1]

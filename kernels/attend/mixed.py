@@ -1,0 +1,193 @@
+"""Segment attention in one launch for KV heads that see rows of different tables, those with most rows first.
+
+Every program is a *job*: a part of a block of queries of one head, with the place of its table and of its rows. Keys
+and values are read and results written where the head has them in the layer, so that nothing is gathered by heads. Rows
+beside those of a table: blocks of 64 tokens, a list of them for every block of queries, which the device chose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..launch import Strided, Widths, constant, strided
+from .arguments import (
+    BLOCKS,
+    CHOSEN,
+    CHOSEN_B,
+    COLUMNS,
+    COPIES,
+    COPIES_B,
+    FIRST,
+    HEAD,
+    INDEX,
+    INDEX_B,
+    KEYS,
+    PART,
+    SHIFT,
+    TABLE,
+    KernelSizes,
+    KernelTensors,
+    Lists,
+)
+from .segments import (
+    Outputs,
+    SegmentTable,
+    SegmentTiles,
+    check_dtype,
+    check_table,
+    largest_of,
+    tile_lists,
+    with_positive_scale,
+)
+
+
+class Place(NamedTuple):
+    """Where some heads have something in a flat buffer: the first one, and how far on the next head and sequence."""
+
+    first: int = 0
+    head: int = 0
+    sequence: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Blocks of 64 tokens beside a table: block j is the tokens from ``first + 64 j`` on. int64 ``count``: how many
+    each block of queries chose; ``place``: where they are listed, ``width`` places for every block of queries."""
+
+    first: int
+    count: np.ndarray
+    place: Place
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRows:
+    """KV heads ``heads`` that see the rows of ``table``: the tokens, ``copied`` compacted rows each at ``copies``, and
+    behind them ``indexed`` rows by index, whose lists begin at ``index``."""
+
+    heads: tuple[int, ...]
+    table: SegmentTable
+    copied: int = 0
+    indexed: int = 0
+    copies: Place = Place()
+    index: Place = Place()
+    chosen: Chosen | None = None
+
+
+class Buffers(NamedTuple):
+    """The rows of all heads that are no tokens: keys ``[R, D]`` and values ``[R, Dv]``, int32 ``index`` and ``chosen``,
+    flat; None where no head has such rows. All R rows are finite."""
+
+    key: torch.Tensor | None
+    value: torch.Tensor | None
+    index: torch.Tensor | None
+    chosen: torch.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """What the ``group`` query heads of each KV head see: ``Lq`` queries, the last of ``Lk`` tokens."""
+
+    shares: tuple[HeadRows, ...]
+    group: int
+    Lq: int
+    Lk: int
+    _on_device: dict = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def block(self) -> int:
+        return self.shares[0].table.block
+
+    def lists(self, queries: int, rows: int) -> tuple[np.ndarray, ...]:
+        """Jobs of ``queries`` queries int32 ``[jobs, COLUMNS]``, and the lists of :func:`.segments.tile_lists` for all
+        tables, one behind the other. Raises ``ValueError`` for tables that do not fit."""
+        jobs, work, parts = [], [], []
+        blocks = tiles = 0
+        for share in self.shares:
+            check_table(share.table, self.Lq, self.Lk, share.copied, share.indexed)
+            start, *others = tile_lists(share.table, rows, share.copied)
+            own, of = self._jobs(share, start, others[-1], queries, rows)
+            own[..., TABLE] = blocks
+            jobs.append(own.reshape(-1, own.shape[-1]))
+            work.append(np.tile(of, own.shape[0]))
+            parts.append((start[:-1] + tiles, *others))
+            blocks, tiles = blocks + len(others[-1]), tiles + len(others[0])
+        start, *others = (np.concatenate(x) for x in zip(*parts, strict=True))
+        # within an eighth of the most the order of heads and queries is kept: neighbours read the same rows
+        load = np.concatenate(work)
+        order = np.argsort(-np.ceil(8 * load / load.max(initial=1)), kind="stable")
+        table = np.concatenate(jobs)[order].astype(np.int32)
+        return table, np.append(start, tiles).astype(np.int32), *others
+
+    def _jobs(
+        self, share: HeadRows, start: np.ndarray, tail: np.ndarray, queries: int, rows: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """int64 ``[query heads, parts, COLUMNS]``, and the tiles of rows of every part."""
+        table = share.table
+        part = np.arange(table.shift // queries, -(-(self.Lq + table.shift) // queries))
+        block = part // (table.block // queries)
+        stop = table.q_offset + np.minimum((part + 1) * queries - table.shift, self.Lq)
+        count = np.diff(start[::3])[block] + np.maximum(0, -(-(stop - tail[block].astype(np.int64)) // rows))
+        head = np.repeat(np.arange(len(share.heads)), self.group)[:, None]
+        columns: dict[Any, np.ndarray | int] = {
+            HEAD: (np.array(share.heads)[:, None] * self.group + np.arange(self.group)).reshape(-1, 1),
+            PART: part, SHIFT: table.shift,
+            COPIES: share.copies.first + head * share.copies.head, COPIES_B: share.copies.sequence,
+            INDEX: share.index.first + head * share.index.head, INDEX_B: share.index.sequence,
+        }  # fmt: skip
+        if share.chosen is not None:
+            own, place = share.chosen, share.chosen.place
+            count = count - (-own.count[block] * KEYS // rows)
+            columns |= {
+                CHOSEN: place.first + head * place.head + block * own.width, CHOSEN_B: place.sequence,
+                FIRST: own.first, BLOCKS: own.count[block],
+            }  # fmt: skip
+        jobs = np.zeros((len(head), len(part), int(COLUMNS)), np.int64)
+        for column, x in columns.items():
+            jobs[..., column] = x
+        return jobs, count
+
+    def on(self, device: torch.device, queries: int, rows: int) -> tuple[torch.Tensor, ...]:
+        """:meth:`lists` on ``device``, copied there once."""
+        key = (device, queries, rows)
+        if key not in self._on_device:
+            self._on_device[key] = tuple(constant(x, device) for x in self.lists(queries, rows))
+        return self._on_device[key]
+
+
+def mixed_attention_triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    buffers: Buffers,
+    mixture: Mixture,
+    scale: float,
+    outputs: Outputs,
+) -> None:
+    """Attention of the heads of ``mixture`` into ``outputs``, in which other heads are left as they are; tensors as in
+    :func:`.segments.segment_attention_triton`. Raises ``TypeError`` for dtypes that it does not take."""
+    check_dtype(query)
+    query, scale = with_positive_scale(query, scale)
+    (B, H, Lq, _), H_kv = query.shape, key.shape[1]
+    tiles, widths = SegmentTiles.of(query, key, value, mixture.block), Widths.alike(query, value)
+    jobs, *lists = mixture.on(query.device, tiles.queries, tiles.rows)
+    d_k, d_v = tiles.describe(key, widths.BD), tiles.describe(value, widths.BDV)
+    copies = d_k, d_v  # a descriptor has to describe something
+    if buffers.key is not None and buffers.value is not None:
+        copies = (
+            tiles.describe(buffers.key[None, None], widths.BD),
+            tiles.describe(buffers.value[None, None], widths.BDV),
+        )
+    # where no head has them, loops without rows: one kernel for all mixtures, of which fewer registers are spilled
+    index, chosen = (jobs if x is None else x for x in (buffers.index, buffers.chosen))
+    largest = largest_of((key,), (value,)) if query.dtype == torch.float32 else None  # copies are none but tokens
+    inputs = strided(query), strided(d_k.base), strided(d_v.base), Strided(index, 0, 0, 0)
+    tensors = KernelTensors(
+        *inputs, None, largest, scale * 1.4426950408889634, H // H_kv, *outputs, jobs, chosen
+    )  # fmt: skip
+    sizes = KernelSizes(H, Lq, key.shape[2] - Lq, 0)
+    tiles.launch((len(jobs), B), query, (d_k, d_v, *copies), tensors, Lists(*lists), sizes, mixture.block)
