@@ -701,6 +701,5 @@ METHOD = register(
         loses=_loses,
         cost=_cost,
         rows=_rows,
-        decodes=True,
     )
 )

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ...core.method import METHODS
 from ...core.plan import Plan
 from ...core.policy import Policy
 from ...core.spec import layer_key
@@ -42,7 +41,7 @@ def install(model: nn.Module, sites: dict[str, tuple[Any, str]], policy: Policy)
             eager=function.__globals__.get("eager_attention_forward"),
             source=f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}",
             plans=plans,
-            decodes=any(METHODS[name].decodes for name in plans.methods(path)),
+            methods=plans.methods(path),
         )
         module.__dict__[SITE] = site
         module.register_forward_pre_hook(_check_in_force)
