@@ -24,7 +24,7 @@ from ...core.spec import AttentionSpec, HeadShard
 from ...planning.choose import Question, answer, methods_of
 from ..module_code import calls_interface, depends_on_name, passes
 from ..watched import Shadow
-from .masks import NAMES
+from .masks import NAMES, PAGED
 
 NEEDS_EAGER = ("softcap", "s_aux", "sinks")  # arguments that only eager attention knows
 SITE = "_express_compile_site"
@@ -170,7 +170,7 @@ def installed(model: nn.Module) -> list[Site]:
 
 def is_in_force(module: Any) -> bool:
     """Whether a module has a site, and its configuration still names our attention."""
-    return SITE in module.__dict__ and module.config._attn_implementation in NAMES.values()
+    return SITE in module.__dict__ and module.config._attn_implementation in (*NAMES.values(), PAGED)
 
 
 def name_before(config: Any) -> str:
