@@ -141,8 +141,9 @@ def decode_reference(
     definition of correct."""
     dtype, H_kv, n = torch.promote_types(query.dtype, torch.float32), key.shape[1], query.shape[2]
     seen = visible_rows(query, key, rows)
-    read = seen.any(2)[..., None]
-    v = value.to(dtype).masked_fill(~read, 0)
+    v = value.to(dtype)
+    if any(x is not None for x in rows):  # otherwise all rows are read
+        v = v.masked_fill(~seen.any(2)[..., None], 0)
     scores = (query.unflatten(1, (H_kv, -1)).flatten(2, 3).to(dtype) * scale) @ key.to(dtype).mT
     scores = scores.unflatten(2, (-1, n))  # [B, H_kv, g, n, L]
     if rows.log_weight is not None:
