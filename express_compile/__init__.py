@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .quality.watch import Watch, watch
     from .report.explain import Report, explain
     from .routes.eager import is_rewritten, restore_attention
+    from .routes.transformers.cache import ExpressCache
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ _HOMES = {
     "quality.watch": ("Watch", "watch"),
     "report.explain": ("explain", "Report"),
     "routes.eager": ("restore_attention", "is_rewritten"),
+    "routes.transformers.cache": ("ExpressCache",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -51,6 +53,7 @@ __all__ = [
     "METHODS",
     "AttentionSpec",
     "Calibration",
+    "ExpressCache",
     "Fit",
     "Mask",
     "Method",

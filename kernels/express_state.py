@@ -43,7 +43,10 @@ class Kept:
         return Kept(self.index.gather(2, at), gather_rows(self.key, at), gather_rows(self.value, at))
 
 
-def _cat(*rows: Kept) -> Kept:
+def join(*rows: Kept) -> Kept:
+    """The rows of all of them, in order."""
+    if len(rows) == 1:
+        return rows[0]
     return Kept(*(torch.cat(parts, 2) for parts in zip(*(r.parts() for r in rows), strict=True)))
 
 
@@ -51,7 +54,8 @@ class ExpressState:
     """The rows of Express after the tokens seen so far.
 
     ``config`` decides which rows are kept, ``scale`` is the attention scale, ``seed`` (0-dim int64) and
-    ``layer`` name the random stream. Tokens have ``heads`` KV heads and head sizes ``D`` and ``Dv``.
+    ``layer`` name the random stream, and ``heads`` int64 ``[H_kv]`` the numbers that the KV heads have in it, where
+    they are not all heads of a layer in order. The first tokens decide the batch, H_kv and the head sizes.
     """
 
     def __init__(
@@ -60,10 +64,12 @@ class ExpressState:
         scale: float,
         seed: torch.Tensor,
         layer: int = 0,
+        heads: torch.Tensor | None = None,
     ) -> None:
-        self.config, self.scale, self.seed, self.layer = config, scale, seed, layer
+        self.config, self.scale, self.seed, self.layer, self.heads = config, scale, seed, layer, heads
         self.length = 0  # tokens seen
         self.streamed = 0  # tokens that entered the thinning stream
+        self.dropped = 0  # tokens that no row stands for, where there is no such stream
         self._rows: dict[str, Kept] = {}
         self._buckets: list[Kept] = []  # S_0 .. of the round
         self._halved: list[int] = []  # how often each of them was halved in this round
@@ -108,7 +114,7 @@ class ExpressState:
         """One contest for the protected places; returns the rows that lost."""
         self._key_sum = self._key_sum + rows.key.to(self._key_sum).sum(2)
         scores = distinctiveness(rows.key, self._key_sum, int(rows.index[0, 0, -1]) + 1)
-        pool = _cat(self._rows["places"], rows)
+        pool = join(self._rows["places"], rows)
         places, self._scores, losers = contest(
             self._rows["places"].index, self._scores, rows.index, scores, self.config.protected
         )
@@ -117,6 +123,9 @@ class ExpressState:
         return pool.pick(torch.searchsorted(pool.index.contiguous(), losers.contiguous()))
 
     def _stream(self, rows: Kept) -> None:
+        if self.config.forgets:
+            self.dropped += rows.count
+            return
         while rows.count:
             round_ = self._round
             if round_.r == 0:
@@ -155,14 +164,13 @@ class ExpressState:
             # groups are numbered from the start of the round
             done = self._rows_before_group(round_) // round_.group
             draw = torch.arange(done, done + groups, device=device)
-            head = torch.arange(H, device=device)[:, None]
-            u = philox_uniform(self.seed, self.layer, draw, 0, stage(round_.r, SUBSAMPLE), head)
+            u = philox_uniform(self.seed, self.layer, draw, 0, stage(round_.r, SUBSAMPLE), self._heads(rows))
             at = torch.arange(groups, device=device) * round_.group + (u * round_.group).long()
             rows = rows.pick(at.expand(B, H, groups))
         if round_.q == 0:
             self._append("E", rows)
             return
-        self._buckets[0] = _cat(self._buckets[0], rows)
+        self._buckets[0] = join(self._buckets[0], rows)
         for level in range(round_.q):
             if self._buckets[level].count < round_.capacity(level):
                 return
@@ -172,7 +180,7 @@ class ExpressState:
             if level == round_.q - 1:
                 self._append("E", kept)
             else:
-                self._buckets[level + 1] = _cat(self._buckets[level + 1], kept)
+                self._buckets[level + 1] = join(self._buckets[level + 1], kept)
 
     def _rows_before_group(self, round_: Round) -> int:
         """Tokens of this round whose groups were complete before the rows that are waiting now."""
@@ -188,18 +196,21 @@ class ExpressState:
 
     def _halve(self, rows: Kept, round_: Round, level: int, bucket: int, delta: float) -> Kept:
         pairs = torch.arange(rows.count // 2, device=rows.key.device)
-        head = torch.arange(rows.index.shape[1], device=rows.key.device)[:, None]
-        draws = philox_uniform(self.seed, self.layer, pairs, bucket, stage(round_.r, level), head)
+        draws = philox_uniform(self.seed, self.layer, pairs, bucket, stage(round_.r, level), self._heads(rows))
         second = halve_reference(rows.key, rows.value, draws, self.config.rule, delta, self.scale)
         return rows.pick(2 * pairs + second.long())
 
+    def _heads(self, rows: Kept) -> torch.Tensor:
+        heads = torch.arange(rows.index.shape[1], device=rows.key.device) if self.heads is None else self.heads
+        return heads[:, None]
+
     def _append(self, name: str, rows: Kept) -> None:
-        self._rows[name] = _cat(self._rows[name], rows)
+        self._rows[name] = join(self._rows[name], rows)
 
     # -- reading ------------------------------------------------------------------------------------------------
 
     def coreset(self) -> tuple[Kept, torch.Tensor]:
-        """Every row held, and the tokens each one stands for: float64 ``[R]``. The weights sum to ``length``."""
+        """Every row held, and the tokens each one stands for: float64 ``[R]``; they sum to ``length - dropped``."""
         if not self._rows:
             raise ValueError("the state is empty: call update() first")
         round_ = self._round
@@ -207,7 +218,7 @@ class ExpressState:
         parts.append((self._rows["E"], 4.0**round_.r))
         parts += [(bucket, float(round_.group * 2**level)) for level, bucket in enumerate(self._buckets)]
         weights = [torch.full((rows.count,), weight, dtype=torch.float64) for rows, weight in parts]
-        return _cat(*(rows for rows, _ in parts)), torch.cat(weights)
+        return join(*(rows for rows, _ in parts)), torch.cat(weights)
 
     @property
     def thinned(self) -> int:

@@ -5,8 +5,9 @@
 where S_i is what the KV head of query i sees: all tokens (exact attention), or sinks and recent tokens, and with them
 thinned and protected rows (``express``), or blocks of 64 keys that the queries choose (``select.blocks``); w is 1, and
 2^m for a thinned row. Heads differ: some need a window and nothing else, some single facts from far away, and few all
-tokens. Heads with equal rows are computed together, with the random numbers of their own places in the layer, so
-that equal rows for all heads are Express bit for bit.
+tokens. Heads with equal rows choose and thin together, with the random numbers of their own places in the layer, so
+that equal rows for all heads are Express bit for bit. On CUDA all heads but the exact ones attend in one launch
+(:mod:`.attend.mixed`), in which nothing is copied to lie beside its like.
 
 A head is exact while the sequence has no more tokens than its rows: ``sinks + recent``, and with it ``protected``, and
 ``4 thinned``, and ``64 selected``. The error of thinned rows is that of ``express``; a query with selected rows loses
@@ -55,7 +56,7 @@ from .express import (
     packed_backward,
     packing_cost,
     prefill_only,
-    thin_into,
+    select_into,
 )
 from .launch import Random, constant
 from .op import define_attention
@@ -369,7 +370,8 @@ def _choose(call: Call, family: Family, start: torch.Tensor | None) -> torch.Ten
 
 def _choices(call: Call, own: PerHead, start: torch.Tensor | None) -> Choices:
     """Of all heads with selected rows, the ones that :func:`_forward` makes."""
-    H_kv, found = call.key.shape[1], {}
+    H_kv = call.key.shape[1]
+    found: dict[Rows, torch.Tensor] = {}
     if call.key.is_cuda:
         for family in _families(own, H_kv, call.Lk):
             chosen = _choose(call, family, start)
@@ -470,13 +472,11 @@ def together(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torc
         )  # fmt: skip
         listed = index[x.index : x.index + own_index].view(B, len(x.heads), x.layout.size)
         random = Random(call.seed, call.layer, None if len(x.heads) == H_kv else _constant(x.heads, device))
-        thin_into(listed, kept, key, value, x.layout, call.scale, random)
+        select_into((listed, *kept), key, value, x.layout, call.scale, random)
     found = [_choose(call, family, start).flatten() for family in what.families]
     chosen = None if not found else found[0] if len(found) == 1 else torch.cat(found)
     read = index if any(x.layout.config.protected for x in what.thinned) else None
-    mixed_attention_triton(
-        query, key, value, Buffers(*(copies or (None, None)), read, chosen), what.mixture, call.scale, outputs
-    )
+    mixed_attention_triton(query, key, value, Buffers(copies, read, chosen), what.mixture, call.scale, outputs)
     return outputs
 
 
@@ -484,13 +484,14 @@ def _exact_heads(call: Call, heads: tuple[int, ...], outputs: Outputs) -> None:
     """Exact attention of these KV heads into ``outputs``; of neighbours without copies of what they read."""
     H_kv = call.key.shape[1]
     first, last = heads[0], heads[-1] + 1
-    own, inputs = None, (call.query, call.key, call.value)
+    own = None
     if last - first > len(heads):
         own = _constant(heads, call.key.device)
-        given = [of_heads(x, H_kv, own) for x in inputs]
-    else:
-        given = [x.unflatten(1, (H_kv, -1))[:, first:last].flatten(1, 2) for x in inputs]
-    for target, x in zip(outputs, exact_attention(*given, call.scale), strict=True):
+    query, key, value = (
+        x.unflatten(1, (H_kv, -1))[:, first:last].flatten(1, 2) if own is None else of_heads(x, H_kv, own)
+        for x in (call.query, call.key, call.value)
+    )  # fmt: skip
+    for target, x in zip(outputs, exact_attention(query, key, value, call.scale), strict=True):
         target, x = target.unflatten(1, (H_kv, -1)), x.unflatten(1, (len(heads), -1))
         if own is None:
             target[:, first:last] = x
@@ -640,6 +641,8 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     if spec.mask.padding:
         costs.append(c.Cost(sympy.Integer(0), c.itemsize * packing_cost(), launches=sympy.Integer(0)))
     summed = c.Cost(*(sum(getattr(cost, f.name) for cost in costs) for f in fields(c.Cost)))
+    together_too = max(0, sum(not rows.everything for rows in members) - 1)  # attention is one launch for all of these
+    summed = replace(summed, launches=summed.launches - together_too)
     return summed.unless(c.Lk < params["min_length"], exact) if params["min_length"] else summed
 
 

@@ -193,14 +193,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 def constant(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy of ``array`` on ``device`` that may be kept for later calls.
+    """A copy of ``array`` on ``device`` that may be kept for later calls, whatever mode the caller runs in.
 
-    Another thread makes it, so that it is a plain tensor in whatever mode the caller runs: modes (fake tensors,
-    inference, functorch's levels, a default device) belong to a thread, and so does the memory of CUDA graphs that it
-    makes, which is overwritten by other graphs (inductor refuses that with an error).
+    The memory of CUDA graphs that a thread makes is overwritten by other graphs (inductor refuses that with an error).
     """
+    return on_another_thread(_copied, array, device)
+
+
+def on_another_thread(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` on plain tensors: modes (fake tensors, tracing, inference, functorch's levels, a default
+    device) belong to a thread."""
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_copied, array, device).result()
+        return thread.submit(function, *args).result()
 
 
 def _copied(array: np.ndarray, device: torch.device) -> torch.Tensor:

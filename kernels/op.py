@@ -53,6 +53,10 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 
 _AUTOGRAD = [getattr(torch._C.DispatchKey, f"Autograd{x}") for x in ("Functionality", "CPU", "CUDA", "Other")]
 
+PLAIN: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+"""The ops of :func:`define_attention` -> what they compute in plain PyTorch on the CPU, also traced: padding
+is not read."""
+
 # float64 has no kernel: it is for references and their tests, on the CPU
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -205,6 +209,7 @@ def define_attention(
             x.new_empty(x.shape) for x in (query, key, value)
         ),
     )
+    PLAIN[op] = of_any_size(body, causal)
     return op, backward_op
 
 

@@ -412,6 +412,8 @@ def _body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     if lengths is not None and (lengths.shape != (B,) or lengths.dtype != torch.int64):
         raise ValueError(f"lengths: {lengths.dtype} of shape {tuple(lengths.shape)}; must be torch.int64 {(B,)}")
     _check_forms(H, call.query.device, call.sinks, window, softcap)
+    if call.options.get("layers"):
+        raise ValueError(f"layers={call.options['layers']}: must be [], as draws are those of the call's own layer")
     site = list(call.options["draws"])
     if len(site) not in (1, H):
         raise ValueError(f"draws: {len(site)} numbers; must be 1 or {H} (heads)")
@@ -591,8 +593,8 @@ class Santa(Options):
 OP = define_op(
     "santa",
     "(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor seed, float scale, int layer, "
-    f"Tensor? lengths=None, Tensor? sinks=None, *, {Santa.schema()}, int min_length, int window=0, float softcap=0.0) "
-    "-> (Tensor, Tensor)",
+    f"Tensor? lengths=None, Tensor? sinks=None, *, {Santa.schema()}, int min_length, int window=0, float softcap=0.0, "
+    "int[] layers=[]) -> (Tensor, Tensor)",  # layers: of 0.1.0, goes with 0.2
     of_any_size(_body),
     attention_fake,
     _no_gradient,
@@ -699,6 +701,5 @@ METHOD = register(
         loses=_loses,
         cost=_cost,
         rows=_rows,
-        decodes=True,
     )
 )

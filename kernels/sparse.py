@@ -442,7 +442,6 @@ METHOD = register(
         options=Sparse,
         params=_params,
         cost=_cost,
-        decodes=True,
         changes="it changes the function: each query sees only the keys of the pattern, which the model must be "
         "trained with",
     )

@@ -1,4 +1,4 @@
-"""Masks that a module keeps as buffers: their values are looked at when compiling, and guarded when running.
+"""What masks are made from and holds still: its values are looked at when compiling, and guarded when running.
 
 nanoGPT, GPT-Neo and many others register ``tril(ones(n, n))`` once and slice it. To the prover such a buffer is a
 tensor of unknown values. Dynamo hands its memory to the backend, so that it can be compared with a triangle, a band or
@@ -10,12 +10,18 @@ the same ones. That takes 0.1 ms for 1,024 x 1,024 booleans, where attention its
 more than 4 million elements every n-th row is compared, and it has to be the same tensor at the same address, not
 written by torch since: single elements written through ``.data``, numpy or the storage escape there. On an accelerator
 reading values would make the host wait; there whatever leaves tensor, address and version as they are escapes.
+
+An input that is subtracted from 1 and multiplied by a large number hides keys if it holds 0 and 1, as what tokenizers
+call attention_mask does, and does something else for a 2. Where it holds nothing else when compiling
+(:meth:`Buffers.is_flag`), a method that is not exact may rely on it; then every call looks whether it still does, which
+on an accelerator makes the host wait, unless it is the tensor of the last call.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +32,12 @@ from torch.fx import GraphModule, Node
 from .nodes import dynamo_source
 
 _MAX_ELEMENTS = 1 << 26  # 8,192 x 8,192; larger ones are not looked at
-_COMPARED = 1 << 22  # elements of a buffer that are compared at every call
+_COMPARED = 1 << 22  # elements of a buffer or of flags that are compared at every call
 
 
 class Buffers:
-    """The buffers among the placeholders of ``gm``, which Dynamo called with ``inputs``; none without ``inputs``.
+    """The buffers among the placeholders of ``gm``, which Dynamo called with ``inputs``, and what else holds 0 and 1
+    only; none without ``inputs``.
 
     used: those whose values a proof has relied on.
     """
@@ -38,19 +45,23 @@ class Buffers:
     def __init__(self, gm: GraphModule | None = None, inputs: Sequence[Any] = ()) -> None:
         placeholders = [] if gm is None else [node for node in gm.graph.nodes if node.op == "placeholder"]
         pairs = enumerate(zip(placeholders, inputs, strict=True)) if inputs else ()
-        self.places = {node: i for i, (node, value) in pairs if _is_buffer(node) and _is_readable(value)}
-        self.tensors = {node: inputs[i] for node, i in self.places.items()}
+        self.places = {node: i for i, (node, value) in pairs if is_readable(value)}
+        self.tensors, self.others = (
+            {node: inputs[i] for node, i in self.places.items() if _is_buffer(node) == buffers}
+            for buffers in (True, False)
+        )
         self.bands: dict[Node, tuple[Any, ...] | None] = {}
         self.seen: dict[Node, _Seen] = {}
         self.copies: dict[Any, torch.Tensor] = {}  # of a pattern, whichever layers have it
         self.used: set[Node] = set()
+        self.flags: dict[Node, bool] = {}
 
     def value(self, node: Node, coords: Sequence[Any]) -> tuple[Any, Any, Any] | None:
         """The element at ``coords`` as ``(condition, then, other)``; None for another placeholder or pattern.
 
         ``condition`` is a sympy boolean of the last two coordinates; ``then`` and ``other`` are Python numbers.
         """
-        if node not in self.tensors:
+        if node not in self.tensors or self.tensors[node].is_inference():  # which do not count what is written
             return None
         if node not in self.bands:
             self.bands[node] = _band(self.tensors[node])
@@ -70,13 +81,24 @@ class Buffers:
         conditions += [] if low is None else [sympy.Ge(column, row + low)]
         return sympy.And(*conditions), inside, outside
 
-    def guard(self, compiled: Callable[..., Any], unchanged: Callable[..., Any]) -> Callable[..., Any]:
-        """``compiled`` while the buffers in :attr:`used` are what they were; ``unchanged`` from then on.
+    def is_flag(self, node: Node) -> bool:
+        """Whether a placeholder that is no buffer holds 0 and 1 only."""
+        if node not in self.flags:
+            self.flags[node] = node in self.others and _are_flags(self.others[node])
+        return self.flags[node]
+
+    def guard(
+        self, compiled: Callable[..., Any], unchanged: Callable[..., Any], flags: Iterable[Node] = ()
+    ) -> Callable[..., Any]:
+        """``compiled`` for calls where the buffers in :attr:`used` are what they were and ``flags`` hold 0 and 1 only;
+        ``unchanged`` for others.
 
         Says so once, by a ``RuntimeWarning``.
         """
-        watched = [(self.places[node], self.seen[node]) for node in self.used]
-        names = ", ".join(sorted(node.name for node in self.used))
+        flags = list(flags)
+        watched: list[tuple[int, Any]] = [(self.places[node], self.seen[node]) for node in self.used]
+        watched += [(self.places[node], _Flags()) for node in flags]
+        names = ", ".join(sorted(node.name for node in (*self.used, *flags)))
         said = False
 
         def run(*args: Any) -> Any:
@@ -85,8 +107,11 @@ class Buffers:
                 return compiled(*args)
             if not said:
                 said = True
+                why = "a mask kept in a buffer changed after it was compiled" if self.used else (
+                    "a padding that held 0 and 1 when it was compiled holds other values"
+                )  # fmt: skip
                 warnings.warn(
-                    f"a mask kept in a buffer changed after it was compiled ({names}): its attention runs exactly and "
+                    f"{why} ({names}): its attention runs exactly and "
                     "uncompiled; torch.compiler.reset() has it compiled anew",
                     RuntimeWarning,
                     stacklevel=2,
@@ -115,6 +140,34 @@ class _Seen:
         return now.device.type == "cpu" and _identical(_sample(now), self.values)
 
 
+class _Flags:
+    """Whether an input holds 0 and 1 only; remembers the last tensor that did."""
+
+    def __init__(self) -> None:
+        self.last: Callable[[], torch.Tensor | None] = lambda: None
+        self.version = 0
+
+    def is_still(self, now: Any) -> bool:
+        """Whether that is so of ``now``, which a call brings."""
+        if not is_readable(now):
+            return False
+        if now.device.type != "cpu" and not now.is_inference():
+            last = self.last()
+            if last is not None and last is now and last._version == self.version:
+                return True
+        if now.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False  # nothing can be read back
+        if not _are_flags(now):
+            return False
+        if not now.is_inference():
+            self.last, self.version = weakref.ref(now), now._version
+        return True
+
+
+def _are_flags(tensor: torch.Tensor) -> bool:
+    return tensor.numel() <= _COMPARED and bool(((tensor == 0) | (tensor == 1)).all())
+
+
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """As many rows of a matrix as may be compared."""
     matrix = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() > 1 else 1)
@@ -139,8 +192,9 @@ def _is_buffer(node: Node) -> bool:
     return False
 
 
-def _is_readable(value: Any) -> bool:
-    if type(value) is not torch.Tensor or value.layout != torch.strided or value.is_inference() or value.is_meta:
+def is_readable(value: Any) -> bool:
+    """Whether the values of a buffer may be looked at."""
+    if type(value) is not torch.Tensor or value.layout != torch.strided or value.is_meta:
         return False
     return 0 < value.numel() <= _MAX_ELEMENTS and not value.is_complex()
 

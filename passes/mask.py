@@ -68,11 +68,13 @@ class Padding:
 
     Where the terms of a mask cannot be read in the site's own graph, ``last_row`` is the mask itself, whose last
     query row, at ``last_index``, sees exactly the keys that are not padding.
+    ``flags``: inputs that have to hold 0 and 1 only.
     """
 
     terms: tuple[PaddingTerm, ...] = ()
     last_row: Node | None = None
     last_index: tuple[Any, ...] = ()
+    flags: frozenset[Node] = frozenset()
 
 
 def prove(
@@ -124,13 +126,33 @@ def prove_all(
     ``as_in_sdpa``: there is one part, and it is an ``attn_mask`` as SDPA takes it.
     """
     try:
-        evaluator = Evaluator(around, reader, sizes)
-        shown = [evaluator.visible(part.node, part.coords, part.sizes, part.hides, part.factor) for part in parts]
-        last_index = _last_index(parts[0]) if as_in_sdpa else None
-        asked = _Asked(evaluator, parts[0].node, sizes[0], size_expr(sizes[2]), size_expr(sizes[3]), last_index)
-        return _classify(sympy.And(*shown), asked)
+        return _proven(parts, sizes, around, reader, as_in_sdpa)
     except Unproven as error:
-        return unknown(str(error), error.nearest)
+        why = error
+    flags: set[Node] = set()
+    try:
+        proven, padding = _proven(parts, sizes, around, reader, as_in_sdpa, flags)
+    except Unproven as error:
+        return unknown(str(error if flags else why), (error if flags else why).nearest)
+    if padding is None:
+        return unknown(str(why), why.nearest)
+    return proven, replace(padding, flags=frozenset(flags))
+
+
+def _proven(
+    parts: Sequence[MaskPart],
+    sizes: tuple[Any, Any, Any, Any],
+    around: Surroundings,
+    reader: Node,
+    as_in_sdpa: bool,
+    flags: set[Node] | None = None,
+) -> tuple[Mask, Padding | None]:
+    """:func:`prove_all`, which raises :class:`Unproven`; ``flags`` as in :class:`Evaluator`."""
+    evaluator = Evaluator(around, reader, sizes, flags)
+    shown = [evaluator.visible(part.node, part.coords, part.sizes, part.hides, part.factor) for part in parts]
+    last_index = _last_index(parts[0]) if as_in_sdpa else None
+    asked = _Asked(evaluator, parts[0].node, sizes[0], size_expr(sizes[2]), size_expr(sizes[3]), last_index)
+    return _classify(sympy.And(*shown), asked)
 
 
 _LAST = {_B: slice(None), _H: 0, _Q: -1, _K: slice(None)}

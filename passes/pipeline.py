@@ -80,15 +80,19 @@ class PlannedGraph:
     def rewritten(self, finish: Finish, before: Finish = lambda gm: gm, written_out: bool = False) -> Run:
         """Rewrite the graph in place; what ``finish`` makes of it.
 
-        Where that relies on the values of buffers, a call looks at them, and runs what ``before`` made of the graph as
-        it was once they have changed. ``written_out``: as in :func:`~express_compile.passes.rewrite.rewrite`.
+        Where that relies on the values of buffers or paddings, a call looks at them, and runs what ``before`` made of
+        the graph as it was where they have changed. ``written_out``: as in
+        :func:`~express_compile.passes.rewrite.rewrite`.
         """
         unchanged = None
-        if self.buffers.used and any(changes(site, plan, written_out) for site, plan in self.sites):
+        flags = {
+            node for site, plan in self.sites if site.padding and plan.method != "exact" for node in site.padding.flags
+        }
+        if flags or (self.buffers.used and any(changes(site, plan, written_out) for site, plan in self.sites)):
             unchanged = copy.deepcopy(self.gm, {id(x): x for x in (*self.gm.parameters(), *self.gm.buffers())})
         rewrite(self.gm, self.sites, self.policy, written_out)
         run = finish(self.gm)
-        return run if unchanged is None else self.buffers.guard(run, before(unchanged))
+        return run if unchanged is None else self.buffers.guard(run, before(unchanged), flags)
 
 
 def plan_graph(

@@ -55,7 +55,7 @@ def rewrite(
             site = replace(site, expand=site.exact)
         site, outputs = _expand(site, replaced)
         replaced.update(outputs)
-        if decision.method != "exact":
+        if decision.method != "exact" or step_of(site, decision) is not None:
             replaced[site.node] = _replace(site, decision, policy, seeds)
         count += decision.verdict == "rewritten"
     for module in changed:
@@ -66,7 +66,21 @@ def rewrite(
 
 def changes(site: AttentionSite, decision: Plan, written_out: bool) -> bool:
     """Whether :func:`rewrite` changes the graph at ``site``."""
-    return decision.verdict == "rewritten" or (written_out and site.exact is not None)
+    written_out = written_out and site.exact is not None
+    return decision.verdict == "rewritten" or written_out or step_of(site, decision) is not None
+
+
+def step_of(site: AttentionSite, decision: Plan) -> Any:
+    """The op of a site that stays exact and is a step of decoding; None where what the model has is as good.
+
+    That op has no gradient, reads the rows that are filled, and repeats no heads. On the CPU nothing is repeated.
+    """
+    spec = site.spec
+    if decision.method != "exact" or site.refusal is not None or spec is None or site.form != "sdpa":
+        return None
+    if site.expand is not None or _tensor_of(site.node).requires_grad or not (spec.device == "cuda" or site.padding):
+        return None
+    return METHODS["exact"].step(spec)
 
 
 def _renamed(site: AttentionSite, replaced: dict[Node, Node]) -> AttentionSite:
@@ -138,16 +152,20 @@ def _replace(site: AttentionSite, decision: Plan, policy: Policy, seeds: dict[st
     inputs = [x for x in (site.query, site.key, site.value) if x is not None]
     if spec is None or len(inputs) < 3:
         raise ValueError(f"site {site.module!r}: it is not known what its node {node.name!r} computes")
-    device = node.meta["example_value"].device
-    if str(device) not in seeds:
+    device, step = node.meta["example_value"].device, step_of(site, decision)
+    if step is None and str(device) not in seeds:
         seeds[str(device)] = _seed(graph, device, policy, node)
     with graph.inserting_before(node):
         # under autocast SDPA casts its inputs; an op of ours is not known to autocast
         query, key, value = (_cast(graph, x, spec.dtype, node) for x in inputs)
         padding = None if site.padding is None else _padding(graph, site, site.padding, spec.B)
-        given = Call(query, key, value, padding, seeds[str(device)], spec.scale, site.layer, options=decision.params)
-        results = _emit(graph, METHODS[decision.method].op, given.args, given.keywords, like=node)
-        out = _emit(graph, operator.getitem, (results, 0), like=node)
+        if step is not None:
+            out = _emit(graph, step, (query, key, value, padding, spec.scale), like=node)
+        else:
+            seed = seeds[str(device)]
+            given = Call(query, key, value, padding, seed, spec.scale, site.layer, options=decision.params)
+            results = _emit(graph, METHODS[decision.method].op, given.args, given.keywords, like=node)
+            out = _emit(graph, operator.getitem, (results, 0), like=node)
         if _layout_matters(node):
             out = _with_layout_of(graph, out, node)
         out = _to_be_written(graph, out, site)

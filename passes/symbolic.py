@@ -103,10 +103,14 @@ class Evaluator:
     """Evaluates the nodes of one mask, as ``reader`` finds them; remembers what it has seen.
 
     bounds: for each of :data:`COORDINATES` the number of its values, where that is known.
+    flags: the inputs that were taken for 0 and 1, as their values are; None to take none.
     """
 
-    def __init__(self, around: Surroundings, reader: Node, bounds: Sequence[Any] = ()) -> None:
+    def __init__(
+        self, around: Surroundings, reader: Node, bounds: Sequence[Any] = (), flags: set[Node] | None = None
+    ) -> None:
         self.around = around
+        self.flags = flags
         self.reader = reader
         self.bounds = dict(zip(COORDINATES, bounds, strict=False))
         self.leaves: dict[Any, Node] = {}
@@ -195,7 +199,12 @@ class Evaluator:
             self.symbols[node] = sympy.Function(f"{node.name}__{len(self.symbols)}", **assumption)
             self.leaves[self.symbols[node]] = node
         value = self.symbols[node](*coords) if coords else self.symbols[node](sympy.S.Zero)
-        return sympy.Ne(value, 0) if dtype == torch.bool else value
+        if dtype == torch.bool:
+            return sympy.Ne(value, 0)
+        if self.flags is not None and self.around.buffers.is_flag(node):
+            self.flags.add(node)
+            return _Select(sympy.Ne(value, 0), sympy.S.One, sympy.S.Zero)
+        return value
 
     def operand(self, arg: Any, out: Node, coords: tuple[Any, ...]) -> Any:
         """An argument of an elementwise operation: a tensor broadcast to ``out``, or a number."""
@@ -285,11 +294,21 @@ def _select(condition: Boolean, then: Any, other: Any) -> Any:
         return then
     if condition is sympy.false:
         return other
+    then, other = _where(condition, then), _where(sympy.Not(condition), other)
+    if then == other:
+        return then
     if _is_condition(then) and _is_condition(other):
         if then is sympy.true or other is sympy.true:
             return sympy.Or(condition, other) if then is sympy.true else sympy.Or(sympy.Not(condition), then)
         return sympy.Or(sympy.And(condition, then), sympy.And(sympy.Not(condition), other))
     return _Select(condition, _number(then), _number(other))
+
+
+def _where(condition: Boolean, value: Any) -> Any:
+    """``value`` where a condition holds that its own cases ask for again."""
+    while isinstance(value, _Select) and condition in (value.condition, sympy.Not(value.condition)):
+        value = value.then if condition == value.condition else value.other
+    return value
 
 
 def _boolean(value: Any) -> Boolean:
@@ -599,9 +618,14 @@ def _groups(a: Sequence[Any], b: Sequence[Any]) -> list[tuple[range, range]]:
 
 
 def _repeat(at: _Element) -> Any:
-    inner = at.source.shape
-    sizes = zip(at.coords[len(at.coords) - len(inner) :], map(size_expr, inner), strict=True)
-    return at.moved([sympy.S.Zero if n == 1 else at.evaluator.divided(x, n)[1] for x, n in sizes])
+    inner, shape = at.source.shape, example_of(at.node).shape
+    own = len(at.coords) - len(inner)
+    places = [
+        sympy.S.Zero if n == 1 else at.evaluator.divided(x, n)[1]
+        for x, n in zip(at.coords[own:], map(size_expr, inner), strict=True)
+    ]
+    once = map(known_equal, inner, shape[own:])
+    return at.moved([x if whole else place for x, place, whole in zip(at.coords[own:], places, once, strict=True)])
 
 
 def _repeat_interleave(at: _Element) -> Any:

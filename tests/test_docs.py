@@ -125,3 +125,29 @@ def test_the_five_minutes_of_the_readme_run(capsys: pytest.CaptureFixture[str]) 
     assert "2 attention sites: 2 rewritten, 0 exact, 0 refused" in out and out.count("(2 sites)") == 2
     assert not is_rewritten(names["model"]) and is_rewritten(names["encoder"])
     assert isinstance(names["exact"], torch.Tensor)
+
+
+def test_the_page_of_exported_programs_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/guide/export.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(block, names := {})  # noqa: S102
+    assert capsys.readouterr().out.count("express, causal attention") == 2
+    ops = [str(node.target) for node in names["program"].graph.nodes if "express_compile" in str(node.target)]
+    assert ops == ["express_compile.express.default"] * 2
+
+
+def test_the_page_of_generation_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/guide/generation.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)  # noqa: S102
+    rows = int(re.fullmatch(r"1087 tokens, (\d+) rows per KV head, \d+ bytes\n", capsys.readouterr().out)[1])
+    assert 16 + 128 < rows < 16 + 128 + 6 * 64
+    assert names["out"].shape == (1, 1024 + 30 + 20) and names["cache"].get_seq_length() == 1024

@@ -33,9 +33,9 @@ the first tokens and the last ones (job and method ``window``), beside the two s
     python examples/bench/benchmark.py --mixed --out examples/bench/results/speed.csv       # GPU: only this, a minute
     python examples/bench/benchmark.py --mixed --lengths 1024 --heads 16 8 --head-size 32     # a taste, also on a CPU
 
-``--mixed`` measures plans per KV head (method ``heads``): mixtures like the plans that were found for a model, beside
-plans with as many rows in all, equal ones for all heads: a window, Express, and FlexAttention over such a window.
-``launches`` in ``params`` counts what a call launches on the GPU.
+``--mixed`` measures plans per KV head (job ``mixed``, method ``heads``): mixtures like the plans that were found for a
+model, beside plans with as many rows in all, equal ones for all heads: a window, Express, and FlexAttention over such a
+window. ``launches`` in ``params`` counts what a call launches on the GPU.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ import argparse
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -558,10 +559,10 @@ def check_heads(q, k, v, out, own: P.PerHead) -> tuple[float, float]:
         for block in {0, len(table.tail) // 2, len(table.tail) - 1}:
             queries, one = table.of_block(block, q.shape[2])
             few = sources
-            if sources.index is not None and not sources.compacted_key.shape[2]:  # copies of this block's rows alone
-                at = one.segments[0, :, 0] == 1
-                first, rows = (int(x) for x in one.segments[0, at][:, 1:].sum(0))
-                one.segments[0, at, 1] = 0
+            if group.rows.selected:  # copies of this block's rows alone; the table is that of the op
+                segments = one.segments.copy()
+                (_, first, rows), segments[0, 1, 1] = segments[0, 1].tolist(), 0
+                one = replace(one, segments=segments)
                 few = sources._replace(index=sources.index[:, :, first : first + rows])
             few = few.gathered()
             exact = Sources(*(x.double() for x in few.buffers))
@@ -582,17 +583,18 @@ def launches(call: Callable) -> int:
     return sum(1 for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
 
 
-def per_head(name: str, own: P.PerHead, opponents: dict[str, float], tensors, clock: Clock, repeats: int) -> dict:
-    """A plan per KV head."""
+def per_head(
+    name: str, own: P.PerHead, opponents: dict[str, float], tensors, clock: Clock, repeats: int, **params
+) -> dict:
+    """A plan per KV head; ``graph=1`` replays a CUDA graph."""
     n = tensors[1].shape[2]
     op = op_of(Policy(methods=(own,)), tensors[0].device, method="heads")
     out, peak = peak_of(lambda: op(*tensors), out_and_lse)
     errors = check_heads(*tensors, out, own)
-    params = dict(
-        rows=round(rows_on_average(own, n)), plan=name.replace(" ", "_"), launches=launches(lambda: op(*tensors))
-    )
-    times = clock(lambda: op(*tensors), repeats)
-    return row_of(Policy(), times, opponents, errors, job="prefill", method="heads", params=params, peak_mb=peak)
+    rows, plan = round(rows_on_average(own, n)), name.replace(" ", "_")
+    told = dict(plan=plan, rows=rows, launches=launches(lambda: op(*tensors)), **params)
+    times = clock(replayed(lambda: op(*tensors)) if params.get("graph") else lambda: op(*tensors), repeats)
+    return row_of(Policy(budget=rows), times, opponents, errors, job="mixed", method="heads", params=told, peak_mb=peak)
 
 
 def rows_on_average(own: P.PerHead, n: int) -> float:
@@ -666,16 +668,17 @@ class Bench:
         """Mixtures, and plans of as many rows in all that are equal for all heads, in one run."""
         for n in track(self.args.lengths, description="mixed"):
             tensors, repeats = self.tensors(1, n, n), self.repeats(n)
-            opponents = exact_times(*tensors, self.clock, repeats)
-            for name, every in MIXED.items():
+            for graph, (name, every) in product(self.graphs(n), MIXED.items()):
+                opponents = exact_times(*tensors, self.clock, repeats, graph=bool(graph))
                 own = P.PerHead(every)
                 rows = round(rows_on_average(own, n))
                 plans = {name: own}
                 plans |= {f"{x} as {name}": equal_rows(rows, n, x == "Express") for x in ("window", "Express")}
                 for plan, given in plans.items():
-                    self.add(*tensors[:2], per_head(plan, given, opponents, tensors, self.clock, repeats))
-                if own.rows is EVERY:
-                    self.add(*tensors[:2], window(tensors, rows, 32, opponents, self.clock, repeats))
+                    self.add(*tensors[:2], per_head(plan, given, opponents, tensors, self.clock, repeats, **graph))
+                if every is EVERY and not graph:
+                    flex = window(tensors, rows, 32, opponents, self.clock, repeats)
+                    self.add(*tensors[:2], {**flex, "job": "mixed"})
 
     def everything(self) -> None:
         settings = SETTINGS[: self.args.settings]

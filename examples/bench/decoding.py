@@ -1,16 +1,27 @@
-"""A decoding step of whole models with a long static cache, compiled as generate() does, exact and with SANTA.
+"""A decoding step: attention alone over long caches, and whole models with a static cache.
 
-    python examples/bench/decoding.py --out examples/bench/results/speed.csv    # on a GPU, about five minutes
+    python examples/bench/decoding.py --out examples/bench/results/speed.csv    # on a GPU, about six minutes
+    python examples/bench/decoding.py --by-hand     # half a minute: CUDA graphs of the eager model, nothing compiled
     python examples/bench/decoding.py --tiny --shapes 2x256               # a taste on a CPU
 
-The shape of Llama-3.1-8B with random weights and a cache of random keys, so attention is flat: the case in which SANTA
-reads the most values. Exact is the faster of two: transformers' own sdpa attention, which decodes over a static cache
-with a mask; and, as the best exact kernel, cuDNN without the mask over all of the cache.
+*Attention alone*: the exact kernel of this project over all rows of a cache (``lengths``), over those that a mask shows
+(``padding``), over weighted rows as an ExpressCache has them (``decode_cache``), and over selected pages with the
+choice and its means kept (``decode_pages``); against the fastest exact kernel of the same run, ours included. One CUDA
+graph of calls over caches that do not fit the L2 together.
+
+*A step*: the shape of Llama-3.1-8B with random weights and a cache of random keys, so attention is flat: the case in
+which SANTA reads the most values. As transformers runs it (``sdpa`` with a mask; ``repeated``: with the heads of keys
+repeated, as it is traced); as an upper bound cuDNN without the mask over all of the cache; rewritten, exact and with
+SANTA.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
+import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,9 +31,17 @@ from records import SPEED_COLUMNS, add_arguments, append, run_of, show
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from express_compile import restore_attention, rewrite_attention
+from express_compile.kernels.attend.decode import Rows, decode_attention, decode_reference
+from express_compile.kernels.select.pages import PAGE, SUB, choose_pages, update_means
 from express_compile.planning.devices import versions
-from express_compile.planning.measure import Clock
+from express_compile.planning.measure import Clock, replayed
 
+H, H_KV, D, SCALE = 32, 8, 128, 128**-0.5
+COPY_BANDWIDTH = 4.27e12  # bytes per second that a copy reads and writes on an H200 (bench.md)
+APART = 400 << 20  # bytes of caches in a graph
+PAGES = dict(pages=16, sinks=64, recent=256)
+WEIGHTED = 2048  # rows of an ExpressCache of s=1024
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 STEPS = 12  # timed, after as many that compile and record graphs
 LLAMA = dict(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
@@ -30,6 +49,109 @@ LLAMA = dict(
 )  # fmt: skip
 TINY = dict(LLAMA, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, vocab_size=97)  # fmt: skip
+
+
+# ---- attention alone -----------------------------------------------------------------------------------------------
+
+
+def microseconds(calls: list[Callable[[], Any]]) -> list[float]:
+    """Of a call, in a CUDA graph of all of them: one that follows the other, as layers do."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    if not torch.cuda.is_available():
+        return [1e3 * t / len(calls) for t in Clock("cpu")(run, 3)]
+    run = replayed(run)
+    times = []
+    for _ in range(9):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1e3 * begin.elapsed_time(end) / len(calls))
+    return times
+
+
+def best_exact(q: torch.Tensor, caches: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, list[float]]:
+    """Times of PyTorch's exact kernels without a mask."""
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    if not q.is_cuda:
+        backends = {"math": SDPBackend.MATH}
+    found = {}
+    for name, backend in backends.items():
+        with sdpa_kernel(backend):
+            found[name] = microseconds(
+                [lambda k=k, v=v: F.scaled_dot_product_attention(q, k, v, scale=SCALE, enable_gqa=True)
+                 for k, v in caches]
+            )  # fmt: skip
+    return found
+
+
+def attention_rows(B: int, n: int, device: str, dtype: torch.dtype, weighted: bool = False) -> list[dict[str, Any]]:
+    """One token over ``n`` rows; the output of every call is checked against the reference in float32."""
+    torch.manual_seed(0)
+    q = torch.randn(B, H, 1, D, device=device, dtype=dtype)
+    each = 2 * B * H_KV * n * D * q.element_size()
+    count = max(2, min(64, -(-APART // each))) if device == "cuda" else 1
+    caches = [tuple(torch.randn(B, H_KV, n, D, device=device, dtype=dtype) for _ in range(2)) for _ in range(count)]
+    lengths = torch.full((B,), n, device=device, dtype=torch.int32)
+    weights = torch.rand(B, H_KV, n, device=device).log()
+    everything = {"lengths": Rows(lengths), "padding": Rows(padding=torch.ones(B, n, device=device, dtype=torch.bool))}
+    if weighted:
+        everything = {"weights": Rows(lengths, log_weight=weights)}
+    exact, ours, rows = best_exact(q, caches), {}, []
+    shape = dict(B=B, H=H, H_kv=H_KV, Lq=1, Lk=n, D=D, Dv=D, dtype=str(dtype).removeprefix("torch."))
+
+    def check(name: str, out: torch.Tensor, read: Rows) -> float:
+        truth, _ = decode_reference(q.float(), *(x.float() for x in caches[0]), SCALE, read)
+        error = ((out.float() - truth).norm() / truth.norm()).item()
+        if not error <= TOLERANCE[dtype]:
+            raise SystemExit(f"{name} at B={B}, n={n}: off by {error:.1e}, so it has no speed")
+        return error
+
+    def row(job: str, method: str, params: str, times: list[float], error: float) -> dict[str, Any]:
+        p20, p50, p80 = (quantile(times, x) / 1e3 for x in (0.2, 0.5, 0.8))
+        best = min(exact, key=lambda name: statistics.median(exact[name]))
+        rate = each / COPY_BANDWIDTH / p50 * 1e3
+        against = statistics.median(exact[best]) / 1e3
+        return dict(
+            job=job, method=method, params=f"{params} bandwidth={rate:.2f}".strip(), **shape, ms_p20=p20, ms_p50=p50,
+            ms_p80=p80, opponent=best, opponent_ms_p50=against, speedup=against / p50, error=error,
+        )  # fmt: skip
+
+    def calls(read: Rows) -> list[Callable[[], Any]]:
+        return [lambda k=k, v=v: decode_attention(q, k, v, SCALE, **read._asdict()) for k, v in caches]
+
+    for name, read in everything.items():
+        error = check(name, calls(read)[0]()[0], read)
+        times = microseconds(calls(read))
+        rows.append(row("decode_cache" if weighted else "decode_exact", "exact", f"rows={name}", times, error))
+        ours.setdefault("ours", times)
+    if weighted:
+        return rows
+    exact |= ours
+    first, means = torch.zeros_like(lengths), []
+    for k, _ in caches:
+        means.append(k.new_empty(B, H_KV, -(-n // SUB), D))
+        update_means(means[-1], k, first, lengths)
+
+    def select(k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        update_means(kept, k, first, lengths, 1)
+        pages = choose_pages(q, kept, SCALE, first, lengths, **PAGES)
+        return decode_attention(q, k, v, SCALE, lengths=lengths, pages=pages)[0], pages
+
+    out, pages = select(*caches[0], means[0])
+    error = check("pages", out, Rows(lengths, pages=pages))
+    times = microseconds([lambda k=k, v=v, m=m: select(k, v, m) for (k, v), m in zip(caches, means, strict=True)])
+    params = " ".join(f"{name}={value}" for name, value in PAGES.items())
+    rows.append(row("decode_pages", "pages", f"{params} rows={PAGE * pages.shape[2]}", times, error))
+    return rows
+
+
+# ---- whole models --------------------------------------------------------------------------------------------------
 
 
 def random_llama(device: str, dtype: torch.dtype, sizes: dict[str, Any]) -> torch.nn.Module:
@@ -69,18 +191,28 @@ def unmasked(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, va
 
 
 @torch.no_grad()
-def step_times(model: torch.nn.Module, B: int, n: int, clock: Clock, mode: str) -> tuple[list[float], torch.Tensor]:
-    """Milliseconds of single steps, and the logits of the last."""
+def step_times(
+    model: torch.nn.Module, B: int, n: int, clock: Clock, mode: str | None
+) -> tuple[list[float], torch.Tensor]:
+    """Milliseconds of single steps, and the logits of the last. Without a ``mode`` of torch.compile the model runs as
+    it is, on a GPU as a CUDA graph."""
     torch.compiler.reset()
     cache, device = filled_cache(model, B, n), next(model.parameters()).device
     ids = torch.full((B, 1), 5, device=device)
     mask = torch.ones(B, 1, 1, n, dtype=torch.bool, device=device)
     position = torch.full((B, 1), n - 1, device=device)
-    compiled = torch.compile(model.forward, mode=mode)
+    run = model.forward if mode is None else torch.compile(model.forward, mode=mode)
+    given = dict(attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
+    if mode is None and clock.on_gpu:
+        held: list[torch.Tensor] = []
+        replay = replayed(lambda: held.append(run(ids, **given).logits))
+        times = clock(replay, STEPS)
+        replay()
+        return times, held[-1].float().clone()
 
     def step() -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        return compiled(ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True).logits
+        return run(ids, **given).logits
 
     for _ in range(STEPS):
         step()
@@ -88,55 +220,93 @@ def step_times(model: torch.nn.Module, B: int, n: int, clock: Clock, mode: str) 
     return times, step().float().clone()
 
 
-def rows_of(model: torch.nn.Module, B: int, n: int, S: int, clock: Clock, mode: str) -> dict[str, Any]:
-    """SANTA with S draws per head against the faster exact attention; ``error`` compares the logits of one step."""
+def repeated(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any,
+             scaling: float | None = None, **_: Any) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """What a compiler traces of transformers' attention over a static cache: masked, over repeated heads."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    out = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def rows_of(model: torch.nn.Module, B: int, n: int, S: int, clock: Clock, mode: str | None) -> list[dict[str, Any]]:
+    """Exact steps against those of transformers, and SANTA with S draws per head against the fastest exact ones;
+    ``error`` compares the logits of one step with those of transformers."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register("unmasked", unmasked)
     exact: dict[str, list[float]] = {}
     torch.manual_seed(1)
     exact["transformers"], truth = step_times(model, B, n, clock, mode)
-    if clock.on_gpu:
-        model.set_attn_implementation("unmasked")
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            exact["cudnn"], _ = step_times(model, B, n, clock, mode)
+    others = {"repeated": repeated} if mode is None else {}
+    others |= {"cudnn": unmasked} if clock.on_gpu else {}
+    for name, attention in others.items():
+        AttentionInterface.register(name, attention)
+        model.set_attn_implementation(name)
+        torch.manual_seed(1)
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if name == "cudnn" else contextlib.nullcontext():
+            exact[name], _ = step_times(model, B, n, clock, mode)
         model.set_attn_implementation("sdpa")
-    rewrite_attention(model, methods=["santa"], budget=S, seed=0)
-    torch.manual_seed(1)
-    times, logits = step_times(model, B, n, clock, mode)
-    restore_attention(model)
-    p20, p50, p80 = (quantile(times, q) for q in (0.2, 0.5, 0.8))
+    found = {}
+    for name, policy in {"exact": dict(methods=["exact"]), "santa": dict(methods=["santa"], budget=S, seed=0)}.items():
+        rewrite_attention(model, **policy)
+        torch.manual_seed(1)
+        found[name] = step_times(model, B, n, clock, mode)
+        restore_attention(model)
     milliseconds = {name: quantile(x, 0.5) for name, x in exact.items()}
-    best, config = min(milliseconds, key=milliseconds.get), model.config
-    return dict(
-        job="decode_model", method="santa",
-        params=f"model=llama-3.1-8b-shape transformers_ms={milliseconds['transformers']:.3f}",
-        B=B, H=config.num_attention_heads, H_kv=config.num_key_value_heads, Lq=1, Lk=n, D=config.head_dim,
-        Dv=config.head_dim,
-        dtype=str(model.dtype).removeprefix("torch."), s=S, ms_p20=p20, ms_p50=p50, ms_p80=p80, opponent=best,
-        opponent_ms_p50=milliseconds[best], speedup=milliseconds[best] / p50,
-        error=((logits - truth).norm() / truth.norm()).item(),
-    )  # fmt: skip
+    own = min(milliseconds[name] for name in ("transformers", "repeated") if name in milliseconds)
+    config, rows = model.config, []
+    for name, (times, logits) in found.items():
+        p20, p50, p80 = (quantile(times, q) for q in (0.2, 0.5, 0.8))
+        error = ((logits - truth).norm() / truth.norm()).item()
+        if name == "exact" and not error <= 10 * TOLERANCE[model.dtype]:
+            raise SystemExit(f"exact at B={B}, n={n}: logits are off by {error:.1e}, so it has no speed")
+        best = min(milliseconds, key=milliseconds.__getitem__) if name == "santa" else "transformers"
+        against = milliseconds[best] if name == "santa" else own
+        measured = " ".join(f"{x}_ms={milliseconds[x]:.3f}" for x in milliseconds)
+        params = f"model=llama-3.1-8b-shape {measured}"
+        rows.append(
+            dict(
+                job="decode_step" if mode is None else "decode_model" if name == "santa" else "decode_model_exact",
+                method=name, params=params, B=B,
+                H=config.num_attention_heads, H_kv=config.num_key_value_heads, Lq=1, Lk=n, D=config.head_dim,
+                Dv=config.head_dim, dtype=str(model.dtype).removeprefix("torch."), s=S if name == "santa" else "",
+                ms_p20=p20, ms_p50=p50, ms_p80=p80, opponent=best, opponent_ms_p50=against, speedup=against / p50,
+                error=error,
+            )
+        )  # fmt: skip
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["1x131072", "8x32768"], help="sequences x tokens in the cache")
+    parser.add_argument("--weighted", nargs="+", default=[f"1x{WEIGHTED}", f"32x{WEIGHTED}"], help="of an ExpressCache")
+    parser.add_argument("--parts", nargs="+", default=["attention", "model"], choices=["attention", "model"])
     parser.add_argument("--draws", type=int, default=128, help="S, draws per head")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers")
+    parser.add_argument("--by-hand", action="store_true", help="CUDA graphs of the eager model instead of a compiler")
     add_arguments(parser)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.no_grad():
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        model = random_llama(device, dtype, TINY if args.tiny else LLAMA)
-    clock, rows = Clock(device), []
-    for shape in args.shapes:
-        B, n = map(int, shape.split("x"))
-        rows.append(rows_of(model, B, n, args.draws, clock, "reduce-overhead" if device == "cuda" else "default"))
-        show(rows[-1:], "params B Lk s ms_p50 opponent opponent_ms_p50 speedup error".split())
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        show(rows, "job method params B Lk s ms_p50 opponent opponent_ms_p50 speedup error".split())
         if args.out:
-            append(args.out, SPEED_COLUMNS, [{**run_of(args.commit), **versions(), **rows[-1]}])
+            append(args.out, SPEED_COLUMNS, [{**run_of(args.commit), **versions(), **row} for row in rows])
+
+    shapes = {name: [tuple(map(int, x.split("x"))) for x in getattr(args, name)] for name in ("shapes", "weighted")}
+    if "attention" in args.parts:
+        for (B, n), weighted in itertools.chain(
+            ((x, False) for x in shapes["shapes"]), ((x, True) for x in shapes["weighted"])
+        ):
+            keep(attention_rows(B, n, device, dtype, weighted))
+    if "model" not in args.parts:
+        return
+    with torch.no_grad():
+        model = random_llama(device, dtype, TINY if args.tiny else LLAMA)
+    mode = "reduce-overhead" if device == "cuda" else "default"
+    for B, n in shapes["shapes"]:
+        keep(rows_of(model, B, n, args.draws, Clock(device), None if args.by_hand else mode))
 
 
 if __name__ == "__main__":

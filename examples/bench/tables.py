@@ -410,6 +410,20 @@ def decode_models_table() -> str:
     return markdown(["model", "B", "cache", "as transformers decodes", "best exact kernel", "SANTA"], body)
 
 
+def decode_exact_table() -> str:
+    """Exact steps of whole models as CUDA graphs, and attention alone with lengths."""
+    body = []
+    alone = {(row["B"], row["Lk"]): row for row in speed_rows(job="decode_exact") if "rows=lengths" in row["params"]}
+    for row in newest(gpu_rows(job="decode_step", method="exact"), "B", "Lk"):
+        at, cudnn = alone[row["B"], row["Lk"]], float(params_of(row)["cudnn_ms"])
+        own, theirs, attention, best = (float(x[name]) for x in (row, at) for name in ("ms_p50", "opponent_ms_p50"))
+        body.append([row["B"], f"{int(row['Lk']):,}", f"{theirs:.1f} ms", f"{cudnn:.1f} ms",
+                     f"**{own:.1f} ms, {theirs / own:.1f}×**",
+                     f"{1e3 * attention:.0f} µs; {at['opponent']} {1e3 * best:.0f} µs"])  # fmt: skip
+    header = ["B", "cache", "transformers", "cuDNN, all rows, no mask", "exact, rewritten", "attention alone"]
+    return markdown(header, body)
+
+
 def embeddings_table() -> str:
     """How far the embeddings of MiniLM move, and what a search with them finds."""
     rows = [row for row in quality_rows() if row["model"] == "all-MiniLM-L6-v2" and row["n"] == "512"]
@@ -784,6 +798,7 @@ PARTS = {
     "rounding": rounding_table,
     "rounding-speed": rounding_speed_table,
     "decode-models": decode_models_table,
+    "decode-exact": decode_exact_table,
     "decode-bytes": decode_bytes_table,
     "compiling": compiling_table,
     "coverage": coverage_table,

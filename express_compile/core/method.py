@@ -59,7 +59,8 @@ class Method:
         asking ``refuse``. Of ``"sinks"`` the op takes the logits ``[H]`` as the argument ``sinks``.
     approximates(params, Lk): whether the op, given these parameters, only approximates the exact attention over ``Lk``
         keys, so that :func:`express_compile.watch` may compare the two call by call. ``None``: they must not be.
-    decodes: whether it takes the single queries of decoding.
+    step: the op ``(query, key, value, padding, scale)`` that computes exactly what a site does where that is a step of
+        decoding, or ``None``; only exact attention has one.
     changes: what it computes instead of attention over all keys, where that is no approximation but another function,
         in words that follow a semicolon. Such a method runs only where a policy names it, whatever the speed, its
         plans say so, and it is never suggested for a site that another one refused.
@@ -80,7 +81,7 @@ class Method:
     rows: Callable[[Mapping[str, Any], int], int] = lambda params, Lk: Lk
     forms: tuple[str, ...] = ()
     approximates: Callable[[Mapping[str, Any], int], bool] | None = None
-    decodes: bool = False
+    step: Callable[[AttentionSpec], torch._ops.OpOverload | None] = lambda spec: None
     changes: str = ""
 
     def __post_init__(self) -> None:

@@ -90,6 +90,9 @@ def known(name: str) -> Device | None:
     return _measured(name) or shipped().get(name)
 
 
+device_of.cache_clear = known.cache_clear  # type: ignore[attr-defined]  # of 0.1.0, goes with 0.2
+
+
 def _measured(name: str) -> Device | None:
     """A device as it was measured here; None where it was not, or its file may not be read, or says nothing that can be
     true, which a ``RuntimeWarning`` tells."""

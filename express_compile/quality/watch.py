@@ -78,7 +78,7 @@ def watch(
             )
     if any(x is not None for x in (*(s.shadow for s in sites.values()), *(c.watch for c in captured.values()))):
         raise ValueError(f"model={type(model).__name__}: is watched already; call close() on that watch first")
-    named = {path: site.plans.methods(site.path) for path, site in sites.items()}
+    named = {path: site.methods for path, site in sites.items()}
     watched = {path for path, names in named.items() if any(METHODS[name].approximates for name in names)}
     names = dict.fromkeys(
         name for names in (*named.values(), *(methods_of(c.policy) for c in captured.values())) for name in names

@@ -6,8 +6,8 @@ product with the keys of a tile runs beside the one with the values of the tile 
 overlap with products of the other.
 
 On an H200 (bfloat16, D = 128, causal, n = 32,768) it reaches 621 TFLOP/s, where the kernel of :mod:`.segments` has 447
-and cuDNN 585; over the few rows of Express 471 for 366, as what comes before and after a short list of tiles overlaps with
-nothing (``examples/bench/results/gpu-tests.txt``).
+and cuDNN 585; over the few rows of Express 471 for 366, as nothing overlaps with what comes before and after a short
+list of tiles (``examples/bench/results/gpu-tests.txt``).
 """
 
 from __future__ import annotations
@@ -63,13 +63,17 @@ def _jit(fn: Callable | None = None, **options: Any) -> Any:
 
 ROWS = constexpr(64)  # queries of one group of warps
 QUERIES = 128
+KernelShape = namedtuple("KernelShape", "D DV BM BN PARTS STAGES")
 VERSIONS = ("3.6.",)  # of Triton that this was tried with; Gluon changes from one to the next
 GATHERED = constexpr(2048)  # elements of rows by index that are asked for at a time
 
 Shared = namedtuple("Shared", "q k v q_full k_full k_empty v_full v_empty")
 # Where kinds of tiles end, one after the other: copied rows, rows by index, chosen blocks, listed tokens, the tail
 Work = namedtuple("Work", "first copied indexed chosen listed total tail keys")
-Where = namedtuple("Where", "i_b i_h i_kv c_b c_h c_row p_index p_chosen first_key")
+# Which program it is: sequence and heads, the row of its first query (below 0: none), the first query that is one and
+# where it stands among the tokens, and where the rows that are no tokens begin
+Place = namedtuple("Place", "i_b i_h i_kv i_bh q_row skip position Lq c_b c_h c_row p_index p_chosen first_key")
+Descriptors = namedtuple("Descriptors", "q k v copied_key copied_value")
 
 
 @_jit
@@ -88,36 +92,38 @@ def _tile(j, work, lists, BN: gl.constexpr):
 
 
 @_jit
-def _gather(target, x, where, by_index, row, shown, BN: gl.constexpr, D: gl.constexpr, STEP: gl.constexpr):
-    """Rows by index, or those of chosen blocks of 64 keys, into shared memory, ``STEP`` at a time; behind ``shown`` of
+def _gather(target, x, place, by_index, row, shown):
+    """Rows by index, or those of chosen blocks of 64 keys, into shared memory, some at a time; behind ``shown`` of
     them come copies of the last one."""
+    BN: gl.constexpr = target.shape[0]
+    D: gl.constexpr = target.shape[1]
+    STEP: gl.constexpr = GATHERED // D
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    p = x.p + (where.i_b.to(gl.int64) * x.b + where.i_kv.to(gl.int64) * x.h)
-    p_from = where.p_index + row
+    p = x.p + (place.i_b.to(gl.int64) * x.b + place.i_kv.to(gl.int64) * x.h)
+    p_from = place.p_index + row
     if not by_index:
-        p_from = where.p_chosen + row // 64
+        p_from = place.p_chosen + row // 64
     o_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
     o_n = gl.arange(0, STEP, gl.SliceLayout(1, LAYOUT))
     for i in gl.static_range(BN // STEP):
         o_row = gl.minimum(o_n + i * STEP, shown - 1)
         i_row = gl.load(p_from + gl.where(by_index, o_row, o_row // 64))
-        i_row = gl.where(by_index, i_row, where.first_key + i_row * 64 + o_row % 64).to(gl.int64)
+        i_row = gl.where(by_index, i_row, place.first_key + i_row * 64 + o_row % 64).to(gl.int64)
         pointers = p + i_row[:, None] * x.n + o_d[None, :]
         async_copy.async_copy_global_to_shared(target.slice(i * STEP, STEP, 0), pointers)
 
 
 @_jit
-def _produce(
-    d_q, d_k, d_v, d_ck, d_cv, x, lists, shared, work, where, q_row, SHAPE: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
+def _produce(d, x, lists, shared, work, place, SHAPE: gl.constexpr):
+    STAGES: gl.constexpr = SHAPE.STAGES
     BN: gl.constexpr = SHAPE.BN
     D: gl.constexpr = SHAPE.D
     DV: gl.constexpr = SHAPE.DV
-    i_b, i_kv = where.i_b, where.i_kv
+    i_b, i_kv = place.i_b, place.i_kv
     for half in gl.static_range(2):
-        mbarrier.expect(shared.q_full.index(half), d_q.block_type.nbytes)
+        mbarrier.expect(shared.q_full.index(half), d.q.block_type.nbytes)
         tma.async_copy_global_to_shared(
-            d_q, [i_b, where.i_h, q_row + ROWS * half, 0], shared.q_full.index(half), shared.q.index(half)
+            d.q, [i_b, place.i_h, place.q_row + ROWS * half, 0], shared.q_full.index(half), shared.q.index(half)
         )
     for j in range(work.total):
         stage = j % STAGES
@@ -128,49 +134,50 @@ def _produce(
         mbarrier.wait(shared.k_empty.index(stage), phase ^ 1)
         if (x.index.p is not None) and ((j >= work.copied) & (j < work.chosen)):
             k_tile = shared.k.index(stage).reshape([BN, D])
-            _gather(k_tile, x.k, where, j < work.indexed, row, shown, BN, D, GATHERED // D)
+            _gather(k_tile, x.k, place, j < work.indexed, row, shown)
             async_copy.mbarrier_arrive(k_full)
             mbarrier.arrive(k_full)
             mbarrier.wait(shared.v_empty.index(stage), phase ^ 1)
             v_tile = shared.v.index(stage).reshape([BN, DV])
-            _gather(v_tile, x.v, where, j < work.indexed, row, shown, BN, DV, GATHERED // DV)
+            _gather(v_tile, x.v, place, j < work.indexed, row, shown)
             async_copy.mbarrier_arrive(v_full)
             mbarrier.arrive(v_full)
         else:
-            mbarrier.expect(k_full, d_k.block_type.nbytes)
+            mbarrier.expect(k_full, d.k.block_type.nbytes)
             if j < work.copied:
                 tma.async_copy_global_to_shared(
-                    d_ck, [where.c_b, where.c_h, where.c_row + row, 0], k_full, shared.k.index(stage)
+                    d.copied_key, [place.c_b, place.c_h, place.c_row + row, 0], k_full, shared.k.index(stage)
                 )
             else:
-                tma.async_copy_global_to_shared(d_k, [i_b, i_kv, row, 0], k_full, shared.k.index(stage))
+                tma.async_copy_global_to_shared(d.k, [i_b, i_kv, row, 0], k_full, shared.k.index(stage))
             mbarrier.wait(shared.v_empty.index(stage), phase ^ 1)
-            mbarrier.expect(v_full, d_v.block_type.nbytes)
+            mbarrier.expect(v_full, d.v.block_type.nbytes)
             if j < work.copied:
                 tma.async_copy_global_to_shared(
-                    d_cv, [where.c_b, where.c_h, where.c_row + row, 0], v_full, shared.v.index(stage)
+                    d.copied_value, [place.c_b, place.c_h, place.c_row + row, 0], v_full, shared.v.index(stage)
                 )
             else:
-                tma.async_copy_global_to_shared(d_v, [i_b, i_kv, row, 0], v_full, shared.v.index(stage))
+                tma.async_copy_global_to_shared(d.v, [i_b, i_kv, row, 0], v_full, shared.v.index(stage))
 
 
 @_jit
-def _hide(s, j, row, shown, work, position, skip, half, BN: gl.constexpr, LAYOUT: gl.constexpr):
+def _hide(b_s, j, row, shown, work, place, half):
     """Scores of rows that a query does not see become -inf."""
+    BN: gl.constexpr = b_s.shape[1]
+    LAYOUT: gl.constexpr = b_s.type.layout
     in_tail = j >= work.listed
-    shown = gl.where(in_tail, position + 1 - row, shown)
+    shown = gl.where(in_tail, place.position + 1 - row, shown)
     if shown < BN:
-        o_m = gl.maximum(gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) + ROWS * half - skip, 0)
+        o_m = gl.maximum(gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) + ROWS * half - place.skip, 0)
         o_m = shown + gl.where(in_tail, o_m, 0)
         o_n = gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
-        s = gl.where(o_n[None, :] < o_m[:, None], s, float("-inf"))
-    return s
+        b_s = gl.where(o_n[None, :] < o_m[:, None], b_s, float("-inf"))
+    return b_s
 
 
 @_jit
-def _consume(
-    x, lists, shared, work, i_b, i_bh, position, skip, q_row, Lq, half, SHAPE: gl.constexpr, STAGES: gl.constexpr
-):
+def _consume(x, lists, shared, work, place, half, SHAPE: gl.constexpr):
+    STAGES: gl.constexpr = SHAPE.STAGES
     BN: gl.constexpr = SHAPE.BN
     D: gl.constexpr = SHAPE.D
     DV: gl.constexpr = SHAPE.DV
@@ -191,7 +198,7 @@ def _consume(
         fence_async_shared()
     b_s = warpgroup_mma(q, shared.k.index(0).reshape([BN, D]).permute((1, 0)), b_zero, use_acc=False)
     mbarrier.arrive(shared.k_empty.index(0))
-    b_s = _hide(b_s, 0, row, shown, work, position, skip, half, BN, S_L)
+    b_s = _hide(b_s, 0, row, shown, work, place, half)
     b_max = gl.maximum(gl.max(b_s, 1) * scale_log2 + weight, -1e30)
     b_w = gl.exp2(b_s * scale_log2 - (b_max - weight)[:, None])
     b_sum = gl.sum(b_w, 1)
@@ -213,7 +220,7 @@ def _consume(
         next_row, next_shown, next_weight = _tile(j + 1, work, lists, BN)
         b_s = warpgroup_mma_wait(1, deps=[s_token])
         mbarrier.arrive(shared.k_empty.index(stage))
-        b_s = _hide(b_s, j, row, shown, work, position, skip, half, BN, S_L)
+        b_s = _hide(b_s, j, row, shown, work, place, half)
         b_new = gl.maximum(b_max, gl.max(b_s, 1) * scale_log2 + weight)
         b_w = gl.exp2(b_s * scale_log2 - (b_new - weight)[:, None])
         b_rescale = gl.exp2(b_max - b_new)
@@ -230,47 +237,46 @@ def _consume(
         fence_async_shared()
     b_acc = warpgroup_mma(b_p, shared.v.index(last % STAGES).reshape([BN, DV]), b_acc)
 
-    o_m = q_row + ROWS * half + gl.arange(0, ROWS, ROW)
-    m_m = (o_m >= 0) & (o_m < Lq)
+    o_m = place.q_row + ROWS * half + gl.arange(0, ROWS, ROW)
+    m_m = (o_m >= 0) & (o_m < place.Lq)
     o_d = gl.arange(0, DV, gl.SliceLayout(0, O_L))
     b_sum = gl.convert_layout(b_sum, ROW)
     b_out = b_acc / b_sum[:, None]
-    o_row = i_bh.to(gl.int64) * Lq + o_m
+    o_row = place.i_bh.to(gl.int64) * place.Lq + o_m
     gl.store(x.out + o_row[:, None] * DV + o_d[None, :], b_out.to(dtype), mask=m_m[:, None])
     b_lse = (gl.convert_layout(b_max, ROW) + gl.log2(b_sum)) * 0.6931471805599453
     gl.store(x.lse + o_row, b_lse, mask=m_m)
 
 
 @_jit(do_not_specialize=["sizes"])
-def segment_kernel(d_q, d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: gl.constexpr, STAGES: gl.constexpr):
+def segment_kernel(d_q, d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: gl.constexpr):
     BN: gl.constexpr = SHAPE.BN
+    STAGES: gl.constexpr = SHAPE.STAGES
     H, Lq, q_offset, shift = sizes
+    blocks, first_key = 0, 0
     if x.jobs is None:
         i_part = gl.program_id(0) + shift // SHAPE.BM  # no program for parts before the first query
-        i_bh = gl.program_id(1)
-        i_b = i_bh // H
-        i_h = i_bh % H
+        i_b = gl.program_id(1) // H
+        i_h = gl.program_id(1) % H
         i_kv = i_h // x.G
         i_block = i_part // SHAPE.PARTS
-        p_index = x.lse
+        c_b, c_h, c_row = i_b, i_kv, 0
+        p_index = x.lse  # of no kind that is read
         if x.index.p is not None:
             p_index = x.index.p + (i_b.to(gl.int64) * x.index.b + i_kv.to(gl.int64) * x.index.h)
-        where = Where(i_b, i_h, i_kv, i_b, i_kv, 0, p_index, p_index, 0)
-        blocks = 0
+        p_chosen = p_index
     else:
         p_job = x.jobs + gl.program_id(0) * COLUMNS
         i_b = gl.program_id(1)
         i_h = gl.load(p_job + HEAD)
         i_part = gl.load(p_job + PART)
-        i_bh = i_b * H + i_h
         i_kv = i_h // x.G
         shift = gl.load(p_job + SHIFT)
         i_block = gl.load(p_job + TABLE) + i_part // SHAPE.PARTS
-        c_row = gl.load(p_job + COPIES) + i_b * gl.load(p_job + COPIES_B)
+        c_b, c_h, c_row = 0, 0, gl.load(p_job + COPIES) + i_b * gl.load(p_job + COPIES_B)
         p_index = x.index.p + (gl.load(p_job + INDEX) + i_b * gl.load(p_job + INDEX_B))
         p_chosen = x.chosen + (gl.load(p_job + CHOSEN) + i_b * gl.load(p_job + CHOSEN_B))
-        where = Where(i_b, i_h, i_kv, 0, 0, c_row, p_index, p_chosen, gl.load(p_job + FIRST))
-        blocks = gl.load(p_job + BLOCKS)
+        blocks, first_key = gl.load(p_job + BLOCKS), gl.load(p_job + FIRST)
     shared = Shared(
         gl.allocate_shared_memory(d_q.dtype, [2, 1, 1, ROWS, SHAPE.D], d_q.layout),
         gl.allocate_shared_memory(d_k.dtype, [STAGES, 1, 1, BN, SHAPE.D], d_k.layout),
@@ -299,14 +305,17 @@ def segment_kernel(d_q, d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: gl.constex
     q_row = i_part * SHAPE.BM - shift
     skip = gl.maximum(-q_row, 0)
     position = q_offset + q_row + skip
+    place = Place(
+        i_b, i_h, i_kv, i_b * H + i_h, q_row, skip, position, Lq, c_b, c_h, c_row, p_index, p_chosen, first_key
+    )
     stop = q_offset + gl.minimum(q_row + SHAPE.BM, Lq)
     total = listed + (gl.maximum(stop - tail, 0) + BN - 1) // BN
     work = Work(first, copied, indexed, chosen, listed, total, tail, blocks * 64)
     gl.warp_specialize(
         [
-            (_consume, (x, lists, shared, work, i_bh, position, skip, q_row, Lq, 0, SHAPE, STAGES)),
-            (_consume, (x, lists, shared, work, i_bh, position, skip, q_row, Lq, 1, SHAPE, STAGES)),
-            (_produce, (d_q, d_k, d_v, d_ck, d_cv, x, lists, shared, work, where, q_row, SHAPE, STAGES)),
+            (_consume, (x, lists, shared, work, place, 0, SHAPE)),
+            (_consume, (x, lists, shared, work, place, 1, SHAPE)),
+            (_produce, (Descriptors(d_q, d_k, d_v, d_ck, d_cv), x, lists, shared, work, place, SHAPE)),
         ],
         [4, 4],
         [224, 64],

@@ -67,24 +67,24 @@ class Chosen:
 @dataclass(frozen=True, eq=False)
 class HeadRows:
     """KV heads ``heads`` that see the rows of ``table``: the tokens, ``copied`` compacted rows each at ``copies``, and
-    behind them ``indexed`` rows by index, whose lists begin at ``index``."""
+    behind them ``indexed`` rows by index, which is ``listed`` with that of the copies before."""
 
     heads: tuple[int, ...]
     table: SegmentTable
     copied: int = 0
     indexed: int = 0
     copies: Place = Place()
-    index: Place = Place()
+    listed: Place = Place()
     chosen: Chosen | None = None
 
 
 class Buffers(NamedTuple):
-    """The rows of all heads that are no tokens: keys ``[R, D]`` and values ``[R, Dv]``, int32 ``index`` and ``chosen``,
-    flat; None where no head has such rows. All R rows are finite."""
+    """The rows of all heads that are no tokens: copies ``[R, D]`` and ``[R, Dv]`` of keys and values, all finite, and
+    int32 ``tokens`` and ``chosen``, flat: which tokens are read by index, and which blocks were chosen. None where no
+    head has such rows."""
 
-    key: torch.Tensor | None
-    value: torch.Tensor | None
-    index: torch.Tensor | None
+    copies: tuple[torch.Tensor, ...] | None
+    tokens: torch.Tensor | None
     chosen: torch.Tensor | None
 
 
@@ -137,7 +137,7 @@ class Mixture:
             HEAD: (np.array(share.heads)[:, None] * self.group + np.arange(self.group)).reshape(-1, 1),
             PART: part, SHIFT: table.shift,
             COPIES: share.copies.first + head * share.copies.head, COPIES_B: share.copies.sequence,
-            INDEX: share.index.first + head * share.index.head, INDEX_B: share.index.sequence,
+            INDEX: share.listed.first + head * share.listed.head, INDEX_B: share.listed.sequence,
         }  # fmt: skip
         if share.chosen is not None:
             own, place = share.chosen, share.chosen.place
@@ -176,14 +176,11 @@ def mixed_attention_triton(
     tiles, widths = SegmentTiles.of(query, key, value, mixture.block), Widths.alike(query, value)
     jobs, *lists = mixture.on(query.device, tiles.queries, tiles.rows)
     d_k, d_v = tiles.describe(key, widths.BD), tiles.describe(value, widths.BDV)
-    copies = d_k, d_v  # a descriptor has to describe something
-    if buffers.key is not None and buffers.value is not None:
-        copies = (
-            tiles.describe(buffers.key[None, None], widths.BD),
-            tiles.describe(buffers.value[None, None], widths.BDV),
-        )
+    copies = [d_k, d_v]  # a descriptor has to describe something
+    if buffers.copies is not None:
+        copies = [tiles.describe(x[None, None], w) for x, w in zip(buffers.copies, widths[2:], strict=True)]
     # where no head has them, loops without rows: one kernel for all mixtures, of which fewer registers are spilled
-    index, chosen = (jobs if x is None else x for x in (buffers.index, buffers.chosen))
+    index, chosen = (jobs if x is None else x for x in (buffers.tokens, buffers.chosen))
     largest = largest_of((key,), (value,)) if query.dtype == torch.float32 else None  # copies are none but tokens
     inputs = strided(query), strided(d_k.base), strided(d_v.base), Strided(index, 0, 0, 0)
     tensors = KernelTensors(

@@ -149,8 +149,9 @@ def _score_kernel(d_k, q, strides, scores, stats, masks, sizes, SHAPE: tl.conste
         b_max = tl.maximum(tl.max(b_s, 1), -1e30)
         b_u = tl.exp2(b_s - b_max[:, None]).to(stats.u.dtype.element_ty)
         o_tile = (i_seq.to(tl.int64) * T + t) * (R * BN)
+        b_kept = tl.where(b_u == b_u, b_u, 0.0).to(b_u.dtype)  # NaN counts in the sums only, of its own row
         tl.store(
-            stats.u + o_tile + o_m[:, None] * BN + o_n[None, :], b_u, mask=m_m[:, None], eviction_policy="evict_last"
+            stats.u + o_tile + o_m[:, None] * BN + o_n[None, :], b_kept, mask=m_m[:, None], eviction_policy="evict_last"
         )
         tl.store(p_most + o_m * T + t, b_max, mask=m_m)
         fresh = t % span == 0
@@ -246,14 +247,16 @@ def _draw_kernel(v, stats, draws, random, masks, results, sizes, SHAPE: tl.const
         b_all = b_all * b_scale + tl.sum(b_l, 1)
         b_before = b_before * b_scale + tl.sum(tl.where(o_e * span < first, b_l, 0.0), 1)
         b_top = b_new
-    b_inverse = tl.where(b_all > 0, 1.0 / b_all, 0.0)
+    m_all = b_all > 0  # neither 0 nor NaN: a row that is no number draws nothing
+    b_inverse = tl.where(m_all, 1.0 / b_all, 0.0)
     if i_chunk == 0:
-        b_lse = (b_top + tl.log2(tl.where(b_all > 0, b_all, 1.0))) * 0.6931471805599453
-        tl.store(results.lse + i_seq.to(tl.int64) * R + o_r, tl.where(b_all > 0, b_lse, float("-inf")), mask=m_r)
+        b_lse = (b_top + tl.log2(tl.where(m_all, b_all, 1.0))) * 0.6931471805599453
+        b_none = tl.where(b_all == b_all, float("-inf"), float("nan"))
+        tl.store(results.lse + i_seq.to(tl.int64) * R + o_r, tl.where(m_all, b_lse, b_none), mask=m_r)
     b_rate = tl.abs(tl.load(p_draws + o_r // LQ, mask=m_r, other=0.0)) / R
-    start = tl.sum(b_before * b_inverse * b_rate)
+    start = tl.sum(tl.where(m_all, b_before * b_inverse * b_rate, 0.0))
     # what makes probabilities of the stash takes the place of the maxima of these tiles
-    b_factor = tl.exp2(b_factor - b_top[:, None]) * b_inverse[:, None]  # [BR, TILES]
+    b_factor = tl.where(m_all[:, None], tl.exp2(b_factor - b_top[:, None]) * b_inverse[:, None], 0.0)  # [BR, TILES]
     tl.debug_barrier()
     tl.store(p_most + o_r[:, None] * T + o_tile[None, :], b_factor, mask=m_t)
 
@@ -331,6 +334,8 @@ def _draw_kernel(v, stats, draws, random, masks, results, sizes, SHAPE: tl.const
         groups = tl.cdiv(programs, BS)
         if tl.atomic_add(p_count, 1, sem="acq_rel") == groups - 1:
             b_sum = _sum_parts(p_part, o_x, m_x, groups, BS * (R * DV), BR * BDV, SHAPE.BP)
+            b_lse = tl.load(results.lse + i_seq.to(tl.int64) * R + o_x // DV, mask=m_x, other=0.0)
+            b_sum = tl.where(b_lse == b_lse, b_sum, float("nan"))
             # rows are (head, query) of this KV head, which lie side by side in the output
             tl.store(
                 results.out + i_seq.to(tl.int64) * (R * DV) + o_x, b_sum.to(results.out.dtype.element_ty), mask=m_x

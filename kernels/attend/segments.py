@@ -222,7 +222,7 @@ def _block_rows(table: SegmentTable, block: int, queries: int) -> tuple[list, to
         stop = min(begin + table.block, table.q_offset + queries)
         slices.append((TOKENS, int(table.tail[block]), stop))
         weights.append(np.zeros(stop - int(table.tail[block])))
-    return slices, torch.from_numpy(np.concatenate(weights))
+    return slices, torch.tensor(np.concatenate(weights))
 
 
 def _block_scores(
@@ -598,12 +598,14 @@ class SegmentTiles(NamedTuple):
         lists: Lists, sizes: KernelSizes, block: int,
     ) -> None:  # fmt: skip
         """Run the kernel; ``descriptors`` are those of keys, values and copies."""
-        shape = KernelShape(*Widths.alike(query, tensors.out), self.queries, self.rows, block // self.queries)
+        widths, parts = Widths.alike(query, tensors.out), block // self.queries
         if self.hopper:
             queries = hopper.describe(query, hopper.QUERIES // 2)
+            own = hopper.KernelShape(widths.D, widths.DV, self.queries, self.rows, parts, self.stages)
             launch(hopper.segment_kernel, grid, queries, *descriptors, tensors, lists, sizes,
-                   SHAPE=shape, STAGES=self.stages, num_warps=self.warps)  # fmt: skip
+                   SHAPE=own, num_warps=self.warps)  # fmt: skip
         else:
+            shape = KernelShape(*widths, self.queries, self.rows, parts)
             launch(segment_kernel, grid, *descriptors, tensors, lists, sizes,
                    SHAPE=shape, num_warps=self.warps, num_stages=self.stages)  # fmt: skip
 

@@ -10,6 +10,7 @@ keys this way.)
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 
 import torch
 
@@ -139,6 +140,10 @@ def _absorb(b_x, p_lists, count, LOG: tl.constexpr, LOG_LIST: tl.constexpr):
     return b_x
 
 
+# The keys of all heads, and which of these compete; None for all.
+_Keys = namedtuple("_Keys", "rows heads")
+
+
 @jit
 def _load_keys(p_k, first, end, stride_n, o_d, BN: tl.constexpr, D: tl.constexpr):
     o_n = first + tl.arange(0, BN)
@@ -147,14 +152,14 @@ def _load_keys(p_k, first, end, stride_n, o_d, BN: tl.constexpr, D: tl.constexpr
 
 
 @jit(general="sizes")
-def _sum_kernel(p_sums, k, p_heads, sizes, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+def _sum_kernel(p_sums, k, sizes, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """Sum of the keys from the start of a group to the end of each contest: a program per (group, BD channels, head).
 
     The first group starts with the sinks.
     """
     i_group, i_d, i_seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H, sinks, contests, group = sizes
-    p_k, stride_n = sequence(k, i_seq // H, head_of(p_heads, i_seq % H))
+    p_k, stride_n = sequence(k.rows, i_seq // H, head_of(k.heads, i_seq % H))
     o_d = i_d * BD + tl.arange(0, BD)
     b_sum = tl.zeros([BD], tl.float32)
     if i_group == 0:
@@ -172,8 +177,7 @@ def _sum_kernel(p_sums, k, p_heads, sizes, ROWS: tl.constexpr, D: tl.constexpr, 
 
 @jit(general="sizes")
 def _score_kernel(
-    p_newcomers, p_sums, k, p_heads, sizes,
-    LOG_ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+    p_newcomers, p_sums, k, sizes, LOG_ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
     """The rows of one contest, scored and sorted, ascending: one program per (contest, head)."""
     i_contest, i_seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -182,7 +186,7 @@ def _score_kernel(
     BG: tl.constexpr = 16
     first = sinks + i_contest * ROWS
     end = first + ROWS
-    p_k, stride_n = sequence(k, i_seq // H, head_of(p_heads, i_seq % H))
+    p_k, stride_n = sequence(k.rows, i_seq // H, head_of(k.heads, i_seq % H))
     p_sums += i_seq * contests * D
     p_newcomers += (i_seq * contests + i_contest) * ROWS
     o_n, o_d = tl.arange(0, BN), tl.arange(0, BD)
@@ -295,12 +299,12 @@ def compete_into(
     best = empty(B, H, groups, 1 << logs["LOG"], dtype=torch.int64)
     BD = max(16, next_power_of_two(D))
     BD_sum = min(64, BD)
-    rows, sizes = strided(key), (H, sinks, contests, group)
+    rows, sizes = _Keys(strided(key), heads), (H, sinks, contests, group)
     launch(_sum_kernel, (groups + 1, -(-D // BD_sum), B * H),
-        sums, rows, heads, sizes, ROWS=CONTEST, D=D, BD=BD_sum, num_warps=8
+        sums, rows, sizes, ROWS=CONTEST, D=D, BD=BD_sum, num_warps=8
     )  # fmt: skip
     launch(_score_kernel, (contests, B * H),
-        newcomers, sums, rows, heads, sizes,
+        newcomers, sums, rows, sizes,
         LOG_ROWS=logs["LOG_ROWS"], D=D, BD=BD, BN=max(16, min(CONTEST, 8192 // BD)), num_warps=4,
     )  # fmt: skip
     if groups:

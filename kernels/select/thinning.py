@@ -603,22 +603,37 @@ def thin(
     rule: HalvingRule,
     scale: float,
     random: Random,
-    kept: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Carry out ``schedule``: copies of the kept rows, keys ``[B, H, A, D]`` and values ``[B, H, A, Dv]``, in ``kept``
-    if it is given, contiguous.
+    """Carry out ``schedule``: copies of the kept rows, keys ``[B, H, A, D]`` and values ``[B, H, A, Dv]``.
 
     ``key`` ``[B, H_kv, L, D]`` and ``value`` ``[B, H_kv, L, Dv]`` are the tokens, of which the H heads
     ``random.heads`` are thinned, or all; ``A = schedule.size - schedule.tokens``. ``index`` int32 ``[B, H, A + ..]``
     receives the token of every copied row in its first A entries. If it is longer, the entries that follow are the
     tokens of the stream; otherwise stream row i is token ``sinks + i``. Draws the same numbers as the reference.
     """
+    A = schedule.size - schedule.tokens
+    kept_key, kept_value = (x.new_empty(*index.shape[:2], A, x.shape[3]) for x in (key, value))
+    thin_into((index, kept_key, kept_value), key, value, schedule, sinks, rule, scale, random)
+    return kept_key, kept_value
+
+
+def thin_into(
+    kept: tuple[torch.Tensor, ...],
+    key: torch.Tensor,
+    value: torch.Tensor,
+    schedule: Schedule,
+    sinks: int,
+    rule: HalvingRule,
+    scale: float,
+    random: Random,
+) -> None:
+    """:func:`thin` into ``kept``: its index, keys and values, contiguous."""
     require_triton()
+    index, kept_key, kept_value = kept
     (B, H), D, device, widths = index.shape[:2], key.shape[3], key.device, Widths.of(key, value)
     A, sequences = schedule.size - schedule.tokens, B * H
-    kept_key, kept_value = kept or (key.new_empty(B, H, A, D), value.new_empty(B, H, A, widths.DV))
     if not schedule.launches and not schedule.subsamples:
-        return kept_key, kept_value
+        return
     # two tiles of keys and two of values are in shared memory at once
     pairs = PAIRS if (widths.BD + widths.BDV) * key.element_size() <= 1024 else PAIRS // 2
     processors = _processors(device) if key.is_cuda else 1
@@ -642,7 +657,6 @@ def thin(
         inputs, _Work(scratch, sync, table, gains), random._replace(heads=None), scale * rule.flatten, sizes,
         SHAPE=shape, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
-    return kept_key, kept_value
 
 
 def describe_launches(rows: sympy.Expr) -> sympy.Expr:

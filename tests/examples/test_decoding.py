@@ -39,6 +39,20 @@ def test_the_three_attentions_that_are_timed(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
     assert not sampled
     model.set_attn_implementation("sdpa")
-    row = decoding.rows_of(model, 2, 64, 8, clock, "default")
+    exact, row = decoding.rows_of(model, 2, 64, 8, clock, "default")
     assert row["opponent"] == "transformers" and row["error"] > 0.01
+    assert exact["opponent"] == "transformers" and exact["error"] <= 1e-5 and exact["method"] == "exact"
     assert sampled == [True] * (model.config.num_hidden_layers * (2 * decoding.STEPS + 2))
+
+
+def test_attention_alone_is_checked_before_it_has_a_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import decoding
+
+    rows = decoding.attention_rows(1, 256, "cpu", torch.float32)
+    rows += decoding.attention_rows(2, 64, "cpu", torch.float32, weighted=True)
+    assert [row["job"] for row in rows] == ["decode_exact", "decode_exact", "decode_pages", "decode_cache"]
+    assert all(row["error"] <= 1e-5 and row["ms_p50"] > 0 for row in rows)
+    monkeypatch.setattr(decoding, "decode_attention", lambda q, k, v, *_, **rows: (v[:, :1, :1].expand_as(q), None))
+    with pytest.raises(SystemExit, match="lengths at B=1, n=64: off by"):
+        decoding.attention_rows(1, 64, "cpu", torch.float32)

@@ -54,7 +54,10 @@ def test_equal_rows_for_all_heads_are_express_bit_for_bit_where_it_has_such_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("mixed", "Lq", "B"), [(MIXED, 6000, 1), (MIXED, 700, 2), (FEW, 6000, 2)])
+@pytest.mark.parametrize(
+    ("mixed", "Lq", "B"),
+    [(MIXED, 6000, 1), (MIXED, 700, 2), (FEW, 6000, 2), ([*FEW[:7], WHOLE], 6000, 1), ([*FEW[:7], WHOLE], 6000, 2)],
+)
 def test_a_head_gives_beside_others_what_it_gives_among_its_like(dtype: torch.dtype, mixed, Lq: int, B: int) -> None:
     """Also that it draws the numbers of its own place: its rows are those that it has where all heads are alike."""
     q, k, v = tokens(6000, Lq, dtype=dtype, B=B)

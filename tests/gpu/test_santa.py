@@ -272,3 +272,14 @@ def test_refusals():
     q, k, v = tensors(3000)
     with pytest.raises(ValueError, match="shared=False: must be True on CUDA"):
         op(q, k, v, shared=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("draws", [None, [64] * 8])
+def test_what_is_no_number_shows_in_its_own_rows_alone(draws, dtype):
+    q, k, v = tensors(5000, Lq=2, B=3, dtype=dtype)
+    q[0, 5, 1, 7], k[1, 1, 4999, 3] = torch.nan, torch.nan
+    want = torch.zeros(3, 8, 2, dtype=torch.bool, device="cuda")
+    want[0, 5, 1], want[1, 4:, 1] = True, True  # a query in its row; the last key in the rows that see it
+    out, lse = K.santa_triton(q, k, v, draws, 0.125, seed_of(0), 1)
+    assert torch.equal(lse.isnan(), want) and torch.equal(out.isnan(), want[..., None].expand_as(out))

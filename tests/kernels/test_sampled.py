@@ -161,6 +161,39 @@ def test_what_lies_before_the_window_is_not_read(poison, small_tiles, monkeypatc
     assert [x.isnan().all((1, 2)).int().tolist() for x in several] == [[1] * 5 + [0] * 2, [1] * 2 + [0] * 5]
 
 
+@pytest.mark.parametrize("forms", [{}, {"window": 40}, {"softcap": 5.0}, {"bernoulli": 4}, {"sinks": torch.ones(4)}])
+@pytest.mark.parametrize("draws, bad", [(None, math.inf), ([8] * 4, math.nan)])
+@pytest.mark.parametrize("part", ["query", "key"])
+def test_what_is_no_number_shows_where_exact_attention_shows_it(part, bad, draws, forms, small_tiles):
+    """A key in every row that sees it, a query in its own alone; the other rows of its key head share its draws."""
+    q, k, v = tokens(3, 60, 2, 4, 2)
+    feature = (q[1, :2].abs().amin((0, 1))).argmax()  # one that rounded queries need
+    if part == "query":
+        q[1, 0, 1, feature] = bad
+    else:
+        k[1, 0, 59, feature] = bad  # the last query sees it, no other one
+    out, lse = K.santa_triton(q, k, v, draws, 0.25, SEED, 5, **forms)
+    want = torch.zeros(2, 4, 3, dtype=torch.bool)
+    want[1, 0, 1] = part == "query"
+    want[1, :2, 2] = part == "key"
+    if math.isinf(bad) and part == "key":
+        want &= q[..., feature] > 0  # others give it the weight 0
+    if math.isinf(bad) and "softcap" in forms:
+        want &= False  # tanh makes a number of it
+    assert torch.equal(lse.isnan(), want)
+    assert torch.equal(out.isnan(), want[..., None].expand_as(out))
+
+
+def test_keys_that_are_no_numbers_count_for_nothing_where_they_are_hidden(small_tiles):
+    q, k, v = tokens(1, 60, 2, 4, 2)
+    padding = torch.ones(2, 60, dtype=torch.bool)
+    padding[1, 20:40] = False
+    dirty = k.masked_fill(~padding[:, None, :, None], math.nan)
+    for draws in (None, [8] * 4):
+        clean = K.santa_triton(q, k, v, draws, 0.25, SEED, 5, padding=padding)
+        assert all(map(torch.equal, K.santa_triton(q, dirty, v, draws, 0.25, SEED, 5, padding=padding), clean))
+
+
 def test_queries_without_keys_give_zero(small_tiles):
     q, k, v = tokens(2, 70, 2)
     padding = torch.ones(2, 70, dtype=torch.bool)

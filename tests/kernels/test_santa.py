@@ -761,6 +761,13 @@ def test_dtypes(dtype):
     assert wrong < 0.05
 
 
+def test_the_signature_of_0_1_0_still_runs():
+    q, k, v = tokens(1, 60)
+    assert all(map(torch.equal, op(q, k, v, layers=[]), op(q, k, v)))
+    with pytest.raises(ValueError, match=r"layers=\[3\]: must be \[\]"):
+        op(q, k, v, layers=[3])
+
+
 def test_wrong_arguments():
     q, k, v = tokens(1, 40, 2, 4, 2)
     with pytest.raises(ValueError, match="query: 17 rows; must be 1 to 16"):

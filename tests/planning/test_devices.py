@@ -20,7 +20,7 @@ from express_compile.planning import devices
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(devices, "name_of", lambda kind: "CPU, 99 threads")  # of which nothing is shipped
-    devices.known.cache_clear()
+    devices.device_of.cache_clear()
     yield
     devices.known.cache_clear()
 

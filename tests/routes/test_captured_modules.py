@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from express_compile import explain, is_rewritten, record_sites, restore_attention, rewrite_attention
+from express_compile.routes.capture import is_captured
 from express_compile.routes.dynamo import _TRIES
 
 N, C, H = 80, 16, 2
@@ -592,20 +593,52 @@ def test_restoring_leaves_the_users_own_compilation_alone() -> None:
     assert len(graphs) == 1
 
 
+class Parted(nn.Module):
+    """A layer with a graph break behind its attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.attn(x)
+        torch._dynamo.graph_break()
+        return x + y
+
+
+@torch.no_grad()
+def test_more_layers_are_parted_by_graph_breaks_than_dynamo_makes_graphs_of_one_code() -> None:
+    model = build(lambda: nn.Sequential(*(Parted() for _ in range(5))))
+    want = model(states())
+    with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=2):
+        rewrite_attention(model, methods=["exact"], strict=True)
+        for _ in range(2):
+            with record_sites() as sites:
+                assert (model(states()) - want).abs().max() < 1e-4 * want.abs().max()
+            assert [site.module for site in sites] == [f"{i}.attn" for i in range(5)]
+
+
 TRACERS: dict[str, Callable[[nn.Module], Any]] = {
-    "export": lambda m: torch.export.export(m, (states(),), strict=False),
-    "strict export": lambda m: torch.export.export(m, (states(),), strict=True),
-    "dynamic export": lambda m: torch.export.export(
-        m, (states(),), strict=False, dynamic_shapes=({1: torch.export.Dim.AUTO},)
-    ),
     "jit.trace": lambda m: torch.jit.trace(m, (states(),)),
     "jit.trace of a function": lambda m: torch.jit.trace(lambda x: m(x), (states(),)),
     "jit.script": torch.jit.script,
     "fx": lambda m: torch.fx.symbolic_trace(nn.Sequential(m)),
+    "fx of the model itself": torch.fx.symbolic_trace,
+    "fx of the attention itself": lambda m: torch.fx.symbolic_trace([x for x in m.modules() if is_captured(x)][-1]),
     "make_fx": lambda m: torch.fx.experimental.proxy_tensor.make_fx(m)(states()),
-    "part": lambda m: torch.export.export(nn.Sequential(nn.Identity(), m), (states(),), strict=False),
     "onnx": lambda m: torch.onnx.export(m, (states(),), "never.onnx", dynamo=False),
 }
+
+
+@torch.no_grad()
+def test_fx_may_leave_a_rewritten_module_as_a_leaf(thin) -> None:
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            return isinstance(module, Two)
+
+    model = nn.Sequential(nn.Identity(), rewritten(build(Two)))
+    traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    assert torch.equal(traced(states()), thin) and verdicts(lambda: traced(states())) == ["rewritten"] * 2
 
 
 @pytest.mark.filterwarnings("ignore")

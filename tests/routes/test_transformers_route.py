@@ -140,6 +140,67 @@ def test_strict_raises_where_weights_are_asked_for():
         model(IDS, output_attentions=True)
 
 
+def t5(attention: str = "eager") -> nn.Module:
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+    return build(transformers.T5ForConditionalGeneration, transformers.T5Config(**sizes), attention)
+
+
+ORDERS = {
+    "before": lambda model: rewrite_attention(asking(model), **EXPRESS),
+    "after": lambda model: asking(rewrite_attention(model, **EXPRESS)),
+    "twice": lambda model: rewrite_attention(asking(rewrite_attention(model, **EXPRESS)), methods=["exact"]),
+    "copied": lambda model: asking(pickle.loads(pickle.dumps(rewrite_attention(model, **EXPRESS)))),
+    "restored": lambda model: restore_attention(asking(rewrite_attention(model, **EXPRESS))),
+}
+
+
+def asking(model: nn.Module) -> nn.Module:
+    model.config.output_attentions = True
+    return model
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("make", [llama, bert, t5, llava], ids=lambda make: make.__name__)
+def test_a_configuration_asks_for_weights_and_is_saved_as_without_us(make, order, tmp_path):
+    asked = {"input_ids": IDS, **({"decoder_input_ids": IDS} if make is t5 else {})}
+    plain = asking(make())
+    want, model = plain(**asked), order(make())
+    got = model(**asked)
+    names = [name for name in want if "attentions" in name]
+    assert bool(names) == (make in (llama, bert))  # the parts of the others have configurations of their own
+    assert [name for name in got if "attentions" in name] == names
+    assert all(same(want[name], got[name]) for name in names)
+    plain.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "ours")
+    for file in (tmp_path / "plain").glob("*.json"):
+        assert (tmp_path / "ours" / file.name).read_text() == file.read_text()
+    assert "express" not in model.config.to_json_string(use_diff=False)
+    assert type(model).from_pretrained(tmp_path / "ours", attn_implementation="eager").config.output_attentions
+
+
+@pytest.mark.parametrize("make", [llama, bert, t5], ids=lambda make: make.__name__)
+def test_a_configuration_without_eager_attention_says_why_it_gives_no_weights(make, tmp_path):
+    model = rewrite_attention(make("sdpa"), **EXPRESS)
+    with pytest.raises(ValueError, match=r"output_attentions=True: the model ran 'sdpa' attention before rewrite"):
+        model.config.output_attentions = True
+    assert model.config.output_attentions is False
+    model.config._output_attentions = True
+    with pytest.raises(Exception, match=r"output_attentions=True: the model ran 'sdpa' attention before rewrite"):
+        model.save_pretrained(tmp_path)
+    model.config.output_attentions = False
+    model.save_pretrained(tmp_path)
+    assert not any("express" in file.read_text() for file in tmp_path.glob("*.json"))
+
+
+def test_a_configuration_that_is_not_ours_asks_for_weights_as_ever():
+    config = transformers.LlamaConfig(**SIZES, **TOKENS, attn_implementation="sdpa")
+    with pytest.raises(ValueError, match="attribute is not supported when using the `attn_implementation` set to sdpa"):
+        config.output_attentions = True
+    fresh = transformers.LlamaConfig(**SIZES, **TOKENS)
+    fresh.output_attentions = True
+    assert fresh._attn_implementation == "eager" and fresh.output_attentions is True
+
+
 # ------------------------------------------------------------------------------------ another attention by name
 
 
@@ -525,32 +586,19 @@ class Logits(nn.Module):
         return self.model(ids, use_cache=False).logits
 
 
-EXPORTS: dict[str, Callable[[nn.Module], Any]] = {
-    "static": lambda m: torch.export.export(m, (IDS,), strict=False).module(),
-    "dynamic": lambda m: torch.export.export(
-        m, (IDS,), dynamic_shapes=({1: torch.export.Dim.AUTO},), strict=False
-    ).module(),
-    "trace": lambda m: torch.jit.trace(m, (IDS,), check_trace=False),
-}
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("export", EXPORTS.values(), ids=EXPORTS)
-def test_a_model_rewritten_to_exact_is_exported_and_another_one_says_what_to_do(export):
+def test_a_model_rewritten_to_exact_is_traced_and_another_one_says_what_to_do():
+    def trace(model: nn.Module) -> Any:
+        return torch.jit.trace(model, (IDS,), check_trace=False)
+
     model = Logits(llama("sdpa")).eval()
     before = model(IDS)
     rewrite_attention(model, methods=["exact"])
-    assert (export(model)(IDS) - before).abs().max() <= 1e-6
+    assert (trace(model)(IDS) - before).abs().max() <= 1e-6
     rewrite_attention(model, **EXPRESS)
     with pytest.raises(RuntimeError, match=r"call restore_attention\(model\)"):
-        export(model)
-    assert (export(restore_attention(model))(IDS) - before).abs().max() <= 1e-6
-
-
-def test_strict_export_says_what_to_do():
-    model = Logits(rewrite_attention(llama("sdpa"), **EXPRESS)).eval()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"call restore_attention\(model\)"):
-        torch.export.export(model, (IDS,), strict=True)
+        trace(model)
+    assert (trace(restore_attention(model))(IDS) - before).abs().max() <= 1e-6
 
 
 def test_whether_this_is_an_export_is_asked_in_one_place():
@@ -580,6 +628,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_generate_gives_the_same_whatever_it_is_asked(options):
+    """Bit by bit, but for a static cache: its empty places are not read, so sums of one row less may round apart."""
     one = "prompt_lookup_num_tokens" in options
     ids, padding = (IDS[1:], None) if one else (IDS, PADDING)
     model = llama("sdpa")
@@ -593,7 +642,10 @@ def test_generate_gives_the_same_whatever_it_is_asked(options):
     rewrite_attention(model, methods=["exact"])
     after = generate()
     assert torch.equal(before.sequences, after.sequences) and before.keys() == after.keys()
-    assert same(before.logits, after.logits)
+    if options.get("cache_implementation") == "static":
+        torch.testing.assert_close(before.logits, after.logits, rtol=1e-6, atol=1e-6)
+    else:
+        assert same(before.logits, after.logits)
 
 
 def test_a_rewritten_model_moves_saves_and_ties_as_before(tmp_path):
@@ -608,3 +660,64 @@ def test_a_rewritten_model_moves_saves_and_ties_as_before(tmp_path):
     assert again.config._attn_implementation == "sdpa" and again.lm_head.weight is again.model.embed_tokens.weight
     assert NAME not in (tmp_path / "config.json").read_text()
     assert same(again.state_dict()["lm_head.weight"], model.state_dict()["lm_head.weight"])
+
+
+# ------------------------------------------------------------------------------------- masks that are read by value
+
+
+def llama4(attention: str = "eager", chunk: int = 8192) -> nn.Module:
+    more = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}
+    config = transformers.Llama4TextConfig(**SIZES, **TOKENS, **more, attention_chunk_size=chunk)
+    return build(transformers.Llama4ForCausalLM, config, attention)
+
+
+@pytest.mark.parametrize("mask, shown", [(None, "causal"), (PADDING, "causal, key padding")], ids=["all", "padded"])
+@pytest.mark.parametrize("chunk, fits", [(8192, True), (8, True), (5, False)])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_chunks_that_are_longer_than_the_sequence_are_proven(attention, chunk, fits, mask, shown):
+    model = llama4(attention, chunk)
+    with torch.no_grad():
+        want = model(IDS, attention_mask=mask).logits
+        rewrite_attention(model, methods=["exact"])
+        with record_sites() as sites:
+            got = model(IDS, attention_mask=mask).logits
+    # in a padded batch of chunks of 5 the first sequence has 5 real tokens, but the other one has 8
+    assert {site.mask == shown for site in sites} == {fits} and len(sites) == 2
+    real = torch.ones_like(IDS) if mask is None else mask
+    assert ((got - want).abs().amax(-1) * real).max() < 2e-6
+
+
+def test_images_hide_nothing_in_a_batch_without_any():
+    model, plain = gemma3(), gemma3()
+    for types, shown in ((torch.zeros_like(IDS), "causal"), (PREFIX.flip(1), None)):
+        with torch.no_grad():
+            want = plain(IDS, token_type_ids=types).logits
+            rewrite_attention(model, methods=["exact"])
+            with record_sites() as sites:
+                got = model(IDS, token_type_ids=types).logits
+        masks = [site.mask for site in sites if "language_model" in site.module]
+        assert (masks[0] == shown) == (shown is not None) and (got - want).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("q_offset", [0, 2])
+def test_a_mask_that_differs_anywhere_from_a_causal_one_is_not_proven(padded, q_offset):
+    Lq, Lk = 4, 4 + q_offset
+    padding = torch.ones(2, Lk, dtype=torch.bool)
+    padding[1, :2] = not padded
+    held = torch.zeros(2, 1, Lq, Lk, dtype=torch.bool)
+
+    def function(b, h, q, k):
+        return (k <= q) ^ held[b, h, q - q_offset, k]
+
+    def made() -> Any:
+        places = {"batch_size": 2, "q_length": Lq, "kv_length": Lk, "q_offset": q_offset}
+        return make_mask(**places, mask_function=function, attention_mask=padding, allow_is_causal_skip=False)
+
+    mask, exact = made(), torch.ones(Lq, Lk, dtype=torch.bool).tril(q_offset) & padding[:, None, None]
+    assert isinstance(mask, ProvenMask) and mask.proven == Mask(causal=True, offset=q_offset, padding=padded)
+    assert mask.visible == Lk and torch.equal(mask.exact(), exact)
+    assert (mask.padding is None) != padded and (not padded or torch.equal(mask.padding, padding))
+    for place in (padding[:, None, None] & torch.ones(Lq, Lk, dtype=torch.bool)).nonzero().tolist():
+        held.zero_()[tuple(place)] = True
+        assert not isinstance(made(), ProvenMask)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .attention import attend
-from .configs import install, remove
+from .configs import install, let_ask_for_weights, remove
 from .masks import NAMES, make_mask
 from .sites import find_sites, installed, rewritten_sites
 
@@ -27,3 +27,4 @@ __all__ = ["find_sites", "install", "installed", "remove", "rewritten_sites"]
 for name in NAMES.values():
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, make_mask)
+let_ask_for_weights()

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import _active_collector
 
@@ -23,10 +24,11 @@ from ...core.plan import Plan
 from ...core.spec import AttentionSpec, Mask
 from ...kernels.launch import constant
 from ...planning.choose import Question, answer, require
-from ..tracers import cannot_trace, is_exporting, untraced
+from ..tracers import cannot_trace, is_exporting, refuse_strict_export, tracer, untraced
 from ..watched import sampled
+from .layers import layer_of
 from .masks import NAME, ProvenMask
-from .proof import EXTRAS, Given, is_proven, prove
+from .proof import EXTRAS, Given, Proof, is_proven, prove
 from .sites import NEEDS_EAGER, Site, site_of, traced
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
@@ -52,10 +54,20 @@ def attend(
     """What transformers calls: ``[B, H, L, D]`` in, ``[B, Lq, H, Dv]`` out."""
     given = Given(module, query, key, value, attention_mask, arguments)
     if is_exporting():
-        return _export(given)
+        return _traced(given) if torch.compiler.is_dynamo_compiling() else _exported(given)
     if torch.compiler.is_compiling() and query.shape[2] == 1:
         return _step(given)
     return _run_eagerly(given)
+
+
+def _site(given: Given) -> Site:
+    site = site_of(given.module)
+    if site is None:
+        raise RuntimeError(
+            f"{type(given.module).__name__} was sent to express_compile's attention but was never rewritten: it was "
+            "added to a rewritten model, or its configuration was copied from one; call rewrite_attention on this model"
+        )
+    return site
 
 
 def _prove_and_run(site: Site, given: Given, decide: Callable[[AttentionSpec], tuple[Plan, Run]]) -> Result:
@@ -64,10 +76,8 @@ def _prove_and_run(site: Site, given: Given, decide: Callable[[AttentionSpec], t
     spec = proof.spec(given)
     plan, run = decide(spec)
     if plan.verdict != "rewritten":
-        return _exact(site, given)
-    key, value = given.key, given.value
-    if proof.visible != key.shape[2]:
-        key, value = key[:, :, : proof.visible], value[:, :, : proof.visible]
+        return _exact_step(given, proof, spec) or _exact(site, given)
+    key, value = proof.seen(given)
     seed = _seed_of_step(_seed(site.plans.policy.seed, given.query), spec, given.arguments)
     sinks = given.arguments["s_aux"] if spec.sinks else None
     call = Call(given.query, key, value, proof.padding, seed, spec.scale, site.layer, sinks=sinks, options=plan.params)
@@ -80,14 +90,13 @@ def _prove_and_run(site: Site, given: Given, decide: Callable[[AttentionSpec], t
 
 @untraced
 def _run_eagerly(given: Given) -> Result:
-    if torch.jit.is_tracing() or get_proxy_mode() is not None:  # type: ignore[attr-defined]
-        return _export(given)
-    site, module = site_of(given.module), given.module
-    if site is None:
-        raise RuntimeError(
-            f"{type(module).__name__} was sent to express_compile's attention but was never rewritten: it was added to "
-            "a rewritten model, or its configuration was copied from one; call rewrite_attention on this model"
-        )
+    if tracer() is not None:
+        return _traced(given)
+    if (layer := layer_of(given.key)) is not None:
+        out = layer.attend(given, wants_weights(given))
+        if out is not None:
+            return out.transpose(1, 2).contiguous(), None
+    site, module = _site(given), given.module
     shadow = None if module.training else site.shadow
 
     def decide(spec: AttentionSpec) -> tuple[Plan, Run]:
@@ -114,7 +123,6 @@ def _step(given: Given) -> Result:
         any(arguments.get(name) is not None for name in (*EXTRAS, *NEEDS_EAGER))
         or wants_weights(given)
         or isinstance(arguments.get("scaling"), torch.Tensor)
-        or not site.decodes
         or site.shadow is not None
         or site.exact == "eager"
     ):
@@ -153,23 +161,57 @@ def _step_in_graph(
     return _prove_and_run(site, given, decide)[0]
 
 
-# ---- in exported programs ------------------------------------------------------------------------------------------
-
-
-def _export(given: Given) -> Result:
-    """A call that is traced into a program: what is exact by its policy stays what it is, the rest cannot be kept."""
-    site = site_of(given.module)
-    if site is None or site.plans.methods(site.path) != ("exact",):
-        return _refuse_export(given.module)
-    return _exact(site, given)
+# ---- in exported and traced programs -------------------------------------------------------------------------------
 
 
 @untraced
-def _refuse_export(module: Any) -> NoReturn:
-    raise RuntimeError(cannot_trace(type(module).__name__, "torch.export"))
+def _exported(given: Given) -> Result:
+    """A call in a program that torch.export makes; sizes may be symbols, and then the plan holds for all of them."""
+    site = _site(given)
+    if layer_of(given.key) is not None:
+        raise RuntimeError(f"{site.path}: an ExpressCache cannot become a part of an exported program; use_cache=False")
+
+    def decide(spec: AttentionSpec) -> tuple[Plan, Run]:
+        plan = answer(Question(module=site.path, spec=spec, gradient=given.gradient), site.plans.policy)
+        if wants_weights(given):
+            plan = Plan("exact", "refused", _WEIGHTS[site.given == "eager"])
+        site.report(plan, spec)
+        require([(site.path, plan)], site.plans.policy)
+        return plan, lambda op, call: call.run(op)
+
+    return _prove_and_run(site, given, decide)
+
+
+def _traced(given: Given) -> Result:
+    """A call that is traced into a program that keeps what is exact by its policy, and cannot keep the rest."""
+    site, name = site_of(given.module), type(given.module).__name__
+    if site is None or site.methods != ("exact",):
+        refuse_strict_export(name)
+        raise RuntimeError(cannot_trace(name, tracer() or "torch.jit"))
+    return _exact(site, given)
 
 
 # ---- exactly -------------------------------------------------------------------------------------------------------
+
+
+def _exact_step(given: Given, proof: Proof, spec: AttentionSpec) -> Result | None:
+    """A step of decoding by our own kernel, which needs no dense mask and no copies of heads, and leaves alone what
+    is not filled; None where that is not known to be the same, or the call wants more than the result."""
+    tensors, op = (given.query, given.key, given.value), METHODS["exact"].step(spec)
+    if (
+        op is None
+        or (given.mask is None and not given.query.is_cuda)  # PyTorch reads all there is, and nothing else
+        or (given.eager and spec.Lq > 1 and spec.mask.padding)  # eager attention gives padded queries a mean
+        or given.gradient is not None
+        or wants_weights(given)
+        or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or any(is_traceable_wrapper_subclass(x) for x in tensors)
+    ):
+        return None
+    key, value = proof.seen(given)
+    out = op(given.query, key, value, proof.padding, spec.scale)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _exact(site: Site, given: Given) -> Result:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import warnings
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ...core.method import METHODS
 from ...core.plan import Plan
 from ...core.policy import Policy
 from ...core.spec import layer_key
@@ -39,7 +39,7 @@ def install(model: nn.Module, sites: dict[str, tuple[Any, str]], policy: Policy)
             eager=function.__globals__.get("eager_attention_forward"),
             source=f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}",
             plans=plans,
-            decodes=any(METHODS[name].decodes for name in plans.methods(path)),
+            methods=plans.methods(path),
         )
         module.__dict__[SITE] = site
         module.register_forward_pre_hook(_check_in_force)
@@ -123,6 +123,51 @@ class _Pointed:
         for name, original in self.originals.items():
             if getattr(module, name, None) is ours[id(original)]:
                 setattr(module, name, original)
+
+
+def let_ask_for_weights() -> None:
+    """Let configurations ask for attention weights under our name as under the one before.
+
+    transformers allows ``output_attentions`` under the name "eager" only, when it is set and when a configuration is
+    saved, and has no place to say so of other names. Nothing changes for configurations that are not ours.
+    """
+    known = vars(PreTrainedConfig)["output_attentions"]
+
+    def set_output_attentions(self: Any, value: bool | None) -> None:
+        if self._attn_implementation in NAMES.values():
+            _check_weights(self, value)
+            self._output_attentions = value
+        else:
+            known.fset(self, value)
+
+    PreTrainedConfig.output_attentions = known.setter(set_output_attentions)  # type: ignore[method-assign]
+    check = vars(PreTrainedConfig).get("validate_output_attentions")
+    if check is None:
+        return
+
+    @wraps(check)
+    def validate_output_attentions(self: Any) -> None:
+        if self._attn_implementation in NAMES.values():
+            _check_weights(self, self.output_attentions)
+        else:
+            check(self)
+
+    PreTrainedConfig.validate_output_attentions = validate_output_attentions  # type: ignore[method-assign]
+    classes = [PreTrainedConfig]
+    for cls in classes:  # each has made a list of its checks when it was made
+        classes += cls.__subclasses__()
+        checks = vars(cls).get("__class_validators__", [])
+        checks[:] = [validate_output_attentions if x is check else x for x in checks]
+
+
+def _check_weights(config: Any, value: bool | None) -> None:
+    """``ValueError`` where a rewritten model is asked for weights that its own attention does not give."""
+    if value and (given := name_before(config)) != "eager":
+        raise ValueError(
+            f"output_attentions={value!r}: the model ran {given!r} attention before rewrite_attention, which gives no "
+            "weights; only attn_implementation='eager' does: restore_attention(model), "
+            "model.set_attn_implementation('eager'), and rewrite it again"
+        )
 
 
 def _state(config: Any) -> dict[str, Any]:

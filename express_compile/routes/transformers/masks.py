@@ -18,6 +18,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.utils.import_utils import is_tracing
 
 from ...core.spec import Mask
+from ...kernels.launch import on_another_thread
+from ..program import without_wide_window
 from ..tracers import is_exporting, untraced
 from .mask_functions import proven
 
@@ -192,16 +194,33 @@ def make_mask(
     }
     if getattr(rest.get("config"), "_attn_implementation", None) == NAMES["eager"]:
         arguments["allow_is_causal_skip"] = False
-    if torch.compiler.is_compiling() and (q_length == 1 or is_exporting()):
+    if torch.compiler.is_dynamo_compiling() and (q_length == 1 or is_exporting()):
         return _sdpa_mask()(**arguments)
-    return _make_mask(arguments)
+    return _make_mask_of_program(arguments) if is_exporting() else _make_mask(arguments)
+
+
+def _make_mask_of_program(arguments: dict[str, Any]) -> torch.Tensor | None:
+    """A mask in a program that torch.export makes, where sizes may be symbols and tensors have no values yet."""
+    q_length, kv_length, padding = (arguments[name] for name in ("q_length", "kv_length", "attention_mask"))
+    # tracing, and the fake tensors of it, belong to a thread
+    known = on_another_thread(proven, arguments["mask_function"])
+    causal, window = known.causal, known.window
+    plain = known == Mask(causal=causal, window=window) and (causal or window is None)
+    plain = plain and arguments.get("local_size") in (None, window)
+    offsets = [arguments["q_offset"], arguments["kv_offset"]]
+    starts = all(isinstance(x, int) and x == 0 for x in offsets) and bool(q_length == kv_length)
+    fits = padding is None or (padding.dim() == 2 and bool(padding.shape[1] == kv_length))
+    if not plain or not fits or not (starts or not causal):
+        return _sdpa_mask()(**arguments)
+    shown = without_wide_window(Mask(causal=causal, window=window, padding=padding is not None), kv_length)
+    return ProvenMask(shown, kv_length, None if padding is None else padding.bool(), arguments)
 
 
 @untraced
 def _make_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
     q_length, kv_length = arguments["q_length"], arguments["kv_length"]
-    q_offset, kv_offset = arguments["q_offset"], arguments["kv_offset"]
-    mask_function, attention_mask = arguments["mask_function"], arguments["attention_mask"]
+    q_offset, attention_mask = arguments["q_offset"], arguments["attention_mask"]
+    mask_function = arguments["mask_function"]
     local_size = arguments.get("local_size")
     tracing = is_tracing(attention_mask if attention_mask is not None else q_offset)
     known = Mask(unknown="it is traced") if tracing else proven(mask_function)
@@ -212,24 +231,67 @@ def _make_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
         # One query needs no mask function: its mask *is* the padding, which the attention function reads off.
         mask = _sdpa_mask()(**arguments)
         if mask is not None and not tracing and not plain:
+            if q_length > 1 and (same := _as_causal(mask, arguments)) is not None:
+                return same
             other = "packed sequences, blocks or a custom mask function"
             setattr(mask, _REASON, other if local_size is None else f"local attention over {local_size} keys")
         return mask
-    # A StaticCache keeps q_offset in a tensor that it advances in place before attention runs: take its value now.
-    arguments = {**arguments, "q_offset": int(q_offset)}
-    offset = arguments["q_offset"] - kv_offset if causal else 0
-    visible = min(kv_length, q_length + offset) if causal else kv_length
-    if offset < 0 or (attention_mask is not None and attention_mask.shape[:-1] != (arguments["batch_size"],)):
+    arguments, offset, visible = _placed(arguments, causal)
+    if offset < 0 or not _is_padding(arguments):
         return _sdpa_mask()(**arguments)
-    padding = None
-    if attention_mask is not None:
-        padding = attention_mask[:, kv_offset : kv_offset + visible].bool()
-        padding = nn.functional.pad(padding, (0, visible - padding.shape[1]))
-        # transformers' own mask functions read this one bit back, too
-        padding = None if bool(padding.all()) else padding
+    padding = _padding(arguments, visible)
+    # transformers' own mask functions read this one bit back, too
+    padding = None if padding is None or bool(padding.all()) else padding
     may_skip = arguments.get("allow_is_causal_skip", True) if causal else arguments.get("allow_is_bidirectional_skip")
     if may_skip and padding is None and (offset == 0 or q_length == kv_length) and _sdpa_mask()(**arguments) is None:
         return None  # model code may behave in another way if there is a mask where sdpa needs none
     window = None if window is None or window >= visible else window
     shown = Mask(causal=causal, offset=offset, window=window, padding=padding is not None)
     return ProvenMask(shown, visible, padding, arguments)
+
+
+def _placed(arguments: dict[str, Any], causal: bool) -> tuple[dict[str, Any], int, int]:
+    """The arguments with a number for ``q_offset``, which a StaticCache keeps in a tensor that it advances in place
+    before attention runs; by how much queries are behind the keys of their number; and how many keys are visible."""
+    arguments = {**arguments, "q_offset": int(arguments["q_offset"])}
+    offset = arguments["q_offset"] - arguments["kv_offset"] if causal else 0
+    length = arguments["kv_length"]
+    return arguments, offset, min(length, arguments["q_length"] + offset) if causal else length
+
+
+def _is_padding(arguments: dict[str, Any]) -> bool:
+    """Whether the mask of the caller says which tokens are real, if there is one."""
+    known = arguments["attention_mask"]
+    return known is None or known.shape[:-1] == (arguments["batch_size"],)
+
+
+def _padding(arguments: dict[str, Any], visible: int) -> torch.Tensor | None:
+    """Which of the visible keys are real tokens, bool ``[B, visible]``; None where the caller does not say so."""
+    known, start = arguments["attention_mask"], arguments["kv_offset"]
+    if known is None:
+        return None
+    padding = known[:, start : start + visible].bool()
+    return nn.functional.pad(padding, (0, visible - padding.shape[1]))
+
+
+def _as_causal(mask: torch.Tensor, arguments: dict[str, Any]) -> ProvenMask | None:
+    """A mask of any function, which hides keys by value as a causal one with a padding does, as that one: chunks that
+    are longer than the sequence, images in a batch without any. None for any other.
+
+    It was built already; a query is compared first, and then a sequence at a time.
+    """
+    arguments, offset, visible = _placed(arguments, causal=True)
+    if offset < 0 or not _is_padding(arguments) or mask.dtype != torch.bool or mask.shape[1] != 1:
+        return None
+    padding, (_, _, Lq, Lk) = _padding(arguments, visible), mask.shape
+    keys = torch.arange(Lk, device=mask.device)
+    shown = keys[None] < visible
+    if padding is not None:
+        shown = nn.functional.pad(padding, (0, Lk - visible))
+    if not torch.equal(mask[:, 0, -1], shown.expand(len(mask), Lk)):
+        return None
+    seen = keys <= torch.arange(offset, offset + Lq, device=mask.device)[:, None]
+    if not all(torch.equal(own[0], seen & one) for own, one in zip(mask, shown.expand(len(mask), Lk), strict=True)):
+        return None
+    padding = None if padding is None or bool(padding.all()) else padding
+    return ProvenMask(Mask(causal=True, offset=offset, padding=padding is not None), visible, padding, arguments)

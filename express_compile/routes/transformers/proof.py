@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 
 from ...core.spec import AttentionSpec, Mask, default_scale, feature_major
+from ..program import proven_in_program
+from ..tracers import is_exporting
 from .masks import NAMES, ProvenMask, reason_of
 from .sites import Site
 
@@ -62,6 +64,12 @@ class Proof(NamedTuple):
     padding: torch.Tensor | None
     visible: Any
 
+    def seen(self, given: Given) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values that are visible at all."""
+        if self.visible == given.key.shape[2]:
+            return given.key, given.value
+        return given.key[:, :, : self.visible], given.value[:, :, : self.visible]
+
     def spec(self, given: Given) -> AttentionSpec:
         """What the call computes."""
         (B, H, Lq, D), H_kv, Dv = given.query.shape, given.key.shape[1], given.value.shape[3]
@@ -94,6 +102,8 @@ def prove(site: Site, given: Given) -> Proof:
     row = _key_padding(mask, (B, H, Lq, Lk)) if Lq == 1 or not causal else None
     if row is not None:
         return Proof(Mask(causal=causal, offset=Lk - 1 if causal else 0, padding=True), row, Lk)
+    if is_exporting() and (shown := proven_in_program(mask, (B, H, Lq, Lk))) is not None:
+        return Proof(shown, None, Lk)
     return Proof(Mask(unknown=reason_of(mask)), None, Lk)
 
 
@@ -111,7 +121,7 @@ def _unreadable(given: Given, unlike: str | None) -> str | None:
         return f"query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
     if not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:
         return "query, key and value differ in dtype or device"
-    if window is not None and window < Lk and not _has_window(mask, window):
+    if window is not None and not _has_window(mask, window) and window < Lk:
         return f"local attention over {window} keys"
     if is_proven(mask) and (mask.shape[2:] != (Lq, Lk) or mask.shape[0] != B):
         return f"the mask has shape {tuple(mask.shape)} and does not fit {Lq} queries and {Lk} keys"
@@ -139,6 +149,8 @@ def _unlike_sdpa(site: Site, given: Given) -> str | None:
 
 def _has_window(mask: torch.Tensor | None, window: int) -> bool:
     """Whether a mask says by itself what a window hides: it is proven, or it is all that hides keys from one query."""
+    if is_exporting():
+        return mask is not None  # transformers leaves none out there
     if is_proven(mask):
         return mask.proven.window == window
     return mask is not None and mask.dim() == 4 and mask.shape[2] == 1

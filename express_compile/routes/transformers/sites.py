@@ -113,7 +113,7 @@ class Site:
     given: the name of the attention that the model ran before.
     eager: transformers' attention that is written out, where the model's file has it.
     source: ``file:line`` of the method that looks its attention up.
-    decodes: whether one of the methods may take a single query.
+    methods: those that its calls may have.
     shadow: what samples its error while the model is watched; stays behind when the site is copied.
     token: what a compiled graph knows it by; copies have their own.
     """
@@ -125,7 +125,7 @@ class Site:
     eager: Callable[..., Any] | None = field(repr=False)
     source: str
     plans: Plans = field(repr=False)
-    decodes: bool
+    methods: tuple[str, ...]
     shadow: Shadow | None = field(default=None, repr=False)
     token: str = field(default="", repr=False)
 

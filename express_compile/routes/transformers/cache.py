@@ -1,0 +1,383 @@
+"""A cache of transformers that holds the rows of a plan: :class:`ExpressCache`."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+import weakref
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from ...core.plan import SavedPlan
+from ...core.policy import Policy
+from ...core.rows import Rows, describe
+from ...core.rows import heads as rows_of_heads
+from ...core.spec import Site as Where
+from ...core.spec import floor_power_of_two, layer_key
+from ...kernels.express import Express
+from ...kernels.heads import EVERYTHING, PerHead
+from ...kernels.held import Held, HeldRows
+from ...kernels.launch import Random
+from ...planning.choose import methods_of
+from ..eager import rewrite_attention, rewritten_sites
+from .layers import ExpressLayer, Place, Step
+from .sites import installed
+
+_ROWS = ("budget", "sinks", "recent", "protected")
+_OTHERS = ("halving", "inflation", "flatten", "block")
+_VERSION = 1
+_SHAPE = (
+    "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "rope_theta",
+)  # fmt: skip
+
+
+class ExpressCache(Cache):
+    """A cache for ``generate()`` and for calls of a model that holds the rows of a plan, whatever the length.
+
+    >>> cache = ExpressCache(model, budget=512)
+    >>> model.generate(**inputs, past_key_values=cache, max_new_tokens=4096)
+
+    model: a causal language model of transformers. If it is not rewritten yet, it is, by
+        ``rewrite_attention(model, methods=["exact"])``: nothing else that it computes changes.
+    plan: a :class:`SavedPlan` or the path of a file with one. Layers that are not in it hold everything.
+    rows: instead, the :class:`Rows` of every KV head, one for all, or a mapping of module paths to these, as for
+        ``PerHead``; layers that a mapping does not name hold everything.
+    options: instead, one plan for all heads: ``budget`` (512; s of a coreset of fewer than 6 s rows, rounded down to
+        a power of two, or 0 for none), ``sinks`` (32), ``recent`` (256), ``protected`` (256). And beside these or
+        ``rows``, what ``PerHead`` takes: ``halving``, ``inflation``, ``flatten``, ``block``. With none of all these,
+        the rows of the policy by which the model is rewritten.
+    seed: of the random numbers that thinning takes; None draws one from torch's default generator.
+
+    Heads that hold everything, and heads with ``selected`` blocks, which are chosen among all tokens, grow with the
+    length and attend to all tokens when decoding; nothing else does. Sequences that all heads hold whole are what
+    ``DynamicCache`` makes of them, bit for bit. Layers with a sliding window, of linear attention or of both kinds are
+    those of transformers, unchanged.
+
+    Left padding and padding in between take no rows. ``crop`` takes back tokens that are still held as they are, the
+    last ``recent`` ones at least in every head. A step that raised or was interrupted makes the next one raise until
+    :meth:`rollback` or :meth:`reset`. ``copy.deepcopy`` copies a prefix; :meth:`save` writes it to a file.
+
+    Raises ``TypeError`` or ``ValueError`` that name the argument, its value and what is allowed; ``ValueError`` for a
+    model of which no layer could hold less than everything.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        plan: SavedPlan | str | PathLike[str] | None = None,
+        rows: Any = None,
+        seed: int | None = 0,
+        **options: Any,
+    ) -> None:
+        seed = Policy(seed=seed).seed  # checks it
+        asked = _asked(plan, rows, options)
+        sites = _sites(model)
+        policies = {site.path: site.plans.policy for site in installed(model)}
+        if asked is None and all(methods_of(policy, path) == ("exact",) for path, policy in policies.items()):
+            asked = Policy(methods=("heads",))
+        own = {path: _rows_at(asked or policies[path], path) for path in sites}
+        self._build(model, sites, own, seed)
+        if unknown := sorted(_named(plan, rows) - set(own)):
+            name = "rows" if plan is None else "plan"
+            raise ValueError(
+                f"{name}: no full-attention layer at {', '.join(map(repr, unknown))}; there are {', '.join(own)}"
+            )
+
+    def _build(
+        self, model: PreTrainedModel, sites: Mapping[str, int], own: Mapping[str, PerHead], seed: int | None
+    ) -> None:
+        self.seed = int(torch.randint(0, 2**31 - 1, ())) if seed is None else seed
+        self._step = Step(len(sites))
+        self._model = _shape_of(model)
+        layers = DynamicCache(config=model.config).layers
+        for path, index in sites.items():
+            place = Place(index, path, layer_key(path), weakref.ref(model.get_submodule(path)))
+            layers[index] = ExpressLayer(place, own[path], self.seed, self._step)
+        super().__init__(layers=layers)
+
+    def __repr__(self) -> str:
+        kinds: dict[str, int] = {}
+        for layer in self.express_layers:
+            words = describe(layer.own.rows)
+            kinds[words] = kinds.get(words, 0) + 1
+        rows = "; ".join(f"{count} layers: {words}" for words, count in kinds.items())
+        return f"ExpressCache({self.get_seq_length()} tokens; {rows})"
+
+    # -- what there is ----------------------------------------------------------------------------------------------
+
+    @property
+    def express_layers(self) -> list[ExpressLayer]:
+        """The layers that hold the rows of a plan; the others are those of transformers."""
+        return [layer for layer in self.layers if isinstance(layer, ExpressLayer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what the layers of a plan hold."""
+        return sum(layer.nbytes for layer in self.express_layers)
+
+    @property
+    def rows_held(self) -> float:
+        """Rows that a KV head of a layer with a plan holds of a sequence, on average; 0 before the first tokens."""
+        counts = [layer.rows() for layer in self.express_layers]
+        total = sum(x.numel() for x in counts)
+        return sum(int(x.sum()) for x in counts) / total if total else 0.0
+
+    # -- steps that did not end -------------------------------------------------------------------------------------
+
+    def rollback(self) -> None:
+        """Take back a step that raised or was interrupted; nothing happens if the last step ended.
+
+        The cache is as it was before that step if it had at most 32 tokens, or if all tokens were still held.
+        Raises ``RuntimeError`` otherwise: then only :meth:`reset` helps.
+        """
+        if self._step.whole:
+            return
+        layers = self.express_layers
+        others = sorted({type(x).__name__ for x in self.layers if not isinstance(x, ExpressLayer)} - {"DummyLayer"})
+        stuck = [
+            x.place.path for x in layers if not (x.can_undo if x.place.number in self._step.done else not x.settling)
+        ]
+        if others or stuck:
+            why = f"{', '.join(others)} cannot go back" if others else f"{stuck[0]!r} has moved rows of it already"
+            raise RuntimeError(f"ExpressCache: the step cannot be taken back, {why}; reset() empties the cache")
+        for layer in layers:
+            if layer.place.number in self._step.done or layer.place.number == self._step.open:
+                layer.undo(layer.place.number in self._step.done)
+        self._step.clear()
+
+    def reset(self) -> None:
+        """Forget everything, also a step that was interrupted."""
+        super().reset()
+        self._step.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last ``-tokens_to_remove`` tokens back, of all layers or of none: ``ValueError`` where a head has
+        thinned or dropped one of them."""
+        self._step.require_whole()
+        for layer in self.express_layers:
+            layer.require_croppable(-int(tokens_to_remove))
+        super().crop(tokens_to_remove)
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the cache to a file of safetensors, in one step: the rows, and as JSON in its header the plan and the
+        shape of the model.
+
+        Raises ``RuntimeError`` after a step that was interrupted, ``ValueError`` for a cache with layers of
+        transformers or without tokens, ``OSError`` if the file cannot be written.
+        """
+        self._step.require_whole()
+        if others := sorted({type(x).__name__ for x in self.layers if not isinstance(x, ExpressLayer)}):
+            raise ValueError(f"ExpressCache: {', '.join(others)} cannot be saved; only layers of full attention can")
+        layers: list[dict[str, Any]] = []
+        tensors: dict[str, torch.Tensor] = {}
+        for layer in self.express_layers:
+            if layer.like is None:
+                raise ValueError("ExpressCache: there are no tokens to save")
+            data, own = _saved(layer)
+            layers.append(data)
+            tensors |= {f"{layer.place.number}.{name}": x.detach().contiguous().cpu() for name, x in own.items()}
+        header = {"version": _VERSION, "model": self._model, "seed": self.seed, "layers": layers}
+        target = Path(os.path.realpath(path))
+        part = target.with_name(f".{uuid.uuid4().hex}.part")
+        try:
+            save_file(tensors, part, {"express_compile": json.dumps(header)})
+            os.replace(part, target)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], model: PreTrainedModel, **options: Any) -> ExpressCache:
+        """The cache in a file that :meth:`save` wrote, for ``model`` and on its device. ``options``, if given, are
+        those of the class; then the file must have the same plan.
+
+        Raises ``ValueError`` that says what does not fit: the model, its dtype or the plan; ``OSError`` if the file
+        cannot be read.
+        """
+        name = f"ExpressCache: {str(path)!r}"
+        with open(path, "rb"):  # a clear error for a file that cannot be read
+            pass
+        try:
+            with safe_open(path, "pt", str(model.device)) as file:
+                header = json.loads((file.metadata() or {})["express_compile"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            if header["version"] != _VERSION:
+                raise ValueError(f"version {header['version']}")
+        except Exception as error:
+            raise ValueError(f"{name}: is no file that save() of this version wrote: {error}") from None
+        _require_fits(name, header, model)
+        entries = {entry["path"]: entry for entry in header["layers"]}
+        sites = _sites(model)
+        if {path: entry["index"] for path, entry in entries.items()} != sites:
+            raise ValueError(f"{name}: has the layers {', '.join(entries)}; the model has {', '.join(sites)}")
+        own = {
+            path: PerHead(rows_of_heads(entry["options"]["rows"]), **{k: entry["options"][k] for k in _OTHERS})
+            for path, entry in entries.items()
+        }
+        if options:
+            asked = cls(model, **{"seed": header["seed"], **options})
+            for layer in asked.express_layers:
+                if layer.own != own[layer.place.path] or asked.seed != header["seed"]:
+                    raise ValueError(
+                        f"{name}: {layer.place.path!r} holds {describe(own[layer.place.path].rows)} (seed "
+                        f"{header['seed']}), asked is {describe(layer.own.rows)} (seed {asked.seed})"
+                    )
+        cache = cls.__new__(cls)
+        cache._build(model, sites, own, header["seed"])
+        for layer in cache.express_layers:
+            prefix = f"{layer.place.number}."
+            mine = {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
+            _restore(layer, entries[layer.place.path], mine)
+        return cache
+
+
+# ---- what was asked for ---------------------------------------------------------------------------------------------
+
+
+def _asked(plan: Any, rows: Any, options: Mapping[str, Any]) -> Policy | None:
+    """The policy that arguments mean; None where nothing is asked for."""
+    if unknown := sorted(set(options) - {*_ROWS, *_OTHERS}):
+        raise TypeError(f"unknown option {', '.join(map(repr, unknown))}: allowed are {', '.join((*_ROWS, *_OTHERS))}")
+    if plan is not None:
+        if rows is not None or options:
+            given = [*(["rows"] if rows is not None else []), *options]
+            raise TypeError(f"{', '.join(given)}: not allowed beside plan, which says it for each head")
+        return Policy(plan=plan)
+    named = [name for name in _ROWS if name in options]
+    if rows is not None and named:
+        raise TypeError(f"{', '.join(named)}: not allowed beside rows, which say it for each head")
+    if rows is None and not options:
+        return None
+    if rows is None:
+        budget, *others = (options.get(name, x) for name, x in zip(_ROWS, (512, 32, 256, 256), strict=True))
+        if isinstance(budget, bool) or not isinstance(budget, int) or (budget < 2 and budget != 0):
+            raise ValueError(f"budget={budget!r}: must be a number of rows, 2 or more, or 0 for no thinned rows")
+        rows = Rows(thinned=floor_power_of_two(budget) if budget else 0, **dict(zip(_ROWS[1:], others, strict=True)))
+    own = PerHead(rows, **{name: options[name] for name in _OTHERS if name in options})
+    return Policy(methods=("heads",), method_options={"heads": own.data()})
+
+
+def _named(plan: Any, rows: Any) -> set[str]:
+    """The module paths that arguments name and that must be there."""
+    return set(rows) if isinstance(rows, Mapping) and plan is None else set()
+
+
+def _rows_at(policy: Policy, path: str) -> PerHead:
+    """What the KV heads of a module see by a policy."""
+    choices = []
+    if policy.plan is not None:
+        entries = [entry for entry in policy.plan.at(path) if entry.rows]
+        choices = [(entry.method, policy.of_entry(entry)) for entry in entries]
+    else:
+        choices = [(methods_of(policy, path)[0], policy.at(path))]
+    found = [_per_head(own.of(method), path) for method, own in choices if method in ("heads", "express")]
+    if any(own != found[0] for own in found):
+        raise ValueError(f"plan: {path!r} has entries of different rows; a cache has one for all calls")
+    return found[0] if found else PerHead((EVERYTHING,))
+
+
+def _per_head(own: PerHead | Express, path: str) -> PerHead:
+    if isinstance(own, Express):
+        rows = Rows(own.sinks, own.recent, own.s, own.protected)
+        return PerHead((rows,), own.halving, own.M, own.flatten, own.block)
+    found = own.at(Where(path=path)) or (EVERYTHING,)
+    return PerHead(found, own.halving, own.inflation, own.flatten, own.block)
+
+
+def _sites(model: Any) -> dict[str, int]:
+    """Module path -> number of the layer, for the layers whose tokens a plan may thin. The model is rewritten."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model={type(model).__name__}: must be a PreTrainedModel of transformers")
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"model={type(model).__name__}: has an encoder and a decoder; only decoders alone are supported"
+        )
+    if not rewritten_sites(model):
+        rewrite_attention(model, methods=["exact"])
+    found: dict[str, int] = {}
+    plain = [type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers]
+    for path in rewritten_sites(model):
+        index = getattr(model.get_submodule(path), "layer_idx", None)
+        if isinstance(index, int) and index < len(plain) and plain[index]:
+            found[path] = index
+    if sorted(found.values()) != [index for index, is_plain in enumerate(plain) if is_plain]:
+        raise ValueError(
+            f"model={type(model).__name__}: layers {[i for i, x in enumerate(plain) if x]} have full attention, and "
+            f"transformers lets {sorted(found.values())} of them be told another attention; the others would ignore "
+            "weights"
+        )
+    if not found:
+        raise ValueError(f"model={type(model).__name__}: has no layer of full attention; use DynamicCache")
+    return found
+
+
+# ---- files --------------------------------------------------------------------------------------------------------
+
+
+def _shape_of(model: PreTrainedModel) -> dict[str, Any]:
+    config = model.config.get_text_config(decoder=True)
+    shape = {name: getattr(config, name, None) for name in _SHAPE}
+    return {**shape, "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def _require_fits(name: str, header: Mapping[str, Any], model: PreTrainedModel) -> None:
+    mine, theirs = header["model"], _shape_of(model)
+    if wrong := [
+        f"{key}={mine.get(key)!r}, the model has {theirs[key]!r}" for key in theirs if mine.get(key) != theirs[key]
+    ]:
+        raise ValueError(f"{name}: was saved from another model: {'; '.join(wrong)}")
+
+
+def _saved(layer: ExpressLayer) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A layer as plain data and tensors."""
+    assert layer.like is not None
+    data = {
+        "path": layer.place.path,
+        "index": layer.place.number,
+        "options": layer.own.data(),
+        "columns": layer.columns,
+        "padded": layer.padded,
+    }
+    if layer.held is None:
+        assert layer.keys is not None and layer.values is not None
+        return data, {"keys": layer.keys, "values": layer.values}
+    held = {"length": layer.held.length, "left": [part.left for part in layer.held.parts]}
+    held["scale"] = layer.held.parts[0].scale
+    tensors: dict[str, torch.Tensor] = {}
+    for i, part in enumerate(layer.held.parts):
+        tensors |= {f"{i}.{name}": getattr(part, name) for name in HeldRows.TENSORS}
+    return {**data, "held": held}, tensors
+
+
+def _restore(layer: ExpressLayer, data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put what :func:`_saved` gave into an empty layer."""
+    layer.columns, layer.padded = data["columns"], data["padded"]
+    if "held" not in data:
+        layer.lazy_initialization(tensors["keys"], tensors["values"])
+        layer.keys, layer.values = tensors["keys"], tensors["values"]
+        return
+    held, parts = data["held"], range(len(data["held"]["left"]))
+    H_kv = sum(tensors[f"{i}.key"].shape[1] for i in parts)
+    key, value = (tensors[f"0.{name}"][:, :1, :0].expand(-1, H_kv, -1, -1) for name in ("key", "value"))
+    layer.lazy_initialization(key, value)
+    layer.keys = layer.values = None
+    random = Random(torch.tensor(layer.seed, device=key.device), layer.place.key)
+    layer.held = Held(layer.own, key, value, random, held["scale"])
+    layer.held.length = held["length"]
+    for i, part in enumerate(layer.held.parts):
+        part.left = held["left"][i]
+        for name in HeldRows.TENSORS:
+            setattr(part, name, tensors[f"{i}.{name}"])

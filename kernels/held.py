@@ -1,0 +1,500 @@
+"""The rows that a cache holds of a growing sequence, at fixed addresses: what attends to them, and what adds to them.
+
+The static form of :class:`~.express_state.ExpressState`, which says what is held: at every length the same rows with
+the same weights, for the same random numbers. Heads with equal rows share one :class:`HeldRows`, a tensor whose rows
+are places of sinks, of a ring of recent tokens, of protected tokens, of the coreset and of a subsampling group that is
+not complete. An empty place has the log-weight ``-inf``. What is where follows from two numbers per sequence: its
+tokens, and how many of them have left the ring. Heads that see everything, or blocks that queries select, hold all
+tokens, and they alone grow.
+
+Tokens of a short step stay in the ring until the next one begins (:meth:`Held.settle`), so that it can be undone
+(:meth:`Held.drop`) as if it had never been. Plain PyTorch, any device.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from .attend.segments import COMPACTED
+from .express import Express, gather_rows, make_layout, select_rows
+from .express_state import Kept, join
+from .heads import Group, PerHead, groups
+from .launch import Random, philox_uniform
+from .select.contest import CONTEST, contest, distinctiveness
+from .select.halving import halve_reference
+from .select.schedule import CLOSE_FIRST, CLOSE_SECOND, SUBSAMPLE, Round, round_of, stage
+
+STEP = 32  # tokens of a step that can be undone
+_GROW = 256  # rows, the least that heads which hold everything grow by
+_PIECE = 128  # queries that attend at once where a head holds everything
+_WAITING = 16  # places for an unfinished subsampling group at first
+_LN2 = math.log(2.0)
+
+
+def weighted_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_weight: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of ``query`` ``[B, H, n, D]`` over weighted rows ``key`` ``[B, H_kv, L, D]``, ``value``
+    ``[B, H_kv, L, Dv]``: each counts as ``exp(log_weight)`` of them, float32 ``[B, H_kv, L]``, with ``-inf`` not at
+    all. The last n rows are the tokens of the queries themselves: row ``L - n + j`` is hidden from query ``i < j``.
+
+    Returns ``out`` ``[B, H, n, Dv]`` and the log-sum-exp ``[B, H, n]``, computed in float32 (float64 for float64).
+    """
+    n, dtype = query.shape[2], torch.promote_types(query.dtype, torch.float32)
+    k, v = key.to(dtype), value.to(dtype)
+    q = query.unflatten(1, (k.shape[1], -1)).to(dtype)
+    scores = (q @ k.mT[:, :, None]) * scale + log_weight[:, :, None, None].to(dtype)
+    if n > 1:
+        hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+        scores[..., -n:] = scores[..., -n:].masked_fill(hidden, -math.inf)
+    lse = scores.logsumexp(-1)
+    out = (scores - lse[..., None]).exp() @ v[:, :, None]
+    return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
+
+
+def _in_place(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Without gradients, and with tensors that can be written to whether or not somebody is in inference mode."""
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run
+
+
+class HeldRows:
+    """The rows of the KV heads of a group. ``config`` None: they hold every token.
+
+    key, value: ``[B, G, places, .]``. log_weight: float32 ``[B, G, places]``. token: int32 like it, which token of its
+    sequence is there. left: for each sequence, the tokens that left the ring and are no sinks.
+    """
+
+    def __init__(
+        self, group: Group, config: Express | None, key: torch.Tensor, value: torch.Tensor, random: Random, scale: float
+    ) -> None:
+        self.group, self.config, self.scale = group, config, scale
+        heads = group.on(key.device)
+        self.random = random._replace(heads=torch.arange(key.shape[1], device=key.device) if heads is None else heads)
+        B, G = key.shape[0], len(self.random.heads)
+        self.left = [0] * B
+        self.sinks = self.ring = self.places = self.coreset = self.waiting = 0
+        self.scores = self.key_sum = torch.empty(B, G, 0, device=key.device)
+        if config is not None:
+            slack = CONTEST - 1 if config.protected else 0
+            self.ring = config.sinks
+            self.places = self.ring + config.recent + slack + STEP
+            self.coreset = self.places + config.protected
+            # E has places for 4 s rows, and 3 s while there are buckets, which lie behind those, the last one first
+            rows = 0 if config.forgets else max(4 * config.s, 7 * config.s - (4 * config.s >> config.M))
+            self.waiting = self.coreset + rows
+            dtype = torch.promote_types(key.dtype, torch.float32)
+            self.scores = torch.zeros(B, G, config.protected, dtype=dtype, device=key.device)
+            self.key_sum = torch.zeros(B, G, key.shape[-1], dtype=dtype, device=key.device)
+        places = self.waiting + (_WAITING if self.waiting > self.coreset else 0)
+        self.key = key.new_zeros(B, G, places, key.shape[-1])
+        self.value = value.new_zeros(B, G, places, value.shape[-1])
+        self.token = torch.zeros(B, G, places, dtype=torch.int32, device=key.device)
+        self.log_weight = torch.full((B, G, places), -math.inf, device=key.device)
+
+    TENSORS = ("key", "value", "token", "log_weight", "scores", "key_sum")
+
+    # -- places -------------------------------------------------------------------------------------------------
+
+    def _read(self, b: slice, first: int, count: int) -> Kept:
+        rows = slice(first, first + count)
+        return Kept(self.token[b, :, rows], self.key[b, :, rows], self.value[b, :, rows])
+
+    def _write(self, b: slice, first: int, rows: Kept, log_weight: float = 0.0) -> None:
+        if first + rows.count > self.key.shape[2]:
+            self._grow(first + rows.count)
+        to = slice(first, first + rows.count)
+        for mine, x in zip((self.token, self.key, self.value), rows.parts(), strict=True):
+            mine[b, :, to] = x
+        self.log_weight[b, :, to] = log_weight
+
+    def _free(self, b: slice, first: int, count: int) -> None:
+        self.log_weight[b, :, first : first + count] = -math.inf
+
+    def _grow(self, places: int) -> None:
+        """More places at the end: for all tokens, or for a longer subsampling group."""
+        places += max(_GROW, places // 8) if self.config is None else 0
+        for name in ("key", "value", "token", "log_weight"):
+            old = getattr(self, name)
+            new = old.new_full((*old.shape[:2], places, *old.shape[3:]), -math.inf if name == "log_weight" else 0)
+            new[:, :, : old.shape[2]] = old
+            setattr(self, name, new)
+
+    def _in_ring(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(place, token, count) of the runs of places that hold the tokens from ``first`` to ``stop``."""
+        while first < stop:
+            at = (first - self.ring) % (self.places - self.ring)
+            count = min(stop - first, self.places - self.ring - at)
+            yield self.ring + at, first, count
+            first += count
+
+    # -- adding tokens ------------------------------------------------------------------------------------------
+
+    def leaves(self, length: int, left: int) -> int:
+        """How many tokens have left the ring of a sequence of ``length``, of which ``left`` have already."""
+        if self.config is None:
+            return 0
+        out = max(0, length - self.config.sinks - self.config.recent)
+        return max(left, out - out % CONTEST if self.config.protected else out)
+
+    def advance(self, b: slice, length: int, new: Kept) -> None:
+        """Let tokens leave the ring that are no longer recent, once ``new`` ones follow ``length`` of them."""
+        left = self.left[b.start]
+        until = self.leaves(length + new.count, left)
+        if until == left:
+            return
+        first, stop = self.ring + left, self.ring + until
+        rows = []
+        for place, _, count in self._in_ring(first, min(stop, length)):
+            rows.append(self._read(b, place, count))
+        if stop > length:
+            rows.append(new[max(first - length, 0) : stop - length])
+        self._leave(b, left, join(*rows))
+        for place, _, count in self._in_ring(first, min(stop, length)):
+            self._free(b, place, count)
+        self.left[b] = [until] * (b.stop - b.start)
+
+    def append(self, b: slice, length: int, new: Kept, settle: bool) -> None:
+        """Hold ``new`` tokens behind ``length`` of them; those that leave the ring, too, or let them wait for that."""
+        if self.config is None:
+            self._write(b, length, new)
+            return
+        sinks = min(max(self.ring - length, 0), new.count)
+        if sinks:
+            self._write(b, length, new[:sinks])
+        if settle:
+            self.advance(b, length, new)
+        first = max(length + sinks, self.ring + self.left[b.start])
+        for place, token, count in self._in_ring(first, length + new.count):
+            self._write(b, place, new[token - length : token - length + count])
+
+    def _leave(self, b: slice, left: int, rows: Kept) -> None:
+        config = self.config
+        assert config is not None
+        if not config.protected:
+            self._stream(b, left, rows)
+            return
+        for i in range(0, rows.count, CONTEST):
+            losers = self._compete(b, left + i, rows[i : i + CONTEST])
+            self._stream(b, config.streamed(left + i), losers)
+
+    def thin_prompt(self, b: slice, new: Kept, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Let the first tokens leave all at once, as a prefill thins them, up to where a block of queries starts;
+        ``key`` and ``value`` are those of all heads."""
+        config = self.config
+        if config is None:
+            return
+        begin = new.count - config.in_block(new.count)
+        left = self.leaves(begin, 0)
+        if config.streamed(left) < 4 * config.s:
+            return
+        layout, random = make_layout(config, 1, begin + 1), self.random._replace(heads=self.group.on(key.device))
+        index = select_rows(key[:, :, :begin], value[:, :, :begin], layout, self.scale, random)[1]
+        segments, log_weight = layout.table.segments[0], layout.table.log_weight[0]
+        round_ = Round(round_of(config.streamed(left), config.s), config.s, config.M)
+        places = [self.places, self.waiting] if config.protected else []
+        places += [self.coreset, *(self._bucket(round_, level) for level in range(round_.q))]
+        for to, (source, first, count), weight in zip(places, segments[1:], log_weight[1:], strict=False):
+            at = index[:, :, first : first + count] if source == COMPACTED else new.index[:, :, first : first + count]
+            self._write(b, to, new.pick(at.long()), float(weight))
+        if config.protected:
+            self._score_places(b, new, left)
+        else:  # a subsampling group that is not complete is where the tail of the table begins
+            self._write(b, self.waiting, new[int(layout.table.tail[0]) : config.sinks + left])
+        self.left[b] = [left] * (b.stop - b.start)
+
+    def _score_places(self, b: slice, new: Kept, left: int) -> None:
+        """The scores of the protected tokens, each by the mean of the keys up to its contest."""
+        config = self.config
+        assert config is not None
+        keys = new.key[:, :, config.sinks : config.sinks + left].to(self.key_sum).unflatten(2, (-1, CONTEST)).sum(3)
+        keys[:, :, 0] += new.key[:, :, : config.sinks].to(self.key_sum).sum(2)
+        sums = keys.cumsum(2)
+        self.key_sum[b] = sums[:, :, -1]
+        places = self._read(b, self.places, config.protected)
+        contests = (places.index.long() - config.sinks) // CONTEST
+        counts = config.sinks + (contests + 1) * CONTEST
+        means = gather_rows(sums, contests) / counts[..., None]
+        self.scores[b] = -torch.cosine_similarity(places.key.to(sums), means, dim=-1)
+
+    def _compete(self, b: slice, left: int, rows: Kept) -> Kept:
+        """One contest for the protected places; returns the rows that lost."""
+        config = self.config
+        assert config is not None
+        before = self.key_sum[b] if left else self._read(b, 0, config.sinks).key.to(self.key_sum).sum(2)
+        self.key_sum[b] = before + rows.key.to(self.key_sum).sum(2)
+        held = min(config.protected, left)
+        scores = distinctiveness(rows.key, self.key_sum[b], config.sinks + left + CONTEST)
+        old = self._read(b, self.places, held)
+        index, scores, losers = contest(old.index, self.scores[b, :, :held], rows.index, scores, config.protected)
+        pool = join(old, rows)
+        lost = pool.pick(torch.searchsorted(pool.index, losers.contiguous()))
+        self._write(b, self.places, pool.pick(torch.searchsorted(pool.index, index.contiguous())))
+        self.scores[b, :, : index.shape[2]] = scores
+        return lost
+
+    def _stream(self, b: slice, streamed: int, rows: Kept) -> None:
+        config = self.config
+        assert config is not None
+        if config.forgets:
+            return
+        while rows.count:
+            round_ = Round(round_of(streamed, config.s), config.s, config.M)
+            room = 4 * round_.block - streamed
+            if round_.q:  # up to where bucket S_0 is full
+                full = round_.capacity(0) * round_.group
+                room = full - streamed % round_.block % full
+            take = min(rows.count, room)
+            self._admit(b, round_, streamed, rows[:take])
+            rows, streamed = rows[take:], streamed + take
+            if streamed == 4 * round_.block:
+                self._close(b, round_)
+
+    def _admit(self, b: slice, round_: Round, streamed: int, rows: Kept) -> None:
+        """Rows of one round, which fit into bucket S_0, or into E where there are none."""
+        group = round_.group
+        waiting, before = streamed % group, streamed // group
+        if group > 1:
+            done = (waiting + rows.count) // group * group - waiting  # those that complete a group
+            if done <= 0:
+                self._write(b, self.waiting + waiting, rows)
+                return
+            whole, rest = join(self._read(b, self.waiting, waiting), rows[:done]), rows[done:]
+            rows = self._pick(round_, before - round_.block // group, whole)
+            self._free(b, self.waiting, waiting)
+            self._write(b, self.waiting, rest)
+        if not round_.q:  # round 0, or buckets that M leaves out
+            self._write(b, self.coreset + before, rows, 2 * round_.r * _LN2)
+            return
+        blocks, entered = streamed // round_.block, streamed % round_.block // group
+        self._write(b, self._bucket(round_, 0) + entered % round_.capacity(0), rows, (2 * round_.r - round_.q) * _LN2)
+        entered += rows.count
+        for level in range(round_.q):
+            capacity = round_.capacity(level)
+            if entered % capacity:
+                return
+            full = self._read(b, self._bucket(round_, level), capacity)
+            number = ((blocks - 1) * round_.level_rows(level) + entered) // capacity - 1
+            kept = self._halve(full, round_, level, number, round_.level_delta(level))
+            self._free(b, self._bucket(round_, level), capacity)
+            entered //= 2
+            to, weight = self.coreset + blocks * round_.s, 2 * round_.r
+            if level < round_.q - 1:
+                weight = 2 * round_.r - round_.q + level + 1
+                to = self._bucket(round_, level + 1) + (entered - kept.count) % round_.capacity(level + 1)
+            self._write(b, to, kept, weight * _LN2)
+
+    def _bucket(self, round_: Round, level: int) -> int:
+        return self.coreset + 7 * round_.s - (4 * round_.s >> (round_.q - 1 - level))
+
+    def _pick(self, round_: Round, first: int, rows: Kept) -> Kept:
+        """One row of every subsampling group; ``first`` of them were complete before in this round."""
+        seed, layer, heads = self.random
+        group, device = round_.group, rows.key.device
+        number = torch.arange(rows.count // group, device=device)
+        u = philox_uniform(seed, layer, first + number, 0, stage(round_.r, SUBSAMPLE), heads[:, None])
+        at = number * group + (u * group).long()
+        return rows.pick(at.expand(*rows.index.shape[:2], -1))
+
+    def _close(self, b: slice, round_: Round) -> None:
+        rows = self._read(b, self.coreset, 4 * round_.s)
+        for level in (CLOSE_FIRST, CLOSE_SECOND):
+            rows = self._halve(rows, round_, level, 0, round_.delta() / 2)
+        self._free(b, self.coreset, 4 * round_.s)
+        self._write(b, self.coreset, rows, 2 * (round_.r + 1) * _LN2)
+
+    def _halve(self, rows: Kept, round_: Round, level: int, number: int, delta: float) -> Kept:
+        config, (seed, layer, heads) = self.config, self.random
+        assert config is not None
+        pairs = torch.arange(rows.count // 2, device=rows.key.device)
+        draws = philox_uniform(seed, layer, pairs, number, stage(round_.r, level), heads[:, None])
+        second = halve_reference(rows.key, rows.value, draws, config.rule, delta, self.scale)
+        return rows.pick(2 * pairs + second.long())
+
+    # -- attending ----------------------------------------------------------------------------------------------
+
+    def attend(self, b: slice, query: torch.Tensor, own: Kept) -> torch.Tensor:
+        """Attention of ``query`` ``[B', H', n, D]`` to what is held and, causally, to their ``own`` tokens."""
+        key, value, log_weight = self.key[b], self.value[b], self.log_weight[b]
+        if own.count:
+            key, value = torch.cat([key, own.key], 2), torch.cat([value, own.value], 2)
+            log_weight = torch.nn.functional.pad(log_weight, (0, own.count))
+        return weighted_attention(query, key, value, log_weight, self.scale)[0]
+
+    def extend(self, b: slice, length: int, query: torch.Tensor, new: Kept) -> torch.Tensor:
+        """Attend with and append new tokens: those of a short step as they are, of others block by block."""
+        n = new.count
+        if n <= STEP:
+            if n > 1:
+                out = self.attend(b, query, new)
+                self.append(b, length, new, settle=False)
+                return out
+            self.append(b, length, new, settle=False)
+            return self.attend(b, query, new[:0])
+        config, outs, first = self.config, [], 0
+        while first < n:
+            block = _PIECE if config is None else config.block - config.in_block(length + first)
+            piece = new[first : first + block]
+            outs.append(self.attend(b, query[:, :, first : first + block], piece))
+            self.append(b, length + first, piece, settle=True)
+            first += piece.count
+        return torch.cat(outs, 2)
+
+
+Real = Sequence[tuple[bool, ...]] | None
+"""Which of some columns are tokens and no padding, of every sequence; None: all of them."""
+
+
+class Held:
+    """The rows that all KV heads of a layer hold.
+
+    ``own`` says which, ``key`` ``[B, H_kv, ., D]`` and ``value`` ``[B, H_kv, ., Dv]`` are like the tokens that come,
+    ``random`` is the seed (0-dim int64) and the key of the layer. length: the tokens of each sequence, without padding.
+    """
+
+    @_in_place
+    def __init__(self, own: PerHead, key: torch.Tensor, value: torch.Tensor, random: Random, scale: float) -> None:
+        self.length = [0] * key.shape[0]
+        self.parts = []
+        for group in groups(own.rows, key.shape[1]):
+            config = own.config(group.rows)
+            streaming = config if isinstance(config, Express) else None  # selected blocks are chosen among all tokens
+            self.parts.append(HeldRows(group, streaming, key, value, random, scale))
+
+    def _spans(self, columns: int, real: Real) -> Iterator[tuple[slice, int, torch.Tensor | None, int]]:
+        """Sequences side by side that are treated alike: which, their length, the columns that are tokens, how many."""
+        lefts = zip(*(part.left for part in self.parts), strict=True)
+        none = [None] * len(self.length)
+        alike: list[Any] = list(zip(self.length, lefts, none if real is None else real, strict=True))
+        first = 0
+        for (length, _, own), members in groupby(alike):
+            b = slice(first, first + len(list(members)))
+            first = b.stop
+            if own is None or all(own):
+                yield b, length, None, columns
+            elif any(own):
+                at = torch.tensor([i for i, is_token in enumerate(own) if is_token], device=self.parts[0].key.device)
+                yield b, length, at, len(at)
+
+    def _count(self, columns: int, real: Real) -> None:
+        counts = [columns] * len(self.length) if real is None else [sum(own) for own in real]
+        self.length = [length + count for length, count in zip(self.length, counts, strict=True)]
+
+    @staticmethod
+    def _tokens(part: HeldRows, length: int, key: torch.Tensor, value: torch.Tensor) -> Kept:
+        H_kv, n = key.shape[1:3]
+        k, v = part.group.take(key, H_kv), part.group.take(value, H_kv)
+        index = torch.arange(length, length + n, dtype=torch.int32, device=key.device)
+        return Kept(index.expand(*k.shape[:2], n), k, v)
+
+    @_in_place
+    def settle(self) -> None:
+        """Let the tokens leave that are no longer recent. What came before cannot be undone any more."""
+        for b, length, _, _ in list(self._spans(0, None)):
+            for part in self.parts:
+                part.advance(b, length, part._read(b, 0, 0))
+
+    @_in_place
+    def fill(self, key: torch.Tensor, value: torch.Tensor, real: Real = None) -> None:
+        """Add tokens and settle; ``key`` ``[B, H_kv, n, D]``, ``value`` ``[B, H_kv, n, Dv]``."""
+        for b, length, at, _ in list(self._spans(key.shape[2], real)):
+            k, v = (x[b] if at is None else x[b].index_select(2, at) for x in (key, value))
+            for part in self.parts:
+                new = self._tokens(part, length, k, v)
+                if not length:
+                    part.thin_prompt(b, new, k, v)
+                part.append(b, length, new, settle=True)
+        self._count(key.shape[2], real)
+
+    @_in_place
+    def extend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, real: Real = None) -> torch.Tensor:
+        """Attention of new tokens ``query`` ``[B, H, n, D]`` to what is held, settled, and causally to themselves:
+        ``[B, H, n, Dv]``, 0 for padding. Then they are held, too; not settled if there are at most ``STEP``."""
+        out = query.new_zeros(*query.shape[:3], value.shape[3])
+        heads = out.unflatten(1, (key.shape[1], -1))
+        for b, length, at, count in list(self._spans(query.shape[2], real)):
+            q, k, v = (x[b] if at is None else x[b].index_select(2, at) for x in (query, key, value))
+            for part in self.parts:
+                own = part.extend(b, length, part.group.take(q, key.shape[1]), self._tokens(part, length, k, v))
+                own = own.unflatten(1, (-1, heads.shape[2]))
+                if at is None and part.group.heads is None:
+                    heads[b] = own
+                    continue
+                columns = torch.arange(count, device=out.device) if at is None else at
+                heads[b, part.random.heads.long()[:, None], :, columns] = own.permute(1, 3, 0, 2, 4)
+        self._count(query.shape[2], real)
+        return out
+
+    # -- taking tokens back, other batches ------------------------------------------------------------------------
+
+    @property
+    def exact_tail(self) -> int:
+        """How many of the last tokens every head holds as they are, at least, so that they can be dropped."""
+        tails = [
+            length - (part.ring + left if left else 0)
+            for part in self.parts
+            for length, left in zip(self.length, part.left, strict=True)
+        ]
+        return min(tails)
+
+    @_in_place
+    def drop(self, count: int, beyond: int = 0) -> None:
+        """Forget the last ``count`` tokens, at most ``exact_tail``, and what may lie up to ``beyond`` places behind."""
+        for i, length in enumerate(self.length):
+            b = slice(i, i + 1)
+            for part in self.parts:
+                if part.config is None:
+                    part._free(b, length - count, count + beyond)
+                    continue
+                first = max(length - count, 0)
+                part._free(b, first, max(0, min(part.ring, length + beyond) - first))
+                for place, _, n in part._in_ring(max(first, part.ring + part.left[i]), length + beyond):
+                    part._free(b, place, n)
+        self.length = [length - count for length in self.length]
+
+    @_in_place
+    def select(self, index: torch.Tensor) -> None:
+        """The sequences at ``index`` int64 ``[B']``, in place where there are as many as before."""
+        order = index.tolist()
+        self.length = [self.length[i] for i in order]
+        for part in self.parts:
+            part.left = [part.left[i] for i in order]
+            for name in HeldRows.TENSORS:
+                old = getattr(part, name)
+                new = old.index_select(0, index.to(old.device))
+                if new.shape == old.shape:
+                    old.copy_(new)
+                else:
+                    setattr(part, name, new)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move all rows to another device."""
+        for part in self.parts:
+            for name in HeldRows.TENSORS:
+                setattr(part, name, getattr(part, name).to(device))
+            part.random = Random(part.random.seed.to(device), part.random.layer, part.random.heads.to(device))
+
+    # -- what there is --------------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all places."""
+        return sum(getattr(part, name).nbytes for part in self.parts for name in HeldRows.TENSORS)
+
+    def rows(self) -> torch.Tensor:
+        """How many rows are held: int64 ``[B, H_kv]``."""
+        counts = torch.zeros(len(self.length), sum(len(part.random.heads) for part in self.parts), dtype=torch.int64)
+        for part in self.parts:
+            counts[:, part.random.heads.tolist()] = (part.log_weight > -math.inf).sum(2).cpu()
+        return counts
