@@ -90,7 +90,36 @@ def define_op(
         raise RuntimeError(f"{qualified} has no gradient; methods=['exact'] has those of every order")
 
     torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context, lib=LIBRARY)
-    return getattr(torch.ops.express_compile, name).default
+    op: torch._ops.OpOverload = getattr(torch.ops.express_compile, name).default
+    declare_sharding(op)
+    return op
+
+
+def declare_sharding(op: torch._ops.OpOverload) -> None:
+    """Let an op whose tensors begin with ``[batch, heads]`` take DTensors: its inputs are replicated, or sharded over
+    batch, or over heads where KV heads can be shared evenly. ``seed`` is replicated, and may count heads from another
+    one on each rank. Does nothing where torch has no distributed package.
+    """
+    if not torch.distributed.is_available() or "key" not in {argument.name for argument in op._schema.arguments}:
+        return
+    from torch.distributed.tensor import Replicate, Shard, experimental  # not in every build of torch
+
+    names, returns = [argument.name for argument in op._schema.arguments], len(op._schema.returns)
+
+    def placements(*args: Any, **options: Any) -> list[tuple[list[Any], list[Any]]]:
+        given = {**dict(zip(names, args, strict=False)), **options}
+        key = given["key"]
+        found = []
+        for split in (None, 0, 1):
+            if split is None or any(key.shape[split] % size == 0 for size in key.mesh.shape):
+                shared = Replicate() if split is None else Shard(split)
+                rows, heads = (shared if split == 0 else Replicate()), (Shard(0) if split == 1 else Replicate())
+                own = {"padding": rows, "lengths": rows, "sinks": heads, "seed": Replicate()}
+                inputs = [own.get(name, shared) if hasattr(x, "placements") else None for name, x in given.items()]
+                found.append(([shared] * returns, inputs))
+        return found
+
+    experimental.register_sharding(op)(placements)
 
 
 def of_any_size(body: Callable[[Call], Any], causal: bool = True) -> Callable[..., Any]:

@@ -425,7 +425,8 @@ def santa_triton(
     unit = None
     if bernoulli:
         exact = None if draws is None else Exact(counted, exact_below, reach, stride_db)
-        query, unit = round_query_triton(query, n, bernoulli, Random(seed, layer), step, padding, lengths, exact)
+        random = Random(seed, layer)
+        query, unit = round_query_triton(query, n, bernoulli, random, step, padding, lengths, exact, H // KVH)
     if draws is None:
         exact_below = NO_LIMIT
     if window >= n:

@@ -26,6 +26,8 @@ from .mask_functions import proven
 NAME = "express_compile"
 # The attention that a model ran before -> the name under which it runs ours, which has to mean the same.
 NAMES = {"sdpa": NAME, "eager": f"{NAME}_eager"}
+# The name while transformers batches continuously: to names with "flash" in them it hands lengths instead of masks.
+PAGED = f"{NAME}_flash"
 _REASON = "_express_compile_reason"  # an attribute of a mask that is not proven
 
 
