@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from express_compile.core import cost as c
+from express_compile.core.call import Call
 from express_compile.core.cost import Cost, floor_log2, visible_pairs
 from express_compile.core.method import METHODS, Method
 from express_compile.core.policy import Policy
@@ -354,5 +355,5 @@ def test_launches_of_the_kernels(monkeypatch: pytest.MonkeyPatch, protected: int
         calls["n"] += 1  # exact attention over what is left
         assert launched(cost_of("thinformer", spec, policy), spec, s)
     spec = site(1, 200, sizes=(1, 1, 1, 16, 16))
-    santa_kernels.santa_triton(q[:, :, :1], k[:, :, :200], v[:, :, :200], [8], 0.25, seed, 0)
+    santa_kernels.santa_triton(Call(q[:, :, :1], k[:, :, :200], v[:, :, :200], None, seed, 0.25, 0), [8])
     assert launched(cost_of("santa", spec), spec, 8)

@@ -306,13 +306,11 @@ def test_santas_kernels_draw_for_a_sequence_what_they_draw_for_it_alone(budget, 
     parts = [sequence(n, 1, 4, 2, 16, 16, number=n) for n in lengths]
     *tensors, padding = batch_of(parts, [places_of(n, total, "right", 0) for n in lengths], total, own=False)
     q, k, v = (x.nan_to_num(0.25) for x in tensors)
-    forms = {"padding": padding} if counted == "padding" else {"lengths": torch.tensor(lengths)}
+    padding, counts = (padding, None) if counted == "padding" else (None, torch.tensor(lengths))
     options = {**SANTA, **budget, "bernoulli": bernoulli}
-    site = {x: options.get(x, ()) for x in ("fraction", "table")}
     draws = options["draws"]
-    out, lse = K.santa_triton(
-        q, k, v, draws, 0.4, SEED, 3, bernoulli=bernoulli, exact_below=min(draws) + 1, **site, **forms
-    )
+    call = Call(q, k, v, padding, SEED, 0.4, 3, counts, options=options)
+    out, lse = K.santa_triton(call, draws, exact_below=min(draws) + 1)
     for b, part in enumerate(parts):
         expected, expected_lse = run("santa", options, *(x[None] for x in part))
         torch.testing.assert_close(out[b], expected[0], rtol=2e-3, atol=2e-3)
