@@ -26,11 +26,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from express_compile.core.options import Kind
 from express_compile.core.plain import number
+
+from ..launch import Random
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,14 @@ def shortened(x: torch.Tensor) -> torch.Tensor:
     if x.dtype != torch.float32:
         return x
     return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+
+class Decider(NamedTuple):
+    """How all buckets are halved: by which rule, at which scale of products of keys, and with which random numbers."""
+
+    rule: HalvingRule
+    scale: float
+    random: Random
 
 
 def halving_matrix(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from express_compile.core.method import METHODS
 from express_compile.kernels import launch as _triton
 from express_compile.kernels import thinformer as T
-from express_compile.kernels.select.halving import get_rule
+from express_compile.kernels.select.halving import Decider, get_rule
 
 OPTIONS = dict(s=64, fraction=0.0, g=-1, halving="balanced", flatten=0.0, min_length=0)
 HALVES = [torch.float16, torch.bfloat16]
@@ -60,7 +60,7 @@ def test_halving_decisions(poison, judge, rule, dtype, Lk, s, D):
     n, A = schedule.tokens, schedule.size - schedule.tokens
     stream = T.stretch_reference(None, torch.tensor([Lk, Lk], device="cuda"), n, s, 2, seed_of(5), 3).int()
     index = torch.cat([stream[:, :, :A].contiguous(), stream], 2)
-    T.thin(k, v, index, schedule, 0, get_rule(rule), scale, _triton.Random(seed_of(5), 3))
+    T.thin(k, v, index, schedule, 0, Decider(get_rule(rule), scale, _triton.Random(seed_of(5), 3)))
     arena = torch.cat([stream, index[:, :, :A]], 2)
     assert judge(k, v, arena, schedule, get_rule(rule), scale, seed_of(5), 3) == 4 * (n - s)
     chosen, keys, values, _ = T.select(k, v, None, s, get_rule(rule), scale, seed_of(5), 3)

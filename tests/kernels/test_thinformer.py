@@ -163,7 +163,7 @@ def test_kernels_select_what_the_reference_selects(Lk, s, padded):
         real = torch.rand(B, Lk, generator=torch.Generator().manual_seed(1)) < 0.8
         real[1] = torch.arange(Lk) < 25
         given = T.real_first(real), real.sum(1)
-    arguments = T.make_schedule(Lk, s), get_rule("balanced"), 0.5, SEED, 3
+    arguments = T.make_schedule(Lk, s), T.Decider(get_rule("balanced"), 0.5, T.Random(SEED, 3))
     expected = T._thin_reference(k, v, given, *arguments)
     for x, y in zip(T._thin_triton(k, v, given, *arguments), expected, strict=True):
         assert torch.equal(x.to(y.dtype), y)
