@@ -47,7 +47,7 @@ from .express import MIN_QUERIES, gather_rows, halve_all_reference
 from .launch import Random, draw_uniform, jit, launch, philox_uniform, require_triton, tl
 from .op import define_attention, no_kernel
 from .padding import real_first
-from .select.halving import RULE, Decider, HalvingRule, get_rule
+from .select.halving import RULE, Decider, get_rule
 from .select.schedule import STRETCH, Schedule, budget_options, compress_schedule, rows_of, stage
 from .select.thinning import describe_launches, thin
 
@@ -165,15 +165,9 @@ def _thin_triton(
 
 
 def select(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    padding: torch.Tensor | None,
-    s: int | Callable[[int], int],
-    rule: HalvingRule,
-    scale: float,
-    seed: torch.Tensor,
-    layer: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    key: torch.Tensor, value: torch.Tensor, padding: torch.Tensor | None, s: int | Callable[[int], int],
+    decider: Decider,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """The coreset: which tokens it holds, int ``[B, H_kv, R]``, their keys ``[B, H_kv, R, D]`` and values
     ``[B, H_kv, R, Dv]``, and how many of its rows count, int64 ``[B]`` (None: all of them).
 
@@ -185,7 +179,7 @@ def select(
     B, H, Lk = key.shape[:3]
     device = key.device
     thin_all = _thin_triton if key.is_cuda else _thin_reference
-    rows, decider = s if callable(s) else lambda L: s, Decider(rule, scale, Random(seed, layer))
+    rows = s if callable(s) else lambda L: s
     if padding is None:
         if Lk > rows(Lk):
             return *thin_all(key, value, None, make_schedule(Lk, rows(Lk)), decider), None
@@ -245,9 +239,9 @@ def rows_kept(
 
 def _select(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     options = call.options
-    rule = get_rule(options["halving"], options["flatten"])
-    rows = functools.partial(rows_kept, **options)
-    return select(call.key, call.value, call.padding, rows, rule, call.scale, call.seed, call.layer)
+    rule, rows = get_rule(options["halving"], options["flatten"]), functools.partial(rows_kept, **options)
+    decider = Decider(rule, call.scale, Random(call.seed, call.layer))
+    return select(call.key, call.value, call.padding, rows, decider)
 
 
 def _body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:

@@ -282,7 +282,7 @@ def check_rows(q, k, v, out, policy: Policy, padding: torch.Tensor | None) -> tu
     scale, seed = q.shape[-1] ** -0.5, torch.zeros((), dtype=torch.int64, device=q.device)
     options = METHODS["thinformer"].params(Site(), policy)
     s, rule = T.rows_kept(k.shape[2], **options), T.get_rule(options["halving"], options["flatten"])
-    _, keys, values, lengths = T.select(k, v, padding, s, rule, scale, seed, LAYER)
+    _, keys, values, lengths = T.select(k, v, padding, s, T.Decider(rule, scale, T.Random(seed, LAYER)))
     q, out = (x[:, :, x.shape[2] // 2 :][:, :, :512] for x in (q, out))
     table = dense_table(q.shape[2], keys.shape[2])
 

@@ -280,12 +280,12 @@ def test_the_packed_form_of_thinformer_keeps_the_rows_that_the_sequences_keep_al
     padding = torch.zeros(len(lengths), total, dtype=torch.bool)
     for b, n in enumerate(lengths):
         padding[b, places_of(n, total, "anywhere", b)] = True
-    rule = get_rule("balanced")
-    index, keys, _, counts = T.select(k, v, padding, s, rule, 0.5, SEED, 3)
+    decider = T.Decider(get_rule("balanced"), 0.5, T.Random(SEED, 3))
+    index, keys, _, counts = T.select(k, v, padding, s, decider)
     for b, n in enumerate(lengths):
         place = padding[b].nonzero()[:, 0]
         if n:
-            alone, *_ = T.select(k[b : b + 1, :, place], v[b : b + 1, :, place], None, s, rule, 0.5, SEED, 3)
+            alone, *_ = T.select(k[b : b + 1, :, place], v[b : b + 1, :, place], None, s, decider)
             assert counts[b] == alone.shape[2] == min(n, s(n))
             assert torch.equal(index[b, :, : counts[b]], place[alone[0]])
         assert counts[b] <= n and (keys[b, :, counts[b] :] == 0).all()
