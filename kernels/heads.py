@@ -680,5 +680,6 @@ METHOD = register(
         padding_cost=True,
         shares=_shares,
         approximates=_approximates,
+        per_head={"rows": len(fields(Rows))},
     )
 )

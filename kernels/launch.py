@@ -2,7 +2,8 @@
 
 Kernels and references draw from the same Philox4x32-10 streams, so that they can be compared decision by
 decision. A stream is named by the key ``(seed, layer)`` and by the counter
-``(draw, bucket, stage, head)``, see :func:`philox_uniform`.
+``(draw, bucket, stage, head)``, see :func:`philox_uniform`. Heads are counted from the number in the upper half of a
+seed (:func:`~express_compile.core.shards.seed_of`), so that a part of them draws what it would among all.
 """
 
 from __future__ import annotations
@@ -193,14 +194,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 def constant(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy of ``array`` on ``device`` that may be kept for later calls.
+    """A copy of ``array`` on ``device`` that may be kept for later calls, whatever mode the caller runs in.
 
-    Another thread makes it, so that it is a plain tensor in whatever mode the caller runs: modes (fake tensors,
-    inference, functorch's levels, a default device) belong to a thread, and so does the memory of CUDA graphs that it
-    makes, which is overwritten by other graphs (inductor refuses that with an error).
+    The memory of CUDA graphs that a thread makes is overwritten by other graphs (inductor refuses that with an error).
     """
+    return on_another_thread(_copied, array, device)
+
+
+def on_another_thread(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` on plain tensors: modes (fake tensors, tracing, inference, functorch's levels, a default
+    device) belong to a thread."""
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_copied, array, device).result()
+        return thread.submit(function, *args).result()
 
 
 def _copied(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -235,15 +240,17 @@ def philox_uniform(
 ) -> torch.Tensor:
     """Uniform numbers in [0, 1), multiples of 2**-24, in float32: Philox4x32-10 (Salmon et al., 2011).
 
-    ``seed`` is a 0-dim int64 tensor (its low 32 bits count); ``layer`` is the upper key word. The counters
-    broadcast against each other: ``draw`` (the pair), ``bucket``, ``stage`` (round and level) and ``head``; that
-    none of them says which sequence of a batch it is makes batches invariant: a sequence draws the same numbers
-    wherever it stands. Equal to :func:`draw_uniform` in a kernel, bit for bit.
+    ``seed`` is a 0-dim int64 tensor: its low 32 bits count, and the others are added to ``head``; ``layer`` is the
+    upper key word. The counters broadcast against each other: ``draw`` (the pair), ``bucket``, ``stage`` (round and
+    level) and ``head``; that none of them says which sequence of a batch it is makes batches invariant: a sequence
+    draws the same numbers wherever it stands. Equal to :func:`draw_uniform` in a kernel, bit for bit.
     """
     device = draw.device
+    seed = seed.to(device=device, dtype=torch.int64)
+    head = head + (seed >> 32)
     words = [torch.as_tensor(c, dtype=torch.int64, device=device) for c in (draw, bucket, stage, head)]
     c0, c1, c2, c3 = (w & _MASK32 for w in torch.broadcast_tensors(*words))
-    k0 = seed.to(device=device, dtype=torch.int64) & _MASK32
+    k0 = seed & _MASK32
     k1 = torch.full_like(k0, layer & _MASK32)
     for _ in range(_ROUNDS):
         # int64 products wrap around modulo 2**64, which keeps all 64 bits of the unsigned product
@@ -263,8 +270,8 @@ def philox_uniform(
 def draw_uniform(seed, layer, draw, bucket, stage, head):
     """The same numbers inside a kernel; ``draw`` is a block of counters, the rest are scalars."""
     key = (tl.cast(layer, tl.uint64) << 32) | (seed.to(tl.uint64) & 0xFFFFFFFF)
-    zero = draw * 0
-    bits, _, _, _ = tl.philox(key, draw, zero + bucket, zero + stage, zero + head)
+    zero, first = draw * 0, (seed >> 32).to(tl.int32)
+    bits, _, _, _ = tl.philox(key, draw, zero + bucket, zero + stage, zero + head + first)
     return (bits.to(tl.uint32, bitcast=True) >> 8).to(tl.float32) * 5.9604644775390625e-08
 
 

@@ -53,6 +53,10 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 
 _AUTOGRAD = [getattr(torch._C.DispatchKey, f"Autograd{x}") for x in ("Functionality", "CPU", "CUDA", "Other")]
 
+PLAIN: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+"""The ops of :func:`define_attention` -> what they compute in plain PyTorch on the CPU, also traced: padding
+is not read."""
+
 # float64 has no kernel: it is for references and their tests, on the CPU
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -86,7 +90,36 @@ def define_op(
         raise RuntimeError(f"{qualified} has no gradient; methods=['exact'] has those of every order")
 
     torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context, lib=LIBRARY)
-    return getattr(torch.ops.express_compile, name).default
+    op: torch._ops.OpOverload = getattr(torch.ops.express_compile, name).default
+    declare_sharding(op)
+    return op
+
+
+def declare_sharding(op: torch._ops.OpOverload) -> None:
+    """Let an op whose tensors begin with ``[batch, heads]`` take DTensors: its inputs are replicated, or sharded over
+    batch, or over heads where KV heads can be shared evenly. ``seed`` is replicated, and may count heads from another
+    one on each rank. Does nothing where torch has no distributed package.
+    """
+    if not torch.distributed.is_available() or "key" not in {argument.name for argument in op._schema.arguments}:
+        return
+    from torch.distributed.tensor import Replicate, Shard, experimental  # not in every build of torch
+
+    names, returns = [argument.name for argument in op._schema.arguments], len(op._schema.returns)
+
+    def placements(*args: Any, **options: Any) -> list[tuple[list[Any], list[Any]]]:
+        given = {**dict(zip(names, args, strict=False)), **options}
+        key = given["key"]
+        found = []
+        for split in (None, 0, 1):
+            if split is None or any(key.shape[split] % size == 0 for size in key.mesh.shape):
+                shared = Replicate() if split is None else Shard(split)
+                rows, heads = (shared if split == 0 else Replicate()), (Shard(0) if split == 1 else Replicate())
+                own = {"padding": rows, "lengths": rows, "sinks": heads, "seed": Replicate()}
+                inputs = [own.get(name, shared) if hasattr(x, "placements") else None for name, x in given.items()]
+                found.append(([shared] * returns, inputs))
+        return found
+
+    experimental.register_sharding(op)(placements)
 
 
 def of_any_size(body: Callable[[Call], Any], causal: bool = True) -> Callable[..., Any]:
@@ -205,6 +238,7 @@ def define_attention(
             x.new_empty(x.shape) for x in (query, key, value)
         ),
     )
+    PLAIN[op] = of_any_size(body, causal)
     return op, backward_op
 
 

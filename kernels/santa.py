@@ -66,7 +66,7 @@ from express_compile.core.options import BUDGET, Kind, Options, option, rows_at
 from express_compile.core.policy import Policy
 from express_compile.core.spec import AttentionSpec, Site, feature_major, known_equal
 
-from .attend.bernoulli import check_levels, round_query
+from .attend.bernoulli import check_levels, own_numbers, round_query
 from .attend.sampled import CHUNK, DRAW_PROGRAMS, MAX_ROWS, grid_bits, santa_triton, strata_per_offset
 from .exact import cudnn_takes, exact_attention
 from .launch import philox_uniform
@@ -249,7 +249,7 @@ def sample_weights(
     broken = p.isnan().any(-1, keepdim=True)  # draws nothing, and stays what it is
     comb = make_comb(p.masked_fill(broken, 0.0), draws, shared)
     step, g = (step[:, -1:], 1) if shared else (step, g)
-    head = torch.arange(H_kv * g, device=p.device).view(H_kv, g)
+    head = own_numbers(torch.arange(H_kv * g, device=p.device), g, seed).view(H_kv, g)
     thresholds = draw_thresholds(comb, sampler, seed, layer, step, head)
     return (hits(comb, sampler, thresholds) * comb.weight).masked_fill(broken, math.nan)
 
@@ -281,7 +281,8 @@ def santa_reference(call: Call, draws: torch.Tensor | None) -> tuple[torch.Tenso
         rows = Places(batch, seen[batch].nonzero()[:, 1].view(-1, n))
         q, k, v, mask = query[batch], rows.take(call.key), rows.take(call.value), rows.take(visible[..., None])[..., 0]
         if options.get("bernoulli", 0) and (samples or draws is None):
-            q = round_query(q, options["bernoulli"], call.seed, call.layer, step[batch])
+            group = H // call.key.shape[1]
+            q = round_query(q, options["bernoulli"], call.seed, call.layer, step[batch], group)
         weights, lse[batch] = probabilities(q, k, mask, call.scale, options.get("softcap", 0.0), call.sinks)
         if samples:
             weights = sample_weights(weights, drawn[batch], step[batch], call.seed, call.layer, sampler, shared)
@@ -678,5 +679,6 @@ METHOD = register(
         loses=_loses,
         cost=_cost,
         rows=_rows,
+        per_head={"draws": 1},
     )
 )

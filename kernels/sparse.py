@@ -442,6 +442,9 @@ METHOD = register(
         options=Sparse,
         params=_params,
         cost=_cost,
+        cycle=lambda params: (
+            (params["groups"] if params["pattern"] == "fixed" else 1) * (2 if params["parts"] == "per_head" else 1)
+        ),
         changes="it changes the function: each query sees only the keys of the pattern, which the model must be "
         "trained with",
     )

@@ -45,7 +45,7 @@ class Buffers:
     def __init__(self, gm: GraphModule | None = None, inputs: Sequence[Any] = ()) -> None:
         placeholders = [] if gm is None else [node for node in gm.graph.nodes if node.op == "placeholder"]
         pairs = enumerate(zip(placeholders, inputs, strict=True)) if inputs else ()
-        self.places = {node: i for i, (node, value) in pairs if _is_readable(value)}
+        self.places = {node: i for i, (node, value) in pairs if is_readable(value)}
         self.tensors, self.others = (
             {node: inputs[i] for node, i in self.places.items() if _is_buffer(node) == buffers}
             for buffers in (True, False)
@@ -149,7 +149,7 @@ class _Flags:
 
     def is_still(self, now: Any) -> bool:
         """Whether that is so of ``now``, which a call brings."""
-        if not _is_readable(now):
+        if not is_readable(now):
             return False
         if now.device.type != "cpu" and not now.is_inference():
             last = self.last()
@@ -192,7 +192,8 @@ def _is_buffer(node: Node) -> bool:
     return False
 
 
-def _is_readable(value: Any) -> bool:
+def is_readable(value: Any) -> bool:
+    """Whether the values of a buffer may be looked at."""
     if type(value) is not torch.Tensor or value.layout != torch.strided or value.is_meta:
         return False
     return 0 < value.numel() <= _MAX_ELEMENTS and not value.is_complex()

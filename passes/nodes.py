@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
+from ..core.shards import is_dtensor
 from ..core.spec import known_equal
 
 
@@ -21,6 +23,20 @@ def shape_of(node: Node) -> torch.Size:
     """The shape of the tensor a node stands for."""
     shape: torch.Size = node.meta["example_value"].shape
     return shape
+
+
+def local_of(example: Any) -> torch.Tensor:
+    """The part that this process has of a DTensor; any other tensor as it is."""
+    local: torch.Tensor = example._local_tensor if is_dtensor(example) else example
+    return local
+
+
+def fake_mode_of(example: torch.Tensor) -> Any:
+    """The mode that the tensor a node stands for was made in. Raises ``ValueError`` for a tensor with values."""
+    fake = local_of(example)
+    if not isinstance(fake, FakeTensor):
+        raise ValueError(f"example_value: a {type(fake).__name__}; must be a FakeTensor")
+    return fake.fake_mode
 
 
 def is_parted(example: torch.Tensor) -> bool:

@@ -19,10 +19,12 @@ from torch.utils import _pytree as pytree
 
 from ..core.plan import Plan
 from ..core.policy import Policy
+from ..core.shards import is_dtensor, shard_of
 from ..core.sites import SiteReport
 from ..planning.choose import Question, answer, check_policy, require, require_modules, require_sites
 from .buffers import Buffers
 from .match import find_sites
+from .nodes import tensor_of
 from .place import Place
 from .rewrite import changes, rewrite
 from .site import AttentionSite
@@ -106,7 +108,16 @@ def plan_graph(
     Raises ``ValueError`` if ``policy.strict`` and a site was refused.
     """
     buffers, place = Buffers(gm, inputs), Place.of_graph() if place is None else place
-    return PlannedGraph(gm, policy, place, buffers, plan_sites(find_sites(gm, buffers, place), policy, graphs))
+    sites = [_with_shard(site, place) for site in find_sites(gm, buffers, place)]
+    return PlannedGraph(gm, policy, place, buffers, plan_sites(sites, policy, graphs))
+
+
+def _with_shard(site: AttentionSite, place: Place) -> AttentionSite:
+    """The site, whose spec says which heads of the layer it has."""
+    if site.spec is None or is_dtensor(tensor_of(site.node)):  # DTensors say it themselves: rewrite()
+        return site
+    shard = shard_of(place.module(site.module), site.spec.H, site.spec.H_kv, site.spec.D)
+    return site if shard is None else replace(site, spec=replace(site.spec, shard=shard))
 
 
 def rewrite_graph(gm: GraphModule, policy: Policy, inputs: Sequence[Any] = ()) -> list[tuple[AttentionSite, Plan]]:

@@ -160,7 +160,7 @@ class Place:
     holders: (id, path) of the modules whose calls it is a part of, outermost first; the path of a module that the
         model does not have is None.
     piece: which piece of the call of the last one; ``""`` for that which begins with the call.
-    root: what was compiled; None if that is not known.
+    root: what was compiled; None if that is not known. top: the module that paths are relative to, or None.
     is_outermost: whether it is a piece of the call of that, and of no other.
     holder: the last one; caller: the last one on the stack; local: the name that the frame has for the holder.
     """
@@ -170,6 +170,7 @@ class Place:
     piece: str = ""
     numbers: Numbers = field(default_factory=Numbers)
     root: Any = None
+    top: Any = None
     is_outermost: bool = False
     holder: nn.Module | None = None
     caller: nn.Module | None = None
@@ -209,11 +210,17 @@ class Place:
             piece="" if begins else tx.f_code.co_name,
             numbers=Numbers() if compiled is None else _NUMBERS.setdefault(compiled, Numbers()),
             root=now.compiled,
+            top=compiled,
             is_outermost=len(modules) < 2 and _RESUMED.sub("", tx.f_code.co_name) in _names(now.compiled),
             holder=holder,
             caller=now.modules[0] if now.modules else None,
             local=next((name for name, value in tx.f_locals.items() if holder is not None and value is holder), None),
         )
+
+    def module(self, path: str) -> nn.Module | None:
+        """The module of this path; None if that is not known."""
+        modules = self.top.modules() if isinstance(self.top, nn.Module) else ()
+        return next((module for module in modules if self.paths.get(str(id(module))) == path), None)
 
     def name(self, gm: GraphModule) -> None:
         """Let :func:`module_path` give the paths of this place to the nodes of ``gm``."""

@@ -11,16 +11,16 @@ from typing import Any, cast
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from ..core.call import Call
 from ..core.method import METHODS
 from ..core.plan import Plan
 from ..core.policy import Policy
-from ..core.spec import known_equal
+from ..core.shards import is_dtensor, seed_of, shard_of_dtensor
+from ..core.spec import AttentionSpec, HeadShard, known_equal
 from .mask import Padding, PaddingTerm
-from .nodes import reached, same_sizes, shape_of
+from .nodes import fake_mode_of, local_of, reached, same_sizes, shape_of
 from .normalize import in_place, is_new, operation
 from .site import AttentionSite, Emit
 
@@ -66,6 +66,8 @@ def rewrite(
 
 def changes(site: AttentionSite, decision: Plan, written_out: bool) -> bool:
     """Whether :func:`rewrite` changes the graph at ``site``."""
+    if decision.method == "exact" and is_dtensor(_tensor_of(site.node)):  # of which not every SDPA kernel knows
+        return False
     written_out = written_out and site.exact is not None
     return decision.verdict == "rewritten" or written_out or step_of(site, decision) is not None
 
@@ -153,6 +155,7 @@ def _replace(site: AttentionSite, decision: Plan, policy: Policy, seeds: dict[st
     if spec is None or len(inputs) < 3:
         raise ValueError(f"site {site.module!r}: it is not known what its node {node.name!r} computes")
     device, step = node.meta["example_value"].device, step_of(site, decision)
+    shard = spec.shard or _shard_of_dtensor(inputs[1], spec, decision)
     if step is None and str(device) not in seeds:
         seeds[str(device)] = _seed(graph, device, policy, node)
     with graph.inserting_before(node):
@@ -162,9 +165,12 @@ def _replace(site: AttentionSite, decision: Plan, policy: Policy, seeds: dict[st
         if step is not None:
             out = _emit(graph, step, (query, key, value, padding, spec.scale), like=node)
         else:
-            seed = seeds[str(device)]
-            given = Call(query, key, value, padding, seed, spec.scale, site.layer, options=decision.params)
-            results = _emit(graph, METHODS[decision.method].op, given.args, given.keywords, like=node)
+            method, seed = METHODS[decision.method], seeds[str(device)]
+            if shard is not None and shard.first:
+                seed = _emit(graph, torch.add, (seed, seed_of(0, shard)), like=node)
+            options = method.part(decision.params, shard)
+            given = Call(query, key, value, padding, seed, spec.scale, site.layer, options=options)
+            results = _emit(graph, method.op, given.args, given.keywords, like=node)
             out = _emit(graph, operator.getitem, (results, 0), like=node)
         if _layout_matters(node):
             out = _with_layout_of(graph, out, node)
@@ -177,6 +183,19 @@ def _replace(site: AttentionSite, decision: Plan, policy: Policy, seeds: dict[st
     graph.erase_node(node)
     _sweep(graph, dead)
     return out
+
+
+def _shard_of_dtensor(key: Node, spec: AttentionSpec, decision: Plan) -> HeadShard | None:
+    """The heads that this process has of a DTensor; of attention that is written out the key is known only now."""
+    if not is_dtensor(example := _tensor_of(key)):
+        return None
+    shard, cycle = shard_of_dtensor(example), METHODS[decision.method].cycle(decision.params)
+    if shard is not None and spec.H // spec.H_kv * shard.heads % cycle:
+        raise ValueError(
+            f"{decision.method} gives every {cycle} heads their parts in turn; a process has {shard.heads} of "
+            f"{shard.of} KV heads, with {spec.H // spec.H_kv} heads each"
+        )
+    return shard
 
 
 def _seed(graph: Graph, device: torch.device, policy: Policy, like: Node) -> Node:
@@ -202,8 +221,9 @@ def _emit(
     node = graph.call_function(target, args, kwargs)
     values = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
     # without Python's decompositions some C++ ones turn symbolic sizes into numbers
-    with _fake_mode(like), enable_python_dispatcher():
-        node.meta["example_value"] = target(*values[0], **values[1])
+    with fake_mode_of(_tensor_of(like)), enable_python_dispatcher():
+        run = _sdpa if target is torch.nn.functional.scaled_dot_product_attention else target
+        node.meta["example_value"] = run(*values[0], **values[1])
     if inherit:
         for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
             if key in like.meta:
@@ -211,11 +231,14 @@ def _emit(
     return node
 
 
-def _fake_mode(node: Node) -> Any:
-    example = _tensor_of(node)
-    if not isinstance(example, FakeTensor):
-        raise ValueError(f"node {node.name!r}: its example_value is a {type(example).__name__}, must be a FakeTensor")
-    return example.fake_mode
+def _sdpa(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """SDPA without values; of DTensors by that of their parts, for not every kernel of it knows DTensors."""
+    attention: Any = torch.nn.functional.scaled_dot_product_attention
+    out: Any = attention(*map(local_of, (query, key, value)), *args, **kwargs)
+    if is_dtensor(query):
+        out = query.from_local(out, query.device_mesh, query.placements, run_check=False)
+    whole: torch.Tensor = out
+    return whole
 
 
 def _cast(graph: Graph, x: Node, dtype: torch.dtype, like: Node) -> Node:
@@ -274,7 +297,7 @@ def _with_layout_of(graph: Graph, out: Node, like: Node) -> Node:
         return out
     for order in itertools.permutations(range(example.dim())):
         inverse = tuple(order.index(d) for d in range(example.dim()))
-        with target.fake_mode:
+        with fake_mode_of(target):
             candidate = example.permute(order).contiguous().permute(inverse)
         if same_sizes(candidate.stride(), target.stride()):
             moved = _emit(graph, torch.permute, (out, order), like=like)

@@ -9,13 +9,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from ..core.spec import AttentionSpec, Mask, feature_major, known_equal, layer_key
 from .buffers import Buffers
 from .mask import Padding
-from .nodes import is_parted, shares_memory, tensor_of
+from .nodes import fake_mode_of, is_parted, shares_memory, tensor_of
 from .normalize import bodies, mutated_inputs, number
 
 Emit = Callable[..., Node]
@@ -112,8 +111,8 @@ class Operand:
     @property
     def example(self) -> torch.Tensor:
         """The result without values."""
-        x: FakeTensor = self.node.meta["example_value"]
-        with x.fake_mode:
+        x: torch.Tensor = self.node.meta["example_value"]
+        with fake_mode_of(x):
             for function, args, kwargs in self.steps:
                 args, kwargs = torch.fx.node.map_arg((args, kwargs), lambda node: node.meta["example_value"])
                 x = function(x, *args, **kwargs)

@@ -618,9 +618,14 @@ def _groups(a: Sequence[Any], b: Sequence[Any]) -> list[tuple[range, range]]:
 
 
 def _repeat(at: _Element) -> Any:
-    inner = at.source.shape
-    sizes = zip(at.coords[len(at.coords) - len(inner) :], map(size_expr, inner), strict=True)
-    return at.moved([sympy.S.Zero if n == 1 else at.evaluator.divided(x, n)[1] for x, n in sizes])
+    inner, shape = at.source.shape, example_of(at.node).shape
+    own = len(at.coords) - len(inner)
+    places = [
+        sympy.S.Zero if n == 1 else at.evaluator.divided(x, n)[1]
+        for x, n in zip(at.coords[own:], map(size_expr, inner), strict=True)
+    ]
+    once = map(known_equal, inner, shape[own:])
+    return at.moved([x if whole else place for x, place, whole in zip(at.coords[own:], places, once, strict=True)])
 
 
 def _repeat_interleave(at: _Element) -> Any:

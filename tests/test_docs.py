@@ -127,6 +127,19 @@ def test_the_five_minutes_of_the_readme_run(capsys: pytest.CaptureFixture[str]) 
     assert isinstance(names["exact"], torch.Tensor)
 
 
+def test_the_page_of_exported_programs_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/guide/export.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(block, names := {})  # noqa: S102
+    assert capsys.readouterr().out.count("express, causal attention") == 2
+    ops = [str(node.target) for node in names["program"].graph.nodes if "express_compile" in str(node.target)]
+    assert ops == ["express_compile.express.default"] * 2
+
+
 def test_the_page_of_generation_runs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = ("core", "kernels", "planning", "passes", "routes", "quality", "report", "")
+FLOORS = ("core", "kernels", "planning", "passes", "routes", "quality", "report", "engines", "")
 """Lower floors know nothing of higher ones; ``""`` is the front door. Besides, passes and kernels do not meet."""
 
 

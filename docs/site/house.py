@@ -11,6 +11,7 @@ WIDTH, FLOOR, GAP = 960, 78, 12
 # From the top floor down; a floor is a list of rooms: folder, what it is for.
 FLOORS: list[list[tuple[str, str]]] = [
     [("express_compile", "the front door: rewrite_attention, explain, watch, Policy; the command line")],
+    [("express_compile/engines", "elsewhere: several GPUs, vLLM, continuous batching, torch.export")],
     [("express_compile/report", "what happened: explain, the page, plots")],
     [("express_compile/quality", "how wrong: budgets, draws, watch")],
     [("express_compile/routes", "ways in: the backend, captured modules, transformers")],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from .cost import Cost
 from .options import Options
 from .rows import Rows
-from .spec import AttentionSpec, Site
+from .spec import AttentionSpec, HeadShard, Site
 
 if TYPE_CHECKING:
     from .policy import Policy
@@ -64,6 +64,9 @@ class Method:
     changes: what it computes instead of attention over all keys, where that is no approximation but another function,
         in words that follow a semicolon. Such a method runs only where a policy names it, whatever the speed, its
         plans say so, and it is never suggested for a site that another one refused.
+    per_head: of its parameters those that list something for every head of a layer, or once for all heads, and how
+        many numbers each entry has. A process with a part of the heads takes theirs (:meth:`part`).
+    cycle(params): after how many query heads of a layer what they do repeats, where it goes by their number besides.
     """
 
     name: str
@@ -83,6 +86,8 @@ class Method:
     approximates: Callable[[Mapping[str, Any], int], bool] | None = None
     step: Callable[[AttentionSpec], torch._ops.OpOverload | None] = lambda spec: None
     changes: str = ""
+    per_head: Mapping[str, int] = field(default_factory=dict)
+    cycle: Callable[[Mapping[str, Any]], int] = lambda params: 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, type) or not issubclass(self.options, Options):
@@ -99,6 +104,18 @@ class Method:
         """The custom op with signature ``(query, key, value, padding, seed, scale, layer, **params)``."""
         op: torch._ops.OpOverload = getattr(torch.ops.express_compile, self.name).default
         return op
+
+    def part(self, params: Mapping[str, Any], shard: HeadShard | None) -> Mapping[str, Any]:
+        """The parameters for a part of the heads, of those for all."""
+        if shard is None:
+            return params
+        own = {}
+        for name, numbers in self.per_head.items():
+            entries = len(params[name]) // numbers
+            if entries > 1:
+                first, last = (x * entries // shard.of * numbers for x in (shard.first, shard.first + shard.heads))
+                own[name] = params[name][first:last]
+        return {**params, **own}
 
     def takes(self, option: str) -> bool:
         """Whether the op has an argument of this name."""

@@ -104,7 +104,7 @@ class SavedSite:
 
 def facts_of(spec: AttentionSpec) -> dict[str, Any]:
     """The facts of a site that a saved plan relies on, as plain data; sizes that are not known as text."""
-    sizes = {name: getattr(spec, name) for name in _SIZES}
+    sizes = {name: getattr(spec.whole, name) for name in _SIZES}
     mask = str(replace(spec.mask, offset=0, padding=False))
     return {"mask": mask, **{name: size if isinstance(size, int) else str(size) for name, size in sizes.items()}}
 

@@ -9,8 +9,8 @@ import math
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -71,6 +71,14 @@ class Mask:
         return ", ".join(parts) or "none"
 
 
+class HeadShard(NamedTuple):
+    """KV heads ``first`` to ``first + heads - 1`` of the ``of`` of a layer, with all their query heads."""
+
+    first: int
+    heads: int
+    of: int
+
+
 @dataclass(frozen=True)
 class AttentionSpec:
     """What one attention site computes: ``softmax(cap(scale * q k^T) + mask) v``.
@@ -79,7 +87,8 @@ class AttentionSpec:
     ``scaled_dot_product_attention``. ``H_kv`` divides ``H`` (grouped-query attention).
     ``device`` is a device type (``"cpu"``, ``"cuda"``). ``softcap`` is c of ``cap(s) = c * tanh(s / c)``, or None where
     scores are not capped. ``sinks``: a logit per query head joins the softmax, with a value of zero. ``feature_major``:
-    the keys are known to lie feature by feature (:func:`feature_major`).
+    the keys are known to lie feature by feature (:func:`feature_major`). ``shard``: which heads of the layer this
+    process computes, where that is not all.
     """
 
     B: Any
@@ -97,6 +106,15 @@ class AttentionSpec:
     softcap: float | None = None
     sinks: bool = False
     feature_major: bool = False
+    shard: HeadShard | None = None
+
+    @property
+    def whole(self) -> AttentionSpec:
+        """The same with all heads of the layer, for which plans are made."""
+        if self.shard is None:
+            return self
+        ranks = self.shard.of // self.H_kv
+        return replace(self, H=self.H * ranks, H_kv=self.shard.of, shard=None)
 
     @property
     def forms(self) -> dict[str, str]:

@@ -193,7 +193,25 @@ def require(planned: Iterable[tuple[str, Plan | SiteReport]], policy: Policy) ->
 
 
 def answer(question: Question, policy: Policy) -> Plan:
-    """The decision for one site; as :func:`plan`, for a policy that :func:`check_policy` has seen, and never strict."""
+    """The decision for one site; as :func:`plan`, for a policy that :func:`check_policy` has seen, and never strict.
+
+    It is for all heads of the layer, so that processes that share them decide alike; each one runs :meth:`Method.part`.
+    """
+    spec = question.spec
+    if spec is None or spec.shard is None:
+        return _answer(question, policy)
+    decision = _answer(replace(question, spec=spec.whole), policy)
+    if decision.verdict == "rewritten":
+        heads, cycle = spec.H // spec.H_kv * spec.shard.heads, METHODS[decision.method].cycle(decision.params)
+        if heads % cycle:
+            reason = f"{decision.method} gives every {cycle} heads their parts in turn; a process has {heads} of them"
+            return Plan(
+                "exact", "refused", reason, rejected=(Refusal(decision.method, reason),), policy=decision.policy
+            )
+    return decision
+
+
+def _answer(question: Question, policy: Policy) -> Plan:
     if policy.plan is not None:
         return _follow(question, policy)
     local = policy.at(question.module)

@@ -100,7 +100,7 @@ class Report:
                 return site
             times = {"exact": measure(spec, "exact", {})}
             if site.method != "exact":
-                times[site.method] = measure(spec, site.method, site.params)
+                times[site.method] = measure(spec, site.method, METHODS[site.method].part(site.params, spec.shard))
             return replace(site, measured_ms=times)
 
         return replace(self, sites=tuple(map(complete, self.sites)))

@@ -34,7 +34,8 @@ from ..passes.site import AttentionSite
 from ..planning.choose import require_matches
 from .dynamo import Compiled, Failure, cannot_capture, is_converting
 from .module_code import writes_attention
-from .tracers import cannot_trace, is_exporting, refuse_tracers, untraced
+from .program import is_inside, trace_rewritten
+from .tracers import cannot_trace, is_exporting, refuse_strict_export, refuse_tracers, untraced
 from .watched import GraphSite, Watch
 
 _CAPTURE = "_express_compile_capture"
@@ -239,6 +240,8 @@ class Capture:
         self._start()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_exporting() and not torch.compiler.is_dynamo_compiling():
+            return self._export(args, kwargs)
         if torch.compiler.is_compiling():
             ours = _is_ours(type(self.module).__name__)
             return _captured_call_impl(self.module, *args, **kwargs) if ours else self._run(args, kwargs)
@@ -276,6 +279,20 @@ class Capture:
                 self._say(f"Dynamo did not capture {place}, so it ran as it was: {reason}", place.rpartition(" ")[2])
         elif self.policy.strict and _in_progress.get() is None:
             self._require_sites(call.paths)
+        return result
+
+    @untraced
+    def _export(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call as a part of a program that torch.export makes."""
+        if is_inside():
+            return _captured_call_impl(self.module, *args, **kwargs)
+        result, reports = trace_rewritten(self.module, self.path, self.policy, _captured_call_impl, args, kwargs)
+        if (sites := recording()) is not None:
+            sites.extend(reports)
+        if not reports:
+            self._say("no attention was found in what torch.export traced of it")
+        if self.policy.strict:
+            self._require_sites({report.module for report in reports})
         return result
 
     def _require_sites(self, paths: set[str]) -> None:
@@ -363,8 +380,7 @@ def _close(compiled: Compiled, call: FunctionType) -> None:
 
 @torch.compiler.assume_constant_result
 def _is_ours(name: str) -> bool:
-    if is_exporting():
-        raise RuntimeError(cannot_trace(name, "torch.export"))
+    refuse_strict_export(name)
     return is_converting()
 
 

@@ -34,6 +34,15 @@ def refuse_tracers(module: nn.Module) -> None:
         raise RuntimeError(cannot_trace(type(module).__name__, by))
 
 
+@torch.compiler.assume_constant_result
+def refuse_strict_export(name: str) -> None:
+    """Raise ``RuntimeError`` where Dynamo traces for torch.export; ``name`` is that of the module's class."""
+    if is_exporting():
+        raise RuntimeError(
+            f"{name}: torch.export(strict=True) would lose the rewriting; strict=False, the default, keeps it"
+        )
+
+
 def cannot_trace(name: str, by: str) -> str:
     """The message of that error; ``name`` is that of the module's class."""
     return f"{name}: {by} would lose the rewriting; call restore_attention(model) before it"

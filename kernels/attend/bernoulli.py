@@ -51,15 +51,24 @@ def _unit(q: torch.Tensor, levels: int) -> torch.Tensor:
     return torch.where(top == 0, 1.0, top) / levels
 
 
-def round_query(query: torch.Tensor, levels: int, seed: torch.Tensor, layer: int, step: torch.Tensor) -> torch.Tensor:
+def own_numbers(head: torch.Tensor, group: int, seed: torch.Tensor) -> torch.Tensor:
+    """The counters of query heads, ``group`` of which share a KV head: the upper half of ``seed``, which is added to
+    them, counts KV heads."""
+    return head + (group - 1) * (seed.to(head.device) >> 32)
+
+
+def round_query(
+    query: torch.Tensor, levels: int, seed: torch.Tensor, layer: int, step: torch.Tensor, group: int = 1
+) -> torch.Tensor:
     """``query`` ``[B, H, Lq, D]`` rounded at random to ``levels`` steps of its largest entry: float64 for float64,
     float32 for other dtypes, whose own rounding would be a bias.
 
-    ``seed`` 0-dim int64; ``step`` int64 ``[B, Lq]``, the number of keys that every query sees.
+    ``seed`` 0-dim int64; ``step`` int64 ``[B, Lq]``, the number of keys that every query sees; ``group`` query heads
+    share a KV head.
     """
     q = query.double()
     unit = _unit(q, levels)
-    head = torch.arange(query.shape[1], device=query.device)[:, None, None]
+    head = own_numbers(torch.arange(query.shape[1], device=query.device), group, seed)[:, None, None]
     place = torch.arange(query.shape[-1], device=query.device)
     u = philox_uniform(seed, layer, place, int(BUCKET), step[:, None, :, None], head).double() + 2.0**-25
     ratio = (q / unit).abs()
@@ -96,7 +105,7 @@ def _round_kernel(q, random, masks, exact, outputs, sizes, SHAPE: tl.constexpr):
     LQ: tl.constexpr = SHAPE.LQ
     D: tl.constexpr = SHAPE.D
     p_counts, p_unit = outputs
-    H, n, levels = sizes
+    H, n, levels, group = sizes
     i_row = tl.program_id(0)
     i_b, i_h, i_q = i_row // (H * LQ), i_row // LQ % H, i_row % LQ
     o_d = tl.arange(0, SHAPE.BD)
@@ -117,7 +126,9 @@ def _round_kernel(q, random, masks, exact, outputs, sizes, SHAPE: tl.constexpr):
     if exact.draws is not None:
         whole = is_whole(step, exact.draws + i_b * exact.stride, exact.below, exact.reach)
     step -= tl.sum(m_behind.to(tl.int32), 0)
-    b_u = draw_uniform(tl.load(random.seed), random.layer, o_d, BUCKET, step, i_h).to(tl.float64)
+    b_seed = tl.load(random.seed)
+    head = i_h + (group - 1) * (b_seed >> 32).to(tl.int32)  # as own_numbers()
+    b_u = draw_uniform(b_seed, random.layer, o_d, BUCKET, step, head).to(tl.float64)
     b_abs = tl.abs(b_q)
     top = tl.max(b_abs, 0)
     unit = tl.where(top == 0, 1.0, top) / levels
@@ -142,6 +153,7 @@ def round_query_triton(
     padding: torch.Tensor | None,
     lengths: torch.Tensor | None,
     exact: Exact | None = None,
+    group: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`round_query` as integers, ``[B, H, Lq, D]`` in the query's dtype, and their unit, float32 ``[B, H, Lq]``.
 
@@ -154,7 +166,7 @@ def round_query_triton(
     unit = torch.empty(B, H, Lq, dtype=torch.float32, device=device)
     launch(_round_kernel, (B * H * Lq,),
         strided(query), random, _Masks(step, lengths, padding, 0 if padding is None else padding.stride(0)),
-        exact or Exact(None, 0, 0, 0), (counts, unit), (H, keys, levels),
+        exact or Exact(None, 0, 0, 0), (counts, unit), (H, keys, levels, group),
         SHAPE=_Shape(Lq, D, max(16, next_power_of_two(D))), num_warps=1, num_stages=1,
     )  # fmt: skip
     return counts, unit

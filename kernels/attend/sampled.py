@@ -427,7 +427,7 @@ def santa_triton(
     unit = None
     if levels := options.get("bernoulli", 0):
         exact = None if draws is None else Exact(counted, exact_below, reach, stride_db)
-        query, unit = round_query_triton(query, n, levels, random, step, padding, lengths, exact)
+        query, unit = round_query_triton(query, n, levels, random, step, padding, lengths, exact, H // KVH)
     if draws is None:
         exact_below = NO_LIMIT
     if window >= n:

@@ -203,7 +203,7 @@ def _block_rows(table: SegmentTable, block: int, queries: int) -> tuple[list, to
         stop = min(begin + table.block, table.q_offset + queries)
         slices.append((TOKENS, int(table.tail[block]), stop))
         weights.append(np.zeros(stop - int(table.tail[block])))
-    return slices, torch.from_numpy(np.concatenate(weights))
+    return slices, torch.tensor(np.concatenate(weights))
 
 
 def _block_scores(

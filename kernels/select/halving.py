@@ -26,9 +26,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch._higher_order_ops.while_loop import while_loop_op
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from express_compile.core.options import Kind
 from express_compile.core.plain import number
@@ -147,6 +149,8 @@ def walk(
     b = matrix.diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt()
     product = b * b.cummax(-1).values
     alpha = torch.zeros_like(b)
+    if decisions is None and get_proxy_mode() is not None:
+        return _walk_in_program(matrix.triu(1), draws.expand_as(b), product, gain)
     second = torch.empty_like(b, dtype=torch.bool)
     for i in range(b.shape[-1]):
         keep = draws[..., i] < keep_second_probability(alpha[..., i], product[..., i], gain)
@@ -155,6 +159,33 @@ def walk(
         sign = 1.0 - 2.0 * followed.to(alpha.dtype)
         # alpha_i itself is final once pair i is decided: only later pairs still change
         alpha[..., i + 1 :] -= sign[..., None] * matrix[..., i, i + 1 :]
+    return second, alpha, product
+
+
+def _walk_in_program(
+    after: torch.Tensor, draws: torch.Tensor, product: torch.Tensor, gain: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`walk` as one operation of a program that is traced; ``after`` is the matrix above its diagonal."""
+    pairs = product.shape[-1]
+
+    def goes_on(i: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return i < pairs
+
+    def step(
+        i: torch.Tensor, second: torch.Tensor, alpha: torch.Tensor, after: torch.Tensor, draws: torch.Tensor,
+        product: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        at = i.reshape(1)
+        keep = draws.index_select(-1, at) < keep_second_probability(
+            alpha.index_select(-1, at), product.index_select(-1, at), gain
+        )
+        sign = 1.0 - 2.0 * keep.to(alpha.dtype)
+        here = torch.arange(pairs, device=alpha.device) == i
+        return i + 1, torch.where(here, keep, second), alpha - sign * after.index_select(-2, at).squeeze(-2)
+
+    start = torch.zeros((), dtype=torch.int64, device=product.device)
+    carried: Any = (start, torch.zeros_like(product, dtype=torch.bool), torch.zeros_like(product))
+    _, second, alpha = while_loop_op(goes_on, step, carried, (after, draws.contiguous(), product))
     return second, alpha, product
 
 

@@ -619,11 +619,6 @@ def test_more_layers_are_parted_by_graph_breaks_than_dynamo_makes_graphs_of_one_
 
 
 TRACERS: dict[str, Callable[[nn.Module], Any]] = {
-    "export": lambda m: torch.export.export(m, (states(),), strict=False),
-    "strict export": lambda m: torch.export.export(m, (states(),), strict=True),
-    "dynamic export": lambda m: torch.export.export(
-        m, (states(),), strict=False, dynamic_shapes=({1: torch.export.Dim.AUTO},)
-    ),
     "jit.trace": lambda m: torch.jit.trace(m, (states(),)),
     "jit.trace of a function": lambda m: torch.jit.trace(lambda x: m(x), (states(),)),
     "jit.script": torch.jit.script,
@@ -631,7 +626,6 @@ TRACERS: dict[str, Callable[[nn.Module], Any]] = {
     "fx of the model itself": torch.fx.symbolic_trace,
     "fx of the attention itself": lambda m: torch.fx.symbolic_trace([x for x in m.modules() if is_captured(x)][-1]),
     "make_fx": lambda m: torch.fx.experimental.proxy_tensor.make_fx(m)(states()),
-    "part": lambda m: torch.export.export(nn.Sequential(nn.Identity(), m), (states(),), strict=False),
     "onnx": lambda m: torch.onnx.export(m, (states(),), "never.onnx", dynamo=False),
 }
 

@@ -6,10 +6,11 @@ sizes and may record, watch and refuse; a decoding step in a graph may have symb
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +22,14 @@ from transformers.utils.output_capturing import _active_collector
 from ...core.call import Call, Op
 from ...core.method import METHODS
 from ...core.plan import Plan
-from ...core.spec import AttentionSpec, Mask
+from ...core.shards import SEEDS, seed_of, shard_of
+from ...core.spec import AttentionSpec, HeadShard, Mask
 from ...kernels.launch import constant
 from ...planning.choose import Question, answer, require
-from ..tracers import cannot_trace, is_exporting, tracer, untraced
+from ..tracers import cannot_trace, is_exporting, refuse_strict_export, tracer, untraced
 from ..watched import sampled
 from .layers import layer_of
-from .masks import NAME, ProvenMask
+from .masks import NAME, ProvenMask, make_mask
 from .proof import EXTRAS, Given, Proof, is_proven, prove
 from .sites import NEEDS_EAGER, Site, site_of, traced
 
@@ -54,10 +56,20 @@ def attend(
     """What transformers calls: ``[B, H, L, D]`` in, ``[B, Lq, H, Dv]`` out."""
     given = Given(module, query, key, value, attention_mask, arguments)
     if is_exporting():
-        return _export(given)
-    if torch.compiler.is_compiling() and query.shape[2] == 1:
+        return _traced(given) if torch.compiler.is_dynamo_compiling() else _exported(given)
+    if torch.compiler.is_compiling() and query.shape[2] == 1 and not _has_parts(module):
         return _step(given)
     return _run_eagerly(given)
+
+
+def _site(given: Given) -> Site:
+    site = site_of(given.module)
+    if site is None:
+        raise RuntimeError(
+            f"{type(given.module).__name__} was sent to express_compile's attention but was never rewritten: it was "
+            "added to a rewritten model, or its configuration was copied from one; call rewrite_attention on this model"
+        )
+    return site
 
 
 def _prove_and_run(site: Site, given: Given, decide: Callable[[AttentionSpec], tuple[Plan, Run]]) -> Result:
@@ -69,8 +81,9 @@ def _prove_and_run(site: Site, given: Given, decide: Callable[[AttentionSpec], t
         return _exact_step(given, proof, spec) or _exact(site, given)
     key, value = proof.seen(given)
     seed = _seed_of_step(_seed(site.plans.policy.seed, given.query), spec, given.arguments)
+    seed, options = seed_of(seed, spec.shard), METHODS[plan.method].part(plan.params, spec.shard)
     sinks = given.arguments["s_aux"] if spec.sinks else None
-    call = Call(given.query, key, value, proof.padding, seed, spec.scale, site.layer, sinks=sinks, options=plan.params)
+    call = Call(given.query, key, value, proof.padding, seed, spec.scale, site.layer, sinks=sinks, options=options)
     out, _ = run(METHODS[plan.method].op, call)
     return out.transpose(1, 2).contiguous(), None
 
@@ -81,18 +94,22 @@ def _prove_and_run(site: Site, given: Given, decide: Callable[[AttentionSpec], t
 @untraced
 def _run_eagerly(given: Given) -> Result:
     if tracer() is not None:
-        return _export(given)
+        return _traced(given)
     if (layer := layer_of(given.key)) is not None:
+        if _has_parts(given.module):
+            raise RuntimeError("a part of a sequence (shard_sequence) cannot be held in a cache; use_cache=False")
         out = layer.attend(given, wants_weights(given))
         if out is not None:
             return out.transpose(1, 2).contiguous(), None
-    site, module = site_of(given.module), given.module
-    if site is None:
-        raise RuntimeError(
-            f"{type(module).__name__} was sent to express_compile's attention but was never rewritten: it was added to "
-            "a rewritten model, or its configuration was copied from one; call rewrite_attention on this model"
-        )
-    shadow = None if module.training else site.shadow
+    site, module = _site(given), given.module
+    H, (_, H_kv, _, D) = given.query.shape[1], given.key.shape
+    given = given._replace(shard=shard_of(module, H, H_kv, D))
+    site.shard = given.shard
+    return _run_planned(site, given) if site.spread is None else site.spread(Part(site, given))
+
+
+def _run_planned(site: Site, given: Given) -> Result:
+    shadow = None if given.module.training else site.shadow
 
     def decide(spec: AttentionSpec) -> tuple[Plan, Run]:
         if wants_weights(given):
@@ -105,6 +122,44 @@ def _run_eagerly(given: Given) -> Result:
         return plan, lambda op, call: sampled(shadow, plan, spec, op, call)
 
     return _prove_and_run(site, given, decide)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A call that has a part of its sequence, for :attr:`Site.spread`."""
+
+    site: Site
+    given: Given
+
+    @cached_property
+    def proof(self) -> Proof:
+        """What is proven about it, as if the part were all."""
+        return prove(self.site, self.given)
+
+    @property
+    def wants_weights(self) -> bool:
+        """Whether somebody wants its attention weights."""
+        return wants_weights(self.given)
+
+    @property
+    def seed(self) -> torch.Tensor:
+        """The seed for its heads."""
+        return seed_of(_seed(self.site.plans.policy.seed, self.given.query), self.given.shard)
+
+    def run(self, inputs: Sequence[torch.Tensor], shard: HeadShard) -> Result:
+        """The call with query, key and value of all tokens for some heads, as it is planned: plain causal, or without a
+        mask, as the part is."""
+        query, key, value = inputs
+        module, causal, n = self.given.module, self.proof.mask.causal, key.shape[2]
+        device = {"device": query.device, "config": module.config}
+        mask = make_mask(query.shape[0], n, n, **device) if causal else None
+        arguments = {**self.given.arguments, "is_causal": causal, "position_ids": None}
+        return _run_planned(self.site, Given(module, query, key, value, mask, arguments, shard))
+
+
+def _has_parts(module: Any) -> bool:
+    site = site_of(module)
+    return site is not None and site.spread is not None
 
 
 # ---- in compiled graphs --------------------------------------------------------------------------------------------
@@ -147,7 +202,7 @@ def _step_in_graph(
     arguments = {name: x for name, x in zip(_OF_STEP, named, strict=True) if x is not None}
     config = SimpleNamespace(_attn_implementation=NAME)  # to one query, eager attention and sdpa are the same
     module = SimpleNamespace(num_key_value_groups=groups, is_causal=causal, training=training, config=config)
-    given = Given(module, query, key, value, mask, {"is_causal": causal, **arguments})
+    given = Given(module, query, key, value, mask, {"is_causal": causal, **arguments}, site.shard)
 
     def decide(spec: AttentionSpec) -> tuple[Plan, Run]:
         question = Question(module=site.path, spec=spec, gradient=given.gradient, graphs=True)
@@ -156,20 +211,38 @@ def _step_in_graph(
     return _prove_and_run(site, given, decide)[0]
 
 
-# ---- in exported programs ------------------------------------------------------------------------------------------
-
-
-def _export(given: Given) -> Result:
-    """A call that is traced into a program: what is exact by its policy stays what it is, the rest cannot be kept."""
-    site = site_of(given.module)
-    if site is None or site.methods != ("exact",):
-        return _refuse_export(given.module)
-    return _exact(site, given)
+# ---- in exported and traced programs -------------------------------------------------------------------------------
 
 
 @untraced
-def _refuse_export(module: Any) -> NoReturn:
-    raise RuntimeError(cannot_trace(type(module).__name__, "torch.export"))
+def _exported(given: Given) -> Result:
+    """A call in a program that torch.export makes; sizes may be symbols, and then the plan holds for all of them."""
+    site = _site(given)
+    if layer_of(given.key) is not None:
+        raise RuntimeError(f"{site.path}: an ExpressCache cannot become a part of an exported program; use_cache=False")
+    if site.spread is not None:
+        raise RuntimeError(
+            f"{site.path}: a part of a sequence (shard_sequence) cannot become a part of an exported program"
+        )
+
+    def decide(spec: AttentionSpec) -> tuple[Plan, Run]:
+        plan = answer(Question(module=site.path, spec=spec, gradient=given.gradient), site.plans.policy)
+        if wants_weights(given):
+            plan = Plan("exact", "refused", _WEIGHTS[site.given == "eager"])
+        site.report(plan, spec)
+        require([(site.path, plan)], site.plans.policy)
+        return plan, lambda op, call: call.run(op)
+
+    return _prove_and_run(site, given, decide)
+
+
+def _traced(given: Given) -> Result:
+    """A call that is traced into a program that keeps what is exact by its policy, and cannot keep the rest."""
+    site, name = site_of(given.module), type(given.module).__name__
+    if site is None or site.spread is not None or site.methods != ("exact",):
+        refuse_strict_export(name)
+        raise RuntimeError(cannot_trace(name, tracer() or "torch.jit"))
+    return _exact(site, given)
 
 
 # ---- exactly -------------------------------------------------------------------------------------------------------
@@ -198,7 +271,7 @@ def _exact_step(given: Given, proof: Proof, spec: AttentionSpec) -> Result | Non
 def _exact(site: Site, given: Given) -> Result:
     """transformers' own attention, with exactly the arguments it would have had; in place of eager attention sdpa, with
     arguments that say the same to it."""
-    module, query, key, value, mask, arguments = given
+    module, query, key, value, mask, arguments, _ = given
     flag = given.eager and is_proven(mask) and mask.proven == Mask(causal=True)
     if isinstance(mask, ProvenMask):
         mask = mask.exact()
@@ -249,7 +322,7 @@ def _seed_of_step(seed: torch.Tensor, spec: AttentionSpec, arguments: dict[str, 
     window, positions = arguments.get("sliding_window"), arguments.get("position_ids")
     if spec.Lq != 1 or spec.mask.window is not None or not window or window > spec.Lk or positions is None:
         return seed
-    return seed + positions.flatten()[-1]
+    return (seed + positions.flatten()[-1]) & SEEDS
 
 
 def _seed(seed: int | None, query: torch.Tensor) -> torch.Tensor:

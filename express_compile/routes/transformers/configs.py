@@ -6,6 +6,8 @@ The configurations that a module had are kept in the module itself, under ``_ORI
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import wraps
@@ -19,7 +21,7 @@ from ...core.plan import Plan
 from ...core.policy import Policy
 from ...core.spec import layer_key
 from ..module_code import calls_interface, depends_on_name
-from .masks import NAME, NAMES
+from .masks import NAME, NAMES, PAGED
 from .sites import SITE, Plans, Site, is_in_force, name_before, site_of, with_owners
 
 _ORIGINALS = "_express_compile_originals"
@@ -59,6 +61,23 @@ def remove(model: nn.Module) -> None:
             hooks = module._forward_pre_hooks
             for number in [number for number, hook in hooks.items() if hook is _check_in_force]:
                 del hooks[number]
+
+
+@contextmanager
+def renamed(model: nn.Module, name: str) -> Iterator[None]:
+    """While active, the configurations of a rewritten model name this attention instead of ours."""
+    pointed = [module.__dict__[_ORIGINALS] for module in model.modules() if _ORIGINALS in module.__dict__]
+    copies = {id(copied.copy): copied.copy for configs in pointed for copied in configs.copies}.values()
+    before = [(config, config._attn_implementation) for config in copies]
+    before = [(config, given) for config, given in before if given in NAMES.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, given in before:
+            if config._attn_implementation == name:
+                config._attn_implementation_internal = given
 
 
 def _point_configs(model: nn.Module, sites: dict[str, tuple[nn.Module, str]]) -> None:
@@ -106,7 +125,7 @@ class _Copied:
         for name in self.before.keys() - now.keys():
             self.original.__dict__.pop(name, None)
         for name, value in now.items():
-            if name not in self.before or not _is_equal(value, self.before[name]):
+            if value != PAGED and (name not in self.before or not _is_equal(value, self.before[name])):
                 self.original.__dict__[name] = value
 
 

@@ -18,12 +18,16 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.utils.import_utils import is_tracing
 
 from ...core.spec import Mask
+from ...kernels.launch import on_another_thread
+from ..program import without_wide_window
 from ..tracers import is_exporting, untraced
 from .mask_functions import proven
 
 NAME = "express_compile"
 # The attention that a model ran before -> the name under which it runs ours, which has to mean the same.
 NAMES = {"sdpa": NAME, "eager": f"{NAME}_eager"}
+# The name while transformers batches continuously: to names with "flash" in them it hands lengths instead of masks.
+PAGED = f"{NAME}_flash"
 _REASON = "_express_compile_reason"  # an attribute of a mask that is not proven
 
 
@@ -192,9 +196,26 @@ def make_mask(
     }
     if getattr(rest.get("config"), "_attn_implementation", None) == NAMES["eager"]:
         arguments["allow_is_causal_skip"] = False
-    if torch.compiler.is_compiling() and (q_length == 1 or is_exporting()):
+    if torch.compiler.is_dynamo_compiling() and (q_length == 1 or is_exporting()):
         return _sdpa_mask()(**arguments)
-    return _make_mask(arguments)
+    return _make_mask_of_program(arguments) if is_exporting() else _make_mask(arguments)
+
+
+def _make_mask_of_program(arguments: dict[str, Any]) -> torch.Tensor | None:
+    """A mask in a program that torch.export makes, where sizes may be symbols and tensors have no values yet."""
+    q_length, kv_length, padding = (arguments[name] for name in ("q_length", "kv_length", "attention_mask"))
+    # tracing, and the fake tensors of it, belong to a thread
+    known = on_another_thread(proven, arguments["mask_function"])
+    causal, window = known.causal, known.window
+    plain = known == Mask(causal=causal, window=window) and (causal or window is None)
+    plain = plain and arguments.get("local_size") in (None, window)
+    offsets = [arguments["q_offset"], arguments["kv_offset"]]
+    starts = all(isinstance(x, int) and x == 0 for x in offsets) and bool(q_length == kv_length)
+    fits = padding is None or (padding.dim() == 2 and bool(padding.shape[1] == kv_length))
+    if not plain or not fits or not (starts or not causal):
+        return _sdpa_mask()(**arguments)
+    shown = without_wide_window(Mask(causal=causal, window=window, padding=padding is not None), kv_length)
+    return ProvenMask(shown, kv_length, None if padding is None else padding.bool(), arguments)
 
 
 @untraced

@@ -7,7 +7,10 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 
-from ...core.spec import AttentionSpec, Mask, default_scale, feature_major
+from ...core.shards import is_dtensor
+from ...core.spec import AttentionSpec, HeadShard, Mask, default_scale, feature_major
+from ..program import proven_in_program
+from ..tracers import is_exporting
 from .masks import NAMES, ProvenMask, reason_of
 from .sites import Site
 
@@ -24,7 +27,8 @@ _READ = "_express_compile_read"  # an attribute of an additive mask: its version
 
 
 class Given(NamedTuple):
-    """One call: the module, ``[B, H, Lq, D]``, ``[B, H_kv, Lk, D]``, ``[B, H_kv, Lk, Dv]``, the mask and the rest."""
+    """One call: the module, ``[B, H, Lq, D]``, ``[B, H_kv, Lk, D]``, ``[B, H_kv, Lk, Dv]``, the mask and the rest; and
+    which heads of the layer it has, if not all."""
 
     module: Any
     query: torch.Tensor
@@ -32,6 +36,7 @@ class Given(NamedTuple):
     value: torch.Tensor
     mask: torch.Tensor | None
     arguments: dict[str, Any]
+    shard: HeadShard | None = None
 
     @property
     def eager(self) -> bool:
@@ -75,7 +80,7 @@ class Proof(NamedTuple):
         scaling: Any = asked("scaling")
         scale, dropout = float(default_scale(D) if scaling is None else scaling), float(asked("dropout") or 0.0)
         forms: dict[str, Any] = {"softcap": asked("softcap"), "sinks": asked("s_aux") is not None}
-        forms["feature_major"] = feature_major(given.key)
+        forms |= {"feature_major": feature_major(given.key), "shard": given.shard}
         return AttentionSpec(B, H, H_kv, Lq, self.visible, D, Dv, dtype, device, scale, self.mask, dropout, **forms)
 
 
@@ -100,6 +105,8 @@ def prove(site: Site, given: Given) -> Proof:
     row = _key_padding(mask, (B, H, Lq, Lk)) if Lq == 1 or not causal else None
     if row is not None:
         return Proof(Mask(causal=causal, offset=Lk - 1 if causal else 0, padding=True), row, Lk)
+    if is_exporting() and (shown := proven_in_program(mask, (B, H, Lq, Lk))) is not None:
+        return Proof(shown, None, Lk)
     return Proof(Mask(unknown=reason_of(mask)), None, Lk)
 
 
@@ -113,11 +120,13 @@ def _unreadable(given: Given, unlike: str | None) -> str | None:
         return f"the attention takes {', '.join(extras)}, which no method computes"
     if unlike is not None:
         return unlike
+    if is_dtensor(key):
+        return "its inputs are DTensors; shard the model so that attention gets local tensors (use_local_output=True)"
     if key.shape[:3] != value.shape[:3] or key.shape[0] != B or key.shape[3] != D or H % H_kv != 0:
         return f"query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
     if not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:
         return "query, key and value differ in dtype or device"
-    if window is not None and window < Lk and not _has_window(mask, window):
+    if window is not None and not _has_window(mask, window) and window < Lk:
         return f"local attention over {window} keys"
     if is_proven(mask) and (mask.shape[2:] != (Lq, Lk) or mask.shape[0] != B):
         return f"the mask has shape {tuple(mask.shape)} and does not fit {Lq} queries and {Lk} keys"
@@ -145,6 +154,8 @@ def _unlike_sdpa(site: Site, given: Given) -> str | None:
 
 def _has_window(mask: torch.Tensor | None, window: int) -> bool:
     """Whether a mask says by itself what a window hides: it is proven, or it is all that hides keys from one query."""
+    if is_exporting():
+        return mask is not None  # transformers leaves none out there
     if is_proven(mask):
         return mask.proven.window == window
     return mask is not None and mask.dim() == 4 and mask.shape[2] == 1

@@ -20,11 +20,11 @@ from ...core.method import METHODS
 from ...core.plan import Plan
 from ...core.policy import Policy
 from ...core.sites import SiteReport, recording
-from ...core.spec import AttentionSpec
+from ...core.spec import AttentionSpec, HeadShard
 from ...planning.choose import Question, answer, methods_of
 from ..module_code import calls_interface, depends_on_name, passes
 from ..watched import Shadow
-from .masks import NAMES
+from .masks import NAMES, PAGED
 
 NEEDS_EAGER = ("softcap", "s_aux", "sinks")  # arguments that only eager attention knows
 SITE = "_express_compile_site"
@@ -115,6 +115,8 @@ class Site:
     source: ``file:line`` of the method that looks its attention up.
     methods: those that its calls may have.
     shadow: what samples its error while the model is watched; stays behind when the site is copied.
+    spread: what takes its calls where a process has a part of the tokens; see engines/distributed.py.
+    shard: which heads of the layer it had at its last eager call, if not all; decoding steps in graphs go by it.
     token: what a compiled graph knows it by; copies have their own.
     """
 
@@ -127,6 +129,8 @@ class Site:
     plans: Plans = field(repr=False)
     methods: tuple[str, ...]
     shadow: Shadow | None = field(default=None, repr=False)
+    spread: Callable[[Any], Any] | None = field(default=None, repr=False)
+    shard: HeadShard | None = field(default=None, repr=False)
     token: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
@@ -166,7 +170,7 @@ def installed(model: nn.Module) -> list[Site]:
 
 def is_in_force(module: Any) -> bool:
     """Whether a module has a site, and its configuration still names our attention."""
-    return SITE in module.__dict__ and module.config._attn_implementation in NAMES.values()
+    return SITE in module.__dict__ and module.config._attn_implementation in (*NAMES.values(), PAGED)
 
 
 def name_before(config: Any) -> str:
