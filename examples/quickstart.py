@@ -1,10 +1,11 @@
-"""The main job: a real language model reads a long text with exact and with Express attention.
+"""The main job: a real language model reads a long text with exact attention, and with few rows for every KV head.
 
-    python examples/quickstart.py             # GPU if there is one, else the CPU in about four minutes
+    python examples/quickstart.py             # GPU if there is one, else the CPU in about two minutes
     python examples/quickstart.py --layers 2  # a fast taste: only the first layers of the model
 
-Prints what was rewritten, how far the answers are from the exact ones, what it forgot, and how long it took;
-draws the error per position and the rows that each query saw.
+By the plan for every KV head in examples/plans, by a window of as many rows (StreamingLLM), and by Express with as many
+rows in all heads. Prints what was rewritten, how far the answers are from the exact ones, which of the facts hidden
+in the text were found, and how long it took; draws the error per position and the rows per query.
 """
 
 # ruff: noqa: E402
@@ -14,6 +15,7 @@ import argparse
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,31 +29,45 @@ sys.path.append(str(Path(__file__).parent / "bench"))  # where what it shares wi
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from measures import TokenStats, recalls, token_statistics
-from models import load_smollm2, long_texts, needle_prompts
+from measures import TokenStats, token_statistics
+from models import judged_texts, load_smollm2
+from needles import WORDS, asked_at_once
+from plans import BLOCK, Plan, average_rows, rows_by_head, uniform
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from express_compile import Policy, explain, record_sites, restore_attention, rewrite_attention
-from express_compile.kernels.express import rows_seen
+from express_compile import SavedPlan, explain, record_sites, restore_attention, rewrite_attention
+from express_compile.kernels.heads import PerHead, rows_seen
+from express_compile.quality.profile import late
 
-OPTIONS = dict(budget=256, sinks=32, window=256, protected=256, methods=["express"])
-# the same number of rows, none of them protected: shows what protection is good for
-WITHOUT_PROTECTION = {**OPTIONS, "protected": 0, "window": 512}
-NEEDLE_TOKENS = 2304
+PLAN = Path(__file__).parent / "plans" / "smollm2-135m.json"
+TEXT = "acts"  # nothing was profiled on it
+COMPILED = 4  # layers whose two routes are compared
 WIDTH = 120
 
 
 @dataclass
 class Run:
-    """One row of the table. ``policy`` is None for exact attention, ``sites`` then too; ``recalled`` is optional."""
+    """One row of the table. ``plan`` is None for exact attention, ``sites`` then too; ``recalled`` is optional."""
 
     hidden: torch.Tensor
     seconds: float
-    policy: Policy | None = None
+    plan: Plan | None = None
     sites: str = "-"
     recalled: str = "-"
+
+
+class Body(torch.nn.Module):
+    """The model without its head, under the paths of modules that it has in the whole."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model.model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.model(input_ids=ids, use_cache=False).last_hidden_state
+        return out
 
 
 def timed(call: Callable[[], torch.Tensor], repeats: int) -> tuple[torch.Tensor, float]:
@@ -76,25 +92,29 @@ def number(x: float) -> str:
     return f"{x:.4f}" if 1e-3 <= x < 1 else f"{x:.2f}" if 1 <= x < 1000 else f"{x:.1e}"
 
 
+def rows_per_query(plan: Plan, n: int) -> np.ndarray:
+    """Rows that each query of ``n`` tokens sees, mean over KV heads ``[n]``."""
+    counts = Counter(rows_by_head(plan))
+    return np.average(rows_seen(PerHead(tuple(counts), block=BLOCK), n), axis=0, weights=list(counts.values()))
+
+
 def draw(runs: dict[str, Run], stats: dict[str, TokenStats], n: int, first: int, path: Path, title: str) -> None:
     """KL per position (median and mean of 64 positions) above, rows seen per query below."""
     figure = Figure(figsize=(9, 7), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
-    approximate = {name: run for name, run in runs.items() if run.policy is not None and name in stats}
-    for color, width, (name, run) in zip(("C0", "C1"), (4, 1.5), approximate.items(), strict=False):
-        kl = stats[name].kl
+    shown = [(name, run.plan) for name, run in runs.items() if run.plan is not None and "compile" not in name]
+    for color, (name, plan) in zip(("C0", "C1", "C2"), shown, strict=True):
+        kl, rows = stats[name].kl, rows_per_query(plan, n)
         bins = kl[: len(kl) // 64 * 64].clip(1e-9).reshape(-1, 64)
-        middle, rows = np.arange(len(bins)) * 64 + 32, rows_seen(run.policy, n)
+        middle = np.arange(len(bins)) * 64 + 32
         thinned = middle >= np.argmax(rows < np.arange(1, n + 1))  # before it every row is kept: KL is rounding
-        own = run.policy.of("express")
-        label = f"protected={own.protected}, window={own.recent}"
-        above.plot(middle[thinned], bins.mean(1)[thinned], color=color, label=f"{label}: mean of 64 positions")
-        above.plot(middle[thinned], np.median(bins, 1)[thinned], ":", color=color, label=f"{label}: median")
-        below.plot(np.arange(1, n + 1), rows, color=color, linewidth=width, label=f"Express, {label}")
+        above.plot(middle[thinned], bins.mean(1)[thinned], color=color, label=f"{name}: mean of 64 positions")
+        above.plot(middle[thinned], np.median(bins, 1)[thinned], ":", color=color, label=f"{name}: median")
+        below.plot(np.arange(1, n + 1), rows, color=color, label=name)
     above.set(ylabel="KL to exact, nats per token", yscale="log")
     above.set_title(title, fontsize=11)
     below.plot(np.arange(1, n + 1), np.arange(1, n + 1), color="0.4", linestyle="--", label="exact")
-    below.set(xlabel="position", ylabel="rows a query attends to", xlim=(0, n), ylim=(0, None))
+    below.set(xlabel="position", ylabel="rows a query attends to, mean over KV heads", xlim=(0, n), ylim=(0, None))
     for axes in (above, below):
         axes.axvline(first, color="0.7", linewidth=1)
         axes.grid(alpha=0.3)
@@ -104,13 +124,13 @@ def draw(runs: dict[str, Run], stats: dict[str, TokenStats], n: int, first: int,
 
 
 def table_of(runs: dict[str, Run], stats: dict[str, TokenStats], n: int, first: int, title: str) -> Table:
-    """One row per run; the measures are means over the positions from ``first`` on."""
+    """One row per run; the measures are means over the positions of the text from ``first`` on."""
     table = Table(title=title)
     for column in ("run", "sites", "rows kept / n", "KL to exact", "top-1", "perplexity (exact)", "seconds", "needles"):
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
     for name, run in runs.items():
         s = next(iter(stats.values())).tail(first) if name == "exact" else stats[name].tail(first)
-        rows = n if run.policy is None else rows_seen(run.policy, n)[first:].mean()
+        rows = n if run.plan is None else average_rows(run.plan, n)
         perplexity = number(s.perplexity_exact if name == "exact" else s.perplexity)
         table.add_row(
             name,
@@ -128,14 +148,18 @@ def table_of(runs: dict[str, Run], stats: dict[str, TokenStats], n: int, first: 
 def arguments(on_gpu: bool) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192 if on_gpu else 4096, help="length of the text")
-    parser.add_argument("--needles", type=int, default=12 if on_gpu else 3, help="needle depths to try; 0 for none")
+    parser.add_argument("--needles", type=int, default=8, help="facts to hide in it; 0 for none")
     parser.add_argument("--layers", type=int, help="run only the first layers of the model: fast, but it babbles")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=on_gpu,
+        help="let the whole model read through torch.compile, too: two minutes more on a CPU",
+    )  # fmt: skip
     parser.add_argument("--picture", type=Path, default=Path("quickstart.png"))
     args = parser.parse_args()
-    if args.tokens < 64:
-        parser.error(f"--tokens={args.tokens}: must be at least 64")
-    if args.needles < 0:
-        parser.error(f"--needles={args.needles}: must be 0 or more")
+    if args.tokens < 1024:
+        parser.error(f"--tokens={args.tokens}: must be at least 1024")
+    if not 0 <= args.needles <= len(WORDS):
+        parser.error(f"--needles={args.needles}: must be in 0..{len(WORDS)}")
     if args.layers is not None and args.layers < 1:
         parser.error(f"--layers={args.layers}: must be 1 or more")
     if not args.picture.resolve().parent.is_dir():
@@ -151,18 +175,21 @@ class Reader:
         device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
         with self.step("loading the model"):
             self.model, tokenizer = load_smollm2(device, dtype)
-        self.body = self.model.model
-        if args.layers is not None:
-            self.body.layers = self.body.layers[: args.layers]
-            self.model.config.num_hidden_layers = len(self.body.layers)
-        self.text_name, text = next(iter(long_texts().items()))
-        self.ids = tokenizer(text, return_tensors="pt").input_ids[:, : args.tokens].to(device)
-        if self.ids.shape[1] < args.tokens:
-            sys.exit(f"--tokens={args.tokens}: the text {self.text_name} has {self.ids.shape[1]} tokens only")
-        depths = np.linspace(0.1, 0.9, args.needles).tolist()
-        prompts = needle_prompts(tokenizer, NEEDLE_TOKENS, depths, n_distractors=0, seed=0)
-        self.needles = [tuple(torch.tensor(part, device=device) for part in prompt) for prompt in prompts]
+        self.cut(args.layers)
+        ids, self.answers, self.text_tokens = asked_at_once(tokenizer, args.tokens, judged_texts()[TEXT], args.needles)
+        self.ids = torch.tensor([ids], device=device)
+        self.plan = SavedPlan(SavedPlan.load(PLAN).sites[: self.layers])
         self.runs: dict[str, Run] = {}
+
+    @property
+    def layers(self) -> int:
+        return len(self.model.model.layers)
+
+    def cut(self, layers: int | None) -> None:
+        """Keep the first layers only; None keeps all."""
+        self.model.model.layers = self.model.model.layers[:layers]
+        self.model.config.num_hidden_layers = self.layers
+        self.body = Body(self.model)
 
     @contextmanager
     def step(self, description: str) -> Iterator[None]:
@@ -173,50 +200,61 @@ class Reader:
         if self.progress.disable:  # a log file: a line per step
             self.progress.console.print(f"  {description}, {time.perf_counter() - start:.0f} s", highlight=False)
 
-    def read(self, module: Callable) -> torch.Tensor:
-        with torch.no_grad():
-            return module(input_ids=self.ids, use_cache=False).last_hidden_state
-
-    def run(self, name: str, module: Callable, policy: Policy | None = None) -> Run:
+    @torch.no_grad()
+    def run(self, name: str, module: Callable, plan: Plan | None = None) -> Run:
         if self.on_gpu or module is not self.body:
             with self.step(f"{name}: first run, which compiles"):
-                self.read(module)  # is not timed
+                module(self.ids)  # is not timed
         with self.step(f"{name}: reading"):
-            self.runs[name] = Run(*timed(lambda: self.read(module), self.repeats), policy)
-        return self.runs[name]
+            run = self.runs[name] = Run(*timed(lambda: module(self.ids), self.repeats), plan)
+        found = [self.found(run.hidden, answer) for answer in self.answers]
+        if plan is None:
+            self.solved = found
+        if any(self.solved):
+            run.recalled = f"{sum(a and b for a, b in zip(found, self.solved, strict=True))} of {sum(self.solved)}"
+        return run
 
-    def recalled(self, name: str, cases: list) -> list:
-        """Those of the needles ``cases`` that are found; counted in the run's row."""
-        if not cases:
-            return []
-        with self.step(f"{name}: {len(cases)} needle{'s' * (len(cases) != 1)}"):
-            found = [case for case in cases if recalls(self.model, *case)]
-        self.runs[name].recalled = f"{len(found)}/{len(cases)}"
-        return found
+    def found(self, hidden: torch.Tensor, answer: slice) -> bool:
+        """Whether each of its tokens is ranked first."""
+        best = self.model.lm_head(hidden[0, answer.start - 1 : answer.stop - 1]).argmax(-1)
+        return torch.equal(best, self.ids[0, answer])
 
-    def eager(self, name: str, options: dict[str, Any], cases: list) -> None:
-        policy = Policy(**options)
-        rewrite_attention(self.body, policy)
+    def eager(self, name: str, plan: Plan) -> None:
+        options: dict[str, Any] = {"plan": plan} if isinstance(plan, SavedPlan) else {"methods": [plan]}
+        rewrite_attention(self.body, **options)
         with record_sites() as sites:
-            self.run(name, self.body, policy)
-        self.runs[name].sites = rewritten(sites[-len(self.body.layers) :])
-        self.recalled(name, cases)
+            self.run(name, self.body, plan)
+        self.runs[name].sites = rewritten(sites[-self.layers :])
         restore_attention(self.body)
 
     def compiled(self, name: str) -> None:
-        with self.step(f"{name}: explain"):  # methods are named, so the length decides nothing
-            report = explain(self.body, self.ids[:, :256], example_kwargs={"use_cache": False}, **OPTIONS)
-        module = torch.compile(self.body, backend="express", options=OPTIONS)
-        self.run(name, module, Policy(**OPTIONS)).sites = rewritten(report.sites)
+        """The plan again, by the other route."""
+        with self.step(f"{name}: explain"):
+            report = explain(self.body, self.ids[:, :256], plan=self.plan)
+        module = torch.compile(self.body, backend="express", options={"plan": self.plan})
+        self.run(name, module, self.plan).sites = rewritten(report.sites)
+
+    @torch.no_grad()
+    def first_layers_compiled(self) -> float:
+        """How far the first layers that follow the plan through ``torch.compile`` are from the same through
+        ``rewrite_attention``, on the first tokens; relative. Leaves a model of these layers only."""
+        self.cut(COMPILED)
+        plan, ids = SavedPlan(self.plan.sites[: self.layers]), self.ids[:, :1024]
+        with self.step(f"torch.compile of {self.layers} layers"):
+            compiled = torch.compile(self.body, backend="express", options={"plan": plan})(ids)
+            own = rewrite_attention(self.body, plan=plan)(ids)
+            restore_attention(self.body)
+        return float((compiled - own).norm() / own.norm())
 
     def statistics(self) -> dict[str, TokenStats]:
-        """Of every run but the exact one, beside it."""
+        """Of every run but the exact one, beside it, in the text; the questions at its end have their own column."""
         stats: dict[str, TokenStats] = {}
+        exact, ids = (x[:, : self.text_tokens] for x in (self.runs["exact"].hidden, self.ids))
         for name, one in self.runs.items():
             if name != "exact":
                 with self.step(f"{name}: comparing"):
-                    exact = self.runs["exact"].hidden
-                    stats[name] = token_statistics(exact, one.hidden, self.model.lm_head, self.ids)
+                    hidden = one.hidden[:, : self.text_tokens]
+                    stats[name] = token_statistics(exact, hidden, self.model.lm_head, ids)
         return stats
 
 
@@ -233,32 +271,34 @@ def main() -> None:
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         reader = Reader(args, progress, on_gpu)
-        body, n = reader.body, reader.ids.shape[1]
-        progress.console.print(
-            f"SmolLM2-135M-Instruct, {len(body.layers)} layers, reads {n} tokens of {reader.text_name} on {machine}"
-        )
-        reader.run("exact", body)
-        solved = reader.recalled("exact", reader.needles)
-        reader.eager("rewrite_attention", OPTIONS, solved)
-        reader.eager("… protected=0, window=512", WITHOUT_PROTECTION, solved)
-        if on_gpu:
-            reader.run("torch.compile, inductor", torch.compile(body))
-        reader.compiled("torch.compile, express")
+        n, layers = args.tokens, reader.layers
+        text = f"{n} tokens of {TEXT}, {layers} layers, {machine}"
+        progress.console.print(f"SmolLM2-135M-Instruct reads {text}")
+        reader.run("exact", reader.body)
+        reader.eager("plan per KV head", reader.plan)
+        equal = uniform(average_rows(reader.plan, n), n)
+        reader.eager("StreamingLLM", equal["streaming"])
+        reader.eager("uniform Express", equal["express"])
+        if args.compile:
+            if on_gpu:
+                reader.run("torch.compile, inductor", torch.compile(reader.body))
+            reader.compiled("torch.compile, plan")
         stats = reader.statistics()
+        off = reader.first_layers_compiled()
 
-    first = 2048 if n > 2048 else n // 2
+    first = late(n)
     title = f"{n} tokens, {machine}; means over positions from {first} on"
     Console(width=max(WIDTH, console.width)).print(table_of(reader.runs, stats, n, first, title))
     console.print(
-        f"Express with {', '.join(f'{k}={v}' for k, v in OPTIONS.items() if k != 'methods')}, if not said otherwise.\n"
-        f"needles: a 7-digit number hidden in {NEEDLE_TOKENS} tokens of noise; counted are those that exact attention "
-        "finds.\nThinning forgets single facts; protected rows hold some of them: see docs/limits.md.",
+        f"plan per KV head: {PLAN.name}, fitted to other texts. StreamingLLM: {equal['streaming'].rows[0]}. uniform "
+        f"Express: {equal['express'].rows[0]}.\nneedles: {len(reader.answers)} access codes are hidden in the text and "
+        f"asked for at its end; counted are those that exact attention finds.\nThe first {reader.layers} layers of the "
+        f"plan through torch.compile(backend='express') differ from rewrite_attention by {off:.0e}.",
         highlight=False,
     )
     if not on_gpu:
         console.print("seconds on a CPU are those of the reference, which is written to be read; kernels need a GPU.")
-    title = f"{n} tokens of {reader.text_name}, {len(body.layers)} layers, {machine}"
-    draw(reader.runs, stats, n, first, args.picture, title)
+    draw(reader.runs, stats, n, first, args.picture, text)
     console.print(f"picture: {args.picture.resolve()}", soft_wrap=True)
 
 

@@ -29,7 +29,7 @@ NOISE = (
 _INTRODUCTION = (
     "Some access codes and variables are hidden in this text. Remember them: there is a question at the end.\n"
 )
-_WORDS = (
+WORDS = (
     "barley copper falcon glacier harbor ivory juniper kettle lantern meadow nettle orchard pebble quarry raven "
     "sparrow thistle umbrella velvet walnut yarrow acorn beacon cinder"
 ).split()
@@ -81,7 +81,7 @@ class Hay:
 
 def _key(kind: str, random_: random.Random) -> str:
     if kind == "word":
-        return random_.choice(_WORDS)
+        return random_.choice(WORDS)
     return str(random_.randrange(10**4, 10**5)) if kind == "number" else str(uuid.UUID(int=random_.getrandbits(128)))
 
 
@@ -103,8 +103,13 @@ def _codes(kind: str, depth: float, random_: random.Random, others: int) -> Made
     keys = _keys(kind, 1 + others, random_)
     codes = [_code(random_) for _ in keys]
     depths = [depth, *(random_.uniform(0.02, 0.95) for _ in range(others))]
-    facts = [(d, f"The access code of {key} is {code}.") for d, key, code in zip(depths, keys, codes, strict=True)]
-    return facts, f"What is the access code of {keys[0]}? The access code of {keys[0]} is", f" {codes[0]}"
+    made = [_named(key, code, d) for d, key, code in zip(depths, keys, codes, strict=True)]
+    return [fact for facts, _, _ in made for fact in facts], *made[0][1:]
+
+
+def _named(key: str, code: str, depth: float) -> Made:
+    question = f"What is the access code of {key}? The access code of {key} is"
+    return [(depth, f"The access code of {key} is {code}.")], question, f" {code}"
 
 
 def _two_values(kind: str, depth: float, random_: random.Random) -> Made:
@@ -150,6 +155,28 @@ def _case(
     if length < 128:
         raise ValueError(f"n={n!r}: must be {n - length + 128} tokens or more: question and answer have {n - length}")
     return Case(task, haystack, kind, depth, (*body(length), *asked), tuple(answered))
+
+
+def asked_at_once(tokenizer: Any, n: int, text: str, count: int, seed: int = 0) -> tuple[list[int], list[slice], int]:
+    """``n`` tokens of a text with ``count`` access codes hidden in it at even depths, all of which are asked for at its
+    end, so that one pass judges them: token ids, where each answer stands, and the tokens before the first question.
+
+    Raises ``ValueError`` for more codes than there are words to name them, and where ``n`` tokens do not hold them.
+    """
+    if not 0 <= count <= len(WORDS):
+        raise ValueError(f"count={count!r}: must be in [0, {len(WORDS)}]")
+    random_, facts, tail, answers = random.Random(seed), [], [], []
+    for i, key in enumerate(_keys("word", count, random_)):
+        (fact,), question, answer = _named(key, _code(random_), 0.02 + 0.9 * (i + 0.5) / count)
+        facts.append(fact)
+        asked, answered = (tokenizer(x, add_special_tokens=False).input_ids for x in (f"\n\n{question}", answer))
+        tail += [*asked, *answered]
+        answers.append((len(tail) - len(answered), len(tail)))
+    length = n - len(tail)
+    if length < 128:
+        raise ValueError(f"n={n!r}: must be {len(tail) + 128} tokens or more for {count} codes")
+    ids = Hay(tokenizer, text).with_facts(length, facts, 0) + tail
+    return ids, [slice(length + a, length + b) for a, b in answers], length
 
 
 def cases(tokenizer: Any, n: int, texts: Mapping[str, str], each: int = 3, seed: int = 0) -> list[Case]:

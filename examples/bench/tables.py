@@ -166,35 +166,6 @@ def speed_summary_table(*methods: str) -> str:
     return markdown(["", *(f"n = {n:,}" for n in LENGTHS)], body) + f"\n\n{note}"
 
 
-def quality_summary_table() -> str:
-    """Express beside StreamingLLM at about as many rows."""
-    chosen = (
-        ("express", "s=512 sinks=32 window=256 protected=256"),
-        ("streaming_llm", "sinks=32 window=1904"),
-        ("express", "s=256 sinks=32 window=256 protected=256"),
-        ("streaming_llm", "sinks=32 window=1250"),
-    )
-    found = {
-        (r["method"], r["params"].removesuffix(" halving=balanced"), r["task"], r["metric"]): r
-        for r in quality_rows()
-        if r["n"] in ("8192", "8064")
-    }
-    body, first = [], found[*chosen[0], "natural texts", "kl"]
-    for key in chosen:
-        natural, repetitive = (found[*key, f"{kind} texts", "kl"] for kind in ("natural", "repetitive"))
-        top1 = found[*key, "natural texts", "top1"]
-        recalled = (found.get((*key, task, "recalled")) for task in ("needle", "needle among 4"))
-        needles = (f"{row['value']} of {row['high']}" if row else "–" for row in recalled)
-        numbers = [with_interval(natural, 3), f"{float(top1['value']):.3f}", f"{float(repetitive['value']):.3f}"]
-        body.append([policy(natural), f"{float(natural['rows']):,.0f}", *numbers, *needles])
-    header = ["policy", "rows", "KL, natural texts (95%)", "top-1", "KL, repetitive texts", "one needle", "among four"]
-    note = (
-        f"{first['model']}, {int(first['n']):,} tokens, all 30 layers, {first['gpu']}; KL(exact ‖ policy) in nats per "
-        "token (less is better); needles: numbers recalled of those that exact attention recalls."
-    )
-    return markdown(header, body) + f"\n\n{note}"
-
-
 def window_table() -> str:
     """Express and FlexAttention over sinks and a window of as many rows, of the same runs."""
     windows = [(s, row) for s, rows in windows_by_setting().items() for row in rows]
@@ -684,23 +655,6 @@ def tolerance_table() -> str:
     return markdown(["budgets", "rows seen", "KL, natural texts (95%)", "top-1", "KL, repetitive texts"], body)
 
 
-def heads_table() -> str:
-    """KL of a plan for every KV head beside one for all heads and StreamingLLM, at equal rows."""
-    rows = newest(read("heads.csv"), "gpu", "task", "n", "method", "params", "metric")
-    by_method: dict[str, list[dict[str, str]]] = {}
-    for row in rows:
-        if row["metric"] == "kl":
-            by_method.setdefault(row["method"], []).append(row)
-    methods = {"express": "uniform Express", "streaming": "StreamingLLM", "per head": "plan for every KV head"}
-    lines = zip(*(sorted(by_method[name], key=lambda row: float(row["rows"])) for name in methods), strict=True)
-    body = [[f"{float(own[0]['rows']):.0f}", *(with_interval(row, 3) for row in own)] for own in lines]
-    first, texts = rows[0], rows[0]["task"].partition(": ")[2]
-    return markdown(["rows", *methods.values()], body) + (
-        f"\n\n{first['model']} in float32, the first {int(first['n']):,} tokens of {texts}; {first['gpu']}, "
-        f"{first['date']}. KL(exact ‖ rewritten) in nats per token; the interval resamples chunks of 512 tokens."
-    )
-
-
 PLANS = {
     "per head": "plan per head",
     "per layer": "plan per layer",
@@ -830,7 +784,6 @@ PARTS = {
     "custom-method": functools.partial(quoted, "examples/custom_method.py"),
     "speed-summary": functools.partial(speed_summary_table, "express", "thinformer", "santa"),
     **{f"figures-{x}": functools.partial(speed_summary_table, x) for x in ("express", "thinformer", "santa")},
-    "quality-summary": quality_summary_table,
     "methods": methods_table,
     **{f"options-{name}": METHODS[name].options.markdown for name in SHIPPED if name != "exact"},
     "speed": speed_table,
@@ -852,7 +805,6 @@ PARTS = {
     "foreign": foreign_table,
     "planner": planner_table,
     "crossings": crossings_table,
-    "heads": heads_table,
     "plans-summary": plans_summary_table,
     "plans": plans_table,
     "recall": recall_table,

@@ -25,7 +25,6 @@ from ..core.call import plainly, run_by, wrap_ops
 from ..core.method import METHODS
 from ..core.plan import SavedPlan
 from ..core.policy import Policy
-from ..core.rows import describe
 from ..core.sites import NOT_CAPTURED, NOT_MATCHED, SiteReport, record_sites
 from ..core.spec import AttentionSpec
 from ..passes.pipeline import plan_graph
@@ -40,12 +39,13 @@ from ..routes.eager import is_rewritten, unmatched
 from ..routes.outside import Outside
 from .groups import grouped, name_of
 from .page import render
+from .picture import in_text, rows_in_table
 
 
 @dataclass(frozen=True)
 class Report:
     """Every attention site found in one run of a model. ``print(report)`` shows a table, one line for sites
-    of which it says the same.
+    of which it says the same, and below it the rows of every KV head where heads of a site differ.
 
     sites: in order of execution.
     graphs: number of graphs Dynamo cut the model into; 0 for a model that ``rewrite_attention`` changed.
@@ -135,7 +135,7 @@ class Report:
 
     def __str__(self) -> str:
         breaks = [f"  graph break at {words}" for words in self.breaks or ()]
-        lines = [self._table(), self.made, *breaks, self._summary()]
+        lines = [self._table(), in_text(self.sites), self.made, *breaks, self._summary()]
         lines += [f"no site matches {', '.join(self.unmatched)}"] if self.unmatched else []
         return "\n".join(filter(None, lines))
 
@@ -196,7 +196,7 @@ _COLUMNS: dict[str, Callable[[SiteReport], str]] = {
     "form": lambda site: site.form,
     "mask": lambda site: site.mask or "-",
     "method": lambda site: site.method,
-    "rows": lambda site: describe(site.rows) if "rows" in site.params else "-",
+    "rows": lambda site: rows_in_table(site) if "rows" in site.params else "-",
     "verdict": lambda site: site.verdict,
     "reason": lambda site: site.reason,
     "measured": lambda site: _times(site.measured_ms),

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..core.rows import describe
 from ..core.sites import SiteReport
 from .groups import grouped, name_of
-from .picture import picture
+from .picture import picture, rows_in_table
 
 if TYPE_CHECKING:
     from .explain import Report
@@ -121,7 +120,7 @@ def render(report: Report, figures: Mapping[str, str]) -> str:
 
 def _told(site: SiteReport) -> dict[str, str]:
     """The parameters of a site as they are shown: rows in words."""
-    return {name: describe(site.rows) if name == "rows" else str(value) for name, value in site.params.items()}
+    return {name: rows_in_table(site) if name == "rows" else str(value) for name, value in site.params.items()}
 
 
 def _decided(site: SiteReport) -> tuple[Hashable, ...]:

@@ -1,11 +1,11 @@
-"""A picture of plans per KV head: a row per site, a cell per head, coloured by what the head sees: an SVG."""
+"""A picture of plans per KV head: a row per site, a cell per head, coloured by what the head sees: an SVG, or text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from html import escape
 
-from ..core.rows import Rows
+from ..core.rows import Rows, describe
 from ..core.sites import SiteReport
 
 _CELL, _LINE, _LEFT = 16, 20, 8
@@ -13,14 +13,32 @@ _HUES = {"everything": "#8c1d18", "selected": "#e07b00", "protected": "#7a4fb5",
 _WINDOW = "#9aa5ad"
 
 
+def rows_in_table(site: SiteReport) -> str:
+    """What the KV heads of a site see, in a cell of a table: where they differ, that it is said below."""
+    if len(set(site.rows)) > 1:
+        return f"by KV head, {len(site.rows)} below"
+    return describe(site.rows)
+
+
+def in_text(sites: Iterable[SiteReport]) -> str:
+    """The picture as text: a line per site with the number of every head's plan, and what the numbers mean; ``""``
+    where :func:`picture` is."""
+    shown, plans = _plans(sites)
+    if not plans:
+        return ""
+    numbers = {rows: i for i, rows in enumerate(plans, 1)}
+    wide, names = len(str(len(plans))), max(len(_name(site)) for site in shown)
+    lines = ["rows of every KV head:"]
+    for site in shown:
+        lines.append(f"  {_name(site):<{names}}  {' '.join(f'{numbers[rows]:>{wide}}' for rows in site.rows)}")
+    return "\n".join([*lines, *(f"  {numbers[rows]:>{wide}}: {_counted(rows, shown)}" for rows in plans)])
+
+
 def picture(sites: Iterable[SiteReport]) -> str:
     """The ``<svg>`` element; ``""`` where no site has heads that differ. What plans there are is said below it."""
-    shown = [site for site in sites if site.rows]
-    if not any(len(set(site.rows)) > 1 for site in shown):
+    shown, plans = _plans(sites)
+    if not plans:
         return ""
-    plans = sorted(
-        {rows for site in shown for rows in site.rows}, key=lambda rows: (_kind(rows), _count(rows), str(rows))
-    )
     colours = {rows: (_colour(rows), _opacity(rows, plans)) for rows in plans}
     widest = max(len(site.rows) for site in shown)
     parts = []
@@ -28,14 +46,28 @@ def picture(sites: Iterable[SiteReport]) -> str:
         cells = (_cell(j, i, *colours[rows], f"{_name(site)} head {j}: {rows}") for j, rows in enumerate(site.rows))
         parts += [*cells, _text(widest * _CELL + 2 * _LEFT, i, _name(site))]
     for i, rows in enumerate(plans, len(shown) + 1):
-        count = sum(site.rows.count(rows) for site in shown)
-        words = f"{rows} ({count} head{'s' * (count > 1)})"
+        words = _counted(rows, shown)
         parts += [_cell(0, i, *colours[rows], words), _text(_CELL + 2 * _LEFT, i, words)]
     height = (len(shown) + len(plans) + 2) * _LINE
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{widest * _CELL + 640}" height="{height}" '
         f'font-family="sans-serif" font-size="12">{"".join(parts)}</svg>'
     )
+
+
+def _plans(sites: Iterable[SiteReport]) -> tuple[list[SiteReport], list[Rows]]:
+    """The sites that have rows, and these, by kind and number; no rows where no site has heads that differ."""
+    shown = [site for site in sites if site.rows]
+    if not any(len(set(site.rows)) > 1 for site in shown):
+        return shown, []
+    plans = {rows for site in shown for rows in site.rows}
+    return shown, sorted(plans, key=lambda rows: (_kind(rows), _count(rows), str(rows)))
+
+
+def _counted(rows: Rows, shown: Iterable[SiteReport]) -> str:
+    """A plan in words, and how many heads have it."""
+    count = sum(site.rows.count(rows) for site in shown)
+    return f"{rows} ({count} head{'s' * (count > 1)})"
 
 
 def _name(site: SiteReport) -> str:

@@ -100,8 +100,27 @@ def test_the_most_frequent_word_is(tokenizer, cases) -> None:
             assert words.count(tokenizer.decode(case.answer).strip()) == counts[-1] > 2 * counts[-2]
 
 
+def test_codes_are_asked_for_at_once_at_the_end_of_a_text(bench, tokenizer) -> None:
+    text = bench["models"].judged_texts()["acts"]
+    ids, answers, length = bench["needles"].asked_at_once(tokenizer, 1500, text, 4, seed=1)
+    assert len(ids) == 1500 and len(answers) == 4 and length < answers[0].start < answers[-1].stop == 1500
+    body, places = tokenizer.decode(ids[:length]), []
+    for answer in answers:
+        key = re.search(r"The access code of (\w+) is$", tokenizer.decode(ids[: answer.start]))[1]
+        fact = f"The access code of {key} is{tokenizer.decode(ids[answer])}."
+        assert re.search(r"is \d{7}\.$", fact) and body.count(fact) == 1
+        places.append(body.index(fact) / len(body))
+    assert places == pytest.approx([0.02 + 0.9 * x for x in (1 / 8, 3 / 8, 5 / 8, 7 / 8)], abs=0.06)
+    assert body.count("access code of") == 4
+    assert bench["needles"].asked_at_once(tokenizer, 1500, text, 0)[1:] == ([], 1500)
+
+
 def test_what_cannot_be_asked_is_an_error(bench, tokenizer) -> None:
     texts = {"noise": bench["needles"].NOISE}
+    with pytest.raises(ValueError, match=r"count=25: must be in \[0, 24\]"):
+        bench["needles"].asked_at_once(tokenizer, N, texts["noise"], 25)
+    with pytest.raises(ValueError, match="n=200: must be ... tokens or more for 8 codes"):
+        bench["needles"].asked_at_once(tokenizer, 200, texts["noise"], 8)
     with pytest.raises(ValueError, match="each=0: must be 1 or more"):
         bench["needles"].cases(tokenizer, N, texts, each=0)
     with pytest.raises(ValueError, match="n=100: must be 1.. tokens or more"):

@@ -26,30 +26,43 @@ def quickstart(*arguments: str, prefix: str = "") -> subprocess.CompletedProcess
 @pytest.mark.skipif(not INSTALLED, reason="backend='express' by name needs express-compile installed")
 def test_the_table_and_the_picture(tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
-    done = quickstart("--tokens", "1800", "--needles", "1", "--layers", "2", "--picture", str(picture))
+    done = quickstart("--tokens", "1800", "--needles", "4", "--layers", "2", "--compile", "--picture", str(picture))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "torch.compile, express: first run, which compiles, " in done.stdout  # progress, in a log too
+    assert "torch.compile, plan: first run, which compiles, " in done.stdout  # progress, in a log too
     assert "it/s" not in done.stderr  # no bars of other packages between ours
     assert max(map(len, done.stdout.splitlines())) <= 120 or str(picture) in done.stdout
     lines = [line.strip("│ ") for line in done.stdout.splitlines() if line.startswith("│")]
     rows = {cells[0]: cells[1:] for cells in (re.split(r"\s*│\s*", line) for line in lines)}
-    runs = ["rewrite_attention", "… protected=0, window=512", "torch.compile, express"]
+    runs = ["plan per KV head", "StreamingLLM", "uniform Express", "torch.compile, plan"]
     assert [name for name in rows if name != "torch.compile, inductor"] == ["exact", *runs]
     for name in runs:
         sites, kept, kl, agree, perplexity, seconds, needles = rows[name]
         assert sites == "2/2"
-        assert kept == "1153 / 1800"  # all rows up to position 1567, then 900 and more; the mean from 900 on
+        seen, of = map(int, kept.split(" / "))
+        assert of == 1800 and 525 <= seen <= 531, "as many rows as the plan, or hardly fewer"
         assert 1e-6 < float(kl) < 0.1
         assert 0.9 < float(agree) <= 1
         approximate, exact = map(float, re.fullmatch(r"(\S+) \((\S+)\)", perplexity).groups())
         assert approximate == pytest.approx(exact, rel=0.1) and exact > 1
-        assert float(seconds) > 0 and needles == "-"
-    assert rows["exact"][:2] == ["-", "1800 / 1800"] and rows["exact"][-1] == "0/1"  # two layers find no needle
-    # eager and compiled use the same random numbers, so they forget the same; the other policy does not
+        assert float(seconds) > 0 and needles == "-"  # two layers find no needle
+    assert rows["exact"][:2] == ["-", "1800 / 1800"]
+    # eager and compiled use the same random numbers, so they forget the same; other policies do not
     kl = {name: float(rows[name][2]) for name in runs}
-    assert kl[runs[0]] == pytest.approx(kl[runs[2]], rel=0.1)
-    assert rows[runs[0]][2:4] != rows[runs[1]][2:4]
+    assert kl[runs[0]] == pytest.approx(kl[runs[3]], rel=0.1)
+    assert len({rows[name][2] for name in runs[:3]}) == 3
+    assert 0 <= float(re.search(r"differ from rewrite_attention by (\S+)\.", done.stdout)[1]) < 1e-5
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
+
+
+def test_the_committed_outcome_shows_the_plan_beside_streamingllm() -> None:
+    text = (SCRIPT.parent / "bench/results/quickstart-cpu.txt").read_text(encoding="utf-8")
+    lines = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")]
+    rows = {cells[0]: cells[1:] for cells in (re.split(r"\s*│\s*", line) for line in lines)}
+    plan, stream = rows["plan per KV head"], rows["StreamingLLM"]
+    assert plan[0] == stream[0] == "30/30" and int(stream[1].split()[0]) == pytest.approx(int(plan[1].split()[0]), 0.01)
+    assert float(plan[2]) < float(stream[2]) / 3
+    found, solved = zip(*(map(int, run[-1].split(" of ")) for run in (plan, stream)), strict=True)
+    assert len(set(solved)) == 1 and found[0] > found[1]
 
 
 def test_it_fails_early_and_in_one_sentence() -> None:
@@ -64,8 +77,8 @@ def test_it_fails_early_and_in_one_sentence() -> None:
     ("arguments", "message"),
     [
         (("--layers", "0"), "--layers=0: must be 1 or more"),
-        (("--tokens", "63"), "--tokens=63: must be at least 64"),
-        (("--needles", "-1"), "--needles=-1: must be 0 or more"),
+        (("--tokens", "1023"), "--tokens=1023: must be at least 1024"),
+        (("--needles", "25"), "--needles=25: must be in 0..24"),
         (("--picture", "/no/such/picture.png"), "--picture=/no/such/picture.png: there is no such folder"),
     ],
 )

@@ -82,6 +82,23 @@ def test_what_is_out_of_date_is_named(tables, monkeypatch, capsys, tmp_path):
             tables.parts_of(wrong)
 
 
+def test_a_plan_per_head_answers_as_well_as_the_readme_says(tables):
+    """What README.md and docs/guide/which-method.md say in words."""
+    runs = tables.plan_rows()
+    (rows,) = (rows for (model, n, _), rows in runs.items() if (model, n) == ("SmolLM2-135M-Instruct", 8192))
+    plans = tables.of_plans(rows)
+    keys = [(its[0]["method"], its[0]["budget"]) for its in plans]
+    lines = [tables.plan_line(its, tables.stream_of(plans, its[0]["budget"])) for its in plans]
+    own = dict(zip(keys, lines, strict=True))
+    assert len(runs) == 1, "pages say that one model was measured"
+    assert own["per head", "1350"][1:2] + own["per head", "1350"][3:4] == ["1,336", "0.17"]
+    assert own["per head", "1350"][-1] == "16 of 18"
+    assert own["per head", "700"][1] == "698" and own["per head", "700"][-1] == "1 of 18"
+    assert {own[method, b][-1] for method in ("streaming", "express") for b in ("700", "1350")} == {"0 of 18"}
+    for policy in own:  # none of as many rows is better
+        assert policy[0].startswith("without") or float(own[policy][3]) >= float(own["per head", policy[1]][3])
+
+
 def test_kl_on_natural_texts():
     assert kl(policy(32, 512)) <= 0.16
     for name in TEXTS:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from express_compile import restore_attention, rewrite_attention
+from express_compile import SavedPlan, restore_attention, rewrite_attention
 from express_compile.core.cost import Device, Rates
 from express_compile.core.method import METHODS, Refusal
 from express_compile.core.rows import Rows
@@ -27,6 +28,7 @@ from express_compile.planning.predict import MARGIN, crossover
 from express_compile.report import explain as report_module
 from express_compile.report.explain import Report, explain
 
+ROOT = Path(__file__).resolve().parents[2]
 Q = torch.randn(2, 4, 24, 8, generator=torch.Generator().manual_seed(0))
 NAMED: dict[str, Any] = {"methods": ("express",), "budget": 16}
 
@@ -457,10 +459,33 @@ def test_what_every_head_sees_is_told_in_words_and_in_a_picture():
     mixed = PerHead([Rows(recent=9), Rows(2, 9, selected=1)])
     attend = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     report = explain(attend, q, k, v, methods=[mixed])
-    words = "1 head: 9 recent, 1 head: 2 sinks + 9 recent + 1 selected blocks"
-    assert "┃ rows" in str(report) and words in str(report)
+    text = str(report)
+    assert "┃ rows" in text and "│ by KV head, 2 below │" in text
+    assert (
+        "rows of every KV head:\n  (root)  1 2\n  1: 9 recent (1 head)\n  2: 2 sinks + 9 recent + 1 selected b" in text
+    )
     page = report.to_html()
-    assert f"<code>rows={words}</code>" in page and page.count("<rect ") == 2 + 2
+    assert "<code>rows=by KV head, 2 below</code>" in page and page.count("<rect ") == 2 + 2
     assert "<title>(root) head 1: 2 sinks + 9 recent + 1 selected blocks</title>" in page
     uniform = explain(attend, q, k, v, methods=[PerHead([Rows(recent=9)])])
     assert "<rect " not in uniform.to_html() and "│ 9 recent │" in str(uniform)
+    assert "rows of every KV head" not in str(uniform)
+
+
+def test_a_shipped_plan_is_a_line_of_the_table_and_a_line_per_layer_below():
+    plan = SavedPlan.load(ROOT / "examples/plans/smollm2-135m.json")
+    sites = [
+        SiteReport(x.module, "", "sdpa", "causal", "heads", x.verdict, "as saved", params=x.params, saved=x)
+        for x in plan.sites
+    ]
+    report = Report(tuple(sites))
+    text, page = str(report), report.to_html()
+    assert "model.layers.{0..4,6..29}.self_attn (29 sites)" in text and "by KV head, 3 below" in text
+    assert "<summary>model.layers.{0..4,6..29}.self_attn (29 sites)</summary>" in page
+    numbers = dict(re.findall(r"^  +(\d+): (.*) \(\d+ heads?\)$", text, re.MULTILINE))
+    lines = dict(re.findall(r"^  (model\S+) +([\d ]+)$", text, re.MULTILINE))
+    found = {name: [numbers[x] for x in of_heads.split()] for name, of_heads in lines.items()}
+    assert found == {x.module: list(map(str, x.rows)) for x in plan.sites}
+    assert page.count("<rect ") == 90 + len(numbers), "a cell per head, and one per plan"
+    for i, rows in enumerate(plan.sites[8].rows):
+        assert f"<title>model.layers.8.self_attn head {i}: {rows}</title>" in page
