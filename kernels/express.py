@@ -58,7 +58,7 @@ from .launch import Random, philox_uniform
 from .op import at_the_end, define_attention, no_kernel
 from .padding import Packing
 from .select.contest import CONTEST, compete_into, compete_reference
-from .select.halving import RULE, HalvingRule, get_rule, halve_reference
+from .select.halving import RULE, Decider, HalvingRule, get_rule, halve_reference
 from .select.queries import InBlocks, check_block
 from .select.schedule import Halving, Schedule, admitted, check_budget, make_schedule
 from .select.thinning import describe_launches, thin_into
@@ -267,15 +267,10 @@ def _draws(jobs: list[Halving], random: Random, head: torch.Tensor) -> tuple[tor
 
 
 def halve_all_reference(
-    arena: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    schedule: Schedule,
-    rule: HalvingRule,
-    scale: float,
-    random: Random,
+    arena: torch.Tensor, key: torch.Tensor, value: torch.Tensor, schedule: Schedule, decider: Decider
 ) -> None:
     """All halvings of a schedule in place on ``arena`` ``[B, H_kv, schedule.size]``, which holds token indices."""
+    rule, scale, random = decider
     jobs = list(itertools.chain(*schedule.launches))
     for job, draws in zip(jobs, _draws(jobs, random, _numbers(key, random)), strict=True):
         source = arena[:, :, job.source : job.source + job.rows * job.buckets].unflatten(2, (job.buckets, job.rows))
@@ -310,7 +305,7 @@ def thin_reference(
         draws = philox_uniform(seed, layer, rows, 0, job.stage, head)
         pick = job.source + rows * job.group + (draws * job.group).long()
         arena[:, :, job.target : job.target + job.rows] = arena.gather(2, pick.expand(B, *pick.shape))
-    halve_all_reference(arena, key, value, schedule, config.rule, scale, random)
+    halve_all_reference(arena, key, value, schedule, Decider(config.rule, scale, random))
     return torch.cat([arena[:, :, schedule.tokens :], *behind], 2)
 
 
@@ -333,7 +328,7 @@ def select_into(
     config = layout.config
     if config.protected:
         compete_into(kept[0], key, config.sinks, layout.contests, config.protected, random.heads)
-    thin_into(kept, key, value, layout.schedule, config.sinks, config.rule, scale, random)
+    thin_into(kept, key, value, layout.schedule, config.sinks, Decider(config.rule, scale, random))
 
 
 def express_reference(

@@ -52,9 +52,8 @@ scores, but a *biased* softmax. It saves reading only where keys lie feature by 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import sympy
@@ -68,7 +67,7 @@ from express_compile.core.policy import Policy
 from express_compile.core.spec import AttentionSpec, Site, feature_major, known_equal
 
 from .attend.bernoulli import check_levels, own_numbers, round_query
-from .attend.sampled import CHUNK, DRAW_PROGRAMS, MAX_ROWS, grid_bits, santa_triton
+from .attend.sampled import CHUNK, DRAW_PROGRAMS, MAX_ROWS, grid_bits, santa_triton, strata_per_offset
 from .exact import cudnn_takes, exact_attention
 from .launch import philox_uniform
 from .op import attention_fake, define_op, no_kernel, of_any_size
@@ -85,19 +84,6 @@ _THRESHOLDS, _LOW_BITS = 1 << 30, (1 << 30) + 1  # bucket words of the random co
 
 # ---------------------------------------------------------------------------------------------------------------
 # Sampling on the grid
-
-
-def strata_per_offset(sampler: str) -> int:
-    """How many strata share an offset: 1 for ``"strat"``, r for ``"sys-r"``, 0 (all) for ``"sys"`` and ``"iid"``.
-
-    Raises ``ValueError`` for another name.
-    """
-    names = {"sys": 0, "strat": 1, "iid": 0}
-    if sampler in names:
-        return names[sampler]
-    if isinstance(sampler, str) and re.fullmatch(r"sys-[1-9]\d{0,4}", sampler):
-        return int(sampler[4:])
-    raise ValueError(f"sampler={sampler!r}: allowed are 'sys', 'strat', 'iid', and 'sys-<r>' for r strata per offset")
 
 
 def fraction_bits(draws: torch.Tensor) -> torch.Tensor:
@@ -425,36 +411,27 @@ def _body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _on_cuda(call: Call, site: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    query, key, value, options, levels = (
-        call.query,
-        call.key,
-        call.value,
-        call.options,
-        call.options.get("bernoulli", 0),
-    )
-    (B, H, Lq, D), H_kv, fraction, table = query.shape, key.shape[1], options["fraction"], options.get("table", ())
+    query, key, value, options = call.query, call.key, call.value, call.options
+    (B, H, Lq, D), H_kv, levels = query.shape, key.shape[1], options.get("bernoulli", 0)
     if not options["shared"]:
         raise ValueError("shared=False: must be True on CUDA; the kernels draw rows for all heads of a KV head")
     if levels and not feature_major(key):
         raise ValueError(f"bernoulli={levels}: {_NEEDS_FEATURES}")
-    more = {"window": options.get("window", 0), "softcap": options.get("softcap", 0.0)}
-    seen = in_reach(Lq, call.Lk, more["window"])
-    S = _resolve(site, fraction, table, seen)
+    seen = in_reach(Lq, call.Lk, options.get("window", 0))
+    S = _resolve(site, options["fraction"], options.get("table", ()), seen)
     alike = call.padding is None and call.lengths is None  # otherwise every sequence has its own number of keys
     whole = seen < options["min_length"] or (seen <= min(S) and (alike or all(site)))
     if options["min_length"] < 0:
         key_bytes = key.numel() // call.Lk * seen * key.element_size()
         whole = whole or loses(B, H, H_kv, Lq, seen, key_bytes, max(S)) is not None
-    plain = Lq == 1 and alike and call.sinks is None and not more["softcap"]
+    plain = Lq == 1 and alike and call.sinks is None and not options.get("softcap", 0.0)
     plain = plain and D == value.shape[-1] and not feature_major(key)
     if whole and plain and cudnn_takes(query.device, query.dtype, D):
         return exact_attention(query, key[:, :, -seen:], value[:, :, -seen:], call.scale, causal=False)
-    more |= dict(padding=call.padding, lengths=call.lengths, sinks=call.sinks)
-    more |= dict(per=strata_per_offset(options["sampler"]), bernoulli=0 if whole else levels)
-    more |= dict(fraction=fraction, table=table)
+    if whole:
+        call = replace(call, options={**options, "bernoulli": 0})
     site = S if alike else site
-    more |= dict(exact_below=0 if alike else max(options["min_length"], min(site) + 1))
-    return santa_triton(query, key, value, None if whole else site, call.scale, call.seed, call.layer, **more)
+    return santa_triton(call, None if whole else site, 0 if alike else max(options["min_length"], min(site) + 1))
 
 
 def _on_cpu(call: Call, site: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

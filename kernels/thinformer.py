@@ -47,7 +47,7 @@ from .express import MIN_QUERIES, gather_rows, halve_all_reference
 from .launch import Random, draw_uniform, jit, launch, philox_uniform, require_triton, tl
 from .op import define_attention, no_kernel
 from .padding import real_first
-from .select.halving import RULE, HalvingRule, get_rule
+from .select.halving import RULE, Decider, get_rule
 from .select.schedule import STRETCH, Schedule, budget_options, compress_schedule, rows_of, stage
 from .select.thinning import describe_launches, thin
 
@@ -129,63 +129,45 @@ def _stretch_kernel(p_index, p_order, p_length, random, stage, sizes, BLOCK: tl.
     tl.store(p_index + i_seq * (A + n) + A + o_n, b_rank.to(tl.int32), mask=o_n < n)
 
 
+_Padded: TypeAlias = tuple[torch.Tensor, torch.Tensor] | None
 _Three: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _thin_reference(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    padded: tuple[torch.Tensor, torch.Tensor] | None,
-    schedule: Schedule,
-    rule: HalvingRule,
-    scale: float,
-    seed: torch.Tensor,
-    layer: int,
+    key: torch.Tensor, value: torch.Tensor, padded: _Padded, schedule: Schedule, decider: Decider
 ) -> _Three:
     """The tokens that are kept, their keys and their values; ``padded`` is None, or ``order`` and ``length``."""
     (B, H, Lk), n, (order, length) = key.shape[:3], schedule.tokens, padded or (None, None)
     length = torch.full((B,), Lk, device=key.device) if length is None else length
     arena = torch.empty(B, H, schedule.size, dtype=torch.int64, device=key.device)
+    seed, layer, _ = decider.random
     arena[:, :, :n] = stretch_reference(order, length, n, schedule.s, H, seed, layer)
-    halve_all_reference(arena, key, value, schedule, rule, scale, Random(seed, layer))
+    halve_all_reference(arena, key, value, schedule, decider)
     index = arena[:, :, -schedule.s :]
     return index, gather_rows(key, index), gather_rows(value, index)
 
 
 def _thin_triton(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    padded: tuple[torch.Tensor, torch.Tensor] | None,
-    schedule: Schedule,
-    rule: HalvingRule,
-    scale: float,
-    seed: torch.Tensor,
-    layer: int,
+    key: torch.Tensor, value: torch.Tensor, padded: _Padded, schedule: Schedule, decider: Decider
 ) -> _Three:
     """:func:`_thin_reference` with the kernels."""
     require_triton()
     (B, H, Lk), n, s, (order, length) = key.shape[:3], schedule.tokens, schedule.s, padded or (None, None)
-    random, A, stretched = Random(seed, layer), schedule.size - n, order is not None or Lk != n
+    A, stretched = schedule.size - n, order is not None or Lk != n
     index = torch.empty(B, H, A + n * stretched, dtype=torch.int32, device=key.device)
     if stretched:
         launch(_stretch_kernel, (-(-n // 1024), B * H),
-            index, order, length, random, stage(0, STRETCH), (H, Lk, n, s, n.bit_length() - 1, A),
+            index, order, length, decider.random, stage(0, STRETCH), (H, Lk, n, s, n.bit_length() - 1, A),
             BLOCK=1024, num_warps=4,
         )  # fmt: skip
-    keys, values = thin(key, value, index, schedule, 0, rule, scale, random)
+    keys, values = thin(key, value, index, schedule, 0, decider)
     return index.narrow(2, A - s, s), keys.narrow(2, A - s, s), values.narrow(2, A - s, s)
 
 
 def select(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    padding: torch.Tensor | None,
-    s: int | Callable[[int], int],
-    rule: HalvingRule,
-    scale: float,
-    seed: torch.Tensor,
-    layer: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    key: torch.Tensor, value: torch.Tensor, padding: torch.Tensor | None, s: int | Callable[[int], int],
+    decider: Decider,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """The coreset: which tokens it holds, int ``[B, H_kv, R]``, their keys ``[B, H_kv, R, D]`` and values
     ``[B, H_kv, R, Dv]``, and how many of its rows count, int64 ``[B]`` (None: all of them).
 
@@ -200,8 +182,7 @@ def select(
     rows = s if callable(s) else lambda L: s
     if padding is None:
         if Lk > rows(Lk):
-            all_alike = thin_all(key, value, None, make_schedule(Lk, rows(Lk)), rule, scale, seed, layer)
-            return *all_alike, None
+            return *thin_all(key, value, None, make_schedule(Lk, rows(Lk)), decider), None
         return torch.arange(Lk, device=device).expand(B, H, Lk), key, value, None
     order, length = real_first(padding), padding.sum(1)
     found = pieces(rows, Lk)
@@ -210,7 +191,7 @@ def select(
     for first, last, kept in found:  # the device cannot be asked which of them are there
         if kept:
             here = (length >= first) & (length <= last)
-            thinned, *_ = thin_all(key, value, (order, length), make_schedule(last, kept), rule, scale, seed, layer)
+            thinned, *_ = thin_all(key, value, (order, length), make_schedule(last, kept), decider)
             thinned = torch.nn.functional.pad(thinned, (0, R - kept))
             index, counts = torch.where(here[:, None, None], thinned, index), torch.where(here, kept, counts)
     behind = (torch.arange(R, device=device) >= counts[:, None])[:, None, :, None]
@@ -258,9 +239,9 @@ def rows_kept(
 
 def _select(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     options = call.options
-    rule = get_rule(options["halving"], options["flatten"])
-    rows = functools.partial(rows_kept, **options)
-    return select(call.key, call.value, call.padding, rows, rule, call.scale, call.seed, call.layer)
+    rule, rows = get_rule(options["halving"], options["flatten"]), functools.partial(rows_kept, **options)
+    decider = Decider(rule, call.scale, Random(call.seed, call.layer))
+    return select(call.key, call.value, call.padding, rows, decider)
 
 
 def _body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:

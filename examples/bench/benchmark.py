@@ -282,7 +282,7 @@ def check_rows(q, k, v, out, policy: Policy, padding: torch.Tensor | None) -> tu
     scale, seed = q.shape[-1] ** -0.5, torch.zeros((), dtype=torch.int64, device=q.device)
     options = METHODS["thinformer"].params(Site(), policy)
     s, rule = T.rows_kept(k.shape[2], **options), T.get_rule(options["halving"], options["flatten"])
-    _, keys, values, lengths = T.select(k, v, padding, s, rule, scale, seed, LAYER)
+    _, keys, values, lengths = T.select(k, v, padding, s, T.Decider(rule, scale, T.Random(seed, LAYER)))
     q, out = (x[:, :, x.shape[2] // 2 :][:, :, :512] for x in (q, out))
     table = dense_table(q.shape[2], keys.shape[2])
 
@@ -351,7 +351,7 @@ def decode(
     op = METHODS["santa"].op
     out, peak = peak_of(lambda: op(q, k, v, None, seed, scale, LAYER, **options)[0], out_and_lse)
     part = [x[: len(truth)] for x in tensors]
-    whole = santa_triton(*part, None, scale, seed, LAYER)[0]
+    whole = santa_triton(Call(*part, None, seed, scale, LAYER), None)[0]
     reference = F.scaled_dot_product_attention(*part, enable_gqa=True)
     sampled, all_rows, allowed = (
         ((x - truth).norm() / truth.norm()).item() for x in (out[: len(truth)], whole, reference)
@@ -390,7 +390,7 @@ def bernoulli_rows(q, k, v, draws: int, clock: Clock, repeats: int, **params) ->
         entered = round_query(q, levels, seed, LAYER, step)[:1] if levels else q[:1]
         truth = F.scaled_dot_product_attention(entered.double(), *(x.double() for x in first[1:]), enable_gqa=True)
         attend = santa_triton if q.is_cuda else santa_reference
-        whole = attend(q[:1], key[:1], v[:1], None, scale, seed, LAYER, bernoulli=levels)[0]
+        whole = attend(Call(q[:1], key[:1], v[:1], None, seed, scale, LAYER, options=dict(bernoulli=levels)), None)[0]
         share = feature_probability(q, k.shape[1], levels).mean().item() if levels else 1.0
         told = dict(**params, keys=layout, levels=levels, features=round(share, 4),
                     rounded=round(relative(truth, exact), 4), **graph)  # fmt: skip

@@ -19,6 +19,7 @@ from express_compile import Policy
 from express_compile.kernels import express as E
 from express_compile.kernels.attend.segments import Sources, segment_attention
 from express_compile.kernels.launch import Random
+from express_compile.kernels.select.halving import Decider
 from express_compile.kernels.select.schedule import Halving, Schedule
 from express_compile.kernels.select.thinning import thin
 from express_compile.planning.devices import versions
@@ -70,7 +71,7 @@ def chains(sizes: list[int], clock: Clock) -> list[dict]:
         index = torch.empty(1, H_KV, size // 2, dtype=torch.int32, device="cuda")
         rule = E.Express(4, inflation=0, protected=0).rule
         call = replayed(
-            lambda k=k, v=v, s=schedule, i=index, r=rule: thin(k, v, i, s, 0, r, D**-0.5, Random(seed, LAYER))
+            lambda k=k, v=v, s=schedule, i=index, r=rule: thin(k, v, i, s, 0, Decider(r, D**-0.5, Random(seed, LAYER)))
         )
         ms = quantile(clock(call, 9), 0.5)
         rows.append(dict(part="chain", n=size, params="rows per bucket", ms=ms, ns_per_pair=ms * 1e6 / (size // 2)))

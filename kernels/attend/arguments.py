@@ -6,27 +6,11 @@ from collections import namedtuple
 
 import torch
 
-from ..launch import constexpr
-
 # What the kernel reads but by descriptor, and writes; ``largest``: of keys and values of a head, for float32. ``jobs``
-# and ``chosen``: of a launch for heads that see rows of different tables (:mod:`.mixed`).
+# (:mod:`.job`) and ``chosen``: of a launch for heads that see rows of different tables (:mod:`.mixed`).
 KernelTensors = namedtuple(
     "KernelTensors", "q k v index lengths largest scale_log2 G out lse jobs chosen", defaults=(None, None)
 )
-
-
-# What a program of such a launch does, in columns
-(
-    HEAD, PART,  # its query head and part of the queries
-    SHIFT,  # how far the first query lies behind the start of its block
-    TABLE,  # the first block of its table, among those of all tables
-    COPIES, COPIES_B,  # where its compacted rows begin, and how far it is from those of one sequence to the next
-    INDEX, INDEX_B,  # the same of their index
-    CHOSEN, CHOSEN_B,  # the same of what its block of queries chose
-    FIRST, BLOCKS,  # the first token of block 0, and how many blocks were chosen
-    COLUMNS,
-) = (constexpr(i) for i in range(13))  # fmt: skip
-KEYS = 64  # in a chosen block, also in the kernels
 
 
 # What :func:`.segments.tile_lists` gives.

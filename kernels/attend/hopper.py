@@ -20,22 +20,8 @@ from typing import Any
 import torch
 
 from ..launch import constexpr
-from .arguments import (
-    BLOCKS,
-    CHOSEN,
-    CHOSEN_B,
-    COLUMNS,
-    COPIES,
-    COPIES_B,
-    FIRST,
-    HEAD,
-    INDEX,
-    INDEX_B,
-    PART,
-    SHIFT,
-    TABLE,
-    describable,
-)
+from . import job
+from .arguments import describable
 
 try:
     import triton
@@ -266,17 +252,17 @@ def segment_kernel(d_q, d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: gl.constex
             p_index = x.index.p + (i_b.to(gl.int64) * x.index.b + i_kv.to(gl.int64) * x.index.h)
         p_chosen = p_index
     else:
-        p_job = x.jobs + gl.program_id(0) * COLUMNS
+        p_job = x.jobs + gl.program_id(0) * job.COLUMNS
         i_b = gl.program_id(1)
-        i_h = gl.load(p_job + HEAD)
-        i_part = gl.load(p_job + PART)
+        i_h = gl.load(p_job + job.HEAD)
+        i_part = gl.load(p_job + job.PART)
         i_kv = i_h // x.G
-        shift = gl.load(p_job + SHIFT)
-        i_block = gl.load(p_job + TABLE) + i_part // SHAPE.PARTS
-        c_b, c_h, c_row = 0, 0, gl.load(p_job + COPIES) + i_b * gl.load(p_job + COPIES_B)
-        p_index = x.index.p + (gl.load(p_job + INDEX) + i_b * gl.load(p_job + INDEX_B))
-        p_chosen = x.chosen + (gl.load(p_job + CHOSEN) + i_b * gl.load(p_job + CHOSEN_B))
-        blocks, first_key = gl.load(p_job + BLOCKS), gl.load(p_job + FIRST)
+        shift = gl.load(p_job + job.SHIFT)
+        i_block = gl.load(p_job + job.TABLE) + i_part // SHAPE.PARTS
+        c_b, c_h, c_row = 0, 0, gl.load(p_job + job.COPIES) + i_b * gl.load(p_job + job.COPIES_B)
+        p_index = x.index.p + (gl.load(p_job + job.INDEX) + i_b * gl.load(p_job + job.INDEX_B))
+        p_chosen = x.chosen + (gl.load(p_job + job.CHOSEN) + i_b * gl.load(p_job + job.CHOSEN_B))
+        blocks, first_key = gl.load(p_job + job.BLOCKS), gl.load(p_job + job.FIRST)
     shared = Shared(
         gl.allocate_shared_memory(d_q.dtype, [2, 1, 1, ROWS, SHAPE.D], d_q.layout),
         gl.allocate_shared_memory(d_k.dtype, [STAGES, 1, 1, BN, SHAPE.D], d_k.layout),

@@ -14,25 +14,8 @@ import numpy as np
 import torch
 
 from ..launch import Strided, Widths, constant, strided
-from .arguments import (
-    BLOCKS,
-    CHOSEN,
-    CHOSEN_B,
-    COLUMNS,
-    COPIES,
-    COPIES_B,
-    FIRST,
-    HEAD,
-    INDEX,
-    INDEX_B,
-    KEYS,
-    PART,
-    SHIFT,
-    TABLE,
-    KernelSizes,
-    KernelTensors,
-    Lists,
-)
+from . import job
+from .arguments import KernelSizes, KernelTensors, Lists
 from .segments import (
     Outputs,
     SegmentTable,
@@ -111,7 +94,7 @@ class Mixture:
             check_table(share.table, self.Lq, self.Lk, share.copied, share.indexed)
             start, *others = tile_lists(share.table, rows, share.copied)
             own, of = self._jobs(share, start, others[-1], queries, rows)
-            own[..., TABLE] = blocks
+            own[..., job.TABLE] = blocks
             jobs.append(own.reshape(-1, own.shape[-1]))
             work.append(np.tile(of, own.shape[0]))
             parts.append((start[:-1] + tiles, *others))
@@ -134,19 +117,19 @@ class Mixture:
         count = np.diff(start[::3])[block] + np.maximum(0, -(-(stop - tail[block].astype(np.int64)) // rows))
         head = np.repeat(np.arange(len(share.heads)), self.group)[:, None]
         columns: dict[Any, np.ndarray | int] = {
-            HEAD: (np.array(share.heads)[:, None] * self.group + np.arange(self.group)).reshape(-1, 1),
-            PART: part, SHIFT: table.shift,
-            COPIES: share.copies.first + head * share.copies.head, COPIES_B: share.copies.sequence,
-            INDEX: share.listed.first + head * share.listed.head, INDEX_B: share.listed.sequence,
+            job.HEAD: (np.array(share.heads)[:, None] * self.group + np.arange(self.group)).reshape(-1, 1),
+            job.PART: part, job.SHIFT: table.shift,
+            job.COPIES: share.copies.first + head * share.copies.head, job.COPIES_B: share.copies.sequence,
+            job.INDEX: share.listed.first + head * share.listed.head, job.INDEX_B: share.listed.sequence,
         }  # fmt: skip
         if share.chosen is not None:
             own, place = share.chosen, share.chosen.place
-            count = count - (-own.count[block] * KEYS // rows)
+            count = count - (-own.count[block] * job.KEYS // rows)
             columns |= {
-                CHOSEN: place.first + head * place.head + block * own.width, CHOSEN_B: place.sequence,
-                FIRST: own.first, BLOCKS: own.count[block],
+                job.CHOSEN: place.first + head * place.head + block * own.width, job.CHOSEN_B: place.sequence,
+                job.FIRST: own.first, job.BLOCKS: own.count[block],
             }  # fmt: skip
-        jobs = np.zeros((len(head), len(part), int(COLUMNS)), np.int64)
+        jobs = np.zeros((len(head), len(part), int(job.COLUMNS)), np.int64)
         for column, x in columns.items():
             jobs[..., column] = x
         return jobs, count

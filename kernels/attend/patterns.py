@@ -200,21 +200,50 @@ def _hide(b_s, at, y, hidden, SHAPE: tl.constexpr):
     return b_s
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Kernel: forward, one program per (tile of queries, query head)
+@jit
+def _step(state, x, b_s, b_k, b_v, scale_log2):
+    """One tile of scores more: of a softmax, or where queries bring what was saved of it, of their gradient."""
+    if x.b_do is None:
+        b_p, state = softmax_step(state, b_s, scale_log2, 0.0)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, state.b_acc, input_precision=FLOAT32_DOT)
+        state = Softmax(b_acc, state.b_max, state.b_sum)
+    else:
+        b_p = tl.exp2(b_s * scale_log2 - x.b_lse2[:, None])
+        b_ds = score_gradient(b_p, x.b_do, b_v, x.b_delta[:, None])
+        state = tl.dot(b_ds.to(b_k.dtype), b_k, state, input_precision=FLOAT32_DOT)
+    return state
 
 
 @jit
-def _attend(state, b_s, b_v, scale_log2):
-    b_p, state = softmax_step(state, b_s, scale_log2, 0.0)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, state.b_acc, input_precision=FLOAT32_DOT)
-    return Softmax(b_acc, state.b_max, state.b_sum)
+def _over_keys(state, x, sources, at, scale_log2, hidden, sizes, SHAPE: tl.constexpr):
+    """All keys that the queries ``x`` see, summary columns first; ``hidden`` takes the place of other scores."""
+    BN: tl.constexpr = SHAPE.BN
+    d_k, d_v, d_ck, d_cv, rows = sources
+    if SHAPE.FAR != 0:
+        far = _far(at, sizes, SHAPE)
+        for masked in tl.static_range(2):
+            for t in range(far.whole if masked else 0, far.stop if masked else far.whole, BN):
+                b_k = d_ck.load([at.i_b, far.i_c, t, 0]).reshape(BN, SHAPE.BD)
+                b_v = d_cv.load([at.i_b, far.i_c, t, 0]).reshape(BN, SHAPE.BDV)
+                b_s = tl.dot(x.b_q, tl.trans(b_k), input_precision=FLOAT32_DOT)  # [BM, BN]
+                if masked:
+                    b_s = tl.where(t + tl.arange(0, BN)[None, :] < far.b_columns[:, None], b_s, hidden)
+                state = _step(state, x, b_s, b_k, b_v, scale_log2)
+    if SHAPE.NEAR != 0:
+        for y in range(_lower(at.x, sizes.period, SHAPE.NEAR), at.last + (SHAPE.NEAR != _BEFORE), BN):
+            b_k, b_v = _near_tile(d_k, d_v, rows, at, y, SHAPE)
+            b_s = tl.dot(x.b_q, tl.trans(b_k), input_precision=FLOAT32_DOT)
+            state = _step(state, x, _hide(b_s, at, y, hidden, SHAPE), b_k, b_v, scale_log2)
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Kernel: forward, one program per (tile of queries, query head)
 
 
 @jit(general="sizes")
 def _forward_kernel(d_k, d_v, d_ck, d_cv, inputs, outputs, sizes, SHAPE: tl.constexpr):
     BM: tl.constexpr = SHAPE.BM
-    BN: tl.constexpr = SHAPE.BN
     BD: tl.constexpr = SHAPE.BD
     BDV: tl.constexpr = SHAPE.BDV
     at = _part(sizes, SHAPE)
@@ -235,24 +264,9 @@ def _forward_kernel(d_k, d_v, d_ck, d_cv, inputs, outputs, sizes, SHAPE: tl.cons
         else:
             state = softmax_start(BM, BDV)
 
-        if SHAPE.FAR != 0:
-            far = _far(at, sizes, SHAPE)
-            for masked in tl.static_range(2):
-                for t in range(far.whole if masked else 0, far.stop if masked else far.whole, BN):
-                    b_k = d_ck.load([at.i_b, far.i_c, t, 0]).reshape(BN, BD)
-                    b_v = d_cv.load([at.i_b, far.i_c, t, 0]).reshape(BN, BDV)
-                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT)  # [BM, BN]
-                    if masked:
-                        m_s = t + tl.arange(0, BN)[None, :] < far.b_columns[:, None]
-                        b_s = tl.where(m_s, b_s, float("-inf"))
-                    state = _attend(state, b_s, b_v, inputs.scale)
-
-        if SHAPE.NEAR != 0:
-            for y in range(_lower(at.x, sizes.period, SHAPE.NEAR), at.last + (SHAPE.NEAR != _BEFORE), BN):
-                b_k, b_v = _near_tile(d_k, d_v, rows, at, y, SHAPE)
-                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT)
-                b_s = _hide(b_s, at, y, float("-inf"), SHAPE)
-                state = _attend(state, b_s, b_v, inputs.scale)
+        sources = d_k, d_v, d_ck, d_cv, rows
+        x = Queries(b_q, None, None, None, at.o_x)
+        state = _over_keys(state, x, sources, at, inputs.scale, float("-inf"), sizes, SHAPE)
 
         b_sum = tl.maximum(state.b_sum, 1e-30)
         b_out = state.b_acc / b_sum[:, None]  # 0 where a query sees no key
@@ -265,17 +279,9 @@ def _forward_kernel(d_k, d_v, d_ck, d_cv, inputs, outputs, sizes, SHAPE: tl.cons
 # Kernel: gradient of the queries, one program per (tile of queries, query head)
 
 
-@jit
-def _query_step(b_dq, x, b_s, b_k, b_v, scale_log2):
-    b_p = tl.exp2(b_s * scale_log2 - x.b_lse2[:, None])
-    b_ds = score_gradient(b_p, x.b_do, b_v, x.b_delta[:, None])
-    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=FLOAT32_DOT)
-
-
 @jit(general="sizes")
 def _query_gradient_kernel(d_k, d_v, d_ck, d_cv, inputs, outputs, sizes, SHAPE: tl.constexpr):
     BM: tl.constexpr = SHAPE.BM
-    BN: tl.constexpr = SHAPE.BN
     BD: tl.constexpr = SHAPE.BD
     BDV: tl.constexpr = SHAPE.BDV
     p_before, p_dq = outputs
@@ -295,24 +301,8 @@ def _query_gradient_kernel(d_k, d_v, d_ck, d_cv, inputs, outputs, sizes, SHAPE: 
         scale_log2 = inputs.scale * 1.4426950408889634
         b_dq = tl.zeros([BM, BD], tl.float32)
 
-        if SHAPE.FAR != 0:
-            far = _far(at, sizes, SHAPE)
-            for masked in tl.static_range(2):
-                for t in range(far.whole if masked else 0, far.stop if masked else far.whole, BN):
-                    b_k = d_ck.load([at.i_b, far.i_c, t, 0]).reshape(BN, BD)
-                    b_v = d_cv.load([at.i_b, far.i_c, t, 0]).reshape(BN, BDV)
-                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT)  # [BM, BN]
-                    if masked:
-                        m_s = t + tl.arange(0, BN)[None, :] < far.b_columns[:, None]
-                        b_s = tl.where(m_s, b_s, inputs.hidden)
-                    b_dq = _query_step(b_dq, x, b_s, b_k, b_v, scale_log2)
-
-        if SHAPE.NEAR != 0:
-            for y in range(_lower(at.x, sizes.period, SHAPE.NEAR), at.last + (SHAPE.NEAR != _BEFORE), BN):
-                b_k, b_v = _near_tile(d_k, d_v, rows, at, y, SHAPE)
-                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT)
-                b_s = _hide(b_s, at, y, inputs.hidden, SHAPE)
-                b_dq = _query_step(b_dq, x, b_s, b_k, b_v, scale_log2)
+        sources = d_k, d_v, d_ck, d_cv, rows
+        b_dq = _over_keys(b_dq, x, sources, at, scale_log2, inputs.hidden, sizes, SHAPE)
 
         o_d = tl.arange(0, BD)
         o_out = (i_bh * sizes.Lq + at.o_row.to(tl.int64))[:, None] * SHAPE.D + o_d[None, :]

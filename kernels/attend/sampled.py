@@ -25,12 +25,14 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections import namedtuple
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from express_compile.core.call import Call
 from express_compile.core.spec import feature_major, floor_power_of_two
 
 from ..launch import (
@@ -60,6 +62,19 @@ SUMMED = 8  # parts of the result that one program adds up, at least
 GROUP = 16  # value rows per product
 NO_LIMIT = (1 << 31) - 1
 WARPS = 4
+
+
+def strata_per_offset(sampler: str) -> int:
+    """How many strata share an offset: 1 for ``"strat"``, r for ``"sys-r"``, 0 (all) for ``"sys"`` and ``"iid"``.
+
+    Raises ``ValueError`` for another name.
+    """
+    names = {"sys": 0, "strat": 1, "iid": 0}
+    if sampler in names:
+        return names[sampler]
+    if isinstance(sampler, str) and re.fullmatch(r"sys-[1-9]\d{0,4}", sampler):
+        return int(sampler[4:])
+    raise ValueError(f"sampler={sampler!r}: allowed are 'sys', 'strat', 'iid', and 'sys-<r>' for r strata per offset")
 
 
 def grid_bits(draws: int) -> int:
@@ -377,25 +392,7 @@ def _step_on(step: int, B: int, device: torch.device) -> torch.Tensor:
 
 
 def santa_triton(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    draws: list[int] | None,
-    scale: float,
-    seed: torch.Tensor,
-    layer: int,
-    *,
-    per: int = 0,
-    exact_below: int = 0,
-    fraction: float = 0.0,
-    table: Sequence[int] = (),
-    padding: torch.Tensor | None = None,
-    lengths: torch.Tensor | None = None,
-    offset: torch.Tensor | None = None,
-    bernoulli: int = 0,
-    sinks: torch.Tensor | None = None,
-    window: int = 0,
-    softcap: float = 0.0,
+    call: Call, draws: list[int] | None, exact_below: int = 0, offset: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`.santa.santa_reference` with ``shared=True``; ``draws`` lists S of every query head, 0 where it
     varies, an entry of ``table`` or a ``fraction`` of the real keys in reach of a sequence; None reads all. A sequence
@@ -403,11 +400,15 @@ def santa_triton(
 
     Keys that lie feature by feature are read as they are, and of them only the features that the query needs; the
     fastest where their strides are multiples of 16 bytes.
-    ``per`` strata share an offset, 0 all of them. ``offset`` int32 ``[B, H_kv]`` in units of ``2**-F`` takes the
-    place of the random one of ``per=0``, for tests. Raises ``ValueError`` for more than 256 rows per KV head.
+    ``offset`` int32 ``[B, H_kv]`` in units of ``2**-F`` takes the place of the random one of ``"sys"``, for tests.
+    Raises ``ValueError`` for more than 256 rows per KV head.
     """
     require_triton()
+    query, key, value, padding, lengths, options = (
+        call.query, call.key, call.value, call.padding, call.lengths, call.options
+    )  # fmt: skip
     (B, H, Lq, D), (KVH, n), Dv, device = query.shape, key.shape[1:3], value.shape[-1], query.device
+    window, softcap, random = options.get("window", 0), options.get("softcap", 0.0), Random(call.seed, call.layer)
     if lengths is not None:
         lengths = lengths.contiguous()
     if padding is not None:
@@ -420,13 +421,13 @@ def santa_triton(
     reach, bits, stride_db = window + Lq - 1 if window else NO_LIMIT, None, 0
     counted = _draws_on(tuple(draws or [1] * H), device)
     if draws is not None and not all(draws):
-        counted, bits = _varying_draws(counted, step.clamp(max=reach), fraction, table)
+        varying = options.get("fraction", 0.0), options.get("table", ())
+        counted, bits = _varying_draws(counted, step.clamp(max=reach), *varying)
         stride_db = H
     unit = None
-    if bernoulli:
+    if levels := options.get("bernoulli", 0):
         exact = None if draws is None else Exact(counted, exact_below, reach, stride_db)
-        random = Random(seed, layer)
-        query, unit = round_query_triton(query, n, bernoulli, random, step, padding, lengths, exact, H // KVH)
+        query, unit = round_query_triton(query, n, levels, random, step, padding, lengths, exact, H // KVH)
     if draws is None:
         exact_below = NO_LIMIT
     if window >= n:
@@ -465,7 +466,7 @@ def santa_triton(
     rows = torch.empty(sequences * (programs * chunk + counts), dtype=torch.int32, device=device)
     count = rows[-sequences * counts :]
     out, lse = Outputs.of(query, Dv)
-    log2_scale, skips = scale * 1.4426950408889634, bool(window) and lengths is not None
+    log2_scale, skips = call.scale * 1.4426950408889634, bool(window) and lengths is not None
     stages = (2 if score_chunk <= 4 else 3) if row_bytes <= 256 else 2 if query.element_size() == 2 else 1
     stats = _Stats(u, most, entry, count)
     sizes = _Sizes(KVH, H // KVH, n, T, score_chunk, programs, span, entries, counts)
@@ -477,14 +478,15 @@ def santa_triton(
         SHAPE=_ScoreShape(Lq, R, D, BD, BM, tile, at_once),
         num_warps=8 if at_once in (1, 4) else 4, num_stages=stages,  # such loads take more registers
     )  # fmt: skip
-    sinks = None if sinks is None else sinks.contiguous()
+    sinks = None if call.sinks is None else call.sinks.contiguous()
     shape = _DrawShape(
-        Lq, R, grid_bits(max(draws) if draws else 1), per, Dv, BDV, BM, BR, tile, chunk, GROUP, summed,
+        Lq, R, grid_bits(max(draws) if draws else 1), strata_per_offset(options.get("sampler", "sys")),
+        Dv, BDV, BM, BR, tile, chunk, GROUP, summed,
         BE=max(16, min(1024 // BR, next_power_of_two(entries))), BP=max(1, min(4, 4096 // (BR * BDV))),
     )  # fmt: skip
     launch(_draw_kernel, (programs, sequences),
         strided(value), stats, _Draws(counted, bits, step, offset, sinks, stride_db, exact_below, reach),
-        Random(seed, layer), masks if skips else _Masks(None, None, 0, None), _Results(rows, weights, part, out, lse),
+        random, masks if skips else _Masks(None, None, 0, None), _Results(rows, weights, part, out, lse),
         sizes, SHAPE=shape, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     return out, lse

@@ -35,27 +35,8 @@ from ..launch import (
     strided,
     tl,
 )
-from . import hopper
-from .arguments import (
-    BLOCKS,
-    CHOSEN,
-    CHOSEN_B,
-    COLUMNS,
-    COPIES,
-    COPIES_B,
-    FIRST,
-    HEAD,
-    INDEX,
-    INDEX_B,
-    PART,
-    SHIFT,
-    TABLE,
-    KernelShape,
-    KernelSizes,
-    KernelTensors,
-    Lists,
-    describable,
-)
+from . import hopper, job
+from .arguments import KernelShape, KernelSizes, KernelTensors, Lists, describable
 
 TOKENS, COMPACTED = 0, 1  # the two sources of rows
 NO_TAIL = 1 << 30
@@ -472,11 +453,11 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
         i_kv, i_block = i_h // x.G, i_part // SHAPE.PARTS
         c_b, c_h, c_row = i_b, i_kv, 0  # where the compacted rows begin
     else:
-        p_job = x.jobs + tl.program_id(0) * COLUMNS
-        i_b, i_h, i_part = tl.program_id(1), tl.load(p_job + HEAD), tl.load(p_job + PART)
-        i_bh, i_kv, shift = i_b * H + i_h, i_h // x.G, tl.load(p_job + SHIFT)
-        i_block = tl.load(p_job + TABLE) + i_part // SHAPE.PARTS
-        c_b, c_h, c_row = 0, 0, tl.load(p_job + COPIES) + i_b * tl.load(p_job + COPIES_B)
+        p_job = x.jobs + tl.program_id(0) * job.COLUMNS
+        i_b, i_h, i_part = tl.program_id(1), tl.load(p_job + job.HEAD), tl.load(p_job + job.PART)
+        i_bh, i_kv, shift = i_b * H + i_h, i_h // x.G, tl.load(p_job + job.SHIFT)
+        i_block = tl.load(p_job + job.TABLE) + i_part // SHAPE.PARTS
+        c_b, c_h, c_row = 0, 0, tl.load(p_job + job.COPIES) + i_b * tl.load(p_job + job.COPIES_B)
     o_m = i_part * BM - shift + tl.arange(0, BM)
     m_m = (o_m >= 0) & (o_m < Lq)
     skip = tl.maximum(shift - i_part * BM, 0)
@@ -507,7 +488,7 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
         if x.jobs is None:
             p_index, _ = sequence(x.index, i_b, i_kv)
         else:
-            p_index = x.index.p + (tl.load(p_job + INDEX) + i_b * tl.load(p_job + INDEX_B))
+            p_index = x.index.p + (tl.load(p_job + job.INDEX) + i_b * tl.load(p_job + job.INDEX_B))
         p_k, stride_k = sequence(x.k, i_b, i_kv)
         p_v, stride_v = sequence(x.v, i_b, i_kv)
         o_n = tl.arange(0, BN)
@@ -519,9 +500,9 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
             state = _attend_tile(state, b_q, b_k, b_v, scales, tl.load(lists.log2_weight + t), Seen(shown, 0, 0))
 
     if x.chosen is not None:
-        p_chosen = x.chosen + (tl.load(p_job + CHOSEN) + i_b * tl.load(p_job + CHOSEN_B))
-        first = tl.load(p_job + FIRST)
-        for n in range(0, tl.load(p_job + BLOCKS) * 64, BN):
+        p_chosen = x.chosen + (tl.load(p_job + job.CHOSEN) + i_b * tl.load(p_job + job.CHOSEN_B))
+        first = tl.load(p_job + job.FIRST)
+        for n in range(0, tl.load(p_job + job.BLOCKS) * 64, BN):
             row = first + tl.load(p_chosen + n // 64) * 64 + n % 64
             b_k = d_k.load([i_b, i_kv, row, 0]).reshape(BN, BD)
             b_v = d_v.load([i_b, i_kv, row, 0]).reshape(BN, BDV)

@@ -231,6 +231,19 @@ def _score_kernel(
         tl.store(p_lse + c * rows, b_lse, mask=m_m)
 
 
+@jit
+def best_of(b_rank, wanted, BITS: tl.constexpr):
+    """1 for the ``wanted`` entries of largest rank, an integer of so many bits, and of equal ones for the first; 0 for
+    others. Negative ranks are those of no entries."""
+    least = 0  # the largest rank that as many as are wanted reach
+    for i in range(BITS):
+        higher = least | (1 << (BITS - 1 - i))
+        least = tl.where(tl.sum((b_rank >= higher).to(tl.int32)) >= wanted, higher, least)
+    b_better, b_equal = (b_rank > least).to(tl.int32), (b_rank == least).to(tl.int32)
+    left = wanted - tl.sum(b_better)
+    return b_better + b_equal * (tl.cumsum(b_equal, 0) <= left).to(tl.int32)
+
+
 @jit(general="H_kv q_offset begin line held rows columns blocks")
 def _choose_kernel(
     p_chosen, p_lse, p_start, p_blocks, H_kv, q_offset, begin, line, sinks, held, rows, columns, blocks, stride_lse,
@@ -263,13 +276,7 @@ def _choose_kernel(
     wanted = blocks
     if p_blocks is not None:
         wanted = tl.load(p_blocks + i_seq % H_kv)
-    least = 0  # the largest integer that as many candidates as are wanted reach
-    for i in range(31):
-        higher = least | (1 << (30 - i))
-        least = tl.where(tl.sum((b_bits >= higher).to(tl.int32)) >= wanted, higher, least)
-    b_better, b_equal = (b_bits > least).to(tl.int32), (b_bits == least).to(tl.int32)
-    left = wanted - tl.sum(b_better)
-    b_taken = b_better + b_equal * (tl.cumsum(b_equal, 0) <= left).to(tl.int32)
+    b_taken = best_of(b_bits, wanted, 31)
     p_chosen += i_seq * stride_chosen + i_block * blocks
     tl.store(p_chosen + tl.cumsum(b_taken, 0) - 1, o_c - first, mask=b_taken > 0)
     tl.store(p_chosen + o_b, tl.full([BB], -1, tl.int32), mask=(o_b >= tl.minimum(count, wanted)) & (o_b < blocks))

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._higher_order_ops.while_loop import while_loop_op
@@ -34,6 +34,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from express_compile.core.options import Kind
 from express_compile.core.plain import number
+
+from ..launch import Random
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,14 @@ def shortened(x: torch.Tensor) -> torch.Tensor:
     if x.dtype != torch.float32:
         return x
     return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+
+class Decider(NamedTuple):
+    """How all buckets are halved: by which rule, at which scale of products of keys, and with which random numbers."""
+
+    rule: HalvingRule
+    scale: float
+    random: Random
 
 
 def halving_matrix(

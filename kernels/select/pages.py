@@ -15,9 +15,9 @@ import torch
 from torch.nn.functional import pad
 
 from ..launch import FLOAT32_DOT, jit, launch, load_rows, next_power_of_two, require_triton, sequence, strided, tl
+from .blocks import NONE, best_of
 
 PAGE, SUB = 64, 8
-NONE = -1
 _TILE = 128  # means of a product
 _PROGRAMS = 1056  # eight per multiprocessor of an H200
 
@@ -172,13 +172,7 @@ def _choose_kernel(chosen, lse, spans, sizes, sinks, recent, SHAPE: tl.constexpr
     b_rank = tl.where(b_mass == b_mass, b_mass, 0.0).to(tl.int32, bitcast=True) >> 16
     b_rank = tl.where((o_c * PAGE < first + sinks) | ((o_c + 1) * PAGE > end - recent), 1 << 15, b_rank)
     b_rank = tl.where(m_c, b_rank, -1)
-    least = 0  # the largest rank that as many pages as are listed reach
-    for i in range(16):
-        higher = least | (1 << (15 - i))
-        least = tl.where(tl.sum((b_rank >= higher).to(tl.int32)) >= sizes.listed, higher, least)
-    b_better, b_equal = (b_rank > least).to(tl.int32), (b_rank == least).to(tl.int32)
-    left = sizes.listed - tl.sum(b_better)
-    b_taken = b_better + b_equal * (tl.cumsum(b_equal, 0) <= left).to(tl.int32)
+    b_taken = best_of(b_rank, sizes.listed, 16)
     p_chosen = chosen + i_seq.to(tl.int64) * sizes.listed
     tl.store(p_chosen + tl.cumsum(b_taken, 0) - 1, o_c, mask=b_taken > 0)
     tl.store(p_chosen + o_b, tl.full([BB], -1, tl.int32), mask=(o_b >= tl.sum(b_taken)) & (o_b < sizes.listed))

@@ -48,7 +48,7 @@ from ..launch import (
     strided,
     tl,
 )
-from .halving import HalvingRule
+from .halving import Decider, HalvingRule
 from .schedule import Halving, Schedule
 
 PAIRS = 32  # pairs walked per tile
@@ -595,41 +595,29 @@ def _tiles_on(schedule: Schedule, rule: HalvingRule, pairs: int, lanes: int, dev
 
 
 def thin(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    index: torch.Tensor,
-    schedule: Schedule,
-    sinks: int,
-    rule: HalvingRule,
-    scale: float,
-    random: Random,
+    key: torch.Tensor, value: torch.Tensor, index: torch.Tensor, schedule: Schedule, sinks: int, decider: Decider
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Carry out ``schedule``: copies of the kept rows, keys ``[B, H, A, D]`` and values ``[B, H, A, Dv]``.
 
     ``key`` ``[B, H_kv, L, D]`` and ``value`` ``[B, H_kv, L, Dv]`` are the tokens, of which the H heads
-    ``random.heads`` are thinned, or all; ``A = schedule.size - schedule.tokens``. ``index`` int32 ``[B, H, A + ..]``
-    receives the token of every copied row in its first A entries. If it is longer, the entries that follow are the
-    tokens of the stream; otherwise stream row i is token ``sinks + i``. Draws the same numbers as the reference.
+    ``decider.random.heads`` are thinned, or all; ``A = schedule.size - schedule.tokens``. ``index`` int32
+    ``[B, H, A + ..]`` receives the token of every copied row in its first A entries. If it is longer, the entries that
+    follow are the tokens of the stream; otherwise stream row i is token ``sinks + i``. Draws the same numbers as the
+    reference.
     """
     A = schedule.size - schedule.tokens
     kept_key, kept_value = (x.new_empty(*index.shape[:2], A, x.shape[3]) for x in (key, value))
-    thin_into((index, kept_key, kept_value), key, value, schedule, sinks, rule, scale, random)
+    thin_into((index, kept_key, kept_value), key, value, schedule, sinks, decider)
     return kept_key, kept_value
 
 
 def thin_into(
-    kept: tuple[torch.Tensor, ...],
-    key: torch.Tensor,
-    value: torch.Tensor,
-    schedule: Schedule,
-    sinks: int,
-    rule: HalvingRule,
-    scale: float,
-    random: Random,
-) -> None:
+    kept: tuple[torch.Tensor, ...], key: torch.Tensor, value: torch.Tensor, schedule: Schedule, sinks: int,
+    decider: Decider,
+) -> None:  # fmt: skip
     """:func:`thin` into ``kept``: its index, keys and values, contiguous."""
     require_triton()
-    index, kept_key, kept_value = kept
+    (index, kept_key, kept_value), (rule, scale, random) = kept, decider
     (B, H), D, device, widths = index.shape[:2], key.shape[3], key.device, Widths.of(key, value)
     A, sequences = schedule.size - schedule.tokens, B * H
     if not schedule.launches and not schedule.subsamples:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from express_compile.core import cost as c
+from express_compile.core.call import Call
 from express_compile.core.cost import Cost, floor_log2, visible_pairs
 from express_compile.core.method import METHODS, Method
 from express_compile.core.policy import Policy
@@ -25,6 +26,7 @@ from express_compile.core.spec import AttentionSpec, Mask, Site
 from express_compile.kernels import express, thinformer
 from express_compile.kernels.attend import sampled as santa_kernels
 from express_compile.kernels.attend import segments
+from express_compile.kernels.launch import Random
 from express_compile.kernels.select import contest, thinning
 from express_compile.kernels.select.schedule import Schedule
 
@@ -350,9 +352,10 @@ def test_launches_of_the_kernels(monkeypatch: pytest.MonkeyPatch, protected: int
     for Lk in (128, 100):
         spec = site(8, Lk, sizes=(1, 1, 1, 16, 16))
         schedule, rule = thinformer.make_schedule(Lk, s), thinformer.get_rule("balanced")
-        thinformer._thin_triton(k[:, :, :Lk], v[:, :, :Lk], None, schedule, rule, 0.25, seed, 0)
+        decider = thinformer.Decider(rule, 0.25, Random(seed, 0))
+        thinformer._thin_triton(k[:, :, :Lk], v[:, :, :Lk], None, schedule, decider)
         calls["n"] += 1  # exact attention over what is left
         assert launched(cost_of("thinformer", spec, policy), spec, s)
     spec = site(1, 200, sizes=(1, 1, 1, 16, 16))
-    santa_kernels.santa_triton(q[:, :, :1], k[:, :, :200], v[:, :, :200], [8], 0.25, seed, 0)
+    santa_kernels.santa_triton(Call(q[:, :, :1], k[:, :, :200], v[:, :, :200], None, seed, 0.25, 0), [8])
     assert launched(cost_of("santa", spec), spec, 8)

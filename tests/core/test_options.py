@@ -194,16 +194,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=8,
 )
-ENTRY = {
-    "module": "a",
-    "index": 0,
-    "method": "express",
-    "verdict": "exact",
-    "params": {},
-    "facts": {},
-    "options": {},
-    "rows": [],
-}
+ENTRY = dict(module="a", index=0, method="express", verdict="exact", params={}, facts={}, options={}, rows=[])
 
 
 @given(st.dictionaries(st.sampled_from(Policy.option_names()), VALUES, max_size=3) | VALUES)

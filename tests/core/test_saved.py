@@ -105,16 +105,7 @@ def test_what_is_no_plain_data_is_named() -> None:
         Policy(method_options={"x": {"y": [1, torch.float16]}}).to_json()
 
 
-ENTRY = {
-    "module": "a",
-    "index": 0,
-    "method": "express",
-    "verdict": "exact",
-    "params": {},
-    "facts": {},
-    "options": {},
-    "rows": [],
-}
+ENTRY = dict(module="a", index=0, method="express", verdict="exact", params={}, facts={}, options={}, rows=[])
 
 
 @pytest.mark.parametrize(

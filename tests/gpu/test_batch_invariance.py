@@ -103,11 +103,11 @@ def test_thinformer(dtype, options):
     def s(L):
         return T.rows_kept(L, **options)
 
-    index, _, _, counts = T.select(k, v, padding, s, rule, 0.125, seed(), 3)
+    index, _, _, counts = T.select(k, v, padding, s, T.Decider(rule, 0.125, T.Random(seed(), 3)))
     out, _ = run(q, k, v, padding, seed(), 0.125, 3, **options)
     for b, (n, place) in enumerate(zip(LENGTHS, places, strict=True)):
         own = k[b : b + 1, :, place], v[b : b + 1, :, place]
-        kept, *_ = T.select(*own, None, s, rule, 0.125, seed(), 3)
+        kept, *_ = T.select(*own, None, s, T.Decider(rule, 0.125, T.Random(seed(), 3)))
         assert counts[b] == kept.shape[2] == min(n, s(n))
         assert torch.equal(index[b, :, : counts[b]].long(), place[kept[0].long()])
         alone, _ = run(q[b : b + 1], *own, None, seed(), 0.125, 3, **options)

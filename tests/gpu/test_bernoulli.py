@@ -36,7 +36,8 @@ def op(q, k, v, padding=None, seed=None, layer=1, **options):
 
 
 def whole(q, k, v, levels, padding=None):
-    return K.santa_triton(q, k, v, None, q.shape[-1] ** -0.5, seed_of(0), 1, padding=padding, bernoulli=levels)
+    call = Call(q, k, v, padding, seed_of(0), q.shape[-1] ** -0.5, 1, options=dict(bernoulli=levels))
+    return K.santa_triton(call, None)
 
 
 def rounded(q, k, levels, padding=None, layer=1):
@@ -117,8 +118,9 @@ def test_scores_have_no_bias():
     R, D = 4000, 64
     q = tensors(2, B=1, H=1, H_kv=1)[0][..., :D].expand(1, R, -1, -1)
     k = tensors(2, B=1, H=1, H_kv=1)[1].clone().expand(1, R, -1, -1)
-    out = K.santa_triton(q, k, k, None, 0.01, seed_of(0), 1, bernoulli=4, lengths=torch.ones(1, dtype=torch.int64,
-                         device="cuda"))[1]  # fmt: skip
+    lengths = torch.ones(1, dtype=torch.int64, device="cuda")
+    call = Call(q, k, k, None, seed_of(0), 0.01, 1, lengths, options=dict(bernoulli=4))
+    out = K.santa_triton(call, None)[1]
     truth = 0.01 * (q[0, 0, 0].double() @ k[0, 0, 0].double())
     z = (out.double().mean() - truth) / (out.double().std() / R**0.5)
     assert z.abs() < 4.5 and out.std() > 0

@@ -31,9 +31,10 @@ def op(q, k, v, padding=None, seed=0, layer=1, lengths=None, sinks=None, **optio
     return METHODS["santa"].op(q, k, v, padding, seed, scale, layer, lengths, sinks, **{**OPTIONS, **options})
 
 
-def whole(q, k, v, padding=None, **forms):
-    """All rows through the kernels; the op itself may leave them to cuDNN."""
-    return K.santa_triton(q, k, v, None, q.shape[-1] ** -0.5, seed_of(0), 1, padding=padding, **forms)
+def whole(q, k, v, padding=None, draws=None, offset=None, **forms):
+    """All rows, or ``draws``, through the kernels; the op itself may leave them to cuDNN."""
+    call = Call.of(S.OP, (q, k, v, padding, seed_of(0), q.shape[-1] ** -0.5, 1), forms)
+    return K.santa_triton(call, draws, offset=offset)
 
 
 def written_out(q, k, v, padding=None, lengths=None, window=0, softcap=0.0, sinks=None):
@@ -171,7 +172,7 @@ def test_no_bias_with_a_window_a_soft_cap_and_sinks(lengths):
     mean, single = 0.0, 0.0
     for m in range(M):
         offset = torch.tensor([[int((m + 0.5) / M * 2**23)]], dtype=torch.int32, device="cuda")
-        out, _ = K.santa_triton(q, k, v, [126] * 4, 64**-0.5, seed_of(0), 1, offset=offset, **forms)
+        out, _ = whole(q, k, v, draws=[126] * 4, offset=offset, **forms)
         mean, single = mean + out.double() / M, single + relative(out, exact) / M
     assert relative(mean, exact) < 0.03 * single
     assert relative(whole(q, k, v, **{**forms, "sinks": None})[0], exact) > 0.06 * single
@@ -186,7 +187,7 @@ def test_no_bias(n, part):
     mean, single = 0.0, 0.0
     for m in range(M):
         offset = torch.tensor([[int((m + 0.5) / M * 2**23)]], dtype=torch.int32, device="cuda")
-        out, _ = K.santa_triton(q, k, v, [126] * 4, 64**-0.5, seed_of(0), 1, offset=offset)
+        out, _ = whole(q, k, v, draws=[126] * 4, offset=offset)
         mean, single = mean + out.double() / M, single + relative(out, exact) / M
     assert relative(mean, exact) < part * single
 
@@ -281,5 +282,5 @@ def test_what_is_no_number_shows_in_its_own_rows_alone(draws, dtype):
     q[0, 5, 1, 7], k[1, 1, 4999, 3] = torch.nan, torch.nan
     want = torch.zeros(3, 8, 2, dtype=torch.bool, device="cuda")
     want[0, 5, 1], want[1, 4:, 1] = True, True  # a query in its row; the last key in the rows that see it
-    out, lse = K.santa_triton(q, k, v, draws, 0.125, seed_of(0), 1)
+    out, lse = whole(q, k, v, draws=draws)
     assert torch.equal(lse.isnan(), want) and torch.equal(out.isnan(), want[..., None].expand_as(out))

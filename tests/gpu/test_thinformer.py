@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from express_compile.core.method import METHODS
 from express_compile.kernels import launch as _triton
 from express_compile.kernels import thinformer as T
-from express_compile.kernels.select.halving import get_rule
+from express_compile.kernels.select.halving import Decider, get_rule
 
 OPTIONS = dict(s=64, fraction=0.0, g=-1, halving="balanced", flatten=0.0, min_length=0)
 HALVES = [torch.float16, torch.bfloat16]
@@ -25,6 +25,10 @@ def tensors(Lq, Lk, B=1, H=4, H_kv=2, D=64, Dv=None, dtype=torch.bfloat16, seed=
 
 def seed_of(number: int) -> torch.Tensor:
     return torch.tensor(number, device="cuda")
+
+
+def decider(rule: str, scale: float = 0.125, seed: int = 5) -> Decider:
+    return Decider(get_rule(rule), scale, T.Random(seed_of(seed), 3))
 
 
 def op(q, k, v, padding=None, seed=5, layer=3, **options):
@@ -60,10 +64,10 @@ def test_halving_decisions(poison, judge, rule, dtype, Lk, s, D):
     n, A = schedule.tokens, schedule.size - schedule.tokens
     stream = T.stretch_reference(None, torch.tensor([Lk, Lk], device="cuda"), n, s, 2, seed_of(5), 3).int()
     index = torch.cat([stream[:, :, :A].contiguous(), stream], 2)
-    T.thin(k, v, index, schedule, 0, get_rule(rule), scale, _triton.Random(seed_of(5), 3))
+    T.thin(k, v, index, schedule, 0, decider(rule, scale))
     arena = torch.cat([stream, index[:, :, :A]], 2)
     assert judge(k, v, arena, schedule, get_rule(rule), scale, seed_of(5), 3) == 4 * (n - s)
-    chosen, keys, values, _ = T.select(k, v, None, s, get_rule(rule), scale, seed_of(5), 3)
+    chosen, keys, values, _ = T.select(k, v, None, s, decider(rule, scale))
     assert torch.equal(chosen, arena[:, :, -s:])
     assert torch.equal(keys, T.gather_rows(k, chosen)) and torch.equal(values, T.gather_rows(v, chosen))
 
@@ -74,9 +78,9 @@ def test_coins_select_exactly_what_the_reference_selects(Lk, padded):
     """The uniform rule depends on no rounding: stream, stages and buckets are the reference's, row by row."""
     _, k, v = tensors(1, Lk, 3)
     padding = padding_of(3, Lk, (Lk, 300, 10)) if padded else None
-    index, *_ = T.select(k, v, padding, 64, get_rule("uniform"), 0.125, seed_of(9), 3)
+    index, *_ = T.select(k, v, padding, 64, decider("uniform", seed=9))
     cpu = [x if x is None else x.cpu() for x in (k, v, padding)]
-    expected, *_ = T.select(*cpu, 64, get_rule("uniform"), 0.125, torch.tensor(9), 3)
+    expected, *_ = T.select(*cpu, 64, T.Decider(get_rule("uniform"), 0.125, T.Random(torch.tensor(9), 3)))
     assert torch.equal(index.cpu().long(), expected.long())
 
 
@@ -90,7 +94,7 @@ def test_attention_over_the_rows(dtype, Lq, Lk, D, Dv, padded):
     lengths = (Lk, 40, 0)
     padding = padding_of(3, Lk, lengths) if padded else None
     out, lse = op(q, k, v, padding)
-    index, _, _, counts = T.select(k, v, padding, 64, get_rule("balanced"), D**-0.5, seed_of(5), 3)
+    index, _, _, counts = T.select(k, v, padding, 64, decider("balanced", D**-0.5))
     seen = None if counts is None else torch.arange(64, device="cuda") < counts[:, None]
     truth = over_rows(q, k, v, index, seen)
     reference = over_rows(q, k, v, index, seen, dtype)
@@ -123,7 +127,7 @@ def test_long(n):
     q, k, v = tensors(256, n, H=2, H_kv=1)
     out, _ = op(q, k, torch.ones_like(v), s=256)
     assert (out.float() - 1).abs().max() < 0.01
-    index, *_ = T.select(k, v, None, 256, get_rule("balanced"), 0.125, seed_of(5), 3)
+    index, *_ = T.select(k, v, None, 256, decider("balanced"))
     rows = index[0, 0].sort().values
     assert rows.min() < n / 32 and rows.max() > n - n / 32 and rows.unique().numel() == 256
     assert rows.diff().max() < n / 16
@@ -142,7 +146,7 @@ def test_gradients(dtype, padded, Lq, Lk, D):
     again = torch.autograd.grad(out, (q, k, v), grad)
     assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
     with torch.no_grad():
-        index, _, _, counts = T.select(k, v, padding, 64, get_rule("balanced"), D**-0.5, seed_of(5), 3)
+        index, _, _, counts = T.select(k, v, padding, 64, decider("balanced", D**-0.5))
     seen = None if counts is None else torch.arange(index.shape[2], device="cuda") < counts[:, None]
     B = 2 if padded else 3  # a sequence without any key has no gradient that PyTorch's backends agree on
     results = []
@@ -187,6 +191,6 @@ def test_one_compilation_for_all_lengths():
 def test_groups(H, H_kv):
     q, k, v = tensors(300, 700, 2, H, H_kv)
     out, _ = op(q, k, v)
-    index, *_ = T.select(k, v, None, 64, get_rule("balanced"), 0.125, seed_of(5), 3)
+    index, *_ = T.select(k, v, None, 64, decider("balanced"))
     truth = over_rows(q, k, v, index)
     assert relative(out, truth) <= 2 * relative(over_rows(q, k, v, index, None, q.dtype), truth)

@@ -280,12 +280,12 @@ def test_the_packed_form_of_thinformer_keeps_the_rows_that_the_sequences_keep_al
     padding = torch.zeros(len(lengths), total, dtype=torch.bool)
     for b, n in enumerate(lengths):
         padding[b, places_of(n, total, "anywhere", b)] = True
-    rule = get_rule("balanced")
-    index, keys, _, counts = T.select(k, v, padding, s, rule, 0.5, SEED, 3)
+    decider = T.Decider(get_rule("balanced"), 0.5, T.Random(SEED, 3))
+    index, keys, _, counts = T.select(k, v, padding, s, decider)
     for b, n in enumerate(lengths):
         place = padding[b].nonzero()[:, 0]
         if n:
-            alone, *_ = T.select(k[b : b + 1, :, place], v[b : b + 1, :, place], None, s, rule, 0.5, SEED, 3)
+            alone, *_ = T.select(k[b : b + 1, :, place], v[b : b + 1, :, place], None, s, decider)
             assert counts[b] == alone.shape[2] == min(n, s(n))
             assert torch.equal(index[b, :, : counts[b]], place[alone[0]])
         assert counts[b] <= n and (keys[b, :, counts[b] :] == 0).all()
@@ -306,13 +306,11 @@ def test_santas_kernels_draw_for_a_sequence_what_they_draw_for_it_alone(budget, 
     parts = [sequence(n, 1, 4, 2, 16, 16, number=n) for n in lengths]
     *tensors, padding = batch_of(parts, [places_of(n, total, "right", 0) for n in lengths], total, own=False)
     q, k, v = (x.nan_to_num(0.25) for x in tensors)
-    forms = {"padding": padding} if counted == "padding" else {"lengths": torch.tensor(lengths)}
+    padding, counts = (padding, None) if counted == "padding" else (None, torch.tensor(lengths))
     options = {**SANTA, **budget, "bernoulli": bernoulli}
-    site = {x: options.get(x, ()) for x in ("fraction", "table")}
     draws = options["draws"]
-    out, lse = K.santa_triton(
-        q, k, v, draws, 0.4, SEED, 3, bernoulli=bernoulli, exact_below=min(draws) + 1, **site, **forms
-    )
+    call = Call(q, k, v, padding, SEED, 0.4, 3, counts, options=options)
+    out, lse = K.santa_triton(call, draws, exact_below=min(draws) + 1)
     for b, part in enumerate(parts):
         expected, expected_lse = run("santa", options, *(x[None] for x in part))
         torch.testing.assert_close(out[b], expected[0], rtol=2e-3, atol=2e-3)

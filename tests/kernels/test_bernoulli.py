@@ -52,6 +52,11 @@ def step_of(q, k, padding=None, lengths=None):
     return S.visible_keys(q.shape[0], q.shape[2], k.shape[2], padding, lengths, q.device).sum(-1)
 
 
+def sampled(q, k, v, draws, scale=0.25, seed=SEED, layer=5, offset=None, **forms):
+    """The kernels, with every form and option by its name."""
+    return K.santa_triton(Call.of(S.OP, (q, k, v, None, seed, scale, layer), forms), draws, offset=offset)
+
+
 def error(x, truth):
     return ((x.double() - truth.double()).norm() / truth.double().norm()).item()
 
@@ -139,7 +144,7 @@ def test_draws_are_those_of_the_reference(poison, small_tiles, n, Lq, heads, lev
     more = dict(bernoulli=levels, **masks_of(masked, 2, n, seed))
     draws = torch.full(heads[:1], 6)
     expected, expected_lse = S.santa_reference(Call.of(S.OP, (q, k, v, None, SEED, 0.25, 5), dict(**more)), draws)
-    out, lse = K.santa_triton(q, k, v, draws.tolist(), 0.25, SEED, 5, **more)
+    out, lse = sampled(q, k, v, draws.tolist(), **more)
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
@@ -148,7 +153,7 @@ def test_draws_are_those_of_the_reference(poison, small_tiles, n, Lq, heads, lev
 def test_half_precision(small_tiles, levels):
     """All rows: the rounded query loses nothing to the dtype, as its entries are integers."""
     q, k, v = tokens(2, 70, 2, 4, 2, dtype=torch.float16)
-    out, _ = K.santa_triton(q, k, v, None, 0.25, SEED, 5, bernoulli=levels)
+    out, _ = sampled(q, k, v, None, bernoulli=levels)
     rounded = Be.round_query(q.double(), levels, SEED, 5, step_of(q, k))
     mask = torch.ones(2, 70, dtype=torch.bool).tril(68)
     more = dict(attn_mask=mask, scale=0.25, enable_gqa=True)
@@ -162,16 +167,16 @@ def test_half_precision(small_tiles, levels):
 def test_features_that_no_query_needs_are_not_read(small_tiles):
     """They are NaN in memory and nothing changes; a single NaN in one that is needed shows."""
     q, k, v = tokens(1, 60, 2, 4, 2, D=32)
-    expected = K.santa_triton(q, k, v, [6] * 4, 0.25, SEED, 5, bernoulli=2)
+    expected = sampled(q, k, v, [6] * 4, bernoulli=2)
     needed = (Be.round_query(q, 2, SEED, 5, step_of(q, k)) != 0).unflatten(1, (2, 2)).any(2).any(2)  # [B, H_kv, D]
     assert 0.3 < needed.double().mean() < 0.9
     rest = k.mT.masked_fill(~needed[..., None], math.nan).mT
     assert feature_major(rest)
-    out = K.santa_triton(q, rest, v, [6] * 4, 0.25, SEED, 5, bernoulli=2)
+    out = sampled(q, rest, v, [6] * 4, bernoulli=2)
     assert all(torch.equal(x, y) for x, y in zip(out, expected, strict=True))
     b, h, d = needed.nonzero()[0].tolist()
     rest[b, h, 7, d] = math.nan
-    lse = K.santa_triton(q, rest, v, [6] * 4, 0.25, SEED, 5, bernoulli=2)[1]
+    lse = sampled(q, rest, v, [6] * 4, bernoulli=2)[1]
     wrong = (lse != expected[1]).view(2, 2, 2).any(2)
     assert wrong.nonzero().tolist() == [[b, h]], "and only there"
 
@@ -185,16 +190,16 @@ def test_keys_that_lie_feature_by_feature_are_read_where_they_are(small_tiles, m
     sliced = cache[..., :61].mT
     assert feature_major(sliced) and K._keys_at_once(sliced) == (4 if room == 64 else 1)
     for draws in ([6] * 4, None):
-        expected = K.santa_triton(q, k.contiguous(), v, draws, 0.25, SEED, 5)
+        expected = sampled(q, k.contiguous(), v, draws)
         with monkeypatch.context() as without:
             without.setattr(K, "describe", None)  # which copies what it cannot describe
-            found = K.santa_triton(q, sliced, v, draws, 0.25, SEED, 5)
+            found = sampled(q, sliced, v, draws)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_same_seed_same_bits_and_another_seed_rounds_anew(small_tiles):
     q, k, v = tokens(1, 60)
-    run = lambda seed, layer: K.santa_triton(q, k, v, None, 0.25, seed, layer, bernoulli=3)[0]  # noqa: E731
+    run = lambda seed, layer: sampled(q, k, v, None, seed=seed, layer=layer, bernoulli=3)[0]  # noqa: E731
     base = run(SEED, 5)
     assert torch.equal(base, run(SEED, 5))
     assert not torch.equal(base, run(SEED + 1, 5)) and not torch.equal(base, run(SEED, 6))

@@ -20,8 +20,8 @@ from express_compile.core.rows import Rows, from_numbers, to_numbers
 from express_compile.core.spec import AttentionSpec, Mask, Site
 from express_compile.kernels import express as E
 from express_compile.kernels import heads as P
-from express_compile.kernels.attend.arguments import BLOCKS as CHOSEN_BLOCKS
-from express_compile.kernels.attend.arguments import HEAD, KEYS, PART, SHIFT, TABLE
+from express_compile.kernels.attend.job import BLOCKS as CHOSEN_BLOCKS
+from express_compile.kernels.attend.job import HEAD, KEYS, PART, SHIFT, TABLE
 from express_compile.kernels.attend.segments import (
     segment_attention_backward,
     segment_attention_triton,

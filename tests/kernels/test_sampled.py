@@ -34,6 +34,11 @@ def tokens(Lq, n, B=1, H=2, H_kv=1, D=16, Dv=16, dtype=torch.float32, seed=0, sp
     return (spread * q).to(dtype), k.to(dtype), v.to(dtype)
 
 
+def sampled(q, k, v, draws, scale=0.25, seed=SEED, layer=5, offset=None, **forms):
+    """The kernels, with every form and option by its name."""
+    return K.santa_triton(Call.of(S.OP, (q, k, v, None, seed, scale, layer), forms), draws, offset=offset)
+
+
 def error(x, truth):
     return ((x.double() - truth.double()).norm() / truth.double().norm()).item()
 
@@ -64,8 +69,7 @@ def test_draws_are_those_of_the_reference(
     expected, expected_lse = S.santa_reference(
         Call.of(S.OP, (q, k, v, None, SEED, 0.25, 5), dict(sampler=sampler, shared=True, **forms)), draws
     )
-    per = S.strata_per_offset(sampler)
-    out, lse = K.santa_triton(q, k, v, draws.tolist(), 0.25, SEED, 5, per=per, **forms)
+    out, lse = sampled(q, k, v, draws.tolist(), sampler=sampler, **forms)
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
@@ -75,12 +79,12 @@ def test_a_wrong_count_would_show():
     are other windows and caps, and sinks that are left out or a little larger."""
     q, k, v = tokens(1, 100)
     forms = dict(window=40, softcap=3.0, sinks=torch.tensor([5.0, 6.0]))
-    out, _ = K.santa_triton(q, k, v, [8, 8], 0.25, SEED, 5, **forms)
+    out, _ = sampled(q, k, v, [8, 8], **forms)
     others = dict(seed=SEED + 1), dict(layer=6), dict(draws=[9, 8]), dict(window=0), dict(window=30)
     moved = dict(sinks=None), dict(sinks=torch.tensor([5.2, 6.2])), dict(softcap=0.0), dict(softcap=3.3)
     for other in (*others, *moved):
-        arguments = {"draws": [8, 8], "scale": 0.25, "seed": SEED, "layer": 5, **forms, **other}
-        assert error(K.santa_triton(q, k, v, **arguments)[0], out) > 0.01
+        arguments = {"draws": [8, 8], **forms, **other}
+        assert error(sampled(q, k, v, **arguments)[0], out) > 0.01
 
 
 def test_no_bias_over_all_offsets(small_tiles):
@@ -89,11 +93,11 @@ def test_no_bias_over_all_offsets(small_tiles):
     M, n = 40, 100
     q, k, v = tokens(1, n, H=2)
     draws = [8, 8]
-    exact, _ = K.santa_triton(q, k, v, None, 0.25, SEED, 5)
+    exact, _ = sampled(q, k, v, None)
     mean, spread = torch.zeros_like(exact), 0.0
     for m in range(M):
         offset = torch.tensor([[int((m + 0.5) / M * 2**24)]], dtype=torch.int32)
-        out, _ = K.santa_triton(q, k, v, draws, 0.25, SEED, 5, offset=offset)
+        out, _ = sampled(q, k, v, draws, offset=offset)
         mean += out / M
         spread += error(out, exact) / M
     visible = torch.ones(1, 1, n, dtype=torch.bool)
@@ -110,7 +114,7 @@ def test_no_bias_over_all_offsets(small_tiles):
 def test_all_rows_are_exact_attention(poison, small_tiles, dtype, Lq, H, H_kv):
     n = 90
     q, k, v = tokens(Lq, n, 2, H, H_kv, dtype=dtype, spread=1.0)
-    out, _ = K.santa_triton(q, k, v, None, 0.25, SEED, 5)
+    out, _ = sampled(q, k, v, None)
     mask = torch.ones(Lq, n, dtype=torch.bool).tril(n - Lq)
     truth, reference = (
         torch.nn.functional.scaled_dot_product_attention(
@@ -136,10 +140,10 @@ def test_all_rows_with_a_window_a_soft_cap_and_sinks(poison, small_tiles, Lq, le
     weights = (cap * (scores / cap).tanh()).exp() * seen[:, None]
     mass = weights.sum(-1, keepdim=True) + sinks.double().exp()[:, None, None]
     truth = weights / mass @ v.double().repeat_interleave(2, 1)
-    out, lse = K.santa_triton(q, k, v, None, 0.25, SEED, 5, window=window, softcap=cap, sinks=sinks, **masks)
+    out, lse = sampled(q, k, v, None, window=window, softcap=cap, sinks=sinks, **masks)
     assert error(out, truth) < 1e-5 and error(lse, mass.log().squeeze(-1)) < 1e-6
     for forms in (dict(window=window, softcap=cap), dict(window=window, sinks=sinks), dict(softcap=cap, sinks=sinks)):
-        assert error(K.santa_triton(q, k, v, None, 0.25, SEED, 5, **forms, **masks)[0], truth) > 0.01
+        assert error(sampled(q, k, v, None, **forms, **masks)[0], truth) > 0.01
 
 
 def test_what_lies_before_the_window_is_not_read(poison, small_tiles, monkeypatch):
@@ -154,8 +158,8 @@ def test_what_lies_before_the_window_is_not_read(poison, small_tiles, monkeypatc
     monkeypatch.setattr(K, "launch", recorded)
     q, k, v = tokens(1, 110, 2, 2, 1)
     masks = dict(window=30, padding=torch.rand(2, 110) < 0.9)
-    K.santa_triton(q, k, v, [8, 8], 0.25, SEED, 5, **masks)
-    K.santa_triton(q, k, v, [8, 8], 0.25, SEED, 5, lengths=torch.tensor([110, 75]), **masks)
+    sampled(q, k, v, [8, 8], **masks)
+    sampled(q, k, v, [8, 8], lengths=torch.tensor([110, 75]), **masks)
     one, several = stashes
     assert one.shape[1] == 2, "tiles of 16 for 30 keys"
     assert [x.isnan().all((1, 2)).int().tolist() for x in several] == [[1] * 5 + [0] * 2, [1] * 2 + [0] * 5]
@@ -172,7 +176,7 @@ def test_what_is_no_number_shows_where_exact_attention_shows_it(part, bad, draws
         q[1, 0, 1, feature] = bad
     else:
         k[1, 0, 59, feature] = bad  # the last query sees it, no other one
-    out, lse = K.santa_triton(q, k, v, draws, 0.25, SEED, 5, **forms)
+    out, lse = sampled(q, k, v, draws, **forms)
     want = torch.zeros(2, 4, 3, dtype=torch.bool)
     want[1, 0, 1] = part == "query"
     want[1, :2, 2] = part == "key"
@@ -190,8 +194,8 @@ def test_keys_that_are_no_numbers_count_for_nothing_where_they_are_hidden(small_
     padding[1, 20:40] = False
     dirty = k.masked_fill(~padding[:, None, :, None], math.nan)
     for draws in (None, [8] * 4):
-        clean = K.santa_triton(q, k, v, draws, 0.25, SEED, 5, padding=padding)
-        assert all(map(torch.equal, K.santa_triton(q, dirty, v, draws, 0.25, SEED, 5, padding=padding), clean))
+        clean = sampled(q, k, v, draws, padding=padding)
+        assert all(map(torch.equal, sampled(q, dirty, v, draws, padding=padding), clean))
 
 
 def test_queries_without_keys_give_zero(small_tiles):
@@ -200,28 +204,28 @@ def test_queries_without_keys_give_zero(small_tiles):
     padding[1] = False
     for x in (k, v):
         x[1] = math.nan
-    out, lse = K.santa_triton(q, k, v, [4, 4], 0.25, SEED, 5, padding=padding)
+    out, lse = sampled(q, k, v, [4, 4], padding=padding)
     assert (out[1] == 0).all() and (lse[1] == -math.inf).all() and out[0].isfinite().all()
     sinks = torch.tensor([3.0, -math.inf])
-    out, lse = K.santa_triton(q, k, v, [4, 4], 0.25, SEED, 5, padding=padding, sinks=sinks, window=60)
+    out, lse = sampled(q, k, v, [4, 4], padding=padding, sinks=sinks, window=60)
     assert (out[1] == 0).all() and (lse[1] == sinks[:, None]).all() and out[0].isfinite().all()
 
 
 def test_strided_caches(small_tiles):
     """A slice of a longer cache, as transformers' static caches give, is read where it is."""
     q, k, v = tokens(1, 60, 2, 4, 2)
-    expected, _ = K.santa_triton(q, k, v, [6] * 4, 0.25, SEED, 5)
+    expected, _ = sampled(q, k, v, [6] * 4)
     long = [torch.full((2, 2, 96, 16), math.nan) for _ in range(2)]
     for x, y in zip(long, (k, v), strict=True):
         x[:, :, :60] = y
-    assert torch.equal(expected, K.santa_triton(q, *(x[:, :, :60] for x in long), [6] * 4, 0.25, SEED, 5)[0])
+    assert torch.equal(expected, sampled(q, *(x[:, :, :60] for x in long), [6] * 4)[0])
     by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
-    assert torch.equal(expected, K.santa_triton(q, *by_token, [6] * 4, 0.25, SEED, 5)[0])
+    assert torch.equal(expected, sampled(q, *by_token, [6] * 4)[0])
 
 
 def test_too_many_rows():
     with pytest.raises(ValueError, match="32 heads per key head times 9 queries are 288; must be at most 256"):
-        K.santa_triton(*tokens(9, 60, H=32), [4] * 32, 0.25, SEED, 5)
+        sampled(*tokens(9, 60, H=32), [4] * 32)
 
 
 def test_any_chunks_of_keys_draw_what_the_reference_draws(monkeypatch):
@@ -234,5 +238,5 @@ def test_any_chunks_of_keys_draw_what_the_reference_draws(monkeypatch):
     )
     for chunk in (64, 256):
         monkeypatch.setattr(K, "CHUNK", chunk)
-        out = K.santa_triton(q, k, v, [32] * 8, 0.25, SEED, 5)[0].flatten(0, 1)
+        out = sampled(q, k, v, [32] * 8)[0].flatten(0, 1)
         assert sum(error(a, e) > 1e-3 for a, e in zip(out, expected, strict=True)) <= 1, "of 16 heads"

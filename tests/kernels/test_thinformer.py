@@ -64,7 +64,7 @@ def test_every_token_is_kept_equally_often(Lk):
     s, H = 16, 4000
     _, k, v = tokens(1, Lk)
     k, v = k.expand(1, H, Lk, 4), v.expand(1, H, Lk, 3)
-    index, _, _, lengths = T.select(k, v, None, s, get_rule("balanced"), 0.5, SEED, 1)
+    index, _, _, lengths = T.select(k, v, None, s, T.Decider(get_rule("balanced"), 0.5, T.Random(SEED, 1)))
     assert lengths is None and index.shape == (1, H, s)
     count = torch.zeros(Lk, dtype=torch.float64).index_add_(0, index.flatten(), torch.ones(H * s).double())
     p = s / Lk
@@ -98,7 +98,7 @@ def test_padding(lengths):
         x.masked_fill_(~padding[:, None, :, None], math.nan)
     out, _ = op(q, k, v, padding)
     assert out.isfinite().all()
-    index, *_, counts = T.select(k, v, padding, 16, get_rule("balanced"), 0.5, SEED, 3)
+    index, *_, counts = T.select(k, v, padding, 16, T.Decider(get_rule("balanced"), 0.5, T.Random(SEED, 3)))
     for b, length in enumerate(lengths):
         rows = index[b, 0, : counts[b]]
         assert len(rows) == min(length, 16) and padding[b, rows].all()
@@ -163,7 +163,7 @@ def test_kernels_select_what_the_reference_selects(Lk, s, padded):
         real = torch.rand(B, Lk, generator=torch.Generator().manual_seed(1)) < 0.8
         real[1] = torch.arange(Lk) < 25
         given = T.real_first(real), real.sum(1)
-    arguments = T.make_schedule(Lk, s), get_rule("balanced"), 0.5, SEED, 3
+    arguments = T.make_schedule(Lk, s), T.Decider(get_rule("balanced"), 0.5, T.Random(SEED, 3))
     expected = T._thin_reference(k, v, given, *arguments)
     for x, y in zip(T._thin_triton(k, v, given, *arguments), expected, strict=True):
         assert torch.equal(x.to(y.dtype), y)
@@ -198,7 +198,7 @@ def test_gradients_with_the_selection_held_fixed():
     out, _ = op(q, k, v, padding)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype)
     actual = torch.autograd.grad(out, (q, k, v), grad)
-    index, *_, counts = T.select(k, v, padding, 16, get_rule("balanced"), 0.5, SEED, 3)
+    index, *_, counts = T.select(k, v, padding, 16, T.Decider(get_rule("balanced"), 0.5, T.Random(SEED, 3)))
     seen = torch.arange(index.shape[2]) < counts[:, None]
     result = exact(q, T.gather_rows(k, index), T.gather_rows(v, index), seen)
     for a, e in zip(actual, torch.autograd.grad(result, (q, k, v), grad), strict=True):

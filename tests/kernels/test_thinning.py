@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from express_compile.kernels import express as E
 from express_compile.kernels.launch import Random, philox_uniform
 from express_compile.kernels.select import thinning as T
-from express_compile.kernels.select.halving import RULES, HalvingRule, halve_reference, halving_matrix, shortened, walk
+from express_compile.kernels.select.halving import (
+    RULES,
+    Decider,
+    HalvingRule,
+    halve_reference,
+    halving_matrix,
+    shortened,
+    walk,
+)
 from express_compile.kernels.select.schedule import Halving, Schedule, make_schedule
 
 SEED = torch.tensor(1234)
@@ -48,7 +56,7 @@ def run_kernel(key, value, rule, delta, scale):
     B, H, rows, _ = key.shape
     index = torch.full((B, H, rows // 2), -1, dtype=torch.int32)
     schedule = schedule_of(rows, Halving(0, rows, rows, 1, 3, 2, delta))
-    copies = T.thin(key, value, index, schedule, 0, rule, scale, Random(SEED, 9))
+    copies = T.thin(key, value, index, schedule, 0, Decider(rule, scale, Random(SEED, 9)))
     for x, copy in zip((key, value), copies, strict=True):
         assert torch.equal(copy, E.gather_rows(x, index)), "copies of the rows that were kept"
     pairs = torch.arange(rows // 2)
@@ -107,7 +115,7 @@ def test_buckets_of_different_sizes_read_through_an_index(poison):
     jobs = (Halving(0, 50, 4, 3, 5, 1, 0.5), Halving(12, 56, 38, 1, 6, 0, 0.1))
     stream = torch.stack([torch.randperm(50, generator=generator) + 3 for _ in range(6)]).view(2, 3, 50).int()
     index = torch.cat([torch.full((2, 3, 25), -1, dtype=torch.int32), stream], 2)
-    T.thin(key, value, index, schedule_of(50, *jobs), 3, BALANCED, 0.25, Random(SEED, 9))
+    T.thin(key, value, index, schedule_of(50, *jobs), 3, Decider(BALANCED, 0.25, Random(SEED, 9)))
     head = torch.arange(3)[:, None]
     for job in jobs:
         for i in range(job.buckets):
