@@ -28,6 +28,7 @@ from ..launch import (
     Widths,
     jit,
     launch,
+    load_queries,
     load_rows,
     next_power_of_two,
     require_triton,
@@ -213,11 +214,9 @@ def _split_kernel(q, k, v, weight, masks, parts, sizes, SHAPE: tl.constexpr):
     KVH, G, L, stride_p, listed = sizes
     i_split, i_seq, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     i_b, i_kv = i_seq // KVH, i_seq % KVH
-    o_m, o_n, o_d, o_dv = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
+    o_m, o_n, o_dv = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BDV)
     m_m = o_m < R
-    p_q = q.p + i_b.to(tl.int64) * q.b + (i_kv * G + o_m // LQ).to(tl.int64)[:, None] * q.h
-    p_q += (o_m % LQ).to(tl.int64)[:, None] * q.n + o_d[None, :]
-    b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)  # [BM, BD]
+    b_q = load_queries(q, i_b, i_kv, G, SHAPE)  # [BM, BD]
     end = L
     if masks.lengths is not None:
         end = tl.minimum(tl.load(masks.lengths + i_b).to(tl.int32), L)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..launch import Strided, Widths, constant, strided
+from ..launch import Strided, constant, strided
 from . import job
 from .arguments import KernelSizes, KernelTensors, Lists
 from .segments import (
@@ -156,12 +156,11 @@ def mixed_attention_triton(
     check_dtype(query)
     query, scale = with_positive_scale(query, scale)
     (B, H, Lq, _), H_kv = query.shape, key.shape[1]
-    tiles, widths = SegmentTiles.of(query, key, value, mixture.block), Widths.alike(query, value)
+    tiles = SegmentTiles.of(query, key, value, mixture.block)
     jobs, *lists = mixture.on(query.device, tiles.queries, tiles.rows)
-    d_k, d_v = tiles.describe(key, widths.BD), tiles.describe(value, widths.BDV)
-    copies = [d_k, d_v]  # a descriptor has to describe something
+    d_k, d_v = copies = tiles.describe(key, value)  # a descriptor has to describe something
     if buffers.copies is not None:
-        copies = [tiles.describe(x[None, None], w) for x, w in zip(buffers.copies, widths[2:], strict=True)]
+        copies = tiles.describe(*(x[None, None] for x in buffers.copies))
     # where no head has them, loops without rows: one kernel for all mixtures, of which fewer registers are spilled
     index, chosen = (jobs if x is None else x for x in (buffers.tokens, buffers.chosen))
     largest = largest_of((key,), (value,)) if query.dtype == torch.float32 else None  # copies are none but tokens

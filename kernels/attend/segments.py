@@ -543,8 +543,9 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
 
 
 class SegmentTiles(NamedTuple):
-    """Queries and rows per tile, warps and pipeline stages; ``hopper``: of the kernel of :mod:`.hopper`."""
+    """Widths, queries and rows of a tile, warps and pipeline stages; ``hopper``: of the kernel of :mod:`.hopper`."""
 
+    widths: Widths
     queries: int
     rows: int
     warps: int
@@ -562,9 +563,9 @@ class SegmentTiles(NamedTuple):
     ) -> SegmentTiles:
         """What suits the tensors, blocks of ``block`` queries, and ``lengths`` of compacted rows. The best of four or
         more for D = 64, 128 and 256 on an H200, in bf16 at n = 32,768."""
-        if lengths is None and hopper.takes(query, key, value, block):
-            return cls(hopper.QUERIES, 128, 4, 2, True)
         widths = Widths.alike(query, value)
+        if lengths is None and hopper.takes(query, key, value, block):
+            return cls(widths, hopper.QUERIES, 128, 4, 2, True)
         width = widths.BD + widths.BDV
         if query.element_size() == 4:
             found = (128, 64, 4, 2) if width <= 128 else (128, 64, 8, 2) if width <= 256 else (128, 32, 8, 1)
@@ -572,14 +573,14 @@ class SegmentTiles(NamedTuple):
             found = 64, 64, 4, 3
         else:
             found = (128, 64, 4, 3) if width <= 256 else (128, 64, 8, 2)
-        return cls(math.gcd(found[0], block), *found[1:])
+        return cls(widths, math.gcd(found[0], block), *found[1:])
 
     def launch(
         self, grid: tuple[int, ...], query: torch.Tensor, descriptors: tuple[Any, ...], tensors: KernelTensors,
         lists: Lists, sizes: KernelSizes, block: int,
     ) -> None:  # fmt: skip
         """Run the kernel; ``descriptors`` are those of keys, values and copies."""
-        widths, parts = Widths.alike(query, tensors.out), block // self.queries
+        widths, parts = self.widths, block // self.queries
         if self.hopper:
             queries = hopper.describe(query, hopper.QUERIES // 2)
             own = hopper.KernelShape(widths.D, widths.DV, self.queries, self.rows, parts, self.stages)
@@ -590,8 +591,11 @@ class SegmentTiles(NamedTuple):
             launch(segment_kernel, grid, *descriptors, tensors, lists, sizes,
                    SHAPE=shape, num_warps=self.warps, num_stages=self.stages)  # fmt: skip
 
-    def describe(self, x: torch.Tensor, width: int) -> Any:
-        return hopper.describe(x, self.rows) if self.hopper else describe(x, self.rows, width)
+    def describe(self, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, Any]:
+        """Descriptors of tiles of keys and values ``[B, H, L, .]``."""
+        if self.hopper:
+            return hopper.describe(key, self.rows), hopper.describe(value, self.rows)
+        return describe(key, self.rows, self.widths.BD), describe(value, self.rows, self.widths.BDV)
 
 
 def describe(x: torch.Tensor, rows: int, width: int) -> Any:
@@ -636,16 +640,15 @@ def segment_attention_triton(
     query, scale = with_positive_scale(query, scale)
     key, value, compacted_key, compacted_value, index, lengths = sources
     (B, H, Lq, _), (H_kv, Lk), A = query.shape, key.shape[1:3], compacted_key.shape[2]
-    tiles, widths = SegmentTiles.of(query, key, value, table.block, lengths), Widths.alike(query, value)
+    tiles = SegmentTiles.of(query, key, value, table.block, lengths)
     BM = tiles.queries
     lists = Lists(*table.tiles_on(query.device, tiles.rows, Lq, Lk, A, sources.indexed))
-    described = [(tiles.describe(k, widths.BD), tiles.describe(v, widths.BDV)) for k, v in
-                 ((key, value), (compacted_key, compacted_value)) if k.shape[2]]  # fmt: skip
+    described = [tiles.describe(*pair) for pair in ((key, value), (compacted_key, compacted_value)) if pair[0].shape[2]]
     # of a source without rows nothing is read, but a descriptor has to describe something
     (d_k, d_v), copies = described[0], described[-1]
     lengths = None if lengths is None else lengths.to(torch.int32).contiguous()
     largest = largest_of((key, compacted_key), (value, compacted_value)) if query.dtype == torch.float32 else None
-    outputs = Outputs.of(query, widths.DV)
+    outputs = Outputs.of(query, tiles.widths.DV)
     tensors = KernelTensors(strided(query), strided(d_k.base), strided(d_v.base), strided(index), lengths, largest,
                        scale * 1.4426950408889634, H // H_kv, *outputs)  # fmt: skip
     parts = -(-(Lq + table.shift) // BM) - table.shift // BM

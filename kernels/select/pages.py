@@ -14,7 +14,18 @@ from collections import namedtuple
 import torch
 from torch.nn.functional import pad
 
-from ..launch import FLOAT32_DOT, jit, launch, load_rows, next_power_of_two, require_triton, sequence, strided, tl
+from ..launch import (
+    FLOAT32_DOT,
+    jit,
+    launch,
+    load_queries,
+    load_rows,
+    next_power_of_two,
+    require_triton,
+    sequence,
+    strided,
+    tl,
+)
 from .blocks import NONE, best_of
 
 PAGE, SUB = 64, 8
@@ -115,7 +126,6 @@ def _means_kernel(means, k, spans, sizes, new, SHAPE: tl.constexpr):
 @jit(general="sizes")
 def _score_kernel(lse, q, means, spans, sizes, scale_log2, SHAPE: tl.constexpr):
     """Log-sum-exp of every page for every row, ``[R, P]`` of a KV head, base 2."""
-    LQ: tl.constexpr = SHAPE.LQ
     R: tl.constexpr = SHAPE.R
     BM: tl.constexpr = SHAPE.BM
     BD: tl.constexpr = SHAPE.BD
@@ -125,12 +135,10 @@ def _score_kernel(lse, q, means, spans, sizes, scale_log2, SHAPE: tl.constexpr):
     PAGES: tl.constexpr = SHAPE.BS // (SHAPE.PAGE // SHAPE.SUB)
     i_seq = tl.program_id(1)
     i_b, i_kv = i_seq // sizes.KVH, i_seq % sizes.KVH
-    o_m, o_s, o_d, o_p = tl.arange(0, BM), tl.arange(0, BS), tl.arange(0, BD), tl.arange(0, PAGES)
+    o_m, o_s, o_p = tl.arange(0, BM), tl.arange(0, BS), tl.arange(0, PAGES)
     first, end = tl.load(spans.first + i_b).to(tl.int32), tl.load(spans.end + i_b).to(tl.int32)
     m_m = o_m < R
-    p_q = q.p + i_b.to(tl.int64) * q.b + (i_kv * sizes.G + o_m // LQ).to(tl.int64)[:, None] * q.h
-    p_q += (o_m % LQ).to(tl.int64)[:, None] * q.n + o_d[None, :]
-    b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
+    b_q = load_queries(q, i_b, i_kv, sizes.G, SHAPE)
     p_mean, stride = sequence(means, i_b, i_kv)
     p_lse = lse + (i_seq.to(tl.int64) * R + o_m)[:, None] * sizes.P
     tiles = tl.cdiv(tl.cdiv(end, SHAPE.SUB), BS)
