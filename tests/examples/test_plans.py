@@ -165,7 +165,9 @@ def test_every_policy_has_at_most_the_rows_of_the_budget_and_hardly_fewer(bench,
     for name, plan in made.items():
         rows = plans.average_rows(plan, n)
         # a plan per layer moves three heads at a time from one option to the next
-        assert (0.97 if name.split(",")[0] in ("streaming", "express", "protected", "selected") else 0.6) * budget <= rows, name
+        assert (
+            0.97 if name.split(",")[0] in ("streaming", "express", "protected", "selected") else 0.6
+        ) * budget <= rows, name
         assert rows <= budget + 1e-9, name
 
 

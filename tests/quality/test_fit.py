@@ -308,7 +308,10 @@ def test_a_saved_plan_is_followed_at_another_length_than_it_was_fitted_at(model,
     rows = {site.module: list(own) for site, own in zip(found.profile.sites, found.chosen, strict=True)}
     for n in (100, 240):
         outputs = []
-        for options in ({"plan": str(tmp_path / "plan.json"), "strict": True}, {"methods": [PerHead(rows, block=16, last=16)]}):
+        for options in (
+            {"plan": str(tmp_path / "plan.json"), "strict": True},
+            {"methods": [PerHead(rows, block=16, last=16)]},
+        ):
             rewrite_attention(model, **options)
             outputs.append(model(ids[:, :n]).logits)
             restore_attention(model)
