@@ -5,8 +5,9 @@
 
 One profile of three texts (``models.profiled_texts``), by which every policy that differs between heads is chosen:
 
-* ``per head``: every source of rows, and the last 16 queries exact; ``without ...``: all but one of them; ``per layer``:
-  the errors of a layer's heads summed, so that all of them have the same; ``without records``: the profile of the two natural texts alone;
+* ``per head``: every source of rows, and the last 16 queries exact; ``without ...``: all but one of them;
+  ``per layer``: the errors of a layer's heads summed, so that all of them have the same; ``without records``: the
+  profile of the two natural texts alone;
 * ``window or everything``: heads stream or see everything, as in DuoAttention (arXiv 2410.10819).
 
 Uniform policies have the same rows in all heads, and as many as the budget allows: ``streaming`` (StreamingLLM: sinks

@@ -118,8 +118,8 @@ def fit(
         ``length``. Exactly one of the three; where it is not the tolerance, the KL is only measured.
     options: what a head may have (:data:`.profile.DEFAULT_OPTIONS`). block: queries that see the same rows of the past,
         16, 32, 64 or 128. last: queries at the end of a call that see everything, 0 to 64; counted among the rows.
-        held_out: samples to measure the KL on; then all of ``sample`` is profiled. length: tokens that rows and times are for; those of the longest sample unless
-        given. progress: show a bar.
+    held_out: samples to measure the KL on; then all of ``sample`` is profiled. length: tokens that rows and times are
+        for; those of the longest sample unless given. progress: show a bar.
     profile: what :func:`.profile.profile` or an earlier fit (``found.profile``) measured on this model, with the same
         ``block``; then nothing is profiled, all of ``sample`` is held out, and ``options`` are those of the profile.
 

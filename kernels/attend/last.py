@@ -24,9 +24,9 @@ _Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class _End:
     """``n`` queries of a call, the last ones of each sequence but for ``skipped``.
 
-    Without padding that is all. Otherwise ``tokens`` int64 ``[B]`` counts places up to the last of the queries, ``place``
-    int64 ``[B, n]`` says where they are among the queries of the call, all different, and ``real`` bool ``[B, n]``
-    which of them there are.
+    Without padding that is all. Otherwise ``tokens`` int64 ``[B]`` counts places up to the last of the queries,
+    ``place`` int64 ``[B, n]`` says where they are among the queries of the call, all different, and ``real`` bool
+    ``[B, n]`` which of them there are.
     """
 
     call: Call
