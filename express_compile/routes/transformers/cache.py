@@ -135,6 +135,29 @@ class ExpressCache(Cache):
         total = sum(x.numel() for x in counts)
         return sum(int(x.sum()) for x in counts) / total if total else 0.0
 
+    # -- tokens of another cache --------------------------------------------------------------------------------------
+
+    def take(self, full: Cache) -> None:
+        """Hold the rows of the plan of all tokens in a ``full`` cache of the same model, none of which is padding.
+
+        For a prompt that another attention has read: exactly, or by a method of this package. ``full`` is as before.
+        Raises ``RuntimeError`` where this cache has tokens already, and ``ValueError`` for a ``full`` cache that does
+        not hold all tokens of every layer, and for a model that has other layers than those of full attention.
+        """
+        if self.get_seq_length():
+            raise RuntimeError(f"ExpressCache: has {self.get_seq_length()} tokens; reset() empties it")
+        if others := sorted({type(x).__name__ for x in self.layers if not isinstance(x, ExpressLayer)}):
+            raise ValueError(f"ExpressCache: {', '.join(others)} cannot take tokens; only layers of full attention can")
+        given = [x for x in full.layers if type(x) is DynamicLayer and x.keys is not None and x.keys.shape[2]]
+        sizes = {x.get_seq_length() for x in given}
+        if len(given) != len(self.layers) or len(sizes) != 1:
+            raise ValueError(
+                f"full={type(full).__name__}: must be a DynamicCache with the same tokens in {len(self.layers)} layers; "
+                f"there are {len(given)} of {', '.join(map(str, sorted(sizes))) or 0} tokens"
+            )
+        for layer, its in zip(self.express_layers, given, strict=True):
+            layer.take(its.keys, its.values)
+
     # -- steps that did not end -------------------------------------------------------------------------------------
 
     def rollback(self) -> None:
