@@ -97,11 +97,11 @@ class Read:
         layers = [(k[index], v[index]) for k, v in self.layers]
         return replace(self, ids=self.ids[index], layers=layers, exact=self.exact[index])
 
-    def full(self, model: Any, start: int = 0, stop: int | None = None) -> DynamicCache:
-        """A full cache of these tokens of the prompts."""
+    def full(self, model: Any, stop: int | None = None) -> DynamicCache:
+        """A full cache of the prompts, or of their first tokens."""
         cache = DynamicCache(config=model.config)
         for i, (k, v) in enumerate(self.layers):
-            cache.update(k[:, :, start:stop], v[:, :, start:stop], i)
+            cache.update(k[:, :, :stop], v[:, :, :stop], i)
         return cache
 
 
@@ -204,14 +204,14 @@ def read_by_plan(model: Any, plan: PerHead) -> Make:
 
 
 class Observed(Exactly):
-    """The mass that the first ``n`` tokens get of some queries, by layer: float32 ``[N, H_kv, n]``."""
+    """The mass that the first ``n`` tokens get of the last 32 queries, by layer: float32 ``[N, H_kv, n]``."""
 
-    def __init__(self, n: int, queries: slice) -> None:
-        self.n, self.queries, self.mass = n, queries, list[torch.Tensor]()
+    def __init__(self, n: int) -> None:
+        self.n, self.mass = n, list[torch.Tensor]()
 
     def see(self, op: Op, call: Call, exact: torch.Tensor) -> None:
-        H_kv, q = call.key.shape[1], call.query[:, :, self.queries]
-        at = torch.arange(call.Lk - call.Lq, call.Lk, device=q.device)[self.queries]
+        H_kv, q = call.key.shape[1], call.query[:, :, -OBSERVED:]
+        at = torch.arange(call.Lk - OBSERVED, call.Lk, device=q.device)
         hidden = torch.arange(call.Lk, device=q.device) > at[:, None]
         heads = []
         for i in range(H_kv):
@@ -236,53 +236,53 @@ def best(score: torch.Tensor, sinks: int, recent: int, count: int) -> torch.Tens
     return score.topk(min(count, score.shape[-1]), -1).indices
 
 
-def snapkv(model: Any, budget: float) -> Make:
-    def make(given: Read) -> Cache:
+@dataclass
+class Kept:
+    """``budget`` rows on average while tokens follow by ``piece``, all of which are held, too."""
+
+    model: Any
+    budget: float
+    piece: int
+
+    def count(self, given: Read) -> int:
+        """How many tokens of a prompt are kept."""
+        return round(self.budget - (given.ids.shape[1] - given.n + self.piece) / 2)
+
+    def snapkv(self, given: Read) -> DynamicCache:
         past = given.n if given.observed else given.n - OBSERVED
         ids = given.ids[:, past : given.ids.shape[1] - given.observed if given.observed else given.n]
-        seen = Observed(given.n, slice(-OBSERVED, None))
-        cache = given.full(model, stop=past)
-        restore_attention(model)
-        with torch.no_grad(), rewritten(model, BLOCK), run_by(seen):
-            model.model(ids, past_key_values=cache)
-        rewrite_attention(model, methods=["exact"])
-        pooled = [torch.nn.functional.avg_pool1d(x, POOL, 1, POOL // 2) for x in seen.mass]
-        return pruned(model, given, [best(x, 0, OBSERVED, kept(budget, given)) for x in pooled])
+        seen, cache = Observed(given.n), given.full(self.model, past)
+        restore_attention(self.model)
+        with torch.no_grad(), rewritten(self.model, BLOCK), run_by(seen):
+            self.model.model(ids, past_key_values=cache)
+        rewrite_attention(self.model, methods=["exact"])
+        pooled = (torch.nn.functional.avg_pool1d(x, POOL, 1, POOL // 2) for x in seen.mass)
+        return pruned(self.model, given, [best(x, 0, OBSERVED, self.count(given)) for x in pooled])
 
-    return make
-
-
-def by_chance(model: Any, budget: float) -> Make:
-    def make(given: Read) -> Cache:
-        random = torch.Generator(given.ids.device).manual_seed(0)
-        scores = (torch.rand(k.shape[:3], generator=random, device=k.device) for k, _ in given.layers)
-        return pruned(model, given, [best(x, SINKS, WINDOW, kept(budget, given)) for x in scores])
-
-    return make
-
-
-def kept(budget: float, given: Read) -> int:
-    """Tokens of a prompt to keep, where all that follow are held, too."""
-    return round(budget - (given.ids.shape[1] - given.n) / 2)
+    def random(self, given: Read) -> DynamicCache:
+        drawn = torch.Generator(given.ids.device).manual_seed(0)
+        scores = (torch.rand(k.shape[:3], generator=drawn, device=k.device) for k, _ in given.layers)
+        return pruned(self.model, given, [best(x, SINKS, WINDOW, self.count(given)) for x in scores])
 
 
 class Counted:
-    """Rows of options: *held* on average while ``new`` tokens follow a prompt, or, with ``is_read``, read. A cache has
-    no blocks of queries; what it holds is what the first queries of small ones see."""
+    """Rows of options while ``new`` tokens follow a prompt by ``piece``: those *held*, as :func:`follow` counts them,
+    or, with ``is_read``, read."""
 
-    def __init__(self, new: int, is_read: bool = False) -> None:
-        self.new, self.is_read = new, is_read
+    def __init__(self, new: int, piece: int, is_read: bool = False) -> None:
+        self.new, self.piece, self.is_read = new, piece, is_read
 
     def __call__(self, options: Sequence[Rows], n: int, block: int) -> list[float]:
-        def of(rows: Rows) -> float:
-            everything = n + self.new / 2
-            if rows.selected and self.is_read:
-                return min(everything, PAGE * listed(rows.selected, rows.sinks, rows.recent))
-            if rows.selected:
-                return everything
-            return float(rows_seen(PerHead(rows, block=16), n + self.new)[:, n:].mean())
+        return [self._count(rows, n) for rows in options]
 
-        return [of(rows) for rows in options]
+    def _count(self, rows: Rows, n: int) -> float:
+        if rows.selected and self.is_read:
+            return min(n, PAGE * listed(rows.selected, rows.sinks, rows.recent + self.piece - 1))
+        if rows.selected or rows.everything:
+            return n + (self.new + self.piece) / 2
+        block = 16  # a cache has none: instead of those of a block, on average, there are those of a step
+        seen = rows_seen(PerHead(rows, block=block), n + self.new)[:, n:].mean()
+        return float(seen) - (block + 1) / 2 + self.piece
 
 
 def policies(found: Profile, budget: float, n: int, count: Counted) -> dict[str, PerHead]:
@@ -383,7 +383,7 @@ class Caching(Bench):
         if self.cases:
             self.write(recall_rows(self.solved, self.asked), n, "exact")
         print(f"{len(ids)} texts; {len(self.cases)} needles are found by exact attention", flush=True)
-        count = Counted(new, args.part == "selected")
+        count = Counted(new, args.piece, args.part == "selected")
         for budget in args.rows:
             for method, (make, plan) in self.methods(found, budget, n, count).items():
                 if not args.methods or method in args.methods:
@@ -395,7 +395,8 @@ class Caching(Bench):
         made: dict[str, tuple[Make, PerHead | None]] = {name: (by_plan(model, x), x) for name, x in plans.items()}
         if self.args.part == "cache":
             made["everything"] = by_plan(model, PerHead(EVERYTHING)), PerHead(EVERYTHING)
-            made |= {"random": (by_chance(model, budget), None), "snapkv": (snapkv(model, budget), None)}
+            others = Kept(model, budget, self.args.piece)
+            made |= {"random": (others.random, None), "snapkv": (others.snapkv, None)}
             read_too = {name: plans[name] for name in ("per head", "streaming")}
             made |= {f"{name}, prompt": (read_by_plan(model, x), x) for name, x in read_too.items()}
         return made

@@ -255,7 +255,7 @@ def text_rows(stats: Sequence[TokenStats], task: str) -> list[dict[str, Any]]:
     return rows
 
 
-def recall_rows(hits: Mapping[str, int], asked: Mapping[str, int]) -> list[dict[str, Any]]:
+def recall_rows(hits: Counter[str], asked: Counter[str]) -> list[dict[str, Any]]:
     """By task and haystack, how many needles were found of how many."""
     return [dict(task=x, metric="recalled", value=hits[x], high=count) for x, count in asked.items()]
 

@@ -152,8 +152,8 @@ class ExpressCache(Cache):
         sizes = {x.get_seq_length() for x in given}
         if len(given) != len(self.layers) or len(sizes) != 1:
             raise ValueError(
-                f"full={type(full).__name__}: must be a DynamicCache with the same tokens in {len(self.layers)} layers; "
-                f"there are {len(given)} of {', '.join(map(str, sorted(sizes))) or 0} tokens"
+                f"full={type(full).__name__}: must be a DynamicCache, the same tokens in {len(self.layers)} layers; "
+                f"it has {len(given)} of {', '.join(map(str, sorted(sizes))) or 0} tokens"
             )
         for layer, its in zip(self.express_layers, given, strict=True):
             layer.take(its.keys, its.values)
