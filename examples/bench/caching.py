@@ -72,6 +72,7 @@ from express_compile.quality.profile import Profile, rewritten
 OBSERVED, POOL, WINDOW = 32, 5, 128
 TAIL = 128  # tokens behind the prompt of a needle, question and answer among them
 BANDS = 8
+AT_ONCE = 64  # prompts that are followed together
 
 
 # ------------------------------------------------------------------------------------------- what was read exactly
@@ -125,13 +126,12 @@ def read(model: Any, ids: torch.Tensor, n: int, observed: int) -> Read:
 @torch.no_grad()
 def follow(model: Any, ids: torch.Tensor, n: int, cache: Cache, piece: int) -> tuple[torch.Tensor, float]:
     """Last hidden states at the tokens from ``n`` on, given to the model by ``piece``, and the rows that a KV head of
-    the ``cache`` held meanwhile: the mean of what it had at first and in the end."""
+    the ``cache`` holds after a step, on average."""
     out, held, places = [], [], torch.arange(n, ids.shape[1], device=ids.device)
     for step, at in zip(ids[:, n:].split(piece, 1), places.split(piece), strict=True):
         out.append(model.model(step, past_key_values=cache, position_ids=at[None]).last_hidden_state)
-        if len(out) == 1:
-            held.append(rows_held(cache))
-    return torch.cat(out, 1), fmean([*held, rows_held(cache)])
+        held.append(rows_held(cache))
+    return torch.cat(out, 1), fmean(held)
 
 
 def rows_held(cache: Cache) -> float:
@@ -391,12 +391,14 @@ class Caching(Bench):
                         self.judged(method, budget, make, plan, texts, asked, count)
 
     def methods(self, found: Profile, budget: float, n: int, count: Counted) -> dict[str, tuple[Make, PerHead | None]]:
+        """What is judged at a budget, and how a cache of it is made; some of it at the first budget alone."""
         plans, model = policies(found, budget, n, count), self.model
         made: dict[str, tuple[Make, PerHead | None]] = {name: (by_plan(model, x), x) for name, x in plans.items()}
         if self.args.part == "cache":
-            made["everything"] = by_plan(model, PerHead(EVERYTHING)), PerHead(EVERYTHING)
             others = Kept(model, budget, self.args.piece)
             made |= {"random": (others.random, None), "snapkv": (others.snapkv, None)}
+        if self.args.part == "cache" and budget == self.args.rows[0]:
+            made["everything"] = by_plan(model, PerHead(EVERYTHING)), PerHead(EVERYTHING)
             read_too = {name: plans[name] for name in ("per head", "streaming")}
             made |= {f"{name}, prompt": (read_by_plan(model, x), x) for name, x in read_too.items()}
         return made
@@ -406,7 +408,7 @@ class Caching(Bench):
         count: Counted,
     ) -> None:  # fmt: skip
         """Write what is measured of one policy."""
-        hidden, held = follow(self.model, texts.ids, texts.n, make(texts), self.args.piece)
+        hidden, held = self.followed(make, texts)
         if count.is_read and plan is not None:
             held = fmean(count(rows_by_head(plan), texts.n, BLOCK))
         stats = self.statistics(texts, hidden)
@@ -416,12 +418,19 @@ class Caching(Bench):
         if self.args.part == "long":
             rows += band_rows([x.kl for x in stats], rows[0]["task"])
         if asked is not None:
-            hidden, _ = follow(self.model, asked.ids, asked.n, make(asked), self.args.piece)
+            hidden, _ = self.followed(make, asked)
             right = self.answered(hidden, self.cases)
             hits = Counter(place(case) for case, hit in zip(self.cases, right, strict=True) if hit)
             rows += recall_rows(hits, self.solved)
         name = method if self.args.part == "cache" else f"{method}, {self.args.part}"
         self.write([{**common, **row} for row in rows], texts.n, name, budget)
+
+    def followed(self, make: Make, given: Read) -> tuple[torch.Tensor, float]:
+        """:func:`follow` for as many prompts at a time as there is memory for, and the mean of the rows held."""
+        places = torch.arange(len(given.ids)).split(AT_ONCE)
+        parts = [given.pick(x.tolist()) if len(places) > 1 else given for x in places]
+        found = [follow(self.model, part.ids, part.n, make(part), self.args.piece) for part in parts]
+        return torch.cat([x for x, _ in found]), fmean(held for _, held in found)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
