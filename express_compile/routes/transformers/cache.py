@@ -148,15 +148,16 @@ class ExpressCache(Cache):
             raise RuntimeError(f"ExpressCache: has {self.get_seq_length()} tokens; reset() empties it")
         if others := sorted({type(x).__name__ for x in self.layers if not isinstance(x, ExpressLayer)}):
             raise ValueError(f"ExpressCache: {', '.join(others)} cannot take tokens; only layers of full attention can")
-        given = [x for x in full.layers if type(x) is DynamicLayer and x.keys is not None and x.keys.shape[2]]
-        sizes = {x.get_seq_length() for x in given}
+        plain = (x for x in full.layers if type(x) is DynamicLayer)
+        given = [(x.keys, x.values) for x in plain if x.keys is not None and x.values is not None and x.keys.shape[2]]
+        sizes = {key.shape[2] for key, _ in given}
         if len(given) != len(self.layers) or len(sizes) != 1:
             raise ValueError(
                 f"full={type(full).__name__}: must be a DynamicCache, the same tokens in {len(self.layers)} layers; "
                 f"it has {len(given)} of {', '.join(map(str, sorted(sizes))) or 0} tokens"
             )
-        for layer, its in zip(self.express_layers, given, strict=True):
-            layer.take(its.keys, its.values)
+        for layer, (key, value) in zip(self.express_layers, given, strict=True):
+            layer.take(key, value)
 
     # -- steps that did not end -------------------------------------------------------------------------------------
 
