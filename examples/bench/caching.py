@@ -47,6 +47,7 @@ from plans import (
     Bench,
     add_bench_arguments,
     answered,
+    base,
     chosen,
     in_words,
     most,
@@ -253,7 +254,7 @@ class Kept:
         ids = given.ids[:, past : given.ids.shape[1] - given.observed if given.observed else given.n]
         seen, cache = Observed(given.n), given.full(self.model, past)
         restore_attention(self.model)
-        with torch.no_grad(), rewritten(self.model, BLOCK), run_by(seen):
+        with torch.no_grad(), rewritten(self.model, base()), run_by(seen):
             self.model.model(ids, past_key_values=cache)
         rewrite_attention(self.model, methods=["exact"])
         pooled = (torch.nn.functional.avg_pool1d(x, POOL, 1, POOL // 2) for x in seen.mass)
@@ -272,7 +273,7 @@ class Counted:
     def __init__(self, new: int, piece: int, is_read: bool = False) -> None:
         self.new, self.piece, self.is_read = new, piece, is_read
 
-    def __call__(self, options: Sequence[Rows], n: int, block: int) -> list[float]:
+    def __call__(self, options: Sequence[Rows], n: int, own: PerHead | None = None) -> list[float]:
         return [self._count(rows, n) for rows in options]
 
     def _count(self, rows: Rows, n: int) -> float:
@@ -289,15 +290,15 @@ def policies(found: Profile, budget: float, n: int, count: Counted) -> dict[str,
     """The policies of one budget that an ExpressCache follows."""
 
     def largest(make: Callable[[int], Rows]) -> Rows:
-        return most(make, budget, n, count)
+        return most(make, budget, n, base(), count)
 
     def by_profile(allowed: Callable[[Rows], bool]) -> PerHead:
-        return chosen(only(allowed_here, allowed), budget, n, count)
+        return chosen(only(allowed_here, allowed), budget, n, last=0, count=count)
 
     allowed_here = found if count.is_read else only(found, lambda rows: not rows.selected)
 
     sizes = [2**i for i in range(10, 3, -1)]  # of the coreset, as large as the budget allows
-    s = next((x for x in sizes if count([Rows(SINKS, WINDOW, x, x)], n, BLOCK)[0] <= budget), 8)
+    s = next((x for x in sizes if count([Rows(SINKS, WINDOW, x, x)], n)[0] <= budget), 8)
     uniform = {
         "streaming": largest(lambda x: Rows(SINKS, x)),
         "protected": largest(lambda x: Rows(SINKS, WINDOW, protected=x)),
@@ -410,7 +411,7 @@ class Caching(Bench):
         """Write what is measured of one policy."""
         hidden, held = self.followed(make, texts)
         if count.is_read and plan is not None:
-            held = fmean(count(rows_by_head(plan), texts.n, BLOCK))
+            held = fmean(count(rows_by_head(plan), texts.n))
         stats = self.statistics(texts, hidden)
         words = "" if plan is None else f"; {in_words(plan)}"
         common = dict(rows=round(held, 1), params=f"budget={budget:g}{words}")

@@ -118,11 +118,11 @@ def test_rows_held_are_those_that_a_cache_holds(caching, given) -> None:
     model, read = given
     count = caching.Counted(NEW, 8)
     for rows in (Rows(4, 28), Rows(4, 28, protected=16), Rows(4, 28, 8, 16), EVERYTHING):
-        (predicted,) = count([rows], N, 128)
+        (predicted,) = count([rows], N)
         _, held = off(caching, model, read, caching.by_plan(model, PerHead(rows)))
         assert held == pytest.approx(predicted, rel=0.1 if rows.protected else 0.02)
     pages = Rows(4, 28, selected=1)
-    assert count([pages], N, 128) == [N + (NEW + 8) / 2] and caching.Counted(NEW, 1, True)([pages], N, 128) == [64 * 4]
+    assert count([pages], N) == [N + (NEW + 8) / 2] and caching.Counted(NEW, 1, True)([pages], N) == [64 * 4]
 
 
 def test_policies_have_the_rows_that_they_may_hold(caching) -> None:
@@ -130,14 +130,14 @@ def test_policies_have_the_rows_that_they_may_hold(caching) -> None:
 
     n, options = 4096, caching.Caching.options
     random = np.random.default_rng(0)
-    rows = tuple(rows_of(options, n, 128))
+    rows = tuple(rows_of(options, n, caching.base()))
     errors = random.exponential(size=(4, 3, 1)) ** 3 / np.array(rows)
     sites = [SiteProfile(f"layers.{i}", 0, None, tuple(map(tuple, x))) for i, x in enumerate(errors.tolist())]
     found = Profile(options, n, 1, rows, tuple(sites))
     for is_read in (False, True):
         count = caching.Counted(128, 16, is_read)
         plans = caching.policies(found, 1000, n, count)
-        held = {name: np.mean(count(caching.rows_by_head(plan), n, 128)) for name, plan in plans.items()}
+        held = {name: np.mean(count(caching.rows_by_head(plan), n)) for name, plan in plans.items()}
         assert all(x <= 1000 for x in held.values())
         assert all(held[name] > 900 for name in ("streaming", "protected", "express", "selected") if name in held)
         names = {x.selected > 0 for plan in plans.values() for x in caching.rows_by_head(plan)}
