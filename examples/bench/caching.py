@@ -1,8 +1,8 @@
 """What generation from a cache of few rows loses: KL to exact attention at every step that follows, and needles.
 
-    python examples/bench/caching.py --rows 1024 1984 --profile profile.json --out caching.csv      # a GPU, 3 minutes
-    python examples/bench/caching.py --model qwen --length 16384 --rows 1024 4032 --out caching.csv # a GPU, 4 minutes
-    python examples/bench/caching.py --part selected --rows 1024 --piece 4 --profile profile.json   # pages are read
+    python examples/bench/caching.py --rows 1984 1024 --each 5 --profile profile.json --out caching.csv   # a GPU, minutes
+    python examples/bench/caching.py --model qwen --length 16384 --rows 4032 1024 --piece 8 --out caching.csv  # more
+    python examples/bench/caching.py --part selected --rows 1024 --piece 4 --new 128 --profile profile.json
     python examples/bench/caching.py --part long --length 6144 --new 4096 --rows 1024 --piece 32    # 4,096 new tokens
     python examples/bench/caching.py --length 1024 --rows 300 --new 64 --texts 1 --each 1           # a taste on a CPU
 
@@ -373,8 +373,8 @@ class Caching(Bench):
         args = self.args
         new, is_long = args.new, args.part == "long"
         n = args.length - (new if is_long else max(new, TAIL))
-        found, _ = self.profiles()  # all policies by the one with generated records
         ids = self.texts(n + new)
+        found, _ = self.profiles()  # all policies by the one with generated records
         with self.timed(f"continuing {len(ids)} texts" if is_long else "texts"):
             ids = continued(self.model, ids[:, :n], new) if is_long else ids
         rewrite_attention(self.model, methods=["exact"])
