@@ -1,6 +1,6 @@
 """What generation from a cache of few rows loses: KL to exact attention at every step that follows, and needles.
 
-    python examples/bench/caching.py --rows 1984 1024 --each 5 --profile profile.json --out caching.csv   # a GPU, minutes
+    python examples/bench/caching.py --rows 1984 1024 --each 5 --profile profile.json --out caching.csv  # a GPU
     python examples/bench/caching.py --model qwen --length 16384 --rows 4032 1024 --piece 8 --out caching.csv  # more
     python examples/bench/caching.py --part selected --rows 1024 --piece 4 --new 128 --profile profile.json
     python examples/bench/caching.py --part long --length 6144 --new 4096 --rows 1024 --piece 32    # 4,096 new tokens
