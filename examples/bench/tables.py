@@ -655,17 +655,25 @@ def tolerance_table() -> str:
     return markdown(["budgets", "rows seen", "KL, natural texts (95%)", "top-1", "KL, repetitive texts"], body)
 
 
-PLANS = {
-    "per head": "plan per head",
-    "per layer": "plan per layer",
-    "window or everything": "window or everything, per head",
+UNIFORM = {
     "streaming": "StreamingLLM",
     "express": "uniform Express",
     "protected": "uniform, protected keys (KeyDiff)",
     "selected": "uniform, selected blocks",
+}
+PLANS = {
+    "per head": "plan per head",
+    "per layer": "plan per layer",
+    "window or everything": "window or everything, per head",
+    **UNIFORM,
+    **{f"{name}, last exact": f"{words}, last queries exact" for name, words in UNIFORM.items()},
     **{f"without {x}": f"plan per head without {x}" for x in ("thinned", "protected", "selected", "everything")},
     "without records": "plan per head, profiled without the ledger",
+    "without last": "plan per head, last queries like the others",
+    "layers alike": "plan per head, errors of all layers weighed alike",
 }
+SUMMARY = ("streaming", "streaming, last exact", "express")
+RECALLED = ("per head", "without last", "streaming", "streaming, last exact", "express", "express, last exact")
 """What the methods of plans.csv are called, in the order of the tables."""
 
 Run = tuple[str, int, str]
@@ -740,7 +748,8 @@ def plans_table() -> str:
 
 
 def plans_summary_table() -> str:
-    """A plan per head, StreamingLLM and uniform Express at equal rows, at the longest length of every model."""
+    """A plan per head, StreamingLLM and uniform Express at equal rows, at the longest length of every model; of smaller
+    budgets the plan alone."""
     body, machines, seen = [], set(), set()
     for (model, n, gpu), rows in plan_rows().items():
         if model in seen:
@@ -748,9 +757,11 @@ def plans_summary_table() -> str:
         seen.add(model)
         machines.add(gpu)
         plans = of_plans(rows)
+        largest = plans[-1][0]["budget"]
         for own in plans:
-            if own[0]["method"] in ("per head", "streaming", "express"):
-                name, count, kl, ratio, _, p99, top1, needles = plan_line(own, stream_of(plans, own[0]["budget"]))
+            method, budget = own[0]["method"], own[0]["budget"]
+            if method == "per head" or (budget == largest and method in SUMMARY):
+                name, count, kl, ratio, _, p99, top1, needles = plan_line(own, stream_of(plans, budget))
                 where = f"{model.split('-')[0]}, {n:,}"
                 body.append([where, name, count, kl, ratio, p99, top1, needles])
     header = ["model, tokens", *(x for x in PLAN_HEADER if x != "median")]
@@ -769,8 +780,8 @@ def recall_table() -> str:
         if not asked:
             continue
         largest = max((row["budget"] for row in rows if row["budget"]), key=float)
-        own = {m: [r for r in rows if (r["method"], r["budget"]) == (m, largest)] for m in PLANS}
-        methods = [m for m, its in own.items() if its and not m.startswith("without")]
+        own = {m: [r for r in rows if (r["method"], r["budget"]) == (m, largest)] for m in RECALLED}
+        methods = [m for m, its in own.items() if its]
         body = [
             [row["task"], f"{row['value']} of {row['high']}", *(recall_of(own[m], row["task"]) for m in methods)]
             for row in asked

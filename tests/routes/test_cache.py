@@ -196,9 +196,7 @@ def test_what_cannot_be_taken_says_so() -> None:
     logits(model, tokens, full)
     short.update(full.layers[0].keys, full.layers[0].values, 0)
     cache = ExpressCache(model, rows=Rows(2, 14))
-    with pytest.raises(
-        ValueError, match="must be a DynamicCache, the same tokens in 2 layers; it has 1 of 40 tokens"
-    ):
+    with pytest.raises(ValueError, match="must be a DynamicCache, the same tokens in 2 layers; it has 1 of 40 tokens"):
         cache.take(short)
     with pytest.raises(ValueError, match="it has 0 of 0 tokens"):
         cache.take(DynamicCache())
