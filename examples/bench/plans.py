@@ -42,7 +42,17 @@ from express_compile import Policy, fit, restore_attention, rewrite_attention
 from express_compile.core.plan import SavedPlan
 from express_compile.core.rows import Rows
 from express_compile.kernels.heads import EVERYTHING, PerHead
-from express_compile.quality.profile import Profile, choose, geometric_mean, late, least, prices, profile, rows_of
+from express_compile.quality.profile import (
+    Profile,
+    choose,
+    filled,
+    geometric_mean,
+    late,
+    least,
+    prices,
+    profile,
+    rows_of,
+)
 
 MODELS = {
     "smollm2": ("SmolLM2-135M-Instruct", load_smollm2),
@@ -116,8 +126,10 @@ def chosen(found: Profile, budget: float, n: int, last: int = LAST, count: Count
     price = least(prices(found, rows), lambda price: average(price) <= budget)
     if price is None:
         raise ValueError(f"budget={budget!r}: the cheapest options have {min(rows):.0f} rows at {n} tokens")
-    choice = zip(found.sites, choose(found, price, rows), strict=True)
-    return replace(base(last), rows={site.module: [found.options[o] for o in heads] for site, heads in choice})
+    choice = choose(found, price, rows)
+    choice = filled(found, choice, budget * sum(map(len, choice)), rows)
+    of_sites = zip(found.sites, choice, strict=True)
+    return replace(base(last), rows={site.module: [found.options[o] for o in heads] for site, heads in of_sites})
 
 
 def most(make: Callable[[int], Rows], budget: float, n: int, own: PerHead, count: Count = rows_of) -> Rows:
