@@ -46,7 +46,6 @@ import argparse
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from unittest import mock
 

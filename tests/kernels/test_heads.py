@@ -187,6 +187,18 @@ def test_the_rows_that_a_query_sees_are_counted(rows):
     assert np.array_equal(P.rows_seen(P.PerHead([rows], block=16), 900)[0], read.numpy())
 
 
+@pytest.mark.parametrize("rows", [[x] for x in SOURCES] + [[CORE, BLOCKS], [WHOLE, KEPT]], ids=str)
+def test_later_tokens_change_no_bit_of_earlier_queries(rows):
+    q, k, v = tokens(700, B=1, dtype=torch.float32)
+    out, lse = op(q, k, v, rows)
+    for at in (1, 130, 512, 699):
+        other = [torch.cat([x[:, :, :at], -9 * x[:, :, at:]], 2) for x in (q, k, v)]
+        changed, changed_lse = op(*other, rows)
+        assert torch.equal(changed[:, :, :at], out[:, :, :at])
+        assert torch.equal(changed_lse[:, :, :at], lse[:, :, :at])
+        assert not torch.equal(changed[:, :, at:], out[:, :, at:]), "or the test shows nothing"
+
+
 # -- gradients -----------------------------------------------------------------------------------------------------
 
 
