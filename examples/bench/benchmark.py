@@ -562,8 +562,9 @@ def check_heads(q, k, v, out, own: P.PerHead) -> tuple[float, float]:
 
 
 def check_call(call: Call, out: torch.Tensor, own: P.PerHead) -> tuple[float, float]:
-    """As :func:`check`, for the heads with equal rows whose error is the largest share of what is allowed."""
-    found = []
+    """As :func:`check`, for the heads with equal rows whose error is the largest share of what is allowed; the exact
+    queries at the end are checked beside them."""
+    found, few_rows = [], call.Lq - own.last
     for group, query, sources, table in seen_by(call, own):
         own_out = group.take(out, call.key.shape[1])
         for block in {0, len(table.tail) // 2, len(table.tail) - 1}:
@@ -574,12 +575,25 @@ def check_call(call: Call, out: torch.Tensor, own: P.PerHead) -> tuple[float, fl
                 (_, first, rows), segments[0, 1, 1] = segments[0, 1].tolist(), 0
                 one = replace(one, segments=segments)
                 few = sources._replace(index=sources.index[:, :, first : first + rows])
-            few = few.gathered()
-            exact = Sources(*(x.double() for x in few.buffers))
-            truth, _ = segment_attention_reference(query[:, :, queries].double(), exact, one, call.scale)
-            reference, _ = segment_attention_reference(query[:, :, queries], few, one, call.scale)
-            found.append((relative(own_out[:, :, queries], truth), 2 * relative(reference, truth)))
+            found.append(errors_of(own_out, query, few.gathered(), (queries, one), call.scale, few_rows))
+    if own.last:
+        one = causal_table(own.last, call.Lk)
+        sources, queries = Sources.tokens(call.key, call.value), slice(few_rows, call.Lq)
+        found.append(errors_of(out, call.query, sources, (queries, one), call.scale, call.Lq))
     return max(found, key=lambda x: x[0] / x[1])
+
+
+def errors_of(
+    out: torch.Tensor, query: torch.Tensor, rows: Sources, block: tuple[slice, SegmentTable], scale: float, end: int
+) -> tuple[float, float]:
+    """Relative error of ``out`` at a block of queries before the query ``end``, and twice that of the reference."""
+    queries, table = block
+    exact = Sources(*(x.double() for x in rows.buffers))
+    truth, _ = segment_attention_reference(query[:, :, queries].double(), exact, table, scale)
+    reference, _ = segment_attention_reference(query[:, :, queries], rows, table, scale)
+    here = slice(queries.start, min(queries.stop, end))
+    truth, reference = (x[:, :, : here.stop - here.start] for x in (truth, reference))
+    return relative(out[:, :, here], truth), 2 * relative(reference, truth)
 
 
 def launches(call: Callable) -> int:
@@ -634,7 +648,7 @@ def per_head(
     told = dict(plan=plan, rows=rows, launches=round(launches(call) / count, 1))
     times = each(call)
     if tensors[0].is_cuda and any(len(P.groups(own.rows, tensors[1].shape[1])) > 1 for own in layers):
-        with mock.patch.multiple(P, mixed_attention_triton=nothing, _exact_heads=nothing):
+        with mock.patch.multiple(P, mixed_attention_triton=nothing, _exact_heads=nothing, attend_last=nothing):
             told["selection"] = round(quantile(each(call), 0.5) / quantile(times, 0.5), 3)
     told |= {"layers": count} if count > 1 else {}
     return row_of(Policy(budget=rows), times, opponents, errors, job="mixed", method="heads", params={**told, **params},
