@@ -30,9 +30,10 @@ from express_compile.kernels.attend.segments import (
 from express_compile.kernels.attend.segments_backward import segment_attention_backward_triton
 from express_compile.kernels.select.blocks import rows_visible, select_blocks_reference
 from express_compile.kernels.select.contest import CONTEST, compete_reference
+from express_compile.planning import choose
 from express_compile.planning.choose import Question, answer, plan
 from express_compile.planning.devices import shipped
-from express_compile.planning.predict import cost_at, predict
+from express_compile.planning.predict import MARGIN, cost_at, predict
 
 SEED = torch.tensor(7)
 WINDOW, CORE, PLACES = Rows(2, 9), Rows(2, 9, 8), Rows(3, 5, protected=20)
@@ -616,6 +617,25 @@ def test_the_cost_of_a_mixture_is_that_of_its_heads():
     uniform = {**params, "rows": to_numbers([Rows(32, 256, 64, 64)])}
     own = METHODS["express"].params(Site(), Policy(methods=[E.Express(64, 32, 256, 64)]))
     assert cost_at("heads", at, uniform) == cost_at("express", at, own)
+
+
+def test_a_plan_beside_exact_attention_runs_where_it_is_predicted_to_be_faster(monkeypatch):
+    """The more heads see everything, the later it pays, and with all of them never."""
+    monkeypatch.setattr(choose, "device_of", lambda device: shipped()["NVIDIA H200"])
+    shape = dict(H=32, H_kv=8, D=128, Dv=128, dtype=torch.bfloat16, device="cuda")
+    lengths, first = [2**i for i in range(10, 21)], []
+    for exact in (0, 2, 4, 8):
+        own = P.PerHead(([WHOLE] * exact + [Rows(32, 256, selected=16), Rows(32, 256)] * 4)[:8])
+        found = [answer(Question(spec=spec(Lq=n, Lk=n, **shape)), Policy(methods=[own, "exact"])) for n in lengths]
+        for n, decision in zip(lengths, found, strict=True):
+            times = decision.predicted_ms
+            assert set(times) == {"heads", "exact"}
+            assert (decision.method == "heads") == (times["heads"] * MARGIN <= times["exact"]), n
+            assert decision.rows == (own.rows if decision.method == "heads" else ())
+        methods = [decision.method for decision in found]
+        assert methods == sorted(methods), "exact up to a length, and then not"
+        first.append(methods.count("exact"))
+    assert first == sorted(first) and first[0] < first[2] and first[-1] == len(lengths)
 
 
 def test_fewer_exact_heads_are_predicted_to_be_faster():
