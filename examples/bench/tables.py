@@ -12,7 +12,7 @@ import csv
 import functools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -716,10 +716,10 @@ Run = tuple[str, int, str]
 UNMEASURED = "Not measured yet: no row of `plans.csv` has it."
 
 
-def plan_rows() -> dict[Run, list[dict[str, str]]]:
-    """The newest rows of plans.csv by model, length and machine, the longest first, with their budgets."""
+def plan_rows(file: str = "plans.csv") -> dict[Run, list[dict[str, str]]]:
+    """The newest rows of a file of plans by model, length and machine, the longest first, with their budgets."""
     found: dict[Run, list[dict[str, str]]] = {}
-    rows = read("plans.csv") if (RESULTS / "plans.csv").exists() else []
+    rows = read(file) if (RESULTS / file).exists() else []
     rows = [{**row, "budget": params_budget(row["params"])} for row in rows]
     for row in newest(rows, "gpu", "model", "n", "task", "method", "budget", "metric"):
         found.setdefault((row["model"], int(row["n"]), row["gpu"]), []).append(row)
@@ -731,12 +731,12 @@ def params_budget(params: str) -> str:
     return params.split(";")[0].removeprefix("budget=") if params.startswith("budget=") else ""
 
 
-def of_plans(rows: list[dict[str, str]]) -> list[list[dict[str, str]]]:
-    """The rows of every plan, by budget and in the order of :data:`PLANS`."""
+def of_plans(rows: list[dict[str, str]], names: Mapping[str, str] = PLANS) -> list[list[dict[str, str]]]:
+    """The rows of every plan, by budget and in the order of ``names``."""
     by_plan: dict[tuple[float, int], list[dict[str, str]]] = {}
     for row in rows:
-        if row["method"] in PLANS:
-            by_plan.setdefault((float(row["budget"]), [*PLANS].index(row["method"])), []).append(row)
+        if row["method"] in names:
+            by_plan.setdefault((float(row["budget"]), [*names].index(row["method"])), []).append(row)
     return [own for _, own in sorted(by_plan.items())]
 
 
@@ -747,20 +747,20 @@ def recall_of(rows: list[dict[str, str]], task: str = "") -> str:
     return f"{hits} of {solved}" if solved else "–"
 
 
-def plan_line(own: list[dict[str, str]], stream: float) -> list[str]:
+def plan_line(own: list[dict[str, str]], stream: float, names: Mapping[str, str] = PLANS) -> list[str]:
     """Name, rows, KL, its part of StreamingLLM's, 99th percentile, top-1, needles."""
     measured = {row["metric"]: row for row in own if row["task"].startswith("texts")}
     kl = measured["kl"]
     return [
-        PLANS[kl["method"]], f"{float(kl['rows']):,.0f}", with_interval(kl, 4), f"{float(kl['value']) / stream:.2f}",
+        names[kl["method"]], f"{float(kl['rows']):,.0f}", with_interval(kl, 4), f"{float(kl['value']) / stream:.2f}",
         f"{float(measured['kl_median']['value']):.4f}", f"{float(measured['kl_p99']['value']):.2f}",
         f"{float(measured['top1']['value']):.3f}", recall_of(own),
     ]  # fmt: skip
 
 
-def stream_of(plans: list[list[dict[str, str]]], budget: str) -> float:
+def stream_of(plans: list[list[dict[str, str]]], budget: str, name: str = "streaming") -> float:
     """The KL of StreamingLLM at a budget."""
-    rows = (row for own in plans for row in own if (row["method"], row["budget"]) == ("streaming", budget))
+    rows = (row for own in plans for row in own if (row["method"], row["budget"]) == (name, budget))
     return next(float(row["value"]) for row in rows if row["metric"] == "kl" and row["task"].startswith("texts"))
 
 
@@ -824,6 +824,60 @@ def recall_table() -> str:
     return "\n\n".join(found) or UNMEASURED
 
 
+CACHES = {
+    "per head": "plan per head",
+    "without everything": "plan per head, of constant size",
+    "window or everything": "window or everything, per head (DuoAttention-like)",
+    "streaming": "StreamingLLM",
+    "protected": "uniform, protected keys (KeyDiff)",
+    "express": "uniform Express",
+    "thinned": "uniform, thinned by coins",
+    "random": "uniform, evicted by chance",
+    "selected": "uniform, pages",
+    "snapkv": "SnapKV (query-aware)",
+    "per head, prompt": "plan per head, the prompt too",
+    "streaming, prompt": "StreamingLLM, the prompt too",
+    "everything": "all tokens, through the same cache",
+}
+"""What the methods of caching.csv are called, in the order of the tables."""
+
+
+def caches_of(part: str) -> dict[str, str]:
+    """The methods of a part of caching.py, as its rows name them."""
+    return {name + (f", {part}" if part != "cache" else ""): words for name, words in CACHES.items()}
+
+
+def caching_table(part: str) -> str:
+    """A table for every run of a part: the policies at equal rows."""
+    names, found = caches_of(part), []
+    stream = next(name for name in names if name.startswith("streaming"))
+    for (model, n, gpu), rows in plan_rows("caching.csv").items():
+        plans = of_plans([row for row in rows if row["budget"]], names)
+        if not plans:
+            continue
+        body = [plan_line(own, stream_of(plans, own[0]["budget"], stream), names) for own in plans]
+        task = next(row["task"].partition(": ")[2] for row in plans[0] if row["task"].startswith("texts"))
+        said = f"**{model}, {n:,} tokens before** ({gpu}, {plans[0][0]['date']}); texts: {task}."
+        found.append(f"{said}\n\n{markdown(PLAN_HEADER, body)}")
+    return "\n\n".join(found) or UNMEASURED.replace("plans.csv", "caching.csv")
+
+
+def drift_table() -> str:
+    """KL by position in a long continuation, of every policy."""
+    names, found = caches_of("long"), []
+    for (model, n, gpu), rows in plan_rows("caching.csv").items():
+        plans = of_plans([row for row in rows if row["budget"]], names)
+        body, bands = [], []
+        for own in plans:
+            bands = [row for row in own if row["metric"].startswith("kl ")]
+            values = [f"{float(row['value']):.3f} ({float(row['low']):.3f}–{float(row['high']):.3f})" for row in bands]
+            body.append([names[own[0]["method"]], f"{float(own[0]['rows']):,.0f}", *values])
+        if body:
+            header = ["policy", "rows", *(row["metric"].removeprefix("kl ") for row in bands)]
+            found.append(f"**{model}, behind {n:,} tokens** ({gpu}).\n\n{markdown(header, body)}")
+    return "\n\n".join(found) or UNMEASURED.replace("plans.csv", "caching.csv")
+
+
 PARTS = {
     "custom-method": functools.partial(quoted, "examples/custom_method.py"),
     "speed-summary": functools.partial(speed_summary_table, "express", "thinformer", "santa"),
@@ -854,6 +908,9 @@ PARTS = {
     "plans-summary": plans_summary_table,
     "plans": plans_table,
     "recall": recall_table,
+    "caching": functools.partial(caching_table, "cache"),
+    "pages": functools.partial(caching_table, "selected"),
+    "drift": drift_table,
     "tolerance": tolerance_table,
     "steps": steps_table,
     "embeddings": embeddings_table,

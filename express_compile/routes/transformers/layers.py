@@ -282,6 +282,20 @@ class ExpressLayer(CacheLayerMixin):
         self.held, self.keys, self.values = held, None, None
         return out
 
+    @torch.no_grad()
+    def take(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Hold the tokens ``[B, H_kv, n, .]`` of another cache as if a first step had brought them; nothing attends."""
+        self.lazy_initialization(key, value)
+        self.columns = self.last = key.shape[2]
+        if self.columns <= self.limit:
+            self.keys, self.values = key, value
+            return
+        scaling, seed = getattr(self.place.module(), "scaling", None), torch.tensor(self.seed, device=key.device)
+        scale = float(default_scale(key.shape[3]) if scaling is None else scaling)
+        self.held = Held(self.own, key, value, Random(seed, self.place.key), scale)
+        self.held.fill(key, value)
+        self.keys = self.values = None
+
     # -- what cannot be computed ----------------------------------------------------------------------------------
 
     def _require_usable(self) -> None:
