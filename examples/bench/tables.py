@@ -166,11 +166,55 @@ def speed_summary_table(*methods: str) -> str:
     return markdown(["", *(f"n = {n:,}" for n in LENGTHS)], body) + f"\n\n{note}"
 
 
+UNTIMED = "Not measured yet: no row of `speed.csv` has it."
+
+
+def mixed_table() -> str:
+    """Plans per KV head beside one plan for all heads with as many rows, and beside FlexAttention, of the same runs."""
+    body, machines = [], set()
+    rows = [row for row in speed_rows(job="mixed") if "graph=1" not in row["params"]]
+    told = {id(row): params_of(row) for row in rows}
+    by_run = {(told[id(x)].get("plan", f"flex {x['s']}"), x["commit"], x["Lk"]): x for x in rows}
+    mixtures = {(told[id(x)].get("plan", ""), int(x["Lk"])): x for x in rows}
+    for (plan, n), row in sorted(mixtures.items()):
+        if not plan or "_as_" in plan:
+            continue
+        machines.add(f"{row['gpu']}, {row['date']}")
+        beside = [f"window_as_{plan}", f"Express_as_{plan}", f"flex {row['s']}"]
+        others = [by_run.get((name, row["commit"], row["Lk"])) for name in beside]
+        over = [f"{float(row['ms_p50']) / float(x['ms_p50']):.2f}" if x else "–" for x in others]
+        share = told[id(row)].get("selection")
+        body.append([
+            plan.replace("_", " "), f"{n:,}", f"{int(row['s']):,}", f"{float(row['opponent_ms_p50']):.2f} ms",
+            cell(row), *over, f"{float(share):.0%}" if share else "–",
+        ])  # fmt: skip
+    header = ["mixture", "n", "rows", "best exact", "time", "over a window", "over Express", "over FlexAttention"]
+    return markdown([*header, "selection"], body) + f"\n\n{'; '.join(sorted(machines))}." if body else UNTIMED
+
+
+def first_token_table() -> str:
+    """Seconds from a prompt to its first token by a whole model."""
+    rows = newest(gpu_rows(job="first_token"), "method", "Lk", "s", "opponent")
+    body = []
+    for row in sorted(rows, key=lambda x: int(x["Lk"])):
+        told, seconds = params_of(row), float(row["ms_p50"]) / 1e3
+        name = {
+            "exact": f"exact ({told.get('backend')})",
+            "heads": f"plan of {told.get('plan')}",
+            "express": "the same Express in all heads",
+            "window": "sinks + window by FlexAttention",
+        }[row["method"]]
+        body.append([f"{int(row['Lk']):,}", name, f"{int(row['s']):,}", f"{seconds:.2f} s",
+                     f"{float(row['speedup']):.2f}×", f"{float(told['none_ms']) / 1e3:.2f} s"])  # fmt: skip
+    header = ["tokens", "attention", "rows", "first token after", "over best exact", "without attention"]
+    return markdown(header, body) + f"\n\n{rows[-1]['gpu']}, {rows[-1]['date']}." if body else UNTIMED
+
+
 def window_table() -> str:
     """Express and FlexAttention over sinks and a window of as many rows, of the same runs."""
     windows = [(s, row) for s, rows in windows_by_setting().items() for row in rows]
     if not windows:
-        return "Not measured yet: no row of `speed.csv` has it."
+        return UNTIMED
     body = []
     for s, row in sorted(windows, key=lambda x: int(x[1]["Lk"])):
         run = {name: row[name] for name in ("commit", "date", "gpu", "Lk")}
@@ -853,6 +897,8 @@ PARTS = {
     **{f"options-{name}": METHODS[name].options.markdown for name in SHIPPED if name != "exact"},
     "speed": speed_table,
     "window": window_table,
+    "mixed": mixed_table,
+    "first-token": first_token_table,
     "others": others_table,
     "sparse": sparse_table,
     "train-sparse": train_sparse_table,
