@@ -194,13 +194,21 @@ def make_coreset(own: _Tensors, chunk: Chunk, scale: float, random: Random) -> _
     out = tuple(x.new_zeros(*x.shape[:2], chunk.rows, x.shape[3]) for x in told)
     if chunk.told:
         layout, at = make_layout(chunk.sent, 1, chunk.told + 1), 0
-        sources = select_rows(told[0], told[1], layout, scale, _own(random, chunk))[0].gathered()
+        sources, _ = select_rows(told[0], told[1], layout, scale, _own(random, chunk))
         for source, first, rows, _ in itertools.chain(*chunk.parts):
-            given = sources[:2] if source == TOKENS else sources[2:4]
-            for kept, x in zip(out, given, strict=True):
-                kept[:, :, at : at + rows] = x[:, :, first : first + rows]
+            for kept, x in zip(out, _rows(sources, source, first, first + rows), strict=True):
+                kept[:, :, at : at + rows] = x
             at += rows
     return out[0], out[1]
+
+
+def _rows(sources: Sources, source: int, first: int, stop: int) -> _Tensors:
+    if source == TOKENS:
+        return sources.key[:, :, first:stop], sources.value[:, :, first:stop]
+    if sources.index is None or first < sources.compacted_key.shape[2]:
+        return sources.compacted_key[:, :, first:stop], sources.compacted_value[:, :, first:stop]
+    index = sources.index[:, :, first:stop]
+    return gather_rows(sources.key, index), gather_rows(sources.value, index)
 
 
 def attend_chunk(
