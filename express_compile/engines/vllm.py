@@ -90,8 +90,10 @@ class _Impl:
         self.policy = policy_of(config)
         self.plans: dict[int, Plan] = {}
         if self.policy is not None:
-            total = config.model_config.get_total_num_kv_heads()
-            self.shard = shard_at(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), total)
+            ranks, total = get_tensor_model_parallel_world_size(), config.model_config.get_total_num_kv_heads()
+            if total >= ranks:  # of the model as a whole; layers may differ
+                total = self.num_kv_heads * ranks
+            self.shard = shard_at(get_tensor_model_parallel_rank(), ranks, total)
 
     def plan(self: Any, layer: Any, n: int, device: str) -> Plan:
         """The plan for a whole prompt of ``n`` tokens in this layer."""
