@@ -1,15 +1,15 @@
 """Express over a sequence that lies in chunks, of which each knows of those before it only what their coresets hold.
 
-A query attends to its own chunk by Express, to the last ``recent`` tokens of the chunk before (its halo, which the chunk
-takes for its own first tokens), and to a coreset of everything before those. Each token is either in the halo or in one
-coreset, so the weights that a query sees sum to the tokens up to itself.
+A query attends to its own chunk by Express, to the last ``recent`` tokens of the chunk before (its halo, which the
+chunk takes for its own first tokens), and to a coreset of everything before those. Each token is either in the halo or
+in one coreset, so the weights that a query sees sum to the tokens up to itself.
 
 A coreset is made twice. Thinning reads raw tokens only: chunks are thinned at the same time, by other processes
-(:mod:`express_compile.engines.distributed`), each to what Express keeps of it with ``s`` rows. Whoever attends to i of
-them thins them again, together, to a ``2**k``-th, ``k = log2(i + 1)`` rounded, and its own chunk with ``s / 2**k`` rows: so
-all queries see about as many rows as those of one piece, and rows of about equal weight. Coresets that were each thinned
-to a ``2**k``-th by itself would err by ``2**(k / 2)`` of that, for the halvings of one know nothing of those of another.
-Each of N chunks has an N-th of the protected places; only the first chunk holds sinks.
+(:mod:`express_compile.engines.distributed`), each to what Express keeps of it with ``s`` rows. Whoever attends to i
+of them thins them again, together, to a ``2**k``-th, ``k = log2(i + 1)`` rounded, and its own chunk with ``s / 2**k``
+rows: so all queries see about as many rows as those of one piece, and rows of about equal weight. Coresets that were
+each thinned as far by itself would err more, for the halvings of one know nothing of those of another. Each of N chunks
+has an N-th of the protected places; only the first chunk holds sinks.
 
 Each chunk draws its own random numbers; the first one's are those of a sequence that ends with it. Sequences no longer
 than :attr:`Express.exact_up_to` are exact. No gradients.
@@ -161,8 +161,8 @@ def _plan(chunk: Chunk) -> _Plan:
 
 
 def _thinned_again(pools: list[int], rounds: int) -> tuple[Schedule, list[int]]:
-    """The schedule that halves pools of so many rows, side by side, ``rounds`` times, each time in buckets of twice what
-    is left in the end; and where what is left of each pool begins."""
+    """The schedule that halves pools of so many rows, side by side, ``rounds`` times, each time in buckets of twice
+    what is left in the end; and where what is left of each pool begins."""
     launches, size, sources = [], sum(pools), list(np.cumsum([0, *pools])[:-1].tolist())
     for step in range(rounds):
         jobs, left = [], rounds - step

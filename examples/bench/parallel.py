@@ -1,7 +1,7 @@
 """Many GPUs on paper: bytes, milliseconds and rows of one decoder layer, by the ways of splitting a prefill; and what
 coresets lose, measured with the reference on keys of SmolLM2.
 
-    python examples/bench/parallel.py --out examples/bench/results/parallel.csv --plot examples/bench/results/parallel.png
+    cd examples/bench && python parallel.py --out results/parallel.csv --plot results/parallel.png
 
 The model, for a layer of an 8B shape (32 heads, 8 KV heads, D = 128, 4096 features, bf16), has no overlap but in ring
 attention, whose exchange hides behind its products:
@@ -171,7 +171,7 @@ def measured(tokens: int, budget: int, seeds: int) -> Iterator[dict[str, Any]]:
         return float(rows), error(lambda x, i: express_reference(*x, config, x[0].shape[3] ** -0.5, torch.tensor(i))[0])
 
     own = Express(budget, sinks=4, recent=64, protected=0)
-    ones = [piece(replace(own, budget=budget * 2**i)) for i in (-2, -1, 0, 1, 2)]
+    ones = [piece(replace(own, budget=rows)) for rows in (budget // 4, budget // 2, budget, 2 * budget, 4 * budget)]
     for chunks in (1, 2, 4, 8, 16):
         size = tokens // chunks
         rows = np.concatenate([Chunk(own, size, i, chunks).rows_seen() for i in range(chunks)]).mean()
@@ -197,8 +197,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes[0].set(title="bytes that a GPU sends in a layer", xlabel="GPUs, 131,072 tokens each")
     axes[1].set(title="milliseconds of a layer (model)", xlabel="GPUs, 131,072 tokens each")
     axes[1].legend()
-    own = [row for row in rows if row["ratio"] != "" and row["part"].startswith("SmolLM2")] if rows else []
-    axes[2].semilogx([x["ranks"] for x in own], [x["ratio"] for x in own], marker=".", base=2, label="measured, SmolLM2")
+    own = [row for row in rows if row["part"].startswith("SmolLM2")]
+    chunks, ratios = ([x[column] for x in own] for column in ("ranks", "ratio"))
+    axes[2].semilogx(chunks, ratios, marker=".", base=2, label="measured, SmolLM2")
     axes[2].axhline(1.2, color="grey", linestyle=":", label="bar")
     axes[2].set(title="error over one piece's at equal rows", xlabel="coresets", ylim=(0, 1.5))
     axes[2].legend()

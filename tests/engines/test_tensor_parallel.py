@@ -116,7 +116,8 @@ def test_a_decision_is_that_for_all_heads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "total", "of_each"), [(1, 8, [None]), (2, 8, [(0, 4, 8), (4, 4, 8)]), (4, 2, [(0, 1, 2)] * 2 + [(1, 1, 2)] * 2)]
+    ("ranks", "total", "of_each"),
+    [(1, 8, [None]), (2, 8, [(0, 4, 8), (4, 4, 8)]), (4, 2, [(0, 1, 2), (0, 1, 2), (1, 1, 2), (1, 1, 2)])],
 )
 def test_ranks_of_an_engine_have_their_part_or_a_copy_of_the_kv_heads(ranks: int, total: int, of_each: list) -> None:
     assert [shard_at(rank, ranks, total) for rank in range(ranks)] == of_each

@@ -1,5 +1,5 @@
-"""A package that AOTInductor made for a GPU, of attention that is rewritten: what it gives here, and in a process of its
-own that imports nothing but the ops."""
+"""A package that AOTInductor made for a GPU, of attention that is rewritten: what it gives here, and in a process of
+its own that imports nothing but the ops."""
 
 from __future__ import annotations
 
