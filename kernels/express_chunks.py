@@ -22,6 +22,7 @@ import itertools
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from math import log, log2
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from .select.thinning import thin
 
 _Tensors = tuple[torch.Tensor, torch.Tensor]
 _Part = tuple[int, int, int, float]
+_Rows = defaultdict[float, list[np.ndarray]]
 _OTHER, _AGAIN = 0x9E3779B1, 0x2545F491  # odd, so that no two chunks have the same key, nor a chunk its second thinning
 LEAST = 16
 """Rows that a chunk is thinned to at least for its own queries, however many are before it."""
@@ -84,7 +86,7 @@ class Chunk:
         round_ = Round(round_of(thinned, sent.s), sent.s, sent.M)
         return replace(sent, budget=2 * sent.s) if round_.r and 4 * thinned < 5 * round_.block else sent
 
-    def _with(self, **changes: int) -> Express:
+    def _with(self, **changes: Any) -> Express:
         if self.chunks == 1:
             return self.config
         return replace(self.config, sinks=0 if self.number else self.config.sinks, **changes)
@@ -99,9 +101,10 @@ class Chunk:
         tail, held = int(table.tail[0]), 1 + bool(self.sent.protected)  # sinks and places come first
         rows = zip(table.segments[0].tolist(), table.log_weight[0].tolist(), strict=True)
         parts = [(*segment, weight) for segment, weight in rows]
+        if not tail:  # a short one is a tail alone
+            tail = min(self.sent.sinks, self.told)
+            parts[0] = TOKENS, 0, tail, 0.0
         parts.append((TOKENS, tail, self.told - tail, 0.0))
-        if len(parts) <= held:  # a short one is a tail alone
-            held = 0
         first, second = (tuple(part for part in some if part[2]) for some in (parts[:held], parts[held:]))
         return first, second
 
@@ -130,7 +133,8 @@ class _Plan:
 @functools.lru_cache(maxsize=64)
 def _plan(chunk: Chunk) -> _Plan:
     own = make_layout(chunk.own, chunk.tokens, chunk.halo + chunk.tokens).table
-    held, free = defaultdict(list), defaultdict(list)  # equal weights side by side, however many chunks
+    # equal weights side by side, however many chunks
+    held, free = _Rows(list), _Rows(list)
     for number in range(chunk.number):
         at = number * chunk.rows
         for group, parts in zip((held, free), replace(chunk, number=number).parts, strict=True):
@@ -140,10 +144,11 @@ def _plan(chunk: Chunk) -> _Plan:
     none = np.zeros(0, np.int64)
     stays = {weight: np.concatenate(rows) for weight, rows in held.items()}
     pools: dict[float, np.ndarray] = {}
-    for weight, rows in ((weight, np.concatenate(rows)) for weight, rows in free.items()):
-        count = len(rows) >> chunk.rounds << chunk.rounds if chunk.rounds else 0
-        stays[weight] = np.concatenate([stays.get(weight, none), rows[count:]])
-        pools[weight] = rows[:count]
+    for weight, of_chunks in free.items():
+        pool = np.concatenate(of_chunks)
+        count = len(pool) >> chunk.rounds << chunk.rounds if chunk.rounds else 0
+        stays[weight] = np.concatenate([stays.get(weight, none), pool[count:]])
+        pools[weight] = pool[:count]
     again, ends = _thinned_again([len(rows) for rows in pools.values()], chunk.rounds)
     stay = sum(map(len, stays.values()))
     counts = [len(rows) for rows in stays.values()]

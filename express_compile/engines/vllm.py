@@ -84,11 +84,11 @@ def policy_of(config: VllmConfig) -> Policy | None:
 class _Impl:
     """One attention layer, before the class of vLLM's that computes what is not planned."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = get_current_vllm_config()
         self.policy = policy_of(config)
-        self.plans: dict[int, Plan] = {}
+        self.plans: dict[int, Plan] = {}  # type: ignore[misc]
         if self.policy is not None:
             ranks, total = get_tensor_model_parallel_world_size(), config.model_config.get_total_num_kv_heads()
             if total >= ranks:  # of the model as a whole; layers may differ

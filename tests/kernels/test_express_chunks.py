@@ -112,6 +112,17 @@ def test_chunks_draw_different_random_numbers() -> None:
         assert not torch.equal(coresets[i], coresets[j])
 
 
+@pytest.mark.parametrize("chunks", [4, 64])
+def test_the_first_tokens_are_held_as_they_are_whatever_is_thinned_again(chunks: int) -> None:
+    """Also where the first chunk is so short that it is told whole."""
+    config, (query, key, value) = Express(16, 4, 32, 0), inputs(4096)
+    value[:] = 0
+    value[:, :, :4, :4] = torch.eye(4)
+    out, lse = express_in_chunks(query * 0, key, value, config, 0.25, Random(SEED, 1), chunks)
+    mass = (out * lse.exp()[..., None])[:, :, 4:, :4]
+    torch.testing.assert_close(mass, torch.ones_like(mass), rtol=1e-4, atol=1e-4)
+
+
 def test_later_chunks_see_as_many_rows_as_one_piece_whatever_their_number() -> None:
     config = Express(512)
     one = make_layout(config, 1 << 17, 1 << 17).table.rows_seen(1 << 17)[1 << 14 :]
