@@ -88,7 +88,7 @@ class _Impl:
         super().__init__(*args, **kwargs)
         config = get_current_vllm_config()
         self.policy = policy_of(config)
-        self.plans: dict[int, Plan] = {}  # type: ignore[misc]
+        self.plans: dict[int, Plan] = {}
         if self.policy is not None:
             ranks, total = get_tensor_model_parallel_world_size(), config.model_config.get_total_num_kv_heads()
             if total >= ranks:  # of the model as a whole; layers may differ
