@@ -7,14 +7,16 @@ The model, for a layer of an 8B shape (32 heads, 8 KV heads, D = 128, 4096 featu
 attention, whose exchange hides behind its products:
 
     linear    2 * 218e6 FLOP per token of a GPU, at 700 TFLOP/s
+    rest      255 ns per token of a GPU: norms, positions, sums and what else goes feature by feature
     exact     half of 4 n^2 D H FLOP, shared evenly, at 574 TFLOP/s (cuDNN at 131,072 tokens)
     Express   4 D H FLOP per row that a query of the busiest GPU sees, at 366 TFLOP/s, and thinning: 2.52 ms at 131,072
               tokens and 6.48 ms at 524,288 with 8 KV heads, by a power law between and beyond; by coresets the
               tokens of a GPU are thinned twice, and what it is told once more
-    exchange  bytes that a GPU sends, at 360 GB/s among 8 GPUs and at 45 GB/s among more (``--fast``, ``--slow``)
+    exchange  bytes that a GPU sends, at 120 GB/s among 8 GPUs and at 45 GB/s among more (``--fast``, ``--slow``)
 
-The rates of products and of thinning are those of the committed rows of an H200 (breakdown.csv and speed.csv); those of
-links are assumed, 80 and 90 % of what NVLink and a 400 Gb/s port have. Rows are counted by the tables that run.
+The rates of products and of thinning are those of the committed rows of an H200 (breakdown.csv and speed.csv); rest and
+the faster link, with what packing and unpacking takes, of two of one host (two-gpus.csv). The slower link is assumed,
+90 % of a 400 Gb/s port. Rows are counted by the tables that run.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from express_compile.kernels.express_chunks import Chunk, express_in_chunks
 from express_compile.kernels.launch import Random
 
 COLUMNS = (
-    "date,gpu,commit,part,n,ranks,how,bytes,linear_ms,attention_ms,exchange_ms,layer_ms,speedup,rows,rows_most,error,"
+    "date,gpu,commit,part,n,ranks,how,bytes,linear_ms,rest_ms,attention_ms,exchange_ms,layer_ms,speedup,rows,rows_most,error,"
     "ratio"
 ).split(",")
 CONFIG = Express()
@@ -49,13 +51,14 @@ HOW = ("tensor", "ring", "all_to_all", "coresets")
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s, milliseconds of thinning, and bytes/s of links."""
+    """FLOP/s, milliseconds of thinning, seconds per token of the rest, and bytes/s of links."""
 
     linear: float = 700e12
     exact: float = 574e12
     rows: float = 366e12
     thinning: tuple[tuple[int, float], ...] = ((131072, 2.522), (524288, 6.479))
-    fast: float = 360e9
+    rest: float = 255e-9
+    fast: float = 120e9
     slow: float = 45e9
 
     def thin_ms(self, tokens: float, heads: float = 8) -> float:
@@ -100,10 +103,10 @@ def costs(n: int, ranks: int, how: str, rates: Rates) -> dict[str, Any] | None:
         sent = tensor if how == "tensor" else parallel.bytes_of_all_to_all(spec, ranks)
         attention = rows * own * products / rates.rows + rates.thin_ms(n, max(1.0, 8 / ranks))
         exchange = rates.exchange_ms(sent, ranks)
-    linear = 1e3 * 2 * 218.1e6 * own / rates.linear
+    linear, rest = 1e3 * 2 * 218.1e6 * own / rates.linear, 1e3 * rates.rest * own
     return dict(
-        n=n, ranks=ranks, how=how, bytes=round(sent), linear_ms=linear, attention_ms=attention, exchange_ms=exchange,
-        layer_ms=linear + attention + exchange, rows=rows, rows_most=most,
+        n=n, ranks=ranks, how=how, bytes=round(sent), linear_ms=linear, rest_ms=rest, attention_ms=attention,
+        exchange_ms=exchange, layer_ms=linear + rest + attention + exchange, rows=rows, rows_most=most,
     )  # fmt: skip
 
 
