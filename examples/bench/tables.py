@@ -381,6 +381,22 @@ def compiling_table() -> str:
     return markdown(["", "attention", "express", "plain inductor", "machine"], body)
 
 
+def two_gpus_table() -> str:
+    """Prefill on two GPUs beside one."""
+    rows = newest(read("two-gpus.csv"), "gpu", "ranks", "model", "n", "method", "how")
+    names = {"8b-layer": "a layer", "8b": "32 layers", "tensor": "tensor parallel", "all_to_all": "all-to-all"}
+    body = [
+        [names.get(row["model"], row["model"]), f"{int(row['n']):,}", row["method"], names.get(row["how"], row["how"]),
+         f"{float(row['one_ms']):.0f}", f"{float(row['all_ms']):.0f}", f"{float(row['speedup']):.2f}x",
+         f"{float(row['attention_speedup']):.2f}x" if row["attention_speedup"] else "",
+         f"{float(row['sent_bytes'] or row['tensor_bytes']) / 1e6:,.0f}", f"{float(row['ring_bytes']) / 1e6:,.0f}"]
+        for row in rows
+    ]  # fmt: skip
+    header = ["8B shape", "tokens", "attention", "split by", "one GPU, ms", "two, ms", "speed-up", "of attention",
+              "MB sent in a layer", "by ring attention"]  # fmt: skip
+    return markdown(header, body)
+
+
 def steps_table() -> str:
     """What sampled decoding costs in KL per step, beside the exact rows of largest weight."""
     rows = [row for row in quality_rows() if row["task"] == "decode"]
@@ -924,6 +940,7 @@ PARTS = {
     "drift": drift_table,
     "tolerance": tolerance_table,
     "steps": steps_table,
+    "two-gpus": two_gpus_table,
     "embeddings": embeddings_table,
     "breakdown": breakdown_table,
     "quality": quality_table,

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from express_compile import METHODS, Policy, Rows, explain, record_sites, rewrite_attention
+from express_compile import METHODS, ExpressCache, Policy, Rows, explain, record_sites, rewrite_attention
 from express_compile.core.shards import seed_of
 from express_compile.core.spec import AttentionSpec, HeadShard, Mask, Site
 from express_compile.engines import distributed as parallel
@@ -115,6 +115,31 @@ def transformers_models(folder: str, ranks: int) -> dict[str, Any]:
     with torch.no_grad():
         logits, exact = again(IDS).logits, alone(IDS).logits
     found["saved plan"] = [len(plan.sites[0].rows), plan.sites[0].facts["H_kv"], _distance(logits, exact)]
+    return found
+
+
+def cached(folder: str, ranks: int) -> dict[str, Any]:
+    """Texts that are continued from an ExpressCache, beside one process; and a cache that each process saved."""
+    found: dict[str, Any] = {}
+    few = {"budget": 16, "sinks": 4, "recent": 16, "protected": 0}
+    rows = [Rows(4, 16, 16), Rows(4, 32), Rows(everything=True), Rows(4, 16, 8)]
+    for name, options in (("per head", {"rows": rows}), ("one plan", few)):
+        logits = []
+        for model in (in_parts(llama(folder), ranks, ("o_proj", "down_proj")), shared_llama(folder, ranks)):
+            cache, steps = ExpressCache(model, **options), IDS[:, 250:].split(25, 1)
+            with torch.no_grad():
+                logits.append(torch.cat([model(x, past_key_values=cache).logits for x in (IDS[:, :250], *steps)], 1))
+        exact = llama(folder)(IDS).logits
+        found[name] = _distance(logits[1], logits[0]), _distance(logits[0], exact)
+    path = f"{folder}/cache-{dist.get_rank()}"
+    cache.save(path)
+    again = ExpressCache.load(path, model)
+    with torch.no_grad():
+        found["saved"] = torch.equal(*(model(IDS[:, :20], past_key_values=x).logits for x in (cache, again)))
+    try:
+        ExpressCache.load(path, llama(folder))
+    except ValueError as error:
+        found["other heads"] = str(error)
     return found
 
 
@@ -245,6 +270,7 @@ def work(rank: int, ranks: int, folder: str) -> dict[str, Any]:
         "declared": declared(rank, ranks),
         "data parallel": data_parallel(rank, ranks, folder),
         "refused": refused(folder, ranks),
+        "cached": cached(folder, ranks),
     }
 
 
