@@ -76,7 +76,7 @@ class Tiles:
     def __init__(self, schedule: Schedule, rule: HalvingRule, pairs: int, lanes: int) -> None:
         self.pairs, tokens = pairs, schedule.tokens
         halvings = [job for launch in schedule.launches for job in launch]
-        self._number_units(halvings)
+        self._number_units(halvings, tokens)
         none = np.zeros((0, int(COLUMNS)), dtype=np.int64)
         described = [self._picks(j.source, -1, j.rows * j.buckets, 1, 0) for j in halvings
                      if j.source < tokens and j.rows > 2 * pairs]  # fmt: skip
@@ -98,13 +98,15 @@ class Tiles:
         self.table, self.gains = table[order].astype(np.int32), gain[order].astype(np.float32)
         self.described = raw.astype(np.int32)
 
-    def _number_units(self, halvings: list[Halving]) -> None:
+    def _number_units(self, halvings: list[Halving], tokens: int) -> None:
         """What every halving reads: (first row, rows, rows per unit, first unit, first slot or -1)."""
         self.ranges: list[tuple[int, int, int, int, int]] = []
         self.buckets = self.slots = 0
         span = 2 * self.pairs
         for job in halvings:
             if job.rows > span:
+                alone = job.buckets == 1 and job.source < tokens
+                assert alone or job.rows % span == 0, "a place for statistics is that of a whole tile"
                 self.ranges.append((job.source, job.rows * job.buckets, job.rows, self.buckets, self.slots))
                 self.buckets += job.buckets
                 self.slots += -(-job.rows // self.pairs) * job.buckets
