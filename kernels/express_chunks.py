@@ -202,7 +202,7 @@ def make_coreset(own: _Tensors, chunk: Chunk, scale: float, random: Random) -> _
     behind what there is. ``own``: as in :func:`attend_chunk`."""
     told = [x[:, :, : chunk.told] for x in own]
     out = tuple(x.new_zeros(*x.shape[:2], chunk.rows, x.shape[3]) for x in told)
-    if chunk.told:
+    if chunk.told and chunk.number + 1 < chunk.chunks:  # what the last one had to tell, nobody would read
         layout, at = make_layout(chunk.sent, 1, chunk.told + 1), 0
         sources, _ = select_rows(told[0], told[1], layout, scale, _own(random, chunk))
         for source, first, rows, _ in itertools.chain(*chunk.parts):
