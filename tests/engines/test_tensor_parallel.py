@@ -69,6 +69,13 @@ def test_a_plan_that_a_process_saves_is_that_of_all_heads(found: list[dict[str, 
         assert (rows, H_kv) == (4, 4) and distance < 1e-5
 
 
+def test_processes_that_train_parts_of_a_batch_by_a_plan_have_the_gradients_of_one(found: list[dict[str, Any]]) -> None:
+    for parts in found:
+        own = parts["data parallel"]
+        assert [len(rows) for rows in own["rows"]] == [4, 4]
+        assert len(own["distances"]) == 21 and max(own["distances"].values()) < 1e-5 < 0.05 < own["error"]
+
+
 def test_plain_modules_of_dtensors_on_both_routes(found: list[dict[str, Any]]) -> None:
     for rank, parts in enumerate(found):
         assert set(parts["plain"]) == {("sdpa", "local"), ("written", "local"), ("written", "DTensor")}

@@ -223,6 +223,30 @@ def declared(rank: int, ranks: int) -> dict[str, Any]:
         return {"distance": _distance(out + one.o_proj.bias, expected)}
 
 
+def data_parallel(rank: int, ranks: int, folder: str) -> dict[str, Any]:
+    """Each process trains one sequence by a saved plan: gradients beside those of one process, and of no plan."""
+
+    def gradients(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        return {name.removeprefix("module."): x.grad for name, x in model.named_parameters()}
+
+    def llama() -> nn.Module:
+        return transformers.LlamaForCausalLM.from_pretrained(folder)
+
+    path = f"{folder}/plan-{rank}.json"
+    explain(llama(), IDS, **PREFILLS["heads"]).plan.save(path)
+    plan = {"plan": path, "strict": True}
+    mine = nn.parallel.DistributedDataParallel(rewrite_attention(llama(), **plan))
+    with record_sites() as sites:
+        found = gradients(mine, IDS[rank : rank + 1])
+    one, exact = gradients(rewrite_attention(llama(), **plan), IDS), gradients(llama(), IDS)
+    return {
+        "rows": [site.rows for site in sites],
+        "distances": {name: _distance(x, one[name]) for name, x in found.items()},
+        "error": max(_distance(x, exact[name]) for name, x in found.items()),
+    }
+
+
 def refused(folder: str, ranks: int) -> dict[str, str]:
     found = {}
     groups = {"sparse": {"stride": 32, "summary": 2, "groups": 8}}
@@ -244,6 +268,7 @@ def work(rank: int, ranks: int, folder: str) -> dict[str, Any]:
         "transformers": transformers_models(folder, ranks),
         "plain": plain_modules(ranks),
         "declared": declared(rank, ranks),
+        "data parallel": data_parallel(rank, ranks, folder),
         "refused": refused(folder, ranks),
         "cached": cached(folder, ranks),
     }

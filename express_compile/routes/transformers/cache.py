@@ -136,6 +136,30 @@ class ExpressCache(Cache):
         total = sum(x.numel() for x in counts)
         return sum(int(x.sum()) for x in counts) / total if total else 0.0
 
+    # -- tokens of another cache --------------------------------------------------------------------------------------
+
+    def take(self, full: Cache) -> None:
+        """Hold the rows of the plan of all tokens in a ``full`` cache of the same model, none of which is padding.
+
+        For a prompt that another attention has read: exactly, or by a method of this package. ``full`` is as before.
+        Raises ``RuntimeError`` where this cache has tokens already, and ``ValueError`` for a ``full`` cache that does
+        not hold all tokens of every layer, and for a model that has other layers than those of full attention.
+        """
+        if self.get_seq_length():
+            raise RuntimeError(f"ExpressCache: has {self.get_seq_length()} tokens; reset() empties it")
+        if others := sorted({type(x).__name__ for x in self.layers if not isinstance(x, ExpressLayer)}):
+            raise ValueError(f"ExpressCache: {', '.join(others)} cannot take tokens; only layers of full attention can")
+        plain = (x for x in full.layers if type(x) is DynamicLayer)
+        given = [(x.keys, x.values) for x in plain if x.keys is not None and x.values is not None and x.keys.shape[2]]
+        sizes = {key.shape[2] for key, _ in given}
+        if len(given) != len(self.layers) or len(sizes) != 1:
+            raise ValueError(
+                f"full={type(full).__name__}: must be a DynamicCache, the same tokens in {len(self.layers)} layers; "
+                f"it has {len(given)} of {', '.join(map(str, sorted(sizes))) or 0} tokens"
+            )
+        for layer, (key, value) in zip(self.express_layers, given, strict=True):
+            layer.take(key, value)
+
     # -- steps that did not end -------------------------------------------------------------------------------------
 
     def rollback(self) -> None:

@@ -291,6 +291,20 @@ class ExpressLayer(CacheLayerMixin):
         self.held, self.keys, self.values = held, None, None
         return out
 
+    @torch.no_grad()
+    def take(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Hold the tokens ``[B, H_kv, n, .]`` of another cache as if a first step had brought them; nothing attends."""
+        self.lazy_initialization(key, value)
+        self.columns = self.last = key.shape[2]
+        if self.columns <= self.limit:
+            self.keys, self.values = key, value
+            return
+        scaling = getattr(self.place.module(), "scaling", None)
+        scale = float(default_scale(key.shape[3]) if scaling is None else scaling)
+        self.held = Held(self.mine, key, value, Random(self.seed_on(key.device), self.place.key), scale)
+        self.held.fill(key, value)
+        self.keys = self.values = None
+
     def seed_on(self, device: torch.device) -> torch.Tensor:
         """The seed for the heads of this process."""
         return torch.tensor(seed_of(self.seed, self.shard), device=device)
