@@ -519,7 +519,7 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
         if x.spans is not None:
             span = Spans(*numbers_of(x.spans, i_b), x.spans.order, x.spans.lead)
             i_part = tl.program_id(0) + (span.begin + shift) // BM
-            if i_part * BM - shift >= span.length:
+            if tl.maximum(i_part * BM - shift, 0) >= span.length:
                 return
             Lq = span.length
         i_kv, i_block = i_h // x.G, i_part // SHAPE.PARTS
@@ -649,12 +649,13 @@ class SegmentTiles(NamedTuple):
         key: torch.Tensor,
         value: torch.Tensor,
         block: int,
-        plain: bool = False,
+        lengths: torch.Tensor | None = None,
+        spans: Spans | None = None,
     ) -> SegmentTiles:
-        """What suits the tensors and blocks of ``block`` queries; ``plain``: for the kernel of this file. The best of
-        four or more for D = 64, 128 and 256 on an H200, in bf16 at n = 32,768."""
+        """What suits the tensors, blocks of ``block`` queries, and ``lengths`` and ``spans`` of :class:`Sources`. The
+        best of four or more for D = 64, 128 and 256 on an H200, in bf16 at n = 32,768."""
         widths = Widths.alike(query, value)
-        if not plain and hopper.takes(query, key, value, block):
+        if lengths is None and spans is None and hopper.takes(query, key, value, block):
             return cls(widths, hopper.QUERIES, 128, 4, 2, True)
         width = widths.BD + widths.BDV
         if query.element_size() == 4:
@@ -662,7 +663,8 @@ class SegmentTiles(NamedTuple):
         elif width <= 128:
             found = 64, 64, 4, 3
         else:
-            found = (128, 64, 4, 3) if width <= 256 else (128, 64, 8, 2)
+            # with 4 warps the places of tokens take more registers than there are
+            found = (128, 64, 4 if spans is None else 8, 3) if width <= 256 else (128, 64, 8, 2)
         return cls(widths, math.gcd(found[0], block), *found[1:])
 
     def launch(
@@ -731,7 +733,7 @@ def segment_attention_triton(
     query, scale = with_positive_scale(query, scale)
     key, value, compacted_key, compacted_value, index, lengths, spans = sources
     (B, H, Lq, _), (H_kv, Lk), A = query.shape, key.shape[1:3], compacted_key.shape[2]
-    tiles = SegmentTiles.of(query, key, value, table.block, plain=lengths is not None or spans is not None)
+    tiles = SegmentTiles.of(query, key, value, table.block, lengths, spans)
     BM, places = tiles.queries, [(key, value)]
     if spans is not None:  # read by place, and a descriptor would copy what is expanded
         Lq, Lk, places = table.queries, table.queries, [(key[:1], value[:1])]
