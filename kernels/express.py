@@ -626,8 +626,8 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     """Thinning and attention over the rows that every block of queries sees.
 
     Exact if a block of queries (with protected rows, a contest) divides 4 s, but for the scores of contests, a few
-    operations per element of a key; up to 12% too little otherwise. With padding also the copies of :class:`Packing`:
-    6 passes over the rows of query, key and value, and 4 over those of the result.
+    operations per element of a key; up to 12% too little otherwise. With padding also the zeros of the result, and what
+    :meth:`Spans.of_padding` launches.
     """
     s, Lk, width = c.s, c.Lk, c.B * c.H_kv * (c.D + c.Dv)
     sinks, recent, protected, block = (params[name] for name in ("sinks", "recent", "protected", "block"))
@@ -672,12 +672,12 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     # rows are read to be picked or halved; half of them, and all that are picked, are written and then attended to
     rows = halved + picked + 2 * (halved / 2 + picked)
     scored = 2 * c.B * c.H_kv * c.D * left if protected else 0  # the contest reads keys twice
-    copied = packing_cost() if spec.mask.padding else 0
+    blank = c.B * c.H * c.Lq * c.Dv if spec.mask.padding else 0
     thinned = c.Cost(
         attention.flops + 2 * width * (0 if coin else entries),
-        attention.bytes + c.itemsize * (width * rows + scored + copied),
+        attention.bytes + c.itemsize * (width * rows + scored + blank),
         sympy.Integer(0) if coin else 3 * s * rounds,  # closing halvings; what else there is takes less time
-        2 + (0 if coin else describe_launches(4 * s)) + 4 * bool(protected),
+        2 + (0 if coin else describe_launches(4 * s)) + 4 * bool(protected) + 12 * bool(spec.mask.padding),
         attention.scores,
         sympy.Integer(0) if coin else c.B * c.H_kv * entries,
     )

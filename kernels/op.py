@@ -306,7 +306,9 @@ def define_packed(
         dtype = torch.promote_types(query.dtype, torch.float32)
         return query.new_empty(*query.shape[:2], value.shape[2]), query.new_empty(query.shape[1::-1], dtype=dtype)
 
-    packed = define_op(f"{name}_varlen", f"({parameters}) -> (Tensor, Tensor)", forward, fake, differentiate, setup_context)
+    packed = define_op(
+        f"{name}_varlen", f"({parameters}) -> (Tensor, Tensor)", forward, fake, differentiate, setup_context
+    )
     packed_backward = define_op(
         f"{name}_varlen_backward",
         f"(Tensor grad, Tensor out, Tensor lse, {parameters}) -> (Tensor, Tensor, Tensor)",

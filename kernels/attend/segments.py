@@ -506,6 +506,67 @@ def _attend_tile(state, b_q, b_k, b_v, scales, log2_weight, seen):
     return Softmax(b_acc, state.b_max, state.b_sum)
 
 
+@jit
+def _place_queries(span, o_m, m_m):
+    """Where the queries ``o_m`` are, and which of them there are."""
+    if span is not None:
+        m_m = m_m & (o_m >= span.begin)
+        o_m = place_of(span, o_m, m_m) - span.lead
+    return o_m, m_m
+
+
+@jit
+def _scale(x, b_q, i_head):
+    """Queries, what their scores are multiplied by, and sums of values in the end."""
+    scales, v_inverse = Scales(x.scale_log2, 1.0, 1.0), 1.0
+    if x.largest is not None:  # float32
+        p_largest = x.largest + i_head * 2
+        q_power, q_inverse = _powers(tl.max(tl.max(tl.abs(b_q), 1)))
+        k_power, k_inverse = _powers(tl.load(p_largest))
+        v_power, v_inverse = _powers(tl.load(p_largest + 1))
+        b_q *= q_power
+        scales = Scales(x.scale_log2 * (q_inverse * k_inverse), k_power, v_power)
+        v_inverse *= 1.0 / 32768
+    return b_q, scales, v_inverse
+
+
+@jit
+def _load_tokens(d_k, d_v, x, span, i_b, i_kv, row, SHAPE: tl.constexpr):
+    """Keys and values of the tokens from ``row`` on; 0 behind the end of a sequence."""
+    BN: tl.constexpr = SHAPE.BN
+    if span is None:
+        b_k = d_k.load([i_b, i_kv, row, 0]).reshape(BN, SHAPE.BD)
+        b_v = d_v.load([i_b, i_kv, row, 0]).reshape(BN, SHAPE.BDV)
+    else:
+        o_row = row + tl.arange(0, BN)
+        m_row = o_row < span.length
+        o_place = place_of(span, o_row, m_row)
+        b_k = load_rows(*sequence(x.k, i_b, i_kv), o_place, m_row, SHAPE.D, SHAPE.BD)
+        b_v = load_rows(*sequence(x.v, i_b, i_kv), o_place, m_row, SHAPE.DV, SHAPE.BDV)
+    return b_k, b_v  # [BN, BD], [BN, BDV]
+
+
+@jit
+def _store(state, x, span, head, o_query, m_m, v_inverse, SHAPE: tl.constexpr):
+    i_b, i_h, i_bh, Lq = head
+    o_dv = tl.arange(0, SHAPE.BDV)
+    if span is None:
+        o_row = i_bh.to(tl.int64) * Lq + o_query
+        p_out, p_lse = x.out + (o_row[:, None] * SHAPE.DV + o_dv[None, :]), x.lse + o_row
+    else:
+        p_out, stride_o = sequence(x.out, i_b, i_h)
+        p_lse, stride_l = sequence(x.lse, i_b, i_h)
+        o_row = o_query.to(tl.int64)
+        p_out += o_row[:, None] * stride_o + o_dv[None, :]
+        p_lse += o_row * stride_l
+    b_out = state.b_acc / state.b_sum[:, None] * v_inverse
+    b_lse = (state.b_max + tl.log2(state.b_sum)) * 0.6931471805599453
+    if x.lengths is not None:  # a query that saw nothing but hidden rows
+        b_out = tl.where((state.b_sum > 0)[:, None], b_out, 0.0)
+    tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & (o_dv < SHAPE.DV)[None, :])
+    tl.store(p_lse, b_lse, mask=m_m)
+
+
 @jit(general="sizes")
 def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
     BM: tl.constexpr = SHAPE.BM
@@ -513,6 +574,7 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
     BD: tl.constexpr = SHAPE.BD
     BDV: tl.constexpr = SHAPE.BDV
     H, Lq, q_offset, shift = sizes
+    span = x.spans
     if x.jobs is None:
         i_part, i_bh = tl.program_id(0) + shift // BM, tl.program_id(1)  # no program for parts before the first query
         i_b, i_h = i_bh // H, i_bh % H
@@ -533,21 +595,10 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
     o_m = i_part * BM - shift + tl.arange(0, BM)
     m_m = (o_m >= 0) & (o_m < Lq)
     skip = tl.maximum(shift - i_part * BM, 0)
-    o_query = o_m
-    if x.spans is not None:
-        m_m = m_m & (o_m >= span.begin)
-        o_query = place_of(span, o_m, m_m) - span.lead
+    o_query, m_m = _place_queries(span, o_m, m_m)
     p_q, stride_q = sequence(x.q, i_b, i_h)
     b_q = load_rows(p_q, stride_q, o_query, m_m, SHAPE.D, BD)  # [BM, BD]
-    scales, v_inverse = Scales(x.scale_log2, 1.0, 1.0), 1.0
-    if x.largest is not None:  # float32
-        p_largest = x.largest + (i_b * (H // x.G) + i_kv) * 2
-        q_power, q_inverse = _powers(tl.max(tl.max(tl.abs(b_q), 1)))
-        k_power, k_inverse = _powers(tl.load(p_largest))
-        v_power, v_inverse = _powers(tl.load(p_largest + 1))
-        b_q *= q_power
-        scales = Scales(x.scale_log2 * (q_inverse * k_inverse), k_power, v_power)
-        v_inverse *= 1.0 / 32768
+    b_q, scales, v_inverse = _scale(x, b_q, i_b * (H // x.G) + i_kv)
     state = softmax_start(BM, BDV)
 
     # rows behind the end of a segment are read and hidden
@@ -598,34 +649,12 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
         log2_weight = tl.load(lists.log2_weight + t, mask=in_list, other=0.0)
         row = tl.where(in_list, row, tail_row)
         shown = tl.where(in_list, shown, position + 1 - tail_row)
-        if x.spans is None:
-            b_k = d_k.load([i_b, i_kv, row, 0]).reshape(BN, BD)
-            b_v = d_v.load([i_b, i_kv, row, 0]).reshape(BN, BDV)
-        else:
-            o_row = row + tl.arange(0, BN)
-            o_place = place_of(span, o_row, o_row < Lq)
-            b_k = load_rows(*sequence(x.k, i_b, i_kv), o_place, o_row < Lq, SHAPE.D, BD)  # [BN, BD]
-            b_v = load_rows(*sequence(x.v, i_b, i_kv), o_place, o_row < Lq, SHAPE.DV, BDV)  # [BN, BDV]
+        b_k, b_v = _load_tokens(d_k, d_v, x, span, i_b, i_kv, row, SHAPE)
         state = _attend_tile(
             state, b_q, b_k, b_v, scales, log2_weight, Seen(shown, tl.where(in_list, 0, 1), skip)
         )  # fmt: skip
 
-    o_dv = tl.arange(0, BDV)
-    if x.spans is None:
-        o_row = i_bh.to(tl.int64) * Lq + o_m
-        p_out, p_lse = x.out + (o_row[:, None] * SHAPE.DV + o_dv[None, :]), x.lse + o_row
-    else:
-        p_out, stride_o = sequence(x.out, i_b, i_h)
-        p_lse, stride_l = sequence(x.lse, i_b, i_h)
-        o_row = o_query.to(tl.int64)
-        p_out += o_row[:, None] * stride_o + o_dv[None, :]
-        p_lse += o_row * stride_l
-    b_out = state.b_acc / state.b_sum[:, None] * v_inverse
-    b_lse = (state.b_max + tl.log2(state.b_sum)) * 0.6931471805599453
-    if x.lengths is not None:  # a query that saw nothing but hidden rows
-        b_out = tl.where((state.b_sum > 0)[:, None], b_out, 0.0)
-    tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & (o_dv < SHAPE.DV)[None, :])
-    tl.store(p_lse, b_lse, mask=m_m)
+    _store(state, x, span, (i_b, i_h, i_bh, Lq), o_query, m_m, v_inverse, SHAPE)
 
 
 # ---------------------------------------------------------------------------------------------------------------

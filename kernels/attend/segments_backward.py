@@ -244,7 +244,7 @@ class Saved(NamedTuple):
         cls, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, L_pad: int, shift: int = 0,
         spans: Spans | None = None,
     ) -> Saved:  # fmt: skip
-        """Query i, of its sequence with ``spans``, is at place ``i + shift``; where there is none, probabilities are 0."""
+        """Query i, with ``spans`` of its sequence, is at ``i + shift``; where there is none, probabilities are 0."""
         B, H, Lq, Dv = out.shape
         lse2, delta = (lse.new_empty(B, H, L_pad, dtype=torch.float32) for _ in range(2))
         saved = cls(lse2, delta, L_pad)

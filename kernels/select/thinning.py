@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import itertools
 from collections import namedtuple
 from typing import Any
 
@@ -174,7 +175,7 @@ def _reach(schedule: Schedule) -> np.ndarray:
     reach[: schedule.tokens] = np.arange(1, schedule.tokens + 1)
     for pick in schedule.subsamples:
         reach[pick.target : pick.target + pick.rows] = pick.source + pick.group * np.arange(1, pick.rows + 1)
-    for job in (job for launch in schedule.launches for job in launch):
+    for job in itertools.chain(*schedule.launches):
         rows = reach[job.source : job.source + job.rows * job.buckets].reshape(job.buckets, job.rows)
         reach[job.target : job.target + job.rows * job.buckets // 2] = rows.max(1).repeat(job.rows // 2)
     return reach

@@ -1,4 +1,4 @@
-"""On a GPU: a padded or packed batch is read where it is, and gives every sequence what it has alone, up to rounding."""
+"""On a GPU: a padded or packed batch is read where it is, and every sequence gets what it has alone, up to rounding."""
 
 from __future__ import annotations
 

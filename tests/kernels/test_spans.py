@@ -1,4 +1,4 @@
-"""Sequences that are read where they lie: kernels in the interpreter against each sequence alone, and what they need."""
+"""Sequences that are read where they lie: the kernels, interpreted, against each sequence alone; what they need."""
 
 from __future__ import annotations
 
@@ -256,7 +256,8 @@ def test_tokens_of_no_sequence_get_zeros_and_a_compiler_knows_the_shapes():
     *tensors, starts = packed((40, 25))
     out, lse = E.VARLEN(*tensors, starts[:2], 40, SEED, SCALE, 3, **OPTIONS)
     assert (out[40:] == 0).all() and (lse[:, 40:] == -math.inf).all() and out[:40].abs().sum() > 1
-    torch.library.opcheck(E.VARLEN, (*tensors, starts, 40, SEED, SCALE, 3), OPTIONS, test_utils=["test_schema", "test_faketensor"])  # fmt: skip
+    given = (*tensors, starts, 40, SEED, SCALE, 3)
+    torch.library.opcheck(E.VARLEN, given, OPTIONS, test_utils=["test_schema", "test_faketensor"])
 
 
 @pytest.mark.parametrize(
