@@ -395,9 +395,11 @@ def select_rows(
             index = thin_reference(key, value, layout, scale, *random)
         else:
             index = thin_spans_reference(key, value, layout, scale, random, spans)
-        return Sources(*own, *(gather_rows(x, index) for x in own), spans=spans), index
+        keys, values = (gather_rows(x, index) for x in own)
+        return Sources(*own, keys, values)._replace(spans=spans), index
     index, keys, values = thin_triton(key, value, layout, scale, *random, spans)
-    return Sources(*own, keys, values, index if layout.config.protected else None, spans=spans), index
+    key, value = own
+    return Sources(key, value, keys, values, index if layout.config.protected else None, spans=spans), index
 
 
 def attend(call: Call, config: Express, heads: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

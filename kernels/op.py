@@ -283,9 +283,9 @@ def define_packed(
         return out, lse
 
     def gradient(grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *args: Any, **options: Any) -> Any:
-        call, *sequences = _packed_call(args, options)
+        call, cu_seqlens, max_seqlen = _packed_call(args, options)
         grads = tuple(x.new_zeros(x.shape) for x in args[:3])
-        for at, alone in _each_packed(call, *sequences):
+        for at, alone in _each_packed(call, cu_seqlens, max_seqlen):
             results = *(x[at].transpose(0, 1)[None] for x in (grad, out)), lse[None, :, at]
             for target, part in zip(grads, backward(*results, *alone.args, **alone.keywords), strict=True):
                 target[at] = part[0].transpose(0, 1)
@@ -327,7 +327,8 @@ def _packed_call(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Call, 
     for word, x in zip(("query", "key", "value"), tensors, strict=True):
         if x.dim() != 3:
             raise ValueError(f"{word}: shape {tuple(x.shape)}; must be [tokens, heads, head size]")
-    call = Call(*(x.transpose(0, 1)[None] for x in tensors), None, seed, scale, layer, options=options)
+    query, key, value = (x.transpose(0, 1)[None] for x in tensors)
+    call = Call(query, key, value, None, seed, scale, layer, options=options)
     check_call(call)
     if call.Lq != call.Lk:
         raise ValueError(f"key: {call.Lk} tokens; must be as many as those of query, {call.Lq}")

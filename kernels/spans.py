@@ -20,11 +20,11 @@ class Spans(NamedTuple):
     ``order[start[b] + i]``, or at ``start[b] + i`` without ``order``, which is int32 and flat. Tokens from ``begin[b]``
     on are queries too, at places ``lead`` lower: queries have only the last of the places of keys."""
 
+    order: Any
+    lead: Any
     start: Any
     length: Any
     begin: Any
-    order: Any = None
-    lead: Any = 0
 
     @classmethod
     def of_padding(cls, padding: torch.Tensor, Lq: int) -> Spans:
@@ -37,13 +37,13 @@ class Spans(NamedTuple):
         start = torch.arange(1, B * (Lk + 1), Lk + 1, dtype=torch.int32, device=padding.device)
         length = count[:, -1].contiguous()
         begin = count[:, Lk - Lq - 1].contiguous() if Lq < Lk else torch.zeros_like(length)
-        return cls(start, length, begin, order, Lk - Lq)
+        return cls(order, Lk - Lq, start, length, begin)
 
     @classmethod
     def of_packed(cls, cu_seqlens: torch.Tensor) -> Spans:
         """Those of packed sequences, from where each one starts, and the end: int32 ``[B + 1]``."""
         start = cu_seqlens[:-1].contiguous()
-        return cls(start, cu_seqlens.diff(), torch.zeros_like(start))
+        return cls(None, 0, start, cu_seqlens.diff(), torch.zeros_like(start))
 
     def only(self, chosen: torch.Tensor) -> Spans:
         """The same without the tokens of sequences that are not ``chosen``, bool ``[B]``."""

@@ -31,7 +31,8 @@ def express_varlen(
     ``[sequences + 1]`` on their device, where each sequence starts, and where the last one ends; on a GPU it is not
     read back, and tokens behind it get 0. max_seqlen: at least the tokens of the longest one; working memory follows
     it. scale: of the scores, ``1 / sqrt(D)`` unless given. path: that of the module, which with ``seed`` names the
-    random numbers. ``options``: those of :func:`express_compile.rewrite_attention`, such as ``budget``.
+    random numbers. ``options``: those of :func:`express_compile.rewrite_attention`, such as ``budget``; with
+    ``seed=None`` every call draws anew.
 
     A sequence gets what it would get alone: the same bits on a CPU, the same rows on a GPU. Differentiable; gradients
     are computed one sequence after the other. Raises ``ValueError`` or ``TypeError`` for what does not fit.

@@ -307,7 +307,8 @@ def _each_alone(query: torch.Tensor, sources: Sources, table: SegmentTable) -> I
         places, begin = spans.places(b), int(spans.begin[b])
         if not len(places):
             continue
-        own = Sources(*(x[b : b + 1, :, places] for x in sources[:2]), *(x[b : b + 1] for x in sources[2:4]))
+        key, value = (x[b : b + 1, :, places] for x in sources[:2])
+        own = Sources(key, value, sources.compacted_key[b : b + 1], sources.compacted_value[b : b + 1])
         asking = places[begin:] - spans.lead
         rows = pad(query[b : b + 1, :, asking], (0, 0, begin, 0))
         yield b, places, asking, rows, own, table.first(len(places))
@@ -325,8 +326,8 @@ def segment_attention_reference(
     """
     if sources.spans is not None:
         into = spanned_outputs(query, sources.value) if into is None else into
-        for b, _, asking, *alone in _each_alone(query, sources, table):
-            for target, x in zip(into, segment_attention_reference(*alone, scale), strict=True):
+        for b, _, asking, rows, own, first in _each_alone(query, sources, table):
+            for target, x in zip(into, segment_attention_reference(rows, own, first, scale), strict=True):
                 target[b][:, asking] = x[0, :, x.shape[2] - len(asking) :]
         return into
     H_kv, A = sources.key.shape[1], sources.compacted_key.shape[2]
@@ -390,7 +391,7 @@ def _backward_each_alone(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     tensors = (query, *sources.gathered().buffers)
     targets = [x.new_zeros(x.shape, dtype=lse.dtype) for x in tensors]
-    for b, places, asking, *(rows, own, first) in _each_alone(query, sources, table):
+    for b, places, asking, rows, own, first in _each_alone(query, sources, table):
         begin = len(places) - len(asking)
         results = [pad(x[b : b + 1, :, asking], (0, 0, begin, 0)) for x in (grad, out)]
         total = pad(lse[b : b + 1, :, asking], (begin, 0), value=math.inf)
@@ -579,7 +580,7 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
         i_part, i_bh = tl.program_id(0) + shift // BM, tl.program_id(1)  # no program for parts before the first query
         i_b, i_h = i_bh // H, i_bh % H
         if x.spans is not None:
-            span = Spans(*numbers_of(x.spans, i_b), x.spans.order, x.spans.lead)
+            span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_b))
             i_part = tl.program_id(0) + (span.begin + shift) // BM
             if tl.maximum(i_part * BM - shift, 0) >= span.length:
                 return
@@ -772,20 +773,21 @@ def segment_attention_triton(
     (d_k, d_v), copies = described[0], described[-1]
     lengths = None if lengths is None else lengths.to(torch.int32).contiguous()
     parts = -(-(Lq + table.shift) // BM) - table.shift // BM
+    outputs: tuple[Any, ...]
     if spans is None:
         tokens = strided(d_k.base), strided(d_v.base)
-        into = outputs = Outputs.of(query, tiles.widths.DV)
+        outputs = into = Outputs.of(query, tiles.widths.DV)
         largest = largest_of((key, compacted_key), (value, compacted_value)) if query.dtype == torch.float32 else None
     else:
         tokens = strided(key), strided(value)
         into = spanned_outputs(query, value) if into is None else into
-        outputs = Outputs(*(strided(x) for x in into))
+        outputs = tuple(strided(x) for x in into)
         parts = min(parts, query.shape[2] // BM + 2)
         largest = None
         if query.dtype == torch.float32:  # copies are none but tokens
             largest = torch.stack([spans.largest(x) for x in (key, value)], -1)
     tensors = KernelTensors(strided(query), *tokens, strided(index), lengths, largest,
-                       scale * 1.4426950408889634, H // H_kv, *outputs, spans=spans)  # fmt: skip
+                       scale * 1.4426950408889634, H // H_kv, *outputs)._replace(spans=spans)  # fmt: skip
     sizes = KernelSizes(H, Lq, table.q_offset, table.shift)
     tiles.launch((parts, B * H), query, (d_k, d_v, *copies), tensors, lists, sizes, table.block)
     return into

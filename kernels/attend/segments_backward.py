@@ -264,7 +264,7 @@ def _delta_kernel(grad, out, p_lse, saved, spans, sizes, DV: tl.constexpr, BDV: 
     o_row = o_m - shift
     m_m = (o_m >= shift) & (o_row < Lq)
     if spans is not None:
-        span = Spans(*numbers_of(spans, i_b), spans.order, spans.lead)
+        span = Spans(spans.order, spans.lead, *numbers_of(spans, i_b))
         m_m = (o_row >= span.begin) & (o_row < span.length)
         o_row = place_of(span, o_row, m_m) - span.lead
     p_grad, stride_g = sequence(grad, i_b, i_h)
@@ -297,7 +297,7 @@ Queries = namedtuple("Queries", "b_q b_do b_lse2 b_delta o_q")
 
 
 # Where the rows of one head begin, the strides from one to the next, and where tokens are, if not side by side.
-KeyRows = namedtuple("KeyRows", "p_k stride_k p_v stride_v span", defaults=(None,))
+KeyRows = namedtuple("KeyRows", "span p_k stride_k p_v stride_v")
 
 
 @jit
@@ -361,12 +361,12 @@ def _query_gradient_kernel(x, p_dq, lists, sizes, G, SHAPE: tl.constexpr):
     i_kv = i_h // G
     span, begin = x.spans, 0
     if x.spans is not None:
-        span = Spans(*numbers_of(x.spans, i_b), x.spans.order, x.spans.lead)
+        span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_b))
         Lq, begin = span.length, span.begin
         if (i_part * BM >= Lq + shift) | ((i_part + 1) * BM <= begin + shift):
             return
-    tokens = KeyRows(*sequence(x.k, i_b, i_kv), *sequence(x.v, i_b, i_kv), span)
-    copies = KeyRows(*sequence(x.ck, i_b, i_kv), *sequence(x.cv, i_b, i_kv))
+    tokens = KeyRows(span, *sequence(x.k, i_b, i_kv), *sequence(x.v, i_b, i_kv))
+    copies = KeyRows(None, *sequence(x.ck, i_b, i_kv), *sequence(x.cv, i_b, i_kv))
 
     o_m = i_part * BM + tl.arange(0, BM)
     m_m = (o_m >= shift + begin) & (o_m < Lq + shift)
@@ -432,7 +432,6 @@ def _row_gradient_queries(b_dk, b_dv, x, inputs, run, sizes, CAUSAL: tl.constexp
     o_part, o_d, o_dv = tl.arange(0, BM), tl.arange(0, SHAPE.BD), tl.arange(0, SHAPE.BDV)
     for i in range((last - first) // BM * SHAPE.G):
         i_h, i_m = tl.cast(i % SHAPE.G, tl.int64), first + i // SHAPE.G * BM
-        m_m = ((i_m + o_part >= shift + begin) & (i_m + o_part < Lq + shift))[:, None]
         if inputs.spans is None:
             o_row = (i_m - shift).to(tl.int64)
             p_q = q.p + (i_h * q.h + o_row * q.n) + (o_part[:, None] * q.n + o_d[None, :])
@@ -443,6 +442,7 @@ def _row_gradient_queries(b_dk, b_dv, x, inputs, run, sizes, CAUSAL: tl.constexp
             o_place = o_place.to(tl.int64)[:, None]
             p_q = q.p + i_h * q.h + o_place * q.n + o_d[None, :]
             p_do = do.p + i_h * do.h + o_place * do.n + o_dv[None, :]
+        m_m = ((i_m + o_part >= shift + begin) & (i_m + o_part < Lq + shift))[:, None]
         if SHAPE.EVEN and SHAPE.D == SHAPE.BD:
             b_q = tl.load(p_q)  # [BM, BD]
         else:
@@ -477,23 +477,23 @@ def _row_gradient_kernel(x, targets, lists, sizes, SHAPE: tl.constexpr):
     first_run, causal_run, stop_run = tl.load(p_chunks + 2), tl.load(p_chunks + 3), tl.load(p_chunks + 4)
     slot = tl.load(p_chunks + 5).to(tl.int64)
 
-    rows, L = KeyRows(*sequence(x.k, i_b, i_kv), *sequence(x.v, i_b, i_kv)), sizes.Lk
-    span, count = x.spans, sizes.Lk
-    if x.spans is not None:
-        span = Spans(*numbers_of(x.spans, i_b), x.spans.order, x.spans.lead)
-        count = span.length
+    rows, L = KeyRows(None, *sequence(x.k, i_b, i_kv), *sequence(x.v, i_b, i_kv)), sizes.Lk
     if compacted:
-        rows, L, p_dk, p_dv = KeyRows(*sequence(x.ck, i_b, i_kv), *sequence(x.cv, i_b, i_kv)), sizes.A, p_dck, p_dcv
-        count = sizes.A
+        rows, L, p_dk, p_dv = (
+            KeyRows(None, *sequence(x.ck, i_b, i_kv), *sequence(x.cv, i_b, i_kv)),
+            sizes.A,
+            p_dck,
+            p_dcv,
+        )
+    o_n, o_d, o_dv = row + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
+    o_row, span, count = o_n.to(tl.int64)[:, None], x.spans, L
     if x.spans is not None:
+        span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_b))
+        count = tl.where(compacted, L, span.length)
         if row >= count:
             return
-    o_n, o_d, o_dv = row + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
-    o_place = o_n
-    if x.spans is not None:
-        if not compacted:
-            o_place = place_of(span, o_n, o_n < count)
-    o_row = o_place.to(tl.int64)[:, None]
+        o_place = place_of(span, o_n, (o_n < count) & (compacted == 0))
+        o_row = tl.where(compacted, o_n, o_place).to(tl.int64)[:, None]
     m_k = (o_n < count)[:, None] & (o_d < SHAPE.D)[None, :]
     m_v = (o_n < count)[:, None] & (o_dv < SHAPE.DV)[None, :]
     b_k = tl.load(rows.p_k + o_row * rows.stride_k + o_d[None, :], mask=m_k, other=0.0)  # [BN, BD]
@@ -519,7 +519,9 @@ def _row_gradient_kernel(x, targets, lists, sizes, SHAPE: tl.constexpr):
 
     o_out = i_bh * L + o_row
     if slot >= 0:
-        o_out = (slot * tl.num_programs(1) + i_bh) * BN + (o_n - row)[:, None]
+        o_out = (slot * tl.num_programs(1) + i_bh) * BN + (o_row - row)
+        if x.spans is not None:  # not for all: from o_n in int32 it spills more registers
+            o_out = (slot * tl.num_programs(1) + i_bh) * BN + (o_n - row)[:, None]
         p_dk, p_dv = p_dk_slots, p_dv_slots
     tl.store(p_dk + o_out * SHAPE.D + o_d[None, :], b_dk * x.scale, mask=m_k)
     tl.store(p_dv + o_out * SHAPE.DV + o_dv[None, :], b_dv, mask=m_v)
@@ -538,7 +540,7 @@ def _sum_slots_kernel(p_slots, targets, p_sums, spans, lengths, D, H, SIZE: tl.c
     o_out = row * D + o
     if spans is not None:
         if not compacted:
-            span, o_n = Spans(*numbers_of(spans, i_bh // H), spans.order, spans.lead), row + o // D
+            span, o_n = Spans(spans.order, spans.lead, *numbers_of(spans, i_bh // H)), row + o // D
             m = (o < SIZE) & (o_n < span.length)
             o_out = place_of(span, o_n, m) * D + o % D
     b_sum = tl.zeros([BLOCK], tl.float32)

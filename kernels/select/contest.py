@@ -170,7 +170,7 @@ def _sum_kernel(p_sums, k, sizes, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.co
     H, sinks, contests, group = sizes
     span, held = k.spans, contests
     if k.spans is not None:
-        span = Spans(*numbers_of(k.spans, i_seq // H), k.spans.order, k.spans.lead)
+        span = Spans(k.spans.order, k.spans.lead, *numbers_of(k.spans, i_seq // H))
         held = _contests_of(span, sinks, contests, ROWS)
     if i_group * group >= held:
         return
@@ -201,7 +201,7 @@ def _score_kernel(
     BG: tl.constexpr = 16
     span, held = k.spans, contests
     if k.spans is not None:
-        span = Spans(*numbers_of(k.spans, i_seq // H), k.spans.order, k.spans.lead)
+        span = Spans(k.spans.order, k.spans.lead, *numbers_of(k.spans, i_seq // H))
         held = _contests_of(span, sinks, contests, ROWS)
     if i_contest >= held:
         return
@@ -266,7 +266,7 @@ def _contest_kernel(
     begin = tl.program_id(0) * each
     span, held = spans, contests
     if spans is not None:
-        span = Spans(*numbers_of(spans, i_seq // H), spans.order, spans.lead)
+        span = Spans(spans.order, spans.lead, *numbers_of(spans, i_seq // H))
         held = _contests_of(span, sinks, contests, ROWS)
     if begin >= held:
         return

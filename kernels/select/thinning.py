@@ -384,7 +384,7 @@ def _describe_kernel(x, work, sizes, SHAPE: tl.constexpr):
     p_index = x.index + i_seq * sizes.index_rows + sizes.A
     span = x.spans
     if x.spans is not None:
-        span = Spans(*numbers_of(x.spans, i_seq // sizes.H), x.spans.order, x.spans.lead)
+        span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_seq // sizes.H))
         if span.length == 0:
             return
     source = _From(p_k, stride_k, p_v, stride_v, p_index, sizes.sinks, True, span)
@@ -561,7 +561,7 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
         first = sizes.sinks
     span = x.spans
     if x.spans is not None:
-        span = Spans(*numbers_of(x.spans, i_seq // sizes.H), x.spans.order, x.spans.lead)
+        span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_seq // sizes.H))
     source = _From(p_k, stride_k, p_v, stride_v, p_index + sizes.A, first, raw, span)
 
     o_p = tl.arange(0, BP)
