@@ -389,16 +389,16 @@ def select_rows(
 ) -> tuple[Sources, torch.Tensor]:
     """The rows that the table of ``layout`` speaks of, and which tokens (with ``spans``, which places) the compacted
     ones are: ``[B, heads, A]``, of the heads of ``random``."""
-    own = [of_heads(x, x.shape[1], random.heads) for x in (key, value)]
+    own_key, own_value = (of_heads(x, x.shape[1], random.heads) for x in (key, value))
     if not key.is_cuda:
         if spans is None:
             index = thin_reference(key, value, layout, scale, *random)
         else:
             index = thin_spans_reference(key, value, layout, scale, random, spans)
-        keys, values = (gather_rows(x, index) for x in own)
-        return Sources(*own, keys, values)._replace(spans=spans), index
+        keys, values = (gather_rows(x, index) for x in (own_key, own_value))
+        return Sources(own_key, own_value, keys, values, spans=spans), index
     index, keys, values = thin_triton(key, value, layout, scale, *random, spans)
-    key, value = own
+    key, value = own_key, own_value
     return Sources(key, value, keys, values, index if layout.config.protected else None, spans=spans), index
 
 
