@@ -492,7 +492,7 @@ def _row_gradient_kernel(x, targets, lists, sizes, SHAPE: tl.constexpr):
         count = tl.where(compacted, L, span.length)
         if row >= count:
             return
-        o_place = place_of(span, o_n, (o_n < count) & (compacted == 0))
+        o_place = place_of(span, o_n, o_n < tl.where(compacted, 0, count))
         o_row = tl.where(compacted, o_n, o_place).to(tl.int64)[:, None]
     m_k = (o_n < count)[:, None] & (o_d < SHAPE.D)[None, :]
     m_v = (o_n < count)[:, None] & (o_dv < SHAPE.DV)[None, :]
