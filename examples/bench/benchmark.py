@@ -52,6 +52,7 @@ import argparse
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
