@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from ..launch import constexpr
+from ..launch import constexpr, launch
 from . import job
-from .arguments import describable
+from .arguments import KernelSizes, KernelTensors, Lists, describable
 
 try:
     import triton
@@ -51,19 +51,96 @@ ROWS = constexpr(64)  # queries of one group of warps
 QUERIES = 128
 KernelShape = namedtuple("KernelShape", "D DV BM BN PARTS STAGES")
 VERSIONS = ("3.6.",)  # of Triton that this was tried with; Gluon changes from one to the next
+CACHED = 32 << 20  # bytes of keys and values that heads which take turns have, of 50 or 60 MB of L2
 GATHERED = constexpr(2048)  # elements of rows by index that are asked for at a time
 
-Shared = namedtuple("Shared", "q k v q_full k_full k_empty v_full v_empty")
-# Where kinds of tiles end, one after the other: copied rows, rows by index, chosen blocks, listed tokens, the tail
-Work = namedtuple("Work", "first copied indexed chosen listed total tail keys")
-# Which program it is: sequence and heads, the row of its first query (below 0: none), the first query that is one and
-# where it stands among the tokens, and where the rows that are no tokens begin
-Place = namedtuple("Place", "i_b i_h i_kv i_bh q_row skip position Lq c_b c_h c_row p_index p_chosen first_key")
+Shared = namedtuple("Shared", "q k v out q_full q_empty k_full k_empty v_full v_empty")
+# A job: a part of the queries of one head, the row of its first query (below 0: none), and where kinds of tiles end, one
+# after the other: copied rows, rows by index, chosen blocks, listed tokens, the tail
+Work = namedtuple("Work", "i_bh q_row first copied indexed chosen listed total tail keys length")
+# Where its rows are that are no tokens
+Place = namedtuple("Place", "i_b i_h i_kv c_b c_h c_row p_index p_chosen first_key")
 Descriptors = namedtuple("Descriptors", "q k v copied_key copied_value")
+# Tiles of keys or of values: the tensor, whether rows of it are read by index, descriptors of it and of copies, and where
+# tiles go
+Stream = namedtuple("Stream", "x index tokens copied tiles full empty")
+# Of all jobs: ``parts`` of the queries of ``groups`` heads in all sequences (or jobs of a table, and sequences), of
+# which ``heads`` take turns
+Sizes = namedtuple("Sizes", "H Lq q_offset shift parts groups heads")
 
 
 @_jit
-def _tile(j, work, lists, BN: gl.constexpr):
+def _number(n, sizes):
+    """The n-th job of this program. Jobs with most rows come first, so that in every other round the programs take
+    theirs in reverse."""
+    i, programs = gl.program_id(0), gl.num_programs(0)
+    return n * programs + gl.where(n % 2 == 0, i, programs - 1 - i)
+
+
+@_jit
+def _rounds(sizes):
+    """How many jobs this program has."""
+    jobs = sizes.parts * sizes.groups
+    full = jobs // gl.num_programs(0)
+    return full + (_number(full, sizes) < jobs).to(gl.int32)
+
+
+@_jit
+def _job(n, x, lists, sizes, SHAPE: gl.constexpr):
+    """The n-th job of this program."""
+    BN: gl.constexpr = SHAPE.BN
+    BM: gl.constexpr = SHAPE.BM
+    shift = sizes.shift
+    number = _number(n, sizes)
+    blocks, first_key = 0, 0
+    if x.jobs is None:
+        section = number // (sizes.parts * sizes.heads)
+        number -= section * (sizes.parts * sizes.heads)
+        heads = gl.minimum(sizes.heads, sizes.groups - section * sizes.heads)
+        i_bh = section * sizes.heads + number % heads
+        i_part = sizes.parts - 1 - number // heads + shift // BM  # no job for parts before the first query
+        i_b = i_bh // sizes.H
+        i_h = i_bh % sizes.H
+        i_kv = i_h // x.G
+        i_block = i_part // SHAPE.PARTS
+        c_b, c_h, c_row = i_b, i_kv, 0
+        p_index = x.lse  # of no kind that is read
+        if x.index.p is not None:
+            p_index = x.index.p + (i_b.to(gl.int64) * x.index.b + i_kv.to(gl.int64) * x.index.h)
+        p_chosen = p_index
+    else:
+        p_job = x.jobs + number // sizes.groups * job.COLUMNS
+        i_b = number % sizes.groups
+        i_h = gl.load(p_job + job.HEAD)
+        i_part = gl.load(p_job + job.PART)
+        i_bh = i_b * sizes.H + i_h
+        i_kv = i_h // x.G
+        shift = gl.load(p_job + job.SHIFT)
+        i_block = gl.load(p_job + job.TABLE) + i_part // SHAPE.PARTS
+        c_b, c_h, c_row = 0, 0, gl.load(p_job + job.COPIES) + i_b * gl.load(p_job + job.COPIES_B)
+        p_index = x.index.p + (gl.load(p_job + job.INDEX) + i_b * gl.load(p_job + job.INDEX_B))
+        p_chosen = x.chosen + (gl.load(p_job + job.CHOSEN) + i_b * gl.load(p_job + job.CHOSEN_B))
+        blocks, first_key = gl.load(p_job + job.BLOCKS), gl.load(p_job + job.FIRST)
+    p_start = lists.start + i_block * 3
+    first = gl.load(p_start)
+    copied = gl.load(p_start + 1) - first
+    indexed = gl.load(p_start + 2) - first
+    chosen = indexed + (blocks * 64 + BN - 1) // BN
+    listed = gl.load(p_start + 3) - first + chosen - indexed
+    tail = gl.load(lists.tail + i_block)
+    q_row = i_part * BM - shift
+    stop = sizes.q_offset + gl.minimum(q_row + BM, sizes.Lq)
+    # queries without rows see one hidden tile
+    total = gl.maximum(listed + (gl.maximum(stop - tail, 0) + BN - 1) // BN, 1)
+    length = 0
+    if x.lengths is not None:
+        length = gl.load(x.lengths + i_b)
+    work = Work(i_bh, q_row, first, copied, indexed, chosen, listed, total, tail, blocks * 64, length)
+    return work, Place(i_b, i_h, i_kv, c_b, c_h, c_row, p_index, p_chosen, first_key)
+
+
+@_jit
+def _tile(j, work, x, lists, BN: gl.constexpr):
     """First row, rows that are shown, and log2-weight of tile j; of rows by index the place in the index, and of chosen
     blocks the row among all of them."""
     in_list = (j < work.indexed) | ((j >= work.chosen) & (j < work.listed))
@@ -74,6 +151,8 @@ def _tile(j, work, lists, BN: gl.constexpr):
     of_chosen = (j >= work.indexed) & (j < work.chosen)
     row = gl.where(of_chosen, (j - work.indexed) * BN, row)
     shown = gl.where(of_chosen, gl.minimum(work.keys - row, BN), shown)
+    if x.lengths is not None:
+        shown = gl.where(j < work.copied, gl.minimum(shown, work.length - row), shown)
     return gl.where(j < work.listed, row, work.tail + (j - work.listed) * BN), shown, weight
 
 
@@ -100,61 +179,58 @@ def _gather(target, x, place, by_index, row, shown):
 
 
 @_jit
-def _produce(d, x, lists, shared, work, place, SHAPE: gl.constexpr):
-    STAGES: gl.constexpr = SHAPE.STAGES
-    BN: gl.constexpr = SHAPE.BN
-    D: gl.constexpr = SHAPE.D
-    DV: gl.constexpr = SHAPE.DV
-    i_b, i_kv = place.i_b, place.i_kv
-    for half in gl.static_range(2):
-        mbarrier.expect(shared.q_full.index(half), d.q.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            d.q, [i_b, place.i_h, place.q_row + ROWS * half, 0], shared.q_full.index(half), shared.q.index(half)
-        )
-    for j in range(work.total):
-        stage = j % STAGES
-        phase = (j // STAGES) & 1
-        row, shown, weight = _tile(j, work, lists, BN)
-        k_full = shared.k_full.index(stage)
-        v_full = shared.v_full.index(stage)
-        mbarrier.wait(shared.k_empty.index(stage), phase ^ 1)
-        if (x.index.p is not None) and ((j >= work.copied) & (j < work.chosen)):
-            k_tile = shared.k.index(stage).reshape([BN, D])
-            _gather(k_tile, x.k, place, j < work.indexed, row, shown)
-            async_copy.mbarrier_arrive(k_full)
-            mbarrier.arrive(k_full)
-            mbarrier.wait(shared.v_empty.index(stage), phase ^ 1)
-            v_tile = shared.v.index(stage).reshape([BN, DV])
-            _gather(v_tile, x.v, place, j < work.indexed, row, shown)
-            async_copy.mbarrier_arrive(v_full)
-            mbarrier.arrive(v_full)
+def _fill(stream, count, j, row, shown, work, place):
+    """Tile j of a job, the one after ``count`` others, as soon as there is room for it."""
+    STAGES: gl.constexpr = stream.tiles.shape[0]
+    BN: gl.constexpr = stream.tiles.shape[3]
+    D: gl.constexpr = stream.tiles.shape[4]
+    stage = count % STAGES
+    full = stream.full.index(stage)
+    mbarrier.wait(stream.empty.index(stage), (count // STAGES) & 1 ^ 1)
+    if (stream.index is not None) and ((j >= work.copied) & (j < work.chosen)):
+        _gather(stream.tiles.index(stage).reshape([BN, D]), stream.x, place, j < work.indexed, row, shown)
+        async_copy.mbarrier_arrive(full)
+        mbarrier.arrive(full)
+    else:
+        mbarrier.expect(full, stream.tokens.block_type.nbytes)
+        tile = stream.tiles.index(stage)
+        if j < work.copied:
+            at = [place.c_b, place.c_h, place.c_row + row, 0]
+            tma.async_copy_global_to_shared(stream.copied, at, full, tile)
         else:
-            mbarrier.expect(k_full, d.k.block_type.nbytes)
-            if j < work.copied:
-                tma.async_copy_global_to_shared(
-                    d.copied_key, [place.c_b, place.c_h, place.c_row + row, 0], k_full, shared.k.index(stage)
-                )
-            else:
-                tma.async_copy_global_to_shared(d.k, [i_b, i_kv, row, 0], k_full, shared.k.index(stage))
-            mbarrier.wait(shared.v_empty.index(stage), phase ^ 1)
-            mbarrier.expect(v_full, d.v.block_type.nbytes)
-            if j < work.copied:
-                tma.async_copy_global_to_shared(
-                    d.copied_value, [place.c_b, place.c_h, place.c_row + row, 0], v_full, shared.v.index(stage)
-                )
-            else:
-                tma.async_copy_global_to_shared(d.v, [i_b, i_kv, row, 0], v_full, shared.v.index(stage))
+            tma.async_copy_global_to_shared(stream.tokens, [place.i_b, place.i_kv, row, 0], full, tile)
 
 
 @_jit
-def _hide(b_s, j, row, shown, work, place, half):
+def _produce(d, x, lists, shared, sizes, SHAPE: gl.constexpr):
+    keys = Stream(x.k, x.index.p, d.k, d.copied_key, shared.k, shared.k_full, shared.k_empty)
+    values = Stream(x.v, x.index.p, d.v, d.copied_value, shared.v, shared.v_full, shared.v_empty)
+    count = 0
+    for n in range(_rounds(sizes)):
+        work, place = _job(n, x, lists, sizes, SHAPE)
+        for half in gl.static_range(2):
+            at = n % 2 * 2 + half
+            full = shared.q_full.index(at)
+            mbarrier.wait(shared.q_empty.index(at), (n // 2) & 1 ^ 1)
+            mbarrier.expect(full, d.q.block_type.nbytes)
+            q_row = work.q_row + ROWS * half
+            tma.async_copy_global_to_shared(d.q, [place.i_b, place.i_h, q_row, 0], full, shared.q.index(at))
+        for j in range(work.total):
+            row, shown, weight = _tile(j, work, x, lists, SHAPE.BN)
+            _fill(keys, count, j, row, shown, work, place)
+            _fill(values, count, j, row, shown, work, place)
+            count += 1
+
+
+@_jit
+def _hide(b_s, j, row, shown, work, sizes, half):
     """Scores of rows that a query does not see become -inf."""
     BN: gl.constexpr = b_s.shape[1]
     LAYOUT: gl.constexpr = b_s.type.layout
     in_tail = j >= work.listed
-    shown = gl.where(in_tail, place.position + 1 - row, shown)
+    shown = gl.where(in_tail, sizes.q_offset + gl.maximum(work.q_row, 0) + 1 - row, shown)
     if shown < BN:
-        o_m = gl.maximum(gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) + ROWS * half - place.skip, 0)
+        o_m = gl.maximum(gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) + ROWS * half + gl.minimum(work.q_row, 0), 0)
         o_m = shown + gl.where(in_tail, o_m, 0)
         o_n = gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
         b_s = gl.where(o_n[None, :] < o_m[:, None], b_s, float("-inf"))
@@ -162,7 +238,27 @@ def _hide(b_s, j, row, shown, work, place, half):
 
 
 @_jit
-def _consume(x, lists, shared, work, place, half, SHAPE: gl.constexpr):
+def _finish(b_acc, b_max, b_sum, done, out, x, sizes, half: gl.constexpr):
+    """Store the results of a job; ``out``: their descriptor and where they wait in shared memory."""
+    DV: gl.constexpr = b_acc.shape[1]
+    ROW: gl.constexpr = gl.SliceLayout(1, b_acc.type.layout)
+    i_bh, q_row = done
+    descriptor, waiting = out
+    q_row += ROWS * half
+    b_sum = gl.convert_layout(b_sum, ROW)
+    b_out = gl.where((b_sum > 0)[:, None], b_acc / b_sum[:, None], 0.0)
+    tma.store_wait(0)  # of the job before
+    waiting.reshape([ROWS, DV]).store(b_out.to(waiting.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(descriptor, [i_bh // sizes.H, i_bh % sizes.H, q_row, 0], waiting)
+    b_lse = (gl.convert_layout(b_max, ROW) + gl.log2(b_sum)) * 0.6931471805599453
+    o_m = q_row + gl.arange(0, ROWS, ROW)
+    gl.store(x.lse + (i_bh.to(gl.int64) * sizes.Lq + o_m), b_lse, mask=(o_m >= 0) & (o_m < sizes.Lq))
+
+
+@_jit
+def _consume(d_out, x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.constexpr):
+    """All tiles of all jobs in one loop: the first scores of a job run beside the last values of the one before."""
     STAGES: gl.constexpr = SHAPE.STAGES
     BN: gl.constexpr = SHAPE.BN
     D: gl.constexpr = SHAPE.D
@@ -173,138 +269,116 @@ def _consume(x, lists, shared, work, place, half, SHAPE: gl.constexpr):
     ROW: gl.constexpr = gl.SliceLayout(1, O_L)
     dtype: gl.constexpr = shared.q.dtype
     scale_log2 = x.scale_log2
+    out = (d_out, shared.out.index(half))
     b_acc = gl.zeros([ROWS, DV], gl.float32, O_L)
     b_zero = gl.zeros([ROWS, BN], gl.float32, S_L)
-    q = shared.q.index(half).reshape([ROWS, D])
-    mbarrier.wait(shared.q_full.index(half), 0)
+    rounds = _rounds(sizes)
+    work, place = _job(0, x, lists, sizes, SHAPE)
 
-    row, shown, weight = _tile(0, work, lists, BN)
+    row, shown, weight = _tile(0, work, x, lists, BN)
+    mbarrier.wait(shared.q_full.index(half), 0)
     mbarrier.wait(shared.k_full.index(0), 0)
     if x.index.p is not None:
         fence_async_shared()
+    q = shared.q.index(half).reshape([ROWS, D])
     b_s = warpgroup_mma(q, shared.k.index(0).reshape([BN, D]).permute((1, 0)), b_zero, use_acc=False)
     mbarrier.arrive(shared.k_empty.index(0))
-    b_s = _hide(b_s, 0, row, shown, work, place, half)
+    mbarrier.arrive(shared.q_empty.index(half), pred=work.total == 1)
+    b_s = _hide(b_s, 0, row, shown, work, sizes, half)
     b_max = gl.maximum(gl.max(b_s, 1) * scale_log2 + weight, -1e30)
     b_w = gl.exp2(b_s * scale_log2 - (b_max - weight)[:, None])
     b_sum = gl.sum(b_w, 1)
     b_p = gl.convert_layout(b_w.to(dtype), P_L)
-    row, shown, weight = _tile(1, work, lists, BN)
-    for j in range(1, work.total):
-        stage = j % STAGES
-        before = (j - 1) % STAGES
-        mbarrier.wait(shared.k_full.index(stage), (j // STAGES) & 1)
+
+    done = (work.i_bh, work.q_row)
+    # the tile to come is number ``j`` of job ``n``, after ``count`` others; the last of them was number ``added``
+    n, j, count, added = 0, 1, 1, 0
+    if work.total == 1:
+        n, j = 1, 0
+        work, place = _job(gl.minimum(n, rounds - 1), x, lists, sizes, SHAPE)
+    row, shown, weight = _tile(j, work, x, lists, BN)
+    while n < rounds:
+        stage = count % STAGES
+        before = (count - 1) % STAGES
+        mbarrier.wait(shared.q_full.index(n % 2 * 2 + half), (n // 2) & 1, pred=j == 0)
+        mbarrier.wait(shared.k_full.index(stage), (count // STAGES) & 1)
         if x.index.p is not None:
             fence_async_shared()
-        s_token = warpgroup_mma(
-            q, shared.k.index(stage).reshape([BN, D]).permute((1, 0)), b_zero, use_acc=False, is_async=True
-        )
-        mbarrier.wait(shared.v_full.index(before), ((j - 1) // STAGES) & 1)
+        q = shared.q.index(n % 2 * 2 + half).reshape([ROWS, D])
+        k = shared.k.index(stage).reshape([BN, D]).permute((1, 0))
+        s_token = warpgroup_mma(q, k, b_zero, use_acc=False, is_async=True)
+        mbarrier.wait(shared.v_full.index(before), ((count - 1) // STAGES) & 1)
         if x.index.p is not None:
             fence_async_shared()
-        o_token = warpgroup_mma(b_p, shared.v.index(before).reshape([BN, DV]), b_acc, is_async=True)
-        next_row, next_shown, next_weight = _tile(j + 1, work, lists, BN)
+        v = shared.v.index(before).reshape([BN, DV])
+        o_token = warpgroup_mma(b_p, v, b_acc, use_acc=added > 0, is_async=True)
         b_s = warpgroup_mma_wait(1, deps=[s_token])
         mbarrier.arrive(shared.k_empty.index(stage))
-        b_s = _hide(b_s, j, row, shown, work, place, half)
-        b_new = gl.maximum(b_max, gl.max(b_s, 1) * scale_log2 + weight)
+        mbarrier.arrive(shared.q_empty.index(n % 2 * 2 + half), pred=j + 1 == work.total)
+        b_s = _hide(b_s, j, row, shown, work, sizes, half)
+        b_old = gl.where(j == 0, -1e30, b_max)
+        b_new = gl.maximum(b_old, gl.max(b_s, 1) * scale_log2 + weight)
         b_w = gl.exp2(b_s * scale_log2 - (b_new - weight)[:, None])
-        b_rescale = gl.exp2(b_max - b_new)
-        b_sum = b_sum * b_rescale + gl.sum(b_w, 1)
-        b_max = b_new
+        b_rescale = gl.exp2(b_old - b_new)
+        b_sum_new = gl.where(j == 0, 0.0, b_sum) * b_rescale + gl.sum(b_w, 1)
         b_acc = warpgroup_mma_wait(0, deps=[o_token])
         mbarrier.arrive(shared.v_empty.index(before))
+        if j == 0:
+            _finish(b_acc, b_max, b_sum, done, out, x, sizes, half)
+        b_max = b_new
+        b_sum = b_sum_new
         b_acc = b_acc * gl.convert_layout(b_rescale, ROW)[:, None]
         b_p = gl.convert_layout(b_w.to(dtype), P_L)
-        row, shown, weight = next_row, next_shown, next_weight
-    last = work.total - 1
+        done = (work.i_bh, work.q_row)
+        added = j
+        count += 1
+        j += 1
+        if j == work.total:
+            n += 1
+            j = 0
+            work, place = _job(gl.minimum(n, rounds - 1), x, lists, sizes, SHAPE)
+        row, shown, weight = _tile(j, work, x, lists, BN)
+    last = count - 1
     mbarrier.wait(shared.v_full.index(last % STAGES), (last // STAGES) & 1)
     if x.index.p is not None:
         fence_async_shared()
-    b_acc = warpgroup_mma(b_p, shared.v.index(last % STAGES).reshape([BN, DV]), b_acc)
-
-    o_m = place.q_row + ROWS * half + gl.arange(0, ROWS, ROW)
-    m_m = (o_m >= 0) & (o_m < place.Lq)
-    o_d = gl.arange(0, DV, gl.SliceLayout(0, O_L))
-    b_sum = gl.convert_layout(b_sum, ROW)
-    b_out = b_acc / b_sum[:, None]
-    o_row = place.i_bh.to(gl.int64) * place.Lq + o_m
-    gl.store(x.out + o_row[:, None] * DV + o_d[None, :], b_out.to(dtype), mask=m_m[:, None])
-    b_lse = (gl.convert_layout(b_max, ROW) + gl.log2(b_sum)) * 0.6931471805599453
-    gl.store(x.lse + o_row, b_lse, mask=m_m)
+    b_acc = warpgroup_mma(b_p, shared.v.index(last % STAGES).reshape([BN, DV]), b_acc, use_acc=added > 0)
+    _finish(b_acc, b_max, b_sum, done, out, x, sizes, half)
+    tma.store_wait(0)
 
 
 @_jit(do_not_specialize=["sizes"])
-def segment_kernel(d_q, d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: gl.constexpr):
-    BN: gl.constexpr = SHAPE.BN
+def segment_kernel(d_q, d_k, d_v, d_ck, d_cv, d_out, x, lists, sizes, SHAPE: gl.constexpr):
     STAGES: gl.constexpr = SHAPE.STAGES
-    H, Lq, q_offset, shift = sizes
-    blocks, first_key = 0, 0
-    if x.jobs is None:
-        i_part = gl.program_id(0) + shift // SHAPE.BM  # no program for parts before the first query
-        i_b = gl.program_id(1) // H
-        i_h = gl.program_id(1) % H
-        i_kv = i_h // x.G
-        i_block = i_part // SHAPE.PARTS
-        c_b, c_h, c_row = i_b, i_kv, 0
-        p_index = x.lse  # of no kind that is read
-        if x.index.p is not None:
-            p_index = x.index.p + (i_b.to(gl.int64) * x.index.b + i_kv.to(gl.int64) * x.index.h)
-        p_chosen = p_index
-    else:
-        p_job = x.jobs + gl.program_id(0) * job.COLUMNS
-        i_b = gl.program_id(1)
-        i_h = gl.load(p_job + job.HEAD)
-        i_part = gl.load(p_job + job.PART)
-        i_kv = i_h // x.G
-        shift = gl.load(p_job + job.SHIFT)
-        i_block = gl.load(p_job + job.TABLE) + i_part // SHAPE.PARTS
-        c_b, c_h, c_row = 0, 0, gl.load(p_job + job.COPIES) + i_b * gl.load(p_job + job.COPIES_B)
-        p_index = x.index.p + (gl.load(p_job + job.INDEX) + i_b * gl.load(p_job + job.INDEX_B))
-        p_chosen = x.chosen + (gl.load(p_job + job.CHOSEN) + i_b * gl.load(p_job + job.CHOSEN_B))
-        blocks, first_key = gl.load(p_job + job.BLOCKS), gl.load(p_job + job.FIRST)
+    BN: gl.constexpr = SHAPE.BN
     shared = Shared(
-        gl.allocate_shared_memory(d_q.dtype, [2, 1, 1, ROWS, SHAPE.D], d_q.layout),
+        gl.allocate_shared_memory(d_q.dtype, [4, 1, 1, ROWS, SHAPE.D], d_q.layout),
         gl.allocate_shared_memory(d_k.dtype, [STAGES, 1, 1, BN, SHAPE.D], d_k.layout),
         gl.allocate_shared_memory(d_v.dtype, [STAGES, 1, 1, BN, SHAPE.DV], d_v.layout),
-        gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(d_out.dtype, [2, 1, 1, ROWS, SHAPE.DV], d_out.layout),
+        gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
     )
-    for i in gl.static_range(2):
+    for i in gl.static_range(4):
         mbarrier.init(shared.q_full.index(i), count=1)
+        mbarrier.init(shared.q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(shared.k_full.index(i), count=1)
         mbarrier.init(shared.k_empty.index(i), count=2)
         mbarrier.init(shared.v_full.index(i), count=1)
         mbarrier.init(shared.v_empty.index(i), count=2)
-
-    p_start = lists.start + i_block * 3
-    first = gl.load(p_start)
-    copied = gl.load(p_start + 1) - first
-    indexed = gl.load(p_start + 2) - first
-    chosen = indexed + (blocks * 64 + BN - 1) // BN
-    listed = gl.load(p_start + 3) - first + chosen - indexed
-    tail = gl.load(lists.tail + i_block)
-    q_row = i_part * SHAPE.BM - shift
-    skip = gl.maximum(-q_row, 0)
-    position = q_offset + q_row + skip
-    place = Place(
-        i_b, i_h, i_kv, i_b * H + i_h, q_row, skip, position, Lq, c_b, c_h, c_row, p_index, p_chosen, first_key
-    )
-    stop = q_offset + gl.minimum(q_row + SHAPE.BM, Lq)
-    total = listed + (gl.maximum(stop - tail, 0) + BN - 1) // BN
-    work = Work(first, copied, indexed, chosen, listed, total, tail, blocks * 64)
     gl.warp_specialize(
         [
-            (_consume, (x, lists, shared, work, place, 0, SHAPE)),
-            (_consume, (x, lists, shared, work, place, 1, SHAPE)),
-            (_produce, (Descriptors(d_q, d_k, d_v, d_ck, d_cv), x, lists, shared, work, place, SHAPE)),
+            (_consume, (d_out, x, lists, shared, sizes, 0, SHAPE)),
+            (_consume, (d_out, x, lists, shared, sizes, 1, SHAPE)),
+            (_produce, (Descriptors(d_q, d_k, d_v, d_ck, d_cv), x, lists, shared, sizes, SHAPE)),
         ],
         [4, 4],
-        [224, 64],
+        [224, 56],
     )
 
 
@@ -313,17 +387,35 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch_jobs(
+    grid: tuple[int, ...], tensors: KernelTensors, described: tuple[Any, ...], lists: Lists, sizes: KernelSizes,
+    shape: Any,
+) -> None:  # fmt: skip
+    """Run the kernel for the programs that the one of :mod:`.segments` would have in ``grid``; ``described``: queries,
+    keys, values, and copies of these. Heads whose keys and values the L2 cache holds together take turns."""
+    group = 2 * sum(x.shape[2] * x.shape[3] for x in described[1:3])  # bytes of a KV head
+    heads = min(max(CACHED // group, 1) * tensors.G, grid[1])
+    every = Sizes(*sizes, *grid, heads)
+    programs = min(_processors(tensors.out.device), grid[0] * grid[1])
+    launch(segment_kernel, (programs,), *described, describe(tensors.out, QUERIES // 2), tensors, lists, every,
+           SHAPE=shape, num_warps=4)  # fmt: skip
+
+
 def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: int) -> bool:
     """Whether this kernel runs these tensors, for blocks of ``block`` queries: float16 and bfloat16, head sizes 64 and
-    128, not both 64 (where it was no faster on an H200), on Hopper, with strides that let a row by index be copied 16
-    bytes at a time."""
+    128, on Hopper, with strides that let a row by index be copied 16 bytes at a time."""
     return (
         gluon is not None
         and triton.__version__.startswith(VERSIONS)
         and query.is_cuda
         and query.element_size() == 2
         and block == QUERIES
-        and {query.shape[3], value.shape[3]} in ({128}, {64, 128})
+        and {query.shape[3], value.shape[3]} <= {64, 128}
         and all(x.stride(3) == 1 and not any(stride % 16 for stride in x.stride()[:3]) for x in (key, value))
         and _is_hopper(query.device)
     )

@@ -553,20 +553,13 @@ class SegmentTiles(NamedTuple):
     hopper: bool = False
 
     @classmethod
-    def of(
-        cls,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        block: int,
-        lengths: torch.Tensor | None = None,
-    ) -> SegmentTiles:
-        """What suits the tensors, blocks of ``block`` queries, and ``lengths`` of compacted rows. The best of four or
-        more for D = 64, 128 and 256 on an H200, in bf16 at n = 32,768."""
+    def of(cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: int) -> SegmentTiles:
+        """What suits the tensors and blocks of ``block`` queries. The best of four or more for D = 64, 128 and 256 on
+        an H200, in bf16 at n = 32,768."""
         widths = Widths.alike(query, value)
-        if lengths is None and hopper.takes(query, key, value, block):
-            return cls(widths, hopper.QUERIES, 128, 4, 2, True)
         width = widths.BD + widths.BDV
+        if hopper.takes(query, key, value, block):
+            return cls(widths, hopper.QUERIES, 128, 4, 2 if width > 128 else 4, True)
         if query.element_size() == 4:
             found = (128, 64, 4, 2) if width <= 128 else (128, 64, 8, 2) if width <= 256 else (128, 32, 8, 1)
         elif width <= 128:
@@ -584,8 +577,7 @@ class SegmentTiles(NamedTuple):
         if self.hopper:
             queries = hopper.describe(query, hopper.QUERIES // 2)
             own = hopper.KernelShape(widths.D, widths.DV, self.queries, self.rows, parts, self.stages)
-            launch(hopper.segment_kernel, grid, queries, *descriptors, tensors, lists, sizes,
-                   SHAPE=own, num_warps=self.warps)  # fmt: skip
+            hopper.launch_jobs(grid, tensors, (queries, *descriptors), lists, sizes, own)
         else:
             shape = KernelShape(*widths, self.queries, self.rows, parts)
             launch(segment_kernel, grid, *descriptors, tensors, lists, sizes,
@@ -640,7 +632,7 @@ def segment_attention_triton(
     query, scale = with_positive_scale(query, scale)
     key, value, compacted_key, compacted_value, index, lengths = sources
     (B, H, Lq, _), (H_kv, Lk), A = query.shape, key.shape[1:3], compacted_key.shape[2]
-    tiles = SegmentTiles.of(query, key, value, table.block, lengths)
+    tiles = SegmentTiles.of(query, key, value, table.block)
     BM = tiles.queries
     lists = Lists(*table.tiles_on(query.device, tiles.rows, Lq, Lk, A, sources.indexed))
     described = [tiles.describe(*pair) for pair in ((key, value), (compacted_key, compacted_value)) if pair[0].shape[2]]
