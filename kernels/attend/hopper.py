@@ -55,14 +55,14 @@ CACHED = 32 << 20  # bytes of keys and values that heads which take turns have, 
 GATHERED = constexpr(2048)  # elements of rows by index that are asked for at a time
 
 Shared = namedtuple("Shared", "q k v out q_full q_empty k_full k_empty v_full v_empty")
-# A job: a part of the queries of one head, the row of its first query (below 0: none), and where kinds of tiles end, one
-# after the other: copied rows, rows by index, chosen blocks, listed tokens, the tail
+# A job: a part of the queries of one head, the row of its first query (below 0: none), and where kinds of tiles end,
+# one after another: copied rows, rows by index, chosen blocks, listed tokens, the tail
 Work = namedtuple("Work", "i_bh q_row first copied indexed chosen listed total tail keys length")
 # Where its rows are that are no tokens
 Place = namedtuple("Place", "i_b i_h i_kv c_b c_h c_row p_index p_chosen first_key")
 Descriptors = namedtuple("Descriptors", "q k v copied_key copied_value")
-# Tiles of keys or of values: the tensor, whether rows of it are read by index, descriptors of it and of copies, and where
-# tiles go
+# Tiles of keys or of values: the tensor, the index of its rows if there is one, descriptors of it and of copies, and
+# where tiles go
 Stream = namedtuple("Stream", "x index tokens copied tiles full empty")
 # Of all jobs: ``parts`` of the queries of ``groups`` heads in all sequences (or jobs of a table, and sequences), of
 # which ``heads`` take turns
