@@ -399,9 +399,9 @@ def launch_jobs(
     """Run the kernel for the programs that the one of :mod:`.segments` would have in ``grid``; ``described``: queries,
     keys, values, and copies of these. Heads whose keys and values the L2 cache holds together take turns."""
     group = 2 * sum(x.shape[2] * x.shape[3] for x in described[1:3])  # bytes of a KV head
-    heads = min(max(CACHED // group, 1) * tensors.G, grid[1])
-    every = Sizes(*sizes, *grid, heads)
-    programs = min(_processors(tensors.out.device), grid[0] * grid[1])
+    parts, groups = grid
+    every = Sizes(*sizes, parts, groups, min(max(CACHED // group, 1) * tensors.G, groups))
+    programs = min(_processors(tensors.out.device), parts * groups)
     launch(segment_kernel, (programs,), *described, describe(tensors.out, QUERIES // 2), tensors, lists, every,
            SHAPE=shape, num_warps=4)  # fmt: skip
 

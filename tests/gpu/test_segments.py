@@ -15,6 +15,7 @@ from express_compile.kernels.attend.segments import (
     SegmentTable,
     Sources,
     causal_table,
+    dense_table,
     segment_attention_reference,
     segment_attention_triton,
 )
@@ -82,7 +83,10 @@ def test_against_reference(poison, dtype, D, Dv, H, H_kv, past, indexed):
     check((q[:, :, past:], k, v, *rows), table, D**-0.5, index)
 
 
-@pytest.mark.parametrize("D, Dv", [(128, 128), (64, 128)])
+HEADS = [(128, 128), (64, 128), (128, 64), (64, 64)]
+
+
+@pytest.mark.parametrize("D, Dv", HEADS)
 def test_the_kernel_for_hopper_and_the_other_one_give_the_same_up_to_rounding(monkeypatch, poison, D, Dv):
     q, k, v = tokens(4000, 2, 8, 2, D, Dv, torch.bfloat16)
     if not hopper.takes(q, k, v, 128):
@@ -95,6 +99,36 @@ def test_the_kernel_for_hopper_and_the_other_one_give_the_same_up_to_rounding(mo
     other = attend(segment_attention_triton, tensors, table, D**-0.5, index)
     check(tensors, table, D**-0.5, index)
     assert (own[0] - other[0]).norm() < 3e-3 * other[0].norm() and (own[1] - other[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("D, Dv", HEADS[::3])
+def test_how_many_programs_share_the_jobs_changes_no_bit(monkeypatch, poison, D, Dv, indexed):
+    """From one program for each job to a few hundred jobs for each, the first of which have a single tile."""
+    q, k, v = tokens(4000, 2, 8, 2, D, Dv, torch.bfloat16)
+    if not hopper.takes(q, k, v, 128):
+        pytest.skip("this machine or its Triton is none that the kernel for Hopper is for")
+    for past, window in ((200, 200), (0, 16)):
+        table, rows, index = problem(past, 64, window, 128, k, v, indexed)
+        results = []
+        for processors, cached in ((10**6, 1), (132, 1 << 40), (7, 1), (1, 3 << 20)):
+            monkeypatch.setattr(hopper, "_processors", lambda _, x=processors: x)
+            monkeypatch.setattr(hopper, "CACHED", cached)
+            results.append(attend(segment_attention_triton, (q[:, :, past:], k, v, *rows), table, D**-0.5, index))
+        check((q[:, :, past:], k, v, *rows), table, D**-0.5, index)
+        assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("D", [64, 128, 80])
+def test_lengths_of_compacted_rows(poison, D):
+    q, k, v = tokens(1000, 3, 8, 2, D, D, torch.bfloat16)
+    sources, table = Sources.compacted(k, v, torch.tensor([0, 130, 1000], device="cuda")), dense_table(1000, 1000)
+    exact = sources._replace(**{name: getattr(sources, name).double() for name in Sources._fields[:4]})
+    out, lse = segment_attention_triton(q, sources, table, D**-0.5)
+    truth, truth_lse = segment_attention_reference(q.double(), exact, table, D**-0.5)
+    reference, _ = segment_attention_reference(q, sources, table, D**-0.5)
+    assert (out - truth).norm() <= 2 * (reference - truth).norm()
+    assert (out[0] == 0).all() and (lse[0] == -torch.inf).all() and (lse[1:] - truth_lse[1:]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("spare", [3, 8])
