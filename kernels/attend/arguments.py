@@ -13,8 +13,8 @@ KernelTensors = namedtuple(
 )
 
 
-# What :func:`.segments.tile_lists` gives.
-Lists = namedtuple("Lists", "start tiles log2_weight tail")
+# What :func:`.segments.tile_lists` gives; ``sinks``: of the kernel of :mod:`.hopper`, or None where no tail has any.
+Lists = namedtuple("Lists", "start tiles log2_weight tail sinks", defaults=(None,))
 
 
 KernelSizes = namedtuple("KernelSizes", "H Lq q_offset shift")

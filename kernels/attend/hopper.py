@@ -57,13 +57,13 @@ GATHERED = constexpr(2048)  # elements of rows by index that are asked for at a 
 Shared = namedtuple("Shared", "q k v out q_full q_empty k_full k_empty v_full v_empty")
 # A job: a part of the queries of one head, the row of its first query (below 0: none), and where kinds of tiles end,
 # one after another: copied rows, rows by index, chosen blocks, listed tokens, the tail
-Work = namedtuple("Work", "i_bh q_row first copied indexed chosen listed total tail keys length")
+Work = namedtuple("Work", "i_bh q_row first copied indexed chosen listed total tail sinks stop keys length")
 # Where its rows are that are no tokens
 Place = namedtuple("Place", "i_b i_h i_kv c_b c_h c_row p_index p_chosen first_key")
 Descriptors = namedtuple("Descriptors", "q k v copied_key copied_value")
-# Tiles of keys or of values: the tensor, the index of its rows if there is one, descriptors of it and of copies, and
-# where tiles go
-Stream = namedtuple("Stream", "x index tokens copied tiles full empty")
+# Tiles of keys or of values: the tensor, the index of its rows and counts of sinks if there are any, descriptors of it
+# and of copies, and where tiles go
+Stream = namedtuple("Stream", "x index sinks tokens copied tiles full empty")
 # Of all jobs: ``parts`` of the queries of ``groups`` heads in all sequences (or jobs of a table, and sequences), of
 # which ``heads`` take turns
 Sizes = namedtuple("Sizes", "H Lq q_offset shift parts groups heads")
@@ -132,10 +132,13 @@ def _job(n, x, lists, sizes, SHAPE: gl.constexpr):
     stop = sizes.q_offset + gl.minimum(q_row + BM, sizes.Lq)
     # queries without rows see one hidden tile
     total = gl.maximum(listed + (gl.maximum(stop - tail, 0) + BN - 1) // BN, 1)
+    sinks = 0
+    if lists.sinks is not None:
+        sinks = gl.load(lists.sinks + i_block)
     length = 0
     if x.lengths is not None:
         length = gl.load(x.lengths + i_b)
-    work = Work(i_bh, q_row, first, copied, indexed, chosen, listed, total, tail, blocks * 64, length)
+    work = Work(i_bh, q_row, first, copied, indexed, chosen, listed, total, tail, sinks, stop, blocks * 64, length)
     return work, Place(i_b, i_h, i_kv, c_b, c_h, c_row, p_index, p_chosen, first_key)
 
 
@@ -157,13 +160,14 @@ def _tile(j, work, x, lists, BN: gl.constexpr):
 
 
 @_jit
-def _gather(target, x, place, by_index, row, shown):
-    """Rows by index, or those of chosen blocks of 64 keys, into shared memory, some at a time; behind ``shown`` of
-    them come copies of the last one."""
+def _gather(target, stream, place, by_index, sinks, row, shown):
+    """Rows by index, or those of chosen blocks of 64 keys, or with ``sinks`` so many first tokens and the tail from
+    there on, into shared memory, some at a time; behind ``shown`` of them come copies of the last one."""
     BN: gl.constexpr = target.shape[0]
     D: gl.constexpr = target.shape[1]
     STEP: gl.constexpr = GATHERED // D
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    x = stream.x
     p = x.p + (place.i_b.to(gl.int64) * x.b + place.i_kv.to(gl.int64) * x.h)
     p_from = place.p_index + row
     if not by_index:
@@ -172,9 +176,12 @@ def _gather(target, x, place, by_index, row, shown):
     o_n = gl.arange(0, STEP, gl.SliceLayout(1, LAYOUT))
     for i in gl.static_range(BN // STEP):
         o_row = gl.minimum(o_n + i * STEP, shown - 1)
-        i_row = gl.load(p_from + gl.where(by_index, o_row, o_row // 64))
-        i_row = gl.where(by_index, i_row, place.first_key + i_row * 64 + o_row % 64).to(gl.int64)
-        pointers = p + i_row[:, None] * x.n + o_d[None, :]
+        i_row = o_row + gl.where(o_row < sinks, 0, row)
+        if stream.index is not None:
+            listed = gl.load(p_from + gl.where(by_index, o_row, o_row // 64), mask=o_row >= sinks * BN, other=0)
+            listed = gl.where(by_index, listed, place.first_key + listed * 64 + o_row % 64)
+            i_row = gl.where(sinks > 0, i_row, listed)
+        pointers = p + i_row.to(gl.int64)[:, None] * x.n + o_d[None, :]
         async_copy.async_copy_global_to_shared(target.slice(i * STEP, STEP, 0), pointers)
 
 
@@ -187,8 +194,11 @@ def _fill(stream, count, j, row, shown, work, place):
     stage = count % STAGES
     full = stream.full.index(stage)
     mbarrier.wait(stream.empty.index(stage), (count // STAGES) & 1 ^ 1)
-    if (stream.index is not None) and ((j >= work.copied) & (j < work.chosen)):
-        _gather(stream.tiles.index(stage).reshape([BN, D]), stream.x, place, j < work.indexed, row, shown)
+    sinks = gl.where(j == work.listed, work.sinks, 0)
+    gathered = ((j >= work.copied) & (j < work.chosen)) | (sinks > 0)
+    if ((stream.index is not None) or (stream.sinks is not None)) and gathered:
+        shown = gl.where(sinks > 0, work.stop - row, shown)
+        _gather(stream.tiles.index(stage).reshape([BN, D]), stream, place, j < work.indexed, sinks, row, shown)
         async_copy.mbarrier_arrive(full)
         mbarrier.arrive(full)
     else:
@@ -203,8 +213,8 @@ def _fill(stream, count, j, row, shown, work, place):
 
 @_jit
 def _produce(d, x, lists, shared, sizes, SHAPE: gl.constexpr):
-    keys = Stream(x.k, x.index.p, d.k, d.copied_key, shared.k, shared.k_full, shared.k_empty)
-    values = Stream(x.v, x.index.p, d.v, d.copied_value, shared.v, shared.v_full, shared.v_empty)
+    keys = Stream(x.k, x.index.p, lists.sinks, d.k, d.copied_key, shared.k, shared.k_full, shared.k_empty)
+    values = Stream(x.v, x.index.p, lists.sinks, d.v, d.copied_value, shared.v, shared.v_full, shared.v_empty)
     count = 0
     for n in range(_rounds(sizes)):
         work, place = _job(n, x, lists, sizes, SHAPE)
@@ -278,7 +288,7 @@ def _consume(d_out, x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.const
     row, shown, weight = _tile(0, work, x, lists, BN)
     mbarrier.wait(shared.q_full.index(half), 0)
     mbarrier.wait(shared.k_full.index(0), 0)
-    if x.index.p is not None:
+    if (x.index.p is not None) or (lists.sinks is not None):
         fence_async_shared()
     q = shared.q.index(half).reshape([ROWS, D])
     b_s = warpgroup_mma(q, shared.k.index(0).reshape([BN, D]).permute((1, 0)), b_zero, use_acc=False)
@@ -302,13 +312,13 @@ def _consume(d_out, x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.const
         before = (count - 1) % STAGES
         mbarrier.wait(shared.q_full.index(n % 2 * 2 + half), (n // 2) & 1, pred=j == 0)
         mbarrier.wait(shared.k_full.index(stage), (count // STAGES) & 1)
-        if x.index.p is not None:
+        if (x.index.p is not None) or (lists.sinks is not None):
             fence_async_shared()
         q = shared.q.index(n % 2 * 2 + half).reshape([ROWS, D])
         k = shared.k.index(stage).reshape([BN, D]).permute((1, 0))
         s_token = warpgroup_mma(q, k, b_zero, use_acc=False, is_async=True)
         mbarrier.wait(shared.v_full.index(before), ((count - 1) // STAGES) & 1)
-        if x.index.p is not None:
+        if (x.index.p is not None) or (lists.sinks is not None):
             fence_async_shared()
         v = shared.v.index(before).reshape([BN, DV])
         o_token = warpgroup_mma(b_p, v, b_acc, use_acc=added > 0, is_async=True)
@@ -340,7 +350,7 @@ def _consume(d_out, x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.const
         row, shown, weight = _tile(j, work, x, lists, BN)
     last = count - 1
     mbarrier.wait(shared.v_full.index(last % STAGES), (last // STAGES) & 1)
-    if x.index.p is not None:
+    if (x.index.p is not None) or (lists.sinks is not None):
         fence_async_shared()
     b_acc = warpgroup_mma(b_p, shared.v.index(last % STAGES).reshape([BN, DV]), b_acc, use_acc=added > 0)
     _finish(b_acc, b_max, b_sum, done, out, x, sizes, half)

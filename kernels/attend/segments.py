@@ -73,15 +73,16 @@ class SegmentTable:
             self._on_device[device] = tuple(constant(a, device) for a in arrays)
         return self._on_device[device]
 
-    def tiles_on(
-        self, device: torch.device, rows: int, Lq: int, Lk: int, compacted: int, indexed: int
-    ) -> tuple[torch.Tensor, ...]:
-        """What :func:`tile_lists` gives for tiles of ``rows`` rows, checked and copied to ``device`` once."""
-        key = (device, rows, Lq, Lk, compacted, indexed)
+    def tiles_on(self, tiles: SegmentTiles, Lq: int, sources: Sources) -> Lists:
+        """What :func:`tile_lists` gives for ``tiles`` and ``Lq`` queries, checked and copied to their device once."""
+        device, Lk, compacted = sources.key.device, sources.key.shape[2], sources.compacted_key.shape[2]
+        key = (device, tiles.rows, tiles.hopper, Lq, Lk, compacted, sources.indexed)
         if key not in self._on_device:
-            check_table(self, Lq, Lk, compacted, indexed)
-            lists = tile_lists(self, rows, compacted)
-            self._on_device[key] = tuple(constant(x, device) for x in lists)
+            check_table(self, Lq, Lk, compacted, sources.indexed)
+            lists = tile_lists(self, tiles.rows, compacted, tiles.hopper)
+            if tiles.hopper and not lists[-1].any():
+                lists = lists[:-1]
+            self._on_device[key] = Lists(*(constant(x, device) for x in lists))
         return self._on_device[key]
 
     def rows_seen(self, queries: int) -> np.ndarray:
@@ -328,13 +329,14 @@ def segment_attention_backward(
 # Kernel: one program per (part of a block of queries, query head), which walks lists of tiles of rows
 
 
-def tile_lists(table: SegmentTable, rows: int, compacted: int) -> tuple[np.ndarray, ...]:
+def tile_lists(table: SegmentTable, rows: int, compacted: int, merged: bool = False) -> tuple[np.ndarray, ...]:
     """What a program reads of the table: the segments cut into tiles of ``rows`` rows.
 
     start: int32 ``[3 * blocks + 1]``: block b sees the compacted tiles ``start[3 b] .. start[3 b + 1]``, then
     tiles read by index, then tiles of tokens, up to ``start[3 b + 3]``. tiles: int32 ``[tiles, 2]``: first row,
     number of rows. log2_weight: float32 ``[tiles]``. tail: int32 ``[blocks]``, which includes a segment that it
-    continues. The tail itself is not listed: it may be as long as the sequence.
+    continues. The tail itself is not listed: it may be as long as the sequence. With ``merged`` also sinks, int32
+    ``[blocks]``: the first tile of the tail begins so many rows earlier, with the first tokens in their place.
     """
     source, first, length = (table.segments[..., i].astype(np.int64) for i in range(3))
     tail = table.tail.astype(np.int64)
@@ -342,6 +344,14 @@ def tile_lists(table: SegmentTable, rows: int, compacted: int) -> tuple[np.ndarr
     joined, column = continued.any(1).nonzero()[0], continued.argmax(1)
     tail[joined] = first[joined, column[joined]]
     length[joined, column[joined]] = 0
+    sinks = np.zeros_like(tail)
+    if merged:
+        few = (source == TOKENS) & (first == 0) & (length > 0) & (length < rows) & (table.log_weight == 0)
+        few &= (length <= tail[:, None]) & (tail != NO_TAIL)[:, None]
+        found, column = few.any(1).nonzero()[0], few.argmax(1)
+        sinks[found] = length[found, column[found]]
+        tail[found] -= sinks[found]
+        length[found, column[found]] = 0
 
     kind = np.where(source == TOKENS, 2, first >= compacted)
     block, column = length.nonzero()
@@ -353,7 +363,8 @@ def tile_lists(table: SegmentTable, rows: int, compacted: int) -> tuple[np.ndarr
     tiles = np.stack([first[at][which] + done, np.minimum(length[at][which] - done, rows)], 1)
     start = np.bincount(3 * at[0] + kind[at] + 1, count, 3 * len(tail) + 1).cumsum()
     log2_weight = table.log_weight[at][which] / math.log(2.0)
-    return start.astype(np.int32), tiles.astype(np.int32), log2_weight.astype(np.float32), tail.astype(np.int32)
+    lists = (start, tiles, log2_weight.astype(np.float32), tail, *([sinks] if merged else []))
+    return tuple(x if x.dtype == np.float32 else x.astype(np.int32) for x in lists)
 
 
 @jit
@@ -631,10 +642,10 @@ def segment_attention_triton(
     check_dtype(query)
     query, scale = with_positive_scale(query, scale)
     key, value, compacted_key, compacted_value, index, lengths = sources
-    (B, H, Lq, _), (H_kv, Lk), A = query.shape, key.shape[1:3], compacted_key.shape[2]
+    (B, H, Lq, _), H_kv = query.shape, key.shape[1]
     tiles = SegmentTiles.of(query, key, value, table.block)
     BM = tiles.queries
-    lists = Lists(*table.tiles_on(query.device, tiles.rows, Lq, Lk, A, sources.indexed))
+    lists = table.tiles_on(tiles, Lq, sources)
     described = [tiles.describe(*pair) for pair in ((key, value), (compacted_key, compacted_value)) if pair[0].shape[2]]
     # of a source without rows nothing is read, but a descriptor has to describe something
     (d_k, d_v), copies = described[0], described[-1]

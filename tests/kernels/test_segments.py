@@ -105,11 +105,20 @@ def test_reference_is_dense_attention(seed, Lq, past, segments, shift, indexed):
     torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
 
 
-@given(**PROBLEM, Lq=st.integers(1, 200), rows=st.sampled_from([1, 16, 64]))
-def testtile_lists_are_the_table(seed, Lq, past, shift, indexed, rows):
+@given(**PROBLEM, Lq=st.integers(1, 200), rows=st.sampled_from([1, 16, 64]), few=st.none() | st.integers(0, 70))
+def test_tile_lists_are_the_table(seed, Lq, past, shift, indexed, rows, few):
+    """Also with the ``few`` first tokens in a segment of their own, which a tile of the tail may hold."""
     tensors, table, _ = random_problem(seed, Lq, past, 4, 16, shift=shift, indexed=indexed)
     A = tensors[3].shape[2]
     start, tiles, log2_weight, tail = tile_lists(table, rows, A)
+    sinks = np.zeros_like(tail)
+    if few is not None:
+        table.segments[:, 0, :2] = table.log_weight[:, 0] = 0
+        table.segments[:, 0, 2] = np.minimum(few, table.tail)
+        start, tiles, log2_weight, tail, sinks = tile_lists(table, rows, A, merged=True)
+        assert (tail >= 0).all() and (sinks < rows).all()
+        alone = (few > 0) & (few < rows) & (few < table.tail) & (table.segments[:, 1:, 2] == 0).all(1)
+        assert (sinks[alone] == few).all()
     assert len(start) == 3 * len(tail) + 1 and start[0] == 0 and start[-1] == len(tiles) == len(log2_weight)
     assert ((tiles[:, 1] > 0) & (tiles[:, 1] <= rows)).all()
     for b in range(len(tail)):
@@ -118,7 +127,7 @@ def testtile_lists_are_the_table(seed, Lq, past, shift, indexed, rows):
             own = slice(start[3 * b + part], start[3 * b + part + 1])
             for (first, count), weight in zip(tiles[own].tolist(), log2_weight[own].tolist(), strict=True):
                 listed += [(part, row, np.float32(weight)) for row in range(first, first + count)]
-        listed += [(2, row, np.float32(0)) for row in range(tail[b], table.tail[b])]
+        listed += [(2, row, np.float32(0)) for row in (*range(sinks[b]), *range(tail[b] + sinks[b], table.tail[b]))]
         for (source, first, count), weight in zip(table.segments[b].tolist(), table.log_weight[b], strict=True):
             part = 2 if source == 0 else int(first >= A)
             expected += [(part, row, np.float32(weight / math.log(2))) for row in range(first, first + count)]
