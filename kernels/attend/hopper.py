@@ -186,14 +186,20 @@ def _gather(target, stream, place, by_index, sinks, row, shown):
 
 
 @_jit
-def _fill(stream, count, j, row, shown, work, place):
-    """Tile j of a job, the one after ``count`` others, as soon as there is room for it."""
-    STAGES: gl.constexpr = stream.tiles.shape[0]
+def _next(stage, phase, STAGES: gl.constexpr):
+    """The stage after this one, and the phase of its barriers. Carried from tile to tile they stay in uniform registers;
+    from a count of tiles, ptxas computes the address of a barrier for every lane, and lanes of a warp wait apart."""
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+@_jit
+def _fill(stream, stage, phase, j, row, shown, work, place):
+    """Tile j of a job, as soon as there is room for it."""
     BN: gl.constexpr = stream.tiles.shape[3]
     D: gl.constexpr = stream.tiles.shape[4]
-    stage = count % STAGES
     full = stream.full.index(stage)
-    mbarrier.wait(stream.empty.index(stage), (count // STAGES) & 1 ^ 1)
+    mbarrier.wait(stream.empty.index(stage), phase ^ 1)
     sinks = gl.where(j == work.listed, work.sinks, 0)
     gathered = ((j >= work.copied) & (j < work.chosen)) | (sinks > 0)
     if ((stream.index is not None) or (stream.sinks is not None)) and gathered:
@@ -215,21 +221,22 @@ def _fill(stream, count, j, row, shown, work, place):
 def _produce(d, x, lists, shared, sizes, SHAPE: gl.constexpr):
     keys = Stream(x.k, x.index.p, lists.sinks, d.k, d.copied_key, shared.k, shared.k_full, shared.k_empty)
     values = Stream(x.v, x.index.p, lists.sinks, d.v, d.copied_value, shared.v, shared.v_full, shared.v_empty)
-    count = 0
+    stage, phase, side, side_phase = 0, 0, 0, 0
     for n in range(_rounds(sizes)):
         work, place = _job(n, x, lists, sizes, SHAPE)
         for half in gl.static_range(2):
-            at = n % 2 * 2 + half
+            at = side * 2 + half
             full = shared.q_full.index(at)
-            mbarrier.wait(shared.q_empty.index(at), (n // 2) & 1 ^ 1)
+            mbarrier.wait(shared.q_empty.index(at), side_phase ^ 1)
             mbarrier.expect(full, d.q.block_type.nbytes)
             q_row = work.q_row + ROWS * half
             tma.async_copy_global_to_shared(d.q, [place.i_b, place.i_h, q_row, 0], full, shared.q.index(at))
         for j in range(work.total):
             row, shown, weight = _tile(j, work, x, lists, SHAPE.BN)
-            _fill(keys, count, j, row, shown, work, place)
-            _fill(values, count, j, row, shown, work, place)
-            count += 1
+            _fill(keys, stage, phase, j, row, shown, work, place)
+            _fill(values, stage, phase, j, row, shown, work, place)
+            stage, phase = _next(stage, phase, SHAPE.STAGES)
+        side, side_phase = _next(side, side_phase, 2)
 
 
 @_jit
@@ -301,30 +308,30 @@ def _consume(d_out, x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.const
     b_p = gl.convert_layout(b_w.to(dtype), P_L)
 
     done = (work.i_bh, work.q_row)
-    # the tile to come is number ``j`` of job ``n``, after ``count`` others; the last of them was number ``added``
-    n, j, count, added = 0, 1, 1, 0
+    # the tile to come is number ``j`` of job ``n``, and the last one was number ``added`` of its own
+    n, j, added = 0, 1, 0
+    before, before_phase, side, side_phase = 0, 0, 0, 0
+    stage, phase = _next(before, before_phase, STAGES)
     if work.total == 1:
-        n, j = 1, 0
+        n, j, side = 1, 0, 1
         work, place = _job(gl.minimum(n, rounds - 1), x, lists, sizes, SHAPE)
     row, shown, weight = _tile(j, work, x, lists, BN)
     while n < rounds:
-        stage = count % STAGES
-        before = (count - 1) % STAGES
-        mbarrier.wait(shared.q_full.index(n % 2 * 2 + half), (n // 2) & 1, pred=j == 0)
-        mbarrier.wait(shared.k_full.index(stage), (count // STAGES) & 1)
+        mbarrier.wait(shared.q_full.index(side * 2 + half), side_phase, pred=j == 0)
+        mbarrier.wait(shared.k_full.index(stage), phase)
         if (x.index.p is not None) or (lists.sinks is not None):
             fence_async_shared()
-        q = shared.q.index(n % 2 * 2 + half).reshape([ROWS, D])
+        q = shared.q.index(side * 2 + half).reshape([ROWS, D])
         k = shared.k.index(stage).reshape([BN, D]).permute((1, 0))
         s_token = warpgroup_mma(q, k, b_zero, use_acc=False, is_async=True)
-        mbarrier.wait(shared.v_full.index(before), ((count - 1) // STAGES) & 1)
+        mbarrier.wait(shared.v_full.index(before), before_phase)
         if (x.index.p is not None) or (lists.sinks is not None):
             fence_async_shared()
         v = shared.v.index(before).reshape([BN, DV])
         o_token = warpgroup_mma(b_p, v, b_acc, use_acc=added > 0, is_async=True)
         b_s = warpgroup_mma_wait(1, deps=[s_token])
         mbarrier.arrive(shared.k_empty.index(stage))
-        mbarrier.arrive(shared.q_empty.index(n % 2 * 2 + half), pred=j + 1 == work.total)
+        mbarrier.arrive(shared.q_empty.index(side * 2 + half), pred=j + 1 == work.total)
         b_s = _hide(b_s, j, row, shown, work, sizes, half)
         b_old = gl.where(j == 0, -1e30, b_max)
         b_new = gl.maximum(b_old, gl.max(b_s, 1) * scale_log2 + weight)
@@ -341,18 +348,19 @@ def _consume(d_out, x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.const
         b_p = gl.convert_layout(b_w.to(dtype), P_L)
         done = (work.i_bh, work.q_row)
         added = j
-        count += 1
+        before, before_phase = stage, phase
+        stage, phase = _next(stage, phase, STAGES)
         j += 1
         if j == work.total:
             n += 1
             j = 0
+            side, side_phase = _next(side, side_phase, 2)
             work, place = _job(gl.minimum(n, rounds - 1), x, lists, sizes, SHAPE)
         row, shown, weight = _tile(j, work, x, lists, BN)
-    last = count - 1
-    mbarrier.wait(shared.v_full.index(last % STAGES), (last // STAGES) & 1)
+    mbarrier.wait(shared.v_full.index(before), before_phase)
     if (x.index.p is not None) or (lists.sinks is not None):
         fence_async_shared()
-    b_acc = warpgroup_mma(b_p, shared.v.index(last % STAGES).reshape([BN, DV]), b_acc, use_acc=added > 0)
+    b_acc = warpgroup_mma(b_p, shared.v.index(before).reshape([BN, DV]), b_acc, use_acc=added > 0)
     _finish(b_acc, b_max, b_sum, done, out, x, sizes, half)
     tma.store_wait(0)
 
