@@ -54,7 +54,7 @@ VERSIONS = ("3.6.",)  # of Triton that this was tried with; Gluon changes from o
 CACHED = 32 << 20  # bytes of keys and values that heads which take turns have, of 50 or 60 MB of L2
 GATHERED = constexpr(2048)  # elements of rows by index that are asked for at a time
 
-Shared = namedtuple("Shared", "q k v out q_full q_empty k_full k_empty v_full v_empty")
+Shared = namedtuple("Shared", "q k v q_full q_empty k_full k_empty v_full v_empty")
 # A job: a part of the queries of one head, the row of its first query (below 0: none), and where kinds of tiles end,
 # one after another: copied rows, rows by index, chosen blocks, listed tokens, the tail
 Work = namedtuple("Work", "i_bh q_row first copied indexed chosen listed total tail sinks stop keys length")
@@ -187,8 +187,11 @@ def _gather(target, stream, place, by_index, sinks, row, shown):
 
 @_jit
 def _next(stage, phase, STAGES: gl.constexpr):
-    """The stage after this one, and the phase of its barriers. Carried from tile to tile they stay in uniform registers;
-    from a count of tiles, ptxas computes the address of a barrier for every lane, and lanes of a warp wait apart."""
+    """The stage after this one, and the phase of its barriers.
+
+    Carried from tile to tile they stay in uniform registers. From a count of tiles ptxas computes the address of a
+    barrier for every lane, so that lanes of a warp wait for themselves, while Triton says that they go on together.
+    """
     last = stage == STAGES - 1
     return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
 
@@ -255,26 +258,24 @@ def _hide(b_s, j, row, shown, work, sizes, half):
 
 
 @_jit
-def _finish(b_acc, b_max, b_sum, done, out, x, sizes, half: gl.constexpr):
-    """Store the results of a job; ``out``: their descriptor and where they wait in shared memory."""
+def _finish(b_acc, b_max, b_sum, done, x, sizes, half: gl.constexpr):
+    """Store the results of a job."""
     DV: gl.constexpr = b_acc.shape[1]
     ROW: gl.constexpr = gl.SliceLayout(1, b_acc.type.layout)
     i_bh, q_row = done
-    descriptor, waiting = out
-    q_row += ROWS * half
     b_sum = gl.convert_layout(b_sum, ROW)
     b_out = gl.where((b_sum > 0)[:, None], b_acc / b_sum[:, None], 0.0)
-    tma.store_wait(0)  # of the job before
-    waiting.reshape([ROWS, DV]).store(b_out.to(waiting.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(descriptor, [i_bh // sizes.H, i_bh % sizes.H, q_row, 0], waiting)
     b_lse = (gl.convert_layout(b_max, ROW) + gl.log2(b_sum)) * 0.6931471805599453
-    o_m = q_row + gl.arange(0, ROWS, ROW)
-    gl.store(x.lse + (i_bh.to(gl.int64) * sizes.Lq + o_m), b_lse, mask=(o_m >= 0) & (o_m < sizes.Lq))
+    o_m = q_row + ROWS * half + gl.arange(0, ROWS, ROW)
+    m_m = (o_m >= 0) & (o_m < sizes.Lq)
+    o_row = i_bh.to(gl.int64) * sizes.Lq + o_m
+    o_d = gl.arange(0, DV, gl.SliceLayout(0, b_acc.type.layout))
+    gl.store(x.out + o_row[:, None] * DV + o_d[None, :], b_out.to(x.out.dtype.element_ty), mask=m_m[:, None])
+    gl.store(x.lse + o_row, b_lse, mask=m_m)
 
 
 @_jit
-def _consume(d_out, x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.constexpr):
+def _consume(x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.constexpr):
     """All tiles of all jobs in one loop: the first scores of a job run beside the last values of the one before."""
     STAGES: gl.constexpr = SHAPE.STAGES
     BN: gl.constexpr = SHAPE.BN
@@ -286,7 +287,6 @@ def _consume(d_out, x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.const
     ROW: gl.constexpr = gl.SliceLayout(1, O_L)
     dtype: gl.constexpr = shared.q.dtype
     scale_log2 = x.scale_log2
-    out = (d_out, shared.out.index(half))
     b_acc = gl.zeros([ROWS, DV], gl.float32, O_L)
     b_zero = gl.zeros([ROWS, BN], gl.float32, S_L)
     rounds = _rounds(sizes)
@@ -341,7 +341,7 @@ def _consume(d_out, x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.const
         b_acc = warpgroup_mma_wait(0, deps=[o_token])
         mbarrier.arrive(shared.v_empty.index(before))
         if j == 0:
-            _finish(b_acc, b_max, b_sum, done, out, x, sizes, half)
+            _finish(b_acc, b_max, b_sum, done, x, sizes, half)
         b_max = b_new
         b_sum = b_sum_new
         b_acc = b_acc * gl.convert_layout(b_rescale, ROW)[:, None]
@@ -361,19 +361,17 @@ def _consume(d_out, x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.const
     if (x.index.p is not None) or (lists.sinks is not None):
         fence_async_shared()
     b_acc = warpgroup_mma(b_p, shared.v.index(before).reshape([BN, DV]), b_acc, use_acc=added > 0)
-    _finish(b_acc, b_max, b_sum, done, out, x, sizes, half)
-    tma.store_wait(0)
+    _finish(b_acc, b_max, b_sum, done, x, sizes, half)
 
 
 @_jit(do_not_specialize=["sizes"])
-def segment_kernel(d_q, d_k, d_v, d_ck, d_cv, d_out, x, lists, sizes, SHAPE: gl.constexpr):
+def segment_kernel(d_q, d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: gl.constexpr):
     STAGES: gl.constexpr = SHAPE.STAGES
     BN: gl.constexpr = SHAPE.BN
     shared = Shared(
         gl.allocate_shared_memory(d_q.dtype, [4, 1, 1, ROWS, SHAPE.D], d_q.layout),
         gl.allocate_shared_memory(d_k.dtype, [STAGES, 1, 1, BN, SHAPE.D], d_k.layout),
         gl.allocate_shared_memory(d_v.dtype, [STAGES, 1, 1, BN, SHAPE.DV], d_v.layout),
-        gl.allocate_shared_memory(d_out.dtype, [2, 1, 1, ROWS, SHAPE.DV], d_out.layout),
         gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
@@ -391,8 +389,8 @@ def segment_kernel(d_q, d_k, d_v, d_ck, d_cv, d_out, x, lists, sizes, SHAPE: gl.
         mbarrier.init(shared.v_empty.index(i), count=2)
     gl.warp_specialize(
         [
-            (_consume, (d_out, x, lists, shared, sizes, 0, SHAPE)),
-            (_consume, (d_out, x, lists, shared, sizes, 1, SHAPE)),
+            (_consume, (x, lists, shared, sizes, 0, SHAPE)),
+            (_consume, (x, lists, shared, sizes, 1, SHAPE)),
             (_produce, (Descriptors(d_q, d_k, d_v, d_ck, d_cv), x, lists, shared, sizes, SHAPE)),
         ],
         [4, 4],
@@ -420,7 +418,7 @@ def launch_jobs(
     parts, groups = grid
     every = Sizes(*sizes, parts, groups, min(max(CACHED // group, 1) * tensors.G, groups))
     programs = min(_processors(tensors.out.device), parts * groups)
-    launch(segment_kernel, (programs,), *described, describe(tensors.out, QUERIES // 2), tensors, lists, every,
+    launch(segment_kernel, (programs,), *described, tensors, lists, every,
            SHAPE=shape, num_warps=4)  # fmt: skip
 
 
