@@ -13,6 +13,7 @@ import torch
 
 from express_compile import METHODS, AttentionSpec, Mask, Policy, Rows, Site
 from express_compile.core.rows import to_numbers
+from express_compile.engines.varlen import express_varlen
 from express_compile.kernels import launch as launching
 from express_compile.kernels.attend.decode import decode_attention
 from express_compile.kernels.heads import PerHead
@@ -41,6 +42,10 @@ def recorded() -> Iterator[list[Launch]]:
     as nothing writes to it."""
     list(METHODS.values())  # their modules take what they import now, not the recorder
     found: list[Launch] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        found.append(Launch(kernel, args, options))
+
     changes: list[tuple[Any, str, Any]] = [
         (torch.Tensor, "is_cuda", True),
         (torch.Tensor, "new_empty", torch.Tensor.new_zeros),
@@ -51,19 +56,21 @@ def recorded() -> Iterator[list[Launch]]:
     ]
     for name, module in list(sys.modules.items()):
         if name.startswith("express_compile.") and getattr(module, "launch", None) is launching.launch:
-            changes.append((module, "launch", lambda kernel, grid, *args, **own: found.append(Launch(kernel, args, own))))
+            changes.append((module, "launch", record))
     with contextlib.ExitStack() as stack:
         for change in changes:
             stack.enter_context(mock.patch.object(*change))
         yield found
 
 
-def tokens(dtype: torch.dtype, D: int, Lq: int = TOKENS, Lk: int = TOKENS) -> list[torch.Tensor]:
-    return [torch.zeros(B, heads, n, D, dtype=dtype) for heads, n in ((H, Lq), (H_KV, Lk), (H_KV, Lk))]
+def tokens(dtype: torch.dtype, D: int, Lq: int | None = None) -> list[torch.Tensor]:
+    """Query, key and value, of all tokens or with the last ``Lq`` of them as queries."""
+    sizes = (H, Lq or TOKENS), (H_KV, TOKENS), (H_KV, TOKENS)
+    return [torch.zeros(B, heads, n, D, dtype=dtype) for heads, n in sizes]
 
 
-def padded(Lk: int = TOKENS) -> torch.Tensor:
-    return torch.arange(Lk) >= torch.tensor([[100], [0]])
+def padded() -> torch.Tensor:
+    return torch.arange(TOKENS) >= torch.tensor([[100], [0]])
 
 
 def attend(name: str, qkv: list[torch.Tensor], padding: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
@@ -85,6 +92,14 @@ def trained(name: str, qkv: list[torch.Tensor], *given: Any, call: Callable = at
     leaves = [x.requires_grad_() for x in qkv]
     out = call(name, leaves, *given, **options)
     torch.autograd.grad(out, leaves, torch.zeros_like(out))
+
+
+def packed(dtype: torch.dtype, D: int) -> None:
+    """Sequences one behind the other."""
+    qkv = [x.transpose(1, 2).flatten(0, 1) for x in tokens(dtype, D)]
+    starts = torch.tensor([0, TOKENS // 2, B * TOKENS], dtype=torch.int32)
+    rows = dict(budget=ROWS, sinks=32, window=256, protected=256)
+    express_varlen(*qkv, starts, B * TOKENS - TOKENS // 2, scale=SCALE, min_length=0, seed=5, **rows)
 
 
 def mixed(*rows: Rows) -> dict[str, Any]:
@@ -117,23 +132,26 @@ def cache(dtype: torch.dtype, D: int) -> None:
     q, k, v = tokens(dtype, D)
     own = PerHead((Rows(4, 60, 64), Rows(0, 60, 64, 128), WHOLE, Rows(4, 60, selected=2)))
     held = Held(own, k, v, Random(torch.tensor(5), LAYER), SCALE)
-    held.fill(k[:, :, :4000], v[:, :, :4000])
-    for step in (slice(4000, 4001), slice(4001, 4005), slice(4005, 4205)):
+    n = TOKENS // 2
+    held.fill(k[:, :, :n], v[:, :, :n])
+    for step in (slice(n, n + 1), slice(n + 1, n + 5), slice(n + 5, n + 205)):
         held.settle()
         held.extend(q[:, :, step], k[:, :, step], v[:, :, step])
 
 
+MIXED = mixed(BLOCKS, WHOLE, KEPT, CORE)
 EXPRESS = dict(budget=ROWS, sinks=32, recent=256, block=128)
 CALLS: dict[str, Callable[[torch.dtype, int], Any]] = {
     "express": lambda *kind: trained("express", tokens(*kind), **EXPRESS, protected=0),
     "express, protected": lambda *kind: trained("express", tokens(*kind), **EXPRESS, protected=256),
     "express, padded": lambda *kind: trained("express", tokens(*kind), padded(), **EXPRESS, protected=0),
     "express, protected, padded": lambda *kind: trained("express", tokens(*kind), padded(), **EXPRESS, protected=256),
+    "express, packed": packed,
     "express, uniform": lambda *kind: attend("express", tokens(*kind), **EXPRESS, halving="uniform"),
-    "heads": lambda *kind: trained("heads", tokens(*kind), call=run, **mixed(BLOCKS, WHOLE, KEPT, CORE)),
+    "heads": lambda *kind: trained("heads", tokens(*kind), call=run, **MIXED),
     "heads, no coreset": lambda *kind: run("heads", tokens(*kind), **mixed(BLOCKS, BLOCKS, PLACES, WINDOW)),
     "heads, selected": lambda *kind: trained("heads", tokens(*kind), call=run, **mixed(BLOCKS)),
-    "heads, padded": lambda *kind: trained("heads", tokens(*kind), padded(), call=run, **mixed(BLOCKS, WHOLE, KEPT, CORE)),
+    "heads, padded": lambda *kind: trained("heads", tokens(*kind), padded(), call=run, **MIXED),
     "thinformer": lambda *kind: trained("thinformer", tokens(*kind), budget=ROWS),
     "thinformer, padded": lambda *kind: trained("thinformer", tokens(*kind), padded(), budget=ROWS),
     "sparse, fixed": lambda *kind: trained("sparse", tokens(*kind), pattern="fixed"),

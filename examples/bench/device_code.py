@@ -4,11 +4,11 @@
     python examples/bench/device_code.py --triton WHEEL-OR-FOLDER --against examples/bench/results/device-code.csv
 
 TRITON is a wheel for this Python (``pip download --no-deps triton==3.6.0``), or a folder where one is unpacked. Every
-call of ``device_calls.py`` runs on CPU tensors; what it launches is compiled for sm_90 and assembled, each variant once.
-``--against`` compares with a table that was written before: a refactoring leaves the PTX of every kernel as it is. To
-compile another tree than the one that is installed, put it on PYTHONPATH.
+call of ``device_calls.py`` runs on CPU tensors. What it launches is compiled for sm_90 and assembled, each variant
+once, in four minutes of a core. ``--against`` compares with a table that was written before: a refactoring leaves the
+PTX of all kernels as it is. To compile another tree than the one that is installed, put it on PYTHONPATH.
 
-Ends with status 1 where a kernel does not compile, or takes more shared memory than a multiprocessor lends a block.
+Ends with status 1 where a kernel does not compile, or takes more shared memory than Hopper gives to a block.
 """
 
 from __future__ import annotations
@@ -156,56 +156,73 @@ def compare(old: list[Row], new: list[Row]) -> list[tuple[str, Row | None, Row |
 
 
 def differences(old: list[Row], new: list[Row]) -> list[Row]:
-    """What :func:`compare` finds but equal kernels, as rows to be shown: ``before -> after`` where numbers differ."""
-    rows = []
+    """What :func:`compare` finds but equal kernels, as rows to be shown: ``before -> after`` where numbers differ, the
+    first call, and how many there are."""
+    rows: dict[tuple[Any, ...], Row] = {}
     for what, before, after in compare(old, new):
-        if what != "same":
-            row: Row = {"what": what, **{name: (after or before or {})[name] for name in COLUMNS[2:6]}}
-            for name in ("registers", "spilled", "shared"):
-                numbers = [str(x.get(name, "")) for x in (before, after) if x is not None]
-                row[name] = " -> ".join(dict.fromkeys(numbers))
-            rows.append(row)
+        if what == "same":
+            continue
+        row = after or before or {}
+        place = (
+            what,
+            *(str(row[name]) for name in ("dtype", "D", "kernel")),
+            *(x and x["ptx"] for x in (before, after)),
+        )
+        shown = rows.setdefault(place, {"what": what, "calls": 0, **row})
+        shown["calls"] += 1
+        for name in ("registers", "spilled", "shared"):
+            numbers = [str(x.get(name, "")) for x in (before, after) if x is not None]
+            shown[name] = " -> ".join(dict.fromkeys(numbers))
+    return list(rows.values())
+
+
+def read(path: Path, triton: str) -> list[Row]:
+    """An earlier table, of the same Triton."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if other := {row["triton"] for row in rows} - {triton}:
+        raise SystemExit(f"--against: {path} is of Triton {', '.join(other)}, this is {triton}; must be the same")
     return rows
 
 
-def show_against(path: Path, rows: list[Row], triton: str) -> None:
-    records = import_module("records")
-    with path.open(newline="") as file:
-        old = list(csv.DictReader(file))
-    if {row["triton"] for row in old} != {triton}:
-        raise SystemExit(f"--against: {path} is of Triton {old[0]['triton']}, this is {triton}: nothing can be compared")
-    differ = differences(old, rows)
-    records.show(differ, ["what", *COLUMNS[2:6], "registers", "spilled", "shared"])
-    print(f"{len(rows)} kernels of calls here, {len(old)} in {path}, {len(differ)} differences")
+def commit_of(tree: Path) -> str:
+    command = ["git", "-C", str(tree), "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--triton", type=Path, required=True, help="wheel of Triton, or the folder where it is unpacked")
+    parser.add_argument("--triton", type=Path, required=True, help="a wheel, or the folder where it is unpacked")
     parser.add_argument("--version", default="3.6.", help="how the version of that Triton must begin")
     parser.add_argument("--against", type=Path, help="table to compare with")
     parser.add_argument("--out", type=Path, help="CSV file to write")
     args = parser.parse_args()
+    if not args.triton.exists():
+        parser.error(f"--triton: {args.triton} is not there; must be a wheel, or a folder where one is unpacked")
     with unpacked(args.triton) as folder, tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         use_triton(folder, args.version)
         records, triton = import_module("records"), sys.modules["triton"].__version__
+        old = read(args.against, triton) if args.against else []  # before it is written anew
         tree = Path(import_module("express_compile").__file__).parents[1]
-        command = ["git", "-C", str(tree), "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        print(f"Triton {triton} of {folder}, kernels of {tree} ({commit})", flush=True)
+        run = {"commit": commit_of(tree), "triton": triton}
+        print(f"Triton {triton} of {folder}, kernels of {tree}, {run['commit']}", flush=True)
         rows = []
         for row in table():
-            rows.append({"commit": commit, "triton": triton, **{x: row.get(x, "") for x in COLUMNS[2:]}})
+            rows.append({**run, **{name: row.get(name, "") for name in COLUMNS[2:]}})
             print(*rows[-1].values(), flush=True)
     if args.out:
         args.out.unlink(missing_ok=True)
         records.append(args.out, COLUMNS, rows)
-    wrong = [row for row in rows if row["error"]]
     if args.against:
-        show_against(args.against, rows, triton)
-    records.show([row for row in rows if row["spilled"] or row["warnings"]], COLUMNS[2:-2])
-    records.show(wrong, ["call", "kernel", "error"])
+        differ = differences(old, rows)
+        records.show(differ, ["what", "dtype", "D", "call", "calls", "kernel", "registers", "spilled", "shared"])
+        same = sum(what == "same" for what, *_ in compare(old, rows))
+        print(f"{same} of {len(rows)} rows have the PTX that they have in {args.against}, which has {len(old)}")
+    wrong = [row for row in rows if row["error"]]
+    records.show(wrong, ["dtype", "D", "call", "kernel", "error"])
+    kernels = {row["ptx"] for row in rows}, {row["ptx"] for row in rows if row["spilled"]}
+    print(f"{len(kernels[0])} kernels, {len(kernels[1])} of them spill; {len(wrong)} rows with errors")
     sys.exit(bool(wrong))
 
 
