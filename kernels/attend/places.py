@@ -105,6 +105,7 @@ def _split_kernel(q, table, programs, end, parts, scale, SHAPE: tl.constexpr):
     BM: tl.constexpr = SHAPE.BM
     BN: tl.constexpr = SHAPE.BN
     PAGE: tl.constexpr = SHAPE.PAGE
+    BDV: tl.constexpr = SHAPE.BDV
     i_p, i_b = tl.program_id(0), tl.program_id(1)
     i_h, i_split = tl.load(programs + 3 * i_p), tl.load(programs + 3 * i_p + 1)
     splits = tl.load(programs + 3 * i_p + 2)
@@ -126,7 +127,7 @@ def _split_kernel(q, table, programs, end, parts, scale, SHAPE: tl.constexpr):
     p_q = q.p + i_b.to(tl.int64) * q.b + (i_h * SHAPE.G + o_m).to(tl.int64)[:, None] * q.h + o_d[None, :]
     b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < SHAPE.D)[None, :], other=0.0)  # [BM, BD]
     b_top, b_sum = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
-    b_acc = tl.zeros([BM, SHAPE.BDV], tl.float32)
+    b_acc = tl.zeros([BM, BDV], tl.float32)
     for j in range(i_split, tl.cdiv(rows, BN), splits):
         o_row = j * BN + o_n
         b_page = tl.load(p_pages + o_row // PAGE, mask=o_row < listed, other=-1)
@@ -156,12 +157,13 @@ def _split_kernel(q, table, programs, end, parts, scale, SHAPE: tl.constexpr):
 def _combine_kernel(parts, p_shares, programs, SHAPE: tl.constexpr):
     """Of one query head the parts of all its programs, in order."""
     BS: tl.constexpr = 16
+    BDV: tl.constexpr = SHAPE.BDV
     i_g, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_s, o_dv = tl.arange(0, BS), tl.arange(0, SHAPE.BDV)
     first, splits = tl.load(p_shares + 2 * i_h), tl.load(p_shares + 2 * i_h + 1)
     o_part = (i_b.to(tl.int64) * programs + first) * SHAPE.G + i_g
     top, total = -1e30, 0.0
-    b_out = tl.zeros([SHAPE.BDV], tl.float32)
+    b_out = tl.zeros([BDV], tl.float32)
     for s in range(0, splits, BS):
         o_own, m_s = o_part + (s + o_s) * SHAPE.G, s + o_s < splits
         b_sum = tl.load(parts.sum + o_own, mask=m_s, other=0.0)

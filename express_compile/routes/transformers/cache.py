@@ -31,10 +31,11 @@ from ...planning.choose import methods_of
 from ..eager import rewrite_attention, rewritten_sites
 from .layers import ExpressLayer, Place, Step
 from .sites import installed
+from .steps import Steps, let_generate_record
 
 _ROWS = ("budget", "sinks", "recent", "protected")
 _OTHERS = ("halving", "inflation", "flatten", "block")
-_VERSION = 2
+_VERSION = 3
 _SHAPE = (
     "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "rope_theta",
@@ -101,6 +102,7 @@ class ExpressCache(Cache):
     ) -> None:
         self.seed = int(torch.randint(0, 2**31 - 1, ())) if seed is None else seed
         self._step = Step(len(sites))
+        self.steps = Steps(self)
         self._model = _shape_of(model)
         layers = DynamicCache(config=model.config).layers
         for path, index in sites.items():
@@ -162,6 +164,7 @@ class ExpressCache(Cache):
         """Forget everything, also a step that was interrupted."""
         super().reset()
         self._step.clear()
+        self.steps.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last ``-tokens_to_remove`` tokens back, of all layers or of none: ``ValueError`` where a head has
@@ -244,6 +247,9 @@ class ExpressCache(Cache):
             mine = {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
             _restore(layer, entries[layer.place.path], mine)
         return cache
+
+
+let_generate_record(ExpressCache)
 
 
 # ---- what was asked for ---------------------------------------------------------------------------------------------
@@ -377,7 +383,7 @@ def _restore(layer: ExpressLayer, data: Mapping[str, Any], tensors: Mapping[str,
     layer.lazy_initialization(key, value)
     layer.keys = layer.values = None
     random = Random(torch.tensor(layer.seed, device=key.device), layer.place.key)
-    layer.held = Held(layer.own, key, value, random, held["scale"])
+    layer.held = Held(layer.own, key, value, random, held["scale"], layer.place.number)
     layer.held.length = held["length"]
     for i, part in enumerate(layer.held.parts):
         part.left = held["left"][i]

@@ -83,11 +83,15 @@ class Step:
     """Which layers of a cache have the tokens of the step that runs.
 
     layers: how many there are. done: those that have attended. open: the one that has the tokens and has not attended.
+    changes: how often anything was done that is no replay. recorded: whether the launches of a step are being recorded,
+    which is no step by itself.
     """
 
     layers: int = 0
     done: set[int] = field(default_factory=set)
     open: int | None = None
+    changes: int = 0
+    recorded: bool = False
 
     @property
     def whole(self) -> bool:
@@ -104,6 +108,7 @@ class Step:
             )
 
     def begin(self, index: int) -> None:
+        self.changes += 1
         if self.open is not None or index in self.done:
             self.require_whole()
             self.done.clear()
@@ -115,6 +120,7 @@ class Step:
         self.open = None
 
     def clear(self) -> None:
+        self.changes += 1
         self.done.clear()
         self.open = None
 
@@ -194,7 +200,8 @@ class ExpressLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._require_alike(key_states, value_states)
-        self.step.begin(self.place.number)
+        if not self.step.recorded:
+            self.step.begin(self.place.number)
         if self.held is not None:  # the last step can no longer be undone
             self.keys = self.values = None
         total = self.columns + key_states.shape[2]
@@ -222,6 +229,10 @@ class ExpressLayer(CacheLayerMixin):
         key, value = self.new
         n = given.query.shape[2]
         self._require_computable(given, site)
+        if self.step.recorded:
+            assert self.held is not None, "records() says so"
+            self.new = None
+            return self.held.launch_step(given.query, key, value)
         if self.held is None and self.columns + n <= self.limit:
             self.keys, self.values = key, value
             self._end(n)
@@ -253,10 +264,13 @@ class ExpressLayer(CacheLayerMixin):
                 f"holds {self.held.length}; what was padding has to stay padding, and nothing else may be hidden"
             )
         else:
+            is_single = real is None and self.held.fits_step(given.query)
             self.settling = True
-            self.held.settle()
+            self.held.settle(is_single)
             self.settling = n > STEP
-            out = self.held.extend(given.query, key, value, real)
+            out = self.held.step(given.query, key, value) if is_single else None
+            if out is None:
+                out = self.held.extend(given.query, key, value, real)
             self.settling = False
         if real is not None:
             self.padded = self.columns + max(max((i for i, x in enumerate(own, 1) if not x), default=0) for own in real)
@@ -267,7 +281,7 @@ class ExpressLayer(CacheLayerMixin):
         computes it."""
         assert self.new is not None and self.keys is not None and self.values is not None
         seed = torch.tensor(self.seed, device=given.query.device)
-        held = Held(self.own, *self.new, Random(seed, self.place.key), scale)
+        held = Held(self.own, *self.new, Random(seed, self.place.key), scale, self.place.number)
         old = None if proof.padding is None else _tuples(proof.padding[:, : self.columns])
         held.fill(self.keys, self.values, old)
         self.padded = 0 if proof.padding is None else _last(proof.padding[:, : self.columns])
@@ -281,6 +295,28 @@ class ExpressLayer(CacheLayerMixin):
         held.fill(*self.new, real)
         self.held, self.keys, self.values = held, None, None
         return out
+
+    # -- steps that are recorded ----------------------------------------------------------------------------------
+
+    def records(self, sequences: int) -> bool:
+        """Whether a step of one token of every sequence can be recorded, or a record replayed."""
+        return self.held is not None and not self.settling and len(self.held.length) == sequences
+
+    def settle_recorded(self, end: torch.Tensor) -> Any:
+        """What has to be done before a replay that adds a token; see :meth:`Held.prepare_step`."""
+        assert self.held is not None
+        self._require_usable()
+        self.settling = True
+        self.held.settle(single=True)
+        self.settling = False
+        self.keys = self.values = None
+        return self.held.prepare_step(end)
+
+    def end_recorded(self) -> None:
+        """Count the token that a replay added."""
+        assert self.held is not None
+        self.held.end_step()
+        self.columns, self.last = self.columns + 1, 1
 
     # -- what cannot be computed ----------------------------------------------------------------------------------
 
@@ -392,6 +428,7 @@ class ExpressLayer(CacheLayerMixin):
             self._drop(count)
 
     def _drop(self, count: int) -> None:
+        self.step.changes += 1
         self.columns -= count
         if self.keys is not None and self.values is not None and self.keys.shape[2] >= self.columns:
             self.held = None  # what there may be of it is of the last step alone
@@ -423,6 +460,7 @@ class ExpressLayer(CacheLayerMixin):
     # -- transformers' protocol: other batches, other devices ---------------------------------------------------------
 
     def _select(self, index: torch.Tensor) -> None:
+        self.step.changes += 1
         self._require_usable()
         self.step.require_whole()
         if not self.is_initialized or self.like is None:
@@ -458,6 +496,7 @@ class ExpressLayer(CacheLayerMixin):
             self._to(self.like.device)
 
     def _to(self, device: torch.device) -> None:
+        self.step.changes += 1
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys.to(device), self.values.to(device)
         if self.held is not None:
