@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 
 from .attend.decode import MAX_ROWS, MAX_WIDTH, decode_attention, device_of, queries_at_once
@@ -605,6 +606,11 @@ class Held:
     def extend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, real: Real = None) -> torch.Tensor:
         """Attention of new tokens ``query`` ``[B, H, n, D]`` to what is held, settled, and causally to themselves:
         ``[B, H, n, Dv]``, 0 for padding. Then they are held, too; not settled if there are at most ``STEP``."""
+        out = self._attend(query, key, value, real)
+        self._count(query.shape[2], real)
+        return out
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, real: Real) -> torch.Tensor:
         out = query.new_zeros(*query.shape[:3], value.shape[3])
         heads = out.unflatten(1, (key.shape[1], -1))
         for b, length, at, count in list(self._spans(query.shape[2], real)):
@@ -617,7 +623,6 @@ class Held:
                     continue
                 columns = torch.arange(count, device=out.device) if at is None else at
                 heads[b, part.random.heads.long()[:, None], :, columns] = own.permute(1, 3, 0, 2, 4)
-        self._count(query.shape[2], real)
         return out
 
     # -- single tokens by kernels ---------------------------------------------------------------------------------
@@ -681,12 +686,27 @@ class Held:
             for head in heads:
                 blocks[head] = -(-read // (2 * PAGE))
         programs = make_programs(shares(blocks, B, device_of(device)[0]), device)
-        return Table(lines.view(B * H, 10).to(device), *programs)
+        bits = int(np.bitwise_or.reduce(lines[..., :2].numpy(), axis=None))
+        return Table(lines.view(B * H, 10).to(device), *programs, min(16, bits & -bits))
 
     @_in_place
     def launch_step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention ``[B, H, 1, Dv]`` of a new token of every sequence to what is held and itself, which is held then.
-        Launches alone: to repeat them changes nothing until :meth:`end_step`."""
+        Launches alone, and elsewhere than on a GPU the same in plain PyTorch: to repeat it changes nothing until
+        :meth:`end_step`."""
+        return (self.step_triton if query.is_cuda else self._step_reference)(query, key, value)
+
+    def _step_reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            for b, length, _, _ in self._spans(0, None):
+                if part.config is not None and part.drops:
+                    last = length - part.config.recent
+                    for place, _, count in part._in_ring(max(part.ring, last - 1), last):
+                        part._free(b, place, count)
+        return self._attend(query, key, value, None)
+
+    def step_triton(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """:meth:`launch_step` by the kernels."""
         assert self._table is not None and self._end is not None, "prepare_step comes first"
         table, H_kv = self._table[1], key.shape[1]
         append_places(key, value, table, self._end)

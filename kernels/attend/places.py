@@ -34,11 +34,13 @@ KEY, VALUE, WEIGHT, TOKEN, PAGES, LISTED, PLACES, SINKS, RING, RECENT, COLUMNS =
 class Table(NamedTuple):
     """The heads of a layer. lines: int64 ``[B * H_kv, COLUMNS]``. programs: int32 ``[P, 3]``, of every program of a
     sequence its KV head, its number there and how many there are. parts: int32 ``[H_kv, 2]``, the first program of a
-    head and how many there are. All on the device."""
+    head and how many there are. All on the device. align: what the addresses of keys and values are multiples of, in
+    bytes, up to 16."""
 
     lines: torch.Tensor
     programs: torch.Tensor
     parts: torch.Tensor
+    align: int
 
 
 def shares(blocks: Sequence[int], sequences: int, at_once: int) -> list[int]:
@@ -60,7 +62,7 @@ def make_programs(counts: Sequence[int], device: torch.device) -> tuple[torch.Te
 
 
 _New = namedtuple("_New", "k v")
-_Shape = namedtuple("_Shape", "H G D DV BD BDV BM BN PAGE")
+_Shape = namedtuple("_Shape", "H G D DV BD BDV BM BN PAGE ALIGN")
 _Parts = namedtuple("_Parts", "most sum value out")
 
 
@@ -106,14 +108,15 @@ def _split_kernel(q, table, programs, end, parts, scale, SHAPE: tl.constexpr):
     BN: tl.constexpr = SHAPE.BN
     PAGE: tl.constexpr = SHAPE.PAGE
     BDV: tl.constexpr = SHAPE.BDV
+    ALIGN: tl.constexpr = SHAPE.ALIGN
     i_p, i_b = tl.program_id(0), tl.program_id(1)
     i_h, i_split = tl.load(programs + 3 * i_p), tl.load(programs + 3 * i_p + 1)
     splits = tl.load(programs + 3 * i_p + 2)
     o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
     o_d, o_dv = tl.arange(0, SHAPE.BD), tl.arange(0, SHAPE.BDV)
     p_line = _line(table, i_b, i_h, SHAPE)
-    p_k = tl.multiple_of(tl.load(p_line + KEY).to(tl.pointer_type(q.p.dtype.element_ty)), 16)
-    p_v = tl.multiple_of(tl.load(p_line + VALUE).to(tl.pointer_type(q.p.dtype.element_ty)), 16)
+    p_k = tl.multiple_of(tl.load(p_line + KEY).to(tl.pointer_type(q.p.dtype.element_ty)), ALIGN)
+    p_v = tl.multiple_of(tl.load(p_line + VALUE).to(tl.pointer_type(q.p.dtype.element_ty)), ALIGN)
     p_weight = tl.load(p_line + WEIGHT).to(tl.pointer_type(tl.float32))
     pages = tl.load(p_line + PAGES)
     is_listed = pages != 0
@@ -181,11 +184,11 @@ def _combine_kernel(parts, p_shares, programs, SHAPE: tl.constexpr):
     tl.store(parts.out + o_head * SHAPE.DV + o_dv, b_out.to(parts.out.dtype.element_ty), mask=o_dv < SHAPE.DV)
 
 
-def _shape(query_heads: int, key: torch.Tensor, value: torch.Tensor) -> _Shape:
+def _shape(query_heads: int, key: torch.Tensor, value: torch.Tensor, align: int) -> _Shape:
     H, widths = key.shape[1], Widths.alike(key, value)
     G = query_heads // H
     rows = tiling(max(widths.BD, widths.BDV) * key.element_size(), device_of(key.device)[1]).rows
-    return _Shape(H, G, *widths, max(16, next_power_of_two(G)), rows, PAGE)
+    return _Shape(H, G, *widths, max(16, next_power_of_two(G)), rows, PAGE, align)
 
 
 def append_places(key: torch.Tensor, value: torch.Tensor, table: Table, end: torch.Tensor) -> None:
@@ -193,7 +196,7 @@ def append_places(key: torch.Tensor, value: torch.Tensor, table: Table, end: tor
     ``[B]`` counts the tokens, this one included."""
     require_triton()
     launch(_append_kernel, (key.shape[1], key.shape[0]),
-        strided(key), strided(value), table.lines, end, SHAPE=_shape(key.shape[1], key, value), num_warps=1,
+        strided(key), strided(value), table.lines, end, SHAPE=_shape(key.shape[1], key, value, table.align), num_warps=1,
     )  # fmt: skip
 
 
@@ -204,7 +207,7 @@ def attend_places(
     ``key`` and ``value``, those of the new token, only the shape and the dtype count."""
     require_triton()
     B, H = query.shape[:2]
-    shape, programs = _shape(H, key, value), len(table.programs)
+    shape, programs = _shape(H, key, value, table.align), len(table.programs)
     tiles = tiling(max(shape.BD, shape.BDV) * key.element_size(), device_of(key.device)[1])
     out = query.new_empty(B, H, 1, shape.DV)
     count = B * programs * shape.G

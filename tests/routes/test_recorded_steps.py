@@ -118,3 +118,15 @@ def test_generate_asks_for_recorded_steps_on_a_gpu_alone(model) -> None:
     assert out.past_key_values is cache and cache.get_seq_length() == 8
     config = model.generation_config
     assert not model._valid_auto_compile_criteria({"past_key_values": cache}, config)
+
+
+def test_generate_writes_with_recorded_steps_what_it_writes_without(model, recorded, monkeypatch) -> None:
+    ids, mask = prompt(model, 120, (0, 33))
+    outs = []
+    for is_recorded in (True, False):
+        monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda *_, answer=is_recorded: answer)
+        cache = ExpressCache(model, rows=ROWS)
+        more = dict(max_new_tokens=20, min_new_tokens=20, do_sample=False)
+        outs.append(model.generate(ids, attention_mask=mask, past_key_values=cache, pad_token_id=0, **more))
+        assert cache.get_seq_length() == 139
+    assert torch.equal(*outs) and sum(recorded) == 19

@@ -1,0 +1,94 @@
+"""A step over the places of a cache by kernels: what the reference holds and attends to, whatever heads hold."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from express_compile.core.rows import Rows
+from express_compile.kernels import held as K
+from express_compile.kernels.attend import places as P
+from express_compile.kernels.heads import EVERYTHING, PerHead
+from express_compile.kernels.held import Held
+from express_compile.kernels.launch import Random
+
+MIXED = (Rows(2, 20), Rows(2, 9, 8, 10), EVERYTHING, Rows(3, 40, 16), Rows(1, 5, selected=1), Rows(0, 0))
+
+
+def filled(k: torch.Tensor, v: torch.Tensor, n: int, real: K.Real = None, turn: int = 0) -> Held:
+    cache = Held(PerHead(MIXED), k, v, Random(torch.tensor(7), 3), 0.5, turn)
+    cache.fill(k[:, :, :n], v[:, :, :n], real)
+    return cache
+
+
+def held_by(part: K.HeldRows) -> list[tuple[int, float]]:
+    there = part.log_weight[0, 0] > -math.inf
+    return sorted(zip(part.token[0, 0][there].tolist(), part.log_weight[0, 0][there].tolist(), strict=True))
+
+
+def assert_same(one: Held, other: Held) -> None:
+    assert one.length == other.length
+    for mine, its in zip(one.parts, other.parts, strict=True):
+        assert mine.left == its.left
+        assert torch.equal(mine.log_weight[:, :, : its.log_weight.shape[2]], its.log_weight)
+        there = its.log_weight > -math.inf
+        for name in ("token", "key", "value"):
+            assert torch.equal(getattr(mine, name)[:, :, : there.shape[2]][there], getattr(its, name)[there])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_kernels_hold_and_attend_to_what_the_reference_does(poison, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 270, d, generator=draw).to(dtype) for h, d in ((18, 16), (6, 16), (6, 8)))
+    real = [(True,) * 254, tuple(i >= 90 for i in range(254))]
+    one, other = (filled(k, v, 254, real) for _ in range(2))
+    for i in range(254, 258):
+        new = [x[:, :, i : i + 1] for x in (q, k, v)]
+        for cache in (one, other):
+            cache.settle(single=True)
+            cache.prepare_step()
+        expected = other.launch_step(*new)
+        for _ in range(2):  # repeated, it changes nothing
+            out = one.step_triton(*new)
+        tolerance = 1e-5 if dtype == torch.float32 else 3e-3
+        torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+        for cache in (one, other):
+            cache.end_step()
+    assert_same(one, other)
+
+
+def test_steps_by_kernels_and_steps_that_settle_first_end_in_the_same_state() -> None:
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, 800, 4, generator=draw) for h in (12, 6, 6))
+    one, other, ahead = (filled(k, v, 200, turn=turn) for turn in (0, 0, 3))
+    early = 0
+    for i in range(200, 480):
+        new = [x[:, :, i : i + 1] for x in (q, k, v)]
+        other.settle()
+        outs = [other.extend(*new)]
+        for cache in (one, ahead):
+            if cache.rest() <= 0:
+                cache.settle(single=True)
+            early += any(x.until > part.left[0] for part in ahead.parts for x in part.ahead.values())
+            outs.append(cache.step(*new))
+        torch.testing.assert_close(outs[1], outs[0])
+        torch.testing.assert_close(outs[2], outs[0])
+    for cache in (one, other, ahead):
+        cache.settle()
+    assert early > 20, "what is due was decided before"
+    assert_same(one, other)
+    assert one.length == ahead.length == [480]
+    for mine, its in zip(ahead.parts, one.parts, strict=True):  # some rows may wait in the ring a little longer
+        assert held_by(mine) == held_by(its)
+
+
+def test_programs_share_the_blocks_of_heads_of_unequal_size() -> None:
+    assert P.shares([16] * 8, 1, 132) == [16] * 8  # 128 of 132 programs have a block each
+    assert P.shares([32] * 8, 32, 132) == [2] * 8
+    counts = P.shares([100, 1, 7, 0], 1, 132)
+    assert counts == [100, 1, 7, 1]
+    programs, parts = P.make_programs([2, 1, 3], torch.device("cpu"))
+    assert programs.tolist() == [[0, 0, 2], [0, 1, 2], [1, 0, 1], [2, 0, 3], [2, 1, 3], [2, 2, 3]]
+    assert parts.tolist() == [[0, 2], [2, 1], [3, 3]]
