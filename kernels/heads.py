@@ -11,7 +11,9 @@ that equal rows for all heads are Express bit for bit. On CUDA all heads but the
 
 A head is exact while the sequence has no more tokens than its rows: ``sinks + recent``, and with it ``protected``, and
 ``4 thinned``, and ``64 selected``. The error of thinned rows is that of ``express``; a query with selected rows loses
-the mass of the blocks that it did not choose. The choice is held fixed in gradients.
+the mass of the blocks that it did not choose. The choice is held fixed in gradients. The ``last`` queries of a call can
+be exact in all heads (:mod:`.attend.last`), for the price of a step of decoding: what a question at the end asks for is
+seldom among few rows.
 
 Supports causal self-attention (also continuing a cache), grouped queries, Dv != D, any length, key padding on any
 side, float16, bfloat16, float32 (float64 on a CPU). Refuses what ``express`` refuses.
@@ -33,12 +35,13 @@ from express_compile.core import cost as c
 from express_compile.core.call import Call
 from express_compile.core.method import METHODS, Method, Refusal, Share, register
 from express_compile.core.options import NUMBER, WHOLE, Kind, Options, option
-from express_compile.core.plain import renamed
+from express_compile.core.plain import number, renamed
 from express_compile.core.policy import Policy
 from express_compile.core.rows import Rows, from_numbers, to_numbers
 from express_compile.core.rows import heads as rows_of_heads
 from express_compile.core.spec import AttentionSpec, Site
 
+from .attend.last import attend_last, last_gradients
 from .attend.mixed import Buffers, Chosen, HeadRows, Mixture, Place, mixed_attention_triton
 from .attend.segments import COMPACTED, TOKENS, Outputs, SegmentTable, Sources, causal_table, segment_attention
 from .exact import exact_attention
@@ -97,6 +100,16 @@ def _of_site(name: str, value: Any) -> tuple[Rows, ...]:
     return rows
 
 
+def _last(name: str, value: Any) -> int:
+    if not 0 <= number(name, value, int) <= MOST_LAST:
+        raise ValueError(f"{name}={value!r}: must be 0 to {MOST_LAST} queries")
+    return int(value)
+
+
+MOST_LAST = 64
+LAST = Kind(f"0 to {MOST_LAST}", "int", _last)
+
+
 @dataclass(frozen=True)
 class PerHead(Options):
     """Which rows every KV head sees."""
@@ -115,6 +128,10 @@ class PerHead(Options):
         0.0, "factor of the exponent in the kernel of the halving rule; 0 is the rule's own", NUMBER
     )
     block: int = option(128, "queries that see the same rows of the past", BLOCK)
+    last: int = option(
+        0, "queries at the end of a call that see all tokens, whatever the rows, such as a question behind a long text",
+        LAST, schema="int last=0",
+    )  # fmt: skip
 
     def check(self) -> None:
         for rows in self.rows.values() if isinstance(self.rows, Mapping) else [self.rows]:
@@ -521,7 +538,10 @@ def heads_reference(
     own = rows if isinstance(rows, PerHead) else PerHead(rows, block=block)
     call = Call(query, key, value, None, seed, scale, layer)
     with torch.no_grad():
-        return _forward(call, own, None)
+        outputs = _forward(call, own, None)
+        if own.last and call.Lk > _exact_up_to(own):
+            attend_last(call, own.last, outputs)
+    return outputs
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -545,14 +565,20 @@ def _exact_up_to(own: PerHead) -> int:
 
 def _body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     own = options_at(call.Lk, **call.options)
-    return packed(call, _exact_up_to(own), lambda real, start: _forward(real, own, start))
+    outputs = packed(call, _exact_up_to(own), lambda real, start: _forward(real, own, start))
+    if own.last and call.Lk > _exact_up_to(own):
+        attend_last(call, own.last, outputs)
+    return outputs
 
 
 def _backward_body(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> _Tensors:
-    own = options_at(call.Lk, **call.options)
-    return packed_backward(
+    own, added = options_at(call.Lk, **call.options), None
+    if own.last and call.Lk > _exact_up_to(own):
+        grad, added = last_gradients(call, own.last, grad, out, lse)
+    grads = packed_backward(
         call, (grad, out, lse), _exact_up_to(own), lambda real, results, start: _backward(real, own, results, start)
     )
+    return grads if added is None else tuple((x + y).to(x.dtype) for x, y in zip(grads, added, strict=True))
 
 
 OP, BACKWARD = define_attention("heads", PerHead, _body, _backward_body)
@@ -586,12 +612,14 @@ def rows_seen(own: PerHead, n: int) -> np.ndarray:
     def of(rows: Rows) -> np.ndarray:
         config = own.config(rows)
         if config is None:
-            return np.arange(1, n + 1)
+            return every
         if isinstance(config, Express):
             return make_layout(config, n, n).table.rows_seen(n)
         return query_blocks(config, n, n).rows_seen(n)
 
-    return np.stack([of(rows) for rows in own.rows])
+    every = np.arange(1, n + 1)
+    seen = np.stack([of(rows) for rows in own.rows])
+    return np.where(every > n - own.last, every, seen)
 
 
 def _chosen_cost(rows: Rows, block: int) -> c.Cost:
@@ -638,6 +666,14 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
             cost = _chosen_cost(rows, own.block).unless(c.Lk <= exact_up_to(rows), exact)
         share = sympy.Rational(count, len(own.rows))
         costs.append(cost if share == 1 else _each(cost, {c.H: c.H * share, c.H_kv: c.H_kv * share}))
+    if own.last:
+        pairs = c.B * c.H * sympy.Min(own.last, c.Lq) * c.Lk
+        step = c.Cost(
+            2 * pairs * (c.D + c.Dv), c.itemsize * c.B * c.H_kv * c.Lk * (c.D + c.Dv), launches=sympy.Integer(2),
+            scores=pairs,
+        )  # fmt: skip
+        nothing = c.Cost(sympy.Integer(0), sympy.Integer(0), launches=sympy.Integer(0))
+        costs.append(step.unless(c.Lk <= min(map(exact_up_to, own.rows)), nothing))
     if spec.mask.padding:
         costs.append(c.Cost(sympy.Integer(0), c.itemsize * packing_cost(), launches=sympy.Integer(0)))
     summed = c.Cost(*(sum(getattr(cost, f.name) for cost in costs) for f in fields(c.Cost)))

@@ -14,9 +14,9 @@ in the ring as well, up to ``CONTEST - 1`` of them, so that most steps move noth
 
 What has to be thinned at some length is known ``recent`` tokens before: :meth:`HeldRows.look_ahead` decides it early,
 each layer in a step of its own (``turn``), and when it is due the rows only change places. So no step is late, and the
-rows are the same at every length. Rows move in plain PyTorch, on any device; halvings run as one launch on CUDA. A single
-token of every sequence is added and attends there by :mod:`.attend.places`, and :meth:`Held.launch_step` of it can be a
-part of a CUDA graph; other short steps attend by :mod:`.attend.decode`.
+rows are the same at every length. Rows move in plain PyTorch, on any device; a halving is one launch on CUDA. There a
+single token of every sequence is added and attends by :mod:`.attend.places`, which a CUDA graph can hold
+(:meth:`Held.launch_step`); other short steps attend by :mod:`.attend.decode`.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class HeldRows:
     """
 
     def __init__(
-        self, group: Group, config: Express | None, key: torch.Tensor, value: torch.Tensor, random: Random, scale: float,
-        turn: int = 0,
+        self, group: Group, config: Express | None, key: torch.Tensor, value: torch.Tensor, random: Random,
+        scale: float, turn: int = 0,
     ) -> None:  # fmt: skip
         self.group, self.config, self.scale = group, config, scale
         self.ahead: dict[tuple[int, int], Ahead] = {}  # by the sequences, side by side

@@ -5,15 +5,16 @@
 
 One profile of three texts (``models.profiled_texts``), by which every policy that differs between heads is chosen:
 
-* ``per head``: every source of rows; ``without ...``: all but one of them; ``per layer``: the errors of a layer's heads
-  summed, so that all of them have the same; ``without records``: the profile of the two natural texts alone;
+* ``per head``: every source of rows, and the last 16 queries exact; ``without ...``: all but one of them;
+  ``per layer``: the errors of a layer's heads summed, so that all of them have the same; ``without records``: the
+  profile of the two natural texts alone;
 * ``window or everything``: heads stream or see everything, as in DuoAttention (arXiv 2410.10819).
 
 Uniform policies have the same rows in all heads, and as many as the budget allows: ``streaming`` (StreamingLLM: sinks
 and a window), ``express`` (sinks, window, protected and thinned rows), ``protected`` (KeyDiff: sinks, a window and
-distinctive keys), ``selected`` (sinks, a window and blocks that the queries choose: Quest, FlashPrefill). Rows and KL
-are those of positions from a quarter of the text on. Needles are those of ``needles.py``; those that exact attention
-does not find are left out.
+distinctive keys), ``selected`` (sinks, a window and blocks that the queries choose: Quest, FlashPrefill), each as it is
+and with the last 16 queries exact. Rows and KL are those of positions from a quarter of the text on. Needles are those
+of ``needles.py``; those that exact attention does not find are left out.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ MODELS = {
 }
 BLOCK = 128
 SINKS = 32
+LAST = 16
 OPTIONS = (
     *(Rows(SINKS, recent) for recent in (64, 128, 256, 512, 1024, 2048)),
     *(Rows(SINKS, recent, thinned) for recent, thinned in ((128, 32), (256, 64), (256, 256))),
@@ -91,9 +93,15 @@ def by_layer(found: Profile) -> Profile:
     return replace(found, sites=sites)
 
 
-def chosen(found: Profile, budget: float, n: int) -> PerHead:
-    """The plan of the profile with at most ``budget`` rows on average over heads and late queries of ``n`` tokens."""
-    rows = rows_of(found.options, n, BLOCK)
+def base(last: int = 0) -> PerHead:
+    """All options of a plan but the rows."""
+    return PerHead(EVERYTHING, block=BLOCK, last=last)
+
+
+def chosen(found: Profile, budget: float, n: int, last: int = LAST) -> PerHead:
+    """The plan of the profile with at most ``budget`` rows on average over heads and late queries of ``n`` tokens, and
+    ``last`` exact queries at the end."""
+    rows = rows_of(found.options, n, base(last))
 
     def average(price: float) -> float:
         return fmean(rows[o] for heads in choose(found, price, rows) for o in heads)
@@ -102,33 +110,34 @@ def chosen(found: Profile, budget: float, n: int) -> PerHead:
     if price is None:
         raise ValueError(f"budget={budget!r}: the cheapest options have {min(rows):.0f} rows at {n} tokens")
     choice = zip(found.sites, choose(found, price, rows), strict=True)
-    return PerHead({site.module: [found.options[o] for o in heads] for site, heads in choice}, block=BLOCK)
+    return replace(base(last), rows={site.module: [found.options[o] for o in heads] for site, heads in choice})
 
 
-def most(make: Callable[[int], Rows], budget: float, n: int) -> Rows:
+def most(make: Callable[[int], Rows], budget: float, n: int, own: PerHead) -> Rows:
     """``make(x)`` for the largest x from 1 on with which there are at most ``budget`` rows at ``n`` tokens."""
     low, high = 1, n
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if rows_of([make(middle)], n, BLOCK)[0] <= budget else (low, middle - 1)
-    if rows_of([make(low)], n, BLOCK)[0] > budget:
+        low, high = (middle, high) if rows_of([make(middle)], n, own)[0] <= budget else (low, middle - 1)
+    if rows_of([make(low)], n, own)[0] > budget:
         raise ValueError(f"budget={budget!r}: {make(low)} has more rows at {n} tokens")
     return make(low)
 
 
-def uniform(budget: float, n: int) -> dict[str, PerHead]:
+def uniform(budget: float, n: int, last: int = 0) -> dict[str, PerHead]:
     """The policies with the same rows in all heads, each with as long a window, or as many places, as there can be."""
-    sizes = [x for x in (2**i for i in range(3, 11)) if rows_of([Rows(SINKS, 128, x, x)], n, BLOCK)[0] <= budget]
+    own = base(last)
+    sizes = [x for x in (2**i for i in range(3, 11)) if rows_of([Rows(SINKS, 128, x, x)], n, own)[0] <= budget]
     if not sizes:
-        raise ValueError(f"budget={budget!r}: must be {rows_of([Rows(SINKS, 128, 8, 8)], n, BLOCK)[0]:.0f} or more")
-    places = most(lambda x: Rows(SINKS, 128, selected=x), budget, n).selected
+        raise ValueError(f"budget={budget!r}: must be {rows_of([Rows(SINKS, 128, 8, 8)], n, own)[0]:.0f} or more")
+    places = most(lambda x: Rows(SINKS, 128, selected=x), budget, n, own).selected
     found = {
-        "streaming": most(lambda x: Rows(SINKS, x), budget, n),
-        "express": most(lambda x: Rows(SINKS, x, sizes[-1], sizes[-1]), budget, n),
-        "protected": most(lambda x: Rows(SINKS, 128, protected=x), budget, n),
-        "selected": most(lambda x: Rows(SINKS, x, selected=places), budget, n),
+        "streaming": most(lambda x: Rows(SINKS, x), budget, n, own),
+        "express": most(lambda x: Rows(SINKS, x, sizes[-1], sizes[-1]), budget, n, own),
+        "protected": most(lambda x: Rows(SINKS, 128, protected=x), budget, n, own),
+        "selected": most(lambda x: Rows(SINKS, x, selected=places), budget, n, own),
     }
-    return {name: PerHead(rows, block=BLOCK) for name, rows in found.items()}
+    return {name + ", last exact" * bool(last): replace(own, rows=rows) for name, rows in found.items()}
 
 
 def policies(found: Profile, natural: Profile, budget: float, n: int) -> dict[str, PerHead]:
@@ -143,7 +152,8 @@ def policies(found: Profile, natural: Profile, budget: float, n: int) -> dict[st
         "without records": natural,
     }
     others = {name: chosen(its, budget, n) for name, its in heads.items()}
-    return {"per head": chosen(found, budget, n), **uniform(budget, n), **others}
+    others["without last"] = chosen(found, budget, n, last=0)
+    return {"per head": chosen(found, budget, n), **uniform(budget, n), **uniform(budget, n, LAST), **others}
 
 
 def rows_by_head(plan: Plan) -> list[Rows]:
@@ -156,7 +166,8 @@ def rows_by_head(plan: Plan) -> list[Rows]:
 def average_rows(plan: Plan, n: int) -> float:
     """Rows that a late query of ``n`` tokens sees, mean over KV heads."""
     counts = Counter(rows_by_head(plan))
-    rows = rows_of(list(counts), n, BLOCK)
+    own = plan if isinstance(plan, PerHead) else base(LAST)
+    rows = rows_of(list(counts), n, own)
     return sum(x * count for x, count in zip(rows, counts.values(), strict=True)) / counts.total()
 
 
@@ -327,7 +338,7 @@ class Bench:
         found, natural = self.profiles()
         judge = self.judge(n)
         held_out = next(iter(judge.ids.values()))
-        fitted = fit(self.model, held_out, rows=budgets[0], profile=found, length=n, block=BLOCK)
+        fitted = fit(self.model, held_out, rows=budgets[0], profile=found, length=n, block=BLOCK, last=LAST)
         print(fitted, flush=True)
         if self.args.plan:
             fitted.save(self.args.plan)
@@ -340,7 +351,7 @@ class Bench:
             self.judged(judge, n, budget, {k: plan for k, plan in plans.items() if not k.startswith("without")})
         for other in self.args.others:
             its = policies(found, natural, budgets[0], other)
-            few = ("per head", "streaming", "express", "selected")
+            few = ("per head", "streaming", "streaming, last exact", "express", "selected, last exact")
             self.judged(self.judge(other), other, budgets[0], {method: its[method] for method in few})
         self.judged(judge, n, budgets[0], left_out)
 

@@ -101,6 +101,7 @@ def fit(
     held_out: torch.Tensor | Iterable[torch.Tensor | Mapping[str, Any]] | None = None,
     length: int | None = None,
     block: int = 128,
+    last: int = 16,
     progress: bool = False,
     profile: Profile | None = None,
 ) -> Fit:
@@ -116,9 +117,9 @@ def fit(
         sees, mean over KV heads. speedup: attention at least so many times as fast as exact attention, as predicted at
         ``length``. Exactly one of the three; where it is not the tolerance, the KL is only measured.
     options: what a head may have (:data:`.profile.DEFAULT_OPTIONS`). block: queries that see the same rows of the past,
-        16, 32, 64 or 128. held_out: samples to measure the KL on; then all
-        of ``sample`` is profiled. length: tokens that rows and times are for; those of the longest sample unless
-        given. progress: show a bar.
+        16, 32, 64 or 128. last: queries at the end of a call that see everything, 0 to 64; counted among the rows.
+    held_out: samples to measure the KL on; then all of ``sample`` is profiled. length: tokens that rows and times are
+        for; those of the longest sample unless given. progress: show a bar.
     profile: what :func:`.profile.profile` or an earlier fit (``found.profile``) measured on this model, with the same
         ``block``; then nothing is profiled, all of ``sample`` is held out, and ``options`` are those of the profile.
 
@@ -128,6 +129,7 @@ def fit(
     """
     asked = _asked(tolerance=tolerance, rows=rows, speedup=speedup)
     options = checked_options(options if profile is None else profile.options, block)
+    base = PerHead(EVERYTHING, block=block, last=last)
     samples = samples_of("sample", sample)
     if profile is not None and held_out is not None:
         raise TypeError("profile and held_out were both given: beside a profile all of sample is held out")
@@ -136,12 +138,12 @@ def fit(
         length = profile.tokens if profile is not None else max(map(tokens_of, profiled))
     elif number("length", length, int) < 2:
         raise ValueError(f"length={length!r}: must be 2 tokens or more")
-    with rewritten(model, block):
+    with rewritten(model, base):
         if profile is None:
             profile, reports = measured(model, profiled, options, block, progress)
         else:
             reports = profiled_before(model, judged[0], profile)
-        search = _Search(model, judged, profile, reports, length, block)
+        search = _Search(model, judged, profile, reports, length, base)
         if tolerance is not None:
             price = search.by_tolerance(tolerance)
         elif rows is not None:
@@ -173,8 +175,8 @@ def fit(
 class _Search:
     """Choices by the price of a row, or of a millisecond.
 
-    reports: of the sites of the profile, and of others. length: tokens that costs are for.
-    block: queries that see the same rows of the past.
+    reports: of the sites of the profile, and of others. length: tokens that costs are for. base: all options but the
+    rows.
     """
 
     def __init__(
@@ -184,12 +186,12 @@ class _Search:
         profile: Profile,
         reports: Sequence[SiteReport],
         length: int,
-        block: int,
+        base: PerHead,
     ) -> None:
-        self.model, self.judged, self.profile, self.length, self.block = model, judged, profile, length, block
+        self.model, self.judged, self.profile, self.length, self.base = model, judged, profile, length, base
         self.reports, self.others = reports[: len(profile.sites)], reports[len(profile.sites) :]
-        self.rows = rows_of(profile.options, length, block)
-        (self.exact_rows,) = rows_of([EVERYTHING], length, block)
+        self.rows = rows_of(profile.options, length, base)
+        (self.exact_rows,) = rows_of([EVERYTHING], length, base)
         self.cost: Any = self.rows
         with run_by(Exactly()):
             self.exact = [logits_of(model, batch) for batch in judged]
@@ -249,8 +251,8 @@ class _Search:
         """The least price, of a millisecond, at which attention is predicted to be so much faster than exact one."""
         try:
             specs = [report.spec for report in self.reports if report.spec is not None]
-            self.cost = [[_milliseconds(spec, self.profile.options, self.length, self.block)] for spec in specs]
-            exact = sum(spec.H_kv * _milliseconds(spec, [EVERYTHING], self.length, self.block)[0] for spec in specs)
+            self.cost = [[_milliseconds(spec, self.profile.options, self.length, self.base)] for spec in specs]
+            exact = sum(spec.H_kv * _milliseconds(spec, [EVERYTHING], self.length, self.base)[0] for spec in specs)
         except ValueError as error:
             raise renamed(f"speedup={speedup!r}", error) from None
 
@@ -285,12 +287,12 @@ class _Search:
         return (*found, *(report.saved for report in self.others if report.saved is not None))
 
 
-def _milliseconds(spec: AttentionSpec, options: Sequence[Rows], length: int, block: int) -> list[float]:
+def _milliseconds(spec: AttentionSpec, options: Sequence[Rows], length: int, base: PerHead) -> list[float]:
     """What every option of one KV head is predicted to take at a length; ``ValueError`` where that is not known."""
     spec = at_length(spec, length)
     device = device_of(spec.device)
     times = [
-        None if device is None else predict(METHOD.name, spec, Policy(methods=(PerHead(x, block=block),)), device)
+        None if device is None else predict(METHOD.name, spec, Policy(methods=(replace(base, rows=x),)), device)
         for x in options
     ]
     known = [x / spec.H_kv for x in times if x is not None]

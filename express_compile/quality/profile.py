@@ -123,7 +123,7 @@ def profile(
     """
     options = checked_options(options, block)
     samples = samples_of("sample", sample)
-    with rewritten(model, block):
+    with rewritten(model, PerHead(EVERYTHING, block=block)):
         return measured(model, samples, options, block, progress)[0]
 
 
@@ -150,7 +150,7 @@ def measured(
         if (report := of[layer]).saved is not None
     )
     tokens = max(map(tokens_of, samples))
-    rows = tuple(rows_of(options, tokens, block))
+    rows = tuple(rows_of(options, tokens, PerHead(EVERYTHING, block=block)))
     found = Profile(options, tokens, len(samples), rows, sites)
     return found, _in_order(found, reports)
 
@@ -191,11 +191,11 @@ def _mean(errors: Sequence[torch.Tensor]) -> tuple[tuple[float, ...], ...]:
 
 
 @contextmanager
-def rewritten(model: nn.Module, block: int) -> Iterator[None]:
-    """While active, the sites of a model that can have rows for each KV head are rewritten, to see everything."""
+def rewritten(model: nn.Module, own: PerHead) -> Iterator[None]:
+    """While active, the sites of a model that can have rows for each KV head are rewritten, to what ``own`` says."""
     if isinstance(model, nn.Module) and is_rewritten(model):
         raise ValueError("model: is rewritten; call restore_attention(model) first")
-    rewrite_attention(model, Policy(methods=(PerHead(EVERYTHING, block=block),)))
+    rewrite_attention(model, Policy(methods=(own,)))
     try:
         yield
     finally:
@@ -307,9 +307,10 @@ def late(tokens: int) -> int:
     return min(max(1, tokens // 4), tokens - 1)
 
 
-def rows_of(options: Sequence[Rows], tokens: int, block: int) -> list[float]:
-    """Rows that a late query of a prefill of ``tokens`` tokens sees on average, by option."""
-    return [float(x) for x in rows_seen(PerHead(tuple(options), block=block), tokens)[:, late(tokens) :].mean(1)]
+def rows_of(options: Sequence[Rows], tokens: int, base: PerHead) -> list[float]:
+    """Rows that a late query of a prefill of ``tokens`` tokens sees on average, by option, beside what ``base`` says of
+    all of them."""
+    return [float(x) for x in rows_seen(replace(base, rows=tuple(options)), tokens)[:, late(tokens) :].mean(1)]
 
 
 # -------------------------------------------------------------------------------------------------------- choice

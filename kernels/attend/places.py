@@ -21,8 +21,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..launch import FLOAT32_DOT, Widths, constexpr, jit, launch, load_rows, next_power_of_two, require_triton
-from ..launch import strided, tl
+from ..launch import (
+    FLOAT32_DOT,
+    Widths,
+    constexpr,
+    jit,
+    launch,
+    load_rows,
+    next_power_of_two,
+    require_triton,
+    strided,
+    tl,
+)
 from .decode import PAGE, device_of, tiling
 
 # columns of a line of the table: addresses of the first place of keys, values, log-weights and tokens, of the list of
@@ -195,8 +205,9 @@ def append_places(key: torch.Tensor, value: torch.Tensor, table: Table, end: tor
     """Hold the last token of every sequence: ``key`` ``[B, H_kv, 1, D]``, ``value`` ``[B, H_kv, 1, Dv]``; ``end`` int32
     ``[B]`` counts the tokens, this one included."""
     require_triton()
-    launch(_append_kernel, (key.shape[1], key.shape[0]),
-        strided(key), strided(value), table.lines, end, SHAPE=_shape(key.shape[1], key, value, table.align), num_warps=1,
+    shape = _shape(key.shape[1], key, value, table.align)
+    launch(_append_kernel, (shape.H, key.shape[0]),
+        strided(key), strided(value), table.lines, end, SHAPE=shape, num_warps=1,
     )  # fmt: skip
 
 

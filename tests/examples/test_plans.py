@@ -146,7 +146,7 @@ def test_no_text_is_profiled_and_judged_or_hides_needles(bench) -> None:
 def found(bench) -> Profile:
     """A profile with made-up errors: the more rows, the less."""
     options, random_ = bench["plans"].OPTIONS, torch.Generator().manual_seed(0)
-    rows = rows_of(options, 4096, 128)
+    rows = rows_of(options, 4096, bench["plans"].base())
     sites = []
     for i in range(4):
         scale = torch.rand(3, 1, generator=random_, dtype=torch.float64)
@@ -161,11 +161,13 @@ def found(bench) -> Profile:
 def test_every_policy_has_at_most_the_rows_of_the_budget_and_hardly_fewer(bench, found, budget, n) -> None:
     plans = bench["plans"]
     made = plans.policies(found, found, budget, n)
-    assert len(made) == 12
+    assert len(made) == 17
     for name, plan in made.items():
         rows = plans.average_rows(plan, n)
         # a plan per layer moves three heads at a time from one option to the next
-        assert (0.97 if name in ("streaming", "express", "protected", "selected") else 0.6) * budget <= rows, name
+        assert (
+            0.97 if name.split(",")[0] in ("streaming", "express", "protected", "selected") else 0.6
+        ) * budget <= rows, name
         assert rows <= budget + 1e-9, name
 
 

@@ -22,6 +22,7 @@ from express_compile.kernels import express as E
 from express_compile.kernels import heads as P
 from express_compile.kernels.attend.job import BLOCKS as CHOSEN_BLOCKS
 from express_compile.kernels.attend.job import HEAD, KEYS, PART, SHIFT, TABLE
+from express_compile.kernels.attend.last import attend_last, last_gradients
 from express_compile.kernels.attend.segments import (
     segment_attention_backward,
     segment_attention_triton,
@@ -397,7 +398,109 @@ def test_every_query_of_every_head_that_is_not_exact_is_in_one_job_and_long_jobs
     assert (loads[1:] <= loads[:-1] + loads.max() / 8).all()
 
 
+# -- the last queries of a call ------------------------------------------------------------------------------------
+
+
+@given(
+    n=st.integers(60, 200), past=st.sampled_from([0, 37]), last=st.integers(1, 40), B=st.integers(1, 2),
+    shape=st.sampled_from([(4, 2), (6, 1), (2, 2)]),
+)  # fmt: skip
+@settings(max_examples=12)
+def test_the_last_queries_see_everything_and_the_others_do_not_change(n, past, last, B, shape):
+    H, H_kv = shape
+    q, k, v = tokens(n, B=B, H=H, H_kv=H_kv, Lq=n - past)
+    rows = [WINDOW, BLOCKS][:H_kv]
+    out, lse = op(q, k, v, rows, last=last)
+    plain, plain_lse = op(q, k, v, rows)
+    exact, exact_lse = op(q, k, v, [WHOLE] * H_kv)
+    n_last = min(last, n - past)
+    torch.testing.assert_close(out[:, :, -n_last:], exact[:, :, -n_last:])
+    torch.testing.assert_close(lse[:, :, -n_last:], exact_lse[:, :, -n_last:])
+    assert torch.equal(out[:, :, :-n_last], plain[:, :, :-n_last])
+    assert torch.equal(lse[:, :, :-n_last], plain_lse[:, :, :-n_last])
+    assert not torch.allclose(out[:, :, -1], plain[:, :, -1])
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both", "holes"])
+def test_the_last_queries_are_those_of_each_sequence_whatever_its_padding(side):
+    """By the reference, each sequence alone, and by what the kernels do with a whole batch."""
+    n, last = 120, 11
+    q, k, v = tokens(n, B=3)
+    padding = torch.ones(3, n, dtype=torch.bool)
+    if side in ("left", "both"):
+        padding[0, :30], padding[1, :111] = False, False
+    if side in ("right", "both"):
+        padding[0, 90:], padding[2, 7:] = False, False
+    if side == "holes":
+        padding[0, 20:50], padding[1, 100:104] = False, False
+    rows = [WINDOW, KEPT]
+    out, lse = op(q, k, v, rows, padding=padding, last=last)
+    plain, plain_lse = op(q, k, v, rows, padding=padding)
+    call = Call(q, k, v, padding, SEED, 0.5, 3)
+    found = plain.clone(), plain_lse.clone()
+    attend_last(call, last, found)
+    exact, exact_lse = op(q, k, v, [WHOLE, WHOLE], padding=padding)
+    for b, real in enumerate(padding):
+        places = real.nonzero()[:, 0]
+        ends = places[places > places[-1] - last]  # the last places of the batch's kernel may have holes
+        for (x, x_lse), own in ((found, ends), ((out, lse), places[-last:])):
+            torch.testing.assert_close(x[b, :, own], exact[b, :, own])
+            torch.testing.assert_close(x_lse[b, :, own], exact_lse[b, :, own])
+            others = torch.ones(n, dtype=torch.bool)
+            others[own] = False
+            assert torch.equal(x[b, :, others], plain[b, :, others])
+            assert torch.equal(x_lse[b, :, others], plain_lse[b, :, others])
+
+
+@pytest.mark.parametrize(("n", "Lq", "last"), [(60, 60, 5), (70, 40, 33), (64, 3, 20)])
+def test_gradients_with_exact_last_queries(n, Lq, last):
+    q, k, v = (x.requires_grad_() for x in tokens(n, B=1, D=3, Dv=2, Lq=Lq))
+    rows = [WINDOW, PLACES]
+    assert torch.autograd.gradcheck(lambda *x: op(*x, rows, last=last)[0], (q, k, v))
+    a, b = (torch.autograd.grad(op(q, k, v, rows, last=x)[0].sum(), k)[0] for x in (0, last))
+    assert not torch.allclose(a, b)
+
+
+def test_gradients_of_padded_batches_with_exact_last_queries():
+    """What the kernels' route adds up is what every sequence gives alone."""
+    n, last = 90, 7
+    q, k, v = tokens(n, B=2)
+    padding = torch.ones(2, n, dtype=torch.bool)
+    padding[0, :40] = padding[1, 60:] = False
+    out, lse = op(q, k, v, [WHOLE, WHOLE], padding=padding)
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(out.shape, generator=generator, dtype=out.dtype) * padding[:, None, :, None]
+    rest, added = last_gradients(Call(q, k, v, padding, SEED, 0.5, 3), last, grad, out, lse)
+    ends = torch.zeros_like(padding)
+    ends[0, -last:] = ends[1, 60 - last : 60] = True
+    assert torch.equal(rest, grad * ~ends[:, None, :, None])
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    again = op(*inputs, [WHOLE, WHOLE], padding=padding)[0]
+    expected = torch.autograd.grad(again, inputs, grad * ends[:, None, :, None])
+    for x, e in zip(added, expected, strict=True):
+        torch.testing.assert_close(x, e)
+
+
+def test_rows_seen_and_cost_count_the_last_queries():
+    own = P.PerHead([WINDOW, WHOLE], block=16, last=4)
+    seen, plain = P.rows_seen(own, 50), P.rows_seen(replace(own, last=0), 50)
+    assert seen[0, -4:].tolist() == [47, 48, 49, 50] and (seen[:, :-4] == plain[:, :-4]).all()
+    spec = AttentionSpec(1, 4, 2, 1000, 1000, 8, 8, torch.bfloat16, "cuda", 0.5, Mask(causal=True))
+    params = {"rows": to_numbers([WINDOW]), **replace(own, rows=(WINDOW,)).pack(), "min_length": 0}
+    with_last, without = (cost_at("heads", spec, {**params, "last": x}) for x in (4, 0))
+    assert with_last.scores - without.scores == 4 * 4 * 1000
+    assert with_last.bytes - without.bytes == 2 * 2 * 1000 * 16
+    short = replace(spec, Lq=11, Lk=11)
+    assert cost_at("heads", short, params) == cost_at("heads", short, {**params, "last": 0})
+
+
 # -- errors and refusals -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (65, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_how_many_last_queries_there_may_be(value, error):
+    with pytest.raises(error, match=f"last={value!r}"):
+        P.PerHead([CORE], last=value)
 
 
 @pytest.mark.parametrize(

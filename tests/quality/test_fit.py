@@ -245,7 +245,7 @@ def test_a_smaller_tolerance_takes_more_rows(model, ids) -> None:
 
 def test_rows_are_kept_with_less_error_than_equal_rows_for_all(model, ids) -> None:
     wide = profile(model, ids[:1], [Rows(2, 32)], block=16)
-    found = fit(model, ids, rows=wide.rows[0], options=OPTIONS, block=16)
+    found = fit(model, ids, rows=wide.rows[0], options=OPTIONS, block=16, last=0)
     assert found.rows <= wide.rows[0]
     at = {x: i for i, x in enumerate(OPTIONS)}
     mixed = sum(
@@ -255,8 +255,21 @@ def test_rows_are_kept_with_less_error_than_equal_rows_for_all(model, ids) -> No
     )
     assert mixed < sum(e[at[Rows(2, 32)]] for s in found.profile.sites for e in s.errors)
     assert found.kl == pytest.approx(kl_of(model, ids[1:], 60, plan=found.plan), rel=1e-3)
-    twice = fit(model, ids, rows=wide.rows[0], options=OPTIONS, block=16, length=120)
+    twice = fit(model, ids, rows=wide.rows[0], options=OPTIONS, block=16, last=0, length=120)
     assert twice.rows <= wide.rows[0] and twice.exact_rows < found.exact_rows
+
+
+@torch.no_grad()
+def test_the_last_queries_of_a_fitted_plan_are_exact_and_counted(model, ids) -> None:
+    options = (Rows(2, 8),)
+    found, plain = (fit(model, ids, rows=200, options=options, block=16, last=last) for last in (16, 0))
+    more = sum(i + 1 for i in range(224, 240)) - 16 * plain.rows
+    assert found.rows - plain.rows == pytest.approx(more / 180, abs=16 * 8 / 180)
+    with record_sites() as sites:
+        rewrite_attention(model, plan=found.plan)
+        model(ids)
+    restore_attention(model)
+    assert all(x.saved.options["method_options"]["heads"]["last"] == 16 for x in sites)
 
 
 def test_a_speedup_is_that_of_the_predicted_times(shipped_rates: None, model, ids) -> None:
@@ -295,7 +308,10 @@ def test_a_saved_plan_is_followed_at_another_length_than_it_was_fitted_at(model,
     rows = {site.module: list(own) for site, own in zip(found.profile.sites, found.chosen, strict=True)}
     for n in (100, 240):
         outputs = []
-        for options in ({"plan": str(tmp_path / "plan.json"), "strict": True}, {"methods": [PerHead(rows, block=16)]}):
+        for options in (
+            {"plan": str(tmp_path / "plan.json"), "strict": True},
+            {"methods": [PerHead(rows, block=16, last=16)]},
+        ):
             rewrite_attention(model, **options)
             outputs.append(model(ids[:, :n]).logits)
             restore_attention(model)
@@ -329,7 +345,7 @@ def test_wrong_arguments(model, ids) -> None:
         (r"tolerance=0\.1, rows=5: exactly one of tolerance, rows, speedup", {"rows": 5}),
         ("tolerance=0: must be above 0 and finite", {"tolerance": 0}),
         ("tolerance='x': must be of type int or float", {"tolerance": "x"}),
-        (r"rows=1: the cheapest options take 1\d\.\d rows at 240 tokens", {"tolerance": None, "rows": 1}),
+        (r"rows=1: the cheapest options take 3\d\.\d rows at 240 tokens", {"tolerance": None, "rows": 1}),
         ("tolerance=1e-09: the best options of every head have a KL of", {"tolerance": 1e-9, "options": OPTIONS[:1]}),
         (r"options=\(\): must hold at least one Rows", {"options": ()}),
         ("options: 5 must be a Rows", {"options": [5]}),
@@ -341,6 +357,7 @@ def test_wrong_arguments(model, ids) -> None:
         ("sample: 3 tokens; must be 4 or more", {"sample": ids[:1, :3]}),
         ("held_out=None: of one mapping nothing can be held out", {"sample": [{"input_ids": ids}]}),
         ("block=24: must be 16, 32, 64 or 128", {"block": 24}),
+        ("last=65: must be 0 to 64 queries", {"last": 65}),
     ):
         with pytest.raises((TypeError, ValueError), match=words):
             given = {"sample": ids, "tolerance": 0.1, "options": OPTIONS, "block": 16, **changes}

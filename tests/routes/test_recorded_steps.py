@@ -1,6 +1,6 @@
 """Steps of an ExpressCache that are recorded once and replayed give what steps that run eagerly give.
 
-A replay is here the same launches again, by Triton's interpreter; on a GPU it is a CUDA graph (tests/gpu/test_cache.py).
+A replay is here the same step again, by the reference; on a GPU it is a CUDA graph (tests/gpu/test_cache.py).
 """
 
 from __future__ import annotations

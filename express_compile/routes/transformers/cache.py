@@ -7,6 +7,7 @@ import os
 import uuid
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from .sites import installed
 from .steps import Steps, let_generate_record
 
 _ROWS = ("budget", "sinks", "recent", "protected")
-_OTHERS = ("halving", "inflation", "flatten", "block")
+_OTHERS = ("halving", "inflation", "flatten", "block", "last")
 _VERSION = 3
 _SHAPE = (
     "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -302,7 +303,7 @@ def _per_head(own: PerHead | Express, path: str) -> PerHead:
         rows = Rows(own.sinks, own.recent, own.s, own.protected)
         return PerHead((rows,), own.halving, own.M, own.flatten, own.block)
     found = own.at(Where(path=path)) or (EVERYTHING,)
-    return PerHead(found, own.halving, own.inflation, own.flatten, own.block)
+    return replace(own, rows=found)
 
 
 def _sites(model: Any) -> dict[str, int]:

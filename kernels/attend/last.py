@@ -1,0 +1,129 @@
+"""The last queries of every sequence of a call, which attend to all tokens: of a prompt, those that its answer needs.
+
+Few rows are chosen for what most queries need, and blocks of keys by the first query of a block of queries. What a
+question at the end of a long text asks for is often not among them. A few queries at the end read the keys and values
+once, as a step of decoding does (:mod:`.decode`), whatever the length before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from express_compile.core.call import Call
+
+from .decode import decode_attention, queries_at_once
+from .segments import Outputs
+
+_Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _End:
+    """``n`` queries of a call, the last ones of each sequence but for ``skipped``.
+
+    Without padding that is all. Otherwise ``tokens`` int64 ``[B]`` counts places up to the last of the queries,
+    ``place`` int64 ``[B, n]`` says where they are among the queries of the call, all different, and ``real`` bool
+    ``[B, n]`` which of them there are.
+    """
+
+    call: Call
+    n: int
+    skipped: int = 0
+    tokens: torch.Tensor | None = None
+    place: torch.Tensor | None = None
+    real: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, call: Call, n: int) -> _End:
+        n = min(n, call.Lq)
+        if call.padding is None:
+            return cls(call, n)
+        numbers = torch.arange(1, call.Lk + 1, device=call.padding.device)
+        tokens = (call.padding * numbers).amax(1)
+        before = call.Lk - call.Lq
+        place = tokens[:, None] - before - n + torch.arange(n, device=tokens.device)
+        real = (place >= 0) & call.padding.gather(1, (place + before).clamp(0, call.Lk - 1))
+        return cls(call, n, 0, tokens, place % call.Lq, real)
+
+    def pieces(self, most: int) -> Iterator[_End]:
+        """The same queries, at most so many at a time, the last ones first."""
+        for skipped in range(0, self.n, most):
+            own = slice(max(0, self.n - skipped - most), self.n - skipped)
+            n = own.stop - own.start
+            if self.tokens is None or self.place is None or self.real is None:
+                yield replace(self, n=n, skipped=skipped)
+            else:
+                tokens = (self.tokens - skipped).clamp(min=0)
+                yield _End(self.call, n, skipped, tokens, self.place[:, own], self.real[:, own])
+
+    @property
+    def slice(self) -> slice:
+        stop = self.call.Lq - self.skipped
+        return slice(stop - self.n, stop)
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, H, Lq, .]`` at these queries: ``[B, H, n, .]``."""
+        return x[:, :, self.slice] if self.place is None else x.gather(2, self._index(x))
+
+    def put(self, x: torch.Tensor, target: torch.Tensor) -> None:
+        """``x`` ``[B, H, n, .]`` into ``target`` ``[B, H, Lq, .]`` at those of these queries that there are."""
+        if self.place is None or self.real is None:
+            target[:, :, self.slice] = x
+        else:
+            target.scatter_(2, self._index(target), torch.where(self.real[:, None, :, None], x, self.take(target)))
+
+    def _index(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.place is not None
+        return self.place[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+
+    def seen(self) -> torch.Tensor:
+        """Which tokens the queries see: bool ``[B or 1, 1, n, Lk]``."""
+        call, device = self.call, self.call.key.device
+        place = torch.arange(call.Lq, device=device)[None, self.slice] if self.place is None else self.place
+        seen = torch.arange(call.Lk, device=device) <= (place + (call.Lk - call.Lq))[..., None]
+        if call.padding is not None and self.real is not None:
+            seen = seen & call.padding[:, None] & self.real[..., None]
+        return seen[:, None]
+
+
+def attend_last(call: Call, n: int, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Exact attention of the last ``n`` queries of every sequence into ``outputs``, out ``[B, H, Lq, Dv]`` and
+    log-sum-exp ``[B, H, Lq]``; other queries and padding keep what they have."""
+    out, lse = outputs
+    for end in _End.of(call, n).pieces(max(1, queries_at_once(call.query.shape[1] // call.key.shape[1]))):
+        stop = call.Lk - end.skipped if end.tokens is None else call.Lk
+        own = Outputs(
+            *decode_attention(
+                end.take(call.query), call.key[:, :, :stop], call.value[:, :, :stop], call.scale,
+                lengths=end.tokens, padding=call.padding,
+            )
+        )  # fmt: skip
+        end.put(own.out, out)
+        end.put(own.lse[..., None], lse[..., None])
+
+
+def last_gradients(
+    call: Call, n: int, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, _Gradients]:
+    """The gradient of the output without that of these queries, and what they add to the gradients of query, key and
+    value, in float32 (float64 for float64) and of their shapes."""
+    end, H_kv = _End.of(call, n), call.key.shape[1]
+    kind = torch.promote_types(grad.dtype, torch.float32)
+
+    def grouped(x: torch.Tensor) -> torch.Tensor:
+        return end.take(x).unflatten(1, (H_kv, -1)).to(kind)  # [B, H_kv, G, n, .]
+
+    key, value = (x[:, :, None].to(kind) for x in (call.key, call.value))
+    d_out, query = grouped(grad), grouped(call.query)
+    seen = end.seen()[:, :, None]
+    weights = ((query @ key.mT) * call.scale - grouped(lse[..., None])).masked_fill(~seen, -torch.inf).exp()
+    d_scores = weights * (d_out @ value.mT - (d_out * grouped(out)).sum(-1, keepdim=True)) * call.scale
+    d_query = torch.zeros(call.query.shape, dtype=kind, device=grad.device)
+    end.put((d_scores @ key).flatten(1, 2), d_query)
+    rest = grad.clone()
+    end.put(torch.zeros_like(end.take(grad)), rest)
+    d_key, d_value = ((x.mT @ y).sum(2) for x, y in ((d_scores, query), (weights, d_out)))
+    return rest, (d_query, d_key, d_value)
