@@ -308,7 +308,7 @@ class HeldRows:
         rows, new = self.group.rows, self.pages.new_empty
         if rows.selected:
             count = listed(rows.selected, rows.sinks, max(1, rows.recent))
-            if not self.is_listed:
+            if self.pages.shape != (B, G, count):
                 self.pages, self.listed = new(B, G, count), new(B, G).fill_(count)
         elif self.config is not None and not self.is_listed:
             live = torch.nn.functional.pad(self.log_weight > -math.inf, (0, -places % PAGE)).unflatten(2, (-1, PAGE))

@@ -16,8 +16,8 @@ repeated, as it is traced); as an upper bound cuDNN without the mask over all of
 SANTA.
 
 *Whole steps* of the same shape after a prompt of random tokens: time to first token, milliseconds per token as
-``generate()`` sees them (one step after the other, each waited for; median, 99th percentile and maximum of a few hundred),
-and peak memory beyond the weights. transformers and the methods that read a full cache replay CUDA graphs over a static
+``generate()`` sees them (one step after the other, each waited for; median, 99th percentile and maximum), and peak
+memory beyond the weights. transformers and the methods that read a full cache replay CUDA graphs over a static
 cache of random keys; an ExpressCache decodes behind its own prompt by the graphs that ``generate()`` uses, updates,
 thinning and everything else included. *Cache*: what a layer of it costs alone, its update and its attention.
 """
@@ -460,12 +460,13 @@ def whole_rows(model: torch.nn.Module, B: int, n: int, S: int, count: int) -> li
         against = exact.get(best)
         p20, p50, p80, p99 = (quantile(times, x) for x in (0.2, 0.5, 0.8, 0.99))
         seconds = ttft.get(first.get(name, name), float("nan"))
+        said = f"model=llama-3.1-8b-shape ttft_s={seconds:.3f} p99_ms={p99:.3f} max_ms={max(times):.3f}{held}"
         peak = (torch.cuda.max_memory_allocated() - weights) / 1e6 if on_gpu else ""
         rows.append(dict(
-            job="whole_step", method=name, B=B, H=config.num_attention_heads, H_kv=config.num_key_value_heads, Lq=1,
-            params=f"model=llama-3.1-8b-shape ttft_s={seconds:.3f} p99_ms={p99:.3f} max_ms={max(times):.3f}{held}", Lk=n,
-            D=config.head_dim, Dv=config.head_dim, dtype=str(model.dtype).removeprefix("torch."), ms_p20=p20, ms_p50=p50,
-            ms_p80=p80, opponent=best, opponent_ms_p50=against, speedup=against / p50 if against else None, peak_mb=peak,
+            job="whole_step", method=name, params=said, B=B, H=config.num_attention_heads, Lq=1, Lk=n,
+            H_kv=config.num_key_value_heads, D=config.head_dim, Dv=config.head_dim, ms_p20=p20, ms_p50=p50, ms_p80=p80,
+            dtype=str(model.dtype).removeprefix("torch."), opponent=best, opponent_ms_p50=against,
+            speedup=against / p50 if against else None, peak_mb=peak,
         ))  # fmt: skip
     return rows
 
@@ -474,7 +475,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["1x131072", "8x32768"], help="sequences x tokens in the cache")
     parser.add_argument("--weighted", nargs="+", default=[f"1x{WEIGHTED}", f"32x{WEIGHTED}"], help="of an ExpressCache")
-    parser.add_argument("--parts", nargs="+", default=["attention", "model"], choices=["attention", "model", "cache", "whole"])
+    parser.add_argument(
+        "--parts", nargs="+", default=["attention", "model"], choices=["attention", "model", "cache", "whole"]
+    )
     parser.add_argument("--cached", nargs="+", default=["1x32768", "32x32768"], help="behind an ExpressCache alone")
     parser.add_argument("--steps", type=int, default=WHOLE_STEPS, help="timed behind an ExpressCache")
     parser.add_argument("--draws", type=int, default=128, help="S, draws per head")

@@ -223,7 +223,8 @@ def attend_places(
     out = query.new_empty(B, H, 1, shape.DV)
     count = B * programs * shape.G
     memory = torch.empty(count * (2 + shape.DV), dtype=torch.float32, device=query.device)
-    parts = _Parts(*memory.split([count, count, count * shape.DV]), out)
+    most, total, weighted = memory.split([count, count, count * shape.DV])
+    parts = _Parts(most, total, weighted, out)
     launch(_split_kernel, (programs, B),
         strided(query), table.lines, table.programs, end, parts, scale * 1.4426950408889634, SHAPE=shape,
         num_warps=tiles.warps, num_stages=tiles.stages,

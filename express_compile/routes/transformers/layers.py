@@ -268,8 +268,9 @@ class ExpressLayer(CacheLayerMixin):
             self.settling = True
             self.held.settle(is_single)
             self.settling = n > STEP
-            out = self.held.step(given.query, key, value) if is_single else None
-            if out is None:
+            if is_single:
+                out = self.held.step(given.query, key, value)
+            else:
                 out = self.held.extend(given.query, key, value, real)
             self.settling = False
         if real is not None:

@@ -9,13 +9,14 @@ hold all tokens need. What has to be moved or thinned runs between replays (:met
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 
 from .layers import ExpressLayer
 from .sites import installed
@@ -55,18 +56,21 @@ class Steps:
         self.replay: Callable[[], None] | None = None
         self.out: Any = None
         self.due: list[int] = []  # of every layer, how many columns there are when it next has something to do
-        self.changes = -1
+        self.changes = -1  # of the cache, the last time that its state was looked at
+        self.end = torch.empty(0, dtype=torch.int32)  # of every sequence, its tokens with the new one
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Steps:
-        from copy import deepcopy
-
-        return Steps(deepcopy(self.cache, memo))
+        return Steps(copy.deepcopy(self.cache, memo))
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
         """What ``model(**inputs)`` gives."""
         layers = self.cache.express_layers
         if not self._can_replay(model, layers, inputs):
             return model(**inputs)
+        with torch.inference_mode(False), torch.no_grad():
+            return self._replayed(model, layers, inputs)
+
+    def _replayed(self, model: PreTrainedModel, layers: list[ExpressLayer], inputs: dict[str, Any]) -> Any:
         ids, positions = inputs["input_ids"], inputs["position_ids"]
         self.cache._step.require_whole()
         if self.cache._step.changes != self.changes:
@@ -103,10 +107,10 @@ class Steps:
             and ids.shape[1] == 1
             and positions.shape == ids.shape
             and not model.training
-            and not any(site.shadow is not None for site in installed(model))
+            and (self.cache._step.changes == self.changes or all(site.shadow is None for site in installed(model)))
             and all(x is None or isinstance(x, (bool, int)) for x in others.values())
             and not any(others.get(name) for name in ("output_attentions", "output_hidden_states"))
-            and others.get("use_cache") is not False
+            and all(others.get(name) is not False for name in ("use_cache", "return_dict"))
             and len(layers) == len(self.cache.layers)
             and all(layer.records(len(ids)) for layer in layers)
         )
@@ -141,8 +145,7 @@ class Steps:
         step.recorded = True
         try:
             tokens = dict(input_ids=self.ids, position_ids=self.positions, attention_mask=mask)
-            with torch.no_grad():
-                return model(**tokens, past_key_values=self.cache, **given)
+            return model(**tokens, past_key_values=self.cache, **given)
         finally:
             step.recorded = False
 
