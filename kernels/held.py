@@ -43,7 +43,7 @@ from .select.contest import CONTEST, contest, distinctiveness
 from .select.halving import Decider, halve_reference
 from .select.pages import PAGE, SUB, choose_pages, listed, update_means
 from .select.schedule import CLOSE_FIRST, CLOSE_SECOND, SUBSAMPLE, Halving, Round, round_of, stage
-from .select.thinning import halve
+from .select.thinning import draws_triton, halve
 
 STEP = 32  # tokens of a step that can be undone
 _GROW = 256  # rows, the least that heads which hold everything grow by
@@ -93,7 +93,7 @@ class HeldRows:
         self.group, self.config, self.scale = group, config, scale
         self.ahead: dict[tuple[int, int], Ahead] = {}  # by the sequences, side by side
         self.touched: list[tuple[int, int]] | None = None  # (first, count) of places that were written, if anyone asks
-        self.lead = 1 + 2 * turn % _AHEAD  # steps before its time that something is decided
+        self.turn = turn
         self.is_listed = False  # whether ``pages`` is up to date
         heads = group.on(key.device)
         self.random = random._replace(heads=torch.arange(key.shape[1], device=key.device) if heads is None else heads)
@@ -104,7 +104,6 @@ class HeldRows:
         if config is not None:
             slack = 0 if self.drops else CONTEST - 1
             self.ring = config.sinks
-            self.lead = min(self.lead, config.recent)
             self.places = self.ring + config.recent + slack + STEP
             self.coreset = self.places + config.protected
             # E has places for 4 s rows, and 3 s while there are buckets, which lie behind those, the last one first
@@ -181,7 +180,7 @@ class HeldRows:
         out = max(0, length - self.config.sinks - self.config.recent)
         if self.config.protected:
             return max(left, out - out % CONTEST)
-        stays = not self.drops and out - left < CONTEST - self.lead and out < self._next(left)
+        stays = not self.drops and out - left < self._most_waiting and out < self._next(left)
         return max(left, left if stays else out)
 
     def _next(self, left: int) -> int:
@@ -194,6 +193,17 @@ class HeldRows:
         round_ = Round(round_of(left, config.s), config.s, config.M)
         every = round_.group if round_.group > 1 else round_.capacity(0) if round_.r else 4 * config.s
         return left - left % every + every
+
+    @property
+    def _most_waiting(self) -> int:
+        """Rows that may wait in the ring; each layer moves its own in another step."""
+        return CONTEST - self.turn % _AHEAD
+
+    def _lead(self, between: int) -> int:
+        """How many steps before its time a layer decides what is due ``between`` tokens after what was due before: each
+        layer in another step, as far as there are so many."""
+        assert self.config is not None
+        return min(self.config.recent, 1 + self.turn % min(_AHEAD, max(1, self.config.recent), between))
 
     def _is_worth_it(self, until: int) -> bool:
         """Whether what is due when ``until`` tokens have left is more than to pick one of a group."""
@@ -215,16 +225,17 @@ class HeldRows:
         ring = self.config.sinks + self.config.recent
         due = until + ring - length
         if (b.start, b.stop) not in self.ahead and self._is_worth_it(until):
-            due -= self.lead
-        return due if self.config.protected else min(due, left + CONTEST - self.lead + ring - length)
+            due -= self._lead(until - left)
+        return due if self.config.protected else min(due, left + self._most_waiting + ring - length)
 
     def look_ahead(self, b: slice, length: int) -> None:
-        """Decide what is due in ``lead`` steps or less. It follows from tokens that are in the ring by then."""
+        """Decide what is due soon. It follows from tokens that are in the ring by then."""
         config, key = self.config, (b.start, b.stop)
         if config is None or self.drops or key in self.ahead:
             return
         left, until = self.left[b.start], self._next(self.left[b.start])
-        if until + config.sinks + config.recent - length > self.lead or not self._is_worth_it(until):
+        steps = until + config.sinks + config.recent - length
+        if steps > self._lead(until - left) or not self._is_worth_it(until):
             return
         fork = copy.copy(self)
         for name in self.TENSORS:
@@ -451,7 +462,10 @@ class HeldRows:
         seed, layer, heads = self.random
         group, device = round_.group, rows.key.device
         number = torch.arange(rows.count // group, device=device)
-        u = philox_uniform(seed, layer, first + number, 0, stage(round_.r, SUBSAMPLE), heads[:, None])
+        if rows.key.is_cuda:
+            u = draws_triton(self.random, first, len(number), stage(round_.r, SUBSAMPLE))
+        else:
+            u = philox_uniform(seed, layer, first + number, 0, stage(round_.r, SUBSAMPLE), heads[:, None])
         at = number * group + (u * group).long()
         return rows.pick(at.expand(*rows.index.shape[:2], -1))
 

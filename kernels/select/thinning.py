@@ -678,6 +678,23 @@ def halve(key: torch.Tensor, value: torch.Tensor, job: Halving, decider: Decider
     return index
 
 
+@jit(general="first count stage")
+def _draw_kernel(out, heads, random, first, count, stage, BN: tl.constexpr):
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    head = tl.load(heads + tl.program_id(1)).to(tl.int32)
+    b_u = draw_uniform(tl.load(random.seed), random.layer, first + o_n, 0, stage, head)
+    tl.store(out + tl.program_id(1) * count + o_n, b_u, mask=o_n < count)
+
+
+def draws_triton(random: Random, first: int, count: int, stage: int) -> torch.Tensor:
+    """``philox_uniform`` of the draws from ``first`` on for bucket 0: float32 ``[heads, count]``, in one launch."""
+    out = torch.empty(len(random.heads), count, dtype=torch.float32, device=random.heads.device)
+    launch(_draw_kernel, (-(-count // 64), len(random.heads)),
+        out, random.heads, random._replace(heads=None), first, count, stage, BN=64, num_warps=1,
+    )  # fmt: skip
+    return out
+
+
 def describe_launches(rows: sympy.Expr) -> sympy.Expr:
     """Launches of :func:`thin` beside its own, if buckets of stream rows hold ``rows`` rows (D + Dv up to 512)."""
     return sympy.Piecewise((1, rows > 2 * PAIRS), (0, True))

@@ -12,7 +12,8 @@ from express_compile.kernels import held as K
 from express_compile.kernels.attend import places as P
 from express_compile.kernels.heads import EVERYTHING, PerHead
 from express_compile.kernels.held import Held
-from express_compile.kernels.launch import Random
+from express_compile.kernels.launch import Random, philox_uniform
+from express_compile.kernels.select.thinning import draws_triton
 
 MIXED = (Rows(2, 20), Rows(2, 9, 8, 10), EVERYTHING, Rows(3, 40, 16), Rows(1, 5, selected=1), Rows(0, 0))
 
@@ -92,3 +93,11 @@ def test_programs_share_the_blocks_of_heads_of_unequal_size() -> None:
     programs, parts = P.make_programs([2, 1, 3], torch.device("cpu"))
     assert programs.tolist() == [[0, 0, 2], [0, 1, 2], [1, 0, 1], [2, 0, 3], [2, 1, 3], [2, 2, 3]]
     assert parts.tolist() == [[0, 2], [2, 1], [3, 3]]
+
+
+def test_draws_of_the_kernel_are_those_of_the_reference() -> None:
+    heads = torch.tensor([5, 0, 2], dtype=torch.int32)
+    for seed, first, count in ((7, 3, 100), ((2 << 32) + 9, 0, 1)):
+        random = Random(torch.tensor(seed), 11, heads)
+        expected = philox_uniform(random.seed, 11, first + torch.arange(count), 0, 317, heads[:, None])
+        assert torch.equal(draws_triton(random, first, count, 317), expected)
