@@ -131,6 +131,12 @@ def bytes_of_coresets(spec: AttentionSpec, ranks: int, rows: int) -> float:
     return (ranks - 1) * spec.B * spec.H_kv * rows * (spec.D + spec.Dv) * spec.dtype.itemsize
 
 
+def bytes_of_tensor_parallel(spec: AttentionSpec, ranks: int, features: int) -> float:
+    """Bytes that a process sends by tensor parallel, in a layer of a decoder with ``features``: two sums over all
+    processes, of the features of all tokens, in rings."""
+    return 2 * 2 * (ranks - 1) / ranks * spec.B * spec.Lq * features * spec.dtype.itemsize
+
+
 # ---- what attention does ---------------------------------------------------------------------------------------------
 
 
