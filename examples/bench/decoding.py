@@ -61,6 +61,7 @@ STEPS = 12  # timed, after as many that compile and record graphs
 WHOLE_STEPS = 300  # of whole steps; protected places compete every 256 tokens
 UNIFORM = HeadRows(32, 256, 1024, 256)
 SELECTED = HeadRows(64, 256, selected=16)
+WARM = 8192  # tokens of a prompt that compiles kernels, before one is timed
 PLAN = Path(__file__).parents[1] / "plans" / "smollm2-135m.json"
 LLAMA = dict(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
@@ -437,21 +438,25 @@ def whole_rows(model: torch.nn.Module, B: int, n: int, S: int, count: int) -> li
             weights = torch.cuda.memory_allocated()
         if policy is not None:
             rewrite_attention(model, **policy)
+        cache = None
         try:
-            if plan is None:
+            for length in (min(n, WARM), n):
                 if name not in first:
-                    ttft[name] = prompted(model, B, n, DynamicCache(config=config))
+                    cache = None
+                    cache = DynamicCache(config=config) if plan is None else ExpressCache(model, rows=plan)
+                    ttft[name] = prompted(model, B, length, cache)
+            if plan is None:
+                cache = None
                 times = full_steps(model, B, n, 60 if on_gpu else 2)
             else:
-                cache = ExpressCache(model, rows=plan)
-                ttft[name] = prompted(model, B, n, cache)
+                assert isinstance(cache, ExpressCache)
                 times = cache_steps(model, B, n, cache, count)
         except torch.cuda.OutOfMemoryError:
             print(f"{name}: B={B}, n={n}: more than the memory of the device")
             continue
         finally:
-            held = f" rows={cache.rows_held:.0f}" if plan is not None and "cache" in locals() else ""
-            cache = None  # type: ignore[assignment]
+            held = f" rows={cache.rows_held:.0f}" if isinstance(cache, ExpressCache) else ""
+            cache = None
             if policy is not None:
                 restore_attention(model)
         if plan is None and name != "santa":
