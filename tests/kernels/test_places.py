@@ -13,7 +13,9 @@ from express_compile.kernels.attend import places as P
 from express_compile.kernels.heads import EVERYTHING, PerHead
 from express_compile.kernels.held import Held
 from express_compile.kernels.launch import Random, philox_uniform
-from express_compile.kernels.select.thinning import draws_triton
+from express_compile.kernels.select.halving import Decider, get_rule, halve_reference
+from express_compile.kernels.select.schedule import Halving, stage
+from express_compile.kernels.select.thinning import draws_triton, halve
 
 MIXED = (Rows(2, 20), Rows(2, 9, 8, 10), EVERYTHING, Rows(3, 40, 16), Rows(1, 5, selected=1), Rows(0, 0))
 
@@ -101,3 +103,17 @@ def test_draws_of_the_kernel_are_those_of_the_reference() -> None:
         random = Random(torch.tensor(seed), 11, heads)
         expected = philox_uniform(random.seed, 11, first + torch.arange(count), 0, 317, heads[:, None])
         assert torch.equal(draws_triton(random, first, count, 317), expected)
+
+
+@pytest.mark.parametrize("rule", ["balanced", "kernel"])
+def test_one_halving_by_the_kernel_is_that_of_the_reference_with_the_numbers_of_its_heads(rule: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, 2, 128, 16, generator=draw) for _ in range(2))
+    heads, seed = torch.tensor([4, 1], dtype=torch.int32), torch.tensor(7)
+    pairs = torch.arange(64)
+    for first, level in ((0, 1), (5, 2)):
+        job = Halving(0, 0, 128, 1, stage(2, level), first, 0.1)
+        kept = halve(k, v, job, Decider(get_rule(rule), 0.25, Random(seed, 3, heads)))
+        draws = philox_uniform(seed, 3, pairs, first, stage(2, level), heads[:, None])
+        second = halve_reference(k, v, draws, get_rule(rule), 0.1, 0.25)
+        assert torch.equal(kept.long(), 2 * pairs + second.long())
