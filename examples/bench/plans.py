@@ -8,6 +8,7 @@ One profile of three texts (``models.profiled_texts``), by which every policy th
 * ``per head``: every source of rows, and the last 16 queries exact; ``without ...``: all but one of them;
   ``per layer``: the errors of a layer's heads summed, so that all of them have the same; ``without records``: the
   profile of the two natural texts alone;
+* ``layers alike``: without what errors of a layer do to the output, as if that were the same in all of them;
 * ``window or everything``: heads stream or see everything, as in DuoAttention (arXiv 2410.10819).
 
 Uniform policies have the same rows in all heads, and as many as the budget allows: ``streaming`` (StreamingLLM: sinks
@@ -41,7 +42,7 @@ from express_compile import Policy, fit, restore_attention, rewrite_attention
 from express_compile.core.plan import SavedPlan
 from express_compile.core.rows import Rows
 from express_compile.kernels.heads import EVERYTHING, PerHead
-from express_compile.quality.profile import Profile, choose, late, least, prices, profile, rows_of
+from express_compile.quality.profile import Profile, choose, geometric_mean, late, least, prices, profile, rows_of
 
 MODELS = {
     "smollm2": ("SmolLM2-135M-Instruct", load_smollm2),
@@ -70,7 +71,11 @@ def mean_of(profiles: Sequence[Profile]) -> Profile:
     """The profile of several samples of which each was profiled alone."""
     first = profiles[0]
     sites = tuple(
-        replace(sites[0], errors=tuple(map(tuple, np.mean([site.errors for site in sites], 0).tolist())))
+        replace(
+            sites[0],
+            errors=tuple(map(tuple, np.mean([site.errors for site in sites], 0).tolist())),
+            nats=geometric_mean([site.nats for site in sites]),
+        )
         for sites in zip(*(x.sites for x in profiles), strict=True)
     )
     return replace(first, tokens=max(x.tokens for x in profiles), samples=len(profiles), sites=sites)
@@ -151,6 +156,7 @@ def policies(found: Profile, natural: Profile, budget: float, n: int) -> dict[st
         "without everything": only(found, lambda x: not x.everything),
         "without records": natural,
     }
+    heads["layers alike"] = replace(found, sites=tuple(replace(site, nats=1.0) for site in found.sites))
     others = {name: chosen(its, budget, n) for name, its in heads.items()}
     others["without last"] = chosen(found, budget, n, last=0)
     return {"per head": chosen(found, budget, n), **uniform(budget, n), **uniform(budget, n, LAST), **others}

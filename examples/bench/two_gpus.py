@@ -14,12 +14,8 @@ last layer. Bytes are what a process sends in a layer: ``sent`` counted, the oth
 
 from __future__ import annotations
 
-import os
-
-for variable, value in (("NCCL_NVLS_ENABLE", "0"), ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")):
-    os.environ.setdefault(variable, value)  # no NVLink multicast
-
 import argparse
+import os
 import statistics
 import sys
 import time

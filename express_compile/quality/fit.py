@@ -59,7 +59,7 @@ class Fit:
     plan: the plan of every site; ``plan.fitted`` says what it was fitted on. kl: KL(exact || with this plan), mean over
         the late positions of the held-out samples, in nats. rows: those that a late query sees at the length of use,
         mean over KV heads. exact_rows: those of exact attention. price: of a row (for a speedup: of a millisecond),
-        in error, by which heads have chosen.
+        in nats per token, by which heads have chosen.
     profile: what was measured. chosen: the rows of every KV head, by site.
     """
 

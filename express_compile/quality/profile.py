@@ -6,14 +6,17 @@ heads side by side, on the activations of the exact model:
     error[site, head, option] = sum_i |W (o_hat_i - o_i)_head|^2 / sum_i |W o_i|^2
 
 over the *late* queries i, from a quarter of the sample on; ``(..)_head`` are the outputs of the query heads of one KV
-head, and W is the linear layer that takes the output of the site, the identity where none was found to. Of the options
-of a head that one is chosen that minimises ``error + price * cost`` (:func:`choose`), so one number, the price of a
-row, moves the choice of all heads from the best options to the cheapest.
+head, and W is the linear layer that takes the output of the site, the identity where none was found to. What an error
+does to the model differs between sites: ``nats[site]`` is the KL of the output where this site alone has one of the
+options, over the error of that. Of the options of a head that one is chosen that minimises
+``nats * error + price * cost`` (:func:`choose`), so one number, the price of a row, moves the choice of all heads from
+the best options to the cheapest.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -31,7 +34,7 @@ from ..core.sites import SiteReport, record_sites
 from ..kernels.heads import EVERYTHING, PerHead, rows_seen
 from ..routes.capture import captures_of
 from ..routes.eager import is_rewritten, restore_attention, rewrite_attention
-from .budgets import Exactly, checked_batches, lower_hull, slope
+from .budgets import Exactly, checked_batches, logits_of, lower_hull, mean_kl, slope
 
 DEFAULT_OPTIONS = (
     *(Rows(sinks=32, recent=recent) for recent in (256, 1024, 2048)),
@@ -56,12 +59,20 @@ class SiteProfile:
     module, index: which one it is: its module path, and its place among the sites of that module.
     through: path of the linear layer through which errors were measured; None: of the output of the site itself.
     errors: relative squared error of its output by KV head and option, ``[H_kv][options]``.
+    nats: KL(exact || with an option at this site alone), nats per token, over the error of all its heads; of several
+        samples the geometric mean, and 0 where no option had an error.
     """
 
     module: str
     index: int
     through: str | None
     errors: tuple[tuple[float, ...], ...]
+    nats: float = 1.0
+
+    @property
+    def weighted(self) -> torch.Tensor:
+        """``nats * errors``, float64 ``[H_kv, options]``."""
+        return torch.tensor(self.errors, dtype=torch.float64) * self.nats
 
 
 @dataclass(frozen=True)
@@ -110,16 +121,17 @@ def profile(
 ) -> Profile:
     """What every KV head of a model loses with every option of rows, on sample inputs.
 
-    model: as for ``rewrite_attention``, not rewritten; it is left as it was. Sites that the method ``heads`` refuses
-        are left out.
+    model: as for ``rewrite_attention``, not rewritten; it is left as it was. Its output, or the ``logits`` of it, are
+        scores ``[batch, positions, classes]``. Sites that the method ``heads`` refuses are left out.
     sample: token ids ``[batch, tokens]``, or several such tensors or mappings of keyword arguments, of which the errors
         are averaged; as long as what the rows are for, if that can be.
     options: what a head may have. block: queries that see the same rows of the past, 16, 32, 64 or 128. progress: show
         a bar.
 
-    Takes one exact pass per sample, with ``options`` calls more at each site, and a short one that finds the linear
-    layers. Memory: that of the pass, two outputs of one site, and 512 positions of one linear layer's output for each
-    KV head. Raises ``ValueError`` or ``TypeError`` for arguments that do not fit, and where no site can be rewritten.
+    Takes one exact pass per sample, with ``options`` calls more at each site, a pass for each site, and a short one
+    that finds the linear layers. Memory: that of the pass, two outputs of one site, 512 positions of one linear layer's
+    output for each KV head, and the scores of one sample twice. Raises ``ValueError`` or ``TypeError`` for arguments
+    that do not fit, and where no site can be rewritten.
     """
     options = checked_options(options, block)
     samples = samples_of("sample", sample)
@@ -136,23 +148,55 @@ def measured(
         reasons = "; ".join(sorted({x.reason for x in reports})) or "it has none"
         raise ValueError(f"model: no site can have rows for each KV head: {reasons}")
     of = {x.layer: x for x in reports if x.saved is not None and x.verdict == "rewritten"}
-    sums: list[dict[int, torch.Tensor]] = []
+    tokens = max(map(tokens_of, samples))
+    rows = tuple(rows_of(options, tokens, PerHead(EVERYTHING, block=block)))
+    sums, ratios = [], []
     with Progress(transient=True, disable=not progress) as bar:
-        task = bar.add_task("profile", total=len(samples) * len(finder.sites) * len(options))
+        task = bar.add_task("profile", total=len(samples) * len(finder.sites) * (len(options) + 1))
         for batch in samples:
             meter = _Meter(options, finder.projections, lambda: bar.advance(task))
             with run_by(meter):
-                model(**batch) if isinstance(batch, Mapping) else model(batch)
+                exact = logits_of(model, batch)
             sums.append(meter.errors())
+            ratios.append(_ratios(model, batch, exact, sums[-1], options, rows, lambda: bar.advance(task)))
     sites = tuple(
-        SiteProfile(report.saved.module, report.saved.index, finder.paths.get(layer), _mean([x[layer] for x in sums]))
+        SiteProfile(
+            report.saved.module, report.saved.index, finder.paths.get(layer), _mean([x[layer] for x in sums]),
+            geometric_mean([x[layer] for x in ratios]),
+        )
         for layer in sums[0]
         if (report := of[layer]).saved is not None
-    )
-    tokens = max(map(tokens_of, samples))
-    rows = tuple(rows_of(options, tokens, PerHead(EVERYTHING, block=block)))
+    )  # fmt: skip
     found = Profile(options, tokens, len(samples), rows, sites)
     return found, _in_order(found, reports)
+
+
+def _ratios(
+    model: nn.Module,
+    batch: Any,
+    exact: torch.Tensor,
+    errors: Mapping[int, torch.Tensor],
+    options: Sequence[Rows],
+    rows: Sequence[float],
+    advance: Callable[[], None],
+) -> dict[int, float]:
+    """For every site: the KL of the model where this site alone has the middle one of the options that are not exact,
+    by their rows, over the error of that; 0 where there is none."""
+    few = sorted((x, o) for o, x in enumerate(rows) if not options[o].everything)
+    found = {}
+    for layer, of_heads in errors.items():
+        found[layer] = 0.0
+        if few and (error := float(of_heads[:, few[len(few) // 2][1]].sum())) > 0:
+            with run_by(Chosen({layer: [options[few[len(few) // 2][1]]]})):
+                found[layer] = max(mean_kl(exact, logits_of(model, batch), late(exact.shape[1])), 0.0) / error
+        advance()
+    return found
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """That of the values above 0; 0 if there are none."""
+    above = [math.log(x) for x in values if x > 0]
+    return math.exp(math.fsum(above) / len(above)) if above else 0.0
 
 
 def profiled_before(model: nn.Module, sample: Any, found: Profile) -> list[SiteReport]:
@@ -317,7 +361,7 @@ def rows_of(options: Sequence[Rows], tokens: int, base: PerHead) -> list[float]:
 
 
 def choose(profile: Profile, price: float, cost: Any = None) -> Choice:
-    """For every KV head the option that minimises ``error + price * cost``; of equal ones the cheapest.
+    """For every KV head the option that minimises ``nats * error + price * cost``; of equal ones the cheapest.
 
     price: of a unit of cost, 0 or more. cost: of every option, ``[options]`` or ``[sites, 1, options]``; the profile's
     rows unless given.
@@ -327,8 +371,7 @@ def choose(profile: Profile, price: float, cost: Any = None) -> Choice:
     found = []
     for site, its in zip(profile.sites, _costs(profile, cost), strict=True):
         cheapest = its[0].argsort(stable=True)
-        error = torch.tensor(site.errors, dtype=torch.float64)
-        paid = (error + price * its)[:, cheapest]
+        paid = (site.weighted + price * its)[:, cheapest]
         found.append(tuple(cheapest[paid.argmin(1)].tolist()))
     return tuple(found)
 
@@ -343,7 +386,7 @@ def prices(profile: Profile, cost: Any = None) -> list[float]:
     cheaper option of the two. Those of the lower convex hulls of (cost, error) of every head."""
     found = {0.0}
     for site, its in zip(profile.sites, _costs(profile, cost).tolist(), strict=True):
-        for errors in site.errors:
+        for errors in site.weighted.tolist():
             hull = lower_hull((x, error, None) for x, error in zip(its[0], errors, strict=True))
             found.update(map(slope, hull, hull[1:]))
     # what rounding makes of a price must not fall below the slope that it is

@@ -131,6 +131,23 @@ def test_errors_are_those_of_a_loop_over_heads_queries_and_options(model, ids) -
 
 
 @torch.no_grad()
+def test_nats_are_what_an_error_at_one_site_does_to_the_output(model, ids) -> None:
+    """By the middle one of the options by their rows, that of several samples as a geometric mean."""
+    parts = ids[:1], ids[1:]
+    found, *each = (profile(model, x, OPTIONS, block=16) for x in (parts, *parts))
+    few = [x for x in OPTIONS if not x.everything]
+    middle = sorted(few, key=lambda x: found.rows[OPTIONS.index(x)])[len(few) // 2]
+    for i, site in enumerate(found.sites):
+        for part, alone in zip(parts, each, strict=True):
+            kl = kl_of(model, part, 60, methods=[PerHead({site.module: [middle]}, block=16)])
+            error = sum(errors[OPTIONS.index(middle)] for errors in alone.sites[i].errors)
+            assert alone.sites[i].nats == pytest.approx(kl / error if error else 0.0, rel=2e-2, abs=1e-9), site.module
+        assert site.nats == pytest.approx((each[0].sites[i].nats * each[1].sites[i].nats) ** 0.5)
+    assert found.sites[2].nats == 0 and found.sites[0].nats != pytest.approx(found.sites[1].nats, rel=0.1)
+    assert all(site.nats == 0 for site in profile(model, ids, [EVERYTHING]).sites)
+
+
+@torch.no_grad()
 def test_several_samples_are_averaged(model, ids) -> None:
     both, *each = (profile(model, x, OPTIONS, block=16) for x in ([ids[:1], ids[1:]], ids[:1], ids[1:]))
     for i, site in enumerate(both.sites):
@@ -166,20 +183,21 @@ def test_a_head_that_needs_a_far_token_gets_it_and_the_other_one_does_not() -> N
 def tables(draw, most: int = 3) -> Profile:
     """Profiles of a few heads, with made-up errors and rows."""
     number, error = draw(st.integers(1, 4)), st.integers(0, 20).map(lambda x: x / 16)
+    nats = st.sampled_from([0.25, 1.0, 2.0])
     rows = tuple(float(x) for x in draw(st.lists(st.integers(1, 50), min_size=number, max_size=number)))
     options = tuple(Rows(recent=i + 1) for i in range(number))
     shape = draw(st.lists(st.integers(1, 2), min_size=1, max_size=most))
     sites = tuple(
-        SiteProfile(str(i), 0, None, tuple(tuple(draw(error) for _ in options) for _ in range(heads)))
+        SiteProfile(str(i), 0, None, tuple(tuple(draw(error) for _ in options) for _ in range(heads)), draw(nats))
         for i, heads in enumerate(shape)
     )
     return Profile(options, 64, 1, rows, sites)
 
 
 def totals(table: Profile, choice) -> tuple[float, float]:
-    """(error, rows) summed over heads."""
+    """(error in nats, rows) summed over heads."""
     picked = [
-        (e[o], table.rows[o])
+        (e[o] * site.nats, table.rows[o])
         for site, own in zip(table.sites, choice, strict=True)
         for e, o in zip(site.errors, own, strict=True)
     ]
@@ -249,11 +267,11 @@ def test_rows_are_kept_with_less_error_than_equal_rows_for_all(model, ids) -> No
     assert found.rows <= wide.rows[0]
     at = {x: i for i, x in enumerate(OPTIONS)}
     mixed = sum(
-        e[at[x]]
+        s.nats * e[at[x]]
         for s, own in zip(found.profile.sites, found.chosen, strict=True)
         for e, x in zip(s.errors, own, strict=True)
     )
-    assert mixed < sum(e[at[Rows(2, 32)]] for s in found.profile.sites for e in s.errors)
+    assert mixed < sum(s.nats * e[at[Rows(2, 32)]] for s in found.profile.sites for e in s.errors)
     assert found.kl == pytest.approx(kl_of(model, ids[1:], 60, plan=found.plan), rel=1e-3)
     twice = fit(model, ids, rows=wide.rows[0], options=OPTIONS, block=16, last=0, length=120)
     assert twice.rows <= wide.rows[0] and twice.exact_rows < found.exact_rows
@@ -273,7 +291,7 @@ def test_the_last_queries_of_a_fitted_plan_are_exact_and_counted(model, ids) -> 
 
 
 def test_a_speedup_is_that_of_the_predicted_times(shipped_rates: None, model, ids) -> None:
-    options = (Rows(32, 256), Rows(32, 256, selected=8), EVERYTHING)
+    options = (Rows(2, 32), Rows(2, 32, selected=1), EVERYTHING)
     slow, fast = (fit(model, ids, speedup=x, options=options, length=65536) for x in (1.5, 4.0))
     assert fast.rows < slow.rows < slow.exact_rows / 1.2
     with pytest.raises(
