@@ -35,7 +35,9 @@ the first tokens and the last ones (job and method ``window``), beside the two s
 
 ``--mixed`` measures plans per KV head (job ``mixed``, method ``heads``): mixtures like the plans that were found for a
 model, beside plans with as many rows in all, equal ones for all heads: a window, Express, and FlexAttention over such a
-window. ``launches`` in ``params`` counts what a call launches on the GPU.
+window. With ``--plan FILE`` the mixtures are those of a saved plan: its KV heads in order, a layer after the other, as
+it is and with selected rows where it has everything; times are per layer. ``launches`` in ``params`` counts what a
+layer launches on the GPU, ``selection`` is the share of its time without attention: thinning, contests and choices.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ import argparse
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import product
+from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +58,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from express_compile import METHODS, Policy, Site
 from express_compile.core.call import Call
+from express_compile.core.plan import SavedPlan
 from express_compile.core.rows import Rows
 from express_compile.kernels import express as E
 from express_compile.kernels import heads as P
@@ -92,6 +96,8 @@ BERNOULLI = [(1, 131072, H_kv) for H_kv in (8, 32)] + [(8, 32768, H_kv) for H_kv
 EVERY = Rows(32, 1024), Rows(32, 256, selected=8), Rows(32, 256, 256, 256), Rows(32, 256, selected=16), Rows(32, 512), \
     Rows(32, 256, selected=16), Rows(32, 256), Rows(32, 256, selected=32)  # fmt: skip
 MIXED = {"few": EVERY, "one exact": (*EVERY[:4], Rows(everything=True), *EVERY[5:])}  # as found for Qwen2.5-Coder-0.5B
+MOST = Rows(32, 256, selected=64)  # what stands for everything where that is too slow
+CHECKED = 4  # layers of a plan
 LAYER = 0
 GRAPH_UP_TO = 16384  # tokens up to which launching takes as long as computing: measured with a CUDA graph as well
 
@@ -542,7 +548,7 @@ def seen_by(call: Call, own: P.PerHead) -> Iterator[tuple[P.Group, torch.Tensor,
             yield group, alone.query, Sources.tokens(alone.key, alone.value), causal_table(call.Lq, call.Lk)
         elif isinstance(config, E.Express):
             layout, heads = E.make_layout(config, call.Lq, call.Lk), group.on(call.key.device)
-            sources = E.select_rows(call.key, call.value, layout, call.scale, Random(call.seed, LAYER, heads))[0]
+            sources = E.select_rows(call.key, call.value, layout, call.scale, Random(call.seed, call.layer, heads))[0]
             yield group, alone.query, sources, layout.table
         else:
             sources, _, table = P._selected(alone, config, choices[group.rows])
@@ -550,26 +556,44 @@ def seen_by(call: Call, own: P.PerHead) -> Iterator[tuple[P.Group, torch.Tensor,
 
 
 def check_heads(q, k, v, out, own: P.PerHead) -> tuple[float, float]:
-    """As :func:`check`, for the heads with equal rows whose error is the largest share of what is allowed."""
+    """:func:`check_call` of a call as :func:`op_of` makes it."""
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
-    call = Call(q, k, v, None, seed, q.shape[-1] ** -0.5, LAYER)
-    found = []
+    return check_call(Call(q, k, v, None, seed, q.shape[-1] ** -0.5, LAYER), out, own)
+
+
+def check_call(call: Call, out: torch.Tensor, own: P.PerHead) -> tuple[float, float]:
+    """As :func:`check`, for the heads with equal rows whose error is the largest share of what is allowed; the exact
+    queries at the end are checked beside them."""
+    found, few_rows = [], call.Lq - own.last
     for group, query, sources, table in seen_by(call, own):
-        own_out = group.take(out, k.shape[1])
+        own_out = group.take(out, call.key.shape[1])
         for block in {0, len(table.tail) // 2, len(table.tail) - 1}:
-            queries, one = table.of_block(block, q.shape[2])
+            queries, one = table.of_block(block, call.Lq)
             few = sources
             if group.rows.selected:  # copies of this block's rows alone; the table is that of the op
                 segments = one.segments.copy()
                 (_, first, rows), segments[0, 1, 1] = segments[0, 1].tolist(), 0
                 one = replace(one, segments=segments)
                 few = sources._replace(index=sources.index[:, :, first : first + rows])
-            few = few.gathered()
-            exact = Sources(*(x.double() for x in few.buffers))
-            truth, _ = segment_attention_reference(query[:, :, queries].double(), exact, one, call.scale)
-            reference, _ = segment_attention_reference(query[:, :, queries], few, one, call.scale)
-            found.append((relative(own_out[:, :, queries], truth), 2 * relative(reference, truth)))
+            found.append(errors_of(own_out, query, few.gathered(), (queries, one), call.scale, few_rows))
+    if own.last:
+        one = causal_table(own.last, call.Lk)
+        sources, queries = Sources.tokens(call.key, call.value), slice(few_rows, call.Lq)
+        found.append(errors_of(out, call.query, sources, (queries, one), call.scale, call.Lq))
     return max(found, key=lambda x: x[0] / x[1])
+
+
+def errors_of(
+    out: torch.Tensor, query: torch.Tensor, rows: Sources, block: tuple[slice, SegmentTable], scale: float, end: int
+) -> tuple[float, float]:
+    """Relative error of ``out`` at a block of queries before the query ``end``, and twice that of the reference."""
+    queries, table = block
+    exact = Sources(*(x.double() for x in rows.buffers))
+    truth, _ = segment_attention_reference(query[:, :, queries].double(), exact, table, scale)
+    reference, _ = segment_attention_reference(query[:, :, queries], rows, table, scale)
+    here = slice(queries.start, min(queries.stop, end))
+    truth, reference = (x[:, :, : here.stop - here.start] for x in (truth, reference))
+    return relative(out[:, :, here], truth), 2 * relative(reference, truth)
 
 
 def launches(call: Callable) -> int:
@@ -583,18 +607,52 @@ def launches(call: Callable) -> int:
     return sum(1 for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
 
 
+def layers_of(plan: SavedPlan, H_kv: int) -> list[P.PerHead]:
+    """The KV heads of a plan in order, ``H_kv`` of them in a layer; the last layer is filled with the first ones."""
+    owns = [Policy().of_entry(site).of("heads") for site in plan.sites]
+    sizes = [site.facts["H_kv"] for site in plan.sites]
+    every = [own.rows[i % len(own.rows)] for own, size in zip(owns, sizes, strict=True) for i in range(size)]
+    layers = -(-len(every) // H_kv)
+    return [replace(owns[0], rows=[every[(i * H_kv + j) % len(every)] for j in range(H_kv)]) for i in range(layers)]
+
+
+def without_everything(layers: Sequence[P.PerHead]) -> list[P.PerHead]:
+    """Heads that see everything choose :data:`MOST` instead."""
+    return [replace(own, rows=[MOST if x.everything else x for x in own.rows]) for own in layers]
+
+
+def nothing(*_: object) -> None:
+    """In place of attention."""
+
+
 def per_head(
-    name: str, own: P.PerHead, opponents: dict[str, float], tensors, clock: Clock, repeats: int, **params
+    name: str, layers: Sequence[P.PerHead], opponents: dict[str, float], tensors, clock: Clock, repeats: int, **params
 ) -> dict:
-    """A plan per KV head; ``graph=1`` replays a CUDA graph."""
-    n = tensors[1].shape[2]
-    op = op_of(Policy(methods=(own,)), tensors[0].device, method="heads")
-    out, peak = peak_of(lambda: op(*tensors), out_and_lse)
-    errors = check_heads(*tensors, out, own)
-    rows, plan = round(rows_on_average(own, n)), name.replace(" ", "_")
-    told = dict(plan=plan, rows=rows, launches=launches(lambda: op(*tensors)), **params)
-    times = clock(replayed(lambda: op(*tensors)) if params.get("graph") else lambda: op(*tensors), repeats)
-    return row_of(Policy(budget=rows), times, opponents, errors, job="mixed", method="heads", params=told, peak_mb=peak)
+    """Plans per KV head, a mean over layers one after the other, of which some are checked; ``graph=1`` replays a CUDA
+    graph."""
+    n, count = tensors[1].shape[2], len(layers)
+    ops = [op_of(Policy(methods=(own,)), tensors[0].device, method="heads") for own in layers]
+
+    def call() -> torch.Tensor:
+        for op in ops:
+            out = op(*tensors)
+        return out
+
+    def each(run: Callable) -> list[float]:
+        return [ms / count for ms in clock(replayed(run) if params.get("graph") else run, repeats)]
+
+    checked = range(0, count, max(1, count // CHECKED))
+    errors = max((check_heads(*tensors, ops[i](*tensors), layers[i]) for i in checked), key=lambda x: x[0] / x[1])
+    _, peak = peak_of(call, out_and_lse)
+    rows, plan = round(sum(rows_on_average(own, n) for own in layers) / count), name.replace(" ", "_")
+    told = dict(plan=plan, rows=rows, launches=round(launches(call) / count, 1))
+    times = each(call)
+    if tensors[0].is_cuda and any(len(P.groups(own.rows, tensors[1].shape[1])) > 1 for own in layers):
+        with mock.patch.multiple(P, mixed_attention_triton=nothing, _exact_heads=nothing, attend_last=nothing):
+            told["selection"] = round(quantile(each(call), 0.5) / quantile(times, 0.5), 3)
+    told |= {"layers": count} if count > 1 else {}
+    return row_of(Policy(budget=rows), times, opponents, errors, job="mixed", method="heads", params={**told, **params},
+                  peak_mb=peak)  # fmt: skip
 
 
 def rows_on_average(own: P.PerHead, n: int) -> float:
@@ -666,19 +724,23 @@ class Bench:
 
     def mixed(self) -> None:
         """Mixtures, and plans of as many rows in all that are equal for all heads, in one run."""
+        mixtures = {name: [P.PerHead(every)] for name, every in MIXED.items()}
+        if self.args.plan:
+            name, layers = self.args.plan.stem, layers_of(SavedPlan.load(self.args.plan), self.args.heads[1])
+            mixtures = {name: layers, f"{name} without everything": without_everything(layers)}
         for n in track(self.args.lengths, description="mixed"):
             tensors, repeats = self.tensors(1, n, n), self.repeats(n)
-            for graph, (name, every) in product(self.graphs(n), MIXED.items()):
+            for graph in self.graphs(n):
                 opponents = exact_times(*tensors, self.clock, repeats, graph=bool(graph))
-                own = P.PerHead(every)
-                rows = round(rows_on_average(own, n))
-                plans = {name: own}
-                plans |= {f"{x} as {name}": equal_rows(rows, n, x == "Express") for x in ("window", "Express")}
-                for plan, given in plans.items():
-                    self.add(*tensors[:2], per_head(plan, given, opponents, tensors, self.clock, repeats, **graph))
-                if every is EVERY and not graph:
-                    flex = window(tensors, rows, 32, opponents, self.clock, repeats)
-                    self.add(*tensors[:2], {**flex, "job": "mixed"})
+                for name, layers in mixtures.items():
+                    rows = round(sum(rows_on_average(own, n) for own in layers) / len(layers))
+                    plans = {name: layers}
+                    plans |= {f"{x} as {name}": [equal_rows(rows, n, x == "Express")] for x in ("window", "Express")}
+                    for plan, given in plans.items():
+                        self.add(*tensors[:2], per_head(plan, given, opponents, tensors, self.clock, repeats, **graph))
+                    if not graph and (self.args.plan or name == "few"):
+                        flex = window(tensors, rows, 32, opponents, self.clock, repeats)
+                        self.add(*tensors[:2], {**flex, "job": "mixed"})
 
     def everything(self) -> None:
         settings = SETTINGS[: self.args.settings]
@@ -782,7 +844,9 @@ def main() -> None:
     parser.add_argument("--window", action="store_true", help="measure only Express beside FlexAttention over sinks "
                         "and a window of as many rows; --lengths count")  # fmt: skip
     parser.add_argument("--mixed", action="store_true", help="measure only plans per KV head beside plans of as many "
-                        "rows for all; --lengths count, --heads has 8 KV heads")  # fmt: skip
+                        "rows for all; --lengths count, --heads has 8 KV heads "
+                        "unless there is a --plan")  # fmt: skip
+    parser.add_argument("--plan", type=Path, help="with --mixed: a saved plan whose heads the mixtures have")
     parser.add_argument("--repeats", type=int, default=7)
     add_arguments(parser)
     args = parser.parse_args()

@@ -1,120 +1,474 @@
-"""What a cache of few rows loses: KL to exact attention while SmolLM2 goes on, step by step, and its memory.
+"""What generation from a cache of few rows loses: KL to exact attention at every step that follows, and needles.
 
-    python examples/bench/caching.py --out examples/bench/results/caching.csv  # on a CPU ten minutes or more
-    python examples/bench/caching.py --new 4096 --own --piece 16 --texts genesis --plans 0  # drift
+    python examples/bench/caching.py --rows 1984 1024 --each 5 --profile profile.json --out caching.csv  # a GPU
+    python examples/bench/caching.py --model qwen --length 16384 --rows 4032 1024 --piece 8 --out caching.csv  # more
+    python examples/bench/caching.py --part selected --rows 1024 --piece 4 --new 128 --profile profile.json
+    python examples/bench/caching.py --part long --length 6144 --new 4096 --rows 1024 --piece 32    # 4,096 new tokens
+    python examples/bench/caching.py --length 1024 --rows 300 --new 64 --texts 1 --each 1           # a taste on a CPU
 
-What follows is forced: the model reads ``--prompt`` tokens at once and the next ``--new`` by ``--piece``, whatever it
-would say: the text as it goes on, or with ``--own`` the model's own continuation, sampled with exact attention. An
-ExpressCache of each plan, and beside it one with as many rows of sinks and a window alone (StreamingLLM), the number
-that a KV head read on average over the steps: all that the plan held, or with selected blocks the pages of a step.
-Prompts attend by the plan of the cache, too. In a row ``kl`` of the file ``low`` and ``high`` are the means of the
-first and of the last quarter of the steps, where a drift would show; the rows ``kl A-B`` are means over the new tokens
-from A to B, with the least and the largest mean over 16 of them beside it.
+Prompts are read exactly, once, and every policy makes its cache of the same keys and values (``ExpressCache.take``); in
+the methods ``..., prompt`` the prompt attends by the plan, too. Then ``--new`` tokens follow as the text goes on, or
+(``--part long``) as the model itself goes on, sampled with exact attention: by ``--piece`` at once, whatever the
+approximate model would say. Needles are those of ``needles.py``: what is compressed is the text before the question.
+
+Budgets are rows *held* by a KV head, mean over heads and over the tokens that follow; a head that sees everything holds
+all tokens. With ``--part selected`` they are rows *read*: heads that select pages hold all tokens, too. Policies are
+those of ``plans.py``, by one profile of texts that are not judged, and two more that only live here:
+
+* ``snapkv`` (arXiv 2404.14469): of every KV head the tokens that the last 32 queries attend to most (pooled over five
+  neighbours, mean over query heads), and the last 32. It is *query-aware*: of needles these queries are the question's;
+* ``random``: sinks, a window of 128 and other tokens by chance.
+
+``thinned`` is uniform, too: what leaves the window is thinned by fair coins instead of Express's balanced ones;
+``everything`` is exact, through the same cache: what the arithmetic alone makes of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
-from models import load_smollm2, long_texts
-from records import QUALITY_COLUMNS, add_arguments, append, run_of, show
-from rich.progress import track
+from measures import TokenStats, chunk_bootstrap, token_statistics
+from models import haystacks, judged_texts
+from needles import NOISE, Case, cases
+from plans import (
+    BLOCK,
+    MODELS,
+    OPTIONS,
+    SINKS,
+    Bench,
+    add_bench_arguments,
+    answered,
+    base,
+    chosen,
+    in_words,
+    most,
+    only,
+    place,
+    recall_rows,
+    rows_by_head,
+    summary,
+    text_rows,
+)
+from records import show
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache
 
-from express_compile import ExpressCache, Rows
+from express_compile import ExpressCache, restore_attention, rewrite_attention
+from express_compile.core.call import Call, Op, run_by
+from express_compile.core.rows import Rows
+from express_compile.kernels.heads import EVERYTHING, PerHead, rows_seen
 from express_compile.kernels.select.pages import PAGE, listed
+from express_compile.quality.budgets import Exactly
+from express_compile.quality.profile import Profile, rewritten
 
-MODEL = "SmolLM2-135M-Instruct"
-TEXTS = ("genesis", "python-data-model", "python-statements", "python-types", "argparse")
-SINKS = 16
+OBSERVED, POOL, WINDOW = 32, 5, 128
+TAIL = 128  # tokens behind the prompt of a needle, question and answer among them
 BANDS = 8
-PLANS = (Rows(SINKS, 160, 64), Rows(SINKS, 64, 64, 32), Rows(SINKS, 96, 32, 96), Rows(SINKS, 112, selected=4))
+AT_ONCE = 64  # prompts that are followed together
+
+
+# ------------------------------------------------------------------------------------------- what was read exactly
+
+
+@dataclass
+class Read:
+    """Prompts of ``n`` tokens that exact attention has read, and the tokens behind them.
+
+    ids: ``[N, n + m]``. layers: keys and values of the prompts, ``[N, H_kv, n, .]``. exact: last hidden states at the
+    m tokens behind them, ``[N, m, d]``. observed: the 32 tokens that end so many before the last one are SnapKV's.
+    """
+
+    ids: torch.Tensor
+    n: int
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    exact: torch.Tensor
+    observed: int
+
+    def pick(self, at: Sequence[int]) -> Read:
+        """The prompts at these places."""
+        index = torch.tensor(at, dtype=torch.long, device=self.ids.device)
+        layers = [(k[index], v[index]) for k, v in self.layers]
+        return replace(self, ids=self.ids[index], layers=layers, exact=self.exact[index])
+
+    def full(self, model: Any, stop: int | None = None) -> DynamicCache:
+        """A full cache of the prompts, or of their first tokens."""
+        cache = DynamicCache(config=model.config)
+        for i, (k, v) in enumerate(self.layers):
+            cache.update(k[:, :, :stop], v[:, :, :stop], i)
+        return cache
+
+
+def joined(parts: Sequence[Read]) -> Read:
+    by_layer = zip(*(x.layers for x in parts), strict=True)
+    layers = [(torch.cat([k for k, _ in its]), torch.cat([v for _, v in its])) for its in by_layer]
+    ids, exact = (torch.cat([getattr(x, name) for x in parts]) for name in ("ids", "exact"))
+    return replace(parts[0], ids=ids, layers=layers, exact=exact)
 
 
 @torch.no_grad()
-def kl_of_steps(
-    model, ids: torch.Tensor, exact: torch.Tensor, prompt: int, piece: int, rows: Rows
-) -> tuple[torch.Tensor, float, int]:
-    """KL to exact attention, ``[B, new]``, after the tokens from ``prompt - 1`` to the last but one; ``exact``
-    ``[B, new, .]`` are its hidden states there. And the rows that a KV head read on average: those that it held, or
-    pages of them where blocks are selected. And bytes at the end."""
-    cache = ExpressCache(model, rows=rows)
-    kl, read = [], []
-    most = PAGE * listed(rows.selected, rows.sinks, rows.recent + piece - 1) if rows.selected else float("inf")
-    steps = [ids[:, :prompt], *ids[:, prompt:-1].split(piece, 1)]
-    for step, hidden in track(
-        zip(steps, exact.split([1, *(x.shape[1] for x in steps[1:])], 1), strict=True), str(rows), len(steps),
-        transient=True,
-    ):  # fmt: skip
-        logits = model(step, past_key_values=cache, logits_to_keep=hidden.shape[1]).logits
-        p, q = (x.float().log_softmax(-1) for x in (model.lm_head(hidden), logits))
-        kl.append((p.exp() * (p - q)).sum(-1))
-        read.append(min(cache.rows_held, most))
-    return torch.cat(kl, 1).cpu(), sum(read[1:]) / len(read[1:]), cache.nbytes
+def read(model: Any, ids: torch.Tensor, n: int, observed: int) -> Read:
+    """Read the first ``n`` tokens of ``ids`` ``[N, n + m]`` exactly, and then the others."""
+    cache = DynamicCache(config=model.config)
+    model.model(ids[:, :n], past_key_values=cache)
+    layers = [(x.keys, x.values) for x in cache.layers]
+    exact = model.model(ids[:, n:], past_key_values=cache).last_hidden_state
+    return Read(ids, n, layers, exact, observed)
 
 
 @torch.no_grad()
-def continued(model, ids: torch.Tensor, new: int) -> torch.Tensor:
-    """``ids`` and so many tokens more of each sequence, as the model samples them with exact attention."""
+def follow(model: Any, ids: torch.Tensor, n: int, cache: Cache, piece: int) -> tuple[torch.Tensor, float]:
+    """Last hidden states at the tokens from ``n`` on, given to the model by ``piece``, and the rows that a KV head of
+    the ``cache`` holds after a step, on average."""
+    out, held, places = [], [], torch.arange(n, ids.shape[1], device=ids.device)
+    for step, at in zip(ids[:, n:].split(piece, 1), places.split(piece), strict=True):
+        out.append(model.model(step, past_key_values=cache, position_ids=at[None]).last_hidden_state)
+        held.append(rows_held(cache))
+    return torch.cat(out, 1), fmean(held)
+
+
+def rows_held(cache: Cache) -> float:
+    return cache.rows_held if isinstance(cache, ExpressCache) else float(cache.layers[0].keys.shape[2])
+
+
+@torch.no_grad()
+def continued(model: Any, ids: torch.Tensor, new: int) -> torch.Tensor:
+    """``ids`` and so many tokens more of each sequence, as the model samples them with exact attention; on a GPU by a
+    CUDA graph of a step."""
     torch.manual_seed(0)
-    given = {"do_sample": True, "temperature": 1.0, "top_k": 0, "attention_mask": torch.ones_like(ids)}
-    return model.generate(ids, min_new_tokens=new, max_new_tokens=new, **given)
+    (B, n), cache = ids.shape, StaticCache(config=model.config, max_cache_len=ids.shape[1] + new)
+    out = torch.cat([ids, ids.new_zeros(B, new)], 1)
+    columns, position = torch.arange(n + new, device=ids.device), torch.full((B, 1), n - 1, device=ids.device)
+
+    def draw(logits: torch.Tensor) -> None:
+        logits = logits[:, -1].float()
+        logits[:, model.config.eos_token_id] = -torch.inf
+        noise = torch.rand_like(logits).clamp(min=1e-20).log().neg().log()
+        position.add_(1)
+        out.scatter_(1, position, (logits - noise).argmax(-1, keepdim=True))
+
+    def step() -> None:
+        mask = (columns <= position)[:, None, None]
+        given = dict(attention_mask=mask, position_ids=position, past_key_values=cache)
+        draw(model(out.gather(1, position), **given).logits)
+
+    draw(model(ids, past_key_values=cache, logits_to_keep=1).logits)
+    done, run = 1, step
+    if ids.is_cuda and new > 8:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph, done = torch.cuda.CUDAGraph(), 4
+        with torch.cuda.graph(graph):
+            step()
+        run = graph.replay
+    for _ in range(new - done):
+        run()
+    return out
 
 
-def kl_rows(kl: torch.Tensor) -> list[dict[str, Any]]:
-    """The rows of the file that say what KL ``[B, new]`` is: over all steps, and by eighths of them."""
-    mean, new = kl.mean(0), kl.shape[1]
-    quarters = mean[: new // 4], mean[-(new // 4) :]
-    rows: list[dict[str, Any]] = [{"metric": "kl", "value": mean, "low": quarters[0], "high": quarters[1]}]
-    for i in range(0, new, max(1, new // BANDS)):
-        band = mean[i : i + max(1, new // BANDS)]
-        parts = torch.stack([x.mean() for x in band.split(16)])
-        rows.append({"metric": f"kl {i + 1}-{i + len(band)}", "value": band, "low": parts.min(), "high": parts.max()})
-    return [{name: x if name == "metric" else float(x.mean()) for name, x in row.items()} for row in rows]
+# ------------------------------------------------------------------------------------------------------- the policies
+
+Make = Callable[[Read], Cache]
+
+
+def by_plan(model: Any, plan: PerHead) -> Make:
+    def make(given: Read) -> Cache:
+        cache = ExpressCache(model, rows=plan.rows, halving=plan.halving)
+        cache.take(given.full(model))
+        return cache
+
+    return make
+
+
+def read_by_plan(model: Any, plan: PerHead) -> Make:
+    """The prompt attends by the plan, too."""
+
+    def make(given: Read) -> Cache:
+        cache = ExpressCache(model, rows=plan.rows, halving=plan.halving)
+        with torch.no_grad():
+            model.model(given.ids[:, : given.n], past_key_values=cache)
+        return cache
+
+    return make
+
+
+class Observed(Exactly):
+    """The mass that the first ``n`` tokens get of the last 32 queries, by layer: float32 ``[N, H_kv, n]``."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.mass = n, list[torch.Tensor]()
+
+    def see(self, op: Op, call: Call, exact: torch.Tensor) -> None:
+        H_kv, q = call.key.shape[1], call.query[:, :, -OBSERVED:]
+        at = torch.arange(call.Lk - OBSERVED, call.Lk, device=q.device)
+        hidden = torch.arange(call.Lk, device=q.device) > at[:, None]
+        heads = []
+        for i in range(H_kv):
+            group = q.unflatten(1, (H_kv, -1))[:, i].float() * call.scale
+            scores = (group @ call.key[:, i, None].float().mT).masked_fill(hidden, -torch.inf)
+            heads.append(scores.softmax(-1)[..., : self.n].mean((1, 2)))
+        self.mass.append(torch.stack(heads, 1))
+
+
+def pruned(model: Any, given: Read, index: Sequence[torch.Tensor]) -> DynamicCache:
+    """A cache of the tokens at ``index`` ``[N, H_kv, k]`` of every layer."""
+    cache = DynamicCache(config=model.config)
+    for i, ((k, v), at) in enumerate(zip(given.layers, index, strict=True)):
+        at = at.sort(-1).values[..., None]
+        cache.update(*(x.gather(2, at.expand(*at.shape[:3], x.shape[3])) for x in (k, v)), i)
+    return cache
+
+
+def best(score: torch.Tensor, sinks: int, recent: int, count: int) -> torch.Tensor:
+    """Where the largest of ``score`` ``[.., n]`` are, sinks and recent ones in any case."""
+    score[..., :sinks] = score[..., score.shape[-1] - recent :] = torch.inf
+    return score.topk(min(count, score.shape[-1]), -1).indices
+
+
+@dataclass
+class Kept:
+    """``budget`` rows on average while tokens follow by ``piece``, all of which are held, too."""
+
+    model: Any
+    budget: float
+    piece: int
+
+    def count(self, given: Read) -> int:
+        """How many tokens of a prompt are kept."""
+        return round(self.budget - (given.ids.shape[1] - given.n + self.piece) / 2)
+
+    def snapkv(self, given: Read) -> DynamicCache:
+        past = given.n if given.observed else given.n - OBSERVED
+        ids = given.ids[:, past : given.ids.shape[1] - given.observed if given.observed else given.n]
+        seen, cache = Observed(given.n), given.full(self.model, past)
+        restore_attention(self.model)
+        with torch.no_grad(), rewritten(self.model, base()), run_by(seen):
+            self.model.model(ids, past_key_values=cache)
+        rewrite_attention(self.model, methods=["exact"])
+        pooled = (torch.nn.functional.avg_pool1d(x, POOL, 1, POOL // 2) for x in seen.mass)
+        return pruned(self.model, given, [best(x, 0, OBSERVED, self.count(given)) for x in pooled])
+
+    def random(self, given: Read) -> DynamicCache:
+        drawn = torch.Generator(given.ids.device).manual_seed(0)
+        scores = (torch.rand(k.shape[:3], generator=drawn, device=k.device) for k, _ in given.layers)
+        return pruned(self.model, given, [best(x, SINKS, WINDOW, self.count(given)) for x in scores])
+
+
+class Counted:
+    """Rows of options while ``new`` tokens follow a prompt by ``piece``: those *held*, as :func:`follow` counts them,
+    or, with ``is_read``, read."""
+
+    def __init__(self, new: int, piece: int, is_read: bool = False) -> None:
+        self.new, self.piece, self.is_read = new, piece, is_read
+
+    def __call__(self, options: Sequence[Rows], n: int, own: PerHead | None = None) -> list[float]:
+        return [self._count(rows, n) for rows in options]
+
+    def _count(self, rows: Rows, n: int) -> float:
+        if rows.selected and self.is_read:
+            return min(n, PAGE * listed(rows.selected, rows.sinks, rows.recent + self.piece - 1))
+        if rows.selected or rows.everything:
+            return n + (self.new + self.piece) / 2
+        block = 16  # a cache has none: instead of those of a block, on average, there are those of a step
+        seen = rows_seen(PerHead(rows, block=block), n + self.new)[:, n:].mean()
+        return float(seen) - (block + 1) / 2 + self.piece
+
+
+def policies(found: Profile, budget: float, n: int, count: Counted) -> dict[str, PerHead]:
+    """The policies of one budget that an ExpressCache follows."""
+
+    def largest(make: Callable[[int], Rows]) -> Rows:
+        return most(make, budget, n, base(), count)
+
+    def by_profile(allowed: Callable[[Rows], bool]) -> PerHead:
+        return chosen(only(allowed_here, allowed), budget, n, last=0, count=count)
+
+    allowed_here = found if count.is_read else only(found, lambda rows: not rows.selected)
+
+    sizes = [2**i for i in range(10, 3, -1)]  # of the coreset, as large as the budget allows
+    s = next((x for x in sizes if count([Rows(SINKS, WINDOW, x, x)], n)[0] <= budget), 8)
+    uniform = {
+        "streaming": largest(lambda x: Rows(SINKS, x)),
+        "protected": largest(lambda x: Rows(SINKS, WINDOW, protected=x)),
+        "express": largest(lambda x: Rows(SINKS, x, s, s)),
+        "thinned": largest(lambda x: Rows(SINKS, x, s)),
+    }
+    plans = {
+        "per head": by_profile(lambda rows: True),
+        "window or everything": by_profile(lambda rows: rows.everything or rows == Rows(rows.sinks, rows.recent)),
+    }
+    if count.is_read:
+        uniform = {"streaming": uniform["streaming"], "selected": largest(lambda x: Rows(SINKS, WINDOW, selected=x))}
+    else:
+        plans["without everything"] = by_profile(lambda rows: not rows.everything)
+    halving = {"thinned": "uniform"}
+    return plans | {name: PerHead(x, halving.get(name, "balanced"), block=BLOCK) for name, x in uniform.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------- the run
+
+
+class Caching(Bench):
+    """One run; see :class:`plans.Bench`."""
+
+    options = (
+        *OPTIONS[:-1],
+        Rows(SINKS, 4096), Rows(SINKS, 256, 512, 512), Rows(SINKS, 512, protected=2048), Rows(SINKS, 512, 512),
+        EVERYTHING,
+    )  # fmt: skip
+
+    def texts(self, n: int) -> torch.Tensor:
+        """Token ids ``[N, n]`` of ``--windows`` parts of each judged text, at even distances."""
+        found = []
+        for name, text in list(judged_texts().items())[: self.args.texts]:
+            ids = self.tokenizer(text, return_tensors="pt").input_ids[0]
+            if len(ids) < n:
+                raise ValueError(f"--length={n}: {name} has {len(ids)} tokens only")
+            found += [ids[round(x) :][:n] for x in np.linspace(0, len(ids) - n, self.args.windows)]
+        return torch.stack(found).to(self.device)
+
+    def read(self, ids: torch.Tensor, n: int, observed: int = 0) -> Iterator[Read]:
+        for part in ids.split(self.args.batch):
+            yield read(self.model, part, n, observed)
+
+    def needles(self, n: int) -> tuple[Read | None, list[Case]]:
+        """Prompts of needles that exact attention finds, and those needles."""
+        if not self.args.each:
+            return None, []
+        asked = cases(self.tokenizer, n + TAIL, {"noise": NOISE, **haystacks()}, self.args.each)
+        longest = max(len(case.answer) for case in asked)
+        ids = torch.tensor([(*case.prompt, *case.answer) for case in asked], device=self.device)
+        found, parts = [], []
+        for given, i in zip(self.read(ids[:, :-1], n, longest - 1), range(0, len(asked), self.args.batch), strict=True):
+            part = asked[i : i + self.args.batch]
+            hits = [i for i, hit in enumerate(self.answered(given.exact, part)) if hit]
+            found += [part[i] for i in hits]
+            parts += [given.pick(hits)] if hits else []
+        self.asked = Counter(map(place, asked))
+        self.solved = Counter(map(place, found))
+        return joined(parts) if parts else None, found
+
+    def answered(self, hidden: torch.Tensor, asked: Sequence[Case]) -> list[bool]:
+        longest = max(len(case.answer) for case in asked)
+        return answered(self.model.lm_head(hidden[:, -longest:]).argmax(-1), asked)
+
+    def statistics(self, given: Read, hidden: torch.Tensor) -> list[TokenStats]:
+        """Of every text."""
+        parts = zip(*(x.split(1) for x in (given.exact, hidden, given.ids[:, given.n :])), strict=True)
+        return [token_statistics(exact, own, self.model.lm_head, ids) for exact, own, ids in parts]
+
+    def run(self) -> None:
+        args = self.args
+        new, is_long = args.new, args.part == "long"
+        n = args.length - (new if is_long else max(new, TAIL))
+        ids = self.texts(n + new)
+        found, _ = self.profiles()  # all policies by the one with generated records
+        with self.timed(f"continuing {len(ids)} texts" if is_long else "texts"):
+            ids = continued(self.model, ids[:, :n], new) if is_long else ids
+        rewrite_attention(self.model, methods=["exact"])
+        with self.timed("reading"):
+            texts = joined(list(self.read(ids, n)))
+            asked, self.cases = (None, []) if is_long else self.needles(n)
+        if self.cases:
+            self.write(recall_rows(self.solved, self.asked), n, "exact")
+        print(f"{len(ids)} texts; {len(self.cases)} needles are found by exact attention", flush=True)
+        count = Counted(new, args.piece, args.part == "selected")
+        for budget in args.rows:
+            for method, (make, plan) in self.methods(found, budget, n, count).items():
+                if not args.methods or method in args.methods:
+                    with self.timed(f"{budget:g} rows, {method}"):
+                        self.judged(method, budget, make, plan, texts, asked, count)
+
+    def methods(self, found: Profile, budget: float, n: int, count: Counted) -> dict[str, tuple[Make, PerHead | None]]:
+        """What is judged at a budget, and how a cache of it is made; some of it at the first budget alone."""
+        plans, model = policies(found, budget, n, count), self.model
+        made: dict[str, tuple[Make, PerHead | None]] = {name: (by_plan(model, x), x) for name, x in plans.items()}
+        if self.args.part == "cache":
+            others = Kept(model, budget, self.args.piece)
+            made |= {"random": (others.random, None), "snapkv": (others.snapkv, None)}
+        if self.args.part == "cache" and budget == self.args.rows[0]:
+            made["everything"] = by_plan(model, PerHead(EVERYTHING)), PerHead(EVERYTHING)
+            read_too = {name: plans[name] for name in ("per head", "streaming")}
+            made |= {f"{name}, prompt": (read_by_plan(model, x), x) for name, x in read_too.items()}
+        return made
+
+    def judged(
+        self, method: str, budget: float, make: Make, plan: PerHead | None, texts: Read, asked: Read | None,
+        count: Counted,
+    ) -> None:  # fmt: skip
+        """Write what is measured of one policy."""
+        hidden, held = self.followed(make, texts)
+        if count.is_read and plan is not None:
+            held = fmean(count(rows_by_head(plan), texts.n))
+        stats = self.statistics(texts, hidden)
+        words = "" if plan is None else f"; {in_words(plan)}"
+        common = dict(rows=round(held, 1), params=f"budget={budget:g}{words}")
+        rows = text_rows(stats, f"texts: {len(stats)}, {self.args.new} tokens by {self.args.piece}")
+        if self.args.part == "long":
+            rows += band_rows([x.kl for x in stats], rows[0]["task"])
+        if asked is not None:
+            hidden, _ = self.followed(make, asked)
+            right = self.answered(hidden, self.cases)
+            hits = Counter(place(case) for case, hit in zip(self.cases, right, strict=True) if hit)
+            rows += recall_rows(hits, self.solved)
+        name = method if self.args.part == "cache" else f"{method}, {self.args.part}"
+        self.write([{**common, **row} for row in rows], texts.n, name, budget)
+
+    def followed(self, make: Make, given: Read) -> tuple[torch.Tensor, float]:
+        """:func:`follow` for as many prompts at a time as there is memory for, and the mean of the rows held."""
+        places = torch.arange(len(given.ids)).split(AT_ONCE)
+        parts = [given.pick(x.tolist()) if len(places) > 1 else given for x in places]
+        found = [follow(self.model, part.ids, part.n, make(part), self.args.piece) for part in parts]
+        return torch.cat([x for x, _ in found]), fmean(held for _, held in found)
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        print(f"{what}: {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def band_rows(kl: Sequence[np.ndarray], task: str) -> list[dict[str, Any]]:
+    """Mean KL of each eighth of the tokens, with its interval over pieces of 64 of them: where a drift would show."""
+    rows, new = [], len(kl[0])
+    for part in np.array_split(np.arange(new), min(BANDS, new)):
+        value, low, high = chunk_bootstrap([x[part] for x in kl], 64)
+        rows.append(dict(task=task, metric=f"kl {part[0] + 1}-{part[-1] + 1}", value=value, low=low, high=high))
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    parser.add_argument("--prompt", type=int, default=1536, help="tokens read at once (default: %(default)s)")
-    parser.add_argument("--new", type=int, default=512, help="tokens that follow in steps (default: %(default)s)")
-    parser.add_argument("--own", action="store_true", help="what follows is the model's own exact continuation")
+    add_bench_arguments(parser)
     parser.add_argument(
-        "--texts", nargs="+", default=TEXTS, metavar="TEXT", help="names of texts (default: all natural)"
-    )
-    parser.add_argument("--piece", type=int, default=1, help="tokens of a step, at most 32 (default: %(default)s)")
-    numbers = range(len(PLANS))
-    parser.add_argument(
-        "--plans", nargs="+", type=int, choices=numbers, default=[*numbers], help="numbers of plans (default: all)"
-    )
+        "--part", choices=("cache", "selected", "long"), default="cache",
+        help="rows held of a prompt, pages read of a full cache, or rows held over a long continuation",
+    )  # fmt: skip
+    parser.add_argument("--new", type=int, default=256, help="tokens that follow a text, part of --length")
+    parser.add_argument("--piece", type=int, default=16, help="tokens of a step, at most 32 (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=4, help="parts of every text (default: %(default)s)")
+    parser.add_argument("--methods", nargs="+", help="those alone")
     args = parser.parse_args()
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    model, tokenizer = load_smollm2(device, dtype)
-    end = args.prompt + args.new
-    ids = torch.cat([tokenizer(long_texts()[x], return_tensors="pt").input_ids[:, :end] for x in args.texts]).to(device)
-    if args.own:
-        ids = continued(model, ids[:, : args.prompt], args.new)
-    with torch.no_grad():
-        exact = torch.cat([model.model(x).last_hidden_state[:, args.prompt - 1 : -1] for x in ids.split(1)])
-    forced = "the model's own" if args.own else "forced"
-    rows = []
-    for plan in (PLANS[i] for i in args.plans):
-        found = kl_of_steps(model, ids, exact, args.prompt, args.piece, plan)
-        # beside the window there are the tokens of the last step
-        few = Rows(SINKS, round(found[1]) - SINKS - args.piece)
-        window = kl_of_steps(model, ids, exact, args.prompt, args.piece, few)
-        for name, (kl, read, size) in (("ExpressCache", found), ("StreamingLLM", window)):
-            common = dict(run_of(args.commit), model=MODEL, n=end, method=name, rows=round(read, 1))
-            common |= dict(
-                task=f"{len(ids)} texts, {args.new} {forced} tokens by {args.piece}", params=str(plan).replace(" ", "")
-            )
-            own = [{**common, **row} for row in kl_rows(kl)]
-            own.append({**common, "metric": "bytes per sequence", "value": size / len(ids)})
-            show(own, ("method", "params", "rows", "metric", "value", "low", "high"))
-            rows += own
-    if args.out:
-        append(args.out, QUALITY_COLUMNS, rows)
+    start = time.perf_counter()
+    bench = Caching(args)
+    print(f"loading: {time.perf_counter() - start:.1f} s", flush=True)
+    bench.run()
+    print(f"{MODELS[args.model][0]}: {time.perf_counter() - start:.0f} s in all")
+    bands = [row["metric"] for row in bench.results if row["metric"].startswith("kl ")]
+    columns = ["n", "rows", "method", "kl", "kl_median", "kl_p99", "top1", "all", *dict.fromkeys(bands)]
+    show(summary(bench.results), columns, width=160)
 
 
 if __name__ == "__main__":

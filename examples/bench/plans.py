@@ -42,7 +42,17 @@ from express_compile import Policy, fit, restore_attention, rewrite_attention
 from express_compile.core.plan import SavedPlan
 from express_compile.core.rows import Rows
 from express_compile.kernels.heads import EVERYTHING, PerHead
-from express_compile.quality.profile import Profile, choose, geometric_mean, late, least, prices, profile, rows_of
+from express_compile.quality.profile import (
+    Profile,
+    choose,
+    filled,
+    geometric_mean,
+    late,
+    least,
+    prices,
+    profile,
+    rows_of,
+)
 
 MODELS = {
     "smollm2": ("SmolLM2-135M-Instruct", load_smollm2),
@@ -62,6 +72,8 @@ OPTIONS = (
 """What a head may have. A list of its own, so that what was measured stays what it was when the defaults change."""
 
 Plan = PerHead | SavedPlan
+Count = Callable[[Sequence[Rows], int, PerHead], list[float]]
+"""How many rows each of some options has, of so many tokens, beside what a plan says of all of them."""
 
 
 # --------------------------------------------------------------------------------------------------- the policies
@@ -103,10 +115,10 @@ def base(last: int = 0) -> PerHead:
     return PerHead(EVERYTHING, block=BLOCK, last=last)
 
 
-def chosen(found: Profile, budget: float, n: int, last: int = LAST) -> PerHead:
-    """The plan of the profile with at most ``budget`` rows on average over heads and late queries of ``n`` tokens, and
-    ``last`` exact queries at the end."""
-    rows = rows_of(found.options, n, base(last))
+def chosen(found: Profile, budget: float, n: int, last: int = LAST, count: Count = rows_of) -> PerHead:
+    """The plan of the profile with at most ``budget`` rows of ``n`` tokens on average over heads, as ``count`` counts
+    them (without: those that late queries see), and ``last`` exact queries at the end."""
+    rows = count(found.options, n, base(last))
 
     def average(price: float) -> float:
         return fmean(rows[o] for heads in choose(found, price, rows) for o in heads)
@@ -114,17 +126,19 @@ def chosen(found: Profile, budget: float, n: int, last: int = LAST) -> PerHead:
     price = least(prices(found, rows), lambda price: average(price) <= budget)
     if price is None:
         raise ValueError(f"budget={budget!r}: the cheapest options have {min(rows):.0f} rows at {n} tokens")
-    choice = zip(found.sites, choose(found, price, rows), strict=True)
-    return replace(base(last), rows={site.module: [found.options[o] for o in heads] for site, heads in choice})
+    choice = choose(found, price, rows)
+    choice = filled(found, choice, budget * sum(map(len, choice)), rows)
+    of_sites = zip(found.sites, choice, strict=True)
+    return replace(base(last), rows={site.module: [found.options[o] for o in heads] for site, heads in of_sites})
 
 
-def most(make: Callable[[int], Rows], budget: float, n: int, own: PerHead) -> Rows:
+def most(make: Callable[[int], Rows], budget: float, n: int, own: PerHead, count: Count = rows_of) -> Rows:
     """``make(x)`` for the largest x from 1 on with which there are at most ``budget`` rows at ``n`` tokens."""
     low, high = 1, n
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if rows_of([make(middle)], n, own)[0] <= budget else (low, middle - 1)
-    if rows_of([make(low)], n, own)[0] > budget:
+        low, high = (middle, high) if count([make(middle)], n, own)[0] <= budget else (low, middle - 1)
+    if count([make(low)], n, own)[0] > budget:
         raise ValueError(f"budget={budget!r}: {make(low)} has more rows at {n} tokens")
     return make(low)
 
@@ -194,9 +208,15 @@ def recalled(model: Any, asked: Sequence[Case], batch: int, device: str) -> list
         part = asked[i : i + batch]
         ids = torch.tensor([(*case.prompt, *case.answer) for case in part], device=device)
         longest = max(len(case.answer) for case in part)
-        best = model(ids[:, :-1], use_cache=False, logits_to_keep=longest).logits.argmax(-1).tolist()
-        found += [tuple(top[-len(case.answer) :]) == case.answer for top, case in zip(best, part, strict=True)]
+        best = model(ids[:, :-1], use_cache=False, logits_to_keep=longest).logits.argmax(-1)
+        found += answered(best, part)
     return found
+
+
+def answered(best: torch.Tensor, asked: Sequence[Case]) -> list[bool]:
+    """Of every case whether its answer is what ``best`` ``[cases, tokens]`` ends with."""
+    ends = zip(best.tolist(), asked, strict=True)
+    return [tuple(top[-len(case.answer) :]) == case.answer for top, case in ends]
 
 
 @dataclass
@@ -214,7 +234,7 @@ class Judge:
         self.exact = {name: self.hidden(x) for name, x in self.ids.items()}
         asked = self.cases
         self.cases = [case for case, right in zip(asked, self.found(asked), strict=True) if right]
-        self.asked, self.solved = (Counter(map(_place, x)) for x in (asked, self.cases))
+        self.asked, self.solved = (Counter(map(place, x)) for x in (asked, self.cases))
 
     @contextmanager
     def following(self, plan: Plan) -> Iterator[None]:
@@ -239,30 +259,36 @@ class Judge:
 
     def of_exact(self) -> list[dict[str, Any]]:
         """How many cases it solves of those asked."""
-        return [
-            dict(task=place, method="exact", metric="recalled", value=self.solved[place], high=count)
-            for place, count in self.asked.items()
-        ]
+        return recall_rows(self.solved, self.asked)
 
     def rows(self, plan: Plan) -> list[dict[str, Any]]:
         """What is measured of one plan."""
         with self.following(plan):
             stats = {name: self.statistics(name) for name in self.ids}
             right = self.found(self.cases)
-        texts, kl = f"texts: {', '.join(stats)}", [x.kl for x in stats.values()]
-        rows: list[dict[str, Any]] = []
-        for metric, values in (("kl", kl), ("top1", [x.agree for x in stats.values()])):
-            value, low, high = chunk_bootstrap(values)
-            rows.append(dict(task=texts, metric=metric, value=value, low=low, high=high))
-        for metric, part in (("kl_median", 0.5), ("kl_p99", 0.99)):
-            rows.append(dict(task=texts, metric=metric, value=float(np.quantile(np.concatenate(kl), part))))
+        rows = text_rows(list(stats.values()), f"texts: {', '.join(stats)}")
         rows += [dict(task=f"text: {name}", metric="kl", value=float(x.kl.mean())) for name, x in stats.items()]
-        hits = Counter(_place(case) for case, hit in zip(self.cases, right, strict=True) if hit)
-        counts = self.solved.items()
-        return rows + [dict(task=place, metric="recalled", value=hits[place], high=n) for place, n in counts]
+        hits = Counter(place(case) for case, hit in zip(self.cases, right, strict=True) if hit)
+        return rows + recall_rows(hits, self.solved)
 
 
-def _place(case: Case) -> str:
+def text_rows(stats: Sequence[TokenStats], task: str) -> list[dict[str, Any]]:
+    """Mean KL and agreement with their intervals over texts, and the median and the 99th percentile of KL."""
+    kl, rows = [x.kl for x in stats], []
+    for metric, values in (("kl", kl), ("top1", [x.agree for x in stats])):
+        value, low, high = chunk_bootstrap(values)
+        rows.append(dict(task=task, metric=metric, value=value, low=low, high=high))
+    for metric, part in (("kl_median", 0.5), ("kl_p99", 0.99)):
+        rows.append(dict(task=task, metric=metric, value=float(np.quantile(np.concatenate(kl), part))))
+    return rows
+
+
+def recall_rows(hits: Counter[str], asked: Counter[str]) -> list[dict[str, Any]]:
+    """By task and haystack, how many needles were found of how many."""
+    return [dict(task=x, metric="recalled", value=hits[x], high=count) for x, count in asked.items()]
+
+
+def place(case: Case) -> str:
     return f"{case.task}, {case.haystack}"
 
 
@@ -284,7 +310,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Bench:
-    """One run: a model, the arguments, and the rows that were measured."""
+    """One run: a model, the arguments, and the rows that were measured. options: what is profiled."""
+
+    options = OPTIONS
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device = args, "cuda" if torch.cuda.is_available() else "cpu"
@@ -320,7 +348,7 @@ class Bench:
             return found, found
         start = time.perf_counter()
         for text, content in profiled_texts().items():
-            each[text] = profile(self.model, self.tokens(content, n), OPTIONS, block=BLOCK, progress=True)
+            each[text] = profile(self.model, self.tokens(content, n), self.options, block=BLOCK, progress=True)
             print(f"profile of {text}: {time.perf_counter() - start:.1f} s in all", flush=True)
         seconds = time.perf_counter() - start
         self.write([dict(task=f"profile: {', '.join(each)}", metric="seconds", value=seconds)], n, "profile")
@@ -369,18 +397,23 @@ class Bench:
         print(f"{len(plans)} plans: {time.perf_counter() - start:.1f} s", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every :class:`Bench` takes."""
     parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--length", type=int, default=8192, help="of what is profiled and judged")
-    parser.add_argument("--others", type=int, nargs="*", default=[], help="lengths to judge the largest budget at, too")
     parser.add_argument("--rows", type=float, nargs="+", default=[700, 1350], help="budgets")
     parser.add_argument("--texts", type=int, default=9, help="how many texts are judged")
     parser.add_argument("--each", type=int, default=3, help="needles of each kind; 0 for none")
     parser.add_argument("--batch", type=int, default=8, help="needles that are asked at a time, at that length")
-    parser.add_argument("--plan", type=Path, help="file for the plan per head of the largest budget")
     parser.add_argument("--profile", type=Path, help="file for the profile; one that is there is taken instead")
     add_arguments(parser)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_bench_arguments(parser)
+    parser.add_argument("--others", type=int, nargs="*", default=[], help="lengths to judge the largest budget at, too")
+    parser.add_argument("--plan", type=Path, help="file for the plan per head of the largest budget")
     args = parser.parse_args()
     start = time.perf_counter()
     bench = Bench(args)

@@ -12,7 +12,7 @@ import csv
 import functools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -166,11 +166,55 @@ def speed_summary_table(*methods: str) -> str:
     return markdown(["", *(f"n = {n:,}" for n in LENGTHS)], body) + f"\n\n{note}"
 
 
+UNTIMED = "Not measured yet: no row of `speed.csv` has it."
+
+
+def mixed_table() -> str:
+    """Plans per KV head beside one plan for all heads with as many rows, and beside FlexAttention, of the same runs."""
+    body, machines = [], set()
+    rows = [row for row in speed_rows(job="mixed") if "graph=1" not in row["params"]]
+    told = {id(row): params_of(row) for row in rows}
+    by_run = {(told[id(x)].get("plan", f"flex {x['s']}"), x["commit"], x["Lk"]): x for x in rows}
+    mixtures = {(told[id(x)].get("plan", ""), int(x["Lk"])): x for x in rows}
+    for (plan, n), row in sorted(mixtures.items()):
+        if not plan or "_as_" in plan:
+            continue
+        machines.add(f"{row['gpu']}, {row['date']}")
+        beside = [f"window_as_{plan}", f"Express_as_{plan}", f"flex {row['s']}"]
+        others = [by_run.get((name, row["commit"], row["Lk"])) for name in beside]
+        over = [f"{float(row['ms_p50']) / float(x['ms_p50']):.2f}" if x else "–" for x in others]
+        share = told[id(row)].get("selection")
+        body.append([
+            plan.replace("_", " "), f"{n:,}", f"{int(row['s']):,}", f"{float(row['opponent_ms_p50']):.2f} ms",
+            cell(row), *over, f"{float(share):.0%}" if share else "–",
+        ])  # fmt: skip
+    header = ["mixture", "n", "rows", "best exact", "time", "over a window", "over Express", "over FlexAttention"]
+    return markdown([*header, "selection"], body) + f"\n\n{'; '.join(sorted(machines))}." if body else UNTIMED
+
+
+def first_token_table() -> str:
+    """Seconds from a prompt to its first token by a whole model."""
+    rows = newest(gpu_rows(job="first_token"), "method", "Lk", "s", "opponent")
+    body = []
+    for row in sorted(rows, key=lambda x: int(x["Lk"])):
+        told, seconds = params_of(row), float(row["ms_p50"]) / 1e3
+        name = {
+            "exact": f"exact ({told.get('backend')})",
+            "heads": f"plan of {told.get('plan')}",
+            "express": "the same Express in all heads",
+            "window": "sinks + window by FlexAttention",
+        }[row["method"]]
+        body.append([f"{int(row['Lk']):,}", name, f"{int(row['s']):,}", f"{seconds:.2f} s",
+                     f"{float(row['speedup']):.2f}×", f"{float(told['none_ms']) / 1e3:.2f} s"])  # fmt: skip
+    header = ["tokens", "attention", "rows", "first token after", "over best exact", "without attention"]
+    return markdown(header, body) + f"\n\n{rows[-1]['gpu']}, {rows[-1]['date']}." if body else UNTIMED
+
+
 def window_table() -> str:
     """Express and FlexAttention over sinks and a window of as many rows, of the same runs."""
     windows = [(s, row) for s, rows in windows_by_setting().items() for row in rows]
     if not windows:
-        return "Not measured yet: no row of `speed.csv` has it."
+        return UNTIMED
     body = []
     for s, row in sorted(windows, key=lambda x: int(x[1]["Lk"])):
         run = {name: row[name] for name in ("commit", "date", "gpu", "Lk")}
@@ -335,6 +379,22 @@ def compiling_table() -> str:
         seconds = f"{float(row['ms_p50']) / 1e3:.2f} s"
         body.append([f"{what}, {values['layers']} layers", attention, seconds, beside, row["gpu"]])
     return markdown(["", "attention", "express", "plain inductor", "machine"], body)
+
+
+def two_gpus_table() -> str:
+    """Prefill on two GPUs beside one."""
+    rows = newest(read("two-gpus.csv"), "gpu", "ranks", "model", "n", "method", "how")
+    names = {"8b-layer": "a layer", "8b": "32 layers", "tensor": "tensor parallel", "all_to_all": "all-to-all"}
+    body = [
+        [names.get(row["model"], row["model"]), f"{int(row['n']):,}", row["method"], names.get(row["how"], row["how"]),
+         f"{float(row['one_ms']):.0f}", f"{float(row['all_ms']):.0f}", f"{float(row['speedup']):.2f}x",
+         f"{float(row['attention_speedup']):.2f}x" if row["attention_speedup"] else "",
+         f"{float(row['sent_bytes'] or row['tensor_bytes']) / 1e6:,.0f}", f"{float(row['ring_bytes']) / 1e6:,.0f}"]
+        for row in rows
+    ]  # fmt: skip
+    header = ["8B shape", "tokens", "attention", "split by", "one GPU, ms", "two, ms", "speed-up", "of attention",
+              "MB sent in a layer", "by ring attention"]  # fmt: skip
+    return markdown(header, body)
 
 
 def steps_table() -> str:
@@ -655,27 +715,35 @@ def tolerance_table() -> str:
     return markdown(["budgets", "rows seen", "KL, natural texts (95%)", "top-1", "KL, repetitive texts"], body)
 
 
-PLANS = {
-    "per head": "plan per head",
-    "per layer": "plan per layer",
-    "window or everything": "window or everything, per head",
+UNIFORM = {
     "streaming": "StreamingLLM",
     "express": "uniform Express",
     "protected": "uniform, protected keys (KeyDiff)",
     "selected": "uniform, selected blocks",
+}
+PLANS = {
+    "per head": "plan per head",
+    "per layer": "plan per layer",
+    "window or everything": "window or everything, per head",
+    **UNIFORM,
+    **{f"{name}, last exact": f"{words}, last queries exact" for name, words in UNIFORM.items()},
     **{f"without {x}": f"plan per head without {x}" for x in ("thinned", "protected", "selected", "everything")},
     "without records": "plan per head, profiled without the ledger",
+    "without last": "plan per head, last queries like the others",
+    "layers alike": "plan per head, errors of all layers weighed alike",
 }
+SUMMARY = ("streaming", "streaming, last exact", "express")
+RECALLED = ("per head", "without last", "streaming", "streaming, last exact", "express", "express, last exact")
 """What the methods of plans.csv are called, in the order of the tables."""
 
 Run = tuple[str, int, str]
 UNMEASURED = "Not measured yet: no row of `plans.csv` has it."
 
 
-def plan_rows() -> dict[Run, list[dict[str, str]]]:
-    """The newest rows of plans.csv by model, length and machine, the longest first, with their budgets."""
+def plan_rows(file: str = "plans.csv") -> dict[Run, list[dict[str, str]]]:
+    """The newest rows of a file of plans by model, length and machine, the longest first, with their budgets."""
     found: dict[Run, list[dict[str, str]]] = {}
-    rows = read("plans.csv") if (RESULTS / "plans.csv").exists() else []
+    rows = read(file) if (RESULTS / file).exists() else []
     rows = [{**row, "budget": params_budget(row["params"])} for row in rows]
     for row in newest(rows, "gpu", "model", "n", "task", "method", "budget", "metric"):
         found.setdefault((row["model"], int(row["n"]), row["gpu"]), []).append(row)
@@ -687,12 +755,12 @@ def params_budget(params: str) -> str:
     return params.split(";")[0].removeprefix("budget=") if params.startswith("budget=") else ""
 
 
-def of_plans(rows: list[dict[str, str]]) -> list[list[dict[str, str]]]:
-    """The rows of every plan, by budget and in the order of :data:`PLANS`."""
+def of_plans(rows: list[dict[str, str]], names: Mapping[str, str] = PLANS) -> list[list[dict[str, str]]]:
+    """The rows of every plan, by budget and in the order of ``names``."""
     by_plan: dict[tuple[float, int], list[dict[str, str]]] = {}
     for row in rows:
-        if row["method"] in PLANS:
-            by_plan.setdefault((float(row["budget"]), [*PLANS].index(row["method"])), []).append(row)
+        if row["method"] in names:
+            by_plan.setdefault((float(row["budget"]), [*names].index(row["method"])), []).append(row)
     return [own for _, own in sorted(by_plan.items())]
 
 
@@ -703,20 +771,20 @@ def recall_of(rows: list[dict[str, str]], task: str = "") -> str:
     return f"{hits} of {solved}" if solved else "–"
 
 
-def plan_line(own: list[dict[str, str]], stream: float) -> list[str]:
+def plan_line(own: list[dict[str, str]], stream: float, names: Mapping[str, str] = PLANS) -> list[str]:
     """Name, rows, KL, its part of StreamingLLM's, 99th percentile, top-1, needles."""
     measured = {row["metric"]: row for row in own if row["task"].startswith("texts")}
     kl = measured["kl"]
     return [
-        PLANS[kl["method"]], f"{float(kl['rows']):,.0f}", with_interval(kl, 4), f"{float(kl['value']) / stream:.2f}",
+        names[kl["method"]], f"{float(kl['rows']):,.0f}", with_interval(kl, 4), f"{float(kl['value']) / stream:.2f}",
         f"{float(measured['kl_median']['value']):.4f}", f"{float(measured['kl_p99']['value']):.2f}",
         f"{float(measured['top1']['value']):.3f}", recall_of(own),
     ]  # fmt: skip
 
 
-def stream_of(plans: list[list[dict[str, str]]], budget: str) -> float:
+def stream_of(plans: list[list[dict[str, str]]], budget: str, name: str = "streaming") -> float:
     """The KL of StreamingLLM at a budget."""
-    rows = (row for own in plans for row in own if (row["method"], row["budget"]) == ("streaming", budget))
+    rows = (row for own in plans for row in own if (row["method"], row["budget"]) == (name, budget))
     return next(float(row["value"]) for row in rows if row["metric"] == "kl" and row["task"].startswith("texts"))
 
 
@@ -740,7 +808,8 @@ def plans_table() -> str:
 
 
 def plans_summary_table() -> str:
-    """A plan per head, StreamingLLM and uniform Express at equal rows, at the longest length of every model."""
+    """A plan per head, StreamingLLM and uniform Express at equal rows, at the longest length of every model; of smaller
+    budgets the plan alone."""
     body, machines, seen = [], set(), set()
     for (model, n, gpu), rows in plan_rows().items():
         if model in seen:
@@ -748,9 +817,11 @@ def plans_summary_table() -> str:
         seen.add(model)
         machines.add(gpu)
         plans = of_plans(rows)
+        largest = plans[-1][0]["budget"]
         for own in plans:
-            if own[0]["method"] in ("per head", "streaming", "express"):
-                name, count, kl, ratio, _, p99, top1, needles = plan_line(own, stream_of(plans, own[0]["budget"]))
+            method, budget = own[0]["method"], own[0]["budget"]
+            if method == "per head" or (budget == largest and method in SUMMARY):
+                name, count, kl, ratio, _, p99, top1, needles = plan_line(own, stream_of(plans, budget))
                 where = f"{model.split('-')[0]}, {n:,}"
                 body.append([where, name, count, kl, ratio, p99, top1, needles])
     header = ["model, tokens", *(x for x in PLAN_HEADER if x != "median")]
@@ -769,8 +840,8 @@ def recall_table() -> str:
         if not asked:
             continue
         largest = max((row["budget"] for row in rows if row["budget"]), key=float)
-        own = {m: [r for r in rows if (r["method"], r["budget"]) == (m, largest)] for m in PLANS}
-        methods = [m for m, its in own.items() if its and not m.startswith("without")]
+        own = {m: [r for r in rows if (r["method"], r["budget"]) == (m, largest)] for m in RECALLED}
+        methods = [m for m, its in own.items() if its]
         body = [
             [row["task"], f"{row['value']} of {row['high']}", *(recall_of(own[m], row["task"]) for m in methods)]
             for row in asked
@@ -778,6 +849,60 @@ def recall_table() -> str:
         said = f"**{model}, {n:,} tokens**, at most {float(largest):,.0f} rows ({gpu})."
         found.append(f"{said}\n\n{markdown(['task, haystack', 'exact', *(PLANS[m] for m in methods)], body)}")
     return "\n\n".join(found) or UNMEASURED
+
+
+CACHES = {
+    "per head": "plan per head",
+    "without everything": "plan per head, of constant size",
+    "window or everything": "window or everything, per head (DuoAttention-like)",
+    "streaming": "StreamingLLM",
+    "protected": "uniform, protected keys (KeyDiff)",
+    "express": "uniform Express",
+    "thinned": "uniform, thinned by coins",
+    "random": "uniform, evicted by chance",
+    "selected": "uniform, pages",
+    "snapkv": "SnapKV (query-aware)",
+    "per head, prompt": "plan per head, the prompt too",
+    "streaming, prompt": "StreamingLLM, the prompt too",
+    "everything": "all tokens, through the same cache",
+}
+"""What the methods of caching.csv are called, in the order of the tables."""
+
+
+def caches_of(part: str) -> dict[str, str]:
+    """The methods of a part of caching.py, as its rows name them."""
+    return {name + (f", {part}" if part != "cache" else ""): words for name, words in CACHES.items()}
+
+
+def caching_table(part: str) -> str:
+    """A table for every run of a part: the policies at equal rows."""
+    names, found = caches_of(part), []
+    stream = next(name for name in names if name.startswith("streaming"))
+    for (model, n, gpu), rows in plan_rows("caching.csv").items():
+        plans = of_plans([row for row in rows if row["budget"]], names)
+        if not plans:
+            continue
+        body = [plan_line(own, stream_of(plans, own[0]["budget"], stream), names) for own in plans]
+        task = next(row["task"].partition(": ")[2] for row in plans[0] if row["task"].startswith("texts"))
+        said = f"**{model}, {n:,} tokens before** ({gpu}, {plans[0][0]['date']}); texts: {task}."
+        found.append(f"{said}\n\n{markdown(PLAN_HEADER, body)}")
+    return "\n\n".join(found) or UNMEASURED.replace("plans.csv", "caching.csv")
+
+
+def drift_table() -> str:
+    """KL by position in a long continuation, of every policy."""
+    names, found = caches_of("long"), []
+    for (model, n, gpu), rows in plan_rows("caching.csv").items():
+        plans = of_plans([row for row in rows if row["budget"]], names)
+        body, bands = [], []
+        for own in plans:
+            bands = [row for row in own if row["metric"].startswith("kl ")]
+            values = [f"{float(row['value']):.3f} ({float(row['low']):.3f}–{float(row['high']):.3f})" for row in bands]
+            body.append([names[own[0]["method"]], f"{float(own[0]['rows']):,.0f}", *values])
+        if body:
+            header = ["policy", "rows", *(row["metric"].removeprefix("kl ") for row in bands)]
+            found.append(f"**{model}, behind {n:,} tokens** ({gpu}).\n\n{markdown(header, body)}")
+    return "\n\n".join(found) or UNMEASURED.replace("plans.csv", "caching.csv")
 
 
 PARTS = {
@@ -788,6 +913,8 @@ PARTS = {
     **{f"options-{name}": METHODS[name].options.markdown for name in SHIPPED if name != "exact"},
     "speed": speed_table,
     "window": window_table,
+    "mixed": mixed_table,
+    "first-token": first_token_table,
     "others": others_table,
     "sparse": sparse_table,
     "train-sparse": train_sparse_table,
@@ -808,8 +935,12 @@ PARTS = {
     "plans-summary": plans_summary_table,
     "plans": plans_table,
     "recall": recall_table,
+    "caching": functools.partial(caching_table, "cache"),
+    "pages": functools.partial(caching_table, "selected"),
+    "drift": drift_table,
     "tolerance": tolerance_table,
     "steps": steps_table,
+    "two-gpus": two_gpus_table,
     "embeddings": embeddings_table,
     "breakdown": breakdown_table,
     "quality": quality_table,

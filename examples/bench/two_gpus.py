@@ -275,6 +275,8 @@ def run(arguments: argparse.Namespace, place: Place) -> bool:
 
 def main() -> None:
     start = time.perf_counter()
+    for variable, value in (("NCCL_NVLS_ENABLE", "0"), ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")):
+        os.environ.setdefault(variable, value)  # no NVLink multicast
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[131072, 524288, 1048576])
     parser.add_argument("--layer", choices=SHAPES, default="8b-layer")

@@ -63,6 +63,12 @@ def shard_of(module: Any, H: Any, H_kv: Any, D: Any) -> HeadShard | None:
     raise ValueError(f"{type(module).__name__}: its weights are sharded, and it calls attention with {H} heads; {_SAY}")
 
 
+def shard_at(rank: int, ranks: int, total: int) -> HeadShard | None:
+    """The KV heads, of ``total``, of one of ``ranks`` processes that share them evenly, or have copies where there are
+    more processes than heads; None for a process alone."""
+    return None if ranks == 1 else HeadShard(rank * total // ranks, max(1, total // ranks), total)
+
+
 def shard_of_dtensor(key: Any) -> HeadShard | None:
     """The KV heads that this process has of a DTensor ``[B, H_kv, Lk, D]``, or None for all of them. Raises
     ``ValueError`` unless they are sharded evenly over one dimension of a mesh."""

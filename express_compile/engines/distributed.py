@@ -26,7 +26,7 @@ from ..core.method import METHODS
 from ..core.shards import declare
 from ..core.spec import AttentionSpec, HeadShard, Mask
 from ..kernels.express import Express, config_at
-from ..kernels.express_chunks import attend_before, attend_chunk, merge
+from ..kernels.express_chunks import Chunk, attend_chunk, make_coreset
 from ..kernels.launch import Random
 from ..routes.capture import captures_of
 from ..routes.eager import rewritten_sites
@@ -126,9 +126,10 @@ def bytes_of_all_to_all(spec: AttentionSpec, ranks: int) -> float:
     return (ranks - 1) / ranks**2 * spec.B * spec.Lk * width * spec.dtype.itemsize
 
 
-def bytes_of_coresets(spec: AttentionSpec, ranks: int, rows: int) -> float:
-    """Bytes that a process sends of a coreset of ``rows`` rows, to all others."""
-    return (ranks - 1) * spec.B * spec.H_kv * rows * (spec.D + spec.Dv) * spec.dtype.itemsize
+def bytes_of_coresets(spec: AttentionSpec, ranks: int, rows: int, halo: int) -> float:
+    """Bytes that a process sends of a coreset of ``rows`` rows, to all others, and of its last ``halo`` tokens, to the
+    next one."""
+    return ((ranks - 1) * rows + halo) * spec.B * spec.H_kv * (spec.D + spec.Dv) * spec.dtype.itemsize
 
 
 def bytes_of_tensor_parallel(spec: AttentionSpec, ranks: int, features: int) -> float:
@@ -271,13 +272,30 @@ class SequenceParts:
     @torch.no_grad()
     def _by_coresets(self, part: Part, config: Express, scale: float) -> Result:
         given, random = part.given, Random(part.seed, part.site.layer)
-        query, width = given.query, given.key.shape[3]
-        own, coreset = attend_chunk(query, given.key, given.value, config, scale, random, self.rank)
-        mine = torch.cat(coreset, 3).contiguous()
+        chunk = Chunk(config, given.key.shape[2], self.rank, self.ranks)
+        own = self._with_halo(given, chunk)
+        mine = torch.cat(make_coreset(own, chunk, scale, random), 3)
         every = mine.new_empty(self.ranks, *mine.shape)
         dist.all_gather_into_tensor(every, mine[None], group=self.group)
         self.sent += mine.numel() * mine.element_size() * (self.ranks - 1)
-        if self.rank:
-            keys, values = every[: self.rank, ..., :width], every[: self.rank, ..., width:]
-            own = merge(own, attend_before(query, keys, values, config, scale))
-        return own[0].transpose(1, 2).contiguous(), None
+        out, _ = attend_chunk(given.query, own, self._split(every, given), chunk, scale, random)
+        return out.transpose(1, 2).contiguous(), None
+
+    def _with_halo(self, given: Any, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of this process, behind those of the one before that are its halo."""
+        first = chunk.tokens - min(chunk.config.recent, chunk.tokens)
+        last = torch.cat([x[:, :, first:] for x in (given.key, given.value)], 3)
+        to, of = ([last.numel() * (i == self.rank + step) for i in range(self.ranks)] for step in (1, -1))
+        halo = last.new_empty(sum(of))
+        dist.all_to_all_single(halo, last.flatten()[: sum(to)], of, to, group=self.group)
+        self.sent += sum(to) * last.element_size()
+        if not self.rank:
+            return given.key, given.value
+        before = self._split(halo.view_as(last), given)
+        key, value = (torch.cat(pair, 2) for pair in zip(before, (given.key, given.value), strict=True))
+        return key, value
+
+    @staticmethod
+    def _split(rows: torch.Tensor, given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value = rows.split([given.key.shape[3], given.value.shape[3]], -1)
+        return key, value

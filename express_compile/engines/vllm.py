@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from vllm import __version__ as found
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -30,6 +31,7 @@ from ..core.call import Call
 from ..core.method import METHODS
 from ..core.plan import Plan
 from ..core.policy import Policy, Unmet
+from ..core.shards import seed_of, shard_at
 from ..core.spec import AttentionSpec, Mask, layer_key
 from ..planning.choose import Question, answer, check_policy, require, require_matches, unmatched
 
@@ -82,10 +84,16 @@ def policy_of(config: VllmConfig) -> Policy | None:
 class _Impl:
     """One attention layer, before the class of vLLM's that computes what is not planned."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.policy = policy_of(get_current_vllm_config())
+        config = get_current_vllm_config()
+        self.policy = policy_of(config)
         self.plans: dict[int, Plan] = {}
+        if self.policy is not None:
+            ranks, total = get_tensor_model_parallel_world_size(), config.model_config.get_total_num_kv_heads()
+            if total >= ranks:  # of the model as a whole; layers may differ
+                total = self.num_kv_heads * ranks
+            self.shard = shard_at(get_tensor_model_parallel_rank(), ranks, total)
 
     def plan(self: Any, layer: Any, n: int, device: str) -> Plan:
         """The plan for a whole prompt of ``n`` tokens in this layer."""
@@ -98,6 +106,7 @@ class _Impl:
                 unknown = f"it has the keys of {other}"
             sizes = 1, self.num_heads, self.num_kv_heads, n, n, self.head_size, layer.head_size_v
             forms: dict[str, Any] = {"softcap": self.logits_soft_cap or None, "sinks": self.sinks is not None}
+            forms["shard"] = self.shard
             mask = Mask(causal=unknown is None, unknown=unknown)
             spec = AttentionSpec(*sizes, layer.dtype, device, float(self.scale), mask, **forms)
             self.plans[n] = plan = answer(Question(module=path, spec=spec), self.policy)
@@ -123,8 +132,10 @@ class _Impl:
             q, k, v = (x[tokens].transpose(0, 1)[None] for x in (query, key, value))
             number = self.policy.seed if self.policy.seed is not None else secrets.randbelow(2**31)
             seed = torch.full((), number, dtype=torch.int64, device=query.device)
-            call = Call(q, k, v, None, seed, float(self.scale), layer_key(path_of(layer)), options=plan.params)
-            output[tokens] = call.run(METHODS[plan.method].op)[0][0].transpose(0, 1)
+            method, seed = METHODS[plan.method], seed_of(seed, self.shard)
+            options = method.part(plan.params, self.shard)
+            call = Call(q, k, v, None, seed, float(self.scale), layer_key(path_of(layer)), options=options)
+            output[tokens] = call.run(method.op)[0][0].transpose(0, 1)
         return output
 
 

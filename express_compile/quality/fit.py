@@ -38,6 +38,7 @@ from .profile import (
     Profile,
     checked_options,
     choose,
+    filled,
     late,
     least,
     measured,
@@ -59,7 +60,7 @@ class Fit:
     plan: the plan of every site; ``plan.fitted`` says what it was fitted on. kl: KL(exact || with this plan), mean over
         the late positions of the held-out samples, in nats. rows: those that a late query sees at the length of use,
         mean over KV heads. exact_rows: those of exact attention. price: of a row (for a speedup: of a millisecond),
-        in nats per token, by which heads have chosen.
+        in nats per token, by which heads have chosen, before what was left of the rows or of the time was spent.
     profile: what was measured. chosen: the rows of every KV head, by site.
     """
 
@@ -138,6 +139,7 @@ def fit(
         length = profile.tokens if profile is not None else max(map(tokens_of, profiled))
     elif number("length", length, int) < 2:
         raise ValueError(f"length={length!r}: must be 2 tokens or more")
+    budget = None
     with rewritten(model, base):
         if profile is None:
             profile, reports = measured(model, profiled, options, block, progress)
@@ -147,11 +149,13 @@ def fit(
         if tolerance is not None:
             price = search.by_tolerance(tolerance)
         elif rows is not None:
-            price = search.by_rows(rows)
+            price, budget = search.by_rows(rows)
         else:
             assert speedup is not None, "one of them is given"
-            price = search.by_speedup(speedup)
+            price, budget = search.by_speedup(speedup)
         choice = search.choice(price)
+        if budget is not None:
+            choice = filled(profile, choice, budget, search.cost)
     average = search.rows_of(choice)
     fitted = {
         "asked": asked,
@@ -235,8 +239,8 @@ class _Search:
             )
         return price
 
-    def by_rows(self, rows: float) -> float:
-        """The least price at which there are at most so many rows."""
+    def by_rows(self, rows: float) -> tuple[float, float]:
+        """The least price at which there are at most so many rows, and how many all heads may have together."""
         ladder = prices(self.profile, self.cost)
         price = least(ladder, lambda price: self.rows_of(self.choice(price)) <= rows)
         if price is None:
@@ -245,10 +249,11 @@ class _Search:
                 f"rows={rows!r}: the cheapest options take {cheapest:.1f} rows at {self.length} tokens; allowed are "
                 "that many and more, or cheaper options"
             )
-        return price
+        return price, rows * sum(len(site.errors) for site in self.profile.sites)
 
-    def by_speedup(self, speedup: float) -> float:
-        """The least price, of a millisecond, at which attention is predicted to be so much faster than exact one."""
+    def by_speedup(self, speedup: float) -> tuple[float, float]:
+        """The least price, of a millisecond, at which attention is predicted to be so much faster than exact one, and
+        the milliseconds that all heads may take together."""
         try:
             specs = [report.spec for report in self.reports if report.spec is not None]
             self.cost = [[_milliseconds(spec, self.profile.options, self.length, self.base)] for spec in specs]
@@ -267,7 +272,7 @@ class _Search:
                 f"speedup={speedup!r}: the cheapest options are predicted to be {reached(ladder[-1]):.2f} times as "
                 f"fast as exact attention at {self.length} tokens; allowed is at most that, or cheaper options"
             )
-        return price
+        return price, exact / speedup
 
     def entries(self, choice: Choice) -> tuple[SavedSite, ...]:
         """The entries of a plan: those that the planner made, with the rows that were chosen."""

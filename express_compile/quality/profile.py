@@ -376,6 +376,28 @@ def choose(profile: Profile, price: float, cost: Any = None) -> Choice:
     return tuple(found)
 
 
+def filled(profile: Profile, choice: Choice, budget: float, cost: Any = None) -> Choice:
+    """``choice`` with what it leaves of ``budget``, a sum over all heads, spent where that takes off most error for its
+    cost, until nothing fits: a price alone makes steps as long as the dearest option.
+
+    cost: as for :func:`choose`.
+    """
+    heads = [len(of_heads) for of_heads in choice]
+    costs = _costs(profile, cost).expand(-1, max(heads), -1)
+    its = torch.cat([costs[i, :n] for i, n in enumerate(heads)])  # [heads of all sites, options]
+    error = torch.cat([site.weighted for site in profile.sites])
+    at = torch.tensor([o for of_heads in choice for o in of_heads])[:, None]
+    left = budget - float(its.gather(1, at).sum())
+    while True:
+        more, less = its - its.gather(1, at), error.gather(1, at) - error
+        gain = torch.where((less > 0) & (more <= left), less / more.clamp(min=1e-12), 0.0)
+        head, option = divmod(int(gain.argmax()), gain.shape[1])
+        if gain[head, option] <= 0:
+            return tuple(tuple(x.tolist()) for x in at[:, 0].split(heads))
+        left -= float(more[head, option])
+        at[head] = option
+
+
 def _costs(profile: Profile, cost: Any) -> torch.Tensor:
     cost = torch.as_tensor(profile.rows if cost is None else cost, dtype=torch.float64)
     return cost.expand(len(profile.sites), 1, -1)

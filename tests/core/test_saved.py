@@ -18,6 +18,7 @@ from torch import nn
 import express_compile
 from express_compile import SavedPlan, SavedSite, explain
 from express_compile.core.policy import Policy
+from express_compile.core.rows import Rows
 from express_compile.core.spec import AttentionSpec, Mask
 from express_compile.passes.pipeline import rewrite_graph
 from express_compile.planning.choose import Question, answer, check_policy
@@ -47,6 +48,9 @@ LOCAL: dict[str, st.SearchStrategy] = {
     "training": st.booleans(),
 }
 FIELDS = st.fixed_dictionaries({}, optional=LOCAL)
+HEADS = st.just(Rows(everything=True)) | st.builds(
+    Rows, sinks=ROWS, recent=ROWS, thinned=st.sampled_from([0, 2, 64]), protected=ROWS, selected=ROWS
+)
 SITES = st.builds(
     SavedSite,
     module=st.text(max_size=8),
@@ -56,6 +60,7 @@ SITES = st.builds(
     params=st.dictionaries(KEYS, PLAIN, max_size=3),
     facts=st.dictionaries(KEYS, SCALARS, max_size=3),
     options=FIELDS,
+    rows=st.lists(HEADS, max_size=3).map(tuple),
 )
 PLANS = st.lists(SITES, max_size=4).map(tuple).map(SavedPlan)
 GLOBAL: dict[str, st.SearchStrategy] = {"seed": st.none() | st.integers(0, 2**32 - 1), "strict": st.booleans()}
@@ -78,6 +83,7 @@ def test_plans_come_back_as_they_were(plan: SavedPlan) -> None:
     text = plan.to_json()
     again = SavedPlan.from_json(text)
     assert again == plan and again.to_json() == text
+    assert [site.rows for site in again.sites] == [site.rows for site in plan.sites]
     assert [Policy.for_module(site.options) for site in again.sites] == [
         Policy.for_module(site.options) for site in plan.sites
     ]

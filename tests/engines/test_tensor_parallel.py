@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from express_compile import METHODS, Policy, Rows
-from express_compile.core.shards import SEEDS, declare, seed_of, shard_of
+from express_compile.core.shards import SEEDS, declare, seed_of, shard_at, shard_of
 from express_compile.core.spec import AttentionSpec, HeadShard, Mask
 from express_compile.kernels.launch import philox_uniform
 from express_compile.planning.choose import Question, answer
@@ -53,10 +53,27 @@ def test_sampled_decoding_draws_for_global_heads(found: list[dict[str, Any]]) ->
     assert all(parts["transformers"]["decoding"] for parts in found)
 
 
+def test_caches_hold_what_those_of_one_process_hold(found: list[dict[str, Any]]) -> None:
+    for parts in found:
+        for case in ("one plan", "per head"):
+            apart, error = parts["cached"][case]  # steps of fewer heads are rounded otherwise
+            assert apart < 1e-6 and error > 0.1
+        assert parts["cached"]["saved"]
+    words = "heads 2 to 3 of 4 were saved, and this process has all heads"
+    assert words in found[1]["cached"]["other heads"]
+
+
 def test_a_plan_that_a_process_saves_is_that_of_all_heads(found: list[dict[str, Any]]) -> None:
     for parts in found:
         rows, H_kv, distance = parts["transformers"]["saved plan"]
         assert (rows, H_kv) == (4, 4) and distance < 1e-5
+
+
+def test_processes_that_train_parts_of_a_batch_by_a_plan_have_the_gradients_of_one(found: list[dict[str, Any]]) -> None:
+    for parts in found:
+        own = parts["data parallel"]
+        assert [len(rows) for rows in own["rows"]] == [4, 4]
+        assert len(own["distances"]) == 21 and max(own["distances"].values()) < 1e-5 < 0.05 < own["error"]
 
 
 def test_plain_modules_of_dtensors_on_both_routes(found: list[dict[str, Any]]) -> None:
@@ -103,6 +120,14 @@ def test_a_decision_is_that_for_all_heads() -> None:
     assert answer(Question(spec=spec), policy).rows == tuple(rows)
     alone = answer(Question(spec=spec.whole), policy)
     assert answer(Question(spec=spec), policy) == alone and spec.whole.H == 8
+
+
+@pytest.mark.parametrize(
+    ("ranks", "total", "of_each"),
+    [(1, 8, [None]), (2, 8, [(0, 4, 8), (4, 4, 8)]), (4, 2, [(0, 1, 2), (0, 1, 2), (1, 1, 2), (1, 1, 2)])],
+)
+def test_ranks_of_an_engine_have_their_part_or_a_copy_of_the_kv_heads(ranks: int, total: int, of_each: list) -> None:
+    assert [shard_at(rank, ranks, total) for rank in range(ranks)] == of_each
 
 
 def test_modules_without_sharded_weights_have_all_heads_unless_it_is_declared() -> None:

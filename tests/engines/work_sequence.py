@@ -17,7 +17,7 @@ from express_compile import METHODS, Rows, record_sites, rewrite_attention, watc
 from express_compile.core.spec import AttentionSpec, Mask
 from express_compile.engines import distributed as parallel
 from express_compile.kernels.express import config_at
-from express_compile.kernels.express_chunks import make_chunk
+from express_compile.kernels.express_chunks import Chunk
 from express_compile.kernels.heads import PerHead
 
 N = 512
@@ -150,9 +150,10 @@ def sent(part: Part) -> dict[str, Any]:
         with torch.no_grad():
             part.call(model)
         found[how] = next(iter(parallel.sequence_of(model))).sent
+    halo = FEW["recent"] * (part.rank + 1 < part.ranks)
     found["formulas"] = [
         parallel.bytes_of_all_to_all(spec, part.ranks),
-        parallel.bytes_of_coresets(spec, part.ranks, make_chunk(config, N // part.ranks).rows),
+        parallel.bytes_of_coresets(spec, part.ranks, Chunk(config, N // part.ranks, part.rank, part.ranks).rows, halo),
     ]
     return found
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from express_compile import METHODS, Policy, Rows, explain, record_sites, rewrite_attention
+from express_compile import METHODS, ExpressCache, Policy, Rows, explain, record_sites, rewrite_attention
 from express_compile.core.shards import seed_of
 from express_compile.core.spec import AttentionSpec, HeadShard, Mask, Site
 from express_compile.engines import distributed as parallel
@@ -118,6 +118,31 @@ def transformers_models(folder: str, ranks: int) -> dict[str, Any]:
     return found
 
 
+def cached(folder: str, ranks: int) -> dict[str, Any]:
+    """Texts that are continued from an ExpressCache, beside one process; and a cache that each process saved."""
+    found: dict[str, Any] = {}
+    few = {"budget": 16, "sinks": 4, "recent": 16, "protected": 0}
+    rows = [Rows(4, 16, 16), Rows(4, 32), Rows(everything=True), Rows(4, 16, 8)]
+    for name, options in (("per head", {"rows": rows}), ("one plan", few)):
+        logits = []
+        for model in (in_parts(llama(folder), ranks, ("o_proj", "down_proj")), shared_llama(folder, ranks)):
+            cache, steps = ExpressCache(model, **options), IDS[:, 250:].split(25, 1)
+            with torch.no_grad():
+                logits.append(torch.cat([model(x, past_key_values=cache).logits for x in (IDS[:, :250], *steps)], 1))
+        exact = llama(folder)(IDS).logits
+        found[name] = _distance(logits[1], logits[0]), _distance(logits[0], exact)
+    path = f"{folder}/cache-{dist.get_rank()}"
+    cache.save(path)
+    again = ExpressCache.load(path, model)
+    with torch.no_grad():
+        found["saved"] = torch.equal(*(model(IDS[:, :20], past_key_values=x).logits for x in (cache, again)))
+    try:
+        ExpressCache.load(path, llama(folder))
+    except ValueError as error:
+        found["other heads"] = str(error)
+    return found
+
+
 def _whole(x: torch.Tensor) -> torch.Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
@@ -198,6 +223,30 @@ def declared(rank: int, ranks: int) -> dict[str, Any]:
         return {"distance": _distance(out + one.o_proj.bias, expected)}
 
 
+def data_parallel(rank: int, ranks: int, folder: str) -> dict[str, Any]:
+    """Each process trains one sequence by a saved plan: gradients beside those of one process, and of no plan."""
+
+    def gradients(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        return {name.removeprefix("module."): x.grad for name, x in model.named_parameters()}
+
+    def llama() -> nn.Module:
+        return transformers.LlamaForCausalLM.from_pretrained(folder)
+
+    path = f"{folder}/plan-{rank}.json"
+    explain(llama(), IDS, **PREFILLS["heads"]).plan.save(path)
+    plan = {"plan": path, "strict": True}
+    mine = nn.parallel.DistributedDataParallel(rewrite_attention(llama(), **plan))
+    with record_sites() as sites:
+        found = gradients(mine, IDS[rank : rank + 1])
+    one, exact = gradients(rewrite_attention(llama(), **plan), IDS), gradients(llama(), IDS)
+    return {
+        "rows": [site.rows for site in sites],
+        "distances": {name: _distance(x, one[name]) for name, x in found.items()},
+        "error": max(_distance(x, exact[name]) for name, x in found.items()),
+    }
+
+
 def refused(folder: str, ranks: int) -> dict[str, str]:
     found = {}
     groups = {"sparse": {"stride": 32, "summary": 2, "groups": 8}}
@@ -219,7 +268,9 @@ def work(rank: int, ranks: int, folder: str) -> dict[str, Any]:
         "transformers": transformers_models(folder, ranks),
         "plain": plain_modules(ranks),
         "declared": declared(rank, ranks),
+        "data parallel": data_parallel(rank, ranks, folder),
         "refused": refused(folder, ranks),
+        "cached": cached(folder, ranks),
     }
 
 

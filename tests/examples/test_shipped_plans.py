@@ -1,4 +1,4 @@
-"""The plan that is shipped in examples/plans: what it was fitted to, and that it is followed."""
+"""The plans that are shipped in examples/plans: what they were fitted to, and that they are followed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from express_compile import Policy, SavedPlan, record_sites, restore_attention, 
 
 BENCH = Path(__file__).resolve().parents[2] / "examples" / "bench"
 PATH = BENCH.parent / "plans" / "smollm2-135m.json"
+QWEN = PATH.with_name("qwen2.5-coder-0.5b.json")
+SHAPES = {
+    PATH: (30, {"mask": "causal", "H": 9, "H_kv": 3, "D": 64, "Dv": 64}),
+    QWEN: (24, {"mask": "causal", "H": 14, "H_kv": 2, "D": 64, "Dv": 64}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,25 +30,29 @@ def bench():
         sys.path.remove(str(BENCH))
 
 
-def test_it_names_every_layer_and_kv_head_of_smollm2() -> None:
-    assert sorted(PATH.parent.iterdir()) == [PATH], "the plans that the pages and these tests know"
-    plan = SavedPlan.load(PATH)
-    assert [site.module for site in plan.sites] == [f"model.layers.{i}.self_attn" for i in range(30)]
+@pytest.mark.parametrize("path", SHAPES, ids=lambda path: path.stem)
+def test_it_names_every_layer_and_kv_head_of_its_model(path) -> None:
+    assert sorted(PATH.parent.iterdir()) == sorted(SHAPES), "the plans that the pages and these tests know"
+    plan, (layers, facts) = SavedPlan.load(path), SHAPES[path]
+    assert [site.module for site in plan.sites] == [f"model.layers.{i}.self_attn" for i in range(layers)]
     assert {(site.index, site.method, site.verdict, len(site.rows)) for site in plan.sites} == {
-        (0, "heads", "rewritten", 3)
+        (0, "heads", "rewritten", facts["H_kv"])
     }
-    facts = {"mask": "causal", "H": 9, "H_kv": 3, "D": 64, "Dv": 64}
     assert all(site.facts == facts for site in plan.sites)
-    assert len({site.rows for site in plan.sites}) > 20, "heads differ"
+    assert len({site.rows for site in plan.sites}) > 2 * layers / 3, "heads differ"
+    assert {site.params["last"] for site in plan.sites} == {16}
 
 
-def test_it_says_what_it_was_fitted_to_and_keeps_its_budget(bench) -> None:
-    plan, plans = SavedPlan.load(PATH), bench["plans"]
+@pytest.mark.parametrize(
+    ("path", "asked", "n", "kl"), [(PATH, 1350.0, 8192, 0.02), (QWEN, 1600.0, 16384, 0.2)], ids=str
+)
+def test_it_says_what_it_was_fitted_to_and_keeps_its_budget(bench, path, asked, n, kl) -> None:
+    plan, plans = SavedPlan.load(path), bench["plans"]
     fitted = plan.fitted
-    assert fitted["asked"] == {"rows": 1350.0}
-    assert fitted["rows"] == pytest.approx(plans.average_rows(plan, 8192)) and fitted["rows"] <= 1350
-    assert (fitted["length"], list(fitted["tokens"]), list(fitted["held_out"])) == (8192, [8192] * 3, [8192])
-    assert 0 < fitted["kl"] < 0.02 and fitted["price"] > 0
+    assert fitted["asked"] == {"rows": asked}
+    assert fitted["rows"] == pytest.approx(plans.average_rows(plan, n)) and fitted["rows"] <= asked
+    assert (fitted["length"], list(fitted["tokens"]), list(fitted["held_out"])) == (n, [n] * 3, [n])
+    assert 0 < fitted["kl"] < kl and fitted["price"] > 0
     options = [plans.Rows(**x) for x in fitted["options"]]
     assert options == list(plans.OPTIONS) and set(plans.rows_by_head(plan)) <= set(options)
 

@@ -30,9 +30,10 @@ from express_compile.kernels.attend.segments import (
 from express_compile.kernels.attend.segments_backward import segment_attention_backward_triton
 from express_compile.kernels.select.blocks import rows_visible, select_blocks_reference
 from express_compile.kernels.select.contest import CONTEST, compete_reference
+from express_compile.planning import choose
 from express_compile.planning.choose import Question, answer, plan
 from express_compile.planning.devices import shipped
-from express_compile.planning.predict import cost_at, predict
+from express_compile.planning.predict import MARGIN, cost_at, predict
 
 SEED = torch.tensor(7)
 WINDOW, CORE, PLACES = Rows(2, 9), Rows(2, 9, 8), Rows(3, 5, protected=20)
@@ -186,6 +187,18 @@ def test_the_rows_that_a_query_sees_are_counted(rows):
     v = torch.eye(900, dtype=torch.float64)[None, None]
     read = (op(q, k, v, [rows])[0][0, 0] > 0).sum(-1)
     assert np.array_equal(P.rows_seen(P.PerHead([rows], block=16), 900)[0], read.numpy())
+
+
+@pytest.mark.parametrize("rows", [[x] for x in SOURCES] + [[CORE, BLOCKS], [WHOLE, KEPT]], ids=str)
+def test_later_tokens_change_no_bit_of_earlier_queries(rows):
+    q, k, v = tokens(700, B=1, dtype=torch.float32)
+    out, lse = op(q, k, v, rows)
+    for at in (1, 130, 512, 699):
+        other = [torch.cat([x[:, :, :at], -9 * x[:, :, at:]], 2) for x in (q, k, v)]
+        changed, changed_lse = op(*other, rows)
+        assert torch.equal(changed[:, :, :at], out[:, :, :at])
+        assert torch.equal(changed_lse[:, :, :at], lse[:, :, :at])
+        assert not torch.equal(changed[:, :, at:], out[:, :, at:]), "or the test shows nothing"
 
 
 # -- gradients -----------------------------------------------------------------------------------------------------
@@ -604,6 +617,25 @@ def test_the_cost_of_a_mixture_is_that_of_its_heads():
     uniform = {**params, "rows": to_numbers([Rows(32, 256, 64, 64)])}
     own = METHODS["express"].params(Site(), Policy(methods=[E.Express(64, 32, 256, 64)]))
     assert cost_at("heads", at, uniform) == cost_at("express", at, own)
+
+
+def test_a_plan_beside_exact_attention_runs_where_it_is_predicted_to_be_faster(monkeypatch):
+    """The more heads see everything, the later it pays, and with all of them never."""
+    monkeypatch.setattr(choose, "device_of", lambda device: shipped()["NVIDIA H200"])
+    shape = dict(H=32, H_kv=8, D=128, Dv=128, dtype=torch.bfloat16, device="cuda")
+    lengths, first = [2**i for i in range(10, 21)], []
+    for exact in (0, 2, 4, 8):
+        own = P.PerHead(([WHOLE] * exact + [Rows(32, 256, selected=16), Rows(32, 256)] * 4)[:8])
+        found = [answer(Question(spec=spec(Lq=n, Lk=n, **shape)), Policy(methods=[own, "exact"])) for n in lengths]
+        for n, decision in zip(lengths, found, strict=True):
+            times = decision.predicted_ms
+            assert set(times) == {"heads", "exact"}
+            assert (decision.method == "heads") == (times["heads"] * MARGIN <= times["exact"]), n
+            assert decision.rows == (own.rows if decision.method == "heads" else ())
+        methods = [decision.method for decision in found]
+        assert methods == sorted(methods), "exact up to a length, and then not"
+        first.append(methods.count("exact"))
+    assert first == sorted(first) and first[0] < first[2] and first[-1] == len(lengths)
 
 
 def test_fewer_exact_heads_are_predicted_to_be_faster():

@@ -22,7 +22,7 @@ from express_compile.core.sites import record_sites
 from express_compile.core.spec import layer_key
 from express_compile.kernels.heads import PerHead, heads_reference
 from express_compile.quality.fit import fit, rewrite_attention
-from express_compile.quality.profile import Profile, SiteProfile, choose, prices, profile
+from express_compile.quality.profile import Profile, SiteProfile, choose, filled, prices, profile
 from express_compile.routes.eager import is_rewritten, restore_attention
 
 EVERYTHING = Rows(everything=True)
@@ -224,6 +224,23 @@ def test_rows_fall_and_errors_rise_with_the_price_and_every_choice_is_met(table:
     assert found[-1][1] == sum(min(table.rows) * len(site.errors) for site in table.sites)
     for low, high in itertools.pairwise(ladder):
         assert totals(table, choose(table, (low + high) / 2)) == totals(table, choose(table, low))
+
+
+@given(tables(), st.integers(0, 8), st.floats(0, 100))
+def test_what_a_price_leaves_of_a_budget_is_spent_until_nothing_fits(table: Profile, step: int, more: float) -> None:
+    ladder = prices(table)
+    choice = choose(table, ladder[min(step, len(ladder) - 1)])
+    error, rows = totals(table, choice)
+    found = filled(table, choice, rows + more)
+    filled_error, filled_rows = totals(table, found)
+    assert filled_rows <= rows + more and filled_error <= error + 1e-12
+    for i, site in enumerate(table.sites):
+        for head in range(len(site.errors)):
+            for o in range(len(table.options)):
+                other = [list(x) for x in found]
+                other[i][head] = o
+                e, r = totals(table, tuple(map(tuple, other)))
+                assert e >= filled_error - 1e-12 or r > rows + more, "one more step would have fitted"
 
 
 def test_a_price_is_a_number_from_0_on() -> None:

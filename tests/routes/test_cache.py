@@ -155,6 +155,59 @@ def test_decoding_continues_the_prompt_by_the_same_rows() -> None:
     assert cache.get_seq_length() == 337
 
 
+@pytest.mark.parametrize("n", [12, 120])
+def test_a_full_cache_is_taken_as_if_its_tokens_had_been_read(n: int) -> None:
+    """In a model of one layer keys and values do not depend on how the prompt attends."""
+    model, tokens, rows = llama(num_hidden_layers=1), ids(n + 3, 2), {PATHS[0]: [Rows(2, 14, 8, 10), Rows(2, 14)]}
+    read, taken, full = ExpressCache(model, rows=rows), ExpressCache(model, rows=rows), DynamicCache()
+    logits(model, tokens[:, :n], read)
+    logits(model, tokens[:, :n], full)
+    taken.take(full)
+    assert taken.get_seq_length() == full.get_seq_length() == n and taken.rows_held == read.rows_held
+    for i in range(n, n + 3):
+        assert torch.equal(logits(model, tokens[:, i : i + 1], read), logits(model, tokens[:, i : i + 1], taken))
+
+
+def full_of(model: Any, tokens: torch.Tensor, n: int, rows: Any) -> ExpressCache:
+    """A cache that has taken so many tokens of a full one."""
+    full, cache = DynamicCache(), ExpressCache(model, rows=rows)
+    logits(model, tokens[:, :n], full)
+    cache.take(full)
+    return cache
+
+
+def test_a_prompt_that_was_read_exactly_loses_nothing_before_it_is_taken() -> None:
+    """Beside one that attends by the plan, whose later layers see other keys."""
+    model, tokens = llama(), ids(120)
+    exact = DynamicCache()
+    logits(model, tokens, exact)
+    by_plan, taken = ExpressCache(model, rows=BLOCKS), full_of(model, tokens, 120, BLOCKS)
+    logits(model, tokens, by_plan)
+    for name, cache in (("by the plan", by_plan), ("taken", taken)):
+        part = cache.express_layers[1].held.parts[0]
+        there = part.log_weight[0, 0] > -torch.inf
+        whole = exact.layers[1].keys[0, part.random.heads[0], part.token[0, 0, there].long()]
+        assert torch.equal(part.key[0, 0, there], whole) is (name == "taken")
+
+
+def test_what_cannot_be_taken_says_so() -> None:
+    model, tokens = llama(), ids(40)
+    full, short = DynamicCache(), DynamicCache()
+    logits(model, tokens, full)
+    short.update(full.layers[0].keys, full.layers[0].values, 0)
+    cache = ExpressCache(model, rows=Rows(2, 14))
+    with pytest.raises(ValueError, match="must be a DynamicCache, the same tokens in 2 layers; it has 1 of 40 tokens"):
+        cache.take(short)
+    with pytest.raises(ValueError, match="it has 0 of 0 tokens"):
+        cache.take(DynamicCache())
+    cache.take(full)
+    with pytest.raises(RuntimeError, match="has 40 tokens; reset\\(\\) empties it"):
+        cache.take(full)
+    cache.reset()
+    cache.take(full)
+    assert cache.get_seq_length() == 40
+
+
 def test_turns_of_a_chat_give_what_one_prompt_gives() -> None:
     prompt = ids(16 * 40)
     expected = logits(rewrite_attention(llama().double(), methods=[own(BLOCKS)]), prompt)

@@ -82,12 +82,18 @@ def test_a_prefill_in_chunks_that_begin_where_blocks_do_gives_what_one_in_a_piec
 
 
 def test_generate_decodes_from_the_full_cache_after_a_planned_prefill() -> None:
-    model = rewrite_attention(llama(), methods=[OWN])
+    model = rewrite_attention(llama(), plan=explain(llama(), IDS[:1], methods=[OWN]).plan)
     with record_sites() as sites, torch.no_grad():
         ids = model.generate(IDS[:1], max_new_tokens=3, do_sample=False)
-    assert ids.shape == (1, 203)
     assert [site.method for site in sites] == ["heads"] * 2 + ["exact"] * 4
     assert "decoding 1 token" in sites[-1].reason
+    with torch.no_grad():  # the prefill by the plan, and then steps of the model as it is over what it left
+        prefill = model(IDS[:1])
+        restore_attention(model)
+        cache, tokens = prefill.past_key_values, [prefill.logits[:, -1:].argmax(-1)]
+        for _ in range(2):
+            tokens.append(model(tokens[-1], past_key_values=cache).logits.argmax(-1))
+    assert cache.get_seq_length() == 202 and torch.equal(ids[:, 200:], torch.cat(tokens, 1))
 
 
 def test_a_saved_plan_has_the_rows_of_every_head_and_gives_them_again(tmp_path) -> None:
@@ -100,6 +106,40 @@ def test_a_saved_plan_has_the_rows_of_every_head_and_gives_them_again(tmp_path) 
     torch._dynamo.reset()
     options = {"plan": str(tmp_path / "plan.json"), "strict": True}
     torch.testing.assert_close(logits(torch.compile(llama(), backend="express", options=options)), EXPECTED, **NORMS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_plan_is_followed_in_another_dtype(dtype: torch.dtype) -> None:
+    plan = explain(llama(), IDS, methods=[OWN]).plan
+    found = []
+    for options in ({"plan": plan}, {"methods": [OWN]}):
+        with record_sites() as sites:
+            found.append(logits(rewrite_attention(llama().to(dtype), strict=True, **options)))
+        assert [site.rows for site in sites] == [tuple(rows) for rows in PLAN.values()]
+    assert found[0].dtype == dtype and torch.equal(*found), "as if it were written for that dtype"
+    # near ties are decided otherwise, by few tokens of a coreset
+    assert (found[0].double() - EXPECTED).norm() < {torch.float32: 1e-3, torch.bfloat16: 0.2}[dtype] * EXPECTED.norm()
+
+
+def test_a_saved_plan_stays_with_a_model_that_moves_to_another_device() -> None:
+    """Rewritten without memory for its weights, as large models are made, and then filled."""
+    plan = SavedPlan.from_json(explain(llama(), IDS, methods=[OWN]).plan.to_json())
+    with torch.device("meta"):
+        model = llama()
+    rewrite_attention(model, plan=plan, strict=True)
+    assert {x.device.type for x in model.parameters()} == {"meta"}
+    model.to_empty(device="cpu")
+    whole = llama()
+    for own, others in ((model.named_parameters, whole.named_parameters), (model.named_buffers, whole.named_buffers)):
+        others = dict(others())
+        for name, x in own():
+            x.data.copy_(others[name])
+    assert torch.equal(logits(model), EXPECTED)
+    op = torch.ops.express_compile.heads
+    sizes = (2, 4, 200, 8), (2, 2, 200, 8), (2, 2, 200, 8)
+    given = [torch.empty(size, device="meta") for size in sizes]
+    out, lse = op(*given, None, torch.zeros((), dtype=torch.int64), 0.3, 0, **plan.sites[0].params)
+    assert (out.device.type, out.shape, lse.shape) == ("meta", sizes[0], sizes[0][:3])
 
 
 def test_an_entry_of_a_plan_needs_no_options_beside_its_rows() -> None:

@@ -138,6 +138,30 @@ class ExpressCache(Cache):
         total = sum(x.numel() for x in counts)
         return sum(int(x.sum()) for x in counts) / total if total else 0.0
 
+    # -- tokens of another cache --------------------------------------------------------------------------------------
+
+    def take(self, full: Cache) -> None:
+        """Hold the rows of the plan of all tokens in a ``full`` cache of the same model, none of which is padding.
+
+        For a prompt that another attention has read: exactly, or by a method of this package. ``full`` is as before.
+        Raises ``RuntimeError`` where this cache has tokens already, and ``ValueError`` for a ``full`` cache that does
+        not hold all tokens of every layer, and for a model that has other layers than those of full attention.
+        """
+        if self.get_seq_length():
+            raise RuntimeError(f"ExpressCache: has {self.get_seq_length()} tokens; reset() empties it")
+        if others := sorted({type(x).__name__ for x in self.layers if not isinstance(x, ExpressLayer)}):
+            raise ValueError(f"ExpressCache: {', '.join(others)} cannot take tokens; only layers of full attention can")
+        plain = (x for x in full.layers if type(x) is DynamicLayer)
+        given = [(x.keys, x.values) for x in plain if x.keys is not None and x.values is not None and x.keys.shape[2]]
+        sizes = {key.shape[2] for key, _ in given}
+        if len(given) != len(self.layers) or len(sizes) != 1:
+            raise ValueError(
+                f"full={type(full).__name__}: must be a DynamicCache, the same tokens in {len(self.layers)} layers; "
+                f"it has {len(given)} of {', '.join(map(str, sorted(sizes))) or 0} tokens"
+            )
+        for layer, (key, value) in zip(self.express_layers, given, strict=True):
+            layer.take(key, value)
+
     # -- steps that did not end -------------------------------------------------------------------------------------
 
     def rollback(self) -> None:
@@ -359,6 +383,7 @@ def _saved(layer: ExpressLayer) -> tuple[dict[str, Any], dict[str, torch.Tensor]
         "options": layer.own.data(),
         "columns": layer.columns,
         "padded": layer.padded,
+        "heads": layer.shard and list(layer.shard),
     }
     if layer.held is None:
         assert layer.keys is not None and layer.values is not None
@@ -371,20 +396,29 @@ def _saved(layer: ExpressLayer) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     return {**data, "held": held}, tensors
 
 
+def _initialize(layer: ExpressLayer, data: Mapping[str, Any], key: torch.Tensor, value: torch.Tensor) -> None:
+    """Raises ``ValueError`` where processes share the heads otherwise than those that saved did."""
+    layer.lazy_initialization(key, value)
+    saved, here = data.get("heads"), layer.shard and list(layer.shard)
+    if saved != here:
+        words = [f"heads {x[0]} to {x[0] + x[1] - 1} of {x[2]}" if x else "all heads" for x in (saved, here)]
+        raise ValueError(f"{data['path']!r}: {words[0]} were saved, and this process has {words[1]}")
+
+
 def _restore(layer: ExpressLayer, data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Put what :func:`_saved` gave into an empty layer."""
     layer.columns, layer.padded = data["columns"], data["padded"]
     if "held" not in data:
-        layer.lazy_initialization(tensors["keys"], tensors["values"])
+        _initialize(layer, data, tensors["keys"], tensors["values"])
         layer.keys, layer.values = tensors["keys"], tensors["values"]
         return
     held, parts = data["held"], range(len(data["held"]["left"]))
     H_kv = sum(tensors[f"{i}.key"].shape[1] for i in parts)
     key, value = (tensors[f"0.{name}"][:, :1, :0].expand(-1, H_kv, -1, -1) for name in ("key", "value"))
-    layer.lazy_initialization(key, value)
+    _initialize(layer, data, key, value)
     layer.keys = layer.values = None
-    random = Random(torch.tensor(layer.seed, device=key.device), layer.place.key)
-    layer.held = Held(layer.own, key, value, random, held["scale"], layer.place.number)
+    random = Random(layer.seed_on(key.device), layer.place.key)
+    layer.held = Held(layer.mine, key, value, random, held["scale"], layer.place.number)
     layer.held.length = held["length"]
     for i, part in enumerate(layer.held.parts):
         part.left = held["left"][i]

@@ -10,7 +10,7 @@ two halves, and :class:`Step` knows which layers have both.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -20,7 +20,8 @@ from ...core.call import Call, call
 from ...core.method import METHODS
 from ...core.plan import Plan
 from ...core.rows import describe, to_numbers
-from ...core.spec import default_scale
+from ...core.shards import seed_of, shard_of
+from ...core.spec import HeadShard, default_scale
 from ...kernels.heads import PerHead, exact_up_to, groups
 from ...kernels.held import STEP, Held, Real
 from ...kernels.launch import Random
@@ -152,7 +153,8 @@ class Like(NamedTuple):
 class ExpressLayer(CacheLayerMixin):
     """The tokens of one layer: all of them while no head has to drop or thin one, then the rows that its plan holds.
 
-    own: the rows of every KV head. columns: how many tokens were seen, padding included. held: what is held once not
+    own: the rows of every KV head of the model's layer; ``shard``: those of them that this process has, if not all,
+    whose rows are ``mine``. columns: how many tokens were seen, padding included. held: what is held once not
     all tokens are. Sequences that ``exact_up_to`` all heads hold are what a ``DynamicLayer`` would hold.
     """
 
@@ -172,6 +174,8 @@ class ExpressLayer(CacheLayerMixin):
         self.padded = 0  # columns from which on there was no padding, once not all tokens are held
         self.last = 0  # columns of the last step
         self.like: Like | None = None
+        self.shard: HeadShard | None = None
+        self.mine = self.own
         self.held: Held | None = None
         self.new: tuple[torch.Tensor, torch.Tensor] | None = None  # tokens that have not attended yet
         self.settling = False  # whether rows are being moved, so that an interruption leaves none as they were
@@ -183,10 +187,15 @@ class ExpressLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
+        module, (_, H_kv, _, D) = self.place.module(), key_states.shape
         try:
-            groups(self.own.rows, key_states.shape[1])
+            self.shard = shard_of(module, H_kv * getattr(module, "num_key_value_groups", 1), H_kv, D)
+            groups(self.own.rows, H_kv if self.shard is None else self.shard.of)
         except ValueError as error:
             raise ValueError(f"{self.place.path!r}: {error}") from None
+        if self.shard is not None and len(self.own.rows) > 1:
+            first = self.shard.first
+            self.mine = replace(self.own, rows=self.own.rows[first : first + self.shard.heads])
         self.like = Like.of(key_states, value_states)
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
@@ -281,8 +290,8 @@ class ExpressLayer(CacheLayerMixin):
         """The first step after which not all tokens are held; a prompt attends by the plan, as the method ``heads``
         computes it."""
         assert self.new is not None and self.keys is not None and self.values is not None
-        seed = torch.tensor(self.seed, device=given.query.device)
-        held = Held(self.own, *self.new, Random(seed, self.place.key), scale, self.place.number)
+        seed = self.seed_on(given.query.device)
+        held = Held(self.mine, *self.new, Random(seed, self.place.key), scale, self.place.number)
         old = None if proof.padding is None else _tuples(proof.padding[:, : self.columns])
         held.fill(self.keys, self.values, old)
         self.padded = 0 if proof.padding is None else _last(proof.padding[:, : self.columns])
@@ -290,12 +299,31 @@ class ExpressLayer(CacheLayerMixin):
             self.held = held
             return held.extend(given.query, *self.new, real)
         keys, values = (torch.cat(pair, 2) for pair in zip((self.keys, self.values), self.new, strict=True))
-        options = {"rows": to_numbers(self.own.rows), **self.own.pack(), "min_length": 0}
+        options = {"rows": to_numbers(self.mine.rows), **self.own.pack(), "min_length": 0}
         asked = Call(given.query, keys, values, proof.padding, seed, scale, self.place.key, options=options)
         out: torch.Tensor = call(METHODS["heads"].op, asked)[0]
         held.fill(*self.new, real)
         self.held, self.keys, self.values = held, None, None
         return out
+
+    @torch.no_grad()
+    def take(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Hold the tokens ``[B, H_kv, n, .]`` of another cache as if a first step had brought them; nothing attends."""
+        self.lazy_initialization(key, value)
+        self.columns = self.last = key.shape[2]
+        if self.columns <= self.limit:
+            self.keys, self.values = key, value
+            return
+        scaling = getattr(self.place.module(), "scaling", None)
+        scale = float(default_scale(key.shape[3]) if scaling is None else scaling)
+        random = Random(self.seed_on(key.device), self.place.key)
+        self.held = Held(self.mine, key, value, random, scale, self.place.number)
+        self.held.fill(key, value)
+        self.keys = self.values = None
+
+    def seed_on(self, device: torch.device) -> torch.Tensor:
+        """The seed for the heads of this process."""
+        return torch.tensor(seed_of(self.seed, self.shard), device=device)
 
     # -- steps that are recorded ----------------------------------------------------------------------------------
 
