@@ -593,10 +593,11 @@ class Held:
     @_in_place
     def settle(self, single: bool = False) -> None:
         """Let the tokens leave that are no longer recent. What came before cannot be undone any more. ``single``:
-        :meth:`step` follows, which sees to heads that only drop tokens."""
+        :meth:`step` follows, which drops a token by itself where only one is due."""
         for b, length, _, _ in list(self._spans(0, None)):
             for part in self.parts:
-                if not (single and part.drops):
+                left = part.left[b.start]
+                if not (single and part.drops and part.leaves(length, left) <= left + 1):
                     part.advance(b, length, part._read(b, 0, 0))
                     part.look_ahead(b, length)
 
@@ -641,12 +642,10 @@ class Held:
 
     # -- single tokens by kernels ---------------------------------------------------------------------------------
 
-    def fits_step(self, query: torch.Tensor) -> bool:
-        """Whether :meth:`step` computes this query on a GPU."""
-        part = self.parts[0]
-        group = query.shape[1] // sum(part.key.shape[1] for part in self.parts)
-        narrow = max(part.key.shape[3], part.value.shape[3]) <= MAX_WIDTH
-        return query.is_cuda and query.shape[2] == 1 and query.dtype != torch.float64 and narrow and group <= MAX_ROWS
+    def fits_step(self, group: int) -> bool:
+        """Whether the kernels of :meth:`step` take what is held, for ``group`` query heads of a KV head."""
+        key, value = self.parts[0].key, self.parts[0].value
+        return key.dtype != torch.float64 and max(key.shape[3], value.shape[3]) <= MAX_WIDTH and group <= MAX_ROWS
 
     @_in_place
     def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -668,14 +667,20 @@ class Held:
         if end is None:
             if self._end is None or self._end.shape[0] != len(self.length):
                 self._end = self.parts[0].token.new_empty(len(self.length))
-            self._end.copy_(torch.tensor([n + 1 for n in self.length], dtype=torch.int32), non_blocking=True)
+            self.count_into(self._end)
         else:
             self._end = end
         names = ("key", "value", "log_weight", "token", "pages", "listed", "means")
-        known = tuple(getattr(part, name).data_ptr() for part in self.parts for name in names)
+        tensors = (getattr(part, name) for part in self.parts for name in names)
+        known = tuple((x.data_ptr(), x.shape) for x in tensors)
         if self._table is None or self._table[0] != known:
             self._table = known, self._make_table()
         return known
+
+    def count_into(self, end: torch.Tensor) -> None:
+        """Write how many tokens every sequence has with one more into ``end`` int32 ``[B]``, and wait for nothing: CUDA
+        has copied memory that is not pinned before the call returns, so that it may be freed."""
+        end.copy_(torch.tensor([n + 1 for n in self.length], dtype=torch.int32), non_blocking=True)
 
     def _make_table(self) -> Table:
         B, H, device = len(self.length), sum(part.key.shape[1] for part in self.parts), self.parts[0].key.device
@@ -708,7 +713,14 @@ class Held:
         """Attention ``[B, H, 1, Dv]`` of a new token of every sequence to what is held and itself, which is held then.
         Launches alone, and elsewhere than on a GPU the same in plain PyTorch: to repeat it changes nothing until
         :meth:`end_step`."""
+        self._count_dropped()
         return (self.step_triton if query.is_cuda else self._step_reference)(query, key, value)
+
+    def _count_dropped(self) -> None:
+        """Of heads that drop tokens, how many are gone once there is one more."""
+        for part in self.parts:
+            if part.drops:
+                part.left = [part.leaves(n, left) for n, left in zip(self.length, part.left, strict=True)]
 
     def _step_reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         for part in self.parts:
@@ -736,9 +748,7 @@ class Held:
 
     def end_step(self) -> None:
         """Count the token that :meth:`launch_step` added to every sequence."""
-        for part in self.parts:
-            if part.drops:
-                part.left = [part.leaves(n, left) for n, left in zip(self.length, part.left, strict=True)]
+        self._count_dropped()
         self.length = [n + 1 for n in self.length]
 
     # -- taking tokens back, other batches ------------------------------------------------------------------------

@@ -6,11 +6,14 @@ A replay is here the same step again, by the reference; on a GPU it is a CUDA gr
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from express_compile.core.rows import Rows
@@ -20,12 +23,16 @@ from express_compile.routes.transformers.cache import ExpressCache
 ROWS = (Rows(2, 9), Rows(2, 9, 2, 4), Rows(everything=True), Rows(0, 12, 4), Rows(2, 5, selected=1))
 
 
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
+def make_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = dict(hidden_size=40, intermediate_size=16, num_hidden_layers=2, vocab_size=31, head_dim=8)
     config = LlamaConfig(**sizes, num_attention_heads=10, num_key_value_heads=5, max_position_embeddings=4096)
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return make_model()
 
 
 @pytest.fixture
@@ -40,13 +47,14 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         def replay() -> None:
             counts[mine] += 1
-            for name, x in run().items():
-                if isinstance(x, torch.Tensor):
-                    out[name].copy_(x)
+            for old, new in zip(tree_leaves(dict(out)), tree_leaves(dict(run())), strict=True):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
 
         return replay, out
 
     monkeypatch.setattr(S, "record", record)
+    monkeypatch.setattr(S, "_RECORDS_ON", "cpu")
     return counts
 
 
@@ -65,7 +73,7 @@ def inputs(ids: torch.Tensor, mask: torch.Tensor, cache: ExpressCache) -> dict[s
 @pytest.mark.parametrize("pads", [(0, 0), (0, 33)])
 def test_replayed_steps_are_eager_steps(model, recorded: list[int], pads: tuple[int, ...]) -> None:
     ids, mask = prompt(model, 420, pads)
-    cache = ExpressCache(model, rows=ROWS)
+    cache = ExpressCache(model, rows=ROWS, graphs=True)
     model(**inputs(ids[:, :120], mask[:, :120], cache))
     other = copy.deepcopy(cache)
     for i in (*range(120, 135), *range(376, 392)):
@@ -87,7 +95,7 @@ def test_replayed_steps_are_eager_steps(model, recorded: list[int], pads: tuple[
 @torch.no_grad()
 def test_a_step_that_was_replayed_can_be_cropped_and_the_next_one_counts_on(model, recorded: list[int]) -> None:
     ids, mask = prompt(model, 140)
-    cache = ExpressCache(model, rows=Rows(2, 9, 2, 4))
+    cache = ExpressCache(model, rows=Rows(2, 9, 2, 4), graphs=True)
     model(**inputs(ids[:, :120], mask[:, :120], cache))
     first = [cache.steps(model, inputs(ids[:, i : i + 1], mask[:, : i + 1], cache)).logits for i in range(120, 125)]
     cache.crop(-3)
@@ -99,7 +107,7 @@ def test_a_step_that_was_replayed_can_be_cropped_and_the_next_one_counts_on(mode
 @torch.no_grad()
 def test_masks_that_hide_what_is_held_are_refused_and_what_cannot_be_recorded_runs_eagerly(model, recorded) -> None:
     ids, mask = prompt(model, 140)
-    cache = ExpressCache(model, rows=Rows(2, 9, 2, 4))
+    cache = ExpressCache(model, rows=Rows(2, 9, 2, 4), graphs=True)
     cache.steps(model, inputs(ids[:, :120], mask[:, :120], cache))
     hidden = mask.clone()
     hidden[1, 5] = 0
@@ -109,24 +117,155 @@ def test_masks_that_hide_what_is_held_are_refused_and_what_cannot_be_recorded_ru
     assert len(out.hidden_states) == 3 and not recorded
 
 
-def test_generate_asks_for_recorded_steps_on_a_gpu_alone(model) -> None:
-    cache = ExpressCache(model, rows=ROWS)
-    call = model.get_compiled_call(None)
-    ids, mask = prompt(model, 8)
-    with torch.no_grad():
-        out = call(**inputs(ids, mask, cache))
-    assert out.past_key_values is cache and cache.get_seq_length() == 8
+def assert_same(one: ExpressCache, other: ExpressCache) -> None:
+    """What both hold once what is due has left."""
+    one, other = copy.deepcopy(one), copy.deepcopy(other)
+    assert one.get_seq_length() == other.get_seq_length()
+    for mine, its in zip(one.express_layers, other.express_layers, strict=True):
+        mine.held.settle()
+        its.held.settle()
+        assert mine.held.length == its.held.length and mine.croppable == its.croppable
+        for part, theirs in zip(mine.held.parts, its.held.parts, strict=True):
+            assert part.left == theirs.left and torch.equal(part.log_weight, theirs.log_weight)
+            there = part.log_weight > -torch.inf
+            for name in ("token", "key", "value"):
+                torch.testing.assert_close(getattr(part, name)[there], getattr(theirs, name)[there])
+
+
+class Stop(BaseException):
+    pass
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("replays", [0, 3])
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_step_that_raises_or_is_interrupted_has_not_been(model, recorded, replays, layer, counted) -> None:
+    """Where a model raises while it is recorded or replayed, or an interrupt comes while tokens are counted, the cache
+    is as before: what follows, of one token or of more, is what follows without the step."""
+    ids, mask = prompt(model, 160, (0, 33))
+    cache = ExpressCache(model, rows=ROWS, graphs=True)
+    model(**inputs(ids[:, :120], mask[:, :120], cache))
+    for i in range(120, 120 + replays):
+        cache.steps(model, inputs(ids[:, i : i + 1], mask[:, : i + 1], cache))
+    n, other = 120 + replays, copy.deepcopy(cache)
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        if counted:
+            patch.setattr(cache.express_layers[layer], "end_recorded", stop)
+            handle = None
+        else:
+            handle = model.model.layers[layer].mlp.register_forward_hook(stop)
+        with pytest.raises(Stop):
+            cache.steps(model, inputs(ids[:, n : n + 1] * 0, mask[:, : n + 1], cache))
+        if handle is not None:
+            handle.remove()
+    assert_same(cache, other)
+    for width in (5, 1, 1):
+        outs = []
+        for x, run in ((cache, cache.steps), (other, lambda model, given: model(**given))):
+            outs.append(run(model, inputs(ids[:, n : n + width], mask[:, : n + width], x)).logits)
+        torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+        n += width
+
+
+@torch.no_grad()
+def test_steps_run_eagerly_unless_graphs_are_asked_for_and_can_be(model, recorded: list[int], monkeypatch) -> None:
+    ids, mask = prompt(model, 140)
+    plain, cache = (ExpressCache(model, rows=ROWS, graphs=graphs) for graphs in (False, True))
+    for x in (plain, cache):
+        model(**inputs(ids[:, :120], mask[:, :120], x))
+    step = ids[:, 120:121], mask[:, :121]
+    plain.steps(model, inputs(*step, plain))
+    assert not recorded and plain.get_seq_length() == 121
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # weights that it has cast are memory that it frees
+        with pytest.raises(ValueError, match="differ in dtype"):
+            cache.steps(model, inputs(*step, cache))
+    cache.rollback()
+    with torch.enable_grad(), pytest.raises(ValueError, match="give no gradient"):
+        cache.steps(model, inputs(*step, cache))
+    cache.rollback()
+    assert not recorded
+    monkeypatch.setattr(S, "_RECORDS_ON", "cuda")
+    cache.steps(model, inputs(*step, cache))
+    assert not recorded and cache.get_seq_length() == 121
+    with pytest.raises(TypeError, match="graphs=1: must be True or False"):
+        ExpressCache(model, rows=ROWS, graphs=1)
+
+
+@torch.no_grad()
+def test_a_graph_is_recorded_again_where_weights_have_moved_and_for_another_model(recorded: list[int]) -> None:
+    model = make_model()
+    ids, mask = prompt(model, 140)
+    cache = ExpressCache(model, rows=Rows(2, 9, 2, 4), graphs=True)
+    model(**inputs(ids[:, :120], mask[:, :120], cache))
+    step = [inputs(ids[:, i : i + 1], mask[:, : i + 1], cache) for i in range(120, 124)]
+    cache.steps(model, step[0])
+    cache.crop(-1)
+    cache.steps(model, step[0])
+    assert recorded == [2]
+    cache.crop(-1)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 2)
+    once = cache.steps(model, step[0]).logits
+    assert recorded == [2, 1]
+    cache.crop(-1)
+    torch.testing.assert_close(model(**step[0]).logits, once)
+    with pytest.raises(ValueError, match="a cache belongs to the model it was built for"):
+        cache.steps(copy.deepcopy(model), step[1])
+
+
+@torch.no_grad()
+def test_what_a_step_gave_stays_as_it_was(recorded: list[int]) -> None:
+    model = make_model()
+    model.config.output_hidden_states = True
+    ids, mask = prompt(model, 140)
+    cache = ExpressCache(model, rows=Rows(2, 9, 2, 4), graphs=True)
+    model(**inputs(ids[:, :120], mask[:, :120], cache))
+    outs = [cache.steps(model, inputs(ids[:, i : i + 1], mask[:, : i + 1], cache)) for i in range(120, 123)]
+    assert len(recorded) == 1
+    for out in outs:
+        torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
+    assert not torch.equal(outs[0].logits, outs[1].logits)
+
+
+def test_only_the_model_of_such_a_cache_answers_generate_otherwise_and_its_copies_do_by_themselves(monkeypatch) -> None:
+    model, names = make_model(), ("get_compiled_call", "_valid_auto_compile_criteria")
+    ExpressCache(model, rows=ROWS)
+    assert not set(names) & set(vars(model))
+    cache = ExpressCache(model, rows=ROWS, graphs=True)
+    twin = copy.deepcopy(model)
+    assert all(getattr(twin, name).__self__ is twin for name in names)
+    read = pickle.loads(pickle.dumps(model))
+    assert torch.equal(read.lm_head.weight, model.lm_head.weight)
     config = model.generation_config
+    assert not model._valid_auto_compile_criteria({"past_key_values": cache}, config)  # no GPU
+    monkeypatch.setattr(S, "_RECORDS_ON", "cpu")
+    assert model._valid_auto_compile_criteria({"past_key_values": cache}, config)
+    for other in (ExpressCache(model, rows=ROWS), None):
+        assert not model._valid_auto_compile_criteria({"past_key_values": other}, config)
+    config.disable_compile = True
     assert not model._valid_auto_compile_criteria({"past_key_values": cache}, config)
+    monkeypatch.setattr(type(model), "get_compiled_call", lambda self, _: lambda **inputs: (self, sorted(inputs)))
+    assert twin.get_compiled_call(None)(input_ids=None) == (twin, ["input_ids"])
 
 
-def test_generate_writes_with_recorded_steps_what_it_writes_without(model, recorded, monkeypatch) -> None:
+def test_generate_writes_with_recorded_steps_what_it_writes_without(model, recorded, tmp_path: Path) -> None:
     ids, mask = prompt(model, 120, (0, 33))
+    more = dict(max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0)
     outs = []
-    for is_recorded in (True, False):
-        monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda *_, answer=is_recorded: answer)
-        cache = ExpressCache(model, rows=ROWS)
-        more = dict(max_new_tokens=20, min_new_tokens=20, do_sample=False)
-        outs.append(model.generate(ids, attention_mask=mask, past_key_values=cache, pad_token_id=0, **more))
-        assert cache.get_seq_length() == 139
-    assert torch.equal(*outs) and sum(recorded) == 19
+    for graphs, disable in ((True, False), (True, True), (False, False)):
+        cache = ExpressCache(model, rows=ROWS, graphs=graphs)
+        outs.append(model.generate(ids, attention_mask=mask, past_key_values=cache, disable_compile=disable, **more))
+        assert cache.get_seq_length() == 139 and sum(recorded) == 19
+    assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[2])
+    cache.save(tmp_path / "cache")
+    for graphs in (True, False):
+        again = ExpressCache.load(tmp_path / "cache", model, graphs=graphs, rows=ROWS)
+        whole = torch.ones(2, 140, dtype=torch.long)
+        whole[:, :120] = mask
+        outs.append(model.generate(outs[2], attention_mask=whole, past_key_values=again, **more))
+        assert again.get_seq_length() == 159
+    assert torch.equal(outs[3], outs[4]) and sum(recorded) > 19

@@ -238,10 +238,6 @@ class ExpressLayer(CacheLayerMixin):
         key, value = self.new
         n = given.query.shape[2]
         self._require_computable(given, site)
-        if self.step.recorded:
-            assert self.held is not None, "records() says so"
-            self.new = None
-            return self.held.launch_step(given.query, key, value)
         if self.held is None and self.columns + n <= self.limit:
             self.keys, self.values = key, value
             self._end(n)
@@ -250,6 +246,8 @@ class ExpressLayer(CacheLayerMixin):
             raise ValueError(
                 f"{self.place.path!r}: output_attentions: weighted rows have no attention weights per token"
             )
+        if self.step.recorded:
+            return self._record(given.query, key, value)
         out = self._attend(site, given, prove(site, given), key, value)
         self._end(n)
         return out
@@ -273,7 +271,7 @@ class ExpressLayer(CacheLayerMixin):
                 f"holds {self.held.length}; what was padding has to stay padding, and nothing else may be hidden"
             )
         else:
-            is_single = real is None and self.held.fits_step(given.query)
+            is_single = real is None and given.query.is_cuda and n == 1 and self._fits_step(given.query)
             self.settling = True
             self.held.settle(is_single)
             self.settling = n > STEP
@@ -327,9 +325,24 @@ class ExpressLayer(CacheLayerMixin):
 
     # -- steps that are recorded ----------------------------------------------------------------------------------
 
+    def _fits_step(self, query: torch.Tensor) -> bool:
+        assert self.held is not None and self.like is not None
+        return query.dtype == self.like.dtype and self.held.fits_step(query.shape[1] // self.like.heads)
+
     def records(self, sequences: int) -> bool:
         """Whether a step of one token of every sequence can be recorded, or a record replayed."""
-        return self.held is not None and not self.settling and len(self.held.length) == sequences
+        if self.held is None or self.settling or self.shard is not None or len(self.held.length) != sequences:
+            return False
+        return self.held.fits_step(getattr(self.place.module(), "num_key_value_groups", 1))
+
+    def _record(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """The attention of a step that is recorded, which counts no token."""
+        assert self.held is not None, "records() says so"
+        if not self._fits_step(query):
+            raise ValueError(f"ExpressCache: {self.place.path!r}: graphs=True: {query.dtype} queries of another shape "
+                             "or dtype than the keys have cannot be recorded")  # fmt: skip
+        self.new = None
+        return self.held.launch_step(query, key, value)
 
     def settle_recorded(self, end: torch.Tensor) -> Any:
         """What has to be done before a replay that adds a token; see :meth:`Held.prepare_step`."""
@@ -346,6 +359,16 @@ class ExpressLayer(CacheLayerMixin):
         assert self.held is not None
         self.held.end_step()
         self.columns, self.last = self.columns + 1, 1
+
+    def undo_recorded(self, columns: int) -> None:
+        """Be as before a step that raised or was interrupted, when there were so many ``columns``, whatever of it ran."""
+        assert self.held is not None
+        self.new = None
+        if self.columns > columns:
+            self._drop(1)
+        else:
+            self.step.changes += 1
+            self.held.drop(0, 1)
 
     # -- what cannot be computed ----------------------------------------------------------------------------------
 

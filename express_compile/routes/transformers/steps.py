@@ -1,22 +1,25 @@
-"""Steps of decoding with an ExpressCache as CUDA graphs: :class:`Steps`, which ``generate()`` calls by itself.
+"""Steps of decoding with an ExpressCache as CUDA graphs: :class:`Steps`, which ``generate()`` calls for ``graphs=True``.
 
-generate() asks a model for the compiled form of its call wherever a cache allows that. What a rewritten model gives it
-for an ExpressCache is no program of torch.compile: once the layers hold rows of a plan, a step of one token is recorded
-as one CUDA graph of the model as it runs eagerly, and replayed for the tokens that follow. Where rows are and how many
-tokens there are stands in memory that does not move, so a graph serves until memory has to grow, which only heads that
-hold all tokens need. What has to be moved or thinned runs between replays (:meth:`..kernels.held.Held.settle`).
+generate() asks a model for the compiled form of its call wherever a cache allows that. What the model of a cache with
+``graphs=True`` gives it is no program of torch.compile: once the layers hold rows of a plan, a step of one token is
+recorded as one CUDA graph of the model as it runs eagerly, and replayed for the tokens that follow. Where rows are and
+how many tokens there are stands in memory that does not move, so a graph serves until memory has to grow, which only
+heads that hold all tokens need. What has to be moved or thinned runs between replays
+(:meth:`..kernels.held.Held.settle`).
 """
 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
-from functools import wraps
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.generation.utils import GenerationMixin
+from transformers.utils import ModelOutput
 
 from .layers import ExpressLayer
 from .sites import installed
@@ -25,11 +28,13 @@ if TYPE_CHECKING:
     from .cache import ExpressCache
 
 _TOKENS = ("input_ids", "position_ids", "attention_mask", "past_key_values")
+_RECORDS_ON = "cuda"  # a type of device
 _WARM_UP = 2
 
 
 def record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-    """A replay of the launches of ``run`` on ``device``, and what it returned, which replays write again."""
+    """A replay of the launches of ``run`` on ``device``, and what it returned, which replays write again. ``run`` is
+    called a few times before, and must not mind that."""
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -38,16 +43,19 @@ def record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], N
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device
             out = run()
     return graph.replay, out
 
 
 class Steps:
-    """Calls of a model with one new token of every sequence, each the replay of a graph where that is possible."""
+    """Calls of a model with one new token of every sequence, each the replay of a graph where that is possible.
 
-    def __init__(self, cache: ExpressCache) -> None:
-        self.cache = cache
+    graphs: whether it is asked for; otherwise, and on other devices than a GPU, a call is that of the model.
+    """
+
+    def __init__(self, cache: ExpressCache, graphs: bool) -> None:
+        self.cache, self.graphs = cache, graphs
         self.clear()
 
     def clear(self) -> None:
@@ -55,50 +63,76 @@ class Steps:
         self.known: Any = None  # what the graph was recorded for
         self.replay: Callable[[], None] | None = None
         self.out: Any = None
+        self.model: Callable[[], Any] = lambda: None
+        self.weights: tuple[int, ...] = ()  # where the model has them
+        self.places: list[Any] = []  # of every layer, where its memory is
         self.due: list[int] = []  # of every layer, how many columns there are when it next has something to do
         self.changes = -1  # of the cache, the last time that its state was looked at
         self.end = torch.empty(0, dtype=torch.int32)  # of every sequence, its tokens with the new one
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Steps:
-        return Steps(copy.deepcopy(self.cache, memo))
+        return Steps(copy.deepcopy(self.cache, memo), self.graphs)
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
-        """What ``model(**inputs)`` gives."""
+        """What ``model(**inputs)`` gives. Raises ``ValueError`` for a mask that hides tokens that are held, and what a
+        model raises that cannot be recorded; then the step has not been."""
         layers = self.cache.express_layers
-        if not self._can_replay(model, layers, inputs):
+        if not (self.graphs and self._is_single(model, inputs) and self._is_recordable(model, layers, inputs)):
             return model(**inputs)
         with torch.inference_mode(False), torch.no_grad():
             return self._replayed(model, layers, inputs)
 
     def _replayed(self, model: PreTrainedModel, layers: list[ExpressLayer], inputs: dict[str, Any]) -> Any:
-        ids, positions = inputs["input_ids"], inputs["position_ids"]
+        ids, positions, before = inputs["input_ids"], inputs["position_ids"], layers[0].columns
         self.cache._step.require_whole()
         if self.cache._step.changes != self.changes:
-            self._require_shown(layers[0], inputs.get("attention_mask"))
-            self.due = [0] * len(layers)
-            if self.known is None or len(self.end) != len(ids):
-                self.ids, self.positions = ids.clone(), positions.clone()
-                self.end = torch.empty(len(ids), dtype=torch.int32, device=ids.device)
-                self.known = None
-            self.changes = self.cache._step.changes
-        given = {name: x for name, x in inputs.items() if name not in _TOKENS}
-        known = [given, *self._settled(layers)]
-        self.ids.copy_(ids)
-        self.positions.copy_(positions)
+            self._look(model, layers, inputs)
+        for i, layer in enumerate(layers):
+            if layer.columns >= self.due[i]:
+                self.places[i] = layer.settle_recorded(self.end)
+                assert layer.held is not None
+                self.due[i] = layer.columns + layer.held.rest()
         held = layers[0].held
         assert held is not None
-        self.end.copy_(torch.tensor([n + 1 for n in held.length], dtype=torch.int32), non_blocking=True)
-        if known != self.known or self.replay is None:
-            self.replay, self.out = record(lambda: self._run(model, given), ids.device)
-            self.known = known
-        self.replay()
-        for layer in layers:
-            layer.end_recorded()
+        self.ids.copy_(ids)
+        self.positions.copy_(positions)
+        held.count_into(self.end)
+        given = {name: x for name, x in inputs.items() if name not in _TOKENS}
+        known = [self.weights, given, *self.places]
+        try:
+            if known != self.known or self.replay is None:
+                self.replay = self.out = None
+                self.replay, self.out = record(lambda: self._run(model, given), ids.device)
+                self.known = known
+            self.replay()
+            for layer in layers:
+                layer.end_recorded()
+        except BaseException as error:
+            if self.replay is None:
+                error.add_note(f"while an ExpressCache with graphs=True recorded a step of {type(model).__name__}")
+            for layer in layers:
+                layer.undo_recorded(before)
+            raise
         self.cache._step.done = {layer.place.number for layer in layers}
-        values = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in self.out.items()}
-        return type(self.out)(**values)
+        return _copied(self.out)
 
-    def _can_replay(self, model: PreTrainedModel, layers: list[ExpressLayer], inputs: dict[str, Any]) -> bool:
+    def _look(self, model: PreTrainedModel, layers: list[ExpressLayer], inputs: dict[str, Any]) -> None:
+        """Learn what may have changed since the last replay."""
+        ids, positions = inputs["input_ids"], inputs["position_ids"]
+        self._require_shown(layers[0], inputs.get("attention_mask"))
+        if self.model() is not model or len(self.end) != len(ids) or self.end.device != ids.device:
+            self.clear()
+            self.model = weakref.ref(model)
+            self.ids, self.positions = ids.clone(), positions.clone()
+            self.end = torch.empty(len(ids), dtype=torch.int32, device=ids.device)
+        plain = (x for x in (*model.parameters(), *model.buffers()) if type(x) in (torch.Tensor, nn.Parameter))
+        self.weights = tuple(x.data_ptr() for x in plain)
+        self.places, self.due = [None] * len(layers), [0] * len(layers)
+        self.changes = self.cache._step.changes
+
+    def _is_single(self, model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+        """Whether it is a call that a graph can stand for: one token of every sequence, and nothing else that could be
+        different the next time, asked or computed."""
         ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
         others = {name: x for name, x in inputs.items() if name not in _TOKENS}
         return (
@@ -106,13 +140,27 @@ class Steps:
             and positions is not None
             and ids.shape[1] == 1
             and positions.shape == ids.shape
-            and not model.training
-            and (self.cache._step.changes == self.changes or all(site.shadow is None for site in installed(model)))
             and all(x is None or isinstance(x, (bool, int)) for x in others.values())
             and not any(others.get(name) for name in ("output_attentions", "output_hidden_states"))
-            and all(others.get(name) is not False for name in ("use_cache", "return_dict"))
-            and len(layers) == len(self.cache.layers)
-            and all(layer.records(len(ids)) for layer in layers)
+            and others.get("use_cache") is not False
+            and not (model.training or torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type))
+        )
+
+    def _is_recordable(self, model: PreTrainedModel, layers: list[ExpressLayer], inputs: dict[str, Any]) -> bool:
+        """Whether graphs of the model can be, with what the cache holds now."""
+        ids = inputs["input_ids"]
+        if ids.device.type != _RECORDS_ON or len(layers) < len(self.cache.layers):
+            return False
+        if not all(layer.records(len(ids)) for layer in layers):
+            return False
+        if self.cache._step.changes == self.changes and self.model() is model:
+            return True
+        devices = {x.device for x in model.parameters()}
+        quantizer = getattr(model, "hf_quantizer", None)
+        return (
+            devices == {ids.device}
+            and (quantizer is None or quantizer.is_compileable)
+            and all(site.shadow is None for site in installed(model))
         )
 
     @staticmethod
@@ -129,16 +177,6 @@ class Steps:
                 f"holds {layer.held.length}; what was padding has to stay padding, and nothing else may be hidden"
             )
 
-    def _settled(self, layers: list[ExpressLayer]) -> list[Any]:
-        """Do what is due in every layer; what a graph depends on."""
-        known = self.known[1:] if self.known is not None else [None] * len(layers)
-        for i, layer in enumerate(layers):
-            if layer.columns >= self.due[i]:
-                known[i] = layer.settle_recorded(self.end)
-                assert layer.held is not None
-                self.due[i] = layer.columns + layer.held.rest()
-        return known
-
     def _run(self, model: PreTrainedModel, given: dict[str, Any]) -> Any:
         """The call that is recorded. A mask of this form is handed on as it is, and looked at by nobody."""
         step, mask = self.cache._step, torch.ones(len(self.ids), 1, 1, 1, dtype=torch.bool, device=self.ids.device)
@@ -150,29 +188,42 @@ class Steps:
             step.recorded = False
 
 
-def let_generate_record(kind: type[ExpressCache]) -> None:
-    """Let ``generate()`` run the steps of a rewritten model with such a cache on a GPU by :class:`Steps`, unless it is
-    told ``disable_compile``. Nothing changes for other models and caches."""
-    may_compile, compiled = GenerationMixin._valid_auto_compile_criteria, PreTrainedModel.get_compiled_call
+def _copied(out: Any) -> Any:
+    """What a replay wrote, in memory that the next one does not write."""
+    if isinstance(out, torch.Tensor):
+        return out.clone()
+    if isinstance(out, ModelOutput):
+        return type(out)(**{name: _copied(x) for name, x in out.items()})
+    return tuple(map(_copied, out)) if type(out) is tuple else out
 
-    @wraps(may_compile)
-    def _valid_auto_compile_criteria(self: Any, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-        if isinstance(model_kwargs.get("past_key_values"), kind) and self.device.type == "cuda":
-            return not generation_config.disable_compile
-        return may_compile(self, model_kwargs, generation_config)
 
-    @wraps(compiled)
-    def get_compiled_call(self: Any, compile_config: Any) -> Callable[..., Any]:
-        if not installed(self):
-            return compiled(self, compile_config)
+# ---- generate() ---------------------------------------------------------------------------------------------------
 
-        def call(*args: Any, **inputs: Any) -> Any:
-            cache = inputs.get("past_key_values")
-            if isinstance(cache, kind):
-                return cache.steps(self, inputs)
-            return compiled(self, compile_config)(*args, **inputs)
 
-        return call
+def let_generate_record(model: PreTrainedModel) -> None:
+    """Let ``model.generate()`` run its steps by :class:`Steps` with a cache for which graphs are asked, on a GPU and
+    unless it is told ``disable_compile``. Nothing changes for other models and caches."""
+    for method in (_valid_auto_compile_criteria, get_compiled_call):
+        setattr(model, method.__name__, MethodType(method, model))  # which copies of the model copy with it
 
-    GenerationMixin._valid_auto_compile_criteria = _valid_auto_compile_criteria  # type: ignore[method-assign]
-    PreTrainedModel.get_compiled_call = get_compiled_call  # type: ignore[method-assign]
+
+def _steps_of(cache: Any) -> Steps | None:
+    steps = getattr(cache, "steps", None)
+    return steps if isinstance(steps, Steps) and steps.graphs else None
+
+
+def _valid_auto_compile_criteria(self: PreTrainedModel, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+    if _steps_of(model_kwargs.get("past_key_values")) is not None:
+        return self.device.type == _RECORDS_ON and not generation_config.disable_compile
+    answer: bool = type(self)._valid_auto_compile_criteria(self, model_kwargs, generation_config)
+    return answer
+
+
+def get_compiled_call(self: PreTrainedModel, compile_config: Any) -> Callable[..., Any]:
+    def call(*args: Any, **inputs: Any) -> Any:
+        steps = _steps_of(inputs.get("past_key_values"))
+        if steps is not None:
+            return steps(self, inputs)
+        return type(self).get_compiled_call(self, compile_config)(*args, **inputs)
+
+    return call
