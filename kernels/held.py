@@ -557,7 +557,7 @@ class Held:
     ) -> None:
         self.length = [0] * key.shape[0]
         self.parts: list[HeldRows] = []
-        self._table: tuple[Any, Table] | None = None
+        self._table: tuple[Any, Table, object] | None = None
         self._end: torch.Tensor | None = None
         for group in groups(own.rows, key.shape[1]):
             config = own.config(group.rows)
@@ -659,7 +659,7 @@ class Held:
     @_in_place
     def prepare_step(self, end: torch.Tensor | None = None) -> Any:
         """What :meth:`launch_step` needs to be told about one more token of every sequence. ``end`` int32 ``[B]``, if
-        given, is where the caller writes how many tokens that makes. Returns what changes if memory has moved."""
+        given, is where the caller writes how many tokens that makes. Returns another object once memory has moved."""
         for part in self.parts:
             if part.config is None and max(self.length) >= part.key.shape[2]:
                 part._grow(max(self.length) + 1)
@@ -674,8 +674,8 @@ class Held:
         tensors = (getattr(part, name) for part in self.parts for name in names)
         known = tuple((x.data_ptr(), x.shape) for x in tensors)
         if self._table is None or self._table[0] != known:
-            self._table = known, self._make_table()
-        return known
+            self._table = known, self._make_table(), object()
+        return self._table[2]
 
     def count_into(self, end: torch.Tensor) -> None:
         """Write how many tokens every sequence has with one more into ``end`` int32 ``[B]``, and wait for nothing: CUDA

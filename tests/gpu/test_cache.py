@@ -132,7 +132,7 @@ def test_generate_replays_a_graph_and_writes_what_eager_steps_write(monkeypatch:
     monkeypatch.setattr(steps, "record", lambda *args: records.append(1) or record(*args))
     outs = []
     for disable in (False, True):
-        cache = ExpressCache(model, rows=ROWS)
+        cache = ExpressCache(model, rows=ROWS, graphs=True)
         out = model.generate(
             ids, attention_mask=mask, past_key_values=cache, max_new_tokens=600, min_new_tokens=600, do_sample=False,
             disable_compile=disable, output_logits=True, return_dict_in_generate=True,

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from express_compile.core.rows import Rows
 from express_compile.kernels import held as K
@@ -59,6 +61,70 @@ def test_the_kernels_hold_and_attend_to_what_the_reference_does(poison, dtype: t
         torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
         for cache in (one, other):
             cache.end_step()
+    assert_same(one, other)
+
+
+SIZES = st.fixed_dictionaries(
+    dict(B=st.integers(1, 2), G=st.integers(1, 5), D=st.sampled_from([4, 16, 20]), Dv=st.sampled_from([4, 16, 24]))
+)
+
+
+@settings(max_examples=4)
+@given(SIZES, st.lists(st.sampled_from(MIXED), min_size=1, max_size=3), st.integers(40, 140), st.data())
+def test_steps_of_any_shape_repeat_without_a_trace(sizes, rows, n: int, data) -> None:
+    """As a graph is recorded: the launches run a few times before the token counts, and leave the same bits. Tokens are
+    taken back and longer steps come in between."""
+    B, G, H_kv = sizes["B"], sizes["G"], len(rows)
+    draw = torch.Generator().manual_seed(n)
+    shapes = ((H_kv * G, sizes["D"]), (H_kv, sizes["D"]), (H_kv, sizes["Dv"]))
+    q, k, v = (torch.randn(B, h, n + 40, d, generator=draw) for h, d in shapes)
+    pad = data.draw(st.integers(0, n - 1), "padding of the last sequence")
+    real = [(True,) * n] * (B - 1) + [tuple(i >= pad for i in range(n))]
+    one, other = (Held(PerHead(tuple(rows)), k, v, Random(torch.tensor(7), 3), 0.5) for _ in range(2))
+    for cache in (one, other):
+        cache.fill(k[:, :, :n], v[:, :, :n], real)
+    for width in data.draw(st.lists(st.sampled_from([1, 1, 1, 3, 9, 0]), min_size=2, max_size=4), "widths"):
+        step = [x[:, :, n : n + width] for x in (q, k, v)]
+        n += width
+        for cache in (one, other):
+            cache.settle(single=width == 1)
+            if width == 0 and cache.exact_tail:
+                cache.drop(1)
+        if width == 1:
+            for cache in (one, other):
+                cache.prepare_step()
+            first, *outs = (one.step_triton(*step) for _ in range(3))
+            assert all(torch.equal(out, first) for out in outs)
+            torch.testing.assert_close(first, other.launch_step(*step), rtol=1e-5, atol=1e-5)
+            before = [getattr(part, name).clone() for part in one.parts for name in (*part.TENSORS, "pages", "listed")]
+            one.step_triton(*step)
+            after = [getattr(part, name) for part in one.parts for name in (*part.TENSORS, "pages", "listed")]
+            assert all(map(torch.equal, before, after))
+            for cache in (one, other):
+                cache.end_step()
+        elif width:
+            torch.testing.assert_close(one.extend(*step), other.extend(*step), rtol=1e-5, atol=1e-5)
+    for cache in (one, other):
+        cache.settle()
+    assert_same(one, other)
+
+
+def test_a_single_token_behind_a_short_step_drops_all_that_are_due() -> None:
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 80, 4, generator=draw) for _ in range(3))
+    one, other = (Held(PerHead((Rows(2, 9), Rows(1, 6))), k, v, Random(torch.tensor(7), 3), 0.5) for _ in range(2))
+    for cache in (one, other):
+        cache.fill(k[:, :, :60], v[:, :, :60])
+        cache.settle()
+        cache.extend(*(x[:, :, 60:67] for x in (q, k, v)))
+    one.settle(single=True)
+    other.settle()
+    for i in (67, 68):
+        step = [x[:, :, i : i + 1] for x in (q, k, v)]
+        torch.testing.assert_close(one.step(*step), other.extend(*step))
+        assert one.rows().tolist() == [[12, 8]]  # sinks, recent tokens and the new one
+        other.settle()
+    one.settle()
     assert_same(one, other)
 
 

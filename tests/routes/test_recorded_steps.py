@@ -269,3 +269,23 @@ def test_generate_writes_with_recorded_steps_what_it_writes_without(model, recor
         outs.append(model.generate(outs[2], attention_mask=whole, past_key_values=again, **more))
         assert again.get_seq_length() == 159
     assert torch.equal(outs[3], outs[4]) and sum(recorded) > 19
+
+
+@torch.no_grad()
+def test_a_graph_is_recorded_again_for_other_sequences_and_masks_of_other_shapes_run_eagerly(model, recorded) -> None:
+    ids, mask = prompt(model, 140)
+    cache = ExpressCache(model, rows=Rows(2, 9, 2, 4), graphs=True)
+    model(**inputs(ids[:, :120], mask[:, :120], cache))
+    cache.steps(model, inputs(ids[:, 120:121], mask[:, :121], cache))
+    cache.batch_select_indices(torch.tensor([1]))
+    one = cache.steps(model, inputs(ids[1:, 121:122], mask[1:, :122], cache)).logits
+    assert recorded == [1, 1]
+    short = dict(inputs(ids[1:, 122:123], mask[1:, :123], cache), attention_mask=mask[1:, :5])
+    with pytest.raises(ValueError):
+        cache.steps(model, short)
+    cache.rollback()
+    other = ExpressCache(model, rows=Rows(2, 9, 2, 4))
+    model(**inputs(ids[1:, :120], mask[1:, :120], other))
+    for i in (120, 121):
+        expected = model(**inputs(ids[1:, i : i + 1], mask[1:, : i + 1], other)).logits
+    torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)

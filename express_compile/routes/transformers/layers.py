@@ -361,7 +361,7 @@ class ExpressLayer(CacheLayerMixin):
         self.columns, self.last = self.columns + 1, 1
 
     def undo_recorded(self, columns: int) -> None:
-        """Be as before a step that raised or was interrupted, when there were so many ``columns``, whatever of it ran."""
+        """Be as before a step that raised or was interrupted, when there were so many ``columns``."""
         assert self.held is not None
         self.new = None
         if self.columns > columns:

@@ -1,4 +1,4 @@
-"""Steps of decoding with an ExpressCache as CUDA graphs: :class:`Steps`, which ``generate()`` calls for ``graphs=True``.
+"""Steps of decoding with an ExpressCache as CUDA graphs, where ``graphs=True`` asks for it: :class:`Steps`.
 
 generate() asks a model for the compiled form of its call wherever a cache allows that. What the model of a cache with
 ``graphs=True`` gives it is no program of torch.compile: once the layers hold rows of a plan, a step of one token is
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .layers import ExpressLayer
 from .sites import installed
@@ -133,13 +133,14 @@ class Steps:
     def _is_single(self, model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
         """Whether it is a call that a graph can stand for: one token of every sequence, and nothing else that could be
         different the next time, asked or computed."""
-        ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
+        ids, positions, mask = (inputs.get(name) for name in _TOKENS[:3])
         others = {name: x for name, x in inputs.items() if name not in _TOKENS}
         return (
             ids is not None
             and positions is not None
             and ids.shape[1] == 1
             and positions.shape == ids.shape
+            and (mask is None or mask.shape == (len(ids), self.cache.get_seq_length() + 1))
             and all(x is None or isinstance(x, (bool, int)) for x in others.values())
             and not any(others.get(name) for name in ("output_attentions", "output_hidden_states"))
             and others.get("use_cache") is not False
@@ -169,7 +170,7 @@ class Steps:
         (``ValueError``); masks that follow from it are those that generate() makes."""
         assert layer.held is not None
         shown = [layer.columns + 1] * len(layer.held.length)
-        if mask is not None and mask.dim() == 2:
+        if mask is not None:
             shown = mask.sum(1).tolist() if bool(mask[:, -1].all()) else []
         if shown != [n + 1 for n in layer.held.length]:
             raise ValueError(
@@ -215,8 +216,8 @@ def _steps_of(cache: Any) -> Steps | None:
 def _valid_auto_compile_criteria(self: PreTrainedModel, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
     if _steps_of(model_kwargs.get("past_key_values")) is not None:
         return self.device.type == _RECORDS_ON and not generation_config.disable_compile
-    answer: bool = type(self)._valid_auto_compile_criteria(self, model_kwargs, generation_config)
-    return answer
+    kind: Any = type(self)
+    return bool(kind._valid_auto_compile_criteria(self, model_kwargs, generation_config))
 
 
 def get_compiled_call(self: PreTrainedModel, compile_config: Any) -> Callable[..., Any]:
