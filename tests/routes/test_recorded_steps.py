@@ -6,17 +6,23 @@ A replay is here the same step again, by the reference; on a GPU it is a CUDA gr
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from express_compile.core.rows import Rows
+from express_compile.kernels import held
+from express_compile.kernels.attend import places
+from express_compile.kernels.select import pages
 from express_compile.routes.transformers import steps as S
 from express_compile.routes.transformers.cache import ExpressCache
 
@@ -289,3 +295,65 @@ def test_a_graph_is_recorded_again_for_other_sequences_and_masks_of_other_shapes
     for i in (120, 121):
         expected = model(**inputs(ids[1:, i : i + 1], mask[1:, : i + 1], other)).logits
     torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
+
+
+class Asks(TorchDispatchMode):
+    """What a launch of a graph cannot hold: the device is asked for a value, or memory of the host is read."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "equal", "lift_fresh", "unique", "masked_select", "item")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name().removeprefix("aten::").partition(".")[0]
+        is_indexed_by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if name in self.FORBIDDEN or is_indexed_by_mask:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_what_is_recorded_asks_the_device_nothing_and_reads_no_memory_of_the_host(model, recorded, monkeypatch) -> None:
+    """The whole model with the launches of the kernels, which compute nothing here."""
+    for module in (places, pages):
+        monkeypatch.setattr(module, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(held, "update_means", pages.means_triton)
+    monkeypatch.setattr(held, "choose_pages", pages.choose_triton)
+    ids, mask = prompt(model, 140, (0, 33))
+    cache = ExpressCache(model, rows=ROWS, graphs=True)
+    model(**inputs(ids[:, :120], mask[:, :120], cache))
+    monkeypatch.setattr(held.Held, "_step_reference", held.Held.step_triton)
+    run, asks, ran = S.Steps._run, Asks(), []
+
+    def watched(*args: Any) -> Any:
+        with asks:
+            ran.append(1)
+            return run(*args)
+
+    monkeypatch.setattr(S.Steps, "_run", watched)
+    for i in (120, 121):
+        cache.steps(model, inputs(ids[:, i : i + 1], mask[:, : i + 1], cache))
+    assert len(ran) == 4 and not asks.names
+    with Asks() as other:  # it sees what it should
+        (ids[ids > 3].sum() + torch.tensor(3)).item()
+    assert {"index", "lift_fresh", "_local_scalar_dense"} <= set(other.names)
+
+
+@torch.no_grad()
+def test_a_cache_that_nobody_has_any_more_is_freed_at_once(model, recorded, monkeypatch) -> None:
+    monkeypatch.setattr(S, "record", lambda run, device: (lambda: None, run()))  # a graph holds no Python
+    ids, mask = prompt(model, 140)
+    cache = ExpressCache(model, rows=Rows(2, 9, 2, 4), graphs=True)
+    model(**inputs(ids[:, :120], mask[:, :120], cache))
+    cache.steps(model, inputs(ids[:, 120:121], mask[:, :121], cache))
+    with pytest.raises(ValueError, match="must be the cache whose steps these are"):
+        cache.steps(model, inputs(ids[:, 121:122], mask[:, :122], copy.deepcopy(cache)))
+    last = weakref.ref(cache.express_layers[0].held.parts[0].key)
+    gc.disable()
+    try:
+        del cache
+        assert last() is None
+    finally:
+        gc.enable()

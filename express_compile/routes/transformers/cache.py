@@ -109,7 +109,7 @@ class ExpressCache(Cache):
             raise TypeError(f"graphs={graphs!r}: must be True or False")
         self.seed = int(torch.randint(0, 2**31 - 1, ())) if seed is None else seed
         self._step = Step(len(sites))
-        self.steps = Steps(self, graphs)
+        self.steps = Steps(graphs)
         if graphs:
             let_generate_record(model)
         self._model = _shape_of(model)

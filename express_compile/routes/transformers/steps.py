@@ -10,7 +10,6 @@ heads that hold all tokens need. What has to be moved or thinned runs between re
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable
 from types import MethodType
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 _TOKENS = ("input_ids", "position_ids", "attention_mask", "past_key_values")
 _RECORDS_ON = "cuda"  # a type of device
 _WARM_UP = 2
+_CACHE = object()  # stands for the cache in what a step gives
 
 
 def record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
@@ -42,8 +42,8 @@ def record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], N
             for _ in range(_WARM_UP):
                 run()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device
+        graph = torch.cuda.CUDAGraph()  # the stream that torch takes if it is told none is that of the first device
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # others may use the device
             out = run()
     return graph.replay, out
 
@@ -54,8 +54,8 @@ class Steps:
     graphs: whether it is asked for; otherwise, and on other devices than a GPU, a call is that of the model.
     """
 
-    def __init__(self, cache: ExpressCache, graphs: bool) -> None:
-        self.cache, self.graphs = cache, graphs
+    def __init__(self, graphs: bool) -> None:
+        self.graphs = graphs
         self.clear()
 
     def clear(self) -> None:
@@ -71,22 +71,27 @@ class Steps:
         self.end = torch.empty(0, dtype=torch.int32)  # of every sequence, its tokens with the new one
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Steps:
-        return Steps(copy.deepcopy(self.cache, memo), self.graphs)
+        return Steps(self.graphs)
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
-        """What ``model(**inputs)`` gives. Raises ``ValueError`` for a mask that hides tokens that are held, and what a
-        model raises that cannot be recorded; then the step has not been."""
-        layers = self.cache.express_layers
-        if not (self.graphs and self._is_single(model, inputs) and self._is_recordable(model, layers, inputs)):
+        """What ``model(**inputs)`` gives. Raises ``ValueError`` for a mask that hides tokens that are held, and for
+        ``past_key_values`` that are not the cache of these steps, and what a model raises that cannot be recorded; then
+        the step has not been."""
+        cache = inputs.get("past_key_values")
+        if getattr(cache, "steps", None) is not self:
+            raise ValueError(f"past_key_values={cache!r}: must be the cache whose steps these are")
+        assert cache is not None
+        if not (self.graphs and self._is_single(model, inputs) and self._is_recordable(model, cache, inputs)):
             return model(**inputs)
         with torch.inference_mode(False), torch.no_grad():
-            return self._replayed(model, layers, inputs)
+            return self._replayed(model, cache, inputs)
 
-    def _replayed(self, model: PreTrainedModel, layers: list[ExpressLayer], inputs: dict[str, Any]) -> Any:
-        ids, positions, before = inputs["input_ids"], inputs["position_ids"], layers[0].columns
-        self.cache._step.require_whole()
-        if self.cache._step.changes != self.changes:
-            self._look(model, layers, inputs)
+    def _replayed(self, model: PreTrainedModel, cache: ExpressCache, inputs: dict[str, Any]) -> Any:
+        ids, positions, layers = inputs["input_ids"], inputs["position_ids"], cache.express_layers
+        before = layers[0].columns
+        cache._step.require_whole()
+        if cache._step.changes != self.changes:
+            self._look(model, cache, inputs)
         for i, layer in enumerate(layers):
             if layer.columns >= self.due[i]:
                 self.places[i] = layer.settle_recorded(self.end)
@@ -102,7 +107,8 @@ class Steps:
         try:
             if known != self.known or self.replay is None:
                 self.replay = self.out = None
-                self.replay, self.out = record(lambda: self._run(model, given), ids.device)
+                self.replay, out = record(lambda: self._run(model, cache, given), ids.device)
+                self.out = _mapped(out, lambda x: _CACHE if x is cache else x)  # or it would hold itself
                 self.known = known
             self.replay()
             for layer in layers:
@@ -113,12 +119,12 @@ class Steps:
             for layer in layers:
                 layer.undo_recorded(before)
             raise
-        self.cache._step.done = {layer.place.number for layer in layers}
-        return _copied(self.out)
+        cache._step.done = {layer.place.number for layer in layers}
+        return _mapped(self.out, lambda x: cache if x is _CACHE else x.clone() if isinstance(x, torch.Tensor) else x)
 
-    def _look(self, model: PreTrainedModel, layers: list[ExpressLayer], inputs: dict[str, Any]) -> None:
+    def _look(self, model: PreTrainedModel, cache: ExpressCache, inputs: dict[str, Any]) -> None:
         """Learn what may have changed since the last replay."""
-        ids, positions = inputs["input_ids"], inputs["position_ids"]
+        ids, positions, layers = inputs["input_ids"], inputs["position_ids"], cache.express_layers
         self._require_shown(layers[0], inputs.get("attention_mask"))
         if self.model() is not model or len(self.end) != len(ids) or self.end.device != ids.device:
             self.clear()
@@ -128,7 +134,7 @@ class Steps:
         plain = (x for x in (*model.parameters(), *model.buffers()) if type(x) in (torch.Tensor, nn.Parameter))
         self.weights = tuple(x.data_ptr() for x in plain)
         self.places, self.due = [None] * len(layers), [0] * len(layers)
-        self.changes = self.cache._step.changes
+        self.changes = cache._step.changes
 
     def _is_single(self, model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
         """Whether it is a call that a graph can stand for: one token of every sequence, and nothing else that could be
@@ -140,21 +146,21 @@ class Steps:
             and positions is not None
             and ids.shape[1] == 1
             and positions.shape == ids.shape
-            and (mask is None or mask.shape == (len(ids), self.cache.get_seq_length() + 1))
+            and (mask is None or mask.shape == (len(ids), inputs["past_key_values"].get_seq_length() + 1))
             and all(x is None or isinstance(x, (bool, int)) for x in others.values())
             and not any(others.get(name) for name in ("output_attentions", "output_hidden_states"))
             and others.get("use_cache") is not False
             and not (model.training or torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type))
         )
 
-    def _is_recordable(self, model: PreTrainedModel, layers: list[ExpressLayer], inputs: dict[str, Any]) -> bool:
+    def _is_recordable(self, model: PreTrainedModel, cache: ExpressCache, inputs: dict[str, Any]) -> bool:
         """Whether graphs of the model can be, with what the cache holds now."""
-        ids = inputs["input_ids"]
-        if ids.device.type != _RECORDS_ON or len(layers) < len(self.cache.layers):
+        ids, layers = inputs["input_ids"], cache.express_layers
+        if ids.device.type != _RECORDS_ON or len(layers) < len(cache.layers):
             return False
         if not all(layer.records(len(ids)) for layer in layers):
             return False
-        if self.cache._step.changes == self.changes and self.model() is model:
+        if cache._step.changes == self.changes and self.model() is model:
             return True
         devices = {x.device for x in model.parameters()}
         quantizer = getattr(model, "hf_quantizer", None)
@@ -178,24 +184,22 @@ class Steps:
                 f"holds {layer.held.length}; what was padding has to stay padding, and nothing else may be hidden"
             )
 
-    def _run(self, model: PreTrainedModel, given: dict[str, Any]) -> Any:
+    def _run(self, model: PreTrainedModel, cache: ExpressCache, given: dict[str, Any]) -> Any:
         """The call that is recorded. A mask of this form is handed on as it is, and looked at by nobody."""
-        step, mask = self.cache._step, torch.ones(len(self.ids), 1, 1, 1, dtype=torch.bool, device=self.ids.device)
+        step, mask = cache._step, torch.ones(len(self.ids), 1, 1, 1, dtype=torch.bool, device=self.ids.device)
         step.recorded = True
         try:
             tokens = dict(input_ids=self.ids, position_ids=self.positions, attention_mask=mask)
-            return model(**tokens, past_key_values=self.cache, **given)
+            return model(**tokens, past_key_values=cache, **given)
         finally:
             step.recorded = False
 
 
-def _copied(out: Any) -> Any:
-    """What a replay wrote, in memory that the next one does not write."""
-    if isinstance(out, torch.Tensor):
-        return out.clone()
+def _mapped(out: Any, function: Callable[[Any], Any]) -> Any:
+    """What a model gave with ``function`` of everything in it."""
     if isinstance(out, ModelOutput):
-        return type(out)(**{name: _copied(x) for name, x in out.items()})
-    return tuple(map(_copied, out)) if type(out) is tuple else out
+        return type(out)(**{name: _mapped(x, function) for name, x in out.items()})
+    return tuple(_mapped(x, function) for x in out) if type(out) is tuple else function(out)
 
 
 # ---- generate() ---------------------------------------------------------------------------------------------------
