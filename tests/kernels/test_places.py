@@ -109,6 +109,23 @@ def test_steps_of_any_shape_repeat_without_a_trace(sizes, rows, n: int, data) ->
     assert_same(one, other)
 
 
+def test_where_memory_has_moved_or_sequences_are_others_there_is_another_table() -> None:
+    k = torch.randn(2, 2, 300, 4, generator=torch.Generator().manual_seed(0))
+    cache = Held(PerHead((Rows(2, 9), EVERYTHING)), k, k, Random(torch.tensor(7), 3), 0.5)
+    cache.fill(k, k)
+    known = cache.prepare_step()
+    assert cache.prepare_step() is known
+    for part in cache.parts:
+        if part.config is None:
+            part._grow(700)
+    grown = cache.prepare_step()
+    assert grown is not known
+    part = cache.parts[1]
+    assert cache._table[1].lines[1, 0] == part.key.data_ptr() and cache._table[1].lines[1, 6] == part.key.shape[2]
+    cache.select(torch.tensor([1]))
+    assert cache.prepare_step() is not grown and len(cache._table[1].lines) == 2
+
+
 def test_a_single_token_behind_a_short_step_drops_all_that_are_due() -> None:
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 80, 4, generator=draw) for _ in range(3))
@@ -171,15 +188,22 @@ def test_draws_of_the_kernel_are_those_of_the_reference() -> None:
         assert torch.equal(draws_triton(random, first, count, 317), expected)
 
 
-@pytest.mark.parametrize("rule", ["balanced", "kernel"])
-def test_one_halving_by_the_kernel_is_that_of_the_reference_with_the_numbers_of_its_heads(rule: str) -> None:
-    draw = torch.Generator().manual_seed(0)
-    k, v = (torch.randn(1, 2, 128, 16, generator=draw) for _ in range(2))
-    heads, seed = torch.tensor([4, 1], dtype=torch.int32), torch.tensor(7)
-    pairs = torch.arange(64)
-    for first, level in ((0, 1), (5, 2)):
-        job = Halving(0, 0, 128, 1, stage(2, level), first, 0.1)
-        kept = halve(k, v, job, Decider(get_rule(rule), 0.25, Random(seed, 3, heads)))
-        draws = philox_uniform(seed, 3, pairs, first, stage(2, level), heads[:, None])
-        second = halve_reference(k, v, draws, get_rule(rule), 0.1, 0.25)
-        assert torch.equal(kept.long(), 2 * pairs + second.long())
+@pytest.mark.parametrize("rule", ["balanced", "kernel", "uniform"])
+@settings(max_examples=4)
+@given(st.sampled_from([2, 4, 8, 32, 128]), SIZES, st.lists(st.integers(0, 40), min_size=1, max_size=3), st.data())
+def test_one_halving_by_the_kernel_is_that_of_the_reference_with_the_numbers_of_its_heads(
+    rule: str, rows: int, sizes, heads: list[int], data
+) -> None:
+    """Of rows that are a view of a cache's places; the seed may count heads, too."""
+    draw = torch.Generator().manual_seed(rows)
+    shapes = ((sizes["B"], len(heads), rows + 3, d) for d in (sizes["D"], sizes["Dv"]))
+    k, v = (torch.randn(*shape, generator=draw)[:, :, 3:] for shape in shapes)
+    seed = torch.tensor(7 + (data.draw(st.integers(0, 3)) << 32))
+    numbers = torch.tensor(heads, dtype=data.draw(st.sampled_from([torch.int32, torch.int64])))
+    first, number = data.draw(st.integers(0, 70)), stage(*data.draw(st.sampled_from([(1, 0), (2, 1), (9, 4)])))
+    delta, pairs = data.draw(st.sampled_from([0.5, 0.1])), torch.arange(rows // 2)
+    job = Halving(0, 0, rows, 1, number, first, delta)
+    kept = halve(k, v, job, Decider(get_rule(rule), 0.25, Random(seed, 3, numbers)))
+    draws = philox_uniform(seed, 3, pairs, first, number, numbers[:, None])
+    second = halve_reference(k, v, draws, get_rule(rule), delta, 0.25)
+    assert torch.equal(kept.long(), (2 * pairs + second.long()).expand_as(kept))
