@@ -247,8 +247,8 @@ _Inputs = namedtuple("_Inputs", "k v heads spans index copied_key copied_value")
 _Work = namedtuple("_Work", "scratch sync table gains")
 
 
-# Of a sequence of n tokens with spans the stream has ``(n - sinks) // step * step - held`` rows. ``stage`` and ``first``
-# are what stages and numbers of buckets are counted from.
+# Of a sequence of n tokens with spans the stream has ``(n - sinks) // step * step - held`` rows. Stages and numbers of
+# buckets are counted from ``stage`` and ``first``.
 _Sizes = namedtuple(
     "_Sizes", "programs tiles units buckets slots sequences H tokens sinks A index_rows step held stage first"
 )

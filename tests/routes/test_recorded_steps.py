@@ -170,9 +170,9 @@ def test_a_step_that_raises_or_is_interrupted_has_not_been(model, recorded, repl
         if handle is not None:
             handle.remove()
     assert_same(cache, other)
-    for held in (x.held for x in cache.express_layers):
-        for part in (x for x in held.parts if x.drops):  # what is not held any more has been counted
-            expected = torch.tensor(held.length) - torch.tensor(part.left)
+    for own in (x.held for x in cache.express_layers):
+        for part in (x for x in own.parts if x.drops):  # what is not held any more has been counted
+            expected = torch.tensor(own.length) - torch.tensor(part.left)
             assert torch.equal((part.log_weight > -torch.inf).sum(2)[:, 0], expected)
     for width in (5, 1, 1):
         outs = []
