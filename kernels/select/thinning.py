@@ -28,7 +28,7 @@ import functools
 import heapq
 import itertools
 from collections import namedtuple
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sympy
@@ -247,8 +247,11 @@ _Inputs = namedtuple("_Inputs", "k v heads spans index copied_key copied_value")
 _Work = namedtuple("_Work", "scratch sync table gains")
 
 
-# Of a sequence of n tokens with spans the stream has ``(n - sinks) // step * step - held`` rows.
-_Sizes = namedtuple("_Sizes", "programs tiles units buckets slots sequences H tokens sinks A index_rows step held")
+# Of a sequence of n tokens with spans the stream has ``(n - sinks) // step * step - held`` rows. Stages and numbers of
+# buckets are counted from ``stage`` and ``first``.
+_Sizes = namedtuple(
+    "_Sizes", "programs tiles units buckets slots sequences H tokens sinks A index_rows step held stage first"
+)
 
 
 # Widths, pairs of a tile, and what the rule and the stream are like; W times BP lanes walk.
@@ -545,13 +548,14 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
     rows, block, unit, bucket = (
         tl.load(p_row + ROWS), tl.load(p_row + BLOCK), tl.load(p_row + UNIT), tl.load(p_row + BUCKET)
     )  # fmt: skip
-    target, valid, stage = tl.load(p_row + TARGET), tl.load(p_row + VALID), tl.load(p_row + STAGE)
+    target, valid = tl.load(p_row + TARGET), tl.load(p_row + VALID)
+    stage, bucket = tl.load(p_row + STAGE) + sizes.stage, bucket + sizes.first
     tile = _Tile(
         tl.load(p_row + SOURCE), rows, block, valid, bucket, stage, tl.where(unit < sizes.buckets, unit, -1),
         tl.load(work.gains + ticket // sizes.sequences), scale,
     )  # fmt: skip
     head = head_of(x.heads, (i_seq % sizes.H).to(tl.int32))
-    random = Random(tl.load(random.seed), random.layer, head)
+    number = head_of(random.heads, head).to(tl.int32)
     at = _places(work, i_seq, sizes, SHAPE)
     p_ck, p_cv = x.copied_key + i_seq * sizes.A * SHAPE.D, x.copied_value + i_seq * sizes.A * SHAPE.DV
     p_index = x.index + i_seq * sizes.index_rows
@@ -561,6 +565,7 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
         p_k, stride_k = sequence(x.k, i_seq // sizes.H, head)
         p_v, stride_v = sequence(x.v, i_seq // sizes.H, head)
         first = sizes.sinks
+    random = Random(tl.load(random.seed), random.layer, number)
     span = x.spans
     if x.spans is not None:
         span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_seq // sizes.H))
@@ -571,11 +576,11 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
     _await(at.count + unit, tl.load(p_row + NEED))
     if rows == 0:  # one row of every group
         group = tl.load(p_row + GROUP)
-        b_u = draw_uniform(random.seed, random.layer, bucket + o_p, 0, stage, head)
+        b_u = draw_uniform(random.seed, random.layer, bucket + o_p, 0, stage, number)
         b_at = tile.source + o_p * group + (b_u * group).to(tl.int32)
     elif SHAPE.COIN:
         o_pair, half = block * BP + o_p, rows // 2
-        b_u = draw_uniform(random.seed, random.layer, o_pair % half, bucket + o_pair // half, stage, head)
+        b_u = draw_uniform(random.seed, random.layer, o_pair % half, bucket + o_pair // half, stage, number)
         b_at = tile.source + 2 * o_p + (b_u < 0.5).to(tl.int32)
     else:
         p_slot = work.scratch + tl.program_id(0) * (2 * BP * BP + 4 * BP)
@@ -583,7 +588,7 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
         own = _own_block(source, at, p_slot, tile, SHAPE)
         _earlier_tiles(source, p_slot, p_word, tile, own, SHAPE)
         tl.debug_barrier()
-        b_at = _decide(p_slot, p_word, tile, own.top, random, head, SHAPE)
+        b_at = _decide(p_slot, p_word, tile, own.top, random, number, SHAPE)
 
     b_row = _rows_at(source, b_at, m_p, SHAPE)
     b_k, b_v = _pair(source, b_row, m_p, SHAPE)  # [BP, BD], [BP, BDV]
@@ -650,7 +655,15 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.lru_cache(maxsize=64)
+class _Shift(NamedTuple):
+    """What the stages and the numbers of buckets of a schedule are counted from, and the numbers of the heads."""
+
+    stage: int
+    first: int
+    numbers: torch.Tensor | None
+
+
+@functools.lru_cache(maxsize=256)
 def _tiles_on(schedule: Schedule, rule: HalvingRule, pairs: int, lanes: int, device: torch.device) -> tuple:
     tiles = Tiles(schedule, rule, pairs, lanes)
     tensors = (constant(x, device) for x in (tiles.table, tiles.gains, tiles.described))
@@ -676,7 +689,7 @@ def thin(
 
 def thin_into(
     kept: tuple[torch.Tensor, ...], key: torch.Tensor, value: torch.Tensor, schedule: Schedule, sinks: int,
-    decider: Decider, spans: Spans | None = None, contest: tuple[int, int] = (1, 0),
+    decider: Decider, spans: Spans | None = None, contest: tuple[int, int] = (1, 0), shift: _Shift | None = None,
 ) -> None:  # fmt: skip
     """:func:`thin` into ``kept``: its index, keys and values, contiguous.
 
@@ -702,17 +715,55 @@ def thin_into(
     scratch = key.new_empty(programs * (2 * pairs + 4) * pairs + sequences * per_sequence, dtype=torch.float32)
     sync = key.new_zeros(1 + sequences * (tiles.units + count), dtype=torch.int64)
     inputs = _Inputs(strided(key), strided(value), random.heads, spans, index, kept_key, kept_value)
+    stage, first, numbers = shift or _Shift(0, 0, None)
     sizes = _Sizes(programs, count, tiles.units, tiles.buckets, tiles.slots, sequences, H, schedule.tokens, sinks, A,
-                   index.shape[2], *contest)  # fmt: skip
+                   index.shape[2], *contest, stage, first)  # fmt: skip
     shape = _Shape(*widths, pairs, 32 * WARPS // pairs, rule.centre, index.shape[2] > A, coin)
     if len(described) and not coin:
         launch(_describe_kernel, (len(described), sequences),
             inputs, _Work(scratch, sync, described, None), sizes, SHAPE=shape, num_warps=4
         )  # fmt: skip
     launch(_thin_kernel, (programs,),
-        inputs, _Work(scratch, sync, table, gains), random._replace(heads=None), scale * rule.flatten, sizes,
+        inputs, _Work(scratch, sync, table, gains), random._replace(heads=numbers), scale * rule.flatten, sizes,
         SHAPE=shape, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _one_halving(rows: int, delta: float) -> Schedule:
+    return Schedule(rows, 0, 0, rows + rows // 2, (), ((Halving(0, rows, rows, 1, 0, 0, delta),),), (), ())
+
+
+def halve(key: torch.Tensor, value: torch.Tensor, job: Halving, decider: Decider) -> torch.Tensor:
+    """Which rows of one bucket ``key`` ``[B, H, rows, D]``, ``value`` ``[B, H, rows, Dv]`` stay: int32 ``[B, H, rows /
+    2]``. ``job`` says their number, the stage, the number of the bucket and delta; ``decider.random.heads`` the numbers
+    that the H heads have in the stream. What :func:`.halving.halve_reference` decides."""
+    rule, rows = decider.rule, job.rows
+    depends = rule.gain(rows, 0.5) != rule.gain(rows, 0.25)  # otherwise one table serves all halvings of so many rows
+    schedule = _one_halving(rows, job.delta if depends else 0.5)
+    index = torch.empty(*key.shape[:2], rows // 2, dtype=torch.int32, device=key.device)
+    copies = tuple(x.new_empty(*x.shape[:2], rows // 2, x.shape[3]) for x in (key, value))
+    shift = _Shift(job.stage, job.first, decider.random.heads)
+    decider = decider._replace(random=decider.random._replace(heads=None))
+    thin_into((index, *copies), key, value, schedule, 0, decider, shift=shift)
+    return index
+
+
+@jit(general="first count stage")
+def _draw_kernel(out, heads, random, first, count, stage, BN: tl.constexpr):
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    head = tl.load(heads + tl.program_id(1)).to(tl.int32)
+    b_u = draw_uniform(tl.load(random.seed), random.layer, first + o_n, 0, stage, head)
+    tl.store(out + tl.program_id(1) * count + o_n, b_u, mask=o_n < count)
+
+
+def draws_triton(random: Random, first: int, count: int, stage: int) -> torch.Tensor:
+    """``philox_uniform`` of the draws from ``first`` on for bucket 0: float32 ``[heads, count]``, in one launch."""
+    out = torch.empty(len(random.heads), count, dtype=torch.float32, device=random.heads.device)
+    launch(_draw_kernel, (-(-count // 64), len(random.heads)),
+        out, random.heads, random._replace(heads=None), first, count, stage, BN=64, num_warps=1,
+    )  # fmt: skip
+    return out
 
 
 def describe_launches(rows: sympy.Expr) -> sympy.Expr:
