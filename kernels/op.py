@@ -275,7 +275,7 @@ def define_packed(
             every = (x.expand(len(cu_seqlens) - 1, *x.shape[1:]) for x in (own.query, own.key, own.value))
             into = Outputs(*(x[None].expand(len(cu_seqlens) - 1, *x.shape) for x in (out.transpose(0, 1), lse)))
             own = replace(own, **dict(zip(("query", "key", "value"), every, strict=True)))
-            over(own, Spans.of_packed(cu_seqlens), min(max_seqlen, T), into)
+            over(own, Spans.of_packed(cu_seqlens, T), min(max_seqlen, T), into)
             return out, lse
         for at, alone in _each_packed(call, cu_seqlens, max_seqlen):
             own_out, own_lse = alone.run(op)

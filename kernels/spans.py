@@ -2,8 +2,8 @@
 
 Kernels count the tokens of a sequence from 0 and find token i at a *place* along the axis of tokens. In a padded batch
 the places of a sequence are listed in order, wherever its padding is; in a packed one, which holds the tokens of all
-sequences one behind the other, they follow each other from the first one on. Either way nothing is moved, and the
-device is not asked for a length: what lies behind the end of a sequence is skipped.
+sequences one behind the other, one list serves all of them. Either way nothing is moved, and the device is not asked
+for a length: what lies behind the end of a sequence is skipped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .launch import jit, tl
 
 class Spans(NamedTuple):
     """``start``, ``length`` and ``begin`` int32 ``[B]``: token i of sequence b, of ``length[b]``, is at place
-    ``order[start[b] + i]``, or at ``start[b] + i`` without ``order``, which is int32 and flat. Tokens from ``begin[b]``
+    ``order[start[b] + i]``; ``order`` is int32 and flat, or of packed sequences ``[T + 1]``. Tokens from ``begin[b]``
     on are queries too, at places ``lead`` lower: queries have only the last of the places of keys."""
 
     order: Any
@@ -40,10 +40,11 @@ class Spans(NamedTuple):
         return cls(order, Lk - Lq, start, length, begin)
 
     @classmethod
-    def of_packed(cls, cu_seqlens: torch.Tensor) -> Spans:
-        """Those of packed sequences, from where each one starts, and the end: int32 ``[B + 1]``."""
+    def of_packed(cls, cu_seqlens: torch.Tensor, T: int) -> Spans:
+        """Those of packed sequences of ``T`` tokens, from where each one starts, and the end: int32 ``[B + 1]``."""
         start = cu_seqlens[:-1].contiguous()
-        return cls(None, 0, start, cu_seqlens.diff(), torch.zeros_like(start))
+        order = torch.arange(T + 1, dtype=torch.int32, device=start.device)  # an empty last one starts behind the end
+        return cls(order.clamp_(max=max(T - 1, 0)), 0, start, cu_seqlens.diff(), torch.zeros_like(start))
 
     def only(self, chosen: torch.Tensor) -> Spans:
         """The same without the tokens of sequences that are not ``chosen``, bool ``[B]``."""
@@ -51,20 +52,20 @@ class Spans(NamedTuple):
 
     def first(self) -> torch.Tensor:
         """The place of token 0 of every sequence, int32 ``[B]``; of one without tokens, some place."""
-        return self.start if self.order is None else self.order.flatten()[self.start.long()]
+        return self.order.flatten()[self.start.long()]
 
     def places(self, b: int) -> torch.Tensor:
         """Of all tokens of sequence b, int64 ``[length[b]]``; reads its length back."""
         start, length = int(self.start[b]), int(self.length[b])
         at = torch.arange(start, start + length, device=self.start.device)
-        return at if self.order is None else self.order.flatten()[at].long()
+        return self.order.flatten()[at].long()
 
     def largest(self, *tensors: torch.Tensor) -> torch.Tensor:
         """The largest size of an entry among the tokens of every sequence, ``[B, H]``, over all of ``tensors``
         ``[B, H, L, .]``."""
         norms = torch.stack([torch.linalg.vector_norm(x, float("inf"), 3) for x in tensors]).amax(0)  # [B, H, L]
         B, H, L = norms.shape
-        if self.order is None:
+        if self.order.dim() == 1:
             place = torch.arange(L, device=norms.device)
             own = (place >= self.start[:, None]) & (place < (self.start + self.length)[:, None])
             return torch.stack([torch.where(own[b], norms[b], 0.0).amax(1) for b in range(B)])
@@ -75,14 +76,11 @@ class Spans(NamedTuple):
 
 @jit
 def numbers_of(spans, i_b):
-    """Start, length and begin of one sequence; a function cannot return an ``order`` that is None beside them."""
+    """Start, length and begin of one sequence."""
     return tl.load(spans.start + i_b), tl.load(spans.length + i_b), tl.load(spans.begin + i_b)
 
 
 @jit
 def place_of(span, o_row, m_row):
     """Where the tokens ``o_row`` of a sequence are, whose numbers ``span`` has; any place where ``m_row`` is false."""
-    o_place = span.start + o_row
-    if span.order is not None:
-        o_place = tl.load(span.order + o_place, mask=m_row, other=0)
-    return o_place
+    return tl.load(span.order + span.start + o_row, mask=m_row, other=0)

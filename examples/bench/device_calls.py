@@ -139,6 +139,17 @@ def cache(dtype: torch.dtype, D: int) -> None:
         held.extend(q[:, :, step], k[:, :, step], v[:, :, step])
 
 
+def steps(dtype: torch.dtype, D: int) -> None:
+    """Steps of one token from an ExpressCache, until rows of every kind had to move."""
+    q, k, v = tokens(dtype, D)
+    own = PerHead((Rows(4, 60, 64), Rows(0, 60, 64, 128), WHOLE, Rows(4, 60, selected=2)))
+    held, n = Held(own, k, v, Random(torch.tensor(5), LAYER), SCALE), 4000
+    held.fill(k[:, :, :n], v[:, :, :n])
+    for step in (slice(i, i + 1) for i in range(n, n + 140)):
+        held.settle(single=True)
+        held.step(q[:, :, step], k[:, :, step], v[:, :, step])
+
+
 MIXED = mixed(BLOCKS, WHOLE, KEPT, CORE)
 EXPRESS = dict(budget=ROWS, sinks=32, recent=256, block=128)
 CALLS: dict[str, Callable[[torch.dtype, int], Any]] = {
@@ -146,6 +157,9 @@ CALLS: dict[str, Callable[[torch.dtype, int], Any]] = {
     "express, protected": lambda *kind: trained("express", tokens(*kind), **EXPRESS, protected=256),
     "express, padded": lambda *kind: trained("express", tokens(*kind), padded(), **EXPRESS, protected=0),
     "express, protected, padded": lambda *kind: trained("express", tokens(*kind), padded(), **EXPRESS, protected=256),
+    "express, padded, a token before": lambda *kind: trained(
+        "express", tokens(*kind, TOKENS - 1), padded(), **EXPRESS, protected=256
+    ),
     "express, packed": packed,
     "express, uniform": lambda *kind: attend("express", tokens(*kind), **EXPRESS, halving="uniform"),
     "heads": lambda *kind: trained("heads", tokens(*kind), call=run, **MIXED),
@@ -159,6 +173,7 @@ CALLS: dict[str, Callable[[torch.dtype, int], Any]] = {
     "decode": decode,
     "santa": santa,
     "cache": cache,
+    "cache, steps": steps,
 }
 """What is called for a dtype and a head size."""
 KINDS = ((torch.bfloat16, 128), (torch.float32, 64), (torch.bfloat16, 80))

@@ -714,6 +714,8 @@ def thin_into(
     per_sequence = (tiles.slots + tiles.buckets) * (D + 2)
     scratch = key.new_empty(programs * (2 * pairs + 4) * pairs + sequences * per_sequence, dtype=torch.float32)
     sync = key.new_zeros(1 + sequences * (tiles.units + count), dtype=torch.int64)
+    if spans is not None:  # Triton makes a constant of a lead of 1, which a kernel cannot put into a tuple in a loop
+        spans = spans._replace(lead=0)
     inputs = _Inputs(strided(key), strided(value), random.heads, spans, index, kept_key, kept_value)
     stage, first, numbers = shift or _Shift(0, 0, None)
     sizes = _Sizes(programs, count, tiles.units, tiles.buckets, tiles.slots, sequences, H, schedule.tokens, sinks, A,

@@ -90,7 +90,7 @@ def test_the_kernels_give_every_sequence_the_bits_that_it_has_alone(config, tota
     spans, given = Spans.of_padding(padding, total), tensors
     if side == "packed":  # one behind the other, as one tensor that all sequences share
         starts = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        spans = Spans.of_packed(starts)
+        spans = Spans.of_packed(starts, int(starts[-1]))
         places = [torch.arange(a, b) for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False)]
         given = [torch.cat(x, 2).expand(len(lengths), -1, -1, -1) for x in zip(*alone, strict=True)]
     out, lse, _ = kernels(given, config, spans, total)
@@ -204,7 +204,7 @@ def test_float32_rows_are_scaled_by_the_tokens_of_their_own_sequence():
     assert largest[1, 1] == 50 and torch.equal(largest[0], key[0, :, 5:30].abs().amax((1, 2)))
     starts = torch.tensor([0, 25, 65], dtype=torch.int32)
     packed = torch.cat([key[:1, :, 5:30], key[1:]], 2).expand(2, -1, -1, -1)
-    assert torch.equal(Spans.of_packed(starts).largest(packed), largest)
+    assert torch.equal(Spans.of_packed(starts, 65).largest(packed), largest)
 
 
 # -- packed sequences ------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def test_the_form_of_packed_sequences_that_a_gpu_runs_gives_the_same(changed):
     shared = [x.transpose(0, 1)[None].expand(4, -1, -1, -1) for x in tensors]
     into = segments.Outputs(torch.zeros_like(out), torch.zeros_like(lse))
     own = segments.Outputs(into.out.transpose(0, 1)[None].expand(4, -1, -1, -1), into.lse[None].expand(4, -1, -1))
-    E.attend_over(Call(*shared, None, SEED, SCALE, 3, options=options), Spans.of_packed(starts), 300, own)
+    E.attend_over(Call(*shared, None, SEED, SCALE, 3, options=options), Spans.of_packed(starts, 520), 300, own)
     torch.testing.assert_close(into.out, out, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(into.lse, lse, rtol=1e-10, atol=1e-12)
 
