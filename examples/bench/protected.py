@@ -1,21 +1,21 @@
 """Which score should choose protected rows: what it catches of a needle that nobody asked for yet, recall, and KL.
 
-    python examples/bench/protected.py --out results.csv                                 # a CPU, about an hour of a core
+    python examples/bench/protected.py --out results.csv                                 # about an hour of a CPU core
     python examples/bench/protected.py --part mass --length 2048 --scores key random     # a taste
 
 Rows that leave the window compete for places before anybody asks for them, so a score may read keys, values and past
-queries, and no query to come. As in ``kernels/select/contest.py`` it is given once, in contests of 256 rows, by the rows
-of the contest and sums over all rows until then, so that a stream of tokens keeps what a prefill keeps. Scores:
+queries, and no query to come. As in ``kernels/select/contest.py`` it is given once, in contests of 256 rows, by the
+rows of the contest and sums over all rows until then, so that a stream keeps what a prefill keeps. Scores:
 
 * ``key``: minus the cosine similarity to the running mean key (KeyDiff, arXiv 2504.15364; what ``protected`` means
-  today); ``value``: of values; ``key + value``: the sum of both; ``mean of w``: its mean over w neighbours of a contest;
+  today); ``value``: of values; ``key + value``: the sum of both; ``mean of w``: over w neighbours in the contest;
 * ``clusters``: minus the largest cosine similarity to the mean key of any contest until then; ``leverage``: squared
   Mahalanobis distance of the value from the running mean; ``output``: the norm of the value after the output
   projection; ``expected``: logarithm of the attention that queries like those of the past would give (Expected
   Attention, arXiv 2510.00636); ``random``.
 
-``mass`` asks exact attention, of needles that it finds: the share of the mass that the queries of the answer give to the
-needle which lies on the places (``needle``), and of the mass that 32 queries before the question give to all rows that
+``mass`` asks exact attention, of needles that it finds: which share of the mass that the queries of the answer give to
+the needle lies on the places (``needle``), and of the mass that 32 queries before the question give to all rows that
 competed (``queries``), as means over cases. ``judge`` runs the model with a uniform policy whose places are given by a
 score, and with no query exact.
 """
@@ -54,9 +54,12 @@ LATE = slice(-400, -144, 8)
 
 @dataclass(frozen=True)
 class Left:
-    """What left the window, in contests of C rows: key, value ``[B, H_kv, m, C, .]``, the mean of all rows to the end of
-    each contest, sinks included, ``[B, H_kv, m, 1, .]``; query and its mean ``[B, H, m, ..]``, and the output projection
-    ``[d, H, Dv]``, for the scores that read them. sinks: the rows before the first contest."""
+    """What left the window, in contests of C rows.
+
+    key, value: ``[B, H_kv, m, C, .]``, with the mean of all rows to the end of each contest, sinks included,
+    ``[B, H_kv, m, 1, .]``; query: like them; projection: that of the output, ``[d, H, Dv]``. The last two are for the
+    scores that read them. sinks: key, value and query before the first contest.
+    """
 
     key: torch.Tensor
     value: torch.Tensor
