@@ -148,3 +148,27 @@ def test_a_planted_row_is_caught_by_the_scores_that_see_it(bench) -> None:
     assert list(shares(length).values()) == pytest.approx([1] * (2 * len(bench.SCORES)))
     with pytest.raises(ValueError, match="single, made up: the answer stands in the prompt 0 times"):
         bench.run_of_answer(Case("single", "made up", "word", 0.4, tuple(prompt), (8, 7)))
+
+
+def test_the_table_has_the_mean_of_the_haystacks_and_what_was_judged(bench, monkeypatch) -> None:
+    tables = importlib.import_module("tables")
+    run = {"date": "2026-12-01", "gpu": "CPU", "model": "M", "n": "4096", "low": "0", "high": "1"}
+    rows = []
+    for name, places, base in (("key", "64", 0.1), ("key", "8", 0.0), ("value", "64", 0.5), ("value", "8", 0.3)):
+        for i, hay in enumerate(tables.HAYSTACKS):
+            own = {**run, "method": name, "rows": places, "task": f"mass: {hay}", "params": f"sinks=32 cases={i + 2}"}
+            rows += [{**own, "metric": "needle", "value": f"{base + i / 10}"}]
+            rows += [{**own, "metric": "queries", "value": f"{base}"}]
+    for name, kl in (("key", "0.2"), ("value", "0.1")):
+        own = {**run, "method": name, "rows": "900.0", "params": "such rows", "task": "texts: some"}
+        rows += [{**own, "metric": x, "value": kl} for x in ("kl", "top1", "kl_median", "kl_p99")]
+        rows += [{**own, "task": "single, noise", "metric": "recalled", "value": "2", "high": "3"}]
+    monkeypatch.setattr(tables, "read", lambda name: rows)
+    said, _, header, _, key, value = tables.protected_table().splitlines()
+    assert said.endswith("needles that exact attention finds: 2 in noise, 3 in prose, 4 in code.")
+    assert header.startswith("| score | 8 places: noise | prose | code | mean | other queries | 64 places: noise |")
+    assert key == "| key | 0.00 | 0.10 | 0.20 | **0.10** | 0.00 | 0.10 | 0.20 | 0.30 | **0.20** | 0.10 |"
+    assert value.startswith("| value | 0.30 | 0.40 | 0.50 | **0.40** | 0.30 |")
+    judged = tables.protected_judged_table().splitlines()
+    assert judged[0] == "**M, 4,096 tokens, CPU**, 2026-12-01: such rows; texts: some."
+    assert judged[-1] == "| value | 900 | 0.1000 (0.0000–1.0000) | 0.50 | 0.1000 | 0.10 | 0.100 | 2 of 3 |"
