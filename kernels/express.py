@@ -27,7 +27,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -46,22 +46,25 @@ from express_compile.core.spec import AttentionSpec, Site, floor_power_of_two, k
 from .attend.segments import (
     COMPACTED,
     TOKENS,
+    Outputs,
     SegmentTable,
     Sources,
     causal_table,
     segment_attention,
     segment_attention_reference,
+    spanned_outputs,
 )
 from .attend.segments_backward import accumulate_rows, segment_gradients
 from .exact import exact_attention
 from .launch import Random, philox_uniform
-from .op import at_the_end, define_attention, no_kernel
+from .op import at_the_end, define_attention, define_packed, no_kernel
 from .padding import Packing
 from .select.contest import CONTEST, compete_into, compete_reference
 from .select.halving import RULE, Decider, HalvingRule, get_rule, halve_reference
 from .select.queries import InBlocks, check_block
 from .select.schedule import Halving, Schedule, admitted, check_budget, make_schedule
 from .select.thinning import describe_launches, thin_into
+from .spans import Spans
 
 _Gradients: TypeAlias = tuple[torch.Tensor, ...]
 
@@ -179,6 +182,7 @@ class Layout:
     contests: int
     copied: int  # compacted rows that are copied to lie side by side; the others are read through their index
     size: int  # compacted rows in all
+    tokens: int  # Lk
     table: SegmentTable
 
 
@@ -224,7 +228,7 @@ def make_layout(config: Express, Lq: int, Lk: int) -> Layout:
     segments[whole], tail[whole] = 0, 0
     segments[segments[:, :, 2] == 0] = 0
     table = SegmentTable(config.block, Lk - Lq, segments, weights, tail, shift)
-    return Layout(config, schedule, contests, copied, size, table)
+    return Layout(config, schedule, contests, copied, size, Lk, table)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -309,26 +313,46 @@ def thin_reference(
     return torch.cat([arena[:, :, schedule.tokens :], *behind], 2)
 
 
+def thin_spans_reference(
+    key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, random: Random, spans: Spans
+) -> torch.Tensor:
+    """:func:`thin_reference` of every sequence of ``spans``: the places of the rows of ``layout``, which is that of
+    the longest one. Rows that a sequence does not have are some place of it."""
+    places = [spans.places(b) for b in range(len(spans.length))]
+    most = max(1, *map(len, places))
+    at = torch.stack([torch.nn.functional.pad(x, (0, most - len(x)), value=int(x[0]) if len(x) else 0) for x in places])
+    key, value = (gather_rows(x, at[:, None].expand(-1, x.shape[1], -1)) for x in (key, value))
+    key, value = (torch.nn.functional.pad(x, (0, 0, 0, layout.tokens - most)) for x in (key, value))
+    index = thin_reference(key, value, layout, scale, *random).long()
+    return at[:, None].expand(*index.shape[:2], -1).gather(2, index.clamp(max=most - 1)).to(torch.int32)
+
+
 def thin_triton(
     key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, seed: torch.Tensor, layer: int,
-    heads: torch.Tensor | None = None,
+    heads: torch.Tensor | None = None, spans: Spans | None = None,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """:func:`thin_reference` with the kernels: the index, and copies of the first ``layout.copied`` rows."""
+    """:func:`thin_reference`, or :func:`thin_spans_reference`, with the kernels: the index, and copies of the first
+    ``layout.copied`` rows."""
     B, H = key.shape[0], key.shape[1] if heads is None else len(heads)
     index = torch.empty(B, H, layout.size, dtype=torch.int32, device=key.device)
+    if spans is not None:
+        index.copy_(spans.first()[:, None, None])
     kept = tuple(x.new_empty(B, H, layout.copied, x.shape[3]) for x in (key, value))
-    select_into((index, *kept), key, value, layout, scale, Random(seed, layer, heads))
+    select_into((index, *kept), key, value, layout, scale, Random(seed, layer, heads), spans)
     return index, *kept
 
 
 def select_into(
-    kept: tuple[torch.Tensor, ...], key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, random: Random
-) -> None:
+    kept: tuple[torch.Tensor, ...], key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float,
+    random: Random, spans: Spans | None = None,
+) -> None:  # fmt: skip
     """What :func:`thin_triton` gives, into tensors of such shapes, contiguous."""
-    config = layout.config
+    config, contest = layout.config, (1, 0)
     if config.protected:
-        compete_into(kept[0], key, config.sinks, layout.contests, config.protected, random.heads)
-    thin_into(kept, key, value, layout.schedule, config.sinks, Decider(config.rule, scale, random))
+        compete_into(kept[0], key, config.sinks, layout.contests, config.protected, random.heads, spans)
+        contest = (CONTEST, config.protected)
+    decider = Decider(config.rule, scale, random)
+    thin_into(kept, key, value, layout.schedule, config.sinks, decider, spans, contest)
 
 
 def express_reference(
@@ -361,17 +385,21 @@ def express_reference(
 
 
 def select_rows(
-    key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, random: Random
+    key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, random: Random, spans: Spans | None = None
 ) -> tuple[Sources, torch.Tensor]:
-    """The rows that the table of ``layout`` speaks of, and which tokens the compacted ones are: ``[B, heads, A]``, of
-    the heads of ``random``."""
-    own = [of_heads(x, x.shape[1], random.heads) for x in (key, value)]
+    """The rows that the table of ``layout`` speaks of, and which tokens (with ``spans``, which places) the compacted
+    ones are: ``[B, heads, A]``, of the heads of ``random``."""
+    own_key, own_value = (of_heads(x, x.shape[1], random.heads) for x in (key, value))
     if not key.is_cuda:
-        index = thin_reference(key, value, layout, scale, *random)
-        return Sources(*own, *(gather_rows(x, index) for x in own)), index
-    index, keys, values = thin_triton(key, value, layout, scale, *random)
-    key, value = own
-    return Sources(key, value, keys, values, index if layout.config.protected else None), index
+        if spans is None:
+            index = thin_reference(key, value, layout, scale, *random)
+        else:
+            index = thin_spans_reference(key, value, layout, scale, random, spans)
+        keys, values = (gather_rows(x, index) for x in (own_key, own_value))
+        return Sources(own_key, own_value, keys, values, spans=spans), index
+    index, keys, values = thin_triton(key, value, layout, scale, *random, spans)
+    key, value = own_key, own_value
+    return Sources(key, value, keys, values, index if layout.config.protected else None, spans=spans), index
 
 
 def attend(call: Call, config: Express, heads: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -477,19 +505,54 @@ def packed_backward(
     return tuple(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
 
+def _over(call: Call, spans: Spans, tokens: int) -> Iterator[tuple[Sources, torch.Tensor, SegmentTable]]:
+    """What the sequences of ``spans``, of at most ``tokens`` tokens, attend to: the rows, the places of the compacted
+    ones, and the table. Those that are exact for ``min_length`` alone come apart from the others; up to ``exact_up_to``
+    tokens they are it anyway, as what the first tokens see does not depend on those behind them."""
+    config = config_at(tokens, **call.options)
+    whole, exact = _whole_below(config.exact_up_to, call.options["min_length"], tokens), 0
+    if tokens > config.exact_up_to:
+        own = spans.only(spans.length >= whole) if whole else spans
+        layout = make_layout(config, tokens, tokens)
+        yield *select_rows(call.key, call.value, layout, call.scale, Random(call.seed, call.layer), own), layout.table
+        exact, spans = whole - 1, spans.only(spans.length < whole)
+    else:
+        exact = tokens
+    if exact > 0:
+        none = torch.empty(*call.key.shape[:2], 0, dtype=torch.int32, device=call.key.device)
+        yield Sources.tokens(call.key, call.value, spans), none, causal_table(exact, exact)
+
+
+def attend_over(call: Call, spans: Spans, tokens: int, into: Outputs) -> None:
+    """Express of every sequence of ``spans``, each of at most ``tokens`` tokens and as if it were alone, ``into`` where
+    its tokens are."""
+    for sources, _, table in _over(call, spans, tokens):
+        segment_attention(call.query, sources, table, call.scale, into)
+
+
 def _express_body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    config = config_at(call.Lk, **call.options)
-    return packed(call, config.exact_up_to, lambda own, start: attend(own, config))
+    if call.padding is None:
+        return attend(call, config_at(call.Lk, **call.options))
+    into = spanned_outputs(call.query, call.value)
+    attend_over(call, Spans.of_padding(call.padding, call.Lq), call.Lk, into)
+    return into
 
 
 def _express_backward_body(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> _Gradients:
-    config = config_at(call.Lk, **call.options)
-    return packed_backward(
-        call, (grad, out, lse), config.exact_up_to, lambda own, results, start: backward(own, config, results)
-    )
+    if call.padding is None:
+        grads = backward(call, config_at(call.Lk, **call.options), (grad, out, lse))
+    else:
+        over = _over(call, Spans.of_padding(call.padding, call.Lq), call.Lk)
+        grads, *others = [gradients(call.query, *rows, call.scale, (grad, out, lse)) for rows in over]
+        for target, part in itertools.chain(*(zip(grads, other, strict=True) for other in others)):
+            target += part
+    return tuple(g.to(x.dtype) for g, x in zip(grads, (call.query, call.key, call.value), strict=True))
 
 
 OP, BACKWARD = define_attention("express", Express, _express_body, _express_backward_body)
+
+
+VARLEN, _ = define_packed("express", OP, BACKWARD, attend_over)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -565,8 +628,8 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     """Thinning and attention over the rows that every block of queries sees.
 
     Exact if a block of queries (with protected rows, a contest) divides 4 s, but for the scores of contests, a few
-    operations per element of a key; up to 12% too little otherwise. With padding also the copies of :class:`Packing`:
-    6 passes over the rows of query, key and value, and 4 over those of the result.
+    operations per element of a key; up to 12% too little otherwise. With padding also the zeros of the result, and what
+    :meth:`Spans.of_padding` launches.
     """
     s, Lk, width = c.s, c.Lk, c.B * c.H_kv * (c.D + c.Dv)
     sinks, recent, protected, block = (params[name] for name in ("sinks", "recent", "protected", "block"))
@@ -611,12 +674,12 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     # rows are read to be picked or halved; half of them, and all that are picked, are written and then attended to
     rows = halved + picked + 2 * (halved / 2 + picked)
     scored = 2 * c.B * c.H_kv * c.D * left if protected else 0  # the contest reads keys twice
-    copied = packing_cost() if spec.mask.padding else 0
+    blank = c.B * c.H * c.Lq * c.Dv if spec.mask.padding else 0
     thinned = c.Cost(
         attention.flops + 2 * width * (0 if coin else entries),
-        attention.bytes + c.itemsize * (width * rows + scored + copied),
+        attention.bytes + c.itemsize * (width * rows + scored + blank),
         sympy.Integer(0) if coin else 3 * s * rounds,  # closing halvings; what else there is takes less time
-        2 + (0 if coin else describe_launches(4 * s)) + 4 * bool(protected),
+        2 + (0 if coin else describe_launches(4 * s)) + 4 * bool(protected) + 12 * bool(spec.mask.padding),
         attention.scores,
         sympy.Integer(0) if coin else c.B * c.H_kv * entries,
     )

@@ -32,7 +32,7 @@ from .express import Express, gather_rows, halve_all_reference, make_layout, sel
 from .launch import Random, constant, next_power_of_two
 from .select.halving import Decider
 from .select.schedule import Halving, Round, Schedule, round_of, stage
-from .select.thinning import thin
+from .select.thinning import PAIRS, thin
 
 _Tensors = tuple[torch.Tensor, torch.Tensor]
 _Part = tuple[int, int, int, float]
@@ -167,19 +167,24 @@ def _plan(chunk: Chunk) -> _Plan:
 
 def _thinned_again(pools: list[int], rounds: int) -> tuple[Schedule, list[int]]:
     """The schedule that halves pools of so many rows, side by side, ``rounds`` times, each time in buckets of twice
-    what is left in the end; and where what is left of each pool begins."""
-    launches, size, sources = [], sum(pools), list(np.cumsum([0, *pools])[:-1].tolist())
+    what is left in the end; and where what is left of each pool begins. ``2**rounds`` divides the rows."""
+    launches, size = [], sum(pools)
+    # buckets of more than a tile of the kernel have to be whole tiles, so the rest of a pool is halved by itself
+    whole = [rows // (PAIRS << rounds) * (PAIRS << rounds) for rows in pools]
+    parts = [part for rows, main in zip(pools, whole, strict=True) for part in (main, rows - main)]
+    sources = (np.cumsum(parts) - parts).tolist() if parts else []
     for step in range(rounds):
         jobs, left = [], rounds - step
-        for i, rows in enumerate(pools):
+        for i, rows in enumerate(parts):
             if rows:
                 buckets, half = 1 << (left - 1), rows >> (step + 1)
-                delta = 0.5 / (left * (left + 1) * buckets * len(pools))
+                delta = 0.5 / (left * (left + 1) * buckets * len(parts))
                 jobs.append(Halving(sources[i], size, 2 * half // buckets, buckets, stage(i, step), 0, delta))
                 sources[i], size = size, size + half
         if jobs:
             launches.append(tuple(jobs))
-    return Schedule(sum(pools), 0, 0, size, (), tuple(launches), (), ()), sources
+    starts = [sources[2 * i + (not main)] for i, main in enumerate(whole)]
+    return Schedule(sum(pools), 0, 0, size, (), tuple(launches), (), ()), starts
 
 
 @functools.lru_cache(maxsize=64)
@@ -197,7 +202,7 @@ def make_coreset(own: _Tensors, chunk: Chunk, scale: float, random: Random) -> _
     behind what there is. ``own``: as in :func:`attend_chunk`."""
     told = [x[:, :, : chunk.told] for x in own]
     out = tuple(x.new_zeros(*x.shape[:2], chunk.rows, x.shape[3]) for x in told)
-    if chunk.told:
+    if chunk.told and chunk.number + 1 < chunk.chunks:  # what the last one had to tell, nobody would read
         layout, at = make_layout(chunk.sent, 1, chunk.told + 1), 0
         sources, _ = select_rows(told[0], told[1], layout, scale, _own(random, chunk))
         for source, first, rows, _ in itertools.chain(*chunk.parts):

@@ -9,35 +9,48 @@ tokens, and they alone grow. Selecting heads also hold the means of their keys i
 pages of :mod:`.select.pages` that its queries choose by them.
 
 Tokens of a short step stay in the ring until the next one begins (:meth:`Held.settle`), so that it can be undone
-(:meth:`Held.drop`) as if it had never been. Rows move in plain PyTorch, on any device; single tokens and short steps
-attend by the kernels of :mod:`.attend.decode` on CUDA.
+(:meth:`Held.drop`) as if it had never been. Rows that left the recent tokens and still stand for themselves alone wait
+in the ring as well, up to ``CONTEST - 1`` of them, so that most steps move nothing.
+
+What has to be thinned at some length is known ``recent`` tokens before: :meth:`HeldRows.look_ahead` decides it early,
+each layer in a step of its own (``turn``), and when it is due the rows only change places. So no step is late, and the
+rows are the same at every length. Rows move in plain PyTorch, on any device; a halving is one launch on CUDA. There a
+single token of every sequence is added and attends by :mod:`.attend.places`, which a CUDA graph can hold
+(:meth:`Held.launch_step`); other short steps attend by :mod:`.attend.decode`.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 
-from .attend.decode import decode_attention, queries_at_once
+from .attend.decode import MAX_ROWS, MAX_WIDTH, decode_attention, device_of, queries_at_once
+from .attend.places import Table, append_places, attend_places, make_programs, shares
 from .attend.segments import COMPACTED
 from .express import Express, gather_rows, make_layout, select_rows
 from .express_state import Kept, join
 from .heads import Group, PerHead, groups
 from .launch import Random, philox_uniform
 from .select.contest import CONTEST, contest, distinctiveness
-from .select.halving import halve_reference
+from .select.halving import Decider, halve_reference
 from .select.pages import PAGE, SUB, choose_pages, listed, update_means
-from .select.schedule import CLOSE_FIRST, CLOSE_SECOND, SUBSAMPLE, Round, round_of, stage
+from .select.schedule import CLOSE_FIRST, CLOSE_SECOND, SUBSAMPLE, Halving, Round, round_of, stage
+from .select.thinning import draws_triton, halve
 
 STEP = 32  # tokens of a step that can be undone
 _GROW = 256  # rows, the least that heads which hold everything grow by
 _PIECE = 128  # queries that attend at once where a head holds everything
 _WAITING = 16  # places for an unfinished subsampling group at first
+_AHEAD = 64  # steps over which the layers of a model spread what is due in the same one
+_LATER = 1 << 30
 _LN2 = math.log(2.0)
 
 
@@ -52,6 +65,19 @@ def _in_place(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What is decided already for the time when ``until`` tokens have left the ring: which places will have changed,
+    int64 ``[R]`` and the largest, what they hold then and its log-weights, and the other state of some sequences."""
+
+    until: int
+    at: torch.Tensor
+    most: int
+    rows: Kept
+    log_weight: torch.Tensor
+    others: dict[str, torch.Tensor]
+
+
 class HeldRows:
     """The rows of the KV heads of a group. ``config`` None: they hold every token, token i at place i.
 
@@ -61,9 +87,14 @@ class HeldRows:
     """
 
     def __init__(
-        self, group: Group, config: Express | None, key: torch.Tensor, value: torch.Tensor, random: Random, scale: float
-    ) -> None:
+        self, group: Group, config: Express | None, key: torch.Tensor, value: torch.Tensor, random: Random,
+        scale: float, turn: int = 0,
+    ) -> None:  # fmt: skip
         self.group, self.config, self.scale = group, config, scale
+        self.ahead: dict[tuple[int, int], Ahead] = {}  # by the sequences, side by side
+        self.touched: list[tuple[int, int]] | None = None  # (first, count) of places that were written, if anyone asks
+        self.turn = turn
+        self.is_listed = False  # whether ``pages`` is up to date
         heads = group.on(key.device)
         self.random = random._replace(heads=torch.arange(key.shape[1], device=key.device) if heads is None else heads)
         B, G = key.shape[0], len(self.random.heads)
@@ -71,7 +102,7 @@ class HeldRows:
         self.sinks = self.ring = self.places = self.coreset = self.waiting = 0
         self.scores = self.key_sum = torch.empty(B, G, 0, device=key.device)
         if config is not None:
-            slack = CONTEST - 1 if config.protected else 0
+            slack = 0 if self.drops else CONTEST - 1
             self.ring = config.sinks
             self.places = self.ring + config.recent + slack + STEP
             self.coreset = self.places + config.protected
@@ -87,6 +118,12 @@ class HeldRows:
         self.token = torch.zeros(B, G, places, dtype=torch.int32, device=key.device)
         self.log_weight = torch.full((B, G, places), -math.inf, device=key.device)
         self.means = key.new_zeros(B, G, 0, key.shape[-1])
+        self.pages = self.listed = torch.empty(0, dtype=torch.int32, device=key.device)
+
+    @property
+    def drops(self) -> bool:
+        """Whether a token is gone as soon as it is no longer recent."""
+        return self.config is not None and self.config.forgets and not self.config.protected
 
     TENSORS = ("key", "value", "token", "log_weight", "scores", "key_sum", "means")
 
@@ -96,15 +133,22 @@ class HeldRows:
         rows = slice(first, first + count)
         return Kept(self.token[b, :, rows], self.key[b, :, rows], self.value[b, :, rows])
 
-    def _write(self, b: slice, first: int, rows: Kept, log_weight: float = 0.0) -> None:
+    def _write(self, b: slice, first: int, rows: Kept, log_weight: float | torch.Tensor = 0.0) -> None:
         if first + rows.count > self.key.shape[2]:
             self._grow(first + rows.count)
+        self._touch(first, rows.count)
         to = slice(first, first + rows.count)
         for mine, x in zip((self.token, self.key, self.value), rows.parts(), strict=True):
             mine[b, :, to] = x
         self.log_weight[b, :, to] = log_weight
 
+    def _touch(self, first: int, count: int) -> None:
+        self.is_listed = False
+        if self.touched is not None and count:
+            self.touched.append((first, count))
+
     def _free(self, b: slice, first: int, count: int) -> None:
+        self._touch(first, count)
         self.log_weight[b, :, first : first + count] = -math.inf
 
     def _grow(self, places: int) -> None:
@@ -134,13 +178,106 @@ class HeldRows:
         if self.config is None:
             return 0
         out = max(0, length - self.config.sinks - self.config.recent)
-        return max(left, out - out % CONTEST if self.config.protected else out)
+        if self.config.protected:
+            return max(left, out - out % CONTEST)
+        stays = not self.drops and out - left < self._most_waiting and out < self._next(left)
+        return max(left, left if stays else out)
+
+    def _next(self, left: int) -> int:
+        """How many tokens have left when, after ``left`` of them, something else than a row by itself is held next."""
+        config = self.config
+        if config is None or self.drops:
+            return _LATER
+        if config.protected:
+            return left + CONTEST
+        round_ = Round(round_of(left, config.s), config.s, config.M)
+        every = round_.group if round_.group > 1 else round_.capacity(0) if round_.r else 4 * config.s
+        return left - left % every + every
+
+    @property
+    def _most_waiting(self) -> int:
+        """Rows that may wait in the ring; each layer moves its own in another step."""
+        return CONTEST - self.turn % _AHEAD
+
+    def _lead(self, between: int) -> int:
+        """How many steps before its time a layer decides what is due ``between`` tokens after what was due before: each
+        layer in another step, as far as there are so many."""
+        assert self.config is not None
+        return min(self.config.recent, 1 + self.turn % min(_AHEAD, max(1, self.config.recent), between))
+
+    def _is_worth_it(self, until: int) -> bool:
+        """Whether what is due when ``until`` tokens have left is more than to pick one of a group."""
+        config = self.config
+        assert config is not None
+        if config.protected:
+            return True
+        round_ = Round(round_of(until - 1, config.s), config.s, config.M)
+        return until % (round_.capacity(0) * round_.group) == 0
+
+    def rest(self, b: slice, length: int) -> int:
+        """For how many steps of one token :meth:`advance` and :meth:`look_ahead` have nothing to do, beside the tokens
+        that :attr:`drops` means, and no memory is too short."""
+        if self.config is None:
+            return self.key.shape[2] - length - 1
+        if self.drops:
+            return _LATER
+        left, until = self.left[b.start], self._next(self.left[b.start])
+        ring = self.config.sinks + self.config.recent
+        due = until + ring - length
+        if (b.start, b.stop) not in self.ahead and self._is_worth_it(until):
+            due -= self._lead(until - left)
+        return due if self.config.protected else min(due, left + self._most_waiting + ring - length)
+
+    def look_ahead(self, b: slice, length: int) -> None:
+        """Decide what is due soon. It follows from tokens that are in the ring by then."""
+        config, key = self.config, (b.start, b.stop)
+        if config is None or self.drops or key in self.ahead:
+            return
+        left, until = self.left[b.start], self._next(self.left[b.start])
+        steps = until + config.sinks + config.recent - length
+        if steps > self._lead(until - left) or not self._is_worth_it(until):
+            return
+        fork = copy.copy(self)
+        for name in self.TENSORS:
+            setattr(fork, name, getattr(self, name)[b].clone())
+        fork.left, fork.touched, every = self.left[b], [], slice(0, b.stop - b.start)
+        fork.pages = fork.listed = self.pages.new_empty(0)
+        rows = join(*(fork._read(every, at, n) for at, _, n in self._in_ring(self.ring + left, self.ring + until)))
+        fork._leave(every, left, rows)
+        runs = sorted({place for first, count in fork.touched for place in range(first, first + count)})
+        at = torch.tensor(runs, device=self.key.device)
+        rows = Kept(*(x.index_select(2, at) for x in (fork.token, fork.key, fork.value)))
+        fork.list_pages()
+        others = {name: getattr(fork, name) for name in ("scores", "key_sum", "pages", "listed")}
+        self.ahead[key] = Ahead(until, at, runs[-1], rows, fork.log_weight.index_select(2, at), others)
+
+    def _catch_up(self, b: slice, ahead: Ahead) -> None:
+        """Hold what was decided ahead."""
+        left, self.left[b] = self.left[b.start], [ahead.until] * (b.stop - b.start)
+        if ahead.most >= self.key.shape[2]:
+            self._grow(ahead.most + 1)
+        was_listed = self.is_listed
+        for place, _, count in self._in_ring(self.ring + left, self.ring + ahead.until):
+            self._free(b, place, count)
+        names = ("token", "key", "value", "log_weight")
+        for name, x in zip(names, (*ahead.rows.parts(), ahead.log_weight), strict=True):
+            getattr(self, name)[b].index_copy_(2, ahead.at, x)
+        self.is_listed = was_listed and self.pages.shape[1:] == ahead.others["pages"].shape[1:]
+        for name, x in ahead.others.items():
+            if self.is_listed or name not in ("pages", "listed"):
+                getattr(self, name)[b] = x
 
     def advance(self, b: slice, length: int, new: Kept) -> None:
         """Let tokens leave the ring that are no longer recent, once ``new`` ones follow ``length`` of them."""
         left = self.left[b.start]
         until = self.leaves(length + new.count, left)
         if until == left:
+            return
+        ahead = self.ahead.pop((b.start, b.stop), None)
+        self.ahead = {key: x for key, x in self.ahead.items() if key[1] <= b.start or key[0] >= b.stop}
+        if ahead is not None and ahead.until <= until:
+            self._catch_up(b, ahead)
+            self.advance(b, length, new)
             return
         first, stop = self.ring + left, self.ring + until
         rows = []
@@ -174,6 +311,27 @@ class HeldRows:
         first, place = since // SUB, since // SUB * SUB
         key, means = self.key[b, :, place:end], self.means[b, :, first : -(-end // SUB)]
         update_means(means, key, *self._span(b, end - place))
+
+    def list_pages(self) -> None:
+        """Which pages of places hold rows, or may by the next tokens: ``pages`` int32 ``[B, G, .]``, and in front of it
+        ``listed`` int32 ``[B, G]`` of them. Those that queries select are written by :meth:`Held.launch_step`."""
+        B, G, places = self.log_weight.shape
+        rows, new = self.group.rows, self.pages.new_empty
+        if rows.selected:
+            count = listed(rows.selected, rows.sinks, max(1, rows.recent))
+            if self.pages.shape != (B, G, count):
+                self.pages, self.listed = new(B, G, count), new(B, G).fill_(count)
+        elif self.config is not None and not self.is_listed:
+            live = torch.nn.functional.pad(self.log_weight > -math.inf, (0, -places % PAGE)).unflatten(2, (-1, PAGE))
+            live = live.any(3)
+            live[:, :, : -(-self.places // PAGE)] = True
+            order = live.to(torch.int8).argsort(dim=2, descending=True, stable=True).to(torch.int32)
+            if self.pages.shape == order.shape:
+                self.pages.copy_(order)
+                self.listed.copy_(live.sum(2))
+            else:
+                self.pages, self.listed = order, live.sum(2).to(torch.int32)
+        self.is_listed = True
 
     def _span(self, b: slice, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first token of every sequence, and the one behind the last."""
@@ -304,7 +462,10 @@ class HeldRows:
         seed, layer, heads = self.random
         group, device = round_.group, rows.key.device
         number = torch.arange(rows.count // group, device=device)
-        u = philox_uniform(seed, layer, first + number, 0, stage(round_.r, SUBSAMPLE), heads[:, None])
+        if rows.key.is_cuda:
+            u = draws_triton(self.random, first, len(number), stage(round_.r, SUBSAMPLE))
+        else:
+            u = philox_uniform(seed, layer, first + number, 0, stage(round_.r, SUBSAMPLE), heads[:, None])
         at = number * group + (u * group).long()
         return rows.pick(at.expand(*rows.index.shape[:2], -1))
 
@@ -318,6 +479,9 @@ class HeldRows:
     def _halve(self, rows: Kept, round_: Round, level: int, number: int, delta: float) -> Kept:
         config, (seed, layer, heads) = self.config, self.random
         assert config is not None
+        if rows.key.is_cuda and rows.key.dtype != torch.float64 and config.rule.gain(rows.count, delta) < math.inf:
+            job = Halving(0, 0, rows.count, 1, stage(round_.r, level), number, delta)
+            return rows.pick(halve(rows.key, rows.value, job, Decider(config.rule, self.scale, self.random)).long())
         pairs = torch.arange(rows.count // 2, device=rows.key.device)
         draws = philox_uniform(seed, layer, pairs, number, stage(round_.r, level), heads[:, None])
         second = halve_reference(rows.key, rows.value, draws, config.rule, delta, self.scale)
@@ -388,13 +552,17 @@ class Held:
     """
 
     @_in_place
-    def __init__(self, own: PerHead, key: torch.Tensor, value: torch.Tensor, random: Random, scale: float) -> None:
+    def __init__(
+        self, own: PerHead, key: torch.Tensor, value: torch.Tensor, random: Random, scale: float, turn: int = 0
+    ) -> None:
         self.length = [0] * key.shape[0]
-        self.parts = []
+        self.parts: list[HeldRows] = []
+        self._table: tuple[Any, Table, object] | None = None
+        self._end: torch.Tensor | None = None
         for group in groups(own.rows, key.shape[1]):
             config = own.config(group.rows)
             streaming = config if isinstance(config, Express) else None  # selected blocks are chosen among all tokens
-            self.parts.append(HeldRows(group, streaming, key, value, random, scale))
+            self.parts.append(HeldRows(group, streaming, key, value, random, scale, turn))
 
     def _spans(self, columns: int, real: Real) -> Iterator[tuple[slice, int, torch.Tensor | None, int]]:
         """Sequences side by side that are treated alike: which, their length, the columns that are tokens, how many."""
@@ -423,11 +591,19 @@ class Held:
         return Kept(index.expand(*k.shape[:2], n), k, v)
 
     @_in_place
-    def settle(self) -> None:
-        """Let the tokens leave that are no longer recent. What came before cannot be undone any more."""
+    def settle(self, single: bool = False) -> None:
+        """Let the tokens leave that are no longer recent. What came before cannot be undone any more. ``single``:
+        :meth:`step` follows, which drops a token by itself where only one is due."""
         for b, length, _, _ in list(self._spans(0, None)):
             for part in self.parts:
-                part.advance(b, length, part._read(b, 0, 0))
+                left = part.left[b.start]
+                if not (single and part.drops and part.leaves(length, left) <= left + 1):
+                    part.advance(b, length, part._read(b, 0, 0))
+                    part.look_ahead(b, length)
+
+    def rest(self) -> int:
+        """For how many steps of one token :meth:`settle` and :meth:`prepare_step` have nothing to do."""
+        return min(part.rest(b, length) for b, length, _, _ in self._spans(0, None) for part in self.parts)
 
     @_in_place
     def fill(self, key: torch.Tensor, value: torch.Tensor, real: Real = None) -> None:
@@ -445,6 +621,11 @@ class Held:
     def extend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, real: Real = None) -> torch.Tensor:
         """Attention of new tokens ``query`` ``[B, H, n, D]`` to what is held, settled, and causally to themselves:
         ``[B, H, n, Dv]``, 0 for padding. Then they are held, too; not settled if there are at most ``STEP``."""
+        out = self._attend(query, key, value, real)
+        self._count(query.shape[2], real)
+        return out
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, real: Real) -> torch.Tensor:
         out = query.new_zeros(*query.shape[:3], value.shape[3])
         heads = out.unflatten(1, (key.shape[1], -1))
         for b, length, at, count in list(self._spans(query.shape[2], real)):
@@ -457,8 +638,118 @@ class Held:
                     continue
                 columns = torch.arange(count, device=out.device) if at is None else at
                 heads[b, part.random.heads.long()[:, None], :, columns] = own.permute(1, 3, 0, 2, 4)
-        self._count(query.shape[2], real)
         return out
+
+    # -- single tokens by kernels ---------------------------------------------------------------------------------
+
+    def fits_step(self, group: int) -> bool:
+        """Whether the kernels of :meth:`step` take what is held, for ``group`` query heads of a KV head."""
+        key, value = self.parts[0].key, self.parts[0].value
+        return key.dtype != torch.float64 and max(key.shape[3], value.shape[3]) <= MAX_WIDTH and group <= MAX_ROWS
+
+    @_in_place
+    def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """:meth:`extend` with one token of every sequence, after ``settle(single=True)``: by kernels that ask the
+        device nothing."""
+        self.prepare_step()
+        out = self.launch_step(query, key, value)
+        self.end_step()
+        return out
+
+    @_in_place
+    def prepare_step(self, end: torch.Tensor | None = None) -> Any:
+        """What :meth:`launch_step` needs to be told about one more token of every sequence. ``end`` int32 ``[B]``, if
+        given, is where the caller writes how many tokens that makes. Returns another object once memory has moved."""
+        for part in self.parts:
+            if part.config is None and max(self.length) >= part.key.shape[2]:
+                part._grow(max(self.length) + 1)
+            part.list_pages()
+        if end is None:
+            if self._end is None or self._end.shape[0] != len(self.length):
+                self._end = self.parts[0].token.new_empty(len(self.length))
+            self.count_into(self._end)
+        else:
+            self._end = end
+        names = ("key", "value", "log_weight", "token", "pages", "listed", "means")
+        tensors = (getattr(part, name) for part in self.parts for name in names)
+        known = tuple((x.data_ptr(), x.shape) for x in tensors)
+        if self._table is None or self._table[0] != known:
+            self._table = known, self._make_table(), object()
+        return self._table[2]
+
+    def count_into(self, end: torch.Tensor) -> None:
+        """Write how many tokens every sequence has with one more into ``end`` int32 ``[B]``, and wait for nothing: CUDA
+        has copied memory that is not pinned before the call returns, so that it may be freed."""
+        end.copy_(torch.tensor([n + 1 for n in self.length], dtype=torch.int32), non_blocking=True)
+
+    def _make_table(self) -> Table:
+        B, H, device = len(self.length), sum(part.key.shape[1] for part in self.parts), self.parts[0].key.device
+        lines, blocks = torch.zeros(B, H, 10, dtype=torch.int64), [0] * H
+        for part in self.parts:
+            heads, (_, G, places, D) = part.random.heads.tolist(), part.key.shape
+            config, rows = part.config, part.group.rows
+            at = torch.arange(B * G).view(B, G)
+            lines[:, heads, 0] = part.key.data_ptr() + at * (places * D * part.key.element_size())
+            lines[:, heads, 1] = part.value.data_ptr() + at * (places * part.value.shape[3] * part.value.element_size())
+            lines[:, heads, 2] = part.log_weight.data_ptr() + at * (places * 4)
+            lines[:, heads, 5] = lines[:, heads, 3] = part.token.data_ptr() + at * (places * 4)
+            if part.pages.numel():
+                lines[:, heads, 4] = part.pages.data_ptr() + at * (part.pages.shape[2] * 4)
+                lines[:, heads, 5] = part.listed.data_ptr() + at * 4
+            lines[:, heads, 6] = places
+            lines[:, heads, 7] = part.ring
+            lines[:, heads, 8] = part.places - part.ring
+            lines[:, heads, 9] = config.recent if config is not None and part.drops else -1
+            held = max(self.length) if config is None else rows.sinks + rows.recent + rows.protected + 3 * rows.thinned
+            read = part.pages.shape[2] * PAGE if rows.selected else held
+            for head in heads:
+                blocks[head] = -(-read // (2 * PAGE))
+        programs = make_programs(shares(blocks, B, device_of(device)[0]), device)
+        bits = int(np.bitwise_or.reduce(lines[..., :2].numpy(), axis=None))
+        return Table(lines.view(B * H, 10).to(device), *programs, min(16, bits & -bits))
+
+    @_in_place
+    def launch_step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention ``[B, H, 1, Dv]`` of a new token of every sequence to what is held and itself, which is held then.
+        Launches alone, and elsewhere than on a GPU the same in plain PyTorch: to repeat it changes nothing until
+        :meth:`end_step`."""
+        self._count_dropped()
+        return (self.step_triton if query.is_cuda else self._step_reference)(query, key, value)
+
+    def _count_dropped(self) -> None:
+        """Of heads that drop tokens, how many are gone once there is one more."""
+        for part in self.parts:
+            if part.drops:
+                part.left = [part.leaves(n, left) for n, left in zip(self.length, part.left, strict=True)]
+
+    def _step_reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            for b, length, _, _ in self._spans(0, None):
+                if part.config is not None and part.drops:
+                    last = length - part.config.recent
+                    for place, _, count in part._in_ring(max(part.ring, last - 1), last):
+                        part._free(b, place, count)
+        return self._attend(query, key, value, None)
+
+    def step_triton(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """:meth:`launch_step` by the kernels."""
+        assert self._table is not None and self._end is not None, "prepare_step comes first"
+        table, H_kv = self._table[1], key.shape[1]
+        append_places(key, value, table, self._end)
+        for part in self.parts:
+            if rows := part.group.rows.selected and part.group.rows:
+                q, first = part.group.take(query, H_kv), torch.zeros_like(self._end)
+                update_means(part.means, part.key, first, self._end, 1)
+                recent = max(1, rows.recent)
+                part.pages.copy_(
+                    choose_pages(q, part.means, part.scale, first, self._end, rows.selected, rows.sinks, recent)
+                )
+        return attend_places(query, key, value, table, self._end, self.parts[0].scale)
+
+    def end_step(self) -> None:
+        """Count the token that :meth:`launch_step` added to every sequence."""
+        self._count_dropped()
+        self.length = [n + 1 for n in self.length]
 
     # -- taking tokens back, other batches ------------------------------------------------------------------------
 
@@ -475,6 +766,8 @@ class Held:
     @_in_place
     def drop(self, count: int, beyond: int = 0) -> None:
         """Forget the last ``count`` tokens, at most ``exact_tail``, and what may lie up to ``beyond`` places behind."""
+        for part in self.parts:
+            part.ahead.clear()
         for i, length in enumerate(self.length):
             b = slice(i, i + 1)
             for part in self.parts:
@@ -493,7 +786,8 @@ class Held:
         order = index.tolist()
         self.length = [self.length[i] for i in order]
         for part in self.parts:
-            part.left = [part.left[i] for i in order]
+            part.left, part.is_listed = [part.left[i] for i in order], False
+            part.ahead.clear()
             for name in HeldRows.TENSORS:
                 old = getattr(part, name)
                 new = old.index_select(0, index.to(old.device))
@@ -505,7 +799,9 @@ class Held:
     def to(self, device: torch.device | str) -> None:
         """Move all rows to another device."""
         for part in self.parts:
-            for name in HeldRows.TENSORS:
+            part.ahead.clear()
+            part.is_listed = False
+            for name in (*HeldRows.TENSORS, "pages", "listed"):
                 setattr(part, name, getattr(part, name).to(device))
             part.random = Random(part.random.seed.to(device), part.random.layer, part.random.heads.to(device))
 

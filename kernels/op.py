@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from express_compile.core.call import Call
 from express_compile.core.options import Options
 from express_compile.core.spec import AttentionSpec, known_equal
 
+from .attend.segments import Outputs
 from .padding import each_alone, each_alone_backward
+from .spans import Spans
 
 
 class _Library(torch.library.Library):
@@ -100,7 +103,8 @@ def declare_sharding(op: torch._ops.OpOverload) -> None:
     batch, or over heads where KV heads can be shared evenly. ``seed`` is replicated, and may count heads from another
     one on each rank. Does nothing where torch has no distributed package.
     """
-    if not torch.distributed.is_available() or "key" not in {argument.name for argument in op._schema.arguments}:
+    given = {argument.name for argument in op._schema.arguments}
+    if not torch.distributed.is_available() or "key" not in given or "cu_seqlens" in given:
         return
     from torch.distributed.tensor import Replicate, Shard, experimental  # not in every build of torch
 
@@ -240,6 +244,117 @@ def define_attention(
     )
     PLAIN[op] = of_any_size(body, causal)
     return op, backward_op
+
+
+def define_packed(
+    name: str,
+    op: torch._ops.OpOverload,
+    backward: torch._ops.OpOverload,
+    over: Callable[[Call, Spans, int, Outputs], None],
+) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
+    """The ops ``<name>_varlen`` and ``<name>_varlen_backward``: the ops ``op`` and ``backward`` of a causal method for
+    packed sequences, each of which gets what it would alone.
+
+    query ``[T, H, D]``, key ``[T, H_kv, D]``, value ``[T, H_kv, Dv]``, with the tokens ``cu_seqlens[b]`` to
+    ``cu_seqlens[b + 1]`` of sequence b, int32 ``[B + 1]``, and no more than ``max_seqlen`` of any. Gives ``out``
+    ``[T, H, Dv]`` and ``lse`` ``[H, T]``; of tokens in no sequence 0 and minus infinity. On CUDA ``over(call, spans,
+    max_seqlen, into)`` computes all sequences at once and reads nothing back; on the CPU, and for gradients, each one
+    is a call.
+    """
+    schema = str(op._schema)
+    parameters = schema[schema.index("(") + 1 : schema.rindex(") ->")]
+    parameters = parameters.replace("Tensor? padding", "Tensor cu_seqlens, SymInt max_seqlen")
+
+    def forward(*args: Any, **options: Any) -> Any:
+        call, cu_seqlens, max_seqlen = _packed_call(args, options)
+        T, H, _ = args[0].shape
+        out = args[0].new_zeros(T, H, call.value.shape[3])
+        lse = args[0].new_full((H, T), -math.inf, dtype=torch.promote_types(out.dtype, torch.float32))
+        if call.query.is_cuda and out.numel() and len(cu_seqlens) > 1:
+            own = _with_features(call)
+            every = (x.expand(len(cu_seqlens) - 1, *x.shape[1:]) for x in (own.query, own.key, own.value))
+            into = Outputs(*(x[None].expand(len(cu_seqlens) - 1, *x.shape) for x in (out.transpose(0, 1), lse)))
+            own = replace(own, **dict(zip(("query", "key", "value"), every, strict=True)))
+            over(own, Spans.of_packed(cu_seqlens), min(max_seqlen, T), into)
+            return out, lse
+        for at, alone in _each_packed(call, cu_seqlens, max_seqlen):
+            own_out, own_lse = alone.run(op)
+            out[at], lse[:, at] = own_out[0].transpose(0, 1), own_lse[0]
+        return out, lse
+
+    def gradient(grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *args: Any, **options: Any) -> Any:
+        call, cu_seqlens, max_seqlen = _packed_call(args, options)
+        grads = tuple(x.new_zeros(x.shape) for x in args[:3])
+        for at, alone in _each_packed(call, cu_seqlens, max_seqlen):
+            results = *(x[at].transpose(0, 1)[None] for x in (grad, out)), lse[None, :, at]
+            for target, part in zip(grads, backward(*results, *alone.args, **alone.keywords), strict=True):
+                target[at] = part[0].transpose(0, 1)
+        return grads
+
+    def setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+        query, key, value, cu_seqlens, max_seqlen, seed, *ctx.others = inputs
+        ctx.save_for_backward(*output, query, key, value, cu_seqlens, seed)
+        ctx.max_seqlen, ctx.options = max_seqlen, keyword_only_inputs
+        ctx.mark_non_differentiable(output[1])
+
+    def differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
+        *saved, seed = ctx.saved_tensors
+        grads = packed_backward(grad, *saved, ctx.max_seqlen, seed, *ctx.others, **ctx.options)
+        return *grads, *[None] * (3 + len(ctx.others))
+
+    def fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **options: Any) -> Any:
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        return query.new_empty(*query.shape[:2], value.shape[2]), query.new_empty(query.shape[1::-1], dtype=dtype)
+
+    packed = define_op(
+        f"{name}_varlen", f"({parameters}) -> (Tensor, Tensor)", forward, fake, differentiate, setup_context
+    )
+    packed_backward = define_op(
+        f"{name}_varlen_backward",
+        f"(Tensor grad, Tensor out, Tensor lse, {parameters}) -> (Tensor, Tensor, Tensor)",
+        gradient,
+        lambda grad, out, lse, query, key, value, *_, **options: tuple(
+            x.new_empty(x.shape) for x in (query, key, value)
+        ),
+    )
+    return packed, packed_backward
+
+
+def _packed_call(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Call, torch.Tensor, int]:
+    """The call of all tokens as one sequence, ``[1, H, T, .]``, where each one starts and the most tokens of one.
+    Raises ``ValueError`` or ``TypeError`` for arguments that do not fit; on CUDA ``cu_seqlens`` is not read."""
+    *tensors, cu_seqlens, max_seqlen, seed, scale, layer = args
+    for word, x in zip(("query", "key", "value"), tensors, strict=True):
+        if x.dim() != 3:
+            raise ValueError(f"{word}: shape {tuple(x.shape)}; must be [tokens, heads, head size]")
+    query, key, value = (x.transpose(0, 1)[None] for x in tensors)
+    call = Call(query, key, value, None, seed, scale, layer, options=options)
+    check_call(call)
+    if call.Lq != call.Lk:
+        raise ValueError(f"key: {call.Lk} tokens; must be as many as those of query, {call.Lq}")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens: dtype {cu_seqlens.dtype}; must be torch.int32")
+    if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.device != tensors[0].device:
+        raise ValueError(
+            f"cu_seqlens: shape {tuple(cu_seqlens.shape)} on {cu_seqlens.device}; must be [sequences + 1] on "
+            f"{tensors[0].device}"
+        )
+    if max_seqlen < 1:
+        raise ValueError(f"max_seqlen={max_seqlen}: must be 1 or more")
+    return call, cu_seqlens, max_seqlen
+
+
+def _each_packed(call: Call, cu_seqlens: torch.Tensor, max_seqlen: int) -> Iterator[tuple[slice, Call]]:
+    """Where the tokens of every sequence are, and the call of it alone. Reads ``cu_seqlens`` and raises ``ValueError``
+    where it does not fit."""
+    starts = cu_seqlens.tolist()
+    if starts[0] < 0 or starts[-1] > call.Lk or any(not 0 <= b - a <= max_seqlen for a, b in pairwise(starts)):
+        raise ValueError(
+            f"cu_seqlens={starts}: must rise from 0 to at most {call.Lk}, by at most max_seqlen={max_seqlen} at a time"
+        )
+    for at in (slice(*ends) for ends in pairwise(starts)):
+        query, key, value = (x[:, :, at].contiguous() for x in (call.query, call.key, call.value))
+        yield at, replace(call, query=query, key=key, value=value)
 
 
 def contract() -> str:

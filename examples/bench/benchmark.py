@@ -3,9 +3,9 @@
     python examples/bench/benchmark.py --out examples/bench/results/speed.csv       # on a GPU: about two minutes
     python examples/bench/benchmark.py --lengths 4096 8192 --settings 1       # a taste, also on a CPU
 
-One row per (length, setting) of a prefill, then the other jobs: the last eighth of a prefill as a chunk, a batch
-padded on the left, forward and backward; `encode`, attention without a causal mask; and `decode`, one token over a
-long cache. The opponent is the faster of
+One row per (length, setting) of a prefill, then the other jobs: the last eighth of a prefill as a chunk, a batch of
+sequences of other lengths, forward and backward; `encode`, attention without a causal mask; and `decode`, one token
+over a long cache. The opponent is the faster of
 torch's flash and cuDNN backends (for float32 its efficient one, on a CPU its flash kernel) in the same run on the
 same inputs. A kernel whose output fails its check gets no speed-up. Rows with graph=1 replay both sides as CUDA
 graphs: what they cost inside a model that keeps the GPU busy.
@@ -38,6 +38,12 @@ model, beside plans with as many rows in all, equal ones for all heads: a window
 window. With ``--plan FILE`` the mixtures are those of a saved plan: its KV heads in order, a layer after the other, as
 it is and with selected rows where it has everything; times are per layer. ``launches`` in ``params`` counts what a
 layer launches on the GPU, ``selection`` is the share of its time without attention: thinning, contests and choices.
+
+    python examples/bench/benchmark.py --padded --out examples/bench/results/speed.csv      # GPU: only this, a minute
+    python examples/bench/benchmark.py --padded --others 1024 --heads 4 2 --head-size 32      # a taste, also on a CPU
+
+``--padded`` measures three sequences of other lengths as a batch that is padded on the left, on the right or on both
+sides, as packed sequences, and one after the other (``padding`` in ``params``).
 """
 
 from __future__ import annotations
@@ -46,6 +52,7 @@ import argparse
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -76,7 +83,6 @@ from express_compile.kernels.attend.segments import (
 from express_compile.kernels.attend.segments_backward import accumulate_rows_reference
 from express_compile.kernels.exact import exact_attention
 from express_compile.kernels.launch import Random
-from express_compile.kernels.padding import Packing
 from express_compile.kernels.santa import probabilities, read_probability, santa_reference, visible_keys
 from express_compile.kernels.sparse import Pattern, default_stride, dense_backward, dense_forward
 from express_compile.planning.devices import versions
@@ -251,20 +257,49 @@ def without_padding(tensors, lengths: Sequence[int], clock: Clock, repeats: int,
     return opponents
 
 
-def padded(policy: Policy, tensors, lengths: list[int], clock: Clock, repeats: int) -> dict:
-    """A batch padded on the left; the opponent runs every sequence for itself, without its padding."""
-    q, k, v = tensors
-    n = q.shape[2]
-    padding = torch.arange(n, device=q.device) >= n - torch.tensor(lengths, device=q.device)[:, None]
-    op = op_of(policy, q.device, padding)
-    times = clock(lambda: op(*tensors), repeats)
-    out, peak = peak_of(lambda: op(*tensors), out_and_lse)
-    opponents = without_padding(tensors, lengths, clock, repeats)
-    pad = Packing(padding)
-    packed = [pad.pack(x) for x in (*tensors, out)]
+BATCHES = ("alone", "packed", "left", "right", "both")
+
+
+def batched(how: str, policy: Policy, tensors, lengths: list[int]) -> tuple[Callable, list, list[int]]:
+    """Express of the sequences of a batch as a function of what it is given: padded on a side, packed, or each one
+    alone; and where the first token of each one is in the batch."""
+    q, n = tensors[0], tensors[0].shape[2]
+    firsts = [{"right": 0, "both": (n - length) // 2}.get(how, n - length) for length in lengths]
+    if how in ("left", "right", "both"):
+        place, first, length = (torch.tensor(x, device=q.device) for x in (range(n), firsts, lengths))
+        padding = (place >= first[:, None]) & (place < (first + length)[:, None])
+        return op_of(policy, q.device, padding), tensors, firsts
+    own = [[x[b : b + 1, :, at : at + length] for x in tensors]
+           for b, (at, length) in enumerate(zip(firsts, lengths, strict=True))]  # fmt: skip
+    if how == "alone":
+        op = op_of(policy, q.device)
+        return lambda *each: [op(*x) for x in each], own, firsts
+    params, scale = METHODS["express"].params(Site(), policy), q.shape[-1] ** -0.5
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    starts = torch.tensor([0, *lengths], device=q.device).cumsum(0).to(torch.int32)
+    given = [torch.cat([x[i][0].transpose(0, 1) for x in own]) for i in range(3)]
+    return lambda q, k, v: E.VARLEN(q, k, v, starts, max(lengths), seed, scale, LAYER, **params)[0], given, firsts
+
+
+def batch(
+    how: str, policy: Policy, tensors, lengths: list[int], opponents: dict[str, float], clock: Clock, repeats: int
+) -> dict:
+    """Express of a batch; the opponent runs every sequence for itself, without its padding."""
+    op, given, firsts = batched(how, policy, tensors, lengths)
+    times = clock(lambda: op(*given), repeats)
+
+    def kept(out: torch.Tensor | list[torch.Tensor]) -> int:
+        return sum(map(out_and_lse, out)) if isinstance(out, list) else out_and_lse(out)
+
+    out, peak = peak_of(lambda: op(*given), kept)
+    if how == "packed":
+        out = [x.transpose(0, 1)[None] for x in out.split(lengths)]
+    elif how != "alone":
+        out = [out[b : b + 1, :, first:] for b, first in enumerate(firsts)]
     shortest = min(lengths)  # check what all sequences have
-    errors = check(*(x[:, :, :shortest] for x in packed), E.config_of(policy, n))
-    params = dict(padding="left", lengths="/".join(map(str, lengths)))
+    own = [torch.cat([x[b : b + 1, :, first : first + shortest] for b, first in enumerate(firsts)]) for x in tensors]
+    errors = check(*own, torch.cat([x[:, :, :shortest] for x in out]), E.config_of(policy, tensors[0].shape[2]))
+    params = dict(padding=how, lengths="/".join(map(str, lengths)))
     return row_of(policy, times, opponents, errors, job="prefill", params=params, peak_mb=peak)
 
 
@@ -751,14 +786,22 @@ class Bench:
         self.decodes()
 
     def others(self, n: int, policies: list[Policy]) -> None:
-        """A chunk of a prefill, a padded batch, forward and backward."""
+        """A chunk of a prefill, a batch, forward and backward."""
         clock, repeats = self.clock, self.args.repeats
-        chunk, batch, whole = self.tensors(1, n // 8, n), self.tensors(3, n, n), self.tensors(1, n, n)
+        chunk, whole = self.tensors(1, n // 8, n), self.tensors(1, n, n)
         opponents = exact_times(*chunk, clock, repeats)
         for policy in policies:
             self.add(*chunk[:2], prefill(policy, opponents, chunk, clock, repeats, chunk="last"))
-            self.add(*batch[:2], padded(policy, batch, [n, n - n // 3, n - 17], clock, repeats))
             self.add(*whole[:2], train(policy, whole, clock, repeats))
+        self.padded()
+
+    def padded(self) -> None:
+        """A batch of sequences of other lengths: padded in three ways, packed, and one sequence after the other."""
+        n, clock, repeats = self.args.others, self.clock, self.args.repeats
+        tensors, lengths = self.tensors(3, n, n), [n, n - n // 3, n - 17]
+        opponents = without_padding(tensors, lengths, clock, repeats)
+        for policy, how in product((SETTINGS[0], SETTINGS[-1]), BATCHES):
+            self.add(*tensors[:2], batch(how, policy, tensors, lengths, opponents, clock, repeats))
 
     def graphs(self, n: int) -> list[dict[str, int]]:
         """Launched one by one, and where that takes as long as computing also as a CUDA graph."""
@@ -817,6 +860,7 @@ PARTS: dict[str, tuple[Callable[[Bench], None], str]] = {
     "bernoulli": (Bench.bernoulli, "B H_kv Lk params ms_p50 opponent opponent_ms_p50 speedup error"),
     "sparse": (Bench.sparse, "job Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb"),
     "mixed": (Bench.mixed, "method Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb"),
+    "padded": (Bench.padded, "B Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb"),
     "window": (Bench.window, "method Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb"),
     "everything": (
         Bench.everything,
@@ -847,6 +891,8 @@ def main() -> None:
                         "rows for all; --lengths count, --heads has 8 KV heads "
                         "unless there is a --plan")  # fmt: skip
     parser.add_argument("--plan", type=Path, help="with --mixed: a saved plan whose heads the mixtures have")
+    parser.add_argument("--padded", action="store_true", help="measure only batches of sequences of other lengths; "
+                        "--others is the longest one")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=7)
     add_arguments(parser)
     args = parser.parse_args()

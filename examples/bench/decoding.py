@@ -2,6 +2,7 @@
 
     python examples/bench/decoding.py --out examples/bench/results/speed.csv    # on a GPU, about six minutes
     python examples/bench/decoding.py --by-hand     # half a minute: CUDA graphs of the eager model, nothing compiled
+    python examples/bench/decoding.py --parts cache whole    # an ExpressCache, and all kinds of steps side by side
     python examples/bench/decoding.py --tiny --shapes 2x256               # a taste on a CPU
 
 *Attention alone*: the exact kernel of this project over all rows of a cache (``lengths``), over those that a mask shows
@@ -13,6 +14,12 @@ graph of calls over caches that do not fit the L2 together.
 which SANTA reads the most values. As transformers runs it (``sdpa`` with a mask; ``repeated``: with the heads of keys
 repeated, as it is traced); as an upper bound cuDNN without the mask over all of the cache; rewritten, exact and with
 SANTA.
+
+*Whole steps* of the same shape after a prompt of random tokens: time to first token, milliseconds per token as
+``generate()`` sees them (one step after the other, each waited for; median, 99th percentile and maximum), and peak
+memory beyond the weights. transformers and the methods that read a full cache replay CUDA graphs over a static
+cache of random keys; an ExpressCache decodes behind its own prompt by the graphs that ``generate()`` uses, updates,
+thinning and everything else included. *Cache*: what a layer of it costs alone, its update and its attention.
 """
 
 from __future__ import annotations
@@ -20,8 +27,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
 import statistics
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +40,13 @@ from benchmark import quantile
 from records import SPEED_COLUMNS, add_arguments, append, run_of, show
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from express_compile import restore_attention, rewrite_attention
+from express_compile import ExpressCache, restore_attention, rewrite_attention
+from express_compile.core.rows import Rows as HeadRows
 from express_compile.kernels.attend.decode import Rows, decode_attention, decode_reference
+from express_compile.kernels.attend.places import append_places, attend_places
+from express_compile.kernels.heads import PerHead
+from express_compile.kernels.held import Held
+from express_compile.kernels.launch import Random
 from express_compile.kernels.select.pages import PAGE, SUB, choose_pages, update_means
 from express_compile.planning.devices import versions
 from express_compile.planning.measure import Clock, replayed
@@ -43,6 +58,11 @@ PAGES = dict(pages=16, sinks=64, recent=256)
 WEIGHTED = 2048  # rows of an ExpressCache of s=1024
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 STEPS = 12  # timed, after as many that compile and record graphs
+WHOLE_STEPS = 300  # of whole steps; protected places compete every 256 tokens
+UNIFORM = HeadRows(32, 256, 1024, 256)
+SELECTED = HeadRows(64, 256, selected=16)
+WARM = 8192  # tokens of a prompt that compiles kernels, before one is timed
+PLAN = Path(__file__).parents[1] / "plans" / "smollm2-135m.json"
 LLAMA = dict(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
     vocab_size=128256, rope_theta=500000.0, max_position_embeddings=1 << 20,
@@ -276,11 +296,195 @@ def rows_of(model: torch.nn.Module, B: int, n: int, S: int, clock: Clock, mode: 
     return rows
 
 
+# ---- an ExpressCache, and whole steps ------------------------------------------------------------------------------
+
+
+def cache_rows(B: int, n: int, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """One layer of an ExpressCache of s=1024 behind ``n`` tokens: its attention, and its update by a token with what
+    that thins, both per layer and token. The output is checked against the reference over the same rows."""
+    torch.manual_seed(0)
+    count = 2 if B > 1 or device == "cpu" else 12
+    q, k, v = (torch.randn(B, heads, 1, D, device=device, dtype=dtype) for heads in (H, H_KV, H_KV))
+    layers = []
+    for layer in range(count):
+        seed = torch.tensor(0, device=device)
+        layers.append(Held(PerHead((UNIFORM,)), k, v, Random(seed, layer), SCALE, layer))
+        layers[-1].fill(*(torch.randn(B, H_KV, n, D, device=device, dtype=dtype) for _ in range(2)))
+        layers[-1].settle(single=True)
+        layers[-1].prepare_step()
+    first, part = layers[0], layers[0].parts[0]
+    out = first.launch_step(q, k, v)
+    held = Rows(log_weight=part.log_weight)
+    truth, _ = decode_reference(q.float(), part.key.float(), part.value.float(), SCALE, held)
+    error = ((out.float() - truth).norm() / truth.norm()).item()
+    if not error <= TOLERANCE[dtype]:
+        raise SystemExit(f"ExpressCache at B={B}, n={n}: off by {error:.1e}, so it has no speed")
+    live = int((part.log_weight > -torch.inf).sum())
+    attend = microseconds([lambda x=x: attend_places(q, k, v, x._table[1], x._end, SCALE) for x in layers])
+    append = microseconds([lambda x=x: append_places(k, v, x._table[1], x._end) for x in layers])
+    tokens = 512 if device == "cuda" else 4
+    for timed in (False, True):  # the first time finds tables and kernels
+        started = time.perf_counter()
+        for _ in range(tokens):
+            for x in layers:
+                if x.rest() <= 0 or not timed:
+                    x.settle(single=True)
+                    x.prepare_step()
+                append_places(k, v, x._table[1], x._end)
+                x.end_step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    update = 1e6 * (time.perf_counter() - started) / tokens / count
+    p20, p50, p80 = (quantile(attend, x) / 1e3 for x in (0.2, 0.5, 0.8))
+    bandwidth = 2 * live * D * q.element_size() / COPY_BANDWIDTH / p50 * 1e3
+    shape = dict(B=B, H=H, H_kv=H_KV, Lq=1, Lk=n, D=D, Dv=D, dtype=str(dtype).removeprefix("torch."), s=UNIFORM.thinned)
+    params = f"rows={live / B / H_KV:.0f} bandwidth={bandwidth:.2f}"
+    attended = dict(job="decode_cache", method="heads", params=params, ms_p20=p20, ms_p50=p50, ms_p80=p80, error=error)
+    median = statistics.median(append) / 1e3
+    updated = dict(
+        job="cache_update", method="heads", params=f"append_us={1e3 * median:.2f} share={update / 1e3 / p50:.3f}",
+        ms_p50=update / 1e3, opponent="attention", opponent_ms_p50=p50,
+    )  # fmt: skip
+    return [{**shape, **attended}, {**shape, **updated}]
+
+
+def planned_rows(model: torch.nn.Module) -> dict[str, list[HeadRows]]:
+    """The rows of the heads of a shipped plan, stretched over the heads of this model in their order."""
+    sites = json.loads(PLAN.read_text())["sites"]
+    found: list[HeadRows] = []
+    for site in sites:
+        numbers = site["params"]["rows"]
+        parts = [numbers[i : i + 6] for i in range(0, len(numbers), 6)]
+        found += [HeadRows(*part[:5], everything=bool(part[5])) for part in parts]
+    layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
+    of = [found[i * len(found) // (layers * heads)] for i in range(layers * heads)]
+    return {f"model.layers.{i}.self_attn": of[i * heads : (i + 1) * heads] for i in range(layers)}
+
+
+@torch.no_grad()
+def prompted(model: torch.nn.Module, B: int, n: int, cache: Any) -> float:
+    """Seconds to the logits of the first token after ``n`` random ones."""
+    device = next(model.parameters()).device
+    ids = torch.randint(0, model.config.vocab_size, (B, n), device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    assert logits.isfinite().all(), "a first token"
+    return time.perf_counter() - started
+
+
+def waited(step: Callable[[], Any], count: int) -> list[float]:
+    """Milliseconds of single steps, the device waited for after each."""
+    wait, times = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None), []
+    for _ in range(count):
+        wait()
+        started = time.perf_counter()
+        step()
+        wait()
+        times.append(1e3 * (time.perf_counter() - started))
+    return times
+
+
+@torch.no_grad()
+def full_steps(model: torch.nn.Module, B: int, n: int, count: int) -> list[float]:
+    """Steps over a full static cache: replays of one graph; the tokens stay the same number, within a page."""
+    cache, device = filled_cache(model, B, n), next(model.parameters()).device
+    ids = torch.full((B, 1), 5, device=device)
+    given = dict(attention_mask=torch.ones(B, 1, 1, n, dtype=torch.bool, device=device), past_key_values=cache,
+                 position_ids=torch.full((B, 1), n - 1, device=device), use_cache=True)  # fmt: skip
+
+    def step() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(n - 1)
+        model(ids, **given)
+
+    return waited(replayed(step) if device.type == "cuda" else step, count)
+
+
+@torch.no_grad()
+def cache_steps(model: torch.nn.Module, B: int, n: int, cache: ExpressCache, count: int) -> list[float]:
+    """Steps behind the ``n`` tokens that ``cache`` holds, as ``generate()`` runs them."""
+    device = next(model.parameters()).device
+    ids, position = torch.full((B, 1), 5, device=device), torch.full((B, 1), n, device=device)
+
+    def step() -> None:
+        given = dict(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True)
+        cache.steps(model, given)
+        position.add_(1)
+
+    waited(step, 3)  # the first one records a graph
+    return waited(step, count)
+
+
+def whole_rows(model: torch.nn.Module, B: int, n: int, S: int, count: int) -> list[dict[str, Any]]:
+    """The table of whole steps at one length; a method that does not fit the memory has none."""
+    from transformers import DynamicCache
+
+    on_gpu = torch.cuda.is_available()
+    uniform = {path: [UNIFORM] for path in planned_rows(model)}
+    selected = {path: [SELECTED] for path in uniform}
+    methods: dict[str, tuple[dict[str, Any] | None, Any]] = {
+        "transformers": (None, None), "exact": (dict(methods=["exact"]), None),
+        "santa": (dict(methods=["santa"], budget=S, seed=0), None), "selected": (dict(methods=["exact"]), selected),
+        "cache": (dict(methods=["exact"]), uniform), "planned": (dict(methods=["exact"]), planned_rows(model)),
+    }  # fmt: skip
+    rows, first = [], {"santa": "exact"}  # SANTA is no method for a prompt
+    config, ttft, exact = model.config, {}, {}
+    for name, (policy, plan) in methods.items():
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            weights = torch.cuda.memory_allocated()
+        if policy is not None:
+            rewrite_attention(model, **policy)
+        cache = None
+        try:
+            for length in (min(n, WARM), n):
+                if name not in first:
+                    cache = None
+                    cache = DynamicCache(config=config) if plan is None else ExpressCache(model, rows=plan, graphs=True)
+                    ttft[name] = prompted(model, B, length, cache)
+            if plan is None:
+                cache = None
+                times = full_steps(model, B, n, 60 if on_gpu else 2)
+            else:
+                assert isinstance(cache, ExpressCache)
+                times = cache_steps(model, B, n, cache, count)
+        except torch.cuda.OutOfMemoryError:
+            print(f"{name}: B={B}, n={n}: more than the memory of the device")
+            continue
+        finally:
+            held = f" rows={cache.rows_held:.0f}" if isinstance(cache, ExpressCache) else ""
+            cache = None
+            if policy is not None:
+                restore_attention(model)
+        if plan is None and name != "santa":
+            exact[name] = quantile(times, 0.5)
+        best = "exact" if name not in exact and "exact" in exact else "transformers"
+        against = exact.get(best)
+        p20, p50, p80, p99 = (quantile(times, x) for x in (0.2, 0.5, 0.8, 0.99))
+        seconds = ttft.get(first.get(name, name), float("nan"))
+        said = f"model=llama-3.1-8b-shape ttft_s={seconds:.3f} p99_ms={p99:.3f} max_ms={max(times):.3f}{held}"
+        peak = (torch.cuda.max_memory_allocated() - weights) / 1e6 if on_gpu else ""
+        rows.append(dict(
+            job="whole_step", method=name, params=said, B=B, H=config.num_attention_heads, Lq=1, Lk=n,
+            H_kv=config.num_key_value_heads, D=config.head_dim, Dv=config.head_dim, ms_p20=p20, ms_p50=p50, ms_p80=p80,
+            dtype=str(model.dtype).removeprefix("torch."), opponent=best, opponent_ms_p50=against,
+            speedup=against / p50 if against else None, peak_mb=peak,
+        ))  # fmt: skip
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["1x131072", "8x32768"], help="sequences x tokens in the cache")
     parser.add_argument("--weighted", nargs="+", default=[f"1x{WEIGHTED}", f"32x{WEIGHTED}"], help="of an ExpressCache")
-    parser.add_argument("--parts", nargs="+", default=["attention", "model"], choices=["attention", "model"])
+    parser.add_argument(
+        "--parts", nargs="+", default=["attention", "model"], choices=["attention", "model", "cache", "whole"]
+    )
+    parser.add_argument("--cached", nargs="+", default=["1x32768", "32x32768"], help="behind an ExpressCache alone")
+    parser.add_argument("--steps", type=int, default=WHOLE_STEPS, help="timed behind an ExpressCache")
     parser.add_argument("--draws", type=int, default=128, help="S, draws per head")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers")
     parser.add_argument("--by-hand", action="store_true", help="CUDA graphs of the eager model instead of a compiler")
@@ -294,18 +498,24 @@ def main() -> None:
         if args.out:
             append(args.out, SPEED_COLUMNS, [{**run_of(args.commit), **versions(), **row} for row in rows])
 
-    shapes = {name: [tuple(map(int, x.split("x"))) for x in getattr(args, name)] for name in ("shapes", "weighted")}
+    names = ("shapes", "weighted", "cached")
+    shapes = {name: [tuple(map(int, x.split("x"))) for x in getattr(args, name)] for name in names}
     if "attention" in args.parts:
         for (B, n), weighted in itertools.chain(
             ((x, False) for x in shapes["shapes"]), ((x, True) for x in shapes["weighted"])
         ):
             keep(attention_rows(B, n, device, dtype, weighted))
-    if "model" not in args.parts:
+    if "cache" in args.parts:
+        for B, n in shapes["cached"]:
+            keep(cache_rows(B, n, device, dtype))
+    if not {"model", "whole"} & set(args.parts):
         return
     with torch.no_grad():
         model = random_llama(device, dtype, TINY if args.tiny else LLAMA)
     mode = "reduce-overhead" if device == "cuda" else "default"
-    for B, n in shapes["shapes"]:
+    for B, n in shapes["shapes"] if "whole" in args.parts else ():
+        keep(whole_rows(model, B, n, args.draws, args.steps))
+    for B, n in shapes["shapes"] if "model" in args.parts else ():
         keep(rows_of(model, B, n, args.draws, Clock(device), None if args.by_hand else mode))
 
 

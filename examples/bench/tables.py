@@ -274,6 +274,15 @@ def train_sparse_table() -> str:
     return markdown(["attention", "compiled", "bytes / s", "bits / byte", "memory, MB"], body) + f"\n\n{note}"
 
 
+BATCHES = {
+    "alone": "one sequence after the other",
+    "packed": "packed sequences",
+    "left": "batch padded on the left",
+    "right": "batch padded on the right",
+    "both": "batch padded on both sides",
+}
+
+
 def others_table() -> str:
     rows = speed_rows(method="express")
     special = [row for row in rows if row["job"] == "train" or row["B"] != "1" or row["Lq"] != row["Lk"]]
@@ -288,7 +297,7 @@ def others_table() -> str:
         elif "chunk" in values:
             job = f"chunk: the last {int(row['Lq']):,} queries of {n}"
         elif "padding" in values:
-            job = f"batch padded on the left, lengths {values['lengths'].replace('/', ', ')}"
+            job = f"{BATCHES[values['padding']]}, lengths {values['lengths'].replace('/', ', ')}"
         opponent = f"{float(row['opponent_ms_p50']):.2f} ms ({row['opponent']})"
         heads = f"{row['H']}/{row['H_kv']}, {row['D']}"
         body.append([job, heads, setting(row), opponent, cell(row), f"{float(row['peak_mb']):,.0f}"])

@@ -326,8 +326,8 @@ def tiling(row_bytes: int, shared: int) -> Tiling:
 
 
 @functools.cache
-def _device(device: torch.device) -> tuple[int, int]:
-    """Its multiprocessors, and the bytes of shared memory of one."""
+def device_of(device: torch.device) -> tuple[int, int]:
+    """The multiprocessors of a device, and the bytes of shared memory of one."""
     if device.type != "cuda":
         return _MULTIPROCESSORS, 228 << 10
     known = torch.cuda.get_device_properties(device)
@@ -359,7 +359,7 @@ def decode_triton(
             f"{MAX_ROWS} of them times heads"
         )
     widths, BM = Widths.alike(key, value), max(16, next_power_of_two(R))
-    multiprocessors, shared = _device(query.device)
+    multiprocessors, shared = device_of(query.device)
     tiles, listed = tiling(max(widths.BD, widths.BDV) * query.element_size(), shared), 0
     pages, padding, count = rows.pages, rows.padding, L
     if pages is not None:

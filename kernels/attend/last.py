@@ -117,6 +117,8 @@ def last_gradients(
         return end.take(x).unflatten(1, (H_kv, -1)).to(kind)  # [B, H_kv, G, n, .]
 
     key, value = (x[:, :, None].to(kind) for x in (call.key, call.value))
+    if call.padding is not None:  # which may hold anything
+        key, value = (x.masked_fill(~call.padding[:, None, None, :, None], 0) for x in (key, value))
     d_out, query = grouped(grad), grouped(call.query)
     seen = end.seen()[:, :, None]
     weights = ((query @ key.mT) * call.scale - grouped(lse[..., None])).masked_fill(~seen, -torch.inf).exp()

@@ -35,6 +35,7 @@ from ..launch import (
     strided,
     tl,
 )
+from ..spans import Spans, numbers_of, place_of
 from . import hopper, job
 from .arguments import KernelShape, KernelSizes, KernelTensors, Lists, describable
 
@@ -84,6 +85,17 @@ class SegmentTable:
             self._on_device[key] = tuple(constant(x, device) for x in lists)
         return self._on_device[key]
 
+    @property
+    def queries(self) -> int:
+        """The most queries that fit into its blocks."""
+        return len(self.tail) * self.block - self.shift
+
+    def first(self, queries: int) -> SegmentTable:
+        """The table of the first ``queries`` queries."""
+        blocks = -(-(queries + self.shift) // self.block)
+        segments, log_weight, tail = (x[:blocks] for x in (self.segments, self.log_weight, self.tail))
+        return SegmentTable(self.block, self.q_offset, segments, log_weight, tail, self.shift)
+
     def rows_seen(self, queries: int) -> np.ndarray:
         """Rows that each of the first ``queries`` queries attends to, itself included: int64 ``[queries]``."""
         position = np.arange(queries)
@@ -107,6 +119,10 @@ class Sources(NamedTuple):
     ``index`` int32 ``[B, H_kv, A + I]`` gives I compacted rows more, which are not copies but read where they are:
     row ``A + i`` is token ``index[:, :, A + i]``. A segment lies on one side of A. With ``lengths`` int ``[B]``
     sequence b sees of the compacted rows that are not read by index the first ``lengths[b]`` only.
+
+    With ``spans`` tokens are counted within each sequence, and lie where these say; the table, with ``q_offset`` 0, is
+    that of all tokens of the longest one. ``index`` then has places. Batches of packed sequences are one tensor of
+    tokens, expanded.
     """
 
     key: torch.Tensor
@@ -115,11 +131,12 @@ class Sources(NamedTuple):
     compacted_value: torch.Tensor
     index: torch.Tensor | None = None  # type: ignore[assignment]  # instead of tuple's method
     lengths: torch.Tensor | None = None
+    spans: Spans | None = None
 
     @classmethod
-    def tokens(cls, key: torch.Tensor, value: torch.Tensor) -> Sources:
+    def tokens(cls, key: torch.Tensor, value: torch.Tensor, spans: Spans | None = None) -> Sources:
         """No compacted rows."""
-        return cls(key, value, key[:, :, :0], value[:, :, :0])
+        return cls(key, value, key[:, :, :0], value[:, :, :0], spans=spans)
 
     @classmethod
     def compacted(cls, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor | None = None) -> Sources:
@@ -262,15 +279,57 @@ def _grouped(x: torch.Tensor, H_kv: int) -> torch.Tensor:
     return x.unflatten(1, (H_kv, x.shape[1] // H_kv))
 
 
+class Outputs(NamedTuple):
+    """Of attention: ``[B, H, Lq, Dv]``, and float32 ``[B, H, Lq]``."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+    @classmethod
+    def of(cls, query: torch.Tensor, Dv: int) -> Outputs:
+        return cls(query.new_empty(*query.shape[:3], Dv), query.new_empty(query.shape[:3], dtype=torch.float32))
+
+
+def spanned_outputs(query: torch.Tensor, value: torch.Tensor) -> Outputs:
+    """What attention over spans is written into: 0, and minus infinity, where no token is."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return Outputs(
+        query.new_zeros(*query.shape[:3], value.shape[3]), query.new_full(query.shape[:3], -math.inf, dtype=dtype)
+    )
+
+
+def _each_alone(query: torch.Tensor, sources: Sources, table: SegmentTable) -> Iterator[tuple]:
+    """Of every sequence of ``sources.spans``: its number, the places of its tokens, those of its queries, and query,
+    sources and table of it alone. Tokens before its queries have a query of zeros."""
+    spans, sources = sources.spans, sources.gathered()
+    assert spans is not None
+    for b in range(len(spans.length)):
+        places, begin = spans.places(b), int(spans.begin[b])
+        if not len(places):
+            continue
+        key, value = (x[b : b + 1, :, places] for x in sources[:2])
+        own = Sources(key, value, sources.compacted_key[b : b + 1], sources.compacted_value[b : b + 1])
+        asking = places[begin:] - spans.lead
+        rows = pad(query[b : b + 1, :, asking], (0, 0, begin, 0))
+        yield b, places, asking, rows, own, table.first(len(places))
+
+
 def segment_attention_reference(
-    query: torch.Tensor, sources: Sources, table: SegmentTable, scale: float
+    query: torch.Tensor, sources: Sources, table: SegmentTable, scale: float, into: Outputs | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of correct: ``out`` ``[B, H, Lq, Dv]`` in the dtype of ``query`` ``[B, H, Lq, D]``, and ``lse``
     ``[B, H, Lq]`` in float32 (float64 for float64 inputs); computed in that same precision from the inputs as they are.
 
-    Where a query sees no row at all ``out`` is 0 and ``lse`` minus infinity. Raises ``ValueError`` for a table that
-    does not fit.
+    Where a query sees no row at all ``out`` is 0 and ``lse`` minus infinity. With ``sources.spans`` every sequence is
+    computed alone, ``into`` tensors of any strides if there are some, of which the rest stays as it is. Raises
+    ``ValueError`` for a table that does not fit.
     """
+    if sources.spans is not None:
+        into = spanned_outputs(query, sources.value) if into is None else into
+        for b, _, asking, rows, own, first in _each_alone(query, sources, table):
+            for target, x in zip(into, segment_attention_reference(rows, own, first, scale), strict=True):
+                target[b][:, asking] = x[0, :, x.shape[2] - len(asking) :]
+        return into
     H_kv, A = sources.key.shape[1], sources.compacted_key.shape[2]
     check_table(table, query.shape[2], sources.key.shape[2], A, sources.indexed)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -307,6 +366,8 @@ def segment_attention_backward(
     device. Gradients are float32 (float64 for float64 inputs).
     """
     H_kv, dtype = sources.key.shape[1], lse.dtype
+    if sources.spans is not None:
+        return _backward_each_alone(grad, query, sources, out, lse, table, scale)
     d_query, *targets = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, *sources.buffers))
     o, do, total = (_grouped(x, H_kv) for x in (out, grad, lse))
     for queries, slices, rows, keys, values, scores in _blocks(query, sources, table, scale, dtype):
@@ -322,6 +383,23 @@ def segment_attention_backward(
                 target[:, :, a:b] += part[:, :, at : at + b - a]
             at += b - a
     return (d_query, *targets)
+
+
+def _backward_each_alone(
+    grad: torch.Tensor, query: torch.Tensor, sources: Sources, out: torch.Tensor, lse: torch.Tensor,
+    table: SegmentTable, scale: float,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    tensors = (query, *sources.gathered().buffers)
+    targets = [x.new_zeros(x.shape, dtype=lse.dtype) for x in tensors]
+    for b, places, asking, rows, own, first in _each_alone(query, sources, table):
+        begin = len(places) - len(asking)
+        results = [pad(x[b : b + 1, :, asking], (0, 0, begin, 0)) for x in (grad, out)]
+        total = pad(lse[b : b + 1, :, asking], (begin, 0), value=math.inf)
+        parts = segment_attention_backward(results[0], rows, own, results[1], total, first, scale)
+        targets[0][b][:, asking] = parts[0][0, :, begin:]
+        for target, part, at in zip(targets[1:], parts[1:], (places, places, slice(None), slice(None)), strict=True):
+            target[b][:, at] = part[0]
+    return tuple(targets)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -429,15 +507,65 @@ def _attend_tile(state, b_q, b_k, b_v, scales, log2_weight, seen):
     return Softmax(b_acc, state.b_max, state.b_sum)
 
 
-class Outputs(NamedTuple):
-    """Of attention: ``[B, H, Lq, Dv]``, and float32 ``[B, H, Lq]``."""
+@jit
+def _place_queries(span, o_m, m_m):
+    """Where the queries ``o_m`` are, and which of them there are."""
+    if span is not None:
+        m_m = m_m & (o_m >= span.begin)
+        o_m = place_of(span, o_m, m_m) - span.lead
+    return o_m, m_m
 
-    out: torch.Tensor
-    lse: torch.Tensor
 
-    @classmethod
-    def of(cls, query: torch.Tensor, Dv: int) -> Outputs:
-        return cls(query.new_empty(*query.shape[:3], Dv), query.new_empty(query.shape[:3], dtype=torch.float32))
+@jit
+def _scale(x, b_q, i_head):
+    """Queries, what their scores are multiplied by, and sums of values in the end."""
+    scales, v_inverse = Scales(x.scale_log2, 1.0, 1.0), 1.0
+    if x.largest is not None:  # float32
+        p_largest = x.largest + i_head * 2
+        q_power, q_inverse = _powers(tl.max(tl.max(tl.abs(b_q), 1)))
+        k_power, k_inverse = _powers(tl.load(p_largest))
+        v_power, v_inverse = _powers(tl.load(p_largest + 1))
+        b_q *= q_power
+        scales = Scales(x.scale_log2 * (q_inverse * k_inverse), k_power, v_power)
+        v_inverse *= 1.0 / 32768
+    return b_q, scales, v_inverse
+
+
+@jit
+def _load_tokens(d_k, d_v, x, span, i_b, i_kv, row, SHAPE: tl.constexpr):
+    """Keys and values of the tokens from ``row`` on; 0 behind the end of a sequence."""
+    BN: tl.constexpr = SHAPE.BN
+    if span is None:
+        b_k = d_k.load([i_b, i_kv, row, 0]).reshape(BN, SHAPE.BD)
+        b_v = d_v.load([i_b, i_kv, row, 0]).reshape(BN, SHAPE.BDV)
+    else:
+        o_row = row + tl.arange(0, BN)
+        m_row = o_row < span.length
+        o_place = place_of(span, o_row, m_row)
+        b_k = load_rows(*sequence(x.k, i_b, i_kv), o_place, m_row, SHAPE.D, SHAPE.BD)
+        b_v = load_rows(*sequence(x.v, i_b, i_kv), o_place, m_row, SHAPE.DV, SHAPE.BDV)
+    return b_k, b_v  # [BN, BD], [BN, BDV]
+
+
+@jit
+def _store(state, x, span, head, o_query, m_m, v_inverse, SHAPE: tl.constexpr):
+    i_b, i_h, i_bh, Lq = head
+    o_dv = tl.arange(0, SHAPE.BDV)
+    if span is None:
+        o_row = i_bh.to(tl.int64) * Lq + o_query
+        p_out, p_lse = x.out + (o_row[:, None] * SHAPE.DV + o_dv[None, :]), x.lse + o_row
+    else:
+        p_out, stride_o = sequence(x.out, i_b, i_h)
+        p_lse, stride_l = sequence(x.lse, i_b, i_h)
+        o_row = o_query.to(tl.int64)
+        p_out += o_row[:, None] * stride_o + o_dv[None, :]
+        p_lse += o_row * stride_l
+    b_out = state.b_acc / state.b_sum[:, None] * v_inverse
+    b_lse = (state.b_max + tl.log2(state.b_sum)) * 0.6931471805599453
+    if x.lengths is not None:  # a query that saw nothing but hidden rows
+        b_out = tl.where((state.b_sum > 0)[:, None], b_out, 0.0)
+    tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & (o_dv < SHAPE.DV)[None, :])
+    tl.store(p_lse, b_lse, mask=m_m)
 
 
 @jit(general="sizes")
@@ -447,9 +575,16 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
     BD: tl.constexpr = SHAPE.BD
     BDV: tl.constexpr = SHAPE.BDV
     H, Lq, q_offset, shift = sizes
+    span = x.spans
     if x.jobs is None:
         i_part, i_bh = tl.program_id(0) + shift // BM, tl.program_id(1)  # no program for parts before the first query
         i_b, i_h = i_bh // H, i_bh % H
+        if x.spans is not None:
+            span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_b))
+            i_part = tl.program_id(0) + (span.begin + shift) // BM
+            if tl.maximum(i_part * BM - shift, 0) >= span.length:
+                return
+            Lq = span.length
         i_kv, i_block = i_h // x.G, i_part // SHAPE.PARTS
         c_b, c_h, c_row = i_b, i_kv, 0  # where the compacted rows begin
     else:
@@ -461,17 +596,10 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
     o_m = i_part * BM - shift + tl.arange(0, BM)
     m_m = (o_m >= 0) & (o_m < Lq)
     skip = tl.maximum(shift - i_part * BM, 0)
+    o_query, m_m = _place_queries(span, o_m, m_m)
     p_q, stride_q = sequence(x.q, i_b, i_h)
-    b_q = load_rows(p_q, stride_q, o_m, m_m, SHAPE.D, BD)  # [BM, BD]
-    scales, v_inverse = Scales(x.scale_log2, 1.0, 1.0), 1.0
-    if x.largest is not None:  # float32
-        p_largest = x.largest + (i_b * (H // x.G) + i_kv) * 2
-        q_power, q_inverse = _powers(tl.max(tl.max(tl.abs(b_q), 1)))
-        k_power, k_inverse = _powers(tl.load(p_largest))
-        v_power, v_inverse = _powers(tl.load(p_largest + 1))
-        b_q *= q_power
-        scales = Scales(x.scale_log2 * (q_inverse * k_inverse), k_power, v_power)
-        v_inverse *= 1.0 / 32768
+    b_q = load_rows(p_q, stride_q, o_query, m_m, SHAPE.D, BD)  # [BM, BD]
+    b_q, scales, v_inverse = _scale(x, b_q, i_b * (H // x.G) + i_kv)
     state = softmax_start(BM, BDV)
 
     # rows behind the end of a segment are read and hidden
@@ -522,20 +650,12 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
         log2_weight = tl.load(lists.log2_weight + t, mask=in_list, other=0.0)
         row = tl.where(in_list, row, tail_row)
         shown = tl.where(in_list, shown, position + 1 - tail_row)
-        b_k = d_k.load([i_b, i_kv, row, 0]).reshape(BN, BD)
-        b_v = d_v.load([i_b, i_kv, row, 0]).reshape(BN, BDV)
+        b_k, b_v = _load_tokens(d_k, d_v, x, span, i_b, i_kv, row, SHAPE)
         state = _attend_tile(
             state, b_q, b_k, b_v, scales, log2_weight, Seen(shown, tl.where(in_list, 0, 1), skip)
         )  # fmt: skip
 
-    o_row, o_dv = i_bh.to(tl.int64) * Lq + o_m, tl.arange(0, BDV)
-    p_out = x.out + (o_row[:, None] * SHAPE.DV + o_dv[None, :])
-    b_out = state.b_acc / state.b_sum[:, None] * v_inverse
-    b_lse = (state.b_max + tl.log2(state.b_sum)) * 0.6931471805599453
-    if x.lengths is not None:  # a query that saw nothing but hidden rows
-        b_out = tl.where((state.b_sum > 0)[:, None], b_out, 0.0)
-    tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & (o_dv < SHAPE.DV)[None, :])
-    tl.store(x.lse + o_row, b_lse, mask=m_m)
+    _store(state, x, span, (i_b, i_h, i_bh, Lq), o_query, m_m, v_inverse, SHAPE)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -560,11 +680,12 @@ class SegmentTiles(NamedTuple):
         value: torch.Tensor,
         block: int,
         lengths: torch.Tensor | None = None,
+        spans: Spans | None = None,
     ) -> SegmentTiles:
-        """What suits the tensors, blocks of ``block`` queries, and ``lengths`` of compacted rows. The best of four or
-        more for D = 64, 128 and 256 on an H200, in bf16 at n = 32,768."""
+        """What suits the tensors, blocks of ``block`` queries, and ``lengths`` and ``spans`` of :class:`Sources`. The
+        best of four or more for D = 64, 128 and 256 on an H200, in bf16 at n = 32,768."""
         widths = Widths.alike(query, value)
-        if lengths is None and hopper.takes(query, key, value, block):
+        if lengths is None and spans is None and hopper.takes(query, key, value, block):
             return cls(widths, hopper.QUERIES, 128, 4, 2, True)
         width = widths.BD + widths.BDV
         if query.element_size() == 4:
@@ -572,7 +693,8 @@ class SegmentTiles(NamedTuple):
         elif width <= 128:
             found = 64, 64, 4, 3
         else:
-            found = (128, 64, 4, 3) if width <= 256 else (128, 64, 8, 2)
+            # with 4 warps the places of tokens take more registers than there are
+            found = (128, 64, 4 if spans is None else 8, 3) if width <= 256 else (128, 64, 8, 2)
         return cls(widths, math.gcd(found[0], block), *found[1:])
 
     def launch(
@@ -629,36 +751,51 @@ def largest_of(*pairs: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 
 def segment_attention_triton(
-    query: torch.Tensor, sources: Sources, table: SegmentTable, scale: float
+    query: torch.Tensor, sources: Sources, table: SegmentTable, scale: float, into: Outputs | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`segment_attention_reference` as a Triton kernel; same arguments and results.
 
     All values must be finite, those that nobody attends to as well: whole tiles are read, and 0 times infinity is
-    not 0. Raises ``TypeError`` for dtypes other than float16, bfloat16 and float32.
+    not 0. What lies outside of ``sources.spans`` is not read. Raises ``TypeError`` for dtypes other than float16,
+    bfloat16 and float32.
     """
     check_dtype(query)
     query, scale = with_positive_scale(query, scale)
-    key, value, compacted_key, compacted_value, index, lengths = sources
+    key, value, compacted_key, compacted_value, index, lengths, spans = sources
     (B, H, Lq, _), (H_kv, Lk), A = query.shape, key.shape[1:3], compacted_key.shape[2]
-    tiles = SegmentTiles.of(query, key, value, table.block, lengths)
-    BM = tiles.queries
+    tiles = SegmentTiles.of(query, key, value, table.block, lengths, spans)
+    BM, places = tiles.queries, [(key, value)]
+    if spans is not None:  # read by place, and a descriptor would copy what is expanded
+        Lq, Lk, places = table.queries, table.queries, [(key[:1], value[:1])]
     lists = Lists(*table.tiles_on(query.device, tiles.rows, Lq, Lk, A, sources.indexed))
-    described = [tiles.describe(*pair) for pair in ((key, value), (compacted_key, compacted_value)) if pair[0].shape[2]]
+    described = [tiles.describe(*pair) for pair in (*places, (compacted_key, compacted_value)) if pair[0].shape[2]]
     # of a source without rows nothing is read, but a descriptor has to describe something
     (d_k, d_v), copies = described[0], described[-1]
     lengths = None if lengths is None else lengths.to(torch.int32).contiguous()
-    largest = largest_of((key, compacted_key), (value, compacted_value)) if query.dtype == torch.float32 else None
-    outputs = Outputs.of(query, tiles.widths.DV)
-    tensors = KernelTensors(strided(query), strided(d_k.base), strided(d_v.base), strided(index), lengths, largest,
-                       scale * 1.4426950408889634, H // H_kv, *outputs)  # fmt: skip
     parts = -(-(Lq + table.shift) // BM) - table.shift // BM
+    outputs: tuple[Any, ...]
+    if spans is None:
+        tokens = strided(d_k.base), strided(d_v.base)
+        outputs = into = Outputs.of(query, tiles.widths.DV)
+        largest = largest_of((key, compacted_key), (value, compacted_value)) if query.dtype == torch.float32 else None
+    else:
+        tokens = strided(key), strided(value)
+        into = spanned_outputs(query, value) if into is None else into
+        outputs = tuple(strided(x) for x in into)
+        parts = min(parts, query.shape[2] // BM + 2)
+        largest = None
+        if query.dtype == torch.float32:  # copies are none but tokens
+            largest = torch.stack([spans.largest(x) for x in (key, value)], -1)
+    tensors = KernelTensors(strided(query), *tokens, strided(index), lengths, largest,
+                       scale * 1.4426950408889634, H // H_kv, *outputs)._replace(spans=spans)  # fmt: skip
     sizes = KernelSizes(H, Lq, table.q_offset, table.shift)
     tiles.launch((parts, B * H), query, (d_k, d_v, *copies), tensors, lists, sizes, table.block)
-    return outputs
+    return into
 
 
 def segment_attention(
-    query: torch.Tensor, sources: Sources, table: SegmentTable, scale: float
+    query: torch.Tensor, sources: Sources, table: SegmentTable, scale: float, into: Outputs | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Segment attention with the kernel on CUDA and the reference elsewhere; see the reference for shapes."""
-    return (segment_attention_triton if query.is_cuda else segment_attention_reference)(query, sources, table, scale)
+    run = segment_attention_triton if query.is_cuda else segment_attention_reference
+    return run(query, sources, table, scale, into)

@@ -35,6 +35,7 @@ from ..launch import (
     strided,
     tl,
 )
+from ..spans import Spans, numbers_of, place_of
 from .segments import NO_TAIL, TOKENS, SegmentTable, Sources, check_dtype, segment_attention_backward
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -239,31 +240,39 @@ class Saved(NamedTuple):
     L_pad: int
 
     @classmethod
-    def of(cls, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, L_pad: int, shift: int = 0) -> Saved:
-        """Query i is at place ``i + shift``; where there is none, probabilities are 0."""
+    def of(
+        cls, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, L_pad: int, shift: int = 0,
+        spans: Spans | None = None,
+    ) -> Saved:  # fmt: skip
+        """Query i, with ``spans`` of its sequence, is at ``i + shift``; where there is none, probabilities are 0."""
         B, H, Lq, Dv = out.shape
         lse2, delta = (lse.new_empty(B, H, L_pad, dtype=torch.float32) for _ in range(2))
         saved = cls(lse2, delta, L_pad)
         launch(_delta_kernel, (-(-L_pad // 32), B * H),
-            strided(grad), strided(out), lse.contiguous(), saved, (H, Lq, shift),
+            strided(grad), strided(out), lse.contiguous(), saved, spans, (H, Lq, shift),
             DV=Dv, BDV=max(16, next_power_of_two(Dv)), BM=32, num_warps=4,
         )  # fmt: skip
         return saved
 
 
 @jit(general="sizes")
-def _delta_kernel(grad, out, p_lse, saved, sizes, DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr):
+def _delta_kernel(grad, out, p_lse, saved, spans, sizes, DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr):
     H, Lq, shift = sizes
     i_tile, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
     o_m = i_tile * BM + tl.arange(0, BM)
-    m_m = (o_m >= shift) & (o_m < Lq + shift)
+    o_row = o_m - shift
+    m_m = (o_m >= shift) & (o_row < Lq)
+    if spans is not None:
+        span = Spans(spans.order, spans.lead, *numbers_of(spans, i_b))
+        m_m = (o_row >= span.begin) & (o_row < span.length)
+        o_row = place_of(span, o_row, m_m) - span.lead
     p_grad, stride_g = sequence(grad, i_b, i_h)
     p_out, stride_o = sequence(out, i_b, i_h)
-    b_grad = load_rows(p_grad, stride_g, o_m - shift, m_m, DV, BDV).to(tl.float32)  # [BM, BDV]
-    b_out = load_rows(p_out, stride_o, o_m - shift, m_m, DV, BDV).to(tl.float32)  # [BM, BDV]
+    b_grad = load_rows(p_grad, stride_g, o_row, m_m, DV, BDV).to(tl.float32)  # [BM, BDV]
+    b_out = load_rows(p_out, stride_o, o_row, m_m, DV, BDV).to(tl.float32)  # [BM, BDV]
     # where no query is, probabilities are 0
-    b_lse = tl.load(p_lse + i_bh * Lq + o_m - shift, mask=m_m, other=float("inf"))
+    b_lse = tl.load(p_lse + i_bh * Lq + o_row, mask=m_m, other=float("inf"))
     o_out = i_bh * saved.L_pad + o_m
     tl.store(saved.lse2 + o_out, b_lse * 1.4426950408889634, mask=o_m < saved.L_pad)
     tl.store(saved.delta + o_out, tl.sum(b_grad * b_out, 1), mask=o_m < saved.L_pad)
@@ -273,7 +282,7 @@ def _delta_kernel(grad, out, p_lse, saved, sizes, DV: tl.constexpr, BDV: tl.cons
 # Kernel: dQ, one program per (part of a block of queries, query head)
 
 
-_Inputs = namedtuple("_Inputs", "q k v ck cv do scale saved")
+_Inputs = namedtuple("_Inputs", "q k v ck cv do scale saved spans")
 
 
 _Sizes = namedtuple("_Sizes", "H Lq Lk A shift q_offset segments")
@@ -287,8 +296,8 @@ _Shape = namedtuple("_Shape", "D DV BD BDV BM BN G PARTS EVEN", defaults=(0, 0, 
 Queries = namedtuple("Queries", "b_q b_do b_lse2 b_delta o_q")
 
 
-# Where the rows of one head begin, and the strides from one to the next.
-KeyRows = namedtuple("KeyRows", "p_k stride_k p_v stride_v")
+# Where the rows of one head begin, the strides from one to the next, and where tokens are, if not side by side.
+KeyRows = namedtuple("KeyRows", "span p_k stride_k p_v stride_v")
 
 
 @jit
@@ -305,8 +314,11 @@ def _query_gradient_rows(
     o_d, o_dv = tl.arange(0, SHAPE.BD), tl.arange(0, SHAPE.BDV)
     for start in range(first, stop, SHAPE.BN):
         o_n = start + tl.arange(0, SHAPE.BN)
-        o_row = o_n.to(tl.int64)[:, None]
         m_n = o_n < stop
+        o_row = o_n
+        if rows.span is not None:
+            o_row = place_of(rows.span, o_n, m_n)
+        o_row = o_row.to(tl.int64)[:, None]
         p_k, p_v = rows.p_k + o_row * rows.stride_k + o_d[None, :], rows.p_v + o_row * rows.stride_v + o_dv[None, :]
         if MASK > 0 or SHAPE.D != SHAPE.BD:
             b_k = tl.load(p_k, mask=m_n[:, None] & (o_d < SHAPE.D)[None, :], other=0.0)  # [BN, BD]
@@ -328,6 +340,14 @@ def _query_gradient_rows(
     return b_dq
 
 
+@jit
+def _segment_gradient(b_dq, part, rows, first, count, scale_log2, SHAPE: tl.constexpr):
+    """dQ / scale from the rows of a segment."""
+    whole = first + count // SHAPE.BN * SHAPE.BN
+    b_dq = _query_gradient_rows(b_dq, part, rows, first, whole, scale_log2, 0, SHAPE)
+    return _query_gradient_rows(b_dq, part, rows, whole, first + count, scale_log2, 1, SHAPE)
+
+
 @jit(general="sizes")
 def _query_gradient_kernel(x, p_dq, lists, sizes, G, SHAPE: tl.constexpr):
     BM: tl.constexpr = SHAPE.BM
@@ -339,15 +359,24 @@ def _query_gradient_kernel(x, p_dq, lists, sizes, G, SHAPE: tl.constexpr):
     i_block = i_part // SHAPE.PARTS
     i_b, i_h = i_bh // sizes.H, i_bh % sizes.H
     i_kv = i_h // G
-    tokens = KeyRows(*sequence(x.k, i_b, i_kv), *sequence(x.v, i_b, i_kv))
-    copies = KeyRows(*sequence(x.ck, i_b, i_kv), *sequence(x.cv, i_b, i_kv))
+    span, begin = x.spans, 0
+    if x.spans is not None:
+        span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_b))
+        Lq, begin = span.length, span.begin
+        if (i_part * BM >= Lq + shift) | ((i_part + 1) * BM <= begin + shift):
+            return
+    tokens = KeyRows(span, *sequence(x.k, i_b, i_kv), *sequence(x.v, i_b, i_kv))
+    copies = KeyRows(None, *sequence(x.ck, i_b, i_kv), *sequence(x.cv, i_b, i_kv))
 
     o_m = i_part * BM + tl.arange(0, BM)
-    m_m = (o_m >= shift) & (o_m < Lq + shift)
+    m_m = (o_m >= shift + begin) & (o_m < Lq + shift)
+    o_row = o_m - shift
+    if x.spans is not None:
+        o_row = place_of(span, o_row, m_m) - span.lead
     p_q, stride_q = sequence(x.q, i_b, i_h)
     p_do, stride_do = sequence(x.do, i_b, i_h)
-    b_q = load_rows(p_q, stride_q, o_m - shift, m_m, SHAPE.D, BD)  # [BM, BD]
-    b_do = load_rows(p_do, stride_do, o_m - shift, m_m, SHAPE.DV, SHAPE.BDV)  # [BM, BDV]
+    b_q = load_rows(p_q, stride_q, o_row, m_m, SHAPE.D, BD)  # [BM, BD]
+    b_do = load_rows(p_do, stride_do, o_row, m_m, SHAPE.DV, SHAPE.BDV)  # [BM, BDV]
     b_lse2 = tl.load(x.saved.lse2 + i_bh * x.saved.L_pad + o_m)
     b_delta = tl.load(x.saved.delta + i_bh * x.saved.L_pad + o_m)
     o_q = o_m + q_offset - shift
@@ -361,12 +390,15 @@ def _query_gradient_kernel(x, p_dq, lists, sizes, G, SHAPE: tl.constexpr):
         count = tl.load(p_segments + o_segment * 3 + 2)
         b_shift = b_lse2 - tl.load(p_log_weight + o_segment) * 1.4426950408889634
         part = Queries(b_q, b_do, b_shift, b_delta, o_q)
-        rows = tokens
-        if compacted:
-            rows = copies
-        whole = first + count // BN * BN
-        b_dq = _query_gradient_rows(b_dq, part, rows, first, whole, scale_log2, 0, SHAPE)
-        b_dq = _query_gradient_rows(b_dq, part, rows, whole, first + count, scale_log2, 1, SHAPE)
+        if x.spans is None:
+            rows = tokens
+            if compacted:
+                rows = copies
+            b_dq = _segment_gradient(b_dq, part, rows, first, count, scale_log2, SHAPE)
+        elif compacted:
+            b_dq = _segment_gradient(b_dq, part, copies, first, count, scale_log2, SHAPE)
+        else:
+            b_dq = _segment_gradient(b_dq, part, tokens, first, count, scale_log2, SHAPE)
     stop = q_offset - shift + tl.minimum((i_part + 1) * BM, Lq + shift)
     tail = tl.load(p_tail + i_block)
     # up to here every query sees every row
@@ -374,8 +406,8 @@ def _query_gradient_kernel(x, p_dq, lists, sizes, G, SHAPE: tl.constexpr):
     part = Queries(b_q, b_do, b_lse2, b_delta, o_q)
     b_dq = _query_gradient_rows(b_dq, part, tokens, tail, middle, scale_log2, 0, SHAPE)
     b_dq = _query_gradient_rows(b_dq, part, tokens, middle, stop, scale_log2, 2, SHAPE)
-    o_row, o_d = (o_m - shift).to(tl.int64)[:, None], tl.arange(0, BD)
-    p_dq += (i_bh * Lq + o_row) * SHAPE.D + o_d[None, :]
+    o_d = tl.arange(0, BD)
+    p_dq += (i_bh * sizes.Lq + o_row.to(tl.int64)[:, None]) * SHAPE.D + o_d[None, :]
     tl.store(p_dq, b_dq * x.scale, mask=m_m[:, None] & (o_d < SHAPE.D)[None, :])
 
 
@@ -392,14 +424,25 @@ def _row_gradient_queries(b_dk, b_dv, x, inputs, run, sizes, CAUSAL: tl.constexp
     """dK / scale and dV from the queries of a run of all heads; CAUSAL hides row j where j > the query."""
     BM: tl.constexpr = SHAPE.BM
     q, do, saved, Lq, shift = inputs.q, inputs.do, inputs.saved, sizes.Lq, sizes.shift
-    first, last = tl.load(run + 2), tl.load(run + 3)
+    first, last, begin = tl.load(run + 2), tl.load(run + 3), 0
+    if inputs.spans is not None:  # parts without a query of the sequence are left out
+        Lq, begin = inputs.spans.length, inputs.spans.begin
+        first, last = tl.maximum(first, (begin + shift) // BM * BM), tl.minimum(last, tl.cdiv(Lq + shift, BM) * BM)
+        last = tl.maximum(first, last)
     o_part, o_d, o_dv = tl.arange(0, BM), tl.arange(0, SHAPE.BD), tl.arange(0, SHAPE.BDV)
     for i in range((last - first) // BM * SHAPE.G):
         i_h, i_m = tl.cast(i % SHAPE.G, tl.int64), first + i // SHAPE.G * BM
-        o_row = (i_m - shift).to(tl.int64)
-        p_q = q.p + (i_h * q.h + o_row * q.n) + (o_part[:, None] * q.n + o_d[None, :])
-        p_do = do.p + (i_h * do.h + o_row * do.n) + (o_part[:, None] * do.n + o_dv[None, :])
-        m_m = ((i_m + o_part >= shift) & (i_m + o_part < Lq + shift))[:, None]
+        if inputs.spans is None:
+            o_row = (i_m - shift).to(tl.int64)
+            p_q = q.p + (i_h * q.h + o_row * q.n) + (o_part[:, None] * q.n + o_d[None, :])
+            p_do = do.p + (i_h * do.h + o_row * do.n) + (o_part[:, None] * do.n + o_dv[None, :])
+        else:
+            o_pos = i_m + o_part - shift
+            o_place = place_of(inputs.spans, o_pos, (o_pos >= begin) & (o_pos < Lq)) - inputs.spans.lead
+            o_place = o_place.to(tl.int64)[:, None]
+            p_q = q.p + i_h * q.h + o_place * q.n + o_d[None, :]
+            p_do = do.p + i_h * do.h + o_place * do.n + o_dv[None, :]
+        m_m = ((i_m + o_part >= shift + begin) & (i_m + o_part < Lq + shift))[:, None]
         if SHAPE.EVEN and SHAPE.D == SHAPE.BD:
             b_q = tl.load(p_q)  # [BM, BD]
         else:
@@ -434,13 +477,25 @@ def _row_gradient_kernel(x, targets, lists, sizes, SHAPE: tl.constexpr):
     first_run, causal_run, stop_run = tl.load(p_chunks + 2), tl.load(p_chunks + 3), tl.load(p_chunks + 4)
     slot = tl.load(p_chunks + 5).to(tl.int64)
 
-    rows, L = KeyRows(*sequence(x.k, i_b, i_kv), *sequence(x.v, i_b, i_kv)), sizes.Lk
+    rows, L = KeyRows(None, *sequence(x.k, i_b, i_kv), *sequence(x.v, i_b, i_kv)), sizes.Lk
     if compacted:
-        rows, L, p_dk, p_dv = KeyRows(*sequence(x.ck, i_b, i_kv), *sequence(x.cv, i_b, i_kv)), sizes.A, p_dck, p_dcv
+        rows, L, p_dk, p_dv = (
+            KeyRows(None, *sequence(x.ck, i_b, i_kv), *sequence(x.cv, i_b, i_kv)),
+            sizes.A,
+            p_dck,
+            p_dcv,
+        )
     o_n, o_d, o_dv = row + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
-    o_row = o_n.to(tl.int64)[:, None]
-    m_k = (o_n < L)[:, None] & (o_d < SHAPE.D)[None, :]
-    m_v = (o_n < L)[:, None] & (o_dv < SHAPE.DV)[None, :]
+    o_row, span, count = o_n.to(tl.int64)[:, None], x.spans, L
+    if x.spans is not None:
+        span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_b))
+        count = tl.where(compacted, L, span.length)
+        if row >= count:
+            return
+        o_place = place_of(span, o_n, o_n < tl.where(compacted, 0, count))
+        o_row = tl.where(compacted, o_n, o_place).to(tl.int64)[:, None]
+    m_k = (o_n < count)[:, None] & (o_d < SHAPE.D)[None, :]
+    m_v = (o_n < count)[:, None] & (o_dv < SHAPE.DV)[None, :]
     b_k = tl.load(rows.p_k + o_row * rows.stride_k + o_d[None, :], mask=m_k, other=0.0)  # [BN, BD]
     b_v = tl.load(rows.p_v + o_row * rows.stride_v + o_dv[None, :], mask=m_v, other=0.0)  # [BN, BDV]
 
@@ -449,7 +504,7 @@ def _row_gradient_kernel(x, targets, lists, sizes, SHAPE: tl.constexpr):
     at = i_bh * SHAPE.G * x.saved.L_pad
     saved = Saved(x.saved.lse2 + at, x.saved.delta + at, x.saved.L_pad)
     q, do = Strided(p_q, 0, x.q.h, stride_q), Strided(p_do, 0, x.do.h, stride_do)
-    x = _Inputs(q, x.k, x.v, x.ck, x.cv, do, x.scale, saved)
+    x = _Inputs(q, x.k, x.v, x.ck, x.cv, do, x.scale, saved, span)
     b_dk, b_dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BDV], tl.float32)
     for i in range(first_run, causal_run):
         run = p_runs + i * 4
@@ -465,13 +520,15 @@ def _row_gradient_kernel(x, targets, lists, sizes, SHAPE: tl.constexpr):
     o_out = i_bh * L + o_row
     if slot >= 0:
         o_out = (slot * tl.num_programs(1) + i_bh) * BN + (o_row - row)
+        if x.spans is not None:  # not for all: from o_n in int32 it spills more registers
+            o_out = (slot * tl.num_programs(1) + i_bh) * BN + (o_n - row)[:, None]
         p_dk, p_dv = p_dk_slots, p_dv_slots
     tl.store(p_dk + o_out * SHAPE.D + o_d[None, :], b_dk * x.scale, mask=m_k)
     tl.store(p_dv + o_out * SHAPE.DV + o_dv[None, :], b_dv, mask=m_v)
 
 
-@jit(general="lengths D")
-def _sum_slots_kernel(p_slots, targets, p_sums, lengths, D, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+@jit(general="lengths D H")
+def _sum_slots_kernel(p_slots, targets, p_sums, spans, lengths, D, H, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     i_bh = tl.program_id(2).to(tl.int64)
     p_sums += tl.program_id(0) * 4
     compacted, row = tl.load(p_sums) == 1, tl.load(p_sums + 1)
@@ -480,10 +537,16 @@ def _sum_slots_kernel(p_slots, targets, p_sums, lengths, D, SIZE: tl.constexpr, 
         p_out, L = targets[1], lengths[1]
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # within the tile, whose rows are contiguous
     m = o < tl.minimum(SIZE, (L - row) * D)
+    o_out = row * D + o
+    if spans is not None:
+        if not compacted:
+            span, o_n = Spans(spans.order, spans.lead, *numbers_of(spans, i_bh // H)), row + o // D
+            m = (o < SIZE) & (o_n < span.length)
+            o_out = place_of(span, o_n, m) * D + o % D
     b_sum = tl.zeros([BLOCK], tl.float32)
     for slot in range(tl.load(p_sums + 2), tl.load(p_sums + 3)):
         b_sum += tl.load(p_slots + (tl.cast(slot, tl.int64) * tl.num_programs(2) + i_bh) * SIZE + o, mask=m, other=0.0)
-    tl.store(p_out + (i_bh * L + row) * D + o, b_sum, mask=m)
+    tl.store(p_out + i_bh * L * D + o_out, b_sum, mask=m)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -540,11 +603,12 @@ def segment_attention_backward_triton(
     check_dtype(query)
     key, value, compacted_key, _ = sources.buffers
     (B, H, Lq, _), (_, H_kv, Lk, _), A = query.shape, key.shape, compacted_key.shape[2]
-    widths = Widths.alike(key, value)
-    gradients = tuple(x.new_empty(x.shape, dtype=torch.float32) for x in (query, *sources.buffers))
-    saved = Saved.of(grad, out, lse, len(table.tail) * table.block, table.shift)
+    widths, spans = Widths.alike(key, value), sources.spans
+    make = torch.empty if spans is None else torch.zeros
+    gradients = tuple(make(x.shape, dtype=torch.float32, device=x.device) for x in (query, *sources.buffers))
+    saved = Saved.of(grad, out, lse, len(table.tail) * table.block, table.shift, spans)
     q, k, v, ck, cv, do = (strided(x) for x in (query, *sources.buffers, grad))
-    inputs = _Inputs(q, k, v, ck, cv, do, scale, saved)
+    inputs = _Inputs(q, k, v, ck, cv, do, scale, saved, spans)
     shape = (widths.BD + widths.BDV, query.element_size(), table.block)
 
     segments, *rest = table.on(query.device)
@@ -556,9 +620,10 @@ def segment_attention_backward_triton(
     )  # fmt: skip
 
     tiles, G = row_tiles(*shape), H // H_kv
-    plan, (*lists, sums) = plan_on(query.device, table, Lq, Lk, A, tiles.rows, tiles.queries, G)
+    seen = (Lq, Lk) if spans is None else (table.queries, table.queries)
+    plan, (*lists, sums) = plan_on(query.device, table, *seen, A, tiles.rows, tiles.queries, G)
     slots = tuple(lse.new_empty(plan.slots * B * H_kv, tiles.rows, d, dtype=torch.float32) for d in widths[:2])
-    even = Lq % tiles.queries == table.shift % tiles.queries == 0
+    even = spans is None and Lq % tiles.queries == table.shift % tiles.queries == 0
     launch(_row_gradient_kernel, (len(plan.chunks), B * H_kv),
         inputs, (*gradients[1:], *slots), tuple(lists), sizes._replace(H=H_kv),
         SHAPE=_Shape(*widths, tiles.queries, tiles.rows, G=G, EVEN=even),
@@ -567,7 +632,7 @@ def segment_attention_backward_triton(
     for i, (parts_of, d) in enumerate(zip(slots, widths[:2], strict=True) if len(sums) else ()):
         size = tiles.rows * d
         launch(_sum_slots_kernel, (len(sums), -(-size // 1024), B * H_kv),
-            parts_of, gradients[1 + i :: 2], sums, (Lk, A), d, SIZE=size, BLOCK=1024, num_warps=4
+            parts_of, gradients[1 + i :: 2], sums, spans, (Lk, A), d, H_kv, SIZE=size, BLOCK=1024, num_warps=4
         )  # fmt: skip
     return gradients
 

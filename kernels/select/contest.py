@@ -15,6 +15,7 @@ from collections import namedtuple
 import torch
 
 from ..launch import constexpr, head_of, jit, launch, next_power_of_two, require_triton, sequence, strided, tl
+from ..spans import Spans, numbers_of, place_of
 
 CONTEST = 256  # rows that compete for the protected places at a time
 
@@ -140,14 +141,22 @@ def _absorb(b_x, p_lists, count, LOG: tl.constexpr, LOG_LIST: tl.constexpr):
     return b_x
 
 
-# The keys of all heads, and which of these compete; None for all.
-_Keys = namedtuple("_Keys", "rows heads")
+# The keys of all heads, which of these compete, None for all, and where the tokens are.
+_Keys = namedtuple("_Keys", "rows heads spans")
 
 
 @jit
-def _load_keys(p_k, first, end, stride_n, o_d, BN: tl.constexpr, D: tl.constexpr):
+def _contests_of(span, sinks, contests, ROWS: tl.constexpr):
+    """How many of the contests a sequence has."""
+    return tl.minimum(contests, tl.maximum(span.length - sinks, 0) // ROWS)
+
+
+@jit
+def _load_keys(p_k, first, end, stride_n, o_d, span, BN: tl.constexpr, D: tl.constexpr):
     o_n = first + tl.arange(0, BN)
     mask = (o_n < end)[:, None] & (o_d < D)[None, :]
+    if span is not None:
+        o_n = place_of(span, o_n, o_n < end)
     return tl.load(p_k + o_n.to(tl.int64)[:, None] * stride_n + o_d[None, :], mask=mask, other=0.0)  # [BN, BD]
 
 
@@ -159,18 +168,24 @@ def _sum_kernel(p_sums, k, sizes, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.co
     """
     i_group, i_d, i_seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H, sinks, contests, group = sizes
+    span, held = k.spans, contests
+    if k.spans is not None:
+        span = Spans(k.spans.order, k.spans.lead, *numbers_of(k.spans, i_seq // H))
+        held = _contests_of(span, sinks, contests, ROWS)
+    if i_group * group >= held:
+        return
     p_k, stride_n = sequence(k.rows, i_seq // H, head_of(k.heads, i_seq % H))
     o_d = i_d * BD + tl.arange(0, BD)
     b_sum = tl.zeros([BD], tl.float32)
     if i_group == 0:
         for first in range(0, sinks, ROWS):
-            b_sum += tl.sum(_load_keys(p_k, first, sinks, stride_n, o_d, ROWS, D).to(tl.float32), 0)
-    begin, end = i_group * group, tl.minimum(i_group * group + group, contests)
+            b_sum += tl.sum(_load_keys(p_k, first, sinks, stride_n, o_d, span, ROWS, D).to(tl.float32), 0)
+    begin, end = i_group * group, tl.minimum(i_group * group + group, held)
     end_row = sinks + end * ROWS
-    b_next = _load_keys(p_k, sinks + begin * ROWS, end_row, stride_n, o_d, ROWS, D)
+    b_next = _load_keys(p_k, sinks + begin * ROWS, end_row, stride_n, o_d, span, ROWS, D)
     for i in range(begin, end):
         b_k = b_next
-        b_next = _load_keys(p_k, sinks + (i + 1) * ROWS, end_row, stride_n, o_d, ROWS, D)
+        b_next = _load_keys(p_k, sinks + (i + 1) * ROWS, end_row, stride_n, o_d, span, ROWS, D)
         b_sum += tl.sum(b_k.to(tl.float32), 0)
         tl.store(p_sums + (i_seq * contests + i) * D + o_d, b_sum, mask=o_d < D)
 
@@ -184,13 +199,19 @@ def _score_kernel(
     H, sinks, contests, group = sizes
     ROWS: tl.constexpr = 1 << LOG_ROWS
     BG: tl.constexpr = 16
+    span, held = k.spans, contests
+    if k.spans is not None:
+        span = Spans(k.spans.order, k.spans.lead, *numbers_of(k.spans, i_seq // H))
+        held = _contests_of(span, sinks, contests, ROWS)
+    if i_contest >= held:
+        return
     first = sinks + i_contest * ROWS
     end = first + ROWS
     p_k, stride_n = sequence(k.rows, i_seq // H, head_of(k.heads, i_seq % H))
     p_sums += i_seq * contests * D
     p_newcomers += (i_seq * contests + i_contest) * ROWS
     o_n, o_d = tl.arange(0, BN), tl.arange(0, BD)
-    b_next = _load_keys(p_k, first, end, stride_n, o_d, BN, D)
+    b_next = _load_keys(p_k, first, end, stride_n, o_d, span, BN, D)
     b_mean = tl.load(p_sums + i_contest * D + o_d, mask=o_d < D, other=0.0)
     for i_group in range(0, i_contest // group, BG):
         o_g = i_group + tl.arange(0, BG)
@@ -199,7 +220,7 @@ def _score_kernel(
     b_mean /= end
     for row in range(0, ROWS, BN):
         b_k = b_next.to(tl.float32)
-        b_next = _load_keys(p_k, first + row + BN, end, stride_n, o_d, BN, D)  # arrives while this tile is scored
+        b_next = _load_keys(p_k, first + row + BN, end, stride_n, o_d, span, BN, D)  # arrives while this tile is scored
         b_dot = tl.sum(b_k * b_mean[None, :], 1).to(tl.int32, bitcast=True)
         b_k2 = tl.sum(b_k * b_k, 1).to(tl.int32, bitcast=True)
         # through memory: sums over channels leave every row in many threads, and all of them would sort
@@ -233,16 +254,22 @@ def _best_kernel(
 
 @jit(general="sizes")
 def _contest_kernel(
-    p_index, p_best, p_newcomers, sizes, LOSERS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG: tl.constexpr
+    p_index, p_best, p_newcomers, spans, sizes, LOSERS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG: tl.constexpr
 ):  # fmt: skip
-    """``span`` contests of one group: one program per (span, head). Places come from ``first`` on among the ``length``
-    rows of a head, the losers before them, if they are wanted."""
+    """``each`` contests of one group: one program per (``each``, head). Places come from ``first`` on among the
+    ``length`` rows of a head, the losers before them, if they are wanted."""
     ROWS: tl.constexpr = 1 << LOG_ROWS
     N: tl.constexpr = 1 << LOG
-    contests, protected, first, length, group, span = sizes
+    contests, protected, first, length, group, each, H, sinks = sizes
     i_seq = tl.program_id(1).to(tl.int64)
     p_places = p_index + i_seq * length + first
-    begin = tl.program_id(0) * span
+    begin = tl.program_id(0) * each
+    span, held = spans, contests
+    if spans is not None:
+        span = Spans(spans.order, spans.lead, *numbers_of(spans, i_seq // H))
+        held = _contests_of(span, sinks, contests, ROWS)
+    if begin >= held:
+        return
     i_group = begin // group
     p_newcomers += (i_seq * contests) << LOG_ROWS
     p_best += (i_seq * ((contests - 1) // group)) << LOG
@@ -250,17 +277,22 @@ def _contest_kernel(
     b_x = tl.where(o_n < N - protected, _BLOCKED, _FREE)
     b_x = _absorb(b_x, p_best, i_group, LOG, LOG)
     b_x = _absorb(b_x, p_newcomers + (i_group * group << LOG_ROWS), begin - i_group * group, LOG, LOG_ROWS)
-    for i in range(begin, tl.minimum(begin + span, contests)):
+    for i in range(begin, tl.minimum(begin + each, held)):
         b_new = _load_list(p_newcomers, i, contests, LOG, LOG_ROWS)
         b_worse = tl.max(tl.reshape(tl.minimum(b_x, b_new), [N // ROWS, ROWS]), 0)  # only the last ROWS can lose
         b_x = _merge(tl.maximum(b_x, b_new), LOG, LOG, 1)
-        tl.store(p_places + i * protected + o_n - (N - protected), _rows_of(b_x), mask=o_n >= N - protected)
+        b_row = _rows_of(b_x)
+        if span is not None:
+            b_row = place_of(span, b_row, o_n >= N - protected)
+        tl.store(p_places + i * protected + o_n - (N - protected), b_row, mask=o_n >= N - protected)
         if LOSERS:
             # the losers in position order; places that were never filled sort behind them
             b_loser = _sort(tl.where(b_worse == _FREE, 0x7FFFFFFF, _rows_of(b_worse)), LOG_ROWS)
             before = tl.maximum(i * ROWS - protected, 0)
             leaving = tl.maximum((i + 1) * ROWS - protected, 0) - before
             p_losers = p_places - tl.maximum(contests * ROWS - protected, 0) + before
+            if span is not None:
+                b_loser = place_of(span, b_loser, o_row < leaving)
             tl.store(p_losers + o_row, b_loser, mask=o_row < leaving)
 
 
@@ -279,10 +311,17 @@ def compete(
 
 
 def compete_into(
-    index: torch.Tensor, key: torch.Tensor, sinks: int, contests: int, protected: int, heads: torch.Tensor | None
+    index: torch.Tensor,
+    key: torch.Tensor,
+    sinks: int,
+    contests: int,
+    protected: int,
+    heads: torch.Tensor | None,
+    spans: Spans | None = None,
 ) -> None:
     """What :func:`compete` gives into the last rows of ``index`` int32 ``[B, H, ..]``, contiguous: the losers, and
-    behind them the places; without room for losers the places alone."""
+    behind them the places; without room for losers the places alone. With ``spans`` tokens are where these say, the
+    index has their places, and what contests a sequence does not have would write stays as it is."""
     require_triton()
     (B, H), D = index.shape[:2], key.shape[3]
     if not contests:
@@ -299,7 +338,7 @@ def compete_into(
     best = empty(B, H, groups, 1 << logs["LOG"], dtype=torch.int64)
     BD = max(16, next_power_of_two(D))
     BD_sum = min(64, BD)
-    rows, sizes = _Keys(strided(key), heads), (H, sinks, contests, group)
+    rows, sizes = _Keys(strided(key), heads, spans), (H, sinks, contests, group)
     launch(_sum_kernel, (groups + 1, -(-D // BD_sum), B * H),
         sums, rows, sizes, ROWS=CONTEST, D=D, BD=BD_sum, num_warps=8
     )  # fmt: skip
@@ -310,6 +349,6 @@ def compete_into(
     if groups:
         launch(_best_kernel, (groups, B * H), best, newcomers, contests, group, **logs, num_warps=warps)
     launch(_contest_kernel, (-(-contests // span), B * H),
-        index, best, newcomers, (contests, protected, first, index.shape[2], group, span),
+        index, best, newcomers, spans, (contests, protected, first, index.shape[2], group, span, H, sinks),
         LOSERS=first >= max(1, contests * CONTEST - protected), **logs, num_warps=warps,
     )  # fmt: skip

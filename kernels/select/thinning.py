@@ -26,8 +26,9 @@ from __future__ import annotations
 
 import functools
 import heapq
+import itertools
 from collections import namedtuple
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sympy
@@ -48,6 +49,7 @@ from ..launch import (
     strided,
     tl,
 )
+from ..spans import Spans, numbers_of, place_of
 from .halving import Decider, HalvingRule
 from .schedule import Halving, Schedule
 
@@ -60,8 +62,9 @@ PROGRAMS = 2  # per multiprocessor
     SOURCE, TARGET, ROWS, BLOCK, VALID, STAGE, BUCKET, GROUP,  # what to halve; ROWS = 0: pick one row per GROUP
     UNIT, NEED, WORD,  # what has to arrive before it can start; where its signs go
     FEEDS, FEEDERS, SLOT, FIRST_SLOT, SLOTS, FED_ROWS,  # which unit its rows go to, and the statistics of that
+    REACH,  # rows of the stream that its first bucket or group comes from, counted from the first one
     COLUMNS,
-) = (constexpr(i) for i in range(18))  # fmt: skip
+) = (constexpr(i) for i in range(19))  # fmt: skip
 
 
 class Tiles:
@@ -76,7 +79,7 @@ class Tiles:
     def __init__(self, schedule: Schedule, rule: HalvingRule, pairs: int, lanes: int) -> None:
         self.pairs, tokens = pairs, schedule.tokens
         halvings = [job for launch in schedule.launches for job in launch]
-        self._number_units(halvings)
+        self._number_units(halvings, tokens)
         none = np.zeros((0, int(COLUMNS)), dtype=np.int64)
         described = [self._picks(j.source, -1, j.rows * j.buckets, 1, 0) for j in halvings
                      if j.source < tokens and j.rows > 2 * pairs]  # fmt: skip
@@ -94,17 +97,20 @@ class Tiles:
         need = arrivals + (np.arange(self.units) < self.buckets)
         ready = (table[:, ROWS] == 0) | (table[:, SOURCE] < tokens)
         table[:, NEED] = np.where(ready, 0, need[table[:, UNIT]])
+        table[:, REACH] = _reach(schedule)[table[:, TARGET]]
         order = _ticket_order(table, self.units, lanes)
         self.table, self.gains = table[order].astype(np.int32), gain[order].astype(np.float32)
         self.described = raw.astype(np.int32)
 
-    def _number_units(self, halvings: list[Halving]) -> None:
+    def _number_units(self, halvings: list[Halving], tokens: int) -> None:
         """What every halving reads: (first row, rows, rows per unit, first unit, first slot or -1)."""
         self.ranges: list[tuple[int, int, int, int, int]] = []
         self.buckets = self.slots = 0
         span = 2 * self.pairs
         for job in halvings:
             if job.rows > span:
+                alone = job.buckets == 1 and job.source < tokens
+                assert alone or job.rows % span == 0, "a place for statistics is that of a whole tile"
                 self.ranges.append((job.source, job.rows * job.buckets, job.rows, self.buckets, self.slots))
                 self.buckets += job.buckets
                 self.slots += -(-job.rows // self.pairs) * job.buckets
@@ -165,6 +171,18 @@ class Tiles:
         return table
 
 
+def _reach(schedule: Schedule) -> np.ndarray:
+    """How many rows of the stream, from the first one on, every arena row is chosen from: int64 ``[size]``."""
+    reach = np.zeros(schedule.size, np.int64)
+    reach[: schedule.tokens] = np.arange(1, schedule.tokens + 1)
+    for pick in schedule.subsamples:
+        reach[pick.target : pick.target + pick.rows] = pick.source + pick.group * np.arange(1, pick.rows + 1)
+    for job in itertools.chain(*schedule.launches):
+        rows = reach[job.source : job.source + job.rows * job.buckets].reshape(job.buckets, job.rows)
+        reach[job.target : job.target + job.rows * job.buckets // 2] = rows.max(1).repeat(job.rows // 2)
+    return reach
+
+
 # roughly what a tile costs on an H200, in microseconds: before its walk, per earlier tile, walk, and after it; a
 # replay with the costs of a profile (6.5, 3.3, 2.8, 4.2, 6) gives the same total within 1%
 _BEFORE, _EARLIER, _WALK, _AFTER, _STATISTICS = 6.0, 2.2, 2.5, 3.0, 6.0
@@ -220,16 +238,20 @@ def _ticket_order(table: np.ndarray, units: int, lanes: int) -> np.ndarray:
 # Kernels
 
 
-# The tokens and which heads of them, and what :func:`thin` writes: the token of every copy, and the copies,
-# ``[B * H, A, D]``.
-_Inputs = namedtuple("_Inputs", "k v heads index copied_key copied_value")
+# The tokens, which heads of them and where they are, and what :func:`thin` writes: the token of every copy, and the
+# copies, ``[B * H, A, D]``.
+_Inputs = namedtuple("_Inputs", "k v heads spans index copied_key copied_value")
 
 
 # Scratch memory and the table; :class:`_Places` says what lies where.
 _Work = namedtuple("_Work", "scratch sync table gains")
 
 
-_Sizes = namedtuple("_Sizes", "programs tiles units buckets slots sequences H tokens sinks A index_rows")
+# Of a sequence of n tokens with spans the stream has ``(n - sinks) // step * step - held`` rows. Stages and numbers of
+# buckets are counted from ``stage`` and ``first``.
+_Sizes = namedtuple(
+    "_Sizes", "programs tiles units buckets slots sequences H tokens sinks A index_rows step held stage first"
+)
 
 
 # Widths, pairs of a tile, and what the rule and the stream are like; W times BP lanes walk.
@@ -333,7 +355,7 @@ def _hand_over(p_row, at, b_k, b_v, m_p, valid, SHAPE: tl.constexpr):
 
 
 # The memory that a tile reads: stream rows among the tokens, by index if ``raw``, all others among the copies.
-_From = namedtuple("_From", "p_k stride_k p_v stride_v p_index first raw")
+_From = namedtuple("_From", "p_k stride_k p_v stride_v p_index first raw span")
 
 
 @jit
@@ -343,6 +365,10 @@ def _rows_at(source, b_at, m_r, SHAPE: tl.constexpr):
     if SHAPE.STREAMED:
         if source.raw:
             b_row = tl.load(source.p_index + b_at, mask=m_r, other=0)
+    elif source.span is not None:
+        if source.raw:
+            # what is behind the end is the last token again, and nobody's
+            b_row = place_of(source.span, tl.minimum(b_row, source.span.length - 1), m_r)
     return b_row
 
 
@@ -361,7 +387,12 @@ def _describe_kernel(x, work, sizes, SHAPE: tl.constexpr):
     p_k, stride_k = sequence(x.k, i_seq // sizes.H, head)
     p_v, stride_v = sequence(x.v, i_seq // sizes.H, head)
     p_index = x.index + i_seq * sizes.index_rows + sizes.A
-    source = _From(p_k, stride_k, p_v, stride_v, p_index, sizes.sinks, True)
+    span = x.spans
+    if x.spans is not None:
+        span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_seq // sizes.H))
+        if span.length == 0:
+            return
+    source = _From(p_k, stride_k, p_v, stride_v, p_index, sizes.sinks, True, span)
     valid, o_p = tl.load(p_row + VALID), tl.arange(0, SHAPE.BP)
     m_p = o_p < valid
     b_k, b_v = _pair(source, _rows_at(source, tl.load(p_row + SOURCE) + o_p, m_p, SHAPE), m_p, SHAPE)
@@ -517,13 +548,14 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
     rows, block, unit, bucket = (
         tl.load(p_row + ROWS), tl.load(p_row + BLOCK), tl.load(p_row + UNIT), tl.load(p_row + BUCKET)
     )  # fmt: skip
-    target, valid, stage = tl.load(p_row + TARGET), tl.load(p_row + VALID), tl.load(p_row + STAGE)
+    target, valid = tl.load(p_row + TARGET), tl.load(p_row + VALID)
+    stage, bucket = tl.load(p_row + STAGE) + sizes.stage, bucket + sizes.first
     tile = _Tile(
         tl.load(p_row + SOURCE), rows, block, valid, bucket, stage, tl.where(unit < sizes.buckets, unit, -1),
         tl.load(work.gains + ticket // sizes.sequences), scale,
     )  # fmt: skip
     head = head_of(x.heads, (i_seq % sizes.H).to(tl.int32))
-    random = Random(tl.load(random.seed), random.layer, head)
+    number = head_of(random.heads, head).to(tl.int32)
     at = _places(work, i_seq, sizes, SHAPE)
     p_ck, p_cv = x.copied_key + i_seq * sizes.A * SHAPE.D, x.copied_value + i_seq * sizes.A * SHAPE.DV
     p_index = x.index + i_seq * sizes.index_rows
@@ -533,18 +565,22 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
         p_k, stride_k = sequence(x.k, i_seq // sizes.H, head)
         p_v, stride_v = sequence(x.v, i_seq // sizes.H, head)
         first = sizes.sinks
-    source = _From(p_k, stride_k, p_v, stride_v, p_index + sizes.A, first, raw)
+    random = Random(tl.load(random.seed), random.layer, number)
+    span = x.spans
+    if x.spans is not None:
+        span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_seq // sizes.H))
+    source = _From(p_k, stride_k, p_v, stride_v, p_index + sizes.A, first, raw, span)
 
     o_p = tl.arange(0, BP)
     m_p = o_p < valid
     _await(at.count + unit, tl.load(p_row + NEED))
     if rows == 0:  # one row of every group
         group = tl.load(p_row + GROUP)
-        b_u = draw_uniform(random.seed, random.layer, bucket + o_p, 0, stage, head)
+        b_u = draw_uniform(random.seed, random.layer, bucket + o_p, 0, stage, number)
         b_at = tile.source + o_p * group + (b_u * group).to(tl.int32)
     elif SHAPE.COIN:
         o_pair, half = block * BP + o_p, rows // 2
-        b_u = draw_uniform(random.seed, random.layer, o_pair % half, bucket + o_pair // half, stage, head)
+        b_u = draw_uniform(random.seed, random.layer, o_pair % half, bucket + o_pair // half, stage, number)
         b_at = tile.source + 2 * o_p + (b_u < 0.5).to(tl.int32)
     else:
         p_slot = work.scratch + tl.program_id(0) * (2 * BP * BP + 4 * BP)
@@ -552,7 +588,7 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
         own = _own_block(source, at, p_slot, tile, SHAPE)
         _earlier_tiles(source, p_slot, p_word, tile, own, SHAPE)
         tl.debug_barrier()
-        b_at = _decide(p_slot, p_word, tile, own.top, random, head, SHAPE)
+        b_at = _decide(p_slot, p_word, tile, own.top, random, number, SHAPE)
 
     b_row = _rows_at(source, b_at, m_p, SHAPE)
     b_k, b_v = _pair(source, b_row, m_p, SHAPE)  # [BP, BD], [BP, BDV]
@@ -569,12 +605,44 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
     _hand_over(p_row, at, b_k, b_v, m_p, valid, SHAPE)
 
 
+@jit
+def _is_behind(ticket, x, work, sizes):
+    """Whether a tile reads rows that the stream of its sequence does not reach."""
+    length = tl.load(x.spans.length + ticket % sizes.sequences // sizes.H)
+    reach = tl.load(work.table + ticket // sizes.sequences * COLUMNS + REACH)
+    return reach > tl.maximum(length - sizes.sinks, 0) // sizes.step * sizes.step - sizes.held
+
+
+@jit
+def _skip_tile(ticket, x, work, sizes, SHAPE: tl.constexpr):
+    """Rows of zeros, which whole tiles of others read; who waits for it is behind the end as well."""
+    BP: tl.constexpr = SHAPE.BP
+    BD: tl.constexpr = SHAPE.BD
+    BDV: tl.constexpr = SHAPE.BDV
+    i_seq, p_row = ticket % sizes.sequences, work.table + ticket // sizes.sequences * COLUMNS
+    valid, o_p = tl.load(p_row + VALID), tl.arange(0, BP)
+    o_row = i_seq * sizes.A + tl.load(p_row + TARGET) - sizes.tokens + o_p
+    b_k, b_v = tl.zeros([BP, BD], tl.float32), tl.zeros([BP, BDV], tl.float32)
+    m_p, o_d, o_dv = o_p < valid, tl.arange(0, BD), tl.arange(0, BDV)
+    p_k, p_v = x.copied_key + o_row[:, None] * SHAPE.D, x.copied_value + o_row[:, None] * SHAPE.DV
+    tl.store(p_k + o_d[None, :], b_k.to(p_k.dtype.element_ty), mask=m_p[:, None] & (o_d < SHAPE.D)[None, :])
+    tl.store(p_v + o_dv[None, :], b_v.to(p_v.dtype.element_ty), mask=m_p[:, None] & (o_dv < SHAPE.DV)[None, :])
+    feeds = tl.load(p_row + FEEDS)
+    if feeds >= 0:
+        tl.atomic_add(_places(work, i_seq, sizes, SHAPE).count + feeds, 1)
+
+
 @jit(general="random sizes")
 def _thin_kernel(x, work, random, scale, sizes, SHAPE: tl.constexpr):
     total = sizes.tiles.to(tl.int64) * sizes.sequences
     ticket = tl.atomic_add(work.sync, 1)
     while ticket < total:
-        _run_tile(ticket, x, work, random, scale, sizes, SHAPE)
+        if x.spans is None:
+            _run_tile(ticket, x, work, random, scale, sizes, SHAPE)
+        elif _is_behind(ticket, x, work, sizes):
+            _skip_tile(ticket, x, work, sizes, SHAPE)
+        else:
+            _run_tile(ticket, x, work, random, scale, sizes, SHAPE)
         ticket = tl.atomic_add(work.sync, 1)
 
 
@@ -587,7 +655,15 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.lru_cache(maxsize=64)
+class _Shift(NamedTuple):
+    """What the stages and the numbers of buckets of a schedule are counted from, and the numbers of the heads."""
+
+    stage: int
+    first: int
+    numbers: torch.Tensor | None
+
+
+@functools.lru_cache(maxsize=256)
 def _tiles_on(schedule: Schedule, rule: HalvingRule, pairs: int, lanes: int, device: torch.device) -> tuple:
     tiles = Tiles(schedule, rule, pairs, lanes)
     tensors = (constant(x, device) for x in (tiles.table, tiles.gains, tiles.described))
@@ -613,9 +689,14 @@ def thin(
 
 def thin_into(
     kept: tuple[torch.Tensor, ...], key: torch.Tensor, value: torch.Tensor, schedule: Schedule, sinks: int,
-    decider: Decider,
+    decider: Decider, spans: Spans | None = None, contest: tuple[int, int] = (1, 0), shift: _Shift | None = None,
 ) -> None:  # fmt: skip
-    """:func:`thin` into ``kept``: its index, keys and values, contiguous."""
+    """:func:`thin` into ``kept``: its index, keys and values, contiguous.
+
+    With ``spans`` tokens are where these say, and the index has their places, or in its entries behind A what was
+    written there. ``contest``: stream rows come so many at a time, and that many of them less. What a sequence does not
+    have is left out: its copies are zeros, its entries of the index stay.
+    """
     require_triton()
     (index, kept_key, kept_value), (rule, scale, random) = kept, decider
     (B, H), D, device, widths = index.shape[:2], key.shape[3], key.device, Widths.of(key, value)
@@ -633,18 +714,56 @@ def thin_into(
     per_sequence = (tiles.slots + tiles.buckets) * (D + 2)
     scratch = key.new_empty(programs * (2 * pairs + 4) * pairs + sequences * per_sequence, dtype=torch.float32)
     sync = key.new_zeros(1 + sequences * (tiles.units + count), dtype=torch.int64)
-    inputs = _Inputs(strided(key), strided(value), random.heads, index, kept_key, kept_value)
+    inputs = _Inputs(strided(key), strided(value), random.heads, spans, index, kept_key, kept_value)
+    stage, first, numbers = shift or _Shift(0, 0, None)
     sizes = _Sizes(programs, count, tiles.units, tiles.buckets, tiles.slots, sequences, H, schedule.tokens, sinks, A,
-                   index.shape[2])  # fmt: skip
+                   index.shape[2], *contest, stage, first)  # fmt: skip
     shape = _Shape(*widths, pairs, 32 * WARPS // pairs, rule.centre, index.shape[2] > A, coin)
     if len(described) and not coin:
         launch(_describe_kernel, (len(described), sequences),
             inputs, _Work(scratch, sync, described, None), sizes, SHAPE=shape, num_warps=4
         )  # fmt: skip
     launch(_thin_kernel, (programs,),
-        inputs, _Work(scratch, sync, table, gains), random._replace(heads=None), scale * rule.flatten, sizes,
+        inputs, _Work(scratch, sync, table, gains), random._replace(heads=numbers), scale * rule.flatten, sizes,
         SHAPE=shape, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _one_halving(rows: int, delta: float) -> Schedule:
+    return Schedule(rows, 0, 0, rows + rows // 2, (), ((Halving(0, rows, rows, 1, 0, 0, delta),),), (), ())
+
+
+def halve(key: torch.Tensor, value: torch.Tensor, job: Halving, decider: Decider) -> torch.Tensor:
+    """Which rows of one bucket ``key`` ``[B, H, rows, D]``, ``value`` ``[B, H, rows, Dv]`` stay: int32 ``[B, H, rows /
+    2]``. ``job`` says their number, the stage, the number of the bucket and delta; ``decider.random.heads`` the numbers
+    that the H heads have in the stream. What :func:`.halving.halve_reference` decides."""
+    rule, rows = decider.rule, job.rows
+    depends = rule.gain(rows, 0.5) != rule.gain(rows, 0.25)  # otherwise one table serves all halvings of so many rows
+    schedule = _one_halving(rows, job.delta if depends else 0.5)
+    index = torch.empty(*key.shape[:2], rows // 2, dtype=torch.int32, device=key.device)
+    copies = tuple(x.new_empty(*x.shape[:2], rows // 2, x.shape[3]) for x in (key, value))
+    shift = _Shift(job.stage, job.first, decider.random.heads)
+    decider = decider._replace(random=decider.random._replace(heads=None))
+    thin_into((index, *copies), key, value, schedule, 0, decider, shift=shift)
+    return index
+
+
+@jit(general="first count stage")
+def _draw_kernel(out, heads, random, first, count, stage, BN: tl.constexpr):
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    head = tl.load(heads + tl.program_id(1)).to(tl.int32)
+    b_u = draw_uniform(tl.load(random.seed), random.layer, first + o_n, 0, stage, head)
+    tl.store(out + tl.program_id(1) * count + o_n, b_u, mask=o_n < count)
+
+
+def draws_triton(random: Random, first: int, count: int, stage: int) -> torch.Tensor:
+    """``philox_uniform`` of the draws from ``first`` on for bucket 0: float32 ``[heads, count]``, in one launch."""
+    out = torch.empty(len(random.heads), count, dtype=torch.float32, device=random.heads.device)
+    launch(_draw_kernel, (-(-count // 64), len(random.heads)),
+        out, random.heads, random._replace(heads=None), first, count, stage, BN=64, num_warps=1,
+    )  # fmt: skip
+    return out
 
 
 def describe_launches(rows: sympy.Expr) -> sympy.Expr:

@@ -56,3 +56,25 @@ def test_attention_alone_is_checked_before_it_has_a_speed(monkeypatch: pytest.Mo
     monkeypatch.setattr(decoding, "decode_attention", lambda q, k, v, *_, **rows: (v[:, :1, :1].expand_as(q), None))
     with pytest.raises(SystemExit, match="lengths at B=1, n=64: off by"):
         decoding.attention_rows(1, 64, "cpu", torch.float32)
+
+
+def test_whole_steps_and_a_cache_alone_have_a_row_for_each_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import decoding
+    from records import params_of
+
+    monkeypatch.setattr(decoding, "UNIFORM", decoding.HeadRows(2, 40, 16, 20))
+    monkeypatch.setattr(decoding, "H", 2)
+    monkeypatch.setattr(decoding, "H_KV", 1)
+    attended, updated = decoding.cache_rows(1, 400, "cpu", torch.float32)
+    assert attended["job"] == "decode_cache" and attended["error"] <= 1e-5
+    assert updated["job"] == "cache_update" and updated["ms_p50"] > 0
+    with torch.no_grad():
+        model = decoding.random_llama("cpu", torch.float32, decoding.TINY)
+    plans = decoding.planned_rows(model)
+    assert [len(heads) for heads in plans.values()] == [2, 2] and len({str(x) for x in sum(plans.values(), [])}) > 1
+    rows = decoding.whole_rows(model, 1, 500, 8, 2)
+    assert [row["method"] for row in rows] == ["transformers", "exact", "santa", "selected", "cache", "planned"]
+    held = {row["method"]: params_of(row).get("rows") for row in rows}
+    assert held["transformers"] is None and float(held["cache"]) < 400 < float(held["planned"])
+    assert all(row["ms_p50"] > 0 for row in rows)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
+from express_compile import ExpressCache
 from express_compile.core.rows import Rows
 from express_compile.kernels.attend.decode import decode_attention
 from express_compile.kernels.heads import EVERYTHING, PerHead
 from express_compile.kernels.held import Held, HeldRows
 from express_compile.kernels.launch import Random
+from express_compile.kernels.select.halving import Decider, get_rule
+from express_compile.kernels.select.schedule import Halving, Schedule, stage
+from express_compile.kernels.select.thinning import halve, thin
+from express_compile.routes.transformers import steps
 
 ROWS = (Rows(4, 60), Rows(4, 60, 64), EVERYTHING, Rows(4, 60, 64, 128), Rows(4, 60, 64), Rows(4, 60, selected=2))
 
@@ -73,3 +80,67 @@ def test_selecting_heads_read_what_they_read_on_a_cpu() -> None:
         outs.append([cache.extend(*(x[:, :, step] for x in (query, key, value))).cpu() for step in steps])
     for one, other in zip(*outs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+# ---- single tokens by kernels, thinning by kernels, recorded steps --------------------------------------------------
+
+
+def test_a_step_by_the_kernels_of_places_is_that_of_the_kernels_of_rows_for_heads_of_all_kinds() -> None:
+    q, k, v = tokens(3000, torch.float32)
+    caches = [Held(PerHead(ROWS), k, v, Random(torch.tensor(7, device="cuda"), 3), 0.125, 9) for _ in range(2)]
+    padding = [(True,) * 2700, tuple(i >= 90 for i in range(2700))]
+    for cache in caches:
+        cache.fill(k[:, :, :2700], v[:, :, :2700], padding)
+    for i in range(2700, 3000):
+        step = [x[:, :, i : i + 1] for x in (q, k, v)]
+        caches[0].settle(single=True)
+        out = caches[0].step(*step)
+        caches[1].settle()
+        torch.testing.assert_close(out, caches[1].extend(*step), rtol=1e-3, atol=1e-4)
+    for cache in caches:
+        cache.settle()
+    for one, other in zip(caches[0].parts, caches[1].parts, strict=True):
+        assert one.left == other.left and rows_of(one) == rows_of(other)
+
+
+@pytest.mark.parametrize("rows", [16, 64, 1024])
+def test_one_halving_is_what_the_same_halving_of_a_prefill_decides(rows: int) -> None:
+    _, k, v = tokens(rows, torch.bfloat16)
+    rule, seed = get_rule("balanced"), torch.tensor(7, device="cuda")
+    job = Halving(0, rows, rows, 1, stage(2, 1), 5, 0.1)
+    whole = Schedule(rows, 0, 0, rows + rows // 2, (), ((job,),), (), ())
+    index = torch.empty(2, 3, rows // 2, dtype=torch.int32, device="cuda")
+    heads = torch.tensor([4, 0, 3], dtype=torch.int32, device="cuda")
+    thin(k, v, index, whole, 0, Decider(rule, 0.125, Random(seed, 3, heads)))
+    own = [x.index_select(1, heads) for x in (k, v)]
+    assert torch.equal(halve(*own, job, Decider(rule, 0.125, Random(seed, 3, heads))), index)
+    other = halve(*own, replace(job, first=6), Decider(rule, 0.125, Random(seed, 3, heads)))
+    assert not torch.equal(other, index) and (other // 2 == torch.arange(rows // 2, device="cuda")).all()
+
+
+@torch.no_grad()
+def test_generate_replays_a_graph_and_writes_what_eager_steps_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=3, vocab_size=97, initializer_range=0.3)
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=12, num_key_value_heads=6, head_dim=64,
+                                      max_position_embeddings=8192)  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval().cuda()
+    ids = torch.randint(0, 97, (2, 1500), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :70] = 0
+    records, record = [], steps.record
+    monkeypatch.setattr(steps, "record", lambda *args: records.append(1) or record(*args))
+    outs = []
+    for disable in (False, True):
+        cache = ExpressCache(model, rows=ROWS, graphs=True)
+        out = model.generate(
+            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=600, min_new_tokens=600, do_sample=False,
+            disable_compile=disable, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        outs.append((out.sequences, torch.stack(out.logits, 1), cache.rows_held, cache.get_seq_length()))
+    assert 1 <= len(records) <= 4, "memory of the growing heads moves a few times"
+    (one, logits, *state), (other, expected, *theirs) = outs
+    assert state == theirs
+    same = int((one == other).all(0).long().cumprod(0).sum()) - 1500  # up to a tie that rounding breaks
+    assert same >= 100
+    torch.testing.assert_close(logits[:, :same], expected[:, :same], rtol=1e-2, atol=1e-2)

@@ -17,7 +17,7 @@ from express_compile.kernels.attend import decode as K
 def small_tiles(monkeypatch):
     """Blocks of 16 rows, several programs, several looks at padding: short caches have all that long ones have."""
     monkeypatch.setattr(K, "tiling", lambda row_bytes, shared: K.Tiling(16, 4, 2, 1))
-    monkeypatch.setattr(K, "_device", lambda device: (7, 1 << 18))
+    monkeypatch.setattr(K, "device_of", lambda device: (7, 1 << 18))
     monkeypatch.setattr(K, "_SCANNED", 32)
     monkeypatch.setattr(K, "PAGE", 32)
 

@@ -133,18 +133,18 @@ def test_later_chunks_see_as_many_rows_as_one_piece_whatever_their_number() -> N
         assert np.concatenate(rows).mean() == pytest.approx(one.mean(), rel=0.3)
 
 
-@pytest.mark.parametrize("pools", [[32], [16, 0, 48]])
-def test_pools_are_halved_by_themselves_and_by_the_kernel_alike(pools: list[int]) -> None:
-    schedule, starts = _thinned_again(pools, 3)
-    assert schedule.size == sum(pools) + sum(p // 2 + p // 4 + p // 8 for p in pools)
-    key, value = (x[:, :, : sum(pools)].contiguous() for x in inputs(128)[1:])
+@pytest.mark.parametrize(("pools", "rounds"), [([32], 3), ([16, 0, 48], 3), ([296, 24, 100], 2), ([608], 2)])
+def test_pools_are_halved_by_themselves_and_by_the_kernel_alike(pools: list[int], rounds: int) -> None:
+    schedule, starts = _thinned_again(pools, rounds)
+    assert schedule.size == sum(pools) + sum(rows >> i for rows in pools for i in range(1, rounds + 1))
+    key, value = (x[:, :, : sum(pools)].contiguous() for x in inputs(640)[1:])
     decider = Decider(Express(16).rule, 0.25, Random(SEED, 1))
     arena = torch.arange(schedule.size, dtype=torch.int32).repeat(1, 1, 1)
     halve_all_reference(arena, key, value, schedule, decider)
     first = 0
     for rows, start in zip(pools, starts, strict=True):
-        kept = arena[0, 0, start : start + rows // 8]
-        assert len(set(kept.tolist())) == rows // 8 and ((first <= kept) & (kept < first + rows)).all()
+        kept = arena[0, 0, start : start + (rows >> rounds)]
+        assert len(set(kept.tolist())) == rows >> rounds and ((first <= kept) & (kept < first + rows)).all()
         first += rows
     index = torch.empty(1, 1, schedule.size - schedule.tokens, dtype=torch.int32)
     keys, values = thin(key, value, index, schedule, 0, decider)

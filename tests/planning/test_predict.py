@@ -215,17 +215,13 @@ def test_the_planner_chooses_well_at_the_shapes_that_were_measured(monkeypatch: 
 
 
 def test_what_express_takes_for_a_padded_batch() -> None:
-    """The copies that padding costs, against the committed rows of padded batches."""
-    with (RESULTS / "speed.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if "padding=left" in row["params"] and row["gpu"] == H200.name]
-    assert len(rows) >= 4
-    for row in rows:
-        options = dict(pair.split("=") for pair in row["params"].split())
-        policy = Policy(budget=int(row["s"]), **{x: int(options[x]) for x in ("sinks", "window", "protected")})
-        spec = prefill(int(row["Lk"]), int(row["B"]))
-        padded = replace(spec, mask=replace(spec.mask, padding=True))
-        bare, found = (predict("express", x, policy, H200) / float(row["ms_p50"]) for x in (spec, padded))
-        assert bare < 0.6 and 0.8 < found < 1.0, (row["params"], bare, found)
+    """Zeros and launches, a few percent of a long prefill: nothing is copied, which took longer than attention."""
+    spec = prefill(1 << 15, 3)
+    padded = replace(spec, mask=replace(spec.mask, padding=True))
+    for protected in (0, 256):
+        policy = Policy(budget=512, window=256, protected=protected)
+        bare, found = (predict("express", x, policy, H200) for x in (spec, padded))
+        assert 1.01 < found / bare < 1.15, (bare, found)
         times = [predict("exact", x, policy, H200) for x in (spec, padded)]
         assert times[0] == times[1], "nothing was measured of exact attention with such a mask"
 
@@ -238,9 +234,8 @@ def test_whose_predictions_leave_padding_out() -> None:
     for name in METHODS.shipped:
         same = predict(name, padded, Policy(), H200) == predict(name, spec, Policy(), H200)
         assert same == (name in without_padding([name], padded)), name
-    assert crossover("express", "exact", padded, Policy(), H200) > 1.2 * crossover(
-        "express", "exact", spec, Policy(), H200
-    )
+    bare = crossover("express", "exact", spec, Policy(), H200)
+    assert bare < crossover("express", "exact", padded, Policy(), H200) < 1.3 * bare
 
 
 def test_every_method_with_rates_has_a_cost() -> None:

@@ -32,10 +32,11 @@ from ...planning.choose import methods_of
 from ..eager import rewrite_attention, rewritten_sites
 from .layers import ExpressLayer, Place, Step
 from .sites import installed
+from .steps import Steps, let_generate_record
 
 _ROWS = ("budget", "sinks", "recent", "protected")
 _OTHERS = ("halving", "inflation", "flatten", "block", "last")
-_VERSION = 2
+_VERSION = 3
 _SHAPE = (
     "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "rope_theta",
@@ -58,6 +59,8 @@ class ExpressCache(Cache):
         ``rows``, what ``PerHead`` takes: ``halving``, ``inflation``, ``flatten``, ``block``. With none of all these,
         the rows of the policy by which the model is rewritten.
     seed: of the random numbers that thinning takes; None draws one from torch's default generator.
+    graphs: whether ``model.generate()`` on a GPU records a step of one token as a CUDA graph and replays it; in a loop
+        of your own, ``cache.steps(model, inputs)`` does. Elsewhere steps run eagerly, as without.
 
     Heads that hold everything, and heads with ``selected`` blocks, which are chosen among all tokens, grow with the
     length; nothing else does. In steps of up to 32 tokens, selecting heads read the pages of 64 tokens that hold sinks
@@ -81,6 +84,7 @@ class ExpressCache(Cache):
         plan: SavedPlan | str | PathLike[str] | None = None,
         rows: Any = None,
         seed: int | None = 0,
+        graphs: bool = False,
         **options: Any,
     ) -> None:
         seed = Policy(seed=seed).seed  # checks it
@@ -90,7 +94,7 @@ class ExpressCache(Cache):
         if asked is None and all(methods_of(policy, path) == ("exact",) for path, policy in policies.items()):
             asked = Policy(methods=("heads",))
         own = {path: _rows_at(asked or policies[path], path) for path in sites}
-        self._build(model, sites, own, seed)
+        self._build(model, sites, own, seed, graphs)
         if unknown := sorted(_named(plan, rows) - set(own)):
             name = "rows" if plan is None else "plan"
             raise ValueError(
@@ -98,10 +102,16 @@ class ExpressCache(Cache):
             )
 
     def _build(
-        self, model: PreTrainedModel, sites: Mapping[str, int], own: Mapping[str, PerHead], seed: int | None
-    ) -> None:
+        self, model: PreTrainedModel, sites: Mapping[str, int], own: Mapping[str, PerHead], seed: int | None,
+        graphs: bool,
+    ) -> None:  # fmt: skip
+        if not isinstance(graphs, bool):
+            raise TypeError(f"graphs={graphs!r}: must be True or False")
         self.seed = int(torch.randint(0, 2**31 - 1, ())) if seed is None else seed
         self._step = Step(len(sites))
+        self.steps = Steps(graphs)
+        if graphs:
+            let_generate_record(model)
         self._model = _shape_of(model)
         layers = DynamicCache(config=model.config).layers
         for path, index in sites.items():
@@ -187,6 +197,7 @@ class ExpressCache(Cache):
         """Forget everything, also a step that was interrupted."""
         super().reset()
         self._step.clear()
+        self.steps.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last ``-tokens_to_remove`` tokens back, of all layers or of none: ``ValueError`` where a head has
@@ -227,9 +238,11 @@ class ExpressCache(Cache):
             raise
 
     @classmethod
-    def load(cls, path: str | PathLike[str], model: PreTrainedModel, **options: Any) -> ExpressCache:
+    def load(
+        cls, path: str | PathLike[str], model: PreTrainedModel, *, graphs: bool = False, **options: Any
+    ) -> ExpressCache:
         """The cache in a file that :meth:`save` wrote, for ``model`` and on its device. ``options``, if given, are
-        those of the class; then the file must have the same plan.
+        those of the class; then the file must have the same plan. ``graphs``, as of the class, is in no file.
 
         Raises ``ValueError`` that says what does not fit: the model, its dtype or the plan; ``OSError`` if the file
         cannot be read.
@@ -263,7 +276,7 @@ class ExpressCache(Cache):
                         f"{header['seed']}), asked is {describe(layer.own.rows)} (seed {asked.seed})"
                     )
         cache = cls.__new__(cls)
-        cache._build(model, sites, own, header["seed"])
+        cache._build(model, sites, own, header["seed"], graphs)
         for layer in cache.express_layers:
             prefix = f"{layer.place.number}."
             mine = {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
@@ -412,7 +425,7 @@ def _restore(layer: ExpressLayer, data: Mapping[str, Any], tensors: Mapping[str,
     _initialize(layer, data, key, value)
     layer.keys = layer.values = None
     random = Random(layer.seed_on(key.device), layer.place.key)
-    layer.held = Held(layer.mine, key, value, random, held["scale"])
+    layer.held = Held(layer.mine, key, value, random, held["scale"], layer.place.number)
     layer.held.length = held["length"]
     for i, part in enumerate(layer.held.parts):
         part.left = held["left"][i]

@@ -84,11 +84,15 @@ class Step:
     """Which layers of a cache have the tokens of the step that runs.
 
     layers: how many there are. done: those that have attended. open: the one that has the tokens and has not attended.
+    changes: how often anything was done that is no replay. recorded: whether the launches of a step are being recorded,
+    which is no step by itself.
     """
 
     layers: int = 0
     done: set[int] = field(default_factory=set)
     open: int | None = None
+    changes: int = 0
+    recorded: bool = False
 
     @property
     def whole(self) -> bool:
@@ -105,6 +109,7 @@ class Step:
             )
 
     def begin(self, index: int) -> None:
+        self.changes += 1
         if self.open is not None or index in self.done:
             self.require_whole()
             self.done.clear()
@@ -116,6 +121,7 @@ class Step:
         self.open = None
 
     def clear(self) -> None:
+        self.changes += 1
         self.done.clear()
         self.open = None
 
@@ -203,7 +209,8 @@ class ExpressLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._require_alike(key_states, value_states)
-        self.step.begin(self.place.number)
+        if not self.step.recorded:
+            self.step.begin(self.place.number)
         if self.held is not None:  # the last step can no longer be undone
             self.keys = self.values = None
         total = self.columns + key_states.shape[2]
@@ -239,6 +246,8 @@ class ExpressLayer(CacheLayerMixin):
             raise ValueError(
                 f"{self.place.path!r}: output_attentions: weighted rows have no attention weights per token"
             )
+        if self.step.recorded:
+            return self._record(given.query, key, value)
         out = self._attend(site, given, prove(site, given), key, value)
         self._end(n)
         return out
@@ -262,10 +271,14 @@ class ExpressLayer(CacheLayerMixin):
                 f"holds {self.held.length}; what was padding has to stay padding, and nothing else may be hidden"
             )
         else:
+            is_single = real is None and given.query.is_cuda and n == 1 and self._fits_step(given.query)
             self.settling = True
-            self.held.settle()
+            self.held.settle(is_single)
             self.settling = n > STEP
-            out = self.held.extend(given.query, key, value, real)
+            if is_single:
+                out = self.held.step(given.query, key, value)
+            else:
+                out = self.held.extend(given.query, key, value, real)
             self.settling = False
         if real is not None:
             self.padded = self.columns + max(max((i for i, x in enumerate(own, 1) if not x), default=0) for own in real)
@@ -276,7 +289,7 @@ class ExpressLayer(CacheLayerMixin):
         computes it."""
         assert self.new is not None and self.keys is not None and self.values is not None
         seed = self.seed_on(given.query.device)
-        held = Held(self.mine, *self.new, Random(seed, self.place.key), scale)
+        held = Held(self.mine, *self.new, Random(seed, self.place.key), scale, self.place.number)
         old = None if proof.padding is None else _tuples(proof.padding[:, : self.columns])
         held.fill(self.keys, self.values, old)
         self.padded = 0 if proof.padding is None else _last(proof.padding[:, : self.columns])
@@ -301,13 +314,61 @@ class ExpressLayer(CacheLayerMixin):
             return
         scaling = getattr(self.place.module(), "scaling", None)
         scale = float(default_scale(key.shape[3]) if scaling is None else scaling)
-        self.held = Held(self.mine, key, value, Random(self.seed_on(key.device), self.place.key), scale)
+        random = Random(self.seed_on(key.device), self.place.key)
+        self.held = Held(self.mine, key, value, random, scale, self.place.number)
         self.held.fill(key, value)
         self.keys = self.values = None
 
     def seed_on(self, device: torch.device) -> torch.Tensor:
         """The seed for the heads of this process."""
         return torch.tensor(seed_of(self.seed, self.shard), device=device)
+
+    # -- steps that are recorded ----------------------------------------------------------------------------------
+
+    def _fits_step(self, query: torch.Tensor) -> bool:
+        assert self.held is not None and self.like is not None
+        return query.dtype == self.like.dtype and self.held.fits_step(query.shape[1] // self.like.heads)
+
+    def records(self, sequences: int) -> bool:
+        """Whether a step of one token of every sequence can be recorded, or a record replayed."""
+        if self.held is None or self.settling or self.shard is not None or len(self.held.length) != sequences:
+            return False
+        return self.held.fits_step(getattr(self.place.module(), "num_key_value_groups", 1))
+
+    def _record(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """The attention of a step that is recorded, which counts no token."""
+        assert self.held is not None, "records() says so"
+        if not self._fits_step(query):
+            raise ValueError(f"ExpressCache: {self.place.path!r}: graphs=True: {query.dtype} queries of another shape "
+                             "or dtype than the keys have cannot be recorded")  # fmt: skip
+        self.new = None
+        return self.held.launch_step(query, key, value)
+
+    def settle_recorded(self, end: torch.Tensor) -> Any:
+        """What has to be done before a replay that adds a token; see :meth:`Held.prepare_step`."""
+        assert self.held is not None
+        self._require_usable()
+        self.settling = True
+        self.held.settle(single=True)
+        self.settling = False
+        self.keys = self.values = None
+        return self.held.prepare_step(end)
+
+    def end_recorded(self) -> None:
+        """Count the token that a replay added."""
+        assert self.held is not None
+        self.held.end_step()
+        self.columns, self.last = self.columns + 1, 1
+
+    def undo_recorded(self, columns: int) -> None:
+        """Be as before a step that raised or was interrupted, when there were so many ``columns``."""
+        assert self.held is not None
+        self.new = None
+        if self.columns > columns:
+            self._drop(1)
+        else:
+            self.step.changes += 1
+            self.held.drop(0, 1)
 
     # -- what cannot be computed ----------------------------------------------------------------------------------
 
@@ -419,6 +480,7 @@ class ExpressLayer(CacheLayerMixin):
             self._drop(count)
 
     def _drop(self, count: int) -> None:
+        self.step.changes += 1
         self.columns -= count
         if self.keys is not None and self.values is not None and self.keys.shape[2] >= self.columns:
             self.held = None  # what there may be of it is of the last step alone
@@ -450,6 +512,7 @@ class ExpressLayer(CacheLayerMixin):
     # -- transformers' protocol: other batches, other devices ---------------------------------------------------------
 
     def _select(self, index: torch.Tensor) -> None:
+        self.step.changes += 1
         self._require_usable()
         self.step.require_whole()
         if not self.is_initialized or self.like is None:
@@ -485,6 +548,7 @@ class ExpressLayer(CacheLayerMixin):
             self._to(self.like.device)
 
     def _to(self, device: torch.device) -> None:
+        self.step.changes += 1
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys.to(device), self.values.to(device)
         if self.held is not None:

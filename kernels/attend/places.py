@@ -1,0 +1,233 @@
+"""A step of decoding over the places of a cache whose KV heads hold different rows: one launch adds the new token of
+every head, two attend, whatever the plans of the heads are.
+
+    out_i = sum_j w_j exp(scale <q_i, k_j>) v_j / sum_j w_j exp(scale <q_i, k_j>)
+
+over the places j that hold a row (``log_weight`` finite). Where the rows of a head are, and which of its tokens goes
+where, says a line of a table of addresses in memory that does not move, and how many tokens a sequence has stands on
+the device as well: one CUDA graph serves a cache at every length. A head is read by pages of 64 places: by those on its
+list, or all up to its last token. The programs of a head read its blocks in turn (:func:`_split_kernel`), and
+:func:`_combine_kernel` adds up in order what they leave, which gives the same bits every time.
+
+The reference is :meth:`..held.HeldRows.append` and :func:`.decode.decode_reference` over the same places.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..launch import (
+    FLOAT32_DOT,
+    Widths,
+    constexpr,
+    jit,
+    launch,
+    load_rows,
+    next_power_of_two,
+    require_triton,
+    strided,
+    tl,
+)
+from .decode import PAGE, device_of, tiling
+
+# columns of a line of the table: addresses of the first place of keys, values, log-weights and tokens, of the list of
+# pages (0: none) and of its length; places in all; sinks; places of the ring (0: token i is at place i); recent tokens
+# of a head that drops all others (-1: it does not)
+KEY, VALUE, WEIGHT, TOKEN, PAGES, LISTED, PLACES, SINKS, RING, RECENT, COLUMNS = (constexpr(i) for i in range(11))
+
+
+class Table(NamedTuple):
+    """The heads of a layer. lines: int64 ``[B * H_kv, COLUMNS]``. programs: int32 ``[P, 3]``, of every program of a
+    sequence its KV head, its number there and how many there are. parts: int32 ``[H_kv, 2]``, the first program of a
+    head and how many there are. All on the device. align: what the addresses of keys and values are multiples of, in
+    bytes, up to 16."""
+
+    lines: torch.Tensor
+    programs: torch.Tensor
+    parts: torch.Tensor
+    align: int
+
+
+def shares(blocks: Sequence[int], sequences: int, at_once: int) -> list[int]:
+    """How many programs read each KV head of so many ``blocks``, where ``at_once`` programs run at a time on the device
+    and all of them have about as much to do: in one wave, or in four where that leaves less than one for a head."""
+    waves = 1 if 2 * len(blocks) * sequences <= at_once else 4
+    each = max(1, -(-sum(blocks) * sequences // (waves * at_once)))
+    return [max(1, -(-count // each)) for count in blocks]
+
+
+def make_programs(counts: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """``programs`` and ``parts`` of a :class:`Table` with so many programs for each head."""
+    first = np.cumsum([0, *counts[:-1]])
+    programs = [(head, i, count) for head, count in enumerate(counts) for i in range(count)]
+    return tuple(
+        torch.tensor(np.array(x), dtype=torch.int32, device=device)
+        for x in (programs, np.stack([first, np.array(counts)], 1))
+    )  # type: ignore[return-value]
+
+
+_New = namedtuple("_New", "k v")
+_Shape = namedtuple("_Shape", "H G D DV BD BDV BM BN PAGE ALIGN")
+_Parts = namedtuple("_Parts", "most sum value out")
+
+
+@jit
+def _line(table, i_b, i_h, SHAPE: tl.constexpr):
+    return table + (i_b * SHAPE.H + i_h).to(tl.int64) * COLUMNS
+
+
+@jit
+def _place_of(token, sinks, ring):
+    """Where a head holds a token."""
+    return tl.where((ring == 0) | (token < sinks), token, sinks + (token - sinks) % tl.maximum(ring, 1))
+
+
+@jit
+def _append_kernel(k, v, table, end, SHAPE: tl.constexpr):
+    """The last token of a sequence gets its place in every head, and heads that drop tokens free that of another."""
+    i_h, i_b = tl.program_id(0), tl.program_id(1)
+    o_d, o_dv = tl.arange(0, SHAPE.BD), tl.arange(0, SHAPE.BDV)
+    p_line = _line(table, i_b, i_h, SHAPE)
+    token = tl.load(end + i_b) - 1
+    sinks, ring = tl.load(p_line + SINKS).to(tl.int32), tl.load(p_line + RING).to(tl.int32)
+    recent = tl.load(p_line + RECENT).to(tl.int32)
+    place = _place_of(token, sinks, ring).to(tl.int64)
+    p_k = tl.load(p_line + KEY).to(tl.pointer_type(k.p.dtype.element_ty))
+    p_v = tl.load(p_line + VALUE).to(tl.pointer_type(v.p.dtype.element_ty))
+    p_weight = tl.load(p_line + WEIGHT).to(tl.pointer_type(tl.float32))
+    p_token = tl.load(p_line + TOKEN).to(tl.pointer_type(tl.int32))
+    b_k = tl.load(k.p + i_b.to(tl.int64) * k.b + i_h * k.h + o_d, mask=o_d < SHAPE.D)
+    b_v = tl.load(v.p + i_b.to(tl.int64) * v.b + i_h * v.h + o_dv, mask=o_dv < SHAPE.DV)
+    tl.store(p_k + place * SHAPE.D + o_d, b_k, mask=o_d < SHAPE.D)
+    tl.store(p_v + place * SHAPE.DV + o_dv, b_v, mask=o_dv < SHAPE.DV)
+    tl.store(p_token + place, token)
+    tl.store(p_weight + place, 0.0)
+    old = token - recent - 1
+    free = _place_of(old, sinks, ring)
+    tl.store(p_weight + free, float("-inf"), mask=(recent >= 0) & (old >= sinks))
+
+
+@jit
+def _split_kernel(q, table, programs, end, parts, scale, SHAPE: tl.constexpr):
+    BM: tl.constexpr = SHAPE.BM
+    BN: tl.constexpr = SHAPE.BN
+    PAGE: tl.constexpr = SHAPE.PAGE
+    BDV: tl.constexpr = SHAPE.BDV
+    ALIGN: tl.constexpr = SHAPE.ALIGN
+    i_p, i_b = tl.program_id(0), tl.program_id(1)
+    i_h, i_split = tl.load(programs + 3 * i_p), tl.load(programs + 3 * i_p + 1)
+    splits = tl.load(programs + 3 * i_p + 2)
+    o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
+    o_d, o_dv = tl.arange(0, SHAPE.BD), tl.arange(0, SHAPE.BDV)
+    p_line = _line(table, i_b, i_h, SHAPE)
+    p_k = tl.multiple_of(tl.load(p_line + KEY).to(tl.pointer_type(q.p.dtype.element_ty)), ALIGN)
+    p_v = tl.multiple_of(tl.load(p_line + VALUE).to(tl.pointer_type(q.p.dtype.element_ty)), ALIGN)
+    p_weight = tl.load(p_line + WEIGHT).to(tl.pointer_type(tl.float32))
+    pages = tl.load(p_line + PAGES)
+    is_listed = pages != 0
+    p_pages = pages.to(tl.pointer_type(tl.int32))
+    places = tl.load(p_line + PLACES).to(tl.int32)
+    last = tl.minimum(tl.load(end + i_b), places)
+    listed = tl.load(tl.load(p_line + LISTED).to(tl.pointer_type(tl.int32))) * PAGE
+    listed = tl.where(is_listed, listed, 0)
+    rows = tl.where(is_listed, listed, last)
+    m_m = o_m < SHAPE.G
+    p_q = q.p + i_b.to(tl.int64) * q.b + (i_h * SHAPE.G + o_m).to(tl.int64)[:, None] * q.h + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < SHAPE.D)[None, :], other=0.0)  # [BM, BD]
+    b_top, b_sum = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
+    b_acc = tl.zeros([BM, BDV], tl.float32)
+    for j in range(i_split, tl.cdiv(rows, BN), splits):
+        o_row = j * BN + o_n
+        b_page = tl.load(p_pages + o_row // PAGE, mask=o_row < listed, other=-1)
+        o_place = tl.where(is_listed, tl.where(b_page < 0, places, b_page * PAGE + o_row % PAGE), o_row)
+        m_n = (o_row < rows) & (o_place < places)
+        b_weight = tl.load(p_weight + o_place, mask=m_n, other=float("-inf"))
+        m_n = m_n & (b_weight > float("-inf"))
+        b_k = load_rows(p_k, SHAPE.D, o_place, m_n, SHAPE.D, SHAPE.BD)  # [BN, BD]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=FLOAT32_DOT) * scale
+        b_s += tl.where(m_n, b_weight, 0.0)[None, :] * 1.4426950408889634
+        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+        b_new = tl.maximum(b_top, tl.max(b_s, 1))
+        b_old = tl.exp2(b_top - b_new)
+        b_p = tl.exp2(b_s - b_new[:, None])
+        b_v = load_rows(p_v, SHAPE.DV, o_place, m_n, SHAPE.DV, SHAPE.BDV)  # [BN, BDV]
+        b_sum = b_sum * b_old + tl.sum(b_p, 1)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision=FLOAT32_DOT)
+        b_top = b_new
+    o_part = (i_b.to(tl.int64) * tl.num_programs(0) + i_p) * SHAPE.G
+    tl.store(parts.most + o_part + o_m, b_top, mask=m_m)
+    tl.store(parts.sum + o_part + o_m, b_sum, mask=m_m)
+    m_out = m_m[:, None] & (o_dv < SHAPE.DV)[None, :]
+    tl.store(parts.value + (o_part + o_m)[:, None] * SHAPE.DV + o_dv[None, :], b_acc, mask=m_out)
+
+
+@jit(general="programs")
+def _combine_kernel(parts, p_shares, programs, SHAPE: tl.constexpr):
+    """Of one query head the parts of all its programs, in order."""
+    BS: tl.constexpr = 16
+    BDV: tl.constexpr = SHAPE.BDV
+    i_g, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_s, o_dv = tl.arange(0, BS), tl.arange(0, SHAPE.BDV)
+    first, splits = tl.load(p_shares + 2 * i_h), tl.load(p_shares + 2 * i_h + 1)
+    o_part = (i_b.to(tl.int64) * programs + first) * SHAPE.G + i_g
+    top, total = -1e30, 0.0
+    b_out = tl.zeros([BDV], tl.float32)
+    for s in range(0, splits, BS):
+        o_own, m_s = o_part + (s + o_s) * SHAPE.G, s + o_s < splits
+        b_sum = tl.load(parts.sum + o_own, mask=m_s, other=0.0)
+        b_most = tl.load(parts.most + o_own, mask=m_s, other=-1e30)
+        new = tl.maximum(top, tl.max(b_most))
+        b_factor = tl.exp2(b_most - new)
+        old = tl.exp2(top - new)
+        m_value = (b_sum != 0)[:, None] & (o_dv < SHAPE.DV)[None, :]  # not 0 is NaN too
+        b_value = tl.load(parts.value + o_own[:, None] * SHAPE.DV + o_dv[None, :], mask=m_value, other=0.0)
+        b_out = b_out * old + tl.sum(b_value * b_factor[:, None], 0)
+        total = total * old + tl.sum(b_sum * b_factor)
+        top = new
+    b_out = b_out / tl.where(total == 0, 1.0, total)
+    o_head = (i_b * SHAPE.H + i_h).to(tl.int64) * SHAPE.G + i_g
+    tl.store(parts.out + o_head * SHAPE.DV + o_dv, b_out.to(parts.out.dtype.element_ty), mask=o_dv < SHAPE.DV)
+
+
+def _shape(query_heads: int, key: torch.Tensor, value: torch.Tensor, align: int) -> _Shape:
+    H, widths = key.shape[1], Widths.alike(key, value)
+    G = query_heads // H
+    rows = tiling(max(widths.BD, widths.BDV) * key.element_size(), device_of(key.device)[1]).rows
+    return _Shape(H, G, *widths, max(16, next_power_of_two(G)), rows, PAGE, align)
+
+
+def append_places(key: torch.Tensor, value: torch.Tensor, table: Table, end: torch.Tensor) -> None:
+    """Hold the last token of every sequence: ``key`` ``[B, H_kv, 1, D]``, ``value`` ``[B, H_kv, 1, Dv]``; ``end`` int32
+    ``[B]`` counts the tokens, this one included."""
+    require_triton()
+    shape = _shape(key.shape[1], key, value, table.align)
+    launch(_append_kernel, (shape.H, key.shape[0]),
+        strided(key), strided(value), table.lines, end, SHAPE=shape, num_warps=1,
+    )  # fmt: skip
+
+
+def attend_places(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: Table, end: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of ``query`` ``[B, H, 1, D]`` to what the heads hold: ``[B, H, 1, Dv]``, 0 where that is nothing. Of
+    ``key`` and ``value``, those of the new token, only the shape and the dtype count."""
+    require_triton()
+    B, H = query.shape[:2]
+    shape, programs = _shape(H, key, value, table.align), len(table.programs)
+    tiles = tiling(max(shape.BD, shape.BDV) * key.element_size(), device_of(key.device)[1])
+    out = query.new_empty(B, H, 1, shape.DV)
+    count = B * programs * shape.G
+    memory = torch.empty(count * (2 + shape.DV), dtype=torch.float32, device=query.device)
+    most, total, weighted = memory.split([count, count, count * shape.DV])
+    parts = _Parts(most, total, weighted, out)
+    launch(_split_kernel, (programs, B),
+        strided(query), table.lines, table.programs, end, parts, scale * 1.4426950408889634, SHAPE=shape,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    launch(_combine_kernel, (shape.G, shape.H, B), parts, table.parts, programs, SHAPE=shape, num_warps=2)
+    return out
