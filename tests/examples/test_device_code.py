@@ -1,0 +1,86 @@
+"""examples/bench/device_code.py without a compiler: what is recorded of calls, and what tables of kernels differ in."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from express_compile.kernels import launch as launching
+from express_compile.kernels.attend import segments
+
+BENCH = Path(__file__).parents[2] / "examples" / "bench"
+TABLE = BENCH / "results" / "device-code.csv"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Those of shorter sequences."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    import device_calls
+
+    monkeypatch.setattr(device_calls, "TOKENS", 1024)
+    monkeypatch.setattr(device_calls, "ROWS", 64)
+    monkeypatch.setitem(device_calls.EXPRESS, "budget", 64)
+    return device_calls
+
+
+@pytest.fixture
+def code(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import device_code
+
+    return device_code
+
+
+def names(launches: list) -> list[str]:
+    return [launch.kernel.fn.__name__ for launch in launches]
+
+
+def test_what_express_and_its_gradient_launch(calls: ModuleType) -> None:
+    qkv, true = calls.tokens(torch.float32, 64), launching.launch
+    with calls.recorded() as found:
+        assert qkv[0].is_cuda and segments.launch is not true
+        calls.attend("express", qkv, **calls.EXPRESS, protected=256)
+    contest = ["_sum_kernel", "_score_kernel", "_best_kernel", "_contest_kernel"]
+    assert names(found) == [*contest, "_describe_kernel", "_thin_kernel", "segment_kernel"]
+    assert found[-1].options["SHAPE"].D == 64 and found[-1].args[-1].Lq == 1024
+    assert not qkv[0].is_cuda and segments.launch is true
+    with calls.recorded() as found:
+        calls.CALLS["express, uniform"](torch.float32, 64)
+    assert names(found) == [*contest, "_thin_kernel", "segment_kernel"]
+
+
+def test_every_call_of_the_committed_table_launches_kernels(calls: ModuleType) -> None:
+    with TABLE.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["call"] for row in rows} == set(calls.CALLS)
+    assert {(row["dtype"], int(row["D"])) for row in rows} == {(str(x)[6:], D) for x, D in calls.KINDS}
+    for name, call in calls.CALLS.items():
+        with calls.recorded() as found:
+            call(torch.float32, 64)
+        known = {row["kernel"].split(".")[-1] for row in rows if row["call"] == name}
+        assert known & set(names(found)), name
+
+
+def row(kernel: str, variant: str, ptx: str, registers: int = 64, call: str = "express") -> dict:
+    return dict(dtype="float32", D=64, call=call, kernel=kernel, variant=variant, ptx=ptx, registers=registers,
+                spilled=0, shared=1024)  # fmt: skip
+
+
+def test_tables_differ_in_kernels_that_are_changed_missing_or_new(code: ModuleType) -> None:
+    old = [row("thin", "a", "1"), row("thin", "b", "2"), row("attend", "c", "3"), row("gone", "d", "4")]
+    new = [row("thin", "e", "2"), row("thin", "f", "9", registers=72), row("attend", "c", "3"), row("more", "g", "5")]
+    found = [(what, *(x and x["variant"] for x in pair)) for what, *pair in code.compare(old, new)]
+    assert found == [("same", "b", "e"), ("changed", "a", "f"), ("same", "c", "c"), ("missing", "d", None),
+                     ("new", None, "g")]  # fmt: skip
+    shown = {x["kernel"]: (x["what"], x["registers"], x["shared"]) for x in code.differences(old, new)}
+    assert shown == {"thin": ("changed", "64 -> 72", "1024"), "gone": ("missing", "64", "1024"),
+                     "more": ("new", "64", "1024")}  # fmt: skip
+    assert code.differences(old, old) == []
+    again = [row(x["kernel"], x["variant"], x["ptx"], x["registers"], call="sparse") for x in old + new]
+    assert [x["calls"] for x in code.differences(old + again[:4], new + again[4:])] == [2, 2, 2]
+    assert code.compare(old[:1], [{**old[0], "call": "sparse"}])[0][0] == "missing"
