@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 from benchmark import SETTINGS
 from planner import Judged, crossings, judge
@@ -914,6 +914,55 @@ def drift_table() -> str:
     return "\n\n".join(found) or UNMEASURED.replace("plans.csv", "caching.csv")
 
 
+HAYSTACKS = ("noise", "prose", "code")
+
+
+def protected_rows(is_mass: bool) -> dict[tuple[str, ...], list[dict[str, str]]]:
+    """The newest rows of protected.csv by model, length and machine: of the mass, or of the judged scores."""
+    found: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    rows = [row for row in read("protected.csv") if row["method"] != "exact"]
+    rows = [row for row in rows if row["task"].startswith("mass") == is_mass]
+    for row in newest(rows, "gpu", "model", "n", "task", "method", "rows", "metric"):
+        found.setdefault((row["model"], f"{int(row['n']):,} tokens", row["gpu"]), []).append(row)
+    return found
+
+
+def protected_table() -> str:
+    """What the places of every score hold of the mass, by haystack and on average."""
+    found = []
+    for run, rows in protected_rows(is_mass=True).items():
+        shares = {(x["method"], x["rows"], x["metric"], x["task"].partition(": ")[2]): float(x["value"]) for x in rows}
+        counts, cases = sorted({row["rows"] for row in rows}, key=int), {}
+        header, body = ["score"], {}
+        for count in counts:
+            header += [f"{count} places: {HAYSTACKS[0]}", *HAYSTACKS[1:], "mean", "other queries"]
+            for name in dict.fromkeys(row["method"] for row in rows):
+                needle, late = ([shares[name, count, of, hay] for hay in HAYSTACKS] for of in ("needle", "queries"))
+                line = [*(f"{x:.2f}" for x in needle), f"**{fmean(needle):.2f}**", f"{fmean(late):.2f}"]
+                body.setdefault(name, [name]).extend(line)
+        for row in rows:
+            cases[row["task"].partition(": ")[2]] = params_of(row)["cases"]
+        counted = ", ".join(f"{cases[hay]} in {hay}" for hay in HAYSTACKS)
+        said = f"**{', '.join(run)}**, {rows[0]['date']}; needles that exact attention finds: {counted}."
+        found.append(f"{said}\n\n{markdown(header, [*body.values()])}")
+    return "\n\n".join(found)
+
+
+def protected_judged_table() -> str:
+    """Policies whose places are given by a score: KL on texts and recall."""
+    found = []
+    for run, rows in protected_rows(is_mass=False).items():
+        names = {row["method"]: row["method"] for row in rows}
+        own = [[{**row, "budget": ""} for row in rows if row["method"] == name] for name in names]
+        body = [plan_line(x, stream_of(own, "", "key"), names) for x in own]
+        header = ["score", *(x.replace("StreamingLLM", "`key`") for x in PLAN_HEADER[1:])]
+        said = next(row for row in rows if row["task"].startswith("texts"))
+        found.append(
+            f"**{', '.join(run)}**, {said['date']}: {said['params']}; {said['task']}.\n\n{markdown(header, body)}"
+        )
+    return "\n\n".join(found)
+
+
 PARTS = {
     "custom-method": functools.partial(quoted, "examples/custom_method.py"),
     "speed-summary": functools.partial(speed_summary_table, "express", "thinformer", "santa"),
@@ -944,6 +993,8 @@ PARTS = {
     "plans-summary": plans_summary_table,
     "plans": plans_table,
     "recall": recall_table,
+    "protected": protected_table,
+    "protected-judged": protected_judged_table,
     "caching": functools.partial(caching_table, "cache"),
     "pages": functools.partial(caching_table, "selected"),
     "drift": drift_table,
