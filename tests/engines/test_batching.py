@@ -184,10 +184,12 @@ def test_what_cannot_be_batched_says_so() -> None:
         pass
 
 
-def test_the_snippet_of_the_guide_runs() -> None:
+def test_the_snippets_of_the_guide_run() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs/guide/batching.md").read_text(encoding="utf-8")
-    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    batch, packed = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict[str, Any] = {}
-    exec(snippet, names)
+    exec(packed, names)
+    assert names["out"].shape == (900, 4, 32) and names["out"].isfinite().all()
+    exec(batch, names)
     assert [len(out.generated_tokens) for out in names["outputs"].values()] == [16, 16]
     assert not is_rewritten(names["model"])
