@@ -69,7 +69,7 @@ def test_it_comes_back_from_a_file_as_it_was(tmp_path) -> None:
 @torch.no_grad()
 def test_it_is_followed_at_another_length(bench) -> None:
     model, tokenizer = bench["models"].load_smollm2("cpu", torch.float32)
-    ids = tokenizer(bench["models"].judged_texts()["acts"][:4000], return_tensors="pt").input_ids[:, :512]
+    ids = tokenizer(bench["models"].judged_texts()["acts"][:4000], return_tensors="pt").input_ids[:, :400]
     exact, found = model(ids).logits, []
     for options in ({"plan": str(PATH), "strict": True}, {"policy": Policy(plan=PATH, strict=True)}):
         rewrite_attention(model, **options)

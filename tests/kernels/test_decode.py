@@ -60,7 +60,7 @@ def rows_of(kind: str, B: int, H_kv: int, L: int, n: int, seed: int) -> K.Rows:
     dtype=st.sampled_from([torch.float32, torch.float16]),
     seed=st.integers(0, 10**6),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_kernels_give_what_the_reference_gives(poison, small_tiles, L, n, heads, sizes, kind, dtype, seed):
     L = max(L, n)
     q, k, v = tokens(2, *heads, n, L, *sizes, dtype=dtype, seed=seed)

@@ -70,7 +70,7 @@ def plans(draw) -> PerHead:
     return PerHead((rows,), draw(st.sampled_from(["balanced", "kernel", "uniform"])), inflation)
 
 
-@given(own=plans(), pieces=st.lists(st.integers(1, 700), min_size=1, max_size=6), seed=st.integers(0, 999))
+@given(own=plans(), pieces=st.lists(st.integers(1, 500), min_size=1, max_size=6), seed=st.integers(0, 999))
 @settings(max_examples=40)
 def test_after_any_pieces_the_rows_and_weights_are_those_of_the_streaming_form(own, pieces, seed):
     n = sum(pieces)
