@@ -538,10 +538,7 @@ def heads_reference(
     own = rows if isinstance(rows, PerHead) else PerHead(rows, block=block)
     call = Call(query, key, value, None, seed, scale, layer)
     with torch.no_grad():
-        outputs = _forward(call, own, None)
-        if own.last and call.Lk > _exact_up_to(own):
-            attend_last(call, own.last, outputs)
-    return outputs
+        return _with_last(call, own, _forward(call, own, None))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -563,17 +560,28 @@ def _exact_up_to(own: PerHead) -> int:
     return 1 << 62 if math.isinf(least) else int(least)
 
 
+def _last_of(own: PerHead, Lk: int) -> int:
+    """How many queries at the end see more than the others; none where all heads are exact."""
+    return own.last if Lk > _exact_up_to(own) else 0
+
+
+def _with_last(
+    call: Call, own: PerHead, outputs: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``outputs``, in which the last queries see everything."""
+    if n := _last_of(own, call.Lk):
+        attend_last(call, n, outputs)
+    return outputs
+
+
 def _body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     own = options_at(call.Lk, **call.options)
-    outputs = packed(call, _exact_up_to(own), lambda real, start: _forward(real, own, start))
-    if own.last and call.Lk > _exact_up_to(own):
-        attend_last(call, own.last, outputs)
-    return outputs
+    return _with_last(call, own, packed(call, _exact_up_to(own), lambda real, start: _forward(real, own, start)))
 
 
 def _backward_body(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> _Tensors:
     own, added = options_at(call.Lk, **call.options), None
-    if own.last and call.Lk > _exact_up_to(own):
+    if _last_of(own, call.Lk):
         grad, added = last_gradients(call, own.last, grad, out, lse)
     grads = packed_backward(
         call, (grad, out, lse), _exact_up_to(own), lambda real, results, start: _backward(real, own, results, start)

@@ -737,7 +737,8 @@ class Held:
         table, H_kv = self._table[1], key.shape[1]
         append_places(key, value, table, self._end)
         for part in self.parts:
-            if rows := part.group.rows.selected and part.group.rows:
+            rows = part.group.rows
+            if rows.selected:
                 q, first = part.group.take(query, H_kv), torch.zeros_like(self._end)
                 update_means(part.means, part.key, first, self._end, 1)
                 recent = max(1, rows.recent)

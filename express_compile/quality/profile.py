@@ -183,11 +183,13 @@ def _ratios(
     """For every site: the KL of the model where this site alone has the middle one of the options that are not exact,
     by their rows, over the error of that; 0 where there is none."""
     few = sorted((x, o) for o, x in enumerate(rows) if not options[o].everything)
-    found = {}
+    found = dict.fromkeys(errors, 0.0)
+    if not few:
+        return found
+    middle = few[len(few) // 2][1]
     for layer, of_heads in errors.items():
-        found[layer] = 0.0
-        if few and (error := float(of_heads[:, few[len(few) // 2][1]].sum())) > 0:
-            with run_by(Chosen({layer: [options[few[len(few) // 2][1]]]})):
+        if (error := float(of_heads[:, middle].sum())) > 0:
+            with run_by(Chosen({layer: [options[middle]]})):
                 found[layer] = max(mean_kl(exact, logits_of(model, batch), late(exact.shape[1])), 0.0) / error
         advance()
     return found
