@@ -328,6 +328,7 @@ class Caching(Bench):
         Rows(SINKS, 4096), Rows(SINKS, 256, 512, 512), Rows(SINKS, 512, protected=2048), Rows(SINKS, 512, 512),
         EVERYTHING,
     )  # fmt: skip
+    more = ()
 
     def texts(self, n: int) -> torch.Tensor:
         """Token ids ``[N, n]`` of ``--windows`` parts of each judged text, at even distances."""
