@@ -26,10 +26,10 @@ NEIGHBOURS = 5  # rows whose mean is a score: a fact is a run of tokens
 def distinctiveness(
     key: torch.Tensor, value: torch.Tensor, key_sum: torch.Tensor, value_sum: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """Scores ``[B, H, C]`` in [-1, 1] of the rows of one contest: ``key`` ``[B, H, C, D]``, ``value`` ``[B, H, C, Dv]``.
+    """Scores ``[B, H, C]`` in [-1, 1] of the rows of a contest: ``key`` ``[B, H, C, D]``, ``value`` ``[B, H, C, Dv]``.
 
-    ``key_sum`` ``[B, H, D]`` and ``value_sum`` ``[B, H, Dv]`` are those of the ``count`` rows that left so far, with these;
-    scores have their dtype.
+    ``key_sum`` ``[B, H, D]`` and ``value_sum`` ``[B, H, Dv]``, of the dtype that the scores have, are those of the
+    ``count`` rows that left so far, these among them.
     """
     alike = [
         torch.cosine_similarity(x.to(total), (total / count)[:, :, None], dim=-1)
@@ -226,7 +226,7 @@ def _alike(
     """Cosine similarities [ROWS] of the rows of a contest to the running mean; ``p_row`` is room for as many int64."""
     i_contest = tl.program_id(0)
     H, sinks, contests, group = sizes
-    BG: tl.constexpr = 16
+    BG: tl.constexpr = 8
     first = sinks + i_contest * ROWS
     end = first + ROWS
     o_n, o_d = tl.arange(0, BN), tl.arange(0, BD)
@@ -271,12 +271,12 @@ def _score_kernel(
     if i_contest >= held:
         return
     head = head_of(rows.heads, i_seq % H)
-    p_k, stride_k = sequence(rows.key, i_seq // H, head)
-    p_v, stride_v = sequence(rows.value, i_seq // H, head)
     p_sums += i_seq * contests * (D + DV)
     p_newcomers += (i_seq * contests + i_contest) * ROWS
-    b_alike = _alike(p_newcomers, p_sums, p_k, stride_k, sizes, span, D + DV, ROWS, D, BD, BN)
-    b_alike += _alike(p_newcomers, p_sums + D, p_v, stride_v, sizes, span, D + DV, ROWS, DV, BDV, BN)
+    p_k, stride_n = sequence(rows.key, i_seq // H, head)
+    b_alike = _alike(p_newcomers, p_sums, p_k, stride_n, sizes, span, D + DV, ROWS, D, BD, BN)
+    p_v, stride_n = sequence(rows.value, i_seq // H, head)
+    b_alike += _alike(p_newcomers, p_sums + D, p_v, stride_n, sizes, span, D + DV, ROWS, DV, BDV, BN)
     o_row = tl.arange(0, ROWS)
     tl.store(p_newcomers + o_row, b_alike.to(tl.int32, bitcast=True).to(tl.int64))
     tl.debug_barrier()
@@ -400,7 +400,7 @@ def compete_into(
     )  # fmt: skip
     launch(_score_kernel, (contests, B * H),
         newcomers, sums, rows, sizes, LOG_ROWS=logs["LOG_ROWS"], NEAR=NEIGHBOURS,
-        D=D, DV=DV, BD=BD, BDV=BDV, BN=max(16, min(CONTEST, 8192 // max(BD, BDV))), num_warps=4,
+        D=D, DV=DV, BD=BD, BDV=BDV, BN=max(16, min(CONTEST, 4096 // max(BD, BDV))), num_warps=4,
     )  # fmt: skip
     if groups:
         launch(_best_kernel, (groups, B * H), best, newcomers, contests, group, **logs, num_warps=warps)
