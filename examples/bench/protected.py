@@ -41,7 +41,8 @@ from plans import MODELS, SINKS, Bench, Judge, base, in_words, recalled, summary
 from records import add_arguments, show
 
 from express_compile.core.rows import Rows
-from express_compile.kernels import express
+from express_compile.kernels import express, heads
+from express_compile.kernels.launch import Random
 from express_compile.kernels.select.contest import CONTEST, contest
 
 RECENT = 256
@@ -255,12 +256,18 @@ def protecting(name: str) -> Iterator[None]:
         left = Left.of(key, value, config.sinks, layout.contests)
         return compete_by(SCORES[name](left), config.sinks, config.protected).flatten(2)
 
-    def triton(key: torch.Tensor, value: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...]:
-        return select(key, value, *others), key[:, :, :0], value[:, :, :0]
+    def select_into(
+        kept: tuple[torch.Tensor, ...], key: torch.Tensor, value: torch.Tensor, layout: express.Layout, scale: float,
+        random: Random, spans: Any = None,
+    ) -> None:  # fmt: skip
+        assert spans is None
+        own = slice(None) if random.heads is None else random.heads.long()
+        kept[0].copy_(select(key[:, own], value[:, own], layout))
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(express, "thin_reference", select))
-        stack.enter_context(mock.patch.object(express, "thin_triton", triton))
+        for module in (express, heads):
+            stack.enter_context(mock.patch.object(module, "select_into", select_into))
         yield
 
 
