@@ -193,6 +193,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         compiled[(*grid, 1, 1)[:3]](*args, *constants)
 
 
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def constant(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """A copy of ``array`` on ``device`` that may be kept for later calls, whatever mode the caller runs in.
 

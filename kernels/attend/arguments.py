@@ -14,8 +14,8 @@ KernelTensors = namedtuple(
 )
 
 
-# What :func:`.segments.tile_lists` gives.
-Lists = namedtuple("Lists", "start tiles log2_weight tail")
+# What :func:`.segments.tile_lists` gives, or ``merged_lists``.
+Lists = namedtuple("Lists", "start tiles log2_weight tail slots", defaults=(None,))
 
 
 KernelSizes = namedtuple("KernelSizes", "H Lq q_offset shift")

@@ -1,13 +1,14 @@
 """The kernel of segment attention for Hopper, in Gluon: the work of :mod:`.segments`' kernel, specialised by warps.
 
-One warp group reads tiles of keys and values into shared memory ahead of the others: by the tensor memory accelerator
-what lies side by side, rows by index asynchronously one by one. Two warp groups of 64 queries each multiply: the
-product with the keys of a tile runs beside the one with the values of the tile before it, and exponentials of one group
-overlap with products of the other.
+As many programs as the device has multiprocessors stay and take *job* after job, each 128 queries of one head, those
+with most rows first. One warp group reads tiles of keys and values into shared memory ahead of the others, those of the
+next job as well: by the tensor memory accelerator what lies side by side, rows by index asynchronously one by one. Two
+warp groups of 64 queries each multiply: the product with the keys of a tile runs beside the one with the values of the
+tile before it, and exponentials of one group overlap with products of the other.
 
-On an H200 (bfloat16, D = 128, causal, n = 32,768) it reaches 621 TFLOP/s, where the kernel of :mod:`.segments` has 447
-and cuDNN 585; over the few rows of Express 471 for 366, as nothing overlaps with what comes before and after a short
-list of tiles (``examples/bench/results/gpu-tests.txt``).
+On an H200 (bfloat16, D = 128, n = 32,768) it reaches 607 TFLOP/s of causal attention, where the kernel of
+:mod:`.segments` has 427 and cuDNN 587, and over the 512 rows of Express 513, where that one has 371: a job of few tiles
+has as long a start and end, with which nothing overlaps in its group (``examples/bench/results/gpu-tests.txt``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..launch import constexpr
+from ..launch import constexpr, launch, processors
 from . import job
 from .arguments import describable
 
@@ -50,31 +51,110 @@ def _jit(fn: Callable | None = None, **options: Any) -> Any:
 ROWS = constexpr(64)  # queries of one group of warps
 QUERIES = 128
 KernelShape = namedtuple("KernelShape", "D DV BM BN PARTS STAGES")
+SLOTS = constexpr(4)  # of a merged tile
+CACHED = 32 << 20  # bytes of keys and values that heads which take turns have, of 50 or 60 MB of L2
 VERSIONS = ("3.6.",)  # of Triton that this was tried with; Gluon changes from one to the next
 GATHERED = constexpr(2048)  # elements of rows by index that are asked for at a time
 
-Shared = namedtuple("Shared", "q k v q_full k_full k_empty v_full v_empty")
+Shared = namedtuple("Shared", "q k v q_full q_empty k_full k_empty v_full v_empty")
 # Where kinds of tiles end, one after the other: copied rows, rows by index, chosen blocks, listed tokens, the tail
 Work = namedtuple("Work", "first copied indexed chosen listed total tail keys")
 # Which program it is: sequence and heads, the row of its first query (below 0: none), the first query that is one and
 # where it stands among the tokens, and where the rows that are no tokens begin
-Place = namedtuple("Place", "i_b i_h i_kv i_bh q_row skip position Lq c_b c_h c_row p_index p_chosen first_key")
-Descriptors = namedtuple("Descriptors", "q k v copied_key copied_value")
+Place = namedtuple("Place", "i_b i_h i_kv i_bh q_row skip position c_b c_h c_row p_index p_chosen first_key")
+Descriptors = namedtuple("Descriptors", "q k v copied_key copied_value slots")
+# Tiles of keys or of values: the tensor, descriptors of tokens and of copies, of slots of both, and where tiles go
+Stream = namedtuple("Stream", "x tokens copied slots_tokens slots_copied tiles full empty")
+# Of all jobs: ``parts`` of the queries of ``groups`` heads in all sequences (or jobs of a table, and sequences), of
+# which ``heads`` take turns
+Sizes = namedtuple("Sizes", "H Lq q_offset shift parts groups heads")
+
+
+@_jit
+def _number(n):
+    """The number of the n-th job of this program. Those with most rows come first, so that in every other round the
+    programs take theirs in reverse."""
+    i, programs = gl.program_id(0), gl.num_programs(0)
+    return n * programs + gl.where(n % 2 == 0, i, programs - 1 - i)
+
+
+@_jit
+def _rounds(sizes):
+    """How many jobs this program has."""
+    jobs = sizes.parts * sizes.groups
+    full = jobs // gl.num_programs(0)
+    return full + (_number(full) < jobs).to(gl.int32)
+
+
+@_jit
+def _job(n, x, lists, sizes, SHAPE: gl.constexpr):
+    """The n-th job of this program."""
+    BN: gl.constexpr = SHAPE.BN
+    BM: gl.constexpr = SHAPE.BM
+    shift = sizes.shift
+    number = _number(n)
+    blocks, first_key = 0, 0
+    if x.jobs is None:
+        section = number // (sizes.parts * sizes.heads)
+        number -= section * (sizes.parts * sizes.heads)
+        heads = gl.minimum(sizes.heads, sizes.groups - section * sizes.heads)
+        i_bh = section * sizes.heads + number % heads
+        i_part = sizes.parts - 1 - number // heads + shift // BM  # no job for parts before the first query
+        i_b = i_bh // sizes.H
+        i_h = i_bh % sizes.H
+        i_kv = i_h // x.G
+        i_block = i_part // SHAPE.PARTS
+        c_b, c_h, c_row = i_b, i_kv, 0
+        p_index = x.lse  # of no kind that is read
+        if x.index.p is not None:
+            p_index = x.index.p + (i_b.to(gl.int64) * x.index.b + i_kv.to(gl.int64) * x.index.h)
+        p_chosen = p_index
+    else:
+        p_job = x.jobs + number // sizes.groups * job.COLUMNS
+        i_b = number % sizes.groups
+        i_h = gl.load(p_job + job.HEAD)
+        i_part = gl.load(p_job + job.PART)
+        i_bh = i_b * sizes.H + i_h
+        i_kv = i_h // x.G
+        shift = gl.load(p_job + job.SHIFT)
+        i_block = gl.load(p_job + job.TABLE) + i_part // SHAPE.PARTS
+        c_b, c_h, c_row = 0, 0, gl.load(p_job + job.COPIES) + i_b * gl.load(p_job + job.COPIES_B)
+        p_index = x.index.p + (gl.load(p_job + job.INDEX) + i_b * gl.load(p_job + job.INDEX_B))
+        p_chosen = x.chosen + (gl.load(p_job + job.CHOSEN) + i_b * gl.load(p_job + job.CHOSEN_B))
+        blocks, first_key = gl.load(p_job + job.BLOCKS), gl.load(p_job + job.FIRST)
+    p_start = lists.start + i_block * 3
+    first = gl.load(p_start)
+    copied = gl.load(p_start + 1) - first
+    indexed = gl.load(p_start + 2) - first
+    chosen = indexed + (blocks * 64 + BN - 1) // BN
+    listed = gl.load(p_start + 3) - first + chosen - indexed
+    tail = gl.load(lists.tail + i_block)
+    q_row = i_part * BM - shift
+    skip = gl.maximum(-q_row, 0)
+    position = sizes.q_offset + q_row + skip
+    stop = sizes.q_offset + gl.minimum(q_row + BM, sizes.Lq)
+    total = gl.maximum(listed + (gl.maximum(stop - tail, 0) + BN - 1) // BN, 1)
+    work = Work(first, copied, indexed, chosen, listed, total, tail, blocks * 64)
+    return work, Place(i_b, i_h, i_kv, i_bh, q_row, skip, position, c_b, c_h, c_row, p_index, p_chosen, first_key)
 
 
 @_jit
 def _tile(j, work, lists, BN: gl.constexpr):
-    """First row, rows that are shown, and log2-weight of tile j; of rows by index the place in the index, and of chosen
-    blocks the row among all of them."""
+    """First row, rows that are shown, and log2-weight of tile j, and how much the second to fourth of its slots have
+    more than that; of rows by index the place in the index, and of chosen blocks the row among all of them. A merged
+    tile has row -1."""
     in_list = (j < work.indexed) | ((j >= work.chosen) & (j < work.listed))
     at = work.first + j - gl.where(j < work.indexed, 0, work.chosen - work.indexed)
     row = gl.load(lists.tiles + 2 * at, mask=in_list, other=0)
     shown = gl.load(lists.tiles + 2 * at + 1, mask=in_list, other=BN)
-    weight = gl.load(lists.log2_weight + at, mask=in_list, other=0.0)
     of_chosen = (j >= work.indexed) & (j < work.chosen)
+    weight = gl.load(lists.log2_weight + 4 * at, mask=in_list, other=0.0)
+    w_1 = gl.load(lists.log2_weight + 4 * at + 1, mask=in_list, other=0.0)
+    w_2 = gl.load(lists.log2_weight + 4 * at + 2, mask=in_list, other=0.0)
+    w_3 = gl.load(lists.log2_weight + 4 * at + 3, mask=in_list, other=0.0)
     row = gl.where(of_chosen, (j - work.indexed) * BN, row)
     shown = gl.where(of_chosen, gl.minimum(work.keys - row, BN), shown)
-    return gl.where(j < work.listed, row, work.tail + (j - work.listed) * BN), shown, weight
+    return gl.where(j < work.listed, row, work.tail + (j - work.listed) * BN), shown, weight, (w_1, w_2, w_3)
 
 
 @_jit
@@ -91,67 +171,115 @@ def _gather(target, x, place, by_index, row, shown):
         p_from = place.p_chosen + row // 64
     o_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
     o_n = gl.arange(0, STEP, gl.SliceLayout(1, LAYOUT))
+    rows = ()  # all at once: loads between copies would wait for one another
     for i in gl.static_range(BN // STEP):
         o_row = gl.minimum(o_n + i * STEP, shown - 1)
-        i_row = gl.load(p_from + gl.where(by_index, o_row, o_row // 64))
-        i_row = gl.where(by_index, i_row, place.first_key + i_row * 64 + o_row % 64).to(gl.int64)
+        rows = rows + (gl.load(p_from + gl.where(by_index, o_row, o_row // 64)),)
+    for i in gl.static_range(BN // STEP):
+        o_row = gl.minimum(o_n + i * STEP, shown - 1)
+        i_row = gl.where(by_index, rows[i], place.first_key + rows[i] * 64 + o_row % 64).to(gl.int64)
         pointers = p + i_row[:, None] * x.n + o_d[None, :]
         async_copy.async_copy_global_to_shared(target.slice(i * STEP, STEP, 0), pointers)
 
 
 @_jit
-def _produce(d, x, lists, shared, work, place, SHAPE: gl.constexpr):
-    STAGES: gl.constexpr = SHAPE.STAGES
-    BN: gl.constexpr = SHAPE.BN
-    D: gl.constexpr = SHAPE.D
-    DV: gl.constexpr = SHAPE.DV
-    i_b, i_kv = place.i_b, place.i_kv
-    for half in gl.static_range(2):
-        mbarrier.expect(shared.q_full.index(half), d.q.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            d.q, [i_b, place.i_h, place.q_row + ROWS * half, 0], shared.q_full.index(half), shared.q.index(half)
-        )
-    for j in range(work.total):
-        stage = j % STAGES
-        phase = (j // STAGES) & 1
-        row, shown, weight = _tile(j, work, lists, BN)
-        k_full = shared.k_full.index(stage)
-        v_full = shared.v_full.index(stage)
-        mbarrier.wait(shared.k_empty.index(stage), phase ^ 1)
-        if (x.index.p is not None) and ((j >= work.copied) & (j < work.chosen)):
-            k_tile = shared.k.index(stage).reshape([BN, D])
-            _gather(k_tile, x.k, place, j < work.indexed, row, shown)
-            async_copy.mbarrier_arrive(k_full)
-            mbarrier.arrive(k_full)
-            mbarrier.wait(shared.v_empty.index(stage), phase ^ 1)
-            v_tile = shared.v.index(stage).reshape([BN, DV])
-            _gather(v_tile, x.v, place, j < work.indexed, row, shown)
-            async_copy.mbarrier_arrive(v_full)
-            mbarrier.arrive(v_full)
-        else:
-            mbarrier.expect(k_full, d.k.block_type.nbytes)
-            if j < work.copied:
-                tma.async_copy_global_to_shared(
-                    d.copied_key, [place.c_b, place.c_h, place.c_row + row, 0], k_full, shared.k.index(stage)
-                )
-            else:
-                tma.async_copy_global_to_shared(d.k, [i_b, i_kv, row, 0], k_full, shared.k.index(stage))
-            mbarrier.wait(shared.v_empty.index(stage), phase ^ 1)
-            mbarrier.expect(v_full, d.v.block_type.nbytes)
-            if j < work.copied:
-                tma.async_copy_global_to_shared(
-                    d.copied_value, [place.c_b, place.c_h, place.c_row + row, 0], v_full, shared.v.index(stage)
-                )
-            else:
-                tma.async_copy_global_to_shared(d.v, [i_b, i_kv, row, 0], v_full, shared.v.index(stage))
+def _next(stage, phase, STAGES: gl.constexpr):
+    """The stage after this one, and the phase of its barriers. Carried on, not computed from a count of tiles: ptxas
+    keeps these in uniform registers, and with them addresses of barriers, which else every lane has of its own."""
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
 
 
 @_jit
-def _hide(b_s, j, row, shown, work, place, half):
-    """Scores of rows that a query does not see become -inf."""
+def _before(stage, phase, STAGES: gl.constexpr):
+    """The stage before this one, and the phase of its barriers."""
+    first = stage == 0
+    return gl.where(first, STAGES - 1, stage - 1), gl.where(first, phase ^ 1, phase)
+
+
+@_jit
+def _fill(stream, stage, phase, j, row, shown, work, place, lists):
+    """Tile j of a job, as soon as there is room for it."""
+    BN: gl.constexpr = stream.tiles.shape[3]
+    D: gl.constexpr = stream.tiles.shape[4]
+    STAGES: gl.constexpr = stream.tiles.shape[0]
+    COLUMNS: gl.constexpr = D // 64
+    SIZE: gl.constexpr = BN // SLOTS
+    full = stream.full.index(stage)
+    mbarrier.wait(stream.empty.index(stage), phase ^ 1)
+    if (stream.x is not None) and ((j >= work.copied) & (j < work.chosen)):
+        _gather(stream.tiles.index(stage).reshape([BN, D]), stream.x, place, j < work.indexed, row, shown)
+        async_copy.mbarrier_arrive(full)
+        mbarrier.arrive(full)
+    else:
+        mbarrier.expect(full, stream.tokens.block_type.nbytes)
+        tile = stream.tiles.index(stage)
+        if j >= work.copied:
+            tma.async_copy_global_to_shared(stream.tokens, [place.i_b, place.i_kv, row, 0], full, tile)
+        elif row >= 0:
+            at = [place.c_b, place.c_h, place.c_row + row, 0]
+            tma.async_copy_global_to_shared(stream.copied, at, full, tile)
+        else:  # 64 columns of a tile lie together
+            pieces = stream.tiles._reinterpret(
+                stream.tiles.dtype, [STAGES * COLUMNS * SLOTS, 1, 1, SIZE, 64], stream.slots_tokens.layout
+            )
+            p_slots = lists.slots + SLOTS * (work.first + j)
+            slots = (gl.load(p_slots), gl.load(p_slots + 1), gl.load(p_slots + 2), gl.load(p_slots + 3))
+            for i in gl.static_range(SLOTS):
+                slot = slots[i]
+                for c in gl.static_range(COLUMNS):
+                    piece = pieces.index((stage * COLUMNS + c) * SLOTS + i)
+                    if slot >= 0:
+                        at = [place.c_b, place.c_h, place.c_row + slot, 64 * c]
+                        tma.async_copy_global_to_shared(stream.slots_copied, at, full, piece)
+                    else:
+                        at = [place.i_b, place.i_kv, -1 - slot, 64 * c]
+                        tma.async_copy_global_to_shared(stream.slots_tokens, at, full, piece)
+
+
+@_jit
+def _produce(d, x, lists, shared, sizes, SHAPE: gl.constexpr):
+    BN: gl.constexpr = SHAPE.BN
+    x_k, x_v = None, None
+    if x.index.p is not None:
+        x_k, x_v = x.k, x.v
+    k_slots, v_slots, ck_slots, cv_slots = d.slots
+    keys = Stream(x_k, d.k, d.copied_key, k_slots, ck_slots, shared.k, shared.k_full, shared.k_empty)
+    values = Stream(x_v, d.v, d.copied_value, v_slots, cv_slots, shared.v, shared.v_full, shared.v_empty)
+    stage, phase, q_phase = 0, 0, 0
+    for n in range(_rounds(sizes)):
+        work, place = _job(n, x, lists, sizes, SHAPE)
+        row, shown, weight, more = _tile(0, work, lists, BN)
+        for j in range(work.total):
+            next_row, next_shown, next_weight, next_more = _tile(j + 1, work, lists, BN)
+            _fill(keys, stage, phase, j, row, shown, work, place, lists)
+            if j == 0:  # behind its first keys: there is room for queries a tile later than for these
+                for half in gl.static_range(2):
+                    full = shared.q_full.index(half)
+                    mbarrier.wait(shared.q_empty.index(half), q_phase ^ 1)
+                    mbarrier.expect(full, d.q.block_type.nbytes)
+                    at = [place.i_b, place.i_h, place.q_row + ROWS * half, 0]
+                    tma.async_copy_global_to_shared(d.q, at, full, shared.q.index(half))
+            _fill(values, stage, phase, j, row, shown, work, place, lists)
+            stage, phase = _next(stage, phase, SHAPE.STAGES)
+            row, shown = next_row, next_shown
+        q_phase = q_phase ^ 1
+
+
+@_jit
+def _hide(b_s, j, row, shown, more, work, place, scale_log2, half):
+    """Scores of rows that a query does not see become -inf; those of other slots than the first get what these weigh
+    more."""
     BN: gl.constexpr = b_s.shape[1]
+    SIZE: gl.constexpr = BN // SLOTS
     LAYOUT: gl.constexpr = b_s.type.layout
     in_tail = j >= work.listed
+    if (j < work.copied) & (row < 0):
+        w_1, w_2, w_3 = more
+        o_n = gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
+        late = gl.where(o_n < 3 * SIZE, w_2, w_3)
+        b_more = gl.where(o_n < SIZE, 0.0, gl.where(o_n < 2 * SIZE, w_1, late)) / scale_log2
+        b_s = b_s + b_more[None, :]
     shown = gl.where(in_tail, place.position + 1 - row, shown)
     if shown < BN:
         o_m = gl.maximum(gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) + ROWS * half - place.skip, 0)
@@ -162,7 +290,26 @@ def _hide(b_s, j, row, shown, work, place, half):
 
 
 @_jit
-def _consume(x, lists, shared, work, place, half, SHAPE: gl.constexpr):
+def _finish(b_acc, b_max, b_sum, done, x, sizes, half: gl.constexpr):
+    """Store the results of a job: not by TMA, as kernels that did ended with an illegal instruction on an H200, with
+    waits for barriers by lane and with uniform ones."""
+    DV: gl.constexpr = b_acc.shape[1]
+    ROW: gl.constexpr = gl.SliceLayout(1, b_acc.type.layout)
+    i_bh, q_row = done
+    b_sum = gl.convert_layout(b_sum, ROW)
+    b_out = b_acc / b_sum[:, None]
+    b_lse = (gl.convert_layout(b_max, ROW) + gl.log2(b_sum)) * 0.6931471805599453
+    o_m = q_row + ROWS * half + gl.arange(0, ROWS, ROW)
+    m_m = (o_m >= 0) & (o_m < sizes.Lq)
+    o_row = i_bh.to(gl.int64) * sizes.Lq + o_m
+    o_d = gl.arange(0, DV, gl.SliceLayout(0, b_acc.type.layout))
+    gl.store(x.out + o_row[:, None] * DV + o_d[None, :], b_out.to(x.out.dtype.element_ty), mask=m_m[:, None])
+    gl.store(x.lse + o_row, b_lse, mask=m_m)
+
+
+@_jit
+def _consume(x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.constexpr):
+    """Job after job."""
     STAGES: gl.constexpr = SHAPE.STAGES
     BN: gl.constexpr = SHAPE.BN
     D: gl.constexpr = SHAPE.D
@@ -173,100 +320,79 @@ def _consume(x, lists, shared, work, place, half, SHAPE: gl.constexpr):
     ROW: gl.constexpr = gl.SliceLayout(1, O_L)
     dtype: gl.constexpr = shared.q.dtype
     scale_log2 = x.scale_log2
-    b_acc = gl.zeros([ROWS, DV], gl.float32, O_L)
     b_zero = gl.zeros([ROWS, BN], gl.float32, S_L)
-    q = shared.q.index(half).reshape([ROWS, D])
-    mbarrier.wait(shared.q_full.index(half), 0)
-
-    row, shown, weight = _tile(0, work, lists, BN)
-    mbarrier.wait(shared.k_full.index(0), 0)
-    if x.index.p is not None:
-        fence_async_shared()
-    b_s = warpgroup_mma(q, shared.k.index(0).reshape([BN, D]).permute((1, 0)), b_zero, use_acc=False)
-    mbarrier.arrive(shared.k_empty.index(0))
-    b_s = _hide(b_s, 0, row, shown, work, place, half)
-    b_max = gl.maximum(gl.max(b_s, 1) * scale_log2 + weight, -1e30)
-    b_w = gl.exp2(b_s * scale_log2 - (b_max - weight)[:, None])
-    b_sum = gl.sum(b_w, 1)
-    b_p = gl.convert_layout(b_w.to(dtype), P_L)
-    row, shown, weight = _tile(1, work, lists, BN)
-    for j in range(1, work.total):
-        stage = j % STAGES
-        before = (j - 1) % STAGES
-        mbarrier.wait(shared.k_full.index(stage), (j // STAGES) & 1)
+    stage, phase, q_phase = 0, 0, 0
+    rounds = _rounds(sizes)
+    work, place = _job(0, x, lists, sizes, SHAPE)
+    row, shown, weight, more = _tile(0, work, lists, BN)
+    for n in range(rounds):
+        b_acc = gl.zeros([ROWS, DV], gl.float32, O_L)
+        q = shared.q.index(half).reshape([ROWS, D])
+        mbarrier.wait(shared.q_full.index(half), q_phase)
+        mbarrier.wait(shared.k_full.index(stage), phase)
         if x.index.p is not None:
             fence_async_shared()
-        s_token = warpgroup_mma(
-            q, shared.k.index(stage).reshape([BN, D]).permute((1, 0)), b_zero, use_acc=False, is_async=True
-        )
-        mbarrier.wait(shared.v_full.index(before), ((j - 1) // STAGES) & 1)
-        if x.index.p is not None:
-            fence_async_shared()
-        o_token = warpgroup_mma(b_p, shared.v.index(before).reshape([BN, DV]), b_acc, is_async=True)
-        next_row, next_shown, next_weight = _tile(j + 1, work, lists, BN)
-        b_s = warpgroup_mma_wait(1, deps=[s_token])
+        k = shared.k.index(stage).reshape([BN, D]).permute((1, 0))
+        b_s = warpgroup_mma(q, k, b_zero, use_acc=False)
         mbarrier.arrive(shared.k_empty.index(stage))
-        b_s = _hide(b_s, j, row, shown, work, place, half)
-        b_new = gl.maximum(b_max, gl.max(b_s, 1) * scale_log2 + weight)
-        b_w = gl.exp2(b_s * scale_log2 - (b_new - weight)[:, None])
-        b_rescale = gl.exp2(b_max - b_new)
-        b_sum = b_sum * b_rescale + gl.sum(b_w, 1)
-        b_max = b_new
-        b_acc = warpgroup_mma_wait(0, deps=[o_token])
-        mbarrier.arrive(shared.v_empty.index(before))
-        b_acc = b_acc * gl.convert_layout(b_rescale, ROW)[:, None]
+        mbarrier.arrive(shared.q_empty.index(half), pred=work.total == 1)
+        b_s = _hide(b_s, 0, row, shown, more, work, place, scale_log2, half)
+        b_max = gl.maximum(gl.max(b_s, 1) * scale_log2 + weight, -1e30)
+        b_w = gl.exp2(b_s * scale_log2 - (b_max - weight)[:, None])
+        b_sum = gl.sum(b_w, 1)
         b_p = gl.convert_layout(b_w.to(dtype), P_L)
-        row, shown, weight = next_row, next_shown, next_weight
-    last = work.total - 1
-    mbarrier.wait(shared.v_full.index(last % STAGES), (last // STAGES) & 1)
-    if x.index.p is not None:
-        fence_async_shared()
-    b_acc = warpgroup_mma(b_p, shared.v.index(last % STAGES).reshape([BN, DV]), b_acc)
-
-    o_m = place.q_row + ROWS * half + gl.arange(0, ROWS, ROW)
-    m_m = (o_m >= 0) & (o_m < place.Lq)
-    o_d = gl.arange(0, DV, gl.SliceLayout(0, O_L))
-    b_sum = gl.convert_layout(b_sum, ROW)
-    b_out = b_acc / b_sum[:, None]
-    o_row = place.i_bh.to(gl.int64) * place.Lq + o_m
-    gl.store(x.out + o_row[:, None] * DV + o_d[None, :], b_out.to(dtype), mask=m_m[:, None])
-    b_lse = (gl.convert_layout(b_max, ROW) + gl.log2(b_sum)) * 0.6931471805599453
-    gl.store(x.lse + o_row, b_lse, mask=m_m)
+        row, shown, weight, more = _tile(1, work, lists, BN)
+        stage, phase = _next(stage, phase, STAGES)
+        for j in range(1, work.total):
+            before, before_phase = _before(stage, phase, STAGES)
+            mbarrier.wait(shared.k_full.index(stage), phase)
+            if x.index.p is not None:
+                fence_async_shared()
+            k = shared.k.index(stage).reshape([BN, D]).permute((1, 0))
+            s_token = warpgroup_mma(q, k, b_zero, use_acc=False, is_async=True)
+            mbarrier.wait(shared.v_full.index(before), before_phase)
+            if x.index.p is not None:
+                fence_async_shared()
+            v = shared.v.index(before).reshape([BN, DV])
+            o_token = warpgroup_mma(b_p, v, b_acc, is_async=True)
+            next_row, next_shown, next_weight, next_more = _tile(j + 1, work, lists, BN)
+            b_s = warpgroup_mma_wait(1, deps=[s_token])
+            mbarrier.arrive(shared.k_empty.index(stage))
+            mbarrier.arrive(shared.q_empty.index(half), pred=j + 1 == work.total)
+            b_s = _hide(b_s, j, row, shown, more, work, place, scale_log2, half)
+            b_new = gl.maximum(b_max, gl.max(b_s, 1) * scale_log2 + weight)
+            b_w = gl.exp2(b_s * scale_log2 - (b_new - weight)[:, None])
+            b_rescale = gl.exp2(b_max - b_new)
+            b_sum = b_sum * b_rescale + gl.sum(b_w, 1)
+            b_max = b_new
+            b_acc = warpgroup_mma_wait(0, deps=[o_token])
+            mbarrier.arrive(shared.v_empty.index(before))
+            b_acc = b_acc * gl.convert_layout(b_rescale, ROW)[:, None]
+            b_p = gl.convert_layout(b_w.to(dtype), P_L)
+            row, shown, weight, more = next_row, next_shown, next_weight, next_more
+            stage, phase = _next(stage, phase, STAGES)
+        done = (place.i_bh, place.q_row)
+        work, place = _job(gl.minimum(n + 1, rounds - 1), x, lists, sizes, SHAPE)
+        row, shown, weight, more = _tile(0, work, lists, BN)
+        before, before_phase = _before(stage, phase, STAGES)
+        mbarrier.wait(shared.v_full.index(before), before_phase)
+        if x.index.p is not None:
+            fence_async_shared()
+        b_acc = warpgroup_mma(b_p, shared.v.index(before).reshape([BN, DV]), b_acc)
+        mbarrier.arrive(shared.v_empty.index(before))
+        _finish(b_acc, b_max, b_sum, done, x, sizes, half)
+        q_phase = q_phase ^ 1
 
 
 @_jit(do_not_specialize=["sizes"])
-def segment_kernel(d_q, d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: gl.constexpr):
-    BN: gl.constexpr = SHAPE.BN
+def segment_kernel(d_q, d_k, d_v, d_ck, d_cv, d_sk, d_sv, d_sck, d_scv, x, lists, sizes, SHAPE: gl.constexpr):
     STAGES: gl.constexpr = SHAPE.STAGES
-    H, Lq, q_offset, shift = sizes
-    blocks, first_key = 0, 0
-    if x.jobs is None:
-        i_part = gl.program_id(0) + shift // SHAPE.BM  # no program for parts before the first query
-        i_b = gl.program_id(1) // H
-        i_h = gl.program_id(1) % H
-        i_kv = i_h // x.G
-        i_block = i_part // SHAPE.PARTS
-        c_b, c_h, c_row = i_b, i_kv, 0
-        p_index = x.lse  # of no kind that is read
-        if x.index.p is not None:
-            p_index = x.index.p + (i_b.to(gl.int64) * x.index.b + i_kv.to(gl.int64) * x.index.h)
-        p_chosen = p_index
-    else:
-        p_job = x.jobs + gl.program_id(0) * job.COLUMNS
-        i_b = gl.program_id(1)
-        i_h = gl.load(p_job + job.HEAD)
-        i_part = gl.load(p_job + job.PART)
-        i_kv = i_h // x.G
-        shift = gl.load(p_job + job.SHIFT)
-        i_block = gl.load(p_job + job.TABLE) + i_part // SHAPE.PARTS
-        c_b, c_h, c_row = 0, 0, gl.load(p_job + job.COPIES) + i_b * gl.load(p_job + job.COPIES_B)
-        p_index = x.index.p + (gl.load(p_job + job.INDEX) + i_b * gl.load(p_job + job.INDEX_B))
-        p_chosen = x.chosen + (gl.load(p_job + job.CHOSEN) + i_b * gl.load(p_job + job.CHOSEN_B))
-        blocks, first_key = gl.load(p_job + job.BLOCKS), gl.load(p_job + job.FIRST)
+    BN: gl.constexpr = SHAPE.BN
     shared = Shared(
         gl.allocate_shared_memory(d_q.dtype, [2, 1, 1, ROWS, SHAPE.D], d_q.layout),
         gl.allocate_shared_memory(d_k.dtype, [STAGES, 1, 1, BN, SHAPE.D], d_k.layout),
         gl.allocate_shared_memory(d_v.dtype, [STAGES, 1, 1, BN, SHAPE.DV], d_v.layout),
+        gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
@@ -275,37 +401,36 @@ def segment_kernel(d_q, d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: gl.constex
     )
     for i in gl.static_range(2):
         mbarrier.init(shared.q_full.index(i), count=1)
+        mbarrier.init(shared.q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(shared.k_full.index(i), count=1)
         mbarrier.init(shared.k_empty.index(i), count=2)
         mbarrier.init(shared.v_full.index(i), count=1)
         mbarrier.init(shared.v_empty.index(i), count=2)
-
-    p_start = lists.start + i_block * 3
-    first = gl.load(p_start)
-    copied = gl.load(p_start + 1) - first
-    indexed = gl.load(p_start + 2) - first
-    chosen = indexed + (blocks * 64 + BN - 1) // BN
-    listed = gl.load(p_start + 3) - first + chosen - indexed
-    tail = gl.load(lists.tail + i_block)
-    q_row = i_part * SHAPE.BM - shift
-    skip = gl.maximum(-q_row, 0)
-    position = q_offset + q_row + skip
-    place = Place(
-        i_b, i_h, i_kv, i_b * H + i_h, q_row, skip, position, Lq, c_b, c_h, c_row, p_index, p_chosen, first_key
-    )
-    stop = q_offset + gl.minimum(q_row + SHAPE.BM, Lq)
-    total = listed + (gl.maximum(stop - tail, 0) + BN - 1) // BN
-    work = Work(first, copied, indexed, chosen, listed, total, tail, blocks * 64)
+    d = Descriptors(d_q, d_k, d_v, d_ck, d_cv, (d_sk, d_sv, d_sck, d_scv))
     gl.warp_specialize(
         [
-            (_consume, (x, lists, shared, work, place, 0, SHAPE)),
-            (_consume, (x, lists, shared, work, place, 1, SHAPE)),
-            (_produce, (Descriptors(d_q, d_k, d_v, d_ck, d_cv), x, lists, shared, work, place, SHAPE)),
+            (_consume, (x, lists, shared, sizes, 0, SHAPE)),
+            (_consume, (x, lists, shared, sizes, 1, SHAPE)),
+            (_produce, (d, x, lists, shared, sizes, SHAPE)),
         ],
         [4, 4],
-        [224, 64],
+        [224, 56],
     )
+
+
+def launch_jobs(
+    grid: tuple[int, int], described: tuple[Any, ...], tensors: Any, lists: Any, sizes: Any, shape: KernelShape
+) -> None:
+    """Run the kernel for the programs that the one of :mod:`.segments` would have in ``grid``; ``described``: queries,
+    keys, values, and copies of these. Heads whose keys and values the L2 cache holds together take turns."""
+    group = 2 * sum(x.shape[2] * x.shape[3] for x in described[1:3])  # bytes of a KV head
+    parts, groups = grid
+    every = Sizes(*sizes, parts, groups, min(max(CACHED // group, 1) * tensors.G, groups))
+    programs = min(processors(tensors.out.device), parts * groups)
+    block = [1, 1, shape.BN // SLOTS.value, 64]
+    slots = [TensorDescriptor(x.base, x.shape, x.strides, block, _layout()) for x in described[1:]]
+    launch(segment_kernel, (programs,), *described, *slots, tensors, lists, every, SHAPE=shape, num_warps=4)
 
 
 @functools.cache

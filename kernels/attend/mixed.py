@@ -23,7 +23,6 @@ from .segments import (
     check_dtype,
     check_table,
     largest_of,
-    tile_lists,
     with_positive_scale,
 )
 
@@ -85,20 +84,20 @@ class Mixture:
     def block(self) -> int:
         return self.shares[0].table.block
 
-    def lists(self, queries: int, rows: int) -> tuple[np.ndarray, ...]:
-        """Jobs of ``queries`` queries int32 ``[jobs, COLUMNS]``, and the lists of :func:`.segments.tile_lists` for all
+    def lists(self, of_tiles: SegmentTiles) -> tuple[np.ndarray, ...]:
+        """Jobs of ``of_tiles.queries`` queries int32 ``[jobs, COLUMNS]``, and what ``of_tiles.lists`` gives for all
         tables, one behind the other. Raises ``ValueError`` for tables that do not fit."""
         jobs, work, parts = [], [], []
         blocks = tiles = 0
         for share in self.shares:
             check_table(share.table, self.Lq, self.Lk, share.copied, share.indexed)
-            start, *others = tile_lists(share.table, rows, share.copied)
-            own, of = self._jobs(share, start, others[-1], queries, rows)
+            start, *others = of_tiles.lists(share.table, share.copied)
+            own, of = self._jobs(share, start, others[2], of_tiles)
             own[..., job.TABLE] = blocks
             jobs.append(own.reshape(-1, own.shape[-1]))
             work.append(np.tile(of, own.shape[0]))
             parts.append((start[:-1] + tiles, *others))
-            blocks, tiles = blocks + len(others[-1]), tiles + len(others[0])
+            blocks, tiles = blocks + len(share.table.tail), tiles + len(others[0])
         start, *others = (np.concatenate(x) for x in zip(*parts, strict=True))
         # within an eighth of the most the order of heads and queries is kept: neighbours read the same rows
         load = np.concatenate(work)
@@ -107,10 +106,10 @@ class Mixture:
         return table, np.append(start, tiles).astype(np.int32), *others
 
     def _jobs(
-        self, share: HeadRows, start: np.ndarray, tail: np.ndarray, queries: int, rows: int
+        self, share: HeadRows, start: np.ndarray, tail: np.ndarray, of_tiles: SegmentTiles
     ) -> tuple[np.ndarray, np.ndarray]:
         """int64 ``[query heads, parts, COLUMNS]``, and the tiles of rows of every part."""
-        table = share.table
+        table, queries, rows = share.table, of_tiles.queries, of_tiles.rows
         part = np.arange(table.shift // queries, -(-(self.Lq + table.shift) // queries))
         block = part // (table.block // queries)
         stop = table.q_offset + np.minimum((part + 1) * queries - table.shift, self.Lq)
@@ -134,11 +133,11 @@ class Mixture:
             jobs[..., column] = x
         return jobs, count
 
-    def on(self, device: torch.device, queries: int, rows: int) -> tuple[torch.Tensor, ...]:
+    def on(self, device: torch.device, of_tiles: SegmentTiles) -> tuple[torch.Tensor, ...]:
         """:meth:`lists` on ``device``, copied there once."""
-        key = (device, queries, rows)
+        key = (device, of_tiles)
         if key not in self._on_device:
-            self._on_device[key] = tuple(constant(x, device) for x in self.lists(queries, rows))
+            self._on_device[key] = tuple(constant(x, device) for x in self.lists(of_tiles))
         return self._on_device[key]
 
 
@@ -157,7 +156,7 @@ def mixed_attention_triton(
     query, scale = with_positive_scale(query, scale)
     (B, H, Lq, _), H_kv = query.shape, key.shape[1]
     tiles = SegmentTiles.of(query, key, value, mixture.block)
-    jobs, *lists = mixture.on(query.device, tiles.queries, tiles.rows)
+    jobs, *lists = mixture.on(query.device, tiles)
     d_k, d_v = copies = tiles.describe(key, value)  # a descriptor has to describe something
     if buffers.copies is not None:
         copies = tiles.describe(*(x[None, None] for x in buffers.copies))

@@ -75,14 +75,13 @@ class SegmentTable:
         return self._on_device[device]
 
     def tiles_on(
-        self, device: torch.device, rows: int, Lq: int, Lk: int, compacted: int, indexed: int
+        self, device: torch.device, tiles: SegmentTiles, Lq: int, Lk: int, compacted: int, indexed: int
     ) -> tuple[torch.Tensor, ...]:
-        """What :func:`tile_lists` gives for tiles of ``rows`` rows, checked and copied to ``device`` once."""
-        key = (device, rows, Lq, Lk, compacted, indexed)
+        """What ``tiles.lists`` gives, checked and copied to ``device`` once."""
+        key = (device, tiles, Lq, Lk, compacted, indexed)
         if key not in self._on_device:
             check_table(self, Lq, Lk, compacted, indexed)
-            lists = tile_lists(self, rows, compacted)
-            self._on_device[key] = tuple(constant(x, device) for x in lists)
+            self._on_device[key] = tuple(constant(x, device) for x in tiles.lists(self, compacted))
         return self._on_device[key]
 
     @property
@@ -406,14 +405,9 @@ def _backward_each_alone(
 # Kernel: one program per (part of a block of queries, query head), which walks lists of tiles of rows
 
 
-def tile_lists(table: SegmentTable, rows: int, compacted: int) -> tuple[np.ndarray, ...]:
-    """What a program reads of the table: the segments cut into tiles of ``rows`` rows.
-
-    start: int32 ``[3 * blocks + 1]``: block b sees the compacted tiles ``start[3 b] .. start[3 b + 1]``, then
-    tiles read by index, then tiles of tokens, up to ``start[3 b + 3]``. tiles: int32 ``[tiles, 2]``: first row,
-    number of rows. log2_weight: float32 ``[tiles]``. tail: int32 ``[blocks]``, which includes a segment that it
-    continues. The tail itself is not listed: it may be as long as the sequence.
-    """
+def _pieces(table: SegmentTable, compacted: int) -> tuple[np.ndarray, ...]:
+    """The segments, block by block, of each block compacted ones (kind 0), by index (1) and of tokens (2): 3 times the
+    block plus the kind, first row, number of rows, log2-weight; and the tail, with segments that it continues."""
     source, first, length = (table.segments[..., i].astype(np.int64) for i in range(3))
     tail = table.tail.astype(np.int64)
     continued = (source == TOKENS) & (length > 0) & (table.log_weight == 0) & (first + length == tail[:, None])
@@ -423,15 +417,83 @@ def tile_lists(table: SegmentTable, rows: int, compacted: int) -> tuple[np.ndarr
 
     kind = np.where(source == TOKENS, 2, first >= compacted)
     block, column = length.nonzero()
-    order = np.argsort(3 * block + kind[block, column], kind="stable")
+    place = 3 * block + kind[block, column]
+    order = np.argsort(place, kind="stable")
     at = block[order], column[order]
-    count = -(-length[at] // rows)
+    return place[order], first[at], length[at], table.log_weight[at] / math.log(2.0), tail
+
+
+def _cut(first: np.ndarray, length: np.ndarray, rows: int) -> tuple[np.ndarray, ...]:
+    """Segments cut into pieces of ``rows`` rows: which segment each is of, its first row, and its number of rows."""
+    count = -(-length // rows)
     which = np.repeat(np.arange(len(count)), count)
     done = (np.arange(len(which)) - (count.cumsum() - count)[which]) * rows
-    tiles = np.stack([first[at][which] + done, np.minimum(length[at][which] - done, rows)], 1)
-    start = np.bincount(3 * at[0] + kind[at] + 1, count, 3 * len(tail) + 1).cumsum()
-    log2_weight = table.log_weight[at][which] / math.log(2.0)
-    return start.astype(np.int32), tiles.astype(np.int32), log2_weight.astype(np.float32), tail.astype(np.int32)
+    return which, first[which] + done, np.minimum(length[which] - done, rows)
+
+
+def tile_lists(table: SegmentTable, rows: int, compacted: int) -> tuple[np.ndarray, ...]:
+    """What a program reads of the table: the segments cut into tiles of ``rows`` rows.
+
+    start: int32 ``[3 * blocks + 1]``: block b sees the compacted tiles ``start[3 b] .. start[3 b + 1]``, then
+    tiles read by index, then tiles of tokens, up to ``start[3 b + 3]``. tiles: int32 ``[tiles, 2]``: first row,
+    number of rows. log2_weight: float32 ``[tiles]``. tail: int32 ``[blocks]``, which includes a segment that it
+    continues. The tail itself is not listed: it may be as long as the sequence.
+    """
+    place, first, length, weight, tail = _pieces(table, compacted)
+    which, row, shown = _cut(first, length, rows)
+    start = np.bincount(place[which] + 1, minlength=3 * len(tail) + 1).cumsum()
+    tiles = np.stack([row, shown], 1)
+    return start.astype(np.int32), tiles.astype(np.int32), weight[which].astype(np.float32), tail.astype(np.int32)
+
+
+def merged_lists(table: SegmentTable, rows: int, compacted: int) -> tuple[np.ndarray, ...]:
+    """:func:`tile_lists` for the kernel of :mod:`.hopper`, without a part empty tile at the end of each segment.
+
+    What whole tiles leave of segments that are not read by index is cut into slots of ``rows / 4``. Four, each of a
+    segment and weight of its own, are a *merged* tile; it counts as compacted, with first row -1. Only the last slot
+    of a tile may have fewer rows. Slots that would be empty are filled with tokens of the tail that the whole block
+    sees. log2_weight: float32 ``[tiles, 4]``: the weight of a tile or of its first slot, and how much more the other
+    slots have. slots: int32 ``[tiles, 4]``, behind tail: where they begin, the compacted row or -1 minus the token.
+    """
+    size = rows // 4
+    place, first, length, weight, tail = _pieces(table, compacted)
+    left = np.where(place % 3 == 1, 0, length % rows)
+    which, row, shown = _cut(first, length - left, rows)
+    owner, at, count = _cut(first + length - left, left, size)
+    block, at, log2_weight = place[owner] // 3, np.where(place[owner] % 3 == 2, -1 - at, at), weight[owner]
+
+    blocks = np.arange(len(tail))
+    full, part = (np.bincount(block[x], minlength=len(tail)) for x in (count == size, count < size))
+    tiles = np.maximum(part, -(-(full + part) // 4))
+    begin = np.maximum(blocks * table.block - table.shift, 0) + table.q_offset
+    filled = np.clip((begin - tail) // size, 0, 4 * tiles - full - part)
+    filler, token, _ = _cut(tail, filled * size, size)
+    block, at = np.append(block, filler), np.append(at, -1 - token)
+    count, log2_weight = np.append(count, np.full(len(filler), size)), np.append(log2_weight, np.zeros(len(filler)))
+    full, tail = full + filled, tail + filled * size
+
+    order = np.lexsort((count < size, block))  # of a block those with fewer rows last
+    block, at, count, log2_weight = (x[order] for x in (block, at, count, log2_weight))
+    nth = np.arange(len(block)) - np.searchsorted(block, block)
+    shorter, before = nth - full[block], np.minimum(nth // 3, part[block])  # one of them a tile, behind three others
+    nth = np.where(shorter < 0, nth + before, 4 * shorter + np.clip(full[block] - 3 * shorter, 0, 3))
+    slot = 4 * (tiles.cumsum() - tiles)[block] + nth
+    merged = np.zeros((3, 4 * tiles.sum()))
+    merged[:, slot] = at, count, log2_weight
+    shown_of = merged[1].reshape(-1, 4).sum(1)
+    # an empty slot is the one before it once more, as what is read has to be finite
+    last = np.maximum.accumulate(np.where(merged[1] > 0, np.arange(merged.shape[1]), 0))
+    slots, weights = merged[::2, last].reshape(2, -1, 4)
+    weights[:, 1:] -= weights[:, :1]
+
+    place = np.append(place[which], np.repeat(3 * blocks, tiles))
+    order = np.argsort(place, kind="stable")
+    start = np.bincount(place + 1, minlength=3 * len(tail) + 1).cumsum()
+    ends = np.stack([np.append(row, np.full(len(slots), -1)), np.append(shown, shown_of)], 1)
+    weights = np.concatenate([weight[which, None] * [1, 0, 0, 0], weights])
+    slots = np.concatenate([np.zeros((len(row), 4)), slots])
+    lists = start, ends[order], weights[order], tail, slots[order]
+    return tuple(x.astype(dtype) for x, dtype in zip(lists, "iifii", strict=True))
 
 
 @jit
@@ -697,6 +759,10 @@ class SegmentTiles(NamedTuple):
             found = (128, 64, 4 if spans is None else 8, 3) if width <= 256 else (128, 64, 8, 2)
         return cls(widths, math.gcd(found[0], block), *found[1:])
 
+    def lists(self, table: SegmentTable, compacted: int) -> tuple[np.ndarray, ...]:
+        """What the kernel reads of ``table``."""
+        return (merged_lists if self.hopper else tile_lists)(table, self.rows, compacted)
+
     def launch(
         self, grid: tuple[int, ...], query: torch.Tensor, descriptors: tuple[Any, ...], tensors: KernelTensors,
         lists: Lists, sizes: KernelSizes, block: int,
@@ -706,8 +772,7 @@ class SegmentTiles(NamedTuple):
         if self.hopper:
             queries = hopper.describe(query, hopper.QUERIES // 2)
             own = hopper.KernelShape(widths.D, widths.DV, self.queries, self.rows, parts, self.stages)
-            launch(hopper.segment_kernel, grid, queries, *descriptors, tensors, lists, sizes,
-                   SHAPE=own, num_warps=self.warps)  # fmt: skip
+            hopper.launch_jobs(grid, (queries, *descriptors), tensors, lists, sizes, own)
         else:
             shape = KernelShape(*widths, self.queries, self.rows, parts)
             launch(segment_kernel, grid, *descriptors, tensors, lists, sizes,
@@ -767,7 +832,7 @@ def segment_attention_triton(
     BM, places = tiles.queries, [(key, value)]
     if spans is not None:  # read by place, and a descriptor would copy what is expanded
         Lq, Lk, places = table.queries, table.queries, [(key[:1], value[:1])]
-    lists = Lists(*table.tiles_on(query.device, tiles.rows, Lq, Lk, A, sources.indexed))
+    lists = Lists(*table.tiles_on(query.device, tiles, Lq, Lk, A, sources.indexed))
     described = [tiles.describe(*pair) for pair in (*places, (compacted_key, compacted_value)) if pair[0].shape[2]]
     # of a source without rows nothing is read, but a descriptor has to describe something
     (d_k, d_v), copies = described[0], described[-1]

@@ -44,6 +44,7 @@ from ..launch import (
     jit,
     launch,
     load_rows,
+    processors,
     require_triton,
     sequence,
     strided,
@@ -650,11 +651,6 @@ def _thin_kernel(x, work, random, scale, sizes, SHAPE: tl.constexpr):
 # Launcher
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 class _Shift(NamedTuple):
     """What the stages and the numbers of buckets of a schedule are counted from, and the numbers of the heads."""
 
@@ -705,11 +701,11 @@ def thin_into(
         return
     # two tiles of keys and two of values are in shared memory at once
     pairs = PAIRS if (widths.BD + widths.BDV) * key.element_size() <= 1024 else PAIRS // 2
-    processors = _processors(device) if key.is_cuda else 1
-    lanes = max(1, PROGRAMS * processors // sequences)
+    most = PROGRAMS * (processors(device) if key.is_cuda else 1)
+    lanes = max(1, most // sequences)
     tiles, table, gains, described, coin = _tiles_on(schedule, rule, pairs, lanes, device)
     count = len(table)
-    programs = min(count * sequences, PROGRAMS * processors)
+    programs = min(count * sequences, most)
     # parts of it are views only inside the kernels (_places): every tensor that is passed costs the host a microsecond
     per_sequence = (tiles.slots + tiles.buckets) * (D + 2)
     scratch = key.new_empty(programs * (2 * pairs + 4) * pairs + sequences * per_sequence, dtype=torch.float32)

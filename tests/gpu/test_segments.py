@@ -82,6 +82,23 @@ def test_against_reference(poison, dtype, D, Dv, H, H_kv, past, indexed):
     check((q[:, :, past:], k, v, *rows), table, D**-0.5, index)
 
 
+@pytest.mark.parametrize(
+    "n, B, H, past", [(1, 1, 1, 0), (90, 1, 2, 40), (2000, 1, 8, 0), (2300, 3, 8, 60), (5000, 1, 28, 0)]
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_programs_with_one_job_or_some_or_another_number_than_others(poison, n, B, H, past, causal):
+    """Of 132 programs on an H200, as few as there are jobs, with an odd number of them and parts of slots too."""
+    q, k, v = tokens(n, B, H, H if H < 4 else H // 4, 128, 128, torch.bfloat16)
+    q = q[:, :, past:]
+    if causal:
+        table, rows, index = causal_table(n - past, n), (k[:, :, :0], v[:, :, :0]), None
+    else:
+        table, rows, index = problem(past, 16, 77, 128, k, v, n > 4000)
+    check((q, k, v, *rows), table, 128**-0.5, index)
+    own, again = (attend(segment_attention_triton, (q, k, v, *rows), table, 128**-0.5, index) for _ in range(2))
+    assert torch.equal(own[0], again[0]) and torch.equal(own[1], again[1])
+
+
 @pytest.mark.parametrize("D, Dv", [(128, 128), (64, 128)])
 def test_the_kernel_for_hopper_and_the_other_one_give_the_same_up_to_rounding(monkeypatch, poison, D, Dv):
     q, k, v = tokens(4000, 2, 8, 2, D, Dv, torch.bfloat16)

@@ -24,10 +24,12 @@ from express_compile.kernels.attend.job import BLOCKS as CHOSEN_BLOCKS
 from express_compile.kernels.attend.job import HEAD, KEYS, PART, SHIFT, TABLE
 from express_compile.kernels.attend.last import attend_last, last_gradients
 from express_compile.kernels.attend.segments import (
+    SegmentTiles,
     segment_attention_backward,
     segment_attention_triton,
 )
 from express_compile.kernels.attend.segments_backward import segment_attention_backward_triton
+from express_compile.kernels.launch import Widths
 from express_compile.kernels.select.blocks import rows_visible, select_blocks_reference
 from express_compile.kernels.select.contest import CONTEST, compete_reference
 from express_compile.planning import choose
@@ -379,8 +381,11 @@ def test_one_launch_reads_heads_where_a_projection_of_all_of_them_left_them():
     past=st.sampled_from([0, 40, 200]),
     block=st.sampled_from([32, 128]),
     B=st.integers(1, 2),
+    hopper=st.booleans(),
 )
-def test_every_query_of_every_head_that_is_not_exact_is_in_one_job_and_long_jobs_come_first(rows, n, past, block, B):
+def test_every_query_of_every_head_that_is_not_exact_is_in_one_job_and_long_jobs_come_first(
+    rows, n, past, block, B, hopper
+):
     """And a job with its table, its part of the buffers, and as many rows as the query sees."""
     Lq, group, own = max(1, n - past), 2, P.PerHead(rows, block=block)
     what = P._together(own, B, group, len(rows), Lq, n)
@@ -389,7 +394,8 @@ def test_every_query_of_every_head_that_is_not_exact_is_in_one_job_and_long_jobs
     if what.mixture is None:
         assert len(exact) == len(rows)
         return
-    jobs, start, tiles, _, tail = what.mixture.lists(16, 16)
+    of_tiles = SegmentTiles(Widths(8, 8, 16, 16), 16, 16, 4, 1, hopper)
+    jobs, start, tiles, _, tail, *_ = what.mixture.lists(of_tiles)
     covered = np.zeros((group * len(rows), Lq), int)
     rows_of = P.rows_seen(own, n)[:, n - Lq :]
     loads = []

@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from express_compile.kernels import express as E
 from express_compile.kernels.attend.segments import (
     COMPACTED,
     NO_TAIL,
@@ -20,6 +21,7 @@ from express_compile.kernels.attend.segments import (
     causal_table,
     dense_table,
     describe,
+    merged_lists,
     segment_attention_backward,
     segment_attention_reference,
     segment_attention_triton,
@@ -105,24 +107,75 @@ def test_reference_is_dense_attention(seed, Lq, past, segments, shift, indexed):
     torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
 
 
-@given(**PROBLEM, Lq=st.integers(1, 200), rows=st.sampled_from([1, 16, 64]))
-def testtile_lists_are_the_table(seed, Lq, past, shift, indexed, rows):
-    tensors, table, _ = random_problem(seed, Lq, past, 4, 16, shift=shift, indexed=indexed)
-    A = tensors[3].shape[2]
-    start, tiles, log2_weight, tail = tile_lists(table, rows, A)
-    assert len(start) == 3 * len(tail) + 1 and start[0] == 0 and start[-1] == len(tiles) == len(log2_weight)
-    assert ((tiles[:, 1] > 0) & (tiles[:, 1] <= rows)).all()
-    for b in range(len(tail)):
-        listed, expected = [], []
-        for part in range(3):
-            own = slice(start[3 * b + part], start[3 * b + part + 1])
-            for (first, count), weight in zip(tiles[own].tolist(), log2_weight[own].tolist(), strict=True):
-                listed += [(part, row, np.float32(weight)) for row in range(first, first + count)]
-        listed += [(2, row, np.float32(0)) for row in range(tail[b], table.tail[b])]
+def rows_of(lists, b, table, rows):
+    """``(kind, row, log2-weight)`` of everything that block b reads before its first query, in order."""
+    start, tiles, log2_weight, tail = lists[:4]
+    begin = max(b * table.block - table.shift, 0) + table.q_offset
+    assert table.tail[b] == NO_TAIL or tail[b] <= begin
+    found = [(2, row, 0.0) for row in range(tail[b], begin)]
+    for t in range(start[3 * b], start[3 * b + 3]):
+        kind = int(np.searchsorted(start[3 * b + 1 : 3 * b + 3], t, "right"))
+        (first, count), weight = tiles[t].tolist(), log2_weight[t].tolist()
+        if first >= 0:
+            weight, *others = np.atleast_1d(weight)
+            assert not any(others)
+            found += [(kind, row, weight) for row in range(first, first + count)]
+        else:
+            assert kind == 0 and count > 0
+            for i, slot in enumerate(lists[4][t].tolist()):
+                shown = min(rows // 4, count - rows // 4 * i)
+                own = weight[0] + weight[i] * (i > 0)
+                assert shown > 0 or slot == lists[4][t, i - 1], "what is read and hidden is a slot that is shown"
+                kind, first = (0, slot) if slot >= 0 else (2, -1 - slot)
+                found += [(kind, row, own) for row in range(first, first + shown)]
+    return sorted(found)
+
+
+def check_lists(table, Lq, A, blocks, rows=128):
+    """Of these blocks both kinds of lists have the rows of the table and their weights; merged ones, in no more tiles
+    than the others have of as many rows."""
+    lists, merged = (run(table, rows, A) for run in (tile_lists, merged_lists))
+    assert lists[0][-1] == len(lists[1]) == len(lists[2]) and merged[0][-1] == len(merged[1]) == len(merged[2])
+    assert all(((tiles[:, 1] > 0) & (tiles[:, 1] <= rows)).all() for _, tiles, *_ in (lists, merged))
+    for b in blocks:
+        begin = max(b * table.block - table.shift, 0) + table.q_offset
+        expected = [(2, row, 0.0) for row in range(table.tail[b], begin)]
         for (source, first, count), weight in zip(table.segments[b].tolist(), table.log_weight[b], strict=True):
-            part = 2 if source == 0 else int(first >= A)
-            expected += [(part, row, np.float32(weight / math.log(2))) for row in range(first, first + count)]
-        assert sorted(listed) == sorted(expected)
+            kind = 2 if source == TOKENS else int(first >= A)
+            expected += [(kind, row, weight / math.log(2)) for row in range(first, first + count)]
+        for found in (lists, merged):
+            np.testing.assert_allclose(rows_of(found, b, table, rows), sorted(expected), rtol=1e-5, atol=1e-6)
+    stop = np.minimum((1 + np.arange(len(table.tail))) * table.block - table.shift, Lq) + table.q_offset
+    of_lists, of_merged = (
+        np.diff(start[::3]) + -(-np.maximum(0, stop - tail) // rows) for start, _, _, tail, *_ in (lists, merged)
+    )
+    assert (of_merged <= of_lists).all()
+    return merged
+
+
+@given(**PROBLEM, Lq=st.integers(1, 200), rows=st.sampled_from([4, 16, 64, 128]))
+def test_tile_lists_are_the_table(seed, Lq, past, shift, indexed, rows):
+    tensors, table, _ = random_problem(seed, Lq, past, 4, 16, shift=shift, indexed=indexed)
+    check_lists(table, Lq, tensors[3].shape[2], range(len(table.tail)), rows)
+
+
+@given(
+    n=st.integers(1, 3000), past=st.integers(0, 3000), s=st.sampled_from([2, 16, 64, 256]), sinks=st.integers(0, 200),
+    recent=st.integers(0, 300), protected=st.sampled_from([0, 32, 100]), block=st.sampled_from([16, 64, 128]),
+)  # fmt: skip
+def test_tile_lists_of_express_are_its_table(n, past, s, sinks, recent, protected, block):
+    inflation = E.default_inflation(s)
+    config = E.Express(s, inflation=inflation, sinks=sinks, recent=recent, block=block, protected=protected)
+    layout = E.make_layout(config, n, past + n)
+    table = layout.table
+    blocks = {0, len(table.tail) // 2, len(table.tail) - 1}
+    start, tiles, log2_weight, tail, slots = check_lists(table, n, layout.copied, blocks)
+    found = [t for b in blocks for t in range(start[3 * b], start[3 * b + 1]) if tiles[t, 0] < 0]
+    rows = [rows_of((start, tiles, log2_weight, tail, slots), b, table, 128) for b in blocks]
+    for wrong in (slots, log2_weight) if found else ():  # negative control
+        wrong[found[0]] += 1
+        assert rows != [rows_of((start, tiles, log2_weight, tail, slots), b, table, 128) for b in blocks]
+        wrong[found[0]] -= 1
 
 
 def attend(run, tensors, table, scale, index=None, lengths=None):
