@@ -465,7 +465,7 @@ def merged_lists(table: SegmentTable, rows: int, compacted: int) -> tuple[np.nda
     blocks = np.arange(len(tail))
     full, part = (np.bincount(block[x], minlength=len(tail)) for x in (count == size, count < size))
     tiles = np.maximum(part, -(-(full + part) // 4))
-    begin = np.maximum(blocks * table.block - table.shift, 0) + table.q_offset
+    begin = blocks * table.block - table.shift + table.q_offset  # whether its first queries are in this call or not
     filled = np.clip((begin - tail) // size, 0, 4 * tiles - full - part)
     filler, token, _ = _cut(tail, filled * size, size)
     block, at = np.append(block, filler), np.append(at, -1 - token)

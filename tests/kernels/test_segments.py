@@ -170,6 +170,11 @@ def test_tile_lists_of_express_are_its_table(n, past, s, sinks, recent, protecte
     table = layout.table
     blocks = {0, len(table.tail) // 2, len(table.tail) - 1}
     start, tiles, log2_weight, tail, slots = check_lists(table, n, layout.copied, blocks)
+    whole = E.make_layout(config, past + n, past + n)
+    others = merged_lists(whole.table, 128, whole.copied)
+    for x, y in zip((tiles, log2_weight, slots), (others[1], others[2], others[4]), strict=True):
+        assert (x[start[-4] :] == y[others[0][-4] :]).all(), "a block does not depend on where the call begins"
+    assert tail[-1] == others[3][-1]
     found = [t for b in blocks for t in range(start[3 * b], start[3 * b + 1]) if tiles[t, 0] < 0]
     rows = [rows_of((start, tiles, log2_weight, tail, slots), b, table, 128) for b in blocks]
     for wrong in (slots, log2_weight) if found else ():  # negative control
