@@ -19,6 +19,7 @@ from express_compile.core.spec import AttentionSpec, known_equal
 
 from .attend.segments import Outputs
 from .padding import each_alone, each_alone_backward
+from .prepared import prepared, without_autocast
 from .spans import Spans
 
 
@@ -50,10 +51,6 @@ def _refuse_tangents(name: str, kernel: Callable) -> Callable:
 LIBRARY = _Library("express_compile", "FRAGMENT")
 _SCHEMAS: dict[str, str] = {}
 
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
-
 _AUTOGRAD = [getattr(torch._C.DispatchKey, f"Autograd{x}") for x in ("Functionality", "CPU", "CUDA", "Other")]
 
 PLAIN: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
@@ -82,11 +79,12 @@ def define_op(
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args, **options):
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):  # which would cast what a body computes in float32
+        with without_autocast():  # which would cast what a body computes in float32
             return body(*args, **options)
 
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, run, key)
+    names = [part.split()[1] for part in schema[1 : schema.index(")")].split(", ") if part != "*"]
+    LIBRARY.impl(name, run, "CPU")
+    LIBRARY.impl(name, prepared(run, names.index("layer") if "layer" in names else None), "CUDA")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
 
     def refuse(ctx, *grads):
