@@ -222,6 +222,8 @@ def watched_by(watch: Callable[..., None]) -> Iterator[None]:
 
 def is_hooked() -> bool:
     """Whether somebody, such as a profiler, asked Triton to be told of launches."""
+    if triton is None:
+        return False
     runtime = triton.knobs.runtime
     return any(getattr(x, "calls", x) for x in (runtime.launch_enter_hook, runtime.launch_exit_hook))
 
@@ -254,9 +256,9 @@ class Launcher(NamedTuple):
         places = [i for i, x in enumerate(compiled.src.signature.values()) if str(x).startswith("tensordesc")]
         metadata = getattr(compiled.metadata, "tensordesc_meta", None) or [None] * len(places)
         flags, packed = (compiled.function, run.launch_cooperative_grid, run.launch_pdl), compiled.packed_metadata
-        if _TRITON == "3.6":
-            fixed, more = (*flags, None, None, packed, None, None, None), ()
-        else:
+        fixed: tuple[Any, ...] = (*flags, None, None, packed, None, None, None)
+        more: tuple[None, ...] = ()
+        if _TRITON == "3.9":
             fixed, more = (*flags, packed, *[None] * 5, run.arg_annotations, run.kernel_signature), (None,)
 
         def make(like: Any, given: Any) -> list[Any]:
@@ -272,7 +274,7 @@ class Launcher(NamedTuple):
         if given is None:
             return None, tuple(self.make(like, None)[1:])
 
-        @functools.lru_cache(maxsize=64)
+        @functools.lru_cache(maxsize=256)
         def encoded(address: int) -> Any:
             descriptor = copy.copy(like)
             descriptor.base = SimpleNamespace(data_ptr=lambda: address)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch._C._dynamo import guards
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .launch import DESCRIPTORS, Launcher, current_device, current_stream, is_hooked, watched_by
@@ -32,21 +33,20 @@ MOST = 1024  # kinds of calls of an op that are kept
 RECORDINGS = 4  # of a kind, after which there will be no code
 _ALIGNED = 512  # bytes, as PyTorch's own memory
 
-try:
-    from torch._C._dynamo.guards import _empty_strided_cuda  # what the code of inductor allocates with
-except ImportError:
-    _empty_strided_cuda = None
+_empty_strided_cuda = getattr(guards, "_empty_strided_cuda", None)  # what the code of inductor allocates with
 
 without_autocast = functools.partial(
     torch._C._ExcludeDispatchKeyGuard,
-    torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA),
-)  # fmt: skip
+    torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA),
+)
 
 _aten = torch.ops.aten
 _EMPTY = {
     _aten.empty.memory_format, _aten.new_empty.default, _aten.empty_like.default, _aten.empty_strided.default,
     _aten.new_empty_strided.default,
 }  # fmt: skip
+_ZEROS = {_aten.new_zeros.default, _aten.zeros.default, _aten.zeros_like.default}
 # beside these results an op gives numbers, and tensors on the CPU, which nobody reads
 _READ = {_aten._scaled_dot_product_cudnn_attention.default: 2}
 
@@ -91,7 +91,8 @@ class _Tensor:
 
 
 class _Op(NamedTuple):
-    """``kind``: "empty" memory, a "view", or "computed". ``fresh``: the tensors in ``out`` that there were not before."""
+    """``kind``: "empty" memory, a "view", or "computed". ``fresh``: the tensors in ``out`` that there were not before.
+    ``several``: whether it gives more than one thing."""
 
     func: Any
     kind: str
@@ -99,6 +100,7 @@ class _Op(NamedTuple):
     options: Any
     out: tuple[_Ref, ...]
     fresh: tuple[int, ...]
+    several: bool
 
 
 class _Launch(NamedTuple):
@@ -110,8 +112,9 @@ class _Launch(NamedTuple):
 class Recording(TorchDispatchMode):
     """What this thread computes and launches in :meth:`run`, from ``given`` tensors of one device."""
 
-    def __init__(self, given: Sequence[torch.Tensor]) -> None:
+    def __init__(self, given: Sequence[torch.Tensor], layer: int | None = None) -> None:
         super().__init__()
+        self.layer = layer
         self.tensors: list[_Tensor] = []
         self.steps: list[_Op | _Launch] = []
         self.constants: dict[int, torch.Tensor] = {}
@@ -149,12 +152,15 @@ class Recording(TorchDispatchMode):
         return out
 
     def _computed(self, func: Any, args: Any, options: Any, out: Any) -> None:
-        tags, read = func.tags, list(leaves(out))[: _READ.get(func)]
-        if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
-            raise _NotPreparable
-        if threading.get_ident() != self._thread or not all(
-            isinstance(x, torch.Tensor) and x.device == self._device for x in read
-        ):
+        if func is _aten.promote_types.default:  # of dtypes alone
+            return
+        read = list(leaves(out))[: _READ.get(func)]
+        here = all(isinstance(x, torch.Tensor) and x.device == self._device for x in read)
+        # by masks the shape of the result follows from values
+        masked = any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in leaves(args))
+        dynamic = torch.Tag.dynamic_output_shape in func.tags and (masked or func is not _aten.index.Tensor)
+        dynamic = dynamic or torch.Tag.data_dependent_output in func.tags
+        if dynamic or not here or threading.get_ident() != self._thread:
             raise _NotPreparable
         given = self._kept(args), self._kept(options)
         bases = {x.number for x in leaves(given) if type(x) is _Ref}
@@ -167,8 +173,8 @@ class Recording(TorchDispatchMode):
                 viewed = viewed and bool(shared)
                 self._add(x, "view" if shared else "empty" if func in _EMPTY else "computed", *shared)
         kind = "empty" if func in _EMPTY else "view" if viewed and not func._schema.is_mutable else "computed"
-        out, fresh = tuple(self._kept(x) for x in read), tuple(range(before, len(self.tensors)))
-        self.steps.append(_Op(func, kind, *given, out, fresh))
+        results, fresh = tuple(self._kept(x) for x in read), tuple(range(before, len(self.tensors)))
+        self.steps.append(_Op(func, kind, *given, results, fresh, isinstance(out, (tuple, list))))
 
     def _launched(self, compiled: Any, grid: tuple[int, ...], args: tuple[Any, ...], general: Sequence[bool]) -> None:
         if self._inside:
@@ -203,6 +209,8 @@ class Recording(TorchDispatchMode):
             if number is None:
                 number = self._add(x, "constant")
                 self.constants[number] = x
+            if self._memory[number][1] != x.data_ptr():
+                raise _NotPreparable
             return _Ref(number)
         if type(x) in DESCRIPTORS:
             like = copy.copy(x)
@@ -230,7 +238,7 @@ def refs(x: Any) -> Iterator[int]:
 def agreed(a: Any, b: Any, layers: tuple[Any, Any] | None = None) -> Any:
     """What two recordings both say. In general arguments, and only there, the ``layers`` that they were made for may
     stand in the same place. Raises :class:`_NotPreparable` where they differ."""
-    if type(a) is not type(b):
+    if type(a) is not type(b) or type(a) is _Ref and a != b:
         raise _NotPreparable
     if type(a) is _General:
         return agreed(a.x, b.x, layers)
@@ -253,14 +261,15 @@ def agreed(a: Any, b: Any, layers: tuple[Any, Any] | None = None) -> Any:
     raise _NotPreparable
 
 
-def agreement(a: Recording, b: Recording, layers: tuple[Any, Any]) -> Recording | None:
+def agreement(a: Recording, b: Recording) -> Recording | None:
     """The first of two recordings, with the layer wherever they differ by it; None if they differ otherwise, or
     one of them failed."""
-    if a.failed or b.failed or a.tensors != b.tensors or any(b.constants.get(i) is not x for i, x in a.constants.items()):
+    constant = all(b.constants.get(i) is x for i, x in a.constants.items())
+    if a.failed or b.failed or a.tensors != b.tensors or not constant:
         return None
     both = copy.copy(a)
     try:
-        both.steps, both.result = agreed(a.steps, b.steps, layers), agreed(a.result, b.result)
+        both.steps, both.result = agreed(a.steps, b.steps, (a.layer, b.layer)), agreed(a.result, b.result)
     except _NotPreparable:
         return None
     return both
@@ -270,7 +279,7 @@ def places(lives: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
     """Where memory of so many bytes lies that is used from one step to another, each ``(bytes, first, last)``, so that
     what lives at once does not overlap; and how many bytes that takes."""
     begins: list[int] = []
-    for i, (size, first, last) in enumerate(lives):
+    for i, (size, first, _) in enumerate(lives):
         taken = sorted((begins[j], begins[j] + lives[j][0]) for j in range(i) if first <= lives[j][2])
         begin = 0
         for a, b in taken:
@@ -296,11 +305,15 @@ class _Code:
             ends.update((x, i) for x in used)
         self.pointed = {root for step in self.steps if isinstance(step, _Launch) for root in self._roots(step)}
         given = [i for i, x in enumerate(self.tensors) if x.made == "given"]
-        self.lines = [f"{''.join(f't{i}, ' for i in given)} = given", f"{''.join(f'p{i}, ' for i in given)} = addresses"]
+        self.lines = [
+            f"{''.join(f't{i}, ' for i in given)} = given",
+            f"{''.join(f'p{i}, ' for i in given)} = addresses",
+        ]
         self.work = self._work(ends)
+        own = self.needed - returned - set(given) - set(self.constants)
         for i, step in enumerate(self.steps):
             self.lines += [self._launch(step)] if isinstance(step, _Launch) else self._op(step)
-            gone = [f"t{x}" for x, end in ends.items() if end == i and x in self.needed - returned and x not in given]
+            gone = [f"t{x}" for x, end in ends.items() if end == i and x in own]
             self.lines += [f"del {', '.join(gone)}"] if gone else []
         self.lines.append(f"return {self._word(recording.result)}")
 
@@ -343,17 +356,20 @@ class _Code:
         if step.kind == "empty":
             fresh = [x for x in step.fresh if x in self.needed]
             lines = [f"t{x} = empty({', '.join(map(self._word, self.tensors[x].layout))})" for x in fresh]
+        elif step.func in _ZEROS:
+            fresh = list(step.fresh)
+            lines = [f"t{x} = empty({', '.join(map(self._word, self.tensors[x].layout))}).zero_()" for x in fresh]
         else:
             fresh = list(step.fresh)
             named = [f"t{x.number}" if x.number in fresh else "_" for x in step.out]
             words = [self._word(x) for x in step.args] + [f"{name}={self._word(x)}" for name, x in step.options.items()]
-            several = len(step.func._schema.returns) != 1 or "[]" in str(step.func._schema.returns[0].type)
-            left = f"{', '.join(named)}, *_ = " if several else f"{named[0]} = " if named else ""
+            left = f"{', '.join(named)}, *_ = " if step.several else f"{named[0]} = " if named else ""
             lines = [f"{left}{self._name(getattr(step.func, '_op', step.func))}({', '.join(words)})"]
         return lines + [f"p{x} = t{x}.data_ptr()" for x in fresh if x in self.pointed]
 
     def _launch(self, step: _Launch) -> str:
         launcher, words = Launcher.of(step.compiled), []
+        self._name(step.compiled)  # what it has loaded lives as long as the code
         if launcher is None:
             raise _NotPreparable
         for i, x in enumerate(step.args):
@@ -365,7 +381,9 @@ class _Code:
                 words.append(self._argument(x))
         args, fixed = ", ".join(words), ", ".join(map(self._word, launcher.fixed))
         grid = ", ".join(str(x) for x in (*step.grid, 1, 1)[:3])
-        return f"{self._name(launcher.call)}({grid}, stream(index), {fixed}, {f'({args},)' if launcher.nested else args})"
+        return (
+            f"{self._name(launcher.call)}({grid}, stream(index), {fixed}, {f'({args},)' if launcher.nested else args})"
+        )
 
     def _argument(self, x: Any) -> str:
         """What a launch is given: addresses in place of tensors."""
@@ -402,8 +420,8 @@ class _Code:
 def _code_of(recording: Recording, index: int) -> Callable[..., Any] | None:
     """None where Triton's launchers are others than those that are known here."""
     fast = _empty_strided_cuda if index >= 0 and not torch._C._get_deterministic_algorithms() else None
-    code = _Code(recording, index, fast or functools.partial(_empty_strided, index))
     try:
+        code = _Code(recording, index, fast or functools.partial(_empty_strided, index))
         call = code.compiled()
     except _NotPreparable:
         return None
@@ -425,38 +443,49 @@ def _empty_strided(index: int, shape: tuple[int, ...], strides: tuple[int, ...],
 
 @dataclass(slots=True)
 class _Kind:
-    """Calls of one kind: the recording of one, with its layer; the code, and the only layer that it is for."""
+    """Calls of one kind: the recording of one; the code, and the only layer that it is for, if there is one."""
 
     recording: Recording | None = None
-    layer: int | None = None
     call: Callable[..., Any] | None = None
     only: int | None = None
     recorded: int = 0
 
     def learn(self, layer: int | None, given: list[torch.Tensor], body: Callable[[], Any]) -> Any:
         """What ``body()`` gives, after which there may be code for such calls."""
-        first, new = self.recording, Recording(given)
+        first, new = self.recording, Recording(given, layer)
         out = new.run(body)
         self.recorded += 1
-        both = None if first is None else agreement(first, new, (self.layer, layer))
+        both = None if first is None else agreement(first, new)
         if new.failed:
             self.recorded = RECORDINGS
-        elif both is None:
-            self.recording, self.layer = new, layer
+        elif first is None or both is None:
+            self.recording = new
+        elif (call := _code_of(both, given[0].get_device())) is None:
+            self.recorded = RECORDINGS
         else:
-            self.only = layer if layer == self.layer else None
-            self.call = _code_of(both, given[0].get_device())
-            self.recorded = RECORDINGS if self.call is None else self.recorded
+            self.only = layer if layer == first.layer else None
+            self.call = call
         if self.recorded >= RECORDINGS or self.call is not None and self.only is None:
             self.recording = None
         return out
+
+
+_EVERY: list[dict[Any, _Kind]] = []
+
+
+def forget() -> None:
+    """Drop what was recorded of all ops, and their code: the next calls run and launch as the first ones did."""
+    for kinds in _EVERY:
+        kinds.clear()
 
 
 def prepared(body: Callable[..., Any], layer_at: int | None = None) -> Callable[..., Any]:
     """``body`` of an op on CUDA, whose calls become code once two of a kind were recorded. ``layer_at``: which argument
     is the layer."""
     kinds: dict[Any, _Kind] = {}
+    _EVERY.append(kinds)
 
+    @functools.wraps(body)
     def run(*args: Any, **options: Any) -> Any:
         layer: int | None = None
         given: list[torch.Tensor] = []
