@@ -13,10 +13,11 @@ approximate model would say. Needles are those of ``needles.py``: what is compre
 
 Budgets are rows *held* by a KV head, mean over heads and over the tokens that follow; a head that sees everything holds
 all tokens. With ``--part selected`` they are rows *read*: heads that select pages hold all tokens, too. Policies are
-those of ``plans.py``, by one profile of texts that are not judged, and two more that only live here:
+those of ``plans.py``, by one profile of texts that are not judged, and three more that only live here:
 
 * ``snapkv`` (arXiv 2404.14469): of every KV head the tokens that the last 32 queries attend to most (pooled over five
   neighbours, mean over query heads), and the last 32. It is *query-aware*: of needles these queries are the question's;
+* ``keydiff`` (arXiv 2504.15364): sinks, a window of 128 and the tokens whose keys are least like the mean direction;
 * ``random``: sinks, a window of 128 and other tokens by chance.
 
 ``thinned`` is uniform, too: what leaves the window is thinned by fair coins instead of Express's balanced ones;
@@ -260,6 +261,11 @@ class Kept:
         pooled = (torch.nn.functional.avg_pool1d(x, POOL, 1, POOL // 2) for x in seen.mass)
         return pruned(self.model, given, [best(x, 0, OBSERVED, self.count(given)) for x in pooled])
 
+    def keydiff(self, given: Read) -> DynamicCache:
+        keys = ((k.float(), torch.nn.functional.normalize(k.float(), dim=-1).mean(2, keepdim=True)) for k, _ in given.layers)
+        scores = (-torch.cosine_similarity(k, mean, dim=-1) for k, mean in keys)
+        return pruned(self.model, given, [best(x, SINKS, WINDOW, self.count(given)) for x in scores])
+
     def random(self, given: Read) -> DynamicCache:
         drawn = torch.Generator(given.ids.device).manual_seed(0)
         scores = (torch.rand(k.shape[:3], generator=drawn, device=k.device) for k, _ in given.layers)
@@ -328,6 +334,7 @@ class Caching(Bench):
         Rows(SINKS, 4096), Rows(SINKS, 256, 512, 512), Rows(SINKS, 512, protected=2048), Rows(SINKS, 512, 512),
         EVERYTHING,
     )  # fmt: skip
+    more = ()
 
     def texts(self, n: int) -> torch.Tensor:
         """Token ids ``[N, n]`` of ``--windows`` parts of each judged text, at even distances."""
@@ -397,7 +404,7 @@ class Caching(Bench):
         made: dict[str, tuple[Make, PerHead | None]] = {name: (by_plan(model, x), x) for name, x in plans.items()}
         if self.args.part == "cache":
             others = Kept(model, budget, self.args.piece)
-            made |= {"random": (others.random, None), "snapkv": (others.snapkv, None)}
+            made |= {name: (getattr(others, name), None) for name in ("random", "keydiff", "snapkv")}
         if self.args.part == "cache" and budget == self.args.rows[0]:
             made["everything"] = by_plan(model, PerHead(EVERYTHING)), PerHead(EVERYTHING)
             read_too = {name: plans[name] for name in ("per head", "streaming")}

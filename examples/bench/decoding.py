@@ -305,13 +305,14 @@ def cache_rows(B: int, n: int, device: str, dtype: torch.dtype) -> list[dict[str
     torch.manual_seed(0)
     count = 2 if B > 1 or device == "cpu" else 12
     q, k, v = (torch.randn(B, heads, 1, D, device=device, dtype=dtype) for heads in (H, H_KV, H_KV))
-    layers = []
+    layers, end = [], torch.empty(B, dtype=torch.int32, device=device)
     for layer in range(count):
         seed = torch.tensor(0, device=device)
         layers.append(Held(PerHead((UNIFORM,)), k, v, Random(seed, layer), SCALE, layer))
         layers[-1].fill(*(torch.randn(B, H_KV, n, D, device=device, dtype=dtype) for _ in range(2)))
         layers[-1].settle(single=True)
-        layers[-1].prepare_step()
+        layers[-1].prepare_step(end)
+    layers[0].count_into(end)
     first, part = layers[0], layers[0].parts[0]
     out = first.launch_step(q, k, v)
     held = Rows(log_weight=part.log_weight)
@@ -320,17 +321,18 @@ def cache_rows(B: int, n: int, device: str, dtype: torch.dtype) -> list[dict[str
     if not error <= TOLERANCE[dtype]:
         raise SystemExit(f"ExpressCache at B={B}, n={n}: off by {error:.1e}, so it has no speed")
     live = int((part.log_weight > -torch.inf).sum())
-    attend = microseconds([lambda x=x: attend_places(q, k, v, x._table[1], x._end, SCALE) for x in layers])
-    append = microseconds([lambda x=x: append_places(k, v, x._table[1], x._end) for x in layers])
+    attend = microseconds([lambda x=x: attend_places(q, k, v, x._table[1], end, SCALE) for x in layers])
+    append = microseconds([lambda x=x: append_places(k, v, x._table[1], end) for x in layers])
     tokens = 512 if device == "cuda" else 4
     for timed in (False, True):  # the first time finds tables and kernels
         started = time.perf_counter()
         for _ in range(tokens):
+            layers[0].count_into(end)
             for x in layers:
                 if x.rest() <= 0 or not timed:
                     x.settle(single=True)
-                    x.prepare_step()
-                append_places(k, v, x._table[1], x._end)
+                    x.prepare_step(end)
+                append_places(k, v, x._table[1], end)
                 x.end_step()
         if device == "cuda":
             torch.cuda.synchronize()

@@ -5,16 +5,17 @@
 
 One profile of three texts (``models.profiled_texts``), by which every policy that differs between heads is chosen:
 
-* ``per head``: every source of rows, and the last 16 queries exact; ``without ...``: all but one of them;
+* ``per head``: every source of rows, and the last 64 queries exact; ``without ...``: all but one of them; ``last 16``:
+  fewer of those;
   ``per layer``: the errors of a layer's heads summed, so that all of them have the same; ``without records``: the
   profile of the two natural texts alone;
 * ``layers alike``: without what errors of a layer do to the output, as if that were the same in all of them;
 * ``window or everything``: heads stream or see everything, as in DuoAttention (arXiv 2410.10819).
 
 Uniform policies have the same rows in all heads, and as many as the budget allows: ``streaming`` (StreamingLLM: sinks
-and a window), ``express`` (sinks, window, protected and thinned rows), ``protected`` (KeyDiff: sinks, a window and
-distinctive keys), ``selected`` (sinks, a window and blocks that the queries choose: Quest, FlashPrefill), each as it is
-and with the last 16 queries exact. Rows and KL are those of positions from a quarter of the text on. Needles are those
+and a window), ``express`` (sinks, window, protected and thinned rows), ``protected`` (sinks, a window and the most
+distinctive rows), ``selected`` (sinks, a window and blocks that the queries choose: Quest, FlashPrefill), each as it is
+and with the last 64 queries exact. Rows and KL are those of positions from a quarter of the text on. Needles are those
 of ``needles.py``; those that exact attention does not find are left out.
 """
 
@@ -60,7 +61,7 @@ MODELS = {
 }
 BLOCK = 128
 SINKS = 32
-LAST = 16
+LAST = 64
 OPTIONS = (
     *(Rows(SINKS, recent) for recent in (64, 128, 256, 512, 1024, 2048)),
     *(Rows(SINKS, recent, thinned) for recent, thinned in ((128, 32), (256, 64), (256, 256))),
@@ -70,6 +71,14 @@ OPTIONS = (
     EVERYTHING,
 )
 """What a head may have. A list of its own, so that what was measured stays what it was when the defaults change."""
+LONG = 8192  # tokens up to which that is enough: in longer texts there is much between most of it and everything
+MORE = (
+    Rows(SINKS, 4096),
+    Rows(SINKS, 256, 512),
+    Rows(SINKS, 512, protected=2048),
+    *(Rows(SINKS, recent, selected=n) for recent, n in ((512, 16), (1024, 16), (1024, 64), (512, 128))),
+)
+"""What a head may have beside it in longer texts."""
 
 Plan = PerHead | SavedPlan
 Count = Callable[[Sequence[Rows], int, PerHead], list[float]]
@@ -172,7 +181,7 @@ def policies(found: Profile, natural: Profile, budget: float, n: int) -> dict[st
     }
     heads["layers alike"] = replace(found, sites=tuple(replace(site, nats=1.0) for site in found.sites))
     others = {name: chosen(its, budget, n) for name, its in heads.items()}
-    others["without last"] = chosen(found, budget, n, last=0)
+    others |= {name: chosen(found, budget, n, last) for name, last in (("without last", 0), ("last 16", 16))}
     return {"per head": chosen(found, budget, n), **uniform(budget, n), **uniform(budget, n, LAST), **others}
 
 
@@ -186,7 +195,7 @@ def rows_by_head(plan: Plan) -> list[Rows]:
 def average_rows(plan: Plan, n: int) -> float:
     """Rows that a late query of ``n`` tokens sees, mean over KV heads."""
     counts = Counter(rows_by_head(plan))
-    own = plan if isinstance(plan, PerHead) else base(LAST)
+    own = plan if isinstance(plan, PerHead) else base(plan.sites[0].params["last"])
     rows = rows_of(list(counts), n, own)
     return sum(x * count for x, count in zip(rows, counts.values(), strict=True)) / counts.total()
 
@@ -310,9 +319,12 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Bench:
-    """One run: a model, the arguments, and the rows that were measured. options: what is profiled."""
+    """One run: a model, the arguments, and the rows that were measured. options: what is profiled; more: beside it in
+    long texts."""
 
-    options = OPTIONS
+    options: tuple[Rows, ...] = OPTIONS
+    more: tuple[Rows, ...] = MORE
+    few = ("per head", "streaming", "streaming, last exact", "express", "selected, last exact", "window or everything")
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device = args, "cuda" if torch.cuda.is_available() else "cpu"
@@ -320,6 +332,7 @@ class Bench:
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         self.model, self.tokenizer = load(self.device, dtype)
         self.results: list[dict[str, Any]] = []
+        self.options += self.more * (args.length > LONG)
         self.common = {**run_of(args.commit), "model": self.name}
 
     def write(
@@ -382,11 +395,12 @@ class Bench:
             if budget == budgets[0]:
                 plans["per head"] = SavedPlan.from_json(fitted.plan.to_json())
                 left_out = {name: plan for name, plan in plans.items() if name.startswith("without")}
+            if self.args.few:
+                plans, left_out = {name: plans[name] for name in self.few}, {}
             self.judged(judge, n, budget, {k: plan for k, plan in plans.items() if not k.startswith("without")})
         for other in self.args.others:
             its = policies(found, natural, budgets[0], other)
-            few = ("per head", "streaming", "streaming, last exact", "express", "selected, last exact")
-            self.judged(self.judge(other), other, budgets[0], {method: its[method] for method in few})
+            self.judged(self.judge(other), other, budgets[0], {method: its[method] for method in self.few})
         self.judged(judge, n, budgets[0], left_out)
 
     def judged(self, judge: Judge, n: int, budget: float, plans: Mapping[str, Plan]) -> None:
@@ -413,6 +427,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_bench_arguments(parser)
     parser.add_argument("--others", type=int, nargs="*", default=[], help="lengths to judge the largest budget at, too")
+    parser.add_argument("--few", action="store_true", help="only the policies that --others are judged with")
     parser.add_argument("--plan", type=Path, help="file for the plan per head of the largest budget")
     args = parser.parse_args()
     start = time.perf_counter()

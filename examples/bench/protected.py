@@ -7,8 +7,9 @@ Rows that leave the window compete for places before anybody asks for them, so a
 queries, and no query to come. As in ``kernels/select/contest.py`` it is given once, in contests of 256 rows, by the
 rows of the contest and sums over all rows until then, so that a stream keeps what a prefill keeps. Scores:
 
-* ``key``: minus the cosine similarity to the running mean key (KeyDiff, arXiv 2504.15364; what ``protected`` means
-  today); ``value``: of values; ``key + value``: the sum of both; ``mean of w``: over w neighbours in the contest;
+* ``key``: minus the cosine similarity to the running mean key (KeyDiff, arXiv 2504.15364); ``value``: of values;
+  ``key + value``: the sum of both; ``mean of w``: over w neighbours in the contest. ``key + value, mean of 5`` is what
+  ``protected`` means;
 * ``clusters``: minus the largest cosine similarity to the mean key of any contest until then; ``leverage``: squared
   Mahalanobis distance of the value from the running mean; ``output``: the norm of the value after the output
   projection; ``expected``: logarithm of the attention that queries like those of the past would give (Expected
@@ -40,7 +41,8 @@ from plans import MODELS, SINKS, Bench, Judge, base, in_words, recalled, summary
 from records import add_arguments, show
 
 from express_compile.core.rows import Rows
-from express_compile.kernels import express
+from express_compile.kernels import express, heads
+from express_compile.kernels.launch import Random
 from express_compile.kernels.select.contest import CONTEST, contest
 
 RECENT = 256
@@ -174,7 +176,8 @@ SCORES: dict[str, Callable[[Left], torch.Tensor]] = {
     "random": random,
 }
 """Each gives ``[B, H_kv, m, C]``; the larger, the more worth a place."""
-JUDGED = ("key", "key + value", "key + value, mean of 5")
+HOUSE = "key + value, mean of 5"  # what protected rows are chosen by
+JUDGED = ("key", "key + value", HOUSE)
 
 
 # -------------------------------------------------------------------------------------------------------------- mass
@@ -253,12 +256,18 @@ def protecting(name: str) -> Iterator[None]:
         left = Left.of(key, value, config.sinks, layout.contests)
         return compete_by(SCORES[name](left), config.sinks, config.protected).flatten(2)
 
-    def triton(key: torch.Tensor, value: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...]:
-        return select(key, value, *others), key[:, :, :0], value[:, :, :0]
+    def select_into(
+        kept: tuple[torch.Tensor, ...], key: torch.Tensor, value: torch.Tensor, layout: express.Layout, scale: float,
+        random: Random, spans: Any = None,
+    ) -> None:  # fmt: skip
+        assert spans is None
+        own = slice(None) if random.heads is None else random.heads.long()
+        kept[0].copy_(select(key[:, own], value[:, own], layout))
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(express, "thin_reference", select))
-        stack.enter_context(mock.patch.object(express, "thin_triton", triton))
+        for module in (express, heads):
+            stack.enter_context(mock.patch.object(module, "select_into", select_into))
         yield
 
 

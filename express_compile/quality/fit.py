@@ -102,7 +102,7 @@ def fit(
     held_out: torch.Tensor | Iterable[torch.Tensor | Mapping[str, Any]] | None = None,
     length: int | None = None,
     block: int = 128,
-    last: int = 16,
+    last: int = 64,
     progress: bool = False,
     profile: Profile | None = None,
 ) -> Fit:

@@ -11,7 +11,11 @@ import pytest
 import torch
 
 from express_compile.core.rows import Rows
+from express_compile.kernels import express as E
+from express_compile.kernels import heads
+from express_compile.kernels.express import Unthinned
 from express_compile.kernels.heads import heads_reference
+from express_compile.kernels.launch import Random
 from express_compile.kernels.select.contest import CONTEST, compete_reference
 
 BENCH = Path(__file__).resolve().parents[2] / "examples" / "bench"
@@ -41,12 +45,13 @@ def left_of(bench: ModuleType, given: tuple[torch.Tensor, ...], contests: int = 
 
 
 @pytest.mark.parametrize("protected", [40, 300])
-def test_places_by_key_are_those_of_the_house(bench, protected) -> None:
+def test_places_by_one_of_the_scores_are_those_of_the_house(bench, protected) -> None:
     _, key, value, _ = given = tokens()
     left = left_of(bench, given)
-    expected = compete_reference(key, SINKS, CONTESTS, protected)[1]
-    assert torch.equal(bench.compete_by(bench.SCORES["key"](left), SINKS, protected), expected)
-    assert not torch.equal(bench.compete_by(bench.SCORES["value"](left), SINKS, protected), expected)
+    expected = compete_reference(key, value, SINKS, CONTESTS, protected)[1]
+    assert torch.equal(bench.compete_by(bench.SCORES[bench.HOUSE](left), SINKS, protected), expected)
+    for other in ("key", "value", "key + value", "key + value, mean of 3"):
+        assert not torch.equal(bench.compete_by(bench.SCORES[other](left), SINKS, protected), expected), other
 
 
 def test_a_policy_follows_the_score(bench) -> None:
@@ -57,11 +62,22 @@ def test_a_policy_follows_the_score(bench) -> None:
         return heads_reference(query, key, value, rows, 0.5, torch.tensor(0), block=16)[0]
 
     house = attend()
-    with bench.protecting("key"):
+    with bench.protecting(bench.HOUSE):
         assert torch.equal(attend(), house)
     with bench.protecting("value"):
         assert float((attend() - house).abs().max()) > 1e-3
     assert torch.equal(attend(), house)
+
+
+def test_on_a_gpu_places_follow_the_score_too(bench) -> None:
+    """What the kernels of a mixture call to choose rows gives the places of the score, of the heads that they name."""
+    _, key, value, _ = given = tokens()
+    layout, own = E.make_layout(Unthinned(2, SINKS, 16, 40, block=16), 1, N), torch.tensor([1], dtype=torch.int32)
+    kept = torch.zeros(1, 1, layout.size, dtype=torch.int32)
+    with bench.protecting("value"):
+        heads.select_into((kept,), key, value, layout, 0.5, Random(torch.tensor(0), 0, own))
+    expected = bench.compete_by(bench.SCORES["value"](left_of(bench, given)), SINKS, 40)
+    assert layout.contests == CONTESTS and torch.equal(kept, expected[:, 1:].flatten(2))
 
 
 def test_what_comes_later_changes_no_score(bench) -> None:

@@ -121,7 +121,7 @@ def test_one_halving_is_what_the_same_halving_of_a_prefill_decides(rows: int) ->
 @torch.no_grad()
 def test_generate_replays_a_graph_and_writes_what_eager_steps_write(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    sizes = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=3, vocab_size=97, initializer_range=0.3)
+    sizes = dict(hidden_size=384, intermediate_size=256, num_hidden_layers=3, vocab_size=97, initializer_range=0.3)
     config = transformers.LlamaConfig(**sizes, num_attention_heads=12, num_key_value_heads=6, head_dim=64,
                                       max_position_embeddings=8192)  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval().cuda()

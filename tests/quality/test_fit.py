@@ -338,7 +338,7 @@ def test_what_is_held_out(model, ids) -> None:
 
 @torch.no_grad()
 def test_a_saved_plan_is_followed_at_another_length_than_it_was_fitted_at(model, ids, tmp_path) -> None:
-    found = fit(model, ids[:, :160], rows=60, options=OPTIONS, block=16)
+    found = fit(model, ids[:, :160], rows=60, options=OPTIONS, block=16, last=16)
     found.save(tmp_path / "plan.json")
     rows = {site.module: list(own) for site, own in zip(found.profile.sites, found.chosen, strict=True)}
     for n in (100, 240):
@@ -355,13 +355,13 @@ def test_a_saved_plan_is_followed_at_another_length_than_it_was_fitted_at(model,
 
 @torch.no_grad()
 def test_a_fit_from_a_profile_is_the_fit_that_would_have_measured_it(model, ids) -> None:
-    first = fit(model, ids[:1], rows=100, options=OPTIONS, block=16, held_out=ids[1:])
-    again = fit(model, ids[1:], rows=100, block=16, profile=Profile.from_json(first.profile.to_json()))
+    first = fit(model, ids[:1], rows=100, options=OPTIONS, block=16, last=16, held_out=ids[1:])
+    again = fit(model, ids[1:], rows=100, block=16, last=16, profile=Profile.from_json(first.profile.to_json()))
     assert again == first and again.plan.fitted == first.plan.fitted and not is_rewritten(model)
-    fewer = fit(model, ids[1:, :200], rows=60, block=16, profile=first.profile)
+    fewer = fit(model, ids[1:, :200], rows=60, block=16, last=16, profile=first.profile)
     assert fewer.rows <= 60 and fewer.kl > first.kl
     assert fewer.plan.fitted["tokens"] == (240,) and fewer.plan.fitted["held_out"] == (200,)
-    assert fit(model, ids[1:], rows=100, block=16, profile=first.profile, length=400).plan.fitted["length"] == 400
+    assert fit(model, ids[1:], rows=100, block=16, last=16, profile=first.profile, length=400).plan.fitted["length"] == 400
     with pytest.raises(TypeError, match="profile and held_out were both given"):
         fit(model, ids, rows=100, profile=first.profile, held_out=ids)
     for changes, what in (
@@ -395,7 +395,7 @@ def test_wrong_arguments(model, ids) -> None:
         ("last=65: must be 0 to 64 queries", {"last": 65}),
     ):
         with pytest.raises((TypeError, ValueError), match=words):
-            given = {"sample": ids, "tolerance": 0.1, "options": OPTIONS, "block": 16, **changes}
+            given = {"sample": ids, "tolerance": 0.1, "options": OPTIONS, "block": 16, "last": 16, **changes}
             fit(model, given.pop("sample"), **given)
         assert not is_rewritten(model)
     with pytest.raises(TypeError, match="tolerance=0.1: needs sample=input_ids"):

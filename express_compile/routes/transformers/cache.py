@@ -36,7 +36,7 @@ from .steps import Steps, let_generate_record
 
 _ROWS = ("budget", "sinks", "recent", "protected")
 _OTHERS = ("halving", "inflation", "flatten", "block", "last")
-_VERSION = 3
+_VERSION = 4
 _SHAPE = (
     "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "rope_theta",
