@@ -118,4 +118,4 @@ def test_code_takes_no_more_memory_than_the_body() -> None:
             out = f(*args, **options)
             taken.append(torch.cuda.max_memory_allocated() - before)
             del out
-    assert taken[-1] <= taken[0] + (1 << 16)
+    assert taken[-1] <= 1.1 * taken[0], taken
