@@ -81,7 +81,7 @@ class _General(NamedTuple):
 @dataclass(frozen=True)
 class _Tensor:
     """A tensor: shape, strides and dtype, where it comes from, the number of the one that it is a view of, or its own,
-    and how many bytes behind that it begins. ``bytes``: of the memory of one that is no view."""
+    and how many bytes behind that it begins. ``bytes``: of empty memory."""
 
     layout: tuple[Any, ...]
     made: str  # "given", "constant", "empty", "computed" or "view"
@@ -193,7 +193,7 @@ class Recording(TorchDispatchMode):
             if not offset and layout == self.tensors[root].layout:  # a view of all of it
                 self._known[id(x)] = weakref.ref(x), root
                 return root
-        self.tensors.append(_Tensor(layout, made, root, offset, storage.nbytes()))
+        self.tensors.append(_Tensor(layout, made, root, offset, storage.nbytes() if made == "empty" else 0))
         self._memory.append((storage._cdata, x.data_ptr()))
         self._known[id(x)] = weakref.ref(x), number
         return number
@@ -223,7 +223,7 @@ class Recording(TorchDispatchMode):
 
 def leaves(x: Any) -> Iterator[Any]:
     """What is in nested tuples, lists and dicts."""
-    if isinstance(x, (tuple, list, dict)) and type(x) is not _Ref:
+    if isinstance(x, (tuple, list, dict)) and type(x) not in (_Ref, _Layer):
         for y in x.values() if isinstance(x, dict) else x:
             yield from leaves(y)
     else:
@@ -290,6 +290,15 @@ def places(lives: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
     return begins, max((begin + size for begin, (size, *_) in zip(begins, lives, strict=True)), default=0)
 
 
+@functools.lru_cache(maxsize=256)
+def _compiled(source: str) -> Any:
+    return compile(source, "<a prepared call>", "exec")
+
+
+def _is_fixed(x: Any) -> bool:
+    return not any(type(y) in (_Ref, _Layer) for y in leaves(x))
+
+
 class _Code:
     """The Python code of a recording: a function of the layer, the tensors that were given, and their addresses."""
 
@@ -325,7 +334,7 @@ class _Code:
     def compiled(self) -> Callable[[int, Sequence[torch.Tensor], Sequence[int]], Any]:
         source = "def call(layer, given, addresses):\n" + "".join(f"    {line}\n" for line in self.lines)
         names = {**self.names, "constants": self.constants}  # they live as long as their addresses are used
-        exec(compile(source, "<a prepared call>", "exec"), names)
+        exec(_compiled(source), names)
         return names["call"]
 
     def _is_live(self, step: _Op | _Launch) -> bool:
@@ -349,7 +358,7 @@ class _Code:
         own = [x for x in made if self.tensors[x].made == "empty" and x in self.pointed and x not in self.needed]
         begins, size = places([(self.tensors[x].bytes, made[x], ends[x]) for x in own])
         if own:
-            self.lines += [f"work = empty(({size},), (1,), uint8)", "w = work.data_ptr()"]
+            self.lines += [f"work = empty({self._name((size,))}, {self._name((1,))}, uint8)", "w = work.data_ptr()"]
         return dict(zip(own, begins, strict=True))
 
     def _op(self, step: _Op) -> list[str]:
@@ -380,10 +389,8 @@ class _Code:
             else:
                 words.append(self._argument(x))
         args, fixed = ", ".join(words), ", ".join(map(self._word, launcher.fixed))
-        grid = ", ".join(str(x) for x in (*step.grid, 1, 1)[:3])
-        return (
-            f"{self._name(launcher.call)}({grid}, stream(index), {fixed}, {f'({args},)' if launcher.nested else args})"
-        )
+        grid, args = ", ".join(map(self._word, (*step.grid, 1, 1)[:3])), f"({args},)" if launcher.nested else args
+        return f"{self._name(launcher.call)}({grid}, stream(index), {fixed}, {args})"
 
     def _argument(self, x: Any) -> str:
         """What a launch is given: addresses in place of tensors."""
@@ -392,20 +399,23 @@ class _Code:
             if not self._size(x.number):
                 return "0"
             if root in self.constants:
-                return str(self.constants[root].data_ptr() + tensor.offset)
-            return f"w + {self.work[root] + tensor.offset}" if root in self.work else f"p{root} + {tensor.offset}"
+                return self._name(self.constants[root].data_ptr() + tensor.offset)
+            offset = self.work.get(root, 0) + tensor.offset
+            return ("w" if root in self.work else f"p{root}") + (f" + {self._name(offset)}" if offset else "")
         if type(x) is _Layer:
             return "layer"
-        return f"({''.join(f'{self._argument(y)}, ' for y in x)})" if isinstance(x, tuple) else self._word(x)
+        if isinstance(x, tuple) and not _is_fixed(x):
+            return f"({''.join(f'{self._argument(y)}, ' for y in x)})"
+        return self._word(x)
 
     def _word(self, x: Any) -> str:
+        """What else there is; numbers by names, so that the code for other lengths has the same text."""
         if type(x) is _Ref:
             return self._name(self.constants[x.number]) if x.number in self.constants else f"t{x.number}"
-        if isinstance(x, tuple):
-            return f"({''.join(f'{self._word(y)}, ' for y in x)})"
-        if isinstance(x, list):
-            return f"[{', '.join(map(self._word, x))}]"
-        return repr(x) if x is None or type(x) in (int, bool, str) else self._name(x)
+        if isinstance(x, (tuple, list)) and not _is_fixed(x):
+            words = "".join(f"{self._word(y)}, " for y in x)
+            return f"[{words}]" if isinstance(x, list) else f"({words})"
+        return repr(x) if x is None or type(x) is bool else self._name(x)
 
     def _name(self, x: Any) -> str:
         name = f"c{len(self.names)}"
@@ -480,13 +490,15 @@ def forget() -> None:
 
 
 def prepared(body: Callable[..., Any], layer_at: int | None = None) -> Callable[..., Any]:
-    """``body`` of an op on CUDA, whose calls become code once two of a kind were recorded. ``layer_at``: which argument
-    is the layer."""
+    """``body`` of an op on CUDA, whose calls become code once two of a kind, the second and the third, were recorded.
+    ``layer_at``: which argument is the layer."""
     kinds: dict[Any, _Kind] = {}
     _EVERY.append(kinds)
 
     @functools.wraps(body)
     def run(*args: Any, **options: Any) -> Any:
+        if is_hooked() or torch._C._len_torch_dispatch_stack():
+            return body(*args, **options)
         layer: int | None = None
         given: list[torch.Tensor] = []
         addresses: list[int] = []
@@ -509,13 +521,13 @@ def prepared(body: Callable[..., Any], layer_at: int | None = None) -> Callable[
         if kind is None:
             if len(kinds) >= MOST:
                 kinds.clear()
-            apart = len({id(x) for x in given}) == len(given) and all(x.get_device() == key[1] for x in given)
-            kind = kinds[found] = _Kind(recorded=0 if apart else RECORDINGS)
-        if not is_hooked() and not torch._C._len_torch_dispatch_stack():
-            if kind.call is not None and (kind.only is None or kind.only == layer):
-                return kind.call(layer, given, addresses)
-            if kind.recorded < RECORDINGS:
-                return kind.learn(layer, given, lambda: body(*args, **options))
+            here = all(x.get_device() == key[1] for x in given)
+            kinds[found] = _Kind(recorded=0 if here else RECORDINGS)
+            return body(*args, **options)  # what comes once is not recorded
+        if kind.call is not None and (kind.only is None or kind.only == layer):
+            return kind.call(layer, given, addresses)
+        if kind.recorded < RECORDINGS and len({id(x) for x in given}) == len(given):  # else who is who is not seen
+            return kind.learn(layer, given, lambda: body(*args, **options))
         return body(*args, **options)
 
     return run

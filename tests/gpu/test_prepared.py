@@ -63,7 +63,7 @@ def test_code_gives_the_bits_of_the_body(poison: None, case: str, dtype: torch.d
             outs = METHODS[name].op(*args, **options)
             expected = ops._ON_CUDA[name].__wrapped__(*args, **options)
             assert all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True)), n
-    assert made.call_count == 4
+    assert made.call_count == 3
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "santa" not in case])
@@ -80,7 +80,7 @@ def test_code_of_gradients_gives_their_bits(case: str) -> None:
                 backward = ops._ON_CUDA[f"{name}_backward"].__wrapped__
                 expected = backward(grad, out, lse, *args, **options)
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), n
-    assert made.call_count == 6
+    assert made.call_count == 4
 
 
 @pytest.mark.parametrize("case", ["express, protected", "heads"])
@@ -89,7 +89,7 @@ def test_code_runs_in_cuda_graphs_and_on_other_streams(case: str) -> None:
     with patched, torch.inference_mode():
         name, args, options = call_of(case, torch.bfloat16, 0)
         op = METHODS[name].op
-        for _ in range(3):
+        for _ in range(4):
             expected = op(*args, **options)
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
@@ -112,7 +112,7 @@ def test_code_takes_no_more_memory_than_the_body() -> None:
     name, args, options = call_of("heads", torch.bfloat16, 0)
     taken = []
     with torch.no_grad():
-        for f in (ops._ON_CUDA[name].__wrapped__, *[METHODS[name].op] * 4):
+        for f in (ops._ON_CUDA[name].__wrapped__, *[METHODS[name].op] * 5):
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             out = f(*args, **options)

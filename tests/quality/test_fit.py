@@ -361,7 +361,9 @@ def test_a_fit_from_a_profile_is_the_fit_that_would_have_measured_it(model, ids)
     fewer = fit(model, ids[1:, :200], rows=60, block=16, last=16, profile=first.profile)
     assert fewer.rows <= 60 and fewer.kl > first.kl
     assert fewer.plan.fitted["tokens"] == (240,) and fewer.plan.fitted["held_out"] == (200,)
-    assert fit(model, ids[1:], rows=100, block=16, last=16, profile=first.profile, length=400).plan.fitted["length"] == 400
+    assert (
+        fit(model, ids[1:], rows=100, block=16, last=16, profile=first.profile, length=400).plan.fitted["length"] == 400
+    )
     with pytest.raises(TypeError, match="profile and held_out were both given"):
         fit(model, ids, rows=100, profile=first.profile, held_out=ids)
     for changes, what in (
