@@ -154,7 +154,7 @@ class Recording(TorchDispatchMode):
     def _computed(self, func: Any, args: Any, options: Any, out: Any) -> None:
         if func is _aten.promote_types.default:  # of dtypes alone
             return
-        read = list(leaves(out))[: _READ.get(func)]
+        read = leaves(out)[: _READ.get(func)]
         here = all(isinstance(x, torch.Tensor) and x.device == self._device for x in read)
         # by masks the shape of the result follows from values
         masked = any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in leaves(args))
@@ -221,18 +221,24 @@ class Recording(TorchDispatchMode):
         return {name: self._kept(y) for name, y in x.items()} if isinstance(x, dict) else x
 
 
-def leaves(x: Any) -> Iterator[Any]:
+def leaves(x: Any, found: list[Any] | None = None) -> list[Any]:
     """What is in nested tuples, lists and dicts."""
-    if isinstance(x, (tuple, list, dict)) and type(x) not in (_Ref, _Layer):
+    found = [] if found is None else found
+    kind = type(x)
+    if kind is tuple or kind is list or kind is dict or isinstance(x, (tuple, list, dict)) and kind not in _WHOLE:
         for y in x.values() if isinstance(x, dict) else x:
-            yield from leaves(y)
+            leaves(y, found)
     else:
-        yield x
+        found.append(x)
+    return found
 
 
-def refs(x: Any) -> Iterator[int]:
+_WHOLE = (_Ref, _Layer)
+
+
+def refs(x: Any) -> list[int]:
     """The numbers of the tensors in ``x``."""
-    return (y.number for y in leaves(x) if type(y) is _Ref)
+    return [y.number for y in leaves(x) if type(y) is _Ref]
 
 
 def agreed(a: Any, b: Any, layers: tuple[Any, Any] | None = None) -> Any:
@@ -247,6 +253,8 @@ def agreed(a: Any, b: Any, layers: tuple[Any, Any] | None = None) -> Any:
         return _Launch(agreed(a.compiled, b.compiled), agreed(a.grid, b.grid), args)
     if isinstance(a, _Described):
         return _Described(agreed(a.base, b.base), agreed(vars(a.like), vars(b.like)) and a.like)
+    if a is b:
+        return a
     if isinstance(a, (tuple, list)):
         if len(a) != len(b):
             raise _NotPreparable
@@ -296,7 +304,7 @@ def _compiled(source: str) -> Any:
 
 
 def _is_fixed(x: Any) -> bool:
-    return not any(type(y) in (_Ref, _Layer) for y in leaves(x))
+    return not any(type(y) in _WHOLE for y in leaves(x))
 
 
 class _Code:
