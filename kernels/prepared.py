@@ -19,7 +19,7 @@ import functools
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -318,8 +318,7 @@ class _Code:
         self.steps = [step for step in reversed(recording.steps) if self._is_live(step)][::-1]
         ends: dict[int, int] = {}  # the last step that uses a tensor, or the memory that begins with it
         for i, step in enumerate(self.steps):
-            used = refs((step.args, step.options)) if isinstance(step, _Op) else self._roots(step)
-            ends.update((x, i) for x in used)
+            ends.update((x, i) for x in (self._used(step) if isinstance(step, _Op) else self._roots(step)))
         self.pointed = {root for step in self.steps if isinstance(step, _Launch) for root in self._roots(step)}
         given = [i for i, x in enumerate(self.tensors) if x.made == "given"]
         self.lines = [
@@ -351,8 +350,14 @@ class _Code:
             if step.kind == "view" and not self.needed & set(step.fresh):
                 return False
             if step.kind != "empty":
-                self.needed.update(refs((step.args, step.options)))
+                self.needed.update(self._used(step))
         return True
+
+    def _used(self, step: _Op) -> Iterable[int]:
+        """The tensors that a step is done with: a view is one of what its memory begins with, unless in other units."""
+        roots = {self.tensors[x].root for x in step.fresh}
+        same = len({self.tensors[x].layout[2] for x in (*step.fresh, *roots)}) == 1
+        return roots if step.kind == "view" and same else refs((step.args, step.options))
 
     def _roots(self, step: _Launch) -> set[int]:
         return {self.tensors[x].root for x in refs(step.args) if self._size(x)}
@@ -373,6 +378,9 @@ class _Code:
         if step.kind == "empty":
             fresh = [x for x in step.fresh if x in self.needed]
             lines = [f"t{x} = empty({', '.join(map(self._word, self.tensors[x].layout))})" for x in fresh]
+        elif step.kind == "view" and self._used(step) == {root := self.tensors[step.fresh[0]].root}:
+            fresh = [x for x in step.fresh if x in self.needed]
+            lines = [f"t{x} = {self._strided(x, self._word(_Ref(root)))}" for x in fresh]
         elif step.func in _ZEROS:
             fresh = list(step.fresh)
             lines = [f"t{x} = empty({', '.join(map(self._word, self.tensors[x].layout))}).zero_()" for x in fresh]
@@ -383,6 +391,12 @@ class _Code:
             left = f"{', '.join(named)}, *_ = " if step.several else f"{named[0]} = " if named else ""
             lines = [f"{left}{self._name(getattr(step.func, '_op', step.func))}({', '.join(words)})"]
         return lines + [f"p{x} = t{x}.data_ptr()" for x in fresh if x in self.pointed]
+
+    def _strided(self, x: int, root: str) -> str:
+        """A view of ``root``, which may lie anywhere in its own memory."""
+        (shape, strides, dtype), offset = self.tensors[x].layout, self.tensors[x].offset
+        begin = f", {root}.storage_offset() + {self._name(offset // dtype.itemsize)}" if offset else ""
+        return f"{root}.as_strided({self._name(shape)}, {self._name(strides)}{begin})"
 
     def _launch(self, step: _Launch) -> str:
         launcher, words = Launcher.of(step.compiled), []
