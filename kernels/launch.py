@@ -225,7 +225,8 @@ def is_hooked() -> bool:
     if triton is None:
         return False
     runtime = triton.knobs.runtime
-    return any(getattr(x, "calls", x) for x in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+    first, last = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(first, "calls", first) or getattr(last, "calls", last))
 
 
 _TRITON = "" if triton is None else ".".join(triton.__version__.split(".")[:2])

@@ -536,8 +536,8 @@ def prepared(body: Callable[..., Any], layer_at: int | None = None) -> Callable[
                 key.append(0 <= x < 1 << 31)  # kernels that are general in it are compiled for either
             else:
                 key += (type(x), x)
-        for name, x in options.items():
-            key += (name, tuple(x) if type(x) is list else x)
+        key += options
+        key += [tuple(x) if type(x) is list else x for x in options.values()]
         found = tuple(key)
         kind = kinds.get(found)
         if kind is None:

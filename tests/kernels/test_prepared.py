@@ -314,22 +314,22 @@ def test_a_descriptor_is_passed_as_triton_passes_it(L: int, D: int, encoded: boo
     descriptor = TensorDescriptor(x, [1, 2, L, D], [2 * L * D, L * D, D, 1], [1, 1, 64, 128])
     signature, given = {0: "*fp32", 1: "tensordesc<bf16[1, 1, 64, 128]>", 2: "i32"}, [TENSOR] if encoded else []
     passed: list[Any] = []
-    wrapped = driver.wrap_handle_tensordesc(lambda *args: passed.append(args[-1]), signature, given)
-    utils = SimpleNamespace(fill_tma_descriptor_tiled=mock.Mock(side_effect=lambda *args: ("map", repr(args))))
-    with (
-        mock.patch.object(launching, "_TRITON", "3.9"),
-        mock.patch.object(active, "_active", SimpleNamespace(utils=utils)),
-    ):
-        wrapped(*range(13), (x, descriptor, 5))
+    wrapped = driver.wrap_handle_tensordesc(lambda *args: passed.append(args[13:]), signature, given)
+    encoding = mock.Mock(side_effect=lambda *args: ("map", repr(args)))
+    utils = SimpleNamespace(fill_tma_descriptor_tiled=encoding, fill_tma_descriptor=encoding)
+    with mock.patch.object(active, "_active", SimpleNamespace(utils=utils)):
         found = LAUNCHER_OF(compiled_with(wrapped, signature, given))
         assert found is not None
+        wrapped(*range(13), *([(x, descriptor, 5)] if found.nested else (x, descriptor, 5)))
         like = copy.copy(descriptor)
         like.base = None
         encode, behind = found.encoder(1, like)
         for _ in range(3):
             first = encode(x.data_ptr()) if encode else x.data_ptr()
-        assert utils.fill_tma_descriptor_tiled.call_count == 2 * encoded
-    expected = [y.data_ptr() if isinstance(y, torch.Tensor) else y for y in passed[0]]
+        assert encoding.call_count == 2 * encoded
+    (passed,) = passed
+    passed = passed[0] if found.nested else passed
+    expected = [y.data_ptr() if isinstance(y, torch.Tensor) else y for y in passed]
     assert [x.data_ptr(), first, *behind, 5] == expected
 
 
