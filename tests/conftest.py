@@ -81,20 +81,15 @@ def judge_contests() -> Callable[..., None]:
     return _judge_contests
 
 
-def _judge_contests(key, value, sinks, stream, places, tolerance) -> None:
-    from express_compile.kernels.select.contest import CONTEST, NEIGHBOURS
+def _judge_contests(key, sinks, stream, places, tolerance) -> None:
+    from express_compile.kernels.select.contest import CONTEST
 
     B, H, contests, protected = places.shape
     rows, first = contests * CONTEST, torch.arange(contests, device=key.device) * CONTEST
-    single = torch.zeros(B, H, contests, CONTEST, dtype=torch.float64, device=key.device)
-    for x in (key, value):
-        own = x[:, :, sinks : sinks + rows].double().unflatten(2, (contests, CONTEST))
-        sums = own.sum(3).cumsum(2) + x[:, :, :sinks].double().sum(2)[:, :, None]
-        mean = sums / (sinks + first + CONTEST)[:, None]
-        single -= torch.cosine_similarity(own, mean[:, :, :, None], dim=-1) / 2
-    place = torch.arange(CONTEST, device=key.device)
-    near = ((place[:, None] - place).abs() <= NEIGHBOURS // 2).double()
-    score = (single @ (near / near.sum(0))).flatten(2)
+    keys = key[:, :, sinks : sinks + rows].double().unflatten(2, (contests, CONTEST))
+    sums = keys.sum(3).cumsum(2) + key[:, :, :sinks].double().sum(2)[:, :, None]
+    mean = sums / (sinks + first + CONTEST)[:, None]
+    score = -torch.cosine_similarity(keys, mean[:, :, :, None], dim=-1).flatten(2)
 
     lost = (stream - sinks).long()
     assert ((lost >= 0) & (lost < rows)).all(), "losers are rows"

@@ -262,10 +262,10 @@ class Kept:
         return pruned(self.model, given, [best(x, 0, OBSERVED, self.count(given)) for x in pooled])
 
     def keydiff(self, given: Read) -> DynamicCache:
-        keys = (
-            (k.float(), torch.nn.functional.normalize(k.float(), dim=-1).mean(2, keepdim=True)) for k, _ in given.layers
-        )
-        scores = (-torch.cosine_similarity(k, mean, dim=-1) for k, mean in keys)
+        scores = []
+        for k, _ in given.layers:
+            directions = torch.nn.functional.normalize(k.float(), dim=-1)
+            scores.append(-torch.cosine_similarity(directions, directions.mean(2, keepdim=True), dim=-1))
         return pruned(self.model, given, [best(x, SINKS, WINDOW, self.count(given)) for x in scores])
 
     def random(self, given: Read) -> DynamicCache:

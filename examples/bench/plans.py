@@ -13,8 +13,8 @@ One profile of three texts (``models.profiled_texts``), by which every policy th
 * ``window or everything``: heads stream or see everything, as in DuoAttention (arXiv 2410.10819).
 
 Uniform policies have the same rows in all heads, and as many as the budget allows: ``streaming`` (StreamingLLM: sinks
-and a window), ``express`` (sinks, window, protected and thinned rows), ``protected`` (sinks, a window and the most
-distinctive rows), ``selected`` (sinks, a window and blocks that the queries choose: Quest, FlashPrefill), each as it is
+and a window), ``express`` (sinks, window, protected and thinned rows), ``protected`` (KeyDiff: sinks, a window and
+distinctive keys), ``selected`` (sinks, a window and blocks that the queries choose: Quest, FlashPrefill), each as it is
 and with the last 64 queries exact. Rows and KL are those of positions from a quarter of the text on. Needles are those
 of ``needles.py``; those that exact attention does not find are left out.
 """

@@ -7,9 +7,8 @@ Rows that leave the window compete for places before anybody asks for them, so a
 queries, and no query to come. As in ``kernels/select/contest.py`` it is given once, in contests of 256 rows, by the
 rows of the contest and sums over all rows until then, so that a stream keeps what a prefill keeps. Scores:
 
-* ``key``: minus the cosine similarity to the running mean key (KeyDiff, arXiv 2504.15364); ``value``: of values;
-  ``key + value``: the sum of both; ``mean of w``: over w neighbours in the contest. ``key + value, mean of 5`` is what
-  ``protected`` means;
+* ``key``: minus the cosine similarity to the running mean key (KeyDiff, arXiv 2504.15364; what ``protected`` means
+  today); ``value``: of values; ``key + value``: the sum of both; ``mean of w``: over w neighbours in the contest;
 * ``clusters``: minus the largest cosine similarity to the mean key of any contest until then; ``leverage``: squared
   Mahalanobis distance of the value from the running mean; ``output``: the norm of the value after the output
   projection; ``expected``: logarithm of the attention that queries like those of the past would give (Expected
@@ -176,8 +175,7 @@ SCORES: dict[str, Callable[[Left], torch.Tensor]] = {
     "random": random,
 }
 """Each gives ``[B, H_kv, m, C]``; the larger, the more worth a place."""
-HOUSE = "key + value, mean of 5"  # what protected rows are chosen by
-JUDGED = ("key", "key + value", HOUSE)
+JUDGED = ("key", "key + value", "key + value, mean of 5")
 
 
 # -------------------------------------------------------------------------------------------------------------- mass

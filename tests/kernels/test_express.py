@@ -276,29 +276,24 @@ def test_kernels_end_to_end(poison, n, D, Dv, dtype):
 @pytest.mark.parametrize("protected, contests", [(5, 0), (5, 1), (200, 3), (300, 1), (300, 3), (256, 2)])
 def test_contest_kernel(poison, protected, contests):
     sinks = 3
-    _, k, v = tokens(sinks + contests * CONTEST, H_kv=2, D=20, Dv=12, dtype=torch.float32)
+    _, k, _ = tokens(sinks + contests * CONTEST, H_kv=2, D=20, dtype=torch.float32)
     k = k + torch.randn(20, generator=torch.Generator().manual_seed(1))
-    stream, places = compete(k, v, sinks, contests, protected)
-    expected_stream, expected_places = compete_reference(k, v, sinks, contests, protected)
+    stream, places = compete(k, sinks, contests, protected)
+    expected_stream, expected_places = compete_reference(k, sinks, contests, protected)
     assert torch.equal(stream, expected_stream)
     assert torch.equal(places.sort(-1).values, expected_places.sort(-1).values)
 
 
 def test_protected_rows_are_the_most_distinctive_so_far():
     protected, contests, sinks = 100, 4, 7
-    _, k, v = tokens(sinks + contests * CONTEST, D=6, Dv=4)
-    k, v = k + 0.5, v + 0.5
-    stream, places = compete_reference(k, v, sinks, contests, protected)
+    _, k, _ = tokens(sinks + contests * CONTEST, D=6)
+    k = k + 0.5
+    stream, places = compete_reference(k, sinks, contests, protected)
     score = torch.empty(contests * CONTEST)
-    for i in range(contests):  # frozen when the row leaves: the means of all rows up to the end of its contest
-        first, stop = sinks + i * CONTEST, sinks + (i + 1) * CONTEST
-        alike = [
-            [torch.cosine_similarity(x[0, 0, j], x[0, 0, :stop].mean(0), dim=0) for x in (k, v)]
-            for j in range(first, stop)
-        ]
-        single = -torch.tensor(alike).mean(1)
-        for j in range(CONTEST):
-            score[i * CONTEST + j] = single[max(0, j - 2) : j + 3].mean()
+    for i in range(contests):  # frozen when the row leaves: the mean of all keys up to the end of its contest
+        rows = slice(sinks + i * CONTEST, sinks + (i + 1) * CONTEST)
+        mean = k[0, 0, : rows.stop].mean(0)
+        score[i * CONTEST : (i + 1) * CONTEST] = -torch.cosine_similarity(k[0, 0, rows], mean[None], dim=-1)
     for i in range(contests):
         best = score[: (i + 1) * CONTEST].topk(protected).indices + sinks
         assert torch.equal(places[0, 0, i].sort().values.long(), best.sort().values)

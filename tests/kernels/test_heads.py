@@ -55,7 +55,7 @@ def op(q, k, v, rows, padding=None, block=16, layer=3, min_length=0, **options):
     )
 
 
-def mask_of(rows: Rows, q, k, v, block: int) -> torch.Tensor:
+def mask_of(rows: Rows, q, k, block: int) -> torch.Tensor:
     """Which tokens each query sees, written out: bool ``[B, H_kv, Lq, Lk]``; of rows without thinned ones."""
     (B, H_kv, Lk, _), Lq = k.shape, q.shape[2]
     if rows.selected:
@@ -68,7 +68,7 @@ def mask_of(rows: Rows, q, k, v, block: int) -> torch.Tensor:
         left = max(0, first - rows.recent - rows.sinks)  # tokens that left sinks and tail
         if rows.protected:
             left = left // CONTEST * CONTEST
-            places = compete_reference(k, v, rows.sinks, left // CONTEST, rows.protected)[1]
+            places = compete_reference(k, rows.sinks, left // CONTEST, rows.protected)[1]
             if left:
                 seen[:, :, i].scatter_(2, places[:, :, -1, : min(rows.protected, left)].long(), True)
         seen[:, :, i, : rows.sinks] = True
@@ -87,7 +87,7 @@ def masked(q, k, v, rows: list[Rows], block: int) -> torch.Tensor:
             config = E.Express(own.thinned, own.sinks, own.recent, own.protected, block=block)
             out[:, heads] = E.express_reference(q, k, v, config, 0.5, SEED, 3)[0][:, heads]
             continue
-        seen = mask_of(own, q[:, heads], k[:, h : h + 1], v[:, h : h + 1], block)
+        seen = mask_of(own, q[:, heads], k[:, h : h + 1], block)
         out[:, heads] = F.scaled_dot_product_attention(
             q[:, heads], k[:, h : h + 1], v[:, h : h + 1], seen, scale=0.5, enable_gqa=True
         )

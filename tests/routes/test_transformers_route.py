@@ -15,12 +15,16 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import express_compile
 from express_compile import is_rewritten, record_sites, restore_attention, rewrite_attention
 from express_compile.core.spec import Mask
 from express_compile.routes.module_code import calls_interface, depends_on_name, passes
-from express_compile.routes.transformers.masks import NAME, NAMES, ProvenMask, make_mask
+from express_compile.routes.transformers import cache, masks
+from express_compile.routes.transformers.attention import attend
+from express_compile.routes.transformers.masks import NAME, NAMES, ProvenMask, make_mask, make_mask_by_places
 from express_compile.routes.transformers.sites import find_sites
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -605,6 +609,55 @@ def test_whether_this_is_an_export_is_asked_in_one_place():
     """Before torch 2.13 Dynamo takes torch.compiler.is_exporting() for true in every graph: compiled models raised."""
     files = Path(express_compile.__file__).parent.rglob("*.py")
     assert [file.name for file in files if "torch.compiler.is_exporting" in file.read_text()] == ["tracers.py"]
+
+
+# ----------------------------------------------------- NVIDIA's kvpress, and the transformers that it takes, 5.2
+
+
+@pytest.fixture
+def by_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' masks take the places of queries, as in 5.2."""
+    sdpa = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+    def old(cache_position: torch.Tensor, **arguments: Any) -> torch.Tensor | None:
+        q_length, q_offset = cache_position.numel(), int(cache_position[0])
+        assert cache_position.tolist() == list(range(q_offset, q_offset + q_length))
+        return sdpa(**{**arguments, "q_length": q_length, "q_offset": q_offset})
+
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, "sdpa", old)
+    monkeypatch.setattr(masks, "BY_PLACES", True)
+    monkeypatch.setattr(cache, "BY_PLACES", True)
+
+
+@pytest.mark.parametrize("q_offset, q_length", [(0, 8), (3, 5), (7, 1)])
+def test_a_mask_by_places_is_the_one_by_numbers(by_places, q_offset, q_length):
+    places, rest = torch.arange(q_offset, q_offset + q_length), {"batch_size": 2, "kv_length": 8}
+    rest |= {"attention_mask": PADDING, "allow_is_causal_skip": False}
+    made = make_mask_by_places(places, **rest)
+    expected = torch.ones(q_length, 8).tril(q_offset).bool() & PADDING[:, None, None].bool()
+    assert torch.equal(made.exact() if isinstance(made, ProvenMask) else made, expected)
+    if q_length > 1:
+        assert made.proven == Mask(causal=True, offset=q_offset, padding=True) and torch.equal(made.cpu(), expected)
+
+
+def test_a_cache_of_few_rows_says_which_transformers_it_needs(by_places):
+    model = llama("sdpa")
+    with pytest.raises(RuntimeError, match=f"needs transformers 5.17 or newer: this is {transformers.__version__}"):
+        express_compile.ExpressCache(model, budget=16)
+    assert not is_rewritten(model)
+
+
+def test_a_patch_of_all_attention_functions_may_hand_dropout_on_by_place(monkeypatch):
+    def patched(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, dropout: float, **rest: Any) -> Any:
+        return attend(module, query, key, value, attention_mask, dropout, **rest)
+
+    model = rewrite_attention(llama("sdpa"), **EXPRESS)
+    before = model(IDS).logits
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, NAME, patched)
+    assert torch.equal(model(IDS).logits, before)
+    rewrite_attention(model.train(), methods=["exact"])
+    model.config.attention_dropout = model.model.layers[0].self_attn.attention_dropout = 0.5
+    assert not torch.equal(model(IDS).logits, model(IDS).logits), "the dropout arrives"
 
 
 # ------------------------------------------------------------------------------------------------------ generate

@@ -15,16 +15,21 @@ functions or none: with the attention function alone transformers would hand eve
 
 from __future__ import annotations
 
+import sys
+
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .attention import attend
 from .configs import install, let_ask_for_weights, remove
-from .masks import NAMES, make_mask
+from .masks import BY_PLACES, NAMES, make_mask, make_mask_by_places
 from .sites import find_sites, installed, rewritten_sites
 
 __all__ = ["find_sites", "install", "installed", "remove", "rewritten_sites"]
 
+# Some presses of NVIDIA's kvpress leave keys in the cache that heads must not see. A patch hides them, of all attention
+# functions that kvpress finds when it is imported; if that was before, ours is not among them.
+patch = getattr(sys.modules.get("kvpress.attention_patch"), "attention_patch", None)
 for name in NAMES.values():
-    AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, make_mask)
+    AttentionInterface.register(name, attend if patch is None else patch(attend))
+    AttentionMaskInterface.register(name, make_mask_by_places if BY_PLACES else make_mask)
 let_ask_for_weights()

@@ -51,9 +51,12 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    *dropout: float,
     **arguments: Any,
 ) -> Result:
     """What transformers calls: ``[B, H, L, D]`` in, ``[B, Lq, H, Dv]`` out."""
+    if dropout:  # kvpress' patch hands it on by place
+        (arguments["dropout"],) = dropout
     given = Given(module, query, key, value, attention_mask, arguments)
     if is_exporting():
         return _traced(given) if torch.compiler.is_dynamo_compiling() else _exported(given)

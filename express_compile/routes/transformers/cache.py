@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -31,12 +32,13 @@ from ...kernels.launch import Random
 from ...planning.choose import methods_of
 from ..eager import rewrite_attention, rewritten_sites
 from .layers import ExpressLayer, Place, Step
+from .masks import BY_PLACES
 from .sites import installed
 from .steps import Steps, let_generate_record
 
 _ROWS = ("budget", "sinks", "recent", "protected")
 _OTHERS = ("halving", "inflation", "flatten", "block", "last")
-_VERSION = 4
+_VERSION = 3
 _SHAPE = (
     "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "rope_theta",
@@ -74,7 +76,7 @@ class ExpressCache(Cache):
     :meth:`rollback` or :meth:`reset`. ``copy.deepcopy`` copies a prefix; :meth:`save` writes it to a file.
 
     Raises ``TypeError`` or ``ValueError`` that name the argument, its value and what is allowed; ``ValueError`` for a
-    model of which no layer could hold less than everything.
+    model of which no layer could hold less than everything; ``RuntimeError`` beside a transformers that is too old.
     """
 
     def __init__(
@@ -339,6 +341,8 @@ def _per_head(own: PerHead | Express, path: str) -> PerHead:
 
 def _sites(model: Any) -> dict[str, int]:
     """Module path -> number of the layer, for the layers whose tokens a plan may thin. The model is rewritten."""
+    if BY_PLACES:
+        raise RuntimeError(f"an ExpressCache needs transformers 5.17 or newer: this is {transformers.__version__}")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model={type(model).__name__}: must be a PreTrainedModel of transformers")
     if model.config.is_encoder_decoder:

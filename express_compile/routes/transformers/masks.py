@@ -9,6 +9,7 @@ eager attention does not read and models set without regard to it (PaliGemma).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -100,7 +101,7 @@ class ProvenMask(torch.Tensor):
         if self._exact is None:
             never = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
             with torch.inference_mode(False):  # inference tensors do not count what is written into them
-                exact = _sdpa_mask()(**{**self._arguments, **never})
+                exact = _sdpa_mask({**self._arguments, **never})
                 assert exact is not None, "nothing is skipped"
                 # an expanded tensor could not be written into
                 self._exact = exact.clone() if exact.is_inference() else exact.contiguous()
@@ -168,8 +169,21 @@ _KEEP: dict[Any, Callable[..., ProvenMask | None]] = {
 }
 
 
-def _sdpa_mask() -> Callable[..., torch.Tensor | None]:
-    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+# transformers 5.2, the newest beside NVIDIA's kvpress, has the places of queries for their number and the first of them
+BY_PLACES = "cache_position" in inspect.signature(ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]).parameters
+
+
+def _sdpa_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
+    if BY_PLACES:
+        places = torch.arange(arguments["q_length"], device=arguments["device"]) + arguments["q_offset"]
+        arguments = {**arguments, "cache_position": places}
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**arguments)
+
+
+def make_mask_by_places(cache_position: torch.Tensor, **arguments: Any) -> torch.Tensor | None:
+    """:func:`make_mask` with the places of the queries, int64 ``[Lq]``."""
+    device = cache_position.device
+    return make_mask(q_length=len(cache_position), q_offset=cache_position[0], device=device, **arguments)
 
 
 def make_mask(
@@ -197,7 +211,7 @@ def make_mask(
     if getattr(rest.get("config"), "_attn_implementation", None) == NAMES["eager"]:
         arguments["allow_is_causal_skip"] = False
     if torch.compiler.is_dynamo_compiling() and (q_length == 1 or is_exporting()):
-        return _sdpa_mask()(**arguments)
+        return _sdpa_mask(arguments)
     return _make_mask_of_program(arguments) if is_exporting() else _make_mask(arguments)
 
 
@@ -213,7 +227,7 @@ def _make_mask_of_program(arguments: dict[str, Any]) -> torch.Tensor | None:
     starts = all(isinstance(x, int) and x == 0 for x in offsets) and bool(q_length == kv_length)
     fits = padding is None or (padding.dim() == 2 and bool(padding.shape[1] == kv_length))
     if not plain or not fits or not (starts or not causal):
-        return _sdpa_mask()(**arguments)
+        return _sdpa_mask(arguments)
     shown = without_wide_window(Mask(causal=causal, window=window, padding=padding is not None), kv_length)
     return ProvenMask(shown, kv_length, None if padding is None else padding.bool(), arguments)
 
@@ -231,7 +245,7 @@ def _make_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
     plain = plain and local_size in (None, window)
     if tracing or not plain or (q_length == 1 and (window is None or kv_length <= window)):
         # One query needs no mask function: its mask *is* the padding, which the attention function reads off.
-        mask = _sdpa_mask()(**arguments)
+        mask = _sdpa_mask(arguments)
         if mask is not None and not tracing and not plain:
             if q_length > 1 and (same := _as_causal(mask, arguments)) is not None:
                 return same
@@ -240,12 +254,12 @@ def _make_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
         return mask
     arguments, offset, visible = _placed(arguments, causal)
     if offset < 0 or not _is_padding(arguments):
-        return _sdpa_mask()(**arguments)
+        return _sdpa_mask(arguments)
     padding = _padding(arguments, visible)
     # transformers' own mask functions read this one bit back, too
     padding = None if padding is None or bool(padding.all()) else padding
     may_skip = arguments.get("allow_is_causal_skip", True) if causal else arguments.get("allow_is_bidirectional_skip")
-    if may_skip and padding is None and (offset == 0 or q_length == kv_length) and _sdpa_mask()(**arguments) is None:
+    if may_skip and padding is None and (offset == 0 or q_length == kv_length) and _sdpa_mask(arguments) is None:
         return None  # model code may behave in another way if there is a mask where sdpa needs none
     window = None if window is None or window >= visible else window
     shown = Mask(causal=causal, offset=offset, window=window, padding=padding is not None)
