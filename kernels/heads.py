@@ -259,8 +259,8 @@ class Group:
 
 
 @functools.lru_cache(maxsize=1024)
-def _constant(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return constant(np.array(numbers, np.int32), device)
+def _constant(numbers: tuple[int, ...], device: torch.device, dtype: type[np.integer] = np.int32) -> torch.Tensor:
+    return constant(np.array(numbers, dtype), device)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -503,7 +503,7 @@ def _exact_heads(call: Call, heads: tuple[int, ...], outputs: Outputs) -> None:
     first, last = heads[0], heads[-1] + 1
     own = None
     if last - first > len(heads):
-        own = _constant(heads, call.key.device)
+        own = _constant(heads, call.key.device, np.int64)
     query, key, value = (
         x.unflatten(1, (H_kv, -1))[:, first:last].flatten(1, 2) if own is None else of_heads(x, H_kv, own)
         for x in (call.query, call.key, call.value)
@@ -513,7 +513,7 @@ def _exact_heads(call: Call, heads: tuple[int, ...], outputs: Outputs) -> None:
         if own is None:
             target[:, first:last] = x
         else:
-            target.index_copy_(1, own.long(), x)
+            target.index_copy_(1, own, x)
 
 
 def heads_reference(

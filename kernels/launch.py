@@ -9,10 +9,15 @@ seed (:func:`~express_compile.core.shards.seed_of`), so that a part of them draw
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import inspect
 import os
-from collections.abc import Callable, Iterable
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -191,6 +196,92 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
             found = _recent[recent] = _compiled[key]
         compiled, constants = found
         compiled[(*grid, 1, 1)[:3]](*args, *constants)
+    if (watch := getattr(_watch, "by", None)) is not None:
+        watch(compiled, grid, (*args, *constants), [parameter.do_not_specialize for parameter in kernel.params])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Launches without Triton's own Python, for :mod:`.prepared`
+
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
+
+_watch = threading.local()
+
+
+@contextlib.contextmanager
+def watched_by(watch: Callable[..., None]) -> Iterator[None]:
+    """While active, ``watch`` is told of every launch of this thread: the compiled kernel, its grid, its arguments,
+    and in which of them it is general."""
+    before, _watch.by = getattr(_watch, "by", None), watch
+    try:
+        yield
+    finally:
+        _watch.by = before
+
+
+def is_hooked() -> bool:
+    """Whether somebody, such as a profiler, asked Triton to be told of launches."""
+    if triton is None:
+        return False
+    runtime = triton.knobs.runtime
+    first, last = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(first, "calls", first) or getattr(last, "calls", last))
+
+
+_TRITON = "" if triton is None else ".".join(triton.__version__.split(".")[:2])
+
+
+class Launcher(NamedTuple):
+    """How Triton launches a compiled kernel on an NVIDIA GPU: ``call(*grid, stream, *fixed, *args)``, a function in C,
+    or with ``args`` as one tuple if they are ``nested``. It takes addresses for tensors. ``metadata``: of descriptors,
+    by argument; ``make`` gives what is passed for one."""
+
+    call: Callable[..., None]
+    fixed: tuple[Any, ...]
+    nested: bool
+    metadata: dict[int, Any]
+    make: Callable[..., list[Any]]
+
+    @classmethod
+    def of(cls, compiled: Any) -> Launcher | None:
+        """None for a Triton whose launchers are not known here, and for kernels that need more than the call."""
+        run = compiled.run
+        driver, instrumented = sys.modules[type(run).__module__], getattr(run, "gsan_enabled", False)
+        if (_TRITON, driver.__name__) not in ((version, "triton.backends.nvidia.driver") for version in ("3.6", "3.9")):
+            return None
+        if run.global_scratch_size or run.profile_scratch_size or instrumented:
+            return None
+        # with descriptors among its arguments it is inside of a function that encodes them
+        inner = inspect.getclosurevars(run.launch).nonlocals if inspect.isfunction(run.launch) else {}
+        places = [i for i, x in enumerate(compiled.src.signature.values()) if str(x).startswith("tensordesc")]
+        metadata = getattr(compiled.metadata, "tensordesc_meta", None) or [None] * len(places)
+        flags, packed = (compiled.function, run.launch_cooperative_grid, run.launch_pdl), compiled.packed_metadata
+        fixed: tuple[Any, ...] = (*flags, None, None, packed, None, None, None)
+        more: tuple[None, ...] = ()
+        if _TRITON == "3.9":
+            fixed, more = (*flags, packed, *[None] * 5, run.arg_annotations, run.kernel_signature), (None,)
+
+        def make(like: Any, given: Any) -> list[Any]:
+            return driver.make_tensordesc_arg(like, given, *more)
+
+        call = inner.get("launcher", run.launch)
+        return cls(call, fixed, bool(more), dict(zip(places, metadata, strict=True)), make)
+
+    def encoder(self, i: int, like: Any) -> tuple[Callable[[int], Any] | None, tuple[Any, ...]]:
+        """What an address becomes that argument i, a descriptor ``like`` that, has; None if it is passed as it is. And
+        what is passed behind it."""
+        given = self.metadata[i]
+        if given is None:
+            return None, tuple(self.make(like, None)[1:])
+
+        @functools.lru_cache(maxsize=256)
+        def encoded(address: int) -> Any:
+            descriptor = copy.copy(like)
+            descriptor.base = SimpleNamespace(data_ptr=lambda: address)
+            return self.make(descriptor, given)[0]
+
+        return encoded, (*like.shape, *like.strides)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from express_compile.core.spec import AttentionSpec, known_equal
 
 from .attend.segments import Outputs
 from .padding import each_alone, each_alone_backward
+from .prepared import prepared, without_autocast
 from .spans import Spans
 
 
@@ -26,12 +27,13 @@ class _Library(torch.library.Library):
     """Ops whose forward-mode derivative is an error: torch.library would leave tangents out without a word."""
 
     def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", **options: Any) -> None:
-        super().impl(
-            op_name, _refuse_tangents(op_name, fn) if dispatch_key == "Autograd" else fn, dispatch_key, **options
-        )
+        super().impl(op_name, _above(op_name, fn) if dispatch_key == "Autograd" else fn, dispatch_key, **options)
 
 
-def _refuse_tangents(name: str, kernel: Callable) -> Callable:
+def _above(name: str, kernel: Callable) -> Callable:
+    """The autograd ``kernel`` of an op, which tangents do not pass. Where no gradient is asked for and nothing lies
+    between it and CUDA, the body is called at once: the way there through the dispatcher takes as long as the body."""
+
     @functools.wraps(kernel)
     def run(keyset, *args, **options):
         if forward_ad._current_level >= 0 and any(
@@ -42,17 +44,24 @@ def _refuse_tangents(name: str, kernel: Callable) -> Callable:
                 "torch.autograd.forward_ad); take gradients with backward(), or run exact attention: "
                 "methods=['exact'], or restore_attention(model)"
             )
+        if _is_next(keyset.raw_repr()) and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            with torch._C._AutoDispatchBelowAutograd():
+                return _ON_CUDA[name](*args, **options)
         return kernel(keyset, *args, **options)
 
     return run
 
 
+@functools.cache
+def _is_next(keys: int) -> bool:
+    """Whether what an op calls below autograd is its body on CUDA, for the ``keys`` of a call."""
+    below = torch._C.DispatchKeySet.from_raw_repr(keys) & torch._C._after_autograd_keyset
+    return below.highestPriorityTypeId() == torch._C.DispatchKey.CUDA
+
+
 LIBRARY = _Library("express_compile", "FRAGMENT")
 _SCHEMAS: dict[str, str] = {}
-
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
+_ON_CUDA: dict[str, Callable] = {}
 
 _AUTOGRAD = [getattr(torch._C.DispatchKey, f"Autograd{x}") for x in ("Functionality", "CPU", "CUDA", "Other")]
 
@@ -82,11 +91,13 @@ def define_op(
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args, **options):
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):  # which would cast what a body computes in float32
+        with without_autocast():  # which would cast what a body computes in float32
             return body(*args, **options)
 
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, run, key)
+    names = [part.split()[1] for part in schema[1 : schema.index(")")].split(", ") if part != "*"]
+    LIBRARY.impl(name, run, "CPU")
+    _ON_CUDA[name] = prepared(run, names.index("layer") if "layer" in names else None)
+    LIBRARY.impl(name, _ON_CUDA[name], "CUDA")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
 
     def refuse(ctx, *grads):

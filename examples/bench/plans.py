@@ -15,8 +15,8 @@ One profile of three texts (``models.profiled_texts``), by which every policy th
 Uniform policies have the same rows in all heads, and as many as the budget allows: ``streaming`` (StreamingLLM: sinks
 and a window), ``express`` (sinks, window, protected and thinned rows), ``protected`` (KeyDiff: sinks, a window and
 distinctive keys), ``selected`` (sinks, a window and blocks that the queries choose: Quest, FlashPrefill), each as it is
-and with the last 64 queries exact. Rows and KL are those of positions from a quarter of the text on. Needles are those
-of ``needles.py``; those that exact attention does not find are left out.
+and with the last 64 queries exact (``--last``). Rows and KL are those of positions from a quarter of the text on.
+Needles are those of ``needles.py``; those that exact attention does not find are left out.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def uniform(budget: float, n: int, last: int = 0) -> dict[str, PerHead]:
     return {name + ", last exact" * bool(last): replace(own, rows=rows) for name, rows in found.items()}
 
 
-def policies(found: Profile, natural: Profile, budget: float, n: int) -> dict[str, PerHead]:
+def policies(found: Profile, natural: Profile, budget: float, n: int, last: int = LAST) -> dict[str, PerHead]:
     """All policies of one budget for ``n`` tokens; ``natural``: the profile without generated text."""
     heads = {
         "per layer": by_layer(found),
@@ -180,9 +180,9 @@ def policies(found: Profile, natural: Profile, budget: float, n: int) -> dict[st
         "without records": natural,
     }
     heads["layers alike"] = replace(found, sites=tuple(replace(site, nats=1.0) for site in found.sites))
-    others = {name: chosen(its, budget, n) for name, its in heads.items()}
-    others |= {name: chosen(found, budget, n, last) for name, last in (("without last", 0), ("last 16", 16))}
-    return {"per head": chosen(found, budget, n), **uniform(budget, n), **uniform(budget, n, LAST), **others}
+    others = {name: chosen(its, budget, n, last) for name, its in heads.items()}
+    others |= {name: chosen(found, budget, n, fewer) for name, fewer in (("without last", 0), ("last 16", 16))}
+    return {"per head": chosen(found, budget, n, last), **uniform(budget, n), **uniform(budget, n, last), **others}
 
 
 def rows_by_head(plan: Plan) -> list[Rows]:
@@ -385,13 +385,13 @@ class Bench:
         found, natural = self.profiles()
         judge = self.judge(n)
         held_out = next(iter(judge.ids.values()))
-        fitted = fit(self.model, held_out, rows=budgets[0], profile=found, length=n, block=BLOCK, last=LAST)
+        fitted = fit(self.model, held_out, rows=budgets[0], profile=found, length=n, block=BLOCK, last=self.args.last)
         print(fitted, flush=True)
         if self.args.plan:
             fitted.save(self.args.plan)
         left_out = {}
         for budget in budgets:
-            plans: dict[str, Plan] = {**policies(found, natural, budget, n)}
+            plans: dict[str, Plan] = {**policies(found, natural, budget, n, self.args.last)}
             if budget == budgets[0]:
                 plans["per head"] = SavedPlan.from_json(fitted.plan.to_json())
                 left_out = {name: plan for name, plan in plans.items() if name.startswith("without")}
@@ -399,7 +399,7 @@ class Bench:
                 plans, left_out = {name: plans[name] for name in self.few}, {}
             self.judged(judge, n, budget, {k: plan for k, plan in plans.items() if not k.startswith("without")})
         for other in self.args.others:
-            its = policies(found, natural, budgets[0], other)
+            its = policies(found, natural, budgets[0], other, self.args.last)
             self.judged(self.judge(other), other, budgets[0], {method: its[method] for method in self.few})
         self.judged(judge, n, budgets[0], left_out)
 
@@ -427,6 +427,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_bench_arguments(parser)
     parser.add_argument("--others", type=int, nargs="*", default=[], help="lengths to judge the largest budget at, too")
+    parser.add_argument("--last", type=int, default=LAST, help="queries at the end that see everything")
     parser.add_argument("--few", action="store_true", help="only the policies that --others are judged with")
     parser.add_argument("--plan", type=Path, help="file for the plan per head of the largest budget")
     args = parser.parse_args()

@@ -739,6 +739,7 @@ PLANS = {
     **{f"without {x}": f"plan per head without {x}" for x in ("thinned", "protected", "selected", "everything")},
     "without records": "plan per head, profiled without the ledger",
     "without last": "plan per head, last queries like the others",
+    "last 16": "plan per head, last 16 queries exact",
     "layers alike": "plan per head, errors of all layers weighed alike",
 }
 SUMMARY = ("streaming", "streaming, last exact", "express")

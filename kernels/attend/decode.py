@@ -36,6 +36,7 @@ from ..launch import (
     strided,
     tl,
 )
+from ..prepared import prepared
 from .segments import Outputs
 
 MAX_QUERIES = 16
@@ -80,12 +81,22 @@ def decode_attention(
     kernels, for up to 16 queries, up to 64 of them times heads per KV head, and 256 features; otherwise, for float64
     and elsewhere by :func:`decode_reference`. Raises ``ValueError`` for arguments that do not fit.
     """
-    rows = Rows(lengths, padding, log_weight, pages)
+    run = _decode_prepared if query.is_cuda else _decode
+    return run(query, key, value, scale, lengths, padding, log_weight, pages)
+
+
+def _decode(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, *others: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = Rows(*others)
     _check(query, key, value, rows)
     few = query.shape[2] <= queries_at_once(query.shape[1] // key.shape[1])
     narrow = max(query.shape[3], value.shape[3]) <= MAX_WIDTH
     is_fast = query.is_cuda and few and narrow and query.dtype != torch.float64
     return (decode_triton if is_fast else decode_reference)(query, key, value, scale, rows)
+
+
+_decode_prepared = prepared(_decode)
 
 
 def queries_at_once(group: int) -> int:
@@ -334,6 +345,7 @@ def device_of(device: torch.device) -> tuple[int, int]:
     return known.multi_processor_count, known.shared_memory_per_multiprocessor
 
 
+@functools.lru_cache(maxsize=1024)
 def splits_of(sequences: int, blocks: int, at_once: int) -> int:
     """How many programs share the ``blocks`` of each of so many KV heads where ``at_once`` programs run at a time: the
     fewest that come within a twentieth of the best use of them."""
