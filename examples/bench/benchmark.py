@@ -762,7 +762,9 @@ class Bench:
         mixtures = {name: [P.PerHead(every)] for name, every in MIXED.items()}
         if self.args.plan:
             name, layers = self.args.plan.stem, layers_of(SavedPlan.load(self.args.plan), self.args.heads[1])
-            mixtures = {name: layers, f"{name} without everything": without_everything(layers)}
+            mixtures = {name: layers}
+            if (fewer := without_everything(layers)) != layers:
+                mixtures[f"{name} without everything"] = fewer
         for n in track(self.args.lengths, description="mixed"):
             tensors, repeats = self.tensors(1, n, n), self.repeats(n)
             for graph in self.graphs(n):
