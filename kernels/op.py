@@ -17,9 +17,9 @@ from express_compile.core.call import Call
 from express_compile.core.options import Options
 from express_compile.core.spec import AttentionSpec, known_equal
 
+from . import prepared
 from .attend.segments import Outputs
 from .padding import each_alone, each_alone_backward
-from .prepared import prepared, without_autocast
 from .spans import Spans
 
 
@@ -44,7 +44,8 @@ def _above(name: str, kernel: Callable) -> Callable:
                 "torch.autograd.forward_ad); take gradients with backward(), or run exact attention: "
                 "methods=['exact'], or restore_attention(model)"
             )
-        if _is_next(keyset.raw_repr()) and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        is_asked = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if prepared.ENABLED and not is_asked and _is_next(keyset.raw_repr()):
             with torch._C._AutoDispatchBelowAutograd():
                 return _ON_CUDA[name](*args, **options)
         return kernel(keyset, *args, **options)
@@ -91,12 +92,12 @@ def define_op(
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args, **options):
-        with without_autocast():  # which would cast what a body computes in float32
+        with prepared.without_autocast():  # which would cast what a body computes in float32
             return body(*args, **options)
 
     names = [part.split()[1] for part in schema[1 : schema.index(")")].split(", ") if part != "*"]
     LIBRARY.impl(name, run, "CPU")
-    _ON_CUDA[name] = prepared(run, names.index("layer") if "layer" in names else None)
+    _ON_CUDA[name] = prepared.prepared(run, names.index("layer") if "layer" in names else None)
     LIBRARY.impl(name, _ON_CUDA[name], "CUDA")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
 

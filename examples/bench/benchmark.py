@@ -69,6 +69,7 @@ from express_compile.core.plan import SavedPlan
 from express_compile.core.rows import Rows
 from express_compile.kernels import express as E
 from express_compile.kernels import heads as P
+from express_compile.kernels import prepared
 from express_compile.kernels import thinformer as T
 from express_compile.kernels.attend.bernoulli import feature_probability, round_query
 from express_compile.kernels.attend.sampled import santa_triton
@@ -683,7 +684,8 @@ def per_head(
     told = dict(plan=plan, rows=rows, launches=round(launches(call) / count, 1))
     times = each(call)
     if tensors[0].is_cuda and any(len(P.groups(own.rows, tensors[1].shape[1])) > 1 for own in layers):
-        with mock.patch.multiple(P, mixed_attention_triton=nothing, _exact_heads=nothing, attend_last=nothing):
+        attention = dict.fromkeys(("mixed_attention_triton", "_exact_heads", "attend_last"), nothing)
+        with mock.patch.multiple(P, **attention), mock.patch.object(prepared, "ENABLED", False):
             told["selection"] = round(quantile(each(call), 0.5) / quantile(times, 0.5), 3)
     told |= {"layers": count} if count > 1 else {}
     return row_of(Policy(budget=rows), times, opponents, errors, job="mixed", method="heads", params={**told, **params},

@@ -153,8 +153,6 @@ class FirstToken:
         with self.attending(window_of(rows[0], SINKS, n, torch.device(self.device))):
             times, logits = self.timed(ids)
         yield row("window", "plan=window", rows[0], times, logits)
-        if relative(logits, truth) > 1:
-            raise SystemExit(f"window at {n} tokens: logits have nothing to do with those of exact attention")
 
 
 def main() -> None:

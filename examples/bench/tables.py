@@ -224,7 +224,8 @@ def window_table() -> str:
         exact = f"{float(row['opponent_ms_p50']):.2f} ms ({row['opponent']})"
         body.append([f"{int(row['Lk']):,}", f"{int(row['s']):,}", exact, cell(express), cell(row)])
     header = ["n", "rows", "best exact", "Express", "sinks + window by FlexAttention"]
-    return markdown(header, body) + f"\n\n{windows[0][1]['gpu']}, {windows[0][1]['date']}."
+    runs = sorted({f"{row['gpu']}, {row['date']}" for _, row in windows})
+    return markdown(header, body) + f"\n\n{'; '.join(runs)}."
 
 
 def sparse_table() -> str:

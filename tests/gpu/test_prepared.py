@@ -26,6 +26,11 @@ CASES: dict[str, tuple[str, int, int, bool, dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "ENABLED", True)
+
+
 def call_of(case: str, dtype: torch.dtype, n: int) -> tuple[str, list[Any], dict[str, Any]]:
     """The name of an op and arguments of its n-th call, all of one kind and no two alike."""
     name, Lq, Lk, padded, options = CASES[case]

@@ -30,6 +30,11 @@ KERNEL = SimpleNamespace(name="kernel")
 CONSTANT = torch.arange(4, dtype=torch.float64)
 
 
+@pytest.fixture(autouse=True)
+def enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "ENABLED", True)
+
+
 def kernel(out: int, a: tuple[int, ...], b: tuple[int, ...], random: tuple[int, int], scale: float, step: int) -> None:
     """Writes five numbers that depend on all that it is given, from memory by addresses, as one on a GPU would; or adds
     them to what is there."""
