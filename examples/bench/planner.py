@@ -20,17 +20,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmark import decode, encode, exact_times, prefill, quantile, random_tensors
+from benchmark import MIXED, decode, encode, exact_times, layers_of, prefill, quantile, random_tensors
 from records import SPEED_COLUMNS, add_arguments, append, params_of, run_of, show
 from rich.progress import track
 
 from express_compile import AttentionSpec, Mask, Policy
 from express_compile.core.cost import Device
+from express_compile.core.plan import SavedPlan
+from express_compile.kernels.heads import PerHead
 from express_compile.planning.devices import shipped, versions
 from express_compile.planning.measure import Clock, replayed
-from express_compile.planning.predict import crossover, predicted, wins
+from express_compile.planning.predict import crossover, predict, predicted, wins
 
 RESULTS = Path(__file__).parent / "results"
+PLANS = Path(__file__).parents[1] / "plans"
 KINDS = ("prefill", "encode", "decode")
 LENGTHS = [512 << i for i in range(11)]
 # where SANTA's gain is small its ratio to exact attention is flat: a crossover needs lengths near to it
@@ -187,6 +190,33 @@ def judge(rows: list[dict]) -> list[Judged]:
     return judged
 
 
+def newest_prefills(rows: list[dict]) -> Iterator[tuple[str, dict, float]]:
+    """The newest rows of plans per KV head (``benchmark.py --mixed``) and of Express with protected rows and a window
+    (``--window``): what they are, the row, and the milliseconds that are predicted."""
+    plans = {name.replace(" ", "_"): [PerHead(every)] for name, every in MIXED.items()}
+    found: dict[tuple[str, int], tuple[dict, list[Policy]]] = {}
+    for row in (row for row in rows if row["D"] == "128" and "graph" not in row["params"]):
+        params, name = params_of(row), ""
+        if row["job"] == "mixed" and (saved := PLANS / f"{params.get('plan')}.json").exists():
+            plans[params["plan"]] = layers_of(SavedPlan.load(saved), int(row["H_kv"]))
+        if row["job"] == "mixed" and params.get("plan") in plans:
+            name, policies = params["plan"], [Policy(methods=(own,)) for own in plans[params["plan"]]]
+        elif row["job"] == "window":
+            protected = {"sinks": 32, "window": 256, "protected": 256}
+            own = [x for x in rows if (x["commit"], x["job"], x["Lk"]) == (row["commit"], "prefill", row["Lk"])
+                   and params_of(x) == {k: str(v) for k, v in protected.items()}]  # fmt: skip
+            for x in own:
+                found[f"Express, s={x['s']}", int(x["Lk"])] = x, [Policy(budget=int(x["s"]), **protected)]
+        if name:
+            found[name.replace("_", " "), int(row["Lk"])] = row, policies
+    for (name, _), (row, policies) in sorted(found.items(), key=lambda x: x[0]):
+        sizes = [int(row[size]) for size in ("B", "H", "H_kv", "Lq", "Lk", "D", "Dv")]
+        spec = AttentionSpec(*sizes, getattr(torch, row["dtype"]), "cuda", sizes[5] ** -0.5, Mask(causal=True))
+        method = "express" if name.startswith("Express") else "heads"
+        times = [predict(method, spec, policy, shipped()[row["gpu"]]) for policy in policies]
+        yield name, row, statistics.fmean(x for x in times if x is not None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("job", choices=["measure", "judge"])
@@ -198,7 +228,8 @@ def main() -> None:
         show(measure(args), "params method B Lq Lk s ms_p50 opponent opponent_ms_p50 speedup error".split())
         return
     with (RESULTS / "speed.csv").open(newline="") as file:
-        judged = judge(list(csv.DictReader(file)))
+        measured = list(csv.DictReader(file))
+    judged = judge(measured)
     rows = [
         {**x.row, "exact": x.exact, "predicted exact": x.predicted_exact, "predicted": x.predicted, "chosen": x.chosen,
          "ratio": x.ratio}
@@ -215,6 +246,8 @@ def main() -> None:
     for x in crossings(judged):
         words = f"{x.kind} B={x.B} {x.method} s={x.policy.budget} protected={x.policy.of('express').protected}"
         print(f"{words}: faster from {x.measured:,.0f} keys on as measured, {x.predicted:,} as predicted")
+    for name, row, ms in newest_prefills(measured):
+        print(f"{name}, {row['Lk']} tokens: {float(row['ms_p50']):.2f} ms, {ms:.2f} as predicted")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from benchmark import SETTINGS
-from planner import Judged, crossings, judge
+from planner import Judged, crossings, judge, newest_prefills
 from records import params_of
 
 from express_compile import METHODS
@@ -679,6 +679,16 @@ def judged() -> list[Judged]:
     return judge(read("speed.csv"))
 
 
+def planned_table() -> str:
+    """Plans per KV head and Express beside a window: measured and predicted milliseconds."""
+    body = []
+    for name, row, ms in newest_prefills(read("speed.csv")):
+        measured = float(row["ms_p50"])
+        off = f"{ms / measured - 1:+.0%}"
+        body.append([name, f"{int(row['Lk']):,}", f"{measured:.2f} ms", f"{ms:.2f} ms", off, row["date"]])
+    return markdown(["rows", "n", "measured", "predicted", "off by", "measured on"], body)
+
+
 def planner_table() -> str:
     """How good the planner's choices were at the shapes of the grid."""
     body = []
@@ -991,6 +1001,7 @@ PARTS = {
     "coverage": coverage_table,
     "foreign": foreign_table,
     "planner": planner_table,
+    "planned": planned_table,
     "crossings": crossings_table,
     "plans-summary": plans_summary_table,
     "plans": plans_table,
