@@ -2,20 +2,23 @@
 
 What the body of an op does on CUDA follows from its options and from the shapes, strides, dtypes and alignments of its
 tensors: a few launches, memory for them, seldom an operator of PyTorch. So the first calls of a kind are recorded while
-they run, and become straight code: memory, addresses, launches. In it temporary memory is one allocation, in which
-what does not live at once shares its place, and nothing is checked, hashed or looked up again.
+they run, and become straight code: memory, addresses, launches. In it temporary memory that is gone before the same
+tensor comes is one allocation, in which what does not live at once shares its place, and nothing is checked, hashed or
+looked up again.
 
 Two recordings have to be equal before there is code. So a body that takes something from elsewhere, which may change
 from call to call, is never prepared, nor is one that reads anything back from the device. Only the ``layer`` may
 differ, where all that depends on it are numbers of kernels which are general in them: the code takes it as an argument,
 and what the first two layers of a model recorded serves all of them.
 
-Only where the environment says ``EXPRESS_PREPARED=1``: in a first run on a GPU three of 163 tests failed, and its time
-was over before it said which.
+Only where the environment says ``EXPRESS_PREPARED=1``: in the first run on a GPU three of 163 tests failed. Rehearsed
+without one, three do: two that counted calls of another op inside of a body, and one of memory, of which code took 14%
+more than the body then. A run has yet to confirm it.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 import functools
@@ -330,11 +333,13 @@ class _Code:
             f"{''.join(f't{i}, ' for i in given)} = given",
             f"{''.join(f'p{i}, ' for i in given)} = addresses",
         ]
-        self.work = self._work(ends)
+        self.work: dict[int, tuple[str, int]] = {}  # the name of an address, and how far behind it memory begins
+        begun, ended = self._work(ends)
         own = self.needed - returned - set(given) - set(self.constants)
         for i, step in enumerate(self.steps):
+            self.lines += begun.get(i, [])
             self.lines += [self._launch(step)] if isinstance(step, _Launch) else self._op(step)
-            gone = [f"t{x}" for x, end in ends.items() if end == i and x in own]
+            gone = [f"t{x}" for x, end in ends.items() if end == i and x in own] + ended.get(i, [])
             self.lines += [f"del {', '.join(gone)}"] if gone else []
         self.lines.append(f"return {self._word(recording.result)}")
 
@@ -370,14 +375,30 @@ class _Code:
     def _size(self, x: int) -> int:
         return math.prod(self.tensors[x].layout[0])
 
-    def _work(self, ends: dict[int, int]) -> dict[int, int]:
-        """Where in the one allocation memory lies that is there for its address alone."""
+    def _work(self, ends: dict[int, int]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+        """Places for memory that is there for its address alone; the lines that allocate it, by the steps that they
+        stand before, and what is to be deleted, by the steps after which.
+
+        What is gone before the same tensor comes is one allocation: then there is room for that tensor.
+        """
         made = {x: i for i, step in enumerate(self.steps) if isinstance(step, _Op) for x in step.fresh}
         own = [x for x in made if self.tensors[x].made == "empty" and x in self.pointed and x not in self.needed]
-        begins, size = places([(self.tensors[x].bytes, made[x], ends[x]) for x in own])
-        if own:
-            self.lines += [f"work = empty({self._name((size,))}, {self._name((1,))}, uint8)", "w = work.data_ptr()"]
-        return dict(zip(own, begins, strict=True))
+        others = [i for i, step in enumerate(self.steps) if isinstance(step, _Op) and self._allocates(step)]
+        parts: dict[int, list[int]] = {}
+        for x in own:
+            parts.setdefault(bisect.bisect(others, ends[x]), []).append(x)
+        begun: dict[int, list[str]] = {}
+        ended: dict[int, list[str]] = {}
+        for n, part in enumerate(parts.values()):
+            begins, size = places([(self.tensors[x].bytes, made[x], ends[x]) for x in part])
+            self.work.update((x, (f"w{n}", begin)) for x, begin in zip(part, begins, strict=True))
+            line = f"work{n} = empty({self._name((size,))}, {self._name((1,))}, uint8)"
+            begun.setdefault(min(made[x] for x in part), []).extend([line, f"w{n} = work{n}.data_ptr()"])
+            ended.setdefault(max(ends[x] for x in part), []).append(f"work{n}")
+        return begun, ended
+
+    def _allocates(self, step: _Op) -> bool:
+        return step.kind == "computed" or step.kind == "empty" and not self.needed.isdisjoint(step.fresh)
 
     def _op(self, step: _Op) -> list[str]:
         if step.kind == "empty":
@@ -427,8 +448,8 @@ class _Code:
                 return "0"
             if root in self.constants:
                 return self._name(self.constants[root].data_ptr() + tensor.offset)
-            offset = self.work.get(root, 0) + tensor.offset
-            return ("w" if root in self.work else f"p{root}") + (f" + {self._name(offset)}" if offset else "")
+            name, begin = self.work.get(root, (f"p{root}", 0))
+            return name + (f" + {self._name(begin + tensor.offset)}" if begin + tensor.offset else "")
         if type(x) is _Layer:
             return "layer"
         if isinstance(x, tuple) and not _is_fixed(x):

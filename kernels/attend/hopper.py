@@ -174,7 +174,7 @@ def _gather(target, x, place, by_index, row, shown):
     rows = ()  # all at once: loads between copies would wait for one another
     for i in gl.static_range(BN // STEP):
         o_row = gl.minimum(o_n + i * STEP, shown - 1)
-        rows = rows + (gl.load(p_from + gl.where(by_index, o_row, o_row // 64)),)
+        rows = rows + (gl.load(p_from + gl.where(by_index, o_row, o_row // 64)),)  # type: ignore[assignment]
     for i in gl.static_range(BN // STEP):
         o_row = gl.minimum(o_n + i * STEP, shown - 1)
         i_row = gl.where(by_index, rows[i], place.first_key + rows[i] * 64 + o_row % 64).to(gl.int64)
@@ -420,13 +420,13 @@ def segment_kernel(d_q, d_k, d_v, d_ck, d_cv, d_sk, d_sv, d_sck, d_scv, x, lists
 
 
 def launch_jobs(
-    grid: tuple[int, int], described: tuple[Any, ...], tensors: Any, lists: Any, sizes: Any, shape: KernelShape
+    grid: tuple[int, ...], described: tuple[Any, ...], tensors: Any, lists: Any, sizes: Any, shape: KernelShape
 ) -> None:
     """Run the kernel for the programs that the one of :mod:`.segments` would have in ``grid``; ``described``: queries,
     keys, values, and copies of these. Heads whose keys and values the L2 cache holds together take turns."""
     group = 2 * sum(x.shape[2] * x.shape[3] for x in described[1:3])  # bytes of a KV head
     parts, groups = grid
-    every = Sizes(*sizes, parts, groups, min(max(CACHED // group, 1) * tensors.G, groups))
+    every = Sizes(*sizes, *grid, min(max(CACHED // group, 1) * tensors.G, groups))  # type: ignore[call-arg]
     programs = min(processors(tensors.out.device), parts * groups)
     block = [1, 1, shape.BN // SLOTS.value, 64]
     slots = [TensorDescriptor(x.base, x.shape, x.strides, block, _layout()) for x in described[1:]]

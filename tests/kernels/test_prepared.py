@@ -6,6 +6,7 @@ import copy
 import ctypes
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -266,6 +267,32 @@ def test_memory_that_lives_at_once_does_not_overlap(lives: list[tuple[int, int]]
     assert total <= sum(-(-size // 512) * 512 for size, *_ in own)
     if all(length == 0 for _, length in lives):
         assert total == max([size for size, _ in lives], default=0)
+
+
+def test_memory_that_is_gone_makes_room_for_tensors_that_come() -> None:
+    def body(x: torch.Tensor) -> torch.Tensor:
+        scratch, kept = x.new_empty(1000), x.new_empty(500)
+        launch(scratch[:5], (x, 4, 1), (x, 4, 1), (SEED, 0), 1.0, 4)
+        launch(kept[:5], (scratch, 5, 1), (x, 4, 1), (SEED, 0), 1.0, 4)
+        out = x.new_empty(1000)
+        launch(out, (kept, 5, 1), (x, 4, 1), (SEED, 0), 1.0, 4)
+        return out
+
+    sizes: list[int] = []
+    peaks, empty = [0], prepared._empty_strided
+
+    def allocated(*args: Any) -> torch.Tensor:
+        out = empty(*args)
+        sizes.append(out.nbytes)
+        peaks.append(sum(sizes))
+        weakref.finalize(out, sizes.remove, out.nbytes)
+        return out
+
+    run = prepared.prepared(body)
+    with mock.patch.object(prepared, "_empty_strided", allocated):
+        for x in X:
+            assert torch.equal(run(x)[:5], body(x)[:5])
+    assert max(peaks) == 1500 * 8
 
 
 def compiled_with(launch: Callable[..., Any], signature: dict[int, Any], metadata: Any = None, **scratch: int) -> Any:
