@@ -376,9 +376,9 @@ def decode_triton(
     """:func:`decode_attention` by the kernels, for any number of queries; needs a GPU, or Triton's interpreter."""
     require_triton()
     (B, H, n), (KVH, L), Dv = query.shape[:3], key.shape[1:3], value.shape[-1]
-    if not (most := queries_at_once(H // KVH)):
+    if not (at_once := queries_at_once(H // KVH)):
         raise ValueError(f"query: {H // KVH} heads per key head; must be at most {MAX_ROWS}")
-    pieces = max(1, -(-n // most))
+    pieces = max(1, -(-n // at_once))
     Lq = -(-n // pieces)
     R = H // KVH * Lq
     if before := pieces * Lq - n:
