@@ -44,6 +44,8 @@ def _quicken_the_interpreter() -> None:
     from triton import language as tl
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_LangPatchScope"):  # Triton 3.6 remembers what it replaces in another way
+        return
     patch, restore, look = interpreter._patch_lang, interpreter._LangPatchScope.restore, interpreter._get_np_dtype
     patched: set[Any] = set()  # modules, while a launch runs
 
