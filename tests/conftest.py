@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning starve what else runs here
 
@@ -34,6 +37,47 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 GPU_TESTS = Path(__file__).parent / "gpu"
 
 
+def _quicken_the_interpreter() -> None:
+    """Two things that Triton's interpreter does anew all the time are half of the time of small kernels: it replaces
+    ``triton.language`` by functions of its own at every call of a device function, too, which the launch did already,
+    and it makes a table at every look for a dtype."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):  # Triton 3.6 remembers what it replaces in another way
+        return
+    patch, restore, look = interpreter._patch_lang, interpreter._LangPatchScope.restore, interpreter._get_np_dtype
+    patched: set[Any] = set()  # modules, while a launch runs
+
+    @functools.cache
+    def modules_of(fn: Callable) -> frozenset[Any]:
+        return frozenset(x for x in (tl, tl.core) if any(x is value for value in fn.__globals__.values()))
+
+    def patch_once(fn: Callable) -> Any:
+        modules = modules_of(fn)
+        if modules and modules <= patched:
+            return None  # a device function, which restores nothing
+        patched.update(modules)
+        return patch(fn)
+
+    def restore_all(scope: Any) -> None:
+        restore(scope)
+        patched.clear()
+
+    found = functools.cache(look)
+
+    def look_once(dtype: Any) -> Any:
+        scalar = dtype.scalar
+        return look(scalar) if isinstance(scalar, tl.pointer_type) else found(scalar)
+
+    interpreter._patch_lang, interpreter._LangPatchScope.restore = patch_once, restore_all
+    interpreter._get_np_dtype = look_once
+
+
+if not HAS_CUDA and importlib.util.find_spec("triton"):
+    _quicken_the_interpreter()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if GPU_TESTS in item.path.parents:
@@ -44,7 +88,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
-    """Dynamo gives up on code that was compiled too often; no test may use up that limit for another."""
+    """Dynamo gives up on code that was compiled too often; no test may use up that limit for another. Nor does it time
+    every graph's guards after a flush of the caches, which takes as long as the compilation of a small graph."""
+    if guards := sys.modules.get("torch._dynamo.guards"):
+        guards.profile_guard_manager = lambda *_: 0.0
     yield
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

@@ -10,6 +10,8 @@ package is.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -20,7 +22,7 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -125,10 +127,24 @@ def _load(file: Path, device: str | torch.device, dtype: torch.dtype) -> tuple[A
     except ImportError as error:
         raise ImportError(f"{error}; pip install 'express-compile[transformers]'") from error
     folder, name = str(file.parent), file.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    tokenizer.model_max_length = int(1e9)  # texts are tokenized whole and cut by whoever uses them
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
+    with _parsed_once():
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        tokenizer.model_max_length = int(1e9)  # texts are tokenized whole and cut by whoever uses them
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
     return model.to(device).eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Transformers parses a GGUF file three times and makes the table of names for every module: most of the time."""
+    import gguf
+
+    kept = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, kept)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = kept
 
 
 def load_minilm(device: str | torch.device) -> tuple[Any, Any]:

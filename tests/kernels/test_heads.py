@@ -125,8 +125,8 @@ def test_equal_rows_for_all_heads_are_express_bit_for_bit(rows, dtype):
 
 def test_a_head_draws_the_numbers_of_its_own_place_in_the_layer():
     """Of what is kept, the same tokens: alone, beside others, and among all."""
-    _, k, v = tokens(900, H_kv=3)
-    layout = E.make_layout(E.Express(8, 2, 9, 20, block=16), 900, 900)
+    _, k, v = tokens(600, H_kv=3)
+    layout = E.make_layout(E.Express(8, 2, 9, 20, block=16), 600, 600)
     every = E.thin_reference(k, v, layout, 0.5, SEED, 3)
     small = [x.float() for x in (k, v)]
     for heads in ([1], [0, 2], [2, 1]):
@@ -284,9 +284,9 @@ def test_no_size_of_a_call_has_to_be_more_than_nothing():
 
 
 @pytest.mark.parametrize("rows", [BLOCKS, Rows(70, 5, selected=3), Rows(0, 0, selected=2)], ids=str)
-@pytest.mark.parametrize("Lq", [400, 60])
+@pytest.mark.parametrize("Lq", [215, 60])
 def test_the_kernels_attend_to_selected_rows_as_the_reference_does(rows, Lq):
-    q, k, v = tokens(400, B=1, Lq=Lq, dtype=torch.float32, D=16, Dv=16)
+    q, k, v = tokens(215, B=1, Lq=Lq, dtype=torch.float32, D=16, Dv=16)
     call = Call(q, k, v, None, SEED, 0.5, 3)
     config = P.PerHead([rows], block=16).config(rows)
     chosen = select_blocks_reference(q, k, config, 0.5)
@@ -304,8 +304,8 @@ def test_the_kernels_attend_to_selected_rows_as_the_reference_does(rows, Lq):
 
 @pytest.mark.parametrize("rows", [WINDOW, PLACES], ids=str)
 def test_the_kernels_attend_without_a_coreset_as_the_reference_does(rows):
-    q, k, v = tokens(700, B=1, dtype=torch.float32, D=16, Dv=16)
-    layout = E.make_layout(P.PerHead([rows], block=16).config(rows), 700, 700)
+    q, k, v = tokens(540, B=1, dtype=torch.float32, D=16, Dv=16)
+    layout = E.make_layout(P.PerHead([rows], block=16).config(rows), 540, 540)
     index, *copies = E.thin_triton(k, v, layout, 0.5, SEED, 3)
     expected = E.thin_reference(k, v, layout, 0.5, SEED, 3)  # places of one contest have no order
     places = max(rows.protected, 1)
@@ -324,11 +324,11 @@ def small(rows: list[Rows], n: int, Lq: int | None = None, B: int = 1, **own: An
 @pytest.mark.parametrize(
     ("rows", "n", "Lq"),
     [
-        ([WINDOW, BLOCKS, WHOLE, KEPT], 400, None),
-        ([BLOCKS, Rows(40, 9, selected=2), Rows(2, 9, selected=3), WHOLE, WHOLE], 330, None),
-        ([CORE, PLACES, CORE, KEPT, Rows(2, 9, 16), Rows(0, 0, selected=1)], 420, 60),
+        ([WINDOW, BLOCKS, WHOLE, KEPT], 310, None),
+        ([BLOCKS, Rows(40, 9, selected=2), Rows(2, 9, selected=3), WHOLE, WHOLE], 250, None),
+        ([CORE, PLACES, CORE, KEPT, Rows(2, 9, 16), Rows(0, 0, selected=1)], 350, 60),
         ([BLOCKS], 300, 100),
-        ([Rows(2, 9, selected=1), Rows(2, 9, selected=2)], 300, None),
+        ([Rows(2, 9, selected=1), Rows(2, 9, selected=2)], 210, None),
     ],
     ids=str,
 )
@@ -507,7 +507,7 @@ def test_the_kernels_give_the_last_queries_what_their_reference_gives(
 
 @pytest.mark.parametrize(("n", "Lq", "last"), [(36, 36, 5), (40, 20, 17), (64, 3, 20)])
 def test_gradients_with_exact_last_queries(n, Lq, last):
-    q, k, v = (x.requires_grad_() for x in tokens(n, B=1, D=3, Dv=2, Lq=Lq))
+    q, k, v = (x.requires_grad_() for x in tokens(n, B=1, D=2, Dv=1, Lq=Lq))
     rows = [WINDOW, PLACES]
     assert torch.autograd.gradcheck(lambda *x: op(*x, rows, last=last)[0], (q, k, v))
     a, b = (torch.autograd.grad(op(q, k, v, rows, last=x)[0].sum(), k)[0] for x in (0, last))
