@@ -397,10 +397,10 @@ def load_rows(p_x, stride, o_row, m_row, D: tl.constexpr, BD: tl.constexpr):
 
 
 @jit
-def load_queries(q, i_b, i_kv, G, SHAPE: tl.constexpr):
-    """Rows ``[BM, BD]`` of one KV head: the ``LQ`` queries of its first query head, of ``G``, then those of the next,
-    ``R`` in all, and zeros behind."""
+def load_queries(q, i_b, i_kv, G, SHAPE: tl.constexpr, i_piece=0):
+    """Rows ``[BM, BD]`` of one KV head: ``LQ`` queries of its first query head, of ``G``, then those of the next, ``R``
+    in all, and zeros behind. ``i_piece``: so many times ``LQ`` queries come before them."""
     o_m, o_d = tl.arange(0, SHAPE.BM), tl.arange(0, SHAPE.BD)
     p_q = q.p + i_b.to(tl.int64) * q.b + (i_kv * G + o_m // SHAPE.LQ).to(tl.int64)[:, None] * q.h
-    p_q += (o_m % SHAPE.LQ).to(tl.int64)[:, None] * q.n + o_d[None, :]
+    p_q += (i_piece * SHAPE.LQ + o_m % SHAPE.LQ).to(tl.int64)[:, None] * q.n + o_d[None, :]
     return tl.load(p_q, mask=(o_m < SHAPE.R)[:, None] & (o_d < SHAPE.D)[None, :], other=0.0)

@@ -12,10 +12,12 @@ from unittest import mock
 import torch
 
 from express_compile import METHODS, AttentionSpec, Mask, Policy, Rows, Site
+from express_compile.core.call import Call
 from express_compile.core.rows import to_numbers
 from express_compile.engines.varlen import express_varlen
 from express_compile.kernels import launch as launching
 from express_compile.kernels.attend.decode import decode_attention
+from express_compile.kernels.attend.last import attend_last
 from express_compile.kernels.heads import PerHead
 from express_compile.kernels.held import Held
 from express_compile.kernels.launch import Random
@@ -117,6 +119,15 @@ def decode(dtype: torch.dtype, D: int) -> None:
             decode_attention(*tokens(dtype, D, Lq), SCALE, **kind)
 
 
+def last(dtype: torch.dtype, D: int) -> None:
+    """Exact attention of the last 64 queries of four heads per KV head."""
+    q, k, v = tokens(dtype, D)
+    q = q.repeat(1, 2, 1, 1)
+    for padding in (None, padded()):
+        call = Call(q, k, v, padding, torch.tensor(5), SCALE, LAYER)
+        attend_last(call, 64, (q.clone(), torch.zeros(q.shape[:3])))
+
+
 def santa(dtype: torch.dtype, D: int) -> None:
     options = dict(draws=[64], fraction=0.0, sampler="sys", shared=True, min_length=0)
     q, k, v = tokens(dtype, D, 1)
@@ -171,6 +182,7 @@ CALLS: dict[str, Callable[[torch.dtype, int], Any]] = {
     "sparse, fixed": lambda *kind: trained("sparse", tokens(*kind), pattern="fixed"),
     "sparse, strided": lambda *kind: trained("sparse", tokens(*kind), pattern="strided"),
     "decode": decode,
+    "last": last,
     "santa": santa,
     "cache": cache,
     "cache, steps": steps,

@@ -8,6 +8,7 @@ behind the query: the queries are the last tokens, causal among themselves. Two 
 * :func:`_split_kernel` gives the blocks of rows of a KV head to its programs in turn, one block each, so that all are
   busy however few rows of a long static cache are filled. A program reads the blocks between its first and its last
   that hold a row, for all query heads and queries of the KV head at once, and leaves maximum, sum and weighted values.
+  More queries than fit are pieces of equal size: programs side by side read the same blocks, each for its own.
 * :func:`_combine_kernel` adds these up in order, which gives the same bits every time.
 
 Rows that there are not are never read, so they may hold anything, NaN too. How many programs share a KV head follows
@@ -22,6 +23,7 @@ from collections import namedtuple
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ..launch import (
     FLOAT32_DOT,
@@ -91,16 +93,20 @@ def _decode(
     rows = Rows(*others)
     _check(query, key, value, rows)
     few = query.shape[2] <= queries_at_once(query.shape[1] // key.shape[1])
-    narrow = max(query.shape[3], value.shape[3]) <= MAX_WIDTH
-    is_fast = query.is_cuda and few and narrow and query.dtype != torch.float64
-    return (decode_triton if is_fast else decode_reference)(query, key, value, scale, rows)
+    return (decode_triton if few and fits(query, key, value) else decode_reference)(query, key, value, scale, rows)
 
 
 _decode_prepared = prepared(_decode)
 
 
+def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the kernels take such tensors, however many queries they are."""
+    narrow = max(query.shape[3], value.shape[3]) <= MAX_WIDTH
+    return query.is_cuda and narrow and query.shape[1] <= MAX_ROWS * key.shape[1] and query.dtype != torch.float64
+
+
 def queries_at_once(group: int) -> int:
-    """How many queries the kernels take of ``group`` query heads per KV head; 0 if none."""
+    """How many queries a program takes of ``group`` query heads per KV head; 0 if none."""
     return min(MAX_QUERIES, MAX_ROWS // group)
 
 
@@ -183,9 +189,9 @@ _Parts = namedtuple("_Parts", "most sum value out lse")
 _Sizes = namedtuple("_Sizes", "KVH G L stride listed")
 
 
-# Queries, rows of the product, widths and their tiles, rows of a block, blocks whose padding is looked through at once,
-# rows of a page, and whether one program takes all of a KV head.
-_Shape = namedtuple("_Shape", "LQ R D DV BD BDV BM BN BJ PAGE WHOLE")
+# Queries of a piece, rows of the product, widths and their tiles, rows of a block, blocks whose padding is looked
+# through at once, rows of a page, whether one program takes all rows of a KV head, and pieces.
+_Shape = namedtuple("_Shape", "LQ R D DV BD BDV BM BN BJ PAGE WHOLE PIECES")
 
 
 @jit
@@ -222,15 +228,21 @@ def _split_kernel(q, k, v, weight, masks, parts, sizes, SHAPE: tl.constexpr):
     DV: tl.constexpr = SHAPE.DV
     BD: tl.constexpr = SHAPE.BD
     BDV: tl.constexpr = SHAPE.BDV
+    PIECES: tl.constexpr = SHAPE.PIECES
     KVH, G, L, stride_p, listed = sizes
-    i_split, i_seq, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    i_split, i_seq, splits, i_piece = tl.program_id(0), tl.program_id(1), tl.num_programs(0), 0
+    if PIECES > 1:
+        i_split, splits, i_piece = i_split // PIECES, splits // PIECES, i_split % PIECES
     i_b, i_kv = i_seq // KVH, i_seq % KVH
     o_m, o_n, o_dv = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BDV)
-    m_m = o_m < R
-    b_q = load_queries(q, i_b, i_kv, G, SHAPE)  # [BM, BD]
+    m_m, o_out = o_m < R, o_m
+    if PIECES > 1:  # all queries of a head lie side by side
+        o_out = o_m // LQ * (LQ * PIECES) + i_piece * LQ + o_m % LQ
+    b_q = load_queries(q, i_b, i_kv, G, SHAPE, i_piece)  # [BM, BD]
     end = L
     if masks.lengths is not None:
         end = tl.minimum(tl.load(masks.lengths + i_b).to(tl.int32), L)
+    end -= (PIECES - 1 - i_piece) * LQ
     b_end = end - LQ + 1 + o_m % LQ  # behind the last row that a query sees
     start, stop = _bounds(masks, i_b, sizes, end, i_split, splits, SHAPE)
     p_k, stride_k = sequence(k, i_b, i_kv)
@@ -266,19 +278,19 @@ def _split_kernel(q, k, v, weight, masks, parts, sizes, SHAPE: tl.constexpr):
     m_out = m_m[:, None] & (o_dv < DV)[None, :]
     if SHAPE.WHOLE:
         # rows are (head, query) of this KV head, which lie side by side in the output
-        o_seq = i_seq.to(tl.int64) * R
+        o_seq = i_seq.to(tl.int64) * (R * PIECES)
         b_acc = b_acc / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
         tl.store(
-            parts.out + (o_seq + o_m)[:, None] * DV + o_dv[None, :], b_acc.to(parts.out.dtype.element_ty), mask=m_out
+            parts.out + (o_seq + o_out)[:, None] * DV + o_dv[None, :], b_acc.to(parts.out.dtype.element_ty), mask=m_out
         )
         b_lse = (b_top + tl.log2(tl.where(b_sum > 0, b_sum, 1.0))) * 0.6931471805599453
-        tl.store(parts.lse + o_seq + o_m, tl.where(b_sum > 0, b_lse, float("-inf")), mask=m_m)
+        tl.store(parts.lse + o_seq + o_out, tl.where(b_sum > 0, b_lse, float("-inf")), mask=m_m)
     else:
-        o_part = (i_seq.to(tl.int64) * splits + i_split) * R
-        tl.store(parts.most + o_part + o_m, b_top, mask=m_m)
-        tl.store(parts.sum + o_part + o_m, b_sum, mask=m_m)
+        o_part = (i_seq.to(tl.int64) * splits + i_split) * (R * PIECES)
+        tl.store(parts.most + o_part + o_out, b_top, mask=m_m)
+        tl.store(parts.sum + o_part + o_out, b_sum, mask=m_m)
         if start < stop:
-            tl.store(parts.value + (o_part + o_m)[:, None] * DV + o_dv[None, :], b_acc, mask=m_out)
+            tl.store(parts.value + (o_part + o_out)[:, None] * DV + o_dv[None, :], b_acc, mask=m_out)
 
 
 _CombineShape = namedtuple("_CombineShape", "R DV BDV BS")
@@ -361,15 +373,16 @@ def splits_of(sequences: int, blocks: int, at_once: int) -> int:
 def decode_triton(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, rows: Rows
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`decode_attention` by the kernels; needs a GPU, or Triton's interpreter."""
+    """:func:`decode_attention` by the kernels, for any number of queries; needs a GPU, or Triton's interpreter."""
     require_triton()
-    (B, H, Lq), (KVH, L), Dv = query.shape[:3], key.shape[1:3], value.shape[-1]
+    (B, H, n), (KVH, L), Dv = query.shape[:3], key.shape[1:3], value.shape[-1]
+    if not (at_once := queries_at_once(H // KVH)):
+        raise ValueError(f"query: {H // KVH} heads per key head; must be at most {MAX_ROWS}")
+    pieces = max(1, -(-n // at_once))
+    Lq = -(-n // pieces)
     R = H // KVH * Lq
-    if Lq > MAX_QUERIES or R > MAX_ROWS:
-        raise ValueError(
-            f"query: {Lq} queries of {H // KVH} heads per key head; must be at most {MAX_QUERIES} queries, and "
-            f"{MAX_ROWS} of them times heads"
-        )
+    if before := pieces * Lq - n:
+        query = F.pad(query, (0, 0, before, 0))
     widths, BM = Widths.alike(key, value), max(16, next_power_of_two(R))
     multiprocessors, shared = device_of(query.device)
     tiles, listed = tiling(max(widths.BD, widths.BDV) * query.element_size(), shared), 0
@@ -380,22 +393,23 @@ def decode_triton(
     if padding is not None:
         padding = (padding if padding.stride(-1) == 1 else padding.contiguous()).view(torch.uint8)
     sequences, blocks = B * KVH, -(-count // tiles.rows)
-    splits = splits_of(sequences, max(blocks, 1), tiles.programs * multiprocessors)
+    splits = splits_of(sequences * pieces, max(blocks, 1), tiles.programs * multiprocessors)
     out, lse = Outputs.of(query, Dv)
-    sizes_of = [] if splits == 1 else [sequences * splits * R] * 2 + [sequences * splits * R * Dv]
+    partial = sequences * splits * pieces * R
+    sizes_of = [] if splits == 1 else [partial, partial, partial * Dv]
     memory = torch.empty(max(sum(sizes_of), 1), dtype=torch.float32, device=query.device)
     most, total, weighted = memory.split(sizes_of) if sizes_of else [memory] * 3
     parts = _Parts(most, total, weighted, out, lse)
     lengths = None if rows.lengths is None else rows.lengths.contiguous()
     masks = _Masks(lengths, padding, pages, scale * _LOG2_E)
-    shape = _Shape(Lq, R, *widths, BM, tiles.rows, max(1, _SCANNED // tiles.rows), PAGE, splits == 1)
+    shape = _Shape(Lq, R, *widths, BM, tiles.rows, max(1, _SCANNED // tiles.rows), PAGE, splits == 1, pieces)
     sizes = _Sizes(KVH, H // KVH, L, 0 if padding is None else padding.stride(0), listed)
-    launch(_split_kernel, (splits, sequences),
+    launch(_split_kernel, (splits * pieces, sequences),
         strided(query), strided(key), strided(value), strided(rows.log_weight), masks, parts, sizes, SHAPE=shape,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if splits > 1:
-        launch(_combine_kernel, (R, sequences), parts, splits,
-            SHAPE=_CombineShape(R, Dv, widths.BDV, 16), num_warps=2,
+        launch(_combine_kernel, (pieces * R, sequences), parts, splits,
+            SHAPE=_CombineShape(pieces * R, Dv, widths.BDV, 16), num_warps=2,
         )  # fmt: skip
-    return out, lse
+    return (out[:, :, before:], lse[:, :, before:]) if before else (out, lse)

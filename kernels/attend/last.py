@@ -7,22 +7,20 @@ once, as a step of decoding does (:mod:`.decode`), whatever the length before th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from express_compile.core.call import Call
 
-from .decode import decode_attention, queries_at_once
-from .segments import Outputs
+from .decode import Rows, decode_reference, decode_triton, fits
 
 _Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class _End:
-    """``n`` queries of a call, the last ones of each sequence but for ``skipped``.
+    """The last ``n`` queries of each sequence of a call.
 
     Without padding that is all. Otherwise ``tokens`` int64 ``[B]`` counts places up to the last of the queries,
     ``place`` int64 ``[B, n]`` says where they are among the queries of the call, all different, and ``real`` bool
@@ -31,7 +29,6 @@ class _End:
 
     call: Call
     n: int
-    skipped: int = 0
     tokens: torch.Tensor | None = None
     place: torch.Tensor | None = None
     real: torch.Tensor | None = None
@@ -46,23 +43,11 @@ class _End:
         before = call.Lk - call.Lq
         place = tokens[:, None] - before - n + torch.arange(n, device=tokens.device)
         real = (place >= 0) & call.padding.gather(1, (place + before).clamp(0, call.Lk - 1))
-        return cls(call, n, 0, tokens, place % call.Lq, real)
-
-    def pieces(self, most: int) -> Iterator[_End]:
-        """The same queries, at most so many at a time, the last ones first."""
-        for skipped in range(0, self.n, most):
-            own = slice(max(0, self.n - skipped - most), self.n - skipped)
-            n = own.stop - own.start
-            if self.tokens is None or self.place is None or self.real is None:
-                yield replace(self, n=n, skipped=skipped)
-            else:
-                tokens = (self.tokens - skipped).clamp(min=0)
-                yield _End(self.call, n, skipped, tokens, self.place[:, own], self.real[:, own])
+        return cls(call, n, tokens, place % call.Lq, real)
 
     @property
     def slice(self) -> slice:
-        stop = self.call.Lq - self.skipped
-        return slice(stop - self.n, stop)
+        return slice(self.call.Lq - self.n, self.call.Lq)
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, H, Lq, .]`` at these queries: ``[B, H, n, .]``."""
@@ -93,16 +78,12 @@ def attend_last(call: Call, n: int, outputs: tuple[torch.Tensor, torch.Tensor]) 
     """Exact attention of the last ``n`` queries of every sequence into ``outputs``, out ``[B, H, Lq, Dv]`` and
     log-sum-exp ``[B, H, Lq]``; other queries and padding keep what they have."""
     out, lse = outputs
-    for end in _End.of(call, n).pieces(max(1, queries_at_once(call.query.shape[1] // call.key.shape[1]))):
-        stop = call.Lk - end.skipped if end.tokens is None else call.Lk
-        own = Outputs(
-            *decode_attention(
-                end.take(call.query), call.key[:, :, :stop], call.value[:, :, :stop], call.scale,
-                lengths=end.tokens, padding=call.padding,
-            )
-        )  # fmt: skip
-        end.put(own.out, out)
-        end.put(own.lse[..., None], lse[..., None])
+    end, given = _End.of(call, n), (call.query, call.key, call.value)
+    attention = decode_triton if fits(*given) else decode_reference
+    rows = Rows(end.tokens, call.padding)
+    found, found_lse = attention(end.take(call.query), call.key, call.value, call.scale, rows)
+    end.put(found, out)
+    end.put(found_lse[..., None], lse[..., None])
 
 
 def last_gradients(

@@ -44,6 +44,8 @@ CASES = [
     ((1, 4, 2, 1, 900, 256, 256), torch.bfloat16, MIXED), ((1, 4, 2, 1, 900, 256, 256), torch.float32, MIXED),
     ((2, 8, 8, 2, 130, 80, 48), torch.bfloat16, MIXED), ((1, 64, 1, 1, 4097, 64, 128), torch.float16, MIXED),
     ((40, 8, 8, 1, 333, 128, 128), torch.bfloat16, MIXED), ((1, 2, 1, 1, 1, 64, 64), torch.bfloat16, MIXED),
+    ((2, 32, 8, 64, 5000, 128, 128), torch.bfloat16, KINDS), ((1, 32, 8, 64, 33000, 128, 128), torch.bfloat16, MIXED),
+    ((2, 10, 2, 40, 700, 96, 64), torch.float32, MIXED),
 ]  # fmt: skip
 
 

@@ -72,17 +72,18 @@ def test_a_head_gives_beside_others_what_it_gives_among_its_like(dtype: torch.dt
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @pytest.mark.parametrize(("n", "Lq"), [(6000, 6000), (6000, 700), (6000, 9)])
-def test_the_last_queries_see_everything(n: int, Lq: int, padding: str | None) -> None:
-    """And the others do what they do without; gradients are those of both parts."""
-    q, k, v = tokens(n, Lq, B=2)
+@pytest.mark.parametrize(("last", "H"), [(16, 16), (64, 32), (40, 32)])
+def test_the_last_queries_see_everything(n: int, Lq: int, padding: str | None, last: int, H: int) -> None:
+    """In one piece and in several, and the others do what they do without; gradients are those of both parts."""
+    q, k, v = tokens(n, Lq, H=H, B=2)
     real = torch.ones(2, n, dtype=torch.bool, device="cuda")
     real[0, slice(0, 500) if padding == "left" else slice(n - 5, n)] = padding is None
     inputs = [x.requires_grad_() for x in (q, k, v)]
     given = None if padding is None else real
     (out, lse), (plain, plain_lse), (exact, exact_lse) = (
-        op(*inputs, rows, given, last=last) for rows, last in ((MIXED, 16), (MIXED, 0), ([WHOLE], 0))
+        op(*inputs, rows, given, last=x) for rows, x in ((MIXED, last), (MIXED, 0), ([WHOLE], 0))
     )
-    ends = (real.flip(1).cumsum(1).flip(1) <= 16)[:, n - Lq :] & real[:, n - Lq :]
+    ends = (real.flip(1).cumsum(1).flip(1) <= last)[:, n - Lq :] & real[:, n - Lq :]
     for b in range(2):
         torch.testing.assert_close(out[b][:, ends[b]], exact[b][:, ends[b]], rtol=1e-2, atol=2e-3)
         torch.testing.assert_close(lse[b][:, ends[b]], exact_lse[b][:, ends[b]], rtol=1e-3, atol=1e-3)

@@ -51,6 +51,7 @@ def rows_of(kind: str, B: int, H_kv: int, L: int, n: int, seed: int) -> K.Rows:
 @given(
     L=st.integers(1, 150),
     n=st.sampled_from([1, 1, 2, 5, 16]),
+    at_once=st.sampled_from([16, 4]),
     heads=st.sampled_from([(1, 1), (4, 2), (6, 2), (4, 1)]),
     sizes=st.sampled_from([(16, 16), (20, 24), (32, 8)]),
     kind=st.sampled_from(
@@ -61,7 +62,10 @@ def rows_of(kind: str, B: int, H_kv: int, L: int, n: int, seed: int) -> K.Rows:
     seed=st.integers(0, 10**6),
 )  # fmt: skip
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_kernels_give_what_the_reference_gives(poison, small_tiles, L, n, heads, sizes, kind, dtype, seed):
+def test_the_kernels_give_what_the_reference_gives(
+    poison, small_tiles, monkeypatch, L, n, at_once, heads, sizes, kind, dtype, seed
+):
+    monkeypatch.setattr(K, "MAX_QUERIES", at_once)
     L = max(L, n)
     q, k, v = tokens(2, *heads, n, L, *sizes, dtype=dtype, seed=seed)
     rows = rows_of(kind, 2, heads[1], L, n, seed)
@@ -146,11 +150,29 @@ def test_rows_that_do_not_fit_are_named(change, words):
         K.decode_attention(q, k, v[:, :, 1:], 0.25)
 
 
-def test_more_queries_than_the_kernels_take_are_an_error():
-    for H, n in ((2, 17), (65, 1)):
-        with pytest.raises(ValueError, match=f"query: {n} queries of {H} heads"):
-            K.decode_triton(*tokens(1, H, 1, n, 30), 0.25, K.Rows())
+def test_more_heads_than_the_kernels_take_are_an_error():
+    with pytest.raises(ValueError, match="query: 65 heads per key head"):
+        K.decode_triton(*tokens(1, 65, 1, 1, 30), 0.25, K.Rows())
 
 
-def test_how_many_queries_the_kernels_take_follows_from_the_heads_of_a_key_head():
+@pytest.mark.parametrize("n, group, own", [(40, 4, 14), (64, 4, 16), (17, 2, 9), (13, 10, 5), (2, 64, 1)])
+def test_more_queries_than_fit_are_calls_of_their_own_with_other_ends(small_tiles, monkeypatch, n, group, own):
+    """In the same two launches. To see a row less would show."""
+    grids, launch = [], K.launch
+    monkeypatch.setattr(K, "launch", lambda kernel, grid, *x, **o: (grids.append(grid), launch(kernel, grid, *x, **o)))
+    q, k, v = tokens(2, group, 1, n, 100)
+    lengths = torch.tensor([100, 83])
+    out, _ = K.decode_triton(q, k, v, 0.25, K.Rows(lengths))
+    stops = range(n, 0, -own)
+    assert len(grids) <= 2 and grids[0][0] % len(stops) == 0 and (grids[0][0] > len(stops)) == (len(grids) == 2)
+    for stop in stops:
+        piece = slice(max(0, stop - own), stop)
+        alone, near = (
+            K.decode_reference(q[:, :, piece], k, v, 0.25, K.Rows(lengths - (n - stop) - less))[0] for less in (0, 1)
+        )
+        torch.testing.assert_close(out[:, :, piece], alone, rtol=1e-5, atol=1e-5)
+        assert (out[:, :, piece] - near).abs().amax((0, 1, 3)).min() > 1e-4
+
+
+def test_how_many_queries_a_program_takes_follows_from_the_heads_of_a_key_head():
     assert [K.queries_at_once(group) for group in (1, 4, 5, 8, 64, 65)] == [16, 16, 12, 8, 1, 0]

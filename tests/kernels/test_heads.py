@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from express_compile.core.call import Call
@@ -20,6 +20,8 @@ from express_compile.core.rows import Rows, from_numbers, to_numbers
 from express_compile.core.spec import AttentionSpec, Mask, Site
 from express_compile.kernels import express as E
 from express_compile.kernels import heads as P
+from express_compile.kernels.attend import decode
+from express_compile.kernels.attend import last as last_module
 from express_compile.kernels.attend.job import BLOCKS as CHOSEN_BLOCKS
 from express_compile.kernels.attend.job import HEAD, KEYS, PART, SHIFT, TABLE
 from express_compile.kernels.attend.last import attend_last, last_gradients
@@ -469,6 +471,38 @@ def test_the_last_queries_are_those_of_each_sequence_whatever_its_padding(side):
             others[own] = False
             assert torch.equal(x[b, :, others], plain[b, :, others])
             assert torch.equal(x_lse[b, :, others], plain_lse[b, :, others])
+
+
+@given(
+    n=st.integers(1, 90), past=st.sampled_from([0, 61]), last=st.integers(1, 20),
+    heads=st.sampled_from([(4, 2), (3, 1), (2, 2)]), left=st.integers(0, 160), right=st.integers(0, 160),
+    kind=st.sampled_from(["", "padded", "holes"]), seed=st.integers(0, 1000),
+)  # fmt: skip
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_kernels_give_the_last_queries_what_their_reference_gives(
+    poison, monkeypatch, n, past, last, heads, left, right, kind, seed
+):
+    """In pieces of up to 6 queries, and nothing of padding, which holds NaN; other queries keep what they have."""
+    monkeypatch.setattr(decode, "MAX_QUERIES", 6)
+    (H, H_kv), L = heads, n + past
+    q, k, v = tokens(L, H=H, H_kv=H_kv, D=20, Dv=12, Lq=n, dtype=torch.float32)
+    padding, place = None, torch.arange(L)
+    if kind:
+        padding = torch.stack([place >= left, place < L - right])
+        if kind == "holes":
+            padding &= torch.rand(padding.shape, generator=torch.Generator().manual_seed(seed)) < 0.7
+        k, v = (x.masked_fill(~padding[:, None, :, None], math.nan) for x in (k, v))
+    call, results = Call(q, k, v, padding, SEED, 0.5, 3), []
+    for fits in (False, True):
+        results.append((torch.full((2, H, n, 12), 7.0), torch.full((2, H, n), 8.0)))
+        monkeypatch.setattr(last_module, "fits", lambda *x, fits=fits: fits)
+        attend_last(call, last, results[-1])
+    (expected, expected_lse), (out, lse) = results
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+    assert torch.equal(lse == 8, expected_lse == 8) and out.isfinite().all()
+    if not kind:
+        assert (lse != 8).all(1).sum(1).tolist() == [min(last, n)] * 2
 
 
 @pytest.mark.parametrize(("n", "Lq", "last"), [(36, 36, 5), (40, 20, 17), (64, 3, 20)])
