@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .attend.decode import MAX_ROWS, MAX_WIDTH, decode_attention, device_of, queries_at_once
+from .attend.decode import decode_attention, device_of, fits, queries_at_once
 from .attend.places import Table, append_places, attend_places, make_programs, shares
 from .attend.segments import COMPACTED
 from .express import Express, gather_rows, make_layout, select_rows
@@ -644,8 +644,7 @@ class Held:
 
     def fits_step(self, group: int) -> bool:
         """Whether the kernels of :meth:`step` take what is held, for ``group`` query heads of a KV head."""
-        key, value = self.parts[0].key, self.parts[0].value
-        return key.dtype != torch.float64 and max(key.shape[3], value.shape[3]) <= MAX_WIDTH and group <= MAX_ROWS
+        return fits(self.parts[0].key, self.parts[0].value, group)
 
     @_in_place
     def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

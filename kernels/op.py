@@ -44,8 +44,8 @@ def _above(name: str, kernel: Callable) -> Callable:
                 "torch.autograd.forward_ad); take gradients with backward(), or run exact attention: "
                 "methods=['exact'], or restore_attention(model)"
             )
-        is_asked = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        if prepared.ENABLED and not is_asked and _is_next(keyset.raw_repr()):
+        is_direct = prepared.ENABLED and _is_next(keyset.raw_repr())
+        if is_direct and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             with torch._C._AutoDispatchBelowAutograd():
                 return _ON_CUDA[name](*args, **options)
         return kernel(keyset, *args, **options)

@@ -166,6 +166,12 @@ def crossings(judged: list[Judged]) -> list[Crossing]:
     return found
 
 
+def spec_of(row: dict, causal: bool) -> AttentionSpec:
+    """The site that a row was measured at."""
+    sizes = [int(row[name]) for name in ("B", "H", "H_kv", "Lq", "Lk", "D", "Dv")]
+    return AttentionSpec(*sizes, getattr(torch, row["dtype"]), "cuda", sizes[5] ** -0.5, Mask(causal=causal))
+
+
 def judge(rows: list[dict]) -> list[Judged]:
     """Every approximate row of the newest run of each kind of site, as the planner sees its shape."""
     rows = [row for row in rows if row["job"] == "plan" and "grid=" in row["params"]]
@@ -175,9 +181,7 @@ def judge(rows: list[dict]) -> list[Judged]:
         params = params_of(row)
         if row["commit"] != newest[params["grid"]] or row["method"] == "exact":
             continue
-        sizes = [int(row[name]) for name in ("B", "H", "H_kv", "Lq", "Lk", "D", "Dv")]
-        mask = Mask(causal=params["grid"] == "prefill")
-        spec = AttentionSpec(*sizes, getattr(torch, row["dtype"]), "cuda", sizes[5] ** -0.5, mask)
+        spec = spec_of(row, params["grid"] == "prefill")
         own = {name: int(params[name]) for name in ("sinks", "window", "protected") if name in params}
         policy = Policy(budget=int(row["s"]), methods=(row["method"], "exact"), **own)
         device, graphs = shipped()[row["gpu"]], "graph" in params
@@ -193,28 +197,30 @@ def judge(rows: list[dict]) -> list[Judged]:
 def newest_prefills(rows: list[dict]) -> Iterator[tuple[str, dict, float]]:
     """The newest rows of plans per KV head (``benchmark.py --mixed``) and of Express with protected rows and a window
     (``--window``): what they are, the row, and the milliseconds that are predicted."""
-    plans = {name.replace(" ", "_"): [PerHead(every)] for name, every in MIXED.items()}
-    found: dict[tuple[str, int], tuple[dict, list[Policy]]] = {}
-    for row in (row for row in rows if row["D"] == "128" and "graph" not in row["params"]):
+    sizes = dict(sinks=32, window=256, protected=256)
+    windows = {(row["commit"], row["Lk"]) for row in rows if row["job"] == "window"}
+    newest = {}
+    for row in rows:
         params, name = params_of(row), ""
-        if row["job"] == "mixed" and (saved := PLANS / f"{params.get('plan')}.json").exists():
-            plans[params["plan"]] = layers_of(SavedPlan.load(saved), int(row["H_kv"]))
-        if row["job"] == "mixed" and params.get("plan") in plans:
-            name, policies = params["plan"], [Policy(methods=(own,)) for own in plans[params["plan"]]]
-        elif row["job"] == "window":
-            protected = {"sinks": 32, "window": 256, "protected": 256}
-            own = [x for x in rows if (x["commit"], x["job"], x["Lk"]) == (row["commit"], "prefill", row["Lk"])
-                   and params_of(x) == {k: str(v) for k, v in protected.items()}]  # fmt: skip
-            for x in own:
-                found[f"Express, s={x['s']}", int(x["Lk"])] = x, [Policy(budget=int(x["s"]), **protected)]
+        if row["job"] == "mixed" and row["method"] == "heads" and "graph" not in params:
+            name = params["plan"]
+        elif row["job"] == "prefill" and (row["commit"], row["Lk"]) in windows and row["s"]:
+            name = f"Express, s={row['s']}" * (params == {key: str(x) for key, x in sizes.items()})
         if name:
-            found[name.replace("_", " "), int(row["Lk"])] = row, policies
-    for (name, _), (row, policies) in sorted(found.items(), key=lambda x: x[0]):
-        sizes = [int(row[size]) for size in ("B", "H", "H_kv", "Lq", "Lk", "D", "Dv")]
-        spec = AttentionSpec(*sizes, getattr(torch, row["dtype"]), "cuda", sizes[5] ** -0.5, Mask(causal=True))
-        method = "express" if name.startswith("Express") else "heads"
-        times = [predict(method, spec, policy, shipped()[row["gpu"]]) for policy in policies]
-        yield name, row, statistics.fmean(x for x in times if x is not None)
+            newest[name, int(row["Lk"])] = row
+    for (name, _), row in sorted(newest.items()):
+        saved = PLANS / f"{name}.json"
+        if row["job"] == "prefill":
+            policies = [Policy(budget=int(row["s"]), methods=("express",), **sizes)]
+        elif name.replace("_", " ") in MIXED:
+            policies = [Policy(methods=(PerHead(MIXED[name.replace("_", " ")]),))]
+        elif saved.exists():
+            policies = [Policy(methods=(own,)) for own in layers_of(SavedPlan.load(saved), int(row["H_kv"]))]
+        else:
+            continue
+        method = "express" if row["job"] == "prefill" else "heads"
+        times = [predict(method, spec_of(row, True), policy, shipped()[row["gpu"]]) for policy in policies]
+        yield name.replace("_", " "), row, statistics.fmean(x for x in times if x is not None)
 
 
 def main() -> None:

@@ -6,9 +6,8 @@
 One profile of three texts (``models.profiled_texts``), by which every policy that differs between heads is chosen:
 
 * ``per head``: every source of rows, and the last 64 queries exact; ``without ...``: all but one of them; ``last 16``:
-  fewer of those;
-  ``per layer``: the errors of a layer's heads summed, so that all of them have the same; ``without records``: the
-  profile of the two natural texts alone;
+  fewer such queries; ``per layer``: the errors of a layer's heads summed, so that all of them have the same;
+  ``without records``: the profile of the two natural texts alone;
 * ``layers alike``: without what errors of a layer do to the output, as if that were the same in all of them;
 * ``window or everything``: heads stream or see everything, as in DuoAttention (arXiv 2410.10819).
 
@@ -181,7 +180,8 @@ def policies(found: Profile, natural: Profile, budget: float, n: int, last: int 
     }
     heads["layers alike"] = replace(found, sites=tuple(replace(site, nats=1.0) for site in found.sites))
     others = {name: chosen(its, budget, n, last) for name, its in heads.items()}
-    others |= {name: chosen(found, budget, n, fewer) for name, fewer in (("without last", 0), ("last 16", 16))}
+    numbers = {"without last": 0, "last 16": 16}
+    others |= {name: chosen(found, budget, n, fewer) for name, fewer in numbers.items() if fewer < last}
     return {"per head": chosen(found, budget, n, last), **uniform(budget, n), **uniform(budget, n, last), **others}
 
 

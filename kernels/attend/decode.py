@@ -92,17 +92,18 @@ def _decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = Rows(*others)
     _check(query, key, value, rows)
-    few = query.shape[2] <= queries_at_once(query.shape[1] // key.shape[1])
-    return (decode_triton if few and fits(query, key, value) else decode_reference)(query, key, value, scale, rows)
+    group = query.shape[1] // key.shape[1]
+    is_fast = query.is_cuda and query.shape[2] <= queries_at_once(group) and fits(key, value, group)
+    return (decode_triton if is_fast else decode_reference)(query, key, value, scale, rows)
 
 
 _decode_prepared = prepared(_decode)
 
 
-def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the kernels take such tensors, however many queries they are."""
-    narrow = max(query.shape[3], value.shape[3]) <= MAX_WIDTH
-    return query.is_cuda and narrow and query.shape[1] <= MAX_ROWS * key.shape[1] and query.dtype != torch.float64
+def fits(key: torch.Tensor, value: torch.Tensor, group: int) -> bool:
+    """Whether the kernels take such rows, for ``group`` query heads of a KV head, however many queries these have."""
+    narrow = max(key.shape[3], value.shape[3]) <= MAX_WIDTH
+    return key.dtype != torch.float64 and narrow and group <= MAX_ROWS
 
 
 def queries_at_once(group: int) -> int:

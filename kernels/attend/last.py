@@ -78,8 +78,9 @@ def attend_last(call: Call, n: int, outputs: tuple[torch.Tensor, torch.Tensor]) 
     """Exact attention of the last ``n`` queries of every sequence into ``outputs``, out ``[B, H, Lq, Dv]`` and
     log-sum-exp ``[B, H, Lq]``; other queries and padding keep what they have."""
     out, lse = outputs
-    end, given = _End.of(call, n), (call.query, call.key, call.value)
-    attention = decode_triton if fits(*given) else decode_reference
+    end, group = _End.of(call, n), call.query.shape[1] // call.key.shape[1]
+    is_fast = call.query.is_cuda and fits(call.key, call.value, group)
+    attention = decode_triton if is_fast else decode_reference
     rows = Rows(end.tokens, call.padding)
     found, found_lse = attention(end.take(call.query), call.key, call.value, call.scale, rows)
     end.put(found, out)
