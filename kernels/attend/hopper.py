@@ -14,6 +14,7 @@ the scores in their tiles, and jobs of 15 tiles start and end more often (``exam
 from __future__ import annotations
 
 import functools
+import warnings
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,14 @@ try:
         warpgroup_mma_wait,
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-except ImportError:  # no Triton on this platform, or one without Gluon: the other kernel runs
+
+    # renamed in Triton 3.8 and 3.9, which keeps old names of functions to raise an error
+    load_rows, load_tile = (
+        x.async_load if hasattr(x, "async_load") else x.async_copy_global_to_shared for x in (async_copy, tma)
+    )
+    _shared = gl.shared_memory_descriptor
+    reinterpret = _shared.reinterpret if hasattr(_shared, "reinterpret") else _shared._reinterpret
+except (ImportError, AttributeError):  # no Triton on this platform, or one without this Gluon: the other kernel runs
     gluon = None
 
 
@@ -53,7 +61,7 @@ QUERIES = 128
 KernelShape = namedtuple("KernelShape", "D DV BM BN PARTS STAGES")
 SLOTS = constexpr(4)  # of a merged tile
 CACHED = 32 << 20  # bytes of keys and values that heads which take turns have, of 50 or 60 MB of L2
-VERSIONS = ("3.6.",)  # of Triton that this was tried with; Gluon changes from one to the next
+VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")  # of Triton whose Gluon this was compiled with
 GATHERED = constexpr(2048)  # elements of rows by index that are asked for at a time
 
 Shared = namedtuple("Shared", "q k v q_full q_empty k_full k_empty v_full v_empty")
@@ -179,7 +187,7 @@ def _gather(target, x, place, by_index, row, shown):
         o_row = gl.minimum(o_n + i * STEP, shown - 1)
         i_row = gl.where(by_index, rows[i], place.first_key + rows[i] * 64 + o_row % 64).to(gl.int64)
         pointers = p + i_row[:, None] * x.n + o_d[None, :]
-        async_copy.async_copy_global_to_shared(target.slice(i * STEP, STEP, 0), pointers)
+        load_rows(target.slice(i * STEP, STEP, 0), pointers)
 
 
 @_jit
@@ -215,14 +223,13 @@ def _fill(stream, stage, phase, j, row, shown, work, place, lists):
         mbarrier.expect(full, stream.tokens.block_type.nbytes)
         tile = stream.tiles.index(stage)
         if j >= work.copied:
-            tma.async_copy_global_to_shared(stream.tokens, [place.i_b, place.i_kv, row, 0], full, tile)
+            load_tile(stream.tokens, [place.i_b, place.i_kv, row, 0], full, tile)
         elif row >= 0:
             at = [place.c_b, place.c_h, place.c_row + row, 0]
-            tma.async_copy_global_to_shared(stream.copied, at, full, tile)
+            load_tile(stream.copied, at, full, tile)
         else:  # 64 columns of a tile lie together
-            pieces = stream.tiles._reinterpret(
-                stream.tiles.dtype, [STAGES * COLUMNS * SLOTS, 1, 1, SIZE, 64], stream.slots_tokens.layout
-            )
+            shape: gl.constexpr = [STAGES * COLUMNS * SLOTS, 1, 1, SIZE, 64]
+            pieces = reinterpret(stream.tiles, stream.tiles.dtype, shape, stream.slots_tokens.layout)
             p_slots = lists.slots + SLOTS * (work.first + j)
             slots = (gl.load(p_slots), gl.load(p_slots + 1), gl.load(p_slots + 2), gl.load(p_slots + 3))
             for i in gl.static_range(SLOTS):
@@ -231,10 +238,10 @@ def _fill(stream, stage, phase, j, row, shown, work, place, lists):
                     piece = pieces.index((stage * COLUMNS + c) * SLOTS + i)
                     if slot >= 0:
                         at = [place.c_b, place.c_h, place.c_row + slot, 64 * c]
-                        tma.async_copy_global_to_shared(stream.slots_copied, at, full, piece)
+                        load_tile(stream.slots_copied, at, full, piece)
                     else:
                         at = [place.i_b, place.i_kv, -1 - slot, 64 * c]
-                        tma.async_copy_global_to_shared(stream.slots_tokens, at, full, piece)
+                        load_tile(stream.slots_tokens, at, full, piece)
 
 
 @_jit
@@ -259,7 +266,7 @@ def _produce(d, x, lists, shared, sizes, SHAPE: gl.constexpr):
                     mbarrier.wait(shared.q_empty.index(half), q_phase ^ 1)
                     mbarrier.expect(full, d.q.block_type.nbytes)
                     at = [place.i_b, place.i_h, place.q_row + ROWS * half, 0]
-                    tma.async_copy_global_to_shared(d.q, at, full, shared.q.index(half))
+                    load_tile(d.q, at, full, shared.q.index(half))
             _fill(values, stage, phase, j, row, shown, work, place, lists)
             stage, phase = _next(stage, phase, SHAPE.STAGES)
             row, shown = next_row, next_shown
@@ -438,19 +445,29 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
+@functools.cache
+def _is_tried(version: str) -> bool:
+    """Whether this is a Triton of ``VERSIONS``; of another is said once that the slower kernel runs."""
+    tried = version.startswith(VERSIONS)
+    if not tried:
+        words = "attention runs without its kernel for Hopper, which is 1.4 times as fast: that was tried with Triton"
+        warnings.warn(f"{words} {', '.join(VERSIONS)}, and this is {version}", RuntimeWarning, stacklevel=2)
+    return tried
+
+
 def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: int) -> bool:
     """Whether this kernel runs these tensors, for blocks of ``block`` queries: float16 and bfloat16, head sizes 64 and
     128, not both 64 (where it was no faster on an H200), on Hopper, with strides that let a row by index be copied 16
     bytes at a time."""
     return (
         gluon is not None
-        and triton.__version__.startswith(VERSIONS)
         and query.is_cuda
         and query.element_size() == 2
         and block == QUERIES
         and {query.shape[3], value.shape[3]} in ({128}, {64, 128})
         and all(x.stride(3) == 1 and not any(stride % 16 for stride in x.stride()[:3]) for x in (key, value))
         and _is_hopper(query.device)
+        and _is_tried(triton.__version__)
     )
 
 
