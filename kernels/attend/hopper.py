@@ -450,8 +450,9 @@ def _is_tried(version: str) -> bool:
     """Whether this is a Triton of ``VERSIONS``; of another is said once that the slower kernel runs."""
     tried = version.startswith(VERSIONS)
     if not tried:
-        words = "attention runs without its kernel for Hopper, which is 1.4 times as fast: that was tried with Triton"
-        warnings.warn(f"{words} {', '.join(VERSIONS)}, and this is {version}", RuntimeWarning, stacklevel=2)
+        words = "attention runs without its kernel for Hopper, which is 1.4 times as fast: that was compiled with Triton"
+        known = ", ".join(x.rstrip(".") for x in VERSIONS)
+        warnings.warn(f"{words} {known}, and this is {version}", RuntimeWarning, stacklevel=2)
     return tried
 
 
