@@ -948,8 +948,8 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, help="with --mixed: a saved plan whose heads the mixtures have")
     parser.add_argument("--padded", action="store_true", help="measure only batches of sequences of other lengths; "
                         "--others is the longest one")  # fmt: skip
-    parser.add_argument("--versions", action="store_true", help="measure only a call of every kind, to be compared with "
-                        "the rows of another Triton; --others is the length, --heads has 8 KV heads")  # fmt: skip
+    parser.add_argument("--versions", action="store_true", help="measure only a call of every kind, to be compared "
+                        "with another Triton; --others is the length, --heads has 8 KV heads")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=7)
     add_arguments(parser)
     args = parser.parse_args()

@@ -54,8 +54,9 @@ def test_what_express_and_its_gradient_launch(calls: ModuleType) -> None:
     assert names(found) == [*contest, "_thin_kernel", "segment_kernel"]
 
 
-def test_every_call_of_the_committed_table_launches_kernels(calls: ModuleType) -> None:
-    with TABLE.open(newline="") as file:
+@pytest.mark.parametrize("table", sorted(TABLE.parent.glob("device-code*.csv")), ids=lambda path: path.stem)
+def test_every_call_of_the_committed_tables_launches_kernels(calls: ModuleType, table: Path) -> None:
+    with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["call"] for row in rows} == set(calls.CALLS)
     assert {(row["dtype"], int(row["D"])) for row in rows} == {(str(x)[6:], D) for x, D in calls.KINDS}

@@ -50,7 +50,7 @@ def test_it_compiles_with_the_triton_that_is_installed_for_a_gpu_that_is_not_the
     assert (found["error"], found["warnings"]) == ("", "")
     assert (found["registers"], found["wgmma.mma_async"]) == (168, 2 * 4 * 8)
     assert found["wgmma.wait_group.sync.aligned 1;"] == 2 and found["cp.async.bulk.tensor"] >= 2
-    assert found["shared"] < 168 << 10 and found["spilled"] <= 300  # bytes that no step of the loop over tiles touches
+    assert found["shared"] < 168 << 10 and found["spilled"] <= 300  # of 276 most by far once in a job
 
 
 @pytest.fixture
