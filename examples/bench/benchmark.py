@@ -88,6 +88,7 @@ from express_compile.kernels.attend.segments import (
     Sources,
     causal_table,
     dense_table,
+    segment_attention,
     segment_attention_backward,
     segment_attention_reference,
 )
@@ -416,6 +417,23 @@ def decode(
     row = row_of(Policy(budget=draws), times, opponents, errors, method="santa", job="decode", params=params,
                  peak_mb=peak)  # fmt: skip
     return {**row, "error": sampled}
+
+
+def segments(tensors, opponents: dict[str, float], clock: Clock, repeats: int, **params) -> dict:
+    """Segment attention over all tokens, causal: exact attention by our own kernel."""
+    q, k, v = tensors
+    n, scale, rows = q.shape[2], q.shape[-1] ** -0.5, Sources.tokens(k, v)
+    table = causal_table(n, n)
+
+    def call() -> torch.Tensor:
+        return segment_attention(q, rows, table, scale)[0]
+
+    out, peak = peak_of(call, out_and_lse)
+    blocks = {0, len(table.tail) // 2, len(table.tail) - 1}
+    errors = max(errors_of(out, q, rows, table.of_block(block, n), scale, n) for block in blocks)
+    row = row_of(Policy(), clock(call, repeats), opponents, errors, method="exact", job="segments", params=params,
+                 peak_mb=peak)  # fmt: skip
+    return {**row, "s": ""}
 
 
 def decode_exact(tensors, truth: torch.Tensor, opponents: dict[str, float], clock: Clock, repeats: int) -> dict:
@@ -808,15 +826,14 @@ class Bench:
     def versions(self) -> None:
         """A call of every kind."""
         n, clock, repeats = self.args.others, self.clock, self.args.repeats
-        whole, policy = self.tensors(1, n, n), SETTINGS[0]
-        plans = {"exact": P.PerHead([Rows(everything=True)] * whole[1].shape[1]), "few": P.PerHead(MIXED["few"])}
+        whole, policy, few = self.tensors(1, n, n), SETTINGS[0], P.PerHead(MIXED["few"])
         causal, every = (exact_times(*whole, clock, repeats, causal=causal) for causal in (True, False))
         plain = mock.patch.object(hopper, "takes", lambda *_: False)
         for kernel, patch in (({}, contextlib.nullcontext()), ({"kernel": "plain"}, plain)):
             with patch:
                 self.add(*whole[:2], prefill(policy, causal, whole, clock, repeats, **kernel))
-                for name, own in plans.items():
-                    self.add(*whole[:2], per_head(name, [own], causal, whole, clock, repeats, **kernel))
+                self.add(*whole[:2], segments(whole, causal, clock, repeats, **kernel))
+                self.add(*whole[:2], per_head("few", [few], causal, whole, clock, repeats, **kernel))
         self.add(*whole[:2], encode(ENCODERS[0], every, whole, clock, repeats))
         one = self.tensors(8, 1, n)
         one[0] *= 2
