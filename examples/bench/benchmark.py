@@ -835,6 +835,8 @@ class Bench:
                 self.add(*whole[:2], segments(whole, causal, clock, repeats, **kernel))
                 self.add(*whole[:2], per_head("few", [few], causal, whole, clock, repeats, **kernel))
         self.add(*whole[:2], encode(ENCODERS[0], every, whole, clock, repeats))
+        floats = [x[..., :64].float().contiguous() for x in whole]
+        self.add(*floats[:2], prefill(policy, exact_times(*floats, clock, repeats), floats, clock, repeats))
         one = self.tensors(8, 1, n)
         one[0] *= 2
         truth = F.scaled_dot_product_attention(*(x[:2].double() for x in one), enable_gqa=True)
@@ -933,7 +935,7 @@ PARTS: dict[str, tuple[Callable[[Bench], None], str]] = {
     "mixed": (Bench.mixed, "method Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb"),
     "padded": (Bench.padded, "B Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb"),
     "window": (Bench.window, "method Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb"),
-    "versions": (Bench.versions, "triton job method Lk params ms_p50 opponent opponent_ms_p50 speedup error"),
+    "versions": (Bench.versions, "triton job method dtype params ms_p50 opponent opponent_ms_p50 speedup error"),
     "everything": (
         Bench.everything,
         "job dtype B Lq Lk s params ms_p50 opponent opponent_ms_p50 speedup error peak_mb",
