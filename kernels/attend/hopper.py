@@ -6,7 +6,7 @@ next job as well: by the tensor memory accelerator what lies side by side, rows 
 warp groups of 64 queries each multiply: the product with the keys of a tile runs beside the one with the values of the
 tile before it, and exponentials of one group overlap with products of the other.
 
-On an H200 with Triton 3.6 (bfloat16, D = 128, n = 32,768) it reaches 607 TFLOP/s of causal attention, where the kernel of
+On an H200 (Triton 3.6, bfloat16, D = 128, n = 32,768) it reaches 607 TFLOP/s of causal attention, where the kernel of
 :mod:`.segments` has 427 and cuDNN 587, and over the 512 rows of Express 513, where that one has 371: queries see 89% of
 the scores in their tiles, and jobs of 15 tiles start and end more often (``examples/bench/results/gpu-tests.txt``).
 """
