@@ -352,13 +352,14 @@ class HeldRows:
         """Let the first tokens leave all at once, as a prefill thins them, up to where a block of queries starts;
         ``key`` and ``value`` are those of all heads."""
         config = self.config
-        if config is None:
+        if config is None or self.drops:
             return
         begin = new.count - config.in_block(new.count)
         left = self.leaves(begin, 0)
-        if config.streamed(left) < 4 * config.s:
+        if left <= config.protected if config.forgets else config.streamed(left) < 4 * config.s:
             return
-        layout, random = make_layout(config, 1, begin + 1), self.random._replace(heads=self.group.on(key.device))
+        layout = make_layout(config, 1, begin + 1)
+        random = self.random._replace(heads=self.group.on(key.device))
         index = select_rows(key[:, :, :begin], value[:, :, :begin], layout, self.scale, random)[1]
         segments, log_weight = layout.table.segments[0], layout.table.log_weight[0]
         round_ = Round(round_of(config.streamed(left), config.s), config.s, config.M)
