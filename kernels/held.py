@@ -600,7 +600,14 @@ class Held:
                 left = part.left[b.start]
                 if not (single and part.drops and part.leaves(length, left) <= left + 1):
                     part.advance(b, length, part._read(b, 0, 0))
-                    part.look_ahead(b, length)
+        self.look_ahead()
+
+    @_in_place
+    def look_ahead(self, new: int = 0) -> None:
+        """Decide what is due soon, with so many ``new`` tokens that are held and not counted."""
+        for b, length, _, _ in list(self._spans(0, None)):
+            for part in self.parts:
+                part.look_ahead(b, length + new)
 
     def rest(self) -> int:
         """For how many steps of one token :meth:`settle` and :meth:`prepare_step` have nothing to do."""
