@@ -41,7 +41,7 @@ from .heads import Group, PerHead, groups
 from .launch import Random, philox_uniform
 from .select.contest import CONTEST, contest, distinctiveness
 from .select.halving import Decider, halve_reference
-from .select.pages import PAGE, SUB, choose_pages, listed, update_means
+from .select.pages import PAGE, SUB, choose_pages, choose_triton, listed, means_triton, update_means
 from .select.schedule import CLOSE_FIRST, CLOSE_SECOND, SUBSAMPLE, Halving, Round, round_of, stage
 from .select.thinning import draws_triton, halve
 
@@ -560,6 +560,7 @@ class Held:
         self.parts: list[HeldRows] = []
         self._table: tuple[Any, Table, object] | None = None
         self._end: torch.Tensor | None = None
+        self._first = torch.empty(0, dtype=torch.int32)  # token of every sequence: 0, as no padding is held
         for group in groups(own.rows, key.shape[1]):
             config = own.config(group.rows)
             streaming = config if isinstance(config, Express) else None  # selected blocks are chosen among all tokens
@@ -677,6 +678,8 @@ class Held:
             self.count_into(self._end)
         else:
             self._end = end
+        if (self._first.shape, self._first.device) != (self._end.shape, self._end.device):
+            self._first = torch.zeros_like(self._end)
         names = ("key", "value", "log_weight", "token", "pages", "listed", "means")
         tensors = (getattr(part, name) for part in self.parts for name in names)
         known = tuple((x.data_ptr(), x.shape) for x in tensors)
@@ -746,11 +749,10 @@ class Held:
         for part in self.parts:
             rows = part.group.rows
             if rows.selected:
-                q, first = part.group.take(query, H_kv), torch.zeros_like(self._end)
-                update_means(part.means, part.key, first, self._end, 1)
-                recent = max(1, rows.recent)
-                part.pages.copy_(
-                    choose_pages(q, part.means, part.scale, first, self._end, rows.selected, rows.sinks, recent)
+                q, span = part.group.take(query, H_kv), (self._first, self._end)
+                means_triton(part.means, part.key, *span, 1)
+                choose_triton(
+                    q, part.means, part.scale, *span, rows.selected, rows.sinks, max(1, rows.recent), out=part.pages
                 )
         return attend_places(query, key, value, table, self._end, self.parts[0].scale)
 

@@ -342,8 +342,6 @@ def test_what_is_recorded_asks_the_device_nothing_and_reads_no_memory_of_the_hos
     """The whole model with the launches of the kernels, which compute nothing here."""
     for module in (places, pages):
         monkeypatch.setattr(module, "launch", lambda *_, **__: None)
-    monkeypatch.setattr(held, "update_means", pages.means_triton)
-    monkeypatch.setattr(held, "choose_pages", pages.choose_triton)
     ids, mask = prompt(model, 140, (0, 33))
     cache = ExpressCache(model, rows=ROWS, graphs=True)
     model(**inputs(ids[:, :120], mask[:, :120], cache))
