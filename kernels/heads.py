@@ -63,7 +63,7 @@ from .express import (
 )
 from .launch import Random, constant
 from .op import define_attention
-from .select.blocks import KEYS, BlockConfig, query_blocks, select_blocks, select_blocks_triton
+from .select.blocks import KEYS, BlockConfig, Choosers, query_blocks, select_blocks, select_blocks_triton
 from .select.contest import CONTEST
 from .select.halving import RULE
 from .select.schedule import check_budget
@@ -346,14 +346,13 @@ Choices: TypeAlias = Mapping[Rows, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """KV heads that choose from the same blocks of keys, in one pass: those of some groups one behind the other, how
-    many blocks each, and ``config`` with the most of them. ``first``: where its choices begin in a flat buffer."""
+    """KV heads that choose from the same blocks of keys, in one pass: those of some groups one behind the other, and
+    ``config`` with the most blocks and recent tokens of any."""
 
     groups: tuple[Group, ...]
     config: BlockConfig
     heads: tuple[int, ...]
-    blocks: tuple[int, ...]
-    first: int = 0
+    rows: tuple[Rows, ...]
 
     def at(self, group: Group) -> slice:
         """Where the heads of ``group`` are among all."""
@@ -368,21 +367,23 @@ def _families(own: PerHead, H_kv: int, Lk: int) -> tuple[Family, ...]:
     for group in groups(own.rows, H_kv):
         config = own.config(group.rows)
         if isinstance(config, BlockConfig) and Lk > exact_up_to(group.rows):
-            members.setdefault(replace(config, blocks=1), []).append(group)
+            alike = replace(config, blocks=1, recent=config.recent % config.block)  # whose blocks begin together
+            members.setdefault(alike, []).append(group)
     found = []
     for config, of_config in members.items():
-        heads = [(head, x.rows.selected) for x in of_config for head in x.heads or range(H_kv)]
-        numbers, blocks = zip(*heads, strict=True)
-        found.append(Family(tuple(of_config), replace(config, blocks=max(blocks)), numbers, blocks))
+        heads, rows = zip(*((head, x.rows) for x in of_config for head in x.heads or range(H_kv)), strict=True)
+        most = replace(config, blocks=max(x.selected for x in rows), recent=max(x.recent for x in rows))
+        found.append(Family(tuple(of_config), most, heads, rows))
     return tuple(found)
 
 
 def _choose(call: Call, family: Family, start: torch.Tensor | None) -> torch.Tensor:
     """int32 ``[B, heads of the family, blocks of queries, most blocks]``, by kernels."""
-    device, all_heads = call.key.device, family.heads == tuple(range(call.key.shape[1]))
-    alike = all_heads and len(set(family.blocks)) == 1
-    heads = None if alike else (_constant(family.heads, device), _constant(family.blocks, device))
-    return select_blocks_triton(call.query, call.key, family.config, call.scale, start, heads)
+    choosers = None
+    if len(family.groups) > 1 or family.groups[0].heads is not None:
+        blocks, held = (x.selected for x in family.rows), (x.sinks + x.recent for x in family.rows)
+        choosers = Choosers(*(_constant(tuple(x), call.key.device) for x in (family.heads, blocks, held)))
+    return select_blocks_triton(call.query, call.key, family.config, call.scale, start, choosers)
 
 
 def _choices(call: Call, own: PerHead, start: torch.Tensor | None) -> Choices:
@@ -424,6 +425,16 @@ class Together:
     indexed: int
 
 
+def _beside_chosen(config: BlockConfig, Lq: int, Lk: int) -> tuple[SegmentTable, np.ndarray]:
+    """What a head sees beside the blocks that it chooses, and how many these are for every block of queries."""
+    blocks = query_blocks(config, Lq, Lk)
+    sinks = np.where(blocks.candidates > 0, config.sinks, 0)
+    segments = np.stack([np.zeros_like(sinks), np.zeros_like(sinks), sinks], -1)[:, None]
+    weights = np.zeros((len(sinks), 1))
+    table = SegmentTable(config.block, blocks.q_offset, segments, weights, blocks.tail, blocks.shift)
+    return table, np.minimum(blocks.candidates, config.blocks)
+
+
 @functools.lru_cache(maxsize=256)
 def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int) -> Together:
     exact: list[int] = []
@@ -444,19 +455,12 @@ def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int) -> Toge
             # multiples of 16 bytes: kernels are compiled once more for memory that begins elsewhere
             indexed += -(-B * len(heads) * layout.size // 4) * 4
     for family in _families(own, H_kv, Lk):
-        blocks = query_blocks(family.config, Lq, Lk)
-        each = len(blocks.begin) * family.config.blocks
-        sinks = np.where(blocks.candidates > 0, family.config.sinks, 0)
-        segments = np.stack([np.zeros_like(sinks), np.zeros_like(sinks), sinks], -1)[:, None]
-        table = SegmentTable(
-            own.block, blocks.q_offset, segments, np.zeros((len(sinks), 1)), blocks.tail, blocks.shift
-        )  # fmt: skip
+        each = len(query_blocks(family.config, Lq, Lk).begin) * family.config.blocks
         for group in family.groups:
-            heads = family.heads[family.at(group)]
+            table, count = _beside_chosen(own.config(group.rows), Lq, Lk)
             place = Place(chosen + family.at(group).start * each, each, each * len(family.heads))
-            count = np.minimum(blocks.candidates, group.rows.selected)
-            beside = Chosen(family.config.sinks, count, place, family.config.blocks)
-            shares.append(HeadRows(heads, table, chosen=beside))
+            beside = Chosen(group.rows.sinks, count, place, family.config.blocks)
+            shares.append(HeadRows(family.heads[family.at(group)], table, chosen=beside))
         families.append(family)
         chosen += B * len(family.heads) * each
     mixture = Mixture(tuple(shares), G, Lq, Lk) if shares else None
