@@ -21,6 +21,7 @@ side, float16, bfloat16, float32 (float64 on a CPU). Refuses what ``express`` re
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -67,6 +68,7 @@ from .select.blocks import KEYS, BlockConfig, Choosers, query_blocks, select_blo
 from .select.contest import CONTEST
 from .select.halving import RULE
 from .select.schedule import check_budget
+from .streams import beside
 
 _Tensors = tuple[torch.Tensor, ...]
 EVERYTHING = Rows(everything=True)
@@ -457,13 +459,16 @@ def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int) -> Toge
     for family in _families(own, H_kv, Lk):
         each = len(query_blocks(family.config, Lq, Lk).begin) * family.config.blocks
         for group in family.groups:
-            table, count = _beside_chosen(own.config(group.rows), Lq, Lk)
+            config = own.config(group.rows)
+            assert isinstance(config, BlockConfig)
+            table, count = _beside_chosen(config, Lq, Lk)
             place = Place(chosen + family.at(group).start * each, each, each * len(family.heads))
             beside = Chosen(group.rows.sinks, count, place, family.config.blocks)
             shares.append(HeadRows(family.heads[family.at(group)], table, chosen=beside))
         families.append(family)
         chosen += B * len(family.heads) * each
     mixture = Mixture(tuple(shares), G, Lq, Lk) if shares else None
+    thinned.sort(key=lambda x: -x.layout.config.s)  # the longest chains of halvings first
     return Together(tuple(sorted(exact)), tuple(thinned), tuple(families), mixture, copied, indexed)
 
 
@@ -476,29 +481,37 @@ def together(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torc
     if what.mixture is None:
         return exact_attention(query, key, value, call.scale)
     outputs = Outputs.of(query, value.shape[3])
-    if what.exact:  # the longest ones
-        _exact_heads(call, what.exact, outputs)
     index = copies = None
     if what.indexed:
         index = torch.empty(what.indexed, dtype=torch.int32, device=device)
     if what.copied:
         copies = tuple(x.new_empty(what.copied, x.shape[3]) for x in (key, value))
-    for x in what.thinned:
-        assert index is not None
-        own_index, A = len(x.heads) * B * x.layout.size, len(x.heads) * B * x.layout.copied
-        kept = tuple(
-            (tokens.new_empty(0, tokens.shape[3]) if copies is None else copies[i][x.copies : x.copies + A])
-            .view(B, len(x.heads), x.layout.copied, tokens.shape[3])
-            for i, tokens in enumerate((key, value))
-        )  # fmt: skip
-        listed = index[x.index : x.index + own_index].view(B, len(x.heads), x.layout.size)
-        random = Random(call.seed, call.layer, None if len(x.heads) == H_kv else _constant(x.heads, device))
-        select_into((listed, *kept), key, value, x.layout, call.scale, random)
-    found = [_choose(call, family, start).flatten() for family in what.families]
+    others = what.exact or what.families
+    with beside(device) as piece:  # halvings wait for each other: most of the time most of the device is idle
+        for x in what.thinned:
+            with piece() if others or x is not what.thinned[-1] else contextlib.nullcontext():
+                _thin(call, x, index, copies)
+        if what.exact:
+            _exact_heads(call, what.exact, outputs)
+        found = [_choose(call, family, start).flatten() for family in what.families]
     chosen = None if not found else found[0] if len(found) == 1 else torch.cat(found)
     read = index if any(x.layout.config.protected for x in what.thinned) else None
     mixed_attention_triton(query, key, value, Buffers(copies, read, chosen), what.mixture, call.scale, outputs)
     return outputs
+
+
+def _thin(call: Call, own: Thinned, index: torch.Tensor | None, copies: _Tensors | None) -> None:
+    """What these heads keep, into their parts of the buffers."""
+    assert index is not None
+    (B, H_kv), H, layout = call.key.shape[:2], len(own.heads), own.layout
+    kept = tuple(
+        (x.new_empty(0, x.shape[3]) if copies is None else copies[i][own.copies : own.copies + B * H * layout.copied])
+        .view(B, H, layout.copied, x.shape[3])
+        for i, x in enumerate((call.key, call.value))
+    )  # fmt: skip
+    listed = index[own.index : own.index + B * H * layout.size].view(B, H, layout.size)
+    random = Random(call.seed, call.layer, None if H == H_kv else _constant(own.heads, call.key.device))
+    select_into((listed, *kept), call.key, call.value, layout, call.scale, random)
 
 
 def _exact_heads(call: Call, heads: tuple[int, ...], outputs: Outputs) -> None:
