@@ -32,7 +32,8 @@ def beside(device: torch.device) -> Iterator[Callable[[], AbstractContextManager
     if device.type != "cuda":
         yield contextlib.nullcontext
         return
-    current, used = torch.cuda.current_stream(device), []
+    used: list[torch.cuda.Stream] = []
+    current = torch.cuda.current_stream(device)
 
     @contextlib.contextmanager
     def piece() -> Iterator[None]:
