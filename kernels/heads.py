@@ -362,11 +362,6 @@ class Family:
         return slice(first, first + len(group.heads or self.heads))
 
 
-def _family(config: BlockConfig) -> BlockConfig:
-    """The same for all heads whose blocks of keys and blocks of queries are the same."""
-    return replace(config, blocks=1, recent=config.recent % config.block)
-
-
 @functools.lru_cache(maxsize=1024)
 def _families(own: PerHead, H_kv: int, Lk: int) -> tuple[Family, ...]:
     """Of the heads with selected rows that are not exact for ``Lk`` tokens."""
@@ -374,7 +369,8 @@ def _families(own: PerHead, H_kv: int, Lk: int) -> tuple[Family, ...]:
     for group in groups(own.rows, H_kv):
         config = own.config(group.rows)
         if isinstance(config, BlockConfig) and Lk > exact_up_to(group.rows):
-            members.setdefault(_family(config), []).append(group)
+            alike = replace(config, blocks=1, recent=config.recent % config.block)  # whose blocks begin together
+            members.setdefault(alike, []).append(group)
     found = []
     for config, of_config in members.items():
         heads, rows = zip(*((head, x.rows) for x in of_config for head in x.heads or range(H_kv)), strict=True)
@@ -707,8 +703,6 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
         costs.append(c.Cost(sympy.Integer(0), c.itemsize * packing_cost(), launches=sympy.Integer(0)))
     summed = c.Cost(*(sum(getattr(cost, f.name) for cost in costs) for f in fields(c.Cost)))
     together_too = max(0, sum(not rows.everything for rows in members) - 1)  # attention is one launch for all of these
-    chosen = [config for rows in members if isinstance(config := own.config(rows), BlockConfig)]
-    together_too += 2 * (len(chosen) - len({*map(_family, chosen)}))
     summed = replace(summed, launches=summed.launches - together_too)
     return summed.unless(c.Lk < params["min_length"], exact) if params["min_length"] else summed
 
