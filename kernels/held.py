@@ -352,13 +352,14 @@ class HeldRows:
         """Let the first tokens leave all at once, as a prefill thins them, up to where a block of queries starts;
         ``key`` and ``value`` are those of all heads."""
         config = self.config
-        if config is None:
+        if config is None or self.drops:
             return
         begin = new.count - config.in_block(new.count)
         left = self.leaves(begin, 0)
-        if config.streamed(left) < 4 * config.s:
+        if left <= config.protected if config.forgets else config.streamed(left) < 4 * config.s:
             return
-        layout, random = make_layout(config, 1, begin + 1), self.random._replace(heads=self.group.on(key.device))
+        layout = make_layout(config, 1, begin + 1)
+        random = self.random._replace(heads=self.group.on(key.device))
         index = select_rows(key[:, :, :begin], value[:, :, :begin], layout, self.scale, random)[1]
         segments, log_weight = layout.table.segments[0], layout.table.log_weight[0]
         round_ = Round(round_of(config.streamed(left), config.s), config.s, config.M)
@@ -599,7 +600,14 @@ class Held:
                 left = part.left[b.start]
                 if not (single and part.drops and part.leaves(length, left) <= left + 1):
                     part.advance(b, length, part._read(b, 0, 0))
-                    part.look_ahead(b, length)
+        self.look_ahead()
+
+    @_in_place
+    def look_ahead(self, new: int = 0) -> None:
+        """Decide what is due soon, with so many ``new`` tokens that are held and not counted."""
+        for b, length, _, _ in list(self._spans(0, None)):
+            for part in self.parts:
+                part.look_ahead(b, length + new)
 
     def rest(self) -> int:
         """For how many steps of one token :meth:`settle` and :meth:`prepare_step` have nothing to do."""
