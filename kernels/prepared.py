@@ -321,8 +321,8 @@ def _rounded(size: int) -> int:
 
 
 def shared(lives: Sequence[_Life], others: Sequence[_Life]) -> list[tuple[int, ...]]:
-    """Which of ``lives``, in the order of their first steps, share an allocation. It is there from the first step of them
-    to the last; as many share as can while allocations and ``others`` never take more than 1/64 above what lives at
+    """Which of ``lives``, by their first steps, share an allocation, which is there from the first step of them
+    to the last: as many as can while allocations and ``others`` never take more than 1/64 above what lives at
     once, in units of the allocator."""
 
     @functools.cache
