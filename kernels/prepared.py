@@ -2,18 +2,13 @@
 
 What the body of an op does on CUDA follows from its options and from the shapes, strides, dtypes and alignments of its
 tensors: a few launches, memory for them, seldom an operator of PyTorch. So the first calls of a kind are recorded while
-they run, and become straight code: memory, addresses, launches. In it temporary memory that is gone before the same
-tensor comes is one allocation, in which what does not live at once shares its place, and nothing is checked, hashed or
-looked up again.
+they run, and become straight code: memory, addresses, launches. In it temporary memory is few allocations, in which
+what does not live at once shares its place, and nothing is checked, hashed or looked up again.
 
 Two recordings have to be equal before there is code. So a body that takes something from elsewhere, which may change
 from call to call, is never prepared, nor is one that reads anything back from the device. Only the ``layer`` may
 differ, where all that depends on it are numbers of kernels which are general in them: the code takes it as an argument,
 and what the first two layers of a model recorded serves all of them.
-
-Only where the environment says ``EXPRESS_PREPARED=1``: in the first run on a GPU three of 163 tests failed. Rehearsed
-without one, three do: two that counted calls of another op inside of a body, and one of memory, of which code took 14%
-more than the body then. A run has yet to confirm it.
 """
 
 from __future__ import annotations
@@ -36,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .launch import DESCRIPTORS, Launcher, current_device, current_stream, is_hooked, watched_by
 
-ENABLED = os.environ.get("EXPRESS_PREPARED") == "1"
+ENABLED = os.environ.get("EXPRESS_PREPARED") != "0"
 MOST = 1024  # kinds of calls of an op that are kept
 RECORDINGS = 4  # of a kind, after which there will be no code
 _ALIGNED = 512  # bytes, as PyTorch's own memory

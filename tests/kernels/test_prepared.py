@@ -166,6 +166,11 @@ def test_a_call_is_code_from_the_fourth_of_its_kind_on() -> None:
     assert times_run(lambda x: x.cos() + x, [(x,) for x in X]) == 3
 
 
+def test_where_it_is_turned_off_bodies_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "ENABLED", False)
+    assert times_run(launched, [(x,) for x in X]) == len(X)
+
+
 def test_what_is_read_back_is_never_prepared() -> None:
     for read in (lambda x: x * float(x[0]), lambda x: x[x > 0], lambda x: x[: int(x.argmax()) + 1]):
         assert times_run(read, [(x,) for x in X]) == len(X)
