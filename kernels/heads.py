@@ -515,12 +515,11 @@ def _copy_heads(sources: _Tensors, targets: Sequence[torch.Tensor], heads: torch
     """Copies the KV heads ``heads`` of each source ``[B, H, L, ..]`` to its target, which has these alone. ``into``: to
     these heads of the target, from a source that has them alone."""
     n, few = len(heads), sources if into else targets
-    sizes = tuple((x.shape[1] // n, x.shape[2]) for x in few)
+    sizes = tuple((len(x), n, x.shape[1] // n, x.shape[2]) for x in few)
     widths = tuple(math.prod(x.shape[3:]) for x in few)
-    most, longest = (max(size) for size in zip(*sizes, strict=True))
-    launch(_copy_heads_kernel, (len(few[0]) * n * most, -(-longest // COPIED), len(few)),
-        tuple(map(strided, sources)), tuple(map(strided, targets)), heads, (len(few[0]), n, *sizes),
-        WIDTHS=widths, TILES=tuple(map(next_power_of_two, widths)), INTO=into, BM=COPIED, num_warps=4,
+    programs = max(x.shape[0] * x.shape[1] for x in few), -(-max(x.shape[2] for x in few) // COPIED), len(few)
+    launch(_copy_heads_kernel, programs, tuple(map(strided, sources)), tuple(map(strided, targets)), heads, sizes,
+        WIDTHS=tuple((D, next_power_of_two(D)) for D in widths), INTO=into, BM=COPIED, num_warps=4,
     )  # fmt: skip
 
 
@@ -529,21 +528,18 @@ COPIED = 128  # rows that a program copies
 
 @jit(general="sizes")
 def _copy_heads_kernel(
-    sources, targets, p_heads, sizes,
-    WIDTHS: tl.constexpr, TILES: tl.constexpr, INTO: tl.constexpr, BM: tl.constexpr,
+    sources, targets, p_heads, sizes, WIDTHS: tl.constexpr, INTO: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
     for i in tl.static_range(len(WIDTHS)):
         if tl.program_id(2) == i:
-            _copy_head(
-                sources[i], targets[i], p_heads, sizes[0], sizes[1], sizes[2 + i], WIDTHS[i], TILES[i], INTO, BM
-            )  # fmt: skip
+            _copy_head(sources[i], targets[i], p_heads, sizes[i], WIDTHS[i], INTO, BM)
 
 
 @jit
-def _copy_head(
-    x, y, p_heads, B, n, size, D: tl.constexpr, BD: tl.constexpr, INTO: tl.constexpr, BM: tl.constexpr
-):  # fmt: skip
-    per, L = size
+def _copy_head(x, y, p_heads, size, WIDTHS: tl.constexpr, INTO: tl.constexpr, BM: tl.constexpr):
+    D: tl.constexpr = WIDTHS[0]
+    BD: tl.constexpr = WIDTHS[1]
+    B, n, per, L = size
     i_seq = tl.program_id(0)
     if i_seq < B * n * per:
         i_b, i_few = i_seq // (n * per), i_seq % (n * per)

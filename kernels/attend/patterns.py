@@ -458,24 +458,19 @@ def _key_gradient_kernel(d_q, d_do, inputs, outputs, sizes, SHAPE: tl.constexpr)
 
 
 @jit(general="sizes")
-def _compact_kernel(k, v, p_k, p_v, sizes, WIDTHS: tl.constexpr, BM: tl.constexpr):
-    """Summary columns one behind the other, 0 for those behind the last position."""
+def _compact_kernel(sources, targets, sizes, WIDTHS: tl.constexpr, BM: tl.constexpr):
+    """Summary columns one behind the other, 0 for those behind the last position; keys, then values."""
     H_kv, Lk, period, c, groups, M = sizes
     i_seq = tl.program_id(0)  # batch, KV head and group
     i_group, i_bkv = i_seq % groups, i_seq // groups
     o_m = tl.program_id(1) * BM + tl.arange(0, BM)
     o_row = o_m // c * period + period - c * (i_group + 1) + o_m % c
-    _copy_rows(k, p_k, i_bkv // H_kv, i_bkv % H_kv, o_row, Lk, i_seq, o_m, M, WIDTHS.D, WIDTHS.BD)
-    _copy_rows(v, p_v, i_bkv // H_kv, i_bkv % H_kv, o_row, Lk, i_seq, o_m, M, WIDTHS.DV, WIDTHS.BDV)
-
-
-@jit
-def _copy_rows(x, p_out, i_b, i_kv, o_row, Lk, i_seq, o_m, M, D: tl.constexpr, BD: tl.constexpr):
-    p_x, stride = sequence(x, i_b, i_kv)
-    b_x = load_rows(p_x, stride, o_row, (o_m < M) & (o_row < Lk), D, BD)
-    o_d = tl.arange(0, BD)
-    p_to = p_out + (i_seq.to(tl.int64) * M + o_m)[:, None] * D + o_d[None, :]
-    tl.store(p_to, b_x, mask=(o_m < M)[:, None] & (o_d < D)[None, :])
+    for i in tl.static_range(2):
+        p_x, stride = sequence(sources[i], i_bkv // H_kv, i_bkv % H_kv)
+        b_x = load_rows(p_x, stride, o_row, (o_m < M) & (o_row < Lk), WIDTHS[i], WIDTHS[2 + i])
+        o_d = tl.arange(0, WIDTHS[2 + i])
+        p_to = targets[i] + (i_seq.to(tl.int64) * M + o_m)[:, None] * WIDTHS[i] + o_d[None, :]
+        tl.store(p_to, b_x, mask=(o_m < M)[:, None] & (o_d < WIDTHS[i])[None, :])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -547,7 +542,7 @@ class _Problem:
             blocks = -(-self.Lk // period)
         k, v = (x.new_empty(self.B, self.H_kv * self.groups, blocks * c, x.shape[3]) for x in (self.k, self.v))
         launch(_compact_kernel, (self.B * self.H_kv * self.groups, -(-blocks * c // COMPACTED)),
-            strided(self.k), strided(self.v), k, v, (self.H_kv, self.Lk, period, c, self.groups, blocks * c),
+            (strided(self.k), strided(self.v)), (k, v), (self.H_kv, self.Lk, period, c, self.groups, blocks * c),
             WIDTHS=self.widths, BM=COMPACTED, num_warps=4,
         )  # fmt: skip
         return k, v
