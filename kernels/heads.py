@@ -519,7 +519,7 @@ def _copy_heads(sources: _Tensors, targets: Sequence[torch.Tensor], heads: torch
     widths = tuple(math.prod(x.shape[3:]) for x in few)
     programs = max(x.shape[0] * x.shape[1] for x in few), -(-max(x.shape[2] for x in few) // COPIED), len(few)
     launch(_copy_heads_kernel, programs, tuple(map(strided, sources)), tuple(map(strided, targets)), heads, sizes,
-        WIDTHS=tuple((D, next_power_of_two(D)) for D in widths), INTO=into, BM=COPIED, num_warps=4,
+        WIDTHS=widths, TILES=tuple(map(next_power_of_two, widths)), INTO=into, BM=COPIED, num_warps=4,
     )  # fmt: skip
 
 
@@ -528,17 +528,16 @@ COPIED = 128  # rows that a program copies
 
 @jit(general="sizes")
 def _copy_heads_kernel(
-    sources, targets, p_heads, sizes, WIDTHS: tl.constexpr, INTO: tl.constexpr, BM: tl.constexpr
+    sources, targets, p_heads, sizes,
+    WIDTHS: tl.constexpr, TILES: tl.constexpr, INTO: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     for i in tl.static_range(len(WIDTHS)):
         if tl.program_id(2) == i:
-            _copy_head(sources[i], targets[i], p_heads, sizes[i], WIDTHS[i], INTO, BM)
+            _copy_head(sources[i], targets[i], p_heads, sizes[i], WIDTHS[i], TILES[i], INTO, BM)
 
 
 @jit
-def _copy_head(x, y, p_heads, size, WIDTHS: tl.constexpr, INTO: tl.constexpr, BM: tl.constexpr):
-    D: tl.constexpr = WIDTHS[0]
-    BD: tl.constexpr = WIDTHS[1]
+def _copy_head(x, y, p_heads, size, D: tl.constexpr, BD: tl.constexpr, INTO: tl.constexpr, BM: tl.constexpr):
     B, n, per, L = size
     i_seq = tl.program_id(0)
     if i_seq < B * n * per:
