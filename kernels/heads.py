@@ -21,6 +21,7 @@ side, float16, bfloat16, float32 (float64 on a CPU). Refuses what ``express`` re
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -63,10 +64,11 @@ from .express import (
 )
 from .launch import Random, constant, jit, launch, load_rows, next_power_of_two, sequence, strided, tl
 from .op import define_attention
-from .select.blocks import KEYS, BlockConfig, query_blocks, select_blocks, select_blocks_triton
+from .select.blocks import KEYS, BlockConfig, Choosers, query_blocks, select_blocks, select_blocks_triton
 from .select.contest import CONTEST
 from .select.halving import RULE
 from .select.schedule import check_budget
+from .streams import beside
 
 _Tensors = tuple[torch.Tensor, ...]
 EVERYTHING = Rows(everything=True)
@@ -346,14 +348,13 @@ Choices: TypeAlias = Mapping[Rows, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """KV heads that choose from the same blocks of keys, in one pass: those of some groups one behind the other, how
-    many blocks each, and ``config`` with the most of them. ``first``: where its choices begin in a flat buffer."""
+    """KV heads that choose from the same blocks of keys, in one pass: those of some groups one behind the other, and
+    ``config`` with the most blocks and recent tokens of any."""
 
     groups: tuple[Group, ...]
     config: BlockConfig
     heads: tuple[int, ...]
-    blocks: tuple[int, ...]
-    first: int = 0
+    rows: tuple[Rows, ...]
 
     def at(self, group: Group) -> slice:
         """Where the heads of ``group`` are among all."""
@@ -368,21 +369,23 @@ def _families(own: PerHead, H_kv: int, Lk: int) -> tuple[Family, ...]:
     for group in groups(own.rows, H_kv):
         config = own.config(group.rows)
         if isinstance(config, BlockConfig) and Lk > exact_up_to(group.rows):
-            members.setdefault(replace(config, blocks=1), []).append(group)
+            alike = replace(config, blocks=1, recent=config.recent % config.block)  # whose blocks begin together
+            members.setdefault(alike, []).append(group)
     found = []
     for config, of_config in members.items():
-        heads = [(head, x.rows.selected) for x in of_config for head in x.heads or range(H_kv)]
-        numbers, blocks = zip(*heads, strict=True)
-        found.append(Family(tuple(of_config), replace(config, blocks=max(blocks)), numbers, blocks))
+        heads, rows = zip(*((head, x.rows) for x in of_config for head in x.heads or range(H_kv)), strict=True)
+        most = replace(config, blocks=max(x.selected for x in rows), recent=max(x.recent for x in rows))
+        found.append(Family(tuple(of_config), most, heads, rows))
     return tuple(found)
 
 
 def _choose(call: Call, family: Family, start: torch.Tensor | None) -> torch.Tensor:
     """int32 ``[B, heads of the family, blocks of queries, most blocks]``, by kernels."""
-    device, all_heads = call.key.device, family.heads == tuple(range(call.key.shape[1]))
-    alike = all_heads and len(set(family.blocks)) == 1
-    heads = None if alike else (_constant(family.heads, device), _constant(family.blocks, device))
-    return select_blocks_triton(call.query, call.key, family.config, call.scale, start, heads)
+    choosers = None
+    if len(family.groups) > 1 or family.groups[0].heads is not None:
+        blocks, held = (x.selected for x in family.rows), (x.sinks + x.recent for x in family.rows)
+        choosers = Choosers(*(_constant(tuple(x), call.key.device) for x in (family.heads, blocks, held)))
+    return select_blocks_triton(call.query, call.key, family.config, call.scale, start, choosers)
 
 
 def _choices(call: Call, own: PerHead, start: torch.Tensor | None) -> Choices:
@@ -424,6 +427,16 @@ class Together:
     indexed: int
 
 
+def _beside_chosen(config: BlockConfig, Lq: int, Lk: int) -> tuple[SegmentTable, np.ndarray]:
+    """What a head sees beside the blocks that it chooses, and how many these are for every block of queries."""
+    blocks = query_blocks(config, Lq, Lk)
+    sinks = np.where(blocks.candidates > 0, config.sinks, 0)
+    segments = np.stack([np.zeros_like(sinks), np.zeros_like(sinks), sinks], -1)[:, None]
+    weights = np.zeros((len(sinks), 1))
+    table = SegmentTable(config.block, blocks.q_offset, segments, weights, blocks.tail, blocks.shift)
+    return table, np.minimum(blocks.candidates, config.blocks)
+
+
 @functools.lru_cache(maxsize=256)
 def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int) -> Together:
     exact: list[int] = []
@@ -444,22 +457,18 @@ def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int) -> Toge
             # multiples of 16 bytes: kernels are compiled once more for memory that begins elsewhere
             indexed += -(-B * len(heads) * layout.size // 4) * 4
     for family in _families(own, H_kv, Lk):
-        blocks = query_blocks(family.config, Lq, Lk)
-        each = len(blocks.begin) * family.config.blocks
-        sinks = np.where(blocks.candidates > 0, family.config.sinks, 0)
-        segments = np.stack([np.zeros_like(sinks), np.zeros_like(sinks), sinks], -1)[:, None]
-        table = SegmentTable(
-            own.block, blocks.q_offset, segments, np.zeros((len(sinks), 1)), blocks.tail, blocks.shift
-        )  # fmt: skip
+        each = len(query_blocks(family.config, Lq, Lk).begin) * family.config.blocks
         for group in family.groups:
-            heads = family.heads[family.at(group)]
+            config = own.config(group.rows)
+            assert isinstance(config, BlockConfig)
+            table, count = _beside_chosen(config, Lq, Lk)
             place = Place(chosen + family.at(group).start * each, each, each * len(family.heads))
-            count = np.minimum(blocks.candidates, group.rows.selected)
-            beside = Chosen(family.config.sinks, count, place, family.config.blocks)
-            shares.append(HeadRows(heads, table, chosen=beside))
+            beside = Chosen(group.rows.sinks, count, place, family.config.blocks)
+            shares.append(HeadRows(family.heads[family.at(group)], table, chosen=beside))
         families.append(family)
         chosen += B * len(family.heads) * each
     mixture = Mixture(tuple(shares), G, Lq, Lk) if shares else None
+    thinned.sort(key=lambda x: -x.layout.config.s)  # the longest chains of halvings first
     return Together(tuple(sorted(exact)), tuple(thinned), tuple(families), mixture, copied, indexed)
 
 
@@ -472,29 +481,37 @@ def together(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torc
     if what.mixture is None:
         return exact_attention(query, key, value, call.scale)
     outputs = Outputs.of(query, value.shape[3])
-    if what.exact:  # the longest ones
-        _exact_heads(call, what.exact, outputs)
     index = copies = None
     if what.indexed:
         index = torch.empty(what.indexed, dtype=torch.int32, device=device)
     if what.copied:
         copies = tuple(x.new_empty(what.copied, x.shape[3]) for x in (key, value))
-    for x in what.thinned:
-        assert index is not None
-        own_index, A = len(x.heads) * B * x.layout.size, len(x.heads) * B * x.layout.copied
-        kept = tuple(
-            (tokens.new_empty(0, tokens.shape[3]) if copies is None else copies[i][x.copies : x.copies + A])
-            .view(B, len(x.heads), x.layout.copied, tokens.shape[3])
-            for i, tokens in enumerate((key, value))
-        )  # fmt: skip
-        listed = index[x.index : x.index + own_index].view(B, len(x.heads), x.layout.size)
-        random = Random(call.seed, call.layer, None if len(x.heads) == H_kv else _constant(x.heads, device))
-        select_into((listed, *kept), key, value, x.layout, call.scale, random)
-    found = [_choose(call, family, start).flatten() for family in what.families]
+    others = what.exact or what.families
+    with beside(device) as piece:  # halvings wait for each other: most of the time most of the device is idle
+        for x in what.thinned:
+            with piece() if others or x is not what.thinned[-1] else contextlib.nullcontext():
+                _thin(call, x, index, copies)
+        if what.exact:
+            _exact_heads(call, what.exact, outputs)
+        found = [_choose(call, family, start).flatten() for family in what.families]
     chosen = None if not found else found[0] if len(found) == 1 else torch.cat(found)
     read = index if any(x.layout.config.protected for x in what.thinned) else None
     mixed_attention_triton(query, key, value, Buffers(copies, read, chosen), what.mixture, call.scale, outputs)
     return outputs
+
+
+def _thin(call: Call, own: Thinned, index: torch.Tensor | None, copies: _Tensors | None) -> None:
+    """What these heads keep, into their parts of the buffers."""
+    assert index is not None
+    (B, H_kv), H, layout = call.key.shape[:2], len(own.heads), own.layout
+    kept = tuple(
+        (x.new_empty(0, x.shape[3]) if copies is None else copies[i][own.copies : own.copies + B * H * layout.copied])
+        .view(B, H, layout.copied, x.shape[3])
+        for i, x in enumerate((call.key, call.value))
+    )  # fmt: skip
+    listed = index[own.index : own.index + B * H * layout.size].view(B, H, layout.size)
+    random = Random(call.seed, call.layer, None if H == H_kv else _constant(own.heads, call.key.device))
+    select_into((listed, *kept), call.key, call.value, layout, call.scale, random)
 
 
 def _exact_heads(call: Call, heads: tuple[int, ...], outputs: Outputs) -> None:

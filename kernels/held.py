@@ -41,7 +41,7 @@ from .heads import Group, PerHead, groups
 from .launch import Random, philox_uniform
 from .select.contest import CONTEST, contest, distinctiveness
 from .select.halving import Decider, halve_reference
-from .select.pages import PAGE, SUB, choose_pages, listed, update_means
+from .select.pages import PAGE, SUB, choose_pages, choose_triton, listed, means_triton, update_means
 from .select.schedule import CLOSE_FIRST, CLOSE_SECOND, SUBSAMPLE, Halving, Round, round_of, stage
 from .select.thinning import draws_triton, halve
 
@@ -352,13 +352,14 @@ class HeldRows:
         """Let the first tokens leave all at once, as a prefill thins them, up to where a block of queries starts;
         ``key`` and ``value`` are those of all heads."""
         config = self.config
-        if config is None:
+        if config is None or self.drops:
             return
         begin = new.count - config.in_block(new.count)
         left = self.leaves(begin, 0)
-        if config.streamed(left) < 4 * config.s:
+        if left <= config.protected if config.forgets else config.streamed(left) < 4 * config.s:
             return
-        layout, random = make_layout(config, 1, begin + 1), self.random._replace(heads=self.group.on(key.device))
+        layout = make_layout(config, 1, begin + 1)
+        random = self.random._replace(heads=self.group.on(key.device))
         index = select_rows(key[:, :, :begin], value[:, :, :begin], layout, self.scale, random)[1]
         segments, log_weight = layout.table.segments[0], layout.table.log_weight[0]
         round_ = Round(round_of(config.streamed(left), config.s), config.s, config.M)
@@ -559,6 +560,7 @@ class Held:
         self.parts: list[HeldRows] = []
         self._table: tuple[Any, Table, object] | None = None
         self._end: torch.Tensor | None = None
+        self._first = torch.empty(0, dtype=torch.int32)  # token of every sequence: 0, as no padding is held
         for group in groups(own.rows, key.shape[1]):
             config = own.config(group.rows)
             streaming = config if isinstance(config, Express) else None  # selected blocks are chosen among all tokens
@@ -599,7 +601,14 @@ class Held:
                 left = part.left[b.start]
                 if not (single and part.drops and part.leaves(length, left) <= left + 1):
                     part.advance(b, length, part._read(b, 0, 0))
-                    part.look_ahead(b, length)
+        self.look_ahead()
+
+    @_in_place
+    def look_ahead(self, new: int = 0) -> None:
+        """Decide what is due soon, with so many ``new`` tokens that are held and not counted."""
+        for b, length, _, _ in list(self._spans(0, None)):
+            for part in self.parts:
+                part.look_ahead(b, length + new)
 
     def rest(self) -> int:
         """For how many steps of one token :meth:`settle` and :meth:`prepare_step` have nothing to do."""
@@ -669,6 +678,8 @@ class Held:
             self.count_into(self._end)
         else:
             self._end = end
+        if (self._first.shape, self._first.device) != (self._end.shape, self._end.device):
+            self._first = torch.zeros_like(self._end)
         names = ("key", "value", "log_weight", "token", "pages", "listed", "means")
         tensors = (getattr(part, name) for part in self.parts for name in names)
         known = tuple((x.data_ptr(), x.shape) for x in tensors)
@@ -738,11 +749,10 @@ class Held:
         for part in self.parts:
             rows = part.group.rows
             if rows.selected:
-                q, first = part.group.take(query, H_kv), torch.zeros_like(self._end)
-                update_means(part.means, part.key, first, self._end, 1)
-                recent = max(1, rows.recent)
-                part.pages.copy_(
-                    choose_pages(q, part.means, part.scale, first, self._end, rows.selected, rows.sinks, recent)
+                q, span = part.group.take(query, H_kv), (self._first, self._end)
+                means_triton(part.means, part.key, *span, 1)
+                choose_triton(
+                    q, part.means, part.scale, *span, rows.selected, rows.sinks, max(1, rows.recent), out=part.pages
                 )
         return attend_places(query, key, value, table, self._end, self.parts[0].scale)
 

@@ -119,8 +119,10 @@ def _job(n, x, lists, sizes, SHAPE: gl.constexpr):
         shift = gl.load(p_job + job.SHIFT)
         i_block = gl.load(p_job + job.TABLE) + i_part // SHAPE.PARTS
         c_b, c_h, c_row = 0, 0, gl.load(p_job + job.COPIES) + i_b * gl.load(p_job + job.COPIES_B)
-        p_index = x.index.p + (gl.load(p_job + job.INDEX) + i_b * gl.load(p_job + job.INDEX_B))
         p_chosen = x.chosen + (gl.load(p_job + job.CHOSEN) + i_b * gl.load(p_job + job.CHOSEN_B))
+        p_index = p_chosen
+        if x.index.p is not None:
+            p_index = x.index.p + (gl.load(p_job + job.INDEX) + i_b * gl.load(p_job + job.INDEX_B))
         blocks, first_key = gl.load(p_job + job.BLOCKS), gl.load(p_job + job.FIRST)
     p_start = lists.start + i_block * 3
     first = gl.load(p_start)
@@ -158,27 +160,22 @@ def _tile(j, work, lists, BN: gl.constexpr):
 
 
 @_jit
-def _gather(target, x, place, by_index, row, shown):
-    """Rows by index, or those of chosen blocks of 64 keys, into shared memory, some at a time; behind ``shown`` of
-    them come copies of the last one."""
+def _gather(target, x, place, row, shown):
+    """Rows by index into shared memory, some at a time; behind ``shown`` of them come copies of the last one."""
     BN: gl.constexpr = target.shape[0]
     D: gl.constexpr = target.shape[1]
     STEP: gl.constexpr = GATHERED // D
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     p = x.p + (place.i_b.to(gl.int64) * x.b + place.i_kv.to(gl.int64) * x.h)
     p_from = place.p_index + row
-    if not by_index:
-        p_from = place.p_chosen + row // 64
     o_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
     o_n = gl.arange(0, STEP, gl.SliceLayout(1, LAYOUT))
     rows = ()  # all at once: loads between copies would wait for one another
     for i in gl.static_range(BN // STEP):
         o_row = gl.minimum(o_n + i * STEP, shown - 1)
-        rows = rows + (gl.load(p_from + gl.where(by_index, o_row, o_row // 64)),)  # type: ignore[assignment]
+        rows = rows + (gl.load(p_from + o_row),)  # type: ignore[assignment]
     for i in gl.static_range(BN // STEP):
-        o_row = gl.minimum(o_n + i * STEP, shown - 1)
-        i_row = gl.where(by_index, rows[i], place.first_key + rows[i] * 64 + o_row % 64).to(gl.int64)
-        pointers = p + i_row[:, None] * x.n + o_d[None, :]
+        pointers = p + rows[i].to(gl.int64)[:, None] * x.n + o_d[None, :]
         async_copy.async_copy_global_to_shared(target.slice(i * STEP, STEP, 0), pointers)
 
 
@@ -198,31 +195,47 @@ def _before(stage, phase, STAGES: gl.constexpr):
 
 
 @_jit
-def _fill(stream, stage, phase, j, row, shown, work, place, lists):
-    """Tile j of a job, as soon as there is room for it."""
+def _pieces(stream):
+    """The slots of all tiles, of which 64 columns lie together."""
+    STAGES: gl.constexpr = stream.tiles.shape[0]
+    SIZE: gl.constexpr = stream.tiles.shape[3] // SLOTS
+    COUNT: gl.constexpr = STAGES * (stream.tiles.shape[4] // 64) * SLOTS
+    return stream.tiles._reinterpret(stream.tiles.dtype, [COUNT, 1, 1, SIZE, 64], stream.slots_tokens.layout)
+
+
+@_jit
+def _fill(stream, stage, phase, j, row, shown, work, place, lists, CHOSEN: gl.constexpr):
+    """Tile j of a job, as soon as there is room for it; ``CHOSEN``: it may be one of chosen blocks."""
     BN: gl.constexpr = stream.tiles.shape[3]
     D: gl.constexpr = stream.tiles.shape[4]
-    STAGES: gl.constexpr = stream.tiles.shape[0]
     COLUMNS: gl.constexpr = D // 64
     SIZE: gl.constexpr = BN // SLOTS
     full = stream.full.index(stage)
     mbarrier.wait(stream.empty.index(stage), phase ^ 1)
-    if (stream.x is not None) and ((j >= work.copied) & (j < work.chosen)):
-        _gather(stream.tiles.index(stage).reshape([BN, D]), stream.x, place, j < work.indexed, row, shown)
+    if (stream.x is not None) and ((j >= work.copied) & (j < work.indexed)):
+        _gather(stream.tiles.index(stage).reshape([BN, D]), stream.x, place, row, shown)
         async_copy.mbarrier_arrive(full)
         mbarrier.arrive(full)
     else:
         mbarrier.expect(full, stream.tokens.block_type.nbytes)
         tile = stream.tiles.index(stage)
-        if j >= work.copied:
+        if CHOSEN and ((j >= work.indexed) & (j < work.chosen)):
+            pieces = _pieces(stream)
+            p_block = place.p_chosen + row // 64
+            first = gl.load(p_block), gl.load(p_block + gl.where(shown > 64, 1, 0))  # or the last one twice
+            for i in gl.static_range(SLOTS):
+                own = place.first_key + first[i * SIZE // 64] * 64 + i * SIZE % 64
+                for c in gl.static_range(COLUMNS):
+                    at = [place.i_b, place.i_kv, own, 64 * c]
+                    piece = pieces.index((stage * COLUMNS + c) * SLOTS + i)
+                    tma.async_copy_global_to_shared(stream.slots_tokens, at, full, piece)
+        elif j >= work.copied:
             tma.async_copy_global_to_shared(stream.tokens, [place.i_b, place.i_kv, row, 0], full, tile)
         elif row >= 0:
             at = [place.c_b, place.c_h, place.c_row + row, 0]
             tma.async_copy_global_to_shared(stream.copied, at, full, tile)
-        else:  # 64 columns of a tile lie together
-            pieces = stream.tiles._reinterpret(
-                stream.tiles.dtype, [STAGES * COLUMNS * SLOTS, 1, 1, SIZE, 64], stream.slots_tokens.layout
-            )
+        else:
+            pieces = _pieces(stream)
             p_slots = lists.slots + SLOTS * (work.first + j)
             slots = (gl.load(p_slots), gl.load(p_slots + 1), gl.load(p_slots + 2), gl.load(p_slots + 3))
             for i in gl.static_range(SLOTS):
@@ -240,6 +253,7 @@ def _fill(stream, stage, phase, j, row, shown, work, place, lists):
 @_jit
 def _produce(d, x, lists, shared, sizes, SHAPE: gl.constexpr):
     BN: gl.constexpr = SHAPE.BN
+    CHOSEN: gl.constexpr = x.jobs is not None
     x_k, x_v = None, None
     if x.index.p is not None:
         x_k, x_v = x.k, x.v
@@ -252,7 +266,7 @@ def _produce(d, x, lists, shared, sizes, SHAPE: gl.constexpr):
         row, shown, weight, more = _tile(0, work, lists, BN)
         for j in range(work.total):
             next_row, next_shown, next_weight, next_more = _tile(j + 1, work, lists, BN)
-            _fill(keys, stage, phase, j, row, shown, work, place, lists)
+            _fill(keys, stage, phase, j, row, shown, work, place, lists, CHOSEN)
             if j == 0:  # behind its first keys: there is room for queries a tile later than for these
                 for half in gl.static_range(2):
                     full = shared.q_full.index(half)
@@ -260,7 +274,7 @@ def _produce(d, x, lists, shared, sizes, SHAPE: gl.constexpr):
                     mbarrier.expect(full, d.q.block_type.nbytes)
                     at = [place.i_b, place.i_h, place.q_row + ROWS * half, 0]
                     tma.async_copy_global_to_shared(d.q, at, full, shared.q.index(half))
-            _fill(values, stage, phase, j, row, shown, work, place, lists)
+            _fill(values, stage, phase, j, row, shown, work, place, lists, CHOSEN)
             stage, phase = _next(stage, phase, SHAPE.STAGES)
             row, shown = next_row, next_shown
         q_phase = q_phase ^ 1

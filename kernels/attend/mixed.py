@@ -160,8 +160,10 @@ def mixed_attention_triton(
     d_k, d_v = copies = tiles.describe(key, value)  # a descriptor has to describe something
     if buffers.copies is not None:
         copies = tiles.describe(*(x[None, None] for x in buffers.copies))
-    # where no head has them, loops without rows: one kernel for all mixtures, of which fewer registers are spilled
-    index, chosen = (jobs if x is None else x for x in (buffers.tokens, buffers.chosen))
+    # where no head has them, loops without rows: one kernel for all mixtures, of which fewer registers are spilled, but
+    # for rows by index of the kernel for Hopper, which cost the other tiles a fence
+    chosen = jobs if buffers.chosen is None else buffers.chosen
+    index = jobs if buffers.tokens is None and not tiles.hopper else buffers.tokens
     largest = largest_of((key,), (value,)) if query.dtype == torch.float32 else None  # copies are none but tokens
     inputs = strided(query), strided(d_k.base), strided(d_v.base), Strided(index, 0, 0, 0)
     tensors = KernelTensors(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -244,14 +245,23 @@ def best_of(b_rank, wanted, BITS: tl.constexpr):
     return b_better + b_equal * (tl.cumsum(b_equal, 0) <= left).to(tl.int32)
 
 
+class Choosers(NamedTuple):
+    """KV heads that choose, each in its own way, int32 ``[H]``: their numbers, how many blocks each, and how many
+    tokens before a block of queries are no candidates, the sinks and the recent ones."""
+
+    heads: torch.Tensor
+    blocks: torch.Tensor
+    held: torch.Tensor
+
+
 @jit(general="H_kv q_offset begin line held rows columns blocks")
 def _choose_kernel(
-    p_chosen, p_lse, p_start, p_blocks, H_kv, q_offset, begin, line, sinks, held, rows, columns, blocks, stride_lse,
+    p_chosen, p_lse, p_start, choosers, H_kv, q_offset, begin, line, sinks, held, rows, columns, blocks, stride_lse,
     stride_chosen, GROUP: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    """One program per (block of queries, KV head); ``held`` tokens before the block are sinks and tail. ``blocks``
-    places for each, of which a head fills as many as ``p_blocks`` says."""
+    """One program per (block of queries, KV head); ``held`` tokens before the block are sinks and tail, and ``blocks``
+    places are filled for each, or as many as ``choosers`` say."""
     i_block, i_seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_c, o_b = tl.arange(0, BC), tl.arange(0, BB)
     start = q_offset
@@ -269,13 +279,13 @@ def _choose_kernel(
             b_sum = tl.sum(b_p)
             b_mass += b_p / tl.where(b_sum == 0, 1.0, b_sum)  # NaN stays NaN
 
+    wanted = blocks
+    if choosers is not None:
+        wanted, held = tl.load(choosers.blocks + i_seq % H_kv), tl.load(choosers.held + i_seq % H_kv)
     count = tl.maximum(begin + i_block * BLOCK - held, 0) // BN
     first = (sinks - line) // BN
     b_bits = tl.where(b_mass == b_mass, b_mass, 0.0).to(tl.int32, bitcast=True)
     b_bits = tl.where((o_c >= first) & (o_c < first + count), b_bits, -1)
-    wanted = blocks
-    if p_blocks is not None:
-        wanted = tl.load(p_blocks + i_seq % H_kv)
     b_taken = best_of(b_bits, wanted, 31)
     p_chosen += i_seq * stride_chosen + i_block * blocks
     tl.store(p_chosen + tl.cumsum(b_taken, 0) - 1, o_c - first, mask=b_taken > 0)
@@ -288,13 +298,13 @@ _WORKSPACE = 1 << 26  # bytes; longer prefills are chosen in parts
 @torch.no_grad()
 def select_blocks_triton(
     query: torch.Tensor, key: torch.Tensor, config: BlockConfig, scale: float, start: torch.Tensor | None = None,
-    heads: tuple[torch.Tensor, torch.Tensor] | None = None,
+    choosers: Choosers | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """:func:`select_blocks_reference` as Triton kernels; same arguments and results, up to masses that rounding makes
     change places. Reads nothing back from the device.
 
-    ``heads`` int32 ``[H]`` each: the KV heads that choose, None for all, and how many blocks each, ``config.blocks`` at
-    most; the result is ``[B, H, ..]`` then, ``NONE`` behind what a head chose.
+    ``choosers``: the KV heads that choose, with ``config.blocks`` at most and recent tokens of their own; None for all.
+    The result is ``[B, len(choosers.heads), ..]`` then, ``NONE`` behind what a head chose.
 
     Work: ``samples / block`` of the scores of exact attention. Memory: at most 64 MiB, or what one block of queries
     needs. Raises ``TypeError`` for dtypes other than float16, bfloat16 and float32.
@@ -309,7 +319,7 @@ def select_blocks_triton(
     (B, H, Lq, D), (H_kv, Lk) = query.shape, key.shape[1:3]
     layout, start = query_blocks(config, Lq, Lk), None if start is None else start.contiguous()
     total, group = len(layout.begin), H // H_kv
-    own, wanted = heads or (None, None)
+    own = None if choosers is None else choosers.heads
     H_kv = H_kv if own is None else len(own)
     chosen = torch.empty(B, H_kv, total, config.blocks, dtype=torch.int32, device=query.device)
     if not 0 < B * H_kv * D:
@@ -334,7 +344,7 @@ def select_blocks_triton(
         )  # fmt: skip
         BC = max(32, next_power_of_two(columns))
         launch(_choose_kernel, (blocks, B * H_kv),
-            chosen[:, :, first:], lse, start, wanted, H_kv, layout.q_offset, begin, line, config.sinks,
+            chosen[:, :, first:], lse, start, choosers, H_kv, layout.q_offset, begin, line, config.sinks,
             config.sinks + config.recent, rows, columns, config.blocks, columns * rows, total * config.blocks,
             BC=BC, BB=next_power_of_two(config.blocks), **sizes, num_warps=max(1, min(16, BC // 256)),
         )  # fmt: skip

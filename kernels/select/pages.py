@@ -217,15 +217,16 @@ def means_triton(
 
 def choose_triton(
     query: torch.Tensor, means: torch.Tensor, scale: float, first: torch.Tensor, end: torch.Tensor, pages: int,
-    sinks: int, recent: int,
+    sinks: int, recent: int, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """:func:`choose_reference` by the kernels, up to masses that rounding makes change places."""
+    """:func:`choose_reference` by the kernels, up to masses that rounding makes change places; into ``out`` if that is
+    given."""
     require_triton()
     (B, H, Lq, D), (H_kv, S), device = query.shape, means.shape[1:3], query.device
     R, sequences, P, count = H // H_kv * Lq, B * H_kv, -(-S * SUB // PAGE), listed(pages, sinks, recent)
     sizes, spans = _Sizes(H_kv, H // H_kv, S * SUB, S, P, count), _Spans(first.contiguous(), end.contiguous())
     lse = torch.empty(sequences, R, P, dtype=torch.float32, device=device)
-    chosen = torch.empty(B, H_kv, count, dtype=torch.int32, device=device)
+    chosen = torch.empty(B, H_kv, count, dtype=torch.int32, device=device) if out is None else out
     BD, BM = max(16, next_power_of_two(D)), max(16, next_power_of_two(R))
     programs = min(-(-S // _TILE), max(1, -(-_PROGRAMS // sequences)))
     launch(_score_kernel, (programs, sequences),

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from express_compile.core.call import Call
+from express_compile.core.plan import SavedPlan
 from express_compile.kernels import launch as launching
 from express_compile.kernels.attend import segments
+from express_compile.kernels.heads import together
 
 BENCH = Path(__file__).parents[2] / "examples" / "bench"
 TABLE = BENCH / "results" / "device-code.csv"
+PLANS = BENCH.parent / "plans"
 
 
 @pytest.fixture
@@ -52,6 +58,21 @@ def test_what_express_and_its_gradient_launch(calls: ModuleType) -> None:
     with calls.recorded() as found:
         calls.CALLS["express, uniform"](torch.float32, 64)
     assert names(found) == [*contest, "_thin_kernel", "segment_kernel"]
+
+
+def test_what_the_layers_of_a_shipped_plan_launch(calls: ModuleType) -> None:
+    """Eight of its heads in each: halvings for every kind of rows, and choices in two launches, or in four where blocks
+    of queries begin in two ways."""
+    layers = import_module("benchmark").layers_of(SavedPlan.load(PLANS / "qwen2.5-coder-0.5b.json"), 8)
+    found = []
+    for own in layers:
+        q, k, v = (torch.zeros(1, 8, 16384, 16) for _ in range(3))
+        with calls.recorded() as launches:
+            together(Call(q, k, v, None, torch.tensor(5), 0.1, 3), own, None)
+        count = Counter(names(launches))
+        assert count.pop("segment_kernel") == 1 and count["_describe_kernel"] == count["_thin_kernel"]
+        found.append((count.total(), count["_thin_kernel"], count["_choose_kernel"]))
+    assert found == [(6, 2, 1), (8, 1, 1), (6, 2, 1), (4, 1, 1), (6, 1, 2), (2, 0, 1)]
 
 
 def test_every_call_of_the_committed_table_launches_kernels(calls: ModuleType) -> None:

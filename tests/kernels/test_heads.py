@@ -32,7 +32,8 @@ from express_compile.kernels.attend.segments import (
 )
 from express_compile.kernels.attend.segments_backward import segment_attention_backward_triton
 from express_compile.kernels.launch import Widths
-from express_compile.kernels.select.blocks import rows_visible, select_blocks_reference
+from express_compile.kernels.select import blocks
+from express_compile.kernels.select.blocks import NONE, rows_visible, select_blocks_reference, select_blocks_triton
 from express_compile.kernels.select.contest import CONTEST, compete_reference
 from express_compile.planning import choose
 from express_compile.planning.choose import Question, answer, plan
@@ -349,6 +350,27 @@ def test_one_launch_for_all_heads_gives_each_what_the_reference_gives(rows, n, L
     expected, expected_lse = P.heads_reference(q, k, v, own, 0.5, SEED, 3)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_whose_blocks_begin_together_choose_in_two_launches_what_they_choose_alone(monkeypatch):
+    rows = [BLOCKS, Rows(2, 9, selected=2), WINDOW, Rows(2, 41, selected=3), BLOCKS, Rows(2, 20, selected=1)]
+    call, own = small(rows, 330, B=2)
+    alone = {}
+    for group in P.groups(own.rows, len(rows)):
+        if group.rows.selected:
+            few = group.of(call)
+            alone[group.rows] = select_blocks_triton(few.query, few.key, own.config(group.rows), 0.5)
+    launches, run = [], blocks.launch
+    monkeypatch.setattr(blocks, "launch", lambda *args, **options: (launches.append(args[1]), run(*args, **options)))
+    found = {}
+    for family in P._families(own, len(rows), 330):
+        chosen = P._choose(call, family, None)
+        for group in family.groups:
+            found[group.rows], beyond = chosen[:, family.at(group)].tensor_split([group.rows.selected], 3)
+            assert (beyond == NONE).all()
+    assert found.keys() == alone.keys() and all(torch.equal(found[x], alone[x]) for x in alone)
+    # of two sequences: four heads, and the one whose blocks of queries begin elsewhere
+    assert [grid[-1] for grid in launches] == [8, 8, 2, 2]
 
 
 @given(

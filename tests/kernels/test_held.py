@@ -100,6 +100,21 @@ def test_a_prefill_and_single_updates_end_in_the_same_state() -> None:
     assert torch.equal(at_once.rows(), one_by_one.rows())
 
 
+@pytest.mark.parametrize("rows", [Rows(2, 9, protected=10), Rows(2, 9, 8, 10), Rows(2, 9, 8)], ids=str)
+@pytest.mark.parametrize("n", [300, 1024, 2777])
+def test_a_prompt_is_thinned_at_once_and_not_contest_by_contest(
+    monkeypatch: pytest.MonkeyPatch, rows: Rows, n: int
+) -> None:
+    """A contest is some eighty operators: one after the other they took five of six seconds to the first token."""
+    compete, contests = HeldRows._compete, []
+    monkeypatch.setattr(HeldRows, "_compete", lambda self, *args: (contests.append(1), compete(self, *args))[1])
+    _, k, v = tokens(n, B=2)
+    cache = held(PerHead((rows,)), k, v)
+    cache.fill(k, v)
+    assert_holds(cache, k, v, n)
+    assert len(contests) <= 1, "what leaves behind the last block of queries alone"
+
+
 def test_decoding_attends_to_what_the_streaming_form_attends_to() -> None:
     rows = Rows(2, 9, 8, 10)
     q, k, v = tokens(700, B=2)

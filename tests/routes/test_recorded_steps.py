@@ -99,6 +99,25 @@ def test_replayed_steps_are_eager_steps(model, recorded: list[int], pads: tuple[
 
 
 @torch.no_grad()
+def test_what_is_due_is_decided_while_a_replay_runs_and_not_before_one(model, recorded, monkeypatch) -> None:
+    ids, mask = prompt(model, 440)
+    cache = ExpressCache(model, rows=Rows(2, 9, 8), graphs=True)
+    model(**inputs(ids[:, :120], mask[:, :120], cache))
+    leave, replayed, behind = held.HeldRows._leave, list[int](), list[bool]()
+
+    def counted(self: Any, *args: Any) -> None:
+        if self.touched is not None:  # a copy, of which what has changed is kept for its time
+            behind.append(sum(recorded) > sum(replayed))
+        leave(self, *args)
+
+    monkeypatch.setattr(held.HeldRows, "_leave", counted)
+    for i in range(120, 440):
+        replayed[:] = recorded
+        cache.steps(model, inputs(ids[:, i : i + 1], mask[:, : i + 1], cache))
+    assert behind.count(True) >= 5 and behind.count(False) <= 1, "the first step looks ahead before there is a replay"
+
+
+@torch.no_grad()
 def test_a_step_that_was_replayed_can_be_cropped_and_the_next_one_counts_on(model, recorded: list[int]) -> None:
     ids, mask = prompt(model, 140)
     cache = ExpressCache(model, rows=Rows(2, 9, 2, 4), graphs=True)
@@ -323,8 +342,6 @@ def test_what_is_recorded_asks_the_device_nothing_and_reads_no_memory_of_the_hos
     """The whole model with the launches of the kernels, which compute nothing here."""
     for module in (places, pages):
         monkeypatch.setattr(module, "launch", lambda *_, **__: None)
-    monkeypatch.setattr(held, "update_means", pages.means_triton)
-    monkeypatch.setattr(held, "choose_pages", pages.choose_triton)
     ids, mask = prompt(model, 140, (0, 33))
     cache = ExpressCache(model, rows=ROWS, graphs=True)
     model(**inputs(ids[:, :120], mask[:, :120], cache))

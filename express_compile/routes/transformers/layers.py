@@ -354,6 +354,11 @@ class ExpressLayer(CacheLayerMixin):
         self.keys = self.values = None
         return self.held.prepare_step(end)
 
+    def look_ahead_recorded(self) -> None:
+        """Decide what is due soon after a token that a replay adds and that is not counted yet."""
+        assert self.held is not None
+        self.held.look_ahead(1)
+
     def end_recorded(self) -> None:
         """Count the token that a replay added."""
         assert self.held is not None
