@@ -30,7 +30,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -419,7 +419,12 @@ def cache_steps(model: torch.nn.Module, B: int, n: int, cache: ExpressCache, cou
     return waited(step, count)
 
 
-def whole_rows(model: torch.nn.Module, B: int, n: int, S: int, count: int) -> list[dict[str, Any]]:
+WHOLE = ("transformers", "exact", "santa", "selected", "cache", "planned")
+
+
+def whole_rows(
+    model: torch.nn.Module, B: int, n: int, S: int, count: int, only: Sequence[str] = WHOLE
+) -> list[dict[str, Any]]:
     """The table of whole steps at one length; a method that does not fit the memory has none."""
     from transformers import DynamicCache
 
@@ -434,6 +439,8 @@ def whole_rows(model: torch.nn.Module, B: int, n: int, S: int, count: int) -> li
     rows, first = [], {"santa": "exact"}  # SANTA is no method for a prompt
     config, ttft, exact = model.config, {}, {}
     for name, (policy, plan) in methods.items():
+        if name not in only:
+            continue
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -487,6 +494,13 @@ def main() -> None:
     )
     parser.add_argument("--cached", nargs="+", default=["1x32768", "32x32768"], help="behind an ExpressCache alone")
     parser.add_argument("--steps", type=int, default=WHOLE_STEPS, help="timed behind an ExpressCache")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=WHOLE,
+        choices=WHOLE,
+        help="of whole steps, exact before what is compared with it",
+    )
     parser.add_argument("--draws", type=int, default=128, help="S, draws per head")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers")
     parser.add_argument("--by-hand", action="store_true", help="CUDA graphs of the eager model instead of a compiler")
@@ -516,7 +530,7 @@ def main() -> None:
         model = random_llama(device, dtype, TINY if args.tiny else LLAMA)
     mode = "reduce-overhead" if device == "cuda" else "default"
     for B, n in shapes["shapes"] if "whole" in args.parts else ():
-        keep(whole_rows(model, B, n, args.draws, args.steps))
+        keep(whole_rows(model, B, n, args.draws, args.steps, args.methods))
     for B, n in shapes["shapes"] if "model" in args.parts else ():
         keep(rows_of(model, B, n, args.draws, Clock(device), None if args.by_hand else mode))
 
