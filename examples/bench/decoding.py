@@ -160,7 +160,7 @@ def attention_rows(B: int, n: int, device: str, dtype: torch.dtype, weighted: bo
 
     def select(k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         update_means(kept, k, first, lengths, 1)
-        pages = choose_pages(q, kept, SCALE, first, lengths, **PAGES)
+        pages = choose_pages(q, kept, SCALE, (first, lengths), **PAGES)
         return decode_attention(q, k, v, SCALE, lengths=lengths, pages=pages)[0], pages
 
     out, pages = select(*caches[0], means[0])
