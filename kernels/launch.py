@@ -230,6 +230,8 @@ def is_hooked() -> bool:
 
 
 _TRITON = "" if triton is None else ".".join(triton.__version__.split(".")[:2])
+LAUNCHERS = ("3.6", "3.7", "3.8", "3.9")
+"""The versions of Triton whose launchers are known here."""
 
 
 class Launcher(NamedTuple):
@@ -248,7 +250,7 @@ class Launcher(NamedTuple):
         """None for a Triton whose launchers are not known here, and for kernels that need more than the call."""
         run = compiled.run
         driver, instrumented = sys.modules[type(run).__module__], getattr(run, "gsan_enabled", False)
-        if (_TRITON, driver.__name__) not in ((version, "triton.backends.nvidia.driver") for version in ("3.6", "3.9")):
+        if _TRITON not in LAUNCHERS or driver.__name__ != "triton.backends.nvidia.driver":
             return None
         if run.global_scratch_size or run.profile_scratch_size or instrumented:
             return None
@@ -258,15 +260,16 @@ class Launcher(NamedTuple):
         metadata = getattr(compiled.metadata, "tensordesc_meta", None) or [None] * len(places)
         flags, packed = (compiled.function, run.launch_cooperative_grid, run.launch_pdl), compiled.packed_metadata
         fixed: tuple[Any, ...] = (*flags, None, None, packed, None, None, None)
-        more: tuple[None, ...] = ()
-        if _TRITON == "3.9":
-            fixed, more = (*flags, packed, *[None] * 5, run.arg_annotations, run.kernel_signature), (None,)
+        if nested := hasattr(run, "kernel_signature"):  # one function for all kernels, from 3.7 on
+            fixed = (*flags, packed, *[None] * 5, run.arg_annotations, run.kernel_signature)
+        # since 3.8 it is given those before it as well, which it does not look at
+        more = [None] * (len(inspect.signature(driver.make_tensordesc_arg).parameters) - 2)
 
         def make(like: Any, given: Any) -> list[Any]:
             return driver.make_tensordesc_arg(like, given, *more)
 
         call = inner.get("launcher", run.launch)
-        return cls(call, fixed, bool(more), dict(zip(places, metadata, strict=True)), make)
+        return cls(call, fixed, nested, dict(zip(places, metadata, strict=True)), make)
 
     def encoder(self, i: int, like: Any) -> tuple[Callable[[int], Any] | None, tuple[Any, ...]]:
         """What an address becomes that argument i, a descriptor ``like`` that, has; None if it is passed as it is. And

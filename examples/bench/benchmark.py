@@ -44,11 +44,19 @@ layer launches on the GPU, ``selection`` is the share of its time without attent
 
 ``--padded`` measures three sequences of other lengths as a batch that is padded on the left, on the right or on both
 sides, as packed sequences, and one after the other (``padding`` in ``params``).
+
+    PYTHONPATH=.:FOLDER python examples/bench/benchmark.py --versions --out examples/bench/results/triton.csv   # a GPU
+    python examples/bench/benchmark.py --versions --others 512 --heads 16 8 --head-size 32    # a taste, also on a CPU
+
+``--versions`` measures a call of every kind with one Triton, that of FOLDER if it has one, to be compared with the rows
+of another: an upgrade may make other machine code of the same kernels. With ``kernel=plain`` in ``params`` segment
+attention runs without the kernel for Hopper.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -71,13 +79,16 @@ from express_compile.kernels import express as E
 from express_compile.kernels import heads as P
 from express_compile.kernels import prepared
 from express_compile.kernels import thinformer as T
+from express_compile.kernels.attend import hopper
 from express_compile.kernels.attend.bernoulli import feature_probability, round_query
+from express_compile.kernels.attend.decode import decode_attention
 from express_compile.kernels.attend.sampled import santa_triton
 from express_compile.kernels.attend.segments import (
     SegmentTable,
     Sources,
     causal_table,
     dense_table,
+    segment_attention,
     segment_attention_backward,
     segment_attention_reference,
 )
@@ -406,6 +417,37 @@ def decode(
     row = row_of(Policy(budget=draws), times, opponents, errors, method="santa", job="decode", params=params,
                  peak_mb=peak)  # fmt: skip
     return {**row, "error": sampled}
+
+
+def segments(tensors, opponents: dict[str, float], clock: Clock, repeats: int, **params) -> dict:
+    """Segment attention over all tokens, causal: exact attention by our own kernel."""
+    q, k, v = tensors
+    n, scale, rows = q.shape[2], q.shape[-1] ** -0.5, Sources.tokens(k, v)
+    table = causal_table(n, n)
+
+    def call() -> torch.Tensor:
+        return segment_attention(q, rows, table, scale)[0]
+
+    out, peak = peak_of(call, out_and_lse)
+    blocks = {0, len(table.tail) // 2, len(table.tail) - 1}
+    errors = max(errors_of(out, q, rows, table.of_block(block, n), scale, n) for block in blocks)
+    row = row_of(Policy(), clock(call, repeats), opponents, errors, method="exact", job="segments", params=params,
+                 peak_mb=peak)  # fmt: skip
+    return {**row, "s": ""}
+
+
+def decode_exact(tensors, truth: torch.Tensor, opponents: dict[str, float], clock: Clock, repeats: int) -> dict:
+    """One token over all rows by our own kernel, both sides as CUDA graphs; ``truth`` as in :func:`decode`."""
+
+    def call() -> torch.Tensor:
+        return decode_attention(*tensors, tensors[0].shape[-1] ** -0.5)[0]
+
+    out, peak = peak_of(call, out_and_lse)
+    reference = F.scaled_dot_product_attention(*(x[: len(truth)] for x in tensors), enable_gqa=True)
+    errors = relative(out[: len(truth)], truth), 2 * relative(reference, truth)
+    row = row_of(Policy(), clock(replayed(call), repeats), opponents, errors, method="exact", job="decode_exact",
+                 params=dict(graph=1), peak_mb=peak)  # fmt: skip
+    return {**row, "s": ""}
 
 
 def bernoulli_rows(q, k, v, draws: int, clock: Clock, repeats: int, **params) -> list[dict]:
@@ -781,6 +823,33 @@ class Bench:
                         flex = window(tensors, rows, 32, opponents, self.clock, repeats)
                         self.add(*tensors[:2], {**flex, "job": "mixed"})
 
+    def versions(self) -> None:
+        """A call of every kind."""
+        n, clock, repeats = self.args.others, self.clock, self.args.repeats
+        whole, policy, few = self.tensors(1, n, n), SETTINGS[0], P.PerHead(MIXED["few"])
+        causal, every = (exact_times(*whole, clock, repeats, causal=causal) for causal in (True, False))
+        plain = mock.patch.object(hopper, "takes", lambda *_: False)
+        for kernel, patch in (({}, contextlib.nullcontext()), ({"kernel": "plain"}, plain)):
+            with patch:
+                self.add(*whole[:2], prefill(policy, causal, whole, clock, repeats, **kernel))
+                self.add(*whole[:2], segments(whole, causal, clock, repeats, **kernel))
+                self.add(*whole[:2], per_head("few", [few], causal, whole, clock, repeats, **kernel))
+        self.add(*whole[:2], encode(ENCODERS[0], every, whole, clock, repeats))
+        floats = [x[..., :64].float().contiguous() for x in whole]
+        self.add(*floats[:2], prefill(policy, exact_times(*floats, clock, repeats), floats, clock, repeats))
+        one = self.tensors(8, 1, n)
+        one[0] *= 2
+        truth = F.scaled_dot_product_attention(*(x[:2].double() for x in one), enable_gqa=True)
+        opponents = exact_times(*one, clock, repeats, graph=self.on_gpu, causal=False)
+        if self.on_gpu:  # kernels of one token have no twin that could be timed on a CPU
+            self.add(*one[:2], decode(one, 128, truth, opponents, clock, repeats))
+            self.add(*one[:2], decode_exact(one, truth, opponents, clock, repeats))
+        self.add(*whole[:2], train(policy, whole, clock, repeats))
+        opponents = {"": causal, "_train": exact_times(*whole, clock, repeats, torch.randn_like(whole[0]))}
+        pattern = Pattern("fixed", default_stride(n), min(32, default_stride(n)))
+        for row in sparse_rows(whole, pattern, torch.randn_like(whole[0]), opponents, clock, repeats, flex=False):
+            self.add(*whole[:2], row)
+
     def everything(self) -> None:
         settings = SETTINGS[: self.args.settings]
         if self.args.others:
@@ -866,6 +935,7 @@ PARTS: dict[str, tuple[Callable[[Bench], None], str]] = {
     "mixed": (Bench.mixed, "method Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb"),
     "padded": (Bench.padded, "B Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb"),
     "window": (Bench.window, "method Lk params ms_p50 opponent opponent_ms_p50 speedup error peak_mb"),
+    "versions": (Bench.versions, "triton job method dtype params ms_p50 opponent opponent_ms_p50 speedup error"),
     "everything": (
         Bench.everything,
         "job dtype B Lq Lk s params ms_p50 opponent opponent_ms_p50 speedup error peak_mb",
@@ -897,6 +967,8 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, help="with --mixed: a saved plan whose heads the mixtures have")
     parser.add_argument("--padded", action="store_true", help="measure only batches of sequences of other lengths; "
                         "--others is the longest one")  # fmt: skip
+    parser.add_argument("--versions", action="store_true", help="measure only a call of every kind, to be compared "
+                        "with another Triton; --others is the length, --heads has 8 KV heads")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=7)
     add_arguments(parser)
     args = parser.parse_args()

@@ -975,6 +975,25 @@ def protected_judged_table() -> str:
     return "\n\n".join(found)
 
 
+def triton_table() -> str:
+    """What every kernel that spills with some Triton compiles to with each of them."""
+    found: dict[str, dict[str, dict[tuple[str, ...], dict[str, str]]]] = {}
+    for path in RESULTS.glob("device-code*.csv"):
+        for row in read(path.name):
+            variants = found.setdefault(row["kernel"], {}).setdefault(row["triton"], {})
+            variants[row["dtype"], row["D"], row["ptx"]] = row
+    tritons = sorted({triton for of in found.values() for triton in of})
+
+    def cell(variants: dict[tuple[str, ...], dict[str, str]]) -> str:
+        most = max(int(row["registers"]) for row in variants.values())
+        spilled = [int(row["spilled"]) for row in variants.values() if row["spilled"] != "0"]
+        return f"{most}; {sum(spilled):,} in {len(spilled)} of {len(variants)}" if spilled else f"{most}; 0"
+
+    lines = {kernel: [cell(of[triton]) for triton in tritons] for kernel, of in sorted(found.items())}
+    spilling = [[f"`{kernel}`", *line] for kernel, line in lines.items() if not all(x.endswith("; 0") for x in line)]
+    return f"{markdown(['kernel', *tritons], spilling)}\n\n{len(lines) - len(spilling)} kernels more spill with none."
+
+
 PARTS = {
     "custom-method": functools.partial(quoted, "examples/custom_method.py"),
     "speed-summary": functools.partial(speed_summary_table, "express", "thinformer", "santa"),
@@ -1018,6 +1037,7 @@ PARTS = {
     "breakdown": breakdown_table,
     "quality": quality_table,
     "needles": needle_table,
+    "triton": triton_table,
 }
 
 

@@ -6,7 +6,7 @@ next job as well: by the tensor memory accelerator what lies side by side, rows 
 warp groups of 64 queries each multiply: the product with the keys of a tile runs beside the one with the values of the
 tile before it, and exponentials of one group overlap with products of the other.
 
-On an H200 (bfloat16, D = 128, n = 32,768) it reaches 607 TFLOP/s of causal attention, where the kernel of
+On an H200 (Triton 3.6, bfloat16, D = 128, n = 32,768) it reaches 607 TFLOP/s of causal attention, where the kernel of
 :mod:`.segments` has 427 and cuDNN 587, and over the 512 rows of Express 513, where that one has 371: queries see 89% of
 the scores in their tiles, and jobs of 15 tiles start and end more often (``examples/bench/results/gpu-tests.txt``).
 """
@@ -14,6 +14,7 @@ the scores in their tiles, and jobs of 15 tiles start and end more often (``exam
 from __future__ import annotations
 
 import functools
+import warnings
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,14 @@ try:
         warpgroup_mma_wait,
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-except ImportError:  # no Triton on this platform, or one without Gluon: the other kernel runs
+
+    # renamed in Triton 3.8 and 3.9, which keeps old names of functions to raise an error
+    load_rows, load_tile = (
+        x.async_load if hasattr(x, "async_load") else x.async_copy_global_to_shared for x in (async_copy, tma)
+    )
+    _shared = gl.shared_memory_descriptor
+    reinterpret = _shared.reinterpret if hasattr(_shared, "reinterpret") else _shared._reinterpret
+except (ImportError, AttributeError):  # no Triton on this platform, or one without this Gluon: the other kernel runs
     gluon = None
 
 
@@ -53,7 +61,7 @@ QUERIES = 128
 KernelShape = namedtuple("KernelShape", "D DV BM BN PARTS STAGES")
 SLOTS = constexpr(4)  # of a merged tile
 CACHED = 32 << 20  # bytes of keys and values that heads which take turns have, of 50 or 60 MB of L2
-VERSIONS = ("3.6.",)  # of Triton that this was tried with; Gluon changes from one to the next
+VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")  # of Triton whose Gluon this was compiled with
 GATHERED = constexpr(2048)  # elements of rows by index that are asked for at a time
 
 Shared = namedtuple("Shared", "q k v q_full q_empty k_full k_empty v_full v_empty")
@@ -176,7 +184,7 @@ def _gather(target, x, place, row, shown):
         rows = rows + (gl.load(p_from + o_row),)  # type: ignore[assignment]
     for i in gl.static_range(BN // STEP):
         pointers = p + rows[i].to(gl.int64)[:, None] * x.n + o_d[None, :]
-        async_copy.async_copy_global_to_shared(target.slice(i * STEP, STEP, 0), pointers)
+        load_rows(target.slice(i * STEP, STEP, 0), pointers)
 
 
 @_jit
@@ -200,7 +208,7 @@ def _pieces(stream):
     STAGES: gl.constexpr = stream.tiles.shape[0]
     SIZE: gl.constexpr = stream.tiles.shape[3] // SLOTS
     COUNT: gl.constexpr = STAGES * (stream.tiles.shape[4] // 64) * SLOTS
-    return stream.tiles._reinterpret(stream.tiles.dtype, [COUNT, 1, 1, SIZE, 64], stream.slots_tokens.layout)
+    return reinterpret(stream.tiles, stream.tiles.dtype, [COUNT, 1, 1, SIZE, 64], stream.slots_tokens.layout)
 
 
 @_jit
@@ -228,12 +236,12 @@ def _fill(stream, stage, phase, j, row, shown, work, place, lists, CHOSEN: gl.co
                 for c in gl.static_range(COLUMNS):
                     at = [place.i_b, place.i_kv, own, 64 * c]
                     piece = pieces.index((stage * COLUMNS + c) * SLOTS + i)
-                    tma.async_copy_global_to_shared(stream.slots_tokens, at, full, piece)
+                    load_tile(stream.slots_tokens, at, full, piece)
         elif j >= work.copied:
-            tma.async_copy_global_to_shared(stream.tokens, [place.i_b, place.i_kv, row, 0], full, tile)
+            load_tile(stream.tokens, [place.i_b, place.i_kv, row, 0], full, tile)
         elif row >= 0:
             at = [place.c_b, place.c_h, place.c_row + row, 0]
-            tma.async_copy_global_to_shared(stream.copied, at, full, tile)
+            load_tile(stream.copied, at, full, tile)
         else:
             pieces = _pieces(stream)
             p_slots = lists.slots + SLOTS * (work.first + j)
@@ -244,10 +252,10 @@ def _fill(stream, stage, phase, j, row, shown, work, place, lists, CHOSEN: gl.co
                     piece = pieces.index((stage * COLUMNS + c) * SLOTS + i)
                     if slot >= 0:
                         at = [place.c_b, place.c_h, place.c_row + slot, 64 * c]
-                        tma.async_copy_global_to_shared(stream.slots_copied, at, full, piece)
+                        load_tile(stream.slots_copied, at, full, piece)
                     else:
                         at = [place.i_b, place.i_kv, -1 - slot, 64 * c]
-                        tma.async_copy_global_to_shared(stream.slots_tokens, at, full, piece)
+                        load_tile(stream.slots_tokens, at, full, piece)
 
 
 @_jit
@@ -273,7 +281,7 @@ def _produce(d, x, lists, shared, sizes, SHAPE: gl.constexpr):
                     mbarrier.wait(shared.q_empty.index(half), q_phase ^ 1)
                     mbarrier.expect(full, d.q.block_type.nbytes)
                     at = [place.i_b, place.i_h, place.q_row + ROWS * half, 0]
-                    tma.async_copy_global_to_shared(d.q, at, full, shared.q.index(half))
+                    load_tile(d.q, at, full, shared.q.index(half))
             _fill(values, stage, phase, j, row, shown, work, place, lists, CHOSEN)
             stage, phase = _next(stage, phase, SHAPE.STAGES)
             row, shown = next_row, next_shown
@@ -452,19 +460,34 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
+@functools.cache
+def _is_tried(version: str) -> bool:
+    """Whether this is a Triton of ``VERSIONS``; of another is said once that the slower kernel runs."""
+    tried = version.startswith(VERSIONS)
+    if not tried:
+        known = ", ".join(x.rstrip(".") for x in VERSIONS)
+        warnings.warn(
+            f"attention runs without the kernel for Hopper, which is 1.4 times as fast as the one that does: it was "
+            f"compiled with Triton {known}, and this is {version}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return tried
+
+
 def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: int) -> bool:
     """Whether this kernel runs these tensors, for blocks of ``block`` queries: float16 and bfloat16, head sizes 64 and
     128, not both 64 (where it was no faster on an H200), on Hopper, with strides that let a row by index be copied 16
     bytes at a time."""
     return (
         gluon is not None
-        and triton.__version__.startswith(VERSIONS)
         and query.is_cuda
         and query.element_size() == 2
         and block == QUERIES
         and {query.shape[3], value.shape[3]} in ({128}, {64, 128})
         and all(x.stride(3) == 1 and not any(stride % 16 for stride in x.stride()[:3]) for x in (key, value))
         and _is_hopper(query.device)
+        and _is_tried(triton.__version__)
     )
 
 

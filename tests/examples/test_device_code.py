@@ -75,8 +75,9 @@ def test_what_the_layers_of_a_shipped_plan_launch(calls: ModuleType) -> None:
     assert found == [(6, 2, 1), (8, 1, 1), (6, 2, 1), (4, 1, 1), (6, 1, 2), (2, 0, 1)]
 
 
-def test_every_call_of_the_committed_table_launches_kernels(calls: ModuleType) -> None:
-    with TABLE.open(newline="") as file:
+@pytest.mark.parametrize("table", sorted(TABLE.parent.glob("device-code*.csv")), ids=lambda path: path.stem)
+def test_every_call_of_the_committed_tables_launches_kernels(calls: ModuleType, table: Path) -> None:
+    with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["call"] for row in rows} == set(calls.CALLS)
     assert {(row["dtype"], int(row["D"])) for row in rows} == {(str(x)[6:], D) for x, D in calls.KINDS}
