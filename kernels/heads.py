@@ -62,7 +62,7 @@ from .express import (
     prefill_only,
     select_into,
 )
-from .launch import Random, constant
+from .launch import Random, constant, jit, launch, load_rows, next_power_of_two, sequence, strided, tl
 from .op import define_attention
 from .select.blocks import KEYS, BlockConfig, Choosers, query_blocks, select_blocks, select_blocks_triton
 from .select.contest import CONTEST
@@ -516,21 +516,56 @@ def _thin(call: Call, own: Thinned, index: torch.Tensor | None, copies: _Tensors
 
 def _exact_heads(call: Call, heads: tuple[int, ...], outputs: Outputs) -> None:
     """Exact attention of these KV heads into ``outputs``; of neighbours without copies of what they read."""
-    H_kv = call.key.shape[1]
-    first, last = heads[0], heads[-1] + 1
-    own = None
-    if last - first > len(heads):
-        own = _constant(heads, call.key.device, np.int64)
-    query, key, value = (
-        x.unflatten(1, (H_kv, -1))[:, first:last].flatten(1, 2) if own is None else of_heads(x, H_kv, own)
-        for x in (call.query, call.key, call.value)
+    qkv, H_kv = (call.query, call.key, call.value), call.key.shape[1]
+    per = [x.shape[1] // H_kv for x in qkv]
+    first, last, own = heads[0], heads[-1] + 1, _constant(heads, call.key.device)
+    if last - first == len(heads):
+        read = [x[:, first * n : last * n] for x, n in zip(qkv, per, strict=True)]
+    else:
+        read = [x.new_empty(len(x), n * len(heads), *x.shape[2:]) for x, n in zip(qkv, per, strict=True)]
+        _copy_heads(qkv, read, own, into=False)
+    query, key, value = read
+    _copy_heads(exact_attention(query, key, value, call.scale), outputs, own, into=True)
+
+
+def _copy_heads(sources: _Tensors, targets: Sequence[torch.Tensor], heads: torch.Tensor, into: bool) -> None:
+    """Copies the KV heads ``heads`` of each source ``[B, H, L, ..]`` to its target, which has these alone. ``into``: to
+    these heads of the target, from a source that has them alone."""
+    n, few = len(heads), sources if into else targets
+    sizes = tuple((len(x), n, x.shape[1] // n, x.shape[2]) for x in few)
+    widths = tuple(math.prod(x.shape[3:]) for x in few)
+    programs = max(x.shape[0] * x.shape[1] for x in few), -(-max(x.shape[2] for x in few) // COPIED), len(few)
+    launch(_copy_heads_kernel, programs, tuple(map(strided, sources)), tuple(map(strided, targets)), heads, sizes,
+        WIDTHS=widths, TILES=tuple(map(next_power_of_two, widths)), INTO=into, BM=COPIED, num_warps=4,
     )  # fmt: skip
-    for target, x in zip(outputs, exact_attention(query, key, value, call.scale), strict=True):
-        target, x = target.unflatten(1, (H_kv, -1)), x.unflatten(1, (len(heads), -1))
-        if own is None:
-            target[:, first:last] = x
-        else:
-            target.index_copy_(1, own, x)
+
+
+COPIED = 128  # rows that a program copies
+
+
+@jit(general="sizes")
+def _copy_heads_kernel(
+    sources, targets, p_heads, sizes,
+    WIDTHS: tl.constexpr, TILES: tl.constexpr, INTO: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    for i in tl.static_range(len(WIDTHS)):
+        if tl.program_id(2) == i:
+            _copy_head(sources[i], targets[i], p_heads, sizes[i], WIDTHS[i], TILES[i], INTO, BM)
+
+
+@jit
+def _copy_head(x, y, p_heads, size, D: tl.constexpr, BD: tl.constexpr, INTO: tl.constexpr, BM: tl.constexpr):
+    B, n, per, L = size
+    i_seq = tl.program_id(0)
+    if i_seq < B * n * per:
+        i_b, i_few = i_seq // (n * per), i_seq % (n * per)
+        i_h = tl.load(p_heads + i_few // per) * per + i_few % per
+        o_row, o_d = tl.program_id(1) * BM + tl.arange(0, BM), tl.arange(0, BD)
+        p_x, stride_x = sequence(x, i_b, i_few if INTO else i_h)
+        p_y, stride_y = sequence(y, i_b, i_h if INTO else i_few)
+        b_x = load_rows(p_x, stride_x, o_row, o_row < L, D, BD)
+        p_y += o_row.to(tl.int64)[:, None] * stride_y + o_d[None, :]
+        tl.store(p_y, b_x, mask=(o_row < L)[:, None] & (o_d < D)[None, :])
 
 
 def heads_reference(

@@ -521,7 +521,7 @@ class HeldRows:
             return None
         means = self.means[b, :, : -(-length // SUB)]
         span = self._span(b, length)
-        return choose_pages(query, means, self.scale, *span, rows.selected, rows.sinks, recent)
+        return choose_pages(query, means, self.scale, span, rows.selected, rows.sinks, recent)
 
     def extend(self, b: slice, length: int, query: torch.Tensor, new: Kept) -> torch.Tensor:
         """Attend with and append new tokens: those of a short step as they are, of others block by block."""
@@ -752,7 +752,7 @@ class Held:
                 q, span = part.group.take(query, H_kv), (self._first, self._end)
                 means_triton(part.means, part.key, *span, 1)
                 choose_triton(
-                    q, part.means, part.scale, *span, rows.selected, rows.sinks, max(1, rows.recent), out=part.pages
+                    q, part.means, part.scale, span, rows.selected, rows.sinks, max(1, rows.recent), out=part.pages
                 )
         return attend_places(query, key, value, table, self._end, self.parts[0].scale)
 

@@ -160,7 +160,7 @@ def attention_rows(B: int, n: int, device: str, dtype: torch.dtype, weighted: bo
 
     def select(k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         update_means(kept, k, first, lengths, 1)
-        pages = choose_pages(q, kept, SCALE, first, lengths, **PAGES)
+        pages = choose_pages(q, kept, SCALE, (first, lengths), **PAGES)
         return decode_attention(q, k, v, SCALE, lengths=lengths, pages=pages)[0], pages
 
     out, pages = select(*caches[0], means[0])
@@ -494,13 +494,7 @@ def main() -> None:
     )
     parser.add_argument("--cached", nargs="+", default=["1x32768", "32x32768"], help="behind an ExpressCache alone")
     parser.add_argument("--steps", type=int, default=WHOLE_STEPS, help="timed behind an ExpressCache")
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=WHOLE,
-        choices=WHOLE,
-        help="of whole steps, exact before what is compared with it",
-    )
+    parser.add_argument("--methods", nargs="+", default=WHOLE, choices=WHOLE, help="of whole steps")
     parser.add_argument("--draws", type=int, default=128, help="S, draws per head")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers")
     parser.add_argument("--by-hand", action="store_true", help="CUDA graphs of the eager model instead of a compiler")

@@ -457,6 +457,22 @@ def _key_gradient_kernel(d_q, d_do, inputs, outputs, sizes, SHAPE: tl.constexpr)
         tl.store(p_dv + o_out * SHAPE.DV + o_dv[None, :], b_dv, mask=m_v)
 
 
+@jit(general="sizes")
+def _compact_kernel(sources, targets, sizes, WIDTHS: tl.constexpr, BM: tl.constexpr):
+    """Summary columns one behind the other, 0 for those behind the last position; keys, then values."""
+    H_kv, Lk, period, c, groups, M = sizes
+    i_seq = tl.program_id(0)  # batch, KV head and group
+    i_group, i_bkv = i_seq % groups, i_seq // groups
+    o_m = tl.program_id(1) * BM + tl.arange(0, BM)
+    o_row = o_m // c * period + period - c * (i_group + 1) + o_m % c
+    for i in tl.static_range(2):
+        p_x, stride = sequence(sources[i], i_bkv // H_kv, i_bkv % H_kv)
+        b_x = load_rows(p_x, stride, o_row, (o_m < M) & (o_row < Lk), WIDTHS[i], WIDTHS[2 + i])
+        o_d = tl.arange(0, WIDTHS[2 + i])
+        p_to = targets[i] + (i_seq.to(tl.int64) * M + o_m)[:, None] * WIDTHS[i] + o_d[None, :]
+        tl.store(p_to, b_x, mask=(o_m < M)[:, None] & (o_d < WIDTHS[i])[None, :])
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Launchers
 
@@ -505,7 +521,7 @@ class _Problem:
         self.groups = pattern.groups if pattern.kind == "fixed" else 1
         self.copies, self.M = (key, value), 1
         if any(p.far for p in passes(pattern)):
-            self.copies = self._compact(key), self._compact(value)
+            self.copies = self._compact()
             self.M = self.copies[0].shape[2]
 
     def _columns(self, x: torch.Tensor, blocks: int) -> list[torch.Tensor]:
@@ -514,19 +530,22 @@ class _Problem:
         rows = x[:, :, : blocks * period].unflatten(2, (blocks, period))
         return [rows[:, :, :, period - c * (g + 1) : period - c * g] for g in range(self.groups)]
 
-    def _compact(self, x: torch.Tensor) -> torch.Tensor:
-        """A copy of the summary columns: ``[B, H_kv * groups, M, D]``, in the order of positions.
+    def _compact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the summary columns ``[B, H_kv * groups, M, D]``, in the order of positions, and of their values.
 
         Those of a last block that is not whole are there only if queries of that block may see them.
         """
-        period = self.pattern.stride
+        period, c = self.pattern.stride, self.pattern.summary
         if self.pattern.parts == "merged":
             blocks = max(1, (self.Lk - 1) // period)  # whole blocks before the last query
         else:
             blocks = -(-self.Lk // period)
-        if blocks * period > self.Lk:
-            x = torch.nn.functional.pad(x, (0, 0, 0, blocks * period - self.Lk))
-        return torch.stack([columns.flatten(2, 3) for columns in self._columns(x, blocks)], 2).flatten(1, 2)
+        k, v = (x.new_empty(self.B, self.H_kv * self.groups, blocks * c, x.shape[3]) for x in (self.k, self.v))
+        launch(_compact_kernel, (self.B * self.H_kv * self.groups, -(-blocks * c // COMPACTED)),
+            (strided(self.k), strided(self.v)), (k, v), (self.H_kv, self.Lk, period, c, self.groups, blocks * c),
+            WIDTHS=self.widths, BM=COMPACTED, num_warps=4,
+        )  # fmt: skip
+        return k, v
 
     def _step(self, p: Pass) -> int:
         """Positions from one to the next on a line, of which there are as many."""
@@ -640,6 +659,7 @@ class _Problem:
                 target[:, :, begin : begin + count] += total[:, :, g, whole * c : whole * c + count]
 
 
+COMPACTED = 32  # summary columns that a program copies
 MIN_PROGRAMS = 2048  # with fewer, the queries of a tile of summary columns are split among several
 
 

@@ -65,17 +65,17 @@ def page_mass(
 
 
 def choose_reference(
-    query: torch.Tensor, means: torch.Tensor, scale: float, first: torch.Tensor, end: torch.Tensor, pages: int,
-    sinks: int, recent: int,
+    query: torch.Tensor, means: torch.Tensor, scale: float, span: tuple[torch.Tensor, torch.Tensor],
+    pages: int, sinks: int, recent: int,
 ) -> torch.Tensor:  # fmt: skip
     """The pages to read, the definition of correct: int32 ``[B, H_kv, listed]``, ascending, ``NONE`` behind.
 
-    ``query`` ``[B, H, n, D]``, ``means`` ``[B, H_kv, S, D]``; ``first``, ``end`` as in :func:`page_mass`.
+    ``query`` ``[B, H, n, D]``, ``means`` ``[B, H_kv, S, D]``; ``span``: ``first`` and ``end`` of :func:`page_mass`.
     """
-    mass = page_mass(query, means, scale, first, end)
+    mass = page_mass(query, means, scale, *span)
     page = torch.arange(mass.shape[-1], device=mass.device)
     rank = mass.float().view(torch.int32) >> 16
-    first, end = first[:, None], end[:, None]
+    first, end = (x[:, None] for x in span)
     kept = (PAGE * page < first + sinks) | (PAGE * (page + 1) > end - recent)
     there = (PAGE * page < end) & (PAGE * (page + 1) > first)
     rank = torch.where(kept[:, None], 1 << 15, rank).masked_fill(~there[:, None], NONE)
@@ -216,15 +216,15 @@ def means_triton(
 
 
 def choose_triton(
-    query: torch.Tensor, means: torch.Tensor, scale: float, first: torch.Tensor, end: torch.Tensor, pages: int,
-    sinks: int, recent: int, out: torch.Tensor | None = None,
+    query: torch.Tensor, means: torch.Tensor, scale: float, span: tuple[torch.Tensor, torch.Tensor],
+    pages: int, sinks: int, recent: int, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """:func:`choose_reference` by the kernels, up to masses that rounding makes change places; into ``out`` if that is
     given."""
     require_triton()
     (B, H, Lq, D), (H_kv, S), device = query.shape, means.shape[1:3], query.device
     R, sequences, P, count = H // H_kv * Lq, B * H_kv, -(-S * SUB // PAGE), listed(pages, sinks, recent)
-    sizes, spans = _Sizes(H_kv, H // H_kv, S * SUB, S, P, count), _Spans(first.contiguous(), end.contiguous())
+    sizes, spans = _Sizes(H_kv, H // H_kv, S * SUB, S, P, count), _Spans(*(x.contiguous() for x in span))
     lse = torch.empty(sequences, R, P, dtype=torch.float32, device=device)
     chosen = torch.empty(B, H_kv, count, dtype=torch.int32, device=device) if out is None else out
     BD, BM = max(16, next_power_of_two(D)), max(16, next_power_of_two(R))
@@ -242,9 +242,9 @@ def choose_triton(
 
 
 def choose_pages(
-    query: torch.Tensor, means: torch.Tensor, scale: float, first: torch.Tensor, end: torch.Tensor, pages: int,
-    sinks: int, recent: int,
+    query: torch.Tensor, means: torch.Tensor, scale: float, span: tuple[torch.Tensor, torch.Tensor],
+    pages: int, sinks: int, recent: int,
 ) -> torch.Tensor:  # fmt: skip
     """The choice with the kernels on CUDA and the reference elsewhere; see :func:`choose_reference`."""
     run = choose_triton if query.is_cuda else choose_reference
-    return run(query, means, scale, first, end, pages, sinks, recent)
+    return run(query, means, scale, span, pages, sinks, recent)

@@ -25,9 +25,9 @@ def test_the_kernels_choose_what_the_reference_chooses(B, H, H_kv, n, L, D, dtyp
     S.update_means(means, k, first, end)
     there = (torch.arange(means.shape[2], device="cuda") * S.SUB < end[:, None])[:, None, :, None].expand_as(means)
     torch.testing.assert_close(means[there], expected[there], rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
-    given = (q, expected, 0.3, first, end, 9, 30, 100)
+    given = (q, expected, 0.3, (first, end), 9, 30, 100)
     chosen, wanted = S.choose_triton(*given).tolist(), S.choose_reference(*given).tolist()
-    mass = S.page_mass(*given[:5])
+    mass = S.page_mass(q, expected, 0.3, first, end)
     for b in range(B):
         for h in range(H_kv):
             mine, theirs = set(chosen[b][h]), set(wanted[b][h])

@@ -388,6 +388,23 @@ def test_one_launch_for_any_mixture(rows, n, past, block):
     torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads", [(1,), (0, 2), (2, 3)])
+def test_heads_are_copied_from_all_and_back(heads: tuple[int, ...]) -> None:
+    """Two query heads each, values of another width and log-sum-exps of none, another number of queries than keys."""
+    q, k, v = tokens(150, H=8, H_kv=4, D=16, Dv=24, Lq=20, dtype=torch.float32)
+    every = (q.transpose(1, 2).contiguous().transpose(1, 2), k, v, q[..., 0].contiguous())
+    own, q_heads = torch.tensor(heads, dtype=torch.int32), [2 * h + i for h in heads for i in range(2)]
+    expected = [x[:, q_heads if x.shape[1] == 8 else list(heads)] for x in every]
+    few = [torch.full_like(x, math.nan) for x in expected]
+    P._copy_heads(every[:3], few[:3], own, into=False)
+    P._copy_heads(every[3:], few[3:], own, into=False)
+    assert all(map(torch.equal, few, expected))
+    outputs = [torch.zeros_like(x) for x in (every[0], every[3])]
+    P._copy_heads((few[0], few[3]), outputs, own, into=True)
+    for out, x in zip(outputs, (every[0], every[3]), strict=True):
+        assert torch.equal(out[:, q_heads], x[:, q_heads]) and out.count_nonzero() == x[:, q_heads].count_nonzero()
+
+
 def test_one_launch_reads_heads_where_a_projection_of_all_of_them_left_them():
     rows = [WINDOW, BLOCKS, CORE]
     call, own = small(rows, 300)

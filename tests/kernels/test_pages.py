@@ -36,8 +36,8 @@ def test_the_kernels_choose_what_the_reference_chooses(poison, L, n, heads, D, p
     expected = means_of(k, first, end)
     there = (torch.arange(means.shape[2]) * S.SUB < end[:, None])[:, None, :, None].expand_as(means)
     torch.testing.assert_close(means[there], expected[there], rtol=1e-5, atol=1e-6)
-    chosen = S.choose_triton(q, expected, 0.3, first, end, pages, sinks, recent)
-    wanted = S.choose_reference(q, expected, 0.3, first, end, pages, sinks, recent)
+    chosen = S.choose_triton(q, expected, 0.3, (first, end), pages, sinks, recent)
+    wanted = S.choose_reference(q, expected, 0.3, (first, end), pages, sinks, recent)
     mass = S.page_mass(q, expected, 0.3, first, end)
     for b, h in torch.cartesian_prod(torch.arange(2), torch.arange(heads[1])).tolist():
         mine, theirs = (set(x[b, h].tolist()) for x in (chosen, wanted))
@@ -49,7 +49,7 @@ def test_the_kernels_choose_what_the_reference_chooses(poison, L, n, heads, D, p
 def test_sinks_and_the_last_tokens_are_listed_and_then_the_heaviest_pages():
     q, k, first, end = tokens(1, 2, 1, 1, 64 * 20, 16)
     first, end = torch.tensor([70], dtype=torch.int32), torch.tensor([64 * 18 + 5], dtype=torch.int32)
-    chosen = S.choose_reference(q, means_of(k, first, end), 0.3, first, end, 3, 10, 100)[0, 0].tolist()
+    chosen = S.choose_reference(q, means_of(k, first, end), 0.3, (first, end), 3, 10, 100)[0, 0].tolist()
     mass = S.page_mass(q, means_of(k, first, end), 0.3, first, end)[0, 0]
     assert len(chosen) == S.listed(3, 10, 100) == 7 and chosen == sorted(chosen)
     assert {1, 16, 17, 18} <= set(chosen), "the page of the first token, and those of the last 100"
