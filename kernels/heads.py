@@ -21,7 +21,6 @@ side, float16, bfloat16, float32 (float64 on a CPU). Refuses what ``express`` re
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -68,7 +67,6 @@ from .select.blocks import KEYS, BlockConfig, Choosers, query_blocks, select_blo
 from .select.contest import CONTEST
 from .select.halving import RULE
 from .select.schedule import check_budget
-from .streams import beside
 
 _Tensors = tuple[torch.Tensor, ...]
 EVERYTHING = Rows(everything=True)
@@ -468,7 +466,6 @@ def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int) -> Toge
         families.append(family)
         chosen += B * len(family.heads) * each
     mixture = Mixture(tuple(shares), G, Lq, Lk) if shares else None
-    thinned.sort(key=lambda x: -x.layout.config.s)  # the longest chains of halvings first
     return Together(tuple(sorted(exact)), tuple(thinned), tuple(families), mixture, copied, indexed)
 
 
@@ -486,14 +483,11 @@ def together(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torc
         index = torch.empty(what.indexed, dtype=torch.int32, device=device)
     if what.copied:
         copies = tuple(x.new_empty(what.copied, x.shape[3]) for x in (key, value))
-    others = what.exact or what.families
-    with beside(device) as piece:  # halvings wait for each other: most of the time most of the device is idle
-        for x in what.thinned:
-            with piece() if others or x is not what.thinned[-1] else contextlib.nullcontext():
-                _thin(call, x, index, copies)
-        if what.exact:
-            _exact_heads(call, what.exact, outputs)
-        found = [_choose(call, family, start).flatten() for family in what.families]
+    if what.exact:  # the longest ones
+        _exact_heads(call, what.exact, outputs)
+    for x in what.thinned:
+        _thin(call, x, index, copies)
+    found = [_choose(call, family, start).flatten() for family in what.families]
     chosen = None if not found else found[0] if len(found) == 1 else torch.cat(found)
     read = index if any(x.layout.config.protected for x in what.thinned) else None
     mixed_attention_triton(query, key, value, Buffers(copies, read, chosen), what.mixture, call.scale, outputs)

@@ -480,6 +480,23 @@ def decode_models_table() -> str:
     return markdown(["model", "B", "cache", "as transformers decodes", "best exact kernel", "SANTA"], body)
 
 
+def whole_steps_table() -> str:
+    """Whole steps of an 8B shape as generate() sees them, after a prompt."""
+    names = {"transformers": "transformers", "exact": "exact, rewritten", "santa": "SANTA, S = 128",
+             "selected": "selected pages", "cache": "ExpressCache, uniform", "planned": "ExpressCache, planned"}  # fmt: skip
+    rows, body = newest(gpu_rows(job="whole_step"), "method", "B", "Lk"), []
+    for row in sorted(rows, key=lambda x: (int(x["B"]), int(x["Lk"]), list(names).index(x["method"]))):
+        told, p50 = params_of(row), float(row["ms_p50"])
+        first = "–" if row["method"] == "santa" else f"{float(told['ttft_s']):.2f} s"  # its prompt is read exactly
+        over = f"{float(row['speedup']):.2f}× {row['opponent']}"
+        body.append([row["B"], f"{int(row['Lk']):,}", names[row["method"]], told.get("rows", f"{row['Lk']}"), first,
+                     f"{p50:.2f} ms", f"{float(told['p99_ms']) / p50:.2f}×", over,
+                     f"{float(row['peak_mb']) / 1e3:.1f} GB"])  # fmt: skip
+    header = ["B", "tokens", "attention", "rows held", "first token", "a step, median", "99th percentile over it",
+              "over", "memory"]  # fmt: skip
+    return markdown(header, body) + f"\n\n{rows[-1]['gpu']}, {rows[-1]['date']}." if body else UNTIMED
+
+
 def decode_exact_table() -> str:
     """Exact steps of whole models as CUDA graphs, and attention alone with lengths."""
     body = []
@@ -1014,6 +1031,7 @@ PARTS = {
     "rounding": rounding_table,
     "rounding-speed": rounding_speed_table,
     "decode-models": decode_models_table,
+    "whole-steps": whole_steps_table,
     "decode-exact": decode_exact_table,
     "decode-bytes": decode_bytes_table,
     "compiling": compiling_table,

@@ -14,7 +14,6 @@ the scores in their tiles, and jobs of 15 tiles start and end more often (``exam
 from __future__ import annotations
 
 import functools
-import warnings
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -61,7 +60,7 @@ QUERIES = 128
 KernelShape = namedtuple("KernelShape", "D DV BM BN PARTS STAGES")
 SLOTS = constexpr(4)  # of a merged tile
 CACHED = 32 << 20  # bytes of keys and values that heads which take turns have, of 50 or 60 MB of L2
-VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")  # of Triton whose Gluon this was compiled with
+VERSIONS = ("3.6.",)  # of Triton that this was run with on a GPU; with 3.7 to 3.9 it compiles
 GATHERED = constexpr(2048)  # elements of rows by index that are asked for at a time
 
 Shared = namedtuple("Shared", "q k v q_full q_empty k_full k_empty v_full v_empty")
@@ -460,21 +459,6 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-@functools.cache
-def _is_tried(version: str) -> bool:
-    """Whether this is a Triton of ``VERSIONS``; of another is said once that the slower kernel runs."""
-    tried = version.startswith(VERSIONS)
-    if not tried:
-        known = ", ".join(x.rstrip(".") for x in VERSIONS)
-        warnings.warn(
-            f"attention runs without the kernel for Hopper, which is 1.4 times as fast as the one that does: it was "
-            f"compiled with Triton {known}, and this is {version}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return tried
-
-
 def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: int) -> bool:
     """Whether this kernel runs these tensors, for blocks of ``block`` queries: float16 and bfloat16, head sizes 64 and
     128, not both 64 (where it was no faster on an H200), on Hopper, with strides that let a row by index be copied 16
@@ -486,8 +470,8 @@ def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: in
         and block == QUERIES
         and {query.shape[3], value.shape[3]} in ({128}, {64, 128})
         and all(x.stride(3) == 1 and not any(stride % 16 for stride in x.stride()[:3]) for x in (key, value))
+        and triton.__version__.startswith(VERSIONS)
         and _is_hopper(query.device)
-        and _is_tried(triton.__version__)
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import pytest
@@ -146,29 +145,6 @@ def test_padding_does_not_reach_any_head() -> None:
     expected = torch.autograd.grad(alone, leaves, grad[:1, :, left:])
     for x, e in zip(found, expected, strict=True):
         assert (x[:1, :, left:] - e).norm() <= 2e-2 * e.norm() and (x[0, :, :left] == 0).all()
-
-
-@pytest.mark.parametrize("whole", [WHOLE, WINDOW], ids=str)
-def test_what_runs_side_by_side_gives_the_bits_of_one_after_the_other(whole: Rows, monkeypatch) -> None:
-    """Again and again, whatever is written at once into memory that a call gave back; in CUDA graphs, too."""
-    rows = [CORE, KEPT, BLOCKS, Rows(32, 512, selected=64), Rows(32, 256, 256), Rows(32, 320, selected=3), CORE, whole]
-    q, k, v = tokens(16_000, B=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(P, "beside", lambda device: contextlib.nullcontext(contextlib.nullcontext))
-        expected = op(q, k, v, rows)
-    for _ in range(20):
-        found = op(q, k, v, rows)
-        for i in range(10, 28):
-            torch.empty(2**i, device="cuda").fill_(torch.nan)
-        assert all(map(torch.equal, found, expected))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = op(q, k, v, rows)
-    for _ in range(20):
-        for x in found:
-            x.zero_()
-        graph.replay()
-        assert all(map(torch.equal, found, expected))
 
 
 def test_it_never_waits_for_the_device_and_runs_in_a_cuda_graph() -> None:
