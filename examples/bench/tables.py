@@ -482,8 +482,10 @@ def decode_models_table() -> str:
 
 def whole_steps_table() -> str:
     """Whole steps of an 8B shape as generate() sees them, after a prompt."""
-    names = {"transformers": "transformers", "exact": "exact, rewritten", "santa": "SANTA, S = 128",
-             "selected": "selected pages", "cache": "ExpressCache, uniform", "planned": "ExpressCache, planned"}  # fmt: skip
+    names = {
+        "transformers": "transformers", "exact": "exact, rewritten", "santa": "SANTA, S = 128",
+        "selected": "selected pages", "cache": "ExpressCache, uniform", "planned": "ExpressCache, planned",
+    }  # fmt: skip
     rows, body = newest(gpu_rows(job="whole_step"), "method", "B", "Lk"), []
     for row in sorted(rows, key=lambda x: (int(x["B"]), int(x["Lk"]), list(names).index(x["method"]))):
         told, p50 = params_of(row), float(row["ms_p50"])
