@@ -12,9 +12,9 @@ Tokens of a short step stay in the ring until the next one begins (:meth:`Held.s
 (:meth:`Held.drop`) as if it had never been. Rows that left the recent tokens and still stand for themselves alone wait
 in the ring as well, up to ``CONTEST - 1`` of them, so that most steps move nothing.
 
-What has to be thinned at some length is known ``recent`` tokens before: :meth:`HeldRows.look_ahead` decides it early,
-each layer in a step of its own (``turn``), and when it is due the rows only change places. So no step is late, and the
-rows are the same at every length. Rows move in plain PyTorch, on any device; a halving is one launch on CUDA. There a
+What has to be thinned at some length is known ``recent`` tokens before: :meth:`Held.look_ahead` decides it early, each
+layer in a step of its own (``turn``) and behind what that step launches, so that the host works while the device does,
+and when it is due the rows only change places. So no step is late, and the rows are the same at every length. Rows move in plain PyTorch, on any device; a halving is one launch on CUDA. There a
 single token of every sequence is added and attends by :mod:`.attend.places`, which a CUDA graph can hold
 (:meth:`Held.launch_step`); other short steps attend by :mod:`.attend.decode`.
 """
@@ -50,6 +50,7 @@ _GROW = 256  # rows, the least that heads which hold everything grow by
 _PIECE = 128  # queries that attend at once where a head holds everything
 _WAITING = 16  # places for an unfinished subsampling group at first
 _AHEAD = 64  # steps over which the layers of a model spread what is due in the same one
+_COPIED = 32 << 20  # bytes, which a GPU copies in less time than the host takes to launch what picks a row of a group
 _LATER = 1 << 30
 _LN2 = math.log(2.0)
 
@@ -206,10 +207,11 @@ class HeldRows:
         return min(self.config.recent, 1 + self.turn % min(_AHEAD, max(1, self.config.recent), between))
 
     def _is_worth_it(self, until: int) -> bool:
-        """Whether what is due when ``until`` tokens have left is more than to pick one of a group."""
+        """Whether what is due when ``until`` tokens have left is more than to pick one of a group, or the copy of all
+        rows that it takes to decide it early is small."""
         config = self.config
         assert config is not None
-        if config.protected:
+        if config.protected or self.key.nbytes + self.value.nbytes <= _COPIED:
             return True
         round_ = Round(round_of(until - 1, config.s), config.s, config.M)
         return until % (round_.capacity(0) * round_.group) == 0
@@ -594,14 +596,15 @@ class Held:
 
     @_in_place
     def settle(self, single: bool = False) -> None:
-        """Let the tokens leave that are no longer recent. What came before cannot be undone any more. ``single``:
-        :meth:`step` follows, which drops a token by itself where only one is due."""
+        """Let the tokens leave that are no longer recent, and look ahead. What came before cannot be undone any more.
+        ``single``: :meth:`step` follows, which drops a token by itself where only one is due, and then looks ahead."""
         for b, length, _, _ in list(self._spans(0, None)):
             for part in self.parts:
                 left = part.left[b.start]
                 if not (single and part.drops and part.leaves(length, left) <= left + 1):
                     part.advance(b, length, part._read(b, 0, 0))
-        self.look_ahead()
+        if not single:
+            self.look_ahead()
 
     @_in_place
     def look_ahead(self, new: int = 0) -> None:
@@ -661,6 +664,7 @@ class Held:
         device nothing."""
         self.prepare_step()
         out = self.launch_step(query, key, value)
+        self.look_ahead(1)
         self.end_step()
         return out
 

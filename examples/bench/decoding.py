@@ -333,6 +333,8 @@ def cache_rows(B: int, n: int, device: str, dtype: torch.dtype) -> list[dict[str
                     x.settle(single=True)
                     x.prepare_step(end)
                 append_places(k, v, x._table[1], end)
+                if x.rest() <= 1:
+                    x.look_ahead(1)
                 x.end_step()
         if device == "cuda":
             torch.cuda.synchronize()
