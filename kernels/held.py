@@ -14,9 +14,10 @@ in the ring as well, up to ``CONTEST - 1`` of them, so that most steps move noth
 
 What has to be thinned at some length is known ``recent`` tokens before: :meth:`Held.look_ahead` decides it early, each
 layer in a step of its own (``turn``) and behind what that step launches, so that the host works while the device does,
-and when it is due the rows only change places. So no step is late, and the rows are the same at every length. Rows move in plain PyTorch, on any device; a halving is one launch on CUDA. There a
-single token of every sequence is added and attends by :mod:`.attend.places`, which a CUDA graph can hold
-(:meth:`Held.launch_step`); other short steps attend by :mod:`.attend.decode`.
+and when it is due the rows only change places. So no step is late, and the rows are the same at every length. Rows move
+in plain PyTorch, on any device; a halving is one launch on CUDA. There a single token of every sequence is added and
+attends by :mod:`.attend.places`, which a CUDA graph can hold (:meth:`Held.launch_step`); other short steps attend by
+:mod:`.attend.decode`.
 """
 
 from __future__ import annotations
