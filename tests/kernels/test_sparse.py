@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import os
 
@@ -463,4 +464,7 @@ def test_distributed_data_parallel() -> None:
         gradient = parallel.module.layers[0].qkv.weight.grad
         torch.testing.assert_close(gradient, plain.layers[0].qkv.weight.grad)
     finally:
+        # as the last to hold the group, it would end it holding the interpreter's lock, for which threads may wait
+        parallel = None
+        gc.collect()
         dist.destroy_process_group()

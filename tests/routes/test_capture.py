@@ -610,6 +610,7 @@ def gloo(tmp_path: Path) -> Iterator[None]:
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
+    gc.collect()  # a wrapper may not be the last to hold the group
     torch.distributed.destroy_process_group()
 
 
