@@ -491,7 +491,8 @@ def whole_steps_table() -> str:
         told, p50 = params_of(row), float(row["ms_p50"])
         first = "–" if row["method"] == "santa" else f"{float(told['ttft_s']):.2f} s"  # its prompt is read exactly
         over = f"{float(row['speedup']):.2f}× {row['opponent']}"
-        body.append([row["B"], f"{int(row['Lk']):,}", names[row["method"]], told.get("rows", f"{row['Lk']}"), first,
+        held = f"{int(told.get('rows', row['Lk'])):,}"
+        body.append([row["B"], f"{int(row['Lk']):,}", names[row["method"]], held, first,
                      f"{p50:.2f} ms", f"{float(told['p99_ms']) / p50:.2f}×", over,
                      f"{float(row['peak_mb']) / 1e3:.1f} GB"])  # fmt: skip
     header = ["B", "tokens", "attention", "rows held", "first token", "a step, median", "99th percentile over it",
