@@ -333,7 +333,7 @@ def cache_rows(B: int, n: int, device: str, dtype: torch.dtype) -> list[dict[str
                     x.settle(single=True)
                     x.prepare_step(end)
                 append_places(k, v, x._table[1], end)
-                if x.rest() <= 1:
+                if x.idle() <= 0:
                     x.look_ahead(1)
                 x.end_step()
         if device == "cuda":

@@ -702,7 +702,7 @@ def thin_into(
     # two tiles of keys and two of values are in shared memory at once
     pairs = PAIRS if (widths.BD + widths.BDV) * key.element_size() <= 1024 else PAIRS // 2
     most = PROGRAMS * (processors(device) if key.is_cuda else 1)
-    lanes = max(1, most // sequences)
+    lanes = max(1, most // sequences) if shift is None else 1  # one table for any number of sequences
     tiles, table, gains, described, coin = _tiles_on(schedule, rule, pairs, lanes, device)
     count = len(table)
     programs = min(count * sequences, most)
@@ -728,19 +728,22 @@ def thin_into(
 
 
 @functools.lru_cache(maxsize=64)
-def _one_halving(rows: int, delta: float) -> Schedule:
-    return Schedule(rows, 0, 0, rows + rows // 2, (), ((Halving(0, rows, rows, 1, 0, 0, delta),),), (), ())
+def _one_halving(rows: int, buckets: int, delta: float) -> Schedule:
+    tokens = rows * buckets
+    return Schedule(tokens, 0, 0, tokens + tokens // 2, (), ((Halving(0, tokens, rows, buckets, 0, 0, delta),),), (), ())
 
 
 def halve(key: torch.Tensor, value: torch.Tensor, job: Halving, decider: Decider) -> torch.Tensor:
-    """Which rows of one bucket ``key`` ``[B, H, rows, D]``, ``value`` ``[B, H, rows, Dv]`` stay: int32 ``[B, H, rows /
-    2]``. ``job`` says their number, the stage, the number of the bucket and delta; ``decider.random.heads`` the numbers
-    that the H heads have in the stream. What :func:`.halving.halve_reference` decides."""
+    """Which rows of the buckets ``key`` ``[B, H, buckets * rows, D]``, ``value`` ``[B, H, buckets * rows, Dv]`` stay:
+    int32 ``[B, H, buckets * rows / 2]``. ``job`` says how many rows and buckets, the stage, the number of the first
+    bucket and delta; ``decider.random.heads`` the numbers that the H heads have in the stream. What
+    :func:`.halving.halve_reference` decides."""
     rule, rows = decider.rule, job.rows
     depends = rule.gain(rows, 0.5) != rule.gain(rows, 0.25)  # otherwise one table serves all halvings of so many rows
-    schedule = _one_halving(rows, job.delta if depends else 0.5)
-    index = torch.empty(*key.shape[:2], rows // 2, dtype=torch.int32, device=key.device)
-    copies = tuple(x.new_empty(*x.shape[:2], rows // 2, x.shape[3]) for x in (key, value))
+    schedule = _one_halving(rows, job.buckets, job.delta if depends else 0.5)
+    kept = job.buckets * rows // 2
+    index = torch.empty(*key.shape[:2], kept, dtype=torch.int32, device=key.device)
+    copies = tuple(x.new_empty(*x.shape[:2], kept, x.shape[3]) for x in (key, value))
     shift = _Shift(job.stage, job.first, decider.random.heads)
     decider = decider._replace(random=decider.random._replace(heads=None))
     thin_into((index, *copies), key, value, schedule, 0, decider, shift=shift)
