@@ -24,16 +24,18 @@ from .attend.places import WEIGHT as TO_WEIGHT
 from .attend.places import Table, _line
 from .launch import Widths, constexpr, jit, launch, load_rows, require_triton, tl
 
-# columns of a line: tokens of the sequence when it is due, with the new one (-1: nothing is); how many places change and
-# addresses of their numbers; of what the first head holds there then: tokens, keys, values, log-weights; how many pages
-# there are, and addresses of the list of the first head and of its length
+# columns of a line: tokens of the sequence when it is due, with the new one (-1: nothing is); how many places change,
+# and addresses of their numbers; of what the first head holds there then: tokens, keys, values, log-weights; how many
+# pages there are, and addresses of the list of the first head and of its length
 END, ROWS, AT, TOKEN, KEY, VALUE, WEIGHT, PAGES, LIST, LISTED, COLUMNS = (constexpr(i) for i in range(11))
 _CHUNKS = 8  # programs of a head
 
 _Shape = namedtuple("_Shape", "H D DV BD BDV BN")
 
 
-def line(end: int, at: torch.Tensor, first: int, rows: Sequence[torch.Tensor], pages: Sequence[torch.Tensor]) -> list[int]:
+def line(
+    end: int, at: torch.Tensor, first: int, rows: Sequence[torch.Tensor], pages: Sequence[torch.Tensor]
+) -> list[int]:
     """The numbers of a line. ``at`` int32 ``[R]``; tokens, keys, values and log-weights ``[B, G, R, ..]`` and the pages
     and how many are listed ``[B, G, ..]`` are those of sequence ``first`` of these; all contiguous."""
     addresses = [x.data_ptr() + first * x.stride(0) * x.element_size() for x in (*rows, *pages)]
@@ -42,7 +44,7 @@ def line(end: int, at: torch.Tensor, first: int, rows: Sequence[torch.Tensor], p
 
 @jit
 def _due_kernel(like, table, heads, end, SHAPE: tl.constexpr):
-    """``heads`` int64 ``[heads, 3]``: numbers in the layer and in the part, and the address of the lines of the part."""
+    """``heads`` int64 ``[heads, 3]``: numbers in the layer and in the part, and where the lines of the part are."""
     BN: tl.constexpr = SHAPE.BN
     i_chunk, i_b = tl.program_id(0), tl.program_id(2)
     p_head = heads + tl.program_id(1) * 3
@@ -82,11 +84,12 @@ def _due_kernel(like, table, heads, end, SHAPE: tl.constexpr):
             tl.store(tl.load(p_line + TO_LISTED).to(tl.pointer_type(tl.int32)), listed)
 
 
-def do_what_is_due(key: torch.Tensor, value: torch.Tensor, table: Table, heads: torch.Tensor, end: torch.Tensor) -> None:
-    """``heads``: those in which something can be due, as in the kernel. ``end`` int32 ``[B]`` counts the tokens with the
-    new one. Of ``key`` and ``value``, those of the new token, only shape and dtype count."""
+def do_what_is_due(
+    key: torch.Tensor, value: torch.Tensor, table: Table, heads: torch.Tensor, end: torch.Tensor
+) -> None:
+    """``heads``: those in which something can be due, as in the kernel. ``end`` int32 ``[B]`` counts the tokens with
+    the new one. Of ``key`` and ``value``, those of the new token, only shape and dtype count."""
     require_triton()
-    B, H, BN = key.shape[0], key.shape[1], 32
-    launch(_due_kernel, (_CHUNKS, len(heads), B),
-        key, table.lines, heads, end, SHAPE=_Shape(H, *Widths.of(key, value), BN), num_warps=4,
+    launch(_due_kernel, (_CHUNKS, len(heads), len(key)),
+        key, table.lines, heads, end, SHAPE=_Shape(key.shape[1], *Widths.of(key, value), 32), num_warps=4,
     )  # fmt: skip

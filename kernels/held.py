@@ -56,6 +56,7 @@ _AHEAD = 128  # steps over which the layers of a model, and their parts, spread 
 _PART = 32  # so many of them lie between the parts of a layer
 _COPIED = 32 << 20  # bytes, which a GPU copies in less time than the host takes to launch what picks a row of a group
 _LATER = 1 << 30
+_WARM: set[tuple[Any, ...]] = set()
 _LN2 = math.log(2.0)
 
 
@@ -544,6 +545,37 @@ class HeldRows:
             entered = (entered - held) // 2
         self._write(b, self.coreset + blocks * round_.s, rows, 2 * round_.r * _LN2)
 
+    def warm_up(self) -> None:
+        """Compile what decides the rows of the steps that follow, and have its tables: a kernel that is first needed in
+        the middle of a text takes seconds there."""
+        config, (_, G, _, D), Dv = self.config, self.key.shape, self.value.shape[3]
+        if config is None or self.drops or not _by_kernels(self.key):
+            return
+        round_ = Round(round_of(config.streamed(self.left[0]), config.s), config.s, config.M)
+        kind = config, round_, self.key.dtype, self.key.device, D, Dv
+        if kind in _WARM:
+            return
+        _WARM.add(kind)
+        other = HeldRows(self.group, config, self.key[:1], self.value[:1], self.random, self.scale)
+        index = config.sinks + torch.arange(
+            (config.protected // CONTEST + 2) * CONTEST, dtype=torch.int32, device=self.key.device
+        )
+        rows = Kept(
+            index.expand(1, G, -1), *(x.new_zeros(1, G, len(index), x.shape[3]) for x in (self.key, self.value))
+        )
+        if config.protected:  # contests until some rows lose
+            other._leave(slice(0, 1), 0, rows)
+        other.list_pages()
+        if config.forgets:
+            return
+        closing = [(CLOSE_FIRST, 4 * config.s, 1), (CLOSE_SECOND, 2 * config.s, 1)]
+        for level, capacity, most in [*((i, round_.capacity(i), CONTEST >> i) for i in range(round_.q)), *closing]:
+            for buckets in {1, max(1, most // round_.group // capacity)}:  # of a contest there are several
+                count = -(-buckets * capacity // rows.count)
+                other._halve(join(*[rows] * count)[: buckets * capacity], round_, level, 0, 0.5, buckets)
+        if round_.group > 1:
+            other._pick(round_, 0, rows[: round_.group])
+
     def _bucket(self, round_: Round, level: int) -> int:
         return self.coreset + 7 * round_.s - (4 * round_.s >> (round_.q - 1 - level))
 
@@ -574,10 +606,11 @@ class HeldRows:
             job = Halving(0, 0, count, buckets, stage(round_.r, level), number, delta)
             return rows.pick(halve(rows.key, rows.value, job, Decider(config.rule, self.scale, self.random)).long())
         pairs, bucket = (torch.arange(n, device=rows.key.device) for n in (count // 2, buckets))
-        draws = philox_uniform(seed, layer, pairs, number + bucket[:, None], stage(round_.r, level), heads[:, None, None])
+        bucket = bucket[:, None]
+        draws = philox_uniform(seed, layer, pairs, number + bucket, stage(round_.r, level), heads[:, None, None])
         key, value = (x.unflatten(2, (buckets, count)) for x in (rows.key, rows.value))
         second = halve_reference(key, value, draws, config.rule, delta, self.scale)
-        return rows.pick((count * bucket[:, None] + 2 * pairs + second.long()).flatten(2))
+        return rows.pick((count * bucket + 2 * pairs + second.long()).flatten(2))
 
     # -- attending ----------------------------------------------------------------------------------------------
 
@@ -727,6 +760,8 @@ class Held:
                     part.thin_prompt(b, new, k, v)
                 part.append(b, length, new, settle=True)
         self._count(key.shape[2], real)
+        for part in self.parts:
+            part.warm_up()
 
     @_in_place
     def extend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, real: Real = None) -> torch.Tensor:
@@ -840,7 +875,6 @@ class Held:
         self._count_done()
         return (self.step_triton if _by_kernels(query) else self._step_reference)(query, key, value)
 
-    @_in_place
     def _count_done(self) -> None:
         """What a step does by itself, once there is one more token: how many are gone of heads that drop them, and what
         was decided before."""

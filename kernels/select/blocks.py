@@ -254,7 +254,7 @@ class Choosers(NamedTuple):
     held: torch.Tensor
 
 
-@jit(general="H_kv q_offset begin line held rows columns blocks")
+@jit(general="H_kv q_offset begin line sinks held rows columns blocks stride_lse stride_chosen")
 def _choose_kernel(
     p_chosen, p_lse, p_start, choosers, H_kv, q_offset, begin, line, sinks, held, rows, columns, blocks, stride_lse,
     stride_chosen, GROUP: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -346,7 +346,7 @@ def select_blocks_triton(
         launch(_choose_kernel, (blocks, B * H_kv),
             chosen[:, :, first:], lse, start, choosers, H_kv, layout.q_offset, begin, line, config.sinks,
             config.sinks + config.recent, rows, columns, config.blocks, columns * rows, total * config.blocks,
-            BC=BC, BB=next_power_of_two(config.blocks), **sizes, num_warps=max(1, min(16, BC // 256)),
+            BC=BC, BB=max(BC, next_power_of_two(config.blocks)), **sizes, num_warps=max(1, min(16, BC // 256)),
         )  # fmt: skip
     return chosen
 

@@ -121,20 +121,19 @@ class Tiles:
                 rows = span // job.rows * job.rows
                 self.ranges.append((job.source, job.rows * job.buckets, rows, self.units, -1))
                 self.units += -(-job.rows * job.buckets // rows)
+        # no row is read by two; in front of all stands one of no rows
+        ordered = [(-1, 0, 1, 0, -1), *sorted(self.ranges)]
+        self._sorted_ranges = np.array(ordered, dtype=np.int64).T
 
     def _units_of(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Unit that reads each arena row (-1: none), its slot, and the first slot and rows of its bucket."""
-        unit, slot, first, rows = (np.full(len(at), value) for value in (-1, -1, 0, 0))
-        for source, total, size, base, slots in self.ranges:
-            inside = (at >= source) & (at < source + total)
-            which, within = np.divmod(at - source, size)
-            unit = np.where(inside, base + which, unit)
-            if slots >= 0:
-                per_bucket = -(-size // self.pairs)
-                first = np.where(inside, slots + which * per_bucket, first)
-                slot = np.where(inside, first + within // self.pairs, slot)
-                rows = np.where(inside, size, rows)
-        return unit, slot, first, rows
+        which = np.searchsorted(self._sorted_ranges[0], at, "right") - 1
+        source, total, size, base, slots = self._sorted_ranges[:, which]
+        inside = (at >= source) & (at < source + total)
+        which, within = np.divmod(at - source, size)
+        first = np.where(inside & (slots >= 0), slots + which * -(-size // self.pairs), 0)
+        slot = np.where(inside & (slots >= 0), first + within // self.pairs, -1)
+        return np.where(inside, base + which, -1), slot, first, np.where(inside & (slots >= 0), size, 0)
 
     def _part(self, columns: dict[Any, np.ndarray | int], count: int, fed_from: np.ndarray) -> np.ndarray:
         table = np.zeros((count, int(COLUMNS)), dtype=np.int64)
@@ -730,7 +729,8 @@ def thin_into(
 @functools.lru_cache(maxsize=64)
 def _one_halving(rows: int, buckets: int, delta: float) -> Schedule:
     tokens = rows * buckets
-    return Schedule(tokens, 0, 0, tokens + tokens // 2, (), ((Halving(0, tokens, rows, buckets, 0, 0, delta),),), (), ())
+    job = Halving(0, tokens, rows, buckets, 0, 0, delta)
+    return Schedule(tokens, 0, 0, tokens + tokens // 2, (), ((job,),), (), ())
 
 
 def halve(key: torch.Tensor, value: torch.Tensor, job: Halving, decider: Decider) -> torch.Tensor:

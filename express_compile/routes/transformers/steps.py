@@ -168,9 +168,10 @@ class Steps:
         ids, layers = inputs["input_ids"], cache.express_layers
         if ids.device.type != _RECORDS_ON or len(layers) < len(cache.layers):
             return False
-        if not all(layer.records(len(ids)) for layer in layers):
+        is_known = cache._step.changes == self.changes and self.model() is model
+        if not all(layer.records(len(ids)) for layer in (layers[:1] if is_known else layers)):
             return False
-        if cache._step.changes == self.changes and self.model() is model:
+        if is_known:
             return True
         devices = {x.device for x in model.parameters()}
         quantizer = getattr(model, "hf_quantizer", None)
