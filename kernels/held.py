@@ -570,7 +570,7 @@ class HeldRows:
             return
         closing = [(CLOSE_FIRST, 4 * config.s, 1), (CLOSE_SECOND, 2 * config.s, 1)]
         for level, capacity, most in [*((i, round_.capacity(i), CONTEST >> i) for i in range(round_.q)), *closing]:
-            for buckets in {1, max(1, most // round_.group // capacity)}:  # of a contest there are several
+            for buckets in range(1, max(1, most // round_.group // capacity) + 1):  # of a contest several at once
                 count = -(-buckets * capacity // rows.count)
                 other._halve(join(*[rows] * count)[: buckets * capacity], round_, level, 0, 0.5, buckets)
         if round_.group > 1:

@@ -4,8 +4,8 @@ generate() asks a model for the compiled form of its call wherever a cache allow
 ``graphs=True`` gives it is no program of torch.compile: once the layers hold rows of a plan, a step of one token is
 recorded as one CUDA graph of the model as it runs eagerly, or as it was compiled by ``model.compile()``, and replayed
 for the tokens that follow. Where rows are and how many tokens there are stands in memory that does not move, so a graph
-serves until memory has to grow, which only heads that hold all tokens need. What has to be moved or thinned runs
-between replays (:meth:`..kernels.held.Held.settle`).
+serves until memory has to grow, which only heads that hold all tokens need. What has to be thinned is decided behind a
+replay, and rows move in the one in which they are due (:mod:`..kernels.due`).
 """
 
 from __future__ import annotations
