@@ -463,13 +463,16 @@ def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: in
     """Whether this kernel runs these tensors, for blocks of ``block`` queries: float16 and bfloat16, head sizes 64 and
     128, not both 64 (where it was no faster on an H200), on Hopper, with strides that let a row by index be copied 16
     bytes at a time."""
+    return block == QUERIES and {query.shape[3], value.shape[3]} in ({128}, {64, 128}) and runs(query, key, value)
+
+
+def runs(query: torch.Tensor, *copied: torch.Tensor) -> bool:
+    """Whether kernels like this one run ``query``, of which rows of ``copied`` can be copied 16 bytes at a time."""
     return (
         gluon is not None
         and query.is_cuda
         and query.element_size() == 2
-        and block == QUERIES
-        and {query.shape[3], value.shape[3]} in ({128}, {64, 128})
-        and all(x.stride(3) == 1 and not any(stride % 16 for stride in x.stride()[:3]) for x in (key, value))
+        and all(x.stride(3) == 1 and not any(stride % 16 for stride in x.stride()[:3]) for x in copied)
         and triton.__version__.startswith(VERSIONS)
         and _is_hopper(query.device)
     )
