@@ -221,7 +221,7 @@ def _score_kernel(
     p_lse += i_seq * rows * columns + o_m // PER * columns * PER + o_m % PER
     last = tl.max(b_position)
     least = tl.min(tl.where(o_m < rows, b_position, last))
-    for c in range(i_part * COLUMNS, tl.minimum((i_part + 1) * COLUMNS, (last - line) // BN + 1)):
+    for c in range(i_part * COLUMNS, tl.minimum(tl.minimum((i_part + 1) * COLUMNS, columns), (last - line) // BN + 1)):
         token = line + c * BN
         o_token = tl.minimum(tl.maximum(token + o_n, 0), Lk - 1).to(tl.int64)
         p_tile = p_k + o_token[:, None] * stride_kn + o_d[None, :]
@@ -301,7 +301,7 @@ def _choose_kernel(
         m_x = (o_c < some)[:, None]  # the same for all queries, so that they are read at once
         if PER % BR:
             m_x = m_x & (o_r < PER)[None, :]
-        b_x = tl.load(p_lse + o_c[:, None] * PER + o_r[None, :], mask=m_x, other=0.0)
+        b_x = tl.load(p_lse + o_c[:, None] * PER + o_r[None, :], mask=m_x, other=float("-inf"))
         b_x = tl.where(o_c[:, None] < b_seen[None, :], b_x, float("-inf"))
         b_p = tl.exp2(b_x - tl.maximum(tl.max(b_x, 0), -1e30)[None, :])
         b_sum = tl.sum(b_p, 0)
@@ -366,7 +366,7 @@ def select_blocks_triton(
     if not 0 < B * H_kv * D:
         return chosen.fill_(NONE) if chosen.numel() else chosen
     line = config.sinks - KEYS * -(-config.sinks // KEYS)  # where the columns begin
-    per_block, own_tiles = config.samples * group, hopper.takes(query, key)
+    per_block, specialised = config.samples * group, hopper.takes(query, key)
     small, BD = query.element_size() == 2, max(16, next_power_of_two(D))
     BM = min(128 if small else 64, max(16, next_power_of_two(total * per_block)))
     sizes = dict(GROUP=group, SAMPLES=config.samples, STRIDE=config.stride, BLOCK=config.block)
@@ -378,13 +378,14 @@ def select_blocks_triton(
         last = max(begin, layout.q_offset) if start is None else min(Lk, begin + config.block) - 1
         return (last - line) // KEYS + 1
 
-    for first, blocks in _parts(total, max(1, 256 // per_block), lambda n: 4 * B * H_kv * per_block * columns_of(n)):
+    step = max(1, hopper.ROWS.value // per_block)
+    for first, blocks in _parts(total, step, lambda n: 4 * B * H_kv * per_block * columns_of(n)):
         begin, columns = layout.q_offset - layout.shift + first * config.block, columns_of(first + blocks)
         rows = blocks * per_block
         lse = torch.empty(B * H_kv * columns * rows, dtype=torch.float32, device=query.device)
-        if own_tiles:
-            of_part = (H_kv, B * H_kv, Lq, layout.q_offset, begin, line, rows, columns)
-            hopper.score(lse, query, key, start, own, scale_log2, of_part, tuple(sizes.values()))
+        if specialised:
+            of_part = hopper.ScoreSizes(H_kv, B * H_kv, Lq, layout.q_offset, begin, line, rows, columns)
+            hopper.score(lse, query, key, start, own, scale_log2, of_part, hopper.ScoreShape(D, **sizes))
         else:
             launch(_score_kernel, (-(-columns // _COLUMNS), -(-rows // BM), B * H_kv),
                 lse, query, key, start, own, H_kv, Lq, Lk, layout.q_offset, begin, line, rows, columns, scale_log2,

@@ -2,16 +2,15 @@
 specialised by warps.
 
 As many programs as the device has multiprocessors stay and take *job* after job, each some columns of ``ROWS`` rows,
-queries that choose: neighbours have the same columns of other rows, so that keys come from the L2 cache. One warp group
-reads ahead: columns by the tensor memory accelerator, and queries of the next job one by one. The others have 64 queries
-each in registers, from where a product reads half as much shared memory as with both factors there, which would be as
-much as there is. With four of them some multiply while others take exponentials, which cost as much.
+queries that choose. Neighbours have the same columns of other rows, so that keys come from the L2 cache. One warp group
+reads ahead: columns by the tensor memory accelerator, and the queries of the next job one by one. The others have 64
+queries each in registers: a product with both factors in shared memory would read as fast as that can be read. There
+are four of them, as exponentials take as long as products: some do these and some do those.
 """
 
 from __future__ import annotations
 
 from collections import namedtuple
-from typing import Any
 
 import torch
 
@@ -29,13 +28,13 @@ BM = constexpr(64)  # rows of one group of warps
 KEYS = constexpr(64)  # of a column
 GROUPS = constexpr(4)
 ROWS = constexpr(256)
-STAGES = 8
+STAGES = constexpr(8)
 GATHERED = constexpr(2048)  # elements of queries that are asked for at a time
 
-ScoreShape = namedtuple("ScoreShape", "D GROUP SAMPLES STRIDE BLOCK STAGES")
+ScoreShape = namedtuple("ScoreShape", "D GROUP SAMPLES STRIDE BLOCK")
 ScoreTensors = namedtuple("ScoreTensors", "lse q start heads scale_log2")
 # ``sequences``: heads of all sequences; ``tiles`` of ROWS rows; ``chunk``: columns of a job
-ScoreSizes = namedtuple("ScoreSizes", "H_kv sequences Lq q_offset begin line rows columns tiles chunk")
+ScoreSizes = namedtuple("ScoreSizes", "H_kv sequences Lq q_offset begin line rows columns tiles chunk", defaults=(0, 0))
 Shared = namedtuple("Shared", "q k q_full q_empty k_full k_empty")
 
 
@@ -89,7 +88,6 @@ def _find(i_seq, chunk, low, tile, x, sizes, SHAPE: gl.constexpr):
 def _produce(d_k, x, shared, sizes, SHAPE: gl.constexpr):
     D: gl.constexpr = SHAPE.D
     STEP: gl.constexpr = GATHERED // D
-    PER: gl.constexpr = SHAPE.GROUP * SHAPE.SAMPLES
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     o_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
     o_n = gl.arange(0, STEP, gl.SliceLayout(1, LAYOUT))
@@ -117,7 +115,7 @@ def _produce(d_k, x, shared, sizes, SHAPE: gl.constexpr):
             mbarrier.wait(shared.k_empty.index(stage), phase ^ 1)
             mbarrier.expect(full, d_k.block_type.nbytes)
             load_tile(d_k, [i_b, i_kv, sizes.line + c * KEYS, 0], full, shared.k.index(stage))
-            stage, phase = _next(stage, phase, SHAPE.STAGES)
+            stage, phase = _next(stage, phase, STAGES)
         q_phase = q_phase ^ 1
         i_seq, chunk, low, tile, start, first, stop = _find(
             i_seq, chunk, low, tile + gl.num_programs(0), x, sizes, SHAPE
@@ -168,11 +166,11 @@ def _consume(x, shared, sizes, half: gl.constexpr, SHAPE: gl.constexpr):
             b_s = warpgroup_mma(b_q, k, b_zero, use_acc=False)
             mbarrier.arrive(shared.k_empty.index(stage))
             _finish(b_s, p_lse + c * PER, sizes.line + c * KEYS, b_position, m_m, least, scale_log2)
-            stage, phase = _next(stage, phase, SHAPE.STAGES)
-        for c in range(gl.maximum(first, own), stop):  # hidden from these queries
+            stage, phase = _next(stage, phase, STAGES)
+        for _ in range(gl.maximum(first, own), stop):  # hidden from these queries
             mbarrier.wait(shared.k_full.index(stage), phase)
             mbarrier.arrive(shared.k_empty.index(stage))
-            stage, phase = _next(stage, phase, SHAPE.STAGES)
+            stage, phase = _next(stage, phase, STAGES)
         q_phase = q_phase ^ 1
         i_seq, chunk, low, tile, start, first, stop = _find(
             i_seq, chunk, low, tile + gl.num_programs(0), x, sizes, SHAPE
@@ -181,7 +179,6 @@ def _consume(x, shared, sizes, half: gl.constexpr, SHAPE: gl.constexpr):
 
 @_jit(do_not_specialize=["sizes"])
 def score_kernel(d_k, x, sizes, SHAPE: gl.constexpr):
-    STAGES: gl.constexpr = SHAPE.STAGES
     Q_S: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     shared = Shared(
         gl.allocate_shared_memory(d_k.dtype, [GROUPS, BM, SHAPE.D], Q_S),
@@ -223,16 +220,12 @@ def score(
     start: torch.Tensor | None,
     heads: torch.Tensor | None,
     scale_log2: float,
-    sizes: tuple[int, ...],
-    choosers: tuple[int, int, int, int],
+    sizes: ScoreSizes,
+    shape: ScoreShape,
 ) -> None:
-    """Log-sum-exps of the columns into ``lse``. ``sizes`` are those of :class:`ScoreSizes` up to ``columns``, and
-    ``choosers`` are ``GROUP``, ``SAMPLES``, ``STRIDE`` and ``BLOCK`` of the shape."""
-    _, sequences, *_, rows, columns = sizes
-    tiles, programs = -(-rows // ROWS.value), processors(lse.device)
-    chunk = min(max(tiles * columns * sequences // (16 * programs), 4), 64)
-    shape = ScoreShape(query.shape[3], *choosers, STAGES)
-    launch(score_kernel, (programs,),
-        describe(key, KEYS.value), ScoreTensors(lse, strided(query), start, heads, scale_log2),
-        ScoreSizes(*sizes, tiles, chunk), SHAPE=shape, num_warps=4,
-    )  # fmt: skip
+    """Log-sum-exps of the columns into ``lse``; in ``sizes`` the last two are found here."""
+    tiles, programs = -(-sizes.rows // ROWS.value), processors(lse.device)
+    of_program = tiles * sizes.columns * sizes.sequences // programs  # columns, half of which are hidden
+    sizes = sizes._replace(tiles=tiles, chunk=min(max(of_program // 32, 4), 64))
+    tensors = ScoreTensors(lse, strided(query), start, heads, scale_log2)
+    launch(score_kernel, (programs,), describe(key, KEYS.value), tensors, sizes, SHAPE=shape, num_warps=4)
