@@ -14,7 +14,7 @@ from collections import namedtuple
 
 import torch
 
-from ..attend.hopper import _jit, _next, describe, load_rows, load_tile, runs
+from ..attend.hopper import describe, gluon_jit, load_rows, load_tile, next_stage, runs
 from ..launch import constexpr, launch, processors, strided
 
 try:
@@ -38,7 +38,7 @@ ScoreSizes = namedtuple("ScoreSizes", "H_kv sequences Lq q_offset begin line row
 Shared = namedtuple("Shared", "q k q_full q_empty k_full k_empty")
 
 
-@_jit
+@gluon_jit
 def _start(i_seq, x, sizes):
     start = sizes.q_offset
     if x.start is not None:
@@ -46,7 +46,7 @@ def _start(i_seq, x, sizes):
     return start
 
 
-@_jit
+@gluon_jit
 def _choosers(i_chooser, start, sizes, SHAPE: gl.constexpr):
     """As in :mod:`.blocks`."""
     begin = sizes.begin + i_chooser // SHAPE.SAMPLES * SHAPE.BLOCK
@@ -54,7 +54,7 @@ def _choosers(i_chooser, start, sizes, SHAPE: gl.constexpr):
     return position - i_chooser % SHAPE.SAMPLES * SHAPE.STRIDE
 
 
-@_jit
+@gluon_jit
 def _columns(row, count: gl.constexpr, start, sizes, SHAPE: gl.constexpr):
     """How many columns ``count`` rows from ``row`` on see."""
     last = (gl.minimum(row + count, sizes.rows) - 1) // SHAPE.GROUP
@@ -62,7 +62,7 @@ def _columns(row, count: gl.constexpr, start, sizes, SHAPE: gl.constexpr):
     return gl.minimum((_choosers(last, start, sizes, SHAPE) - sizes.line) // KEYS + 1, sizes.columns)
 
 
-@_jit
+@gluon_jit
 def _find(i_seq, chunk, low, tile, x, sizes, SHAPE: gl.constexpr):
     """The job that is ``tile`` tiles behind the beginning of ``chunk``: head and sequence, chunk of columns, the first
     tile of rows that see any of them, tile, and the columns from and to which it goes. Behind the last job the first
@@ -84,7 +84,7 @@ def _find(i_seq, chunk, low, tile, x, sizes, SHAPE: gl.constexpr):
     return i_seq, chunk, low, tile, start, first, stop
 
 
-@_jit
+@gluon_jit
 def _produce(d_k, x, shared, sizes, SHAPE: gl.constexpr):
     D: gl.constexpr = SHAPE.D
     STEP: gl.constexpr = GATHERED // D
@@ -115,14 +115,14 @@ def _produce(d_k, x, shared, sizes, SHAPE: gl.constexpr):
             mbarrier.wait(shared.k_empty.index(stage), phase ^ 1)
             mbarrier.expect(full, d_k.block_type.nbytes)
             load_tile(d_k, [i_b, i_kv, sizes.line + c * KEYS, 0], full, shared.k.index(stage))
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
         q_phase = q_phase ^ 1
         i_seq, chunk, low, tile, start, first, stop = _find(
             i_seq, chunk, low, tile + gl.num_programs(0), x, sizes, SHAPE
         )
 
 
-@_jit
+@gluon_jit
 def _finish(b_s, p_lse, token, b_position, m_m, least, scale_log2):
     """Store the log-sum-exp of a column."""
     LAYOUT: gl.constexpr = b_s.type.layout
@@ -134,7 +134,7 @@ def _finish(b_s, p_lse, token, b_position, m_m, least, scale_log2):
     gl.store(p_lse, b_lse, mask=m_m)
 
 
-@_jit
+@gluon_jit
 def _consume(x, shared, sizes, half: gl.constexpr, SHAPE: gl.constexpr):
     D: gl.constexpr = SHAPE.D
     PER: gl.constexpr = SHAPE.GROUP * SHAPE.SAMPLES
@@ -166,18 +166,18 @@ def _consume(x, shared, sizes, half: gl.constexpr, SHAPE: gl.constexpr):
             b_s = warpgroup_mma(b_q, k, b_zero, use_acc=False)
             mbarrier.arrive(shared.k_empty.index(stage))
             _finish(b_s, p_lse + c * PER, sizes.line + c * KEYS, b_position, m_m, least, scale_log2)
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
         for _ in range(gl.maximum(first, own), stop):  # hidden from these queries
             mbarrier.wait(shared.k_full.index(stage), phase)
             mbarrier.arrive(shared.k_empty.index(stage))
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
         q_phase = q_phase ^ 1
         i_seq, chunk, low, tile, start, first, stop = _find(
             i_seq, chunk, low, tile + gl.num_programs(0), x, sizes, SHAPE
         )
 
 
-@_jit(do_not_specialize=["sizes"])
+@gluon_jit(do_not_specialize=["sizes"])
 def score_kernel(d_k, x, sizes, SHAPE: gl.constexpr):
     Q_S: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     shared = Shared(
