@@ -90,6 +90,8 @@ def do_what_is_due(
     """``heads``: those in which something can be due, as in the kernel. ``end`` int32 ``[B]`` counts the tokens with
     the new one. Of ``key`` and ``value``, those of the new token, only shape and dtype count."""
     require_triton()
+    if not len(heads):
+        return
     launch(_due_kernel, (_CHUNKS, len(heads), len(key)),
         key, table.lines, heads, end, SHAPE=_Shape(key.shape[1], *Widths.of(key, value), 32), num_warps=4,
     )  # fmt: skip

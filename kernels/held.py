@@ -896,9 +896,8 @@ class Held:
     def step_triton(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """:meth:`launch_step` by the kernels."""
         assert self._table is not None and self._end is not None, "prepare_step comes first"
-        table, H_kv, heads = self._table[1], key.shape[1], self._table[3]
-        if len(heads):
-            do_what_is_due(key, value, table, heads, self._end)
+        table, H_kv = self._table[1], key.shape[1]
+        do_what_is_due(key, value, table, self._table[3], self._end)
         append_places(key, value, table, self._end)
         for part in self.parts:
             rows = part.group.rows
