@@ -18,6 +18,7 @@ import copy
 import functools
 import itertools
 import math
+import operator
 import os
 import threading
 import weakref
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._C._dynamo import guards
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .launch import DESCRIPTORS, Launcher, current_device, current_stream, is_hooked, watched_by
@@ -38,11 +40,10 @@ _ALIGNED = 512  # bytes, as PyTorch's own memory
 
 _empty_strided_cuda = getattr(guards, "_empty_strided_cuda", None)  # what the code of inductor allocates with
 
-without_autocast = functools.partial(
-    torch._C._ExcludeDispatchKeyGuard,
-    torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA),
+AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
 )
+without_autocast = functools.partial(torch._C._ExcludeDispatchKeyGuard, AUTOCAST)
 
 _aten = torch.ops.aten
 _EMPTY = {
@@ -368,6 +369,7 @@ class _Code:
         self.lines = [
             f"{''.join(f't{i}, ' for i in given)} = given",
             f"{''.join(f'p{i}, ' for i in given)} = addresses",
+            "s = stream(index)",
         ]
         self.work: dict[int, tuple[str, int]] = {}  # the name of an address, and how far behind it memory begins
         begun, ended = self._work(ends)
@@ -474,7 +476,7 @@ class _Code:
                 words.append(self._argument(x))
         args, fixed = ", ".join(words), ", ".join(map(self._word, launcher.fixed))
         grid, args = ", ".join(map(self._word, (*step.grid, 1, 1)[:3])), f"({args},)" if launcher.nested else args
-        return f"{self._name(launcher.call)}({grid}, stream(index), {fixed}, {args})"
+        return f"{self._name(launcher.call)}({grid}, s, {fixed}, {args})"
 
     def _argument(self, x: Any) -> str:
         """What a launch is given: addresses in place of tensors."""
@@ -523,7 +525,7 @@ def _code_of(recording: Recording, index: int) -> Callable[..., Any] | None:
         return call
 
     def run(*args: Any) -> Any:
-        with without_autocast():
+        with without_autocast(), torch._C._AutoDispatchBelowAutograd():
             return call(*args)
 
     return run
@@ -564,7 +566,7 @@ class _Kind:
         return out
 
 
-_EVERY: list[dict[Any, _Kind]] = []
+_EVERY: list[dict[Any, Any]] = []
 
 
 def forget() -> None:
@@ -609,9 +611,111 @@ def prepared(body: Callable[..., Any], layer_at: int | None = None) -> Callable[
             kinds[found] = _Kind(recorded=0 if here else RECORDINGS)
             return body(*args, **options)  # what comes once is not recorded
         if kind.call is not None and (kind.only is None or kind.only == layer):
-            return kind.call(layer, given, addresses)
+            out = kind.call(layer, given, addresses)
+            if (told := getattr(_asked, "told", None)) is not None:
+                told[:] = run, kind.call, given
+            return out
         if kind.recorded < RECORDINGS and len({id(x) for x in given}) == len(given):  # else who is who is not seen
             return kind.learn(layer, given, lambda: body(*args, **options))
         return body(*args, **options)
+
+    return run
+
+
+_asked = threading.local()  # .told: a list for the prepared body whose code ran last, that code, and its tensors
+
+
+@dataclass(slots=True)
+class _Direct:
+    """Arguments of an op with which code ran: what of others has to be equal for the same code to run."""
+
+    count: int
+    tensors: Callable[[Any], tuple[torch.Tensor, ...]]
+    guard: Any  # types, dispatch keys, dtypes, device, shapes and strides
+    aligned: list[int]
+    others: Callable[[Any], Any]
+    values: Any
+    options: dict[str, Any]
+    call: Callable[..., Any]
+
+    @classmethod
+    def of(
+        cls, args: tuple[Any, ...], options: dict[str, Any], given: Sequence[torch.Tensor], call: Callable[..., Any],
+        layer_at: int | None,
+    ) -> _Direct | None:  # fmt: skip
+        """None unless ``given``, the tensors of the code, are those in ``args`` as they are."""
+        at = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor)]
+        if len(at) < 2 or len(at) != len(given) or any(args[i] is not x for i, x in zip(at, given, strict=True)):
+            return None
+        rest = [i for i in range(len(args)) if i not in at and i != layer_at]
+        others = operator.itemgetter(*rest) if rest else len
+        own = {name: list(x) if type(x) is list else x for name, x in options.items()}  # a caller may change its list
+        guard = _TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        aligned = [x.data_ptr() % 16 for x in given]
+        return cls(len(args), operator.itemgetter(*at), guard, aligned, others, others(args), own, call)
+
+    def takes(self, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+        return (
+            len(args) == self.count
+            and self.guard.check(*self.tensors(args))
+            and self.options == options
+            and self.values == self.others(args)
+        )
+
+
+_TensorGuards = getattr(guards, "TensorGuards", None)
+
+
+def directly(
+    op: Callable[..., Any], body: Callable[..., Any], is_plain: Callable[[Sequence[torch.Tensor]], bool],
+    layer_at: int | None = None,
+) -> Callable[..., Any]:  # fmt: skip
+    """``op``, a way through PyTorch's dispatcher to ``body``, which is :func:`prepared`, without that way for calls
+    like one that was seen to take it to code and back with the same tensors.
+
+    The dispatcher takes as long as all launches: a microsecond for every option, more for lists of numbers. Where it
+    has something to do, calls take it: gradients, tangents, modes, profilers and what :func:`is_plain` says no to for
+    the tensors; so do calls that differ in dispatch keys, of tensors or of the thread.
+    """
+    if _TensorGuards is None:
+        return op
+    known: dict[Any, _Direct] = {}
+    _EVERY.append(known)
+
+    def run(*args: Any, **options: Any) -> Any:
+        if (
+            not ENABLED
+            or len(args) < 2
+            or torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._is_torch_function_mode_enabled()
+            or torch._C._autograd._profiler_enabled()
+            or forward_ad._current_level >= 0
+            or is_hooked()
+        ):
+            return op(*args, **options)
+        query, key = args[:2]
+        layer = args[layer_at] if layer_at is not None and layer_at < len(args) else None
+        if not (isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(layer, int | None)):
+            return op(*args, **options)
+        at = query.shape, key.shape, layer, current_device(), torch._C._get_deterministic_algorithms()
+        found = known.get(at)
+        if found is not None and found.takes(args, options):
+            given = found.tensors(args)
+            addresses = [x.data_ptr() for x in given]
+            if [address % 16 for address in addresses] == found.aligned:
+                return found.call(layer, given, addresses)
+        before, _asked.told = getattr(_asked, "told", None), (told := [])
+        try:
+            out = op(*args, **options)
+        finally:
+            _asked.told = before
+        if told and told[0] is body and is_plain(told[2]):
+            direct = _Direct.of(args, options, told[2], told[1], layer_at)
+            if direct is not None:
+                if len(known) >= MOST:
+                    known.clear()
+                known[at] = direct
+        return out
 
     return run
