@@ -40,6 +40,13 @@ _ALIGNED = 512  # bytes, as PyTorch's own memory
 
 _empty_strided_cuda = getattr(guards, "_empty_strided_cuda", None)  # what the code of inductor allocates with
 
+
+def _as_strided(x: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> torch.Tensor:
+    return x.as_strided(shape, strides, x.storage_offset() + offset)
+
+
+_view = getattr(guards, "_reinterpret_tensor", _as_strided)  # what it makes views with, past the dispatcher
+
 AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
@@ -357,6 +364,7 @@ class _Code:
     def __init__(self, recording: Recording, index: int, empty: Callable[..., torch.Tensor]) -> None:
         self.tensors, self.constants = recording.tensors, recording.constants
         self.names: dict[str, Any] = {"empty": empty, "stream": current_stream, "index": index, "uint8": torch.uint8}
+        self.names["view"] = _view
         self.returned = set(refs(recording.result))
         self.needed = set(self.returned)  # as tensors, not for their addresses alone
         self.steps = [step for step in reversed(recording.steps) if self._is_live(step)][::-1]
@@ -443,7 +451,7 @@ class _Code:
             lines = [f"t{x} = empty({', '.join(map(self._word, self.tensors[x].layout))})" for x in fresh]
         elif step.kind == "view" and self._used(step) == {root := self.tensors[step.fresh[0]].root}:
             fresh = [x for x in step.fresh if x in self.needed]
-            lines = [f"t{x} = {self._strided(x, self._word(_Ref(root)))}" for x in fresh]
+            lines = [f"t{x} = {self._view(x, self._word(_Ref(root)))}" for x in fresh]
         elif step.func in _ZEROS:
             fresh = list(step.fresh)
             lines = [f"t{x} = empty({', '.join(map(self._word, self.tensors[x].layout))}).zero_()" for x in fresh]
@@ -456,11 +464,10 @@ class _Code:
         self.held.update(fresh)
         return lines + [f"p{x} = t{x}.data_ptr()" for x in fresh if x in self.pointed]
 
-    def _strided(self, x: int, root: str) -> str:
+    def _view(self, x: int, root: str) -> str:
         """A view of ``root``, which may lie anywhere in its own memory."""
         (shape, strides, dtype), offset = self.tensors[x].layout, self.tensors[x].offset
-        begin = f", {root}.storage_offset() + {self._name(offset // dtype.itemsize)}" if offset else ""
-        return f"{root}.as_strided({self._name(shape)}, {self._name(strides)}{begin})"
+        return f"view({root}, {self._name(shape)}, {self._name(strides)}, {self._name(offset // dtype.itemsize)})"
 
     def _launch(self, step: _Launch) -> str:
         launcher, words = Launcher.of(step.compiled), []
@@ -686,7 +693,8 @@ def directly(
         if (
             not ENABLED
             or len(args) < 2
-            or torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+            or torch.is_grad_enabled()
+            and torch._C._any_requires_grad(*args)
             or torch._C._len_torch_dispatch_stack()
             or torch._C._is_torch_function_mode_enabled()
             or torch._C._autograd._profiler_enabled()
