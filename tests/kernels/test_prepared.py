@@ -393,7 +393,7 @@ def test_where_the_dispatcher_has_something_to_do_calls_go_there() -> None:
         assert "express_compile_tests::total" in {event.name for event in profile.events()}
         with torch.device("cpu"):  # a mode that sees functions
             assert not way.passes(x, y, None, 2.0, 3, steps=[1])
-        before = way.dispatched
+        before, expected = way.dispatched, total(x, y, None, 2.0, 3, steps=[1])
         torch.func.vmap(lambda z: way.call(x, y, None, 2.0, 3, steps=[1]) + z)(torch.zeros(2))
         torch.func.functionalize(lambda x: way.call(x, y, None, 2.0, 3, steps=[1]))(x)
         for _ in range(5):
