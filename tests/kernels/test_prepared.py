@@ -288,9 +288,6 @@ class Way:
         run = prepared.prepared(self._body, 4)
         self.library = torch.library.Library("express_compile_tests", "IMPL")
         self.library.impl("total", run, "CPU")
-        self.library.impl(
-            "total", lambda keys, *args, **options: run(*args, **options), "AutogradCPU", with_keyset=True
-        )
         self.call = prepared.directly(self._op, run, ops._is_plain, 4)
 
     def _body(self, *args: Any, **options: Any) -> torch.Tensor:
