@@ -604,7 +604,7 @@ def prepared(body: Callable[..., Any], layer_at: int | None = None) -> Callable[
                 addresses.append(address)
             elif i == layer_at:
                 layer = x
-                key.append(0 <= x < 1 << 31)  # kernels that are general in it are compiled for either
+                key.append(_is_small(x))
             else:
                 key += (type(x), x)
         key += options
@@ -620,7 +620,7 @@ def prepared(body: Callable[..., Any], layer_at: int | None = None) -> Callable[
         if kind.call is not None and (kind.only is None or kind.only == layer):
             out = kind.call(layer, given, addresses)
             if (told := getattr(_asked, "told", None)) is not None:
-                told[:] = run, kind.call, given
+                told[:] = run, kind, given
             return out
         if kind.recorded < RECORDINGS and len({id(x) for x in given}) == len(given):  # else who is who is not seen
             return kind.learn(layer, given, lambda: body(*args, **options))
@@ -632,45 +632,59 @@ def prepared(body: Callable[..., Any], layer_at: int | None = None) -> Callable[
 _asked = threading.local()  # .told: a list for the prepared body whose code ran last, that code, and its tensors
 
 
+def _is_small(layer: int | None) -> bool:
+    """Kernels that are general in the layer are compiled for either."""
+    return layer is None or 0 <= layer < 1 << 31
+
+
 @dataclass(slots=True)
 class _Direct:
-    """Arguments of an op with which code ran: what of others has to be equal for the same code to run."""
+    """Arguments of an op with which code ran, of any layer or of one: what has to be equal for it to run again."""
 
+    kind: _Kind
+    is_small: bool
     count: int
+    options: dict[str, Any]
+    others: Callable[[Any], Any]
+    values: Any
     tensors: Callable[[Any], tuple[torch.Tensor, ...]]
     guard: Any  # types, dispatch keys, dtypes, device, shapes and strides
     aligned: list[int]
-    others: Callable[[Any], Any]
-    values: Any
-    options: dict[str, Any]
-    call: Callable[..., Any]
 
     @classmethod
     def of(
-        cls, args: tuple[Any, ...], options: dict[str, Any], given: Sequence[torch.Tensor], call: Callable[..., Any],
+        cls, kind: _Kind, given: Sequence[torch.Tensor], args: tuple[Any, ...], options: dict[str, Any],
         layer_at: int | None,
     ) -> _Direct | None:  # fmt: skip
-        """None unless ``given``, the tensors of the code, are those in ``args`` as they are."""
+        """None unless ``given``, the tensors that the code took, are those in ``args`` as they are."""
         at = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor)]
-        if len(at) < 2 or len(at) != len(given) or any(args[i] is not x for i, x in zip(at, given, strict=True)):
+        if len(at) != len(given) or any(args[i] is not x for i, x in zip(at, given, strict=True)):
             return None
         rest = [i for i in range(len(args)) if i not in at and i != layer_at]
         others = operator.itemgetter(*rest) if rest else len
         own = {name: list(x) if type(x) is list else x for name, x in options.items()}  # a caller may change its list
         guard = _TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        is_small = layer_at is None or _is_small(args[layer_at])
         aligned = [x.data_ptr() % 16 for x in given]
-        return cls(len(args), operator.itemgetter(*at), guard, aligned, others, others(args), own, call)
+        return cls(kind, is_small, len(args), own, others, others(args), operator.itemgetter(*at), guard, aligned)
 
-    def takes(self, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
-        return (
-            len(args) == self.count
-            and self.guard.check(*self.tensors(args))
-            and self.options == options
-            and self.values == self.others(args)
-        )
+    def run(self, layer: int | None, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """What the code gives, or :data:`_NOT_ALIKE`."""
+        if len(args) != self.count or self.options != options or self.values != self.others(args):
+            return _NOT_ALIKE
+        given, only = self.tensors(args), self.kind.only
+        if not self.guard.check(*given) or only is not None and only != layer or self.is_small != _is_small(layer):
+            return _NOT_ALIKE
+        addresses = [x.data_ptr() for x in given]
+        if [address % 16 for address in addresses] != self.aligned:
+            return _NOT_ALIKE
+        assert self.kind.call is not None
+        return self.kind.call(layer, given, addresses)
 
 
-_TensorGuards = getattr(guards, "TensorGuards", None)
+_NOT_ALIKE = object()
+_DIRECT = 64  # of the same shapes: options and layers that have code of their own, strides, alignments, padding
+_TensorGuards: Any = getattr(guards, "TensorGuards", None)
 
 
 def directly(
@@ -686,13 +700,15 @@ def directly(
     """
     if _TensorGuards is None:
         return op
-    known: dict[Any, _Direct] = {}
+    # by shapes: what ran last for every layer, and all that ran
+    known: dict[Any, tuple[dict[int | None, _Direct], list[_Direct]]] = {}
     _EVERY.append(known)
+    least = 2 if layer_at is None else max(2, layer_at + 1)
 
     def run(*args: Any, **options: Any) -> Any:
         if (
             not ENABLED
-            or len(args) < 2
+            or len(args) < least
             or torch.is_grad_enabled()
             and torch._C._any_requires_grad(*args)
             or torch._C._len_torch_dispatch_stack()
@@ -703,27 +719,32 @@ def directly(
         ):
             return op(*args, **options)
         query, key = args[:2]
-        layer = args[layer_at] if layer_at is not None and layer_at < len(args) else None
+        layer = None if layer_at is None else args[layer_at]
         if not (isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(layer, int | None)):
             return op(*args, **options)
-        at = query.shape, key.shape, layer, current_device(), torch._C._get_deterministic_algorithms()
-        found = known.get(at)
-        if found is not None and found.takes(args, options):
-            given = found.tensors(args)
-            addresses = [x.data_ptr() for x in given]
-            if [address % 16 for address in addresses] == found.aligned:
-                return found.call(layer, given, addresses)
-        before, _asked.told = getattr(_asked, "told", None), (told := [])
+        at = query.shape, key.shape, current_device(), torch._C._get_deterministic_algorithms()
+        latest, every = known.get(at) or ({}, [])
+        tried = latest.get(layer)
+        if tried is not None and (out := tried.run(layer, args, options)) is not _NOT_ALIKE:
+            return out
+        for other in every:
+            if other is not tried and (out := other.run(layer, args, options)) is not _NOT_ALIKE:
+                latest[layer] = other
+                return out
+        told: list[Any] = []
+        before, _asked.told = getattr(_asked, "told", None), told
         try:
             out = op(*args, **options)
         finally:
             _asked.told = before
-        if told and told[0] is body and is_plain(told[2]):
-            direct = _Direct.of(args, options, told[2], told[1], layer_at)
-            if direct is not None:
+        if told and told[0] is body and len(every) < _DIRECT:
+            direct = _Direct.of(told[1], told[2], args, options, layer_at)
+            if direct is not None and is_plain(told[2]):
                 if len(known) >= MOST:
                     known.clear()
-                known[at] = direct
+                latest[layer] = direct
+                every.append(direct)
+                known[at] = latest, every
         return out
 
     return run

@@ -349,11 +349,15 @@ def test_a_call_passes_the_dispatcher_only_with_what_one_like_it_was_called_with
     with made_way() as way:
         for n in range(6):
             assert way.passes(*pair(), None, 2.0, 3, steps=steps) is (n > 3)
-        for layer in (7, 7):  # whose code is that of the other layer at once if kernels are general in it
-            way.passes(*pair(), None, 2.0, layer, steps=steps)
+        assert [way.passes(*pair(), None, 2.0, layer, steps=steps) for layer in (7, 5, 9, 3)] == [
+            False,
+            True,
+            True,
+            True,
+        ]
         others: list[tuple[Any, ...]] = [
             (*pair(4), None, 2.0, 3), (*pair(3, 2), None, 2.0, 3), (*pair(3, 1, 1), None, 2.0, 3),
-            (*pair(), pair()[0], 2.0, 3), (*pair(), None, 3.0, 3), (*pair(), None, 2.0, 5),
+            (*pair(), pair()[0], 2.0, 3), (*pair(), None, 3.0, 3), (*pair(), None, 2.0, 1 << 33),
             (pair()[0], torch.nn.Parameter(pair()[1], requires_grad=False), None, 2.0, 3),
         ]  # fmt: skip
         for other in others:
