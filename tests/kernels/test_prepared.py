@@ -396,11 +396,13 @@ def test_where_the_dispatcher_has_something_to_do_calls_go_there() -> None:
             assert not way.passes(x, y, None, 2.0, 3, steps=[1])
         before, expected = way.dispatched, total(x, y, None, 2.0, 3, steps=[1])
         torch.func.vmap(lambda z: way.call(x, y, None, 2.0, 3, steps=[1]) + z)(torch.zeros(2))
+        traced = torch.jit.trace(lambda x: way.call(x, y, None, 2.0, 3, steps=[1]), x, check_trace=False)
+        assert "express_compile_tests::total" in str(traced.graph)
         torch.func.functionalize(lambda x: way.call(x, y, None, 2.0, 3, steps=[1]))(x)
         for _ in range(5):
             negative = torch._neg_view(x.neg())  # whose memory has other values
             assert torch.equal(way.call(negative, y, None, 2.0, 3, steps=[1]), expected)
-        assert way.dispatched == before + 7
+        assert way.dispatched == before + 8
         with torch.inference_mode():
             for _ in range(3):
                 passed = way.passes(x, y, None, 2.0, 3, steps=[1])
