@@ -183,25 +183,26 @@ def _combine(parts, first, splits, i_head, SHAPE: tl.constexpr):
     BG: tl.constexpr = SHAPE.BG
     BS: tl.constexpr = SHAPE.BS
     BDV: tl.constexpr = SHAPE.BDV
-    o_s, o_g, o_dv = tl.arange(0, BS), tl.arange(0, BG), tl.arange(0, BDV)
+    o_g, o_dv = tl.arange(0, BG), tl.arange(0, BDV)
     b_top, b_total = tl.full([BG], -1e30, tl.float32), tl.zeros([BG], tl.float32)
     b_out = tl.zeros([BG, BDV], tl.float32)
-    m_out = (o_g < SHAPE.G)[:, None] & (o_dv < SHAPE.DV)[None, :]
     for s in range(0, splits, BS):
-        o_own = (first + s + o_s)[:, None] * SHAPE.G + o_g[None, :]
-        m_own = (s + o_s < splits)[:, None] & (o_g < SHAPE.G)[None, :]
-        b_most = tl.load(parts.most + o_own, mask=m_own, other=-1e30, cache_modifier=".cg")
-        b_sum = tl.load(parts.sum + o_own, mask=m_own, other=0.0, cache_modifier=".cg")
-        p_value = parts.value + o_own[:, :, None] * SHAPE.DV + o_dv[None, None, :]
-        m_value = (s + o_s < splits)[:, None, None] & m_out[None, :, :]
-        b_value = tl.load(p_value, mask=m_value, other=0.0, cache_modifier=".cg")  # [BS, BG, BDV]
-        b_new = tl.maximum(b_top, tl.max(b_most, 0))
-        b_old, b_factor = tl.exp2(b_top - b_new), tl.exp2(b_most - b_new[None, :])
-        b_out = b_out * b_old[:, None] + tl.sum(b_value * b_factor[:, :, None], 0)
-        b_total = b_total * b_old + tl.sum(b_sum * b_factor, 0)
-        b_top = b_new
+        for i in tl.static_range(BS):  # nothing is summed over threads, so all loads are on their way at once
+            m_g = o_g < tl.where(s + i < splits, SHAPE.G, 0)
+            m_value = m_g[:, None] & (o_dv < SHAPE.DV)[None, :]
+            o_own = (first + s + i) * SHAPE.G + o_g
+            b_most = tl.load(parts.most + o_own, mask=m_g, other=-1e30, cache_modifier=".cg")
+            b_sum = tl.load(parts.sum + o_own, mask=m_g, other=0.0, cache_modifier=".cg")
+            p_value = parts.value + o_own[:, None] * SHAPE.DV + o_dv[None, :]
+            b_value = tl.load(p_value, mask=m_value, other=0.0, cache_modifier=".cg")
+            b_new = tl.maximum(b_top, b_most)
+            b_old, b_factor = tl.exp2(b_top - b_new), tl.exp2(b_most - b_new)
+            b_out = b_out * b_old[:, None] + b_value * b_factor[:, None]
+            b_total = b_total * b_old + b_sum * b_factor
+            b_top = b_new
     b_out = b_out / tl.where(b_total == 0, 1.0, b_total)[:, None]
     p_out = parts.out + (i_head.to(tl.int64) * SHAPE.G + o_g)[:, None] * SHAPE.DV + o_dv[None, :]
+    m_out = (o_g < SHAPE.G)[:, None] & (o_dv < SHAPE.DV)[None, :]
     tl.store(p_out, b_out.to(parts.out.dtype.element_ty), mask=m_out)
 
 

@@ -154,16 +154,18 @@ def _score(p_lse, b_q, p_mean, stride, first, end, i_split, splits, scale_log2, 
 @jit
 def _list(p_chosen, p_lse, p_newest, first, scored, end, wanted, sinks, recent, SHAPE: tl.constexpr):
     """List the pages by the log-sum-exp of the means of the tokens from ``first`` to ``scored``, and of the one mean
-    behind them if there is a ``p_newest``. The mass of the last page on the list is found bit by bit."""
+    behind them if there is a ``p_newest``. """
     R: tl.constexpr = SHAPE.R
+    BC: tl.constexpr = SHAPE.BC
     BR: tl.constexpr = SHAPE.BR
+    BB: tl.constexpr = SHAPE.BB
     PAGE: tl.constexpr = SHAPE.PAGE
-    o_c, o_r, o_b = tl.arange(0, SHAPE.BC), tl.arange(0, BR), tl.arange(0, SHAPE.BB)
+    o_c, o_r, o_b = tl.arange(0, BC), tl.arange(0, BR), tl.arange(0, BB)
     m_x = (o_c * PAGE < scored) & ((o_c + 1) * PAGE > first)
-    b_mass = tl.zeros([SHAPE.BC], tl.float32)
+    b_mass = tl.zeros([BC], tl.float32)
     for r in range(0, R, BR):
         # no mask, which would keep loads from being wide: there is memory for all rows of a tile, whatever it holds
-        b_x = tl.load(p_lse + (r + o_r)[:, None] * SHAPE.BC + o_c[None, :], cache_modifier=".cg")
+        b_x = tl.load(p_lse + (r + o_r)[:, None] * BC + o_c[None, :], cache_modifier=".cg")
         b_x = tl.where((r + o_r < R)[:, None] & m_x[None, :], b_x, float("-inf"))
         b_top = tl.maximum(tl.max(b_x, 1), -1e30)
         if p_newest is not None:
@@ -173,23 +175,28 @@ def _list(p_chosen, p_lse, p_newest, first, scored, end, wanted, sinks, recent, 
         b_sum = tl.sum(b_p, 1)
         if p_newest is not None:
             b_sum += tl.exp2(b_newest - b_top)
-        b_mass += tl.sum(b_p / tl.maximum(b_sum, 1e-30)[:, None], 0)
+        b_mass += tl.sum(b_p * (1 / tl.maximum(b_sum, 1e-30))[:, None], 0)
     b_rank = tl.where(b_mass == b_mass, b_mass, 0.0).to(tl.int32, bitcast=True) >> 16
     b_rank = tl.where((o_c * PAGE < first + sinks) | ((o_c + 1) * PAGE > end - recent), 1 << 15, b_rank)
     b_rank = tl.where((o_c * PAGE < end) & ((o_c + 1) * PAGE > first), b_rank, -1)
-    least = 0  # the largest rank that as many as are wanted reach
-    for i in range(16):
-        higher = least | (1 << (15 - i))
-        least = tl.where(tl.sum((b_rank >= higher).to(tl.int32)) >= wanted, higher, least)
-    # pages that are better, counted in the upper half, and those that are as good, of which the first fill the list
-    b_count = ((b_rank > least).to(tl.int64) << 32) + (b_rank == least).to(tl.int64)
+    # two counts in a word, which saves sums over all threads, and they take longest
+    WORD: tl.constexpr = tl.int32 if BC < 1 << 16 else tl.int64
+    HALF: tl.constexpr = 16 if BC < 1 << 16 else 32
+    LOW: tl.constexpr = (1 << HALF) - 1
+    least, step = 0, 19683  # the largest rank that as many as are wanted reach, digit by digit of base 3
+    for _ in range(10):
+        reached = tl.sum((b_rank >= least + step).to(WORD) + ((b_rank >= least + 2 * step).to(WORD) << HALF))
+        digit = ((reached & LOW) >= wanted).to(tl.int32) + ((reached >> HALF) >= wanted).to(tl.int32)
+        least, step = least + digit * step, step // 3
+    # pages that are better, and those that are as good, of which the first fill the list
+    b_count = ((b_rank > least).to(WORD) << HALF) + (b_rank == least).to(WORD)
     total, b_before = tl.sum(b_count), tl.cumsum(b_count, 0) - b_count
-    left = wanted - (total >> 32)
-    b_equal = b_before & 0xFFFFFFFF
-    b_place = (b_before >> 32) + tl.minimum(b_equal, left)
+    left = wanted - (total >> HALF)
+    b_equal = b_before & LOW
+    b_place = (b_before >> HALF) + tl.minimum(b_equal, left)
     tl.store(p_chosen + b_place, o_c, mask=(b_rank > least) | (b_rank == least) & (b_equal < left))
-    count = (total >> 32) + tl.minimum(total & 0xFFFFFFFF, left)
-    tl.store(p_chosen + o_b, tl.full([SHAPE.BB], -1, tl.int32), mask=(o_b >= count) & (o_b < wanted))
+    count = (total >> HALF) + tl.minimum(total & LOW, left)
+    tl.store(p_chosen + o_b, tl.full([BB], -1, tl.int32), mask=(o_b >= count) & (o_b < wanted))
 
 
 @jit(general="sizes")
@@ -340,7 +347,7 @@ def step_pages(
     launch(_step_kernel, (1 + min(-(-S // shape.BS), max(1, _PROGRAMS // sequences - 1)), sequences),
         held, strided(query), strided(key), strided(value), heads, end, _Choice(lse, newest, chosen, done),
         _Sizes(G, key.shape[1], group, L, S, count), sinks, recent, scale * _LOG2_E, SHAPE=shape,
-        num_warps=4 if shape.BC <= 2048 else 8, num_stages=stages,
+        num_warps=4 if shape.BC <= 2048 else 8 if shape.BC <= 8192 else 16, num_stages=stages, maxnreg=128,
     )  # fmt: skip
 
 
