@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 
 from .attend.decode import decode_attention, device_of, fits, queries_at_once

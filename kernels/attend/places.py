@@ -37,8 +37,9 @@ from ..launch import (
 from .decode import PAGE, device_of, tiling
 
 # columns of a line of the table: addresses of the first place of keys, values, log-weights and tokens, of the list of
-# pages (0: none) and of its length (negative where all tokens are held: minus the length); places in all; sinks; places of
-# the ring (0: token i is at place i); recent tokens of a head that drops all others (-1: it does not)
+# pages (0: none) and of its length (where all tokens are held, and weigh the same, a negative number: minus the length);
+# places in all; sinks; places of the ring (0: token i is at place i); recent tokens of a head that drops all others (-1:
+# it does not)
 KEY, VALUE, WEIGHT, TOKEN, PAGES, LISTED, PLACES, SINKS, RING, RECENT, COLUMNS = (constexpr(i) for i in range(11))
 # and behind that in the line of a program: its KV head, its number there, and how many there are
 HEAD, NUMBER, SPLITS, PROGRAM = (constexpr(i) for i in range(10, 14))
@@ -48,10 +49,10 @@ _COMBINED = 8192  # values that are added up at once
 
 
 class Table(NamedTuple):
-    """The heads of a layer. lines: int64 ``[B * H_kv, COLUMNS]``. programs: int64 ``[B, P, PROGRAM]``, the line of its
-    head for every program, those of a head side by side. done: int32 ``[B, H_kv, 2]``, which count the programs of a
-    head that choose and that attend, 0 before and after. All on the device. align: what the addresses of keys and values
-    are multiples of, in bytes, up to 16."""
+    """The heads of a layer. lines: int64 ``[B * H_kv, COLUMNS]``. programs: int64 ``[B, P, PROGRAM]``, for every
+    program the line of its head and what it does there, those of a head side by side. done: int32 ``[B, H_kv, 2]``, how
+    many programs of a head have chosen and have attended, 0 before and after a launch. All on the device. align: what
+    the addresses of keys and values are multiples of, in bytes, up to 16."""
 
     lines: torch.Tensor
     programs: torch.Tensor

@@ -154,7 +154,7 @@ def _score(p_lse, b_q, p_mean, stride, first, end, i_split, splits, scale_log2, 
 @jit
 def _list(p_chosen, p_lse, p_newest, first, scored, end, wanted, sinks, recent, SHAPE: tl.constexpr):
     """List the pages by the log-sum-exp of the means of the tokens from ``first`` to ``scored``, and of the one mean
-    behind them if there is a ``p_newest``. """
+    behind them if there is a ``p_newest``."""
     R: tl.constexpr = SHAPE.R
     BC: tl.constexpr = SHAPE.BC
     BR: tl.constexpr = SHAPE.BR
@@ -314,7 +314,7 @@ def choose_triton(
 ) -> torch.Tensor:  # fmt: skip
     """:func:`choose_reference` by the kernels, up to masses that rounding makes change places."""
     require_triton()
-    (B, H, Lq, D), (H_kv, S), device = query.shape, means.shape[1:3], query.device
+    (B, H, Lq), (H_kv, S), device = query.shape[:3], means.shape[1:3], query.device
     sequences, count = B * H_kv, listed(pages, sinks, recent)
     sizes, spans = _Sizes(H_kv, H_kv, H // H_kv, S * SUB, S, count), _Spans(*(x.contiguous() for x in span))
     chosen = torch.empty(B, H_kv, count, dtype=torch.int32, device=device)
@@ -347,7 +347,8 @@ def step_pages(
     launch(_step_kernel, (1 + min(-(-S // shape.BS), max(1, _PROGRAMS // sequences - 1)), sequences),
         held, strided(query), strided(key), strided(value), heads, end, _Choice(lse, newest, chosen, done),
         _Sizes(G, key.shape[1], group, L, S, count), sinks, recent, scale * _LOG2_E, SHAPE=shape,
-        num_warps=4 if shape.BC <= 2048 else 8 if shape.BC <= 8192 else 16, num_stages=stages, maxnreg=128,
+        num_warps=4 if shape.BC <= 2048 else 8 if shape.BC <= 8192 else 16, num_stages=stages,
+        maxnreg=128 if stages == 4 else None,  # so that four programs share a multiprocessor
     )  # fmt: skip
 
 
