@@ -37,9 +37,9 @@ from ..launch import (
 from .decode import PAGE, device_of, tiling
 
 # columns of a line of the table: addresses of the first place of keys, values, log-weights and tokens, of the list of
-# pages (0: none) and of its length (where all tokens are held, and weigh the same, a negative number: minus the length);
-# places in all; sinks; places of the ring (0: token i is at place i); recent tokens of a head that drops all others (-1:
-# it does not)
+# pages (0: none) and of its length (where all tokens are held and weigh the same a negative number, minus the length);
+# places in all; sinks; places of the ring (0: token i is at place i); recent tokens of a head that drops all others
+# (-1: it does not)
 KEY, VALUE, WEIGHT, TOKEN, PAGES, LISTED, PLACES, SINKS, RING, RECENT, COLUMNS = (constexpr(i) for i in range(11))
 # and behind that in the line of a program: its KV head, its number there, and how many there are
 HEAD, NUMBER, SPLITS, PROGRAM = (constexpr(i) for i in range(10, 14))

@@ -104,7 +104,7 @@ _Spans = namedtuple("_Spans", "first end")
 
 # Rows of a KV head (LQ queries of each of its query heads), columns, their tiles, means of a tile; of the list the
 # tiles of pages, of rows that are added up at once, and of places; log-sum-exps of a KV head.
-_Shape = namedtuple("_Shape", "LQ R D BD BM BS SUB PAGE DV BDV BC BR BB LSE", defaults=[0] * 6)
+_Shape = namedtuple("_Shape", "LQ R D BD BM BS SUB PAGE DV BDV BC BR BB LSE", defaults=(0, 0, 0, 0, 0, 0))
 
 
 @jit(general="sizes new")
