@@ -33,8 +33,8 @@ from .blocks import NONE
 
 PAGE, SUB = 64, 8
 _TILE = 64  # means of a product
-_PROGRAMS = 528  # four per multiprocessor of an H200
-_LISTED = 8192  # log-sum-exps that are added up at once
+_WARPS = 2112  # of all programs, sixteen per multiprocessor of an H200
+_LISTED = 64  # log-sum-exps that a thread has at once
 _LOG2_E = 1.4426950408889634
 
 
@@ -299,13 +299,14 @@ def means_triton(
     )  # fmt: skip
 
 
-def _shape(Lq: int, R: int, means: torch.Tensor, value: torch.Tensor, count: int) -> tuple[_Shape, int]:
-    """Tiles for R rows of a KV head and lists of so many pages, and stages of the pipeline."""
+def _shape(Lq: int, R: int, means: torch.Tensor, value: torch.Tensor, count: int) -> tuple[_Shape, int, int]:
+    """Tiles for R rows of a KV head and lists of so many pages; warps of a program, and stages of its pipeline."""
     S, (D, DV, BD, BDV), BM = means.shape[2], Widths.of(means, value), max(16, next_power_of_two(R))
     BC = max(32, next_power_of_two(-(-S * SUB // PAGE)))
-    BR = max(1, min(next_power_of_two(R), _LISTED // BC))
+    warps = 4 if BC <= 2048 else 8 if BC <= 8192 else 16
+    BR = max(1, min(next_power_of_two(R), 32 * warps * _LISTED // BC))
     shape = _Shape(Lq, R, D, BD, BM, _TILE, SUB, PAGE, DV, BDV, BC, BR, next_power_of_two(count), -(-R // BR) * BR * BC)
-    return shape, 4 if BD * means.element_size() <= 256 else 2
+    return shape, warps, 4 if BD * means.element_size() <= 256 else 2
 
 
 def choose_triton(
@@ -318,13 +319,13 @@ def choose_triton(
     sequences, count = B * H_kv, listed(pages, sinks, recent)
     sizes, spans = _Sizes(H_kv, H_kv, H // H_kv, S * SUB, S, count), _Spans(*(x.contiguous() for x in span))
     chosen = torch.empty(B, H_kv, count, dtype=torch.int32, device=device)
-    shape, stages = _shape(Lq, H // H_kv * Lq, means, means, count)
+    shape, warps, stages = _shape(Lq, H // H_kv * Lq, means, means, count)
     lse = torch.empty(sequences * shape.LSE, dtype=torch.float32, device=device)
-    launch(_score_kernel, (min(-(-S // shape.BS), max(1, _PROGRAMS // sequences)), sequences),
+    launch(_score_kernel, (min(-(-S // shape.BS), max(1, _WARPS // 4 // sequences)), sequences),
         lse, strided(query), strided(means), spans, sizes, scale * _LOG2_E, SHAPE=shape, num_warps=4, num_stages=stages,
     )  # fmt: skip
     launch(_list_kernel, (sequences,),
-        chosen, lse, spans, sizes, sinks, recent, SHAPE=shape, num_warps=max(1, min(8, shape.BC // 256)),
+        chosen, lse, spans, sizes, sinks, recent, SHAPE=shape, num_warps=min(16, 2 * warps),
     )  # fmt: skip
     return chosen
 
@@ -341,14 +342,13 @@ def step_pages(
     require_triton()
     (B, G, L), S = held.key.shape[:3], held.means.shape[2]
     group, sequences, count = query.shape[1] // key.shape[1], B * G, listed(pages, sinks, recent)
-    shape, stages = _shape(1, group, held.means, held.value, count)
+    shape, warps, stages = _shape(1, group, held.means, held.value, count)
     sizes_of = sequences * shape.LSE, sequences * group
     lse, newest = torch.empty(sum(sizes_of), dtype=torch.float32, device=query.device).split(sizes_of)
-    launch(_step_kernel, (1 + min(-(-S // shape.BS), max(1, _PROGRAMS // sequences - 1)), sequences),
+    launch(_step_kernel, (1 + min(-(-S // shape.BS), max(1, _WARPS // warps // sequences - 1)), sequences),
         held, strided(query), strided(key), strided(value), heads, end, _Choice(lse, newest, chosen, done),
         _Sizes(G, key.shape[1], group, L, S, count), sinks, recent, scale * _LOG2_E, SHAPE=shape,
-        num_warps=4 if shape.BC <= 2048 else 8 if shape.BC <= 8192 else 16, num_stages=stages,
-        maxnreg=128 if stages == 4 else None,  # so that four programs share a multiprocessor
+        num_warps=warps, num_stages=stages, maxnreg=128 if stages == 4 else None,  # for _WARPS
     )  # fmt: skip
 
 

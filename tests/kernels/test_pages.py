@@ -52,17 +52,17 @@ def test_the_kernels_choose_what_the_reference_chooses(poison, L, n, heads, D, p
     assert_alike(chosen, wanted, S.page_mass(q, expected, 0.3, first, end))
 
 
-@pytest.mark.parametrize("programs, at_once", [(528, 8192), (9, 32)])  # rows are added up one by one, too
+@pytest.mark.parametrize("warps, at_once", [(2112, 64), (36, 0)])  # rows are added up one by one, too
 @given(
     L=st.integers(1, 1700), group=st.integers(1, 5), D=st.sampled_from([16, 24]), heads=st.sampled_from([None, (2, 0)]),
     pages=st.sampled_from([1, 3]), sinks=st.sampled_from([0, 65]), recent=st.sampled_from([1, 130]), data=st.data(),
 )  # fmt: skip
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_step_holds_the_token_and_lists_what_the_reference_chooses(
-    monkeypatch, poison, programs, at_once, L, group, D, heads, pages, sinks, recent, data
+    monkeypatch, poison, warps, at_once, L, group, D, heads, pages, sinks, recent, data
 ):
     """Of all heads of a layer, or of some in any order; repeated, it leaves the same bits."""
-    monkeypatch.setattr(S, "_PROGRAMS", programs)
+    monkeypatch.setattr(S, "_WARPS", warps)
     monkeypatch.setattr(S, "_LISTED", at_once)
     generator = torch.Generator().manual_seed(L)
     q, k, v, held_k, held_v = (
