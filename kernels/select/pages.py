@@ -4,6 +4,9 @@ Keys are averaged in eights (*means*, an eighth of the keys, kept as tokens arri
 keys is worth the mass that its eight means get, softmax over all means of the sequence, summed over the queries and the
 query heads of the KV head: one choice for all of them. The first ``sinks`` and the last ``recent`` tokens are in any
 case on the list, and then the best ``pages`` (masses rounded down to 8 bits; of equal ones the earlier page).
+
+In general two launches choose: :func:`_score_kernel` reads the means, and :func:`_list_kernel` compares the pages of a KV
+head. For a step of one token over rows that are held, :func:`_step_kernel` does that and holds the token, in one launch.
 """
 
 from __future__ import annotations
