@@ -41,7 +41,7 @@ from .heads import Group, PerHead, groups
 from .launch import Random, philox_uniform
 from .select.contest import CONTEST, contest, distinctiveness
 from .select.halving import Decider, halve_reference
-from .select.pages import PAGE, SUB, Tokens, choose_pages, listed, step_pages, update_means
+from .select.pages import PAGE, SUB, Listing, Tokens, choose_pages, listed, step_pages, update_means
 from .select.schedule import CLOSE_FIRST, CLOSE_SECOND, SUBSAMPLE, Halving, Round, round_of, stage
 from .select.thinning import draws_triton, halve
 
@@ -751,10 +751,8 @@ class Held:
         for part in self.parts:
             if (rows := part.group.rows).selected:
                 held, heads = Tokens(*(getattr(part, name) for name in Tokens._fields)), part.group.on(key.device)
-                step_pages(
-                    query, key, value, held, self._end, part.scale, rows.selected, rows.sinks, max(1, rows.recent),
-                    part.pages, table.done, heads,
-                )  # fmt: skip
+                listing = Listing(rows.selected, rows.sinks, max(1, rows.recent), part.pages, table.done)
+                step_pages(query, key, value, held, self._end, part.scale, listing, heads)
         return attend_places(query, key, value, table, self._end, self.parts[0].scale)
 
     def end_step(self) -> None:

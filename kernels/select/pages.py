@@ -5,14 +5,15 @@ keys is worth the mass that its eight means get, softmax over all means of the s
 query heads of the KV head: one choice for all of them. The first ``sinks`` and the last ``recent`` tokens are in any
 case on the list, and then the best ``pages`` (masses rounded down to 8 bits; of equal ones the earlier page).
 
-In general two launches choose: :func:`_score_kernel` reads the means, and :func:`_list_kernel` compares the pages of a KV
-head. For a step of one token over rows that are held, :func:`_step_kernel` does that and holds the token, in one launch.
+In general two launches choose: :func:`_score_kernel` reads the means, :func:`_list_kernel` compares the pages of a KV
+head. For a step of one token over held rows :func:`_step_kernel` does both and holds the token, in one launch.
 """
 
 from __future__ import annotations
 
 import math
 from collections import namedtuple
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -97,8 +98,8 @@ def choose_reference(
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 
-# KV heads, those of the layer, query heads of one, rows of keys, means, and pages on the list.
-_Sizes = namedtuple("_Sizes", "KVH H G L S listed")
+# KV heads, those of the layer, query heads of one, rows of keys, means, pages on the list, and tokens that are on it.
+_Sizes = namedtuple("_Sizes", "KVH H G L S listed sinks recent", defaults=(0, 0, 0))
 
 
 # The first token of every sequence, and the one behind the last.
@@ -134,8 +135,10 @@ def _means_kernel(means, k, spans, sizes, new, SHAPE: tl.constexpr):
 
 
 @jit
-def _score(p_lse, b_q, p_mean, stride, first, end, i_split, splits, scale_log2, SHAPE: tl.constexpr):
-    """Log-sum-exp of the pages of every ``splits``-th tile for every row, ``[R, BC]`` of a KV head, base 2."""
+def _score(p_lse, b_q, p_mean, stride, span, share, scale_log2, SHAPE: tl.constexpr):
+    """Log-sum-exp of pages for every row, ``[R, BC]`` of a KV head, base 2. ``share`` (i, n): of the i-th of n tiles."""
+    first, end = span
+    i_split, splits = share
     BM: tl.constexpr = SHAPE.BM
     BS: tl.constexpr = SHAPE.BS
     IN_PAGE: tl.constexpr = SHAPE.PAGE // SHAPE.SUB
@@ -155,7 +158,7 @@ def _score(p_lse, b_q, p_mean, stride, first, end, i_split, splits, scale_log2, 
 
 
 @jit
-def _list(p_chosen, p_lse, p_newest, first, scored, end, wanted, sinks, recent, SHAPE: tl.constexpr):
+def _list(p_chosen, p_lse, p_newest, first, scored, end, sizes, SHAPE: tl.constexpr):
     """List the pages by the log-sum-exp of the means of the tokens from ``first`` to ``scored``, and of the one mean
     behind them if there is a ``p_newest``."""
     R: tl.constexpr = SHAPE.R
@@ -163,6 +166,7 @@ def _list(p_chosen, p_lse, p_newest, first, scored, end, wanted, sinks, recent, 
     BR: tl.constexpr = SHAPE.BR
     BB: tl.constexpr = SHAPE.BB
     PAGE: tl.constexpr = SHAPE.PAGE
+    wanted, sinks, recent = sizes.listed, sizes.sinks, sizes.recent
     o_c, o_r, o_b = tl.arange(0, BC), tl.arange(0, BR), tl.arange(0, BB)
     m_x = (o_c * PAGE < scored) & ((o_c + 1) * PAGE > first)
     b_mass = tl.zeros([BC], tl.float32)
@@ -210,18 +214,18 @@ def _score_kernel(lse, q, means, spans, sizes, scale_log2, SHAPE: tl.constexpr):
     b_q = load_queries(q, i_b, i_kv, sizes.G, SHAPE)
     p_mean, stride = sequence(means, i_b, i_kv)
     p_lse = lse + i_seq.to(tl.int64) * SHAPE.LSE
-    _score(p_lse, b_q, p_mean, stride, first, end, tl.program_id(0), tl.num_programs(0), scale_log2, SHAPE)
+    _score(p_lse, b_q, p_mean, stride, (first, end), (tl.program_id(0), tl.num_programs(0)), scale_log2, SHAPE)
 
 
-@jit(general="sizes sinks recent")
-def _list_kernel(chosen, lse, spans, sizes, sinks, recent, SHAPE: tl.constexpr):
+@jit(general="sizes")
+def _list_kernel(chosen, lse, spans, sizes, SHAPE: tl.constexpr):
     """One program per KV head."""
     i_seq = tl.program_id(0)
     first = tl.load(spans.first + i_seq // sizes.KVH).to(tl.int32)
     end = tl.load(spans.end + i_seq // sizes.KVH).to(tl.int32)
     p_lse = lse + i_seq.to(tl.int64) * SHAPE.LSE
     p_chosen = chosen + i_seq.to(tl.int64) * sizes.listed
-    _list(p_chosen, p_lse, None, first, end, end, sizes.listed, sinks, recent, SHAPE)
+    _list(p_chosen, p_lse, None, first, end, end, sizes, SHAPE)
 
 
 Tokens = namedtuple("Tokens", "key value token log_weight means")
@@ -229,22 +233,21 @@ Tokens = namedtuple("Tokens", "key value token log_weight means")
 ``[B, G, L]``, and means ``[B, G, ceil(L / 8), D]``."""
 
 
-# Log-sum-exps of pages and of the newest means, the list, and how many programs of every KV head are done.
-_Choice = namedtuple("_Choice", "lse newest chosen done")
+# The numbers of the KV heads, the tokens of every sequence, log-sum-exps of pages and of the newest means, the list, and
+# how many programs of every KV head are done.
+_Choice = namedtuple("_Choice", "heads end lse newest chosen done")
 
 
-@jit(general="sizes sinks recent")
-def _step_kernel(
-    held, q, k, v, p_heads, p_end, choice, sizes, sinks, recent, scale_log2, SHAPE: tl.constexpr
-):  # fmt: skip
+@jit(general="sizes")
+def _step_kernel(held, q, k, v, choice, sizes, scale_log2, SHAPE: tl.constexpr):
     """The first program of a KV head adds the new token; its mean is scored apart, so that the others, which score the
     means before, need not wait for it. Whichever is done last lists the pages."""
     SUB: tl.constexpr = SHAPE.SUB
     D: tl.constexpr = SHAPE.D
     i_split, i_seq, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    i_b, i_head = i_seq // sizes.KVH, head_of(p_heads, i_seq % sizes.KVH)
+    i_b, i_head = i_seq // sizes.KVH, head_of(choice.heads, i_seq % sizes.KVH)
     o_seq, o_m = i_seq.to(tl.int64), tl.arange(0, SHAPE.BM)
-    end = tl.load(p_end + i_b)
+    end = tl.load(choice.end + i_b)
     sub = (end - 1) // SUB
     b_q = load_queries(q, i_b, i_head, sizes.G, SHAPE)
     p_lse = choice.lse + o_seq * SHAPE.LSE
@@ -267,10 +270,10 @@ def _step_kernel(
         b_s = tl.sum(b_q.to(tl.float32) * b_mean.to(tl.float32)[None, :], 1) * scale_log2
         tl.store(p_newest + o_m, b_s, mask=o_m < SHAPE.R)
     else:
-        _score(p_lse, b_q, p_mean, D, 0, sub * SUB, i_split - 1, splits - 1, scale_log2, SHAPE)
+        _score(p_lse, b_q, p_mean, D, (0, sub * SUB), (i_split - 1, splits - 1), scale_log2, SHAPE)
     if is_last(choice.done + 2 * (i_b * sizes.H + i_head), splits):
         p_chosen = choice.chosen + o_seq * sizes.listed
-        _list(p_chosen, p_lse, p_newest, 0, sub * SUB, end, sizes.listed, sinks, recent, SHAPE)
+        _list(p_chosen, p_lse, p_newest, 0, sub * SUB, end, sizes, SHAPE)
 
 
 def update_means(
@@ -297,7 +300,7 @@ def means_triton(
     BS = 16 if new > SUB * 4 else 2
     shape = _Shape(1, 1, D, max(16, next_power_of_two(D)), 16, BS, SUB, PAGE)
     launch(_means_kernel, (-(-(new // SUB + 2) // BS), B * H_kv),
-        strided(means), strided(key), _Spans(first, end), _Sizes(H_kv, H_kv, 1, L, means.shape[2], 0), new,
+        strided(means), strided(key), _Spans(first, end), _Sizes(H_kv, H_kv, 1, L, means.shape[2]), new,
         SHAPE=shape, num_warps=4,
     )  # fmt: skip
 
@@ -320,7 +323,10 @@ def choose_triton(
     require_triton()
     (B, H, Lq), (H_kv, S), device = query.shape[:3], means.shape[1:3], query.device
     sequences, count = B * H_kv, listed(pages, sinks, recent)
-    sizes, spans = _Sizes(H_kv, H_kv, H // H_kv, S * SUB, S, count), _Spans(*(x.contiguous() for x in span))
+    sizes, spans = (
+        _Sizes(H_kv, H_kv, H // H_kv, S * SUB, S, count, sinks, recent),
+        _Spans(*(x.contiguous() for x in span)),
+    )
     chosen = torch.empty(B, H_kv, count, dtype=torch.int32, device=device)
     shape, warps, stages = _shape(Lq, H // H_kv * Lq, means, means, count)
     lse = torch.empty(sequences * shape.LSE, dtype=torch.float32, device=device)
@@ -328,29 +334,40 @@ def choose_triton(
         lse, strided(query), strided(means), spans, sizes, scale * _LOG2_E, SHAPE=shape, num_warps=4, num_stages=stages,
     )  # fmt: skip
     launch(_list_kernel, (sequences,),
-        chosen, lse, spans, sizes, sinks, recent, SHAPE=shape, num_warps=min(16, 2 * warps),
+        chosen, lse, spans, sizes, SHAPE=shape, num_warps=min(16, 2 * warps),
     )  # fmt: skip
     return chosen
 
 
+class Listing(NamedTuple):
+    """What to list, as in :func:`choose_reference`, where: int32 ``[B, G, listed]``, and int32 ``[B, H_kv, 2]`` that are
+    0 before and after, of which the first of two counts programs of a KV head."""
+
+    pages: int
+    sinks: int
+    recent: int
+    chosen: torch.Tensor
+    done: torch.Tensor
+
+
 def step_pages(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, held: Tokens, end: torch.Tensor, scale: float,
-    pages: int, sinks: int, recent: int, chosen: torch.Tensor, done: torch.Tensor, heads: torch.Tensor | None = None,
+    listing: Listing, heads: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Hold the last token of every sequence, ``key`` ``[B, H_kv, 1, D]`` and ``value`` ``[B, H_kv, 1, Dv]``, update its
-    mean, and write the pages that ``query`` ``[B, H, 1, D]`` chooses then (:func:`choose_reference`, with ``recent`` at
-    least 1) into ``chosen``: one launch. ``end`` int32 ``[B]`` counts the tokens, this one included. ``heads`` int32
-    ``[G]`` says of which KV heads ``held`` is, None for all. ``done`` int32 ``[B, H_kv, 2]`` is 0 before
-    and after, and counts programs in its first column."""
+    mean, and list the pages that ``query`` ``[B, H, 1, D]`` chooses then, with ``recent`` at least 1: one launch.
+    ``end`` int32 ``[B]`` counts the tokens, this one included. ``heads`` int32 ``[G]`` says of which KV heads ``held``
+    is, None for all."""
     require_triton()
     (B, G, L), S = held.key.shape[:3], held.means.shape[2]
-    group, sequences, count = query.shape[1] // key.shape[1], B * G, listed(pages, sinks, recent)
+    group, sequences, (pages, sinks, recent, *out) = query.shape[1] // key.shape[1], B * G, listing
+    count = listed(pages, sinks, recent)
     shape, warps, stages = _shape(1, group, held.means, held.value, count)
     sizes_of = sequences * shape.LSE, sequences * group
     lse, newest = torch.empty(sum(sizes_of), dtype=torch.float32, device=query.device).split(sizes_of)
     launch(_step_kernel, (1 + min(-(-S // shape.BS), max(1, _WARPS // warps // sequences - 1)), sequences),
-        held, strided(query), strided(key), strided(value), heads, end, _Choice(lse, newest, chosen, done),
-        _Sizes(G, key.shape[1], group, L, S, count), sinks, recent, scale * _LOG2_E, SHAPE=shape,
+        held, strided(query), strided(key), strided(value), _Choice(heads, end, lse, newest, *out),
+        _Sizes(G, key.shape[1], group, L, S, count, sinks, recent), scale * _LOG2_E, SHAPE=shape,
         num_warps=warps, num_stages=stages, maxnreg=128 if stages == 4 else None,  # for _WARPS
     )  # fmt: skip
 

@@ -66,7 +66,7 @@ def test_a_step_in_one_launch_lists_what_the_reference_chooses(B, H, H_kv, L, D,
     chosen = torch.zeros(B, H_kv, S.listed(9, 30, 100), dtype=torch.int32, device="cuda")
     found = []
     for i in range(60):
-        S.step_pages(q, k, v, tokens, end, 0.3, 9, 30, 100, chosen, done)
+        S.step_pages(q, k, v, tokens, end, 0.3, S.Listing(9, 30, 100, chosen, done))
         torch.empty(1 << (6 + i % 20), device="cuda").fill_(math.nan)
         found.append((chosen.clone(), done.clone()))
     assert all(torch.equal(found[0][0], pages) and not counts.any() for pages, counts in found)

@@ -84,7 +84,7 @@ def test_a_step_holds_the_token_and_lists_what_the_reference_chooses(
     numbers = None if heads is None else torch.tensor(heads, dtype=torch.int32)
     found = []
     for _ in range(2):
-        S.step_pages(q, k, v, held, end, 0.3, pages, sinks, recent, chosen, done, numbers)
+        S.step_pages(q, k, v, held, end, 0.3, S.Listing(pages, sinks, recent, chosen, done), numbers)
         assert not done.any()
         found.append([x.clone() for x in (*held, chosen)])
     assert all(torch.equal(one.nan_to_num(3), other.nan_to_num(3)) for one, other in zip(*found, strict=True))
@@ -111,7 +111,7 @@ def test_pages_of_four_million_tokens_are_listed():
     chosen, zero = torch.zeros(1, count, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     shape = S._Shape(1, 1, 16, 16, 16, S._TILE, S.SUB, S.PAGE, 16, 16, 1 << 17, 1, 64, 1 << 17)
     spans = S._Spans(zero, zero + P * S.PAGE)
-    S._list_kernel[(1,)](chosen, lse, spans, S._Sizes(1, 1, 1, 0, 0, count), 70, 65, SHAPE=shape)
+    S._list_kernel[(1,)](chosen, lse, spans, S._Sizes(1, 1, 1, 0, 0, count, 70, 65), SHAPE=shape)
     kept = {0, 1, P - 2, P - 1, *heavy.tolist()}
     rest = [p for p in range(100) if p not in kept][: count - len(kept)]
     assert chosen[0].tolist() == sorted({*kept, *rest})
