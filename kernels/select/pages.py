@@ -136,7 +136,7 @@ def _means_kernel(means, k, spans, sizes, new, SHAPE: tl.constexpr):
 
 @jit
 def _score(p_lse, b_q, p_mean, stride, span, share, scale_log2, SHAPE: tl.constexpr):
-    """Log-sum-exp of pages for every row, ``[R, BC]`` of a KV head, base 2. ``share`` (i, n): of the i-th of n tiles."""
+    """Log-sum-exp of pages for every row, ``[R, BC]`` of a KV head, base 2. ``share`` (i, n): of every n-th tile."""
     first, end = span
     i_split, splits = share
     BM: tl.constexpr = SHAPE.BM
@@ -233,8 +233,8 @@ Tokens = namedtuple("Tokens", "key value token log_weight means")
 ``[B, G, L]``, and means ``[B, G, ceil(L / 8), D]``."""
 
 
-# The numbers of the KV heads, the tokens of every sequence, log-sum-exps of pages and of the newest means, the list, and
-# how many programs of every KV head are done.
+# The numbers of the KV heads, the tokens of every sequence, log-sum-exps of pages and of the newest means, the list,
+# and how many programs of every KV head are done.
 _Choice = namedtuple("_Choice", "heads end lse newest chosen done")
 
 
@@ -340,8 +340,8 @@ def choose_triton(
 
 
 class Listing(NamedTuple):
-    """What to list, as in :func:`choose_reference`, where: int32 ``[B, G, listed]``, and int32 ``[B, H_kv, 2]`` that are
-    0 before and after, of which the first of two counts programs of a KV head."""
+    """What to list, as in :func:`choose_reference`, and where: int32 ``[B, G, listed]``. done: int32 ``[B, H_kv, 2]``,
+    0 before and after; in the first column programs of a KV head are counted."""
 
     pages: int
     sinks: int
