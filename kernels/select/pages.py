@@ -184,14 +184,15 @@ def _list(p_chosen, p_lse, p_newest, first, scored, end, sizes, SHAPE: tl.conste
             b_sum += tl.exp2(b_newest - b_top)
         b_mass += tl.sum(b_p * (1 / tl.maximum(b_sum, 1e-30))[:, None], 0)
     b_rank = tl.where(b_mass == b_mass, b_mass, 0.0).to(tl.int32, bitcast=True) >> 16
-    b_rank = tl.where((o_c * PAGE < first + sinks) | ((o_c + 1) * PAGE > end - recent), 1 << 15, b_rank)
+    # 3**9 - 1 is more than the rank of any mass: of 2**26 it is 19,584
+    b_rank = tl.where((o_c * PAGE < first + sinks) | ((o_c + 1) * PAGE > end - recent), 19682, b_rank)
     b_rank = tl.where((o_c * PAGE < end) & ((o_c + 1) * PAGE > first), b_rank, -1)
     # two counts in a word, which saves sums over all threads, and they take longest
-    WORD: tl.constexpr = tl.int32 if BC < 1 << 16 else tl.int64
-    HALF: tl.constexpr = 16 if BC < 1 << 16 else 32
+    WORD: tl.constexpr = tl.int32 if BC < 1 << 15 else tl.int64
+    HALF: tl.constexpr = 16 if BC < 1 << 15 else 32
     LOW: tl.constexpr = (1 << HALF) - 1
-    least, step = 0, 19683  # the largest rank that as many as are wanted reach, digit by digit of base 3
-    for _ in range(10):
+    least, step = 0, 6561  # the largest rank that as many as are wanted reach, its nine digits of base 3 one by one
+    for _ in range(9):
         reached = tl.sum((b_rank >= least + step).to(WORD) + ((b_rank >= least + 2 * step).to(WORD) << HALF))
         digit = ((reached & LOW) >= wanted).to(tl.int32) + ((reached >> HALF) >= wanted).to(tl.int32)
         least, step = least + digit * step, step // 3
