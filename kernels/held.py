@@ -13,11 +13,12 @@ Tokens of a short step stay in the ring until the next one begins (:meth:`Held.s
 in the ring as well, up to ``CONTEST - 1`` of them, so that most steps move nothing.
 
 What has to be thinned at some length is known ``recent`` tokens before: :meth:`Held.look_ahead` decides it early, each
-layer in a step of its own (``turn``) and behind what that step launches, so that the host works while the device does,
-and when it is due the rows only change places. So no step is late, and the rows are the same at every length. Rows move
-in plain PyTorch, on any device; a halving is one launch on CUDA. There a single token of every sequence is added and
-attends by :mod:`.attend.places`, which a CUDA graph can hold (:meth:`Held.launch_step`); other short steps attend by
-:mod:`.attend.decode`.
+part of a layer in a step of its own (``turn``) and behind what that step launches, so that the host works while the
+device does, and when it is due the rows only change places. So no step is late, and the rows are the same at every
+length. Rows move in plain PyTorch, on any device; the halvings of a level are one launch on CUDA. There a single token
+of every sequence is added and attends by :mod:`.attend.places`, which a CUDA graph can hold (:meth:`Held.launch_step`),
+and what is due then is done by the same step (:mod:`.due`), so that the host has nothing to do before it; other short
+steps attend by :mod:`.attend.decode`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import torch
 from .attend.decode import decode_attention, device_of, fits, queries_at_once
 from .attend.places import Table, append_places, attend_places, make_table, shares
 from .attend.segments import COMPACTED
+from .due import COLUMNS, do_what_is_due, line
 from .express import Express, gather_rows, make_layout, select_rows
 from .express_state import Kept, join
 from .heads import Group, PerHead, groups
@@ -49,9 +51,11 @@ STEP = 32  # tokens of a step that can be undone
 _GROW = 256  # rows, the least that heads which hold everything grow by
 _PIECE = 128  # queries that attend at once where a head holds everything
 _WAITING = 16  # places for an unfinished subsampling group at first
-_AHEAD = 64  # steps over which the layers of a model spread what is due in the same one
+_AHEAD = 128  # steps over which the layers of a model, and their parts, spread what is due in the same one
+_PART = 32  # so many of them lie between the parts of a layer
 _COPIED = 32 << 20  # bytes, which a GPU copies in less time than the host takes to launch what picks a row of a group
 _LATER = 1 << 30
+_WARM: set[tuple[Any, ...]] = set()
 _LN2 = math.log(2.0)
 
 
@@ -66,10 +70,16 @@ def _in_place(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@dataclass(frozen=True)
+def _by_kernels(x: torch.Tensor) -> bool:
+    """Whether steps of one token run by kernels."""
+    return x.is_cuda
+
+
+@dataclass
 class Ahead:
     """What is decided already for the time when ``until`` tokens have left the ring: which places will have changed,
-    int64 ``[R]`` and the largest, what they hold then and its log-weights, and the other state of some sequences."""
+    int32 ``[R]`` and the largest, what they hold then and its log-weights, and the other state of some sequences.
+    ``end``: how many tokens there are with the new one in the step that does it by itself; 0: none does."""
 
     until: int
     at: torch.Tensor
@@ -77,6 +87,7 @@ class Ahead:
     rows: Kept
     log_weight: torch.Tensor
     others: dict[str, torch.Tensor]
+    end: int = 0
 
 
 class HeldRows:
@@ -93,11 +104,15 @@ class HeldRows:
     ) -> None:  # fmt: skip
         self.group, self.config, self.scale = group, config, scale
         self.ahead: dict[tuple[int, int], Ahead] = {}  # by the sequences, side by side
+        self.done: dict[tuple[int, int], Ahead] = {}  # the last ones that steps did: these may be repeated
+        self.due, self._due_at = torch.empty(0, 0, dtype=torch.int64), 0  # the lines of :mod:`.due`, and their address
         self.touched: list[tuple[int, int]] | None = None  # (first, count) of places that were written, if anyone asks
         self.turn = turn
         self.is_listed = False  # whether ``pages`` is up to date
         heads = group.on(key.device)
-        self.random = random._replace(heads=torch.arange(key.shape[1], device=key.device) if heads is None else heads)
+        if heads is None:  # int32 as those of a group: kernels are compiled once more for another dtype
+            heads = torch.arange(key.shape[1], dtype=torch.int32, device=key.device)
+        self.random = random._replace(heads=heads)
         B, G = key.shape[0], len(self.random.heads)
         self.left = [0] * B
         self.sinks = self.ring = self.places = self.coreset = self.waiting = 0
@@ -135,6 +150,8 @@ class HeldRows:
         return Kept(self.token[b, :, rows], self.key[b, :, rows], self.value[b, :, rows])
 
     def _write(self, b: slice, first: int, rows: Kept, log_weight: float | torch.Tensor = 0.0) -> None:
+        if not rows.count:
+            return
         if first + rows.count > self.key.shape[2]:
             self._grow(first + rows.count)
         self._touch(first, rows.count)
@@ -197,12 +214,17 @@ class HeldRows:
 
     @property
     def _most_waiting(self) -> int:
-        """Rows that may wait in the ring; each layer moves its own in another step."""
+        """Rows that may wait in the ring; each layer and part moves its own in another step."""
         return CONTEST - self.turn % _AHEAD
 
+    def _until(self, left: int) -> int:
+        """How many tokens have left when anything is held otherwise than after ``left`` of them."""
+        until = self._next(left)
+        return until if self.config is None or self.config.protected else min(until, left + self._most_waiting)
+
     def _lead(self, between: int) -> int:
-        """How many steps before its time a layer decides what is due ``between`` tokens after what was due before: each
-        layer in another step, as far as there are so many."""
+        """How many steps before its time it is decided what is due ``between`` tokens after what was due before: each
+        layer and part in another step, as far as there are so many."""
         assert self.config is not None
         return min(self.config.recent, 1 + self.turn % min(_AHEAD, max(1, self.config.recent), between))
 
@@ -217,25 +239,33 @@ class HeldRows:
         return until % (round_.capacity(0) * round_.group) == 0
 
     def rest(self, b: slice, length: int) -> int:
-        """For how many steps of one token :meth:`advance` and :meth:`look_ahead` have nothing to do, beside the tokens
-        that :attr:`drops` means, and no memory is too short."""
+        """For how many steps of one token :meth:`advance` has nothing to do before them, beside the tokens that
+        :attr:`drops` means, and no memory is too short."""
         if self.config is None:
             return self.key.shape[2] - length - 1
         if self.drops:
             return _LATER
-        left, until = self.left[b.start], self._next(self.left[b.start])
-        ring = self.config.sinks + self.config.recent
-        due = until + ring - length
-        if (b.start, b.stop) not in self.ahead and self._is_worth_it(until):
-            due -= self._lead(until - left)
-        return due if self.config.protected else min(due, left + self._most_waiting + ring - length)
+        ahead = self.ahead.get((b.start, b.stop))
+        left = ahead.until if ahead is not None and self._is_handed(ahead) else self.left[b.start]
+        return self._until(left) + self.config.sinks + self.config.recent - length
+
+    def idle(self, b: slice, length: int) -> int:
+        """For how many steps of one token there is nothing to do behind them: to count what they did, to decide."""
+        if self.config is None or self.drops:
+            return _LATER
+        if (ahead := self.ahead.get((b.start, b.stop))) is not None:
+            return ahead.end - 1 - length if self._is_handed(ahead) else _LATER
+        left, until = self.left[b.start], self._until(self.left[b.start])
+        if not self._is_worth_it(until):
+            return _LATER
+        return until + self.config.sinks + self.config.recent - 1 - self._lead(until - left) - length
 
     def look_ahead(self, b: slice, length: int) -> None:
         """Decide what is due soon. It follows from tokens that are in the ring by then."""
         config, key = self.config, (b.start, b.stop)
         if config is None or self.drops or key in self.ahead:
             return
-        left, until = self.left[b.start], self._next(self.left[b.start])
+        left, until = self.left[b.start], self._until(self.left[b.start])
         steps = until + config.sinks + config.recent - length
         if steps > self._lead(until - left) or not self._is_worth_it(until):
             return
@@ -244,27 +274,33 @@ class HeldRows:
             setattr(fork, name, getattr(self, name)[b].clone())
         fork.left, fork.touched, every = self.left[b], [], slice(0, b.stop - b.start)
         fork.pages = fork.listed = self.pages.new_empty(0)
-        rows = join(*(fork._read(every, at, n) for at, _, n in self._in_ring(self.ring + left, self.ring + until)))
-        fork._leave(every, left, rows)
-        runs = sorted({place for first, count in fork.touched for place in range(first, first + count)})
-        at = torch.tensor(runs, device=self.key.device)
+        ring = list(self._in_ring(self.ring + left, self.ring + until))
+        fork._leave(every, left, join(*(fork._read(every, at, n) for at, _, n in ring)))
+        for place, _, count in ring:
+            fork._free(every, place, count)
+        places = sorted({place for first, count in fork.touched for place in range(first, first + count)})
+        at = torch.tensor(places, dtype=torch.int32).to(self.key.device, non_blocking=True)  # waits for no step
         rows = Kept(*(x.index_select(2, at) for x in (fork.token, fork.key, fork.value)))
         fork.list_pages()
         others = {name: getattr(fork, name) for name in ("scores", "key_sum", "pages", "listed")}
-        self.ahead[key] = Ahead(until, at, runs[-1], rows, fork.log_weight.index_select(2, at), others)
+        ahead = Ahead(until, at, places[-1], rows, fork.log_weight.index_select(2, at), others)
+        self.ahead[key] = ahead
+        if self._has_lines and ahead.most < self.key.shape[2] and self.pages.shape[1:] == fork.pages.shape[1:]:
+            ahead.end = until + config.sinks + config.recent + 1
+            parts = (*rows.parts(), ahead.log_weight), (fork.pages, fork.listed)
+            lines = [line(ahead.end, at, i, *parts) for i in range(every.stop)]
+            self.due[b].copy_(torch.tensor(lines), non_blocking=True)
 
-    def _catch_up(self, b: slice, ahead: Ahead) -> None:
+    def catch_up(self, b: slice, ahead: Ahead) -> None:
         """Hold what was decided ahead."""
-        left, self.left[b] = self.left[b.start], [ahead.until] * (b.stop - b.start)
+        self.left[b] = [ahead.until] * (b.stop - b.start)
         if ahead.most >= self.key.shape[2]:
             self._grow(ahead.most + 1)
-        was_listed = self.is_listed
-        for place, _, count in self._in_ring(self.ring + left, self.ring + ahead.until):
-            self._free(b, place, count)
+            self.is_listed = False
         names = ("token", "key", "value", "log_weight")
         for name, x in zip(names, (*ahead.rows.parts(), ahead.log_weight), strict=True):
-            getattr(self, name)[b].index_copy_(2, ahead.at, x)
-        self.is_listed = was_listed and self.pages.shape[1:] == ahead.others["pages"].shape[1:]
+            getattr(self, name)[b].index_copy_(2, ahead.at.long(), x)
+        self.is_listed = self.is_listed and self.pages.shape[1:] == ahead.others["pages"].shape[1:]
         for name, x in ahead.others.items():
             if self.is_listed or name not in ("pages", "listed"):
                 getattr(self, name)[b] = x
@@ -275,10 +311,11 @@ class HeldRows:
         until = self.leaves(length + new.count, left)
         if until == left:
             return
+        self.withdraw()
         ahead = self.ahead.pop((b.start, b.stop), None)
         self.ahead = {key: x for key, x in self.ahead.items() if key[1] <= b.start or key[0] >= b.stop}
         if ahead is not None and ahead.until <= until:
-            self._catch_up(b, ahead)
+            self.catch_up(b, ahead)
             self.advance(b, length, new)
             return
         first, stop = self.ring + left, self.ring + until
@@ -291,6 +328,56 @@ class HeldRows:
         for place, _, count in self._in_ring(first, min(stop, length)):
             self._free(b, place, count)
         self.left[b] = [until] * (b.stop - b.start)
+
+    # -- what steps do by themselves ----------------------------------------------------------------------------
+
+    @property
+    def _has_lines(self) -> bool:
+        """Whether steps read the lines of this cache; those of a copy are no longer its own."""
+        return self.due.shape[0] == len(self.left) and self.due.data_ptr() == self._due_at
+
+    def _is_handed(self, ahead: Ahead) -> bool:
+        return ahead.end > 0 and self._has_lines
+
+    def line_up(self) -> None:
+        """Have lines that steps can read, where anything can be due."""
+        is_apart = self.config is None or self.drops or not _by_kernels(self.key)
+        if is_apart or (self._has_lines and self.due.device == self.key.device):
+            return
+        self.due = torch.full((len(self.left), int(COLUMNS)), -1, dtype=torch.int64, device=self.key.device)
+        self._due_at = self.due.data_ptr()
+        self.done.clear()
+        for x in self.ahead.values():
+            x.end = 0
+
+    def does(self, b: slice, length: int) -> bool:
+        """Whether the step behind ``length`` tokens does what is due by itself."""
+        ahead = self.ahead.get((b.start, b.stop))
+        return ahead is not None and ahead.end == length + 1 and self._has_lines
+
+    def count_done(self, lengths: list[int]) -> None:
+        """Know that a step behind so many tokens does what is due."""
+        for (first, stop), ahead in list(self.ahead.items()):
+            if ahead.end == lengths[first] + 1 and self._has_lines:
+                self.left[first:stop] = [ahead.until] * (stop - first)
+                if self.config is not None and self.config.protected:
+                    self.scores[first:stop], self.key_sum[first:stop] = ahead.others["scores"], ahead.others["key_sum"]
+                self.done[first, stop] = self.ahead.pop((first, stop))
+
+    def withdraw(self, lengths: list[int] | None = None) -> None:
+        """Let steps do nothing of what is decided. ``lengths``: what one behind so many tokens may have done is."""
+        if lengths is not None:
+            self.count_done(lengths)
+            for (first, stop), ahead in self.done.items():
+                if ahead.end == lengths[first] + 1 and self._has_lines:
+                    self.catch_up(slice(first, stop), ahead)
+        if self.done or any(x.end for x in self.ahead.values()):
+            self.due.fill_(-1)
+            self.done.clear()
+            for x in self.ahead.values():
+                x.end = 0
+
+    # -- adding tokens as they are --------------------------------------------------------------------------------
 
     def append(self, b: slice, length: int, new: Kept, settle: bool) -> None:
         """Hold ``new`` tokens behind ``length`` of them; those that leave the ring, too, or let them wait for that."""
@@ -413,10 +500,7 @@ class HeldRows:
             return
         while rows.count:
             round_ = Round(round_of(streamed, config.s), config.s, config.M)
-            room = 4 * round_.block - streamed
-            if round_.q:  # up to where bucket S_0 is full
-                full = round_.capacity(0) * round_.group
-                room = full - streamed % round_.block % full
+            room = round_.block - streamed % round_.block if round_.q else 4 * round_.block - streamed
             take = min(rows.count, room)
             self._admit(b, round_, streamed, rows[:take])
             rows, streamed = rows[take:], streamed + take
@@ -424,7 +508,7 @@ class HeldRows:
                 self._close(b, round_)
 
     def _admit(self, b: slice, round_: Round, streamed: int, rows: Kept) -> None:
-        """Rows of one round, which fit into bucket S_0, or into E where there are none."""
+        """Rows of one block of a round; all buckets of a level that they fill are halved at once."""
         group = round_.group
         waiting, before = streamed % group, streamed // group
         if group > 1:
@@ -432,30 +516,64 @@ class HeldRows:
             if done <= 0:
                 self._write(b, self.waiting + waiting, rows)
                 return
-            whole, rest = join(self._read(b, self.waiting, waiting), rows[:done]), rows[done:]
+            whole, rest = rows[:done], rows[done:]
+            if waiting:
+                whole = join(self._read(b, self.waiting, waiting), whole)
             rows = self._pick(round_, before - round_.block // group, whole)
-            self._free(b, self.waiting, waiting)
+            if waiting:
+                self._free(b, self.waiting, waiting)
             self._write(b, self.waiting, rest)
         if not round_.q:  # round 0, or buckets that M leaves out
             self._write(b, self.coreset + before, rows, 2 * round_.r * _LN2)
             return
         blocks, entered = streamed // round_.block, streamed % round_.block // group
-        self._write(b, self._bucket(round_, 0) + entered % round_.capacity(0), rows, (2 * round_.r - round_.q) * _LN2)
-        entered += rows.count
         for level in range(round_.q):
-            capacity = round_.capacity(level)
-            if entered % capacity:
+            capacity, place = round_.capacity(level), self._bucket(round_, level)
+            held = entered % capacity
+            buckets, weight = (held + rows.count) // capacity, (2 * round_.r - round_.q + level) * _LN2
+            if not buckets:
+                self._write(b, place + held, rows, weight)
                 return
-            full = self._read(b, self._bucket(round_, level), capacity)
-            number = ((blocks - 1) * round_.level_rows(level) + entered) // capacity - 1
-            kept = self._halve(full, round_, level, number, round_.level_delta(level))
-            self._free(b, self._bucket(round_, level), capacity)
-            entered //= 2
-            to, weight = self.coreset + blocks * round_.s, 2 * round_.r
-            if level < round_.q - 1:
-                weight = 2 * round_.r - round_.q + level + 1
-                to = self._bucket(round_, level + 1) + (entered - kept.count) % round_.capacity(level + 1)
-            self._write(b, to, kept, weight * _LN2)
+            number, taken = ((blocks - 1) * round_.level_rows(level) + entered) // capacity, buckets * capacity - held
+            full, rest = rows[:taken], rows[taken:]
+            if held:
+                full = join(self._read(b, place, held), full)
+            rows = self._halve(full, round_, level, number, round_.level_delta(level), buckets)
+            self._free(b, place, capacity)
+            self._write(b, place, rest, weight)
+            entered = (entered - held) // 2
+        self._write(b, self.coreset + blocks * round_.s, rows, 2 * round_.r * _LN2)
+
+    def warm_up(self) -> None:
+        """Compile what decides the rows of the steps that follow, and have its tables: a kernel that is first needed in
+        the middle of a text takes seconds there."""
+        config, (_, G, _, D), Dv = self.config, self.key.shape, self.value.shape[3]
+        if config is None or self.drops or not _by_kernels(self.key):
+            return
+        round_ = Round(round_of(config.streamed(self.left[0]), config.s), config.s, config.M)
+        kind = config, round_, self.key.dtype, self.key.device, D, Dv
+        if kind in _WARM:
+            return
+        _WARM.add(kind)
+        other = HeldRows(self.group, config, self.key[:1], self.value[:1], self.random, self.scale)
+        index = config.sinks + torch.arange(
+            (config.protected // CONTEST + 2) * CONTEST, dtype=torch.int32, device=self.key.device
+        )
+        rows = Kept(
+            index.expand(1, G, -1), *(x.new_zeros(1, G, len(index), x.shape[3]) for x in (self.key, self.value))
+        )
+        if config.protected:  # contests until some rows lose
+            other._leave(slice(0, 1), 0, rows)
+        other.list_pages()
+        if config.forgets:
+            return
+        closing = [(CLOSE_FIRST, 4 * config.s, 1), (CLOSE_SECOND, 2 * config.s, 1)]
+        for level, capacity, most in [*((i, round_.capacity(i), CONTEST >> i) for i in range(round_.q)), *closing]:
+            for buckets in range(1, max(1, most // round_.group // capacity) + 1):  # of a contest several at once
+                count = -(-buckets * capacity // rows.count)
+                other._halve(join(*[rows] * count)[: buckets * capacity], round_, level, 0, 0.5, buckets)
+        if round_.group > 1:
+            other._pick(round_, 0, rows[: round_.group])
 
     def _bucket(self, round_: Round, level: int) -> int:
         return self.coreset + 7 * round_.s - (4 * round_.s >> (round_.q - 1 - level))
@@ -479,16 +597,19 @@ class HeldRows:
         self._free(b, self.coreset, 4 * round_.s)
         self._write(b, self.coreset, rows, 2 * (round_.r + 1) * _LN2)
 
-    def _halve(self, rows: Kept, round_: Round, level: int, number: int, delta: float) -> Kept:
-        config, (seed, layer, heads) = self.config, self.random
+    def _halve(self, rows: Kept, round_: Round, level: int, number: int, delta: float, buckets: int = 1) -> Kept:
+        """``buckets`` of rows, one behind the other, the first of them with this ``number``."""
+        config, (seed, layer, heads), count = self.config, self.random, rows.count // buckets
         assert config is not None
-        if rows.key.is_cuda and rows.key.dtype != torch.float64 and config.rule.gain(rows.count, delta) < math.inf:
-            job = Halving(0, 0, rows.count, 1, stage(round_.r, level), number, delta)
+        if rows.key.is_cuda and rows.key.dtype != torch.float64 and config.rule.gain(count, delta) < math.inf:
+            job = Halving(0, 0, count, buckets, stage(round_.r, level), number, delta)
             return rows.pick(halve(rows.key, rows.value, job, Decider(config.rule, self.scale, self.random)).long())
-        pairs = torch.arange(rows.count // 2, device=rows.key.device)
-        draws = philox_uniform(seed, layer, pairs, number, stage(round_.r, level), heads[:, None])
-        second = halve_reference(rows.key, rows.value, draws, config.rule, delta, self.scale)
-        return rows.pick(2 * pairs + second.long())
+        pairs, bucket = (torch.arange(n, device=rows.key.device) for n in (count // 2, buckets))
+        bucket = bucket[:, None]
+        draws = philox_uniform(seed, layer, pairs, number + bucket, stage(round_.r, level), heads[:, None, None])
+        key, value = (x.unflatten(2, (buckets, count)) for x in (rows.key, rows.value))
+        second = halve_reference(key, value, draws, config.rule, delta, self.scale)
+        return rows.pick((count * bucket + 2 * pairs + second.long()).flatten(2))
 
     # -- attending ----------------------------------------------------------------------------------------------
 
@@ -560,12 +681,12 @@ class Held:
     ) -> None:
         self.length = [0] * key.shape[0]
         self.parts: list[HeldRows] = []
-        self._table: tuple[Any, Table, object] | None = None
+        self._table: tuple[Any, Table, object, torch.Tensor] | None = None
         self._end: torch.Tensor | None = None
-        for group in groups(own.rows, key.shape[1]):
+        for i, group in enumerate(groups(own.rows, key.shape[1])):
             config = own.config(group.rows)
             streaming = config if isinstance(config, Express) else None  # selected blocks are chosen among all tokens
-            self.parts.append(HeldRows(group, streaming, key, value, random, scale, turn))
+            self.parts.append(HeldRows(group, streaming, key, value, random, scale, turn + i * _PART))
 
     def _spans(self, columns: int, real: Real) -> Iterator[tuple[slice, int, torch.Tensor | None, int]]:
         """Sequences side by side that are treated alike: which, their length, the columns that are tokens, how many."""
@@ -596,11 +717,15 @@ class Held:
     @_in_place
     def settle(self, single: bool = False) -> None:
         """Let the tokens leave that are no longer recent, and look ahead. What came before cannot be undone any more.
-        ``single``: :meth:`step` follows, which drops a token by itself where only one is due, and then looks ahead."""
+        ``single``: :meth:`step` follows, which drops a token by itself where only one is due, does what was handed to
+        it, and then looks ahead."""
+        for part in () if single else self.parts:
+            part.withdraw()
         for b, length, _, _ in list(self._spans(0, None)):
             for part in self.parts:
                 left = part.left[b.start]
-                if not (single and part.drops and part.leaves(length, left) <= left + 1):
+                is_left = part.leaves(length, left) <= left + 1 if part.drops else part.does(b, length)
+                if not (single and is_left):
                     part.advance(b, length, part._read(b, 0, 0))
         if not single:
             self.look_ahead()
@@ -608,6 +733,8 @@ class Held:
     @_in_place
     def look_ahead(self, new: int = 0) -> None:
         """Decide what is due soon, with so many ``new`` tokens that are held and not counted."""
+        if new:
+            self._count_done()
         for b, length, _, _ in list(self._spans(0, None)):
             for part in self.parts:
                 part.look_ahead(b, length + new)
@@ -615,6 +742,10 @@ class Held:
     def rest(self) -> int:
         """For how many steps of one token :meth:`settle` and :meth:`prepare_step` have nothing to do."""
         return min(part.rest(b, length) for b, length, _, _ in self._spans(0, None) for part in self.parts)
+
+    def idle(self) -> int:
+        """For how many steps of one token :meth:`look_ahead` behind them has nothing to do."""
+        return min(part.idle(b, length) for b, length, _, _ in self._spans(0, None) for part in self.parts)
 
     @_in_place
     def fill(self, key: torch.Tensor, value: torch.Tensor, real: Real = None) -> None:
@@ -627,6 +758,8 @@ class Held:
                     part.thin_prompt(b, new, k, v)
                 part.append(b, length, new, settle=True)
         self._count(key.shape[2], real)
+        for part in self.parts:
+            part.warm_up()
 
     @_in_place
     def extend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, real: Real = None) -> torch.Tensor:
@@ -675,17 +808,18 @@ class Held:
             if part.config is None and max(self.length) >= part.key.shape[2]:
                 part._grow(max(self.length) + 1)
             part.list_pages()
+            part.line_up()
         if end is None:
             if self._end is None or self._end.shape[0] != len(self.length):
                 self._end = self.parts[0].token.new_empty(len(self.length))
             self.count_into(self._end)
         else:
             self._end = end
-        names = ("key", "value", "log_weight", "token", "pages", "listed", "means")
+        names = ("key", "value", "log_weight", "token", "pages", "listed", "means", "due")
         tensors = (getattr(part, name) for part in self.parts for name in names)
         known = tuple((x.data_ptr(), x.shape) for x in tensors)
         if self._table is None or self._table[0] != known:
-            self._table = known, self._make_table(), object()
+            self._table = known, self._make_table(), object(), self._heads_with_lines()
         return self._table[2]
 
     def count_into(self, end: torch.Tensor) -> None:
@@ -719,19 +853,32 @@ class Held:
                 blocks[head] = -(-read // (2 * PAGE))
         return make_table(lines, shares(blocks, B, device_of(device)[0]), device)
 
+    def _heads_with_lines(self) -> torch.Tensor:
+        """Those in which a step may have something to do, as :func:`.due.do_what_is_due` takes them."""
+        heads = [
+            (head, i, part.due.data_ptr())
+            for part in self.parts
+            if part.due.numel()
+            for i, head in enumerate(part.random.heads.tolist())
+        ]
+        return torch.tensor(heads, dtype=torch.int64, device=self.parts[0].key.device).view(-1, 3)
+
     @_in_place
     def launch_step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention ``[B, H, 1, Dv]`` of a new token of every sequence to what is held and itself, which is held then.
         Launches alone, and elsewhere than on a GPU the same in plain PyTorch: to repeat it changes nothing until
         :meth:`end_step`."""
-        self._count_dropped()
-        return (self.step_triton if query.is_cuda else self._step_reference)(query, key, value)
+        self._count_done()
+        return (self.step_triton if _by_kernels(query) else self._step_reference)(query, key, value)
 
-    def _count_dropped(self) -> None:
-        """Of heads that drop tokens, how many are gone once there is one more."""
+    def _count_done(self) -> None:
+        """What a step does by itself, once there is one more token: how many are gone of heads that drop them, and what
+        was decided before."""
         for part in self.parts:
             if part.drops:
                 part.left = [part.leaves(n, left) for n, left in zip(self.length, part.left, strict=True)]
+            elif part.ahead:
+                part.count_done(self.length)
 
     def _step_reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         for part in self.parts:
@@ -746,6 +893,7 @@ class Held:
         """:meth:`launch_step` by the kernels."""
         assert self._table is not None and self._end is not None, "prepare_step comes first"
         table = self._table[1]
+        do_what_is_due(key, value, table, self._table[3], self._end)
         if any(not part.group.rows.selected for part in self.parts):
             append_places(key, value, table, self._end)
         for part in self.parts:
@@ -757,7 +905,7 @@ class Held:
 
     def end_step(self) -> None:
         """Count the token that :meth:`launch_step` added to every sequence."""
-        self._count_dropped()
+        self._count_done()
         self.length = [n + 1 for n in self.length]
 
     # -- taking tokens back, other batches ------------------------------------------------------------------------
@@ -776,6 +924,7 @@ class Held:
     def drop(self, count: int, beyond: int = 0) -> None:
         """Forget the last ``count`` tokens, at most ``exact_tail``, and what may lie up to ``beyond`` places behind."""
         for part in self.parts:
+            part.withdraw(None if count else self.length)
             part.ahead.clear()
         for i, length in enumerate(self.length):
             b = slice(i, i + 1)
@@ -795,6 +944,7 @@ class Held:
         order = index.tolist()
         self.length = [self.length[i] for i in order]
         for part in self.parts:
+            part.withdraw()
             part.left, part.is_listed = [part.left[i] for i in order], False
             part.ahead.clear()
             for name in HeldRows.TENSORS:
@@ -808,6 +958,7 @@ class Held:
     def to(self, device: torch.device | str) -> None:
         """Move all rows to another device."""
         for part in self.parts:
+            part.withdraw()
             part.ahead.clear()
             part.is_listed = False
             for name in (*HeldRows.TENSORS, "pages", "listed"):

@@ -309,10 +309,19 @@ def on_another_thread(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _copied(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    copied = torch.tensor(array, device=device)
-    if device.type == "cuda":
+    if device.type != "cuda":
+        return torch.tensor(array, device=device)
+    with torch.cuda.stream(_copying(device)):  # is waited for, and has nothing to do but this: that of a caller is busy
+        copied = torch.tensor(array, device=device)
         torch.cuda.current_stream(device).synchronize()
+    copied.record_stream(torch.cuda.default_stream(device))
     return copied
+
+
+@functools.cache
+def _copying(device: torch.device) -> Any:
+    """The stream on which constants are copied to a GPU."""
+    return torch.cuda.Stream(device)
 
 
 def require_triton() -> None:

@@ -44,6 +44,7 @@ from express_compile import ExpressCache, restore_attention, rewrite_attention
 from express_compile.core.rows import Rows as HeadRows
 from express_compile.kernels.attend.decode import Rows, decode_attention, decode_reference
 from express_compile.kernels.attend.places import append_places, attend_places
+from express_compile.kernels.due import do_what_is_due
 from express_compile.kernels.heads import PerHead
 from express_compile.kernels.held import Held
 from express_compile.kernels.launch import Random
@@ -332,8 +333,9 @@ def cache_rows(B: int, n: int, device: str, dtype: torch.dtype) -> list[dict[str
                 if x.rest() <= 0 or not timed:
                     x.settle(single=True)
                     x.prepare_step(end)
+                do_what_is_due(k, v, x._table[1], x._table[3], end)
                 append_places(k, v, x._table[1], end)
-                if x.rest() <= 1:
+                if x.idle() <= 0:
                     x.look_ahead(1)
                 x.end_step()
         if device == "cuda":

@@ -155,14 +155,15 @@ def cache(dtype: torch.dtype, D: int) -> None:
 
 
 def steps(dtype: torch.dtype, D: int) -> None:
-    """Steps of one token from an ExpressCache, until rows of every kind had to move."""
+    """A step of one token from an ExpressCache, and what is launched until rows of every kind had to move."""
     q, k, v = tokens(dtype, D)
     own = PerHead((Rows(4, 60, 64), Rows(0, 60, 64, 128), WHOLE, Rows(4, 60, selected=2)))
     held, n = Held(own, k, v, Random(torch.tensor(5), LAYER), SCALE), 4000
     held.fill(k[:, :, :n], v[:, :, :n])
-    for step in (slice(i, i + 1) for i in range(n, n + 140)):
-        held.settle(single=True)
-        held.step(q[:, :, step], k[:, :, step], v[:, :, step])
+    held.settle(single=True)
+    held.prepare_step()
+    held.launch_step(*(x[:, :, n : n + 1] for x in (q, k, v)))
+    held.fill(*(x[:, :, n : n + 140] for x in (k, v)))
 
 
 MIXED = mixed(BLOCKS, WHOLE, KEPT, CORE)

@@ -277,7 +277,7 @@ class Choosers(NamedTuple):
     held: torch.Tensor
 
 
-@jit(general="H_kv q_offset begin line held columns blocks")
+@jit(general="H_kv q_offset begin line sinks held columns blocks stride_chosen")
 def _choose_kernel(
     p_chosen, p_lse, p_start, choosers, H_kv, q_offset, begin, line, sinks, held, columns, blocks, stride_chosen,
     GROUP: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -396,7 +396,7 @@ def select_blocks_triton(
         launch(_choose_kernel, (blocks, B * H_kv),
             chosen[:, :, first:], lse, start, choosers, H_kv, layout.q_offset, begin, line, config.sinks,
             config.sinks + config.recent, columns, config.blocks, total * config.blocks, **sizes, BN=KEYS, BC=BC,
-            BB=next_power_of_two(config.blocks), BR=min(next_power_of_two(per_block), 4),
+            BB=max(BC, next_power_of_two(config.blocks)), BR=min(next_power_of_two(per_block), 4),
             num_warps=max(1, min(32, BC // _PER_WARP)),
         )  # fmt: skip
     return chosen

@@ -121,20 +121,19 @@ class Tiles:
                 rows = span // job.rows * job.rows
                 self.ranges.append((job.source, job.rows * job.buckets, rows, self.units, -1))
                 self.units += -(-job.rows * job.buckets // rows)
+        # no row is read by two; in front of all stands one of no rows
+        ordered = [(-1, 0, 1, 0, -1), *sorted(self.ranges)]
+        self._sorted_ranges = np.array(ordered, dtype=np.int64).T
 
     def _units_of(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Unit that reads each arena row (-1: none), its slot, and the first slot and rows of its bucket."""
-        unit, slot, first, rows = (np.full(len(at), value) for value in (-1, -1, 0, 0))
-        for source, total, size, base, slots in self.ranges:
-            inside = (at >= source) & (at < source + total)
-            which, within = np.divmod(at - source, size)
-            unit = np.where(inside, base + which, unit)
-            if slots >= 0:
-                per_bucket = -(-size // self.pairs)
-                first = np.where(inside, slots + which * per_bucket, first)
-                slot = np.where(inside, first + within // self.pairs, slot)
-                rows = np.where(inside, size, rows)
-        return unit, slot, first, rows
+        which = np.searchsorted(self._sorted_ranges[0], at, "right") - 1
+        source, total, size, base, slots = self._sorted_ranges[:, which]
+        inside = (at >= source) & (at < source + total)
+        which, within = np.divmod(at - source, size)
+        first = np.where(inside & (slots >= 0), slots + which * -(-size // self.pairs), 0)
+        slot = np.where(inside & (slots >= 0), first + within // self.pairs, -1)
+        return np.where(inside, base + which, -1), slot, first, np.where(inside & (slots >= 0), size, 0)
 
     def _part(self, columns: dict[Any, np.ndarray | int], count: int, fed_from: np.ndarray) -> np.ndarray:
         table = np.zeros((count, int(COLUMNS)), dtype=np.int64)
@@ -709,7 +708,7 @@ def thin_into(
     # two tiles of keys and two of values are in shared memory at once
     pairs = PAIRS if (widths.BD + widths.BDV) * key.element_size() <= 1024 else PAIRS // 2
     most = PROGRAMS * (processors(device) if key.is_cuda else 1)
-    lanes = max(1, most // sequences)
+    lanes = max(1, most // sequences) if shift is None else 1  # one table for any number of sequences
     tiles, table, gains, described, coin = _tiles_on(schedule, rule, pairs, lanes, device)
     count = len(table)
     programs = min(count * sequences, most)
@@ -736,19 +735,23 @@ def thin_into(
 
 
 @functools.lru_cache(maxsize=64)
-def _one_halving(rows: int, delta: float) -> Schedule:
-    return Schedule(rows, 0, 0, rows + rows // 2, (), ((Halving(0, rows, rows, 1, 0, 0, delta),),), (), ())
+def _one_halving(rows: int, buckets: int, delta: float) -> Schedule:
+    tokens = rows * buckets
+    job = Halving(0, tokens, rows, buckets, 0, 0, delta)
+    return Schedule(tokens, 0, 0, tokens + tokens // 2, (), ((job,),), (), ())
 
 
 def halve(key: torch.Tensor, value: torch.Tensor, job: Halving, decider: Decider) -> torch.Tensor:
-    """Which rows of one bucket ``key`` ``[B, H, rows, D]``, ``value`` ``[B, H, rows, Dv]`` stay: int32 ``[B, H, rows /
-    2]``. ``job`` says their number, the stage, the number of the bucket and delta; ``decider.random.heads`` the numbers
-    that the H heads have in the stream. What :func:`.halving.halve_reference` decides."""
+    """Which rows of the buckets ``key`` ``[B, H, buckets * rows, D]``, ``value`` ``[B, H, buckets * rows, Dv]`` stay:
+    int32 ``[B, H, buckets * rows / 2]``. ``job`` says how many rows and buckets, the stage, the number of the first
+    bucket and delta; ``decider.random.heads`` the numbers that the H heads have in the stream. What
+    :func:`.halving.halve_reference` decides."""
     rule, rows = decider.rule, job.rows
     depends = rule.gain(rows, 0.5) != rule.gain(rows, 0.25)  # otherwise one table serves all halvings of so many rows
-    schedule = _one_halving(rows, job.delta if depends else 0.5)
-    index = torch.empty(*key.shape[:2], rows // 2, dtype=torch.int32, device=key.device)
-    copies = tuple(x.new_empty(*x.shape[:2], rows // 2, x.shape[3]) for x in (key, value))
+    schedule = _one_halving(rows, job.buckets, job.delta if depends else 0.5)
+    kept = job.buckets * rows // 2
+    index = torch.empty(*key.shape[:2], kept, dtype=torch.int32, device=key.device)
+    copies = tuple(x.new_empty(*x.shape[:2], kept, x.shape[3]) for x in (key, value))
     shift = _Shift(job.stage, job.first, decider.random.heads)
     decider = decider._replace(random=decider.random._replace(heads=None))
     thin_into((index, *copies), key, value, schedule, 0, decider, shift=shift)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+import triton
 
 from express_compile import ExpressCache
 from express_compile.core.rows import Rows
@@ -116,6 +117,46 @@ def test_one_halving_is_what_the_same_halving_of_a_prefill_decides(rows: int) ->
     assert torch.equal(halve(*own, job, Decider(rule, 0.125, Random(seed, 3, heads))), index)
     other = halve(*own, replace(job, first=6), Decider(rule, 0.125, Random(seed, 3, heads)))
     assert not torch.equal(other, index) and (other // 2 == torch.arange(rows // 2, device="cuda")).all()
+
+
+def test_after_the_first_steps_nothing_is_compiled_and_the_host_waits_for_nothing(monkeypatch) -> None:
+    """What is due is done by the steps themselves, what is next is decided while the device is busy."""
+    rows = tuple(x for x in ROWS if not (x.everything or x.selected))  # those grow
+    q, k, v = (x[:, : len(rows) * n] for x, n in zip(tokens(3000, torch.bfloat16), (2, 1, 1), strict=True))
+    cache, other = (Held(PerHead(rows), k, v, Random(torch.tensor(7, device="cuda"), 3), 0.125, 9) for _ in range(2))
+    cache.fill(k[:, :, :2000], v[:, :, :2000])
+    cache.settle(single=True)
+    made: list[str] = []
+    warm_up = triton.JITFunction.warmup
+    monkeypatch.setattr(
+        triton.JITFunction, "warmup", lambda self, *x, **y: made.append(self.fn) or warm_up(self, *x, **y)
+    )
+    before = []
+    for i in range(2000, 2900):
+        step = [x[:, :, i : i + 1].contiguous() for x in (q, k, v)]
+        if i < 2200 or cache.rest() <= 0:
+            before.append(i)
+            cache.settle(single=True)
+            cache.step(*step)
+            made.clear()
+            continue
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            cache.count_into(cache._end)
+            cache.launch_step(*step)
+            cache.look_ahead(1)
+            cache.end_step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert not made and max(before) == 2199
+    other.fill(k[:, :, :2900], v[:, :, :2900])
+    for held in (cache, other):
+        held.settle()
+    for one, two in zip(cache.parts, other.parts, strict=True):  # which rows stay is up to rounding
+        counts = [(x.log_weight > -math.inf).sum(2) for x in (one, two)]
+        masses = [x.log_weight.exp().sum(2) for x in (one, two)]
+        assert torch.equal(*counts)
+        torch.testing.assert_close(*masses)
 
 
 @torch.no_grad()

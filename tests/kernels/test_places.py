@@ -211,3 +211,16 @@ def test_one_halving_by_the_kernel_is_that_of_the_reference_with_the_numbers_of_
     draws = philox_uniform(seed, 3, pairs, first, number, numbers[:, None])
     second = halve_reference(k, v, draws, get_rule(rule), delta, 0.25)
     assert torch.equal(kept.long(), (2 * pairs + second.long()).expand_as(kept))
+
+
+def test_buckets_that_are_halved_at_once_keep_what_each_of_them_keeps_alone() -> None:
+    draw = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(2, 3, 16 * 5, d, generator=draw) for d in (8, 4))
+    heads = torch.tensor([4, 0, 3], dtype=torch.int32)
+    decider = Decider(get_rule("balanced"), 0.25, Random(torch.tensor(7), 3, heads))
+    job = Halving(0, 0, 16, 5, stage(2, 1), 9, 0.1)
+    kept = halve(k, v, job, decider)
+    for i in range(5):
+        own = slice(16 * i, 16 * i + 16)
+        alone = halve(k[:, :, own], v[:, :, own], Halving(0, 0, 16, 1, stage(2, 1), 9 + i, 0.1), decider)
+        assert torch.equal(kept[:, :, 8 * i : 8 * i + 8], alone + 16 * i)

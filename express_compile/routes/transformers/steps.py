@@ -4,8 +4,8 @@ generate() asks a model for the compiled form of its call wherever a cache allow
 ``graphs=True`` gives it is no program of torch.compile: once the layers hold rows of a plan, a step of one token is
 recorded as one CUDA graph of the model as it runs eagerly, or as it was compiled by ``model.compile()``, and replayed
 for the tokens that follow. Where rows are and how many tokens there are stands in memory that does not move, so a graph
-serves until memory has to grow, which only heads that hold all tokens need. What has to be moved or thinned runs
-between replays (:meth:`..kernels.held.Held.settle`).
+serves until memory has to grow, which only heads that hold all tokens need. What has to be thinned is decided behind a
+replay, and rows move in the one in which they are due (:mod:`..kernels.due`).
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Steps:
         self.model: Callable[[], Any] = lambda: None
         self.weights: tuple[int, ...] = ()  # where the model has them
         self.places: list[Any] = []  # of every layer, where its memory is
-        self.due: list[int] = []  # of every layer, how many columns there are when it next has something to do
+        self.due: list[int] = []  # of every layer, how many columns there are when next something comes before a replay
+        self.behind: list[int] = []  # the same for what comes behind one
         self.changes = -1  # of the cache, the last time that its state was looked at
         self.end = torch.empty(0, dtype=torch.int32)  # of every sequence, its tokens with the new one
 
@@ -96,8 +97,7 @@ class Steps:
         for i, layer in enumerate(layers):
             if layer.columns >= self.due[i]:
                 self.places[i] = layer.settle_recorded(self.end)
-                assert layer.held is not None
-                self.due[i] = layer.columns + layer.held.rest()
+                self._plan(i, layer)
         held = layers[0].held
         assert held is not None
         self.ids.copy_(ids)
@@ -112,11 +112,13 @@ class Steps:
                 self.out = _mapped(out, lambda x: _CACHE if x is cache else x)  # or it would hold itself
                 self.known = known
             self.replay()
-            for i, layer in enumerate(layers):
-                if layer.columns + 1 >= self.due[i]:  # the host decides what is next while the device is at this step
-                    layer.look_ahead_recorded()
+            behind = [(i, layer) for i, layer in enumerate(layers) if layer.columns >= self.behind[i]]
+            for _, layer in behind:  # the host decides what is next while the device is at this step
+                layer.look_ahead_recorded()
             for layer in layers:
                 layer.end_recorded()
+            for i, layer in behind:
+                self._plan(i, layer)
         except BaseException as error:
             if self.replay is None:
                 error.add_note(f"while an ExpressCache with graphs=True recorded a step of {type(model).__name__}")
@@ -125,6 +127,11 @@ class Steps:
             raise
         cache._step.done = {layer.place.number for layer in layers}
         return _mapped(self.out, lambda x: cache if x is _CACHE else x.clone() if isinstance(x, torch.Tensor) else x)
+
+    def _plan(self, i: int, layer: ExpressLayer) -> None:
+        """Learn when layer i next has something to do."""
+        assert layer.held is not None
+        self.due[i], self.behind[i] = layer.columns + layer.held.rest(), layer.columns + layer.held.idle()
 
     def _look(self, model: PreTrainedModel, cache: ExpressCache, inputs: dict[str, Any]) -> None:
         """Learn what may have changed since the last replay."""
@@ -137,7 +144,7 @@ class Steps:
             self.end = torch.empty(len(ids), dtype=torch.int32, device=ids.device)
         plain = (x for x in (*model.parameters(), *model.buffers()) if type(x) in (torch.Tensor, nn.Parameter))
         self.weights = tuple(x.data_ptr() for x in plain)
-        self.places, self.due = [None] * len(layers), [0] * len(layers)
+        self.places, self.due, self.behind = [None] * len(layers), [0] * len(layers), [0] * len(layers)
         self.changes = cache._step.changes
 
     def _is_single(self, model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
@@ -162,9 +169,10 @@ class Steps:
         ids, layers = inputs["input_ids"], cache.express_layers
         if ids.device.type != _RECORDS_ON or len(layers) < len(cache.layers):
             return False
-        if not all(layer.records(len(ids)) for layer in layers):
+        is_known = cache._step.changes == self.changes and self.model() is model
+        if not all(layer.records(len(ids)) for layer in (layers[:1] if is_known else layers)):
             return False
-        if cache._step.changes == self.changes and self.model() is model:
+        if is_known:
             return True
         devices = {x.device for x in model.parameters()}
         quantizer = getattr(model, "hf_quantizer", None)

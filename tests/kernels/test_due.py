@@ -1,0 +1,184 @@
+"""What steps of a cache do by themselves when it is due is what the reference does before them."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from express_compile.core.rows import Rows
+from express_compile.kernels import due as D
+from express_compile.kernels import held as K
+from express_compile.kernels.attend.places import PAGE
+from express_compile.kernels.due import do_what_is_due
+from express_compile.kernels.heads import EVERYTHING, PerHead
+from express_compile.kernels.held import Held
+from express_compile.kernels.launch import Random
+
+KINDS = (Rows(2, 20), Rows(2, 9, 8, 10), EVERYTHING, Rows(3, 40, 16), Rows(1, 70, 4), Rows(2, 64, protected=40))
+
+
+class Launching:
+    """Steps of ``cache`` whose lines are read by the kernel; tokens are held and attended to by the reference."""
+
+    def __init__(self, cache: Held) -> None:
+        self.cache, self.did, self.late = cache, 0, 0
+
+    def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, again: bool = False) -> torch.Tensor:
+        cache, ends = self.cache, {n + 1 for n in self.cache.length}
+        self.did += sum(x.end in ends for part in cache.parts for x in part.ahead.values())
+        self.late += sum(x.end == 0 for part in cache.parts for x in part.ahead.values())
+        cache.settle(single=True)
+        cache.prepare_step()
+        for _ in range(1 + again):
+            do_what_is_due(key, value, cache._table[1], cache._table[3], cache._end)
+        out = cache._step_reference(query, key, value)
+        cache.look_ahead(1)
+        cache.end_step()
+        return out
+
+
+@pytest.fixture
+def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(K, "_by_kernels", lambda x: True)
+    monkeypatch.setattr(D, "_CHUNKS", 2)
+
+
+def made(rows: tuple[Rows, ...], n: int, B: int, pad: int, turn: int, total: int) -> tuple[list[torch.Tensor], Held]:
+    draw = torch.Generator().manual_seed(n)
+    shapes = (2 * len(rows), 4), (len(rows), 4), (len(rows), 3)
+    qkv = [torch.randn(B, h, total, d, generator=draw) for h, d in shapes]
+    cache = Held(PerHead(rows), *qkv[1:], Random(torch.tensor(7), 3), 0.5, turn)
+    real = [(True,) * n] * (B - 1) + [tuple(i >= pad for i in range(n))]
+    cache.fill(*(x[:, :, :n] for x in qkv[1:]), real)
+    return qkv, cache
+
+
+def live(part: K.HeldRows) -> list[list[tuple[int, float]]]:
+    found = []
+    for token, weight in zip(part.token.flatten(0, 1), part.log_weight.flatten(0, 1), strict=True):
+        there = weight > -math.inf
+        found.append(sorted(zip(token[there].tolist(), weight[there].tolist(), strict=True)))
+    return found
+
+
+def assert_same(one: Held, other: Held) -> None:
+    """The same rows with the same bits; which of them still wait in the ring may differ between steps."""
+    for cache in (one, other):
+        cache.settle()
+    assert one.length == other.length
+    for mine, its in zip(one.parts, other.parts, strict=True):
+        assert live(mine) == live(its) and mine.left == its.left
+        there = its.log_weight > -math.inf
+        for name in ("token", "key", "value"):
+            assert torch.equal(getattr(mine, name)[:, :, : there.shape[2]][there], getattr(its, name)[there])
+
+
+def assert_listed(cache: Held) -> None:
+    """Every row that is held is on a page that steps read."""
+    for part in cache.parts:
+        if part.pages.numel():
+            for b, g in torch.cartesian_prod(*map(torch.arange, part.listed.shape)).tolist():
+                read = set(part.pages[b, g, : part.listed[b, g]].tolist())
+                held = (part.log_weight[b, g] > -math.inf).nonzero()[:, 0] // PAGE
+                assert set(held.tolist()) <= read
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.sampled_from(KINDS), min_size=1, max_size=4), st.integers(90, 420), st.integers(1, 2),
+    st.integers(0, 80), st.integers(0, 70),
+    st.lists(st.tuples(st.sampled_from("drop long select copy fail repeat".split()), st.integers(1, 60)), max_size=4),
+)  # fmt: skip
+def test_steps_do_what_is_due_whatever_comes_between_them(by_kernels, rows, n, B, pad, turn, events) -> None:
+    total = n + 400
+    (q, k, v), cache = made(tuple(rows), n, B, pad, turn, total)
+    one, other = Launching(cache), copy.deepcopy(cache)
+    for event, steps in [("repeat", 3), *events, ("none", 40)]:
+        for i in range(steps):
+            new = [x[:, :, n : n + 1] for x in (q, k, v)]
+            other.settle()
+            torch.testing.assert_close(one.step(*new, again=event == "repeat"), other.extend(*new))
+            n += 1
+            if i == steps - 1:
+                assert_listed(one.cache)
+        if event == "fail":  # a step that was launched and did not end
+            one.cache.settle(single=True)
+            one.cache.prepare_step()
+            new = [x[:, :, n : n + 1] for x in (k, v)]
+            do_what_is_due(*new, one.cache._table[1], one.cache._table[3], one.cache._end)
+            one.cache.drop(0, 1)
+        elif event == "copy":
+            one.cache = copy.deepcopy(one.cache)
+        elif event == "long":
+            piece = [x[:, :, n : n + 7] for x in (q, k, v)]
+            n += 7
+            for held in (one.cache, other):
+                held.settle()
+                held.extend(*piece)
+        elif event == "drop":
+            count = min(5, one.cache.exact_tail, other.exact_tail)
+            for held in (one.cache, other):
+                held.drop(count)
+        elif event == "select":
+            order = torch.arange(B).flip(0)
+            q, k, v = (x[order] for x in (q, k, v))
+            for held in (one.cache, other):
+                held.select(order)
+    assert_same(one.cache, other)
+
+
+def test_after_the_first_steps_the_host_has_nothing_to_do_before_one(by_kernels) -> None:
+    rows = tuple(x for x in KINDS if not x.everything)
+    (q, k, v), cache = made(rows, 700, 1, 0, 5, 1300)
+    one, busy = Launching(cache), []
+    due = behind = 0
+    for i in range(700, 1290):
+        length = cache.length[0]
+        if length >= due:
+            busy.append(i)
+        new = [x[:, :, i : i + 1] for x in (q, k, v)]
+        if length < due:  # as replays: nothing before, and behind only what idle() says
+            do_what_is_due(*new[1:], cache._table[1], cache._table[3], cache._end.fill_(length + 1))
+            cache._step_reference(*new)
+            if length >= behind:
+                cache.look_ahead(1)
+            cache.end_step()
+        else:
+            one.step(*new)
+        due, behind = cache.length[0] + cache.rest(), cache.length[0] + cache.idle()
+    assert len(busy) <= 3, "the first step, what was due before anything could be decided, and a group that grows"
+    _, other = made(rows, 700, 1, 0, 5, 1300)
+    other.fill(*(x[:, :, 700:1290] for x in (k, v)))
+    for held in (cache, other):
+        held.settle()
+    for mine, its in zip(cache.parts, other.parts, strict=True):  # some rows may wait in the ring a little longer
+        assert live(mine) == live(its)
+
+
+def test_a_step_that_is_launched_twice_does_the_same_again(by_kernels) -> None:
+    """Launches come before the token counts, and once more where a graph is recorded."""
+    rows = (Rows(2, 9, 8, 10), Rows(3, 40, 16))
+    (q, k, v), cache = made(rows, 300, 1, 0, 5, 700)
+    one, other, due = Launching(cache), copy.deepcopy(cache), 0
+    for i in range(300, 640):
+        new = [x[:, :, i : i + 1] for x in (q, k, v)]
+        other.settle()
+        expected = other.extend(*new)
+        if due < 3 and i > 310 and any(part.does(slice(0, 1), i) for part in cache.parts):
+            due += 1
+            cache.settle(single=True)
+            cache.prepare_step()
+            outs = [cache.launch_step(*new) for _ in range(2)]
+            assert torch.equal(*outs)
+            torch.testing.assert_close(outs[0], expected, rtol=1e-5, atol=1e-5)
+            cache.look_ahead(1)
+            cache.end_step()
+        else:
+            one.step(*new)
+    assert due == 3
+    assert_same(cache, other)
