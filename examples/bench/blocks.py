@@ -139,6 +139,7 @@ def of_block(x: Inputs, mass: torch.Tensor, begin: int, causal: dict[str, torch.
     return rules | {f"{rule} {OWN}": asked[rule] for rule in ("oracle", DEFAULT, "4 x4 before")}
 
 
+@torch.no_grad()
 def mass_rows(name: str, model, tokenizer, length: int, texts: list[str], layers: int, every: int) -> list[dict]:
     """What each rule catches and is off by: ``texts``, ``layers`` layers, one of ``every`` blocks of queries."""
     layout = query_blocks(CONFIG, length, length)
@@ -242,7 +243,7 @@ def main() -> None:
         name, load = MODELS[args.model]
         rows = mass_rows(name, *load("cpu", torch.float32), args.length, args.texts, args.layers, args.every)
     rows = [{**run_of(args.commit), **row} for row in rows]
-    show(rows, "task n method rows metric value low high".split(), digits=".4f")
+    show(rows, "task n method rows metric value low high".split())
     if args.out:
         append(args.out, QUALITY_COLUMNS, rows)
 
