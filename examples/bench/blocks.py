@@ -1,6 +1,7 @@
 """Who should choose 16 blocks of 64 keys for 128 queries: how much attention mass each rule catches; and the time.
 
     python examples/bench/blocks.py --out examples/bench/results/blocks.csv             # minutes on one CPU core
+    python examples/bench/blocks.py --model qwen --texts python-types argparse records
     python examples/bench/blocks.py --time --out examples/bench/results/blocks.csv      # a minute on a GPU
 
 A row's ``value`` is the share of the mass between sinks and tail that the chosen blocks get from all queries of the
@@ -8,15 +9,13 @@ block, as a mean over blocks of queries (``share``) or of the whole mass (``tota
 off by where one KV head attends to these blocks alone, by which plans are chosen (``quality.profile``): its relative
 squared error as a mean over layers and KV heads (``error``), and the geometric mean of it over that of the default rule
 (``error ratio``), which no single head decides. All query heads of a KV head have the same blocks but where a rule says
-``per query head``: as many blocks of its own for each. Rules of queries: ``oracle`` asks
+``per query head``: as many blocks of its own for each; or ``pooled``: half of them its own, the rest the best that any
+query head of the group has, so that heads of one group have other numbers of rows. Rules of queries: ``oracle`` asks
 all of the block against all keys; ``N inside`` ask N evenly spaced ones of the block, so that the choice tells early
 queries what late ones want; ``N xS before`` (causal) ask the block's first query and those S apart before it. Rules of
 keys, with the first query alone: means of 64 or 8 keys, bounds (each feature's least and largest, as Quest, arXiv
 2406.10774), and bounds to shortlist twice as many blocks; ``last`` are the newest blocks, and ``a block more`` is the
 first query's choice of 17.
-
-    python examples/bench/blocks.py --length 8192
-    python examples/bench/blocks.py --model qwen --texts python-types argparse records
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ CAUSAL = {f"{n} x{stride} before": (n, stride) for n, stride in ((1, 4), (2, 4),
 DEFAULT = f"{CONFIG.samples} x{CONFIG.stride} before"
 INSIDE = (4, 16)
 MORE = "a block more"
-OWN = "per query head"
+OWN, POOLED = "per query head", "pooled"
 
 # -- mass --------------------------------------------------------------------------------------------------------
 
@@ -136,7 +135,19 @@ def of_block(x: Inputs, mass: torch.Tensor, begin: int, causal: dict[str, torch.
     rules["last"] = torch.arange(candidates).expand(len(keys), -1) + 1.0
     rules[MORE] = rules[DEFAULT]
     rules = {rule: scores[:, None] for rule, scores in rules.items()}
-    return rules | {f"{rule} {OWN}": asked[rule] for rule in ("oracle", DEFAULT, "4 x4 before")}
+    apart = ("oracle", DEFAULT, "4 x4 before")
+    return rules | {f"{rule} {how}": asked[rule] for how in (OWN, POOLED) for rule in apart}
+
+
+def held_by(rule: str, scores: torch.Tensor) -> torch.Tensor:
+    """1 for blocks of keys that ``rule`` chooses by ``scores`` ``[H_kv, 1 or g, candidates]``, 0 for others."""
+    blocks = CONFIG.blocks // 2 if rule.endswith(POOLED) else CONFIG.blocks + (rule == MORE)
+    chosen = choose(scores, torch.tensor(scores.shape[-1]), blocks).long()
+    held = torch.zeros_like(scores).scatter(-1, chosen, 1.0)
+    if rule.endswith(POOLED):
+        more = scores.masked_fill(held > 0, -1).flatten(1).topk(scores.shape[1] * (CONFIG.blocks - blocks), -1).indices
+        held = held.flatten(1).scatter(-1, more, 1.0).view(scores.shape)
+    return held
 
 
 @torch.no_grad()
@@ -163,9 +174,7 @@ def mass_rows(name: str, model, tokenizer, length: int, texts: list[str], layers
                 true = mass.sum(2)
                 whole[layer] += float(exact.sum(0).square().sum())
                 for rule, scores in of_block(x, mass, begin, own).items():
-                    blocks = CONFIG.blocks + (rule == MORE)
-                    chosen = choose(scores, torch.tensor(candidates), blocks).long()
-                    held = torch.zeros_like(scores).scatter(-1, chosen, 1.0).expand_as(true)
+                    held = held_by(rule, scores).expand_as(true)
                     found = (true * held).sum((1, 2))
                     shares[rule] += (found / true.sum((1, 2))).tolist()
                     caught[rule] += float(found.sum())
