@@ -713,6 +713,7 @@ def per_head(
 
     def call() -> torch.Tensor:
         for op in ops:
+            out = None  # of the layer before: not held beside what this one needs
             out = op(*tensors)
         return out
 

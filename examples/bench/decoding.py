@@ -30,7 +30,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -421,13 +421,26 @@ def cache_steps(model: torch.nn.Module, B: int, n: int, cache: ExpressCache, cou
     return waited(step, count)
 
 
+@contextlib.contextmanager
+def compiled(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
+    """``model`` compiled, in one piece or around what is not traced."""
+    torch.compiler.reset()
+    if wanted:
+        model.compile()
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = None
+
+
 WHOLE = ("transformers", "exact", "santa", "selected", "cache", "planned")
 
 
 def whole_rows(
-    model: torch.nn.Module, B: int, n: int, S: int, count: int, only: Sequence[str] = WHOLE
+    model: torch.nn.Module, B: int, n: int, S: int, count: int, only: Sequence[str] = WHOLE, compile: bool = True
 ) -> list[dict[str, Any]]:
-    """The table of whole steps at one length; a method that does not fit the memory has none."""
+    """The table of whole steps at one length, compiled ones as CUDA graphs; a method that does not fit the memory has
+    none."""
     from transformers import DynamicCache
 
     on_gpu = torch.cuda.is_available()
@@ -456,12 +469,13 @@ def whole_rows(
                     cache = None
                     cache = DynamicCache(config=config) if plan is None else ExpressCache(model, rows=plan, graphs=True)
                     ttft[name] = prompted(model, B, length, cache)
-            if plan is None:
-                cache = None
-                times = full_steps(model, B, n, 60 if on_gpu else 2)
-            else:
-                assert isinstance(cache, ExpressCache)
-                times = cache_steps(model, B, n, cache, count)
+            with compiled(model, compile):
+                if plan is None:
+                    cache = None
+                    times = full_steps(model, B, n, 60 if on_gpu else 2)
+                else:
+                    assert isinstance(cache, ExpressCache)
+                    times = cache_steps(model, B, n, cache, count)
         except torch.cuda.OutOfMemoryError:
             print(f"{name}: B={B}, n={n}: more than the memory of the device")
             continue
@@ -476,7 +490,8 @@ def whole_rows(
         against = exact.get(best)
         p20, p50, p80, p99 = (quantile(times, x) for x in (0.2, 0.5, 0.8, 0.99))
         seconds = ttft.get(first.get(name, name), float("nan"))
-        said = f"model=llama-3.1-8b-shape ttft_s={seconds:.3f} p99_ms={p99:.3f} max_ms={max(times):.3f}{held}"
+        said = f"model=llama-3.1-8b-shape compiled={int(compile)} ttft_s={seconds:.3f} p99_ms={p99:.3f}"
+        said += f" mean_ms={statistics.fmean(times):.3f} max_ms={max(times):.3f}{held}"
         peak = (torch.cuda.max_memory_allocated() - weights) / 1e6 if on_gpu else ""
         rows.append(dict(
             job="whole_step", method=name, params=said, B=B, H=config.num_attention_heads, Lq=1, Lk=n,
@@ -526,7 +541,7 @@ def main() -> None:
         model = random_llama(device, dtype, TINY if args.tiny else LLAMA)
     mode = "reduce-overhead" if device == "cuda" else "default"
     for B, n in shapes["shapes"] if "whole" in args.parts else ():
-        keep(whole_rows(model, B, n, args.draws, args.steps, args.methods))
+        keep(whole_rows(model, B, n, args.draws, args.steps, args.methods, not args.by_hand))
     for B, n in shapes["shapes"] if "model" in args.parts else ():
         keep(rows_of(model, B, n, args.draws, Clock(device), None if args.by_hand else mode))
 

@@ -48,10 +48,10 @@ except (ImportError, AttributeError):  # no Triton on this platform, or one with
     gluon = None
 
 
-def _jit(fn: Callable | None = None, **options: Any) -> Any:
+def gluon_jit(fn: Callable | None = None, **options: Any) -> Any:
     """``gluon.jit``, or the plain function where there is no Gluon."""
     if fn is None:
-        return functools.partial(_jit, **options)
+        return functools.partial(gluon_jit, **options)
     return fn if gluon is None else gluon.jit(fn, **options)
 
 
@@ -77,7 +77,7 @@ Stream = namedtuple("Stream", "x tokens copied slots_tokens slots_copied tiles f
 Sizes = namedtuple("Sizes", "H Lq q_offset shift parts groups heads")
 
 
-@_jit
+@gluon_jit
 def _number(n):
     """The number of the n-th job of this program. Those with most rows come first, so that in every other round the
     programs take theirs in reverse."""
@@ -85,7 +85,7 @@ def _number(n):
     return n * programs + gl.where(n % 2 == 0, i, programs - 1 - i)
 
 
-@_jit
+@gluon_jit
 def _rounds(sizes):
     """How many jobs this program has."""
     jobs = sizes.parts * sizes.groups
@@ -93,7 +93,7 @@ def _rounds(sizes):
     return full + (_number(full) < jobs).to(gl.int32)
 
 
-@_jit
+@gluon_jit
 def _job(n, x, lists, sizes, SHAPE: gl.constexpr):
     """The n-th job of this program."""
     BN: gl.constexpr = SHAPE.BN
@@ -147,7 +147,7 @@ def _job(n, x, lists, sizes, SHAPE: gl.constexpr):
     return work, Place(i_b, i_h, i_kv, i_bh, q_row, skip, position, c_b, c_h, c_row, p_index, p_chosen, first_key)
 
 
-@_jit
+@gluon_jit
 def _tile(j, work, lists, BN: gl.constexpr):
     """First row, rows that are shown, and log2-weight of tile j, and how much the second to fourth of its slots have
     more than that; of rows by index the place in the index, and of chosen blocks the row among all of them. A merged
@@ -166,7 +166,7 @@ def _tile(j, work, lists, BN: gl.constexpr):
     return gl.where(j < work.listed, row, work.tail + (j - work.listed) * BN), shown, weight, (w_1, w_2, w_3)
 
 
-@_jit
+@gluon_jit
 def _gather(target, x, place, row, shown):
     """Rows by index into shared memory, some at a time; behind ``shown`` of them come copies of the last one."""
     BN: gl.constexpr = target.shape[0]
@@ -186,22 +186,22 @@ def _gather(target, x, place, row, shown):
         load_rows(target.slice(i * STEP, STEP, 0), pointers)
 
 
-@_jit
-def _next(stage, phase, STAGES: gl.constexpr):
+@gluon_jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
     """The stage after this one, and the phase of its barriers. Carried on, not computed from a count of tiles: ptxas
     keeps these in uniform registers, and with them addresses of barriers, which else every lane has of its own."""
     last = stage == STAGES - 1
     return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
 
 
-@_jit
+@gluon_jit
 def _before(stage, phase, STAGES: gl.constexpr):
     """The stage before this one, and the phase of its barriers."""
     first = stage == 0
     return gl.where(first, STAGES - 1, stage - 1), gl.where(first, phase ^ 1, phase)
 
 
-@_jit
+@gluon_jit
 def _pieces(stream):
     """The slots of all tiles, of which 64 columns lie together."""
     STAGES: gl.constexpr = stream.tiles.shape[0]
@@ -210,7 +210,7 @@ def _pieces(stream):
     return reinterpret(stream.tiles, stream.tiles.dtype, [COUNT, 1, 1, SIZE, 64], stream.slots_tokens.layout)
 
 
-@_jit
+@gluon_jit
 def _fill(stream, stage, phase, j, row, shown, work, place, lists, CHOSEN: gl.constexpr):
     """Tile j of a job, as soon as there is room for it; ``CHOSEN``: it may be one of chosen blocks."""
     BN: gl.constexpr = stream.tiles.shape[3]
@@ -257,7 +257,7 @@ def _fill(stream, stage, phase, j, row, shown, work, place, lists, CHOSEN: gl.co
                         load_tile(stream.slots_tokens, at, full, piece)
 
 
-@_jit
+@gluon_jit
 def _produce(d, x, lists, shared, sizes, SHAPE: gl.constexpr):
     BN: gl.constexpr = SHAPE.BN
     CHOSEN: gl.constexpr = x.jobs is not None
@@ -282,12 +282,12 @@ def _produce(d, x, lists, shared, sizes, SHAPE: gl.constexpr):
                     at = [place.i_b, place.i_h, place.q_row + ROWS * half, 0]
                     load_tile(d.q, at, full, shared.q.index(half))
             _fill(values, stage, phase, j, row, shown, work, place, lists, CHOSEN)
-            stage, phase = _next(stage, phase, SHAPE.STAGES)
+            stage, phase = next_stage(stage, phase, SHAPE.STAGES)
             row, shown = next_row, next_shown
         q_phase = q_phase ^ 1
 
 
-@_jit
+@gluon_jit
 def _hide(b_s, j, row, shown, more, work, place, scale_log2, half):
     """Scores of rows that a query does not see become -inf; those of other slots than the first get what these weigh
     more."""
@@ -310,7 +310,7 @@ def _hide(b_s, j, row, shown, more, work, place, scale_log2, half):
     return b_s
 
 
-@_jit
+@gluon_jit
 def _finish(b_acc, b_max, b_sum, done, x, sizes, half: gl.constexpr):
     """Store the results of a job: not by TMA, as kernels that did ended with an illegal instruction on an H200, with
     waits for barriers by lane and with uniform ones."""
@@ -328,7 +328,7 @@ def _finish(b_acc, b_max, b_sum, done, x, sizes, half: gl.constexpr):
     gl.store(x.lse + o_row, b_lse, mask=m_m)
 
 
-@_jit
+@gluon_jit
 def _consume(x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.constexpr):
     """Job after job."""
     STAGES: gl.constexpr = SHAPE.STAGES
@@ -363,7 +363,7 @@ def _consume(x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.constexpr):
         b_sum = gl.sum(b_w, 1)
         b_p = gl.convert_layout(b_w.to(dtype), P_L)
         row, shown, weight, more = _tile(1, work, lists, BN)
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, STAGES)
         for j in range(1, work.total):
             before, before_phase = _before(stage, phase, STAGES)
             mbarrier.wait(shared.k_full.index(stage), phase)
@@ -391,7 +391,7 @@ def _consume(x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.constexpr):
             b_acc = b_acc * gl.convert_layout(b_rescale, ROW)[:, None]
             b_p = gl.convert_layout(b_w.to(dtype), P_L)
             row, shown, weight, more = next_row, next_shown, next_weight, next_more
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
         done = (place.i_bh, place.q_row)
         work, place = _job(gl.minimum(n + 1, rounds - 1), x, lists, sizes, SHAPE)
         row, shown, weight, more = _tile(0, work, lists, BN)
@@ -405,7 +405,7 @@ def _consume(x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.constexpr):
         q_phase = q_phase ^ 1
 
 
-@_jit(do_not_specialize=["sizes"])
+@gluon_jit(do_not_specialize=["sizes"])
 def segment_kernel(d_q, d_k, d_v, d_ck, d_cv, d_sk, d_sv, d_sck, d_scv, x, lists, sizes, SHAPE: gl.constexpr):
     STAGES: gl.constexpr = SHAPE.STAGES
     BN: gl.constexpr = SHAPE.BN
@@ -463,13 +463,16 @@ def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: in
     """Whether this kernel runs these tensors, for blocks of ``block`` queries: float16 and bfloat16, head sizes 64 and
     128, not both 64 (where it was no faster on an H200), on Hopper, with strides that let a row by index be copied 16
     bytes at a time."""
+    return block == QUERIES and {query.shape[3], value.shape[3]} in ({128}, {64, 128}) and runs(query, key, value)
+
+
+def runs(query: torch.Tensor, *copied: torch.Tensor) -> bool:
+    """Whether kernels like this one run ``query``, of which rows of ``copied`` can be copied 16 bytes at a time."""
     return (
         gluon is not None
         and query.is_cuda
         and query.element_size() == 2
-        and block == QUERIES
-        and {query.shape[3], value.shape[3]} in ({128}, {64, 128})
-        and all(x.stride(3) == 1 and not any(stride % 16 for stride in x.stride()[:3]) for x in (key, value))
+        and all(x.stride(3) == 1 and not any(stride % 16 for stride in x.stride()[:3]) for x in copied)
         and triton.__version__.startswith(VERSIONS)
         and _is_hopper(query.device)
     )

@@ -95,7 +95,7 @@ class Mixture:
             own, of = self._jobs(share, start, others[2], of_tiles)
             own[..., job.TABLE] = blocks
             jobs.append(own.reshape(-1, own.shape[-1]))
-            work.append(np.tile(of, own.shape[0]))
+            work.append(np.broadcast_to(of[:, None], own.shape[:3]).flatten())
             parts.append((start[:-1] + tiles, *others))
             blocks, tiles = blocks + len(share.table.tail), tiles + len(others[0])
         start, *others = (np.concatenate(x) for x in zip(*parts, strict=True))
@@ -108,7 +108,8 @@ class Mixture:
     def _jobs(
         self, share: HeadRows, start: np.ndarray, tail: np.ndarray, of_tiles: SegmentTiles
     ) -> tuple[np.ndarray, np.ndarray]:
-        """int64 ``[query heads, parts, COLUMNS]``, and the tiles of rows of every part."""
+        """int64 ``[KV heads, parts, group, COLUMNS]``, and the tiles of rows of every part. Query heads that read the
+        same rows are neighbours: what one has fetched is in the L2 cache for the others."""
         table, queries, rows = share.table, of_tiles.queries, of_tiles.rows
         part = np.arange(table.shift // queries, -(-(self.Lq + table.shift) // queries))
         block = part // (table.block // queries)
@@ -131,7 +132,7 @@ class Mixture:
         jobs = np.zeros((len(head), len(part), int(job.COLUMNS)), np.int64)
         for column, x in columns.items():
             jobs[..., column] = x
-        return jobs, count
+        return jobs.reshape(-1, self.group, *jobs.shape[1:]).swapaxes(1, 2), count
 
     def on(self, device: torch.device, of_tiles: SegmentTiles) -> tuple[torch.Tensor, ...]:
         """:meth:`lists` on ``device``, copied there once."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from express_compile.core.call import Call
 
 from ..launch import FLOAT32_DOT, head_of, jit, launch, next_power_of_two, require_triton, tl
 from ..op import check_call
+from . import hopper
 from .queries import InBlocks, check_block
 
 KEYS = 64  # keys per block
@@ -177,8 +179,10 @@ def rows_visible(chosen: torch.Tensor, config: BlockConfig, Lq: int, Lk: int) ->
 
 # ---------------------------------------------------------------------------------------------------------------
 # Kernels. Columns are blocks of keys, those of the sinks too. The first kernel is a product of all queries that choose
-# with all keys before them, of which a column's log-sum-exp stays; columns need nothing of each other. The second one
-# adds up the mass and finds the mass of the last one chosen bit by bit: positive floats are ordered as integers are.
+# with all keys before them, of which a column's log-sum-exp stays; columns need nothing of each other. Those of the
+# queries that choose together lie side by side: [.., blocks of queries, columns, queries], which is how the second
+# kernel reads them. It adds up the mass and finds that of the last one chosen: positive floats are ordered as integers
+# are.
 
 
 @jit
@@ -189,17 +193,16 @@ def _choosers(i_chooser, begin, start, SAMPLES: tl.constexpr, STRIDE: tl.constex
     return position - i_chooser % SAMPLES * STRIDE
 
 
-@jit(general="H_kv Lq Lk q_offset begin line rows")
+@jit(general="H_kv Lq Lk q_offset begin line rows columns")
 def _score_kernel(
-    p_lse, p_q, p_k, p_start, p_heads, H_kv, Lq, Lk, q_offset, begin, line, rows, scale_log2,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_lse,
+    p_lse, p_q, p_k, p_start, p_heads, H_kv, Lq, Lk, q_offset, begin, line, rows, columns, scale_log2,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     GROUP: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of each column for each row, a query that chooses: ``[columns, rows]`` for every KV head.
-
-    One program per (COLUMNS columns, BM rows, KV head).
-    """
+    """Log-sum-exp of each column for each row, a query that chooses. One program per (COLUMNS columns, BM rows, KV
+    head)."""
+    PER: tl.constexpr = GROUP * SAMPLES
     i_part, i_tile, i_seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_b, i_kv = i_seq // H_kv, head_of(p_heads, i_seq % H_kv)
     o_m, o_n, o_d = i_tile * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
@@ -215,10 +218,10 @@ def _score_kernel(
         p_q + o_row[:, None] * stride_qn + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0
     )  # [BM, BD]
     p_k += i_b * stride_kb + i_kv * stride_kh
-    p_lse += i_seq * stride_lse + o_m
+    p_lse += i_seq * rows * columns + o_m // PER * columns * PER + o_m % PER
     last = tl.max(b_position)
     least = tl.min(tl.where(o_m < rows, b_position, last))
-    for c in range(i_part * COLUMNS, tl.minimum((i_part + 1) * COLUMNS, (last - line) // BN + 1)):
+    for c in range(i_part * COLUMNS, tl.minimum(tl.minimum((i_part + 1) * COLUMNS, columns), (last - line) // BN + 1)):
         token = line + c * BN
         o_token = tl.minimum(tl.maximum(token + o_n, 0), Lk - 1).to(tl.int64)
         p_tile = p_k + o_token[:, None] * stride_kn + o_d[None, :]
@@ -229,7 +232,7 @@ def _score_kernel(
             b_s = tl.where(m_s, b_s, float("-inf"))
         b_top = tl.maximum(tl.max(b_s, 1), -1e30) * scale_log2  # not -inf: a hidden column would give inf - inf
         b_lse = b_top + tl.log2(tl.sum(tl.exp2(b_s * scale_log2 - b_top[:, None]), 1))
-        tl.store(p_lse + c * rows, b_lse, mask=m_m)
+        tl.store(p_lse + c * PER, b_lse, mask=m_m)
 
 
 @jit
@@ -240,9 +243,29 @@ def best_of(b_rank, wanted, BITS: tl.constexpr):
     for i in range(BITS):
         higher = least | (1 << (BITS - 1 - i))
         least = tl.where(tl.sum((b_rank >= higher).to(tl.int32)) >= wanted, higher, least)
+    return first_of(b_rank, least, wanted)
+
+
+@jit
+def first_of(b_rank, least, wanted):
+    """1 for the entries of more than rank ``least``, and for the first ones of this rank up to ``wanted`` in all."""
     b_better, b_equal = (b_rank > least).to(tl.int32), (b_rank == least).to(tl.int32)
     left = wanted - tl.sum(b_better)
     return b_better + b_equal * (tl.cumsum(b_equal, 0) <= left).to(tl.int32)
+
+
+@jit
+def _reached(b_rank, count, wanted):
+    """A rank that ``wanted`` of the ``count`` entries with one of 0 or more reach, and no more of them if that can be;
+    the least one where there are fewer."""
+    least = tl.min(tl.where(b_rank >= 0, b_rank, 0x7FFFFFFF))
+    most = tl.where(count > wanted, tl.max(b_rank), least)
+    while least < most:
+        middle = most - (most - least) // 2
+        reach = tl.sum((b_rank >= middle).to(tl.int32))
+        most = tl.where(reach > wanted, most, tl.where(reach == wanted, middle, middle - 1))
+        least = tl.where(reach >= wanted, middle, least)
+    return least
 
 
 class Choosers(NamedTuple):
@@ -254,30 +277,35 @@ class Choosers(NamedTuple):
     held: torch.Tensor
 
 
-@jit(general="H_kv q_offset begin line held rows columns blocks")
+@jit(general="H_kv q_offset begin line held columns blocks")
 def _choose_kernel(
-    p_chosen, p_lse, p_start, choosers, H_kv, q_offset, begin, line, sinks, held, rows, columns, blocks, stride_lse,
-    stride_chosen, GROUP: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr, BB: tl.constexpr,
+    p_chosen, p_lse, p_start, choosers, H_kv, q_offset, begin, line, sinks, held, columns, blocks, stride_chosen,
+    GROUP: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BB: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """One program per (block of queries, KV head); ``held`` tokens before the block are sinks and tail, and ``blocks``
-    places are filled for each, or as many as ``choosers`` say."""
+    """One program per (block of queries, KV head), for BR queries at a time; ``held`` tokens before the block are sinks
+    and tail, and ``blocks`` places are filled for each, or as many as ``choosers`` say."""
+    PER: tl.constexpr = GROUP * SAMPLES
     i_block, i_seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_c, o_b = tl.arange(0, BC), tl.arange(0, BB)
     start = q_offset
     if p_start is not None:
         start = tl.load(p_start + i_seq // H_kv).to(tl.int32)
-    p_lse += i_seq * stride_lse + o_c.to(tl.int64) * rows
+    p_lse += (i_seq * tl.num_programs(0) + i_block) * columns * PER
+    some = tl.minimum((begin + (i_block + 1) * BLOCK - 1 - line) // BN + 1, columns)  # no query sees more
     b_mass = tl.zeros([BC], tl.float32)
-    for s in range(SAMPLES):
-        i_chooser = i_block * SAMPLES + s
-        position = _choosers(i_chooser, begin, start, SAMPLES, STRIDE, BLOCK)
-        seen = tl.where(position >= start, tl.minimum((position - line) // BN + 1, columns), 0)
-        for g in range(GROUP):
-            b_x = tl.load(p_lse + i_chooser * GROUP + g, mask=o_c < seen, other=float("-inf"))
-            b_p = tl.exp2(b_x - tl.maximum(tl.max(b_x), -1e30))
-            b_sum = tl.sum(b_p)
-            b_mass += b_p / tl.where(b_sum == 0, 1.0, b_sum)  # NaN stays NaN
+    for r in range(0, PER, BR):
+        o_r = r + tl.arange(0, BR)
+        b_position = _choosers(i_block * SAMPLES + o_r // GROUP, begin, start, SAMPLES, STRIDE, BLOCK)
+        b_seen = tl.where((o_r < PER) & (b_position >= start), (b_position - line) // BN + 1, 0)
+        m_x = (o_c < some)[:, None]  # the same for all queries, so that they are read at once
+        if PER % BR:
+            m_x = m_x & (o_r < PER)[None, :]
+        b_x = tl.load(p_lse + o_c[:, None] * PER + o_r[None, :], mask=m_x, other=float("-inf"))
+        b_x = tl.where(o_c[:, None] < b_seen[None, :], b_x, float("-inf"))
+        b_p = tl.exp2(b_x - tl.maximum(tl.max(b_x, 0), -1e30)[None, :])
+        b_sum = tl.sum(b_p, 0)
+        b_mass += tl.sum(b_p / tl.where(b_sum == 0, 1.0, b_sum)[None, :], 1)  # NaN stays NaN
 
     wanted = blocks
     if choosers is not None:
@@ -286,13 +314,26 @@ def _choose_kernel(
     first = (sinks - line) // BN
     b_bits = tl.where(b_mass == b_mass, b_mass, 0.0).to(tl.int32, bitcast=True)
     b_bits = tl.where((o_c >= first) & (o_c < first + count), b_bits, -1)
-    b_taken = best_of(b_bits, wanted, 31)
+    b_taken = first_of(b_bits, _reached(b_bits, count, wanted), wanted)
     p_chosen += i_seq * stride_chosen + i_block * blocks
     tl.store(p_chosen + tl.cumsum(b_taken, 0) - 1, o_c - first, mask=b_taken > 0)
     tl.store(p_chosen + o_b, tl.full([BB], -1, tl.int32), mask=(o_b >= tl.minimum(count, wanted)) & (o_b < blocks))
 
 
-_WORKSPACE = 1 << 26  # bytes; longer prefills are chosen in parts
+_WORKSPACE = 1 << 28  # bytes; longer prefills are chosen in parts
+
+
+def _parts(total: int, step: int, bytes_of: Callable[[int], int]) -> Iterator[tuple[int, int]]:
+    """The first of ``total`` blocks of queries, and how many: as many times ``step`` as fit into the workspace, or
+    fewer than one step. ``bytes_of(n)``: what each of some blocks takes up to the n-th."""
+    first = 0
+    while first < total:
+        blocks = step
+        while first + blocks < total and (blocks + step) * bytes_of(min(first + blocks + step, total)) <= _WORKSPACE:
+            blocks += step
+        blocks = min(blocks, total - first, max(1, _WORKSPACE // bytes_of(min(first + blocks, total))))
+        yield first, blocks
+        first += blocks
 
 
 @torch.no_grad()
@@ -306,7 +347,7 @@ def select_blocks_triton(
     ``choosers``: the KV heads that choose, with ``config.blocks`` at most and recent tokens of their own; None for all.
     The result is ``[B, len(choosers.heads), ..]`` then, ``NONE`` behind what a head chose.
 
-    Work: ``samples / block`` of the scores of exact attention. Memory: at most 64 MiB, or what one block of queries
+    Work: ``samples / block`` of the scores of exact attention. Memory: at most 256 MiB, or what one block of queries
     needs. Raises ``TypeError`` for dtypes other than float16, bfloat16 and float32.
     """
     require_triton()
@@ -325,32 +366,43 @@ def select_blocks_triton(
     if not 0 < B * H_kv * D:
         return chosen.fill_(NONE) if chosen.numel() else chosen
     line = config.sinks - KEYS * -(-config.sinks // KEYS)  # where the columns begin
-    columns = (Lk - 1 - line) // KEYS + 1
-    per_block = config.samples * group
-    part = max(1, _WORKSPACE // (4 * B * H_kv * columns * per_block))
+    per_block, specialised = config.samples * group, hopper.takes(query, key)
     small, BD = query.element_size() == 2, max(16, next_power_of_two(D))
-    BM = min(128 if small else 64, max(16, next_power_of_two(min(part, total) * per_block)))
-    sizes = dict(GROUP=group, SAMPLES=config.samples, STRIDE=config.stride, BLOCK=config.block, BN=KEYS)
-    for first in range(0, total, part):
-        begin = layout.q_offset - layout.shift + first * config.block
-        blocks = min(part, total - first)
-        columns = (min(Lk, begin + blocks * config.block) - 1 - line) // KEYS + 1
+    BM = min(128 if small else 64, max(16, next_power_of_two(total * per_block)))
+    sizes = dict(GROUP=group, SAMPLES=config.samples, STRIDE=config.stride, BLOCK=config.block)
+    scale_log2 = scale * math.log2(math.e)
+
+    def columns_of(blocks: int) -> int:
+        """The columns that queries of the first blocks see. These are the first ones, unless sequences start later."""
+        begin = layout.q_offset - layout.shift + (blocks - 1) * config.block
+        last = max(begin, layout.q_offset) if start is None else min(Lk, begin + config.block) - 1
+        return (last - line) // KEYS + 1
+
+    step = max(1, hopper.ROWS.value // per_block)
+    for first, blocks in _parts(total, step, lambda n: 4 * B * H_kv * per_block * columns_of(n)):
+        begin, columns = layout.q_offset - layout.shift + first * config.block, columns_of(first + blocks)
         rows = blocks * per_block
-        lse = torch.empty(B * H_kv, columns, rows, dtype=torch.float32, device=query.device)
-        launch(_score_kernel, (-(-columns // _COLUMNS), -(-rows // BM), B * H_kv),
-            lse, query, key, start, own, H_kv, Lq, Lk, layout.q_offset, begin, line, rows, scale * math.log2(math.e),
-            *query.stride()[:3], *key.stride()[:3], columns * rows,
-            D=D, BD=BD, BM=BM, COLUMNS=_COLUMNS, **sizes, num_warps=4, num_stages=3 if small and BD <= 128 else 2,
-        )  # fmt: skip
+        lse = torch.empty(B * H_kv * columns * rows, dtype=torch.float32, device=query.device)
+        if specialised:
+            of_part = hopper.ScoreSizes(H_kv, B * H_kv, Lq, layout.q_offset, begin, line, rows, columns)
+            hopper.score(lse, query, key, start, own, scale_log2, of_part, hopper.ScoreShape(D, **sizes))
+        else:
+            launch(_score_kernel, (-(-columns // _COLUMNS), -(-rows // BM), B * H_kv),
+                lse, query, key, start, own, H_kv, Lq, Lk, layout.q_offset, begin, line, rows, columns, scale_log2,
+                *query.stride()[:3], *key.stride()[:3], D=D, BD=BD, BM=BM, COLUMNS=_COLUMNS, **sizes, BN=KEYS,
+                num_warps=4, num_stages=3 if small and BD <= 128 else 2,
+            )  # fmt: skip
         BC = max(32, next_power_of_two(columns))
         launch(_choose_kernel, (blocks, B * H_kv),
             chosen[:, :, first:], lse, start, choosers, H_kv, layout.q_offset, begin, line, config.sinks,
-            config.sinks + config.recent, rows, columns, config.blocks, columns * rows, total * config.blocks,
-            BC=BC, BB=next_power_of_two(config.blocks), **sizes, num_warps=max(1, min(16, BC // 256)),
+            config.sinks + config.recent, columns, config.blocks, total * config.blocks, **sizes, BN=KEYS, BC=BC,
+            BB=next_power_of_two(config.blocks), BR=min(next_power_of_two(per_block), 4),
+            num_warps=max(1, min(32, BC // _PER_WARP)),
         )  # fmt: skip
     return chosen
 
 
+_PER_WARP = 256  # columns
 _COLUMNS = 16  # of one program; on an H200 4% faster than 8 at n = 32,768 and at 131,072
 
 

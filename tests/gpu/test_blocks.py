@@ -24,6 +24,8 @@ def tokens(H: int, H_kv: int, n: int, Lq: int, D: int, dtype: torch.dtype, B: in
     [
         (torch.bfloat16, 128, 8, 2, 4000, BlockConfig(16)),
         (torch.bfloat16, 128, 8, 2, 1, BlockConfig(3, samples=4)),
+        (torch.bfloat16, 128, 14, 2, 2666, UNEVEN),
+        (torch.float16, 64, 6, 6, 4000, BlockConfig(16)),
         (torch.bfloat16, 256, 2, 1, 2666, UNEVEN),
         (torch.float16, 80, 4, 4, 2666, UNEVEN),
         (torch.float32, 64, 9, 3, 2666, UNEVEN),

@@ -277,6 +277,19 @@ def test_a_long_prefill_in_parts_chooses_the_same(monkeypatch):
         assert len(launches) == 2 * parts
 
 
+@given(total=st.integers(1, 300), step=st.sampled_from([1, 7, 64]), fixed=st.integers(0, 50), each=st.integers(0, 9))
+def test_parts_cover_all_blocks_once_and_fit_into_the_workspace(total, step, fixed, each):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S, "_WORKSPACE", 1000)
+        parts = list(S._parts(total, step, lambda n: 1 + fixed + each * n))
+    assert [x for first, blocks in parts for x in range(first, first + blocks)] == list(range(total))
+    for first, blocks in parts:
+        assert blocks == 1 or blocks * (1 + fixed + each * (first + blocks)) <= 1000
+        more = min(first + blocks + step, total)
+        assert blocks < step or first + blocks == total or (blocks + step) * (1 + fixed + each * more) > 1000
+        assert blocks <= step or blocks % step == 0 or first + blocks == total
+
+
 @pytest.mark.parametrize("run", [S.select_blocks_reference, S.select_blocks_triton])
 def test_strides_and_gradients_do_not_matter(run):
     config = S.BlockConfig(2, sinks=3, recent=20, block=32)

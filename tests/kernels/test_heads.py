@@ -456,6 +456,9 @@ def test_every_query_of_every_head_that_is_not_exact_is_in_one_job_and_long_jobs
     assert (covered[seen_by] == 1).all() and covered.sum() == len(seen_by) * Lq
     loads = np.array(loads)
     assert (loads[1:] <= loads[:-1] + loads.max() / 8).all()
+    together = jobs[:, [int(HEAD), int(PART)]].reshape(-1, group, 2)
+    assert (together[:, :, 0] // group == together[:, :1, 0] // group).all(), "heads that read the same are neighbours"
+    assert (together[:, :, 1] == together[:, :1, 1]).all()
 
 
 # -- the last queries of a call ------------------------------------------------------------------------------------

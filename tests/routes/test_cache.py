@@ -114,6 +114,24 @@ def test_while_nothing_is_thinned_generate_gives_bit_for_bit_what_it_gives_with_
         assert torch.equal(x.keys, y.keys) and torch.equal(x.values, y.values)
 
 
+def test_a_compiled_model_generates_with_a_cache_what_it_generates_as_it_is() -> None:
+    prompt, outs = ids(40, 2), []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model = llama()
+        cache = ExpressCache(model, rows=MIXED)
+        if compiled:
+            model.compile(backend="eager")
+        out = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, do_sample=False, max_new_tokens=30,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        outs.append((out.sequences, torch.stack(out.logits), cache.rows_held))
+    (one, logits_one, rows), (other, logits_other, others) = outs
+    assert torch.equal(one, other) and rows == others < 70, "rows were dropped while it generated"
+    assert torch.equal(logits_one, logits_other)
+
+
 def test_a_model_that_is_not_rewritten_is_by_its_cache_and_computes_what_it_did() -> None:
     model, prompt = llama(), ids(60)
     before = logits(model, prompt)

@@ -29,9 +29,9 @@ from express_compile.routes.transformers.cache import ExpressCache
 ROWS = (Rows(2, 9), Rows(2, 9, 2, 4), Rows(everything=True), Rows(0, 12, 4), Rows(2, 5, selected=1))
 
 
-def make_model() -> LlamaForCausalLM:
+def make_model(layers: int = 2) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = dict(hidden_size=40, intermediate_size=16, num_hidden_layers=2, vocab_size=31, head_dim=8)
+    sizes = dict(hidden_size=40, intermediate_size=16, num_hidden_layers=layers, vocab_size=31, head_dim=8)
     config = LlamaConfig(**sizes, num_attention_heads=10, num_key_value_heads=5, max_position_embeddings=4096)
     return LlamaForCausalLM(config).eval()
 
@@ -96,6 +96,27 @@ def test_replayed_steps_are_eager_steps(model, recorded: list[int], pads: tuple[
     assert cache.rows_held == other.rows_held
     for one, two in zip(cache.express_layers, other.express_layers, strict=True):
         assert one.held.length == two.held.length and one.held.exact_tail == two.held.exact_tail
+
+
+@torch.no_grad()
+def test_steps_of_a_compiled_model_are_recorded_with_what_was_compiled_of_every_layer(recorded: list[int]) -> None:
+    torch.compiler.reset()
+    model, rotated = make_model(layers=10), list[int]()  # Dynamo gives up on a ninth one
+    ids, mask = prompt(model, 124)
+    cache = ExpressCache(model, rows=Rows(2, 9, 8), graphs=True)
+    model(**inputs(ids[:, :120], mask[:, :120], cache))
+    other = copy.deepcopy(cache)
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        rotated.append(sum(node.name.startswith("neg") for node in graph.graph.nodes))
+        return graph
+
+    model.compile(backend=backend)
+    for i in range(120, 124):
+        step = ids[:, i : i + 1], mask[:, : i + 1]
+        out = cache.steps(model, inputs(*step, cache)).logits
+        torch.testing.assert_close(out, model.forward(**inputs(*step, other)).logits, rtol=1e-4, atol=1e-5)
+    assert len(recorded) == 1 and sum(rotated) == 2 * 10, "queries and keys of every layer"
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ def attend(
     given = Given(module, query, key, value, attention_mask, arguments)
     if is_exporting():
         return _traced(given) if torch.compiler.is_dynamo_compiling() else _exported(given)
-    if torch.compiler.is_compiling() and query.shape[2] == 1 and not _has_parts(module):
+    if torch.compiler.is_compiling() and query.shape[2] == 1 and layer_of(key) is None and not _has_parts(module):
         return _step(given)
     return _run_eagerly(given)
 

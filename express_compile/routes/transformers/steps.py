@@ -2,16 +2,17 @@
 
 generate() asks a model for the compiled form of its call wherever a cache allows that. What the model of a cache with
 ``graphs=True`` gives it is no program of torch.compile: once the layers hold rows of a plan, a step of one token is
-recorded as one CUDA graph of the model as it runs eagerly, and replayed for the tokens that follow. Where rows are and
-how many tokens there are stands in memory that does not move, so a graph serves until memory has to grow, which only
-heads that hold all tokens need. What has to be moved or thinned runs between replays
-(:meth:`..kernels.held.Held.settle`).
+recorded as one CUDA graph of the model as it runs eagerly, or as it was compiled by ``model.compile()``, and replayed
+for the tokens that follow. Where rows are and how many tokens there are stands in memory that does not move, so a graph
+serves until memory has to grow, which only heads that hold all tokens need. What has to be moved or thinned runs
+between replays (:meth:`..kernels.held.Held.settle`).
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -193,9 +194,20 @@ class Steps:
         step.recorded = True
         try:
             tokens = dict(input_ids=self.ids, position_ids=self.positions, attention_mask=mask)
-            return model(**tokens, past_key_values=cache, **given)
+            with _every_layer(model, len(cache.layers)):
+                return model(**tokens, past_key_values=cache, **given)
         finally:
             step.recorded = False
+
+
+def _every_layer(model: nn.Module, layers: int) -> AbstractContextManager[Any]:
+    """Dynamo compiles what lies between the attention of each of the ``layers`` for itself, where it would run layers
+    eagerly from the ninth one on."""
+    if not any(module._compiled_call_impl for module in model.modules()):
+        return nullcontext()
+    config = torch._dynamo.config
+    limits = ("recompile_limit", "accumulated_recompile_limit")
+    return config.patch({name: getattr(config, name) + 4 * layers for name in limits})
 
 
 def _mapped(out: Any, function: Callable[[Any], Any]) -> Any:
