@@ -186,12 +186,12 @@ def mass_rows(name: str, model, tokenizer, length: int, texts: list[str], layers
     common = dict(model=name, task=f"mass caught by {CONFIG.blocks} blocks", n=length)
     common["params"] = f"sinks={CONFIG.sinks} recent={CONFIG.recent} block={CONFIG.block} texts={'+'.join(texts)}"
     rows = []
-    error = {rule: torch.cat([of[layer] / whole[layer] for layer in whole]) for rule, of in off.items()}
+    errors = {rule: torch.cat([of[layer] / whole[layer] for layer in whole]) for rule, of in off.items()}
     for rule, values in shares.items():
         own = {**common, "method": rule, "rows": KEYS * (CONFIG.blocks + (rule == MORE))}
         measured = {
-            "share": np.mean(values), "total": caught[rule] / caught["everything"], "error": error[rule].mean(),
-            "error ratio": (error[rule] / error[DEFAULT]).log().mean().exp(),
+            "share": np.mean(values), "total": caught[rule] / caught["everything"], "error": errors[rule].mean(),
+            "error ratio": (errors[rule] / errors[DEFAULT]).log().mean().exp(),
         }  # fmt: skip
         rows += [{**own, "metric": metric, "value": float(value)} for metric, value in measured.items()]
     return rows
