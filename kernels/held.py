@@ -30,11 +30,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 
 from .attend.decode import decode_attention, device_of, fits, queries_at_once
-from .attend.places import Table, append_places, attend_places, make_programs, shares
+from .attend.places import Table, append_places, attend_places, make_table, shares
 from .attend.segments import COMPACTED
 from .express import Express, gather_rows, make_layout, select_rows
 from .express_state import Kept, join
@@ -42,7 +41,7 @@ from .heads import Group, PerHead, groups
 from .launch import Random, philox_uniform
 from .select.contest import CONTEST, contest, distinctiveness
 from .select.halving import Decider, halve_reference
-from .select.pages import PAGE, SUB, choose_pages, choose_triton, listed, means_triton, update_means
+from .select.pages import PAGE, SUB, Listing, Tokens, choose_pages, listed, step_pages, update_means
 from .select.schedule import CLOSE_FIRST, CLOSE_SECOND, SUBSAMPLE, Halving, Round, round_of, stage
 from .select.thinning import draws_triton, halve
 
@@ -563,7 +562,6 @@ class Held:
         self.parts: list[HeldRows] = []
         self._table: tuple[Any, Table, object] | None = None
         self._end: torch.Tensor | None = None
-        self._first = torch.empty(0, dtype=torch.int32)  # token of every sequence: 0, as no padding is held
         for group in groups(own.rows, key.shape[1]):
             config = own.config(group.rows)
             streaming = config if isinstance(config, Express) else None  # selected blocks are chosen among all tokens
@@ -683,8 +681,6 @@ class Held:
             self.count_into(self._end)
         else:
             self._end = end
-        if (self._first.shape, self._first.device) != (self._end.shape, self._end.device):
-            self._first = torch.zeros_like(self._end)
         names = ("key", "value", "log_weight", "token", "pages", "listed", "means")
         tensors = (getattr(part, name) for part in self.parts for name in names)
         known = tuple((x.data_ptr(), x.shape) for x in tensors)
@@ -707,10 +703,12 @@ class Held:
             lines[:, heads, 0] = part.key.data_ptr() + at * (places * D * part.key.element_size())
             lines[:, heads, 1] = part.value.data_ptr() + at * (places * part.value.shape[3] * part.value.element_size())
             lines[:, heads, 2] = part.log_weight.data_ptr() + at * (places * 4)
-            lines[:, heads, 5] = lines[:, heads, 3] = part.token.data_ptr() + at * (places * 4)
+            lines[:, heads, 3] = part.token.data_ptr() + at * (places * 4)
             if part.pages.numel():
                 lines[:, heads, 4] = part.pages.data_ptr() + at * (part.pages.shape[2] * 4)
                 lines[:, heads, 5] = part.listed.data_ptr() + at * 4
+            if config is None:
+                lines[:, heads, 5] = -part.pages.shape[2] if rows.selected else -1
             lines[:, heads, 6] = places
             lines[:, heads, 7] = part.ring
             lines[:, heads, 8] = part.places - part.ring
@@ -719,9 +717,7 @@ class Held:
             read = part.pages.shape[2] * PAGE if rows.selected else held
             for head in heads:
                 blocks[head] = -(-read // (2 * PAGE))
-        programs = make_programs(shares(blocks, B, device_of(device)[0]), device)
-        bits = int(np.bitwise_or.reduce(lines[..., :2].numpy(), axis=None))
-        return Table(lines.view(B * H, 10).to(device), *programs, min(16, bits & -bits))
+        return make_table(lines, shares(blocks, B, device_of(device)[0]), device)
 
     @_in_place
     def launch_step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -749,16 +745,14 @@ class Held:
     def step_triton(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """:meth:`launch_step` by the kernels."""
         assert self._table is not None and self._end is not None, "prepare_step comes first"
-        table, H_kv = self._table[1], key.shape[1]
-        append_places(key, value, table, self._end)
+        table = self._table[1]
+        if any(not part.group.rows.selected for part in self.parts):
+            append_places(key, value, table, self._end)
         for part in self.parts:
-            rows = part.group.rows
-            if rows.selected:
-                q, span = part.group.take(query, H_kv), (self._first, self._end)
-                means_triton(part.means, part.key, *span, 1)
-                choose_triton(
-                    q, part.means, part.scale, span, rows.selected, rows.sinks, max(1, rows.recent), out=part.pages
-                )
+            if (rows := part.group.rows).selected:
+                held, heads = Tokens(*(getattr(part, name) for name in Tokens._fields)), part.group.on(key.device)
+                listing = Listing(rows.selected, rows.sinks, max(1, rows.recent), part.pages, table.done)
+                step_pages(query, key, value, held, self._end, part.scale, listing, heads)
         return attend_places(query, key, value, table, self._end, self.parts[0].scale)
 
     def end_step(self) -> None:

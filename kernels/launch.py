@@ -407,3 +407,13 @@ def load_queries(q, i_b, i_kv, G, SHAPE: tl.constexpr, i_piece=0):
     p_q = q.p + i_b.to(tl.int64) * q.b + (i_kv * G + o_m // SHAPE.LQ).to(tl.int64)[:, None] * q.h
     p_q += (i_piece * SHAPE.LQ + o_m % SHAPE.LQ).to(tl.int64)[:, None] * q.n + o_d[None, :]
     return tl.load(p_q, mask=(o_m < SHAPE.R)[:, None] & (o_d < SHAPE.D)[None, :], other=0.0)
+
+
+@jit
+def is_last(p_done, programs):
+    """Whether this is the last of so many programs to come here: what the others stored before is there to be read, by
+    loads that do not ask the cache of a multiprocessor (``.cg``). The count begins and ends with 0."""
+    tl.debug_barrier()  # a program counts as done when all of its threads are
+    done = tl.atomic_add(p_done, 1, sem="acq_rel") + 1
+    tl.store(p_done, 0, mask=done == programs)
+    return done == programs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -60,6 +60,19 @@ def _is_next(keys: int) -> bool:
     return below.highestPriorityTypeId() == torch._C.DispatchKey.CUDA
 
 
+_ASIDE = prepared.AUTOCAST  # keys for which ops of ours have no kernel
+for _key in (torch._C.DispatchKey.BackendSelect, torch._C.DispatchKey.ADInplaceOrView):
+    _ASIDE |= torch._C.DispatchKeySet(_key)
+
+
+def _is_plain(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether nothing lies above autograd, nor between it and CUDA, for an op with these tensors in this thread."""
+    added, left = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set() | _ASIDE
+    found = [(torch._C._dispatch_keys(x) | added) - left for x in tensors]
+    return all(keys.highestPriorityTypeId() in _PLAIN and _is_next(keys.raw_repr()) for keys in found)
+
+
+_PLAIN = {getattr(torch._C.DispatchKey, name) for name in ("CUDA", "AutogradCUDA")}
 LIBRARY = _Library("express_compile", "FRAGMENT")
 _SCHEMAS: dict[str, str] = {}
 _ON_CUDA: dict[str, Callable] = {}
@@ -96,8 +109,9 @@ def define_op(
             return body(*args, **options)
 
     names = [part.split()[1] for part in schema[1 : schema.index(")")].split(", ") if part != "*"]
+    layer_at = names.index("layer") if "layer" in names else None
     LIBRARY.impl(name, run, "CPU")
-    _ON_CUDA[name] = prepared.prepared(run, names.index("layer") if "layer" in names else None)
+    _ON_CUDA[name] = prepared.prepared(run, layer_at)
     LIBRARY.impl(name, _ON_CUDA[name], "CUDA")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
 
@@ -106,6 +120,7 @@ def define_op(
 
     torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context, lib=LIBRARY)
     op: torch._ops.OpOverload = getattr(torch.ops.express_compile, name).default
+    op._op = prepared.directly(op._op, _ON_CUDA[name], _is_plain, layer_at)  # before anybody asks for its hash
     declare_sharding(op)
     return op
 

@@ -18,6 +18,7 @@ import copy
 import functools
 import itertools
 import math
+import operator
 import os
 import threading
 import weakref
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._C._dynamo import guards
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .launch import DESCRIPTORS, Launcher, current_device, current_stream, is_hooked, watched_by
@@ -38,11 +40,17 @@ _ALIGNED = 512  # bytes, as PyTorch's own memory
 
 _empty_strided_cuda = getattr(guards, "_empty_strided_cuda", None)  # what the code of inductor allocates with
 
-without_autocast = functools.partial(
-    torch._C._ExcludeDispatchKeyGuard,
-    torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA),
+
+def _as_strided(x: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> torch.Tensor:
+    return x.as_strided(shape, strides, x.storage_offset() + offset)
+
+
+_view = getattr(guards, "_reinterpret_tensor", _as_strided)  # what it makes views with, past the dispatcher
+
+AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
 )
+without_autocast = functools.partial(torch._C._ExcludeDispatchKeyGuard, AUTOCAST)
 
 _aten = torch.ops.aten
 _EMPTY = {
@@ -356,6 +364,7 @@ class _Code:
     def __init__(self, recording: Recording, index: int, empty: Callable[..., torch.Tensor]) -> None:
         self.tensors, self.constants = recording.tensors, recording.constants
         self.names: dict[str, Any] = {"empty": empty, "stream": current_stream, "index": index, "uint8": torch.uint8}
+        self.names["view"] = _view
         self.returned = set(refs(recording.result))
         self.needed = set(self.returned)  # as tensors, not for their addresses alone
         self.steps = [step for step in reversed(recording.steps) if self._is_live(step)][::-1]
@@ -368,6 +377,7 @@ class _Code:
         self.lines = [
             f"{''.join(f't{i}, ' for i in given)} = given",
             f"{''.join(f'p{i}, ' for i in given)} = addresses",
+            "s = stream(index)",
         ]
         self.work: dict[int, tuple[str, int]] = {}  # the name of an address, and how far behind it memory begins
         begun, ended = self._work(ends)
@@ -441,7 +451,7 @@ class _Code:
             lines = [f"t{x} = empty({', '.join(map(self._word, self.tensors[x].layout))})" for x in fresh]
         elif step.kind == "view" and self._used(step) == {root := self.tensors[step.fresh[0]].root}:
             fresh = [x for x in step.fresh if x in self.needed]
-            lines = [f"t{x} = {self._strided(x, self._word(_Ref(root)))}" for x in fresh]
+            lines = [f"t{x} = {self._view(x, self._word(_Ref(root)))}" for x in fresh]
         elif step.func in _ZEROS:
             fresh = list(step.fresh)
             lines = [f"t{x} = empty({', '.join(map(self._word, self.tensors[x].layout))}).zero_()" for x in fresh]
@@ -454,11 +464,10 @@ class _Code:
         self.held.update(fresh)
         return lines + [f"p{x} = t{x}.data_ptr()" for x in fresh if x in self.pointed]
 
-    def _strided(self, x: int, root: str) -> str:
+    def _view(self, x: int, root: str) -> str:
         """A view of ``root``, which may lie anywhere in its own memory."""
         (shape, strides, dtype), offset = self.tensors[x].layout, self.tensors[x].offset
-        begin = f", {root}.storage_offset() + {self._name(offset // dtype.itemsize)}" if offset else ""
-        return f"{root}.as_strided({self._name(shape)}, {self._name(strides)}{begin})"
+        return f"view({root}, {self._name(shape)}, {self._name(strides)}, {self._name(offset // dtype.itemsize)})"
 
     def _launch(self, step: _Launch) -> str:
         launcher, words = Launcher.of(step.compiled), []
@@ -474,7 +483,7 @@ class _Code:
                 words.append(self._argument(x))
         args, fixed = ", ".join(words), ", ".join(map(self._word, launcher.fixed))
         grid, args = ", ".join(map(self._word, (*step.grid, 1, 1)[:3])), f"({args},)" if launcher.nested else args
-        return f"{self._name(launcher.call)}({grid}, stream(index), {fixed}, {args})"
+        return f"{self._name(launcher.call)}({grid}, s, {fixed}, {args})"
 
     def _argument(self, x: Any) -> str:
         """What a launch is given: addresses in place of tensors."""
@@ -523,7 +532,7 @@ def _code_of(recording: Recording, index: int) -> Callable[..., Any] | None:
         return call
 
     def run(*args: Any) -> Any:
-        with without_autocast():
+        with without_autocast(), torch._C._AutoDispatchBelowAutograd():
             return call(*args)
 
     return run
@@ -564,7 +573,7 @@ class _Kind:
         return out
 
 
-_EVERY: list[dict[Any, _Kind]] = []
+_EVERY: list[dict[Any, Any]] = []
 
 
 def forget() -> None:
@@ -595,7 +604,7 @@ def prepared(body: Callable[..., Any], layer_at: int | None = None) -> Callable[
                 addresses.append(address)
             elif i == layer_at:
                 layer = x
-                key.append(0 <= x < 1 << 31)  # kernels that are general in it are compiled for either
+                key.append(_is_small(x))
             else:
                 key += (type(x), x)
         key += options
@@ -609,9 +618,133 @@ def prepared(body: Callable[..., Any], layer_at: int | None = None) -> Callable[
             kinds[found] = _Kind(recorded=0 if here else RECORDINGS)
             return body(*args, **options)  # what comes once is not recorded
         if kind.call is not None and (kind.only is None or kind.only == layer):
-            return kind.call(layer, given, addresses)
+            out = kind.call(layer, given, addresses)
+            if (told := getattr(_asked, "told", None)) is not None:
+                told[:] = run, kind, given
+            return out
         if kind.recorded < RECORDINGS and len({id(x) for x in given}) == len(given):  # else who is who is not seen
             return kind.learn(layer, given, lambda: body(*args, **options))
         return body(*args, **options)
+
+    return run
+
+
+_asked = threading.local()  # .told: a list for the prepared body whose code ran last, that code, and its tensors
+
+
+def _is_small(layer: int | None) -> bool:
+    """Kernels that are general in the layer are compiled for either."""
+    return layer is None or 0 <= layer < 1 << 31
+
+
+@dataclass(slots=True)
+class _Direct:
+    """Arguments of an op with which code ran, of any layer or of one: what has to be equal for it to run again."""
+
+    kind: _Kind
+    is_small: bool
+    count: int
+    options: dict[str, Any]
+    others: Callable[[Any], Any]
+    values: Any
+    tensors: Callable[[Any], tuple[torch.Tensor, ...]]
+    guard: Any  # types, dispatch keys, dtypes, device, shapes and strides
+    aligned: list[int]
+
+    @classmethod
+    def of(
+        cls, kind: _Kind, given: Sequence[torch.Tensor], args: tuple[Any, ...], options: dict[str, Any],
+        layer_at: int | None,
+    ) -> _Direct | None:  # fmt: skip
+        """None unless ``given``, the tensors that the code took, are those in ``args`` as they are."""
+        at = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor)]
+        if len(at) != len(given) or any(args[i] is not x for i, x in zip(at, given, strict=True)):
+            return None
+        rest = [i for i in range(len(args)) if i not in at and i != layer_at]
+        others = operator.itemgetter(*rest) if rest else len
+        own = {name: list(x) if type(x) is list else x for name, x in options.items()}  # a caller may change its list
+        guard = _TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        is_small = layer_at is None or _is_small(args[layer_at])
+        aligned = [x.data_ptr() % 16 for x in given]
+        return cls(kind, is_small, len(args), own, others, others(args), operator.itemgetter(*at), guard, aligned)
+
+    def run(self, layer: int | None, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """What the code gives, or :data:`_NOT_ALIKE`."""
+        if len(args) != self.count or self.options != options or self.values != self.others(args):
+            return _NOT_ALIKE
+        given, only = self.tensors(args), self.kind.only
+        if not self.guard.check(*given) or only is not None and only != layer or self.is_small != _is_small(layer):
+            return _NOT_ALIKE
+        addresses = [x.data_ptr() for x in given]
+        if [address % 16 for address in addresses] != self.aligned:
+            return _NOT_ALIKE
+        assert self.kind.call is not None
+        return self.kind.call(layer, given, addresses)
+
+
+_NOT_ALIKE = object()
+_DIRECT = 64  # of the same shapes: options and layers that have code of their own, strides, alignments, padding
+_TensorGuards: Any = getattr(guards, "TensorGuards", None)
+
+
+def directly(
+    op: Callable[..., Any], body: Callable[..., Any], is_plain: Callable[[Sequence[torch.Tensor]], bool],
+    layer_at: int | None = None,
+) -> Callable[..., Any]:  # fmt: skip
+    """``op``, a way through PyTorch's dispatcher to ``body``, which is :func:`prepared`, without that way for calls
+    like one that was seen to take it to code and back with the same tensors.
+
+    The dispatcher takes as long as all launches: a microsecond for every option, more for lists of numbers. Where it
+    has something to do, calls take it: gradients, tangents, modes, profilers and what :func:`is_plain` says no to for
+    the tensors; so do calls that differ in dispatch keys, of tensors or of the thread.
+    """
+    if _TensorGuards is None:
+        return op
+    # by shapes: what ran last for every layer, and all that ran
+    known: dict[Any, tuple[dict[int | None, _Direct], list[_Direct]]] = {}
+    _EVERY.append(known)
+    least = 2 if layer_at is None else max(2, layer_at + 1)
+
+    def run(*args: Any, **options: Any) -> Any:
+        if (
+            not ENABLED
+            or len(args) < least
+            or torch.is_grad_enabled()
+            and torch._C._any_requires_grad(*args)
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._is_torch_function_mode_enabled()
+            or torch._C._autograd._profiler_enabled()
+            or forward_ad._current_level >= 0
+            or is_hooked()
+        ):
+            return op(*args, **options)
+        query, key = args[:2]
+        layer = None if layer_at is None else args[layer_at]
+        if not (isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(layer, int | None)):
+            return op(*args, **options)
+        at = query.shape, key.shape, current_device(), torch._C._get_deterministic_algorithms()
+        latest, every = known.get(at) or ({}, [])
+        tried = latest.get(layer)
+        if tried is not None and (out := tried.run(layer, args, options)) is not _NOT_ALIKE:
+            return out
+        for other in every:
+            if other is not tried and (out := other.run(layer, args, options)) is not _NOT_ALIKE:
+                latest[layer] = other
+                return out
+        told: list[Any] = []
+        before, _asked.told = getattr(_asked, "told", None), told
+        try:
+            out = op(*args, **options)
+        finally:
+            _asked.told = before
+        if told and told[0] is body and len(every) < _DIRECT:
+            direct = _Direct.of(told[1], told[2], args, options, layer_at)
+            if direct is not None and is_plain(told[2]):
+                if len(known) >= MOST:
+                    known.clear()
+                latest[layer] = direct
+                every.append(direct)
+                known[at] = latest, every
+        return out
 
     return run

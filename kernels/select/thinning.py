@@ -380,6 +380,13 @@ def _pair(source, b_row, m_r, SHAPE: tl.constexpr):
     return b_k, load_rows(source.p_v, source.stride_v, b_row, m_r, SHAPE.DV, SHAPE.BDV)
 
 
+@jit(general="n")
+def _zero_kernel(p, n, BLOCK: tl.constexpr):
+    """For memory that is zeros an operator of PyTorch takes the host longer than a launch."""
+    o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(p + o_n, tl.zeros([BLOCK], p.dtype.element_ty), mask=o_n < n)
+
+
 @jit(general="sizes")
 def _describe_kernel(x, work, sizes, SHAPE: tl.constexpr):
     """Statistics of stream rows that buckets of several tiles read as they are."""
@@ -709,7 +716,8 @@ def thin_into(
     # parts of it are views only inside the kernels (_places): every tensor that is passed costs the host a microsecond
     per_sequence = (tiles.slots + tiles.buckets) * (D + 2)
     scratch = key.new_empty(programs * (2 * pairs + 4) * pairs + sequences * per_sequence, dtype=torch.float32)
-    sync = key.new_zeros(1 + sequences * (tiles.units + count), dtype=torch.int64)
+    sync = key.new_empty(1 + sequences * (tiles.units + count), dtype=torch.int64)
+    launch(_zero_kernel, (-(-len(sync) // 1024),), sync, len(sync), BLOCK=1024, num_warps=4)
     if spans is not None:  # Triton makes a constant of a lead of 1, which a kernel cannot put into a tuple in a loop
         spans = spans._replace(lead=0)
     inputs = _Inputs(strided(key), strided(value), random.heads, spans, index, kept_key, kept_value)

@@ -134,3 +134,29 @@ def test_code_takes_no_more_memory_than_the_body(case: str) -> None:
             del out
     assert made.call_count == 2
     assert taken[-1] <= 1.05 * taken[1], taken
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_calls_past_the_dispatcher_give_the_bits_of_the_body(poison: None, case: str) -> None:
+    """Of any layer, and without gradients only."""
+    made, patched = counted()
+    with patched:
+        with torch.no_grad():
+            for n in range(5):
+                name, args, options = call_of(case, torch.bfloat16, n)
+                METHODS[name].op(*args, **options)
+            expected = []
+            for n in range(5, 8):
+                name, args, options = call_of(case, torch.bfloat16, n)
+                expected.append((args, options, body(name, *args, **options)))
+            never = mock.Mock(side_effect=AssertionError("a call went through the dispatcher"))
+            with mock.patch.object(ops, "_is_next", never):
+                for args, options, outs in expected:
+                    found = METHODS[name].op(*args, **options)
+                    assert all(torch.equal(a, b) for a, b in zip(found, outs, strict=True))
+        assert made.call_count == 5
+        if case != "santa":
+            args, options, outs = expected[0]
+            leaf = args[0].detach().requires_grad_()
+            out, _ = METHODS[name].op(leaf, *args[1:], **options)
+            assert torch.equal(out, outs[0]) and out.requires_grad

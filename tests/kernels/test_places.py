@@ -175,9 +175,13 @@ def test_programs_share_the_blocks_of_heads_of_unequal_size() -> None:
     assert P.shares([32] * 8, 32, 132) == [2] * 8
     counts = P.shares([100, 1, 7, 0], 1, 132)
     assert counts == [100, 1, 7, 1]
-    programs, parts = P.make_programs([2, 1, 3], torch.device("cpu"))
-    assert programs.tolist() == [[0, 0, 2], [0, 1, 2], [1, 0, 1], [2, 0, 3], [2, 1, 3], [2, 2, 3]]
-    assert parts.tolist() == [[0, 2], [2, 1], [3, 3]]
+    lines = torch.arange(60).view(2, 3, 10)
+    table = P.make_table(lines, [2, 1, 3], torch.device("cpu"))
+    assert torch.equal(table.lines, lines.view(6, 10))
+    assert table.programs[0, :, 10:].tolist() == [[0, 0, 2], [0, 1, 2], [1, 0, 1], [2, 0, 3], [2, 1, 3], [2, 2, 3]]
+    assert torch.equal(table.programs[:, :, :10], lines[:, [0, 0, 1, 2, 2, 2]])
+    assert table.done.tolist() == [[[0, 0]] * 3] * 2
+    assert P.make_table(16 * lines, [1, 1, 1], torch.device("cpu")).align == 16
 
 
 def test_draws_of_the_kernel_are_those_of_the_reference() -> None:

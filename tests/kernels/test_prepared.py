@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import itertools
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.nvidia import driver
 from triton.runtime.driver import driver as active
@@ -258,6 +260,174 @@ def test_threads_get_their_own_results() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+LIBRARY = torch.library.Library("express_compile_tests", "FRAGMENT")
+LIBRARY.define("total(Tensor x, Tensor y, Tensor? z, float scale, int layer, *, int[] steps, int more=0) -> Tensor")
+TOTAL = torch.ops.express_compile_tests.total.default
+
+
+def total(
+    x: torch.Tensor, y: torch.Tensor, z: torch.Tensor | None, scale: float, layer: int, *, steps: list[int],
+    more: int = 0,
+) -> torch.Tensor:  # fmt: skip
+    """The body of ``TOTAL``."""
+    out = x.new_empty(5)
+    other = y if z is None else z
+    launch(out, (x, len(x), x.stride(0)), (other, len(other), other.stride(0)), (SEED, layer), scale, 8 * steps[0] + 4)
+    launch(out, (y, len(y), y.stride(0)), (x, len(x), x.stride(0)), (SEED, layer), scale, 8 * more)
+    return out
+
+
+class Way:
+    """``TOTAL`` past the dispatcher, with CPU tensors for those of CUDA; counts how often it went through it, and how
+    often the body ran."""
+
+    def __init__(self) -> None:
+        self.dispatched = self.runs = 0
+        run = prepared.prepared(self._body, 4)
+        self.library = torch.library.Library("express_compile_tests", "IMPL")
+        self.library.impl("total", run, "CPU")
+        self.call = prepared.directly(self._op, run, ops._is_plain, 4)
+
+    def _body(self, *args: Any, **options: Any) -> torch.Tensor:
+        self.runs += 1
+        return total(*args, **options)
+
+    def _op(self, *args: Any, **options: Any) -> torch.Tensor:
+        self.dispatched += 1
+        out: torch.Tensor = TOTAL(*args, **options)
+        return out
+
+    def passes(self, *args: Any, **options: Any) -> bool:
+        """Whether a call passed the dispatcher. It gave what the body gives."""
+        before = self.dispatched
+        out = self.call(*args, **options)
+        assert torch.equal(out, total(*args, **options))
+        return self.dispatched == before
+
+
+@contextlib.contextmanager
+def made_way() -> Iterator[Way]:
+    keys = torch._C.DispatchKey
+
+    def is_next(raw: int) -> bool:
+        below = torch._C.DispatchKeySet.from_raw_repr(raw) & torch._C._after_autograd_keyset
+        return below.highestPriorityTypeId() == keys.CPU
+
+    plain = {keys.CPU, keys.AutogradCPU}
+    with mock.patch.multiple(ops, _PLAIN=plain, _is_next=is_next):
+        way = Way()
+        try:
+            yield way
+        finally:
+            way.library._destroy()
+
+
+def pair(length: int = 3, stride: int = 1, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = (torch.randn(64, dtype=torch.float64)[offset:][: length * stride : stride] for _ in range(2))
+    return x, y
+
+
+@settings(max_examples=25)
+@given(calls=st.lists(st.tuples(st.integers(2, 3), st.integers(1, 2), st.integers(0, 2), st.booleans(),
+                                st.sampled_from((0.5, 2.0)), st.sampled_from((3, 5)), st.sampled_from((1, 2)),
+                                st.sampled_from((None, 0, 3))), min_size=1, max_size=9))  # fmt: skip
+def test_calls_past_the_dispatcher_give_what_bodies_give(calls: list[tuple[Any, ...]]) -> None:
+    with made_way() as way:
+        for length, stride, offset, third, scale, layer, step, more in calls * 6:
+            (x, y), (z, _) = pair(length, stride, offset), pair()
+            way.passes(
+                x, y, z if third else None, scale, layer, steps=[step], **({} if more is None else {"more": more})
+            )
+        if len(set(calls)) == 1:
+            assert (way.runs, way.dispatched) == (3, 4)
+
+
+def test_a_call_passes_the_dispatcher_only_with_what_one_like_it_was_called_with() -> None:
+    steps = [1]
+    with made_way() as way:
+        for n in range(6):
+            assert way.passes(*pair(), None, 2.0, 3, steps=steps) is (n > 3)
+        assert [way.passes(*pair(), None, 2.0, layer, steps=steps) for layer in (7, 5, 9, 3)] == [
+            False,
+            True,
+            True,
+            True,
+        ]
+        others: list[tuple[Any, ...]] = [
+            (*pair(4), None, 2.0, 3), (*pair(3, 2), None, 2.0, 3), (*pair(3, 1, 1), None, 2.0, 3),
+            (*pair(), pair()[0], 2.0, 3), (*pair(), None, 3.0, 3), (*pair(), None, 2.0, 1 << 33),
+            (pair()[0], torch.nn.Parameter(pair()[1], requires_grad=False), None, 2.0, 3),
+        ]  # fmt: skip
+        for other in others:
+            assert not way.passes(*other, steps=steps), other
+            way.passes(*pair(), None, 2.0, 3, steps=steps)
+            assert way.passes(*pair(), None, 2.0, 3, steps=steps)
+        assert not way.passes(*pair(), None, 2.0, 3, steps=[2])
+        way.passes(*pair(), None, 2.0, 3, steps=steps)
+        steps[0] = 5
+        assert not way.passes(*pair(), None, 2.0, 3, steps=steps)
+        x, y = pair()
+        assert torch.equal(way.call(x, y, None, scale=2.0, layer=3, steps=[1]), total(x, y, None, 2.0, 3, steps=[1]))
+
+
+def test_where_the_dispatcher_has_something_to_do_calls_go_there() -> None:
+    x, y = pair()
+
+    def known(way: Way) -> bool:
+        return [way.passes(x, y, None, 2.0, 3, steps=[1]) for _ in range(7)][-1]
+
+    with made_way() as way:
+        assert known(way)
+        grad = x.clone().requires_grad_()
+        assert not way.passes(grad, y, None, 2.0, 3, steps=[1])
+        with torch.no_grad():
+            way.passes(grad, y, None, 2.0, 3, steps=[1])
+        assert known(way)
+        with Seen(), torch.no_grad():
+            assert not way.passes(x, y, None, 2.0, 3, steps=[1])
+        with torch.autograd.forward_ad.dual_level():
+            assert not way.passes(x, y, None, 2.0, 3, steps=[1])
+        with torch.profiler.profile() as profile:
+            assert not way.passes(x, y, None, 2.0, 3, steps=[1])
+        assert "express_compile_tests::total" in {event.name for event in profile.events()}
+        with torch.device("cpu"):  # a mode that sees functions
+            assert not way.passes(x, y, None, 2.0, 3, steps=[1])
+        before, expected = way.dispatched, total(x, y, None, 2.0, 3, steps=[1])
+        torch.func.vmap(lambda z: way.call(x, y, None, 2.0, 3, steps=[1]) + z)(torch.zeros(2))
+        traced = torch.jit.trace(lambda x: way.call(x, y, None, 2.0, 3, steps=[1]), x, check_trace=False)
+        assert "express_compile_tests::total" in str(traced.graph)
+        torch.func.functionalize(lambda x: way.call(x, y, None, 2.0, 3, steps=[1]))(x)
+        for _ in range(5):
+            negative = torch._neg_view(x.neg())  # whose memory has other values
+            assert torch.equal(way.call(negative, y, None, 2.0, 3, steps=[1]), expected)
+        assert way.dispatched == before + 8
+        with torch.inference_mode():
+            for _ in range(3):
+                passed = way.passes(x, y, None, 2.0, 3, steps=[1])
+            assert passed
+        assert known(way)
+        prepared.forget()
+        assert not way.passes(x, y, None, 2.0, 3, steps=[1])
+
+
+def test_only_plain_tensors_pass_the_dispatcher() -> None:
+    x = torch.zeros(3)
+    with made_way():
+        assert ops._is_plain([x, torch.nn.Parameter(x)])
+        with torch.autocast("cpu"), torch.inference_mode():
+            assert ops._is_plain([x, torch.zeros(3)])
+        assert not ops._is_plain([x, torch._neg_view(x)])
+        assert not ops._is_plain([torch._efficientzerotensor(3)])
+        with FakeTensorMode():
+            assert not ops._is_plain([torch.zeros(3)])
+        assert not ops._is_plain([x.to_sparse()])
+        found = []
+        torch.func.vmap(lambda z: (found.append(ops._is_plain([x, z])), z)[1])(torch.zeros(2, 3))
+        torch.func.grad(lambda z: (found.append(ops._is_plain([x])), z.sum())[1])(x)
+        assert found == [False, False]
+    assert not ops._is_plain([x])
 
 
 LIVES = st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 9)), max_size=12)

@@ -84,10 +84,13 @@ class Plans:
         self.policy = policy
         self.said = False
         self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._shared: dict[str, Any] = {}  # what the plans of a site are known by
 
     def __call__(self, path: str, spec: AttentionSpec, gradient: str | None) -> Plan:
-        whose = path if self.policy.plan is not None or self._by_layer(path) else self.policy.globs(path)
-        key = (whose, spec, gradient)
+        if path not in self._shared:
+            alone = self.policy.plan is not None or self._by_layer(path)
+            self._shared[path] = path if alone else self.policy.globs(path)
+        key = (self._shared[path], spec, gradient)
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= _MAX_PLANS:  # a long generate() asks about a new length at every step
