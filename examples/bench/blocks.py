@@ -1,10 +1,16 @@
 """Who should choose 16 blocks of 64 keys for 128 queries: how much attention mass each rule catches; and the time.
 
     python examples/bench/blocks.py --out examples/bench/results/blocks.csv             # minutes on one CPU core
+    python examples/bench/blocks.py --model qwen --texts python-types argparse records
     python examples/bench/blocks.py --time --out examples/bench/results/blocks.csv      # a minute on a GPU
 
 A row's ``value`` is the share of the mass between sinks and tail that the chosen blocks get from all queries of the
-block, as a mean over blocks of queries (``share``) or of the whole mass (``total``). Rules of queries: ``oracle`` asks
+block, as a mean over blocks of queries (``share``) or of the whole mass (``total``); or what the output of the layer is
+off by where one KV head attends to these blocks alone, by which plans are chosen (``quality.profile``): its relative
+squared error as a mean over layers and KV heads (``error``), and the geometric mean of it over that of the default rule
+(``error ratio``), which no single head decides. All query heads of a KV head have the same blocks but where a rule says
+``per query head``: as many blocks of its own for each; or ``pooled``: half of them its own, the rest the best that any
+query head of the group has, so that heads of one group have other numbers of rows. Rules of queries: ``oracle`` asks
 all of the block against all keys; ``N inside`` ask N evenly spaced ones of the block, so that the choice tells early
 queries what late ones want; ``N xS before`` (causal) ask the block's first query and those S apart before it. Rules of
 keys, with the first query alone: means of 64 or 8 keys, bounds (each feature's least and largest, as Quest, arXiv
@@ -17,32 +23,49 @@ from __future__ import annotations
 import argparse
 import math
 from collections import defaultdict
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from models import load_smollm2, long_texts
+from models import load_qwen, load_smollm2, long_texts, profiled_texts
 from records import QUALITY_COLUMNS, add_arguments, append, run_of, show
 
 from express_compile.kernels.select.blocks import KEYS, BlockConfig, block_mass, choose, query_blocks, select_blocks
 
-MODEL = "SmolLM2-135M-Instruct"
+MODELS = {"smollm2": ("SmolLM2-135M-Instruct", load_smollm2), "qwen": ("Qwen2.5-Coder-0.5B-Instruct", load_qwen)}
 CONFIG = BlockConfig(blocks=16)
 CAUSAL = {f"{n} x{stride} before": (n, stride) for n, stride in ((1, 4), (2, 4), (4, 4), (4, 32), (16, 1), (16, 8))}
 DEFAULT = f"{CONFIG.samples} x{CONFIG.stride} before"
 INSIDE = (4, 16)
 MORE = "a block more"
+OWN, POOLED = "per query head", "pooled"
 
 # -- mass --------------------------------------------------------------------------------------------------------
 
 
-def attention_inputs(model, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
-    """Query, key and scale of every layer for one text ``ids`` ``[1, n]``."""
+class Inputs(NamedTuple):
+    """What attention of a layer is given, ``[1, H or H_kv, n, D]``, and the weight that its output goes through."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+    weight: torch.Tensor
+
+    def grouped(self, x: torch.Tensor) -> torch.Tensor:
+        """``[H, ..]`` by KV head: ``[H_kv, g, ..]``."""
+        return x.unflatten(0, (self.key.shape[1], -1))
+
+
+def attention_inputs(model, ids: torch.Tensor, layers: int) -> list[Inputs]:
+    """Those of ``layers`` layers, from the second one on, for one text ``ids`` ``[1, n]``."""
     import transformers
 
-    seen = []
+    taken, seen = range(1, len(model.model.layers), max(1, len(model.model.layers) // layers))[:layers], []
 
     def attention(module, query, key, value, mask, scaling=None, **more):
-        seen.append((query, key, scaling))
+        if module.layer_idx in taken:
+            seen.append(Inputs(query, key, value, scaling, module.o_proj.weight))
         out = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )
@@ -55,13 +78,24 @@ def attention_inputs(model, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch
     return seen
 
 
-def own_mass(query: torch.Tensor, key: torch.Tensor, scale: float, begin: int, candidates: int) -> torch.Tensor:
-    """Mass that each query of the block at ``begin`` gives to each candidate: ``[H_kv, g, block, candidates]``."""
-    own = query[0].unflatten(0, (key.shape[1], -1))[:, :, begin : begin + CONFIG.block] * scale
-    scores = own @ key[0, :, None, : begin + CONFIG.block].mT
+def own_weights(x: Inputs, begin: int) -> torch.Tensor:
+    """Exact attention weights of the queries of the block at ``begin``: ``[H_kv, g, block, begin + block]``."""
+    scores = x.grouped(x.query[0])[:, :, begin : begin + CONFIG.block] * x.scale
+    scores = scores @ x.key[0, :, None, : begin + CONFIG.block].mT
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(begin + 1)
-    p = scores.masked_fill(hidden, -math.inf).softmax(-1)
-    return p[..., CONFIG.sinks : CONFIG.sinks + KEYS * candidates].unflatten(-1, (candidates, KEYS)).sum(-1)
+    return scores.masked_fill(hidden, -math.inf).softmax(-1)
+
+
+def middle(weights: torch.Tensor, candidates: int) -> torch.Tensor:
+    """What the candidates have of the last dimension of ``weights``: ``[.., candidates, 64]``."""
+    return weights[..., CONFIG.sinks : CONFIG.sinks + KEYS * candidates].unflatten(-1, (candidates, KEYS))
+
+
+def output(x: Inputs, weights: torch.Tensor) -> torch.Tensor:
+    """What each KV head adds to the output of the layer with such attention weights: ``[H_kv, block, model]``."""
+    heads = (weights @ x.value[0, :, None, : weights.shape[-1]]) / weights.sum(-1, keepdim=True)
+    by_head = x.weight.unflatten(1, (x.key.shape[1], -1)).transpose(0, 1)
+    return heads.transpose(1, 2).flatten(2) @ by_head.mT
 
 
 def of_keys(first: torch.Tensor, keys: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -86,54 +120,80 @@ def shortlisted(scores: torch.Tensor, mass: torch.Tensor, blocks: int) -> torch.
     return torch.full_like(mass, -1).scatter(-1, best, mass.gather(-1, best))
 
 
-def of_block(query, key, scale, begin: int, candidates: int, causal: dict[str, torch.Tensor]) -> dict:
-    """Scores ``[H_kv, candidates]`` by every rule for the block of queries at ``begin``; the oracle's are true."""
-    mass = own_mass(query, key, scale, begin, candidates)
-    rules = {"oracle": mass.sum((1, 2))}
+def of_block(x: Inputs, mass: torch.Tensor, begin: int, causal: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Scores ``[H_kv, 1 or g, candidates]`` by every rule for the block of queries at ``begin``, whose queries give
+    ``mass`` ``[H_kv, g, block, candidates]``; ``causal``: that of the ``samples`` of each rule, by query head."""
+    candidates = mass.shape[-1]
+    asked = {"oracle": mass.sum(2)}
     for n in INSIDE:
-        rules[f"{n} inside"] = mass[:, :, CONFIG.block // n - 1 :: CONFIG.block // n].sum((1, 2))
-    rules |= causal
-    first = query[0, :, begin].unflatten(0, (key.shape[1], -1)) * scale
-    keys = key[0, :, CONFIG.sinks : CONFIG.sinks + KEYS * candidates].unflatten(1, (candidates, KEYS))
-    rules |= of_keys(first, keys)
-    rules["bounds and then 1 before"] = shortlisted(rules["bounds"], causal[DEFAULT], 2 * CONFIG.blocks)
-    rules["last"] = torch.arange(candidates).expand(key.shape[1], -1) + 1.0
-    return rules
+        asked[f"{n} inside"] = mass[:, :, CONFIG.block // n - 1 :: CONFIG.block // n].sum(2)
+    asked |= causal
+    first = x.grouped(x.query[0])[:, :, begin] * x.scale
+    keys = middle(x.key[0].mT, candidates).permute(0, 2, 3, 1)
+    rules = {rule: scores.sum(1) for rule, scores in asked.items()} | of_keys(first, keys)
+    rules["bounds and then 1 before"] = shortlisted(rules["bounds"], rules[DEFAULT], 2 * CONFIG.blocks)
+    rules["last"] = torch.arange(candidates).expand(len(keys), -1) + 1.0
+    rules[MORE] = rules[DEFAULT]
+    rules = {rule: scores[:, None] for rule, scores in rules.items()}
+    apart = ("oracle", DEFAULT, "4 x4 before")
+    return rules | {f"{rule} {how}": asked[rule] for how in (OWN, POOLED) for rule in apart}
 
 
-def mass_rows(model, tokenizer, length: int, names: list[str], layers: int, every: int) -> list[dict]:
-    """Share of the mass caught by each rule: texts ``names``, ``layers`` layers, one of ``every`` blocks of queries."""
+def held_by(rule: str, scores: torch.Tensor) -> torch.Tensor:
+    """1 for blocks of keys that ``rule`` chooses by ``scores`` ``[H_kv, 1 or g, candidates]``, 0 for others."""
+    blocks = CONFIG.blocks // 2 if rule.endswith(POOLED) else CONFIG.blocks + (rule == MORE)
+    chosen = choose(scores, torch.tensor(scores.shape[-1]), blocks).long()
+    held = torch.zeros_like(scores).scatter(-1, chosen, 1.0)
+    if rule.endswith(POOLED):
+        more = scores.masked_fill(held > 0, -1).flatten(1).topk(scores.shape[1] * (CONFIG.blocks - blocks), -1).indices
+        held = held.flatten(1).scatter(-1, more, 1.0).view(scores.shape)
+    return held
+
+
+@torch.no_grad()
+def mass_rows(name: str, model, tokenizer, length: int, texts: list[str], layers: int, every: int) -> list[dict]:
+    """What each rule catches and is off by: ``texts``, ``layers`` layers, one of ``every`` blocks of queries."""
     layout = query_blocks(CONFIG, length, length)
     full = layout.begin + CONFIG.block <= length
     at = np.flatnonzero(full & (layout.begin >= length // 3) & (layout.candidates > CONFIG.blocks + 1))[::every]
-    shares, caught = defaultdict(list), defaultdict(float)
-    for name in names:
-        inputs = attention_inputs(model, tokenizer(long_texts()[name], return_tensors="pt").input_ids[:, :length])
-        for query, key, scale in inputs[1 :: max(1, len(inputs) // layers)][:layers]:
+    shares, caught, off, whole = defaultdict(list), defaultdict(float), defaultdict(dict), defaultdict(float)
+    for text in texts:
+        ids = tokenizer((long_texts() | profiled_texts())[text], return_tensors="pt").input_ids[:, :length]
+        for layer, x in enumerate(attention_inputs(model, ids, layers)):
+            H_kv, H = x.key.shape[1], x.query.shape[1]
+            alone = x.key.repeat_interleave(H // H_kv, 1)  # a query head is asked as the group of a KV head is
             causal = {
-                rule: block_mass(query, key, BlockConfig(CONFIG.blocks, samples=n, stride=stride), scale)
+                rule: block_mass(x.query, alone, BlockConfig(CONFIG.blocks, samples=n, stride=stride), x.scale)
                 for rule, (n, stride) in CAUSAL.items()
             }
             for i in at:
-                candidates = int(layout.candidates[i])
-                own = {rule: x[0, :, i, :candidates] for rule, x in causal.items()}
-                rules = of_block(query, key, scale, int(layout.begin[i]), candidates, own)
-                true = rules["oracle"]
-                rules[MORE] = own[DEFAULT]
-                for rule, scores in rules.items():
-                    blocks = CONFIG.blocks + (rule == MORE)
-                    chosen = choose(scores, torch.tensor(candidates), blocks).long()
-                    mass = true.gather(-1, chosen).sum(-1)
-                    shares[rule] += (mass / true.sum(-1)).tolist()
-                    caught[rule] += float(mass.sum())
+                candidates, begin = int(layout.candidates[i]), int(layout.begin[i])
+                weights = own_weights(x, begin)
+                mass, exact = middle(weights, candidates).sum(-1), output(x, weights)
+                own = {rule: x.grouped(scores[0, :, i, :candidates]) for rule, scores in causal.items()}
+                true = mass.sum(2)
+                whole[layer] += float(exact.sum(0).square().sum())
+                for rule, scores in of_block(x, mass, begin, own).items():
+                    held = held_by(rule, scores).expand_as(true)
+                    found = (true * held).sum((1, 2))
+                    shares[rule] += (found / true.sum((1, 2))).tolist()
+                    caught[rule] += float(found.sum())
+                    left = weights.clone()
+                    middle(left, candidates).mul_(held[:, :, None, :, None])
+                    error = (output(x, left) - exact).square().sum((1, 2))
+                    off[rule][layer] = off[rule].get(layer, 0) + error
                 caught["everything"] += float(true.sum())
-    common = dict(model=MODEL, task=f"mass caught by {CONFIG.blocks} blocks", n=length)
-    common["params"] = f"sinks={CONFIG.sinks} recent={CONFIG.recent} block={CONFIG.block} texts={len(names)}"
+    common = dict(model=name, task=f"mass caught by {CONFIG.blocks} blocks", n=length)
+    common["params"] = f"sinks={CONFIG.sinks} recent={CONFIG.recent} block={CONFIG.block} texts={'+'.join(texts)}"
     rows = []
+    errors = {rule: torch.cat([of[layer] / whole[layer] for layer in whole]) for rule, of in off.items()}
     for rule, values in shares.items():
         own = {**common, "method": rule, "rows": KEYS * (CONFIG.blocks + (rule == MORE))}
-        rows.append({**own, "metric": "share", "value": float(np.mean(values))})
-        rows.append({**own, "metric": "total", "value": caught[rule] / caught["everything"]})
+        measured = {
+            "share": np.mean(values), "total": caught[rule] / caught["everything"], "error": errors[rule].mean(),
+            "error ratio": (errors[rule] / errors[DEFAULT]).log().mean().exp(),
+        }  # fmt: skip
+        rows += [{**own, "metric": metric, "value": float(value)} for metric, value in measured.items()]
     return rows
 
 
@@ -176,6 +236,7 @@ def time_rows(lengths: list[int]) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--texts", nargs="+", default=["python-types", "argparse"])
     parser.add_argument("--layers", type=int, default=8)
@@ -188,10 +249,10 @@ def main() -> None:
     if args.time:
         rows = time_rows(args.lengths)
     else:
-        model, tokenizer = load_smollm2("cpu", torch.float32)
-        rows = mass_rows(model, tokenizer, args.length, args.texts, args.layers, args.every)
+        name, load = MODELS[args.model]
+        rows = mass_rows(name, *load("cpu", torch.float32), args.length, args.texts, args.layers, args.every)
     rows = [{**run_of(args.commit), **row} for row in rows]
-    show(rows, "task n method rows metric value low high".split(), digits=".4f")
+    show(rows, "task n method rows metric value low high".split())
     if args.out:
         append(args.out, QUALITY_COLUMNS, rows)
 
