@@ -1,13 +1,17 @@
-"""Plans per KV head: each one attends to the rows that its own :class:`~express_compile.core.rows.Rows` say.
+"""Plans per head: each one attends to the rows that its own :class:`~express_compile.core.rows.Rows` say.
 
     out_i = sum_{j in S_i} w_j exp(scale <q_i, k_j>) v_j / sum_{j in S_i} w_j exp(scale <q_i, k_j>)
 
-where S_i is what the KV head of query i sees: all tokens (exact attention), or sinks and recent tokens, and with them
+where S_i is what the head of query i sees: all tokens (exact attention), or sinks and recent tokens, and with them
 thinned and protected rows (``express``), or blocks of 64 keys that the queries choose (``select.blocks``); w is 1, and
 2^m for a thinned row. Heads differ: some need a window and nothing else, some single facts from far away, and few all
 tokens. Heads with equal rows choose and thin together, with the random numbers of their own places in the layer, so
 that equal rows for all heads are Express bit for bit. On CUDA all heads but the exact ones attend in one launch
 (:mod:`.attend.mixed`), in which nothing is copied to lie beside its like.
+
+The heads are KV heads, each with all its query heads, or query heads, which differ, too, in how many rows they need.
+What is thinned, protected and chosen is of the KV head: query heads of one with equal rows share them, and of blocks,
+which all its query heads put in one order, each takes as many of the first as its own rows say.
 
 A head is exact while the sequence has no more tokens than its rows: ``sinks + recent``, and with it ``protected``, and
 ``4 thinned``, and ``64 selected``. The error of thinned rows is that of ``express``; a query with selected rows loses
@@ -74,7 +78,7 @@ EVERYTHING = Rows(everything=True)
 
 
 def _rows(name: str, value: Any) -> Any:
-    """Rows of every KV head, or one for all, or a mapping of module paths to these."""
+    """Rows of every KV head or query head, or one for all, or a mapping of module paths to these."""
     if isinstance(value, Mapping):
         for path in value:
             if not isinstance(path, str):
@@ -89,7 +93,7 @@ def _of_site(name: str, value: Any) -> tuple[Rows, ...]:
     except (TypeError, ValueError) as error:
         raise renamed(name, error) from None
     if not rows:
-        raise ValueError(f"{name}=(): must have an entry for every KV head, or one for all")
+        raise ValueError(f"{name}=(): must have an entry for every KV head or query head, or one for all")
     for i, x in enumerate(rows):
         if x.selected and (x.thinned or x.protected):
             raise ValueError(
@@ -113,12 +117,12 @@ LAST = Kind(f"0 to {MOST_LAST}", "int", _last)
 
 @dataclass(frozen=True)
 class PerHead(Options):
-    """Which rows every KV head sees."""
+    """Which rows every head sees."""
 
     rows: Any = option(
-        (Rows(32, 256, 512, 256),), "the rows of every KV head of a site, or of all of them; a site that a mapping "
-        "does not name stays exact", schema="int[] rows", pack=lambda rows: {},
-        kind=Kind("`Rows`, a list of one per KV head, or a mapping of module paths to these", "", _rows),
+        (Rows(32, 256, 512, 256),), "the rows of every KV head of a site, or of every query head, or of all of them; a "
+        "site that a mapping does not name stays exact", schema="int[] rows", pack=lambda rows: {},
+        kind=Kind("`Rows`, a list of one per KV head or query head, or a mapping of module paths to these", "", _rows),
     )  # fmt: skip
     halving: str = option("balanced", "name of a registered halving rule, for thinned rows", RULE, shared="halving")
     inflation: int | None = option(
@@ -163,7 +167,7 @@ class PerHead(Options):
         return {**super().data(), **self.of_rows(self.rows)}
 
     def at(self, site: Site) -> tuple[Rows, ...]:
-        """The rows of every KV head of a site, or one for all; none where a mapping does not name it."""
+        """The rows of every KV head or query head of a site, or one for all; none where a mapping does not name it."""
         found: tuple[Rows, ...] = site.entry(self.rows, ()) if isinstance(self.rows, Mapping) else self.rows
         return found
 
@@ -274,7 +278,7 @@ def groups(rows: tuple[Rows, ...], H_kv: int, H: int | None = None) -> tuple[Gro
     unless ``rows`` has one entry, or one for every KV head, or one for every query head."""
     H = H_kv if H is None else H
     if len(rows) not in (1, H_kv, H):
-        raise ValueError(f"rows lists {len(rows)} heads, the call has {of_either(H_kv, H)}")
+        raise ValueError(f"rows lists {len(rows)} heads, the call has {_either(H_kv, H)}")
     members: dict[Rows, list[int]] = {}
     for query in range(H):
         members.setdefault(rows[query * len(rows) // H], []).append(query)
@@ -283,7 +287,7 @@ def groups(rows: tuple[Rows, ...], H_kv: int, H: int | None = None) -> tuple[Gro
     return tuple(Group(x, *own) for x, queries in members.items() for own in _alike(queries, H // H_kv))
 
 
-def of_either(H_kv: Any, H: Any) -> str:
+def _either(H_kv: Any, H: Any) -> str:
     return f"{H_kv} KV heads" + ("" if H == H_kv else f" and {H} query heads")
 
 
@@ -611,8 +615,8 @@ def heads_reference(
     layer: int = 0,
     block: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of every KV head to its own ``rows``, one entry for each or one for all (or all options, with a
-    ``block`` of their own).
+    """Attention of every head to its own ``rows``, one entry for each KV head, for each query head or for all (or all
+    options, with a ``block`` of their own).
 
     ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``; query i is token
     ``Lk - Lq + i``. ``seed`` is a 0-dim int64 tensor. Returns ``out`` ``[B, H, Lq, Dv]`` and the log-sum-exp
@@ -687,9 +691,8 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
     reason = prefill_only(spec, "heads")
     if reason is None and not listed:
         reason = "its rows have no entry for this module"
-    if reason is None and not {*listed} <= {1, spec.H_kv}:
-        n = next(n for n in listed if n not in (1, spec.H_kv))
-        reason = f"rows lists {n} KV heads, the site has {spec.H_kv}"
+    if reason is None and (other := [n for n in listed if n not in (1, spec.H_kv, spec.H)]):
+        reason = f"rows lists {other[0]} heads, the site has {_either(spec.H_kv, spec.H)}"
     return None if reason is None else Refusal("heads", reason)
 
 
@@ -737,7 +740,8 @@ def _chosen_cost(rows: Rows, block: int) -> c.Cost:
 
 
 def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
-    """The sum over heads, and with padding what packing them costs."""
+    """The sum over heads, and with padding what packing them costs. Of a plan per query head each bears its part of
+    what its KV head does once, to thin or to score."""
     bare = replace(spec, mask=replace(spec.mask, padding=False))
     own = options_at(params["min_length"], **params)
     exact = c.dense_cost(c.visible_pairs(spec))
@@ -786,7 +790,7 @@ def _shares(spec: AttentionSpec, params: Mapping[str, Any]) -> list[Share]:
     found = [("exact", exact), ("express", [x for x in rows if not x.everything])]
 
     def few(own: list[Rows]) -> AttentionSpec:
-        return replace(spec, H=spec.H * len(own) // len(rows), H_kv=spec.H_kv * len(own) // len(rows))
+        return replace(spec, H=spec.H * len(own) // len(rows), H_kv=-(-spec.H_kv * len(own) // len(rows)))
 
     return [(name, few(own), {**params, "rows": to_numbers(own)}) for name, own in found if own]
 
@@ -798,7 +802,7 @@ def _approximates(params: Mapping[str, Any], Lk: int) -> bool:
 METHOD = register(
     Method(
         name="heads",
-        summary="causal attention to other rows in every KV head: a window, a coreset, selected blocks or everything",
+        summary="causal attention to other rows in every head: a window, a coreset, selected blocks or everything",
         supports="causal self-attention (also continuing a cache), GQA, Dv != D, key padding, any length",
         refuses="non-causal masks, windows, packed sequences, biases, dropout, decoding from a full cache",
         refuse=_refuse,

@@ -627,7 +627,7 @@ def test_what_else_does_not_fit_is_named():
     q, k, v = tokens(20)
     with pytest.raises(ValueError, match="rows lists 3 heads, the call has 2 KV heads and 4 query heads"):
         op(q, k, v, [CORE] * 3)
-    with pytest.raises(ValueError, match="rows: 7 numbers; must be 6 for every KV head: sinks, recent"):
+    with pytest.raises(ValueError, match="rows: 7 numbers; must be 6 for every head: sinks, recent"):
         from_numbers([0] * 7)
 
 
@@ -647,7 +647,7 @@ def spec(**changes: Any) -> AttentionSpec:
         (dict(mask=Mask()), "it is not causal"),
         (dict(mask=Mask(causal=True, window=64)), "it has a sliding window of 64"),
         (dict(Lq=1, mask=Mask(causal=True, offset=599)), "decoding 1 token"),
-        (dict(H_kv=4), "rows lists 2 KV heads, the site has 4"),
+        (dict(H_kv=4), "rows lists 2 heads, the site has 4 KV heads"),
         (dict(dropout_p=0.1), "dropout_p=0.1"),
     ],
 )
@@ -664,7 +664,7 @@ def test_a_mapping_of_module_paths_is_the_plan_of_each_site():
     assert third.reason == "its rows have no entry for this module"
     assert Policy.from_json(policy.to_json()) == policy
     wrong = answer(Question("layers.0", spec=spec(H_kv=4)), policy)
-    assert wrong.reason == "rows lists 2 KV heads, the site has 4"
+    assert wrong.reason == "rows lists 2 heads, the site has 4 KV heads"
 
 
 @given(
