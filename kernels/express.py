@@ -369,8 +369,8 @@ def express_reference(
 
     ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``; query i is token
     ``Lk - Lq + i``. ``seed`` is a 0-dim int64 tensor, ``heads`` as in :class:`Random`: the KV heads that ``query``
-    and the result have, if not all. Returns ``(out, lse)`` as :func:`segment_attention_reference` does. Differentiable with the selection
-    held fixed.
+    and the result have, if not all. Returns ``(out, lse)`` as :func:`segment_attention_reference` does.
+    Differentiable with the selection held fixed.
     """
     layout = make_layout(config, query.shape[2], key.shape[2])
     with torch.no_grad():

@@ -138,8 +138,8 @@ class Method:
         return refusal
 
     def heads(self, site: Site, policy: Policy) -> tuple[Rows, ...]:
-        """The rows that every KV head or query head of a site sees; none where they are no selection, one where the number of heads
-        is not known."""
+        """The rows that every KV head or query head of a site sees; none where they are no selection, one where the
+        number of heads is not known."""
         rows = self.sees(policy.of(self.name), site)
         H_kv = None if site.spec is None else site.spec.H_kv
         each = rows if isinstance(rows, tuple) else () if rows is None else (rows,)

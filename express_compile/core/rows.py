@@ -12,7 +12,8 @@ from .plain import number, renamed
 
 @dataclass(frozen=True)
 class Rows:
-    """What the queries of one head attend to, all of a KV head or of one of its query heads. A row that two sources hold counts once, exact beats thinned.
+    """What the queries of one head attend to, all of a KV head or of one of its query heads. A row that two sources
+    hold counts once, exact beats thinned.
 
     sinks: the first tokens. recent: the last tokens. thinned: s of a coreset of fewer than 6 s rows, each standing for
     2**m tokens; 0, or a power of two. protected: places for the most distinctive rows, held wherever they are.

@@ -6,9 +6,9 @@ side by side, on the activations of the exact model:
     error[site, head, option] = sum_i |W (o_hat_i - o_i)_head|^2 / sum_i |W o_i|^2
 
 over the *late* queries i, from a quarter of the sample on; ``(..)_head`` are the outputs of the query heads of one KV
-head, or of one query head alone, and W is the linear layer that takes the output of the site, the identity where none was found to. What an error
-does to the model differs between sites: ``nats[site]`` is the KL of the output where this site alone has one of the
-options, over the error of that. Of the options of a head that one is chosen that minimises
+head, or of one query head alone, and W is the linear layer that takes the output of the site, the identity where none
+was found to. What an error does to the model differs between sites: ``nats[site]`` is the KL of the output where this
+site alone has one of the options, over the error of that. Of the options of a head that one is chosen that minimises
 ``nats * error + price * cost`` (:func:`choose`), so one number, the price of a row, moves the choice of all heads from
 the best options to the cheapest.
 """
@@ -126,8 +126,8 @@ def profile(
         scores ``[batch, positions, classes]``. Sites that the method ``heads`` refuses are left out.
     sample: token ids ``[batch, tokens]``, or several such tensors or mappings of keyword arguments, of which the errors
         are averaged; as long as what the rows are for, if that can be.
-    options: what a head may have. block: queries that see the same rows of the past, 16, 32, 64 or 128. query_heads: each query
-        head has rows of its own, not each KV head with all of its query heads. progress: show a bar.
+    options: what a head may have. block: queries that see the same rows of the past, 16, 32, 64 or 128. query_heads:
+        each query head has rows of its own, not each KV head with all of its query heads. progress: show a bar.
 
     Takes one exact pass per sample, with ``options`` calls more at each site, a pass for each site, and a short one
     that finds the linear layers. Memory: that of the pass, two outputs of one site, 512 positions of one linear layer's
