@@ -18,6 +18,7 @@ from express_compile.engines.varlen import express_varlen
 from express_compile.kernels import launch as launching
 from express_compile.kernels import prepared
 from express_compile.kernels.attend import hopper
+from express_compile.kernels.select import hopper as scoring
 from express_compile.kernels.attend.decode import decode_attention
 from express_compile.kernels.attend.last import attend_last
 from express_compile.kernels.heads import PerHead
@@ -59,6 +60,7 @@ def recorded() -> Iterator[list[Launch]]:
         (torch.cuda, "get_device_capability", lambda device: (9, 0)),
         (prepared, "ENABLED", False),  # code launches past the recorder
         (hopper, "VERSIONS", ("",)),  # what compiles, and not what was run
+        (scoring, "LONG", 0),
     ]
     for name, module in list(sys.modules.items()):
         if name.startswith("express_compile.") and getattr(module, "launch", None) is launching.launch:
