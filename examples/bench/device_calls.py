@@ -18,12 +18,12 @@ from express_compile.engines.varlen import express_varlen
 from express_compile.kernels import launch as launching
 from express_compile.kernels import prepared
 from express_compile.kernels.attend import hopper
-from express_compile.kernels.select import hopper as scoring
 from express_compile.kernels.attend.decode import decode_attention
 from express_compile.kernels.attend.last import attend_last
 from express_compile.kernels.heads import PerHead
 from express_compile.kernels.held import Held
 from express_compile.kernels.launch import Random
+from express_compile.kernels.select import hopper as scoring
 
 B, H, H_KV, TOKENS, ROWS = 2, 8, 4, 8192, 512
 SCALE, LAYER = 0.1, 3

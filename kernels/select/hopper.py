@@ -209,8 +209,8 @@ def score_kernel(d_k, x, sizes, SHAPE: gl.constexpr):
 
 
 def takes(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether this kernel runs these tensors: float16 and bfloat16, head sizes 64 and 128, on Hopper, with ``LONG`` keys
-    or more, and a memory and strides that let queries be copied 16 bytes at a time."""
+    """Whether this kernel runs these tensors: float16 and bfloat16, head sizes 64 and 128, on Hopper, from ``LONG``
+    keys on, with a memory and strides that let queries be copied 16 bytes at a time."""
     sizes = query.shape[3] in (64, 128) and key.shape[2] >= LONG
     return sizes and query.data_ptr() % 16 == 0 and runs(query, query, key)
 
