@@ -23,6 +23,7 @@ from express_compile.kernels.attend.last import attend_last
 from express_compile.kernels.heads import PerHead
 from express_compile.kernels.held import Held
 from express_compile.kernels.launch import Random
+from express_compile.kernels.select import hopper as scoring
 
 B, H, H_KV, TOKENS, ROWS = 2, 8, 4, 8192, 512
 SCALE, LAYER = 0.1, 3
@@ -59,6 +60,7 @@ def recorded() -> Iterator[list[Launch]]:
         (torch.cuda, "get_device_capability", lambda device: (9, 0)),
         (prepared, "ENABLED", False),  # code launches past the recorder
         (hopper, "VERSIONS", ("",)),  # what compiles, and not what was run
+        (scoring, "LONG", 0),
     ]
     for name, module in list(sys.modules.items()):
         if name.startswith("express_compile.") and getattr(module, "launch", None) is launching.launch:

@@ -414,7 +414,7 @@ def select_blocks_triton(
     return chosen
 
 
-_PER_WARP = 256  # columns
+_PER_WARP = 512  # columns; 256 take a third longer from n = 131,072 on
 _COLUMNS = 16  # of one program; on an H200 4% faster than 8 at n = 32,768 and at 131,072
 
 

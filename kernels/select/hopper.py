@@ -30,6 +30,7 @@ GROUPS = constexpr(4)
 ROWS = constexpr(256)
 STAGES = constexpr(8)
 GATHERED = constexpr(2048)  # elements of queries that are asked for at a time
+LONG = 98304  # keys. On an H200, of 4 KV heads: 149 us for 89 us at n = 32,768, .72 ms for .91 ms at 131,072
 
 ScoreShape = namedtuple("ScoreShape", "D GROUP SAMPLES STRIDE BLOCK")
 ScoreTensors = namedtuple("ScoreTensors", "lse q start heads scale_log2")
@@ -208,9 +209,10 @@ def score_kernel(d_k, x, sizes, SHAPE: gl.constexpr):
 
 
 def takes(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether this kernel runs these tensors: float16 and bfloat16, head sizes 64 and 128, on Hopper, with a memory and
-    strides that let queries be copied 16 bytes at a time."""
-    return query.shape[3] in (64, 128) and query.data_ptr() % 16 == 0 and runs(query, query, key)
+    """Whether this kernel runs these tensors: float16 and bfloat16, head sizes 64 and 128, on Hopper, from ``LONG``
+    keys on, with a memory and strides that let queries be copied 16 bytes at a time."""
+    sizes = query.shape[3] in (64, 128) and key.shape[2] >= LONG
+    return sizes and query.data_ptr() % 16 == 0 and runs(query, query, key)
 
 
 def score(

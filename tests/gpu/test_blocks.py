@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from express_compile.kernels.select import hopper
 from express_compile.kernels.select.blocks import BlockConfig, select_blocks_triton
 
 UNEVEN = BlockConfig(5, sinks=70, recent=33, samples=3, stride=40, block=32)
@@ -17,6 +18,12 @@ def tokens(H: int, H_kv: int, n: int, Lq: int, D: int, dtype: torch.dtype, B: in
     generator = torch.Generator("cuda").manual_seed(0)
     q, k = (torch.randn(B, n, heads, D, generator=generator, device="cuda") for heads in (H, H_kv))
     return (2 * q).to(dtype).transpose(1, 2)[:, :, n - Lq :], k.to(dtype).transpose(1, 2)
+
+
+@pytest.fixture(autouse=True, params=[0, hopper.LONG], ids=["any length", "long"])
+def specialised_from(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel for Hopper at these lengths, too, and the other one."""
+    monkeypatch.setattr(hopper, "LONG", request.param)
 
 
 @pytest.mark.parametrize(
