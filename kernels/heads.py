@@ -414,14 +414,14 @@ def _families(own: PerHead, H_kv: int, H: int, Lk: int) -> tuple[Family, ...]:
 
 def _choose(call: Call, family: Family, start: torch.Tensor | None) -> torch.Tensor:
     """int32 ``[B, heads of the family, blocks of queries, most blocks]``, by kernels."""
-    choosers = None
+    choosers = of = None
     if len(family.groups) > 1 or family.groups[0].heads is not None:
         heads = tuple(dict.fromkeys(family.heads))
-        numbers = [heads, (x.selected for x in family.rows), (x.sinks + x.recent for x in family.rows)]
+        blocks, held = (x.selected for x in family.rows), (x.sinks + x.recent for x in family.rows)
+        choosers = Choosers(*(_constant(tuple(x), call.key.device) for x in (heads, blocks, held)))
         if len(heads) < len(family.heads):
-            numbers.append(map(heads.index, family.heads))
-        choosers = Choosers(*(_constant(tuple(x), call.key.device) for x in numbers))
-    return select_blocks_triton(call.query, call.key, family.config, call.scale, start, choosers)
+            of = _constant(tuple(map(heads.index, family.heads)), call.key.device)
+    return select_blocks_triton(call.query, call.key, family.config, call.scale, start, choosers, of)
 
 
 def _choices(call: Call, own: PerHead, start: torch.Tensor | None) -> Choices:

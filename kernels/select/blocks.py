@@ -272,26 +272,24 @@ def _reached(b_rank, count, wanted):
 
 
 class Choosers(NamedTuple):
-    """KV heads, int32 ``[n]`` their numbers, and choices of theirs, int32 ``[choices]``: how many blocks each, how many
-    tokens before a block of queries are no candidates, the sinks and the recent ones, and the place among ``heads`` of
-    the one whose choice it is; None where each has one, in order."""
+    """KV heads that choose, each in its own way: int32 ``[H]`` their numbers, and int32 ``[choices]`` how many blocks,
+    and how many tokens before a block of queries are no candidates, the sinks and the recent ones."""
 
     heads: torch.Tensor
     blocks: torch.Tensor
     held: torch.Tensor
-    of: torch.Tensor | None = None
 
 
 @jit(general="H_kv scored q_offset begin line sinks held columns blocks stride_chosen")
 def _choose_kernel(
-    p_chosen, p_lse, p_start, choosers, H_kv, scored, q_offset, begin, line, sinks, held, columns, blocks,
+    p_chosen, p_lse, p_start, choosers, p_of, H_kv, scored, q_offset, begin, line, sinks, held, columns, blocks,
     stride_chosen,
     GROUP: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BB: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """One program per (block of queries, KV head), for BR queries at a time; ``held`` tokens before the block are sinks
-    and tail, and ``blocks`` places are filled for each, or as many as ``choosers`` say, which may be several choices of
-    each of ``scored`` KV heads."""
+    and tail, and ``blocks`` places are filled for each, or as many as ``choosers`` say. Where a KV head has several
+    choices, ``p_of`` says whose each is of the ``scored`` ones."""
     PER: tl.constexpr = GROUP * SAMPLES
     i_block, i_seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_c, o_b = tl.arange(0, BC), tl.arange(0, BB)
@@ -299,8 +297,8 @@ def _choose_kernel(
     if p_start is not None:
         start = tl.load(p_start + i_seq // H_kv).to(tl.int32)
     i_lse = i_seq
-    if scored is not None:
-        i_lse = i_seq // H_kv * scored + tl.load(choosers.of + i_seq % H_kv)
+    if p_of is not None:
+        i_lse = i_seq // H_kv * scored + tl.load(p_of + i_seq % H_kv)
     p_lse += (i_lse * tl.num_programs(0) + i_block) * columns * PER
     some = tl.minimum((begin + (i_block + 1) * BLOCK - 1 - line) // BN + 1, columns)  # no query sees more
     b_mass = tl.zeros([BC], tl.float32)
@@ -349,13 +347,14 @@ def _parts(total: int, step: int, bytes_of: Callable[[int], int]) -> Iterator[tu
 @torch.no_grad()
 def select_blocks_triton(
     query: torch.Tensor, key: torch.Tensor, config: BlockConfig, scale: float, start: torch.Tensor | None = None,
-    choosers: Choosers | None = None,
+    choosers: Choosers | None = None, of: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """:func:`select_blocks_reference` as Triton kernels; same arguments and results, up to masses that rounding makes
     change places. Reads nothing back from the device.
 
     ``choosers``: the KV heads that choose, with ``config.blocks`` at most and recent tokens of their own; None for all.
-    The result is ``[B, choices, ..]`` then, ``NONE`` behind what was chosen.
+    The result is ``[B, choices, ..]`` then, ``NONE`` behind what was chosen. ``of`` int32 ``[choices]``: the place of
+    the KV head of each among ``choosers.heads``; None where each has one, in order.
 
     Work: ``samples / block`` of the scores of exact attention. Memory: at most 256 MiB, or what one block of queries
     needs. Raises ``TypeError`` for dtypes other than float16, bfloat16 and float32.
@@ -373,7 +372,7 @@ def select_blocks_triton(
     own = None if choosers is None else choosers.heads
     H_kv = H_kv if own is None else len(own)
     choices = H_kv if choosers is None else len(choosers.blocks)
-    scored = None if choosers is None or choosers.of is None else H_kv
+    scored = None if of is None else H_kv  # None is no argument of the kernel
     chosen = torch.empty(B, choices, total, config.blocks, dtype=torch.int32, device=query.device)
     if not 0 < B * H_kv * D:
         return chosen.fill_(NONE) if chosen.numel() else chosen
@@ -406,7 +405,7 @@ def select_blocks_triton(
             )  # fmt: skip
         BC = max(32, next_power_of_two(columns))
         launch(_choose_kernel, (blocks, B * choices),
-            chosen[:, :, first:], lse, start, choosers, choices, scored, layout.q_offset, begin, line, config.sinks,
+            chosen[:, :, first:], lse, start, choosers, of, choices, scored, layout.q_offset, begin, line, config.sinks,
             config.sinks + config.recent, columns, config.blocks, total * config.blocks, **sizes, BN=KEYS, BC=BC,
             BB=max(BC, next_power_of_two(config.blocks)), BR=min(next_power_of_two(per_block), 4),
             num_warps=max(1, min(32, BC // _PER_WARP)),
