@@ -726,7 +726,7 @@ def per_head(
     rows, plan = round(sum(rows_on_average(own, n) for own in layers) / count), name.replace(" ", "_")
     told = dict(plan=plan, rows=rows, launches=round(launches(call) / count, 1))
     times = each(call)
-    if tensors[0].is_cuda and any(len(P.groups(own.rows, tensors[1].shape[1])) > 1 for own in layers):
+    if tensors[0].is_cuda and any(len(set(own.rows)) > 1 for own in layers):
         attention = dict.fromkeys(("mixed_attention_triton", "_exact_heads", "attend_last"), nothing)
         with mock.patch.multiple(P, **attention), mock.patch.object(prepared, "ENABLED", False):
             told["selection"] = round(quantile(each(call), 0.5) / quantile(times, 0.5), 3)
