@@ -480,17 +480,22 @@ def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int) -> Toge
     thinned, families, shares = [], [], []
     copied = indexed = chosen = 0
     every, every_query = tuple(range(H_kv)), tuple(range(G * H_kv))
-    for group in groups(own.rows, H_kv, G * H_kv):
-        heads, queries, config = group.heads or every, group.queries or every_query, own.config(group.rows)
-        if Lk <= exact_up_to(group.rows):
+    for rows, alike in itertools.groupby(groups(own.rows, H_kv, G * H_kv), key=lambda group: group.rows):
+        parts = [(group.heads or every, group.queries or every_query) for group in alike]
+        heads, queries = (tuple(itertools.chain(*x)) for x in zip(*parts, strict=True))
+        config = own.config(rows)
+        if Lk <= exact_up_to(rows):
             exact += queries
-        elif isinstance(config, Express):
-            layout = make_layout(config, Lq, Lk)
+        elif isinstance(config, Express):  # thinned together, however many query heads of each there are
+            layout, first = make_layout(config, Lq, Lk), 0
             A, I = layout.copied, layout.size - layout.copied  # noqa: E741
             if layout.size:
                 thinned.append(Thinned(heads, layout, copied, indexed))
-            places = Place(copied, A, A * len(heads)), Place(indexed, layout.size, layout.size * len(heads))
-            shares.append(HeadRows(len(heads), queries, layout.table, A, I, *places))
+            for few, its in parts:
+                begin = (copied, A), (indexed, layout.size)
+                places = (Place(x + first * each, each, each * len(heads)) for x, each in begin)
+                shares.append(HeadRows(len(few), its, layout.table, A, I, *places))
+                first += len(few)
             copied += B * len(heads) * A  # no gaps: what lies in them would be read
             # multiples of 16 bytes: kernels are compiled once more for memory that begins elsewhere
             indexed += -(-B * len(heads) * layout.size // 4) * 4
@@ -502,8 +507,8 @@ def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int) -> Toge
             table, count = _beside_chosen(config, Lq, Lk)
             place = Place(chosen + family.at(group).start * each, each, each * len(family.heads))
             beside = Chosen(group.rows.sinks, count, place, family.config.blocks)
-            heads, queries = group.heads or every, group.queries or every_query
-            shares.append(HeadRows(len(heads), queries, table, chosen=beside))
+            queries = group.queries or every_query
+            shares.append(HeadRows(len(group.heads or every), queries, table, chosen=beside))
         families.append(family)
         chosen += B * len(family.heads) * each
     mixture = Mixture(tuple(shares), Lq, Lk) if shares else None
@@ -546,7 +551,8 @@ def _thin(call: Call, own: Thinned, index: torch.Tensor | None, copies: _Tensors
         for i, x in enumerate((call.key, call.value))
     )  # fmt: skip
     listed = index[own.index : own.index + B * H * layout.size].view(B, H, layout.size)
-    random = Random(call.seed, call.layer, None if H == H_kv else _constant(own.heads, call.key.device))
+    heads = None if own.heads == tuple(range(H_kv)) else _constant(own.heads, call.key.device)
+    random = Random(call.seed, call.layer, heads)
     select_into((listed, *kept), call.key, call.value, layout, call.scale, random)
 
 

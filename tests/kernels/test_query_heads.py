@@ -159,6 +159,7 @@ def poisoned(x: torch.Tensor) -> torch.Tensor:
         (3, [WHOLE, WINDOW, PLACES, WHOLE, WHOLE, WHOLE], 310, None),
         (1, [LATE, Rows(2, 9, selected=3), TWO], 350, 100),
         (3, [TWO, TWO, ONE, TWO, WINDOW, LATE], 250, None),
+        (3, [KEPT, KEPT, KEPT, WINDOW, KEPT, KEPT], 310, 60),
     ],
     ids=str,
 )
@@ -175,6 +176,13 @@ def test_one_launch_for_all_query_heads_gives_each_what_the_reference_gives(H_kv
     expected, expected_lse = P.heads_reference(q, k, v, own, 0.5, SEED, 3)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-5)
+
+
+def test_kv_heads_with_equal_rows_thin_together_however_many_query_heads_have_them():
+    rows = P.PerHead([KEPT, KEPT, KEPT, WINDOW, KEPT, KEPT, CORE, WHOLE], block=32)
+    what = P._together(rows, 2, 2, 4, 1000, 1000)
+    assert [x.heads for x in what.thinned] == [(0, 2, 1), (3,)]
+    assert [x.queries for x in what.mixture.shares] == [(0, 1, 4, 5), (2,), (3,), (6,)]
 
 
 def test_keys_are_scored_once_for_all_query_heads_of_a_kv_head(monkeypatch):
