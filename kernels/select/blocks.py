@@ -2,7 +2,7 @@
 
 A query sees the ``sinks``, the *tail* (from ``recent`` tokens before its block on, up to itself), and ``blocks`` blocks
 of 64 tokens of the middle between the two, the same ones for a whole block of queries and for all query heads of one
-KV head. Blocks of keys lie side by side from the first token behind the sinks; one that reaches into the tail is no
+KV head, or for each as many of the first, in one order, as it may have (:mod:`..heads`). Blocks of keys lie side by side from the first token behind the sinks; one that reaches into the tail is no
 candidate, and the tail begins where the last candidate ends, so that every token is sink, candidate or tail. Exact
 while there are no more candidates than ``blocks``.
 
