@@ -112,7 +112,7 @@ def _add_calibrate(commands: Any) -> None:
         "calibrate",
         help="measure how fast the methods are on this machine, for the planner",
         description="Time every method at some shapes on this machine's GPU, or on its CPU if it has none, and keep "
-        "the rates that follow in a file, where the planner finds them. Takes two to three minutes.",
+        "the rates that follow in a file, where the planner finds them. Takes one to three minutes.",
     )
     parser.set_defaults(parser=parser)
     parser.add_argument("--out", type=_file, metavar="FILE", help="write them there instead, for no planner to find")

@@ -486,17 +486,20 @@ def whole_steps_table() -> str:
         "transformers": "transformers", "exact": "exact, rewritten", "santa": "SANTA, S = 128",
         "selected": "selected pages", "cache": "ExpressCache, uniform", "planned": "ExpressCache, planned",
     }  # fmt: skip
-    rows, body = newest(gpu_rows(job="whole_step"), "method", "B", "Lk"), []
-    for row in sorted(rows, key=lambda x: (int(x["B"]), int(x["Lk"]), list(names).index(x["method"]))):
+    body, found = [], gpu_rows(job="whole_step")
+    kinds = [[x for x in found if bool(int(params_of(x).get("compiled", 0))) == compiled] for compiled in (False, True)]
+    rows = [row for of in kinds for row in newest(of, "method", "B", "Lk")]
+    for row in sorted(rows, key=lambda x: (int(x["B"]), int(x["Lk"]), x in kinds[1], list(names).index(x["method"]))):
         told, p50 = params_of(row), float(row["ms_p50"])
         first = "–" if row["method"] == "santa" else f"{float(told['ttft_s']):.2f} s"  # its prompt is read exactly
-        over = f"{float(row['speedup']):.2f}× {row['opponent']}"
+        over = f"{float(row['speedup']):.2f}× {row['opponent']}" if row["speedup"] else "–"
         held = f"{int(told.get('rows', row['Lk'])):,}"
-        body.append([row["B"], f"{int(row['Lk']):,}", names[row["method"]], held, first,
+        kind = "compiled" if row in kinds[1] else "eager"
+        body.append([row["B"], f"{int(row['Lk']):,}", names[row["method"]], kind, held, first,
                      f"{p50:.2f} ms", f"{float(told['p99_ms']) / p50:.2f}×", over,
                      f"{float(row['peak_mb']) / 1e3:.1f} GB"])  # fmt: skip
-    header = ["B", "tokens", "attention", "rows held", "first token", "a step, median", "99th percentile over it",
-              "over", "memory"]  # fmt: skip
+    header = ["B", "tokens", "attention", "the rest", "rows held", "first token", "a step, median",
+              "99th percentile over it", "over", "memory"]  # fmt: skip
     return markdown(header, body) + f"\n\n{rows[-1]['gpu']}, {rows[-1]['date']}." if body else UNTIMED
 
 
@@ -1015,6 +1018,23 @@ def triton_table() -> str:
     return f"{markdown(['kernel', *tritons], spilling)}\n\n{len(lines) - len(spilling)} kernels more spill with none."
 
 
+def triton_times_table() -> str:
+    """Calls of every kind with one Triton and with another, by ``benchmark.py --versions``."""
+    found: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in read("triton.csv"):
+        plan = params_of(row).get("plan", "")
+        words = [row["job"].replace("_", " "), row["method"], plan, f"s={row['s']}" if row["s"] and not plan else ""]
+        kernel = "the plain kernel" if params_of(row).get("kernel") else ""
+        key = (", ".join(filter(None, [*words, kernel])), row["dtype"])
+        found.setdefault(key, {})[row["triton"]] = row
+    tritons = sorted({triton for of in found.values() for triton in of})
+    body = []
+    for (call, dtype), of in found.items():
+        times = [float(of[triton]["ms_p50"]) for triton in tritons]
+        body.append([call, dtype, *(f"{x:.3g} ms" for x in times), f"{times[-1] / times[0]:.2f}×"])
+    return markdown(["call, 32,768 tokens", "dtype", *tritons, "ratio"], body)
+
+
 PARTS = {
     "custom-method": functools.partial(quoted, "examples/custom_method.py"),
     "speed-summary": functools.partial(speed_summary_table, "express", "thinformer", "santa"),
@@ -1060,6 +1080,7 @@ PARTS = {
     "quality": quality_table,
     "needles": needle_table,
     "triton": triton_table,
+    "triton-times": triton_times_table,
 }
 
 

@@ -33,6 +33,7 @@ from ..launch import (
     load_queries,
     load_rows,
     next_power_of_two,
+    processors,
     require_triton,
     sequence,
     strided,
@@ -354,8 +355,7 @@ def device_of(device: torch.device) -> tuple[int, int]:
     """The multiprocessors of a device, and the bytes of shared memory of one."""
     if device.type != "cuda":
         return _MULTIPROCESSORS, 228 << 10
-    known = torch.cuda.get_device_properties(device)
-    return known.multi_processor_count, known.shared_memory_per_multiprocessor
+    return processors(device), torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 
 
 @functools.lru_cache(maxsize=1024)

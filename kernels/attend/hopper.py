@@ -60,7 +60,7 @@ QUERIES = 128
 KernelShape = namedtuple("KernelShape", "D DV BM BN PARTS STAGES")
 SLOTS = constexpr(4)  # of a merged tile
 CACHED = 32 << 20  # bytes of keys and values that heads which take turns have, of 50 or 60 MB of L2
-VERSIONS = ("3.6.",)  # of Triton that this was run with on a GPU; with 3.7 to 3.9 it compiles
+VERSIONS = ("3.6.", "3.9.")  # of Triton that this was run with on a GPU; with 3.7 and 3.8 it compiles
 GATHERED = constexpr(2048)  # elements of rows by index that are asked for at a time
 
 Shared = namedtuple("Shared", "q k v q_full q_empty k_full k_empty v_full v_empty")
