@@ -1,10 +1,11 @@
 """Selected rows: each block of queries chooses the blocks of 64 keys that its first queries attend to most.
 
 A query sees the ``sinks``, the *tail* (from ``recent`` tokens before its block on, up to itself), and ``blocks`` blocks
-of 64 tokens of the middle between the two, the same ones for a whole block of queries and for all query heads of one
-KV head, or for each as many of the first, in one order, as it may have (:mod:`..heads`). Blocks of keys lie side by side from the first token behind the sinks; one that reaches into the tail is no
-candidate, and the tail begins where the last candidate ends, so that every token is sink, candidate or tail. Exact
-while there are no more candidates than ``blocks``.
+of 64 tokens of the middle between the two, the same ones for a whole block of queries and for all query heads of one KV
+head, or for each as many of the first, in one order, as it may have (:mod:`..heads`). Blocks of keys lie side by side
+from the first token behind the sinks; one that reaches into the tail is no candidate, and the tail begins where the
+last candidate ends, so that every token is sink, candidate or tail. Exact while there are no more candidates than
+``blocks``.
 
 The score of a block of keys is the attention mass that ``samples`` whole queries give it (softmax over all that they
 see), summed over the query heads of the group. These queries are the block's first one and the ones ``stride`` apart

@@ -30,5 +30,7 @@ for rows in (220, 260, 320, 400):
         x = fit(model, judged, rows=rows, profile=its, last=0)
         name = "query heads" if q else "KV heads"
         at = [[its.options.index(r) for r in own] for own in x.chosen]
-        error = sum(s.nats * e[o] for s, own in zip(its.sites, at) for e, o in zip(s.errors, own))
+        error = sum(
+            s.nats * e[o] for s, own in zip(its.sites, at, strict=True) for e, o in zip(s.errors, own, strict=True)
+        )
         print(f"n={n} {name:<12} rows {x.rows:6.1f} KL {x.kl:.4f} weighted error {error:.4f}", flush=True)
