@@ -82,8 +82,8 @@ def _add_fit(commands: Any) -> None:
     parser = commands.add_parser(
         "fit",
         usage="%(prog)s MODEL --sample FILE (--tolerance NATS | --rows N | --speedup FACTOR) [options]",
-        help="fit a plan for every KV head of a model to a sample text",
-        description="Measure what every KV head loses with every option of rows on one half of a sample, and choose "
+        help="fit a plan for every head of a model to a sample text",
+        description="Measure what every head loses with every option of rows on one half of a sample, and choose "
         "the cheapest ones that keep what is asked for, as measured on the other half.",
     )
     parser.set_defaults(parser=parser)
@@ -96,9 +96,10 @@ def _add_fit(commands: Any) -> None:
     add("--tokens", type=int, metavar="N", help="of the sample that are used (default: all)")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--tolerance", type=float, metavar="NATS", help="KL per token that is allowed, measured")
-    asked.add_argument("--rows", type=float, metavar="N", help="rows per query that are allowed, mean over KV heads")
+    asked.add_argument("--rows", type=float, metavar="N", help="rows per query that are allowed, mean over heads")
     asked.add_argument("--speedup", type=float, metavar="FACTOR", help="predicted, over exact attention")
     add("--length", type=int, metavar="N", help="tokens that rows and speedup are for (default: those profiled)")
+    add("--query-heads", action="store_true", help="rows for every query head, for prefill, not for every KV head")
     add("--device", default="cpu", help="where the model runs, e.g. cuda (default: %(default)s)")
     add("--save-plan", type=_file, metavar="FILE", help="write the plan; the option plan takes it")
 

@@ -368,14 +368,14 @@ def express_reference(
     """Express attention in plain PyTorch on any device: the definition of correct.
 
     ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``; query i is token
-    ``Lk - Lq + i``. ``seed`` is a 0-dim int64 tensor, ``heads`` as in :class:`Random`: the result is that of these
-    KV heads. Returns ``(out, lse)`` as :func:`segment_attention_reference` does. Differentiable with the selection
-    held fixed.
+    ``Lk - Lq + i``. ``seed`` is a 0-dim int64 tensor, ``heads`` as in :class:`Random`: the KV heads that ``query``
+    and the result have, if not all. Returns ``(out, lse)`` as :func:`segment_attention_reference` does.
+    Differentiable with the selection held fixed.
     """
     layout = make_layout(config, query.shape[2], key.shape[2])
     with torch.no_grad():
         index = thin_reference(key, value, layout, scale, seed, layer, heads)
-    query, key, value = (of_heads(x, key.shape[1], heads) for x in (query, key, value))
+    key, value = (of_heads(x, x.shape[1], heads) for x in (key, value))
     sources = Sources(key, value, gather_rows(key, index), gather_rows(value, index))
     return segment_attention_reference(query, sources, layout.table, scale)
 
@@ -404,11 +404,10 @@ def select_rows(
 
 def attend(call: Call, config: Express, heads: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Express of a call without padding, its options those of ``config``; exact attention by the fastest kernel where
-    it is exact; of the KV heads ``heads`` as in :class:`Random`."""
+    it is exact. ``heads`` as in :class:`Random`: the KV heads that the query has, if not all."""
     query, key, value = call.query, call.key, call.value
     if not key.is_cuda:
         return express_reference(query, key, value, config, call.scale, call.seed, call.layer, heads)
-    query = of_heads(query, key.shape[1], heads)
     if call.Lk <= config.exact_up_to:
         key, value = (of_heads(x, x.shape[1], heads) for x in (key, value))
         return exact_attention(query, key, value, call.scale)
@@ -434,7 +433,7 @@ def backward(call: Call, config: Express, results: _Gradients, heads: torch.Tens
     """The gradients of :func:`attend`; the selection is made again, so that training stores nothing for it."""
     layout = make_layout(config, call.Lq, call.Lk)
     rows = select_rows(call.key, call.value, layout, call.scale, Random(call.seed, call.layer, heads))
-    return gradients(of_heads(call.query, call.key.shape[1], heads), *rows, layout.table, call.scale, results)
+    return gradients(call.query, *rows, layout.table, call.scale, results)
 
 
 @functools.lru_cache(maxsize=256)

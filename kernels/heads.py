@@ -1,13 +1,17 @@
-"""Plans per KV head: each one attends to the rows that its own :class:`~express_compile.core.rows.Rows` say.
+"""Plans per head: each one attends to the rows that its own :class:`~express_compile.core.rows.Rows` say.
 
     out_i = sum_{j in S_i} w_j exp(scale <q_i, k_j>) v_j / sum_{j in S_i} w_j exp(scale <q_i, k_j>)
 
-where S_i is what the KV head of query i sees: all tokens (exact attention), or sinks and recent tokens, and with them
+where S_i is what the head of query i sees: all tokens (exact attention), or sinks and recent tokens, and with them
 thinned and protected rows (``express``), or blocks of 64 keys that the queries choose (``select.blocks``); w is 1, and
 2^m for a thinned row. Heads differ: some need a window and nothing else, some single facts from far away, and few all
 tokens. Heads with equal rows choose and thin together, with the random numbers of their own places in the layer, so
 that equal rows for all heads are Express bit for bit. On CUDA all heads but the exact ones attend in one launch
 (:mod:`.attend.mixed`), in which nothing is copied to lie beside its like.
+
+The heads are KV heads, each with all its query heads, or query heads, which differ, too, in how many rows they need.
+What is thinned, protected and chosen is of the KV head: query heads of one with equal rows share them, and of blocks,
+which all its query heads put in one order, each takes as many of the first as its own rows say.
 
 A head is exact while the sequence has no more tokens than its rows: ``sinks + recent``, and with it ``protected``, and
 ``4 thinned``, and ``64 selected``. The error of thinned rows is that of ``express``; a query with selected rows loses
@@ -22,8 +26,9 @@ side, float16, bfloat16, float32 (float64 on a CPU). Refuses what ``express`` re
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
@@ -73,7 +78,7 @@ EVERYTHING = Rows(everything=True)
 
 
 def _rows(name: str, value: Any) -> Any:
-    """Rows of every KV head, or one for all, or a mapping of module paths to these."""
+    """Rows of every KV head or query head, or one for all, or a mapping of module paths to these."""
     if isinstance(value, Mapping):
         for path in value:
             if not isinstance(path, str):
@@ -88,7 +93,7 @@ def _of_site(name: str, value: Any) -> tuple[Rows, ...]:
     except (TypeError, ValueError) as error:
         raise renamed(name, error) from None
     if not rows:
-        raise ValueError(f"{name}=(): must have an entry for every KV head, or one for all")
+        raise ValueError(f"{name}=(): must have an entry for every KV head or query head, or one for all")
     for i, x in enumerate(rows):
         if x.selected and (x.thinned or x.protected):
             raise ValueError(
@@ -112,12 +117,12 @@ LAST = Kind(f"0 to {MOST_LAST}", "int", _last)
 
 @dataclass(frozen=True)
 class PerHead(Options):
-    """Which rows every KV head sees."""
+    """Which rows every head sees."""
 
     rows: Any = option(
-        (Rows(32, 256, 512, 256),), "the rows of every KV head of a site, or of all of them; a site that a mapping "
-        "does not name stays exact", schema="int[] rows", pack=lambda rows: {},
-        kind=Kind("`Rows`, a list of one per KV head, or a mapping of module paths to these", "", _rows),
+        (Rows(32, 256, 512, 256),), "the rows of every KV head of a site, or of every query head, or of all of them; a "
+        "site that a mapping does not name stays exact", schema="int[] rows", pack=lambda rows: {},
+        kind=Kind("`Rows`, a list of one per KV head or query head, or a mapping of module paths to these", "", _rows),
     )  # fmt: skip
     halving: str = option("balanced", "name of a registered halving rule, for thinned rows", RULE, shared="halving")
     inflation: int | None = option(
@@ -162,7 +167,7 @@ class PerHead(Options):
         return {**super().data(), **self.of_rows(self.rows)}
 
     def at(self, site: Site) -> tuple[Rows, ...]:
-        """The rows of every KV head of a site, or one for all; none where a mapping does not name it."""
+        """The rows of every KV head or query head of a site, or one for all; none where a mapping does not name it."""
         found: tuple[Rows, ...] = site.entry(self.rows, ()) if isinstance(self.rows, Mapping) else self.rows
         return found
 
@@ -239,23 +244,27 @@ def _selected(call: Call, config: BlockConfig, chosen: torch.Tensor) -> tuple[So
 
 @dataclass(frozen=True)
 class Group:
-    """KV heads that see the same rows; ``heads`` None: all of them."""
+    """KV heads of which query heads see the same rows, as many of each: ``queries``, by KV head. None: all of them."""
 
     rows: Rows
     heads: tuple[int, ...] | None
+    queries: tuple[int, ...] | None = None
 
     def on(self, device: torch.device) -> torch.Tensor | None:
         return None if self.heads is None else _constant(self.heads, device)
 
     def take(self, x: torch.Tensor, H_kv: int) -> torch.Tensor:
-        """The heads of the group of ``x`` ``[B, H, ..]``, each KV head with all its query heads."""
+        """The KV heads of the group of ``x`` ``[B, H, ..]``, each with all its query heads."""
         return of_heads(x, H_kv, self.on(x.device))
+
+    def take_queries(self, x: torch.Tensor) -> torch.Tensor:
+        """The query heads of the group of ``x`` ``[B, H, ..]``."""
+        return x if self.queries is None else x.index_select(1, _constant(self.queries, x.device))
 
     def of(self, call: Call) -> Call:
         """The call of these heads alone."""
-        H_kv = call.key.shape[1]
-        query, key, value = (self.take(x, H_kv) for x in (call.query, call.key, call.value))
-        return replace(call, query=query, key=key, value=value)
+        key, value = (self.take(x, x.shape[1]) for x in (call.key, call.value))
+        return replace(call, query=self.take_queries(call.query), key=key, value=value)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -264,27 +273,52 @@ def _constant(numbers: tuple[int, ...], device: torch.device, dtype: type[np.int
 
 
 @functools.lru_cache(maxsize=1024)
-def groups(rows: tuple[Rows, ...], H_kv: int) -> tuple[Group, ...]:
-    """The groups of ``H_kv`` heads, in the order of their first ones. Raises ``ValueError`` unless ``rows`` has one
-    entry, or one for every head."""
-    if len(rows) not in (1, H_kv):
-        raise ValueError(f"rows lists {len(rows)} KV heads, the call has {H_kv}")
+def groups(rows: tuple[Rows, ...], H_kv: int, H: int | None = None) -> tuple[Group, ...]:
+    """The groups of ``H`` query heads, ``H_kv`` unless given, in the order of their first ones. Raises ``ValueError``
+    unless ``rows`` has one entry, or one for every KV head, or one for every query head."""
+    H = H_kv if H is None else H
+    if len(rows) not in (1, H_kv, H):
+        raise ValueError(f"rows lists {len(rows)} heads, the call has {_either(H_kv, H)}")
     members: dict[Rows, list[int]] = {}
-    for head in range(H_kv):
-        members.setdefault(rows[head % len(rows)], []).append(head)
+    for query in range(H):
+        members.setdefault(rows[query * len(rows) // H], []).append(query)
     if len(members) == 1:
         return (Group(rows[0], None),)
-    return tuple(Group(x, tuple(heads)) for x, heads in members.items())
+    return tuple(Group(x, *own) for x, queries in members.items() for own in _alike(queries, H // H_kv))
+
+
+def _either(H_kv: Any, H: Any) -> str:
+    return f"{H_kv} KV heads" + ("" if H == H_kv else f" and {H} query heads")
+
+
+def _alike(queries: Iterable[int], G: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """KV heads, of ``G`` query heads each, that have as many of ``queries``, and which these are."""
+    of_head: dict[int, list[int]] = {}
+    for query in queries:
+        of_head.setdefault(query // G, []).append(query)
+    counts = dict.fromkeys(map(len, of_head.values()))
+    found = ({head: own for head, own in of_head.items() if len(own) == count} for count in counts)
+    return [(tuple(x), tuple(itertools.chain(*x.values()))) for x in found]
 
 
 def _joined(parts: Sequence[tuple[Group, torch.Tensor]]) -> torch.Tensor:
-    """What the groups gave, ``[B, H of the group, ..]`` each, as the heads of the layer lie."""
+    """What the groups gave, ``[B, query heads of the group, ..]`` each, as the heads of the layer lie."""
+    (group, first), *_ = parts
+    if group.queries is None:
+        return first
+    back = _places(tuple(group.queries or () for group, _ in parts), first.device)
+    return torch.cat([x for _, x in parts], 1).index_select(1, back)
+
+
+def _summed(parts: Sequence[tuple[Group, torch.Tensor]], H_kv: int) -> torch.Tensor:
+    """What the groups gave, ``[B, KV heads of the group, ..]`` each, for every KV head of the layer."""
     (group, first), *_ = parts
     if group.heads is None:
         return first
-    back = _places(tuple(group.heads or () for group, _ in parts), first.device)
-    whole = torch.cat([x.unflatten(1, (len(group.heads or ()), -1)) for group, x in parts], 1)
-    return whole.index_select(1, back).flatten(1, 2)
+    whole = first.new_zeros(len(first), H_kv, *first.shape[2:])
+    for group, x in parts:
+        whole.index_add_(1, _constant(group.heads or (), x.device), x)
+    return whole
 
 
 @functools.lru_cache(maxsize=1024)
@@ -294,36 +328,36 @@ def _places(heads: tuple[tuple[int, ...], ...], device: torch.device) -> torch.T
     return _constant(tuple(sorted(range(len(order)), key=order.__getitem__)), device)
 
 
-def _forward_group(call: Call, own: PerHead, group: Group, start: torch.Tensor | None) -> _Tensors:
+def _forward_group(call: Call, own: PerHead, group: Group, choices: Choices) -> _Tensors:
     config = own.config(group.rows)
     if isinstance(config, Express):
-        return attend(call, config, group.on(call.key.device))
+        return attend(replace(call, query=group.take_queries(call.query)), config, group.on(call.key.device))
     call = group.of(call)
     if config is None:
         return exact_attention(call.query, call.key, call.value, call.scale)
-    chosen = select_blocks(call.query, call.key, config, call.scale, start)
-    sources, _, table = _selected(call, config, chosen)
+    sources, _, table = _selected(call, config, choices[group])
     return segment_attention(call.query, sources, table, call.scale)
 
 
 def _backward_group(call: Call, own: PerHead, group: Group, results: _Tensors, choices: Choices) -> _Tensors:
     config = own.config(group.rows)
     if isinstance(config, Express):
+        call = replace(call, query=group.take_queries(call.query))
         return backward(call, config, results, group.on(call.key.device))
     call = group.of(call)
     sources, table = Sources.tokens(call.key, call.value), causal_table(call.Lq, call.Lk)
     index = torch.empty(*call.key.shape[:2], 0, dtype=torch.int32, device=call.key.device)
     if config is not None:
-        sources, index, table = _selected(call, config, choices[group.rows])
+        sources, index, table = _selected(call, config, choices[group])
     return gradients(call.query, sources, index, table, call.scale, results)
 
 
 def _forward(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    H_kv = call.key.shape[1]
-    of_layer = groups(own.rows, H_kv)
+    of_layer = groups(own.rows, call.key.shape[1], call.query.shape[1])
     if call.key.is_cuda and (len(of_layer) > 1 or of_layer[0].rows.selected):
         return together(call, own, start)
-    parts = [(group, _forward_group(call, own, group, start)) for group in of_layer]
+    choices = _choices(call, own, start)
+    parts = [(group, _forward_group(call, own, group, choices)) for group in of_layer]
     out, lse = (_joined([(group, x[i]) for group, x in parts]) for i in range(2))
     return out, lse
 
@@ -331,23 +365,24 @@ def _forward(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torc
 def _backward(call: Call, own: PerHead, results: _Tensors, start: torch.Tensor | None) -> _Tensors:
     H_kv, parts = call.key.shape[1], []
     choices = _choices(call, own, start)
-    for group in groups(own.rows, H_kv):
-        of_group = tuple(group.take(x, H_kv) for x in results)
+    for group in groups(own.rows, H_kv, call.query.shape[1]):
+        of_group = tuple(group.take_queries(x) for x in results)
         parts.append((group, _backward_group(call, own, group, of_group, choices)))
-    return tuple(_joined([(group, x[i]) for group, x in parts]) for i in range(3))
+    d_query, d_key, d_value = ([(group, x[i]) for group, x in parts] for i in range(3))
+    return _joined(d_query), _summed(d_key, H_kv), _summed(d_value, H_kv)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # On CUDA: one launch for all heads but the exact ones, which reads and writes where the heads lie
 
-Choices: TypeAlias = Mapping[Rows, torch.Tensor]
-"""What the heads with such rows chose: int32 ``[B, heads, blocks of queries, blocks]``."""
+Choices: TypeAlias = Mapping[Group, torch.Tensor]
+"""What the KV heads of a group chose: int32 ``[B, heads, blocks of queries, blocks]``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """KV heads that choose from the same blocks of keys, in one pass: those of some groups one behind the other, and
-    ``config`` with the most blocks and recent tokens of any."""
+    """KV heads that choose from the same blocks of keys, in one pass: those of some groups one behind the other, one
+    that is of several as often, and ``config`` with the most blocks and recent tokens of any."""
 
     groups: tuple[Group, ...]
     config: BlockConfig
@@ -356,15 +391,15 @@ class Family:
 
     def at(self, group: Group) -> slice:
         """Where the heads of ``group`` are among all."""
-        first = self.heads.index((group.heads or (0,))[0])
+        first = sum(len(x.heads or ()) for x in self.groups[: self.groups.index(group)])
         return slice(first, first + len(group.heads or self.heads))
 
 
 @functools.lru_cache(maxsize=1024)
-def _families(own: PerHead, H_kv: int, Lk: int) -> tuple[Family, ...]:
+def _families(own: PerHead, H_kv: int, H: int, Lk: int) -> tuple[Family, ...]:
     """Of the heads with selected rows that are not exact for ``Lk`` tokens."""
     members: dict[BlockConfig, list[Group]] = {}
-    for group in groups(own.rows, H_kv):
+    for group in groups(own.rows, H_kv, H):
         config = own.config(group.rows)
         if isinstance(config, BlockConfig) and Lk > exact_up_to(group.rows):
             alike = replace(config, blocks=1, recent=config.recent % config.block)  # whose blocks begin together
@@ -379,26 +414,30 @@ def _families(own: PerHead, H_kv: int, Lk: int) -> tuple[Family, ...]:
 
 def _choose(call: Call, family: Family, start: torch.Tensor | None) -> torch.Tensor:
     """int32 ``[B, heads of the family, blocks of queries, most blocks]``, by kernels."""
-    choosers = None
+    choosers = of = None
     if len(family.groups) > 1 or family.groups[0].heads is not None:
+        heads = tuple(dict.fromkeys(family.heads))
         blocks, held = (x.selected for x in family.rows), (x.sinks + x.recent for x in family.rows)
-        choosers = Choosers(*(_constant(tuple(x), call.key.device) for x in (family.heads, blocks, held)))
-    return select_blocks_triton(call.query, call.key, family.config, call.scale, start, choosers)
+        choosers = Choosers(*(_constant(tuple(x), call.key.device) for x in (heads, blocks, held)))
+        if len(heads) < len(family.heads):
+            of = _constant(tuple(map(heads.index, family.heads)), call.key.device)
+    return select_blocks_triton(call.query, call.key, family.config, call.scale, start, choosers, of)
 
 
 def _choices(call: Call, own: PerHead, start: torch.Tensor | None) -> Choices:
-    """Of all heads with selected rows, the ones that :func:`_forward` makes."""
-    H_kv = call.key.shape[1]
-    found: dict[Rows, torch.Tensor] = {}
+    """Of all groups with selected rows, what :func:`_forward` attends to. All query heads of a KV head have their say
+    in the order of its blocks; a group takes as many of the first as its rows say."""
+    H, H_kv = call.query.shape[1], call.key.shape[1]
+    found: dict[Group, torch.Tensor] = {}
     if call.key.is_cuda:
-        for family in _families(own, H_kv, call.Lk):
+        for family in _families(own, H_kv, H, call.Lk):
             chosen = _choose(call, family, start)
-            found |= {x.rows: chosen[:, family.at(x), :, : x.rows.selected] for x in family.groups}
-    for group in groups(own.rows, H_kv):
+            found |= {x: chosen[:, family.at(x), :, : x.rows.selected] for x in family.groups}
+    for group in groups(own.rows, H_kv, H):
         config = own.config(group.rows)
-        if isinstance(config, BlockConfig) and group.rows not in found:
-            of_group = group.of(call)
-            found[group.rows] = select_blocks(of_group.query, of_group.key, config, call.scale, start)
+        if isinstance(config, BlockConfig) and group not in found:
+            query, key = (group.take(x, H_kv) for x in (call.query, call.key))
+            found[group] = select_blocks(query, key, config, call.scale, start)
     return found
 
 
@@ -417,7 +456,7 @@ class Together:
     """What a call with such sizes does: which heads are exact, which ones thin and choose, what the others see, and the
     lengths of the buffers for compacted rows and their index."""
 
-    exact: tuple[int, ...]
+    exact: tuple[Group, ...]
     thinned: tuple[Thinned, ...]
     families: tuple[Family, ...]
     mixture: Mixture | None
@@ -440,21 +479,27 @@ def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int) -> Toge
     exact: list[int] = []
     thinned, families, shares = [], [], []
     copied = indexed = chosen = 0
-    for group in groups(own.rows, H_kv):
-        heads, config = group.heads or tuple(range(H_kv)), own.config(group.rows)
-        if Lk <= exact_up_to(group.rows):
-            exact += heads
-        elif isinstance(config, Express):
-            layout = make_layout(config, Lq, Lk)
+    every, every_query = tuple(range(H_kv)), tuple(range(G * H_kv))
+    for rows, alike in itertools.groupby(groups(own.rows, H_kv, G * H_kv), key=lambda group: group.rows):
+        parts = [(group.heads or every, group.queries or every_query) for group in alike]
+        heads, queries = (tuple(itertools.chain(*x)) for x in zip(*parts, strict=True))
+        config = own.config(rows)
+        if Lk <= exact_up_to(rows):
+            exact += queries
+        elif isinstance(config, Express):  # thinned together, however many query heads of each there are
+            layout, first = make_layout(config, Lq, Lk), 0
             A, I = layout.copied, layout.size - layout.copied  # noqa: E741
             if layout.size:
                 thinned.append(Thinned(heads, layout, copied, indexed))
-            places = Place(copied, A, A * len(heads)), Place(indexed, layout.size, layout.size * len(heads))
-            shares.append(HeadRows(heads, layout.table, A, I, *places))
+            for few, its in parts:
+                begin = (copied, A), (indexed, layout.size)
+                places = (Place(x + first * each, each, each * len(heads)) for x, each in begin)
+                shares.append(HeadRows(len(few), its, layout.table, A, I, *places))
+                first += len(few)
             copied += B * len(heads) * A  # no gaps: what lies in them would be read
             # multiples of 16 bytes: kernels are compiled once more for memory that begins elsewhere
             indexed += -(-B * len(heads) * layout.size // 4) * 4
-    for family in _families(own, H_kv, Lk):
+    for family in _families(own, H_kv, G * H_kv, Lk):
         each = len(query_blocks(family.config, Lq, Lk).begin) * family.config.blocks
         for group in family.groups:
             config = own.config(group.rows)
@@ -462,11 +507,13 @@ def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int) -> Toge
             table, count = _beside_chosen(config, Lq, Lk)
             place = Place(chosen + family.at(group).start * each, each, each * len(family.heads))
             beside = Chosen(group.rows.sinks, count, place, family.config.blocks)
-            shares.append(HeadRows(family.heads[family.at(group)], table, chosen=beside))
+            queries = group.queries or every_query
+            shares.append(HeadRows(len(group.heads or every), queries, table, chosen=beside))
         families.append(family)
         chosen += B * len(family.heads) * each
-    mixture = Mixture(tuple(shares), G, Lq, Lk) if shares else None
-    return Together(tuple(sorted(exact)), tuple(thinned), tuple(families), mixture, copied, indexed)
+    mixture = Mixture(tuple(shares), Lq, Lk) if shares else None
+    whole = tuple(Group(EVERYTHING, *x) for x in _alike(sorted(exact), G))
+    return Together(whole, tuple(thinned), tuple(families), mixture, copied, indexed)
 
 
 def together(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -483,8 +530,8 @@ def together(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torc
         index = torch.empty(what.indexed, dtype=torch.int32, device=device)
     if what.copied:
         copies = tuple(x.new_empty(what.copied, x.shape[3]) for x in (key, value))
-    if what.exact:  # the longest ones
-        _exact_heads(call, what.exact, outputs)
+    for group in what.exact:  # the longest ones
+        _exact_heads(call, group, outputs)
     for x in what.thinned:
         _thin(call, x, index, copies)
     found = [_choose(call, family, start).flatten() for family in what.families]
@@ -504,32 +551,34 @@ def _thin(call: Call, own: Thinned, index: torch.Tensor | None, copies: _Tensors
         for i, x in enumerate((call.key, call.value))
     )  # fmt: skip
     listed = index[own.index : own.index + B * H * layout.size].view(B, H, layout.size)
-    random = Random(call.seed, call.layer, None if H == H_kv else _constant(own.heads, call.key.device))
+    heads = None if own.heads == tuple(range(H_kv)) else _constant(own.heads, call.key.device)
+    random = Random(call.seed, call.layer, heads)
     select_into((listed, *kept), call.key, call.value, layout, call.scale, random)
 
 
-def _exact_heads(call: Call, heads: tuple[int, ...], outputs: Outputs) -> None:
-    """Exact attention of these KV heads into ``outputs``; of neighbours without copies of what they read."""
-    qkv, H_kv = (call.query, call.key, call.value), call.key.shape[1]
-    per = [x.shape[1] // H_kv for x in qkv]
-    first, last, own = heads[0], heads[-1] + 1, _constant(heads, call.key.device)
-    if last - first == len(heads):
-        read = [x[:, first * n : last * n] for x, n in zip(qkv, per, strict=True)]
-    else:
-        read = [x.new_empty(len(x), n * len(heads), *x.shape[2:]) for x, n in zip(qkv, per, strict=True)]
-        _copy_heads(qkv, read, own, into=False)
+def _exact_heads(call: Call, group: Group, outputs: Outputs) -> None:
+    """Exact attention of these heads into ``outputs``; of neighbours without copies of what they read."""
+    qkv, heads, queries = (call.query, call.key, call.value), group.heads or (), group.queries or ()
+    lists = queries, heads, heads
+    read = [x[:, own[0] : own[-1] + 1] for x, own in zip(qkv, lists, strict=True)]
+    if apart := [i for i, own in enumerate(lists) if read[i].shape[1] > len(own)]:
+        for i in apart:
+            read[i] = read[i].new_empty(len(read[i]), len(lists[i]), *read[i].shape[2:])
+        _copy_heads(*(tuple(x[i] for i in apart) for x in (qkv, read, lists)), into=False)
     query, key, value = read
-    _copy_heads(exact_attention(query, key, value, call.scale), outputs, own, into=True)
+    _copy_heads(exact_attention(query, key, value, call.scale), outputs, (queries, queries), into=True)
 
 
-def _copy_heads(sources: _Tensors, targets: Sequence[torch.Tensor], heads: torch.Tensor, into: bool) -> None:
-    """Copies the KV heads ``heads`` of each source ``[B, H, L, ..]`` to its target, which has these alone. ``into``: to
-    these heads of the target, from a source that has them alone."""
-    n, few = len(heads), sources if into else targets
-    sizes = tuple((len(x), n, x.shape[1] // n, x.shape[2]) for x in few)
-    widths = tuple(math.prod(x.shape[3:]) for x in few)
+def _copy_heads(
+    sources: _Tensors, targets: Sequence[torch.Tensor], heads: Sequence[tuple[int, ...]], into: bool
+) -> None:
+    """Copies of each source ``[B, H, L, ..]`` its ``heads`` to its target, which has these alone. ``into``: to these
+    heads of the target, from a source that has them alone."""
+    few = sources if into else targets
+    sizes, widths = tuple(tuple(x.shape[:3]) for x in few), tuple(math.prod(x.shape[3:]) for x in few)
     programs = max(x.shape[0] * x.shape[1] for x in few), -(-max(x.shape[2] for x in few) // COPIED), len(few)
-    launch(_copy_heads_kernel, programs, tuple(map(strided, sources)), tuple(map(strided, targets)), heads, sizes,
+    numbers = tuple(_constant(own, x.device) for own, x in zip(heads, few, strict=True))
+    launch(_copy_heads_kernel, programs, tuple(map(strided, sources)), tuple(map(strided, targets)), numbers, sizes,
         WIDTHS=widths, TILES=tuple(map(next_power_of_two, widths)), INTO=into, BM=COPIED, num_warps=4,
     )  # fmt: skip
 
@@ -544,16 +593,16 @@ def _copy_heads_kernel(
 ):  # fmt: skip
     for i in tl.static_range(len(WIDTHS)):
         if tl.program_id(2) == i:
-            _copy_head(sources[i], targets[i], p_heads, sizes[i], WIDTHS[i], TILES[i], INTO, BM)
+            _copy_head(sources[i], targets[i], p_heads[i], sizes[i], WIDTHS[i], TILES[i], INTO, BM)
 
 
 @jit
 def _copy_head(x, y, p_heads, size, D: tl.constexpr, BD: tl.constexpr, INTO: tl.constexpr, BM: tl.constexpr):
-    B, n, per, L = size
+    B, n, L = size
     i_seq = tl.program_id(0)
-    if i_seq < B * n * per:
-        i_b, i_few = i_seq // (n * per), i_seq % (n * per)
-        i_h = tl.load(p_heads + i_few // per) * per + i_few % per
+    if i_seq < B * n:
+        i_b, i_few = i_seq // n, i_seq % n
+        i_h = tl.load(p_heads + i_few)
         o_row, o_d = tl.program_id(1) * BM + tl.arange(0, BM), tl.arange(0, BD)
         p_x, stride_x = sequence(x, i_b, i_few if INTO else i_h)
         p_y, stride_y = sequence(y, i_b, i_h if INTO else i_few)
@@ -572,8 +621,8 @@ def heads_reference(
     layer: int = 0,
     block: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of every KV head to its own ``rows``, one entry for each or one for all (or all options, with a
-    ``block`` of their own).
+    """Attention of every head to its own ``rows``, one entry for each KV head, for each query head or for all (or all
+    options, with a ``block`` of their own).
 
     ``query`` ``[B, H, Lq, D]``, ``key`` ``[B, H_kv, Lk, D]``, ``value`` ``[B, H_kv, Lk, Dv]``; query i is token
     ``Lk - Lq + i``. ``seed`` is a 0-dim int64 tensor. Returns ``out`` ``[B, H, Lq, Dv]`` and the log-sum-exp
@@ -648,9 +697,8 @@ def _refuse(spec: AttentionSpec, policy: Policy) -> Refusal | None:
     reason = prefill_only(spec, "heads")
     if reason is None and not listed:
         reason = "its rows have no entry for this module"
-    if reason is None and not {*listed} <= {1, spec.H_kv}:
-        n = next(n for n in listed if n not in (1, spec.H_kv))
-        reason = f"rows lists {n} KV heads, the site has {spec.H_kv}"
+    if reason is None and (other := [n for n in listed if n not in (1, spec.H_kv, spec.H)]):
+        reason = f"rows lists {other[0]} heads, the site has {_either(spec.H_kv, spec.H)}"
     return None if reason is None else Refusal("heads", reason)
 
 
@@ -698,7 +746,8 @@ def _chosen_cost(rows: Rows, block: int) -> c.Cost:
 
 
 def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
-    """The sum over heads, and with padding what packing them costs."""
+    """The sum over heads, and with padding what packing them costs. Of a plan per query head each bears its part of
+    what its KV head does once, to thin or to score."""
     bare = replace(spec, mask=replace(spec.mask, padding=False))
     own = options_at(params["min_length"], **params)
     exact = c.dense_cost(c.visible_pairs(spec))
@@ -747,7 +796,7 @@ def _shares(spec: AttentionSpec, params: Mapping[str, Any]) -> list[Share]:
     found = [("exact", exact), ("express", [x for x in rows if not x.everything])]
 
     def few(own: list[Rows]) -> AttentionSpec:
-        return replace(spec, H=spec.H * len(own) // len(rows), H_kv=spec.H_kv * len(own) // len(rows))
+        return replace(spec, H=spec.H * len(own) // len(rows), H_kv=-(-spec.H_kv * len(own) // len(rows)))
 
     return [(name, few(own), {**params, "rows": to_numbers(own)}) for name, own in found if own]
 
@@ -759,7 +808,7 @@ def _approximates(params: Mapping[str, Any], Lk: int) -> bool:
 METHOD = register(
     Method(
         name="heads",
-        summary="causal attention to other rows in every KV head: a window, a coreset, selected blocks or everything",
+        summary="causal attention to other rows in every head: a window, a coreset, selected blocks or everything",
         supports="causal self-attention (also continuing a cache), GQA, Dv != D, key padding, any length",
         refuses="non-causal masks, windows, packed sequences, biases, dropout, decoding from a full cache",
         refuse=_refuse,

@@ -620,7 +620,7 @@ def window(tensors, rows: int, sinks: int, opponents: dict[str, float], clock: C
 def seen_by(call: Call, own: P.PerHead) -> Iterator[tuple[P.Group, torch.Tensor, Sources, SegmentTable]]:
     """The heads with equal rows of a plan per head, their queries, and the rows that the op itself selects for them."""
     choices = P._choices(call, own, None)
-    for group in P.groups(own.rows, call.key.shape[1]):
+    for group in P.groups(own.rows, call.key.shape[1], call.query.shape[1]):
         config, alone = own.config(group.rows), group.of(call)
         if config is None:
             yield group, alone.query, Sources.tokens(alone.key, alone.value), causal_table(call.Lq, call.Lk)
@@ -629,7 +629,7 @@ def seen_by(call: Call, own: P.PerHead) -> Iterator[tuple[P.Group, torch.Tensor,
             sources = E.select_rows(call.key, call.value, layout, call.scale, Random(call.seed, call.layer, heads))[0]
             yield group, alone.query, sources, layout.table
         else:
-            sources, _, table = P._selected(alone, config, choices[group.rows])
+            sources, _, table = P._selected(alone, config, choices[group])
             yield group, alone.query, sources, table
 
 
@@ -644,7 +644,7 @@ def check_call(call: Call, out: torch.Tensor, own: P.PerHead) -> tuple[float, fl
     queries at the end are checked beside them."""
     found, few_rows = [], call.Lq - own.last
     for group, query, sources, table in seen_by(call, own):
-        own_out = group.take(out, call.key.shape[1])
+        own_out = group.take_queries(out)
         for block in {0, len(table.tail) // 2, len(table.tail) - 1}:
             queries, one = table.of_block(block, call.Lq)
             few = sources
@@ -726,7 +726,7 @@ def per_head(
     rows, plan = round(sum(rows_on_average(own, n) for own in layers) / count), name.replace(" ", "_")
     told = dict(plan=plan, rows=rows, launches=round(launches(call) / count, 1))
     times = each(call)
-    if tensors[0].is_cuda and any(len(P.groups(own.rows, tensors[1].shape[1])) > 1 for own in layers):
+    if tensors[0].is_cuda and any(len(set(own.rows)) > 1 for own in layers):
         attention = dict.fromkeys(("mixed_attention_triton", "_exact_heads", "attend_last"), nothing)
         with mock.patch.multiple(P, **attention), mock.patch.object(prepared, "ENABLED", False):
             without = clock(replayed(call), repeats)  # a host that runs the bodies takes longer than what is left

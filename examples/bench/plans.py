@@ -8,6 +8,7 @@ One profile of three texts (``models.profiled_texts``), by which every policy th
 * ``per head``: every source of rows, and the last 64 queries exact; ``without ...``: all but one of them; ``last 16``:
   fewer such queries; ``per layer``: the errors of a layer's heads summed, so that all of them have the same;
   ``without records``: the profile of the two natural texts alone;
+* ``per query head`` (``--query-heads``): each query head has rows of its own, by a profile of its own;
 * ``layers alike``: without what errors of a layer do to the output, as if that were the same in all of them;
 * ``window or everything``: heads stream or see everything, as in DuoAttention (arXiv 2410.10819).
 
@@ -167,8 +168,11 @@ def uniform(budget: float, n: int, last: int = 0) -> dict[str, PerHead]:
     return {name + ", last exact" * bool(last): replace(own, rows=rows) for name, rows in found.items()}
 
 
-def policies(found: Profile, natural: Profile, budget: float, n: int, last: int = LAST) -> dict[str, PerHead]:
-    """All policies of one budget for ``n`` tokens; ``natural``: the profile without generated text."""
+def policies(
+    found: Profile, natural: Profile, budget: float, n: int, last: int = LAST, finer: Profile | None = None
+) -> dict[str, PerHead]:
+    """All policies of one budget for ``n`` tokens; ``natural``: the profile without generated text; ``finer``: that of
+    query heads."""
     heads = {
         "per layer": by_layer(found),
         "window or everything": only(found, lambda x: x.everything or x == Rows(x.sinks, x.recent)),
@@ -179,6 +183,8 @@ def policies(found: Profile, natural: Profile, budget: float, n: int, last: int 
         "without records": natural,
     }
     heads["layers alike"] = replace(found, sites=tuple(replace(site, nats=1.0) for site in found.sites))
+    if finer is not None:
+        heads["per query head"] = finer
     others = {name: chosen(its, budget, n, last) for name, its in heads.items()}
     numbers = {"without last": 0, "last 16": 16}
     others |= {name: chosen(found, budget, n, fewer) for name, fewer in numbers.items() if fewer < last}
@@ -186,14 +192,14 @@ def policies(found: Profile, natural: Profile, budget: float, n: int, last: int 
 
 
 def rows_by_head(plan: Plan) -> list[Rows]:
-    """The rows of every KV head of a plan, or the one that all have."""
+    """The rows of every head of a plan, or the one that all have."""
     if isinstance(plan, SavedPlan):
         return [x for site in plan.sites for x in site.rows]
     return [x for its in (plan.rows.values() if isinstance(plan.rows, dict) else [plan.rows]) for x in its]
 
 
 def average_rows(plan: Plan, n: int) -> float:
-    """Rows that a late query of ``n`` tokens sees, mean over KV heads."""
+    """Rows that a late query of ``n`` tokens sees, mean over heads."""
     counts = Counter(rows_by_head(plan))
     own = plan if isinstance(plan, PerHead) else base(plan.sites[0].params["last"])
     rows = rows_of(list(counts), n, own)
@@ -370,6 +376,14 @@ class Bench:
             path.write_text(found.to_json(), encoding="utf-8")
         return found, mean_of([x for name, x in each.items() if name != "records"])
 
+    def by_query_head(self) -> Profile:
+        """The profile of all texts, by query head."""
+        each = (
+            profile(self.model, self.tokens(text, self.args.length), self.options, block=BLOCK, query_heads=True)
+            for text in profiled_texts().values()
+        )
+        return mean_of(list(each))
+
     def judge(self, n: int) -> Judge:
         """Texts and cases of ``n`` tokens, with as many at a time as there is memory for."""
         ids = {name: self.tokens(text, n) for name, text in list(judged_texts().items())[: self.args.texts]}
@@ -383,6 +397,8 @@ class Bench:
     def run(self) -> None:
         n, budgets = self.args.length, sorted(self.args.rows, reverse=True)
         found, natural = self.profiles()
+        finer = self.by_query_head() if self.args.query_heads else None
+        few = (*self.few, *["per query head"] * (finer is not None))
         judge = self.judge(n)
         held_out = next(iter(judge.ids.values()))
         fitted = fit(self.model, held_out, rows=budgets[0], profile=found, length=n, block=BLOCK, last=self.args.last)
@@ -391,16 +407,16 @@ class Bench:
             fitted.save(self.args.plan)
         left_out = {}
         for budget in budgets:
-            plans: dict[str, Plan] = {**policies(found, natural, budget, n, self.args.last)}
+            plans: dict[str, Plan] = {**policies(found, natural, budget, n, self.args.last, finer)}
             if budget == budgets[0]:
                 plans["per head"] = SavedPlan.from_json(fitted.plan.to_json())
                 left_out = {name: plan for name, plan in plans.items() if name.startswith("without")}
             if self.args.few:
-                plans, left_out = {name: plans[name] for name in self.few}, {}
+                plans, left_out = {name: plans[name] for name in few}, {}
             self.judged(judge, n, budget, {k: plan for k, plan in plans.items() if not k.startswith("without")})
         for other in self.args.others:
-            its = policies(found, natural, budgets[0], other, self.args.last)
-            self.judged(self.judge(other), other, budgets[0], {method: its[method] for method in self.few})
+            its = policies(found, natural, budgets[0], other, self.args.last, finer)
+            self.judged(self.judge(other), other, budgets[0], {method: its[method] for method in few})
         self.judged(judge, n, budgets[0], left_out)
 
     def judged(self, judge: Judge, n: int, budget: float, plans: Mapping[str, Plan]) -> None:
@@ -429,6 +445,7 @@ def main() -> None:
     parser.add_argument("--others", type=int, nargs="*", default=[], help="lengths to judge the largest budget at, too")
     parser.add_argument("--last", type=int, default=LAST, help="queries at the end that see everything")
     parser.add_argument("--few", action="store_true", help="only the policies that --others are judged with")
+    parser.add_argument("--query-heads", action="store_true", help="plans per query head, too")
     parser.add_argument("--plan", type=Path, help="file for the plan per head of the largest budget")
     args = parser.parse_args()
     start = time.perf_counter()

@@ -766,6 +766,7 @@ UNIFORM = {
 }
 PLANS = {
     "per head": "plan per head",
+    "per query head": "plan per query head",
     "per layer": "plan per layer",
     "window or everything": "window or everything, per head",
     **UNIFORM,

@@ -44,7 +44,7 @@ class Method:
     params(site, policy): the keyword arguments of the op beyond those that every op has (:class:`Call`); plain data.
         Raises ``ValueError`` for a bad policy. A site without a spec, ``Site()``, stands for any. Unless given, what
         the options are packed into, and ``min_length`` where the op takes it.
-    sees(options, site): the rows that each KV head of the site sees, one for all or a tuple of one for each; ``None``
+    sees(options, site): the rows that each KV head or query head of the site sees, one for all or a tuple; ``None``
         where they are no selection of :class:`Rows`.
     loses(spec, policy): why exact attention was measured to be faster at a site of these sizes, or ``None``; asked
         unless the policy gives ``min_length``. Sizes may be symbolic: what is decided at run time is no loss.
@@ -138,8 +138,8 @@ class Method:
         return refusal
 
     def heads(self, site: Site, policy: Policy) -> tuple[Rows, ...]:
-        """The rows that every KV head of a site sees; none where they are no selection, one where the number of heads
-        is not known."""
+        """The rows that every KV head or query head of a site sees; none where they are no selection, one where the
+        number of heads is not known."""
         rows = self.sees(policy.of(self.name), site)
         H_kv = None if site.spec is None else site.spec.H_kv
         each = rows if isinstance(rows, tuple) else () if rows is None else (rows,)

@@ -30,7 +30,7 @@ class Plan:
     """The decision for one site.
 
     ``method`` is what will run there (``"exact"`` when nothing else may); ``params`` are the keyword
-    arguments of its op, plain data; ``rows`` are those that every KV head sees, where the method selects such;
+    arguments of its op, plain data; ``rows`` are those that every head sees, where the method selects such;
     ``rejected`` holds one :class:`Refusal` for every other method that was
     considered; ``reason`` is one sentence for the report; ``predicted_ms`` are the times by which it was chosen, of
     each method, where lengths are known; ``policy`` is the one that decided: that of the site's module, its budget a
@@ -90,6 +90,12 @@ class SavedSite:
                 raise renamed(name, error) from None
         object.__setattr__(self, "rows", heads(self.rows))
         local.check_all(self.options)
+
+    @property
+    def per(self) -> str:
+        """What ``rows`` has an entry for: every ``"KV head"``, or every ``"query head"`` where these are more."""
+        H_kv, H = (self.facts.get(name) for name in ("H_kv", "H"))
+        return "query head" if len(self.rows) == H != H_kv else "KV head"
 
     @classmethod
     def from_plan(cls, module: str, index: int, spec: AttentionSpec | None, plan: Plan) -> SavedSite:

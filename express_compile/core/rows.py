@@ -1,4 +1,4 @@
-"""Which rows a KV head sees: the sources that every causal method of this project selects from."""
+"""Which rows a head sees: the sources that every causal method of this project selects from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from .plain import number, renamed
 
 @dataclass(frozen=True)
 class Rows:
-    """What the queries of one KV head attend to. A row that two sources hold counts once, exact beats thinned.
+    """What the queries of one head attend to, all of a KV head or of one of its query heads. A row that two sources
+    hold counts once, exact beats thinned.
 
     sinks: the first tokens. recent: the last tokens. thinned: s of a coreset of fewer than 6 s rows, each standing for
     2**m tokens; 0, or a power of two. protected: places for the most distinctive rows, held wherever they are.
@@ -70,15 +71,15 @@ def from_numbers(numbers: Sequence[int]) -> tuple[Rows, ...]:
     """The inverse of :func:`to_numbers`. Raises ``ValueError`` for numbers that are none of whole heads."""
     names = [f.name for f in fields(Rows)]
     if not numbers or len(numbers) % len(names):
-        raise ValueError(f"rows: {len(numbers)} numbers; must be {len(names)} for every KV head: {', '.join(names)}")
+        raise ValueError(f"rows: {len(numbers)} numbers; must be {len(names)} for every head: {', '.join(names)}")
     parts = (numbers[i : i + len(names)] for i in range(0, len(numbers), len(names)))
     return tuple(Rows.from_data(dict(zip(names, (*part[:-1], bool(part[-1])), strict=True))) for part in parts)
 
 
 def heads(given: Any) -> tuple[Rows, ...]:
-    """Rows of every KV head from a sequence of them or of their data; errors name the head."""
+    """Rows of every head from a sequence of them or of their data; errors name the head."""
     if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
-        raise TypeError(f"rows={given!r}: must be a list with an entry for every KV head")
+        raise TypeError(f"rows={given!r}: must be a list with an entry for every KV head or query head")
     found = []
     for i, x in enumerate(given):
         try:
@@ -89,7 +90,7 @@ def heads(given: Any) -> tuple[Rows, ...]:
 
 
 def describe(rows: Iterable[Rows]) -> str:
-    """What the KV heads see, in words: equal neighbours once."""
+    """What the heads see, in words: equal neighbours once."""
     groups = [(str(x), len(list(same))) for x, same in groupby(rows)]
     if len(groups) == 1:
         return groups[0][0]

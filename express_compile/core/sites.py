@@ -69,7 +69,7 @@ class SiteReport:
 
     @property
     def rows(self) -> tuple[Rows, ...]:
-        """What every KV head sees, where the method selects rows."""
+        """What every head sees, where the method selects rows."""
         return () if self.saved is None else self.saved.rows
 
     def is_inside(self, path: str) -> bool:

@@ -1,4 +1,4 @@
-"""Plans per KV head that keep what is asked for: a tolerance of KL, a number of rows, or a speedup.
+"""Plans per head that keep what is asked for: a tolerance of KL, a number of rows, or a speedup.
 
 The samples are halved. On one half every option of every head is profiled (``profile.py``); the other half is *held
 out*: the KL of the rewritten model against the exact one is measured there, and the price of a row is moved until that
@@ -59,9 +59,9 @@ class Fit:
 
     plan: the plan of every site; ``plan.fitted`` says what it was fitted on. kl: KL(exact || with this plan), mean over
         the late positions of the held-out samples, in nats. rows: those that a late query sees at the length of use,
-        mean over KV heads. exact_rows: those of exact attention. price: of a row (for a speedup: of a millisecond),
+        mean over heads. exact_rows: those of exact attention. price: of a row (for a speedup: of a millisecond),
         in nats per token, by which heads have chosen, before what was left of the rows or of the time was spent.
-    profile: what was measured. chosen: the rows of every KV head, by site.
+    profile: what was measured. chosen: the rows of every head, by site.
     """
 
     plan: SavedPlan
@@ -75,10 +75,10 @@ class Fit:
     def __str__(self) -> str:
         counts = Counter(rows for of_heads in self.chosen for rows in of_heads)
         heads = "\n".join(f"  {count:>4} x {rows}" for rows, count in counts.most_common())
-        fitted = self.plan.fitted
+        fitted, per = self.plan.fitted, next(site.per for site in self.plan.sites if site.rows)
         return (
             f"KL {self.kl:.4g} nats per token on {sum(fitted['held_out'])} tokens held out; {self.rows:.0f} rows per "
-            f"query of {self.exact_rows:.0f} at {fitted['length']} tokens; KV heads:\n{heads}"
+            f"query of {self.exact_rows:.0f} at {fitted['length']} tokens; {per}s:\n{heads}"
         )
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -103,10 +103,11 @@ def fit(
     length: int | None = None,
     block: int = 128,
     last: int = 64,
+    query_heads: bool = False,
     progress: bool = False,
     profile: Profile | None = None,
 ) -> Fit:
-    """A plan for every KV head of a causal model: the best rows for what they may cost.
+    """A plan for every KV head of a causal model, or every query head: the best rows for what they may cost.
 
     model: as for ``rewrite_attention``, not rewritten; it is left as it was. Its output, or the ``logits`` of it, are
         scores ``[batch, positions, classes]``.
@@ -115,14 +116,15 @@ def fit(
         several sequences every other sequence, and of a single sequence its second half.
     tolerance: at most so much KL(exact || rewritten), nats per token, mean over the late positions (from a quarter of a
         sample on) of what is held out, with as few rows as were found. rows: at most so many rows that a late query
-        sees, mean over KV heads. speedup: attention at least so many times as fast as exact attention, as predicted at
+        sees, mean over heads. speedup: attention at least so many times as fast as exact attention, as predicted at
         ``length``. Exactly one of the three; where it is not the tolerance, the KL is only measured.
     options: what a head may have (:data:`.profile.DEFAULT_OPTIONS`). block: queries that see the same rows of the past,
         16, 32, 64 or 128. last: queries at the end of a call that see everything, 0 to 64; counted among the rows.
+    query_heads: each query head has rows of its own, for prefill alone: an ``ExpressCache`` holds rows by KV head.
     held_out: samples to measure the KL on; then all of ``sample`` is profiled. length: tokens that rows and times are
         for; those of the longest sample unless given. progress: show a bar.
     profile: what :func:`.profile.profile` or an earlier fit (``found.profile``) measured on this model, with the same
-        ``block``; then nothing is profiled, all of ``sample`` is held out, and ``options`` are those of the profile.
+        ``block``; then nothing is profiled, all of ``sample`` is held out, and ``options`` and heads are the profile's.
 
     Takes the passes of :func:`.profile.profile`, and for a tolerance about ten more over what is held out, whose exact
     logits are kept. Raises ``ValueError`` or ``TypeError`` for arguments that do not fit, for what no choice of options
@@ -142,7 +144,7 @@ def fit(
     budget = None
     with rewritten(model, base):
         if profile is None:
-            profile, reports = measured(model, profiled, options, block, progress)
+            profile, reports = measured(model, profiled, options, block, progress, query_heads)
         else:
             reports = profiled_before(model, judged[0], profile)
         search = _Search(model, judged, profile, reports, length, base)
@@ -205,11 +207,11 @@ class _Search:
         return choose(self.profile, price, self.cost)
 
     def chosen(self, choice: Choice) -> tuple[tuple[Rows, ...], ...]:
-        """The rows of every KV head, by site."""
+        """The rows of every head, by site."""
         return tuple(tuple(self.profile.options[o] for o in of_heads) for of_heads in choice)
 
     def rows_of(self, choice: Choice) -> float:
-        """Rows that a late query sees, mean over KV heads."""
+        """Rows that a late query sees, mean over heads."""
         return fmean(self.rows[o] for of_heads in choice for o in of_heads)
 
     def kl(self) -> float:
@@ -256,8 +258,10 @@ class _Search:
         the milliseconds that all heads may take together."""
         try:
             specs = [report.spec for report in self.reports if report.spec is not None]
-            self.cost = [[_milliseconds(spec, self.profile.options, self.length, self.base)] for spec in specs]
-            exact = sum(spec.H_kv * _milliseconds(spec, [EVERYTHING], self.length, self.base)[0] for spec in specs)
+            heads = [len(site.errors) for site in self.profile.sites]
+            times = [_milliseconds(spec, (*self.profile.options, EVERYTHING), self.length, self.base) for spec in specs]
+            self.cost = [[[x / n for x in its[:-1]]] for its, n in zip(times, heads, strict=True)]
+            exact = sum(its[-1] for its in times)
         except ValueError as error:
             raise renamed(f"speedup={speedup!r}", error) from None
 
@@ -293,14 +297,14 @@ class _Search:
 
 
 def _milliseconds(spec: AttentionSpec, options: Sequence[Rows], length: int, base: PerHead) -> list[float]:
-    """What every option of one KV head is predicted to take at a length; ``ValueError`` where that is not known."""
+    """What every option is predicted to take with all heads at a length; ``ValueError`` where that is not known."""
     spec = at_length(spec, length)
     device = device_of(spec.device)
     times = [
         None if device is None else predict(METHOD.name, spec, Policy(methods=(replace(base, rows=x),)), device)
         for x in options
     ]
-    known = [x / spec.H_kv for x in times if x is not None]
+    known = [x for x in times if x is not None]
     if len(known) < len(options):
         raise ValueError(
             f"how fast {METHOD.name} is on this {spec.device} for {spec.dtype} is not known; python -m express_compile "

@@ -1,14 +1,14 @@
-"""The profile of a model: what each of its KV heads would lose with each option of rows, and the choice by it.
+"""The profile of a model: what each of its heads would lose with each option of rows, and the choice by it.
 
-One exact pass over sample tokens. At every site that can have rows per KV head, each option is attended to by all KV
-heads side by side, on the activations of the exact model:
+One exact pass over sample tokens. At every site that can have rows per head, each option is attended to by all heads
+side by side, on the activations of the exact model:
 
     error[site, head, option] = sum_i |W (o_hat_i - o_i)_head|^2 / sum_i |W o_i|^2
 
 over the *late* queries i, from a quarter of the sample on; ``(..)_head`` are the outputs of the query heads of one KV
-head, and W is the linear layer that takes the output of the site, the identity where none was found to. What an error
-does to the model differs between sites: ``nats[site]`` is the KL of the output where this site alone has one of the
-options, over the error of that. Of the options of a head that one is chosen that minimises
+head, or of one query head alone, and W is the linear layer that takes the output of the site, the identity where none
+was found to. What an error does to the model differs between sites: ``nats[site]`` is the KL of the output where this
+site alone has one of the options, over the error of that. Of the options of a head that one is chosen that minimises
 ``nats * error + price * cost`` (:func:`choose`), so one number, the price of a row, moves the choice of all heads from
 the best options to the cheapest.
 """
@@ -49,7 +49,7 @@ DEFAULT_OPTIONS = (
 _CHUNK = 512  # queries whose outputs are compared at a time
 
 Choice = tuple[tuple[int, ...], ...]
-"""For every site, the place among the options of what each KV head has."""
+"""For every site, the place among the options of what each head has."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class SiteProfile:
 
     module, index: which one it is: its module path, and its place among the sites of that module.
     through: path of the linear layer through which errors were measured; None: of the output of the site itself.
-    errors: relative squared error of its output by KV head and option, ``[H_kv][options]``.
+    errors: relative squared error of its output by KV head, or by query head, and option, ``[heads][options]``.
     nats: KL(exact || with an option at this site alone), nats per token, over the error of all its heads; of several
         samples the geometric mean, and 0 where no option had an error.
     """
@@ -71,7 +71,7 @@ class SiteProfile:
 
     @property
     def weighted(self) -> torch.Tensor:
-        """``nats * errors``, float64 ``[H_kv, options]``."""
+        """``nats * errors``, float64 ``[heads, options]``."""
         return torch.tensor(self.errors, dtype=torch.float64) * self.nats
 
 
@@ -117,36 +117,38 @@ def profile(
     options: Iterable[Rows] = DEFAULT_OPTIONS,
     *,
     block: int = 128,
+    query_heads: bool = False,
     progress: bool = False,
 ) -> Profile:
-    """What every KV head of a model loses with every option of rows, on sample inputs.
+    """What every KV head of a model, or every query head, loses with every option of rows, on sample inputs.
 
     model: as for ``rewrite_attention``, not rewritten; it is left as it was. Its output, or the ``logits`` of it, are
         scores ``[batch, positions, classes]``. Sites that the method ``heads`` refuses are left out.
     sample: token ids ``[batch, tokens]``, or several such tensors or mappings of keyword arguments, of which the errors
         are averaged; as long as what the rows are for, if that can be.
-    options: what a head may have. block: queries that see the same rows of the past, 16, 32, 64 or 128. progress: show
-        a bar.
+    options: what a head may have. block: queries that see the same rows of the past, 16, 32, 64 or 128. query_heads:
+        each query head has rows of its own, not each KV head with all of its query heads. progress: show a bar.
 
     Takes one exact pass per sample, with ``options`` calls more at each site, a pass for each site, and a short one
     that finds the linear layers. Memory: that of the pass, two outputs of one site, 512 positions of one linear layer's
-    output for each KV head, and the scores of one sample twice. Raises ``ValueError`` or ``TypeError`` for arguments
+    output for each head, and the scores of one sample twice. Raises ``ValueError`` or ``TypeError`` for arguments
     that do not fit, and where no site can be rewritten.
     """
     options = checked_options(options, block)
     samples = samples_of("sample", sample)
     with rewritten(model, PerHead(EVERYTHING, block=block)):
-        return measured(model, samples, options, block, progress)[0]
+        return measured(model, samples, options, block, progress, query_heads)[0]
 
 
 def measured(
-    model: nn.Module, samples: Sequence[Any], options: tuple[Rows, ...], block: int, progress: bool = False
-) -> tuple[Profile, list[SiteReport]]:
+    model: nn.Module, samples: Sequence[Any], options: tuple[Rows, ...], block: int, progress: bool = False,
+    query_heads: bool = False,
+) -> tuple[Profile, list[SiteReport]]:  # fmt: skip
     """:func:`profile` of a model that is :func:`rewritten`; the reports of its sites, in order, and then of others."""
     finder, reports = _found(model, samples[0])
     if not finder.sites:
         reasons = "; ".join(sorted({x.reason for x in reports})) or "it has none"
-        raise ValueError(f"model: no site can have rows for each KV head: {reasons}")
+        raise ValueError(f"model: no site can have rows for each head: {reasons}")
     of = {x.layer: x for x in reports if x.saved is not None and x.verdict == "rewritten"}
     tokens = max(map(tokens_of, samples))
     rows = tuple(rows_of(options, tokens, PerHead(EVERYTHING, block=block)))
@@ -154,7 +156,7 @@ def measured(
     with Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task("profile", total=len(samples) * len(finder.sites) * (len(options) + 1))
         for batch in samples:
-            meter = _Meter(options, finder.projections, lambda: bar.advance(task))
+            meter = _Meter(options, finder.projections, query_heads, lambda: bar.advance(task))
             with run_by(meter):
                 exact = logits_of(model, batch)
             sums.append(meter.errors())
@@ -220,10 +222,11 @@ def _in_order(found: Profile, reports: Sequence[SiteReport]) -> list[SiteReport]
     of = {(x.saved.module, x.saved.index): x for x in reports if x.saved is not None and x.verdict == "rewritten"}
     for site in found.sites:
         report = of.get((site.module, site.index))
-        if report is None or report.spec is None or report.spec.H_kv != len(site.errors):
-            what = "no such site" if report is None or report.spec is None else f"{report.spec.H_kv} KV heads there"
+        spec = None if report is None else report.spec
+        if spec is None or len(site.errors) not in (spec.H_kv, spec.H):
+            what = "no such site" if spec is None else f"{spec.H_kv} KV heads and {spec.H} query heads there"
             raise ValueError(
-                f"profile: it has {len(site.errors)} KV heads at {site.module}, and the model has {what}; must be a "
+                f"profile: it has {len(site.errors)} heads at {site.module}, and the model has {what}; must be a "
                 "profile of this model"
             )
     return [
@@ -238,7 +241,7 @@ def _mean(errors: Sequence[torch.Tensor]) -> tuple[tuple[float, ...], ...]:
 
 @contextmanager
 def rewritten(model: nn.Module, own: PerHead) -> Iterator[None]:
-    """While active, the sites of a model that can have rows for each KV head are rewritten, to what ``own`` says."""
+    """While active, the sites of a model that can have rows for each head are rewritten, to what ``own`` says."""
     if isinstance(model, nn.Module) and is_rewritten(model):
         raise ValueError("model: is rewritten; call restore_attention(model) first")
     rewrite_attention(model, Policy(methods=(own,)))
@@ -249,12 +252,12 @@ def rewritten(model: nn.Module, own: PerHead) -> Iterator[None]:
 
 
 def with_rows(call: Call, rows: Sequence[Rows]) -> Call:
-    """The call of an op of :data:`METHOD` with other rows, one for each KV head or one for all."""
+    """The call of an op of :data:`METHOD` with other rows, one for each KV head, for each query head or for all."""
     return replace(call, options={**call.options, "rows": to_numbers(rows)})
 
 
 class Chosen(Exactly):
-    """A runner that gives every KV head what was chosen for it, by layer key; everything where there is no choice."""
+    """A runner that gives every head what was chosen for it, by layer key; everything where there is no choice."""
 
     def __init__(self, rows: Mapping[int, Sequence[Rows]]) -> None:
         self.rows = rows
@@ -310,25 +313,27 @@ class _Meter(Exactly):
     """Runs everything exactly, and adds up what each option would be off by, on the device."""
 
     def __init__(
-        self, options: Sequence[Rows], projections: Mapping[int, torch.Tensor], advance: Callable[[], None]
-    ) -> None:
-        self.options, self.projections, self.advance = options, projections, advance
+        self, options: Sequence[Rows], projections: Mapping[int, torch.Tensor], query_heads: bool,
+        advance: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.options, self.projections, self.query_heads, self.advance = options, projections, query_heads, advance
         self.off: dict[int, torch.Tensor] = {}
         self.whole: dict[int, torch.Tensor] = {}
 
     def see(self, op: Op, call: Call, exact: torch.Tensor) -> None:
-        H_kv, weight = call.key.shape[1], self.projections.get(call.layer)
+        heads = (call.query if self.query_heads else call.key).shape[1]
+        weight = self.projections.get(call.layer)
         first = max(0, late(call.Lk) - (call.Lk - call.Lq))
         off = []
         for option in self.options:
             tried = with_rows(call, [option]).run(op)[0]
-            off.append(_squares(tried, exact, first, H_kv, weight))
+            off.append(_squares(tried, exact, first, heads, weight))
             self.advance()
         self.off[call.layer] = self.off.get(call.layer, 0) + torch.stack(off, 1)
         self.whole[call.layer] = self.whole.get(call.layer, 0) + _squares(exact, None, first, 1, weight)
 
     def errors(self) -> dict[int, torch.Tensor]:
-        """float64 ``[H_kv, options]`` on the CPU, by layer key; 0 where the output of the whole site is 0."""
+        """float64 ``[heads, options]`` on the CPU, by layer key; 0 where the output of the whole site is 0."""
         return {layer: (off / self.whole[layer]).nan_to_num(0.0).cpu() for layer, off in self.off.items()}
 
 
@@ -363,7 +368,7 @@ def rows_of(options: Sequence[Rows], tokens: int, base: PerHead) -> list[float]:
 
 
 def choose(profile: Profile, price: float, cost: Any = None) -> Choice:
-    """For every KV head the option that minimises ``nats * error + price * cost``; of equal ones the cheapest.
+    """For every head the option that minimises ``nats * error + price * cost``; of equal ones the cheapest.
 
     price: of a unit of cost, 0 or more. cost: of every option, ``[options]`` or ``[sites, 1, options]``; the profile's
     rows unless given.

@@ -93,7 +93,7 @@ def explain(options: argparse.Namespace, policy: dict[str, Any]) -> int:
 
 
 def fit(options: argparse.Namespace) -> int:
-    """Fit a plan for every KV head to a sample, print what came of it and write it."""
+    """Fit a plan for every head to a sample, print what came of it and write it."""
     _check_device(options)
     made = _load(options)()
     model, tokenizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
@@ -103,7 +103,8 @@ def fit(options: argparse.Namespace) -> int:
     sample = _sample(options, tokenizer)
     try:
         asked = dict(tolerance=options.tolerance, rows=options.rows, speedup=options.speedup)
-        found = fit_plan(model.to(options.device).eval(), sample, **asked, length=options.length, progress=True)
+        how = dict(length=options.length, query_heads=options.query_heads, progress=True)
+        found = fit_plan(model.to(options.device).eval(), sample, **asked, **how)
     except (TypeError, ValueError) as error:
         options.parser.error(str(error))
     print(found)

@@ -45,7 +45,7 @@ from .picture import in_text, rows_in_table
 @dataclass(frozen=True)
 class Report:
     """Every attention site found in one run of a model. ``print(report)`` shows a table, one line for sites
-    of which it says the same, and below it the rows of every KV head where heads of a site differ.
+    of which it says the same, and below it the rows of every head where heads of a site differ.
 
     sites: in order of execution.
     graphs: number of graphs Dynamo cut the model into; 0 for a model that ``rewrite_attention`` changed.

@@ -94,7 +94,7 @@ _TEMPLATE = """\
 <p>No attention site was found.</p>
 {% endif %}
 {% if heads %}
-<h2>Rows of every KV head</h2>
+<h2>Rows of every head</h2>
 {{ heads }}
 {% endif %}
 {% for title, svg in figures.items() %}

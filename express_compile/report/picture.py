@@ -1,4 +1,4 @@
-"""A picture of plans per KV head: a row per site, a cell per head, coloured by what the head sees: an SVG, or text."""
+"""A picture of plans per head: a row per site, a cell per head, coloured by what the head sees: an SVG, or text."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _WINDOW = "#9aa5ad"
 
 
 def rows_in_table(site: SiteReport) -> str:
-    """What the KV heads of a site see, in a cell of a table: where they differ, that it is said below."""
+    """What the heads of a site see, in a cell of a table: where they differ, that it is said below."""
     if len(set(site.rows)) > 1:
-        return f"by KV head, {len(site.rows)} below"
+        return f"by {per([site])}, {len(site.rows)} below"
     return describe(site.rows)
 
 
@@ -28,7 +28,7 @@ def in_text(sites: Iterable[SiteReport]) -> str:
         return ""
     numbers = {rows: i for i, rows in enumerate(plans, 1)}
     wide, names = len(str(len(plans))), max(len(_name(site)) for site in shown)
-    lines = ["rows of every KV head:"]
+    lines = [f"rows of every {per(shown)}:"]
     for site in shown:
         lines.append(f"  {_name(site):<{names}}  {' '.join(f'{numbers[rows]:>{wide}}' for rows in site.rows)}")
     return "\n".join([*lines, *(f"  {numbers[rows]:>{wide}}: {_counted(rows, shown)}" for rows in plans)])
@@ -53,6 +53,12 @@ def picture(sites: Iterable[SiteReport]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{widest * _CELL + 640}" height="{height}" '
         f'font-family="sans-serif" font-size="12">{"".join(parts)}</svg>'
     )
+
+
+def per(sites: Iterable[SiteReport]) -> str:
+    """Which heads have plans: ``"query head"`` if those of any site do."""
+    found = {site.saved.per for site in sites if site.saved is not None}
+    return "query head" if "query head" in found else "KV head"
 
 
 def _plans(sites: Iterable[SiteReport]) -> tuple[list[SiteReport], list[Rows]]:

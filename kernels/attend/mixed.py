@@ -1,4 +1,4 @@
-"""Segment attention in one launch for KV heads that see rows of different tables, those with most rows first.
+"""Segment attention in one launch for heads that see rows of different tables, those with most rows first.
 
 Every program is a *job*: a part of a block of queries of one head, with the place of its table and of its rows. Keys
 and values are read and results written where the head has them in the layer, so that nothing is gathered by heads. Rows
@@ -48,10 +48,12 @@ class Chosen:
 
 @dataclass(frozen=True, eq=False)
 class HeadRows:
-    """KV heads ``heads`` that see the rows of ``table``: the tokens, ``copied`` compacted rows each at ``copies``, and
-    behind them ``indexed`` rows by index, which is ``listed`` with that of the copies before."""
+    """Query heads ``queries`` that see the rows of ``table``: the tokens, ``copied`` compacted rows of each KV head at
+    ``copies``, and behind them ``indexed`` rows by index, which is ``listed`` with that of the copies before. As many
+    of each of ``heads`` KV heads, one KV head behind the other."""
 
-    heads: tuple[int, ...]
+    heads: int
+    queries: tuple[int, ...]
     table: SegmentTable
     copied: int = 0
     indexed: int = 0
@@ -72,10 +74,9 @@ class Buffers(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """What the ``group`` query heads of each KV head see: ``Lq`` queries, the last of ``Lk`` tokens."""
+    """What heads see, each of them in one share: ``Lq`` queries, the last of ``Lk`` tokens."""
 
     shares: tuple[HeadRows, ...]
-    group: int
     Lq: int
     Lk: int
     _on_device: dict = field(default_factory=dict, init=False, repr=False)
@@ -108,16 +109,16 @@ class Mixture:
     def _jobs(
         self, share: HeadRows, start: np.ndarray, tail: np.ndarray, of_tiles: SegmentTiles
     ) -> tuple[np.ndarray, np.ndarray]:
-        """int64 ``[KV heads, parts, group, COLUMNS]``, and the tiles of rows of every part. Query heads that read the
-        same rows are neighbours: what one has fetched is in the L2 cache for the others."""
+        """int64 ``[KV heads, parts, query heads of one, COLUMNS]``, and the tiles of rows of every part. Query heads
+        that read the same rows are neighbours: what one has fetched is in the L2 cache for the others."""
         table, queries, rows = share.table, of_tiles.queries, of_tiles.rows
         part = np.arange(table.shift // queries, -(-(self.Lq + table.shift) // queries))
         block = part // (table.block // queries)
         stop = table.q_offset + np.minimum((part + 1) * queries - table.shift, self.Lq)
         count = np.diff(start[::3])[block] + np.maximum(0, -(-(stop - tail[block].astype(np.int64)) // rows))
-        head = np.repeat(np.arange(len(share.heads)), self.group)[:, None]
+        head = np.repeat(np.arange(share.heads), len(share.queries) // share.heads)[:, None]
         columns: dict[Any, np.ndarray | int] = {
-            job.HEAD: (np.array(share.heads)[:, None] * self.group + np.arange(self.group)).reshape(-1, 1),
+            job.HEAD: np.array(share.queries)[:, None],
             job.PART: part, job.SHIFT: table.shift,
             job.COPIES: share.copies.first + head * share.copies.head, job.COPIES_B: share.copies.sequence,
             job.INDEX: share.listed.first + head * share.listed.head, job.INDEX_B: share.listed.sequence,
@@ -132,7 +133,7 @@ class Mixture:
         jobs = np.zeros((len(head), len(part), int(job.COLUMNS)), np.int64)
         for column, x in columns.items():
             jobs[..., column] = x
-        return jobs.reshape(-1, self.group, *jobs.shape[1:]).swapaxes(1, 2), count
+        return jobs.reshape(share.heads, -1, *jobs.shape[1:]).swapaxes(1, 2), count
 
     def on(self, device: torch.device, of_tiles: SegmentTiles) -> tuple[torch.Tensor, ...]:
         """:meth:`lists` on ``device``, copied there once."""

@@ -1,10 +1,11 @@
 """Selected rows: each block of queries chooses the blocks of 64 keys that its first queries attend to most.
 
 A query sees the ``sinks``, the *tail* (from ``recent`` tokens before its block on, up to itself), and ``blocks`` blocks
-of 64 tokens of the middle between the two, the same ones for a whole block of queries and for all query heads of one
-KV head. Blocks of keys lie side by side from the first token behind the sinks; one that reaches into the tail is no
-candidate, and the tail begins where the last candidate ends, so that every token is sink, candidate or tail. Exact
-while there are no more candidates than ``blocks``.
+of 64 tokens of the middle between the two, the same ones for a whole block of queries and for all query heads of one KV
+head, or for each as many of the first, in one order, as it may have (:mod:`..heads`). Blocks of keys lie side by side
+from the first token behind the sinks; one that reaches into the tail is no candidate, and the tail begins where the
+last candidate ends, so that every token is sink, candidate or tail. Exact while there are no more candidates than
+``blocks``.
 
 The score of a block of keys is the attention mass that ``samples`` whole queries give it (softmax over all that they
 see), summed over the query heads of the group. These queries are the block's first one and the ones ``stride`` apart
@@ -272,29 +273,34 @@ def _reached(b_rank, count, wanted):
 
 
 class Choosers(NamedTuple):
-    """KV heads that choose, each in its own way, int32 ``[H]``: their numbers, how many blocks each, and how many
-    tokens before a block of queries are no candidates, the sinks and the recent ones."""
+    """KV heads that choose, each in its own way: int32 ``[H]`` their numbers, and int32 ``[choices]`` how many blocks,
+    and how many tokens before a block of queries are no candidates, the sinks and the recent ones."""
 
     heads: torch.Tensor
     blocks: torch.Tensor
     held: torch.Tensor
 
 
-@jit(general="H_kv q_offset begin line sinks held columns blocks stride_chosen")
+@jit(general="H_kv scored q_offset begin line sinks held columns blocks stride_chosen")
 def _choose_kernel(
-    p_chosen, p_lse, p_start, choosers, H_kv, q_offset, begin, line, sinks, held, columns, blocks, stride_chosen,
+    p_chosen, p_lse, p_start, choosers, p_of, H_kv, scored, q_offset, begin, line, sinks, held, columns, blocks,
+    stride_chosen,
     GROUP: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BB: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """One program per (block of queries, KV head), for BR queries at a time; ``held`` tokens before the block are sinks
-    and tail, and ``blocks`` places are filled for each, or as many as ``choosers`` say."""
+    and tail, and ``blocks`` places are filled for each, or as many as ``choosers`` say. Where a KV head has several
+    choices, ``p_of`` says whose each is of the ``scored`` ones."""
     PER: tl.constexpr = GROUP * SAMPLES
     i_block, i_seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_c, o_b = tl.arange(0, BC), tl.arange(0, BB)
     start = q_offset
     if p_start is not None:
         start = tl.load(p_start + i_seq // H_kv).to(tl.int32)
-    p_lse += (i_seq * tl.num_programs(0) + i_block) * columns * PER
+    i_lse = i_seq
+    if p_of is not None:
+        i_lse = i_seq // H_kv * scored + tl.load(p_of + i_seq % H_kv)
+    p_lse += (i_lse * tl.num_programs(0) + i_block) * columns * PER
     some = tl.minimum((begin + (i_block + 1) * BLOCK - 1 - line) // BN + 1, columns)  # no query sees more
     b_mass = tl.zeros([BC], tl.float32)
     for r in range(0, PER, BR):
@@ -342,13 +348,14 @@ def _parts(total: int, step: int, bytes_of: Callable[[int], int]) -> Iterator[tu
 @torch.no_grad()
 def select_blocks_triton(
     query: torch.Tensor, key: torch.Tensor, config: BlockConfig, scale: float, start: torch.Tensor | None = None,
-    choosers: Choosers | None = None,
+    choosers: Choosers | None = None, of: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """:func:`select_blocks_reference` as Triton kernels; same arguments and results, up to masses that rounding makes
     change places. Reads nothing back from the device.
 
     ``choosers``: the KV heads that choose, with ``config.blocks`` at most and recent tokens of their own; None for all.
-    The result is ``[B, len(choosers.heads), ..]`` then, ``NONE`` behind what a head chose.
+    The result is ``[B, choices, ..]`` then, ``NONE`` behind what was chosen. ``of`` int32 ``[choices]``: the place of
+    the KV head of each among ``choosers.heads``; None where each has one, in order.
 
     Work: ``samples / block`` of the scores of exact attention. Memory: at most 256 MiB, or what one block of queries
     needs. Raises ``TypeError`` for dtypes other than float16, bfloat16 and float32.
@@ -365,7 +372,9 @@ def select_blocks_triton(
     total, group = len(layout.begin), H // H_kv
     own = None if choosers is None else choosers.heads
     H_kv = H_kv if own is None else len(own)
-    chosen = torch.empty(B, H_kv, total, config.blocks, dtype=torch.int32, device=query.device)
+    choices = H_kv if choosers is None else len(choosers.blocks)
+    scored = None if of is None else H_kv  # None is no argument of the kernel
+    chosen = torch.empty(B, choices, total, config.blocks, dtype=torch.int32, device=query.device)
     if not 0 < B * H_kv * D:
         return chosen.fill_(NONE) if chosen.numel() else chosen
     line = config.sinks - KEYS * -(-config.sinks // KEYS)  # where the columns begin
@@ -396,8 +405,8 @@ def select_blocks_triton(
                 num_warps=4, num_stages=3 if small and BD <= 128 else 2,
             )  # fmt: skip
         BC = max(32, next_power_of_two(columns))
-        launch(_choose_kernel, (blocks, B * H_kv),
-            chosen[:, :, first:], lse, start, choosers, H_kv, layout.q_offset, begin, line, config.sinks,
+        launch(_choose_kernel, (blocks, B * choices),
+            chosen[:, :, first:], lse, start, choosers, of, choices, scored, layout.q_offset, begin, line, config.sinks,
             config.sinks + config.recent, columns, config.blocks, total * config.blocks, **sizes, BN=KEYS, BC=BC,
             BB=max(BC, next_power_of_two(config.blocks)), BR=min(next_power_of_two(per_block), 4),
             num_warps=max(1, min(32, BC // _PER_WARP)),

@@ -42,6 +42,8 @@ def ops(rank: int, ranks: int) -> dict[str, Any]:
     options = {"heads": {"rows": ROWS}, "santa": {"draws": [4, 8, 4, 8, 4, 8, 4, 9]}, "sparse": {"stride": 64}}
     variants: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in METHODS if name != "exact"}
     variants |= {"santa, each head its own rows": ("santa", {"shared": False, "bernoulli": 4})}
+    finer = [*ROWS, *ROWS[1:], Rows(4, 32, selected=1)]
+    variants |= {"heads, each query head its own rows": ("heads", {"rows": finer})}
     for title, (name, more) in variants.items():
         few = {x: y for x, y in FEW.items() if name in ("express", "thinformer")}
         own = options.get(name, {}) | more

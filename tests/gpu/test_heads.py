@@ -19,6 +19,7 @@ WINDOW, CORE, KEPT = Rows(32, 256), Rows(32, 256, 64), Rows(32, 256, 128, 256)
 PLACES, BLOCKS, WHOLE = Rows(32, 256, protected=256), Rows(32, 256, selected=16), Rows(everything=True)
 MIXED = [BLOCKS, WINDOW, WHOLE, KEPT, BLOCKS, PLACES, WHOLE, CORE]
 FEW = [WINDOW, BLOCKS, Rows(70, 33, selected=3), PLACES, Rows(32, 256, selected=7), KEPT, Rows(32, 512), BLOCKS]
+QUERY = [BLOCKS, WINDOW, WHOLE, KEPT, BLOCKS, PLACES, WHOLE, WHOLE, CORE, CORE, FEW[4], BLOCKS, KEPT, WHOLE, *FEW[:2]]
 LAYER = 3
 
 
@@ -56,7 +57,15 @@ def test_equal_rows_for_all_heads_are_express_bit_for_bit_where_it_has_such_rows
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("mixed", "Lq", "B"),
-    [(MIXED, 6000, 1), (MIXED, 700, 2), (FEW, 6000, 2), ([*FEW[:7], WHOLE], 6000, 1), ([*FEW[:7], WHOLE], 6000, 2)],
+    [
+        (MIXED, 6000, 1),
+        (MIXED, 700, 2),
+        (FEW, 6000, 2),
+        ([*FEW[:7], WHOLE], 6000, 1),
+        ([*FEW[:7], WHOLE], 6000, 2),
+        (QUERY, 6000, 1),
+        (QUERY, 700, 2),
+    ],
 )
 def test_a_head_gives_beside_others_what_it_gives_among_its_like(dtype: torch.dtype, mixed, Lq: int, B: int) -> None:
     """Also that it draws the numbers of its own place: its rows are those that it has where all heads are alike."""
@@ -65,9 +74,24 @@ def test_a_head_gives_beside_others_what_it_gives_among_its_like(dtype: torch.dt
     for rows in set(mixed):
         every, every_lse = op(q, k, v, [rows])
         for h in (h for h, own in enumerate(mixed) if own == rows):
-            heads = slice(2 * h, 2 * h + 2)
+            heads = slice(h * 16 // len(mixed), (h + 1) * 16 // len(mixed))
             torch.testing.assert_close(out[:, heads], every[:, heads], rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(lse[:, heads], every_lse[:, heads], rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_query_heads_add_up() -> None:
+    """Those of each are what it adds where all heads have its rows; padded, with exact queries at the end."""
+    inputs = [x.requires_grad_() for x in tokens(3000, B=2)]
+    padding = torch.arange(3000, device="cuda") >= torch.tensor([[400], [0]], device="cuda")
+    grad = torch.randn(inputs[0].shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").bfloat16()
+    found = torch.autograd.grad(op(*inputs, QUERY, padding, last=16)[0], inputs, grad)
+    expected = [torch.zeros(x.shape, device="cuda") for x in inputs]
+    for rows in set(QUERY):
+        own = torch.tensor([x == rows for x in QUERY], device="cuda")[:, None, None]
+        alone = torch.autograd.grad(op(*inputs, [rows], padding, last=16)[0], inputs, grad * own)
+        expected = [x + part.float() for x, part in zip(expected, alone, strict=True)]
+    for x, e in zip(found, expected, strict=True):
+        assert (x.float() - e).norm() <= 1e-2 * e.norm()
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])

@@ -359,14 +359,14 @@ def test_heads_whose_blocks_begin_together_choose_in_two_launches_what_they_choo
     for group in P.groups(own.rows, len(rows)):
         if group.rows.selected:
             few = group.of(call)
-            alone[group.rows] = select_blocks_triton(few.query, few.key, own.config(group.rows), 0.5)
+            alone[group] = select_blocks_triton(few.query, few.key, own.config(group.rows), 0.5)
     launches, run = [], blocks.launch
     monkeypatch.setattr(blocks, "launch", lambda *args, **options: (launches.append(args[1]), run(*args, **options)))
     found = {}
-    for family in P._families(own, len(rows), 330):
+    for family in P._families(own, len(rows), len(rows), 330):
         chosen = P._choose(call, family, None)
         for group in family.groups:
-            found[group.rows], beyond = chosen[:, family.at(group)].tensor_split([group.rows.selected], 3)
+            found[group], beyond = chosen[:, family.at(group)].tensor_split([group.rows.selected], 3)
             assert (beyond == NONE).all()
     assert found.keys() == alone.keys() and all(torch.equal(found[x], alone[x]) for x in alone)
     # of two sequences: four heads, and the one whose blocks of queries begin elsewhere
@@ -393,14 +393,15 @@ def test_heads_are_copied_from_all_and_back(heads: tuple[int, ...]) -> None:
     """Two query heads each, values of another width and log-sum-exps of none, another number of queries than keys."""
     q, k, v = tokens(150, H=8, H_kv=4, D=16, Dv=24, Lq=20, dtype=torch.float32)
     every = (q.transpose(1, 2).contiguous().transpose(1, 2), k, v, q[..., 0].contiguous())
-    own, q_heads = torch.tensor(heads, dtype=torch.int32), [2 * h + i for h in heads for i in range(2)]
-    expected = [x[:, q_heads if x.shape[1] == 8 else list(heads)] for x in every]
+    q_heads = tuple(2 * h + i for h in heads for i in range(2))
+    own = [q_heads if x.shape[1] == 8 else heads for x in every]
+    expected = [x[:, list(few)] for x, few in zip(every, own, strict=True)]
     few = [torch.full_like(x, math.nan) for x in expected]
-    P._copy_heads(every[:3], few[:3], own, into=False)
-    P._copy_heads(every[3:], few[3:], own, into=False)
+    P._copy_heads(every[:3], few[:3], own[:3], into=False)
+    P._copy_heads(every[3:], few[3:], own[3:], into=False)
     assert all(map(torch.equal, few, expected))
     outputs = [torch.zeros_like(x) for x in (every[0], every[3])]
-    P._copy_heads((few[0], few[3]), outputs, own, into=True)
+    P._copy_heads((few[0], few[3]), outputs, (q_heads, q_heads), into=True)
     for out, x in zip(outputs, (every[0], every[3]), strict=True):
         assert torch.equal(out[:, q_heads], x[:, q_heads]) and out.count_nonzero() == x[:, q_heads].count_nonzero()
 
@@ -431,7 +432,7 @@ def test_every_query_of_every_head_that_is_not_exact_is_in_one_job_and_long_jobs
     Lq, group, own = max(1, n - past), 2, P.PerHead(rows, block=block)
     what = P._together(own, B, group, len(rows), Lq, n)
     exact = [h for h, x in enumerate(rows) if n <= P.exact_up_to(x)]
-    assert list(what.exact) == exact
+    assert [h for group in what.exact for h in group.heads] == exact
     if what.mixture is None:
         assert len(exact) == len(rows)
         return
@@ -624,9 +625,9 @@ def test_what_else_does_not_fit_is_named():
     with pytest.raises(ValueError, match="block=20: must be 16, 32, 64 or 128"):
         P.PerHead([CORE], block=20)
     q, k, v = tokens(20)
-    with pytest.raises(ValueError, match="rows lists 3 KV heads, the call has 2"):
+    with pytest.raises(ValueError, match="rows lists 3 heads, the call has 2 KV heads and 4 query heads"):
         op(q, k, v, [CORE] * 3)
-    with pytest.raises(ValueError, match="rows: 7 numbers; must be 6 for every KV head: sinks, recent"):
+    with pytest.raises(ValueError, match="rows: 7 numbers; must be 6 for every head: sinks, recent"):
         from_numbers([0] * 7)
 
 
@@ -646,7 +647,7 @@ def spec(**changes: Any) -> AttentionSpec:
         (dict(mask=Mask()), "it is not causal"),
         (dict(mask=Mask(causal=True, window=64)), "it has a sliding window of 64"),
         (dict(Lq=1, mask=Mask(causal=True, offset=599)), "decoding 1 token"),
-        (dict(H_kv=4), "rows lists 2 KV heads, the site has 4"),
+        (dict(H_kv=4), "rows lists 2 heads, the site has 4 KV heads"),
         (dict(dropout_p=0.1), "dropout_p=0.1"),
     ],
 )
@@ -663,7 +664,7 @@ def test_a_mapping_of_module_paths_is_the_plan_of_each_site():
     assert third.reason == "its rows have no entry for this module"
     assert Policy.from_json(policy.to_json()) == policy
     wrong = answer(Question("layers.0", spec=spec(H_kv=4)), policy)
-    assert wrong.reason == "rows lists 2 KV heads, the site has 4"
+    assert wrong.reason == "rows lists 2 heads, the site has 4 KV heads"
 
 
 @given(

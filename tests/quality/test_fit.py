@@ -94,8 +94,10 @@ def kl_of(model, ids, first: int, **options) -> float:
 
 
 @torch.no_grad()
-def test_errors_are_those_of_a_loop_over_heads_queries_and_options(model, ids) -> None:
-    found = profile(model, ids, OPTIONS, block=16)
+@pytest.mark.parametrize("query_heads", [False, True])
+def test_errors_are_those_of_a_loop_over_heads_queries_and_options(model, ids, query_heads: bool) -> None:
+    found = profile(model, ids, OPTIONS, block=16, query_heads=query_heads)
+    heads, few = (4, 1) if query_heads else (2, 2)
     assert [site.module for site in found.sites] == PATHS and not is_rewritten(model)
     assert [site.through for site in found.sites] == [f"{path}.o_proj" for path in PATHS]
     assert (found.tokens, found.samples, found.options) == (240, 1, OPTIONS)
@@ -119,10 +121,11 @@ def test_errors_are_those_of_a_loop_over_heads_queries_and_options(model, ids) -
         scale = q.shape[-1] ** -0.5
         exact = heads_reference(q, k, v, [EVERYTHING], scale, SEED)[0]
         whole = through(exact).square().sum()
-        for head, (o, option) in itertools.product(range(2), enumerate(OPTIONS)):
+        assert len(site.errors) == heads
+        for head, (o, option) in itertools.product(range(heads), enumerate(OPTIONS)):
             out = heads_reference(q, k, v, [option], scale, SEED, layer_key(site.module), block=16)[0]
             mixed = exact.clone()
-            mixed[:, 2 * head : 2 * head + 2] = out[:, 2 * head : 2 * head + 2]
+            mixed[:, few * head : few * head + few] = out[:, few * head : few * head + few]
             expected = ((through(mixed) - through(exact)).square().sum() / whole).item() if whole else 0.0
             assert site.errors[head][o] == pytest.approx(expected, rel=1e-3, abs=1e-9), (site.module, head, option)
     assert all(errors[-1] == 0 for site in found.sites for errors in site.errors), "everything is exact"
@@ -295,6 +298,21 @@ def test_rows_are_kept_with_less_error_than_equal_rows_for_all(model, ids) -> No
 
 
 @torch.no_grad()
+def test_a_fit_by_query_head_keeps_what_is_asked_for_and_is_followed_from_a_file(model, ids, tmp_path) -> None:
+    found = fit(model, ids, rows=45, options=OPTIONS, block=16, last=0, query_heads=True)
+    assert found.rows <= 45 and [len(x) for x in found.chosen] == [4] * 3
+    pairs = [own[i : i + 2] for own in found.chosen for i in (0, 2)]
+    assert any(a != b for a, b in pairs), "query heads of one KV head differ, or the test shows nothing"
+    found.save(tmp_path / "plan.json")
+    plan = SavedPlan.load(tmp_path / "plan.json")
+    assert plan == found.plan and [(x.rows, x.per) for x in plan.sites] == [(x, "query head") for x in found.chosen]
+    assert found.kl == pytest.approx(kl_of(model, ids[1:], 60, plan=plan), rel=1e-3) and found.kl > 0
+    assert "tokens; query heads:\n" in str(found)
+    again = fit(model, ids[1:], rows=45, block=16, last=0, profile=Profile.from_json(found.profile.to_json()))
+    assert again.chosen == found.chosen
+
+
+@torch.no_grad()
 def test_the_last_queries_of_a_fitted_plan_are_exact_and_counted(model, ids) -> None:
     options = (Rows(2, 8),)
     found, plain = (fit(model, ids, rows=200, options=options, block=16, last=last) for last in (16, 0))
@@ -307,9 +325,10 @@ def test_the_last_queries_of_a_fitted_plan_are_exact_and_counted(model, ids) -> 
     assert all(x.saved.options["method_options"]["heads"]["last"] == 16 for x in sites)
 
 
-def test_a_speedup_is_that_of_the_predicted_times(shipped_rates: None, model, ids) -> None:
-    options = (Rows(2, 32), Rows(2, 32, selected=1), EVERYTHING)
-    slow, fast = (fit(model, ids, speedup=x, options=options, length=65536) for x in (1.5, 4.0))
+@pytest.mark.parametrize("query_heads", [False, True])
+def test_a_speedup_is_that_of_the_predicted_times(shipped_rates: None, model, ids, query_heads: bool) -> None:
+    options, how = (Rows(2, 32), Rows(2, 32, selected=1), EVERYTHING), dict(length=65536, query_heads=query_heads)
+    slow, fast = (fit(model, ids, speedup=x, options=options, **how) for x in (1.5, 4.0))
     assert fast.rows < slow.rows < slow.exact_rows / 1.2
     with pytest.raises(
         ValueError, match=r"speedup=1000000.0: the cheapest options are predicted to be .* times as fast"
@@ -368,7 +387,7 @@ def test_a_fit_from_a_profile_is_the_fit_that_would_have_measured_it(model, ids)
         fit(model, ids, rows=100, profile=first.profile, held_out=ids)
     for changes, what in (
         ({"module": "other"}, "at other, and the model has no such site"),
-        ({"errors": ((0.0,) * 5,)}, "1 KV heads at .* has 2 KV heads"),
+        ({"errors": ((0.0,) * 5,)}, "1 heads at .* has 2 KV heads and 4 query heads there"),
     ):
         site = replace(first.profile.sites[0], **changes)
         with pytest.raises(ValueError, match=f"profile: it has .*{what}.*must be a profile of this model"):
@@ -418,7 +437,7 @@ def test_a_model_without_causal_attention_is_told_why() -> None:
             x = self.embed(ids)[:, None].expand(-1, 2, -1, -1)
             return self.out(F.scaled_dot_product_attention(x, x, x).transpose(1, 2).flatten(2))
 
-    with pytest.raises(ValueError, match="no site can have rows for each KV head: .*not causal"):
+    with pytest.raises(ValueError, match="no site can have rows for each head: .*not causal"):
         fit(Encoder().eval(), texts(40, 45), tolerance=0.1)
 
 

@@ -467,6 +467,9 @@ def test_what_every_head_sees_is_told_in_words_and_in_a_picture():
     page = report.to_html()
     assert "<code>rows=by KV head, 2 below</code>" in page and page.count("<rect ") == 2 + 2
     assert "<title>(root) head 1: 2 sinks + 9 recent + 1 selected blocks</title>" in page
+    finer = explain(attend, q, k, v, methods=[PerHead([Rows(recent=9)] * 3 + [Rows(2)])])
+    assert "│ by query head, 4 below │" in str(finer) and "rows of every query head:\n  (root)  2 2 2 1\n" in str(finer)
+    assert finer.to_html().count("<rect ") == 4 + 2
     uniform = explain(attend, q, k, v, methods=[PerHead([Rows(recent=9)])])
     assert "<rect " not in uniform.to_html() and "│ 9 recent │" in str(uniform)
     assert "rows of every KV head" not in str(uniform)

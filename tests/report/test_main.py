@@ -18,6 +18,7 @@ from express_compile.core.cost import Device
 from express_compile.core.plan import SavedPlan
 from express_compile.core.policy import Policy
 from express_compile.planning import devices, measure
+from express_compile.report import commands
 from express_compile.report.commands import MODULE
 from express_compile.report.explain import explain
 
@@ -131,7 +132,9 @@ def test_errors_are_measured_on_request(model: str, tmp_path: Path, capsys: pyte
     assert json.loads((tmp_path / "f").read_text())["sites"][0]["error"] < 1e-5, "equal keys are thinned without loss"
 
 
-def test_a_plan_is_fitted_to_a_text_and_saved(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_is_fitted_to_a_text_and_saved(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     text, plan, ids = tmp_path / "sample.txt", tmp_path / "plan.json", tmp_path / "ids.pt"
     text.write_text("It was a dark and stormy night; the rain fell in torrents. " * 24)
     written = ["--tokens", "1400", "--save-plan", str(plan)]
@@ -145,6 +148,12 @@ def test_a_plan_is_fitted_to_a_text_and_saved(model: str, tmp_path: Path, capsys
     torch.save(torch.tensor([ord(letter) % 2 for letter in text.read_text()]), ids)
     assert main(["fit", f"{model}:make", "--sample", str(ids), "--tolerance", "0.01", *written]) == 0
     assert SavedPlan.load(plan) == found and SavedPlan.load(plan).fitted == found.fitted
+
+    asked, run = [], commands.fit_plan
+    monkeypatch.setattr(commands, "fit_plan", lambda *a, **own: asked.append(own["query_heads"]) or run(*a, **own))
+    for flags in ([], ["--query-heads"]):
+        assert main(["fit", f"{model}:make", "--sample", str(ids), "--tolerance", "0.01", *flags, *written]) == 0
+    assert asked == [False, True]
 
 
 def test_what_cannot_be_fitted_is_told(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

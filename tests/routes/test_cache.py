@@ -493,7 +493,15 @@ def test_what_is_asked_for_is_checked(options: dict[str, Any], error: type[Excep
 def test_rows_of_another_number_of_heads_are_refused_with_the_first_tokens() -> None:
     model = llama()
     cache = ExpressCache(model, rows=[Rows(2), Rows(3), Rows(4)])
-    with pytest.raises(ValueError, match=re.escape(f"'{PATHS[0]}': rows lists 3 KV heads, the call has 2")):
+    with pytest.raises(ValueError, match=re.escape(f"'{PATHS[0]}': rows lists 3 heads, the call has 2 KV heads")):
+        logits(model, ids(5), cache)
+
+
+def test_rows_of_query_heads_are_refused_with_the_first_tokens() -> None:
+    model = llama()
+    cache = ExpressCache(model, rows=[Rows(2), Rows(3), Rows(4), Rows(4)])
+    words = f"'{PATHS[0]}': rows lists 4 query heads; an ExpressCache holds rows by KV head, of which there are 2"
+    with pytest.raises(ValueError, match=re.escape(words)):
         logits(model, ids(5), cache)
 
 

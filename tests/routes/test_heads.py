@@ -49,6 +49,21 @@ def test_both_routes_give_every_head_its_rows() -> None:
     torch.testing.assert_close(logits(compiled), EXPECTED, **NORMS)
 
 
+def test_both_routes_and_a_saved_plan_give_every_query_head_its_rows() -> None:
+    rows = {"model.layers.0.self_attn": [WINDOW, CORE, CORE, WINDOW], "model.layers.1.self_attn": [BLOCKS, WHOLE] * 2}
+    own = PerHead(rows, block=16)
+    model = rewrite_attention(llama(), strict=True, methods=[own])
+    with record_sites() as sites:
+        found = logits(model)
+    assert [list(x.rows) for x in sites] == list(rows.values()) and {x.saved.per for x in sites} == {"query head"}
+    assert (found - EXPECTED).norm() > 0.01 * EXPECTED.norm(), "query heads of one KV head differ"
+    torch._dynamo.reset()
+    compiled = torch.compile(llama(), backend="express", options={"methods": [own], "strict": True})
+    torch.testing.assert_close(logits(compiled), found, **NORMS)
+    plan = SavedPlan.from_json(SavedPlan(tuple(x.saved for x in sites)).to_json())
+    assert torch.equal(rewritten(plan=plan), found)
+
+
 def test_globs_say_the_same_as_paths() -> None:
     modules = {f"*.{i}.self_attn": PerHead(rows, block=16) for i, rows in enumerate(PLAN.values())}
     assert torch.equal(rewritten(modules=modules), EXPECTED)
@@ -149,7 +164,7 @@ def test_an_entry_of_a_plan_needs_no_options_beside_its_rows() -> None:
     assert torch.equal(rewritten(plan=plan), rewritten(methods=[PerHead(PLAN)]))
     data = json.loads(plan.to_json())
     data["sites"][0]["rows"].append({"recent": 3})
-    with pytest.raises(ValueError, match="rows lists 3 KV heads, the site has 2"):
+    with pytest.raises(ValueError, match="rows lists 3 heads, the site has 2 KV heads and 4 query heads"):
         rewritten(plan=SavedPlan.from_json(json.dumps(data)))
 
 
@@ -158,8 +173,8 @@ def test_what_a_plan_does_not_fit_is_told() -> None:
         rewritten(methods=[PerHead({**PLAN, "model.layers.7.self_attn": [WINDOW]})])
     with pytest.raises(ValueError, match="its rows have no entry for this module"):
         rewritten(methods=[PerHead({"model.layers.0.self_attn": [WINDOW]})])
-    with pytest.raises(ValueError, match="rows lists 4 KV heads, the site has 2"):
-        rewritten(methods=[PerHead([WINDOW] * 4)])
+    with pytest.raises(ValueError, match="rows lists 3 heads, the site has 2 KV heads and 4 query heads"):
+        rewritten(methods=[PerHead([WINDOW] * 3)])
 
 
 def test_a_policy_survives_json_and_a_model_its_restoring() -> None:

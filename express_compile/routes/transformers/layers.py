@@ -190,7 +190,13 @@ class ExpressLayer(CacheLayerMixin):
         module, (_, H_kv, _, D) = self.place.module(), key_states.shape
         try:
             self.shard = shard_of(module, H_kv * getattr(module, "num_key_value_groups", 1), H_kv, D)
-            groups(self.own.rows, H_kv if self.shard is None else self.shard.of)
+            whole = H_kv if self.shard is None else self.shard.of
+            if len(self.own.rows) == whole * getattr(module, "num_key_value_groups", 1) != whole:
+                raise ValueError(
+                    f"rows lists {len(self.own.rows)} query heads; an ExpressCache holds rows by KV head, of which "
+                    f"there are {whole}, or the same for all: fit a plan without query_heads for it"
+                )
+            groups(self.own.rows, whole)
         except ValueError as error:
             raise ValueError(f"{self.place.path!r}: {error}") from None
         if self.shard is not None and len(self.own.rows) > 1:

@@ -1,0 +1,277 @@
+"""Plans per query head: each one sees its own rows, of which those that are chosen are of what its KV head chose."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from express_compile.core.call import Call
+from express_compile.core.method import METHODS
+from express_compile.core.policy import Policy
+from express_compile.core.rows import Rows, to_numbers
+from express_compile.core.spec import AttentionSpec, HeadShard, Mask, Site
+from express_compile.kernels import heads as P
+from express_compile.kernels.attend.job import HEAD, PART, SHIFT
+from express_compile.kernels.attend.segments import SegmentTiles
+from express_compile.kernels.launch import Widths
+from express_compile.kernels.select import blocks
+from express_compile.kernels.select.blocks import NONE, select_blocks_triton
+from express_compile.planning.choose import plan
+from express_compile.planning.devices import shipped
+from express_compile.planning.predict import cost_at, predict
+
+SEED = torch.tensor(7)
+WINDOW, CORE, PLACES = Rows(2, 9), Rows(2, 9, 8), Rows(3, 5, protected=20)
+KEPT, ONE, TWO, WHOLE = Rows(2, 9, 8, 20), Rows(2, 9, selected=1), Rows(2, 9, selected=2), Rows(everything=True)
+LATE = Rows(2, 40, selected=1)  # another tail
+SOURCES = [WINDOW, CORE, PLACES, KEPT, ONE, TWO, LATE, WHOLE]
+
+mixtures = st.sampled_from([(1, 2), (1, 3), (2, 2), (2, 3), (3, 3)]).flatmap(
+    lambda x: st.tuples(st.just(x[0]), st.lists(st.sampled_from(SOURCES), min_size=x[0] * x[1], max_size=x[0] * x[1]))
+)
+"""The number of KV heads, and the rows of every query head."""
+
+
+def tokens(n: int, H: int, H_kv: int, B: int = 2, D: int = 8, Dv: int = 6, Lq: int | None = None, **own: Any):
+    generator = torch.Generator().manual_seed(n)
+    shapes = (B, H, Lq or n, D), (B, H_kv, n, D), (B, H_kv, n, Dv)
+    return [torch.randn(shape, generator=generator, **{"dtype": torch.float64, **own}) for shape in shapes]
+
+
+def op(q, k, v, rows, padding=None, min_length=0, last=0):
+    options = dict(halving="balanced", inflation=-1, flatten=0.0, block=16, min_length=min_length, last=last)
+    return METHODS["heads"].op(q, k, v, padding, SEED, 0.5, 3, rows=to_numbers(rows), **options)
+
+
+def one_by_one(q, k, v, rows, **own: Any) -> list[torch.Tensor]:
+    """Every query head where all heads of the layer have its rows."""
+    alone = [op(q, k, v, [x], **own) for x in rows]
+    return [torch.stack([found[i][:, head] for head, found in enumerate(alone)], 1) for i in range(2)]
+
+
+@given(mixture=mixtures, n=st.sampled_from([64, 200, 513]), past=st.sampled_from([0, 40]))
+@settings(max_examples=20)
+def test_a_query_head_gets_what_it_gets_where_all_heads_have_its_rows(mixture, n, past):
+    H_kv, rows = mixture
+    q, k, v = tokens(n, len(rows), H_kv, B=1, Lq=n - past)
+    for x, e in zip(op(q, k, v, rows), one_by_one(q, k, v, rows), strict=True):
+        torch.testing.assert_close(x, e)
+
+
+def test_it_is_the_call_with_a_key_and_a_value_for_every_query_head():
+    """Of rows that are not chosen."""
+    rows = [WINDOW, WHOLE, Rows(0, 30), Rows(5, 0), WINDOW, Rows()]
+    q, k, v = tokens(400, 6, 2)
+    expanded = op(q, *(x.repeat_interleave(3, 1) for x in (k, v)), rows)
+    for x, e in zip(op(q, k, v, rows), expanded, strict=True):
+        torch.testing.assert_close(x, e)
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5, enable_gqa=True)
+    torch.testing.assert_close(expanded[0][:, 1], exact[:, 1])
+    assert not torch.allclose(expanded[0][:, 2], exact[:, 2])
+
+
+@pytest.mark.parametrize("rows", [[CORE, KEPT], [ONE, WINDOW]], ids=str)
+def test_equal_rows_in_every_group_are_the_plan_per_kv_head_bit_for_bit(rows):
+    q, k, v = (x.requires_grad_() for x in tokens(400, 6, 2, dtype=torch.float32))
+    found, expected = (op(q, k, v, x) for x in (np.repeat(np.array(rows, object), 3).tolist(), rows))
+    grads = [torch.autograd.grad(out.sum(), (q, k, v)) for out, _ in (found, expected)]
+    for x, e in zip((*found, *grads[0]), (*expected, *grads[1]), strict=True):
+        assert torch.equal(x, e)
+
+
+def test_more_blocks_are_the_blocks_of_fewer_and_others():
+    """The query heads of a KV head have one order of its blocks."""
+    q, k, v = tokens(400, 3, 1, B=1)
+    v = torch.eye(400, dtype=torch.float64)[None, None]
+    one, two, three = (op(q, k, v, [ONE, TWO, Rows(2, 9, selected=3)])[0][0] > 0).unbind()
+    assert (one <= two).all() and (two <= three).all()
+    assert [int(x[-1].sum() - one[-1].sum()) for x in (two, three)] == [64, 128]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_a_least_length_and_exact_last_queries(side):
+    rows = [WINDOW, CORE, TWO, ONE, ONE, WHOLE]
+    q, k, v = tokens(300, 6, 2)
+    padding = torch.ones(2, 300, dtype=torch.bool)
+    padding[0, slice(90) if side == "left" else slice(210, 300)] = False
+    for own in (dict(min_length=250), dict(last=5), {}):
+        expected = one_by_one(q, k, v, rows, padding=padding, **own)
+        for x, e in zip(op(q, k, v, rows, padding=padding, **own), expected, strict=True):
+            torch.testing.assert_close(x, e)
+
+
+# -- gradients -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rows", [[WINDOW, CORE, TWO, ONE, ONE, WHOLE], [KEPT, KEPT, PLACES, KEPT, CORE, LATE]], ids=str
+)
+def test_gradients_are_the_sums_of_those_of_the_query_heads(rows):
+    """Padded, the last queries exact."""
+    leaves = [x.requires_grad_() for x in tokens(330, 6, 2, Lq=300)]
+    padding = torch.arange(330) >= torch.tensor([[40], [0]])
+    grad = torch.randn(2, 6, 300, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = torch.autograd.grad(op(*leaves, rows, padding, last=3)[0], leaves, grad)
+    expected = [torch.zeros_like(x) for x in leaves]
+    for head, own in enumerate(rows):
+        alone = torch.zeros_like(grad)
+        alone[:, head] = grad[:, head]
+        parts = torch.autograd.grad(op(*leaves, [own], padding, last=3)[0], leaves, alone)
+        expected = [x + part for x, part in zip(expected, parts, strict=True)]
+    for x, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, e)
+
+
+def test_gradcheck():
+    leaves = [x.requires_grad_() for x in tokens(150, 3, 1, B=1, D=2, Dv=2)]
+    assert torch.autograd.gradcheck(lambda *x: op(*x, [CORE, ONE, WINDOW])[0], leaves, atol=1e-6, fast_mode=True)
+
+
+def test_opcheck():
+    leaves = [x.requires_grad_() for x in tokens(150, 4, 2)]
+    options = dict(rows=to_numbers([CORE, ONE, WINDOW, WHOLE]), halving="balanced", inflation=-1, flatten=0.0, block=16)
+    args = (*leaves, None, SEED, 0.5, 3)
+    torch.library.opcheck(METHODS["heads"].op, args, {**options, "min_length": 0})
+    out, lse = (x.detach() for x in METHODS["heads"].op(*args, **options, min_length=0))
+    given_back = (out, out, lse, *(x.detach() for x in leaves), *args[3:])
+    torch.library.opcheck(torch.ops.express_compile.heads_backward.default, given_back, {**options, "min_length": 0})
+
+
+# -- the kernels, in the interpreter -------------------------------------------------------------------------------
+
+
+def poisoned(x: torch.Tensor) -> torch.Tensor:
+    return x.fill_(math.nan) if x.is_floating_point() else x.fill_(2**30)
+
+
+@pytest.mark.parametrize(
+    ("H_kv", "rows", "n", "Lq"),
+    [
+        (2, [WINDOW, ONE, WHOLE, TWO, ONE, CORE], 250, None),
+        (2, [CORE, CORE, KEPT, CORE, WHOLE, WHOLE], 310, 60),
+        (3, [WHOLE, WINDOW, PLACES, WHOLE, WHOLE, WHOLE], 310, None),
+        (1, [LATE, Rows(2, 9, selected=3), TWO], 350, 100),
+        (3, [TWO, TWO, ONE, TWO, WINDOW, LATE], 250, None),
+        (3, [KEPT, KEPT, KEPT, WINDOW, KEPT, KEPT], 310, 60),
+    ],
+    ids=str,
+)
+def test_one_launch_for_all_query_heads_gives_each_what_the_reference_gives(H_kv, rows, n, Lq, monkeypatch):
+    """Two sequences; whatever was in the memory that it takes."""
+    q, k, v = tokens(n, len(rows), H_kv, D=16, Dv=16, Lq=Lq, dtype=torch.float32)
+    call, own = Call(q, k, v, None, SEED, 0.5, 3), P.PerHead(rows, block=32)
+    monkeypatch.setattr(torch, "empty", lambda *a, empty=torch.empty, **o: poisoned(empty(*a, **o)))
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *a, empty=torch.Tensor.new_empty, **o: poisoned(empty(*a, **o))
+    )
+    out, lse = P.together(call, own, None)
+    monkeypatch.undo()
+    expected, expected_lse = P.heads_reference(q, k, v, own, 0.5, SEED, 3)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-5)
+
+
+def test_kv_heads_with_equal_rows_thin_together_however_many_query_heads_have_them():
+    rows = P.PerHead([KEPT, KEPT, KEPT, WINDOW, KEPT, KEPT, CORE, WHOLE], block=32)
+    what = P._together(rows, 2, 2, 4, 1000, 1000)
+    assert [x.heads for x in what.thinned] == [(0, 2, 1), (3,)]
+    assert [x.queries for x in what.mixture.shares] == [(0, 1, 4, 5), (2,), (3,), (6,)]
+
+
+def test_keys_are_scored_once_for_all_query_heads_of_a_kv_head(monkeypatch):
+    rows = [ONE, TWO, TWO, WINDOW, WINDOW, WINDOW, TWO, Rows(2, 9 + 32, selected=3), ONE]
+    q, k, v = tokens(250, 9, 3, D=16, Dv=16, dtype=torch.float32)
+    call, own = Call(q, k, v, None, SEED, 0.5, 3), P.PerHead(rows, block=32)
+    launches, run = [], blocks.launch
+    monkeypatch.setattr(blocks, "launch", lambda *args, **options: (launches.append(args[1]), run(*args, **options)))
+    (family,) = P._families(own, 3, 9, 250)
+    chosen = P._choose(call, family, None)
+    # two KV heads of two sequences; of the first one block and two, of the last one, two and three
+    assert [grid[-1] for grid in launches] == [4, 10]
+    assert sorted(zip(family.heads, (x.selected for x in family.rows), strict=True)) == [
+        (0, 1), (0, 2), (2, 1), (2, 2), (2, 3)
+    ]  # fmt: skip
+    for group in family.groups:
+        query, key = (group.take(x, 3) for x in (q, k))
+        alone = select_blocks_triton(query, key, own.config(group.rows), 0.5)
+        found, beyond = chosen[:, family.at(group)].tensor_split([group.rows.selected], 3)
+        assert torch.equal(found, alone) and (beyond == NONE).all()
+
+
+@given(mixture=mixtures, n=st.sampled_from([64, 290, 1000]), past=st.sampled_from([0, 200]), hopper=st.booleans())
+def test_every_query_of_every_head_that_is_not_exact_is_in_one_job(mixture, n, past, hopper):
+    (H_kv, rows), Lq = mixture, max(1, n - past)
+    H = len(rows)
+    what = P._together(P.PerHead(rows, block=32), 2, H // H_kv, H_kv, Lq, n)
+    exact = [h for h, x in enumerate(rows) if n <= P.exact_up_to(x)]
+    assert sorted(h for group in what.exact for h in group.queries) == exact
+    for group in what.exact:
+        G = len(group.queries) // len(group.heads)
+        assert [h * H_kv // H for h in group.queries] == [h for h in group.heads for _ in range(G)]
+    if what.mixture is None:
+        assert len(exact) == H
+        return
+    jobs = what.mixture.lists(SegmentTiles(Widths(8, 8, 16, 16), 16, 16, 4, 1, hopper))[0]
+    covered = np.zeros((H, Lq), int)
+    for job in jobs.tolist():
+        first = job[PART] * 16 - job[SHIFT]
+        covered[job[HEAD], max(0, first) : min(first + 16, Lq)] += 1
+    assert (covered == np.isin(np.arange(H), exact, invert=True)[:, None]).all()
+
+
+# -- as a method ---------------------------------------------------------------------------------------------------
+
+
+def spec(**changes: Any) -> AttentionSpec:
+    base = dict(B=1, H=6, H_kv=2, Lq=600, Lk=600, D=8, Dv=8, dtype=torch.float32, device="cpu", scale=0.5)
+    return AttentionSpec(**{**base, "mask": Mask(causal=True), **changes})
+
+
+def test_a_site_takes_rows_for_its_query_heads_and_no_other_number():
+    rows = [CORE, ONE, WHOLE, WINDOW, TWO, TWO]
+    policy = Policy(methods=[P.PerHead(rows)])
+    made = plan(spec(), policy)
+    assert made.verdict == "rewritten", made.reason
+    assert made.rows == tuple(rows) and made.params["rows"] == to_numbers(rows)
+    assert Policy.from_json(policy.to_json()) == policy
+    refused = plan(spec(H=12, H_kv=4), policy)
+    assert refused.reason == "rows lists 6 heads, the site has 4 KV heads and 12 query heads"
+    with pytest.raises(ValueError, match="rows lists 3 heads, the call has 2 KV heads and 6 query heads"):
+        op(*tokens(20, 6, 2), [CORE] * 3)
+
+
+def test_a_part_of_the_heads_takes_the_rows_of_their_query_heads():
+    rows = [CORE, ONE, WHOLE, WINDOW, TWO, TWO]
+    params = METHODS["heads"].params(Site(), Policy(methods=[P.PerHead(rows)]))
+    assert METHODS["heads"].part(params, HeadShard(1, 1, 2))["rows"] == to_numbers(rows[3:])
+
+
+def test_the_cost_is_the_mean_of_what_it_is_with_the_rows_of_each_head():
+    """So the heads of a KV head, if they are equal, cost what the plan per KV head says."""
+    n, (thinned, few, many) = 8192, (Rows(32, 256, 64, 64), Rows(32, 256, selected=8), Rows(32, 256, selected=16))
+    at, rows = spec(Lq=n, Lk=n), [thinned, WHOLE, few, many, WHOLE, WHOLE]
+    params = METHODS["heads"].params(Site(), Policy(methods=[P.PerHead(rows)]))
+    whole = cost_at("heads", at, params)
+    uniform = [cost_at("heads", at, {**params, "rows": to_numbers([x])}) for x in rows]
+    for name in ("scores", "flops", "bytes"):
+        assert getattr(whole, name) == pytest.approx(sum(getattr(x, name) for x in uniform) / 6)
+    equal, per_kv_head = ({**params, "rows": to_numbers(x)} for x in ([few] * 3 + [many] * 3, [few, many]))
+    assert cost_at("heads", at, equal) == cost_at("heads", at, per_kv_head)
+
+
+def test_fewer_exact_query_heads_are_predicted_to_be_faster():
+    H200 = shipped()["NVIDIA H200"]
+    at = spec(H=24, H_kv=8, Lq=32_768, Lk=32_768, D=128, Dv=128, dtype=torch.bfloat16, device="cuda")
+    times = [
+        predict("heads", at, Policy(methods=[P.PerHead([WHOLE] * i + [Rows(32, 256)] * (24 - i))]), H200)
+        for i in range(25)
+    ]
+    assert times[:-1] == sorted(times[:-1]) and times[24] == predict("exact", at, Policy(), H200)
+    assert times[12] < times[24]
