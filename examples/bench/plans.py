@@ -9,6 +9,7 @@ One profile of three texts (``models.profiled_texts``), by which every policy th
   fewer such queries; ``per layer``: the errors of a layer's heads summed, so that all of them have the same;
   ``without records``: the profile of the two natural texts alone;
 * ``per query head`` (``--query-heads``): each query head has rows of its own, by a profile of its own;
+* ``heads repeated`` (``--repeat-heads``): the policies of a model whose query heads share no keys and values;
 * ``layers alike``: without what errors of a layer do to the output, as if that were the same in all of them;
 * ``window or everything``: heads stream or see everything, as in DuoAttention (arXiv 2410.10819).
 
@@ -215,6 +216,22 @@ def in_words(plan: Plan) -> str:
 # --------------------------------------------------------------------------------------------------------- judging
 
 
+def repeat_heads(model: Any) -> None:
+    """Give every query head keys and values of its own, copies of those that its group shares."""
+    config = model.config
+    group, heads = config.num_attention_heads // config.num_key_value_heads, config.num_key_value_heads
+    for module in model.modules():
+        if not hasattr(module, "num_key_value_groups"):
+            continue
+        for layer in (module.k_proj, module.v_proj):
+            for name, old in dict(layer.named_parameters()).items():
+                new = old.data.unflatten(0, (heads, -1)).repeat_interleave(group, 0).flatten(0, 1)
+                setattr(layer, name, torch.nn.Parameter(new))
+            layer.out_features *= group
+        module.num_key_value_groups = 1
+    config.num_key_value_heads = config.num_attention_heads
+
+
 @torch.no_grad()
 def recalled(model: Any, asked: Sequence[Case], batch: int, device: str) -> list[bool]:
     """Of every case whether each token of its answer is ranked first; all have the same number of tokens."""
@@ -337,6 +354,9 @@ class Bench:
         self.name, load = MODELS[args.model]
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         self.model, self.tokenizer = load(self.device, dtype)
+        self.suffix = ", heads repeated" * getattr(args, "repeat_heads", False)
+        if self.suffix:
+            repeat_heads(self.model)
         self.results: list[dict[str, Any]] = []
         self.options += self.more * (args.length > LONG)
         self.common = {**run_of(args.commit), "model": self.name}
@@ -348,6 +368,7 @@ class Bench:
         own = dict(n=n, method=method, budget=budget, params="", rows=n)
         if plan is not None:
             own |= dict(params=f"budget={budget:g}; {in_words(plan)}", rows=round(average_rows(plan, n), 1))
+            own["method"] += self.suffix
         new = [{**self.common, **own, **row} for row in rows]
         self.results += new
         if self.args.out:
@@ -370,7 +391,8 @@ class Bench:
             each[text] = profile(self.model, self.tokens(content, n), self.options, block=BLOCK, progress=True)
             print(f"profile of {text}: {time.perf_counter() - start:.1f} s in all", flush=True)
         seconds = time.perf_counter() - start
-        self.write([dict(task=f"profile: {', '.join(each)}", metric="seconds", value=seconds)], n, "profile")
+        self.write([dict(task=f"profile: {', '.join(each)}", metric="seconds", value=seconds)], n,
+                   "profile" + self.suffix)  # fmt: skip
         found = mean_of(list(each.values()))
         if path:
             path.write_text(found.to_json(), encoding="utf-8")
@@ -446,6 +468,8 @@ def main() -> None:
     parser.add_argument("--last", type=int, default=LAST, help="queries at the end that see everything")
     parser.add_argument("--few", action="store_true", help="only the policies that --others are judged with")
     parser.add_argument("--query-heads", action="store_true", help="plans per query head, too")
+    parser.add_argument("--repeat-heads", action="store_true", help="keys and values repeated for every query head, so "
+                        "that each has rows of its own, blocks that it chose alone among them")  # fmt: skip
     parser.add_argument("--plan", type=Path, help="file for the plan per head of the largest budget")
     args = parser.parse_args()
     start = time.perf_counter()

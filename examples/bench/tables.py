@@ -767,6 +767,8 @@ UNIFORM = {
 PLANS = {
     "per head": "plan per head",
     "per query head": "plan per query head",
+    "per head, heads repeated": "plan per head, keys and values repeated for every query head",
+    "window or everything, heads repeated": "window or everything, keys and values repeated for every query head",
     "per layer": "plan per layer",
     "window or everything": "window or everything, per head",
     **UNIFORM,

