@@ -555,8 +555,13 @@ class _Kind:
 
     def learn(self, layer: int | None, given: list[torch.Tensor], body: Callable[[], Any]) -> Any:
         """What ``body()`` gives, after which there may be code for such calls."""
-        first, new = self.recording, Recording(given, layer)
-        out = new.run(body)
+        if not _ONE_RECORDS.acquire(blocking=False):
+            return body()
+        try:
+            first, new = self.recording, Recording(given, layer)
+            out = new.run(body)
+        finally:
+            _ONE_RECORDS.release()
         self.recorded += 1
         both = None if first is None else agreement(first, new)
         if new.failed:
@@ -573,6 +578,7 @@ class _Kind:
         return out
 
 
+_ONE_RECORDS = threading.Lock()  # where modes of two threads overlap, PyTorch takes itself to be in one ever after
 _EVERY: list[dict[Any, Any]] = []
 
 

@@ -262,6 +262,27 @@ def test_threads_get_their_own_results() -> None:
     assert not wrong
 
 
+def test_calls_of_two_threads_that_overlap_leave_pytorch_in_no_mode() -> None:
+    x, began, end = torch.zeros(2), [threading.Event() for _ in range(2)], [threading.Event() for _ in range(2)]
+
+    def work(i: int) -> None:
+        def body() -> torch.Tensor:
+            began[i].set()
+            assert end[i].wait(60)
+            return x + i
+
+        prepared._Kind().learn(0, [x], body)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for i, thread in enumerate(threads):
+        thread.start()
+        assert began[i].wait(60)
+    for i, thread in enumerate(threads):  # the one that began first ends first
+        end[i].set()
+        thread.join()
+    assert not torch.utils._python_dispatch.is_in_any_mode_without_ignore_compile_internals()
+
+
 LIBRARY = torch.library.Library("express_compile_tests", "FRAGMENT")
 LIBRARY.define("total(Tensor x, Tensor y, Tensor? z, float scale, int layer, *, int[] steps, int more=0) -> Tensor")
 TOTAL = torch.ops.express_compile_tests.total.default
