@@ -493,8 +493,8 @@ def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int) -> Toge
                 thinned.append(Thinned(heads, layout, copied, indexed))
             for few, its in parts:
                 begin = (copied, A), (indexed, layout.size)
-                places = (Place(x + first * each, each, each * len(heads)) for x, each in begin)
-                shares.append(HeadRows(len(few), its, layout.table, A, I, *places))
+                copies, listed = (Place(x + first * each, each, each * len(heads)) for x, each in begin)
+                shares.append(HeadRows(len(few), its, layout.table, A, I, copies, listed))
                 first += len(few)
             copied += B * len(heads) * A  # no gaps: what lies in them would be read
             # multiples of 16 bytes: kernels are compiled once more for memory that begins elsewhere
@@ -564,7 +564,7 @@ def _exact_heads(call: Call, group: Group, outputs: Outputs) -> None:
     if apart := [i for i, own in enumerate(lists) if read[i].shape[1] > len(own)]:
         for i in apart:
             read[i] = read[i].new_empty(len(read[i]), len(lists[i]), *read[i].shape[2:])
-        _copy_heads(*(tuple(x[i] for i in apart) for x in (qkv, read, lists)), into=False)
+        _copy_heads(tuple(qkv[i] for i in apart), [read[i] for i in apart], [lists[i] for i in apart], into=False)
     query, key, value = read
     _copy_heads(exact_attention(query, key, value, call.scale), outputs, (queries, queries), into=True)
 
