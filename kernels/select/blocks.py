@@ -240,19 +240,9 @@ def _score_kernel(
 
 
 @jit
-def best_of(b_rank, wanted, BITS: tl.constexpr):
-    """1 for the ``wanted`` entries of largest rank, an integer of so many bits, and of equal ones for the first; 0 for
-    others. Negative ranks are those of no entries."""
-    least = 0  # the largest rank that as many as are wanted reach
-    for i in range(BITS):
-        higher = least | (1 << (BITS - 1 - i))
-        least = tl.where(tl.sum((b_rank >= higher).to(tl.int32)) >= wanted, higher, least)
-    return first_of(b_rank, least, wanted)
-
-
-@jit
 def first_of(b_rank, least, wanted):
-    """1 for the entries of more than rank ``least``, and for the first ones of this rank up to ``wanted`` in all."""
+    """1 for the entries of more than rank ``least``, and for the first ones of this rank up to ``wanted`` in all; 0 for
+    others."""
     b_better, b_equal = (b_rank > least).to(tl.int32), (b_rank == least).to(tl.int32)
     left = wanted - tl.sum(b_better)
     return b_better + b_equal * (tl.cumsum(b_equal, 0) <= left).to(tl.int32)

@@ -333,23 +333,11 @@ def small(rows: list[Rows], n: int, Lq: int | None = None, B: int = 1, **own: An
     ],
     ids=str,
 )
-def test_one_launch_for_all_heads_gives_each_what_the_reference_gives(rows, n, Lq, monkeypatch):
+def test_one_launch_for_all_heads_gives_each_what_the_reference_gives(rows, n, Lq, judge_together):
     """Two sequences, two query heads for each KV head; whatever was in the memory that it takes."""
 
-    def poisoned(x: torch.Tensor) -> torch.Tensor:
-        return x.fill_(math.nan) if x.is_floating_point() else x.fill_(2**30)
-
     q, k, v = tokens(n, H=2 * len(rows), H_kv=len(rows), D=16, Dv=16, Lq=Lq, dtype=torch.float32)
-    call, own = Call(q, k, v, None, SEED, 0.5, 3), P.PerHead(rows, block=32)
-    monkeypatch.setattr(torch, "empty", lambda *a, empty=torch.empty, **o: poisoned(empty(*a, **o)))
-    monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda *a, empty=torch.Tensor.new_empty, **o: poisoned(empty(*a, **o))
-    )
-    out, lse = P.together(call, own, None)
-    monkeypatch.undo()
-    expected, expected_lse = P.heads_reference(q, k, v, own, 0.5, SEED, 3)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-5)
+    judge_together(q, k, v, rows)
 
 
 def test_heads_whose_blocks_begin_together_choose_in_two_launches_what_they_choose_alone(monkeypatch):
