@@ -69,9 +69,10 @@ from .express import (
 from .launch import Random, constant, jit, launch, load_rows, next_power_of_two, sequence, strided, tl
 from .op import define_attention
 from .select.blocks import KEYS, BlockConfig, Choosers, query_blocks, select_blocks, select_blocks_triton
-from .select.contest import CONTEST
-from .select.halving import RULE
+from .select.contest import CONTEST, compete_into
+from .select.halving import RULE, Decider
 from .select.schedule import check_budget
+from .select.thinning import Part, thin_parts_into
 
 _Tensors = tuple[torch.Tensor, ...]
 EVERYTHING = Rows(everything=True)
@@ -450,6 +451,11 @@ class Thinned:
     copies: int
     index: int
 
+    @property
+    def halves(self) -> bool:
+        """Whether there is a coreset, not protected rows alone."""
+        return bool(self.layout.schedule.launches or self.layout.schedule.subsamples)
+
 
 @dataclass(frozen=True, eq=False)
 class Together:
@@ -532,8 +538,8 @@ def together(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torc
         copies = tuple(x.new_empty(what.copied, x.shape[3]) for x in (key, value))
     for group in what.exact:  # the longest ones
         _exact_heads(call, group, outputs)
-    for x in what.thinned:
-        _thin(call, x, index, copies)
+    if what.thinned:
+        _thin(call, what.thinned, index, copies)
     found = [_choose(call, family, start).flatten() for family in what.families]
     chosen = None if not found else found[0] if len(found) == 1 else torch.cat(found)
     read = index if any(x.layout.config.protected for x in what.thinned) else None
@@ -541,19 +547,29 @@ def together(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torc
     return outputs
 
 
-def _thin(call: Call, own: Thinned, index: torch.Tensor | None, copies: _Tensors | None) -> None:
-    """What these heads keep, into their parts of the buffers."""
+def _thin(call: Call, all_of_them: tuple[Thinned, ...], index: torch.Tensor | None, copies: _Tensors | None) -> None:
+    """What these heads keep, into their parts of the buffers; those with a coreset are thinned side by side."""
     assert index is not None
-    (B, H_kv), H, layout = call.key.shape[:2], len(own.heads), own.layout
-    kept = tuple(
-        (x.new_empty(0, x.shape[3]) if copies is None else copies[i][own.copies : own.copies + B * H * layout.copied])
-        .view(B, H, layout.copied, x.shape[3])
-        for i, x in enumerate((call.key, call.value))
-    )  # fmt: skip
-    listed = index[own.index : own.index + B * H * layout.size].view(B, H, layout.size)
-    heads = None if own.heads == tuple(range(H_kv)) else _constant(own.heads, call.key.device)
-    random = Random(call.seed, call.layer, heads)
-    select_into((listed, *kept), call.key, call.value, layout, call.scale, random)
+    key, value, parts = call.key, call.value, []
+    copies = tuple(x.new_empty(0, x.shape[3]) for x in (key, value)) if copies is None else copies
+    together = sum(x.halves for x in all_of_them) > 1
+    for own in all_of_them:
+        B, H, layout = len(key), len(own.heads), own.layout
+        kept = tuple(
+            x[own.copies : own.copies + B * H * layout.copied].view(B, H, layout.copied, x.shape[1]) for x in copies
+        )
+        listed = index[own.index : own.index + B * H * layout.size].view(B, H, layout.size)
+        heads = None if own.heads == tuple(range(key.shape[1])) else _constant(own.heads, key.device)
+        if not (together and own.halves):
+            select_into((listed, *kept), key, value, layout, call.scale, Random(call.seed, call.layer, heads))
+            continue
+        config = layout.config
+        if config.protected:
+            compete_into(listed, key, config.sinks, layout.contests, config.protected, heads)
+        parts.append(Part(own.heads, layout.schedule, config.sinks, layout.size, (own.index, own.copies)))
+    if parts:
+        decider = Decider(config.rule, call.scale, Random(call.seed, call.layer))
+        thin_parts_into((index, *copies), key, value, tuple(parts), decider)
 
 
 def _exact_heads(call: Call, group: Group, outputs: Outputs) -> None:

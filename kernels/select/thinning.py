@@ -243,8 +243,10 @@ def _ticket_order(table: np.ndarray, units: int, lanes: int) -> np.ndarray:
 _Inputs = namedtuple("_Inputs", "k v heads spans index copied_key copied_value")
 
 
-# Scratch memory and the table; :class:`_Places` says what lies where.
-_Work = namedtuple("_Work", "scratch sync table gains")
+# Scratch memory and the table; :class:`_Places` says what lies where. Of several streams: ``parts`` int64
+# ``[parts, FIELDS]``, what differs between them, and ``tickets`` int32 ``[tickets, 3]``, the part, the row of the table
+# and the sequence of it.
+_Work = namedtuple("_Work", "scratch sync table gains parts tickets", defaults=(None, None))
 
 
 # Of a sequence of n tokens with spans the stream has ``(n - sinks) // step * step - held`` rows. Stages and numbers of
@@ -252,6 +254,11 @@ _Work = namedtuple("_Work", "scratch sync table gains")
 _Sizes = namedtuple(
     "_Sizes", "programs tiles units buckets slots sequences H tokens sinks A index_rows step held stage first"
 )
+
+
+# Of a part ten of the sizes, from ``tiles`` to ``index_rows``, and where it begins in the heads, the index, the copies,
+# scratch and sync.
+FIELDS = constexpr(15)
 
 
 # Widths, pairs of a tile, and what the rule and the stream are like; W times BP lanes walk.
@@ -301,6 +308,29 @@ def _places(work, i_seq, sizes, SHAPE: tl.constexpr):
         p_centre + i_seq * sizes.buckets * D, p_bound + i_seq * sizes.buckets * 2,
         p_count + i_seq * sizes.units, p_count + sequences * sizes.units + i_seq * sizes.tiles,
     )  # fmt: skip
+
+
+# Where a part begins in the memory of a launch.
+_Begin = namedtuple("_Begin", "heads index copied_key copied_value scratch sync")
+
+
+@jit
+def _of_part(i_part, x, work, sizes, SHAPE: tl.constexpr):
+    """Where a part begins, and its sizes."""
+    p, own = work.parts + i_part * FIELDS, ()
+    for i in tl.static_range(10):
+        own += (tl.load(p + i).to(tl.int32),)  # type: ignore[assignment]
+    row = tl.load(p + 12)
+    begin = _Begin(x.heads + tl.load(p + 10), x.index + tl.load(p + 11), x.copied_key + row * SHAPE.D,
+                   x.copied_value + row * SHAPE.DV, work.scratch + tl.load(p + 13), work.sync + tl.load(p + 14))  # fmt: skip
+    return begin, _Sizes(sizes.programs, *own, sizes.step, sizes.held, sizes.stage, sizes.first)
+
+
+@jit
+def _ticket(work, ticket):
+    """The part, the row of the table, and the sequence."""
+    p = work.tickets + ticket * 3
+    return tl.load(p), tl.load(p + 1), tl.load(p + 2).to(tl.int64)
 
 
 @jit
@@ -354,8 +384,9 @@ def _hand_over(p_row, at, b_k, b_v, m_p, valid, SHAPE: tl.constexpr):
             tl.atomic_add(at.count + feeds, 1, sem="release")
 
 
-# The memory that a tile reads: stream rows among the tokens, by index if ``raw``, all others among the copies.
-_From = namedtuple("_From", "p_k stride_k p_v stride_v p_index first raw span")
+# The memory that a tile reads: stream rows among the tokens if ``raw``, by index if ``listed``, all others among the
+# copies.
+_From = namedtuple("_From", "p_k stride_k p_v stride_v p_index first raw listed span")
 
 
 @jit
@@ -363,7 +394,7 @@ def _rows_at(source, b_at, m_r, SHAPE: tl.constexpr):
     """Where in that memory the arena rows ``b_at`` are."""
     b_row = source.first + b_at
     if SHAPE.STREAMED:
-        if source.raw:
+        if source.listed:
             b_row = tl.load(source.p_index + b_at, mask=m_r, other=0)
     elif source.span is not None:
         if source.raw:
@@ -388,8 +419,20 @@ def _zero_kernel(p, n, BLOCK: tl.constexpr):
 
 @jit(general="sizes")
 def _describe_kernel(x, work, sizes, SHAPE: tl.constexpr):
+    if work.parts is None:
+        _describe_tile(tl.program_id(0), tl.program_id(1).to(tl.int64), x, work, True, sizes, SHAPE)
+    else:
+        i_part, i_row, i_seq = _ticket(work, tl.program_id(0))
+        at, own = _of_part(i_part, x, work, sizes, SHAPE)
+        part = _Inputs(x.k, x.v, at.heads, None, at.index, at.copied_key, at.copied_value)
+        places = _Work(at.scratch, at.sync, work.table, None, None, None)
+        _describe_tile(i_row, i_seq, part, places, own.index_rows > own.A, own, SHAPE)
+
+
+@jit
+def _describe_tile(i_row, i_seq, x, work, listed, sizes, SHAPE: tl.constexpr):
     """Statistics of stream rows that buckets of several tiles read as they are."""
-    p_row, i_seq = work.table + tl.program_id(0) * COLUMNS, tl.program_id(1).to(tl.int64)
+    p_row = work.table + i_row * COLUMNS
     head = head_of(x.heads, i_seq % sizes.H)
     p_k, stride_k = sequence(x.k, i_seq // sizes.H, head)
     p_v, stride_v = sequence(x.v, i_seq // sizes.H, head)
@@ -399,7 +442,7 @@ def _describe_kernel(x, work, sizes, SHAPE: tl.constexpr):
         span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_seq // sizes.H))
         if span.length == 0:
             return
-    source = _From(p_k, stride_k, p_v, stride_v, p_index, sizes.sinks, True, span)
+    source = _From(p_k, stride_k, p_v, stride_v, p_index, sizes.sinks, True, listed, span)
     valid, o_p = tl.load(p_row + VALID), tl.arange(0, SHAPE.BP)
     m_p = o_p < valid
     b_k, b_v = _pair(source, _rows_at(source, tl.load(p_row + SOURCE) + o_p, m_p, SHAPE), m_p, SHAPE)
@@ -549,9 +592,9 @@ def _decide(p_slot, p_word, tile, own_top, random, head, SHAPE: tl.constexpr):
 
 
 @jit
-def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
+def _run_tile(i_row, i_seq, x, work, random, scale, listed, sizes, SHAPE: tl.constexpr):
     BP: tl.constexpr = SHAPE.BP
-    i_seq, p_row = ticket % sizes.sequences, work.table + ticket // sizes.sequences * COLUMNS
+    p_row = work.table + i_row * COLUMNS
     rows, block, unit, bucket = (
         tl.load(p_row + ROWS), tl.load(p_row + BLOCK), tl.load(p_row + UNIT), tl.load(p_row + BUCKET)
     )  # fmt: skip
@@ -559,7 +602,7 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
     stage, bucket = tl.load(p_row + STAGE) + sizes.stage, bucket + sizes.first
     tile = _Tile(
         tl.load(p_row + SOURCE), rows, block, valid, bucket, stage, tl.where(unit < sizes.buckets, unit, -1),
-        tl.load(work.gains + ticket // sizes.sequences), scale,
+        tl.load(work.gains + i_row), scale,
     )  # fmt: skip
     head = head_of(x.heads, (i_seq % sizes.H).to(tl.int32))
     number = head_of(random.heads, head).to(tl.int32)
@@ -576,7 +619,7 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
     span = x.spans
     if x.spans is not None:
         span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_seq // sizes.H))
-    source = _From(p_k, stride_k, p_v, stride_v, p_index + sizes.A, first, raw, span)
+    source = _From(p_k, stride_k, p_v, stride_v, p_index + sizes.A, first, raw, raw if listed is None else raw & listed, span)
 
     o_p = tl.arange(0, BP)
     m_p = o_p < valid
@@ -613,6 +656,19 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
 
 
 @jit
+def _run_ticket(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
+    if work.parts is None:
+        i_seq, i_row = ticket % sizes.sequences, ticket // sizes.sequences
+        _run_tile(i_row, i_seq, x, work, random, scale, None, sizes, SHAPE)
+    else:
+        i_part, i_row, i_seq = _ticket(work, ticket)
+        at, own = _of_part(i_part, x, work, sizes, SHAPE)
+        part = _Inputs(x.k, x.v, at.heads, None, at.index, at.copied_key, at.copied_value)
+        places = _Work(at.scratch, at.sync, work.table, work.gains, None, None)
+        _run_tile(i_row, i_seq, part, places, random, scale, own.index_rows > own.A, own, SHAPE)
+
+
+@jit
 def _is_behind(ticket, x, work, sizes):
     """Whether a tile reads rows that the stream of its sequence does not reach."""
     length = tl.load(x.spans.length + ticket % sizes.sequences // sizes.H)
@@ -645,11 +701,11 @@ def _thin_kernel(x, work, random, scale, sizes, SHAPE: tl.constexpr):
     ticket = tl.atomic_add(work.sync, 1)
     while ticket < total:
         if x.spans is None:
-            _run_tile(ticket, x, work, random, scale, sizes, SHAPE)
+            _run_ticket(ticket, x, work, random, scale, sizes, SHAPE)
         elif _is_behind(ticket, x, work, sizes):
             _skip_tile(ticket, x, work, sizes, SHAPE)
         else:
-            _run_tile(ticket, x, work, random, scale, sizes, SHAPE)
+            _run_ticket(ticket, x, work, random, scale, sizes, SHAPE)
         ticket = tl.atomic_add(work.sync, 1)
 
 
@@ -701,37 +757,135 @@ def thin_into(
     """
     require_triton()
     (index, kept_key, kept_value), (rule, scale, random) = kept, decider
-    (B, H), D, device, widths = index.shape[:2], key.shape[3], key.device, Widths.of(key, value)
+    (B, H), D, device = index.shape[:2], key.shape[3], key.device
     A, sequences = schedule.size - schedule.tokens, B * H
     if not schedule.launches and not schedule.subsamples:
         return
-    # two tiles of keys and two of values are in shared memory at once
-    pairs = PAIRS if (widths.BD + widths.BDV) * key.element_size() <= 1024 else PAIRS // 2
-    most = PROGRAMS * (processors(device) if key.is_cuda else 1)
+    pairs, most = _pairs_and_programs(key, value)
     lanes = max(1, most // sequences) if shift is None else 1  # one table for any number of sequences
     tiles, table, gains, described, coin = _tiles_on(schedule, rule, pairs, lanes, device)
     count = len(table)
-    programs = min(count * sequences, most)
-    # parts of it are views only inside the kernels (_places): every tensor that is passed costs the host a microsecond
-    per_sequence = (tiles.slots + tiles.buckets) * (D + 2)
-    scratch = key.new_empty(programs * (2 * pairs + 4) * pairs + sequences * per_sequence, dtype=torch.float32)
-    sync = key.new_empty(1 + sequences * (tiles.units + count), dtype=torch.int64)
-    launch(_zero_kernel, (-(-len(sync) // 1024),), sync, len(sync), BLOCK=1024, num_warps=4)
     if spans is not None:  # Triton makes a constant of a lead of 1, which a kernel cannot put into a tuple in a loop
         spans = spans._replace(lead=0)
     inputs = _Inputs(strided(key), strided(value), random.heads, spans, index, kept_key, kept_value)
     stage, first, numbers = shift or _Shift(0, 0, None)
+    programs = min(count * sequences, most)
     sizes = _Sizes(programs, count, tiles.units, tiles.buckets, tiles.slots, sequences, H, schedule.tokens, sinks, A,
                    index.shape[2], *contest, stage, first)  # fmt: skip
-    shape = _Shape(*widths, pairs, 32 * WARPS // pairs, rule.centre, index.shape[2] > A, coin)
-    if len(described) and not coin:
-        launch(_describe_kernel, (len(described), sequences),
-            inputs, _Work(scratch, sync, described, None), sizes, SHAPE=shape, num_warps=4
+    shape = _Shape(*Widths.of(key, value), pairs, 32 * WARPS // pairs, rule.centre, index.shape[2] > A, coin)
+    memory = sequences * (tiles.slots + tiles.buckets) * (D + 2), sequences * (tiles.units + count)
+    tables = _Tables(table, gains, described, (len(described), sequences))
+    _run(inputs, tables, memory, random._replace(heads=numbers), scale * rule.flatten, sizes, shape)
+
+
+def _pairs_and_programs(key: torch.Tensor, value: torch.Tensor) -> tuple[int, int]:
+    """Pairs of a tile, two of which of keys and of values are in shared memory at once; and the most programs."""
+    widths = Widths.of(key, value)
+    pairs = PAIRS if (widths.BD + widths.BDV) * key.element_size() <= 1024 else PAIRS // 2
+    return pairs, PROGRAMS * (processors(key.device) if key.is_cuda else 1)
+
+
+class _Tables(NamedTuple):
+    """What :func:`_run` reads from the device; ``grid``: programs that describe. Of parts what :class:`_Work` says."""
+
+    table: torch.Tensor
+    gains: torch.Tensor
+    described: torch.Tensor
+    grid: tuple[int, ...]
+    parts: torch.Tensor | None = None
+    tickets: torch.Tensor | None = None
+    describing: torch.Tensor | None = None
+
+
+def _run(
+    inputs: _Inputs, tables: _Tables, memory: tuple[int, int], random: Random, scale: float, sizes: _Sizes,
+    shape: _Shape,
+) -> None:  # fmt: skip
+    """The launches. ``memory``: float32 of scratch and int64 of sync that all sequences take."""
+    # parts of it are views only inside the kernels (_places): every tensor that is passed costs the host a microsecond
+    pairs, empty = shape.BP, tables.gains.new_empty
+    scratch = empty(sizes.programs * (2 * pairs + 4) * pairs + memory[0])
+    sync = empty(1 + memory[1], dtype=torch.int64)
+    launch(_zero_kernel, (-(-len(sync) // 1024),), sync, len(sync), BLOCK=1024, num_warps=4)
+    if tables.grid[0] and not shape.COIN:
+        launch(_describe_kernel, tables.grid,
+            inputs, _Work(scratch, sync, tables.described, None, tables.parts, tables.describing), sizes,
+            SHAPE=shape, num_warps=4,
         )  # fmt: skip
-    launch(_thin_kernel, (programs,),
-        inputs, _Work(scratch, sync, table, gains), random._replace(heads=numbers), scale * rule.flatten, sizes,
+    launch(_thin_kernel, (sizes.programs,),
+        inputs, _Work(scratch, sync, tables.table, tables.gains, tables.parts, tables.tickets), random, scale, sizes,
         SHAPE=shape, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
+
+
+class Part(NamedTuple):
+    """Heads that are thinned beside others: their numbers, their schedule, and which token its stream begins with. Or
+    with an ``index`` of more than A rows a head, behind these, the tokens of the stream. ``begin``: where their index
+    and their copies begin."""
+
+    heads: tuple[int, ...]
+    schedule: Schedule
+    sinks: int
+    index_rows: int
+    begin: tuple[int, int]
+
+
+def thin_parts_into(
+    kept: tuple[torch.Tensor, ...], key: torch.Tensor, value: torch.Tensor, parts: tuple[Part, ...], decider: Decider
+) -> None:
+    """:func:`thin_into` of some ``parts`` of the heads, each with a schedule of its own, in the same launches.
+
+    ``kept``: an index int32 ``[.]`` and copies ``[., D]`` and ``[., Dv]``, in which those of the parts lie,
+    ``[B, heads, index_rows]`` and ``[B, heads, A]`` each. Heads keep what they would alone.
+    """
+    require_triton()
+    (index, kept_key, kept_value), (rule, scale, random) = kept, decider
+    pairs, most = _pairs_and_programs(key, value)
+    what = _parts_on(parts, len(key), (rule, pairs, most), key.shape[3], key.device)
+    if what is None:
+        return
+    tables, heads, total, memory, coin = what
+    inputs = _Inputs(strided(key), strided(value), heads, None, index, kept_key, kept_value)
+    sizes = _Sizes(min(total, most), total, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0)
+    streamed = any(x.index_rows > x.schedule.size - x.schedule.tokens for x in parts)
+    shape = _Shape(*Widths.of(key, value), pairs, 32 * WARPS // pairs, rule.centre, streamed, coin)
+    _run(inputs, tables, memory, random._replace(heads=None), scale * rule.flatten, sizes, shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _parts_on(
+    parts: tuple[Part, ...], B: int, how: tuple[HalvingRule, int, int], D: int, device: torch.device
+) -> tuple[_Tables, torch.Tensor, int, tuple[int, int], bool] | None:
+    """Tables of all parts, the heads of all, tickets, memory, and whether coins decide; None for nothing to do."""
+    rule, pairs, most = how
+    parts = tuple(x for x in parts if x.schedule.launches or x.schedule.subsamples)
+    if not parts:
+        return None
+    lanes = max(1, most // (B * sum(len(x.heads) for x in parts)))
+    numbers, tickets, describing, due = [], [], [], []
+    heads = rows = lines = scratch = sync = 0
+    tiles = [Tiles(x.schedule, rule, pairs, lanes) for x in parts]
+    for i, (x, own) in enumerate(zip(parts, tiles, strict=True)):
+        sequences, count, A = B * len(x.heads), len(own.table), x.schedule.size - x.schedule.tokens
+        sizes = count, own.units, own.buckets, own.slots, sequences, len(x.heads), x.schedule.tokens, x.sinks, A
+        numbers.append([*sizes, x.index_rows, heads, *x.begin, scratch, sync])
+        for found, first, n in ((tickets, rows, count), (describing, lines, len(own.described))):
+            row, sequence = (y.ravel() for y in np.indices((n, sequences)))
+            found.append(np.stack([np.full_like(row, i), first + row, sequence], 1))
+        due.append((tickets[-1][:, 1] - rows + 0.5) / count)  # all parts go on side by side
+        heads, rows, lines = heads + len(x.heads), rows + count, lines + len(own.described)
+        scratch += sequences * (own.slots + own.buckets) * (D + 2)
+        sync += sequences * (own.units + count)
+    order = np.argsort(np.concatenate(due), kind="stable")
+    gains = np.concatenate([x.gains for x in tiles])
+    table, described = np.concatenate([x.table for x in tiles]), np.concatenate([x.described for x in tiles])
+    lists = np.concatenate(tickets)[order].astype(np.int32), np.concatenate(describing).astype(np.int32)
+    arrays = table, gains, described, np.array(numbers, np.int64), *lists
+    on = [constant(x, device) for x in arrays]
+    tables = _Tables(*on[:3], (len(lists[1]), 1), *on[3:])
+    coin = bool(np.isinf(gains[table[:, ROWS] > 0]).all())
+    every = constant(np.concatenate([x.heads for x in parts]).astype(np.int32), device)
+    return tables, every, len(order), (scratch, sync), coin
 
 
 @functools.lru_cache(maxsize=64)
