@@ -72,7 +72,7 @@ from .select.blocks import KEYS, BlockConfig, Choosers, query_blocks, select_blo
 from .select.contest import CONTEST, compete_into
 from .select.halving import RULE, Decider
 from .select.schedule import check_budget
-from .select.thinning import Part, thin_parts_into
+from .select.thinning import Part, thin_parts_into, zeros_for_parts
 
 _Tensors = tuple[torch.Tensor, ...]
 EVERYTHING = Rows(everything=True)
@@ -456,6 +456,12 @@ class Thinned:
         """Whether there is a coreset, not protected rows alone."""
         return bool(self.layout.schedule.launches or self.layout.schedule.subsamples)
 
+    @functools.cached_property
+    def part(self) -> Part:
+        """What is thinned beside others."""
+        layout = self.layout
+        return Part(self.heads, layout.schedule, layout.config.sinks, layout.size, (self.index, self.copies))
+
 
 @dataclass(frozen=True, eq=False)
 class Together:
@@ -550,9 +556,11 @@ def together(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torc
 def _thin(call: Call, all_of_them: tuple[Thinned, ...], index: torch.Tensor | None, copies: _Tensors | None) -> None:
     """What these heads keep, into their parts of the buffers; those with a coreset are thinned side by side."""
     assert index is not None
-    key, value, parts = call.key, call.value, []
+    key, value = call.key, call.value
     copies = tuple(x.new_empty(0, x.shape[3]) for x in (key, value)) if copies is None else copies
-    together = sum(x.halves for x in all_of_them) > 1
+    halved = [x for x in all_of_them if x.halves]
+    parts = tuple(x.part for x in halved) if len(halved) > 1 else ()
+    zeros, rule = None, all_of_them[0].layout.config.rule
     for own in all_of_them:
         B, H, layout = len(key), len(own.heads), own.layout
         kept = tuple(
@@ -560,16 +568,15 @@ def _thin(call: Call, all_of_them: tuple[Thinned, ...], index: torch.Tensor | No
         )
         listed = index[own.index : own.index + B * H * layout.size].view(B, H, layout.size)
         heads = None if own.heads == tuple(range(key.shape[1])) else _constant(own.heads, key.device)
-        if not (together and own.halves):
+        if not (parts and own.halves):
             select_into((listed, *kept), key, value, layout, call.scale, Random(call.seed, call.layer, heads))
-            continue
-        config = layout.config
-        if config.protected:
-            compete_into(listed, key, config.sinks, layout.contests, config.protected, heads)
-        parts.append(Part(own.heads, layout.schedule, config.sinks, layout.size, (own.index, own.copies)))
+        elif protected := layout.config.protected:
+            count = zeros_for_parts(parts, rule, key, value) if zeros is None else 0
+            found = compete_into(listed, key, layout.config.sinks, layout.contests, protected, heads, zeros=count)
+            zeros = zeros if found is None else found
     if parts:
-        decider = Decider(config.rule, call.scale, Random(call.seed, call.layer))
-        thin_parts_into((index, *copies), key, value, tuple(parts), decider)
+        decider = Decider(rule, call.scale, Random(call.seed, call.layer))
+        thin_parts_into((index, *copies), key, value, parts, decider, zeros)
 
 
 def _exact_heads(call: Call, group: Group, outputs: Outputs) -> None:

@@ -49,6 +49,7 @@ from ..launch import (
     sequence,
     strided,
     tl,
+    wait_for,
 )
 from ..spans import Spans, numbers_of, place_of
 from .halving import Decider, HalvingRule
@@ -257,20 +258,12 @@ _Sizes = namedtuple(
 
 
 # Of a part ten of the sizes, from ``tiles`` to ``index_rows``, and where it begins in the heads, the index, the copies,
-# scratch and sync.
+# scratch, in 16 floats, and sync.
 FIELDS = constexpr(15)
 
 
 # Widths, pairs of a tile, and what the rule and the stream are like; W times BP lanes walk.
 _Shape = namedtuple("_Shape", "D DV BD BDV BP W CENTRE STREAMED COIN")
-
-
-@jit
-def _await(p_count, needed):
-    """Until ``needed`` arrivals at a unit; what they wrote is visible then."""
-    done = 0
-    while done < needed:
-        done = tl.atomic_add(p_count, 0, sem="acquire").to(tl.int32)
 
 
 @jit
@@ -320,9 +313,11 @@ def _of_part(i_part, x, work, sizes, SHAPE: tl.constexpr):
     p, own = work.parts + i_part * FIELDS, ()
     for i in tl.static_range(10):
         own += (tl.load(p + i).to(tl.int32),)  # type: ignore[assignment]
-    row = tl.load(p + 12)
-    begin = _Begin(x.heads + tl.load(p + 10), x.index + tl.load(p + 11), x.copied_key + row * SHAPE.D,
-                   x.copied_value + row * SHAPE.DV, work.scratch + tl.load(p + 13), work.sync + tl.load(p + 14))  # fmt: skip
+    row, place = tl.load(p + 12), tl.load(p + 13) * 16  # seen to be a multiple: tiles of it are loaded 16 bytes at a time
+    begin = _Begin(
+        x.heads + tl.load(p + 10), x.index + tl.load(p + 11), x.copied_key + row * SHAPE.D,
+        x.copied_value + row * SHAPE.DV, work.scratch + place, work.sync + tl.load(p + 14),
+    )  # fmt: skip
     return begin, _Sizes(sizes.programs, *own, sizes.step, sizes.held, sizes.stage, sizes.first)
 
 
@@ -619,11 +614,12 @@ def _run_tile(i_row, i_seq, x, work, random, scale, listed, sizes, SHAPE: tl.con
     span = x.spans
     if x.spans is not None:
         span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_seq // sizes.H))
-    source = _From(p_k, stride_k, p_v, stride_v, p_index + sizes.A, first, raw, raw if listed is None else raw & listed, span)
+    indexed = raw if listed is None else raw & listed
+    source = _From(p_k, stride_k, p_v, stride_v, p_index + sizes.A, first, raw, indexed, span)
 
     o_p = tl.arange(0, BP)
     m_p = o_p < valid
-    _await(at.count + unit, tl.load(p_row + NEED))
+    wait_for(at.count + unit, tl.load(p_row + NEED))
     if rows == 0:  # one row of every group
         group = tl.load(p_row + GROUP)
         b_u = draw_uniform(random.seed, random.layer, bucket + o_p, 0, stage, number)
@@ -748,22 +744,23 @@ def thin(
 def thin_into(
     kept: tuple[torch.Tensor, ...], key: torch.Tensor, value: torch.Tensor, schedule: Schedule, sinks: int,
     decider: Decider, spans: Spans | None = None, contest: tuple[int, int] = (1, 0), shift: _Shift | None = None,
+    zeros: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """:func:`thin` into ``kept``: its index, keys and values, contiguous.
 
     With ``spans`` tokens are where these say, and the index has their places, or in its entries behind A what was
     written there. ``contest``: stream rows come so many at a time, and that many of them less. What a sequence does not
-    have is left out: its copies are zeros, its entries of the index stay.
+    have is left out: its copies are zeros, its entries of the index stay. ``zeros``: as many as
+    :func:`zeros_for` says, where somebody has written them; they change.
     """
     require_triton()
     (index, kept_key, kept_value), (rule, scale, random) = kept, decider
-    (B, H), D, device = index.shape[:2], key.shape[3], key.device
+    (B, H), D = index.shape[:2], key.shape[3]
     A, sequences = schedule.size - schedule.tokens, B * H
     if not schedule.launches and not schedule.subsamples:
         return
     pairs, most = _pairs_and_programs(key, value)
-    lanes = max(1, most // sequences) if shift is None else 1  # one table for any number of sequences
-    tiles, table, gains, described, coin = _tiles_on(schedule, rule, pairs, lanes, device)
+    tiles, table, gains, described, coin = _tiles_of(schedule, rule, key, value, sequences, shift is not None)
     count = len(table)
     if spans is not None:  # Triton makes a constant of a lead of 1, which a kernel cannot put into a tuple in a loop
         spans = spans._replace(lead=0)
@@ -773,9 +770,30 @@ def thin_into(
     sizes = _Sizes(programs, count, tiles.units, tiles.buckets, tiles.slots, sequences, H, schedule.tokens, sinks, A,
                    index.shape[2], *contest, stage, first)  # fmt: skip
     shape = _Shape(*Widths.of(key, value), pairs, 32 * WARPS // pairs, rule.centre, index.shape[2] > A, coin)
-    memory = sequences * (tiles.slots + tiles.buckets) * (D + 2), sequences * (tiles.units + count)
+    needed = sequences * (tiles.slots + tiles.buckets) * (D + 2), _zeros_of(tiles, sequences)
     tables = _Tables(table, gains, described, (len(described), sequences))
-    _run(inputs, tables, memory, random._replace(heads=numbers), scale * rule.flatten, sizes, shape)
+    random = random._replace(heads=numbers)
+    memory = needed[0], needed[1] if zeros is None else zeros
+    _run(inputs, tables, memory, random, scale * rule.flatten, sizes, shape)
+
+
+def _tiles_of(
+    schedule: Schedule, rule: HalvingRule, key: torch.Tensor, value: torch.Tensor, sequences: int, shifted: bool
+) -> tuple:
+    pairs, most = _pairs_and_programs(key, value)
+    lanes = 1 if shifted else max(1, most // sequences)  # one table for any number of sequences
+    return _tiles_on(schedule, rule, pairs, lanes, key.device)
+
+
+def zeros_for(schedule: Schedule, rule: HalvingRule, key: torch.Tensor, value: torch.Tensor, sequences: int) -> int:
+    """How many zeros, int64, :func:`thin_into` begins with for so many sequences."""
+    if not schedule.launches and not schedule.subsamples:
+        return 0
+    return _zeros_of(_tiles_of(schedule, rule, key, value, sequences, False)[0], sequences)
+
+
+def _zeros_of(tiles: Tiles, sequences: int) -> int:
+    return 1 + sequences * (tiles.units + len(tiles.table))
 
 
 def _pairs_and_programs(key: torch.Tensor, value: torch.Tensor) -> tuple[int, int]:
@@ -798,15 +816,16 @@ class _Tables(NamedTuple):
 
 
 def _run(
-    inputs: _Inputs, tables: _Tables, memory: tuple[int, int], random: Random, scale: float, sizes: _Sizes,
-    shape: _Shape,
+    inputs: _Inputs, tables: _Tables, memory: tuple[int, int | torch.Tensor], random: Random, scale: float,
+    sizes: _Sizes, shape: _Shape,
 ) -> None:  # fmt: skip
-    """The launches. ``memory``: float32 of scratch and int64 of sync that all sequences take."""
+    """The launches. ``memory``: float32 of scratch that all sequences take, and zeros, int64, or how many."""
     # parts of it are views only inside the kernels (_places): every tensor that is passed costs the host a microsecond
-    pairs, empty = shape.BP, tables.gains.new_empty
-    scratch = empty(sizes.programs * (2 * pairs + 4) * pairs + memory[0])
-    sync = empty(1 + memory[1], dtype=torch.int64)
-    launch(_zero_kernel, (-(-len(sync) // 1024),), sync, len(sync), BLOCK=1024, num_warps=4)
+    pairs, (floats, sync) = shape.BP, memory
+    scratch = tables.gains.new_empty(sizes.programs * (2 * pairs + 4) * pairs + floats)
+    if isinstance(sync, int):
+        sync = tables.gains.new_empty(sync, dtype=torch.int64)
+        launch(_zero_kernel, (-(-len(sync) // 1024),), sync, len(sync), BLOCK=1024, num_warps=4)
     if tables.grid[0] and not shape.COIN:
         launch(_describe_kernel, tables.grid,
             inputs, _Work(scratch, sync, tables.described, None, tables.parts, tables.describing), sizes,
@@ -831,20 +850,20 @@ class Part(NamedTuple):
 
 
 def thin_parts_into(
-    kept: tuple[torch.Tensor, ...], key: torch.Tensor, value: torch.Tensor, parts: tuple[Part, ...], decider: Decider
-) -> None:
+    kept: tuple[torch.Tensor, ...], key: torch.Tensor, value: torch.Tensor, parts: tuple[Part, ...], decider: Decider,
+    zeros: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """:func:`thin_into` of some ``parts`` of the heads, each with a schedule of its own, in the same launches.
 
     ``kept``: an index int32 ``[.]`` and copies ``[., D]`` and ``[., Dv]``, in which those of the parts lie,
-    ``[B, heads, index_rows]`` and ``[B, heads, A]`` each. Heads keep what they would alone.
+    ``[B, heads, index_rows]`` and ``[B, heads, A]`` each. Heads keep what they would alone. ``zeros``: as many as
+    :func:`zeros_for_parts` says.
     """
     require_triton()
     (index, kept_key, kept_value), (rule, scale, random) = kept, decider
     pairs, most = _pairs_and_programs(key, value)
-    what = _parts_on(parts, len(key), (rule, pairs, most), key.shape[3], key.device)
-    if what is None:
-        return
-    tables, heads, total, memory, coin = what
+    tables, heads, total, needed, coin = _parts_of(parts, rule, key, value)
+    memory = needed[0], needed[1] if zeros is None else zeros
     inputs = _Inputs(strided(key), strided(value), heads, None, index, kept_key, kept_value)
     sizes = _Sizes(min(total, most), total, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0)
     streamed = any(x.index_rows > x.schedule.size - x.schedule.tokens for x in parts)
@@ -852,15 +871,24 @@ def thin_parts_into(
     _run(inputs, tables, memory, random._replace(heads=None), scale * rule.flatten, sizes, shape)
 
 
+def zeros_for_parts(parts: tuple[Part, ...], rule: HalvingRule, key: torch.Tensor, value: torch.Tensor) -> int:
+    """How many zeros, int64, :func:`thin_parts_into` begins with."""
+    return _parts_of(parts, rule, key, value)[3][1]
+
+
+def _parts_of(
+    parts: tuple[Part, ...], rule: HalvingRule, key: torch.Tensor, value: torch.Tensor
+) -> tuple[_Tables, torch.Tensor, int, tuple[int, int], bool]:
+    return _parts_on(parts, len(key), (rule, *_pairs_and_programs(key, value)), key.shape[3], key.device)
+
+
 @functools.lru_cache(maxsize=256)
 def _parts_on(
     parts: tuple[Part, ...], B: int, how: tuple[HalvingRule, int, int], D: int, device: torch.device
-) -> tuple[_Tables, torch.Tensor, int, tuple[int, int], bool] | None:
-    """Tables of all parts, the heads of all, tickets, memory, and whether coins decide; None for nothing to do."""
+) -> tuple[_Tables, torch.Tensor, int, tuple[int, int], bool]:
+    """Tables of all parts, which have something to halve, the heads of all, tickets, memory, and whether coins
+    decide."""
     rule, pairs, most = how
-    parts = tuple(x for x in parts if x.schedule.launches or x.schedule.subsamples)
-    if not parts:
-        return None
     lanes = max(1, most // (B * sum(len(x.heads) for x in parts)))
     numbers, tickets, describing, due = [], [], [], []
     heads = rows = lines = scratch = sync = 0
@@ -874,7 +902,7 @@ def _parts_on(
             found.append(np.stack([np.full_like(row, i), first + row, sequence], 1))
         due.append((tickets[-1][:, 1] - rows + 0.5) / count)  # all parts go on side by side
         heads, rows, lines = heads + len(x.heads), rows + count, lines + len(own.described)
-        scratch += sequences * (own.slots + own.buckets) * (D + 2)
+        scratch += -(-sequences * (own.slots + own.buckets) * (D + 2) // 16)
         sync += sequences * (own.units + count)
     order = np.argsort(np.concatenate(due), kind="stable")
     gains = np.concatenate([x.gains for x in tiles])
@@ -885,7 +913,7 @@ def _parts_on(
     tables = _Tables(*on[:3], (len(lists[1]), 1), *on[3:])
     coin = bool(np.isinf(gains[table[:, ROWS] > 0]).all())
     every = constant(np.concatenate([x.heads for x in parts]).astype(np.int32), device)
-    return tables, every, len(order), (scratch, sync), coin
+    return tables, every, len(order), (16 * scratch, 1 + sync), coin
 
 
 @functools.lru_cache(maxsize=64)
