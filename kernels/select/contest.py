@@ -372,9 +372,9 @@ def compete_into(
         newcomers, sums, rows, sizes,
         LOG_ROWS=logs["LOG_ROWS"], D=D, BD=BD, BN=max(16, min(CONTEST, 8192 // BD)), num_warps=4,
     )  # fmt: skip
-    sizes = contests, protected, first, index.shape[2], group, span, H, sinks, B * H
+    numbers = contests, protected, first, index.shape[2], group, span, H, sinks, B * H
     launch(_contest_kernel, ((groups + -(-contests // span)) * B * H,),
-        index, best, newcomers, sync, spans, sizes,
+        index, best, newcomers, sync, spans, numbers,
         LOSERS=first >= max(1, contests * CONTEST - protected), **logs, num_warps=warps,
     )  # fmt: skip
     return sync[own + own % 2 :] if zeros else None

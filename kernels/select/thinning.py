@@ -313,12 +313,13 @@ def _of_part(i_part, x, work, sizes, SHAPE: tl.constexpr):
     p, own = work.parts + i_part * FIELDS, ()
     for i in tl.static_range(10):
         own += (tl.load(p + i).to(tl.int32),)  # type: ignore[assignment]
-    row, place = tl.load(p + 12), tl.load(p + 13) * 16  # seen to be a multiple: tiles of it are loaded 16 bytes at a time
+    row, place = tl.load(p + 12), tl.load(p + 13) * 16  # a multiple, so that loads of tiles are wide
     begin = _Begin(
         x.heads + tl.load(p + 10), x.index + tl.load(p + 11), x.copied_key + row * SHAPE.D,
         x.copied_value + row * SHAPE.DV, work.scratch + place, work.sync + tl.load(p + 14),
     )  # fmt: skip
-    return begin, _Sizes(sizes.programs, *own, sizes.step, sizes.held, sizes.stage, sizes.first)
+    behind = sizes.step, sizes.held, sizes.stage, sizes.first
+    return begin, _Sizes(sizes.programs, *own, *behind)  # type: ignore[call-arg]
 
 
 @jit
@@ -890,7 +891,9 @@ def _parts_on(
     decide."""
     rule, pairs, most = how
     lanes = max(1, most // (B * sum(len(x.heads) for x in parts)))
-    numbers, tickets, describing, due = [], [], [], []
+    tickets: list[np.ndarray] = []
+    describing: list[np.ndarray] = []
+    numbers, due = [], []
     heads = rows = lines = scratch = sync = 0
     tiles = [Tiles(x.schedule, rule, pairs, lanes) for x in parts]
     for i, (x, own) in enumerate(zip(parts, tiles, strict=True)):
@@ -908,9 +911,9 @@ def _parts_on(
     gains = np.concatenate([x.gains for x in tiles])
     table, described = np.concatenate([x.table for x in tiles]), np.concatenate([x.described for x in tiles])
     lists = np.concatenate(tickets)[order].astype(np.int32), np.concatenate(describing).astype(np.int32)
-    arrays = table, gains, described, np.array(numbers, np.int64), *lists
-    on = [constant(x, device) for x in arrays]
-    tables = _Tables(*on[:3], (len(lists[1]), 1), *on[3:])
+    on_device = [constant(x, device) for x in (table, gains, described)]
+    others = [constant(x, device) for x in (np.array(numbers, np.int64), *lists)]
+    tables = _Tables(on_device[0], on_device[1], on_device[2], (len(lists[1]), 1), *others)
     coin = bool(np.isinf(gains[table[:, ROWS] > 0]).all())
     every = constant(np.concatenate([x.heads for x in parts]).astype(np.int32), device)
     return tables, every, len(order), (16 * scratch, 1 + sync), coin

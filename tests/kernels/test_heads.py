@@ -355,10 +355,11 @@ def test_heads_with_other_coresets_are_thinned_in_the_same_launches_as_they_are_
         return index, *copies
 
     found = kept(call)
-    assert launched == [thinning._zero_kernel, thinning._describe_kernel, thinning._thin_kernel]
+    assert launched == [thinning._describe_kernel, thinning._thin_kernel]
     assert not torch.equal(found[0], kept(replace(call, layer=4))[0])
     monkeypatch.setattr(P.Thinned, "halves", False)
-    assert all(map(torch.equal, found, kept(call))) and len(launched) == 8  # one of three without buckets of tokens
+    assert all(map(torch.equal, found, kept(call)))
+    assert len(launched) == 2 + 2 + 3  # zeros come with a contest, statistics not for CORE
 
 
 def test_heads_whose_blocks_begin_together_choose_in_two_launches_what_they_choose_alone(monkeypatch):
