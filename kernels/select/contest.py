@@ -245,9 +245,13 @@ def _score_kernel(
     tl.store(p_newcomers + o_row, b_x)
 
 
+# The index that is written, the best rows of groups and the rows of contests.
+_Rows = namedtuple("_Rows", "index best newcomers")
+
+
 @jit(general="sizes")
 def _contest_kernel(
-    p_index, p_best, p_newcomers, p_sync, spans, sizes, LOSERS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG: tl.constexpr
+    rows, p_sync, spans, sizes, LOSERS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG: tl.constexpr
 ):  # fmt: skip
     """First the best ``2**LOG`` rows of every complete group, a program for each; then ``each`` contests of one group a
     program, which waits for those of its head. By ticket: no program waits for one that has not begun."""
@@ -255,7 +259,7 @@ def _contest_kernel(
     ticket = tl.atomic_add(p_sync, 1)
     behind = ticket - groups * sequences
     if behind < 0:
-        _best(p_best, p_newcomers, p_sync + 1, ticket % groups, ticket // groups, sizes, LOG_ROWS, LOG)
+        _best(rows, p_sync + 1, ticket % groups, ticket // groups, sizes, LOG_ROWS, LOG)
     else:
         programs = (contests + each - 1) // each
         i_seq = behind // programs
@@ -266,35 +270,33 @@ def _contest_kernel(
             held = _contests_of(span, sizes[7], contests, 1 << LOG_ROWS)
         if begin < held:
             wait_for(p_sync + 1 + i_seq, tl.where(begin < sizes[4], 0, groups))
-            _contest(p_index, p_best, p_newcomers, begin, held, i_seq, span, sizes, LOSERS, LOG_ROWS, LOG)
+            _contest(rows, (begin, held, i_seq), span, sizes, LOSERS, LOG_ROWS, LOG)
 
 
 @jit
-def _best(p_best, p_newcomers, p_count, i_group, i_seq, sizes, LOG_ROWS: tl.constexpr, LOG: tl.constexpr):
+def _best(rows, p_count, i_group, i_seq, sizes, LOG_ROWS: tl.constexpr, LOG: tl.constexpr):
     """The best ``2**LOG`` rows of a group, ascending."""
     contests, group = sizes[0], sizes[4]
-    p_newcomers += (i_seq * contests + i_group * group) << LOG_ROWS
+    p_newcomers = rows.newcomers + ((i_seq * contests + i_group * group) << LOG_ROWS)
     b_x = _absorb(tl.full([1 << LOG], _FREE, tl.int64), p_newcomers, group, LOG, LOG_ROWS)
     o_n = (1 << LOG) - 1 - tl.arange(0, 1 << LOG)
-    tl.store(p_best + ((i_seq * ((contests - 1) // group) + i_group) << LOG) + o_n, b_x)
+    tl.store(rows.best + ((i_seq * ((contests - 1) // group) + i_group) << LOG) + o_n, b_x)
     tl.debug_barrier()
     tl.atomic_add(p_count + i_seq, 1, sem="release")
 
 
 @jit
-def _contest(
-    p_index, p_best, p_newcomers, begin, held, i_seq, span, sizes,
-    LOSERS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG: tl.constexpr,
-):  # fmt: skip
-    """The contests of a group from ``begin`` on. Places come from ``first`` on among the ``length`` rows of a head, the
+def _contest(rows, which, span, sizes, LOSERS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG: tl.constexpr):
+    """The contests of a group from one on. Places come from ``first`` on among the ``length`` rows of a head, the
     losers before them, if they are wanted."""
     ROWS: tl.constexpr = 1 << LOG_ROWS
     N: tl.constexpr = 1 << LOG
     contests, protected, first, length, group, each, _, _, _ = sizes
-    p_places = p_index + i_seq * length + first
+    begin, held, i_seq = which
+    p_places = rows.index + i_seq * length + first
     i_group = begin // group
-    p_newcomers += (i_seq * contests) << LOG_ROWS
-    p_best += (i_seq * ((contests - 1) // group)) << LOG
+    p_newcomers = rows.newcomers + ((i_seq * contests) << LOG_ROWS)
+    p_best = rows.best + ((i_seq * ((contests - 1) // group)) << LOG)
     o_n, o_row = tl.arange(0, N), tl.arange(0, ROWS)
     b_x = tl.where(o_n < N - protected, _BLOCKED, _FREE)
     b_x = _absorb(b_x, p_best, i_group, LOG, LOG)
@@ -374,7 +376,7 @@ def compete_into(
     )  # fmt: skip
     numbers = contests, protected, first, index.shape[2], group, span, H, sinks, B * H
     launch(_contest_kernel, ((groups + -(-contests // span)) * B * H,),
-        index, best, newcomers, sync, spans, numbers,
+        _Rows(index, best, newcomers), sync, spans, numbers,
         LOSERS=first >= max(1, contests * CONTEST - protected), **logs, num_warps=warps,
     )  # fmt: skip
     return sync[own + own % 2 :] if zeros else None

@@ -416,17 +416,17 @@ def _zero_kernel(p, n, BLOCK: tl.constexpr):
 @jit(general="sizes")
 def _describe_kernel(x, work, sizes, SHAPE: tl.constexpr):
     if work.parts is None:
-        _describe_tile(tl.program_id(0), tl.program_id(1).to(tl.int64), x, work, True, sizes, SHAPE)
+        _describe_tile(tl.program_id(0), tl.program_id(1).to(tl.int64), x, work, sizes, SHAPE)
     else:
         i_part, i_row, i_seq = _ticket(work, tl.program_id(0))
         at, own = _of_part(i_part, x, work, sizes, SHAPE)
         part = _Inputs(x.k, x.v, at.heads, None, at.index, at.copied_key, at.copied_value)
-        places = _Work(at.scratch, at.sync, work.table, None, None, None)
-        _describe_tile(i_row, i_seq, part, places, own.index_rows > own.A, own, SHAPE)
+        places = _Work(at.scratch, at.sync, work.table, None, work.parts, None)
+        _describe_tile(i_row, i_seq, part, places, own, SHAPE)
 
 
 @jit
-def _describe_tile(i_row, i_seq, x, work, listed, sizes, SHAPE: tl.constexpr):
+def _describe_tile(i_row, i_seq, x, work, sizes, SHAPE: tl.constexpr):
     """Statistics of stream rows that buckets of several tiles read as they are."""
     p_row = work.table + i_row * COLUMNS
     head = head_of(x.heads, i_seq % sizes.H)
@@ -438,6 +438,7 @@ def _describe_tile(i_row, i_seq, x, work, listed, sizes, SHAPE: tl.constexpr):
         span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_seq // sizes.H))
         if span.length == 0:
             return
+    listed = True if work.parts is None else sizes.index_rows > sizes.A
     source = _From(p_k, stride_k, p_v, stride_v, p_index, sizes.sinks, True, listed, span)
     valid, o_p = tl.load(p_row + VALID), tl.arange(0, SHAPE.BP)
     m_p = o_p < valid
@@ -588,7 +589,7 @@ def _decide(p_slot, p_word, tile, own_top, random, head, SHAPE: tl.constexpr):
 
 
 @jit
-def _run_tile(i_row, i_seq, x, work, random, scale, listed, sizes, SHAPE: tl.constexpr):
+def _run_tile(i_row, i_seq, x, work, random, scale, sizes, SHAPE: tl.constexpr):
     BP: tl.constexpr = SHAPE.BP
     p_row = work.table + i_row * COLUMNS
     rows, block, unit, bucket = (
@@ -615,8 +616,8 @@ def _run_tile(i_row, i_seq, x, work, random, scale, listed, sizes, SHAPE: tl.con
     span = x.spans
     if x.spans is not None:
         span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_seq // sizes.H))
-    indexed = raw if listed is None else raw & listed
-    source = _From(p_k, stride_k, p_v, stride_v, p_index + sizes.A, first, raw, indexed, span)
+    listed = raw if work.parts is None else raw & (sizes.index_rows > sizes.A)
+    source = _From(p_k, stride_k, p_v, stride_v, p_index + sizes.A, first, raw, listed, span)
 
     o_p = tl.arange(0, BP)
     m_p = o_p < valid
@@ -656,13 +657,13 @@ def _run_tile(i_row, i_seq, x, work, random, scale, listed, sizes, SHAPE: tl.con
 def _run_ticket(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
     if work.parts is None:
         i_seq, i_row = ticket % sizes.sequences, ticket // sizes.sequences
-        _run_tile(i_row, i_seq, x, work, random, scale, None, sizes, SHAPE)
+        _run_tile(i_row, i_seq, x, work, random, scale, sizes, SHAPE)
     else:
         i_part, i_row, i_seq = _ticket(work, ticket)
         at, own = _of_part(i_part, x, work, sizes, SHAPE)
         part = _Inputs(x.k, x.v, at.heads, None, at.index, at.copied_key, at.copied_value)
-        places = _Work(at.scratch, at.sync, work.table, work.gains, None, None)
-        _run_tile(i_row, i_seq, part, places, random, scale, own.index_rows > own.A, own, SHAPE)
+        places = _Work(at.scratch, at.sync, work.table, work.gains, work.parts, None)
+        _run_tile(i_row, i_seq, part, places, random, scale, own, SHAPE)
 
 
 @jit
