@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from benchmark import SETTINGS
+from limits import BUSY, H_KV, UNITS, D, H, N
 from planner import Judged, crossings, judge, newest_prefills
 from records import params_of
 
@@ -559,6 +560,32 @@ def breakdown_table() -> str:
     return markdown(header, body) + "\n\n" + chain
 
 
+def limits_table() -> str:
+    """What limits the kernels that take a tenth of their call or more; nothing where nobody has run limits.py yet."""
+    if not (RESULTS / "limits.csv").exists():
+        return ""
+    rows = newest(read("limits.csv"), "gpu", "call", "kernel")
+    calls, body = {row["call"]: 0.0 for row in rows}, []
+    for row in rows:
+        calls[row["call"]] += float(row["us"])
+    for row in rows:
+        if float(row["us"]) >= calls[row["call"]] / 10:
+            units = sorted((unit for unit in UNITS if row[unit]), key=lambda unit: -int(row[unit]))[:3]
+            busy = ", ".join(f"{unit} {row[unit]}%" for unit in units)
+            kernel = f"`{row['kernel']}`"
+            body.append(
+                [row["call"], kernel, f"{float(row['us']):,.0f}", busy, row["occupancy"], row["waits"], row["limit"]]
+            )
+    header = ["call", "kernel", "µs", "busiest, % of its peak", "occupancy, %", "warps wait for", "limited by"]
+    said = (
+        f"`python examples/bench/limits.py`: counters of ncu, one sequence, {H}/{H_KV} heads of size {D}, bfloat16, {N:,} tokens "
+        "unless a line says otherwise, cold caches and clocks as they come. A kernel is limited by a unit that is busy for "
+        f"{BUSY}% of its peak or more, or by too few programs, or else by what its warps wait for most. Kernels of less than a "
+        f"tenth of their call are left out. {rows[-1]['gpu']}, triton {rows[-1]['triton']}, {rows[-1]['date']}."
+    )
+    return f"{said}\n\n{markdown(header, body)}"
+
+
 def cell(row: dict[str, str] | None) -> str:
     if row is None:
         return "–"
@@ -1079,6 +1106,7 @@ PARTS = {
     "two-gpus": two_gpus_table,
     "embeddings": embeddings_table,
     "breakdown": breakdown_table,
+    "limits": limits_table,
     "quality": quality_table,
     "needles": needle_table,
     "triton": triton_table,
