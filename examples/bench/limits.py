@@ -1,7 +1,7 @@
 """What limits each kernel: ncu's counters of the main ones at real sizes.
 
-    python examples/bench/limits.py --out examples/bench/results/limits.csv       # on a GPU with ncu, a minute and a half
-    python examples/bench/limits.py --launch "thinning"                           # one call, to profile it otherwise
+    python examples/bench/limits.py --out examples/bench/results/limits.csv           # on a GPU with ncu, a minute
+    python examples/bench/limits.py --launch "thinning, Express 512"     # one call, to profile it in another way
 
 One sequence, 32 query and 8 KV heads of size 128, bfloat16. Every call runs once before it is profiled. Clocks are left
 as they are (``--clock-control none``), and a kernel runs as often as its counters need, each time with cold caches.
@@ -65,18 +65,15 @@ UNITS = {
     "memory": ("dram__throughput.avg.pct_of_peak_sustained_elapsed",),
 }  # fmt: skip
 """What can be busy, and the counters that say so; the largest of those that there are."""
-TIME, OCCUPANCY, PROGRAMS = (
-    "gpu__time_duration.sum",
-    "sm__warps_active.avg.pct_of_peak_sustained_active",
-    "launch__grid_size",
-)
+TIME, PROGRAMS = "gpu__time_duration.sum", "launch__grid_size"
+OCCUPANCY = "sm__warps_active.avg.pct_of_peak_sustained_active"
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active")
 WAITS = {
     "long_scoreboard": "global memory or L2", "short_scoreboard": "shared memory or exponentials",
     "barrier": "other warps", "gmma": "the tensor cores", "wait": "the instruction before",
     "math_pipe_throttle": "a busy pipe", "mio_throttle": "the queue of shared memory", "lg_throttle": "the queue of L1",
     "no_instruction": "instructions", "sleeping": "a sleep", "membar": "a fence", "branch_resolving": "a branch",
-    "dispatch_stall": "dispatch", "drain": "its last stores", "imc_miss": "constants", "tex_throttle": "the queue of L1",
+    "dispatch_stall": "dispatch", "drain": "its last stores", "imc_miss": "constants",
 }  # fmt: skip
 """What ncu calls a reason for which a warp does not issue -> what it waits for."""
 WORKING = ("selected", "not_selected")
@@ -329,17 +326,17 @@ def ncu(*args: str) -> str:
 def measure(names: list[str]) -> list[Row]:
     """A row for every kernel of each of these calls."""
     own = [sys.executable, __file__]
-    compiling = [subprocess.Popen([*own, "--launch", name]) for name in names]  # side by side, once for all
+    # compiled side by side, once for all, and so that a call that fails does so without ncu
+    compiling = [subprocess.Popen([*own, "--launch", *names[i::8]]) for i in range(min(8, len(names)))]
     available = {line.split()[0] for line in ncu("--query-metrics", "--chip", "gh100").splitlines() if "__" in line}
     if any([process.wait() for process in compiling]):
         raise SystemExit("a call fails by itself")
     with tempfile.TemporaryDirectory() as folder:
         log, seen = Path(folder, "ncu.csv"), Path(folder, "seen.csv")
-        ncu(
-            "--clock-control", "none", "--replay-mode", "kernel", "--profile-from-start", "off", "--target-processes",
-            "application-only", "--kernel-name-base", "mangled", "--kernel-name", "regex:^[a-z_]+kernel$", "--csv", "--page", "raw", "--print-units", "base",
-            "--log-file", str(log), "--metrics", ",".join(wanted(available)), *own, "--seen", str(seen), "--launch", *names,
-        )  # fmt: skip
+        ours = "--kernel-name-base mangled --kernel-name regex:^[a-z_]+kernel$"  # names of C++ begin with _Z
+        how = "--clock-control none --replay-mode kernel --profile-from-start off --target-processes application-only"
+        table = f"--csv --page raw --print-units base --log-file {log} --metrics {','.join(wanted(available))}"
+        ncu(*f"{ours} {how} {table}".split(), *own, "--seen", str(seen), "--launch", *names)
         counted = parsed(log.read_text())
         with seen.open(newline="") as file:
             launched = list(csv.reader(file))

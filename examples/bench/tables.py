@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean, median
 
+import limits
 from benchmark import SETTINGS
-from limits import BUSY, H_KV, UNITS, D, H, N
 from planner import Judged, crossings, judge, newest_prefills
 from records import params_of
 
@@ -570,18 +570,20 @@ def limits_table() -> str:
         calls[row["call"]] += float(row["us"])
     for row in rows:
         if float(row["us"]) >= calls[row["call"]] / 10:
-            units = sorted((unit for unit in UNITS if row[unit]), key=lambda unit: -int(row[unit]))[:3]
+            units = sorted((unit for unit in limits.UNITS if row[unit]), key=lambda unit: -int(row[unit]))[:3]
             busy = ", ".join(f"{unit} {row[unit]}%" for unit in units)
             kernel = f"`{row['kernel']}`"
             body.append(
                 [row["call"], kernel, f"{float(row['us']):,.0f}", busy, row["occupancy"], row["waits"], row["limit"]]
             )
     header = ["call", "kernel", "µs", "busiest, % of its peak", "occupancy, %", "warps wait for", "limited by"]
+    first = rows[-1]
     said = (
-        f"`python examples/bench/limits.py`: counters of ncu, one sequence, {H}/{H_KV} heads of size {D}, bfloat16, {N:,} tokens "
-        "unless a line says otherwise, cold caches and clocks as they come. A kernel is limited by a unit that is busy for "
-        f"{BUSY}% of its peak or more, or by too few programs, or else by what its warps wait for most. Kernels of less than a "
-        f"tenth of their call are left out. {rows[-1]['gpu']}, triton {rows[-1]['triton']}, {rows[-1]['date']}."
+        f"`python examples/bench/limits.py`: counters of ncu, one sequence, {limits.H}/{limits.H_KV} heads of size "
+        f"{limits.D}, bfloat16, {limits.N:,} tokens unless a line says otherwise, cold caches, clocks as they come. "
+        f"A kernel is limited by a unit that is busy for {limits.BUSY}% of its peak or more, by too few programs, or "
+        "else by what its warps wait for most. Kernels of less than a tenth of their call are left out. "
+        f"{first['gpu']}, triton {first['triton']}, {first['date']}."
     )
     return f"{said}\n\n{markdown(header, body)}"
 

@@ -113,8 +113,8 @@ def test_the_table_is_empty_until_there_are_rows(
     said, _, table = tables.limits_table().partition("\n\n")
     assert said.endswith("a GPU, triton 3.6.0, 2026-12-01.") and "60%" in said
     assert table.splitlines()[2:] == [
-        "| thinning | `a.b_kernel` | 2,412 | tensor cores 65%, memory 3% | 19 | the tensor cores 40%; global memory or L2 30% "
-        "| tensor cores |"
+        "| thinning | `a.b_kernel` | 2,412 | tensor cores 65%, memory 3% | 19 "
+        "| the tensor cores 40%; global memory or L2 30% | tensor cores |"
     ]
 
 

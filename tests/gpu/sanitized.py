@@ -4,10 +4,10 @@
     python tests/gpu/sanitized.py GROUP...            # some of them
     python tests/gpu/sanitized.py --tool memcheck     # one process per group, side by side, each under the tool
 
-Results are compared as in the tests beside this file, whose helpers run here at other sizes. Ops run four times, the last
-time as the code that their calls became. Ends with 1 where a result is wrong, where the tool has found something or did
-not end in time, where it did not find what was planted for it, and where a kernel was never launched. PyTorch's own
-kernels are not checked, and its memory is not pooled, so that the tool knows where every tensor ends.
+Results are compared as in the tests beside this file, whose helpers run here at other sizes. Ops run four times, the
+last time as the code that their calls became. Ends with 1 where a result is wrong, where the tool has found something
+or did not end in time, where it did not find what was planted for it, and where a kernel was never launched. PyTorch's
+own kernels are not checked, and its memory is not pooled, so that the tool knows where every tensor ends.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def close(found: Any, expected: Any, allowed: float) -> None:
     assert error <= allowed, f"relative error {error:.1e}, at most {allowed:.0e} is allowed"
 
 
-def of_op(op: Any, given: list[Any], *others: Any, seed: int, trained: bool = True, **options: Any) -> None:
+def of_op(
+    op: Any, given: list[Any], *others: Any, seed: int, trained: bool = True, allowed: float = 1e-2, **options: Any
+) -> None:
     """``op`` and its gradient, with ``others`` behind ``given``, against themselves on the CPU."""
     drawn, scale = torch.tensor(seed, device="cuda"), given[0].shape[-1] ** -0.5
     grad = torch.randn(given[0].shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda").to(BF16)
@@ -126,11 +128,11 @@ def of_op(op: Any, given: list[Any], *others: Any, seed: int, trained: bool = Tr
     for _ in range(3):  # recorded, recorded, and code
         assert all(torch.equal(x, y) for x, y in zip(run(given, drawn, grad, *others), found, strict=True))
     out, lse, *grads = on_cpu(run, given, drawn, grad, *others)
-    close(found[0], out, 1e-2)
+    close(found[0], out, allowed)
     seen = lse.isfinite()
     assert torch.equal(seen, copied(found[1]).isfinite()) and (copied(found[1]) - lse)[seen].abs().max() < 3e-3
     for x, e in zip(found[2:], grads, strict=True):
-        close(x, e, 2e-2)
+        close(x, e, 2 * allowed)
 
 
 def op_of(name: str, given: Callable[[], list[Any]], padding: bool = False, **options: Any) -> Callable[[int], None]:
@@ -239,7 +241,8 @@ def thinformer(Lk: int, padding: bool = False, **sizes: Any) -> Callable[[int], 
 
 
 UNEVEN = B.BlockConfig(5, sinks=70, recent=33, samples=3, stride=40, block=32)
-SANTA = dict(draws=[64], fraction=0.0, sampler="sys", shared=True, min_length=0)
+# In half floats other rows are drawn than in float32, which "draws" has; the log-sum-exp has no draws.
+SANTA = dict(allowed=0.3, draws=[64], fraction=0.0, sampler="sys", shared=True, min_length=0)
 KINDS = test_decode.KINDS
 
 
@@ -345,6 +348,7 @@ GROUPS: dict[str, dict[str, Case]] = {
         "op": op_of("santa", step_of, **SANTA),
         "op, padded": op_of("santa", partial(step_of, B=2), True, **SANTA),
         "op, query rounded": op_of("santa", by_feature, **SANTA, bernoulli=4),
+        "draws": always(test_santa.test_draws_are_those_of_the_reference, "sys", 600, 1, 4, 1, True),
         "all rows": always(test_santa.test_all_rows_are_exact_attention, None, BF16, 700, 4, 1, 6, 1, 96),
         "window, soft-cap, sinks": always(
             test_santa.test_windows_soft_caps_and_sinks_over_all_rows, None, BF16, "all", 4, True
