@@ -108,8 +108,7 @@ class Buffers:
             if not said:
                 said = True
                 why = "a mask kept in a buffer changed after it was compiled" if self.used else (
-                    "a padding that held 0 and 1 when it was compiled holds other values, or a CUDA graph is recorded, which cannot "
-                    "look at them"
+                    "a padding that held 0 and 1 when it was compiled holds other values, or a CUDA graph records it"
                 )  # fmt: skip
                 warnings.warn(
                     f"{why} ({names}): its attention runs exactly and "

@@ -88,5 +88,7 @@ def split_options(options: Mapping[str, Any], mode: str | None = None) -> tuple[
     check_policy(policy)
     if policy.cuda_graphs:
         if patches.setdefault("triton.cudagraphs", True) is not True:
-            raise ValueError(f"triton.cudagraphs={patches['triton.cudagraphs']!r}: must be True beside cuda_graphs=True")
+            raise ValueError(
+                f"triton.cudagraphs={patches['triton.cudagraphs']!r}: must be True beside cuda_graphs=True"
+            )
     return policy, patches

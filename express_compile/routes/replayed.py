@@ -1,12 +1,12 @@
 """Graphs of captured modules as CUDA graphs, where ``cuda_graphs=True`` asks for it: :class:`Replayed`.
 
-PyTorch records and replays them, by the trees of inductor. Its mode "lite" fuses, decomposes and reorders nothing, so what
-is recorded are the launches of the graph as it runs eagerly. Weights are read where they lie, inputs are copied in and
-results are copied out, so that no later call writes over them. Random numbers go on from replay to replay: PyTorch's
-generator counts on, and a ``seed`` of None is drawn from it inside of the graph.
+PyTorch records and replays them, by the trees of inductor. Its mode "lite" fuses, decomposes and reorders nothing, so
+what is recorded are the launches of the graph as it runs eagerly. Weights are read where they lie, inputs are copied in
+and results are copied out, so that no later call writes over them. Random numbers go on from replay to replay:
+PyTorch's generator counts on, and a ``seed`` of None is drawn from it inside of the graph.
 
-What no graph can stand for runs as it is, and one warning says why. What looks at values on the host (buffers, paddings:
-:mod:`..passes.buffers`) is outside of what is recorded, and looks at every call.
+What no graph can stand for runs as it is, and one warning says why. What looks at values on the host (buffers,
+paddings: :mod:`..passes.buffers`) is outside of what is recorded, and looks at every call.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def why_not(gm: GraphModule, inputs: Sequence[Any], training: bool) -> str | Non
 class Replayed:
     """The calls of a graph of Dynamo, as CUDA graphs from the second one with the same sizes on.
 
-    why: what :func:`why_not` says. run: the graph as it is. is_watched: whether somebody looks at its ops now, which only calls that run as they are come by.
+    why: what :func:`why_not` says. run: the graph as it is. is_watched: whether somebody samples its ops
+    now, which replays do not come by.
     say: is told why calls run as they are that were to be replayed.
     """
 
