@@ -86,7 +86,8 @@ class Fit:
         self.plan.save(path)
 
     def policy(self, **options: Any) -> Policy:
-        """The policy that follows the plan; ``options`` are those that may be given beside one: seed and strict."""
+        """The policy that follows the plan; ``options`` are those that may be given beside one: ``seed``,
+        ``strict``, ``cuda_graphs``."""
         return Policy(plan=self.plan, **options)
 
 
@@ -332,10 +333,11 @@ def rewrite_attention(
         return routed(model, policy, **options)
     if policy is not None:
         raise TypeError("policy and sample were both given: a plan that is fitted to a sample decides for every site")
-    others = {name: value for name, value in options.items() if name in ("seed", "strict")}
+    others = {name: value for name, value in options.items() if name in ("seed", "strict", "cuda_graphs")}
     if unknown := sorted(set(options) - set(others)):
         raise TypeError(
-            f"{', '.join(unknown)}: not allowed beside sample; allowed are {', '.join(how)}, seed and strict"
+            f"{', '.join(unknown)}: not allowed beside sample; allowed are {', '.join(how)}, seed, strict and "
+            "cuda_graphs"
         )
     return routed(model, fit(model, sample, **how).policy(**others))
 
@@ -344,7 +346,7 @@ rewrite_attention.__doc__ = f"""{routed.__doc__}
     sample: token ids ``[batch, tokens]``, or several such tensors or mappings of keyword arguments: a plan for every KV
         head is fitted to them by :func:`fit`, and followed. tolerance, rows, speedup: what the plan is to keep,
         exactly one of them. query_heads: the plan has rows for every query head, as that of :func:`fit`, for prefill
-        alone. Beside a sample only ``seed`` and ``strict`` may be given.
+        alone. Beside a sample only ``seed``, ``strict`` and ``cuda_graphs`` may be given.
     """
 
 
