@@ -73,7 +73,7 @@ def test_whole_steps_and_a_cache_alone_have_a_row_for_each_method(monkeypatch: p
         model = decoding.random_llama("cpu", torch.float32, decoding.TINY)
     plans = decoding.planned_rows(model)
     assert [len(heads) for heads in plans.values()] == [2, 2] and len({str(x) for x in sum(plans.values(), [])}) > 1
-    rows = decoding.whole_rows(model, 1, 500, 8, 2)
+    rows = list(decoding.whole_rows(model, 1, 500, 8, 2))
     assert [row["method"] for row in rows] == ["transformers", "exact", "santa", "selected", "cache", "planned"]
     held = {row["method"]: params_of(row).get("rows") for row in rows}
     assert held["transformers"] is None and float(held["cache"]) < 400 < float(held["planned"])
