@@ -83,9 +83,11 @@ THINFORMER = dict(s=64, fraction=0.0, g=-1, halving="balanced", flatten=0.0, min
 # ---- ops against their references on the CPU ------------------------------------------------------------------------
 
 
-def tokens(n: int = N, Lq: int | None = None, H: int = 4, H_kv: int = 2, D: int = 128, B: int = 1) -> list[Any]:
+def tokens(
+    n: int = N, Lq: int | None = None, H: int = 4, H_kv: int = 2, D: int = 128, B: int = 1, seed: int = 0
+) -> list[Any]:
     """Query, key and value in bfloat16, strided as models produce them."""
-    generator = torch.Generator("cuda").manual_seed(n)
+    generator = torch.Generator("cuda").manual_seed(n + seed)
     q, k, v = (torch.randn(B, n, h, D, generator=generator, device="cuda").to(BF16) for h in (H, H_kv, H_kv))
     return [x.transpose(1, 2) for x in (q[:, n - (Lq or n) :], k, v)]
 
@@ -135,9 +137,9 @@ def of_op(
         close(x, e, 2 * allowed)
 
 
-def op_of(name: str, given: Callable[[], list[Any]], padding: bool = False, **options: Any) -> Callable[[int], None]:
+def op_of(name: str, given: Callable[..., list[Any]], padding: bool = False, **options: Any) -> Callable[[int], None]:
     return lambda seed: of_op(
-        METHODS[name].op, given(), padded() if padding else None, seed=seed, trained=name != "santa", **options
+        METHODS[name].op, given(seed=seed), padded() if padding else None, seed=seed, trained=name != "santa", **options
     )
 
 
@@ -153,7 +155,7 @@ def heads(*rows: Rows, last: int = 0, padding: bool = False, **sizes: Any) -> Ca
 
 def packed(seed: int, **sizes: Any) -> None:
     """Sequences of 700 tokens, none, one and 299."""
-    given = [x[0].transpose(0, 1) for x in tokens(**sizes)]
+    given = [x[0].transpose(0, 1) for x in tokens(**sizes, seed=seed)]
     starts = torch.tensor([0, 700, 700, 701, N], dtype=torch.int32, device="cuda")
     of_op(E.VARLEN, given, starts, 700, seed=seed, **{**EXPRESS, "s": 16, "protected": 64})
 
@@ -177,7 +179,7 @@ def gradients(D: int, Dv: int, protected: int) -> None:
 
 def thinning(rule: str, D: int, seed: int) -> None:
     """Every halving along its own decisions, and the copies of what stays."""
-    _, k, v = tokens(1300, D=D)
+    _, k, v = tokens(1300, D=D, seed=seed)
     config = E.Express(64, inflation=2, sinks=4, recent=64, halving=rule, protected=0)
     layout, drawn = E.make_layout(config, 1300, 1300), torch.tensor(seed, device="cuda")
     index, *copies = E.thin_triton(k, v, layout, D**-0.5, drawn, LAYER)
@@ -208,7 +210,7 @@ def choose(D: int, Lq: int, config: B.BlockConfig) -> None:
 
 def cache(rows: tuple[Rows, ...], dtype: torch.dtype, seed: int) -> None:
     """Tokens at once, a few, and one by one, of which a contest is due in the middle."""
-    q, k, v = (x.to(dtype) for x in tokens(620, H=2 * len(rows), H_kv=len(rows), D=64, B=2))
+    q, k, v = (x.to(dtype) for x in tokens(620, H=2 * len(rows), H_kv=len(rows), D=64, B=2, seed=seed))
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
         held, n = Held(PerHead(rows), k, v, Random(drawn, LAYER), 0.125), 566
@@ -251,8 +253,8 @@ def step_of(**sizes: Any) -> list[Any]:
     return [2 * q, k.contiguous(), v.contiguous()]
 
 
-def by_feature() -> list[Any]:
-    q, k, v = step_of()
+def by_feature(**sizes: Any) -> list[Any]:
+    q, k, v = step_of(**sizes)
     return [q, k.mT.contiguous().mT, v]
 
 
