@@ -28,6 +28,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
@@ -38,7 +39,7 @@ import torch
 
 from express_compile.core import cost as c
 from express_compile.core.call import Call
-from express_compile.core.method import METHODS, Method, Refusal, Share, register
+from express_compile.core.method import METHODS, Method, Refusal, register
 from express_compile.core.options import NUMBER, WHOLE, Kind, Options, option
 from express_compile.core.plain import number, renamed
 from express_compile.core.policy import Policy
@@ -724,9 +725,9 @@ def rows_seen(own: PerHead, n: int) -> np.ndarray:
     return np.where(every > n - own.last, every, seen)
 
 
-def _chosen_cost(rows: Rows, block: int) -> c.Cost:
+def _few_cost(rows: Rows, block: int) -> c.Cost:
     """Selected rows, or sinks, recent and protected ones alone: what a query sees once there is more, on average over
-    its block; and the choice, one query of ``block`` against all keys before it."""
+    its block; and the contests, which read every key twice."""
     every = KEYS if rows.selected else CONTEST if rows.protected else 1  # tokens that leave the tail at a time
     late = max(0, every - block) + block + 1
     held = rows.sinks + rows.recent + rows.protected + KEYS * rows.selected + late / sympy.Integer(2)
@@ -736,69 +737,75 @@ def _chosen_cost(rows: Rows, block: int) -> c.Cost:
         return first * (first + 1) / 2 + held * (queries - first)
 
     attention = c.dense_cost(seen(c.Lk) - seen(c.Lk - c.Lq))
-    if not rows.selected:
-        return attention
+    left = sympy.Max(0, c.Lk - rows.sinks - rows.recent) if rows.protected else sympy.Integer(0)
+    contests = c.Cost(sympy.Integer(0), 2 * c.itemsize * c.B * c.H_kv * left * c.D, launches=4 * bool(rows.protected))
+    return attention + contests
+
+
+def _choice_cost(block: int) -> c.Cost:
+    """The choice of blocks: one query of ``block`` of every head against all keys before it."""
     pairs = c.B * c.H * c.Lq / block * (c.Lk - c.Lq / 2)
-    return c.Cost(
-        attention.flops + 2 * pairs * c.D, attention.bytes, attention.steps, sympy.Integer(3),
-        attention.scores + pairs,
-    )  # fmt: skip
+    return c.Cost(2 * pairs * c.D, sympy.Integer(0), launches=sympy.Integer(2), scores=pairs)
 
 
-def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
-    """The sum over heads, and with padding what packing them costs. Of a plan per query head each bears its part of
-    what its KV head does once, to thin or to score."""
-    bare = replace(spec, mask=replace(spec.mask, padding=False))
-    own = options_at(params["min_length"], **params)
-    exact = c.dense_cost(c.visible_pairs(spec))
-    members: dict[Rows, int] = {}
-    for rows in own.rows:
-        members[rows] = members.get(rows, 0) + 1
-    costs = []
-    for rows, count in members.items():
-        if rows.everything:
-            cost = exact
-        elif rows.thinned:
-            config = own.config(rows)
-            assert isinstance(config, Express)
-            of = METHODS["express"].cost
-            assert of is not None
-            cost = of(bare, {**config.pack(), "min_length": 0})
-            cost = _each(cost, {c.s: rows.thinned})
+_NOTHING = c.Cost(sympy.Integer(0), sympy.Integer(0), launches=sympy.Integer(0))
+
+
+def _shares(spec: AttentionSpec, params: Mapping[str, Any]) -> dict[str, c.Cost]:
+    """What heads cost that see everything, and all that the others cost.
+
+    What is done for a KV head counts once, however many of its query heads have such rows: to read its keys and values,
+    to thin and to let rows compete. All its query heads score its blocks, once for all rows whose choices go together.
+    """
+    own, entries = options_at(params["min_length"], **params), {}
+    each = len(own.rows) // spec.H_kv if len(own.rows) == spec.H else 1  # entries of a KV head
+    for i, rows in enumerate(own.rows):
+        entries.setdefault(rows, []).append(i)
+
+    def of_heads(cost: c.Cost, few: Sequence[int], all_queries: bool = False) -> c.Cost:
+        kv_heads = sympy.Rational(each * len({i // each for i in few}), len(own.rows))
+        queries = kv_heads if all_queries else sympy.Rational(len(few), len(own.rows))
+        return _with(cost, {c.H: c.H * queries, c.H_kv: c.H_kv * kv_heads})
+
+    exact, bare = c.dense_cost(c.visible_pairs(spec)), replace(spec, mask=replace(spec.mask, padding=False))
+    few, chosen = _NOTHING, dict[Any, list[Rows]]()
+    whole = entries.pop(EVERYTHING, [])
+    for rows, its in entries.items():
+        config = own.config(rows)
+        if rows.thinned:
+            assert isinstance(config, Express) and (of := METHODS["express"].cost) is not None
+            cost = _with(of(bare, {**config.pack(), "min_length": 0}), {c.s: rows.thinned})
         else:
-            cost = _chosen_cost(rows, own.block).unless(c.Lk <= exact_up_to(rows), exact)
-        share = sympy.Rational(count, len(own.rows))
-        costs.append(cost if share == 1 else _each(cost, {c.H: c.H * share, c.H_kv: c.H_kv * share}))
-    if own.last:
+            cost = _few_cost(rows, own.block).unless(c.Lk <= exact_up_to(rows), exact)
+        few += of_heads(cost, its)
+        if rows.selected:
+            chosen.setdefault((rows.sinks, rows.recent % own.block), []).append(rows)
+    for family in chosen.values():
+        cost = _choice_cost(own.block).unless(c.Lk <= min(map(exact_up_to, family)), _NOTHING)
+        few += of_heads(cost, [i for rows in family for i in entries[rows]], all_queries=True)
+    if own.last and entries:
         pairs = c.B * c.H * sympy.Min(own.last, c.Lq) * c.Lk
-        step = c.Cost(
+        few += c.Cost(
             2 * pairs * (c.D + c.Dv), c.itemsize * c.B * c.H_kv * c.Lk * (c.D + c.Dv), launches=sympy.Integer(2),
             scores=pairs,
         )  # fmt: skip
-        nothing = c.Cost(sympy.Integer(0), sympy.Integer(0), launches=sympy.Integer(0))
-        costs.append(step.unless(c.Lk <= min(map(exact_up_to, own.rows)), nothing))
+    few = replace(few, launches=few.launches - max(0, len(entries) - 1))  # attention is one launch for all of these
+    short = (c.Lk <= min(map(exact_up_to, entries), default=0)) | (c.Lk < params["min_length"])
+    found = {"exact": of_heads(exact, whole).unless(short, exact)} if whole else {}
+    if entries:
+        found["express"] = few.unless(short, _NOTHING if whole else exact)
     if spec.mask.padding:
-        costs.append(c.Cost(sympy.Integer(0), c.itemsize * packing_cost(), launches=sympy.Integer(0)))
-    summed = c.Cost(*(sum(getattr(cost, f.name) for cost in costs) for f in fields(c.Cost)))
-    together_too = max(0, sum(not rows.everything for rows in members) - 1)  # attention is one launch for all of these
-    summed = replace(summed, launches=summed.launches - together_too)
-    return summed.unless(c.Lk < params["min_length"], exact) if params["min_length"] else summed
+        kernels = [*found][-1]
+        found[kernels] += replace(_NOTHING, bytes=c.itemsize * packing_cost())
+    return found
 
 
-def _each(cost: c.Cost, values: Mapping[Any, Any]) -> c.Cost:
+def _with(cost: c.Cost, values: Mapping[Any, Any]) -> c.Cost:
     return c.Cost(*(sympy.sympify(getattr(cost, f.name)).subs(values, simultaneous=True) for f in fields(c.Cost)))
 
 
-def _shares(spec: AttentionSpec, params: Mapping[str, Any]) -> list[Share]:
-    """Heads that see everything, and the others."""
-    rows = from_numbers(params["rows"])
-    exact = [x for x in rows if x.everything]
-    found = [("exact", exact), ("express", [x for x in rows if not x.everything])]
-
-    def few(own: list[Rows]) -> AttentionSpec:
-        return replace(spec, H=spec.H * len(own) // len(rows), H_kv=-(-spec.H_kv * len(own) // len(rows)))
-
-    return [(name, few(own), {**params, "rows": to_numbers(own)}) for name, own in found if own]
+def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
+    return functools.reduce(operator.add, _shares(spec, params).values())
 
 
 def _approximates(params: Mapping[str, Any], Lk: int) -> bool:

@@ -29,10 +29,6 @@ class Refusal:
         return f"{self.method}: {self.reason}"
 
 
-Share = tuple[str, AttentionSpec, Mapping[str, Any]]
-"""A part of a call: whose kernels it runs, its spec and the parameters of the op for it."""
-
-
 @dataclass(frozen=True)
 class Method:
     """One way to compute attention at a site.
@@ -49,11 +45,11 @@ class Method:
     loses(spec, policy): why exact attention was measured to be faster at a site of these sizes, or ``None``; asked
         unless the policy gives ``min_length``. Sizes may be symbolic: what is decided at run time is no loss.
     cost(spec, params): what a call costs in the symbols of ``cost.py``, for the parameters that ``params`` gave.
-        Of ``spec`` it reads the mask; sizes and the budget stay symbols. ``None``: not known.
+        Of ``spec`` it reads the mask, and where parameters go by the head (``per_head``) the numbers of heads; sizes and
+        the budget stay symbols. ``None``: not known.
     padding_cost: whether ``cost`` also says what padding costs; else it is that of a batch without.
-    shares(spec, params): the parts of a call of which each runs the kernels of one method, by whose rates it is
-        predicted: that method, and the spec and the parameters of the part; all sizes are numbers. Unless given a call
-        is one part by rates of its own.
+    shares(spec, params): the parts of that cost, by the methods whose kernels they run and by whose rates they are
+        predicted. Unless given all of it goes by rates of its own.
     rows(params, Lk): what the symbol s of its cost stands for at ``Lk`` keys.
     forms: which fields of ``AttentionSpec.forms`` the op computes. A site that has another one is refused without
         asking ``refuse``. Of ``"sinks"`` the op takes the logits ``[H]`` as the argument ``sinks``.
@@ -80,7 +76,7 @@ class Method:
     loses: Callable[[AttentionSpec, Policy], str | None] = lambda spec, policy: None
     cost: Callable[[AttentionSpec, Mapping[str, Any]], Cost] | None = None
     padding_cost: bool = False
-    shares: Callable[[AttentionSpec, Mapping[str, Any]], list[Share]] | None = None
+    shares: Callable[[AttentionSpec, Mapping[str, Any]], Mapping[str, Cost]] | None = None
     rows: Callable[[Mapping[str, Any], int], int] = lambda params, Lk: Lk
     forms: tuple[str, ...] = ()
     approximates: Callable[[Mapping[str, Any], int], bool] | None = None

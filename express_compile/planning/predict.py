@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from ..core.cost import Cost, Device
-from ..core.method import METHODS, Share
+from ..core.method import METHODS
 from ..core.policy import Policy
 from ..core.spec import AttentionSpec, Mask, Site, known_equal
 
@@ -27,22 +28,15 @@ def predict(method: str, spec: AttentionSpec, policy: Policy, device: Device, gr
     ``graphs``: inside a CUDA graph, which spares the host its work. None where the method says nothing of its cost, or
     the device nothing of the method. Raises ``ValueError`` for a size that is not a number.
     """
-    params, shares = _params(method, spec, policy), METHODS[method].shares
-    parts = [(method, spec, params)] if shares is None else shares(spec, params)
-    times = [_milliseconds(method, part, device, graphs) for part in parts]
-    known = [time for time in times if time is not None]
-    return sum(known) if len(known) == len(times) else None
-
-
-def _milliseconds(method: str, part: Share, device: Device, graphs: bool) -> float | None:
-    """Of a part of a call of ``method``."""
-    kernels, spec, params = part
-    rates, cost = device.rates_of(kernels, spec.dtype, spec.Lq), cost_at(method, spec, params)
-    if cost is None:
+    parts = _parts_at(method, spec, _params(method, spec, policy))
+    if parts is None:
         return None
-    if cost == cost_at("exact", spec, {}):  # short sequences are left to exact attention
-        rates = device.rates_of("exact", spec.dtype, spec.Lq)
-    return None if rates is None else rates.seconds(cost, graphs) * 1e3
+    whole = _sum(parts.values())
+    if whole == cost_at("exact", spec, {}):  # short sequences are left to exact attention
+        parts = {"exact": whole}
+    rates = {kernels: device.rates_of(kernels, spec.dtype, spec.Lq) for kernels in parts}
+    times = [known.seconds(parts[kernels], graphs) * 1e3 for kernels, known in rates.items() if known is not None]
+    return sum(times) if len(times) == len(parts) else None
 
 
 def predicted(
@@ -132,9 +126,21 @@ def cost_at(method: str, spec: AttentionSpec, params: Mapping[str, Any]) -> Cost
 
     Raises ``ValueError`` for a size that is not a number.
     """
+    parts = _parts_at(method, spec, params)
+    return None if parts is None else _sum(parts.values())
+
+
+def _parts_at(method: str, spec: AttentionSpec, params: Mapping[str, Any]) -> dict[str, Cost] | None:
+    """The parts of :func:`cost_at`, by the methods by whose rates they go."""
     hashable = tuple((name, tuple(x) if isinstance(x, list) else x) for name, x in params.items())
-    cost = _cost(method, _mask_of(spec, METHODS[method].padding_cost), hashable)
-    return None if cost is None else cost.at(spec, METHODS[method].rows(params, spec.Lk))
+    heads = (spec.H, spec.H_kv) if METHODS[method].per_head else (1, 1)
+    parts = _parts(method, _mask_of(spec, METHODS[method].padding_cost), heads, hashable)
+    budget = METHODS[method].rows(params, spec.Lk)
+    return None if parts is None else {kernels: cost.at(spec, budget) for kernels, cost in parts.items()}
+
+
+def _sum(costs: Iterable[Cost]) -> Cost:
+    return functools.reduce(operator.add, costs)
 
 
 def _mask_of(spec: AttentionSpec, padding: bool) -> tuple[Mask, bool]:
@@ -145,11 +151,15 @@ def _mask_of(spec: AttentionSpec, padding: bool) -> tuple[Mask, bool]:
 
 
 @functools.lru_cache(maxsize=64)
-def _cost(method: str, kind: tuple[Mask, bool], params: tuple[tuple[str, Any], ...]) -> Cost | None:
+def _parts(
+    method: str, kind: tuple[Mask, bool], heads: tuple[int, int], params: tuple[tuple[str, Any], ...]
+) -> Mapping[str, Cost] | None:
     """One expression for all sites with this mask and these parameters: to make one takes up to half a second."""
     mask, aligned = kind
-    function = METHODS[method].cost
+    own = METHODS[method]
+    if own.cost is None:
+        return None
     Lk = 1 if aligned else mask.offset + 2
-    spec = AttentionSpec(1, 1, 1, 1, Lk, 1, 1, torch.float32, "cpu", 1.0, mask)
+    spec = AttentionSpec(1, *heads, 1, Lk, 1, 1, torch.float32, "cpu", 1.0, mask)
     options: Mapping[str, Any] = dict(params)
-    return None if function is None else function(spec, options)
+    return {method: own.cost(spec, options)} if own.shares is None else own.shares(spec, options)
