@@ -39,7 +39,7 @@ import torch
 
 from express_compile.core import cost as c
 from express_compile.core.call import Call
-from express_compile.core.method import METHODS, Method, Refusal, register
+from express_compile.core.method import Method, Refusal, cost_at, register
 from express_compile.core.options import NUMBER, WHOLE, Kind, Options, option
 from express_compile.core.plain import number, renamed
 from express_compile.core.policy import Policy
@@ -725,6 +725,7 @@ def rows_seen(own: PerHead, n: int) -> np.ndarray:
     return np.where(every > n - own.last, every, seen)
 
 
+@functools.lru_cache(maxsize=1024)
 def _few_cost(rows: Rows, block: int) -> c.Cost:
     """Selected rows, or sinks, recent and protected ones alone: what a query sees once there is more, on average over
     its block; and the contests, which read every key twice."""
@@ -737,75 +738,65 @@ def _few_cost(rows: Rows, block: int) -> c.Cost:
         return first * (first + 1) / 2 + held * (queries - first)
 
     attention = c.dense_cost(seen(c.Lk) - seen(c.Lk - c.Lq))
-    left = sympy.Max(0, c.Lk - rows.sinks - rows.recent) if rows.protected else sympy.Integer(0)
-    contests = c.Cost(sympy.Integer(0), 2 * c.itemsize * c.B * c.H_kv * left * c.D, launches=4 * bool(rows.protected))
-    return attention + contests
+    if not rows.protected:
+        return attention
+    keys = 2 * c.B * c.H_kv * c.D * (c.Lk - rows.sinks - rows.recent)
+    return attention + c.Cost(sympy.Integer(0), c.itemsize * keys, launches=sympy.Integer(4))
 
 
-def _choice_cost(block: int) -> c.Cost:
+def _choice_cost(spec: AttentionSpec, block: int) -> c.Cost:
     """The choice of blocks: one query of ``block`` of every head against all keys before it."""
-    pairs = c.B * c.H * c.Lq / block * (c.Lk - c.Lq / 2)
-    return c.Cost(2 * pairs * c.D, sympy.Integer(0), launches=sympy.Integer(2), scores=pairs)
+    pairs = spec.B * spec.H * spec.Lq / block * (spec.Lk - spec.Lq / 2)
+    return c.Cost(2 * pairs * spec.D, 0, 0, 2, pairs, 0)
 
 
-_NOTHING = c.Cost(sympy.Integer(0), sympy.Integer(0), launches=sympy.Integer(0))
+def _last_cost(spec: AttentionSpec, last: int) -> c.Cost:
+    pairs, width = spec.B * spec.H * min(last, spec.Lq) * spec.Lk, spec.D + spec.Dv
+    return c.Cost(2 * pairs * width, spec.dtype.itemsize * spec.B * spec.H_kv * spec.Lk * width, 0, 2, pairs, 0)
 
 
-def _shares(spec: AttentionSpec, params: Mapping[str, Any]) -> dict[str, c.Cost]:
-    """What heads cost that see everything, and all that the others cost.
+def _costs(spec: AttentionSpec, params: Mapping[str, Any]) -> dict[str, c.Cost]:
+    """What the heads cost that are exact, and what the others do, with padding that they are packed.
 
     What is done for a KV head counts once, however many of its query heads have such rows: to read its keys and values,
     to thin and to let rows compete. All its query heads score its blocks, once for all rows whose choices go together.
     """
-    own, entries = options_at(params["min_length"], **params), {}
+    whole = cost_at("exact", spec, {})  # raises for sizes that are no numbers
+    assert whole is not None
+    own, n = options_at(spec.Lk, **params), spec.Lk
     each = len(own.rows) // spec.H_kv if len(own.rows) == spec.H else 1  # entries of a KV head
+    bare = replace(spec, mask=replace(spec.mask, padding=False))
+
+    def part(entries: Sequence[int], all_queries: bool = False) -> AttentionSpec:
+        """The KV heads of these entries, and their query heads, or all that the KV heads have."""
+        H_kv = spec.H_kv * len({i // each for i in entries}) * each // len(own.rows)
+        H = H_kv * spec.H // spec.H_kv if all_queries else spec.H * len(entries) // len(own.rows)
+        return replace(bare, H=H, H_kv=H_kv)
+
+    members: dict[Rows, list[int]] = {}
+    families: dict[tuple[int, int], list[int]] = {}
     for i, rows in enumerate(own.rows):
-        entries.setdefault(rows, []).append(i)
-
-    def of_heads(cost: c.Cost, few: Sequence[int], all_queries: bool = False) -> c.Cost:
-        kv_heads = sympy.Rational(each * len({i // each for i in few}), len(own.rows))
-        queries = kv_heads if all_queries else sympy.Rational(len(few), len(own.rows))
-        return _with(cost, {c.H: c.H * queries, c.H_kv: c.H_kv * kv_heads})
-
-    exact, bare = c.dense_cost(c.visible_pairs(spec)), replace(spec, mask=replace(spec.mask, padding=False))
-    few, chosen = _NOTHING, dict[Any, list[Rows]]()
-    whole = entries.pop(EVERYTHING, [])
-    for rows, its in entries.items():
+        exact = n <= exact_up_to(rows)
+        members.setdefault(EVERYTHING if exact else rows, []).append(i)
+        if rows.selected and not exact:
+            families.setdefault((rows.sinks, rows.recent % own.block), []).append(i)
+    exact_heads, found = members.pop(EVERYTHING, []), []
+    for rows, entries in members.items():
         config = own.config(rows)
-        if rows.thinned:
-            assert isinstance(config, Express) and (of := METHODS["express"].cost) is not None
-            cost = _with(of(bare, {**config.pack(), "min_length": 0}), {c.s: rows.thinned})
+        if isinstance(config, Express) and rows.thinned:
+            found.append(cost_at("express", part(entries), {**config.pack(), "min_length": 0}))
         else:
-            cost = _few_cost(rows, own.block).unless(c.Lk <= exact_up_to(rows), exact)
-        few += of_heads(cost, its)
-        if rows.selected:
-            chosen.setdefault((rows.sinks, rows.recent % own.block), []).append(rows)
-    for family in chosen.values():
-        cost = _choice_cost(own.block).unless(c.Lk <= min(map(exact_up_to, family)), _NOTHING)
-        few += of_heads(cost, [i for rows in family for i in entries[rows]], all_queries=True)
-    if own.last and entries:
-        pairs = c.B * c.H * sympy.Min(own.last, c.Lq) * c.Lk
-        few += c.Cost(
-            2 * pairs * (c.D + c.Dv), c.itemsize * c.B * c.H_kv * c.Lk * (c.D + c.Dv), launches=sympy.Integer(2),
-            scores=pairs,
-        )  # fmt: skip
-    few = replace(few, launches=few.launches - max(0, len(entries) - 1))  # attention is one launch for all of these
-    short = (c.Lk <= min(map(exact_up_to, entries), default=0)) | (c.Lk < params["min_length"])
-    found = {"exact": of_heads(exact, whole).unless(short, exact)} if whole else {}
-    if entries:
-        found["express"] = few.unless(short, _NOTHING if whole else exact)
+            found.append(_few_cost(rows, own.block).at(part(entries), 1))
+    found += [_choice_cost(part(entries, all_queries=True), own.block) for entries in families.values()]
+    if own.last and members:
+        found.append(_last_cost(spec, own.last))
     if spec.mask.padding:
-        kernels = [*found][-1]
-        found[kernels] += replace(_NOTHING, bytes=c.itemsize * packing_cost())
-    return found
-
-
-def _with(cost: c.Cost, values: Mapping[Any, Any]) -> c.Cost:
-    return c.Cost(*(sympy.sympify(getattr(cost, f.name)).subs(values, simultaneous=True) for f in fields(c.Cost)))
-
-
-def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
-    return functools.reduce(operator.add, _shares(spec, params).values())
+        found.append(c.Cost(0, c.itemsize * packing_cost(), launches=0).at(spec, 1))
+    costs = {"exact": cost_at("exact", part(exact_heads), {})} if exact_heads else {}
+    if found:
+        few = functools.reduce(operator.add, found)
+        costs["express"] = replace(few, launches=few.launches - max(0, len(members) - 1))  # they attend in one launch
+    return costs
 
 
 def _approximates(params: Mapping[str, Any], Lk: int) -> bool:
@@ -822,9 +813,8 @@ METHOD = register(
         options=PerHead,
         params=_params,
         sees=lambda own, site: own.at(site),
-        cost=_cost,
         padding_cost=True,
-        shares=_shares,
+        shares=_costs,
         approximates=_approximates,
         per_head={"rows": len(fields(Rows))},
     )

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from ..core.cost import Cost, Device
-from ..core.method import METHODS
+from ..core.cost import Device
+from ..core.method import METHODS, cost_at
 from ..core.policy import Policy
-from ..core.spec import AttentionSpec, Mask, Site, known_equal
+from ..core.spec import AttentionSpec, Site, known_equal
 
 LONGEST = 1 << 21  # keys up to which a crossover is looked for
 MARGIN = 1.05  # what another answer than the exact one must gain at least: predictions are off by some percent
@@ -28,12 +24,14 @@ def predict(method: str, spec: AttentionSpec, policy: Policy, device: Device, gr
     ``graphs``: inside a CUDA graph, which spares the host its work. None where the method says nothing of its cost, or
     the device nothing of the method. Raises ``ValueError`` for a size that is not a number.
     """
-    parts = _parts_at(method, spec, _params(method, spec, policy))
-    if parts is None:
+    params, shares = _params(method, spec, policy), METHODS[method].shares
+    whole = cost_at(method, spec, params)
+    if whole is None:
         return None
-    whole = _sum(parts.values())
     if whole == cost_at("exact", spec, {}):  # short sequences are left to exact attention
         parts = {"exact": whole}
+    else:
+        parts = {method: whole} if shares is None else dict(shares(spec, params))
     rates = {kernels: device.rates_of(kernels, spec.dtype, spec.Lq) for kernels in parts}
     times = [known.seconds(parts[kernels], graphs) * 1e3 for kernels, known in rates.items() if known is not None]
     return sum(times) if len(times) == len(parts) else None
@@ -119,47 +117,3 @@ def at_length(spec: AttentionSpec, n: int) -> AttentionSpec:
 
 def _params(method: str, spec: AttentionSpec, policy: Policy) -> Mapping[str, Any]:
     return METHODS[method].params(Site(spec), replace(policy, min_length=0))
-
-
-def cost_at(method: str, spec: AttentionSpec, params: Mapping[str, Any]) -> Cost | None:
-    """What a call costs in numbers, for the op's ``params``; None where the method does not say.
-
-    Raises ``ValueError`` for a size that is not a number.
-    """
-    parts = _parts_at(method, spec, params)
-    return None if parts is None else _sum(parts.values())
-
-
-def _parts_at(method: str, spec: AttentionSpec, params: Mapping[str, Any]) -> dict[str, Cost] | None:
-    """The parts of :func:`cost_at`, by the methods by whose rates they go."""
-    hashable = tuple((name, tuple(x) if isinstance(x, list) else x) for name, x in params.items())
-    heads = (spec.H, spec.H_kv) if METHODS[method].per_head else (1, 1)
-    parts = _parts(method, _mask_of(spec, METHODS[method].padding_cost), heads, hashable)
-    budget = METHODS[method].rows(params, spec.Lk)
-    return None if parts is None else {kernels: cost.at(spec, budget) for kernels, cost in parts.items()}
-
-
-def _sum(costs: Iterable[Cost]) -> Cost:
-    return functools.reduce(operator.add, costs)
-
-
-def _mask_of(spec: AttentionSpec, padding: bool) -> tuple[Mask, bool]:
-    """The mask without what varies with the lengths, and whether it was aligned to their ends."""
-    aligned = known_equal(spec.mask.offset, spec.Lk - spec.Lq)
-    offset = 0 if aligned else spec.mask.offset
-    return replace(spec.mask, offset=offset, padding=padding and spec.mask.padding), aligned
-
-
-@functools.lru_cache(maxsize=64)
-def _parts(
-    method: str, kind: tuple[Mask, bool], heads: tuple[int, int], params: tuple[tuple[str, Any], ...]
-) -> Mapping[str, Cost] | None:
-    """One expression for all sites with this mask and these parameters: to make one takes up to half a second."""
-    mask, aligned = kind
-    own = METHODS[method]
-    if own.cost is None:
-        return None
-    Lk = 1 if aligned else mask.offset + 2
-    spec = AttentionSpec(1, *heads, 1, Lk, 1, 1, torch.float32, "cpu", 1.0, mask)
-    options: Mapping[str, Any] = dict(params)
-    return {method: own.cost(spec, options)} if own.shares is None else own.shares(spec, options)
