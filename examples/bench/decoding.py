@@ -437,9 +437,9 @@ WHOLE = ("transformers", "exact", "santa", "selected", "cache", "planned")
 def whole_rows(
     model: torch.nn.Module, B: int, n: int, S: int, count: int, only: Sequence[str] = WHOLE, compile: bool = True,
     saved: Path = PLAN,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """The table of whole steps at one length, compiled ones as CUDA graphs; a method that does not fit the memory has
-    none."""
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The rows of whole steps at one length, each as soon as it was measured, compiled ones as CUDA graphs; a method
+    that does not fit the memory has none."""
     from transformers import DynamicCache
 
     on_gpu = torch.cuda.is_available()
@@ -451,7 +451,7 @@ def whole_rows(
         "santa": (dict(methods=["santa"], budget=S, seed=0), None), "selected": (dict(methods=["exact"]), selected),
         "cache": (dict(methods=["exact"]), uniform), "planned": (dict(methods=["exact"]), planned),
     }  # fmt: skip
-    rows, first = [], {"santa": "exact"}  # SANTA is no method for a prompt
+    first = {"santa": "exact"}  # SANTA is no method for a prompt
     config, ttft, exact = model.config, {}, {}
     for name, (policy, plan) in methods.items():
         if name not in only:
@@ -493,13 +493,12 @@ def whole_rows(
         said = f"model=llama-3.1-8b-shape compiled={int(compile)} ttft_s={seconds:.3f} p99_ms={p99:.3f}"
         said += f" mean_ms={statistics.fmean(times):.3f} max_ms={max(times):.3f}{held}"
         peak = (torch.cuda.max_memory_allocated() - weights) / 1e6 if on_gpu else ""
-        rows.append(dict(
+        yield dict(
             job="whole_step", method=name, params=said, B=B, H=config.num_attention_heads, Lq=1, Lk=n,
             H_kv=config.num_key_value_heads, D=config.head_dim, Dv=config.head_dim, ms_p20=p20, ms_p50=p50, ms_p80=p80,
             dtype=str(model.dtype).removeprefix("torch."), opponent=best, opponent_ms_p50=against,
             speedup=against / p50 if against else None, peak_mb=peak,
-        ))  # fmt: skip
-    return rows
+        )  # fmt: skip
 
 
 def main() -> None:
@@ -542,7 +541,8 @@ def main() -> None:
         model = random_llama(device, dtype, TINY if args.tiny else LLAMA)
     mode = "reduce-overhead" if device == "cuda" else "default"
     for B, n in shapes["shapes"] if "whole" in args.parts else ():
-        keep(whole_rows(model, B, n, args.draws, args.steps, args.methods, not args.by_hand, args.plan))
+        for row in whole_rows(model, B, n, args.draws, args.steps, args.methods, not args.by_hand, args.plan):
+            keep([row])
     for B, n in shapes["shapes"] if "model" in args.parts else ():
         keep(rows_of(model, B, n, args.draws, Clock(device), None if args.by_hand else mode))
 

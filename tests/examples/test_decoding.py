@@ -81,7 +81,7 @@ def test_whole_steps_and_a_cache_alone_have_a_row_for_each_method(
     SavedPlan((*sites[1:], replace(sites[0], facts={"H": 3, "H_kv": 1}))).save(tmp_path / "by_query_head.json")
     with pytest.raises(SystemExit, match="an ExpressCache takes a plan that was fitted without them"):
         decoding.planned_rows(model, tmp_path / "by_query_head.json")
-    rows = decoding.whole_rows(model, 1, 500, 8, 2)
+    rows = list(decoding.whole_rows(model, 1, 500, 8, 2))
     assert [row["method"] for row in rows] == ["transformers", "exact", "santa", "selected", "cache", "planned"]
     held = {row["method"]: params_of(row).get("rows") for row in rows}
     assert held["transformers"] is None and float(held["cache"]) < 400 < float(held["planned"])
