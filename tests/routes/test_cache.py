@@ -502,7 +502,8 @@ def test_rows_of_query_heads_are_refused_with_the_first_tokens() -> None:
     cache = ExpressCache(model, rows=[Rows(2), Rows(3), Rows(4), Rows(4)])
     words = (
         f"'{PATHS[0]}': rows lists 4 query heads; an ExpressCache holds rows by KV head, of which there are 2: give it "
-        "a plan that was fitted without query_heads, ExpressCache(model, plan=...), or rows= for every KV head or for all"
+        "a plan that was fitted without query_heads, ExpressCache(model, plan=...), or rows= for every KV head or for "
+        "all"
     )
     with pytest.raises(ValueError, match=re.escape(words)):
         logits(model, ids(5), cache)
