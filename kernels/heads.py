@@ -761,8 +761,13 @@ def _costs(spec: AttentionSpec, params: Mapping[str, Any]) -> dict[str, c.Cost]:
     What is done for a KV head counts once, however many of its query heads have such rows: to read its keys and values,
     to thin and to let rows compete. All its query heads score its blocks, once for all rows whose choices go together.
     """
-    whole = cost_at("exact", spec, {})  # raises for sizes that are no numbers
-    assert whole is not None
+
+    def priced(method: str, at: AttentionSpec, options: Mapping[str, Any]) -> c.Cost:
+        cost = cost_at(method, at, options)
+        assert cost is not None, "methods whose kernels these are say what they cost"
+        return cost
+
+    priced("exact", spec, {})  # raises for sizes that are no numbers
     own, n = options_at(spec.Lk, **params), spec.Lk
     each = len(own.rows) // spec.H_kv if len(own.rows) == spec.H else 1  # entries of a KV head
     bare = replace(spec, mask=replace(spec.mask, padding=False))
@@ -780,11 +785,11 @@ def _costs(spec: AttentionSpec, params: Mapping[str, Any]) -> dict[str, c.Cost]:
         members.setdefault(EVERYTHING if exact else rows, []).append(i)
         if rows.selected and not exact:
             families.setdefault((rows.sinks, rows.recent % own.block), []).append(i)
-    exact_heads, found = members.pop(EVERYTHING, []), []
+    exact_heads, found = members.pop(EVERYTHING, []), list[c.Cost]()
     for rows, entries in members.items():
         config = own.config(rows)
         if isinstance(config, Express) and rows.thinned:
-            found.append(cost_at("express", part(entries), {**config.pack(), "min_length": 0}))
+            found.append(priced("express", part(entries), {**config.pack(), "min_length": 0}))
         else:
             found.append(_few_cost(rows, own.block).at(part(entries), 1))
     found += [_choice_cost(part(entries, all_queries=True), own.block) for entries in families.values()]
@@ -792,7 +797,7 @@ def _costs(spec: AttentionSpec, params: Mapping[str, Any]) -> dict[str, c.Cost]:
         found.append(_last_cost(spec, own.last))
     if spec.mask.padding:
         found.append(c.Cost(0, c.itemsize * packing_cost(), launches=0).at(spec, 1))
-    costs = {"exact": cost_at("exact", part(exact_heads), {})} if exact_heads else {}
+    costs = {"exact": priced("exact", part(exact_heads), {})} if exact_heads else {}
     if found:
         few = functools.reduce(operator.add, found)
         costs["express"] = replace(few, launches=few.launches - max(0, len(members) - 1))  # they attend in one launch
