@@ -58,7 +58,8 @@ def plan_per_query_head(H: int, H_kv: int, layers: int) -> SavedPlan:
             drawn = draw.choices(KINDS, [24, 8, 8, 6, 3, 2, 1], k=H // H_kv)
             rows += [drawn[0]] * (H // H_kv) if draw.random() < 1 / 3 else sorted(drawn, key=KINDS.index)
         facts = dict(H=H, H_kv=H_kv, D=64, Dv=64, mask="causal")
-        sites.append(SavedSite(f"model.layers.{i}.self_attn", 0, "heads", "rewritten", facts=facts, rows=tuple(rows)))
+        own = dict(facts=facts, options={"method_options": {"heads": {"last": 64}}}, rows=tuple(rows))
+        sites.append(SavedSite(f"model.layers.{i}.self_attn", 0, "heads", "rewritten", **own))
     return SavedPlan(tuple(sites))
 
 
