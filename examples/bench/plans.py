@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from measures import TokenStats, chunk_bootstrap, token_statistics
-from models import haystacks, judged_texts, load_qwen, load_smollm2, profiled_texts
+from models import haystacks, judged_texts, load_qwen, load_smollm2, profiled_texts, repeat_heads
 from needles import NOISE, TASKS, Case, cases
 from records import QUALITY_COLUMNS, add_arguments, append, run_of, show
 from rich.progress import track
@@ -209,22 +209,6 @@ def in_words(plan: Plan) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------- judging
-
-
-def repeat_heads(model: Any) -> None:
-    """Give every query head keys and values of its own, copies of those that its group shares."""
-    config = model.config
-    group, heads = config.num_attention_heads // config.num_key_value_heads, config.num_key_value_heads
-    for module in model.modules():
-        if not hasattr(module, "num_key_value_groups"):
-            continue
-        for layer in (module.k_proj, module.v_proj):
-            for name, old in dict(layer.named_parameters()).items():
-                new = old.data.unflatten(0, (heads, -1)).repeat_interleave(group, 0).flatten(0, 1)
-                setattr(layer, name, torch.nn.Parameter(new))
-            layer.out_features *= group
-        module.num_key_value_groups = 1
-    config.num_key_value_heads = config.num_attention_heads
 
 
 @torch.no_grad()

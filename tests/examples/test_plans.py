@@ -267,7 +267,7 @@ def test_a_model_with_repeated_heads_is_the_same_function_with_a_kv_head_for_eve
         layer.self_attn.k_proj.bias.normal_()
     ids = torch.arange(20)[None] % 29
     before = model(ids).logits
-    bench["plans"].repeat_heads(model)
+    bench["models"].repeat_heads(model)
     assert model.model.layers[1].self_attn.k_proj(torch.zeros(1, 48).double()).shape == (1, 48)
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-9, atol=1e-12)
     model.model.layers[0].self_attn.v_proj.weight[:8] += 1  # the first query head alone
