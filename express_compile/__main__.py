@@ -187,7 +187,7 @@ POLICY: dict[str, dict[str, Any]] = {
     "methods": {"type": lambda value: value.split(","), "metavar": "NAME[,NAME...]"},
     **{name: {"type": int, "metavar": "N"} for name in ("sinks", "window", "protected", "inflation", "min_length")},
     "halving": {"metavar": "RULE"},
-    **{name: {"action": argparse.BooleanOptionalAction} for name in ("strict", "causal_only", "training")},
+    **dict.fromkeys(("strict", "causal_only", "training", "cuda_graphs"), {"action": argparse.BooleanOptionalAction}),
     "method_options": {"type": _json, "metavar": "JSON"},
     "modules": {"type": _override, "action": "append", "metavar": "GLOB=METHOD|JSON"},
     "plan": {"metavar": "FILE"},

@@ -28,6 +28,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
@@ -38,7 +39,7 @@ import torch
 
 from express_compile.core import cost as c
 from express_compile.core.call import Call
-from express_compile.core.method import METHODS, Method, Refusal, Share, register
+from express_compile.core.method import Method, Refusal, cost_at, register
 from express_compile.core.options import NUMBER, WHOLE, Kind, Options, option
 from express_compile.core.plain import number, renamed
 from express_compile.core.policy import Policy
@@ -747,9 +748,10 @@ def rows_seen(own: PerHead, n: int) -> np.ndarray:
     return np.where(every > n - own.last, every, seen)
 
 
-def _chosen_cost(rows: Rows, block: int) -> c.Cost:
+@functools.lru_cache(maxsize=1024)
+def _few_cost(rows: Rows, block: int) -> c.Cost:
     """Selected rows, or sinks, recent and protected ones alone: what a query sees once there is more, on average over
-    its block; and the choice, one query of ``block`` against all keys before it."""
+    its block; and the contests, which read every key twice."""
     every = KEYS if rows.selected else CONTEST if rows.protected else 1  # tokens that leave the tail at a time
     late = max(0, every - block) + block + 1
     held = rows.sinks + rows.recent + rows.protected + KEYS * rows.selected + late / sympy.Integer(2)
@@ -759,69 +761,70 @@ def _chosen_cost(rows: Rows, block: int) -> c.Cost:
         return first * (first + 1) / 2 + held * (queries - first)
 
     attention = c.dense_cost(seen(c.Lk) - seen(c.Lk - c.Lq))
-    if not rows.selected:
+    if not rows.protected:
         return attention
-    pairs = c.B * c.H * c.Lq / block * (c.Lk - c.Lq / 2)
-    return c.Cost(
-        attention.flops + 2 * pairs * c.D, attention.bytes, attention.steps, sympy.Integer(3),
-        attention.scores + pairs,
-    )  # fmt: skip
+    keys = 2 * c.B * c.H_kv * c.D * (c.Lk - rows.sinks - rows.recent)
+    return attention + c.Cost(sympy.Integer(0), c.itemsize * keys, launches=sympy.Integer(4))
 
 
-def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
-    """The sum over heads, and with padding what packing them costs. Of a plan per query head each bears its part of
-    what its KV head does once, to thin or to score."""
+def _choice_cost(spec: AttentionSpec, block: int) -> c.Cost:
+    """The choice of blocks: one query of ``block`` of every head against all keys before it."""
+    pairs = spec.B * spec.H * spec.Lq / block * (spec.Lk - spec.Lq / 2)
+    return c.Cost(2 * pairs * spec.D, 0, 0, 2, pairs, 0)
+
+
+def _last_cost(spec: AttentionSpec, last: int) -> c.Cost:
+    pairs, width = spec.B * spec.H * min(last, spec.Lq) * spec.Lk, spec.D + spec.Dv
+    return c.Cost(2 * pairs * width, spec.dtype.itemsize * spec.B * spec.H_kv * spec.Lk * width, 0, 2, pairs, 0)
+
+
+def _costs(spec: AttentionSpec, params: Mapping[str, Any]) -> dict[str, c.Cost]:
+    """What the heads cost that are exact, and what the others do, with padding that they are packed.
+
+    What is done for a KV head counts once, however many of its query heads have such rows: to read its keys and values,
+    to thin and to let rows compete. All its query heads score its blocks, once for all rows whose choices go together.
+    """
+
+    def priced(method: str, at: AttentionSpec, options: Mapping[str, Any]) -> c.Cost:
+        cost = cost_at(method, at, options)
+        assert cost is not None, "methods whose kernels these are say what they cost"
+        return cost
+
+    priced("exact", spec, {})  # raises for sizes that are no numbers
+    own, n = options_at(spec.Lk, **params), spec.Lk
+    each = len(own.rows) // spec.H_kv if len(own.rows) == spec.H else 1  # entries of a KV head
     bare = replace(spec, mask=replace(spec.mask, padding=False))
-    own = options_at(params["min_length"], **params)
-    exact = c.dense_cost(c.visible_pairs(spec))
-    members: dict[Rows, int] = {}
-    for rows in own.rows:
-        members[rows] = members.get(rows, 0) + 1
-    costs = []
-    for rows, count in members.items():
-        if rows.everything:
-            cost = exact
-        elif rows.thinned:
-            config = own.config(rows)
-            assert isinstance(config, Express)
-            of = METHODS["express"].cost
-            assert of is not None
-            cost = of(bare, {**config.pack(), "min_length": 0})
-            cost = _each(cost, {c.s: rows.thinned})
+
+    def part(entries: Sequence[int], all_queries: bool = False) -> AttentionSpec:
+        """The KV heads of these entries, and their query heads, or all that the KV heads have."""
+        H_kv = spec.H_kv * len({i // each for i in entries}) * each // len(own.rows)
+        H = H_kv * spec.H // spec.H_kv if all_queries else spec.H * len(entries) // len(own.rows)
+        return replace(bare, H=H, H_kv=H_kv)
+
+    members: dict[Rows, list[int]] = {}
+    families: dict[tuple[int, int], list[int]] = {}
+    for i, rows in enumerate(own.rows):
+        exact = n <= exact_up_to(rows)
+        members.setdefault(EVERYTHING if exact else rows, []).append(i)
+        if rows.selected and not exact:
+            families.setdefault((rows.sinks, rows.recent % own.block), []).append(i)
+    exact_heads, found = members.pop(EVERYTHING, []), list[c.Cost]()
+    for rows, entries in members.items():
+        config = own.config(rows)
+        if isinstance(config, Express) and rows.thinned:
+            found.append(priced("express", part(entries), {**config.pack(), "min_length": 0}))
         else:
-            cost = _chosen_cost(rows, own.block).unless(c.Lk <= exact_up_to(rows), exact)
-        share = sympy.Rational(count, len(own.rows))
-        costs.append(cost if share == 1 else _each(cost, {c.H: c.H * share, c.H_kv: c.H_kv * share}))
-    if own.last:
-        pairs = c.B * c.H * sympy.Min(own.last, c.Lq) * c.Lk
-        step = c.Cost(
-            2 * pairs * (c.D + c.Dv), c.itemsize * c.B * c.H_kv * c.Lk * (c.D + c.Dv), launches=sympy.Integer(2),
-            scores=pairs,
-        )  # fmt: skip
-        nothing = c.Cost(sympy.Integer(0), sympy.Integer(0), launches=sympy.Integer(0))
-        costs.append(step.unless(c.Lk <= min(map(exact_up_to, own.rows)), nothing))
+            found.append(_few_cost(rows, own.block).at(part(entries), 1))
+    found += [_choice_cost(part(entries, all_queries=True), own.block) for entries in families.values()]
+    if own.last and members:
+        found.append(_last_cost(spec, own.last))
     if spec.mask.padding:
-        costs.append(c.Cost(sympy.Integer(0), c.itemsize * packing_cost(), launches=sympy.Integer(0)))
-    summed = c.Cost(*(sum(getattr(cost, f.name) for cost in costs) for f in fields(c.Cost)))
-    together_too = max(0, sum(not rows.everything for rows in members) - 1)  # attention is one launch for all of these
-    summed = replace(summed, launches=summed.launches - together_too)
-    return summed.unless(c.Lk < params["min_length"], exact) if params["min_length"] else summed
-
-
-def _each(cost: c.Cost, values: Mapping[Any, Any]) -> c.Cost:
-    return c.Cost(*(sympy.sympify(getattr(cost, f.name)).subs(values, simultaneous=True) for f in fields(c.Cost)))
-
-
-def _shares(spec: AttentionSpec, params: Mapping[str, Any]) -> list[Share]:
-    """Heads that see everything, and the others."""
-    rows = from_numbers(params["rows"])
-    exact = [x for x in rows if x.everything]
-    found = [("exact", exact), ("express", [x for x in rows if not x.everything])]
-
-    def few(own: list[Rows]) -> AttentionSpec:
-        return replace(spec, H=spec.H * len(own) // len(rows), H_kv=-(-spec.H_kv * len(own) // len(rows)))
-
-    return [(name, few(own), {**params, "rows": to_numbers(own)}) for name, own in found if own]
+        found.append(c.Cost(0, c.itemsize * packing_cost(), launches=0).at(spec, 1))
+    costs = {"exact": priced("exact", part(exact_heads), {})} if exact_heads else {}
+    if found:
+        few = functools.reduce(operator.add, found)
+        costs["express"] = replace(few, launches=few.launches - max(0, len(members) - 1))  # they attend in one launch
+    return costs
 
 
 def _approximates(params: Mapping[str, Any], Lk: int) -> bool:
@@ -838,9 +841,8 @@ METHOD = register(
         options=PerHead,
         params=_params,
         sees=lambda own, site: own.at(site),
-        cost=_cost,
         padding_cost=True,
-        shares=_shares,
+        shares=_costs,
         approximates=_approximates,
         per_head={"rows": len(fields(Rows))},
     )

@@ -456,6 +456,8 @@ class HeldRows:
         places += [self.coreset, *(self._bucket(round_, level) for level in range(round_.q))]
         for to, (source, first, count), weight in zip(places, segments[1:], log_weight[1:], strict=False):
             at = index[:, :, first : first + count] if source == COMPACTED else new.index[:, :, first : first + count]
+            if config.protected and to == self.places:  # which the kernel has by score, and contests take by position
+                at = at.sort(-1).values
             self._write(b, to, new.pick(at.long()), float(weight))
         if config.protected:
             self._score_places(b, new, left)

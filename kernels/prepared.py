@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch._C._dynamo import guards
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from express_compile.core.modes import ONE_THREAD, OneThreadMode
 
 from .launch import DESCRIPTORS, Launcher, current_device, current_stream, is_hooked, watched_by
 
@@ -120,7 +121,7 @@ class _Launch(NamedTuple):
     args: tuple[Any, ...]
 
 
-class Recording(TorchDispatchMode):
+class Recording(OneThreadMode):
     """What this thread computes and launches in :meth:`run`, from ``given`` tensors of one device."""
 
     def __init__(self, given: Sequence[torch.Tensor], layer: int | None = None) -> None:
@@ -555,13 +556,13 @@ class _Kind:
 
     def learn(self, layer: int | None, given: list[torch.Tensor], body: Callable[[], Any]) -> Any:
         """What ``body()`` gives, after which there may be code for such calls."""
-        if not _ONE_RECORDS.acquire(blocking=False):
+        if not ONE_THREAD.acquire(blocking=False):
             return body()
         try:
             first, new = self.recording, Recording(given, layer)
             out = new.run(body)
         finally:
-            _ONE_RECORDS.release()
+            ONE_THREAD.release()
         self.recorded += 1
         both = None if first is None else agreement(first, new)
         if new.failed:
@@ -578,7 +579,6 @@ class _Kind:
         return out
 
 
-_ONE_RECORDS = threading.Lock()  # where modes of two threads overlap, PyTorch takes itself to be in one ever after
 _EVERY: list[dict[Any, Any]] = []
 
 

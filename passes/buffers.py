@@ -108,7 +108,7 @@ class Buffers:
             if not said:
                 said = True
                 why = "a mask kept in a buffer changed after it was compiled" if self.used else (
-                    "a padding that held 0 and 1 when it was compiled holds other values"
+                    "a padding that held 0 and 1 when it was compiled holds other values, or a CUDA graph records it"
                 )  # fmt: skip
                 warnings.warn(
                     f"{why} ({names}): its attention runs exactly and "
@@ -151,12 +151,12 @@ class _Flags:
         """Whether that is so of ``now``, which a call brings."""
         if not is_readable(now):
             return False
+        if now.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False  # nothing can be read back, and replays bring other values
         if now.device.type != "cpu" and not now.is_inference():
             last = self.last()
             if last is not None and last is now and last._version == self.version:
                 return True
-        if now.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False  # nothing can be read back
         if not _are_flags(now):
             return False
         if not now.is_inference():

@@ -98,17 +98,19 @@ class PlannedGraph:
 
 
 def plan_graph(
-    gm: GraphModule, inputs: Sequence[Any], policy: Policy, place: Place | None = None, graphs: bool = False
+    gm: GraphModule, inputs: Sequence[Any], policy: Policy, place: Place | None = None, graphs: bool | None = None
 ) -> PlannedGraph:
     """Every attention site of a graph with its plan.
 
     inputs: what Dynamo called the backend with; without them no mask is proven by the values of a buffer.
-    place: by default that of the graph that Dynamo compiles just now. graphs: it runs inside a CUDA graph.
+    place: by default that of the graph that Dynamo compiles just now. graphs: whether it runs inside a CUDA graph, by
+        default as the policy asks.
 
     Raises ``ValueError`` if ``policy.strict`` and a site was refused.
     """
     buffers, place = Buffers(gm, inputs), Place.of_graph() if place is None else place
     sites = [_with_shard(site, place) for site in find_sites(gm, buffers, place)]
+    graphs = policy.cuda_graphs if graphs is None else graphs
     return PlannedGraph(gm, policy, place, buffers, plan_sites(sites, policy, graphs))
 
 

@@ -33,11 +33,12 @@ the first tokens and the last ones (job and method ``window``), beside the two s
     python examples/bench/benchmark.py --mixed --out examples/bench/results/speed.csv       # GPU: only this, a minute
     python examples/bench/benchmark.py --mixed --lengths 1024 --heads 16 8 --head-size 32     # a taste, also on a CPU
 
-``--mixed`` measures plans per KV head (job ``mixed``, method ``heads``): mixtures like the plans that were found for a
+``--mixed`` measures plans per head (job ``mixed``, method ``heads``): mixtures like the plans that were found for a
 model, beside plans with as many rows in all, equal ones for all heads: a window, Express, and FlexAttention over such a
-window. With ``--plan FILE`` the mixtures are those of a saved plan: its KV heads in order, a layer after the other, as
-it is and with selected rows where it has everything; times are per layer. ``launches`` in ``params`` counts what a
-layer launches on the GPU, ``selection`` is the share of its time without attention: thinning, contests and choices.
+window. With ``--plan FILE ..`` the mixtures are those of saved plans, per KV head or per query head, each as it is and
+with selected rows where it has everything; :func:`layers_of` says which of their heads a layer has, and ``of_plan`` in
+``params`` how many rows the plan itself has on average; times are per layer. ``launches`` counts what a layer launches
+on the GPU, ``selection`` is the share of its time without attention: thinning, contests and choices.
 
     python examples/bench/benchmark.py --padded --out examples/bench/results/speed.csv      # GPU: only this, a minute
     python examples/bench/benchmark.py --padded --others 1024 --heads 4 2 --head-size 32      # a taste, also on a CPU
@@ -58,10 +59,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import product
+from fractions import Fraction
+from itertools import chain, product
 from pathlib import Path
+from statistics import fmean
 from unittest import mock
 
 import torch
@@ -647,6 +651,8 @@ def check_call(call: Call, out: torch.Tensor, own: P.PerHead) -> tuple[float, fl
         own_out = group.take_queries(out)
         for block in {0, len(table.tail) // 2, len(table.tail) - 1}:
             queries, one = table.of_block(block, call.Lq)
+            if queries.start >= few_rows:  # all of them are exact
+                continue
             few = sources
             if group.rows.selected:  # copies of this block's rows alone; the table is that of the op
                 segments = one.segments.copy()
@@ -685,13 +691,48 @@ def launches(call: Callable) -> int:
     return sum(1 for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
 
 
-def layers_of(plan: SavedPlan, H_kv: int) -> list[P.PerHead]:
-    """The KV heads of a plan in order, ``H_kv`` of them in a layer; the last layer is filled with the first ones."""
-    owns = [Policy().of_entry(site).of("heads") for site in plan.sites]
-    sizes = [site.facts["H_kv"] for site in plan.sites]
-    every = [own.rows[i % len(own.rows)] for own, size in zip(owns, sizes, strict=True) for i in range(size)]
-    layers = -(-len(every) // H_kv)
-    return [replace(owns[0], rows=[every[(i * H_kv + j) % len(every)] for j in range(H_kv)]) for i in range(layers)]
+def of_sites(plan: SavedPlan) -> list[P.PerHead]:
+    """What a plan says of every site."""
+    return [Policy().of_entry(site).of("heads") for site in plan.sites]
+
+
+def layers_of(plan: SavedPlan, H: int, H_kv: int, layers: int | None = None) -> list[P.PerHead]:
+    """A plan for ``layers`` with ``H`` heads on ``H_kv`` KV heads, or for as few as have all KV heads of ``plan``.
+
+    Layers have the KV heads of the plan in its order, ``H_kv`` each, over and over; of the last round those that lie
+    evenly spread over the plan. Where rows are per query head, a KV head gives ``H / H_kv`` of its own: each of them as
+    often as all can have a place, and for the places that are left those whose rows are furthest behind, each once. So
+    every kind of rows is as frequent as in the plan, up to a head or two, and heads of one group stay together: KV
+    heads of which all query heads are alike do not become others, nor do those of which all differ.
+    """
+    owns, behind = of_sites(plan), defaultdict[Rows, Fraction](Fraction)
+    every = [x for own, site in zip(owns, plan.sites, strict=True) for x in by_kv_head(own.rows, site.facts["H_kv"])]
+    count = (layers or -(-len(every) // H_kv)) * H_kv
+    rounds, rest = divmod(count, len(every))
+    order = [*range(len(every))] * rounds + [i * len(every) // rest for i in range(rest)]
+    size = 1 if all(len(x) == 1 for x in every) else H // H_kv
+    heads = [drawn(every[i], size, behind) for i in order]
+    return [replace(owns[0], rows=[*chain(*heads[i : i + H_kv])]) for i in range(0, count, H_kv)]
+
+
+def by_kv_head(rows: Sequence[Rows], H_kv: int) -> list[Sequence[Rows]]:
+    """The rows of every KV head, or of its query heads."""
+    each = max(1, len(rows) // H_kv)
+    return [rows[i * each : (i + 1) * each] if len(rows) > 1 else rows for i in range(H_kv)]
+
+
+def drawn(rows: Sequence[Rows], size: int, behind: dict[Rows, Fraction]) -> list[Rows]:
+    """``size`` of the query heads of one KV head; ``behind``: how many of each there should have been so far, less
+    those that there were."""
+    for x in rows:
+        behind[x] += Fraction(size, len(rows))
+    found, left = [*rows] * (size // len(rows)), [*rows]
+    for x in found:
+        behind[x] -= 1
+    while len(found) < size:
+        found.append(left.pop(left.index(max(left, key=behind.__getitem__))))
+        behind[found[-1]] -= 1
+    return found
 
 
 def without_everything(layers: Sequence[P.PerHead]) -> list[P.PerHead]:
@@ -706,7 +747,7 @@ def nothing(*_: object) -> None:
 def per_head(
     name: str, layers: Sequence[P.PerHead], opponents: dict[str, float], tensors, clock: Clock, repeats: int, **params
 ) -> dict:
-    """Plans per KV head, a mean over layers one after the other, of which some are checked; ``graph=1`` replays a CUDA
+    """Plans per head, a mean over layers one after the other, of which some are checked; ``graph=1`` replays a CUDA
     graph."""
     n, count = tensors[1].shape[2], len(layers)
     ops = [op_of(Policy(methods=(own,)), tensors[0].device, method="heads") for own in layers]
@@ -723,7 +764,7 @@ def per_head(
     checked = range(0, count, max(1, count // CHECKED))
     errors = max((check_heads(*tensors, ops[i](*tensors), layers[i]) for i in checked), key=lambda x: x[0] / x[1])
     _, peak = peak_of(call, out_and_lse)
-    rows, plan = round(sum(rows_on_average(own, n) for own in layers) / count), name.replace(" ", "_")
+    rows, plan = round(mean_rows(layers, n)), name.replace(" ", "_")
     told = dict(plan=plan, rows=rows, launches=round(launches(call) / count, 1))
     times = each(call)
     if tensors[0].is_cuda and any(len(set(own.rows)) > 1 for own in layers):
@@ -736,14 +777,15 @@ def per_head(
                   peak_mb=peak)  # fmt: skip
 
 
-def rows_on_average(own: P.PerHead, n: int) -> float:
-    return float(P.rows_seen(own, n)[:, n // 4 :].mean())
+def mean_rows(layers: Sequence[P.PerHead], n: int) -> float:
+    """Rows that a query from a quarter of ``n`` tokens on sees, mean over layers and heads."""
+    return fmean(float(P.rows_seen(own, n)[:, n // 4 :].mean()) for own in layers)
 
 
 def equal_rows(rows: int, n: int, thinned: bool) -> P.PerHead:
     """One entry for all heads: a window, or Express with a window that makes up for the rest."""
     least = Rows(32, 32, 256, 256) if thinned else Rows(32, 32)
-    return P.PerHead(replace(least, recent=32 + max(0, rows - round(rows_on_average(P.PerHead(least), n)))))
+    return P.PerHead(replace(least, recent=32 + max(0, rows - round(mean_rows([P.PerHead(least)], n)))))
 
 
 class Bench:
@@ -805,22 +847,24 @@ class Bench:
 
     def mixed(self) -> None:
         """Mixtures, and plans of as many rows in all that are equal for all heads, in one run."""
-        mixtures = {name: [P.PerHead(every)] for name, every in MIXED.items()}
-        if self.args.plan:
-            name, layers = self.args.plan.stem, layers_of(SavedPlan.load(self.args.plan), self.args.heads[1])
-            mixtures = {name: layers}
-            if (fewer := without_everything(layers)) != layers:
+        mixtures = {name: [P.PerHead(every)] for name, every in ({} if self.args.plan else MIXED).items()}
+        saved = {path.stem: SavedPlan.load(path) for path in self.args.plan}
+        for name, plan in saved.items():
+            mixtures[name] = layers_of(plan, *self.args.heads)
+            if (fewer := without_everything(mixtures[name])) != mixtures[name]:
                 mixtures[f"{name} without everything"] = fewer
         for n in track(self.args.lengths, description="mixed"):
             tensors, repeats = self.tensors(1, n, n), self.repeats(n)
             for graph in self.graphs(n):
                 opponents = exact_times(*tensors, self.clock, repeats, graph=bool(graph))
                 for name, layers in mixtures.items():
-                    rows = round(sum(rows_on_average(own, n) for own in layers) / len(layers))
+                    rows = round(mean_rows(layers, n))
                     plans = {name: layers}
                     plans |= {f"{x} as {name}": [equal_rows(rows, n, x == "Express")] for x in ("window", "Express")}
                     for plan, given in plans.items():
-                        self.add(*tensors[:2], per_head(plan, given, opponents, tensors, self.clock, repeats, **graph))
+                        said = {"of_plan": round(mean_rows(of_sites(saved[plan]), n))} if plan in saved else {}
+                        row = per_head(plan, given, opponents, tensors, self.clock, repeats, **graph, **said)
+                        self.add(*tensors[:2], row)
                     if not graph and (self.args.plan or name == "few"):
                         flex = window(tensors, rows, 32, opponents, self.clock, repeats)
                         self.add(*tensors[:2], {**flex, "job": "mixed"})
@@ -967,10 +1011,11 @@ def main() -> None:
     parser.add_argument("--flex", action="store_true", help="with --sparse: FlexAttention too, at 32,768 tokens")
     parser.add_argument("--window", action="store_true", help="measure only Express beside FlexAttention over sinks "
                         "and a window of as many rows; --lengths count")  # fmt: skip
-    parser.add_argument("--mixed", action="store_true", help="measure only plans per KV head beside plans of as many "
+    parser.add_argument("--mixed", action="store_true", help="measure only plans per head beside plans of as many "
                         "rows for all; --lengths count, --heads has 8 KV heads "
                         "unless there is a --plan")  # fmt: skip
-    parser.add_argument("--plan", type=Path, help="with --mixed: a saved plan whose heads the mixtures have")
+    parser.add_argument("--plan", type=Path, nargs="+", default=[], help="with --mixed: saved plans whose heads the "
+                        "mixtures have")  # fmt: skip
     parser.add_argument("--padded", action="store_true", help="measure only batches of sequences of other lengths; "
                         "--others is the longest one")  # fmt: skip
     parser.add_argument("--versions", action="store_true", help="measure only a call of every kind, to be compared "

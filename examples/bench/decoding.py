@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,11 +35,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmark import quantile
+from benchmark import layers_of, quantile
 from records import SPEED_COLUMNS, add_arguments, append, run_of, show
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from express_compile import ExpressCache, restore_attention, rewrite_attention
+from express_compile.core.plan import SavedPlan
 from express_compile.core.rows import Rows as HeadRows
 from express_compile.kernels.attend.decode import Rows, decode_attention, decode_reference
 from express_compile.kernels.attend.places import append_places, attend_places
@@ -354,17 +354,13 @@ def cache_rows(B: int, n: int, device: str, dtype: torch.dtype) -> list[dict[str
     return [{**shape, **attended}, {**shape, **updated}]
 
 
-def planned_rows(model: torch.nn.Module) -> dict[str, list[HeadRows]]:
-    """The rows of the heads of a shipped plan, stretched over the heads of this model in their order."""
-    sites = json.loads(PLAN.read_text())["sites"]
-    found: list[HeadRows] = []
-    for site in sites:
-        numbers = site["params"]["rows"]
-        parts = [numbers[i : i + 6] for i in range(0, len(numbers), 6)]
-        found += [HeadRows(*part[:5], everything=bool(part[5])) for part in parts]
-    layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
-    of = [found[i * len(found) // (layers * heads)] for i in range(layers * heads)]
-    return {f"model.layers.{i}.self_attn": of[i * heads : (i + 1) * heads] for i in range(layers)}
+def planned_rows(model: torch.nn.Module, path: Path = PLAN) -> dict[str, Sequence[HeadRows]]:
+    """The rows of every KV head, of a saved plan per KV head: an ExpressCache holds no others."""
+    plan, config = SavedPlan.load(path), model.config
+    if any(site.per == "query head" for site in plan.sites):
+        raise SystemExit(f"{path}: has rows per query head; an ExpressCache takes a plan that was fitted without them")
+    sizes = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
+    return {f"model.layers.{i}.self_attn": own.rows for i, own in enumerate(layers_of(plan, *sizes))}
 
 
 @torch.no_grad()
@@ -439,21 +435,23 @@ WHOLE = ("transformers", "exact", "santa", "selected", "cache", "planned")
 
 
 def whole_rows(
-    model: torch.nn.Module, B: int, n: int, S: int, count: int, only: Sequence[str] = WHOLE, compile: bool = True
-) -> list[dict[str, Any]]:
-    """The table of whole steps at one length, compiled ones as CUDA graphs; a method that does not fit the memory has
-    none."""
+    model: torch.nn.Module, B: int, n: int, S: int, count: int, only: Sequence[str] = WHOLE, compile: bool = True,
+    saved: Path = PLAN,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The rows of whole steps at one length, each as soon as it was measured, compiled ones as CUDA graphs; a method
+    that does not fit the memory has none."""
     from transformers import DynamicCache
 
     on_gpu = torch.cuda.is_available()
-    uniform = {path: [UNIFORM] for path in planned_rows(model)}
+    planned = planned_rows(model, saved)
+    uniform = {path: [UNIFORM] for path in planned}
     selected = {path: [SELECTED] for path in uniform}
     methods: dict[str, tuple[dict[str, Any] | None, Any]] = {
         "transformers": (None, None), "exact": (dict(methods=["exact"]), None),
         "santa": (dict(methods=["santa"], budget=S, seed=0), None), "selected": (dict(methods=["exact"]), selected),
-        "cache": (dict(methods=["exact"]), uniform), "planned": (dict(methods=["exact"]), planned_rows(model)),
+        "cache": (dict(methods=["exact"]), uniform), "planned": (dict(methods=["exact"]), planned),
     }  # fmt: skip
-    rows, first = [], {"santa": "exact"}  # SANTA is no method for a prompt
+    first = {"santa": "exact"}  # SANTA is no method for a prompt
     config, ttft, exact = model.config, {}, {}
     for name, (policy, plan) in methods.items():
         if name not in only:
@@ -495,13 +493,12 @@ def whole_rows(
         said = f"model=llama-3.1-8b-shape compiled={int(compile)} ttft_s={seconds:.3f} p99_ms={p99:.3f}"
         said += f" mean_ms={statistics.fmean(times):.3f} max_ms={max(times):.3f}{held}"
         peak = (torch.cuda.max_memory_allocated() - weights) / 1e6 if on_gpu else ""
-        rows.append(dict(
+        yield dict(
             job="whole_step", method=name, params=said, B=B, H=config.num_attention_heads, Lq=1, Lk=n,
             H_kv=config.num_key_value_heads, D=config.head_dim, Dv=config.head_dim, ms_p20=p20, ms_p50=p50, ms_p80=p80,
             dtype=str(model.dtype).removeprefix("torch."), opponent=best, opponent_ms_p50=against,
             speedup=against / p50 if against else None, peak_mb=peak,
-        ))  # fmt: skip
-    return rows
+        )  # fmt: skip
 
 
 def main() -> None:
@@ -514,6 +511,7 @@ def main() -> None:
     parser.add_argument("--cached", nargs="+", default=["1x32768", "32x32768"], help="behind an ExpressCache alone")
     parser.add_argument("--steps", type=int, default=WHOLE_STEPS, help="timed behind an ExpressCache")
     parser.add_argument("--methods", nargs="+", default=WHOLE, choices=WHOLE, help="of whole steps")
+    parser.add_argument("--plan", type=Path, default=PLAN, help="a saved plan per KV head: the heads of ``planned``")
     parser.add_argument("--draws", type=int, default=128, help="S, draws per head")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers")
     parser.add_argument("--by-hand", action="store_true", help="CUDA graphs of the eager model instead of a compiler")
@@ -543,7 +541,8 @@ def main() -> None:
         model = random_llama(device, dtype, TINY if args.tiny else LLAMA)
     mode = "reduce-overhead" if device == "cuda" else "default"
     for B, n in shapes["shapes"] if "whole" in args.parts else ():
-        keep(whole_rows(model, B, n, args.draws, args.steps, args.methods, not args.by_hand))
+        for row in whole_rows(model, B, n, args.draws, args.steps, args.methods, not args.by_hand, args.plan):
+            keep([row])
     for B, n in shapes["shapes"] if "model" in args.parts else ():
         keep(rows_of(model, B, n, args.draws, Clock(device), None if args.by_hand else mode))
 

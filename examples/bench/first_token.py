@@ -1,14 +1,15 @@
-"""Time to first token: a whole model over a long prompt, exact, with plans per KV head, and with what is simpler.
+"""Time to first token: a whole model over a long prompt, exact, with plans per head, and with what is simpler.
 
     python examples/bench/first_token.py --plan examples/plans/smollm2-135m.json --out examples/bench/results/speed.csv
     python examples/bench/first_token.py --tiny --lengths 512 --plan examples/plans/smollm2-135m.json   # on a CPU
 
 The shape of Llama-3.1-8B (``decoding.py``) with random weights and a small vocabulary, one prompt, a cache that is
-filled, and the logits of the last token. Plans have the KV heads of a saved plan in order, eight in a layer, over and
-over. Beside them, at as many rows as the first plan: ``window`` is FlexAttention over sinks and the last tokens, and
-``express`` the same Express in all heads; ``none`` is the model without attention, of which no choice of rows can be
-faster. Of the heads the output is checked in three layers at the shortest length; ``error`` is the change of the
-logits, of random weights: it says nothing about answers.
+filled, and the logits of the last token. Layers have the heads of a saved plan, per KV head or per query head, as
+``benchmark.layers_of`` says; ``of_plan`` is how many rows the plan itself has on average. Beside them, at as many rows
+as the first plan: ``window`` is FlexAttention over sinks and the last tokens, and ``express`` the same Express in all
+heads; ``none`` is the model without attention, of which no choice of rows can be faster. Of the heads the output is
+checked in three layers at the shortest length; ``error`` is the change of the logits, of random weights: it says
+nothing about answers.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import check_call, equal_rows, layers_of, quantile, relative, rows_on_average, window_of
+from benchmark import check_call, equal_rows, layers_of, mean_rows, of_sites, quantile, relative, window_of
 from decoding import LLAMA, TINY, random_llama
 from records import SPEED_COLUMNS, add_arguments, append, run_of, show
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -63,8 +65,8 @@ class FirstToken:
         with torch.no_grad():
             self.model = random_llama(self.device, dtype, sizes)
         self.clock, self.config, self.best = Clock(self.device), self.model.config, ""
-        self.plans = {path.stem: layers_of(SavedPlan.load(path), self.config.num_key_value_heads) for path in args.plan}
         self.sites = [name for name, x in self.model.named_modules() if name.endswith(".self_attn")]
+        self.saved = {path.stem: SavedPlan.load(path) for path in args.plan}
         self.checked: dict[str, tuple[float, float]] = {}
 
     @torch.no_grad()
@@ -109,9 +111,9 @@ class FirstToken:
         return times, logits
 
     def with_rows(self, ids: torch.Tensor, name: str, layers: list[PerHead]) -> tuple[list[float], torch.Tensor]:
-        """Times with the rows of ``layers``, over and over; checked where that has not been done."""
+        """Times with the rows of ``layers``, or of the one for all; checked where that has not been done."""
         every = {path: layers[i % len(layers)].rows for i, path in enumerate(self.sites)}
-        rewrite_attention(self.model, methods=[PerHead(every, block=layers[0].block)], strict=True)
+        rewrite_attention(self.model, methods=[replace(layers[0], rows=every)], strict=True)
         try:
             if name not in self.checked:
                 with run_by(check := Checked(len(self.sites))):
@@ -144,10 +146,12 @@ class FirstToken:
 
         for name, times in exact.items():
             yield row("exact", f"backend={name}", n, times, truth)
-        rows: list[int] = []
-        for name, layers in self.plans.items():
-            rows.append(round(sum(rows_on_average(own, n) for own in layers) / len(layers)))
-            yield row("heads", f"plan={name}", rows[-1], *self.with_rows(ids, f"plan={name}", layers))
+        rows, sizes = list[int](), (self.config.num_attention_heads, self.config.num_key_value_heads)
+        for name, plan in self.saved.items():
+            layers = layers_of(plan, *sizes, len(self.sites))
+            rows.append(round(mean_rows(layers, n)))
+            found = row("heads", f"plan={name}", rows[-1], *self.with_rows(ids, f"plan={name}", layers))
+            yield {**found, "params": f"{found['params']} of_plan={mean_rows(of_sites(plan), n):.0f}"}
         same = [equal_rows(rows[0], n, True)]
         yield row("express", "plan=same", rows[0], *self.with_rows(ids, "plan=same", same))
         with self.attending(window_of(rows[0], SINKS, n, torch.device(self.device))):

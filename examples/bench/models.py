@@ -161,6 +161,22 @@ def load_minilm(device: str | torch.device) -> tuple[Any, Any]:
     return model.to(device).eval(), AutoTokenizer.from_pretrained(file.parent, model_max_length=10**9)
 
 
+def repeat_heads(model: Any) -> None:
+    """Give every query head keys and values of its own, copies of those that its group shares."""
+    config = model.config
+    group, heads = config.num_attention_heads // config.num_key_value_heads, config.num_key_value_heads
+    for module in model.modules():
+        if not hasattr(module, "num_key_value_groups"):
+            continue
+        for layer in (module.k_proj, module.v_proj):
+            for name, old in dict(layer.named_parameters()).items():
+                new = old.data.unflatten(0, (heads, -1)).repeat_interleave(group, 0).flatten(0, 1)
+                setattr(layer, name, torch.nn.Parameter(new))
+            layer.out_features *= group
+        module.num_key_value_groups = 1
+    config.num_key_value_heads = config.num_attention_heads
+
+
 # ------------------------------------------------------------------------------------------------- the texts
 
 

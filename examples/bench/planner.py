@@ -215,7 +215,8 @@ def newest_prefills(rows: list[dict]) -> Iterator[tuple[str, dict, float]]:
         elif name.replace("_", " ") in MIXED:
             policies = [Policy(methods=(PerHead(MIXED[name.replace("_", " ")]),))]
         elif saved.exists():
-            policies = [Policy(methods=(own,)) for own in layers_of(SavedPlan.load(saved), int(row["H_kv"]))]
+            layers = layers_of(SavedPlan.load(saved), int(row["H"]), int(row["H_kv"]))
+            policies = [Policy(methods=(own,)) for own in layers]
         else:
             continue
         method = "express" if row["job"] == "prefill" else "heads"

@@ -8,8 +8,8 @@ One profile of three texts (``models.profiled_texts``), by which every policy th
 * ``per head``: every source of rows, and the last 64 queries exact; ``without ...``: all but one of them; ``last 16``:
   fewer such queries; ``per layer``: the errors of a layer's heads summed, so that all of them have the same;
   ``without records``: the profile of the two natural texts alone;
-* ``per query head`` (``--query-heads``): each query head has rows of its own, by a profile of its own;
-* ``heads repeated`` (``--repeat-heads``): the policies of a model whose query heads share no keys and values;
+* ``query heads`` (``--query-heads``): the same policies with rows for each query head, by a profile of query heads;
+* ``heads repeated`` (``--repeat-heads``): those of a model whose query heads share no keys and values;
 * ``layers alike``: without what errors of a layer do to the output, as if that were the same in all of them;
 * ``window or everything``: heads stream or see everything, as in DuoAttention (arXiv 2410.10819).
 
@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from measures import TokenStats, chunk_bootstrap, token_statistics
-from models import haystacks, judged_texts, load_qwen, load_smollm2, profiled_texts
+from models import haystacks, judged_texts, load_qwen, load_smollm2, profiled_texts, repeat_heads
 from needles import NOISE, TASKS, Case, cases
 from records import QUALITY_COLUMNS, add_arguments, append, run_of, show
 from rich.progress import track
@@ -169,11 +169,8 @@ def uniform(budget: float, n: int, last: int = 0) -> dict[str, PerHead]:
     return {name + ", last exact" * bool(last): replace(own, rows=rows) for name, rows in found.items()}
 
 
-def policies(
-    found: Profile, natural: Profile, budget: float, n: int, last: int = LAST, finer: Profile | None = None
-) -> dict[str, PerHead]:
-    """All policies of one budget for ``n`` tokens; ``natural``: the profile without generated text; ``finer``: that of
-    query heads."""
+def policies(found: Profile, natural: Profile, budget: float, n: int, last: int = LAST) -> dict[str, PerHead]:
+    """All policies of one budget for ``n`` tokens; ``natural``: the profile without generated text."""
     heads = {
         "per layer": by_layer(found),
         "window or everything": only(found, lambda x: x.everything or x == Rows(x.sinks, x.recent)),
@@ -184,8 +181,6 @@ def policies(
         "without records": natural,
     }
     heads["layers alike"] = replace(found, sites=tuple(replace(site, nats=1.0) for site in found.sites))
-    if finer is not None:
-        heads["per query head"] = finer
     others = {name: chosen(its, budget, n, last) for name, its in heads.items()}
     numbers = {"without last": 0, "last 16": 16}
     others |= {name: chosen(found, budget, n, fewer) for name, fewer in numbers.items() if fewer < last}
@@ -214,22 +209,6 @@ def in_words(plan: Plan) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------- judging
-
-
-def repeat_heads(model: Any) -> None:
-    """Give every query head keys and values of its own, copies of those that its group shares."""
-    config = model.config
-    group, heads = config.num_attention_heads // config.num_key_value_heads, config.num_key_value_heads
-    for module in model.modules():
-        if not hasattr(module, "num_key_value_groups"):
-            continue
-        for layer in (module.k_proj, module.v_proj):
-            for name, old in dict(layer.named_parameters()).items():
-                new = old.data.unflatten(0, (heads, -1)).repeat_interleave(group, 0).flatten(0, 1)
-                setattr(layer, name, torch.nn.Parameter(new))
-            layer.out_features *= group
-        module.num_key_value_groups = 1
-    config.num_key_value_heads = config.num_attention_heads
 
 
 @torch.no_grad()
@@ -354,8 +333,9 @@ class Bench:
         self.name, load = MODELS[args.model]
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         self.model, self.tokenizer = load(self.device, dtype)
-        self.suffix = ", heads repeated" * getattr(args, "repeat_heads", False)
-        if self.suffix:
+        self.query_heads, self.repeated = (getattr(args, name, False) for name in ("query_heads", "repeat_heads"))
+        self.suffix = ", query heads" * self.query_heads + ", heads repeated" * self.repeated
+        if self.repeated:
             repeat_heads(self.model)
         self.results: list[dict[str, Any]] = []
         self.options += self.more * (args.length > LONG)
@@ -368,7 +348,8 @@ class Bench:
         own = dict(n=n, method=method, budget=budget, params="", rows=n)
         if plan is not None:
             own |= dict(params=f"budget={budget:g}; {in_words(plan)}", rows=round(average_rows(plan, n), 1))
-            own["method"] += self.suffix
+            uniform_rows = isinstance(plan, PerHead) and not isinstance(plan.rows, dict)
+            own["method"] += self.suffix * (self.repeated or not uniform_rows)
         new = [{**self.common, **own, **row} for row in rows]
         self.results += new
         if self.args.out:
@@ -388,7 +369,10 @@ class Bench:
             return found, found
         start = time.perf_counter()
         for text, content in profiled_texts().items():
-            each[text] = profile(self.model, self.tokens(content, n), self.options, block=BLOCK, progress=True)
+            sample = self.tokens(content, n)
+            each[text] = profile(
+                self.model, sample, self.options, block=BLOCK, query_heads=self.query_heads, progress=True
+            )
             print(f"profile of {text}: {time.perf_counter() - start:.1f} s in all", flush=True)
         seconds = time.perf_counter() - start
         self.write([dict(task=f"profile: {', '.join(each)}", metric="seconds", value=seconds)], n,
@@ -397,14 +381,6 @@ class Bench:
         if path:
             path.write_text(found.to_json(), encoding="utf-8")
         return found, mean_of([x for name, x in each.items() if name != "records"])
-
-    def by_query_head(self) -> Profile:
-        """The profile of all texts, by query head."""
-        each = (
-            profile(self.model, self.tokens(text, self.args.length), self.options, block=BLOCK, query_heads=True)
-            for text in profiled_texts().values()
-        )
-        return mean_of(list(each))
 
     def judge(self, n: int) -> Judge:
         """Texts and cases of ``n`` tokens, with as many at a time as there is memory for."""
@@ -419,8 +395,6 @@ class Bench:
     def run(self) -> None:
         n, budgets = self.args.length, sorted(self.args.rows, reverse=True)
         found, natural = self.profiles()
-        finer = self.by_query_head() if self.args.query_heads else None
-        few = (*self.few, *["per query head"] * (finer is not None))
         judge = self.judge(n)
         held_out = next(iter(judge.ids.values()))
         fitted = fit(self.model, held_out, rows=budgets[0], profile=found, length=n, block=BLOCK, last=self.args.last)
@@ -429,16 +403,16 @@ class Bench:
             fitted.save(self.args.plan)
         left_out = {}
         for budget in budgets:
-            plans: dict[str, Plan] = {**policies(found, natural, budget, n, self.args.last, finer)}
+            plans: dict[str, Plan] = {**policies(found, natural, budget, n, self.args.last)}
             if budget == budgets[0]:
                 plans["per head"] = SavedPlan.from_json(fitted.plan.to_json())
                 left_out = {name: plan for name, plan in plans.items() if name.startswith("without")}
             if self.args.few:
-                plans, left_out = {name: plans[name] for name in few}, {}
+                plans, left_out = {name: plans[name] for name in self.few}, {}
             self.judged(judge, n, budget, {k: plan for k, plan in plans.items() if not k.startswith("without")})
         for other in self.args.others:
-            its = policies(found, natural, budgets[0], other, self.args.last, finer)
-            self.judged(self.judge(other), other, budgets[0], {method: its[method] for method in few})
+            its = policies(found, natural, budgets[0], other, self.args.last)
+            self.judged(self.judge(other), other, budgets[0], {method: its[method] for method in self.few})
         self.judged(judge, n, budgets[0], left_out)
 
     def judged(self, judge: Judge, n: int, budget: float, plans: Mapping[str, Plan]) -> None:
@@ -467,7 +441,7 @@ def main() -> None:
     parser.add_argument("--others", type=int, nargs="*", default=[], help="lengths to judge the largest budget at, too")
     parser.add_argument("--last", type=int, default=LAST, help="queries at the end that see everything")
     parser.add_argument("--few", action="store_true", help="only the policies that --others are judged with")
-    parser.add_argument("--query-heads", action="store_true", help="plans per query head, too")
+    parser.add_argument("--query-heads", action="store_true", help="rows for each query head")
     parser.add_argument("--repeat-heads", action="store_true", help="keys and values repeated for every query head, so "
                         "that each has rows of its own, blocks that it chose alone among them")  # fmt: skip
     parser.add_argument("--plan", type=Path, help="file for the plan per head of the largest budget")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean, median
 
+import limits
 from benchmark import SETTINGS
 from planner import Judged, crossings, judge, newest_prefills
 from records import params_of
@@ -559,6 +560,34 @@ def breakdown_table() -> str:
     return markdown(header, body) + "\n\n" + chain
 
 
+def limits_table() -> str:
+    """What limits the kernels that take a tenth of their call or more; nothing where nobody has run limits.py yet."""
+    if not (RESULTS / "limits.csv").exists():
+        return ""
+    rows = newest(read("limits.csv"), "gpu", "call", "kernel")
+    calls, body = {row["call"]: 0.0 for row in rows}, []
+    for row in rows:
+        calls[row["call"]] += float(row["us"])
+    for row in rows:
+        if float(row["us"]) >= calls[row["call"]] / 10:
+            units = sorted((unit for unit in limits.UNITS if row[unit]), key=lambda unit: -int(row[unit]))[:3]
+            busy = ", ".join(f"{unit} {row[unit]}%" for unit in units)
+            kernel = f"`{row['kernel']}`"
+            body.append(
+                [row["call"], kernel, f"{float(row['us']):,.0f}", busy, row["occupancy"], row["waits"], row["limit"]]
+            )
+    header = ["call", "kernel", "µs", "busiest, % of its peak", "occupancy, %", "warps wait for", "limited by"]
+    first = rows[-1]
+    said = (
+        f"`python examples/bench/limits.py`: counters of ncu, one sequence, {limits.H}/{limits.H_KV} heads of size "
+        f"{limits.D}, bfloat16, {limits.N:,} tokens unless a line says otherwise, cold caches, clocks as they come. "
+        f"A kernel is limited by a unit that is busy for {limits.BUSY}% of its peak or more, by too few programs, or "
+        "else by what its warps wait for most. Kernels of less than a tenth of their call are left out. "
+        f"{first['gpu']}, triton {first['triton']}, {first['date']}."
+    )
+    return f"{said}\n\n{markdown(header, body)}"
+
+
 def cell(row: dict[str, str] | None) -> str:
     if row is None:
         return "–"
@@ -764,23 +793,29 @@ UNIFORM = {
     "protected": "uniform, protected keys (KeyDiff)",
     "selected": "uniform, selected blocks",
 }
+CHOSEN = {
+    "per head": "plan per {}",
+    "window or everything": "window or everything, per {}",
+    **{f"without {x}": f"plan per {{}} without {x}" for x in ("thinned", "protected", "selected", "everything")},
+    "without records": "plan per {}, profiled without the ledger",
+    "without last": "plan per {}, last queries like the others",
+    "last 16": "plan per {}, last 16 queries exact",
+    "layers alike": "plan per {}, errors of all layers weighed alike",
+}
+QUERY_HEADS = {f"{name}, query heads": words.format("query head") for name, words in CHOSEN.items()}
+KV_HEADS = {name: words.format("KV head") for name, words in CHOSEN.items()}
+REPEATED = "{}, keys and values repeated for every query head"
 PLANS = {
-    "per head": "plan per head",
-    "per query head": "plan per query head",
-    "per head, heads repeated": "plan per head, keys and values repeated for every query head",
-    "window or everything, heads repeated": "window or everything, keys and values repeated for every query head",
+    **QUERY_HEADS,
+    **KV_HEADS,
+    **{f"{name}, heads repeated": REPEATED.format(CHOSEN[name].format("head")) for name in [*CHOSEN][:2]},
     "per layer": "plan per layer",
-    "window or everything": "window or everything, per head",
     **UNIFORM,
     **{f"{name}, last exact": f"{words}, last queries exact" for name, words in UNIFORM.items()},
-    **{f"without {x}": f"plan per head without {x}" for x in ("thinned", "protected", "selected", "everything")},
-    "without records": "plan per head, profiled without the ledger",
-    "without last": "plan per head, last queries like the others",
-    "last 16": "plan per head, last 16 queries exact",
-    "layers alike": "plan per head, errors of all layers weighed alike",
 }
-SUMMARY = ("streaming", "streaming, last exact", "express")
-RECALLED = ("per head", "without last", "streaming", "streaming, last exact", "express", "express, last exact")
+SUMMARY = ("per head", "streaming", "streaming, last exact", "express")
+BEST = "per head, query heads"
+RECALLED = (BEST, "per head", "without last", "streaming", "streaming, last exact", "express", "express, last exact")
 """What the methods of plans.csv are called, in the order of the tables."""
 
 Run = tuple[str, int, str]
@@ -855,8 +890,8 @@ def plans_table() -> str:
 
 
 def plans_summary_table() -> str:
-    """A plan per head, StreamingLLM and uniform Express at equal rows, at the longest length of every model; of smaller
-    budgets the plan alone."""
+    """Plans, StreamingLLM and uniform Express at equal rows, at the longest length of every model; of smaller budgets
+    the plan per query head alone."""
     body, machines, seen = [], set(), set()
     for (model, n, gpu), rows in plan_rows().items():
         if model in seen:
@@ -867,13 +902,13 @@ def plans_summary_table() -> str:
         largest = plans[-1][0]["budget"]
         for own in plans:
             method, budget = own[0]["method"], own[0]["budget"]
-            if method == "per head" or (budget == largest and method in SUMMARY):
+            if method == BEST or (budget == largest and method in SUMMARY):
                 name, count, kl, ratio, _, p99, top1, needles = plan_line(own, stream_of(plans, budget))
                 where = f"{model.split('-')[0]}, {n:,}"
                 body.append([where, name, count, kl, ratio, p99, top1, needles])
     header = ["model, tokens", *(x for x in PLAN_HEADER if x != "median")]
     note = (
-        f"{' and '.join(sorted(machines))}; rows: mean over KV heads and queries; KL(exact ‖ rewritten) in nats per "
+        f"{' and '.join(sorted(machines))}; rows: mean over heads and queries; KL(exact ‖ rewritten) in nats per "
         "token on texts that were not profiled; needles: found of those that exact attention finds."
     )
     return markdown(header, body) + f"\n\n{note}" if body else UNMEASURED
@@ -1079,6 +1114,7 @@ PARTS = {
     "two-gpus": two_gpus_table,
     "embeddings": embeddings_table,
     "breakdown": breakdown_table,
+    "limits": limits_table,
     "quality": quality_table,
     "needles": needle_table,
     "triton": triton_table,

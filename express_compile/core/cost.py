@@ -71,6 +71,9 @@ class Cost:
         numbers = _function(self, tuple(values))(*values.values())
         return Cost(*(int(x) if float(x).is_integer() else x for x in numbers))
 
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
     def unless(self, condition: Any, other: Cost) -> Cost:
         """This cost, or ``other`` where ``condition`` holds."""
         pairs = ((getattr(other, field.name), getattr(self, field.name)) for field in fields(self))

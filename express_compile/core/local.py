@@ -116,4 +116,5 @@ GLOBAL = {
     "strict": "it is judged for all sites of a model together",
     "modules": "globs inside of globs would have no order; write one glob for each",
     "plan": "it has an entry for each site already",
+    "cuda_graphs": "a graph holds many modules",
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +14,7 @@ import torch
 from .cost import Cost
 from .options import Options
 from .rows import Rows
-from .spec import AttentionSpec, HeadShard, Site
+from .spec import AttentionSpec, HeadShard, Mask, Site, known_equal
 
 if TYPE_CHECKING:
     from .policy import Policy
@@ -27,10 +29,6 @@ class Refusal:
 
     def __str__(self) -> str:
         return f"{self.method}: {self.reason}"
-
-
-Share = tuple[str, AttentionSpec, Mapping[str, Any]]
-"""A part of a call: whose kernels it runs, its spec and the parameters of the op for it."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,8 @@ class Method:
     cost(spec, params): what a call costs in the symbols of ``cost.py``, for the parameters that ``params`` gave.
         Of ``spec`` it reads the mask; sizes and the budget stay symbols. ``None``: not known.
     padding_cost: whether ``cost`` also says what padding costs; else it is that of a batch without.
-    shares(spec, params): the parts of a call of which each runs the kernels of one method, by whose rates it is
-        predicted: that method, and the spec and the parameters of the part; all sizes are numbers. Unless given a call
-        is one part by rates of its own.
+    shares(spec, params): instead, where a call runs the kernels of other methods, what it costs of each, by whose rates
+        it is predicted; in numbers, as all sizes are.
     rows(params, Lk): what the symbol s of its cost stands for at ``Lk`` keys.
     forms: which fields of ``AttentionSpec.forms`` the op computes. A site that has another one is refused without
         asking ``refuse``. Of ``"sinks"`` the op takes the logits ``[H]`` as the argument ``sinks``.
@@ -80,7 +77,7 @@ class Method:
     loses: Callable[[AttentionSpec, Policy], str | None] = lambda spec, policy: None
     cost: Callable[[AttentionSpec, Mapping[str, Any]], Cost] | None = None
     padding_cost: bool = False
-    shares: Callable[[AttentionSpec, Mapping[str, Any]], list[Share]] | None = None
+    shares: Callable[[AttentionSpec, Mapping[str, Any]], Mapping[str, Cost]] | None = None
     rows: Callable[[Mapping[str, Any], int], int] = lambda params, Lk: Lk
     forms: tuple[str, ...] = ()
     approximates: Callable[[Mapping[str, Any], int], bool] | None = None
@@ -197,6 +194,37 @@ class _Methods(Mapping[str, Method]):
 
 
 METHODS = _Methods()
+
+
+def cost_at(method: str, spec: AttentionSpec, params: Mapping[str, Any]) -> Cost | None:
+    """What a call costs in numbers, for the op's ``params``; None where the method does not say.
+
+    Raises ``ValueError`` for a size that is not a number.
+    """
+    own = METHODS[method]
+    if own.shares is not None:
+        return functools.reduce(operator.add, own.shares(spec, params).values())
+    hashable = tuple((name, tuple(x) if isinstance(x, list) else x) for name, x in params.items())
+    cost = _cost(method, _mask_of(spec, own.padding_cost), hashable)
+    return None if cost is None else cost.at(spec, own.rows(params, spec.Lk))
+
+
+def _mask_of(spec: AttentionSpec, padding: bool) -> tuple[Mask, bool]:
+    """The mask without what varies with the lengths, and whether it was aligned to their ends."""
+    aligned = known_equal(spec.mask.offset, spec.Lk - spec.Lq)
+    offset = 0 if aligned else spec.mask.offset
+    return replace(spec.mask, offset=offset, padding=padding and spec.mask.padding), aligned
+
+
+@functools.lru_cache(maxsize=64)
+def _cost(method: str, kind: tuple[Mask, bool], params: tuple[tuple[str, Any], ...]) -> Cost | None:
+    """One expression for all sites with this mask and these parameters: to make one takes up to half a second."""
+    mask, aligned = kind
+    function = METHODS[method].cost
+    Lk = 1 if aligned else mask.offset + 2
+    spec = AttentionSpec(1, 1, 1, 1, Lk, 1, 1, torch.float32, "cpu", 1.0, mask)
+    options: Mapping[str, Any] = dict(params)
+    return None if function is None else function(spec, options)
 
 
 def register(method: Method) -> Method:

@@ -54,7 +54,10 @@ class Policy:
         ``methods=["exact"]`` means for all. See :meth:`at`.
     plan: a :class:`SavedPlan`, or the path of a file with one, which is read at once. Each site
         gets what it says there, if that can be proven again; what cannot, and a site that is not in it, is refused.
-        Beside it only ``seed`` and ``strict`` may be given.
+        Beside it only ``seed``, ``strict`` and ``cuda_graphs`` may be given.
+    cuda_graphs: True replays what does not change from call to call as CUDA graphs: of captured modules
+        (``rewrite_attention``) calls without gradients, and with ``torch.compile`` what inductor does under
+        ``triton.cudagraphs``. What no graph can stand for runs without one, and a ``RuntimeWarning`` says why.
     shared: the further options that were given.
 
     Numbers may be Python's or numpy's, and become Python's; integers are below 2**63. Raises ``ValueError`` or
@@ -71,6 +74,7 @@ class Policy:
     strict: bool = False
     modules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     plan: SavedPlan | None = None
+    cuda_graphs: bool = False
     shared: Mapping[str, Any] = field(default_factory=dict)
 
     def __init__(self, **options: Any) -> None:
@@ -87,6 +91,7 @@ class Policy:
         object.__setattr__(self, "shared", shared)
         object.__setattr__(self, "seed", _seed(self.seed))
         flag("strict", self.strict)
+        flag("cuda_graphs", self.cuda_graphs)
         object.__setattr__(self, "modules", dict(_overrides(self.modules)))
         if self.plan is not None:
             self._check_plan(self.plan)
@@ -101,7 +106,7 @@ class Policy:
         if others:
             raise ValueError(
                 f"{', '.join(f'{name}={given[name]!r}' for name in others)}: not allowed beside a saved plan, "
-                "which says it for each site; allowed are seed and strict"
+                "which says it for each site; allowed are seed, strict and cuda_graphs"
             )
 
     # -- what it says of a method -------------------------------------------------------------------------------

@@ -21,11 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.call import Call
 from ..core.cost import Cost, Device, Rates, kind_of, rates_key
-from ..core.method import METHODS
+from ..core.method import METHODS, cost_at
 from ..core.policy import Policy
 from ..core.spec import AttentionSpec, Mask, Site
 from .devices import name_of, versions
-from .predict import cost_at
 
 SETTLE = 0.1  # seconds before a measurement: for some ms after large allocations are freed, kernels take 6% longer
 _SECONDS = 0.15  # a shape is measured for about so long

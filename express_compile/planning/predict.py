@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from ..core.cost import Cost, Device
-from ..core.method import METHODS, Share
+from ..core.cost import Device
+from ..core.method import METHODS, cost_at
 from ..core.policy import Policy
-from ..core.spec import AttentionSpec, Mask, Site, known_equal
+from ..core.spec import AttentionSpec, Site, known_equal
 
 LONGEST = 1 << 21  # keys up to which a crossover is looked for
 MARGIN = 1.05  # what another answer than the exact one must gain at least: predictions are off by some percent
@@ -28,21 +25,16 @@ def predict(method: str, spec: AttentionSpec, policy: Policy, device: Device, gr
     the device nothing of the method. Raises ``ValueError`` for a size that is not a number.
     """
     params, shares = _params(method, spec, policy), METHODS[method].shares
-    parts = [(method, spec, params)] if shares is None else shares(spec, params)
-    times = [_milliseconds(method, part, device, graphs) for part in parts]
-    known = [time for time in times if time is not None]
-    return sum(known) if len(known) == len(times) else None
-
-
-def _milliseconds(method: str, part: Share, device: Device, graphs: bool) -> float | None:
-    """Of a part of a call of ``method``."""
-    kernels, spec, params = part
-    rates, cost = device.rates_of(kernels, spec.dtype, spec.Lq), cost_at(method, spec, params)
-    if cost is None:
+    whole = cost_at(method, spec, params)
+    if whole is None:
         return None
-    if cost == cost_at("exact", spec, {}):  # short sequences are left to exact attention
-        rates = device.rates_of("exact", spec.dtype, spec.Lq)
-    return None if rates is None else rates.seconds(cost, graphs) * 1e3
+    if whole == cost_at("exact", spec, {}):  # short sequences are left to exact attention
+        parts = {"exact": whole}
+    else:
+        parts = {method: whole} if shares is None else dict(shares(spec, params))
+    rates = {kernels: device.rates_of(kernels, spec.dtype, spec.Lq) for kernels in parts}
+    times = [known.seconds(parts[kernels], graphs) * 1e3 for kernels, known in rates.items() if known is not None]
+    return sum(times) if len(times) == len(parts) else None
 
 
 def predicted(
@@ -125,31 +117,3 @@ def at_length(spec: AttentionSpec, n: int) -> AttentionSpec:
 
 def _params(method: str, spec: AttentionSpec, policy: Policy) -> Mapping[str, Any]:
     return METHODS[method].params(Site(spec), replace(policy, min_length=0))
-
-
-def cost_at(method: str, spec: AttentionSpec, params: Mapping[str, Any]) -> Cost | None:
-    """What a call costs in numbers, for the op's ``params``; None where the method does not say.
-
-    Raises ``ValueError`` for a size that is not a number.
-    """
-    hashable = tuple((name, tuple(x) if isinstance(x, list) else x) for name, x in params.items())
-    cost = _cost(method, _mask_of(spec, METHODS[method].padding_cost), hashable)
-    return None if cost is None else cost.at(spec, METHODS[method].rows(params, spec.Lk))
-
-
-def _mask_of(spec: AttentionSpec, padding: bool) -> tuple[Mask, bool]:
-    """The mask without what varies with the lengths, and whether it was aligned to their ends."""
-    aligned = known_equal(spec.mask.offset, spec.Lk - spec.Lq)
-    offset = 0 if aligned else spec.mask.offset
-    return replace(spec.mask, offset=offset, padding=padding and spec.mask.padding), aligned
-
-
-@functools.lru_cache(maxsize=64)
-def _cost(method: str, kind: tuple[Mask, bool], params: tuple[tuple[str, Any], ...]) -> Cost | None:
-    """One expression for all sites with this mask and these parameters: to make one takes up to half a second."""
-    mask, aligned = kind
-    function = METHODS[method].cost
-    Lk = 1 if aligned else mask.offset + 2
-    spec = AttentionSpec(1, 1, 1, 1, Lk, 1, 1, torch.float32, "cpu", 1.0, mask)
-    options: Mapping[str, Any] = dict(params)
-    return None if function is None else function(spec, options)

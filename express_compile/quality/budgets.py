@@ -23,12 +23,11 @@ import torch
 from torch import nn
 
 from ..core.call import Call, Op, name_of, run_by
-from ..core.method import METHODS
+from ..core.method import METHODS, cost_at
 from ..core.plain import number
 from ..core.policy import Policy
 from ..core.sites import record_sites
 from ..core.spec import Mask, Site, layer_key
-from ..planning.predict import cost_at
 from ..routes.eager import is_rewritten, restore_attention, rewrite_attention
 
 Choice = TypeVar("Choice")

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.call import Call
 from ..core.method import METHODS
+from ..core.modes import OneThreadMode
 from ..core.plain import number
 from ..core.sites import record_sites
 from ..core.spec import layer_key
@@ -28,7 +28,7 @@ from ..kernels.santa import probabilities, variance, visible_keys
 from ..routes.eager import is_rewritten, restore_attention, rewrite_attention
 
 
-class _OneLayer(TorchDispatchMode):
+class _OneLayer(OneThreadMode):
     """Runs SANTA in one layer, query by query as decoding would, and exact attention in the others."""
 
     def __init__(self, layer: int | None, seed: int = 0) -> None:
@@ -144,7 +144,7 @@ def _measure_text(
     if hasattr(cache, "activate_past_recording"):
         cache.activate_past_recording()  # else what has left a window cannot be taken back
 
-    def decode(mode: TorchDispatchMode) -> torch.Tensor:
+    def decode(mode: OneThreadMode) -> torch.Tensor:
         with mode:
             logits = model(ids[:, prompt:], past_key_values=cache, use_cache=True).logits
         cache.crop(-steps)

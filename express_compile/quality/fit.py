@@ -86,7 +86,8 @@ class Fit:
         self.plan.save(path)
 
     def policy(self, **options: Any) -> Policy:
-        """The policy that follows the plan; ``options`` are those that may be given beside one: seed and strict."""
+        """The policy that follows the plan; ``options`` are those that may be given beside one: ``seed``,
+        ``strict``, ``cuda_graphs``."""
         return Policy(plan=self.plan, **options)
 
 
@@ -321,27 +322,31 @@ def rewrite_attention(
     tolerance: float | None = None,
     rows: float | None = None,
     speedup: float | None = None,
+    query_heads: bool = False,
     **options: Any,
 ) -> Model:
+    how: dict[str, Any] = dict(tolerance=tolerance, rows=rows, speedup=speedup, query_heads=query_heads)
     if sample is None:
-        for name, value in {"tolerance": tolerance, "rows": rows, "speedup": speedup}.items():
-            if value is not None:
+        for name, value in how.items():
+            if value not in (None, False):
                 raise TypeError(f"{name}={value!r}: needs sample=input_ids, tokens to fit a plan on")
         return routed(model, policy, **options)
     if policy is not None:
         raise TypeError("policy and sample were both given: a plan that is fitted to a sample decides for every site")
-    others = {name: value for name, value in options.items() if name in ("seed", "strict")}
+    others = {name: value for name, value in options.items() if name in ("seed", "strict", "cuda_graphs")}
     if unknown := sorted(set(options) - set(others)):
         raise TypeError(
-            f"{', '.join(unknown)}: not allowed beside sample; allowed are tolerance, rows, speedup, seed and strict"
+            f"{', '.join(unknown)}: not allowed beside sample; allowed are {', '.join(how)}, seed, strict and "
+            "cuda_graphs"
         )
-    return routed(model, fit(model, sample, tolerance=tolerance, rows=rows, speedup=speedup).policy(**others))
+    return routed(model, fit(model, sample, **how).policy(**others))
 
 
 rewrite_attention.__doc__ = f"""{routed.__doc__}
     sample: token ids ``[batch, tokens]``, or several such tensors or mappings of keyword arguments: a plan for every KV
         head is fitted to them by :func:`fit`, and followed. tolerance, rows, speedup: what the plan is to keep,
-        exactly one of them. Beside a sample only ``seed`` and ``strict`` may be given.
+        exactly one of them. query_heads: the plan has rows for every query head, as that of :func:`fit`, for prefill
+        alone. Beside a sample only ``seed``, ``strict`` and ``cuda_graphs`` may be given.
     """
 
 

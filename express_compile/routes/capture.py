@@ -35,6 +35,7 @@ from ..planning.choose import require_matches
 from .dynamo import Compiled, Failure, cannot_capture, is_converting
 from .module_code import writes_attention
 from .program import is_inside, trace_rewritten
+from .replayed import Replayed, why_not
 from .tracers import cannot_trace, is_exporting, refuse_strict_export, refuse_tracers, untraced
 from .watched import GraphSite, Watch
 
@@ -185,6 +186,7 @@ class Capture:
         self.watch: Watch | None = None
         self.prefix = ""
         self._warned = False
+        self._not_replayed: set[str] = set()
         self.seen: set[str] = set()
         # Dynamo counts recompilations by code object, and keeps what it knows of one for ever
         call = (
@@ -333,16 +335,36 @@ class Capture:
 
     def _rewrite(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """A callable that runs the rewritten graph."""
-        planned = plan_graph(gm, inputs, self.policy, Place.of_graph(self.module, self.path))
+        graphs, place = self.policy.cuda_graphs, Place.of_graph(self.module, self.path)
+        why = why_not(gm, inputs, self.module.training) if graphs else None
+        planned = plan_graph(gm, inputs, self.policy, place, graphs and why is None)
         planned.pin(told=True)
 
         def finish(gm: GraphModule) -> Callable[..., Any]:
-            return _recorded(gm, planned.reports(), self._watch(gm, planned.sites))
+            replayed = self._replayed(gm, inputs, why) if graphs else None  # first: what runs as it is calls Python
+            return _recorded(gm, planned.reports(), self._watch(gm, planned.sites), replayed)
 
         def before(gm: GraphModule) -> Callable[..., Any]:
             return _recorded(gm, planned.reports(otherwise=Plan("exact", "refused", _CHANGED)))
 
         return planned.rewritten(finish, before)
+
+    def _replayed(self, gm: GraphModule, inputs: list[Any], why: str | None) -> Replayed:
+        """What runs a rewritten graph as CUDA graphs. It holds no module, as Dynamo keeps it."""
+        owner = weakref.ref(self)
+
+        def is_watched() -> bool:
+            capture = owner()
+            return capture is None or capture.watch is not None
+
+        def say(why: str) -> None:
+            if (capture := owner()) is not None and why not in capture._not_replayed:
+                capture._not_replayed.add(why)
+                name = capture.path or type(capture.module).__name__
+                words = f"{name}: cuda_graphs=True, but calls run without CUDA graphs: {why}"
+                warnings.warn(words, RuntimeWarning, stacklevel=2)
+
+        return Replayed(gm, inputs, why, lambda *args: gm.forward(*args), is_watched, say)
 
     def _watch(self, gm: GraphModule, sites: Iterable[tuple[AttentionSite, Plan]]) -> dict[int, GraphSite]:
         """Let the ops of a graph be sampled while the model is watched; gives how each site is, by layer key."""
@@ -406,16 +428,20 @@ def _place(code: CodeType) -> str:
 
 
 def _recorded(
-    gm: GraphModule, reports: Sequence[SiteReport], follows: Mapping[int, GraphSite] = MappingProxyType({})
+    gm: GraphModule,
+    reports: Sequence[SiteReport],
+    follows: Mapping[int, GraphSite] = MappingProxyType({}),
+    replayed: Replayed | None = None,
 ) -> Callable[..., Any]:
     _run_checkpoints(gm)
+    forward: Callable[..., Any] = replayed or gm.forward
     names = [(report, follows.get(report.layer)) for report in reports]
 
     def run(*args: Any) -> Any:
         if (call := _in_progress.get()) is not None:
             call.graphs += 1
             call.paths.update(report.module for report in reports)
-        result = gm.forward(*args)  # in which a site that is watched may fall back
+        result = forward(*args)  # in which a site that is watched may fall back
         if (sites := recording()) is not None:
             sites.extend(report if follow is None else follow.now(report) for report, follow in names)
         return result

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from ..core.method import METHODS
 from ..core.policy import Policy
 from ..passes.pipeline import plan_graph
 from ..planning.choose import check_policy
-from .inductor import compile_with_inductor
+from .inductor import SKIPPED, compile_with_inductor, skipped_graphs
 
 # importing this module is the last step before tracing, and ops cannot be registered during it
 METHODS.load()
@@ -51,7 +52,14 @@ def express(
     planned = plan_graph(gm, example_inputs, policy, graphs=bool(patches.get("triton.cudagraphs")))
     planned.judge()
     planned.pin()
-    return planned.rewritten(partial(compile_with_inductor, inputs=example_inputs, patches=patches), written_out=True)
+    before = skipped_graphs()
+    run = planned.rewritten(partial(compile_with_inductor, inputs=example_inputs, patches=patches), written_out=True)
+    if policy.cuda_graphs:
+        on_cuda = any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs)
+        if not on_cuda or skipped_graphs() > before:
+            why = SKIPPED if on_cuda else "it has no tensors on cuda"
+            warnings.warn(f"cuda_graphs=True, but a graph is compiled without: {why}", RuntimeWarning, stacklevel=2)
+    return run
 
 
 def split_options(options: Mapping[str, Any], mode: str | None = None) -> tuple[Policy, dict[str, Any]]:
@@ -78,4 +86,9 @@ def split_options(options: Mapping[str, Any], mode: str | None = None) -> tuple[
             )
     policy = Policy.from_options(own)
     check_policy(policy)
+    if policy.cuda_graphs:
+        if patches.setdefault("triton.cudagraphs", True) is not True:
+            raise ValueError(
+                f"triton.cudagraphs={patches['triton.cudagraphs']!r}: must be True beside cuda_graphs=True"
+            )
     return policy, patches

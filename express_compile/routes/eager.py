@@ -40,7 +40,8 @@ def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any
     there with ``fullgraph=True``.
 
     Raises ``TypeError`` or ``ValueError`` for a bad policy, an unknown option or an unknown method, and
-    ``ValueError`` when the model has no attention that could be rewritten, or is a part of one that is rewritten, and
+    ``ValueError`` when the model has no attention that could be rewritten, or is a part of one that is rewritten, with
+    ``cuda_graphs=True`` when none of its modules are captured, and
     with ``strict=True`` when something in ``modules`` matches no site, as far as sites are known before the first call.
     """
     _require_module(model)
@@ -48,6 +49,8 @@ def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any
     route = _transformers()
     sites = {} if route is None else route.find_sites(model)
     captured = capture.find_modules(model, [module for module, _ in sites.values()])
+    if policy.cuda_graphs and sites and not captured:
+        raise ValueError(_no_graphs(model))
     if not sites and not captured:
         raise ValueError(_no_attention(model))
     if not captured:
@@ -138,6 +141,15 @@ def _checked_policy(policy: Policy | None, options: dict[str, Any]) -> Policy:
         raise TypeError(f"policy and {', '.join(sorted(options))} were both given: put the options into the policy")
     check_policy(policy)
     return policy
+
+
+def _no_graphs(model: nn.Module) -> str:
+    return (
+        f"cuda_graphs=True: {type(model).__name__} chooses its attention through transformers' AttentionInterface, so "
+        "there is no graph of it to replay; allowed are torch.compile(model, backend='express', options="
+        "{'cuda_graphs': True}), torch.cuda.make_graphed_callables of the rewritten model, or "
+        "ExpressCache(model, graphs=True) for decoding"
+    )
 
 
 def _no_attention(model: nn.Module) -> str:

@@ -13,12 +13,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule, Node
 
 from ..kernels.op import contract
 from ..passes.normalize import computes_gradients
+
+SKIPPED = "PyTorch does not record it (TORCH_LOGS='cudagraphs,perf_hints' shows why)"
 
 _aten = torch.ops.aten
 
@@ -32,6 +35,11 @@ def compile_with_inductor(gm: GraphModule, inputs: Sequence[Any], patches: Mappi
         compiled = compile_fx.compile_fx(gm, inputs, config_patches={**patches, "joint_custom_pre_pass": pre_pass})
     assert callable(compiled), "it is asked for no file"
     return compiled
+
+
+def skipped_graphs() -> int:
+    """How often inductor ran something without the CUDA graphs that it was told to make."""
+    return int(counters["inductor"]["cudagraph_skips"])
 
 
 class _KeepOff(CustomGraphPass):

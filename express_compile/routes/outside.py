@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.utils import graph_break_reasons
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..core.modes import OneThreadMode
 from ..core.sites import NOT_MATCHED, SiteReport
 from ..passes.cut import PARTED
 from ..passes.place import calls
@@ -65,7 +65,7 @@ class _Line:
         return site.reason.startswith(PARTED) and file == own and self.start <= int(product) <= int(softmax)
 
 
-class Outside(TorchDispatchMode):
+class Outside(OneThreadMode):
     """While active, finds the attention that this thread runs in no graph; not that inside of :meth:`in_graph`.
 
     paths: gives the paths of modules by their ids. found: what was seen, each line of each module once.

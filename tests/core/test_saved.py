@@ -146,7 +146,7 @@ def test_bad_files_and_policies_are_told(tmp_path: Path) -> None:
         Policy(plan=tmp_path / "nowhere")
     with pytest.raises(TypeError, match="plan=5: must be None, a SavedPlan or the path"):
         Policy(plan=5)
-    with pytest.raises(ValueError, match=r"budget=8, modules=\{.*\}: not allowed beside a saved plan.*seed and strict"):
+    with pytest.raises(ValueError, match=r"budget=8, modules=\{.*\}: not allowed beside a saved plan.*cuda_graphs"):
         Policy(plan=SavedPlan(), budget=8, modules={"a": "exact"})
     with pytest.raises(TypeError, match=r"policy=\[1\]: must be a JSON object of the fields budget, methods"):
         Policy.from_json("[1]")

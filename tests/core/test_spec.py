@@ -21,7 +21,7 @@ from express_compile.core.spec import AttentionSpec, Mask, floor_power_of_two, k
 
 FIELDS = (
     "budget methods sinks window protected halving inflation seed min_length strict method_options "  # promised names
-    "modules causal_only training plan"
+    "modules causal_only training plan cuda_graphs"
 ).split()
 
 
@@ -42,6 +42,7 @@ def test_defaults_are_those_promised() -> None:
         "causal_only": False,
         "training": True,
         "plan": None,
+        "cuda_graphs": False,
         "shared": {},
     }
     assert Policy().of("express").data() == {
@@ -86,6 +87,7 @@ def test_defaults_are_those_promised() -> None:
         (TypeError, r"method_options=\{'express': 3\}: must map", {"method_options": {"express": 3}}),
         (TypeError, r"method_options=\['express'\]", {"method_options": ["express"]}),
         (TypeError, r"causal_only=1: must be True or False", {"causal_only": 1}),
+        (TypeError, r"cuda_graphs=1: must be True or False", {"cuda_graphs": 1}),
         (TypeError, r"training=None: must be True or False", {"training": None}),
         (TypeError, r"modules=\['a'\]: must map globs", {"modules": ["a"]}),
         (TypeError, r"modules: 'a': 5; must map a glob", {"modules": {"a": 5}}),

@@ -30,7 +30,7 @@ def found(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 def test_all_to_all_gives_the_bits_of_one_process_for_every_method(found: list[dict[str, Any]]) -> None:
     for parts in found:
         same = {case: equal for case, equal in parts["all_to_all"].items() if case != "copied"}
-        assert set(same) == {"express", "exact", "heads", "sparse", "eager", "thinformer"}
+        assert set(same) == {"express", "exact", "heads", "query heads", "sparse", "eager", "thinformer"}
         assert all(same.values()), same
 
 
@@ -86,6 +86,7 @@ def test_bytes_that_are_sent_are_those_of_the_formulas(found: list[dict[str, Any
         ("weights", "the call asks for attention weights"),
         ("heads", "is for Express, and its plan has heads; use how='all_to_all'"),
         ("odd", "1 heads and 1 KV heads for 2 processes"),
+        ("query heads", "rows lists 8 heads, the site has 1 KV heads and 4 query heads"),
         ("watched", "cannot be watched; use how='all_to_all'"),
         ("how", "how='ring': must be one of 'all_to_all', 'coresets'"),
         ("not rewritten", "has no rewritten attention; call rewrite_attention(model) first"),
@@ -97,6 +98,7 @@ def test_what_parts_cannot_do_raises_with_its_reason_on_every_process(
     two: list[dict[str, Any]], case: str, words: str
 ) -> None:
     kind = "ValueError: " if case in ("how", "not rewritten", "mesh", "captured") else "RuntimeError: "
+    kind = "Unmet: " if case == "query heads" else kind
     for parts in two:
         assert parts["refused"][case].startswith(kind) and words in parts["refused"][case]
 

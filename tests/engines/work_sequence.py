@@ -24,6 +24,8 @@ N = 512
 FEW = {"budget": 8, "sinks": 4, "recent": 16, "protected": 0, "block": 16}
 EXPRESS = {"methods": ["express"], "method_options": {"express": FEW}, "strict": True}
 ROWS = [Rows(4, 32, 16, 8), Rows(everything=True)]
+QUERY_ROWS = [Rows(4, 32, 16, 8), Rows(4, 32), Rows(4, 64, selected=1), Rows(4, 32), Rows(everything=True), Rows(4, 64),
+              Rows(4, 32, protected=16), Rows(4, 64, selected=2)]  # fmt: skip
 IDS = torch.randint(3, 50, (2, N), generator=torch.Generator().manual_seed(0))
 
 
@@ -66,6 +68,7 @@ def all_to_all(part: Part) -> dict[str, Any]:
     policies = {
         "express": EXPRESS, "exact": {"methods": ["exact"]},
         "heads": {"methods": [PerHead(ROWS * (own_heads["kv_heads"] // 2))], "strict": True},
+        "query heads": {"methods": [PerHead(QUERY_ROWS)], "strict": True},
         "sparse": {"methods": ["sparse"], "method_options": {"sparse": {"stride": 32, "summary": 8}}, "strict": True},
     }  # fmt: skip
     for name, options in policies.items():
@@ -180,6 +183,7 @@ def refused(part: Part) -> dict[str, str]:
         part.sharded("coresets", methods=[PerHead(ROWS)]),
         part.sharded("all_to_all", llama(heads=1, kv_heads=1)),
     )
+    copied = part.sharded("all_to_all", llama(layers=1, kv_heads=1), methods=[PerHead(QUERY_ROWS)], strict=True)
     watched = part.sharded("coresets")
     watching = watch(watched, fraction=1.0)
     found = {
@@ -195,6 +199,7 @@ def refused(part: Part) -> dict[str, str]:
         found |= {
             "heads": why(lambda: part.call(heads)),
             "odd": why(lambda: part.call(odd)),
+            "query heads": why(lambda: part.call(copied)),
             "watched": why(lambda: part.call(watched)),
         }
     del watching

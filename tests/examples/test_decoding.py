@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from express_compile import SavedPlan
 from express_compile.kernels import santa
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "bench"
@@ -58,7 +60,9 @@ def test_attention_alone_is_checked_before_it_has_a_speed(monkeypatch: pytest.Mo
         decoding.attention_rows(1, 64, "cpu", torch.float32)
 
 
-def test_whole_steps_and_a_cache_alone_have_a_row_for_each_method(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_steps_and_a_cache_alone_have_a_row_for_each_method(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import decoding
     from records import params_of
@@ -72,8 +76,12 @@ def test_whole_steps_and_a_cache_alone_have_a_row_for_each_method(monkeypatch: p
     with torch.no_grad():
         model = decoding.random_llama("cpu", torch.float32, decoding.TINY)
     plans = decoding.planned_rows(model)
-    assert [len(heads) for heads in plans.values()] == [2, 2] and len({str(x) for x in sum(plans.values(), [])}) > 1
-    rows = decoding.whole_rows(model, 1, 500, 8, 2)
+    assert [len(heads) for heads in plans.values()] == [2, 2] and len({str(x) for x in sum(plans.values(), ())}) > 1
+    sites = [replace(site, facts={**site.facts, "H": len(site.rows)}) for site in SavedPlan.load(decoding.PLAN).sites]
+    SavedPlan((*sites[1:], replace(sites[0], facts={"H": 3, "H_kv": 1}))).save(tmp_path / "by_query_head.json")
+    with pytest.raises(SystemExit, match="an ExpressCache takes a plan that was fitted without them"):
+        decoding.planned_rows(model, tmp_path / "by_query_head.json")
+    rows = list(decoding.whole_rows(model, 1, 500, 8, 2))
     assert [row["method"] for row in rows] == ["transformers", "exact", "santa", "selected", "cache", "planned"]
     held = {row["method"]: params_of(row).get("rows") for row in rows}
     assert held["transformers"] is None and float(held["cache"]) < 400 < float(held["planned"])

@@ -55,6 +55,19 @@ def test_a_prefill_and_updates_hold_the_same_rows(dtype: torch.dtype) -> None:
         assert torch.equal((one.log_weight > -math.inf).sum(2), (other.log_weight > -math.inf).sum(2))
 
 
+def test_contests_behind_a_prefill_lose_no_token_and_hold_none_twice() -> None:
+    """The kernel of a prefill has the protected tokens by score, and contests take them by position."""
+    own = PerHead((Rows(4, 60, 64, 128), Rows(4, 60, protected=128)) * 3, "uniform")
+    _, k, v = tokens(3000, torch.bfloat16)
+    cache = Held(own, k, v, Random(torch.tensor(7, device="cuda"), 3), 0.125)
+    for first, stop in ((0, 2000), (2000, 2400), (2400, 3000)):
+        cache.fill(k[:, :, first:stop], v[:, :, first:stop])
+        for part in cache.parts:
+            for rows in rows_of(part):
+                assert len({token for token, _ in rows}) == len(rows)
+                assert part.config.forgets or sum(weight for _, weight in rows) == stop
+
+
 def test_weighted_attention_is_that_of_the_cpu() -> None:
     q, k, v = tokens(500, torch.bfloat16)
     log_weight = torch.randint(0, 5, (2, 6, 500), device="cuda") * math.log(2)

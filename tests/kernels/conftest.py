@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -33,3 +34,18 @@ def judge_together(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-5)
 
     return judge
+
+
+@pytest.fixture(scope="session")
+def tokens() -> Callable[..., list[torch.Tensor]]:
+    """Queries ``[B, H, Lq, D]``, keys and values of ``n`` tokens, the same for the same sizes; unless given ``Lq`` is
+    ``n``."""
+
+    def make(
+        n: int, H: int = 4, H_kv: int = 2, B: int = 2, D: int = 8, Dv: int = 6, Lq: int | None = None, **own: Any
+    ) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(n)
+        shapes = (B, H, Lq or n, D), (B, H_kv, n, D), (B, H_kv, n, Dv)
+        return [torch.randn(shape, generator=generator, **{"dtype": torch.float64, **own}) for shape in shapes]
+
+    return make

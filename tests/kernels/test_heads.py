@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from express_compile.core.call import Call
-from express_compile.core.method import METHODS
+from express_compile.core.method import METHODS, cost_at
 from express_compile.core.policy import Policy
 from express_compile.core.rows import Rows, from_numbers, to_numbers
 from express_compile.core.spec import AttentionSpec, Mask, Site
@@ -38,18 +39,12 @@ from express_compile.kernels.select.contest import CONTEST, compete_reference
 from express_compile.planning import choose
 from express_compile.planning.choose import Question, answer, plan
 from express_compile.planning.devices import shipped
-from express_compile.planning.predict import MARGIN, cost_at, predict
+from express_compile.planning.predict import MARGIN, predict
 
 SEED = torch.tensor(7)
 WINDOW, CORE, PLACES = Rows(2, 9), Rows(2, 9, 8), Rows(3, 5, protected=20)
 KEPT, BLOCKS, WHOLE = Rows(2, 9, 8, 20), Rows(2, 9, selected=1), Rows(everything=True)
 SOURCES = [WINDOW, CORE, PLACES, KEPT, BLOCKS, WHOLE, Rows()]
-
-
-def tokens(n: int, B: int = 2, H: int = 4, H_kv: int = 2, D: int = 8, Dv: int = 6, Lq: int | None = None, **own: Any):
-    generator = torch.Generator().manual_seed(n)
-    shapes = (B, H, Lq or n, D), (B, H_kv, n, D), (B, H_kv, n, Dv)
-    return [torch.randn(shape, generator=generator, **{"dtype": torch.float64, **own}) for shape in shapes]
 
 
 def op(q, k, v, rows, padding=None, block=16, layer=3, min_length=0, **options):
@@ -105,14 +100,14 @@ def masked(q, k, v, rows: list[Rows], block: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("rows", SOURCES, ids=str)
 @pytest.mark.parametrize("Lq", [700, 60])
-def test_every_source_alone_is_the_mask_that_is_written_out(rows, Lq):
+def test_every_source_alone_is_the_mask_that_is_written_out(tokens, rows, Lq):
     q, k, v = tokens(700, B=1, Lq=Lq)
     torch.testing.assert_close(op(q, k, v, [rows])[0], masked(q, k, v, [rows] * 2, 16))
 
 
 @pytest.mark.parametrize("rows", [Rows(2, 9, 8), Rows(2, 9, 8, 20), Rows(0, 0, 16)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_equal_rows_for_all_heads_are_express_bit_for_bit(rows, dtype):
+def test_equal_rows_for_all_heads_are_express_bit_for_bit(tokens, rows, dtype):
     q, k, v = tokens(700, dtype=dtype)
     padding = torch.arange(700) >= torch.tensor([[0], [120]])
     own = dict(s=rows.thinned, sinks=rows.sinks, recent=rows.recent, protected=rows.protected)
@@ -124,7 +119,7 @@ def test_equal_rows_for_all_heads_are_express_bit_for_bit(rows, dtype):
                 assert torch.equal(x, e)
 
 
-def test_a_head_draws_the_numbers_of_its_own_place_in_the_layer():
+def test_a_head_draws_the_numbers_of_its_own_place_in_the_layer(tokens):
     """Of what is kept, the same tokens: alone, beside others, and among all."""
     _, k, v = tokens(600, H_kv=3)
     layout = E.make_layout(E.Express(8, 2, 9, 20, block=16), 600, 600)
@@ -164,7 +159,7 @@ def any_rows(draw):
     block=st.sampled_from([16, 64, 128]),
 )
 @settings(max_examples=25)
-def test_any_mixture_gives_every_head_its_own_rows(rows, n, past, group, block):
+def test_any_mixture_gives_every_head_its_own_rows(tokens, rows, n, past, group, block):
     H_kv = len(rows)
     Lq = max(1, n - past)
     q, k, v = tokens(n, B=1, H=group * H_kv, H_kv=H_kv, Lq=Lq)
@@ -175,7 +170,7 @@ def test_any_mixture_gives_every_head_its_own_rows(rows, n, past, group, block):
 
 
 @pytest.mark.parametrize("rows", SOURCES, ids=str)
-def test_a_head_is_exact_while_there_are_no_more_tokens_than_its_rows(rows):
+def test_a_head_is_exact_while_there_are_no_more_tokens_than_its_rows(tokens, rows):
     n = 400 if rows.everything else int(P.exact_up_to(rows))
     if n:
         q, k, v = tokens(n)
@@ -187,7 +182,7 @@ def test_a_head_is_exact_while_there_are_no_more_tokens_than_its_rows(rows):
 
 
 @pytest.mark.parametrize("rows", SOURCES, ids=str)
-def test_the_rows_that_a_query_sees_are_counted(rows):
+def test_the_rows_that_a_query_sees_are_counted(tokens, rows):
     q, k, _ = tokens(900, B=1, H=1, H_kv=1)
     v = torch.eye(900, dtype=torch.float64)[None, None]
     read = (op(q, k, v, [rows])[0][0, 0] > 0).sum(-1)
@@ -195,7 +190,7 @@ def test_the_rows_that_a_query_sees_are_counted(rows):
 
 
 @pytest.mark.parametrize("rows", [[x] for x in SOURCES] + [[CORE, BLOCKS], [WHOLE, KEPT]], ids=str)
-def test_later_tokens_change_no_bit_of_earlier_queries(rows):
+def test_later_tokens_change_no_bit_of_earlier_queries(tokens, rows):
     q, k, v = tokens(700, B=1, dtype=torch.float32)
     out, lse = op(q, k, v, rows)
     for at in (1, 130, 512, 699):
@@ -210,17 +205,17 @@ def test_later_tokens_change_no_bit_of_earlier_queries(rows):
 
 
 @pytest.mark.parametrize("rows", [[x] for x in SOURCES] + [[CORE, BLOCKS], [WHOLE, WINDOW]], ids=str)
-def test_gradcheck_of_every_source(rows):
+def test_gradcheck_of_every_source(tokens, rows):
     """With the choice held fixed: within the finite differences none flips."""
-    leaves = [x.requires_grad_() for x in tokens(150, 1, 2, 2 if len(rows) == 2 else 1, 2, 2)]
+    leaves = [x.requires_grad_() for x in tokens(150, 2, 2 if len(rows) == 2 else 1, 1, 2, 2)]
     if any(x.protected for x in rows):
         rows = [Rows(1, 3, protected=2, thinned=4 * bool(x.thinned)) for x in rows]
-        leaves = [x.requires_grad_() for x in tokens(290, 1, 2, 1, 1, 1)]
+        leaves = [x.requires_grad_() for x in tokens(290, 2, 1, 1, 1, 1)]
     assert torch.autograd.gradcheck(lambda *x: op(*x, [replace(r) for r in rows])[0], leaves, atol=1e-6, fast_mode=True)
 
 
 @pytest.mark.parametrize("rows", [CORE, KEPT, BLOCKS], ids=str)
-def test_gradients_with_padding_and_a_past_are_those_of_the_sequences_alone(rows):
+def test_gradients_with_padding_and_a_past_are_those_of_the_sequences_alone(tokens, rows):
     q, k, v = (x.requires_grad_() for x in tokens(330, Lq=300))
     padding = torch.arange(330) >= torch.tensor([[40], [0]])
     grad = torch.randn(2, 4, 300, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -237,7 +232,7 @@ def test_gradients_with_padding_and_a_past_are_those_of_the_sequences_alone(rows
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("rows", [[CORE, BLOCKS], [WHOLE, WINDOW], [KEPT]], ids=str)
-def test_opcheck(rows, padded):
+def test_opcheck(tokens, rows, padded):
     q, k, v = (x.requires_grad_() for x in tokens(150))
     padding = torch.arange(150) >= torch.tensor([[0], [30]]) if padded else None
     options = dict(rows=to_numbers(rows), halving="balanced", inflation=-1, flatten=0.0, block=16, min_length=0)
@@ -286,7 +281,7 @@ def test_no_size_of_a_call_has_to_be_more_than_nothing():
 
 @pytest.mark.parametrize("rows", [BLOCKS, Rows(70, 5, selected=3), Rows(0, 0, selected=2)], ids=str)
 @pytest.mark.parametrize("Lq", [215, 60])
-def test_the_kernels_attend_to_selected_rows_as_the_reference_does(rows, Lq):
+def test_the_kernels_attend_to_selected_rows_as_the_reference_does(tokens, rows, Lq):
     q, k, v = tokens(215, B=1, Lq=Lq, dtype=torch.float32, D=16, Dv=16)
     call = Call(q, k, v, None, SEED, 0.5, 3)
     config = P.PerHead([rows], block=16).config(rows)
@@ -304,7 +299,7 @@ def test_the_kernels_attend_to_selected_rows_as_the_reference_does(rows, Lq):
 
 
 @pytest.mark.parametrize("rows", [WINDOW, PLACES], ids=str)
-def test_the_kernels_attend_without_a_coreset_as_the_reference_does(rows):
+def test_the_kernels_attend_without_a_coreset_as_the_reference_does(tokens, rows):
     q, k, v = tokens(540, B=1, dtype=torch.float32, D=16, Dv=16)
     layout = E.make_layout(P.PerHead([rows], block=16).config(rows), 540, 540)
     index, *copies = E.thin_triton(k, v, layout, 0.5, SEED, 3)
@@ -317,9 +312,15 @@ def test_the_kernels_attend_without_a_coreset_as_the_reference_does(rows):
     torch.testing.assert_close(out, op(q, k, v, [rows])[0], rtol=1e-4, atol=1e-5)
 
 
-def small(rows: list[Rows], n: int, Lq: int | None = None, B: int = 1, **own: Any) -> tuple[Call, P.PerHead]:
-    q, k, v = tokens(n, B=B, H=len(rows), H_kv=len(rows), D=16, Dv=16, Lq=Lq, dtype=torch.float32)
-    return Call(q, k, v, None, SEED, 0.5, 3), P.PerHead(rows, **{"block": 32, **own})
+@pytest.fixture(scope="session")
+def small(tokens: Callable[..., list[torch.Tensor]]) -> Callable[..., tuple[Call, P.PerHead]]:
+    """A call of heads that differ, and what is asked of them."""
+
+    def make(rows: list[Rows], n: int, Lq: int | None = None, B: int = 1, **own: Any) -> tuple[Call, P.PerHead]:
+        q, k, v = tokens(n, B=B, H=len(rows), H_kv=len(rows), D=16, Dv=16, Lq=Lq, dtype=torch.float32)
+        return Call(q, k, v, None, SEED, 0.5, 3), P.PerHead(rows, **{"block": 32, **own})
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -333,14 +334,14 @@ def small(rows: list[Rows], n: int, Lq: int | None = None, B: int = 1, **own: An
     ],
     ids=str,
 )
-def test_one_launch_for_all_heads_gives_each_what_the_reference_gives(rows, n, Lq, judge_together):
+def test_one_launch_for_all_heads_gives_each_what_the_reference_gives(tokens, rows, n, Lq, judge_together):
     """Two sequences, two query heads for each KV head; whatever was in the memory that it takes."""
 
     q, k, v = tokens(n, H=2 * len(rows), H_kv=len(rows), D=16, Dv=16, Lq=Lq, dtype=torch.float32)
     judge_together(q, k, v, rows)
 
 
-def test_heads_with_other_coresets_are_thinned_in_the_same_launches_as_they_are_alone(monkeypatch):
+def test_heads_with_other_coresets_are_thinned_in_the_same_launches_as_they_are_alone(small, monkeypatch):
     """Bit for bit; streams of tokens and of losers of contests, with buckets of several tiles."""
     rows, launched, run = [Rows(2, 9, 32, 20), CORE, PLACES, Rows(5, 9, 32)], [], thinning.launch
     monkeypatch.setattr(thinning, "launch", lambda f, *args, **options: (launched.append(f), run(f, *args, **options)))
@@ -362,7 +363,7 @@ def test_heads_with_other_coresets_are_thinned_in_the_same_launches_as_they_are_
     assert len(launched) == 2 + 2 + 3  # zeros come with a contest, statistics not for CORE
 
 
-def test_heads_whose_blocks_begin_together_choose_in_two_launches_what_they_choose_alone(monkeypatch):
+def test_heads_whose_blocks_begin_together_choose_in_two_launches_what_they_choose_alone(small, monkeypatch):
     rows = [BLOCKS, Rows(2, 9, selected=2), WINDOW, Rows(2, 41, selected=3), BLOCKS, Rows(2, 20, selected=1)]
     call, own = small(rows, 330, B=2)
     alone = {}
@@ -390,7 +391,7 @@ def test_heads_whose_blocks_begin_together_choose_in_two_launches_what_they_choo
     block=st.sampled_from([32, 128]),
 )
 @settings(max_examples=8)
-def test_one_launch_for_any_mixture(rows, n, past, block):
+def test_one_launch_for_any_mixture(small, rows, n, past, block):
     call, own = small(rows, n, max(1, n - past), block=block)
     out, lse = P.together(call, own, None)
     expected, expected_lse = P.heads_reference(call.query, call.key, call.value, own, 0.5, SEED, 3)
@@ -399,7 +400,7 @@ def test_one_launch_for_any_mixture(rows, n, past, block):
 
 
 @pytest.mark.parametrize("heads", [(1,), (0, 2), (2, 3)])
-def test_heads_are_copied_from_all_and_back(heads: tuple[int, ...]) -> None:
+def test_heads_are_copied_from_all_and_back(tokens, heads: tuple[int, ...]) -> None:
     """Two query heads each, values of another width and log-sum-exps of none, another number of queries than keys."""
     q, k, v = tokens(150, H=8, H_kv=4, D=16, Dv=24, Lq=20, dtype=torch.float32)
     every = (q.transpose(1, 2).contiguous().transpose(1, 2), k, v, q[..., 0].contiguous())
@@ -416,7 +417,7 @@ def test_heads_are_copied_from_all_and_back(heads: tuple[int, ...]) -> None:
         assert torch.equal(out[:, q_heads], x[:, q_heads]) and out.count_nonzero() == x[:, q_heads].count_nonzero()
 
 
-def test_one_launch_reads_heads_where_a_projection_of_all_of_them_left_them():
+def test_one_launch_reads_heads_where_a_projection_of_all_of_them_left_them(small):
     rows = [WINDOW, BLOCKS, CORE]
     call, own = small(rows, 300)
     packed = torch.cat([x.transpose(1, 2) for x in (call.query, call.key, call.value)], 2)
@@ -480,7 +481,7 @@ def test_every_query_of_every_head_that_is_not_exact_is_in_one_job_and_long_jobs
     shape=st.sampled_from([(4, 2), (6, 1), (2, 2)]),
 )  # fmt: skip
 @settings(max_examples=12)
-def test_the_last_queries_see_everything_and_the_others_do_not_change(n, past, last, B, shape):
+def test_the_last_queries_see_everything_and_the_others_do_not_change(tokens, n, past, last, B, shape):
     H, H_kv = shape
     q, k, v = tokens(n, B=B, H=H, H_kv=H_kv, Lq=n - past)
     rows = [WINDOW, BLOCKS][:H_kv]
@@ -496,7 +497,7 @@ def test_the_last_queries_see_everything_and_the_others_do_not_change(n, past, l
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both", "holes"])
-def test_the_last_queries_are_those_of_each_sequence_whatever_its_padding(side):
+def test_the_last_queries_are_those_of_each_sequence_whatever_its_padding(tokens, side):
     """By the reference, each sequence alone, and by what the kernels do with a whole batch."""
     n, last = 120, 11
     q, k, v = tokens(n, B=3)
@@ -533,7 +534,7 @@ def test_the_last_queries_are_those_of_each_sequence_whatever_its_padding(side):
 )  # fmt: skip
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_kernels_give_the_last_queries_what_their_reference_gives(
-    poison, monkeypatch, n, past, last, heads, left, right, kind, seed
+    tokens, poison, monkeypatch, n, past, last, heads, left, right, kind, seed
 ):
     """In pieces of up to 6 queries, and nothing of padding, which holds NaN; other queries keep what they have."""
     monkeypatch.setattr(decode, "MAX_QUERIES", 6)
@@ -559,7 +560,7 @@ def test_the_kernels_give_the_last_queries_what_their_reference_gives(
 
 
 @pytest.mark.parametrize(("n", "Lq", "last"), [(36, 36, 5), (40, 20, 17), (64, 3, 20)])
-def test_gradients_with_exact_last_queries(n, Lq, last):
+def test_gradients_with_exact_last_queries(tokens, n, Lq, last):
     q, k, v = (x.requires_grad_() for x in tokens(n, B=1, D=2, Dv=1, Lq=Lq))
     rows = [WINDOW, PLACES]
     assert torch.autograd.gradcheck(lambda *x: op(*x, rows, last=last)[0], (q, k, v))
@@ -567,7 +568,7 @@ def test_gradients_with_exact_last_queries(n, Lq, last):
     assert not torch.allclose(a, b)
 
 
-def test_gradients_of_padded_batches_with_exact_last_queries():
+def test_gradients_of_padded_batches_with_exact_last_queries(tokens):
     """What the kernels' route adds up is what every sequence gives alone."""
     n, last = 90, 7
     q, k, v = tokens(n, B=2)
@@ -629,7 +630,7 @@ def test_rows_that_do_not_fit_are_named(rows, error, words):
         P.PerHead(rows)
 
 
-def test_what_else_does_not_fit_is_named():
+def test_what_else_does_not_fit_is_named(tokens):
     with pytest.raises(ValueError, match="inflation=9: must be an integer from 0 to 4 for s=8"):
         P.PerHead([CORE], inflation=9)
     with pytest.raises(ValueError, match="block=20: must be 16, 32, 64 or 128"):

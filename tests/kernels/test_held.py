@@ -100,6 +100,26 @@ def test_a_prefill_and_single_updates_end_in_the_same_state() -> None:
     assert torch.equal(at_once.rows(), one_by_one.rows())
 
 
+@pytest.mark.parametrize("rows", [Rows(2, 9, protected=10), Rows(2, 9, 8, 10)], ids=str)
+def test_the_places_of_a_prompt_may_come_in_any_order(monkeypatch: pytest.MonkeyPatch, rows: Rows) -> None:
+    """A kernel leaves them by score, and the contests behind the prompt take them by position."""
+    select = K.select_rows
+
+    def by_another_order(key, value, layout, *others):
+        sources, index = select(key, value, layout, *others)
+        _, first, count = layout.table.segments[0, 1]
+        assert count == 10
+        index[..., first : first + count] = index[..., first : first + count].flip(-1)
+        return sources, index
+
+    monkeypatch.setattr(K, "select_rows", by_another_order)
+    _, k, v = tokens(1500)
+    cache = held(PerHead((rows,)), k, v)
+    for first, stop in ((0, 700), (700, 1100), (1100, 1500)):
+        cache.fill(k[:, :, first:stop], v[:, :, first:stop])
+        assert_holds(cache, k, v, stop)
+
+
 @pytest.mark.parametrize("rows", [Rows(2, 9, protected=10), Rows(2, 9, 8, 10), Rows(2, 9, 8)], ids=str)
 @pytest.mark.parametrize("n", [300, 1024, 2777])
 def test_a_prompt_is_thinned_at_once_and_not_contest_by_contest(

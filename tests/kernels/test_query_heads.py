@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -12,19 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from express_compile.core.call import Call
-from express_compile.core.method import METHODS
+from express_compile.core.cost import Cost
+from express_compile.core.method import METHODS, cost_at
 from express_compile.core.policy import Policy
 from express_compile.core.rows import Rows, to_numbers
 from express_compile.core.spec import AttentionSpec, HeadShard, Mask, Site
 from express_compile.kernels import heads as P
+from express_compile.kernels.attend import segments
 from express_compile.kernels.attend.job import HEAD, PART, SHIFT
 from express_compile.kernels.attend.segments import SegmentTiles
 from express_compile.kernels.launch import Widths
-from express_compile.kernels.select import blocks
+from express_compile.kernels.select import blocks, contest, thinning
 from express_compile.kernels.select.blocks import NONE, select_blocks_triton
 from express_compile.planning.choose import plan
 from express_compile.planning.devices import shipped
-from express_compile.planning.predict import cost_at, predict
+from express_compile.planning.predict import predict
 
 SEED = torch.tensor(7)
 WINDOW, CORE, PLACES = Rows(2, 9), Rows(2, 9, 8), Rows(3, 5, protected=20)
@@ -36,12 +39,6 @@ mixtures = st.sampled_from([(1, 2), (1, 3), (2, 2), (2, 3), (3, 3)]).flatmap(
     lambda x: st.tuples(st.just(x[0]), st.lists(st.sampled_from(SOURCES), min_size=x[0] * x[1], max_size=x[0] * x[1]))
 )
 """The number of KV heads, and the rows of every query head."""
-
-
-def tokens(n: int, H: int, H_kv: int, B: int = 2, D: int = 8, Dv: int = 6, Lq: int | None = None, **own: Any):
-    generator = torch.Generator().manual_seed(n)
-    shapes = (B, H, Lq or n, D), (B, H_kv, n, D), (B, H_kv, n, Dv)
-    return [torch.randn(shape, generator=generator, **{"dtype": torch.float64, **own}) for shape in shapes]
 
 
 def op(q, k, v, rows, padding=None, min_length=0, last=0):
@@ -57,14 +54,14 @@ def one_by_one(q, k, v, rows, **own: Any) -> list[torch.Tensor]:
 
 @given(mixture=mixtures, n=st.sampled_from([64, 200, 513]), past=st.sampled_from([0, 40]))
 @settings(max_examples=20)
-def test_a_query_head_gets_what_it_gets_where_all_heads_have_its_rows(mixture, n, past):
+def test_a_query_head_gets_what_it_gets_where_all_heads_have_its_rows(tokens, mixture, n, past):
     H_kv, rows = mixture
     q, k, v = tokens(n, len(rows), H_kv, B=1, Lq=n - past)
     for x, e in zip(op(q, k, v, rows), one_by_one(q, k, v, rows), strict=True):
         torch.testing.assert_close(x, e)
 
 
-def test_it_is_the_call_with_a_key_and_a_value_for_every_query_head():
+def test_it_is_the_call_with_a_key_and_a_value_for_every_query_head(tokens):
     """Of rows that are not chosen."""
     rows = [WINDOW, WHOLE, Rows(0, 30), Rows(5, 0), WINDOW, Rows()]
     q, k, v = tokens(400, 6, 2)
@@ -77,7 +74,7 @@ def test_it_is_the_call_with_a_key_and_a_value_for_every_query_head():
 
 
 @pytest.mark.parametrize("rows", [[CORE, KEPT], [ONE, WINDOW]], ids=str)
-def test_equal_rows_in_every_group_are_the_plan_per_kv_head_bit_for_bit(rows):
+def test_equal_rows_in_every_group_are_the_plan_per_kv_head_bit_for_bit(tokens, rows):
     q, k, v = (x.requires_grad_() for x in tokens(400, 6, 2, dtype=torch.float32))
     found, expected = (op(q, k, v, x) for x in (np.repeat(np.array(rows, object), 3).tolist(), rows))
     grads = [torch.autograd.grad(out.sum(), (q, k, v)) for out, _ in (found, expected)]
@@ -85,7 +82,7 @@ def test_equal_rows_in_every_group_are_the_plan_per_kv_head_bit_for_bit(rows):
         assert torch.equal(x, e)
 
 
-def test_more_blocks_are_the_blocks_of_fewer_and_others():
+def test_more_blocks_are_the_blocks_of_fewer_and_others(tokens):
     """The query heads of a KV head have one order of its blocks."""
     q, k, v = tokens(400, 3, 1, B=1)
     v = torch.eye(400, dtype=torch.float64)[None, None]
@@ -95,7 +92,7 @@ def test_more_blocks_are_the_blocks_of_fewer_and_others():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_a_least_length_and_exact_last_queries(side):
+def test_padding_a_least_length_and_exact_last_queries(tokens, side):
     rows = [WINDOW, CORE, TWO, ONE, ONE, WHOLE]
     q, k, v = tokens(300, 6, 2)
     padding = torch.ones(2, 300, dtype=torch.bool)
@@ -112,7 +109,7 @@ def test_padding_a_least_length_and_exact_last_queries(side):
 @pytest.mark.parametrize(
     "rows", [[WINDOW, CORE, TWO, ONE, ONE, WHOLE], [KEPT, KEPT, PLACES, KEPT, CORE, LATE]], ids=str
 )
-def test_gradients_are_the_sums_of_those_of_the_query_heads(rows):
+def test_gradients_are_the_sums_of_those_of_the_query_heads(tokens, rows):
     """Padded, the last queries exact."""
     leaves = [x.requires_grad_() for x in tokens(330, 6, 2, Lq=300)]
     padding = torch.arange(330) >= torch.tensor([[40], [0]])
@@ -128,12 +125,12 @@ def test_gradients_are_the_sums_of_those_of_the_query_heads(rows):
         torch.testing.assert_close(x, e)
 
 
-def test_gradcheck():
+def test_gradcheck(tokens):
     leaves = [x.requires_grad_() for x in tokens(150, 3, 1, B=1, D=2, Dv=2)]
     assert torch.autograd.gradcheck(lambda *x: op(*x, [CORE, ONE, WINDOW])[0], leaves, atol=1e-6, fast_mode=True)
 
 
-def test_opcheck():
+def test_opcheck(tokens):
     leaves = [x.requires_grad_() for x in tokens(150, 4, 2)]
     options = dict(rows=to_numbers([CORE, ONE, WINDOW, WHOLE]), halving="balanced", inflation=-1, flatten=0.0, block=16)
     args = (*leaves, None, SEED, 0.5, 3)
@@ -158,7 +155,7 @@ def test_opcheck():
     ],
     ids=str,
 )
-def test_one_launch_for_all_query_heads_gives_each_what_the_reference_gives(H_kv, rows, n, Lq, judge_together):
+def test_one_launch_for_all_query_heads_gives_each_what_the_reference_gives(tokens, H_kv, rows, n, Lq, judge_together):
     """Two sequences; whatever was in the memory that it takes."""
     q, k, v = tokens(n, len(rows), H_kv, D=16, Dv=16, Lq=Lq, dtype=torch.float32)
     judge_together(q, k, v, rows)
@@ -171,7 +168,7 @@ def test_kv_heads_with_equal_rows_thin_together_however_many_query_heads_have_th
     assert [x.queries for x in what.mixture.shares] == [(0, 1, 4, 5), (2,), (3,), (6,)]
 
 
-def test_keys_are_scored_once_for_all_query_heads_of_a_kv_head(monkeypatch):
+def test_keys_are_scored_once_for_all_query_heads_of_a_kv_head(tokens, monkeypatch):
     rows = [ONE, TWO, TWO, WINDOW, WINDOW, WINDOW, TWO, Rows(2, 9 + 32, selected=3), ONE]
     q, k, v = tokens(250, 9, 3, D=16, Dv=16, dtype=torch.float32)
     call, own = Call(q, k, v, None, SEED, 0.5, 3), P.PerHead(rows, block=32)
@@ -220,7 +217,7 @@ def spec(**changes: Any) -> AttentionSpec:
     return AttentionSpec(**{**base, "mask": Mask(causal=True), **changes})
 
 
-def test_a_site_takes_rows_for_its_query_heads_and_no_other_number():
+def test_a_site_takes_rows_for_its_query_heads_and_no_other_number(tokens):
     rows = [CORE, ONE, WHOLE, WINDOW, TWO, TWO]
     policy = Policy(methods=[P.PerHead(rows)])
     made = plan(spec(), policy)
@@ -239,17 +236,66 @@ def test_a_part_of_the_heads_takes_the_rows_of_their_query_heads():
     assert METHODS["heads"].part(params, HeadShard(1, 1, 2))["rows"] == to_numbers(rows[3:])
 
 
-def test_the_cost_is_the_mean_of_what_it_is_with_the_rows_of_each_head():
-    """So the heads of a KV head, if they are equal, cost what the plan per KV head says."""
-    n, (thinned, few, many) = 8192, (Rows(32, 256, 64, 64), Rows(32, 256, selected=8), Rows(32, 256, selected=16))
-    at, rows = spec(Lq=n, Lk=n), [thinned, WHOLE, few, many, WHOLE, WHOLE]
-    params = METHODS["heads"].params(Site(), Policy(methods=[P.PerHead(rows)]))
-    whole = cost_at("heads", at, params)
-    uniform = [cost_at("heads", at, {**params, "rows": to_numbers([x])}) for x in rows]
-    for name in ("scores", "flops", "bytes"):
-        assert getattr(whole, name) == pytest.approx(sum(getattr(x, name) for x in uniform) / 6)
-    equal, per_kv_head = ({**params, "rows": to_numbers(x)} for x in ([few] * 3 + [many] * 3, [few, many]))
-    assert cost_at("heads", at, equal) == cost_at("heads", at, per_kv_head)
+def cost_of(rows: list[Rows], **own: Any) -> Cost:
+    """For 8,192 tokens, six query heads on two KV heads."""
+    params = METHODS["heads"].params(Site(), Policy(methods=[P.PerHead(rows, **own)]))
+    found = cost_at("heads", spec(Lq=8192, Lk=8192), params)
+    assert found is not None
+    return found
+
+
+FAR, FEW, MANY, NEAR = Rows(32, 256, 64), Rows(32, 256, selected=8), Rows(32, 256, selected=16), Rows(32, 256)
+HELD = Rows(32, 256, protected=64)
+
+
+def test_the_heads_of_a_kv_head_that_are_alike_cost_what_a_plan_per_kv_head_says():
+    for rows in ([FEW, MANY], [FAR, WHOLE], [HELD, NEAR]):
+        assert cost_of(np.repeat(np.array(rows, object), 3).tolist()) == cost_of(rows)
+
+
+def test_what_is_done_for_a_kv_head_is_counted_once_however_many_of_its_query_heads_need_it():
+    """To thin, to let rows compete, to score blocks; what query heads attend to is counted for each."""
+    for name in ("entries", "scores", "bytes"):
+
+        def of(*rows: Rows, name: str = name) -> float:
+            return getattr(cost_of(list(rows)), name)
+
+        whole, none = of(*[FAR] * 6), of(*[NEAR] * 6)
+        one, three, apart = of(FAR, *[NEAR] * 5), of(*[FAR] * 3, *[NEAR] * 3), of(FAR, NEAR, NEAR, FAR, NEAR, NEAR)
+        if name == "scores":
+            assert one - none == pytest.approx((whole - none) / 6) and three - none == pytest.approx((whole - none) / 2)
+        if name == "entries":
+            assert one == three == whole / 2 > 0 == none and apart == whole
+        if name == "bytes":  # of its keys what it attends to, and contests
+            assert of(HELD, *[NEAR] * 5) - of(Rows(32, 320), *[NEAR] * 5) == 4 * 2 * 8 * (8192 - 32 - 256)
+    alone = {x: cost_of([x] * 6).scores / 6 for x in (FEW, MANY, NEAR)}
+    choice = 8192 / 128 * 8192 / 2
+    of_one, of_both = ([FEW] + [NEAR] * 5, [FEW, MANY] + [NEAR] * 4), [FEW, NEAR, NEAR, MANY, FEW, FEW]
+    for rows, KV_heads in ((of_one[0], 1), (of_one[1], 1), (of_both, 2)):
+        attention = sum(alone[x] - choice * bool(x.selected) for x in rows)
+        assert cost_of(rows).scores == pytest.approx(attention + 3 * KV_heads * choice)
+
+
+def test_launches_are_those_that_the_kernels_make(tokens, monkeypatch):
+    """All but fills: one of attention, two for choices that go together, and for every kind of rows that thins or
+    protects."""
+    calls = Counter[str]()
+    for module in (blocks, contest, segments, thinning):
+
+        def counted(kernel: Any, *args: Any, run: Any = module.launch, **options: Any) -> None:
+            calls.update([kernel.fn.__name__])
+            run(kernel, *args, **options)
+
+        monkeypatch.setattr(module, "launch", counted)
+    late = Rows(2, 9 + 32, selected=3)
+    for rows in ([KEPT, WINDOW, KEPT, ONE, TWO, CORE], [ONE, late, LATE, WINDOW, CORE, CORE], [PLACES, WINDOW] * 3):
+        own = P.PerHead(rows, block=32)
+        q, k, v = tokens(700, 6, 2, B=1, D=16, Dv=16, dtype=torch.float32, Lq=40)
+        calls.clear()
+        P.together(Call(q, k, v, None, SEED, 0.5, 3), own, None)
+        params = METHODS["heads"].params(Site(), Policy(methods=[own]))
+        at = spec(Lq=40, Lk=700, D=16, Dv=16, mask=Mask(causal=True, offset=660))
+        assert cost_at("heads", at, params).launches == calls.total() - calls["_zero_kernel"], (rows, calls)
 
 
 def test_fewer_exact_query_heads_are_predicted_to_be_faster():

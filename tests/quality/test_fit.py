@@ -336,14 +336,16 @@ def test_a_speedup_is_that_of_the_predicted_times(shipped_rates: None, model, id
         fit(model, ids, speedup=1e6, options=options, length=65536)
 
 
-def test_one_line_rewrites_a_model_by_a_sample(model, ids) -> None:
+@pytest.mark.parametrize(("how", "heads"), [({}, 2), ({"query_heads": True}, 4)])
+def test_one_line_rewrites_a_model_by_a_sample(model, ids, how, heads: int) -> None:
     with torch.no_grad():
         exact = model(ids).logits
-        assert express_compile.rewrite_attention(model, sample=ids, tolerance=0.05, strict=True) is model
+        assert express_compile.rewrite_attention(model, sample=ids, tolerance=0.05, strict=True, **how) is model
         with record_sites() as sites:
             found = model(ids).logits
     restore_attention(model)
     assert [x.method for x in sites] == ["heads"] * 3 and torch.isfinite(found).all() and found.shape == exact.shape
+    assert {len(x.rows) for x in sites} == {heads}
 
 
 def test_what_is_held_out(model, ids) -> None:
@@ -421,6 +423,8 @@ def test_wrong_arguments(model, ids) -> None:
         assert not is_rewritten(model)
     with pytest.raises(TypeError, match="tolerance=0.1: needs sample=input_ids"):
         rewrite_attention(model, tolerance=0.1)
+    with pytest.raises(TypeError, match="query_heads=True: needs sample=input_ids"):
+        rewrite_attention(model, query_heads=True)
     with pytest.raises(TypeError, match="budget: not allowed beside sample"):
         rewrite_attention(model, sample=ids, tolerance=0.1, budget=64)
     with pytest.raises(TypeError, match="policy and sample were both given"):

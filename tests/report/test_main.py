@@ -212,10 +212,10 @@ def test_every_field_that_matters_is_an_option(
         "--method-options": ('{"express": {"block": 64}}', {"express": {"block": 64}}),
         "--modules": ('*.x={"budget": 8}', {"*.x": {"budget": 8}}),
     }
-    flags = ["--strict", "--causal-only", "--no-training"]
+    flags = ["--strict", "--causal-only", "--no-training", "--cuda-graphs"]
     main(["explain", f"{model}:make", "--shape", "1x24", *flags, *(x for k, v in given.items() for x in (k, v[0]))])
     expected = {name[2:].replace("-", "_"): value for name, (_, value) in given.items()}
-    assert asked == [{**expected, "strict": True, "causal_only": True, "training": False}]
+    assert asked == [{**expected, "strict": True, "causal_only": True, "training": False, "cuda_graphs": True}]
     main(["explain", f"{model}:make", "--shape", "1x24"])
     assert asked[1] == {}  # what is not given has its default
 

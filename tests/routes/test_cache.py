@@ -500,9 +500,17 @@ def test_rows_of_another_number_of_heads_are_refused_with_the_first_tokens() -> 
 def test_rows_of_query_heads_are_refused_with_the_first_tokens() -> None:
     model = llama()
     cache = ExpressCache(model, rows=[Rows(2), Rows(3), Rows(4), Rows(4)])
-    words = f"'{PATHS[0]}': rows lists 4 query heads; an ExpressCache holds rows by KV head, of which there are 2"
+    words = (
+        f"'{PATHS[0]}': rows lists 4 query heads; an ExpressCache holds rows by KV head, of which there are 2: give it "
+        "a plan that was fitted without query_heads, ExpressCache(model, plan=...), or rows= for every KV head or for "
+        "all"
+    )
     with pytest.raises(ValueError, match=re.escape(words)):
         logits(model, ids(5), cache)
+    rewrite_attention(model, methods=[PerHead(cache.express_layers[0].own.rows)])
+    with pytest.raises(ValueError, match=re.escape(words)):  # by the policy of the model
+        logits(model, ids(5), ExpressCache(model))
+    assert logits(model, ids(5), ExpressCache(model, rows=[Rows(2), Rows(3)])).isfinite().all()
 
 
 def test_a_seed_of_none_is_drawn_once() -> None:

@@ -194,7 +194,8 @@ class ExpressLayer(CacheLayerMixin):
             if len(self.own.rows) == whole * getattr(module, "num_key_value_groups", 1) != whole:
                 raise ValueError(
                     f"rows lists {len(self.own.rows)} query heads; an ExpressCache holds rows by KV head, of which "
-                    f"there are {whole}, or the same for all: fit a plan without query_heads for it"
+                    f"there are {whole}: give it a plan that was fitted without query_heads, "
+                    "ExpressCache(model, plan=...), or rows= for every KV head or for all"
                 )
             groups(self.own.rows, whole)
         except ValueError as error:

@@ -171,12 +171,14 @@ def _read(mask: torch.Tensor | None) -> torch.Tensor | None:
     layers."""
     if mask is None or mask.dtype == torch.bool or mask.dim() != 4 or mask.shape[2] != 1:
         return mask
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return mask  # nothing can be read back, and replays bring other values
     version = None if mask.is_inference() else mask._version
     known = getattr(mask, _READ, None)
     if known is not None and version is not None and known[0] == version:
         return known[1]
-    if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return mask  # nothing can be read back
+    if torch.compiler.is_compiling():
+        return mask
     shown = mask == 0
     proven = (shown | (mask <= torch.finfo(mask.dtype).min)).all() & shown.any(-1).all()
     proven, whole = torch.stack([proven, shown.all()]).tolist()
