@@ -61,15 +61,9 @@ def test_what_express_and_its_gradient_launch(calls: ModuleType) -> None:
 
 
 def test_what_the_layers_of_a_shipped_plan_launch(calls: ModuleType) -> None:
-<<<<<<< HEAD
     """Eight of its heads in each: halvings of all kinds of rows in one launch, and choices in two launches, or in four
     where blocks of queries begin in two ways."""
-    layers = import_module("benchmark").layers_of(SavedPlan.load(PLANS / "qwen2.5-coder-0.5b.json"), 8)
-=======
-    """Eight of its heads in each: halvings for every kind of rows, and choices in two launches, or in four where blocks
-    of queries begin in two ways."""
     layers = import_module("benchmark").layers_of(SavedPlan.load(PLANS / "qwen2.5-coder-0.5b.json"), 32, 8)
->>>>>>> main
     found = []
     for own in layers:
         q, k, v = (torch.zeros(1, 8, 16384, 16) for _ in range(3))
