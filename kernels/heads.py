@@ -71,9 +71,9 @@ from .launch import Random, constant, jit, launch, load_rows, next_power_of_two,
 from .op import define_attention
 from .select.blocks import KEYS, BlockConfig, Choosers, query_blocks, select_blocks, select_blocks_triton
 from .select.contest import CONTEST, compete_into
-from .select.halving import RULE, Decider
+from .select.halving import RULE, Decider, get_rule
 from .select.schedule import check_budget
-from .select.thinning import Part, thin_parts_into, zeros_for_parts
+from .select.thinning import Part, describe_launches, thin_parts_into, zeros_for_parts
 
 _Tensors = tuple[torch.Tensor, ...]
 EVERYTHING = Rows(everything=True)
@@ -764,7 +764,7 @@ def _few_cost(rows: Rows, block: int) -> c.Cost:
     if not rows.protected:
         return attention
     keys = 2 * c.B * c.H_kv * c.D * (c.Lk - rows.sinks - rows.recent)
-    return attention + c.Cost(sympy.Integer(0), c.itemsize * keys, launches=sympy.Integer(4))
+    return attention + c.Cost(sympy.Integer(0), c.itemsize * keys, launches=sympy.Integer(3))
 
 
 def _choice_cost(spec: AttentionSpec, block: int) -> c.Cost:
@@ -823,8 +823,16 @@ def _costs(spec: AttentionSpec, params: Mapping[str, Any]) -> dict[str, c.Cost]:
     costs = {"exact": priced("exact", part(exact_heads), {})} if exact_heads else {}
     if found:
         few = functools.reduce(operator.add, found)
-        costs["express"] = replace(few, launches=few.launches - max(0, len(members) - 1))  # they attend in one launch
+        together = max(0, len(members) - 1) + _thinned_together(own, [rows for rows in members if rows.thinned])
+        costs["express"] = replace(few, launches=few.launches - together)  # they attend in one launch
     return costs
+
+
+def _thinned_together(own: PerHead, thinned: Sequence[Rows]) -> int:
+    """Launches that rows with coresets do without, as all are thinned in the same ones."""
+    coin = math.isinf(get_rule(own.halving, own.flatten).gain(2, 0.5))
+    describe = [0 if coin else int(describe_launches(4 * rows.thinned)) for rows in thinned]
+    return max(0, len(thinned) - 1) + sum(describe) - max(describe, default=0)
 
 
 def _approximates(params: Mapping[str, Any], Lk: int) -> bool:
