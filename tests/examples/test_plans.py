@@ -201,19 +201,21 @@ def test_the_tables_say_what_was_measured_and_beside_streamingllm(bench, tmp_pat
     assert {table() for table in made} == {"Not measured yet: no row of `plans.csv` has it."}
     common = {"date": "d", "gpu": "G", "commit": "c", "model": "M-1", "n": 8192, "low": 0.01, "high": 0.02}
     rows = [{**common, "task": "single, noise", "method": "exact", "metric": "recalled", "value": 3, "high": 4}]
-    for method, kl, hits in (("streaming", 0.08, 1), ("per head", 0.02, 3), ("without selected", 0.04, 2)):
+    made = [("streaming", 0.08, 1), ("per head", 0.02, 3), ("without selected", 0.04, 2), (tables.BEST, 0.01, 2)]
+    for method, kl, hits in made:
         own = {**common, "method": method, "params": "budget=1350; 2 x something", "rows": 1349.5}
         for metric, value in (("kl", kl), ("kl_median", kl / 2), ("kl_p99", 9 * kl), ("top1", 1 - kl)):
             rows.append({**own, "task": "texts: a, b", "metric": metric, "value": value})
         rows.append({**own, "task": "single, noise", "metric": "recalled", "value": hits, "high": 3})
     importlib.import_module("records").append(tmp_path / "plans.csv", bench["plans"].QUALITY_COLUMNS, rows)
-    head, stream = tables.plans_summary_table().splitlines()[2:4]
+    best, head, stream = tables.plans_summary_table().splitlines()[2:5]
+    assert best.startswith("| M, 8,192 | plan per query head | 1,350 | 0.0100 (0.0100–0.0200) | 0.12 |")
     assert head.startswith(
-        "| M, 8,192 | plan per head | 1,350 | 0.0200 (0.0100–0.0200) | 0.25 | 0.18 | 0.980 | 3 of 3 |"
+        "| M, 8,192 | plan per KV head | 1,350 | 0.0200 (0.0100–0.0200) | 0.25 | 0.18 | 0.980 | 3 of 3 |"
     )
     assert "| StreamingLLM |" in stream and stream.endswith("| 1 of 3 |")
     assert "judged: a, b" in tables.plans_table() and "without selected | 1,350 | 0.0400" in tables.plans_table()
-    assert "| single, noise | 3 of 4 | 3 of 3 | 1 of 3 |" in tables.recall_table()
+    assert "| single, noise | 3 of 4 | 2 of 3 | 3 of 3 | 1 of 3 |" in tables.recall_table()
 
 
 def test_a_budget_below_the_cheapest_option_is_an_error(bench, found) -> None:
