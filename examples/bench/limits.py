@@ -279,13 +279,19 @@ def parsed(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(lines[first:]))[1:]
 
 
-def number(text: str) -> float:
-    return float(text.replace(",", "") or "nan")
+def numbers(counted: dict[str, str]) -> dict[str, float]:
+    """The counters that have a number; others are empty, or say why there is none."""
+    found: dict[str, float] = {}
+    for name, text in counted.items():
+        if "__" in name:
+            with contextlib.suppress(ValueError):
+                found[name] = float(text.replace(",", ""))
+    return found
 
 
 def row_of(counted: dict[str, str], processors: int) -> Row:
     """What a line of ncu says of one launch."""
-    values = {name: number(x) for name, x in counted.items() if "__" in name}
+    values = numbers(counted)
     units = {unit: max(values[m] for m in metrics if m in values) for unit, metrics in UNITS.items()
              if any(m in values for m in metrics)}  # fmt: skip
     stalls = {name[1]: x for key, x in values.items() if (name := STALL.match(key)) and name[1] not in WORKING}

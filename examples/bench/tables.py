@@ -813,7 +813,7 @@ PLANS = {
     **UNIFORM,
     **{f"{name}, last exact": f"{words}, last queries exact" for name, words in UNIFORM.items()},
 }
-SUMMARY = ("per head", "streaming", "streaming, last exact", "express")
+SUMMARY = ("per head", "streaming", "streaming, last exact")
 BEST = "per head, query heads"
 RECALLED = (BEST, "per head", "without last", "streaming", "streaming, last exact", "express", "express, last exact")
 """What the methods of plans.csv are called, in the order of the tables."""
@@ -890,7 +890,7 @@ def plans_table() -> str:
 
 
 def plans_summary_table() -> str:
-    """Plans, StreamingLLM and uniform Express at equal rows, at the longest length of every model; of smaller budgets
+    """Plans and StreamingLLM at equal rows, at the longest length of every model; of smaller budgets
     the plan per query head alone."""
     body, machines, seen = [], set(), set()
     for (model, n, gpu), rows in plan_rows().items():

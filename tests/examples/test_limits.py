@@ -40,6 +40,8 @@ COUNTERS = {
     STALLED.format("gmma"): ("inst", "2"),
     STALLED.format("selected"): ("inst", "1"),
     STALLED.format("drain"): ("inst", "0.5"),
+    "sm__cycles_elapsed.avg.per_second": ("", "No-CC"),
+    "lts__throughput.avg.pct_of_peak_sustained_elapsed": ("%", ""),
 }
 
 

@@ -100,10 +100,15 @@ def test_a_plan_per_head_answers_as_well_as_the_readme_says(tables):
     assert own[*large, "per head", "1600"][1::2] == ["1,599", "0.28", "0.79", "38 of 43"]
     assert own["Qwen2.5", 32768, "per head", "1600"][1::2] == ["1,599", "0.43", "1.58", "28 of 35"]
     assert {own[*small, "streaming", b][-1] for b in ("700", "1350")} == {"0 of 38"}
+    finer = "per head, query heads"
+    assert own[*small, finer, "1350"][1::2] == ["1,350", "0.12", "0.07", "29 of 29"]
+    assert own[*small, finer, "700"][1::2] == ["700", "0.16", "0.36", "26 of 29"]
+    assert own[*large, finer, "1600"][1::2] == ["1,600", "0.12", "0.29", "59 of 67"]
+    assert own["Qwen2.5", 32768, finer, "1600"][1::2] == ["1,600", "0.24", "0.77", "29 of 35"]
     assert own[*large, "per head, heads repeated", "1600"][1::2] == ["1,600", "0.11", "0.28", "39 of 43"]
     assert own[*large, "window or everything, heads repeated", "1600"][-1] == "41 of 43"
     for model, n, method, budget in own:  # no other choice of rows is better, but for parts of the plan's own
-        if not method.startswith(("without", "layers", "last")) and not method.endswith("heads repeated"):
+        if not method.startswith(("without", "layers", "last")) and not method.endswith(("query heads", "repeated")):
             assert float(own[model, n, method, budget][3]) >= float(own[model, n, "per head", budget][3])
 
 

@@ -14,9 +14,13 @@ from express_compile import Policy, SavedPlan, record_sites, restore_attention, 
 BENCH = Path(__file__).resolve().parents[2] / "examples" / "bench"
 PATH = BENCH.parent / "plans" / "smollm2-135m.json"
 QWEN, QWEN_32K = (PATH.with_name(f"qwen2.5-coder-0.5b{x}.json") for x in ("", "-32k"))
+FINER = {path: path.with_stem(f"{path.stem}-query-heads") for path in (PATH, QWEN, QWEN_32K)}
+"""Those by query head, beside those by KV head."""
+SMALL = 30, {"mask": "causal", "H": 9, "H_kv": 3, "D": 64, "Dv": 64}
+LARGE = 24, {"mask": "causal", "H": 14, "H_kv": 2, "D": 64, "Dv": 64}
 SHAPES = {
-    PATH: (30, {"mask": "causal", "H": 9, "H_kv": 3, "D": 64, "Dv": 64}),
-    **dict.fromkeys((QWEN, QWEN_32K), (24, {"mask": "causal", "H": 14, "H_kv": 2, "D": 64, "Dv": 64})),
+    **dict.fromkeys((PATH, FINER[PATH]), SMALL),
+    **dict.fromkeys((QWEN, QWEN_32K, FINER[QWEN], FINER[QWEN_32K]), LARGE),
 }
 
 
@@ -31,12 +35,12 @@ def bench():
 
 
 @pytest.mark.parametrize("path", SHAPES, ids=lambda path: path.stem)
-def test_it_names_every_layer_and_kv_head_of_its_model(path) -> None:
+def test_it_names_every_layer_and_head_of_its_model(path) -> None:
     assert sorted(PATH.parent.iterdir()) == sorted(SHAPES), "the plans that the pages and these tests know"
     plan, (layers, facts) = SavedPlan.load(path), SHAPES[path]
     assert [site.module for site in plan.sites] == [f"model.layers.{i}.self_attn" for i in range(layers)]
     assert {(site.index, site.method, site.verdict, len(site.rows)) for site in plan.sites} == {
-        (0, "heads", "rewritten", facts["H_kv"])
+        (0, "heads", "rewritten", facts["H" if path in FINER.values() else "H_kv"])
     }
     assert all(site.facts == facts for site in plan.sites)
     assert len({site.rows for site in plan.sites}) > 2 * layers / 3, "heads differ"
@@ -45,7 +49,10 @@ def test_it_names_every_layer_and_kv_head_of_its_model(path) -> None:
 
 @pytest.mark.parametrize(
     ("path", "asked", "n", "kl"),
-    [(PATH, 1350.0, 8192, 0.02), (QWEN, 1600.0, 16384, 0.2), (QWEN_32K, 1600.0, 32768, 0.2)],
+    [
+        (PATH, 1350.0, 8192, 0.02), (QWEN, 1600.0, 16384, 0.2), (QWEN_32K, 1600.0, 32768, 0.2),
+        (FINER[PATH], 1350.0, 8192, 0.01), (FINER[QWEN], 1600.0, 16384, 0.05), (FINER[QWEN_32K], 1600.0, 32768, 0.15),
+    ],
     ids=str,
 )
 def test_it_says_what_it_was_fitted_to_and_keeps_its_budget(bench, path, asked, n, kl) -> None:

@@ -241,6 +241,7 @@ def test_make_graphed_callables_of_a_rewritten_model(replays: list[int], seed: i
 
 
 def test_make_graphed_callables_of_a_model_of_transformers(replays: list[int]) -> None:
+    """What runs eagerly is recorded or, where transformers writes a mask while it is (5.17), exact attention."""
     torch.manual_seed(0)
     config = transformers.BertConfig(
         hidden_size=256, num_attention_heads=4, num_hidden_layers=2, intermediate_size=256, max_position_embeddings=N,
@@ -256,19 +257,19 @@ def test_make_graphed_callables_of_a_model_of_transformers(replays: list[int]) -
     graphed = torch.cuda.make_graphed_callables(model, (ids[0].clone(),))
     for x, y, truth in zip(ids[1:], expected[1:], exact[1:], strict=True):
         out = graphed(x).last_hidden_state
-        assert apart(out, y) < 1e-4 and apart(out, truth) > 1e-2
+        assert apart(y, truth) > 1e-2 and min(apart(out, y), apart(out, truth)) < 1e-4
     assert len(replays) == 4
 
 
 def test_a_padding_that_a_replay_cannot_look_at_is_recorded_exactly() -> None:
-    """It held 0 and 1 when it was recorded; a 2 adds to the scores of its key, which a method would not see."""
+    """It held 0 and 1 when it was recorded; half of one hides its key, too, which a method would not see."""
     exact, model = (model_of(False, **options).requires_grad_(False) for options in ({}, THINFORMER))
-    x, given = states(0), torch.ones(1, N, dtype=torch.int64, device="cuda")
+    x, given = states(0), torch.ones(1, N, device="cuda")
     given[:, 900:] = 0
     assert apart(model(x, given) - x, exact(x, given) - x) > 1e-2
     with pytest.warns(RuntimeWarning, match="a CUDA graph records it"):
         graphed = torch.cuda.make_graphed_callables(model, (x.clone(), given.clone()))
-    for column, value in ((0, 0), (1, 2)):
+    for column, value in ((0, 0.0), (1, 0.5)):
         given[:, column] = value
         assert apart(graphed(x, given), exact(x, given)) < 1e-4
     given[:, :2] = 1
@@ -278,7 +279,7 @@ def test_a_padding_that_a_replay_cannot_look_at_is_recorded_exactly() -> None:
             given[:, i] = 0
             found = model(states(i), given)
         assert apart(found, model_of(False, **THINFORMER)(states(5), given)) < 1e-4
-        given[:, 0] = 2
+        given[:, 0] = 0.5
         with pytest.warns(RuntimeWarning, match="holds other values"):
             found = model(x, given)
         assert apart(found, exact(x, given)) < 1e-4
