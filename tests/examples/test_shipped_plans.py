@@ -50,8 +50,12 @@ def test_it_names_every_layer_and_head_of_its_model(path) -> None:
 @pytest.mark.parametrize(
     ("path", "asked", "n", "kl"),
     [
-        (PATH, 1350.0, 8192, 0.02), (QWEN, 1600.0, 16384, 0.2), (QWEN_32K, 1600.0, 32768, 0.2),
-        (FINER[PATH], 1350.0, 8192, 0.01), (FINER[QWEN], 1600.0, 16384, 0.05), (FINER[QWEN_32K], 1600.0, 32768, 0.15),
+        (PATH, 1350.0, 8192, 0.02),
+        (QWEN, 1600.0, 16384, 0.2),
+        (QWEN_32K, 1600.0, 32768, 0.2),
+        (FINER[PATH], 1350.0, 8192, 0.01),
+        (FINER[QWEN], 1600.0, 16384, 0.05),
+        (FINER[QWEN_32K], 1600.0, 32768, 0.15),
     ],
     ids=str,
 )
