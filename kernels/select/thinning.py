@@ -246,8 +246,9 @@ _Inputs = namedtuple("_Inputs", "k v heads spans index copied_key copied_value")
 
 # Scratch memory and the table; :class:`_Places` says what lies where. Of several streams: ``parts`` int64
 # ``[parts, FIELDS]``, what differs between them, and ``tickets`` int32 ``[tickets, 3]``, the part, the row of the table
-# and the sequence of it.
-_Work = namedtuple("_Work", "scratch sync table gains parts tickets", defaults=(None, None))
+# and the sequence of it. ``walks``: of a part, where the scratch memory of the launch begins, which programs have in
+# common for all parts.
+_Work = namedtuple("_Work", "scratch sync table gains parts tickets walks", defaults=(None, None, None))
 
 
 # Of a sequence of n tokens with spans the stream has ``(n - sinks) // step * step - held`` rows. Stages and numbers of
@@ -631,7 +632,8 @@ def _run_tile(i_row, i_seq, x, work, random, scale, sizes, SHAPE: tl.constexpr):
         b_u = draw_uniform(random.seed, random.layer, o_pair % half, bucket + o_pair // half, stage, number)
         b_at = tile.source + 2 * o_p + (b_u < 0.5).to(tl.int32)
     else:
-        p_slot = work.scratch + tl.program_id(0) * (2 * BP * BP + 4 * BP)
+        walks = work.scratch if work.walks is None else work.walks
+        p_slot = walks + tl.program_id(0) * (2 * BP * BP + 4 * BP)
         p_word = at.word + tl.load(p_row + WORD)
         own = _own_block(source, at, p_slot, tile, SHAPE)
         _earlier_tiles(source, p_slot, p_word, tile, own, SHAPE)
@@ -662,7 +664,7 @@ def _run_ticket(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
         i_part, i_row, i_seq = _ticket(work, ticket)
         at, own = _of_part(i_part, x, work, sizes, SHAPE)
         part = _Inputs(x.k, x.v, at.heads, None, at.index, at.copied_key, at.copied_value)
-        places = _Work(at.scratch, at.sync, work.table, work.gains, work.parts, None)
+        places = _Work(at.scratch, at.sync, work.table, work.gains, work.parts, None, work.scratch)
         _run_tile(i_row, i_seq, part, places, random, scale, own, SHAPE)
 
 
