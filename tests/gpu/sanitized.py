@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -501,31 +502,37 @@ def command(tool: str, group: str, port: int) -> list[str]:
 
 
 def side_by_side(tool: str, groups: list[str], limit: float) -> bool:
-    """Whether all is well with ``groups`` under ``tool``, and what was planted was found."""
-    began, running, seen, bad = time.monotonic(), {}, set(), []
-    for i, group in enumerate([PLANTED, *groups]):
-        running[group] = subprocess.Popen(
-            command(tool, group, 49152 + 16 * i), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-    for group, process in running.items():
-        try:
-            said, _ = process.communicate(timeout=max(1.0, limit - (time.monotonic() - began)))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            said, _ = process.communicate()
-            said += f"\n{group}: not done after {limit:.0f} s"
-        for line in re.findall(r"^launched: (.*)$", said, re.MULTILINE):
-            seen.update(line.split())
-        summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", said)
-        print(f"---- {tool}, {group}: exit status {process.returncode}, {'; '.join(summary)}", flush=True)
-        if group == PLANTED:
-            if TOOLS[tool] not in said:
-                bad.append(f"what was planted was not found:\n{said[-3000:]}")
-            continue
-        print("\n".join(x for x in said.splitlines() if x.startswith(f"{group}:")), flush=True)
-        if process.returncode:
-            bad.append(f"{group}:\n" + "\n".join(x for x in said.splitlines() if x.startswith("="))[:6000])
+    """Whether all is well with ``groups`` under ``tool``, and what was planted was found; said of each when it ends."""
+    end, seen, bad = time.monotonic() + limit, set(), []
+    with tempfile.TemporaryDirectory() as folder:
+        running = {}
+        for i, group in enumerate([PLANTED, *groups]):
+            with Path(folder, group).open("w") as output:  # a pipe stays open as long as what the tool has started
+                running[group] = subprocess.Popen(
+                    command(tool, group, 49152 + 16 * i),
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        while running:
+            time.sleep(0.2)
+            is_late = time.monotonic() > end
+            for group, process in [(x, y) for x, y in running.items() if is_late or y.poll() is not None]:
+                del running[group]
+                said = Path(folder, group).read_text(errors="replace")
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    said += f"\n={group}: not done after {limit:.0f} s"
+                for line in re.findall(r"^launched: (.*)$", said, re.MULTILINE):
+                    seen.update(line.split())
+                summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", said)
+                print(f"---- {tool}, {group}: exit status {process.poll()}, {'; '.join(summary)}", flush=True)
+                print("\n".join(x for x in said.splitlines() if x.startswith(f"{group}:")), flush=True)
+                if group == PLANTED:
+                    if TOOLS[tool] not in said:
+                        bad.append(f"what was planted was not found:\n{said[-3000:]}")
+                elif process.poll() != 0:
+                    bad.append(f"{group}:\n" + "\n".join(x for x in said.splitlines() if x.startswith("="))[:6000])
     print(*bad, sep="\n\n")
     return is_whole(seen, groups) and not bad
 
