@@ -201,12 +201,23 @@ def cost_at(method: str, spec: AttentionSpec, params: Mapping[str, Any]) -> Cost
 
     Raises ``ValueError`` for a size that is not a number.
     """
+    parts = costs_at(method, spec, params)
+    return None if parts is None else total(parts)
+
+
+def costs_at(method: str, spec: AttentionSpec, params: Mapping[str, Any]) -> Mapping[str, Cost] | None:
+    """:func:`cost_at` by the method whose kernels run, and by whose rates it is predicted."""
     own = METHODS[method]
     if own.shares is not None:
-        return functools.reduce(operator.add, own.shares(spec, params).values())
+        return own.shares(spec, params)
     hashable = tuple((name, tuple(x) if isinstance(x, list) else x) for name, x in params.items())
     cost = _cost(method, _mask_of(spec, own.padding_cost), hashable)
-    return None if cost is None else cost.at(spec, own.rows(params, spec.Lk))
+    return None if cost is None else {method: cost.at(spec, own.rows(params, spec.Lk))}
+
+
+def total(parts: Mapping[str, Cost]) -> Cost:
+    """The sum of what :func:`costs_at` gives."""
+    return functools.reduce(operator.add, parts.values())
 
 
 def _mask_of(spec: AttentionSpec, padding: bool) -> tuple[Mask, bool]:

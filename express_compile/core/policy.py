@@ -16,6 +16,9 @@ from .options import Options, flag, table_of, whole
 from .plain import check_plain, from_json, renamed
 from .plan import SavedPlan, SavedSite
 
+BESIDE_A_PLAN = ("seed", "strict", "cuda_graphs")
+"""The options that a saved plan leaves open."""
+
 
 class Unmet(ValueError):
     """What ``strict=True`` asks for is not so."""
@@ -106,7 +109,7 @@ class Policy:
         if others:
             raise ValueError(
                 f"{', '.join(f'{name}={given[name]!r}' for name in others)}: not allowed beside a saved plan, "
-                "which says it for each site; allowed are seed, strict and cuda_graphs"
+                f"which says it for each site; allowed are {', '.join(BESIDE_A_PLAN[:-1])} and {BESIDE_A_PLAN[-1]}"
             )
 
     # -- what it says of a method -------------------------------------------------------------------------------

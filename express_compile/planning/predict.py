@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..core.cost import Device
-from ..core.method import METHODS, cost_at
+from ..core.method import METHODS, cost_at, costs_at, total
 from ..core.policy import Policy
 from ..core.spec import AttentionSpec, Site, known_equal
 
@@ -24,14 +24,11 @@ def predict(method: str, spec: AttentionSpec, policy: Policy, device: Device, gr
     ``graphs``: inside a CUDA graph, which spares the host its work. None where the method says nothing of its cost, or
     the device nothing of the method. Raises ``ValueError`` for a size that is not a number.
     """
-    params, shares = _params(method, spec, policy), METHODS[method].shares
-    whole = cost_at(method, spec, params)
-    if whole is None:
+    parts = costs_at(method, spec, _params(method, spec, policy))
+    if parts is None:
         return None
-    if whole == cost_at("exact", spec, {}):  # short sequences are left to exact attention
+    if (whole := total(parts)) == cost_at("exact", spec, {}):  # short sequences are left to exact attention
         parts = {"exact": whole}
-    else:
-        parts = {method: whole} if shares is None else dict(shares(spec, params))
     rates = {kernels: device.rates_of(kernels, spec.dtype, spec.Lq) for kernels in parts}
     times = [known.seconds(parts[kernels], graphs) * 1e3 for kernels, known in rates.items() if known is not None]
     return sum(times) if len(times) == len(parts) else None

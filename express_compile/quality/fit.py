@@ -21,7 +21,7 @@ from torch import nn
 from ..core.call import run_by
 from ..core.plain import number, renamed
 from ..core.plan import SavedPlan, SavedSite
-from ..core.policy import Policy
+from ..core.policy import BESIDE_A_PLAN, Policy
 from ..core.rows import Rows, to_numbers
 from ..core.sites import SiteReport
 from ..core.spec import AttentionSpec
@@ -333,12 +333,10 @@ def rewrite_attention(
         return routed(model, policy, **options)
     if policy is not None:
         raise TypeError("policy and sample were both given: a plan that is fitted to a sample decides for every site")
-    others = {name: value for name, value in options.items() if name in ("seed", "strict", "cuda_graphs")}
+    others = {name: value for name, value in options.items() if name in BESIDE_A_PLAN}
     if unknown := sorted(set(options) - set(others)):
-        raise TypeError(
-            f"{', '.join(unknown)}: not allowed beside sample; allowed are {', '.join(how)}, seed, strict and "
-            "cuda_graphs"
-        )
+        *names, last = *how, *BESIDE_A_PLAN
+        raise TypeError(f"{', '.join(unknown)}: not allowed beside sample; allowed are {', '.join(names)} and {last}")
     return routed(model, fit(model, sample, **how).policy(**others))
 
 
