@@ -97,6 +97,15 @@ def fresh_dynamo() -> Iterator[None]:
         torch.compiler.reset()
 
 
+@pytest.fixture(autouse=True)
+def same_global_state() -> Iterator[None]:
+    """No test may leave what Dynamo guards of PyTorch (autocast, gradients, threads, determinism, ...) as it was not:
+    part of it belongs to a thread, and what another thread calls would be compiled anew in every later test."""
+    guard = torch._C._dynamo.guards.GlobalStateGuard()
+    yield
+    assert guard.check(), f"the test has changed PyTorch's global state: {guard.reason()}"
+
+
 @pytest.fixture
 def poison() -> Iterator[None]:
     """Uninitialised memory is NaN (the largest value for integers): a result that reads it cannot look right."""

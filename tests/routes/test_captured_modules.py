@@ -618,6 +618,14 @@ def test_more_layers_are_parted_by_graph_breaks_than_dynamo_makes_graphs_of_one_
             assert [site.module for site in sites] == [f"{i}.attn" for i in range(5)]
 
 
+def _export_to_onnx(model: nn.Module) -> None:
+    cached = torch.is_autocast_cache_enabled()
+    try:
+        torch.onnx.export(model, (states(),), "never.onnx", dynamo=False)
+    finally:
+        torch.set_autocast_cache_enabled(cached)  # torch.onnx leaves it off where tracing fails
+
+
 TRACERS: dict[str, Callable[[nn.Module], Any]] = {
     "jit.trace": lambda m: torch.jit.trace(m, (states(),)),
     "jit.trace of a function": lambda m: torch.jit.trace(lambda x: m(x), (states(),)),
@@ -626,7 +634,7 @@ TRACERS: dict[str, Callable[[nn.Module], Any]] = {
     "fx of the model itself": torch.fx.symbolic_trace,
     "fx of the attention itself": lambda m: torch.fx.symbolic_trace([x for x in m.modules() if is_captured(x)][-1]),
     "make_fx": lambda m: torch.fx.experimental.proxy_tensor.make_fx(m)(states()),
-    "onnx": lambda m: torch.onnx.export(m, (states(),), "never.onnx", dynamo=False),
+    "onnx": _export_to_onnx,
 }
 
 
