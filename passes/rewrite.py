@@ -21,10 +21,13 @@ from ..core.shards import is_dtensor, seed_of, shard_of_dtensor
 from ..core.spec import AttentionSpec, HeadShard, known_equal
 from .mask import Padding, PaddingTerm
 from .nodes import fake_mode_of, local_of, reached, same_sizes, shape_of
-from .normalize import in_place, is_new, operation
+from .normalize import in_place, is_new, operation, performed
 from .site import AttentionSite, Emit
+from .softmax import VIEWS
 
-_FRESH = frozenset(("matmul", "bmm", "baddbmm", "mul", "div", "add", "sub", "softmax", "masked_fill", "where"))
+_FRESH = frozenset(
+    ("matmul", "bmm", "baddbmm", "einsum", "mul", "div", "add", "sub", "exp", "softmax", "masked_fill", "where")
+)
 _VIEWS = frozenset(("transpose", "permute", "getitem", "unsqueeze", "squeeze", "detach"))
 
 
@@ -307,26 +310,32 @@ def _with_layout_of(graph: Graph, out: Node, like: Node) -> Node:
 
 
 def _sweep(graph: Graph, candidates: list[Node]) -> None:
-    """Erase pure nodes without users, and what only they used; also what only writes into a tensor of its own."""
+    """Erase pure nodes without users, and what only they used; also what is only written, into memory of its own."""
     erased: set[Node] = set()
     while candidates:
         node = candidates.pop()
-        if node in erased or node.users or (operation(node) is None and not _fills_its_own(node)):
+        writers = [user for user in reversed(node.users) if _only_writes(user, node)]
+        if node in erased or len(writers) < len(node.users) or (writers and not _is_own(node)):
             continue
-        inputs = list(node.all_input_nodes)
-        graph.erase_node(node)
-        erased.add(node)
-        candidates.extend(inputs)
+        for dead in writers if operation(node) is None else (*writers, node):
+            candidates.extend(dead.all_input_nodes)
+            graph.erase_node(dead)
+            erased.add(dead)
+        if (write := in_place(node)) is not None:  # which goes together with what it writes into
+            candidates.append(write.node())
 
 
-def _fills_its_own(node: Node) -> bool:
-    """Whether a node writes in place into a new tensor that nobody else knows."""
+def _only_writes(node: Node, target: Node) -> bool:
+    """Whether all that a node does is to write in place into ``target``: nobody uses its result."""
     write = in_place(node)
-    target = None if write is None else write.get("input")
-    return isinstance(target, Node) and list(target.users) == [node] and _is_own(target)
+    return write is not None and write.get("input") is target and not node.users
 
 
 def _is_own(node: Node) -> bool:
     """Whether the memory of a node's result is that of no other node, but for those it was written by in place."""
-    op = operation(node)
-    return _fills_its_own(node) if op is None else is_new(node) or op.name in _FRESH
+    op = performed(node)
+    if op is None or (operation(node) is not None and op.name not in VIEWS):
+        is_view = op is not None and op.name == "einsum" and len(op.get("operands", ())) < 2
+        return op is not None and not is_view and (is_new(node) or op.name in _FRESH)
+    before = op.node()
+    return all(user is node or _only_writes(user, before) for user in before.users) and _is_own(before)

@@ -396,10 +396,11 @@ def _same_scores(before: Node, after: Node) -> None:
 
 def _peel(scope: Scope, written: Softmax) -> tuple[_Scores, Node]:
     """The scores before a softmax, and the product of queries and keys that they begin with."""
-    scores, node = _Scores(written.sign), written.scores
+    scores, node, reader = _Scores(written.sign), written.scores, written.nodes[0]
     evaluator = Evaluator(scope, written.nodes[-1])
     while True:
         _example(node)
+        node = scope.latest(node, reader)
         op = performed(node)
         if op is None:
             raise Refused(*_OUTSIDE) if _is_input(node) else _foreign(label(node))
@@ -414,7 +415,7 @@ def _peel(scope: Scope, written: Softmax) -> tuple[_Scores, Node]:
         if op.name not in _STEPS:
             raise _foreign(op.name)
         scores.steps.append(node)
-        node = _STEPS[op.name](_Step(scores, op, node, evaluator))
+        reader, node = node, _STEPS[op.name](_Step(scores, op, node, evaluator))
 
 
 def _depends(term: Node, product: Node, scope: Scope) -> bool:
