@@ -152,7 +152,10 @@ def _proven(
     shown = [evaluator.visible(part.node, part.coords, part.sizes, part.hides, part.factor) for part in parts]
     last_index = _last_index(parts[0]) if as_in_sdpa else None
     asked = _Asked(evaluator, parts[0].node, sizes[0], size_expr(sizes[2]), size_expr(sizes[3]), last_index)
-    return _classify(sympy.And(*shown), asked)
+    proven = _classify(sympy.And(*shown), asked)
+    if any(example_of(part.node).requires_grad for part in parts):
+        raise Unproven("it needs a gradient, and only exact attention has one for masks", "a mask that is detached")
+    return proven
 
 
 _LAST = {_B: slice(None), _H: 0, _Q: -1, _K: slice(None)}

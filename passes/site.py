@@ -175,9 +175,9 @@ class Scope:
         first: Node = node
         while (op := in_place(first)) is not None and tensor_of(first) is not None:
             first = op.node()
-        writers = reached(first, lambda x: (w for w in x.users if (op := in_place(w)) and op.get("input") is x))
-        stop = self.order[reader]
-        return max((x for x in writers if tensor_of(x) is not None and self.order[x] < stop), key=self.order.__getitem__)
+        results = reached(first, lambda x: (w for w in x.users if (op := in_place(w)) and op.get("input") is x))
+        before = (x for x in results if tensor_of(x) is not None and self.order[x] < self.order[reader])
+        return max(before, key=self.order.__getitem__)
 
     @cached_property
     def grad_switches(self) -> list[int]:

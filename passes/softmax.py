@@ -21,6 +21,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -150,7 +151,7 @@ def feeds_product(written: Softmax) -> bool:
     factor of a batch of products, as the weights of experts or layers seldom are. Those that are look like one query.
     """
     outside = _from_inputs(written.scores)
-    fixed = (*VIEWS, *_COPIES, "dropout", "detach", "getitem", "expand", "transpose")
+    fixed = (*VIEWS, *_COPIES, "dropout", "detach", "getitem", "expand", "transpose", "permute")
 
     def after(node: Node) -> Iterator[Node]:
         for user in node.users:
@@ -287,8 +288,9 @@ def describe(scope: Scope, written: Softmax) -> dict[str, Any]:
     weights, out, dropout_p = _follow(written)
     scores, product = _peel(scope, written)
     query, key = _factors(product)
-    value = _values(weights[-1] if weights else written.nodes[-1], out)
     chain = [product, *reversed(scores.steps), *written.nodes, *weights]
+    used = chain[-1]
+    value = _values(used, out)
     whole = chain if written.total is None else [*chain, written.total]
     _check_order(scope, whole, out, (query.node, key.node), scores)
     _check_precision(whole, _example(value.node).dtype)
@@ -303,7 +305,7 @@ def describe(scope: Scope, written: Softmax) -> dict[str, Any]:
         raise Refused(f"its scale {scores.factor:g} is not positive")
     mask, padding = _prove(scope, scores, sizes_of(query, key), heads, out)
     spec = make_spec(out, query, key, value, scale=scores.factor, mask=mask, dropout_p=dropout_p)
-    expand = partial(_write, _Attention((query, key, value), scores, spec, heads, out, scope.contexts))
+    expand = partial(_write, _Attention((query, key, value), scores, spec, heads, out, used, scope.contexts))
     found = {"node": out, "spec": spec, "padding": padding, "expand": expand}
     if not _averages(scores, spec):
         return {**found, "exact": expand}
@@ -363,6 +365,8 @@ def _follow(written: Softmax) -> tuple[list[Node], Node, float]:
             raise Refused("its attention weights are used more than once", _OUTPUT_ALONE)
         user = next(iter(node.users))
         op = operation(user)
+        if _turns(op, node) and len(user.users) == 1 and _is_product(next(iter(user.users))):
+            user = next(iter(user.users))
         if _is_product(user):
             return path, user, dropout_p
         if op is None or op.get("input") is not node or op.name not in (*VIEWS, *_COPIES, "dropout"):
@@ -378,6 +382,14 @@ def _follow(written: Softmax) -> tuple[list[Node], Node, float]:
         dropout_p = dropped or dropout_p
         path.append(user)
         node = user
+
+
+def _turns(op: Operation | None, before: Node) -> bool:
+    """Whether an operation swaps the last two dimensions of ``before``, and does nothing else."""
+    if op is None or op.name not in ("transpose", "permute") or op.get("input") is not before:
+        return False
+    rank = rank_of(before)
+    return order_of(op, rank) == [*range(rank - 2), rank - 1, rank - 2]
 
 
 def _dropped(op: Operation) -> float:
@@ -651,13 +663,12 @@ def _factors(product: Node) -> tuple[Operand, Operand]:
     """Query and key, ``[..., L, D]`` each with the same leading dimensions."""
     op = known(product)
     if op.name == "einsum":
-        return _einsum(op, of_values=False)
+        return _einsum(op)
     query, key = _multiplied(op)
     _same_rank(query, key)
-    turned, rank = operation(key), len(_shape(key))
-    if turned is not None and turned.name in ("transpose", "permute"):
-        if order_of(turned, rank) == [*range(rank - 2), rank - 1, rank - 2]:
-            return Operand(query), Operand(turned.node())
+    turned = operation(key)
+    if turned is not None and isinstance(turned.get("input"), Node) and _turns(turned, turned.node()):
+        return Operand(query), Operand(turned.node())
     return Operand(query), Operand(key).then(torch.transpose, -2, -1)
 
 
@@ -670,53 +681,73 @@ def _same_rank(a: Node, b: Node) -> None:
 def _values(weights: Node, out: Node) -> Operand:
     """The values ``[..., Lk, Dv]`` that ``weights`` are multiplied with."""
     op = known(out)
-    if op.name == "einsum":
-        if op.get("operands", ())[:1] != (weights,):
-            raise Refused("its einsum does not begin with the attention weights")
-        return _einsum(op, of_values=True)[1]
     if op.name == "baddbmm":
         raise Refused("it adds to its product with the values (baddbmm)")
-    first, value = op.get("input"), op.get("other")
-    if first is value:
+    factors = _multiplied(op)
+    if len(set(factors)) < len(factors):
         raise Refused("its attention weights are used more than once")
+    if op.name == "einsum":
+        if weights not in factors:
+            raise Refused("its einsum has its attention weights transposed", "an einsum of the weights as they are")
+        return _einsum(op, weights)[1]
+    first, value = factors
     if first is not weights:
-        raise Refused("its attention weights are not the first factor of their product")
+        if not _is_reversed(out, weights):
+            raise Refused("its attention weights are not the first factor of their product")
+        _same_rank(weights, first)
+        return Operand(first).then(torch.transpose, -2, -1)
     _same_rank(weights, value)
     return Operand(value)
 
 
-def _einsum(op: Operation, of_values: bool) -> tuple[Operand, Operand]:
-    """Both factors, their dimensions in order: ``[batch, q, D]`` and ``[batch, k, D]`` of scores ``[batch, q, k]``; or
-    of values ``[batch, q, k]`` and ``[batch, k, Dv]``, whose result may have any order."""
-    equation, operands = op.get("equation").replace(" ", ""), op.get("operands", ())
+def _is_reversed(out: Node, weights: Node) -> bool:
+    """Whether a product is that of the transposed values with the transposed weights, ``v.mT @ weights.mT``."""
+    turned = operation(_multiplied(known(out))[1])
+    return _turns(turned, weights)
+
+
+def _spelled_out(op: Operation, weights: Node | None = None) -> tuple[str, str, str]:
+    """The :func:`letters` of an einsum of two factors, with letters for what ``...`` stands for; first those of
+    ``weights``, if they are given.
+
+    Raises :class:`Refused` for another einsum, and for one that takes a diagonal or has no ``->``.
+    """
+    equation, operands = op.get("equation"), op.get("operands", ())
     refusal = Refused(f"its einsum '{equation}' is not a batch of products")
-    if "->" not in equation or "." in equation or len(operands) != 2:
+    if "->" not in equation or equation.count(",") != 1 or len(operands) != 2:
         raise refusal
-    a, b, result = letters(op)
-    if any(len(set(x)) != len(x) for x in (a, b, result)) or len(a) != len(_shape(operands[0])):
+    rest = "".join(x for x in string.ascii_letters if x not in equation)
+    given, ranks = letters(op), [len(_shape(x)) for x in operands]
+    dots = {rank - len(own) + 3 for rank, own in zip(ranks, given, strict=False) if "..." in own}
+    if len(dots) > 1:
         raise refusal
-    batch = [x for x in result if x in a and x in b]
-    rows, columns = ([x for x in result if x in own and x not in other] for own, other in ((a, b), (b, a)))
-    inner = [x for x in a if x in b and x not in result]
-    if (len(rows), len(columns), len(inner)) != (1, 1, 1) or len(batch) > 2:
+    a, b, result = (x.replace("...", rest[: max(0, *dots, 0)]) for x in given)
+    if [len(a), len(b)] != ranks or any(len(set(x)) != len(x) or "." in x for x in (a, b, result)):
         raise refusal
-    if {*a, *b} != {*batch, *rows, *columns, *inner}:
-        raise refusal
-    if not of_values:
-        if list(result) != [*batch, *rows, *columns]:
-            raise refusal
-        orders = ([*batch, *rows, *inner], [*batch, *columns, *inner])
-    else:
-        if list(a) != [*batch, *rows, *inner] and sorted(a[: len(batch)]) == sorted(batch):
-            batch = list(a[: len(batch)])
-        if list(a) != [*batch, *rows, *inner]:
-            raise refusal
-        orders = (list(a), [*batch, *inner, *columns])
-    first, second = (
-        _permuted(Operand(node), [have.index(x) for x in want])
-        for have, want, node in zip((a, b), orders, operands, strict=True)
-    )
-    return first, second
+    return (b, a, result) if weights is not None and operands[0] is not weights else (a, b, result)
+
+
+def _einsum(op: Operation, weights: Node | None = None) -> tuple[Operand, Operand]:
+    """Both factors, their dimensions in order: ``[batch, q, D]`` and ``[batch, k, D]`` of scores ``[batch, q, k]``; or
+    of ``weights`` ``[batch, q, k]`` and values ``[batch, k, Dv]``, whose result may have any order. A dimension of the
+    batch that keys or values do not have is 1 there."""
+    a, b, result = _spelled_out(op, weights)
+    scores = result if weights is None else a
+    batch, row, column = scores[:-2], scores[-2:-1], scores[-1:]
+    summed = [x for x in a if x in b and x not in result]
+    feature = summed if weights is None else [x for x in b if x not in a]
+    shapes = ([*batch, row, *feature], [*batch, row, column])
+    left, made = shapes if weights is None else reversed(shapes)
+    of_rows = len(scores) > 1 and len(summed) == len(feature) == 1 and row not in b and column in b
+    if not of_rows or {*b} - {*batch, column, *feature} or {*a} != {*left} or {*result} != {*made}:
+        raise Refused(f"its einsum '{op.get('equation')}' is not a batch of products")
+    if len(batch) > 2:
+        raise Refused(f"its einsum has {len(batch)} dimensions of sequences and heads", "one or two, flattened")
+    first, second = op.get("operands")[:: 1 if weights is None or op.get("operands")[0] is weights else -1]
+    key = _permuted(Operand(second), [b.index(x) for x in (*batch, column, *feature) if x in b])
+    for i, letter in enumerate(batch):
+        key = key if letter in b else key.then(torch.unsqueeze, i)
+    return _permuted(Operand(first), [a.index(x) for x in left]), key
 
 
 def _permuted(x: Operand, order: list[int]) -> Operand:
@@ -874,7 +905,8 @@ def _shown(scope: Scope, node: Node, factor: float, like: Node, heads: tuple[Any
 class _Attention:
     """What is written anew: query, key and value ``[B, H or H_kv, L, D]``, and all that happens to their scores.
 
-    heads: (B, H). out: the product with the values. autocast: the arguments of every ``torch.autocast`` around it.
+    heads: (B, H). out: the product of ``weights`` with the values. autocast: the arguments of every ``torch.autocast``
+    around it.
     """
 
     inputs: tuple[Operand, Operand, Operand]
@@ -882,6 +914,7 @@ class _Attention:
     spec: AttentionSpec
     heads: tuple[Any, Any]
     out: Node
+    weights: Node
     autocast: Sequence[tuple[Any, ...]]
 
 
@@ -900,7 +933,7 @@ def _write(attention: _Attention, emit: Emit, averages: bool = False) -> tuple[N
             F.scaled_dot_product_attention, q, k, v,
             attn_mask=mask, dropout_p=spec.dropout_p, scale=spec.scale, enable_gqa=not known_equal(spec.H, spec.H_kv),
         )  # fmt: skip
-        return result, _like_product(result, attention.out, emit)
+        return result, _like_product(result, attention.out, attention.weights, emit)
 
 
 def _common(query: Node, spec: AttentionSpec) -> torch.dtype:
@@ -964,19 +997,21 @@ def broadcast(node: Node, like: Node, heads: tuple[Any, Any], query: Node, emit:
     return node
 
 
-def _like_product(attention: Node, out: Node, emit: Emit) -> Node:
-    """``[B, H, Lq, Dv]`` as the product with the values has it."""
+def _like_product(attention: Node, out: Node, weights: Node, emit: Emit) -> Node:
+    """``[B, H, Lq, Dv]`` as the product of ``weights`` with the values has it."""
     op, rank = known(out), len(_shape(out))
     if rank == 3:
         attention = emit(torch.flatten, attention, 0, 1)
     elif rank == 2:
         attention = emit(torch.flatten, attention, 0, 2)
     if op.name == "einsum":
-        first, second, result = letters(op)
+        first, second, result = _spelled_out(op, weights)
         have = [x for x in first if x in result] + [x for x in second if x in result and x not in first]
         order = tuple(have.index(x) for x in result)
         if order != tuple(range(rank)):
             attention = emit(torch.permute, attention, order)
+    elif _is_reversed(out, weights):
+        attention = emit(torch.transpose, attention, -2, -1)
     if attention.meta["example_value"].dtype != _example(out).dtype:
         attention = emit(torch.Tensor.to, attention, _example(out).dtype)
     return attention
