@@ -20,7 +20,7 @@ from ..core.policy import Policy
 from ..core.shards import is_dtensor, seed_of, shard_of_dtensor
 from ..core.spec import AttentionSpec, HeadShard, known_equal
 from .mask import Padding, PaddingTerm
-from .nodes import fake_mode_of, local_of, reached, same_sizes, shape_of
+from .nodes import fake_mode_of, local_of, reached, same_sizes, shape_of, shares_memory
 from .normalize import in_place, is_new, operation, performed
 from .site import AttentionSite, Emit
 from .softmax import VIEWS
@@ -314,15 +314,26 @@ def _sweep(graph: Graph, candidates: list[Node]) -> None:
     erased: set[Node] = set()
     while candidates:
         node = candidates.pop()
-        writers = [user for user in reversed(node.users) if _only_writes(user, node)]
-        if node in erased or len(writers) < len(node.users) or (writers and not _is_own(node)):
+        if node in erased:
             continue
-        for dead in writers if operation(node) is None else (*writers, node):
+        for dead in _unread(node):
             candidates.extend(dead.all_input_nodes)
             graph.erase_node(dead)
             erased.add(dead)
-        if (write := in_place(node)) is not None:  # which goes together with what it writes into
-            candidates.append(write.node())
+        if node not in erased and not node.users and (write := in_place(node)) is not None:
+            candidates.append(write.node())  # with which it goes
+
+
+def _unread(node: Node) -> list[Node]:
+    """``node`` and all that comes of it, the last first, if that is at most written into its own memory; a node that
+    writes in place stays itself."""
+    if node.users and not (any(map(in_place, node.users)) and _is_own(node)):
+        return []
+    *after, _ = sorted(reached(node, lambda x: x.users), reverse=True)
+    for write in (in_place(x) for x in after if operation(x) is None):
+        if write is None or not shares_memory(write.node(), node):
+            return []
+    return after if operation(node) is None else [*after, node]
 
 
 def _only_writes(node: Node, target: Node) -> bool:

@@ -114,7 +114,7 @@ def _own(op: Operation, node: Node) -> Softmax:
 
 def _divided(op: Operation, node: Node) -> Softmax | None:
     before, total = op.get("input"), op.get("other")
-    inner = operation(before)
+    inner = performed(before)
     if inner is None or inner.name != "exp" or op.get("rounding_mode") is not None:
         return None
     return Softmax(inner.get("input"), -1, (before, node), total) if _is_total(total, "sum", before) else None
