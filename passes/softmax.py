@@ -77,6 +77,8 @@ class _Scores:
     factor: of everything further back, so far. added: tensors added to scores, with their factor and the tensor of
     scores that they broadcast to. filled: the same for boolean masks, and whether True hides.
     fills: the numbers that hide, as the softmax sees them. late: whether something is added to finite ones.
+    scaled: tensors that are the same for all keys, by which the product is multiplied ("mul") or divided ("div"), and
+    the result.
     """
 
     factor: float = 1.0
@@ -85,6 +87,7 @@ class _Scores:
     steps: list[Node] = field(default_factory=list)
     fills: set[float] = field(default_factory=set)
     late: bool = False
+    scaled: list[tuple[str, Node, Node]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -301,6 +304,7 @@ def describe(scope: Scope, written: Softmax) -> dict[str, Any]:
     check_heads(query.shape, key.shape, value.shape, repeats)
     (query, of_query), (key, of_key) = (unscaled(scope, x) for x in (query, key))
     scores.factor *= of_query * of_key
+    query = _times(query, scores, product)
     if scores.factor <= 0:
         raise Refused(f"its scale {scores.factor:g} is not positive")
     mask, padding = _prove(scope, scores, sizes_of(query, key), heads, out)
@@ -313,6 +317,24 @@ def describe(scope: Scope, written: Softmax) -> dict[str, Any]:
     evaluator = Evaluator(scope, written.nodes[-1])
     is_equal = len(scores.fills) == 1 and not scores.late and not any(_hides(*x, evaluator) for x in scores.added)
     return {**found, "exact": partial(expand, averages=True) if is_equal else None, "averages": True}
+
+
+_BY_TENSOR = (
+    "its scores are scaled by a tensor, whose values are not known when compiling",
+    "a query that is multiplied by it, or a number",
+)
+
+
+def _times(query: Operand, scores: _Scores, product: Node) -> Operand:
+    """``query`` ``[B, H, Lq, D]`` times the tensors by which its product with the keys is multiplied."""
+    dtype = query.example.dtype
+    for how, by, result in scores.scaled:
+        ranks = rank_of(product), rank_of(result)
+        if ranks[0] != ranks[1] or (ranks[0] == 3 and not all(known_equal(size, 1) for size in _shape(by)[:-2])):
+            raise Refused(*_BY_TENSOR)
+        query = query.then(getattr(torch, how), by)
+        query = query if query.example.dtype == dtype else query.then(torch.Tensor.to, dtype)
+    return query
 
 
 def _hides(term: Node, factor: float, like: Node, evaluator: Evaluator) -> bool:
@@ -423,9 +445,13 @@ def _peel(scope: Scope, written: Softmax) -> tuple[_Scores, Node]:
                 _read_baddbmm(scores, op, node)
             if any(_depends(term, node, scope) for term, *_ in scores.added if not _is_single(term)):
                 raise Refused("it adds to its scores what was computed from them")
+            if any(_depends(by, node, scope) for _, by, _ in scores.scaled):
+                raise Refused("it scales its scores by what was computed from them")
             return scores, node
         if op.name not in _STEPS:
             raise _foreign(op.name)
+        if scores.scaled and op.name not in (*_COPIES, *VIEWS, "neg", "mul", "div"):
+            raise Refused(*_BY_TENSOR)  # with all that was added or filled in before
         scores.steps.append(node)
         reader, node = node, _STEPS[op.name](_Step(scores, op, node, evaluator))
 
@@ -490,11 +516,12 @@ def _scaled(step: _Step) -> Node:
     if op.name == "mul" and not step.is_scores(before):
         before, other = other, before
     factor = step.scalar(other)
+    if factor is None and step.is_scores(before) and rank_of(other) <= rank_of(before):
+        if all(known_equal(size, 1) for size in _shape(other)[-1:]):  # then it may as well be the query
+            step.scores.scaled.append((op.name, other, step.node))
+            return cast(Node, before)
     if factor is None or factor == 0:
-        raise Refused(
-            "its scores are scaled by a tensor, whose values are not known when compiling",
-            "a query that is multiplied by it, or a number",
-        )
+        raise Refused(*_BY_TENSOR)
     step.scores.factor *= factor if op.name == "mul" else 1 / factor
     return cast(Node, before)
 
@@ -761,7 +788,7 @@ def _check_order(scope: Scope, chain: list[Node], out: Node, factors: Sequence[N
         raise Refused("gradients are switched on or off inside it", "the switch around all of it")
     if any(start < i < end for i in scope.autocast_switches):
         raise Refused("autocast is switched on or off inside it", "the switch around all of it")
-    read = {*factors, *(node for node, *_ in (*scores.added, *scores.filled))}
+    read = {*factors, *(node for node, *_ in (*scores.added, *scores.filled)), *(by for _, by, _ in scores.scaled)}
     for node in read:
         if scope.written(node, after=start, before=end):
             raise Refused(f"{spoken(node)} is written between its two products")
