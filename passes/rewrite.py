@@ -21,7 +21,7 @@ from ..core.shards import is_dtensor, seed_of, shard_of_dtensor
 from ..core.spec import AttentionSpec, HeadShard, known_equal
 from .mask import Padding, PaddingTerm
 from .nodes import fake_mode_of, local_of, reached, same_sizes, shape_of, shares_memory
-from .normalize import in_place, is_new, operation, performed
+from .normalize import Operation, in_place, is_new, operation, performed
 from .site import AttentionSite, Emit
 from .softmax import VIEWS
 
@@ -314,39 +314,35 @@ def _sweep(graph: Graph, candidates: list[Node]) -> None:
     erased: set[Node] = set()
     while candidates:
         node = candidates.pop()
-        if node in erased:
-            continue
-        for dead in _unread(node):
+        for dead in _unread(node) if node not in erased else ():
             candidates.extend(dead.all_input_nodes)
             graph.erase_node(dead)
             erased.add(dead)
-        if node not in erased and not node.users and (write := in_place(node)) is not None:
-            candidates.append(write.node())  # with which it goes
 
 
 def _unread(node: Node) -> list[Node]:
-    """``node`` and all that comes of it, the last first, if that is at most written into its own memory; a node that
-    writes in place stays itself."""
-    if node.users and not (any(map(in_place, node.users)) and _is_own(node)):
-        return []
-    *after, _ = sorted(reached(node, lambda x: x.users), reverse=True)
-    for write in (in_place(x) for x in after if operation(x) is None):
-        if write is None or not shares_memory(write.node(), node):
-            return []
-    return after if operation(node) is None else [*after, node]
+    """What nobody needs if nobody reads ``node``, the last first: itself, or the tensor whose memory it is in with all
+    that comes of that, which is at most written back there."""
+    base = node
+    while _is_alias(base):
+        base = cast(Operation, performed(base)).node()
+    aliases = reached(base, lambda x: (user for user in x.users if _is_alias(user) and user.args[0] is x))
+    if _is_fresh(base) and any(in_place(x) for x in aliases):
+        *after, _ = sorted(reached(base, lambda x: x.users), reverse=True)
+        writes = (in_place(x) for x in after if operation(x) is None)
+        if all(write is not None and shares_memory(write.node(), base) for write in writes):
+            return [*after, base]
+    return [] if node.users or operation(node) is None else [node]
 
 
-def _only_writes(node: Node, target: Node) -> bool:
-    """Whether all that a node does is to write in place into ``target``: nobody uses its result."""
-    write = in_place(node)
-    return write is not None and write.get("input") is target and not node.users
+def _is_alias(node: Node) -> bool:
+    """Whether a node's result is its input: a view of it, or written into it."""
+    op = operation(node)
+    return in_place(node) is not None if op is None else op.name in VIEWS
 
 
-def _is_own(node: Node) -> bool:
-    """Whether the memory of a node's result is that of no other node, but for those it was written by in place."""
-    op = performed(node)
-    if op is None or (operation(node) is not None and op.name not in VIEWS):
-        is_view = op is not None and op.name == "einsum" and len(op.get("operands", ())) < 2
-        return op is not None and not is_view and (is_new(node) or op.name in _FRESH)
-    before = op.node()
-    return all(user is node or _only_writes(user, before) for user in before.users) and _is_own(before)
+def _is_fresh(node: Node) -> bool:
+    """Whether the memory of a node's result is that of nothing before it."""
+    op = operation(node)
+    is_view = op is not None and op.name == "einsum" and len(op.get("operands", ())) < 2
+    return op is not None and not is_view and (is_new(node) or op.name in _FRESH)

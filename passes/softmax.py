@@ -12,8 +12,8 @@ attention it stays what it is. Filling with or adding -1e9 or less hides a score
 does the lowest number of a dtype that has none so low, and so scores may be lifted to a number that hides. What is
 filled with the lowest number stays hidden whatever is added later, for that is taken to be far from the largest one.
 
-Reads ``[B, H, L, D]``, ``[B * H, L, D]`` (B and H from a view of the scores, else H = 1), ``[L, D]``, and einsum with
-one or two batch letters. Refuses soft-caps, sinks, scores or weights that are written, and weights that are used again.
+Reads ``[..., H, L, D]``, ``[B * H, L, D]`` (B and H from a view of the scores, else H = 1), ``[L, D]``, and einsum.
+Refuses soft-caps, sinks, scores or weights that are written, and weights that are used again.
 """
 
 from __future__ import annotations
@@ -298,6 +298,7 @@ def describe(scope: Scope, written: Softmax) -> dict[str, Any]:
     _check_order(scope, whole, out, (query.node, key.node), scores)
     _check_precision(whole, _example(value.node).dtype)
     heads = _heads(chain)
+    _check_leading(product, used, (query, key, value))
     query, key, value = _one_dtype(scope, out, *(_with_heads(x, heads) for x in (query, key, value)))
     repeats = known_equal(key.shape[1], query.shape[1])
     key, value = _before_repeat(scope, out, query, key, value)
@@ -328,9 +329,10 @@ _BY_TENSOR = (
 def _times(query: Operand, scores: _Scores, product: Node) -> Operand:
     """``query`` ``[B, H, Lq, D]`` times the tensors by which its product with the keys is multiplied."""
     dtype = query.example.dtype
+    rank = rank_of(product)
     for how, by, result in scores.scaled:
-        ranks = rank_of(product), rank_of(result)
-        if ranks[0] != ranks[1] or (ranks[0] == 3 and not all(known_equal(size, 1) for size in _shape(by)[:-2])):
+        before = _shape(by)[:-2] if rank == 3 else () if rank == 4 else _shape(by)[:-3]
+        if rank != rank_of(result) or (rank > 4 and before) or not all(known_equal(size, 1) for size in before):
             raise Refused(*_BY_TENSOR)
         query = query.then(getattr(torch, how), by)
         query = query if query.example.dtype == dtype else query.then(torch.Tensor.to, dtype)
@@ -387,10 +389,9 @@ def _follow(written: Softmax) -> tuple[list[Node], Node, float]:
             raise Refused("its attention weights are used more than once", _OUTPUT_ALONE)
         user = next(iter(node.users))
         op = operation(user)
-        if _turns(op, node) and len(user.users) == 1 and _is_product(next(iter(user.users))):
-            user = next(iter(user.users))
-        if _is_product(user):
-            return path, user, dropout_p
+        after = next(iter(user.users), user)
+        if _is_product(user) or (len(user.users) == 1 and _is_reversed(after, node)):
+            return path, user if _is_product(user) else after, dropout_p
         if op is None or op.get("input") is not node or op.name not in (*VIEWS, *_COPIES, "dropout"):
             name = (op or in_place(user) or Operation(label(user))).name
             what = _WEIGHTS.get(name, f"given to '{label(user)}'")
@@ -701,8 +702,8 @@ def _factors(product: Node) -> tuple[Operand, Operand]:
 
 def _same_rank(a: Node, b: Node) -> None:
     ranks = len(_shape(a)), len(_shape(b))
-    if ranks[0] != ranks[1] or ranks[0] not in (2, 3, 4):
-        raise Refused(f"it multiplies tensors of {ranks[0]} and {ranks[1]} dimensions; needed are 2, 3 or 4, the same")
+    if ranks[0] != ranks[1] or ranks[0] < 2:
+        raise Refused(f"it multiplies tensors of {ranks[0]} and {ranks[1]} dimensions; needed are 2 or more, the same")
 
 
 def _values(weights: Node, out: Node) -> Operand:
@@ -714,8 +715,6 @@ def _values(weights: Node, out: Node) -> Operand:
     if len(set(factors)) < len(factors):
         raise Refused("its attention weights are used more than once")
     if op.name == "einsum":
-        if weights not in factors:
-            raise Refused("its einsum has its attention weights transposed", "an einsum of the weights as they are")
         return _einsum(op, weights)[1]
     first, value = factors
     if first is not weights:
@@ -727,10 +726,12 @@ def _values(weights: Node, out: Node) -> Operand:
     return Operand(value)
 
 
-def _is_reversed(out: Node, weights: Node) -> bool:
-    """Whether a product is that of the transposed values with the transposed weights, ``v.mT @ weights.mT``."""
-    turned = operation(_multiplied(known(out))[1])
-    return _turns(turned, weights)
+def _is_reversed(node: Node, weights: Node) -> bool:
+    """Whether a node is the product of the transposed values with the transposed weights, ``v.mT @ weights.mT``."""
+    op = operation(node)
+    if op is None or op.name not in PRODUCTS or op.name == "einsum":
+        return False
+    return _turns(operation(_multiplied(op)[1]), weights)
 
 
 def _spelled_out(op: Operation, weights: Node | None = None) -> tuple[str, str, str]:
@@ -768,8 +769,6 @@ def _einsum(op: Operation, weights: Node | None = None) -> tuple[Operand, Operan
     of_rows = len(scores) > 1 and len(summed) == len(feature) == 1 and row not in b and column in b
     if not of_rows or {*b} - {*batch, column, *feature} or {*a} != {*left} or {*result} != {*made}:
         raise Refused(f"its einsum '{op.get('equation')}' is not a batch of products")
-    if len(batch) > 2:
-        raise Refused(f"its einsum has {len(batch)} dimensions of sequences and heads", "one or two, flattened")
     first, second = op.get("operands")[:: 1 if weights is None or op.get("operands")[0] is weights else -1]
     key = _permuted(Operand(second), [b.index(x) for x in (*batch, column, *feature) if x in b])
     for i, letter in enumerate(batch):
@@ -810,10 +809,12 @@ def _check_precision(chain: list[Node], dtype: torch.dtype) -> None:
 
 
 def _heads(chain: Sequence[Node]) -> tuple[Any, Any]:
-    """(B, H) of scores that are ``[B, H, q, k]`` somewhere on their way; else every leading entry is a sequence."""
+    """(B, H) of scores that are ``[B, H, q, k]`` somewhere on their way, or ``[..., H, q, k]`` at first; else every
+    leading entry is a sequence."""
     shapes = [_shape(node) for node in chain]
-    first, four = shapes[0], [shape for shape in shapes if len(shape) == 4]
-    B, H = map(number, four[0][:2] if four else (first[0] if len(first) == 3 else 1, 1))
+    first = shapes[0]
+    four = next((shape[:2] for shape in shapes if len(shape) == 4), (first[0] if len(first) == 3 else 1, 1))
+    B, H = map(number, four if len(first) < 5 else (math.prod(first[:-3]), first[-3]))
     if not isinstance(H, int) and any(len(shape) == 3 for shape in shapes):
         raise Refused(f"its number of heads {H} is not known when compiling")
     for before, node, shape in zip(shapes, chain[1:], shapes[1:], strict=False):
@@ -830,9 +831,26 @@ def _heads(chain: Sequence[Node]) -> tuple[Any, Any]:
     return B, H
 
 
+_FEWER = "sequences in one dimension"
+
+
+def _check_leading(product: Node, weights: Node, factors: Iterable[Operand]) -> None:
+    """That what comes before the heads, where scores have more than four dimensions, can be put together, and back."""
+    before = _shape(product)[:-3]
+    if len(before) < 2 and rank_of(weights) < 5:
+        return
+    if sum(not isinstance(number(size), int) for size in before) > 1:
+        raise Refused(f"its {len(before)} dimensions before the heads are not known when compiling", _FEWER)
+    if not all(same_sizes(x.shape[:-3], before) for x in factors) or not same_sizes(_shape(weights)[:-3], before):
+        shapes = ", ".join(str(tuple(x.shape)) for x in factors)
+        raise Refused(f"its query, key and value are {shapes}: what comes before the heads is not the same", _FEWER)
+
+
 def _with_heads(x: Operand, heads: tuple[Any, Any]) -> Operand:
     """``x`` as ``[B, H, L, D]``."""
     rank, (B, H) = len(x.shape), heads
+    if rank > 4:
+        return x.then(torch.flatten, 0, rank - 4)
     if rank == 3 and not known_equal(x.shape[0], B * H):
         raise Refused(f"it multiplies {x.shape[0]} matrices for {B} sequences of {H} heads")
     if rank == 2:
@@ -1027,7 +1045,10 @@ def broadcast(node: Node, like: Node, heads: tuple[Any, Any], query: Node, emit:
 def _like_product(attention: Node, out: Node, weights: Node, emit: Emit) -> Node:
     """``[B, H, Lq, Dv]`` as the product of ``weights`` with the values has it."""
     op, rank = known(out), len(_shape(out))
-    if rank == 3:
+    if rank > 4:
+        before = [size if isinstance(size, int) else -1 for size in map(number, _shape(weights)[:-3])]
+        attention = emit(torch.unflatten, attention, 0, before)
+    elif rank == 3:
         attention = emit(torch.flatten, attention, 0, 1)
     elif rank == 2:
         attention = emit(torch.flatten, attention, 0, 2)
