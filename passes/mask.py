@@ -190,13 +190,14 @@ def prove_key_padding(mask: Node, around: Surroundings, reader: Node) -> tuple[M
 
 def same_for_all_queries(part: MaskPart, sizes: tuple[Any, Any, Any, Any]) -> tuple[Mask, Padding] | None:
     """A boolean mask without a query and a head dimension is a key padding, whatever its values are; else None."""
-    shape = example_of(part.node).shape
-    if example_of(part.node).dtype != torch.bool or not len(shape) <= len(part.sizes) == 4:
+    shape, rank = example_of(part.node).shape, len(part.sizes)
+    if example_of(part.node).dtype != torch.bool or not len(shape) <= rank <= 4 or part.coords[0] != _B:
         return None
-    if not known_equal(shape[-1], sizes[3]) or not all(known_equal(size, 1) for size in shape[-3:-1]):
+    between = shape[1 - rank : -1]
+    if not known_equal(shape[-1], sizes[3]) or not all(known_equal(size, 1) for size in between):
         return None
-    index = (*([slice(None)] if len(shape) == 4 else []), *([0] * len(shape[-3:-1])), slice(None))
-    term = PaddingTerm(part.node, index, len(shape) == 4, "eq", 0 if part.hides else 1)
+    index = (*([slice(None)] if len(shape) == rank else []), *([0] * len(between)), slice(None))
+    term = PaddingTerm(part.node, index, len(shape) == rank, "eq", 0 if part.hides else 1)
     return Mask(padding=True), Padding(terms=(term,))
 
 

@@ -432,7 +432,6 @@ def _same_scores(before: Node, after: Node) -> None:
 def _peel(scope: Scope, written: Softmax) -> tuple[_Scores, Node]:
     """The scores before a softmax, and the product of queries and keys that they begin with."""
     scores, node, reader = _Scores(written.sign), written.scores, written.nodes[0]
-    evaluator = Evaluator(scope, written.nodes[-1])
     while True:
         _example(node)
         node = scope.latest(node, reader)
@@ -454,7 +453,7 @@ def _peel(scope: Scope, written: Softmax) -> tuple[_Scores, Node]:
         if scores.scaled and op.name not in (*_COPIES, *VIEWS, "neg", "mul", "div"):
             raise Refused(*_BY_TENSOR)  # with all that was added or filled in before
         scores.steps.append(node)
-        reader, node = node, _STEPS[op.name](_Step(scores, op, node, evaluator))
+        reader, node = node, _STEPS[op.name](_Step(scores, op, node, scope))
 
 
 def _depends(term: Node, product: Node, scope: Scope) -> bool:
@@ -477,10 +476,10 @@ class _Step:
     scores: _Scores
     op: Operation
     node: Node
-    evaluator: Evaluator
+    scope: Scope
 
     def scalar(self, arg: Any) -> float | None:
-        return _scalar(arg, self.evaluator)
+        return _scalar(arg, Evaluator(self.scope, self.node))
 
     def is_scores(self, arg: Any) -> bool:
         return _is_scores(arg, self.node)
@@ -641,7 +640,8 @@ def _check_fill(value: Any, step: _Step) -> None:
     scores.late |= bool(scores.added)
     for term, factor, like in scores.added:
         try:
-            step.evaluator.visible(term, _anywhere(rank_of(like)), _shape(like), factor=factor)
+            evaluator = Evaluator(step.scope, like)  # it may be written before it is added, or after that
+            evaluator.visible(term, _anywhere(rank_of(like)), _shape(like), factor=factor)
         except Unproven as error:
             if 2 * fill * scores.factor <= torch.finfo(_example(step.node).dtype).min:
                 continue
@@ -787,9 +787,10 @@ def _check_order(scope: Scope, chain: list[Node], out: Node, factors: Sequence[N
         raise Refused("gradients are switched on or off inside it", "the switch around all of it")
     if any(start < i < end for i in scope.autocast_switches):
         raise Refused("autocast is switched on or off inside it", "the switch around all of it")
-    read = {*factors, *(node for node, *_ in (*scores.added, *scores.filled)), *(by for _, by, _ in scores.scaled)}
-    for node in read:
-        if scope.written(node, after=start, before=end):
+    terms = [(node, like) for node, _, like in (*scores.added, *scores.filled)]
+    terms += [(by, like) for _, by, like in scores.scaled] + [(node, chain[0]) for node in factors]
+    for node, reader in terms:
+        if scope.written(node, after=scope.order[reader], before=end):
             raise Refused(f"{spoken(node)} is written between its two products")
     for node in chain:
         if scope.written(node, before=end, but=chain):

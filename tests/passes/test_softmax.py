@@ -89,6 +89,14 @@ def in_place_by_statements(q, k, v):
     return torch.bmm(F.softmax(s, dim=-1), heads(v)).view(B, H, L, D)
 
 
+def mask_made_late(q, k, v):
+    """In place, between the two products; it is read after that."""
+    s = q @ k.mT
+    m = torch.zeros(L, L)
+    m[torch.ones(L, L, dtype=torch.bool).triu(1)] = -math.inf
+    return (s + m.mul_(2)).softmax(-1) @ v
+
+
 def grouped(q, k, v):
     """Queries of a group beside each other, ``[B, H_kv, group, L, D]``."""
     q, k, v = q.unflatten(1, (2, 2)), k[:, :2], v[:, :2]
@@ -172,6 +180,7 @@ SPELLINGS: dict[str, tuple[Callable, str, float]] = {
     ),
     "in place": (in_place, "causal", 0.25),
     "in place, by statements": (in_place_by_statements, "causal", 0.25),
+    "a mask that is written late": (mask_made_late, "causal", 1.0),
     "grouped queries": (grouped, "causal", 1.0),
     "of five dimensions": (lambda q, k, v: (q[None] @ k[None].mT).softmax(-1) @ v[None], "none", 1.0),
     "einsum of five dimensions": (axial, "none", 1.0),
@@ -560,6 +569,13 @@ def written_keys(q, k, v):
     return s.softmax(-1) @ v + k
 
 
+def written_mask(q, k, v):
+    m = torch.full((L, L), -math.inf).triu(1)
+    s = q @ k.mT + m
+    m.zero_()
+    return s.softmax(-1) @ v
+
+
 def without_gradients(q, k, v):
     with torch.no_grad():
         s = q @ k.mT
@@ -674,6 +690,7 @@ NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     "weights are written": (written_weights, "used more than once"),
     "scores are written": (written_scores, "written by something else"),
     "keys are written": (written_keys, "is written between its two products"),
+    "a mask is written": (written_mask, "is written between its two products"),
     "no gradients": (without_gradients, "gradients are switched on or off inside it"),
     "transposed weights": (lambda q, k, v: (q @ k.mT).softmax(-1).transpose(-1, -2) @ v, "given to 'transpose'"),
     "added to the result": (
@@ -847,6 +864,42 @@ def test_a_write_through_a_view_of_an_input_stays() -> None:
     (q, k, v), (_, ours, _) = tensors(), tensors()
     g, _ = compiled(f)
     assert relative(g(q, ours, v), f(q, k, v)) < 1e-6 and torch.equal(ours, k)
+
+
+def test_numbers_in_tensors_are_those_that_the_scores_met() -> None:
+    """Which may be others at the softmax: a scale, a value that is filled in and a constant that is added."""
+
+    def f(q, k, v):
+        scale, lowest, shift = torch.full((), 0.5), torch.full((), -1e9), torch.full((L,), 2.0)
+        scale.mul_(0.5)
+        s = torch.where(causal(), q @ k.mT * scale, lowest) + shift
+        for x in (scale, lowest, shift):
+            x.fill_(3.0)
+        return s.softmax(-1) @ v
+
+    g, found = compiled(f)
+    assert relative(g(*tensors()), f(*tensors())) < 1e-6
+    assert [(site.spec.scale, str(site.spec.mask), plan.verdict) for site, plan in found] == [
+        (0.25, "causal", "rewritten")
+    ]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_padding_per_matrix_of_three_dimensions_is_one(checkpointed: bool) -> None:
+    """As cross attention of latent diffusion has it: repeated for the heads, and filled in in place."""
+
+    def attend(q, k, v, real):
+        s = torch.einsum("b i d, b j d -> b i j", heads(q), heads(k))
+        s.masked_fill_(~real[:, None].repeat_interleave(H, 0), -torch.finfo(s.dtype).max)
+        return torch.einsum("b i j, b j d -> b i d", s.softmax(dim=-1), heads(v))
+
+    def f(q, k, v, real):
+        return checkpoint(attend, q, k, v, real, use_reentrant=False) if checkpointed else attend(q, k, v, real)
+
+    real = torch.arange(L) < torch.tensor([[L], [L - 3]])
+    for policy in (EXACT, Policy(methods=("thinformer",), budget=64)):
+        site = check(f, [*tensors(), real], "key padding", 1.0, policy)
+        assert (site.spec.B, site.spec.H) == (B * H, 1)
 
 
 def test_a_padding_that_needs_a_gradient_stays_exact() -> None:
