@@ -77,8 +77,8 @@ class _Scores:
     factor: of everything further back, so far. added: tensors added to scores, with their factor and the tensor of
     scores that they broadcast to. filled: the same for boolean masks, and whether True hides.
     fills: the numbers that hide, as the softmax sees them. late: whether something is added to finite ones.
-    scaled: tensors that are the same for all keys, by which the product is multiplied ("mul") or divided ("div"), and
-    the result.
+    scaled: tensors that are the same for all keys, and numbers that are not known, by which the product is multiplied
+    ("mul") or divided ("div"), and the result.
     """
 
     factor: float = 1.0
@@ -331,7 +331,7 @@ def _times(query: Operand, scores: _Scores, product: Node) -> Operand:
     dtype = query.example.dtype
     rank = rank_of(product)
     for how, by, result in scores.scaled:
-        before = _shape(by)[:-2] if rank == 3 else () if rank == 4 else _shape(by)[:-3]
+        before = _sizes(by)[:-2] if rank == 3 else () if rank == 4 else _sizes(by)[:-3]
         if rank != rank_of(result) or (rank > 4 and before) or not all(known_equal(size, 1) for size in before):
             raise Refused(*_BY_TENSOR)
         query = query.then(getattr(torch, how), by)
@@ -374,6 +374,11 @@ def _example(node: Any) -> torch.Tensor:
 
 def _shape(node: Node) -> torch.Size:
     return _example(node).shape
+
+
+def _sizes(node: Node) -> Sequence[Any]:
+    """The shape of a tensor; none for a number."""
+    return () if tensor_of(node) is None else _shape(node)
 
 
 def _follow(written: Softmax) -> tuple[list[Node], Node, float]:
@@ -516,8 +521,8 @@ def _scaled(step: _Step) -> Node:
     if op.name == "mul" and not step.is_scores(before):
         before, other = other, before
     factor = step.scalar(other)
-    if factor is None and step.is_scores(before) and rank_of(other) <= rank_of(before):
-        if all(known_equal(size, 1) for size in _shape(other)[-1:]):  # then it may as well be the query
+    if factor is None and isinstance(other, Node) and step.is_scores(before):
+        if all(known_equal(size, 1) for size in _sizes(other)[-1:]):  # then it may as well be the query
             step.scores.scaled.append((op.name, other, step.node))
             return cast(Node, before)
     if factor is None or factor == 0:
