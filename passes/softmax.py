@@ -322,7 +322,7 @@ def describe(scope: Scope, written: Softmax) -> dict[str, Any]:
 
 _BY_TENSOR = (
     "its scores are scaled by a tensor, whose values are not known when compiling",
-    "a query that is multiplied by it, or a number",
+    "a query or a key that is multiplied by it, or a number",
 )
 
 
