@@ -845,7 +845,8 @@ def _check_leading(product: Node, weights: Node, factors: Iterable[Operand]) -> 
     before = _shape(product)[:-3]
     if len(before) < 2 and rank_of(weights) < 5:
         return
-    if sum(not isinstance(number(size), int) for size in before) > 1:
+    known = [size for size in map(number, before) if isinstance(size, int)]
+    if len(known) < len(before) - (0 not in known):  # one can be inferred
         raise Refused(f"its {len(before)} dimensions before the heads are not known when compiling", _FEWER)
     if not all(same_sizes(x.shape[:-3], before) for x in factors) or not same_sizes(_shape(weights)[:-3], before):
         shapes = ", ".join(str(tuple(x.shape)) for x in factors)

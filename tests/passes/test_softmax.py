@@ -866,6 +866,25 @@ def test_a_write_through_a_view_of_an_input_stays() -> None:
     assert relative(g(q, ours, v), f(q, k, v)) < 1e-6 and torch.equal(ours, k)
 
 
+def test_leading_dimensions_come_back_if_at_most_one_is_unknown() -> None:
+    def f(q, k, v):
+        return (q @ k.mT).softmax(-1) @ v
+
+    for shape, unknown, verdict in (
+        ((2, 3, H, L, D), (0,), "rewritten"),
+        ((2, 3, H, L, D), (0, 1), "refused"),
+        ((0, 3, H, L, D), (1,), "refused"),
+    ):
+        inputs = tensors(*[shape] * 3)
+        for x in inputs:
+            for dim in unknown:
+                torch._dynamo.mark_dynamic(x, dim)
+        g, found = compiled(f, Policy(methods=("exact",)))
+        out = g(*inputs)
+        assert out.shape == shape and torch.allclose(out, f(*inputs), atol=1e-6)
+        assert [plan.verdict for _, plan in found] == [verdict]
+
+
 def test_numbers_in_tensors_are_those_that_the_scores_met() -> None:
     """Which may be others at the softmax: a scale, a value that is filled in and a constant that is added."""
 
