@@ -33,7 +33,7 @@ from ..core.rows import Rows, heads, to_numbers
 from ..core.sites import SiteReport, record_sites
 from ..kernels.heads import EVERYTHING, PerHead, rows_seen
 from ..routes.capture import captures_of
-from ..routes.eager import is_rewritten, restore_attention, rewrite_attention
+from ..routes.eager import is_rewritten, restore_attention, rewrite_attention, uncompiled
 from .budgets import Exactly, checked_batches, logits_of, lower_hull, mean_kl, slope
 
 DEFAULT_OPTIONS = (
@@ -145,7 +145,7 @@ def measured(
     query_heads: bool = False,
 ) -> tuple[Profile, list[SiteReport]]:  # fmt: skip
     """:func:`profile` of a model that is :func:`rewritten`; the reports of its sites, in order, and then of others."""
-    finder, reports = _found(model, samples[0])
+    finder, reports = found_in(model, samples[0])
     if not finder.sites:
         reasons = "; ".join(sorted({x.reason for x in reports})) or "it has none"
         raise ValueError(f"model: no site can have rows for each head: {reasons}")
@@ -158,7 +158,7 @@ def measured(
         for batch in samples:
             meter = _Meter(options, finder.projections, query_heads, lambda: bar.advance(task))
             with run_by(meter):
-                exact = logits_of(model, batch)
+                exact = scores_of(model, batch)
             sums.append(meter.errors())
             ratios.append(_ratios(model, batch, exact, sums[-1], options, rows, lambda: bar.advance(task)))
     sites = tuple(
@@ -190,9 +190,9 @@ def _ratios(
         return found
     middle = few[len(few) // 2][1]
     for layer, of_heads in errors.items():
-        if (error := float(of_heads[:, middle].sum())) > 0:
+        if error := float(of_heads[:, middle].sum()):
             with run_by(Chosen({layer: [options[middle]]})):
-                found[layer] = max(mean_kl(exact, logits_of(model, batch), late(exact.shape[1])), 0.0) / error
+                found[layer] = max(kl_of(exact, model, batch), 0.0) / error
         advance()
     return found
 
@@ -206,10 +206,10 @@ def geometric_mean(values: Sequence[float]) -> float:
 def profiled_before(model: nn.Module, sample: Any, found: Profile) -> list[SiteReport]:
     """The reports of a model that is :func:`rewritten` and has a profile, as :func:`measured` gives them. Raises
     ``ValueError`` for a profile of another model."""
-    return _in_order(found, _found(model, sample)[1])
+    return _in_order(found, found_in(model, sample)[1])
 
 
-def _found(model: nn.Module, sample: Any) -> tuple[_Finder, list[SiteReport]]:
+def found_in(model: nn.Module, sample: Any) -> tuple[_Finder, list[SiteReport]]:
     """The sites of a model and the linear layers that take their outputs, by a short pass."""
     finder = _Finder(model)
     with record_sites() as reports, run_by(finder), finder.hooked():
@@ -271,7 +271,7 @@ class _Finder(Exactly):
     """Finds the linear layer that takes the output of each site, by what it is given: the same numbers."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.linear = {path: x for path, x in model.named_modules() if isinstance(x, nn.Linear)}
+        self.linear = {path: x for path, x in uncompiled(model).named_modules() if isinstance(x, nn.Linear)}
         captured = {x for capture in captures_of(model).values() for x in capture.module.modules()}
         self.hookable = [x for x in self.linear.values() if x not in captured]  # graphs tell of theirs by themselves
         self.sites: set[int] = set()
@@ -334,7 +334,9 @@ class _Meter(Exactly):
 
     def errors(self) -> dict[int, torch.Tensor]:
         """float64 ``[heads, options]`` on the CPU, by layer key; 0 where the output of the whole site is 0."""
-        return {layer: (off / self.whole[layer]).nan_to_num(0.0).cpu() for layer, off in self.off.items()}
+        return {
+            layer: (off / self.whole[layer]).where(self.whole[layer] != 0, 0).cpu() for layer, off in self.off.items()
+        }
 
 
 def _squares(
@@ -361,7 +363,8 @@ def late(tokens: int) -> int:
 def rows_of(options: Sequence[Rows], tokens: int, base: PerHead) -> list[float]:
     """Rows that a late query of a prefill of ``tokens`` tokens sees on average, by option, beside what ``base`` says of
     all of them."""
-    return [float(x) for x in rows_seen(replace(base, rows=tuple(options)), tokens)[:, late(tokens) :].mean(1)]
+    seen = (rows_seen(replace(base, rows=(option,)), tokens)[0, late(tokens) :] for option in options)  # one at a time
+    return [float(x.mean()) for x in seen]
 
 
 # -------------------------------------------------------------------------------------------------------- choice
@@ -454,14 +457,33 @@ def tokens_of(batch: torch.Tensor | Mapping[str, Any]) -> int:
     return int(ids.shape[1])
 
 
+def scores_of(model: nn.Module, batch: Any) -> torch.Tensor:
+    """What a model makes of a sample: scores ``[batch, positions, classes]``; ``ValueError`` for other outputs, and
+    for those of fewer positions than there are tokens."""
+    scores, ids = logits_of(model, batch), [batch] if isinstance(batch, torch.Tensor) else batch.values()
+    tokens = [x.shape[1] for x in ids if isinstance(x, torch.Tensor) and x.dim() == 2 and not x.is_floating_point()]
+    if tokens and scores.shape[1] < min(tokens):
+        raise ValueError(
+            f"model: it gives scores of {scores.shape[1]} positions for {min(tokens)} tokens; must be those of all, as "
+            "the late ones among them are what is judged"
+        )
+    return scores
+
+
+def kl_of(exact: torch.Tensor, model: nn.Module, batch: Any) -> float:
+    """KL(exact || the model as it runs now) on a sample, mean over its late positions, of which padding is none."""
+    return mean_kl(exact, scores_of(model, batch), late(exact.shape[1]), batch)
+
+
 def checked_options(options: Any, block: int) -> tuple[Rows, ...]:
     """The options, each once, in order, all of which a head may have in blocks of so many queries."""
     if isinstance(options, (str, bytes, Rows)) or not isinstance(options, Iterable):
         raise TypeError(f"options={options!r}: must be a sequence of Rows")
-    found = tuple(dict.fromkeys(options))
-    for option in found:
+    listed = tuple(options)
+    for option in listed:
         if not isinstance(option, Rows):
             raise TypeError(f"options: {option!r} must be a Rows")
+    found = tuple(dict.fromkeys(listed))
     if not found:
         raise ValueError("options=(): must hold at least one Rows")
     PerHead(EVERYTHING, block=block)

@@ -129,6 +129,8 @@ def _sample(options: argparse.Namespace, tokenizer: Any) -> torch.Tensor:
             ids = torch.as_tensor(ids["input_ids"] if hasattr(ids, "keys") else ids)
     except (OSError, ValueError, pickle.UnpicklingError) as error:
         options.parser.error(f"{where}: {_first_line(error)}")
+    if isinstance(ids, torch.Tensor) and not ids.numel():
+        options.parser.error(f"{where}: has no tokens; must have 4 or more")
     if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.dim() not in (1, 2):
         options.parser.error(f"{where}: must be token ids, integers [tokens] or [batch, tokens]")
     if options.tokens is not None and options.tokens < 4:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 from dataclasses import replace
 
@@ -276,6 +277,53 @@ def test_the_kl_that_is_promised_is_the_kl_of_the_plan(model, ids, tolerance: fl
     assert SavedPlan.load(tmp_path / "plan.json") == found.plan
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_count(model, ids, side: str) -> None:
+    def padded(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        real = torch.arange(240).expand(2, -1) >= torch.tensor([[0], [220]])
+        real = real if side == "left" else real.flip(1)
+        return {"input_ids": torch.where(real, x, 0), "attention_mask": real.long()}
+
+    samples = [padded(x) for x in ids[:, None].expand(-1, 2, -1)]
+    found = fit(model, samples, rows=60, options=OPTIONS, block=16, last=0)
+    batch, real = samples[1], samples[1]["attention_mask"].bool()
+    real[:, :60] = False
+    with torch.no_grad():
+        exact = model(**batch).logits.double().log_softmax(-1)
+        rewrite_attention(model, plan=found.plan)
+        tried = model(**batch).logits.double().log_softmax(-1)
+    restore_attention(model)
+    kl = (exact.exp() * (exact - tried)).sum(-1)[real].mean().item()
+    assert found.kl == pytest.approx(kl, rel=1e-3) and found.kl > 0.01
+
+
+def test_scores_that_cannot_be_judged(model, ids) -> None:
+    class Scores(Decoder):
+        """Classes from 12 on are ruled out, and scores changed."""
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.change(super().forward(ids).index_fill(-1, torch.arange(12, self.SIZE), -math.inf))
+
+        change = staticmethod(lambda scores: scores)
+
+    torch.manual_seed(0)
+    decoder, sample = Scores().eval(), texts(40, 45)
+    how = dict(options=(Rows(4, 16), EVERYTHING), block=16, last=0)
+    found = fit(decoder, sample, tolerance=1e-4, **how)
+    assert found.chosen == ((Rows(4, 16), EVERYTHING),) and 0 <= found.kl <= 1e-4
+    for words, change in (
+        ("scores of 1 positions for 256 tokens; must be those of all", lambda x: x[:, -1:]),
+        ("scores that are NaN, or infinite", lambda x: x * math.nan),
+        ("its output is .256, 16.; must be", lambda x: x[0]),
+    ):
+        decoder.change = change
+        with pytest.raises(ValueError, match=words):
+            fit(decoder, sample, tolerance=1e-4, **how)
+    batch = {"input_ids": ids, "attention_mask": (torch.arange(240) < 60).long().expand(2, -1)}
+    with pytest.raises(ValueError, match="padding only from position 60 on, where its scores count"):
+        fit(model, [batch, batch], rows=100, options=OPTIONS, block=16)
+
+
 def test_a_smaller_tolerance_takes_more_rows(model, ids) -> None:
     found = [fit(model, ids, tolerance=x, options=OPTIONS, block=16) for x in (1.0, 0.3, 0.01)]
     assert found[0].rows <= found[1].rows <= found[2].rows < found[2].exact_rows and found[0].rows < found[2].rows
@@ -410,6 +458,9 @@ def test_wrong_arguments(model, ids) -> None:
         ("options=Rows.*: must be a sequence of Rows", {"options": Rows(2, 8)}),
         (r"options: rows\[1\]: 8 recent \+ 4 thinned \+ 1 selected", {"options": [EVERYTHING, Rows(0, 8, 4, 0, 1)]}),
         ("length=1: must be 2 tokens or more", {"length": 1}),
+        (r"options: \[5\] must be a Rows", {"options": [[5]]}),
+        ("profile=5: must be None or a Profile", {"profile": 5}),
+        ("query_heads='no': must be True or False", {"query_heads": "no"}),
         ("sample: a str; must be several", {"sample": "text"}),
         (r"sample\[0\]: 1 token; must be 2 or more", {"sample": ids[:, :1]}),
         ("sample: 3 tokens; must be 4 or more", {"sample": ids[:1, :3]}),
@@ -433,6 +484,22 @@ def test_wrong_arguments(model, ids) -> None:
     with pytest.raises(ValueError, match="is rewritten; call restore_attention"):
         fit(model, ids, tolerance=0.1)
     restore_attention(model)
+
+
+def test_what_cannot_be_reached_is_told_before_anything_is_profiled(
+    shipped_rates: None, model, ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, ...]] = []
+    monkeypatch.setattr(model, "forward", lambda x, own=model.forward: calls.append(tuple(x.shape)) or own(x))
+    sample = ids.repeat(1, 4)
+    with pytest.raises(ValueError, match=r"rows=1: the cheapest options take \d+\.\d rows at 960 tokens"):
+        fit(model, sample, rows=1, options=OPTIONS)
+    assert not calls
+    with pytest.raises(
+        ValueError, match=r"speedup=1000: the cheapest options are predicted to be \d+\.\d+ times as fast"
+    ):
+        fit(model, sample, speedup=1000, options=OPTIONS)
+    assert calls == [(1, 512)], "to find the sites"
 
 
 def test_a_model_without_causal_attention_is_told_why() -> None:

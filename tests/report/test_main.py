@@ -157,8 +157,9 @@ def test_a_plan_is_fitted_to_a_text_and_saved(
 
 
 def test_what_cannot_be_fitted_is_told(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text, broken = tmp_path / "sample.txt", tmp_path / "broken.pt"
+    text, broken, empty = tmp_path / "sample.txt", tmp_path / "broken.pt", tmp_path / "empty.txt"
     text.write_text("It was a dark and stormy night.")
+    empty.write_text("")
     broken.write_text("no tensor")
     for arguments, words in (
         (["--rows", "5"], "the following arguments are required: --sample"),
@@ -177,6 +178,7 @@ def test_what_cannot_be_fitted_is_told(model: str, tmp_path: Path, capsys: pytes
         (["--rows", "1"], "rows=1.0: the cheapest options take "),
         (["--tolerance", "-1"], "tolerance=-1.0: must be above 0 and finite"),
         (["--rows", "5", "--tokens", "3"], "--tokens=3: must be 4 or more"),
+        (["--rows", "5", "--sample", str(empty)], f"--sample='{empty}': has no tokens"),
     ):
         with pytest.raises(SystemExit) as error:
             main(["fit", f"{model}:with_tokenizer", "--sample", str(text), *arguments])
