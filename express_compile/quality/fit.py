@@ -117,8 +117,9 @@ def fit(
     model: as for ``rewrite_attention``, not rewritten; it is left as it was. Its output, or the ``logits`` of it, are
         scores ``[batch, positions, classes]``.
     sample: token ids ``[batch, tokens]``, or several such tensors or mappings of keyword arguments; best as long as
-        what the plan is for. Half of them are profiled, the others held out: every other sample, of one tensor with
-        several sequences every other sequence, and of a single sequence its second half.
+        what the plan is for. What an ``attention_mask`` hides is not judged. Half of them are profiled, the others held
+        out: every other sample, of one tensor with several sequences every other sequence, and of a single sequence
+        its second half.
     tolerance: at most so much KL(exact || rewritten), nats per token, mean over the late positions (from a quarter of a
         sample on) of what is held out, with as few rows as were found. rows: at most so many rows that a late query
         sees, mean over heads. speedup: attention at least so many times as fast as exact attention, as predicted at

@@ -15,11 +15,13 @@ the best options to the cheapest.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from types import NoneType
 from typing import Any
 
 import torch
@@ -61,6 +63,8 @@ class SiteProfile:
     errors: relative squared error of its output by KV head, or by query head, and option, ``[heads][options]``.
     nats: KL(exact || with an option at this site alone), nats per token, over the error of all its heads; of several
         samples the geometric mean, and 0 where no option had an error.
+
+    Raises ``TypeError`` or ``ValueError`` that name the field, its value and what is allowed.
     """
 
     module: str
@@ -68,6 +72,17 @@ class SiteProfile:
     through: str | None
     errors: tuple[tuple[float, ...], ...]
     nats: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("module", (str,)), ("through", (str, NoneType))):
+            if not isinstance(getattr(self, name), kinds):
+                raise TypeError(f"{name}={getattr(self, name)!r}: must be the path of a module")
+        _check_from("index", self.index, 0, int)
+        _check_from("nats", self.nats, 0, int, float)
+        if not self.errors or len({len(own) for own in self.errors}) != 1:
+            raise ValueError(f"errors={self.errors!r}: must list an error of every option for every head")
+        for error in itertools.chain(*self.errors):
+            _check_from("errors", error, 0, int, float)
 
     @property
     def weighted(self) -> torch.Tensor:
@@ -81,6 +96,8 @@ class Profile:
 
     options: what each head may have. tokens: how long the longest sample was; samples: how many there were.
     rows: rows that a late query sees on average, by option, for that many tokens. sites: in order of execution.
+
+    Raises ``TypeError`` or ``ValueError`` that name the field, its value and what is allowed.
     """
 
     options: tuple[Rows, ...]
@@ -88,6 +105,22 @@ class Profile:
     samples: int
     rows: tuple[float, ...]
     sites: tuple[SiteProfile, ...] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        n = len(self.options)
+        if not n or len(set(self.options)) < n:
+            raise ValueError(f"options={self.options!r}: must hold at least one Rows, and each once")
+        _check_from("tokens", self.tokens, 2, int)
+        _check_from("samples", self.samples, 1, int)
+        for rows in self.rows:
+            _check_from("rows", rows, 0, int, float)
+        if len(self.rows) != n:
+            raise ValueError(f"rows={self.rows!r}: must be a number for each of the {n} options")
+        if not self.sites or len({(site.module, site.index) for site in self.sites}) < len(self.sites):
+            raise ValueError(f"sites: {len(self.sites)}; must be one or more, and each once")
+        for i, site in enumerate(self.sites):
+            if len(site.errors[0]) != n:
+                raise ValueError(f"sites[{i}]: errors={site.errors!r}: must be of {n} options for every head")
 
     def to_json(self) -> str:
         """The profile as a JSON object."""
@@ -100,11 +133,41 @@ class Profile:
 
     @classmethod
     def _from_data(cls, data: Any) -> Profile:
-        names = {"options", "tokens", "samples", "rows", "sites"}
-        if not isinstance(data, dict) or set(data) != names:
-            raise TypeError(f"profile: must be an object of {', '.join(sorted(names))}")
-        sites = tuple(SiteProfile(**{**x, "errors": tuple(map(tuple, x["errors"]))}) for x in data["sites"])
-        return cls(heads(data["options"]), data["tokens"], data["samples"], tuple(data["rows"]), sites)
+        try:
+            sites = _listed("sites", _entries(data, cls)["sites"])
+            given = {**data, "options": heads(data["options"]), "rows": tuple(_listed("rows", data["rows"]))}
+            return cls(**{**given, "sites": tuple(_site(f"sites[{i}]", x) for i, x in enumerate(sites))})
+        except (TypeError, ValueError) as error:
+            raise renamed("profile", error) from None
+
+
+def _entries(data: Any, kind: type) -> dict[str, Any]:
+    """``data``, if it is an object of the fields of a dataclass."""
+    names = {f.name for f in fields(kind)}
+    if not isinstance(data, dict) or set(data) != names:
+        raise TypeError(f"must be an object of {', '.join(sorted(names))}")
+    return data
+
+
+def _listed(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{name}={value!r}: must be a list")
+    return value
+
+
+def _site(where: str, data: Any) -> SiteProfile:
+    try:
+        errors = tuple(
+            tuple(_listed("errors", own)) for own in _listed("errors", _entries(data, SiteProfile)["errors"])
+        )
+        return SiteProfile(**{**data, "errors": errors})
+    except (TypeError, ValueError) as error:
+        raise renamed(where, error) from None
+
+
+def _check_from(name: str, value: Any, least: int, *types: type) -> None:
+    if not least <= number(name, value, *types) < math.inf:
+        raise ValueError(f"{name}={value!r}: must be {least} or more, and finite")
 
 
 # --------------------------------------------------------------------------------------------------- measurement
@@ -450,22 +513,26 @@ def samples_of(name: str, sample: Any) -> list[torch.Tensor | Mapping[str, Any]]
 
 
 def tokens_of(batch: torch.Tensor | Mapping[str, Any]) -> int:
-    """How many tokens the sequences of a sample have."""
-    ids = batch if isinstance(batch, torch.Tensor) else batch.get("input_ids", batch.get("inputs_embeds"))
-    if not isinstance(ids, torch.Tensor):
-        raise ValueError("sample: a mapping must hold a tensor input_ids or inputs_embeds")
-    return int(ids.shape[1])
+    """How many tokens the sequences of a sample have, of an encoder and a decoder those of the decoder."""
+    found = [batch] if isinstance(batch, torch.Tensor) else [batch.get(name) for name in INPUTS]
+    tokens = next((x.shape[1] for x in found if isinstance(x, torch.Tensor) and x.dim() > 1), None)
+    if tokens is None:
+        raise ValueError(f"sample: a mapping must hold a tensor {', '.join(INPUTS[:-1])} or {INPUTS[-1]}")
+    return int(tokens)
+
+
+INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "labels", "input_ids", "inputs_embeds")
+"""What the tokens of a sample may be called; ``labels`` before the inputs of an encoder that they may be for."""
 
 
 def scores_of(model: nn.Module, batch: Any) -> torch.Tensor:
     """What a model makes of a sample: scores ``[batch, positions, classes]``; ``ValueError`` for other outputs, and
     for those of fewer positions than there are tokens."""
-    scores, ids = logits_of(model, batch), [batch] if isinstance(batch, torch.Tensor) else batch.values()
-    tokens = [x.shape[1] for x in ids if isinstance(x, torch.Tensor) and x.dim() == 2 and not x.is_floating_point()]
-    if tokens and scores.shape[1] < min(tokens):
+    scores, tokens = logits_of(model, batch), tokens_of(batch)
+    if scores.shape[1] < tokens:
         raise ValueError(
-            f"model: it gives scores of {scores.shape[1]} positions for {min(tokens)} tokens; must be those of all, as "
-            "the late ones among them are what is judged"
+            f"model: it gives scores of {scores.shape[1]} positions for {tokens} tokens; must be those of all, as the "
+            "late ones among them are what is judged"
         )
     return scores
 

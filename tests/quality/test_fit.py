@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -165,6 +166,41 @@ def test_a_profile_survives_json(model, ids) -> None:
     assert Profile.from_json(found.to_json()) == found
     with pytest.raises(TypeError, match="profile: must be an object of options, rows"):
         Profile.from_json("{}")
+
+
+def test_nothing_in_the_json_of_a_profile_is_trusted() -> None:
+    site = SiteProfile("a", 0, None, ((0.5, 0.0), (1.0, 0.0)), 2.0)
+    whole = Profile((Rows(2, 8), EVERYTHING), 240, 1, (20.0, 150.0), (site,))
+    data = json.loads(whole.to_json())
+    assert Profile.from_json(json.dumps(data)) == whole
+    for words, at, value in (
+        ("profile: sites=None: must be a list", ("sites",), None),
+        ("profile: sites: 0; must be one or more", ("sites",), []),
+        ("profile: sites: 2; must be one or more, and each once", ("sites",), 2 * data["sites"]),
+        (r"profile: sites\[0\]: must be an object of errors, index, module, nats, through", ("sites", 0), "a"),
+        (r"profile: sites\[0\]: errors=None: must be a list", ("sites", 0, "errors"), None),
+        (r"profile: sites\[0\]: errors=nan: must be 0 or more, and finite", ("sites", 0, "errors", 1, 0), math.nan),
+        (r"profile: sites\[0\]: errors=-1: must be 0 or more", ("sites", 0, "errors", 1, 0), -1),
+        (
+            r"profile: sites\[0\]: errors=.*: must list an error of every option for every",
+            ("sites", 0, "errors", 0),
+            [1],
+        ),
+        (r"profile: sites\[0\]: errors=.*: must be of 2 options", ("sites", 0, "errors"), [[1]]),
+        (r"profile: sites\[0\]: nats='1': must be of type int or float", ("sites", 0, "nats"), "1"),
+        (r"profile: sites\[0\]: module=3: must be the path of a module", ("sites", 0, "module"), 3),
+        (r"profile: sites\[0\]: index=-1: must be 0 or more", ("sites", 0, "index"), -1),
+        ("profile: tokens=1: must be 2 or more", ("tokens",), 1),
+        ("profile: samples='1': must be of type int", ("samples",), "1"),
+        (r"profile: rows=\(20.0,\): must be a number for each of the 2 options", ("rows",), [20.0]),
+        ("profile: options=.*: must hold at least one Rows, and each once", ("options",), 2 * data["options"][:1]),
+        ("profile: must be an object of options, rows, samples, sites, tokens", ("other",), 1),
+    ):
+        changed = json.loads(json.dumps(data))
+        place = functools.reduce(lambda x, key: x[key], at[:-1], changed)
+        place[at[-1]] = value
+        with pytest.raises((TypeError, ValueError), match=words):
+            Profile.from_json(json.dumps(changed))
 
 
 def test_a_head_that_needs_a_far_token_gets_it_and_the_other_one_does_not() -> None:
@@ -394,6 +430,18 @@ def test_one_line_rewrites_a_model_by_a_sample(model, ids, how, heads: int) -> N
     restore_attention(model)
     assert [x.method for x in sites] == ["heads"] * 3 and torch.isfinite(found).all() and found.shape == exact.shape
     assert {len(x.rows) for x in sites} == {heads}
+
+
+def test_the_tokens_of_an_encoder_and_a_decoder_are_those_of_the_decoder() -> None:
+    class Both(Decoder):
+        def forward(self, input_ids: torch.Tensor, decoder_input_ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(decoder_input_ids) + self.embed(input_ids).mean(1, keepdim=True)
+
+    torch.manual_seed(0)
+    samples = [{"input_ids": x[:, :40], "decoder_input_ids": x} for x in texts(40, 45).split(1)]
+    found = fit(Both().eval(), samples, rows=150, options=(Rows(4, 16), EVERYTHING), block=16)
+    assert found.plan.fitted["tokens"] == found.plan.fitted["held_out"] == (256,)
+    assert found.plan.fitted["length"] == 256 and found.chosen == ((Rows(4, 16), EVERYTHING),)
 
 
 def test_what_is_held_out(model, ids) -> None:
