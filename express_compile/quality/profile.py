@@ -336,7 +336,8 @@ class _Finder(Exactly):
     def __init__(self, model: nn.Module) -> None:
         self.linear = {path: x for path, x in uncompiled(model).named_modules() if isinstance(x, nn.Linear)}
         captured = {x for capture in captures_of(model).values() for x in capture.module.modules()}
-        self.hookable = [x for x in self.linear.values() if x not in captured]  # graphs tell of theirs by themselves
+        # graphs tell of theirs by themselves; what a subclass does, as one with quantized weights, is not known
+        self.hookable = [x for x in self.linear.values() if x not in captured and type(x).forward is nn.Linear.forward]
         self.sites: set[int] = set()
         self.projections: dict[int, torch.Tensor] = {}
         self.paths: dict[int, str] = {}
@@ -361,7 +362,7 @@ class _Finder(Exactly):
         """While active, the linear layers of the model tell what they are given."""
 
         def hook(module: nn.Linear, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], torch.Tensor):
+            if args and isinstance(args[0], torch.Tensor) and _is_plain(module.weight, args[0]):
                 self.see_linear(args[0], module.weight)
 
         hooks = [x.register_forward_pre_hook(hook) for x in self.hookable]
@@ -370,6 +371,11 @@ class _Finder(Exactly):
         finally:
             for handle in hooks:
                 handle.remove()
+
+
+def _is_plain(weight: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether a weight holds numbers where ``x`` is: neither quantized, nor shared out, nor loaded for each call."""
+    return type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point() and weight.device == x.device
 
 
 class _Meter(Exactly):

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import time
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -153,6 +154,28 @@ def test_nats_are_what_an_error_at_one_site_does_to_the_output(model, ids) -> No
 
 
 @torch.no_grad()
+def test_errors_go_through_the_linear_layer_that_computes_not_through_one_that_has_another_forward(model, ids) -> None:
+    class Adapted(nn.Linear):
+        """Holds a weight that it does not use, as quantized ones do."""
+
+        def __init__(self, base: nn.Linear, keep: bool) -> None:
+            super().__init__(base.in_features, base.out_features, bias=False)
+            self.base = base if keep else (lambda x: base(x))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x)
+
+    expected = profile(model, ids, OPTIONS, block=16)
+    adapted, opaque = deepcopy(model), deepcopy(model)
+    for changed, keep in ((adapted, True), (opaque, False)):
+        for layer in changed.model.layers:
+            layer.self_attn.o_proj = Adapted(layer.self_attn.o_proj, keep)
+    found, through = profile(adapted, ids, OPTIONS, block=16), [f"{path}.o_proj.base" for path in PATHS]
+    assert [site.through for site in found.sites] == through
+    assert [site.errors for site in found.sites] == [site.errors for site in expected.sites]
+    assert [site.through for site in profile(opaque, ids, OPTIONS, block=16).sites] == [None] * 3
+
+
 def test_several_samples_are_averaged(model, ids) -> None:
     both, *each = (profile(model, x, OPTIONS, block=16) for x in ([ids[:1], ids[1:]], ids[:1], ids[1:]))
     for i, site in enumerate(both.sites):
