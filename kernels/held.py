@@ -41,6 +41,7 @@ from .express import Express, gather_rows, make_layout, select_rows
 from .express_state import Kept, join
 from .heads import Group, PerHead, groups
 from .launch import Random, philox_uniform
+from .prepared import without_autocast
 from .select.contest import CONTEST, contest, distinctiveness
 from .select.halving import Decider, halve_reference
 from .select.pages import PAGE, SUB, Listing, Tokens, choose_pages, listed, step_pages, update_means
@@ -60,11 +61,12 @@ _LN2 = math.log(2.0)
 
 
 def _in_place(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Without gradients, and with tensors that can be written to whether or not somebody is in inference mode."""
+    """Without gradients and autocast, and with tensors that can be written to whether or not somebody is in inference
+    mode."""
 
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), without_autocast():
             return method(*args, **kwargs)
 
     return run
