@@ -413,9 +413,9 @@ class ExpressLayer(CacheLayerMixin):
             return
         if positions.dim() == 2 and bool((positions == 0).any(1).all()):
             raise ValueError(
-                f"ExpressCache: position_ids begin at 0 again, and the cache has {self.columns} tokens. generate() "
-                "adds those of a conversation that the cache has not; with use_cache=False, and in assisted decoding with "
-                "a cache that has tokens, transformers adds all of them once more. reset() empties the cache"
+                f"ExpressCache: position_ids begin at 0 again, and the cache has {self.columns} tokens. generate() adds"
+                " those of a conversation that the cache has not; with use_cache=False, and in assisted decoding with a"
+                " cache that has tokens, transformers adds all of them once more. reset() empties the cache"
             )
 
     def _require_computable(self, given: Given, site: Site) -> None:
