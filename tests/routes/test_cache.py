@@ -603,6 +603,13 @@ def test_tokens_that_transformers_would_add_once_more_are_refused(n: int) -> Non
     cache.rollback()
     out = model.generate(prompt, past_key_values=cache, max_new_tokens=5)
     assert cache.get_seq_length() == out.shape[1] - 1
+    cache.reset()
+    mask = torch.cat([torch.zeros(1, 5), torch.ones(1, n)], 1)
+    for piece in (slice(0, 5), slice(5, n + 5)):  # behind padding alone
+        positions = (mask[:, : piece.stop].cumsum(1) - 1).clamp(min=0).long()[:, piece]
+        more = {"attention_mask": mask[:, : piece.stop], "position_ids": positions}
+        logits(model, ids(n + 5)[:, piece], cache, **more)
+    assert cache.get_seq_length() == n + 5
 
 
 def test_models_that_change_what_a_cache_gives_or_have_cross_attention_say_so() -> None:

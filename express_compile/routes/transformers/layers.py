@@ -26,7 +26,7 @@ from ...kernels.heads import PerHead, exact_up_to, groups
 from ...kernels.held import STEP, Held, Real
 from ...kernels.launch import Random
 from ..tracers import untraced
-from .proof import Given, Proof, prove
+from .proof import Given, Proof, is_proven, prove
 from .sites import Site, site_of
 
 _LAYER = "_express_compile_layer"  # an attribute of keys that a layer returned
@@ -251,7 +251,7 @@ class ExpressLayer(CacheLayerMixin):
             raise RuntimeError(f"ExpressCache: {self.place.path!r} attends twice to the tokens of one step")
         key, value = self.new
         n = given.query.shape[2]
-        self._require_new(given.arguments.get("position_ids"), n)
+        self._require_new(given.mask, given.arguments.get("position_ids"), n)
         self._require_computable(given, site)
         if self.held is None and self.columns + n <= self.limit:
             self.keys, self.values = key, value
@@ -407,11 +407,16 @@ class ExpressLayer(CacheLayerMixin):
             if mine != theirs:
                 raise ValueError(f"ExpressCache: {self.place.path!r} has {what}: {mine}; the new tokens have {theirs}")
 
-    def _require_new(self, positions: Any, n: int) -> None:
+    def _require_new(self, mask: torch.Tensor | None, positions: Any, n: int) -> None:
         """Raise ``ValueError`` where every sequence begins at position 0 again behind tokens that the cache has."""
-        if not self.columns or n == 1 or self.step.done or not isinstance(positions, torch.Tensor):
+        known = isinstance(positions, torch.Tensor) and positions.dim() == 2
+        if not known or not self.columns or n == 1 or self.step.done:
             return
-        if positions.dim() == 2 and bool((positions == 0).any(1).all()):
+        again = (positions == 0).any(1)
+        if is_proven(mask) and mask.padding is not None:  # there may have been padding only
+            has_tokens = mask.padding[:, : self.columns].any(1)
+            again = again.expand(len(has_tokens))[has_tokens]
+        if len(again) and bool(again.all()):
             raise ValueError(
                 f"ExpressCache: position_ids begin at 0 again, and the cache has {self.columns} tokens. generate() adds"
                 " those of a conversation that the cache has not; with use_cache=False, and in assisted decoding with a"
