@@ -612,6 +612,29 @@ def test_tokens_that_transformers_would_add_once_more_are_refused(n: int) -> Non
     assert cache.get_seq_length() == n + 5
 
 
+@pytest.mark.parametrize("n", [40, 50, 80])
+def test_a_model_that_makes_another_cache_goes_on_with_ours(n: int) -> None:
+    """Phi 3 does for prompts of more tokens than RoPE has short factors for, and when a text comes to so many."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_type": "longrope", "rope_theta": 1e4}
+    sizes = {"max_position_embeddings": 512, "original_max_position_embeddings": 48, "rope_parameters": factors}
+    sizes |= {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = transformers.Phi3Config(**sizes, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    torch.manual_seed(0)
+    model = transformers.Phi3ForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    prompt, mask = ids(n, 2), torch.ones(2, n, dtype=torch.long)
+    mask[0, :5] = 0
+    given = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 20}
+    exact = copy.deepcopy(model).generate(prompt, **given)
+    whole, cache = ExpressCache(model, rows=Rows(2, 200)), ExpressCache(model, rows=Rows(2, 14))
+    assert torch.equal(model.generate(prompt, past_key_values=whole, **given), exact)
+    out = model.generate(prompt, past_key_values=cache, return_dict_in_generate=True, **given)
+    assert out.past_key_values is cache and cache.get_seq_length() == n + 19 and cache.rows_held < 20
+    assert torch.equal(model.generate(prompt, **given), exact)
+    embeds = {**given, "inputs_embeds": model.model.embed_tokens(prompt)}
+    assert model.generate(past_key_values=ExpressCache(model, rows=Rows(2, 14)), **embeds).shape == (2, 20)
+
+
 def test_models_that_change_what_a_cache_gives_or_have_cross_attention_say_so() -> None:
     torch.manual_seed(0)
     size = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}

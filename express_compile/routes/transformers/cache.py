@@ -37,7 +37,7 @@ from ..eager import rewrite_attention, rewritten_sites
 from .layers import ExpressLayer, Place, Step
 from .masks import BY_PLACES
 from .sites import installed
-from .steps import Steps, let_generate_record
+from .steps import Steps, let_generate_keep, let_generate_record
 
 _ROWS = ("budget", "sinks", "recent", "protected")
 _OTHERS = ("halving", "inflation", "flatten", "block", "last")
@@ -121,6 +121,7 @@ class ExpressCache(Cache):
         self.seed = int(torch.randint(0, 2**31 - 1, ())) if seed is None else seed
         self._step = Step(len(sites))
         self.steps = Steps(graphs)
+        let_generate_keep(model)
         if graphs:
             let_generate_record(model)
         self._model = _shape_of(model)
