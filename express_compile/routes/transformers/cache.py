@@ -387,8 +387,8 @@ def _sites(model: PreTrainedModel) -> dict[str, int]:
     numbers = sorted(found.values())
     if several := [path for path, index in found.items() if numbers.count(index) > 1]:
         raise ValueError(
-            f"model={type(model).__name__}: {', '.join(several[:2])}, ... are one layer of a cache; models with cross "
-            "attention are not supported"
+            f"model={type(model).__name__}: {', '.join(several[:2])}, ... share the layers of a cache, as with cross "
+            "attention; such models are not supported"
         )
     if numbers != [index for index, is_plain in enumerate(plain) if is_plain]:
         raise ValueError(

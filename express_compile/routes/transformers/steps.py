@@ -21,7 +21,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from ..module_code import passes
 from .layers import ExpressLayer
 from .sites import installed
 
@@ -239,8 +238,7 @@ def let_generate_record(model: PreTrainedModel) -> None:
 def let_generate_keep(model: PreTrainedModel) -> None:
     """Let ``model.generate()`` go on with an ExpressCache where the model puts another in its place: Phi 3 does so for
     long prompts, and once in a text, when its RoPE comes to other factors."""
-    function = getattr(type(model), "prepare_inputs_for_generation", None)
-    if function is not None and passes(function, ("original_max_position_embeddings",)):
+    if model.can_generate() and hasattr(model.config, "original_max_position_embeddings"):
         setattr(model, prepare_inputs_for_generation.__name__, MethodType(prepare_inputs_for_generation, model))
 
 
@@ -256,6 +254,8 @@ def prepare_inputs_for_generation(
     inputs: dict[str, Any] = kind.prepare_inputs_for_generation(self, input_ids, **given)
     if isinstance(getattr(past_key_values, "steps", None), Steps) and inputs.get("past_key_values") is None:
         past_key_values.reset()
+        given |= {"past_key_values": None, "next_sequence_length": None}
+        inputs = kind.prepare_inputs_for_generation(self, input_ids, **given)
         inputs["past_key_values"] = past_key_values
     return inputs
 
