@@ -784,6 +784,24 @@ def test_layers_of_other_kinds_stay_those_of_transformers(kind: str) -> None:
         thinned.save("never.safetensors")
 
 
+@pytest.mark.parametrize("n", [30, 70])
+def test_where_another_layer_cannot_take_tokens_back_none_does(n: int) -> None:
+    """Also where it comes behind one that could."""
+    torch.manual_seed(0)
+    config = hybrids()["sliding"].config
+    config.layer_types = config.layer_types[::-1]
+    model, prompt = transformers.Qwen2ForCausalLM(config).eval(), ids(n + 1)
+    cache = ExpressCache(model, rows=Rows(2, 14, 8))
+    logits(model, prompt[:, :n], cache)
+    assert [isinstance(layer, ExpressLayer) for layer in cache.layers] == [True, False]
+    expected = logits(model, prompt[:, n:], copy.deepcopy(cache))
+    with pytest.raises(RuntimeError, match="the current layer does not track past states"):
+        cache.crop(-3)
+    with pytest.raises(ValueError, match=re.escape("crop(3): must be minus the number of tokens")):
+        cache.crop(3)
+    assert torch.equal(logits(model, prompt[:, n:], cache), expected)
+
+
 # ---- steps that do not end -------------------------------------------------------------------------------------------
 
 

@@ -224,11 +224,12 @@ class ExpressCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last ``-tokens_to_remove`` tokens back, of all layers or of none: ``ValueError`` where a head has
-        thinned or dropped one of them."""
+        thinned or dropped one of them, and what layers of transformers raise that cannot go back."""
         self._step.require_whole()
         for layer in self.express_layers:
             layer.require_croppable(-int(tokens_to_remove))
-        super().crop(tokens_to_remove)
+        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, ExpressLayer)):  # others can still raise
+            layer.crop(tokens_to_remove)
 
     # -- files --------------------------------------------------------------------------------------------------------
 

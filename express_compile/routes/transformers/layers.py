@@ -405,7 +405,10 @@ class ExpressLayer(CacheLayerMixin):
         words = ("sequences", "KV heads", "channels of keys", "channels of values", "dtype", "device")
         for what, mine, theirs in zip(words, like, now, strict=True):
             if mine != theirs:
-                raise ValueError(f"ExpressCache: {self.place.path!r} has {what}: {mine}; the new tokens have {theirs}")
+                how = "; batch_repeat_interleave() and batch_select_indices() change that" if what == words[0] else ""
+                raise ValueError(
+                    f"ExpressCache: {self.place.path!r} has {what}: {mine}; the new tokens have {theirs}{how}"
+                )
 
     def _require_new(self, mask: torch.Tensor | None, positions: Any, n: int) -> None:
         """Raise ``ValueError`` where every sequence begins at position 0 again behind tokens that the cache has."""
@@ -498,6 +501,8 @@ class ExpressLayer(CacheLayerMixin):
 
     def require_croppable(self, count: int) -> None:
         """Raise ``ValueError`` where the last ``count`` tokens cannot be taken back."""
+        if count < 0:
+            raise ValueError(f"ExpressCache: crop({-count}): must be minus the number of tokens to take back")
         most = self.croppable
         if count > most:
             why = f"only the last {most} tokens are held as they are"
@@ -507,8 +512,6 @@ class ExpressLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last ``-tokens_to_remove`` tokens back. Raises ``ValueError`` where they are thinned already."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"ExpressCache: crop({tokens_to_remove}): must be minus the number of tokens to take back")
         count = -int(tokens_to_remove)  # some versions give a tensor
         self.step.require_whole()
         self.require_croppable(count)
