@@ -118,7 +118,7 @@ class HeldRows:
         B, G = key.shape[0], len(self.random.heads)
         self.left = [0] * B
         self.sinks = self.ring = self.places = self.coreset = self.waiting = 0
-        self.scores = self.key_sum = torch.empty(B, G, 0, device=key.device)
+        self.scores = self.key_sum = torch.empty(B, G, 0, dtype=torch.float32, device=key.device)
         if config is not None:
             slack = 0 if self.drops else CONTEST - 1
             self.ring = config.sinks
@@ -134,7 +134,7 @@ class HeldRows:
         self.key = key.new_zeros(B, G, places, key.shape[-1])
         self.value = value.new_zeros(B, G, places, value.shape[-1])
         self.token = torch.zeros(B, G, places, dtype=torch.int32, device=key.device)
-        self.log_weight = torch.full((B, G, places), -math.inf, device=key.device)
+        self.log_weight = torch.full((B, G, places), -math.inf, dtype=torch.float32, device=key.device)
         self.means = key.new_zeros(B, G, 0, key.shape[-1])
         self.pages = self.listed = torch.empty(0, dtype=torch.int32, device=key.device)
 

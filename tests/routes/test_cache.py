@@ -173,6 +173,19 @@ def test_under_autocast_rows_are_those_of_the_same_tokens_and_attend_in_float32(
     assert torch.equal(out, held.extend(query, own, own_value))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_rows_do_not_depend_on_the_default_dtype_of_torch(dtype: torch.dtype) -> None:
+    model, prompt = llama(), ids(300)
+    expected, found = (ExpressCache(model, rows=MIXED) for _ in range(2))
+    wanted = [logits(model, part, expected) for part in prompt.split([290, 9, 1], 1)]
+    torch.set_default_dtype(dtype)
+    try:
+        for part, one in zip(prompt.split([290, 9, 1], 1), wanted, strict=True):
+            assert torch.equal(logits(model, part, found), one)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_model_that_is_not_rewritten_is_by_its_cache_and_computes_what_it_did() -> None:
     model, prompt = llama(), ids(60)
     before = logits(model, prompt)
