@@ -228,8 +228,8 @@ class ExpressCache(Cache):
         self._step.require_whole()
         for layer in self.express_layers:
             layer.require_croppable(-int(tokens_to_remove))
-        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, ExpressLayer)):  # others can still raise
-            layer.crop(tokens_to_remove)
+        for any_layer in sorted(self.layers, key=lambda x: isinstance(x, ExpressLayer)):  # others can still raise
+            any_layer.crop(tokens_to_remove)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
