@@ -228,8 +228,9 @@ class ExpressCache(Cache):
         self._step.require_whole()
         for layer in self.express_layers:
             layer.require_croppable(-int(tokens_to_remove))
-        for any_layer in sorted(self.layers, key=lambda x: isinstance(x, ExpressLayer)):  # others can still raise
-            any_layer.crop(tokens_to_remove)
+        layers: list[Any] = sorted(self.layers, key=lambda x: isinstance(x, ExpressLayer))  # others can still raise
+        for each in layers:
+            each.crop(tokens_to_remove)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
