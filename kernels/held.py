@@ -41,6 +41,7 @@ from .express import Express, gather_rows, make_layout, select_rows
 from .express_state import Kept, join
 from .heads import Group, PerHead, groups
 from .launch import Random, philox_uniform
+from .prepared import without_autocast
 from .select.contest import CONTEST, contest, distinctiveness
 from .select.halving import Decider, halve_reference
 from .select.pages import PAGE, SUB, Listing, Tokens, choose_pages, listed, step_pages, update_means
@@ -60,11 +61,12 @@ _LN2 = math.log(2.0)
 
 
 def _in_place(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Without gradients, and with tensors that can be written to whether or not somebody is in inference mode."""
+    """Without gradients and autocast, and with tensors that can be written to whether or not somebody is in inference
+    mode."""
 
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), without_autocast():
             return method(*args, **kwargs)
 
     return run
@@ -116,7 +118,7 @@ class HeldRows:
         B, G = key.shape[0], len(self.random.heads)
         self.left = [0] * B
         self.sinks = self.ring = self.places = self.coreset = self.waiting = 0
-        self.scores = self.key_sum = torch.empty(B, G, 0, device=key.device)
+        self.scores = self.key_sum = torch.empty(B, G, 0, dtype=torch.float32, device=key.device)
         if config is not None:
             slack = 0 if self.drops else CONTEST - 1
             self.ring = config.sinks
@@ -132,7 +134,7 @@ class HeldRows:
         self.key = key.new_zeros(B, G, places, key.shape[-1])
         self.value = value.new_zeros(B, G, places, value.shape[-1])
         self.token = torch.zeros(B, G, places, dtype=torch.int32, device=key.device)
-        self.log_weight = torch.full((B, G, places), -math.inf, device=key.device)
+        self.log_weight = torch.full((B, G, places), -math.inf, dtype=torch.float32, device=key.device)
         self.means = key.new_zeros(B, G, 0, key.shape[-1])
         self.pages = self.listed = torch.empty(0, dtype=torch.int32, device=key.device)
 

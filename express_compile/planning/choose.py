@@ -84,8 +84,10 @@ def check_policy(policy: Policy) -> None:
         if probe is not None:
             METHODS[name].params(Site(probe), local)
     parts = {f"modules[{g!r}]": replace(policy, modules={}, **given) for g, given in policy.modules.items()}
-    if policy.plan is not None:
-        parts |= {f"plan[{site.module!r}]": policy.of_entry(site) for site in policy.plan.sites}
+    for site in () if policy.plan is None else policy.plan.sites:
+        if site.method not in known:
+            raise ValueError(f"plan[{site.module!r}]: unknown method {site.method!r}; allowed are {', '.join(known)}")
+        parts[f"plan[{site.module!r}]"] = policy.of_entry(site)
     for name, part in parts.items():
         try:
             check_policy(part)

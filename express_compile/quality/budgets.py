@@ -161,7 +161,7 @@ def calibrate_error(
         scores ``[batch, positions, classes]``.
     batches: token ids ``[batch, positions]`` or mappings of keyword arguments; best a few that are as long as those
         that the policy is for. All budgets of one batch are tried before the next one is asked for.
-    tolerance: mean KL(exact || approximate) in nats per position, from position ``first`` on.
+    tolerance: mean KL(exact || approximate) in nats per position, from position ``first`` on, without padding.
     budgets: what to choose from, in rows; a site for which none of them is good enough stays exact.
     policy: everything but the budget (default: Express with its defaults); its methods are ``express``,
         ``thinformer`` or both, its ``modules`` must be empty.
@@ -197,7 +197,7 @@ def calibrate_error(
 
         def measure(chosen: Mapping[int, int | None]) -> float:
             with run_by(_Budgets(options, chosen)):
-                found = [mean_kl(x, logits_of(model, batch), first) for x, batch in zip(exact, batches, strict=True)]
+                found = [mean_kl(x, logits_of(model, b), first, b) for x, b in zip(exact, batches, strict=True)]
             return fmean(found)
 
         found = _sensitivities(seen, budgets, measure)
@@ -281,13 +281,28 @@ def logits_of(model: nn.Module, batch: Any) -> torch.Tensor:
     return logits
 
 
-def mean_kl(exact: torch.Tensor, approximate: torch.Tensor, first: int) -> float:
-    """Mean KL(exact || approximate) over positions from ``first`` on, in nats."""
-    total = 0.0
-    for p, q in zip(exact[:, first:].split(_CHUNK, 1), approximate[:, first:].split(_CHUNK, 1), strict=True):
-        p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-        total += (p.exp() * (p - q)).sum().item()
-    return total / (exact.shape[0] * (exact.shape[1] - first))
+def mean_kl(exact: torch.Tensor, approximate: torch.Tensor, first: int, batch: Any) -> float:
+    """Mean KL(exact || approximate) of the scores of a batch over positions from ``first`` on that are no padding, in
+    nats. Classes that both rule out, by a score of minus infinity, count nothing. ``ValueError`` where nothing counts,
+    and for scores that are no numbers."""
+    total, real = 0.0, _real(batch, exact)
+    real[:, :first] = False
+    if not (positions := int(real.sum())):
+        raise ValueError(f"a batch has padding only from position {first} on, where its scores count; give longer ones")
+    for p, q, counts in zip(*(x.split(_CHUNK, 1) for x in (exact, approximate, real)), strict=True):
+        if counts.any():
+            p, q = p[counts].float().log_softmax(-1), q[counts].float().log_softmax(-1)
+            total += (p.exp() * (p - q)).masked_fill(p == -math.inf, 0).sum().item()
+    if math.isnan(total):
+        raise ValueError("model: it gives scores that are NaN, or infinite; must be numbers, or minus infinity")
+    return total / positions
+
+
+def _real(batch: Any, scores: torch.Tensor) -> torch.Tensor:
+    """Which of the positions of ``scores`` no padding mask of the batch hides: bool ``[batch, positions]``."""
+    masks = [batch.get(f"{whose}attention_mask") for whose in ("decoder_", "")] if isinstance(batch, Mapping) else []
+    fit = (x for x in masks if isinstance(x, torch.Tensor) and x.shape == scores.shape[:2])
+    return next((x.to(scores.device) != 0 for x in fit), scores.new_ones(scores.shape[:2], dtype=torch.bool))
 
 
 def _sensitivities(

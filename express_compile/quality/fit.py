@@ -13,12 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from statistics import fmean
+from types import NoneType
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ..core.call import run_by
+from ..core.options import flag
 from ..core.plain import number, renamed
 from ..core.plan import SavedPlan, SavedSite
 from ..core.policy import BESIDE_A_PLAN, Policy
@@ -30,7 +32,7 @@ from ..planning.devices import device_of
 from ..planning.predict import at_length, predict
 from ..routes.eager import restore_attention
 from ..routes.eager import rewrite_attention as routed
-from .budgets import Exactly, logits_of, mean_kl
+from .budgets import Exactly
 from .profile import (
     DEFAULT_OPTIONS,
     Choice,
@@ -39,7 +41,8 @@ from .profile import (
     checked_options,
     choose,
     filled,
-    late,
+    found_in,
+    kl_of,
     least,
     measured,
     prices,
@@ -47,6 +50,7 @@ from .profile import (
     rewritten,
     rows_of,
     samples_of,
+    scores_of,
     tokens_of,
 )
 
@@ -113,8 +117,9 @@ def fit(
     model: as for ``rewrite_attention``, not rewritten; it is left as it was. Its output, or the ``logits`` of it, are
         scores ``[batch, positions, classes]``.
     sample: token ids ``[batch, tokens]``, or several such tensors or mappings of keyword arguments; best as long as
-        what the plan is for. Half of them are profiled, the others held out: every other sample, of one tensor with
-        several sequences every other sequence, and of a single sequence its second half.
+        what the plan is for. What an ``attention_mask`` hides is not judged. Half of them are profiled, the others held
+        out: every other sample, of one tensor with several sequences every other sequence, and of a single sequence
+        its second half.
     tolerance: at most so much KL(exact || rewritten), nats per token, mean over the late positions (from a quarter of a
         sample on) of what is held out, with as few rows as were found. rows: at most so many rows that a late query
         sees, mean over heads. speedup: attention at least so many times as fast as exact attention, as predicted at
@@ -132,6 +137,10 @@ def fit(
     reaches, and where no site can be rewritten.
     """
     asked = _asked(tolerance=tolerance, rows=rows, speedup=speedup)
+    if not isinstance(profile, (Profile, NoneType)):
+        raise TypeError(f"profile={profile!r}: must be None or a Profile")
+    flag("query_heads", query_heads)
+    flag("progress", progress)
     options = checked_options(options if profile is None else profile.options, block)
     base = PerHead(EVERYTHING, block=block, last=last)
     samples = samples_of("sample", sample)
@@ -142,8 +151,12 @@ def fit(
         length = profile.tokens if profile is not None else max(map(tokens_of, profiled))
     elif number("length", length, int) < 2:
         raise ValueError(f"length={length!r}: must be 2 tokens or more")
+    if rows is not None:
+        _check_rows(rows, options, length, base)
     budget = None
     with rewritten(model, base):
+        if speedup is not None:
+            _times(speedup, found_in(model, judged[0])[1], options, length, base)  # known early whether it is reached
         if profile is None:
             profile, reports = measured(model, profiled, options, block, progress, query_heads)
         else:
@@ -201,7 +214,7 @@ class _Search:
         (self.exact_rows,) = rows_of([EVERYTHING], length, base)
         self.cost: Any = self.rows
         with run_by(Exactly()):
-            self.exact = [logits_of(model, batch) for batch in judged]
+            self.exact = [scores_of(model, batch) for batch in judged]
         self._seen: dict[Choice, float] = {}
 
     def choice(self, price: float) -> Choice:
@@ -217,10 +230,7 @@ class _Search:
 
     def kl(self) -> float:
         """KL of the model as it runs now, on what is held out."""
-        found = []
-        for exact, batch in zip(self.exact, self.judged, strict=True):
-            found.append(mean_kl(exact, logits_of(self.model, batch), late(exact.shape[1])))
-        return fmean(found)
+        return fmean(kl_of(exact, self.model, batch) for exact, batch in zip(self.exact, self.judged, strict=True))
 
     def kl_of(self, choice: Choice) -> float:
         """KL of a choice, measured once."""
@@ -246,25 +256,16 @@ class _Search:
         """The least price at which there are at most so many rows, and how many all heads may have together."""
         ladder = prices(self.profile, self.cost)
         price = least(ladder, lambda price: self.rows_of(self.choice(price)) <= rows)
-        if price is None:
-            cheapest = self.rows_of(self.choice(ladder[-1]))
-            raise ValueError(
-                f"rows={rows!r}: the cheapest options take {cheapest:.1f} rows at {self.length} tokens; allowed are "
-                "that many and more, or cheaper options"
-            )
+        price = ladder[-1] if price is None else price  # a mean of equal numbers may be rounded to more
         return price, rows * sum(len(site.errors) for site in self.profile.sites)
 
     def by_speedup(self, speedup: float) -> tuple[float, float]:
         """The least price, of a millisecond, at which attention is predicted to be so much faster than exact one, and
         the milliseconds that all heads may take together."""
-        try:
-            specs = [report.spec for report in self.reports if report.spec is not None]
-            heads = [len(site.errors) for site in self.profile.sites]
-            times = [_milliseconds(spec, (*self.profile.options, EVERYTHING), self.length, self.base) for spec in specs]
-            self.cost = [[[x / n for x in its[:-1]]] for its, n in zip(times, heads, strict=True)]
-            exact = sum(its[-1] for its in times)
-        except ValueError as error:
-            raise renamed(f"speedup={speedup!r}", error) from None
+        times = _times(speedup, self.reports, self.profile.options, self.length, self.base)
+        heads = [len(site.errors) for site in self.profile.sites]
+        self.cost = [[[x / n for x in its[:-1]]] for its, n in zip(times, heads, strict=True)]
+        exact = sum(its[-1] for its in times)
 
         def reached(price: float) -> float:
             choice = self.choice(price)
@@ -272,12 +273,7 @@ class _Search:
 
         ladder = prices(self.profile, self.cost)
         price = least(ladder, lambda price: reached(price) >= speedup)
-        if price is None:
-            raise ValueError(
-                f"speedup={speedup!r}: the cheapest options are predicted to be {reached(ladder[-1]):.2f} times as "
-                f"fast as exact attention at {self.length} tokens; allowed is at most that, or cheaper options"
-            )
-        return price, exact / speedup
+        return ladder[-1] if price is None else price, exact / speedup
 
     def entries(self, choice: Choice) -> tuple[SavedSite, ...]:
         """The entries of a plan: those that the planner made, with the rows that were chosen."""
@@ -295,6 +291,34 @@ class _Search:
                 )
             )
         return (*found, *(report.saved for report in self.others if report.saved is not None))
+
+
+def _check_rows(rows: float, options: Sequence[Rows], length: int, base: PerHead) -> None:
+    """Raise ``ValueError`` for fewer rows than any option has, before anything is measured."""
+    if (cheapest := min(rows_of(options, length, base))) > rows:
+        raise ValueError(
+            f"rows={rows!r}: the cheapest options take {math.ceil(10 * cheapest) / 10:.1f} rows at {length} tokens; "
+            "allowed are that many and more, or cheaper options"
+        )
+
+
+def _times(
+    speedup: float, reports: Sequence[SiteReport], options: tuple[Rows, ...], length: int, base: PerHead
+) -> list[list[float]]:
+    """What every option, and behind them exact attention, is predicted to take at every site, in milliseconds.
+    ``ValueError`` where that is not known, or where the cheapest options are not as fast as ``speedup``."""
+    try:
+        specs = [x.spec for x in reports if x.verdict == "rewritten" and x.spec is not None]
+        times = [_milliseconds(spec, (*options, EVERYTHING), length, base) for spec in specs]
+    except ValueError as error:
+        raise renamed(f"speedup={speedup!r}", error) from None
+    exact, cheapest = sum(its[-1] for its in times), sum(min(its[:-1]) for its in times)
+    if exact < speedup * cheapest:
+        raise ValueError(
+            f"speedup={speedup!r}: the cheapest options are predicted to be {exact / cheapest:.2f} times as fast as "
+            f"exact attention at {length} tokens; allowed is at most that, or cheaper options"
+        )
+    return times
 
 
 def _milliseconds(spec: AttentionSpec, options: Sequence[Rows], length: int, base: PerHead) -> list[float]:

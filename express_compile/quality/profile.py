@@ -15,11 +15,13 @@ the best options to the cheapest.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from types import NoneType
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ from ..core.rows import Rows, heads, to_numbers
 from ..core.sites import SiteReport, record_sites
 from ..kernels.heads import EVERYTHING, PerHead, rows_seen
 from ..routes.capture import captures_of
-from ..routes.eager import is_rewritten, restore_attention, rewrite_attention
+from ..routes.eager import is_rewritten, restore_attention, rewrite_attention, uncompiled
 from .budgets import Exactly, checked_batches, logits_of, lower_hull, mean_kl, slope
 
 DEFAULT_OPTIONS = (
@@ -61,6 +63,8 @@ class SiteProfile:
     errors: relative squared error of its output by KV head, or by query head, and option, ``[heads][options]``.
     nats: KL(exact || with an option at this site alone), nats per token, over the error of all its heads; of several
         samples the geometric mean, and 0 where no option had an error.
+
+    Raises ``TypeError`` or ``ValueError`` that name the field, its value and what is allowed.
     """
 
     module: str
@@ -68,6 +72,17 @@ class SiteProfile:
     through: str | None
     errors: tuple[tuple[float, ...], ...]
     nats: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("module", (str,)), ("through", (str, NoneType))):
+            if not isinstance(getattr(self, name), kinds):
+                raise TypeError(f"{name}={getattr(self, name)!r}: must be the path of a module")
+        _check_from("index", self.index, 0, int)
+        _check_from("nats", self.nats, 0, int, float)
+        if not self.errors or len({len(own) for own in self.errors}) != 1:
+            raise ValueError(f"errors={self.errors!r}: must list an error of every option for every head")
+        for error in itertools.chain(*self.errors):
+            _check_from("errors", error, 0, int, float)
 
     @property
     def weighted(self) -> torch.Tensor:
@@ -81,6 +96,8 @@ class Profile:
 
     options: what each head may have. tokens: how long the longest sample was; samples: how many there were.
     rows: rows that a late query sees on average, by option, for that many tokens. sites: in order of execution.
+
+    Raises ``TypeError`` or ``ValueError`` that name the field, its value and what is allowed.
     """
 
     options: tuple[Rows, ...]
@@ -88,6 +105,22 @@ class Profile:
     samples: int
     rows: tuple[float, ...]
     sites: tuple[SiteProfile, ...] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        n = len(self.options)
+        if not n or len(set(self.options)) < n:
+            raise ValueError(f"options={self.options!r}: must hold at least one Rows, and each once")
+        _check_from("tokens", self.tokens, 2, int)
+        _check_from("samples", self.samples, 1, int)
+        for rows in self.rows:
+            _check_from("rows", rows, 0, int, float)
+        if len(self.rows) != n:
+            raise ValueError(f"rows={self.rows!r}: must be a number for each of the {n} options")
+        if not self.sites or len({(site.module, site.index) for site in self.sites}) < len(self.sites):
+            raise ValueError(f"sites: {len(self.sites)}; must be one or more, and each once")
+        for i, site in enumerate(self.sites):
+            if len(site.errors[0]) != n:
+                raise ValueError(f"sites[{i}]: errors={site.errors!r}: must be of {n} options for every head")
 
     def to_json(self) -> str:
         """The profile as a JSON object."""
@@ -100,11 +133,41 @@ class Profile:
 
     @classmethod
     def _from_data(cls, data: Any) -> Profile:
-        names = {"options", "tokens", "samples", "rows", "sites"}
-        if not isinstance(data, dict) or set(data) != names:
-            raise TypeError(f"profile: must be an object of {', '.join(sorted(names))}")
-        sites = tuple(SiteProfile(**{**x, "errors": tuple(map(tuple, x["errors"]))}) for x in data["sites"])
-        return cls(heads(data["options"]), data["tokens"], data["samples"], tuple(data["rows"]), sites)
+        try:
+            sites = _listed("sites", _entries(data, cls)["sites"])
+            given = {**data, "options": heads(data["options"]), "rows": tuple(_listed("rows", data["rows"]))}
+            return cls(**{**given, "sites": tuple(_site(f"sites[{i}]", x) for i, x in enumerate(sites))})
+        except (TypeError, ValueError) as error:
+            raise renamed("profile", error) from None
+
+
+def _entries(data: Any, kind: type) -> dict[str, Any]:
+    """``data``, if it is an object of the fields of a dataclass."""
+    names = {f.name for f in fields(kind)}
+    if not isinstance(data, dict) or set(data) != names:
+        raise TypeError(f"must be an object of {', '.join(sorted(names))}")
+    return data
+
+
+def _listed(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{name}={value!r}: must be a list")
+    return value
+
+
+def _site(where: str, data: Any) -> SiteProfile:
+    try:
+        errors = tuple(
+            tuple(_listed("errors", own)) for own in _listed("errors", _entries(data, SiteProfile)["errors"])
+        )
+        return SiteProfile(**{**data, "errors": errors})
+    except (TypeError, ValueError) as error:
+        raise renamed(where, error) from None
+
+
+def _check_from(name: str, value: Any, least: int, *types: type) -> None:
+    if not least <= number(name, value, *types) < math.inf:
+        raise ValueError(f"{name}={value!r}: must be {least} or more, and finite")
 
 
 # --------------------------------------------------------------------------------------------------- measurement
@@ -145,7 +208,7 @@ def measured(
     query_heads: bool = False,
 ) -> tuple[Profile, list[SiteReport]]:  # fmt: skip
     """:func:`profile` of a model that is :func:`rewritten`; the reports of its sites, in order, and then of others."""
-    finder, reports = _found(model, samples[0])
+    finder, reports = found_in(model, samples[0])
     if not finder.sites:
         reasons = "; ".join(sorted({x.reason for x in reports})) or "it has none"
         raise ValueError(f"model: no site can have rows for each head: {reasons}")
@@ -158,7 +221,7 @@ def measured(
         for batch in samples:
             meter = _Meter(options, finder.projections, query_heads, lambda: bar.advance(task))
             with run_by(meter):
-                exact = logits_of(model, batch)
+                exact = scores_of(model, batch)
             sums.append(meter.errors())
             ratios.append(_ratios(model, batch, exact, sums[-1], options, rows, lambda: bar.advance(task)))
     sites = tuple(
@@ -190,9 +253,9 @@ def _ratios(
         return found
     middle = few[len(few) // 2][1]
     for layer, of_heads in errors.items():
-        if (error := float(of_heads[:, middle].sum())) > 0:
+        if error := float(of_heads[:, middle].sum()):
             with run_by(Chosen({layer: [options[middle]]})):
-                found[layer] = max(mean_kl(exact, logits_of(model, batch), late(exact.shape[1])), 0.0) / error
+                found[layer] = max(kl_of(exact, model, batch), 0.0) / error
         advance()
     return found
 
@@ -206,10 +269,10 @@ def geometric_mean(values: Sequence[float]) -> float:
 def profiled_before(model: nn.Module, sample: Any, found: Profile) -> list[SiteReport]:
     """The reports of a model that is :func:`rewritten` and has a profile, as :func:`measured` gives them. Raises
     ``ValueError`` for a profile of another model."""
-    return _in_order(found, _found(model, sample)[1])
+    return _in_order(found, found_in(model, sample)[1])
 
 
-def _found(model: nn.Module, sample: Any) -> tuple[_Finder, list[SiteReport]]:
+def found_in(model: nn.Module, sample: Any) -> tuple[_Finder, list[SiteReport]]:
     """The sites of a model and the linear layers that take their outputs, by a short pass."""
     finder = _Finder(model)
     with record_sites() as reports, run_by(finder), finder.hooked():
@@ -271,9 +334,10 @@ class _Finder(Exactly):
     """Finds the linear layer that takes the output of each site, by what it is given: the same numbers."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.linear = {path: x for path, x in model.named_modules() if isinstance(x, nn.Linear)}
+        self.linear = {path: x for path, x in uncompiled(model).named_modules() if isinstance(x, nn.Linear)}
         captured = {x for capture in captures_of(model).values() for x in capture.module.modules()}
-        self.hookable = [x for x in self.linear.values() if x not in captured]  # graphs tell of theirs by themselves
+        # graphs tell of theirs by themselves; what a subclass does, as one with quantized weights, is not known
+        self.hookable = [x for x in self.linear.values() if x not in captured and type(x).forward is nn.Linear.forward]
         self.sites: set[int] = set()
         self.projections: dict[int, torch.Tensor] = {}
         self.paths: dict[int, str] = {}
@@ -298,7 +362,7 @@ class _Finder(Exactly):
         """While active, the linear layers of the model tell what they are given."""
 
         def hook(module: nn.Linear, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], torch.Tensor):
+            if args and isinstance(args[0], torch.Tensor) and _is_plain(module.weight, args[0]):
                 self.see_linear(args[0], module.weight)
 
         hooks = [x.register_forward_pre_hook(hook) for x in self.hookable]
@@ -307,6 +371,11 @@ class _Finder(Exactly):
         finally:
             for handle in hooks:
                 handle.remove()
+
+
+def _is_plain(weight: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether a weight holds numbers where ``x`` is: neither quantized, nor shared out, nor loaded for each call."""
+    return type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point() and weight.device == x.device
 
 
 class _Meter(Exactly):
@@ -334,7 +403,9 @@ class _Meter(Exactly):
 
     def errors(self) -> dict[int, torch.Tensor]:
         """float64 ``[heads, options]`` on the CPU, by layer key; 0 where the output of the whole site is 0."""
-        return {layer: (off / self.whole[layer]).nan_to_num(0.0).cpu() for layer, off in self.off.items()}
+        return {
+            layer: (off / self.whole[layer]).where(self.whole[layer] != 0, 0).cpu() for layer, off in self.off.items()
+        }
 
 
 def _squares(
@@ -361,7 +432,8 @@ def late(tokens: int) -> int:
 def rows_of(options: Sequence[Rows], tokens: int, base: PerHead) -> list[float]:
     """Rows that a late query of a prefill of ``tokens`` tokens sees on average, by option, beside what ``base`` says of
     all of them."""
-    return [float(x) for x in rows_seen(replace(base, rows=tuple(options)), tokens)[:, late(tokens) :].mean(1)]
+    seen = (rows_seen(replace(base, rows=(option,)), tokens)[0, late(tokens) :] for option in options)  # one at a time
+    return [float(x.mean()) for x in seen]
 
 
 # -------------------------------------------------------------------------------------------------------- choice
@@ -447,21 +519,44 @@ def samples_of(name: str, sample: Any) -> list[torch.Tensor | Mapping[str, Any]]
 
 
 def tokens_of(batch: torch.Tensor | Mapping[str, Any]) -> int:
-    """How many tokens the sequences of a sample have."""
-    ids = batch if isinstance(batch, torch.Tensor) else batch.get("input_ids", batch.get("inputs_embeds"))
-    if not isinstance(ids, torch.Tensor):
-        raise ValueError("sample: a mapping must hold a tensor input_ids or inputs_embeds")
-    return int(ids.shape[1])
+    """How many tokens the sequences of a sample have, of an encoder and a decoder those of the decoder."""
+    found = [batch] if isinstance(batch, torch.Tensor) else [batch.get(name) for name in INPUTS]
+    tokens = next((x.shape[1] for x in found if isinstance(x, torch.Tensor) and x.dim() > 1), None)
+    if tokens is None:
+        raise ValueError(f"sample: a mapping must hold a tensor {', '.join(INPUTS[:-1])} or {INPUTS[-1]}")
+    return int(tokens)
+
+
+INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "labels", "input_ids", "inputs_embeds")
+"""What the tokens of a sample may be called; ``labels`` before the inputs of an encoder that they may be for."""
+
+
+def scores_of(model: nn.Module, batch: Any) -> torch.Tensor:
+    """What a model makes of a sample: scores ``[batch, positions, classes]``; ``ValueError`` for other outputs, and
+    for those of fewer positions than there are tokens."""
+    scores, tokens = logits_of(model, batch), tokens_of(batch)
+    if scores.shape[1] < tokens:
+        raise ValueError(
+            f"model: it gives scores of {scores.shape[1]} positions for {tokens} tokens; must be those of all, as the "
+            "late ones among them are what is judged"
+        )
+    return scores
+
+
+def kl_of(exact: torch.Tensor, model: nn.Module, batch: Any) -> float:
+    """KL(exact || the model as it runs now) on a sample, mean over its late positions, of which padding is none."""
+    return mean_kl(exact, scores_of(model, batch), late(exact.shape[1]), batch)
 
 
 def checked_options(options: Any, block: int) -> tuple[Rows, ...]:
     """The options, each once, in order, all of which a head may have in blocks of so many queries."""
     if isinstance(options, (str, bytes, Rows)) or not isinstance(options, Iterable):
         raise TypeError(f"options={options!r}: must be a sequence of Rows")
-    found = tuple(dict.fromkeys(options))
-    for option in found:
+    listed = tuple(options)
+    for option in listed:
         if not isinstance(option, Rows):
             raise TypeError(f"options: {option!r} must be a Rows")
+    found = tuple(dict.fromkeys(listed))
     if not found:
         raise ValueError("options=(): must hold at least one Rows")
     PerHead(EVERYTHING, block=block)

@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import inspect
 import json
-import pickle
 import statistics
 import sys
 import traceback
@@ -116,24 +115,34 @@ def fit(options: argparse.Namespace) -> int:
 def _sample(options: argparse.Namespace, tokenizer: Any) -> torch.Tensor:
     """The token ids ``[batch, tokens]`` of the sample."""
     path, where = options.sample, f"--sample={str(options.sample)!r}"
+    if path.suffix != ".pt" and not callable(tokenizer):
+        options.parser.error(
+            f"{where}: is a text, and MODEL returned {'no tokenizer' if tokenizer is None else repr(tokenizer)}; must "
+            "be token ids (.pt), or MODEL a function that returns the model and its tokenizer"
+        )
     try:
-        if path.suffix == ".pt":
-            ids = torch.load(path, map_location="cpu", weights_only=True)
-        elif tokenizer is None:
-            options.parser.error(
-                f"{where}: is a text, and MODEL returned no tokenizer; must be token ids (.pt), or MODEL a function "
-                "that returns the model and its tokenizer"
-            )
-        else:
-            ids = tokenizer(path.read_text(encoding="utf-8"))
-            ids = torch.as_tensor(ids["input_ids"] if hasattr(ids, "keys") else ids)
-    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        read = path.read_text(encoding="utf-8") if path.suffix != ".pt" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # of a file that is none of its own torch.load raises EOFError, RuntimeError, ..
         options.parser.error(f"{where}: {_first_line(error)}")
-    if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.dim() not in (1, 2):
+    ids = read if path.suffix == ".pt" else _ids(tokenizer(read))
+    if isinstance(ids, torch.Tensor) and not ids.numel():
+        options.parser.error(f"{where}: has no tokens; must have 4 or more")
+    if not isinstance(ids, torch.Tensor) or ids.dtype not in INTEGERS or ids.dim() not in (1, 2):
         options.parser.error(f"{where}: must be token ids, integers [tokens] or [batch, tokens]")
     if options.tokens is not None and options.tokens < 4:
         options.parser.error(f"--tokens={options.tokens}: must be 4 or more")
-    return ids.reshape(-1, ids.shape[-1])[:, : options.tokens].to(options.device)
+    return ids.long().reshape(-1, ids.shape[-1])[:, : options.tokens].to(options.device)
+
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _ids(made: Any) -> Any:
+    """What a tokenizer made of a text as a tensor, or as it is if it is none."""
+    try:
+        return torch.as_tensor(made["input_ids"] if hasattr(made, "keys") else made)
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        return made
 
 
 def _plots(report: Report, options: argparse.Namespace) -> dict[str, str]:

@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch._dynamo import OptimizedModule
 from torch.fx import GraphModule
 
 from ..core.call import plainly, run_by, wrap_ops
@@ -35,7 +34,7 @@ from ..planning.choose import unmatched as unmatched_in
 from ..planning.measure import Clock, time_site
 from ..quality.budgets import Compared
 from ..routes.dynamo import Compiled
-from ..routes.eager import is_rewritten, unmatched
+from ..routes.eager import is_rewritten, uncompiled, unmatched
 from ..routes.outside import Outside
 from .groups import grouped, name_of
 from .page import render
@@ -378,7 +377,7 @@ def _dry_run(model: Any, policy: Policy, error: bool, args: list[Any], kwargs: d
     # a model that was compiled often has used up Dynamo's limit for its code, which would then run uncaptured
     limits = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16, "fail_on_recompile_limit_hit": False}
     patient = torch._dynamo.config.patch(limits)
-    compiled = Compiled(_uncompiled(model), record)
+    compiled = Compiled(uncompiled(model), record)
     try:
         with patient, _compared(error) as errors, outside:
             compiled(*args, **kwargs)
@@ -390,7 +389,3 @@ def _dry_run(model: Any, policy: Policy, error: bool, args: list[Any], kwargs: d
     require([(site.module or "(root)", site) for site in found], policy)
     require_sites(paths, policy)
     return Report(_with_errors(found, errors), len(graphs), unmatched_in(paths, policy), outside.breaks)
-
-
-def _uncompiled(model: Any) -> Any:
-    return model._orig_mod if isinstance(model, OptimizedModule) else model

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from ..core.policy import Policy
 from ..planning.choose import check_policy, require_matches
@@ -26,9 +27,10 @@ Model = TypeVar("Model", bound=nn.Module)
 def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any) -> Model:
     """Let the attention sites of a model run sub-quadratic attention, in place; returns ``model``.
 
-    model: any ``nn.Module``. Modules that choose their attention through transformers' AttentionInterface get another
-        one. Modules that write it themselves have their graphs captured by Dynamo at the first call, and rewritten as
-        by ``torch.compile(model, backend="express")``, but nothing is compiled. Only this instance changes: it gets its
+    model: any ``nn.Module``; in what ``torch.compile`` returned, the module that it was given, by whose paths sites are
+        named. Modules that choose their attention through transformers' AttentionInterface get another one. Modules
+        that write it themselves have their graphs captured by Dynamo at the first call, and rewritten as by
+        ``torch.compile(model, backend="express")``, but nothing is compiled. Only this instance changes: it gets its
         own copy of its configuration until :func:`restore_attention`. Rewriting a rewritten model replaces the policy.
     policy: a :class:`Policy`; or give its fields as keyword arguments (``budget=512``, ``methods=["express"]``, ...).
 
@@ -45,21 +47,21 @@ def rewrite_attention(model: Model, policy: Policy | None = None, **options: Any
     with ``strict=True`` when something in ``modules`` matches no site, as far as sites are known before the first call.
     """
     _require_module(model)
-    policy = _checked_policy(policy, options)
+    policy, whole = _checked_policy(policy, options), uncompiled(model)
     route = _transformers()
-    sites = {} if route is None else route.find_sites(model)
-    captured = capture.find_modules(model, [module for module, _ in sites.values()])
+    sites = {} if route is None else route.find_sites(whole)
+    captured = capture.find_modules(whole, [module for module, _ in sites.values()])
     if policy.cuda_graphs and sites and not captured:
-        raise ValueError(_no_graphs(model))
+        raise ValueError(_no_graphs(whole))
     if not sites and not captured:
-        raise ValueError(_no_attention(model))
+        raise ValueError(_no_attention(whole))
     if not captured:
         require_matches(sites, policy)
-    if _is_changed(model):
-        restore_attention(model)
+    if _is_changed(whole):
+        restore_attention(whole)
     if route is not None and sites:
-        route.install(model, sites, policy)
-    capture.install(model, captured, policy, others=sites)
+        route.install(whole, sites, policy)
+    capture.install(whole, captured, policy, others=sites)
     return model
 
 
@@ -93,7 +95,7 @@ def rewritten_sites(model: nn.Module) -> Mapping[str, Any]:
     """
     _require_module(model)
     route = _transformers()
-    return {} if route is None else route.rewritten_sites(model)
+    return {} if route is None else route.rewritten_sites(uncompiled(model))
 
 
 def unmatched(model: nn.Module, seen: Iterable[str] = ()) -> tuple[str, ...]:
@@ -108,6 +110,11 @@ def unmatched(model: nn.Module, seen: Iterable[str] = ()) -> tuple[str, ...]:
     for policy, own in found:
         paths.setdefault(id(policy), (policy, []))[1].extend(own)
     return tuple(words for policy, own in paths.values() for words in unmatched_in(own, policy))
+
+
+def uncompiled(model: Any) -> Any:
+    """The module that ``torch.compile`` was given, whose paths are those of policies and plans."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
 def _transformers() -> ModuleType | None:

@@ -150,8 +150,12 @@ def test_bad_files_and_policies_are_told(tmp_path: Path) -> None:
         Policy(plan=SavedPlan(), budget=8, modules={"a": "exact"})
     with pytest.raises(TypeError, match=r"policy=\[1\]: must be a JSON object of the fields budget, methods"):
         Policy.from_json("[1]")
-    with pytest.raises(ValueError, match=r"plan\['a'\]: methods=\['one of the future'\]: unknown method"):
+    with pytest.raises(ValueError, match=r"plan\['a'\]: unknown method 'one of the future'"):
         check_policy(Policy(plan=SavedPlan((SavedSite("a", 0, "one of the future", "rewritten"),))))
+    with pytest.raises(ValueError, match=r"plan\['a'\]: unknown method 'other'; allowed are express,"):
+        check_policy(
+            Policy(plan=SavedPlan((SavedSite("a", 0, "other", "rewritten", options={"methods": ["express"]}),)))
+        )
 
 
 # ------------------------------------------------------------------------------------------- following a plan
@@ -315,6 +319,24 @@ def test_both_routes_follow_one_plan() -> None:
         with pytest.raises(ValueError, match=r"plan\['gone'\] matches no attention site"):
             gone = SavedPlan((*compiled.sites, SavedSite("gone", 0, "exact", "exact")))
             express_compile.rewrite_attention(model, plan=gone, strict=True)
+
+
+@torch.no_grad()
+def test_what_torch_compile_returned_is_rewritten_by_the_paths_of_the_module_it_was_given() -> None:
+    model, query = Site(True), Q
+    options = {"methods": ["express"], "budget": 8, "sinks": 4, "window": 8, "protected": 0}
+    exact, plan = model(query), explain(model, query, **options).plan
+    expected = express_compile.rewrite_attention(model, plan=plan)(query)
+    express_compile.restore_attention(model)
+    assert (expected - exact).abs().max() > 1e-3
+    torch._dynamo.reset()
+    compiled = torch.compile(nn.Sequential(model), backend="eager")
+    sites = tuple(replace(site, module="0") for site in plan.sites)
+    assert [site.verdict for site in explain(compiled, query, plan=SavedPlan(sites)).sites] == ["rewritten"]
+    assert express_compile.rewrite_attention(compiled, plan=SavedPlan(sites), strict=True) is compiled
+    assert [(x.module, x.verdict) for x in explain(compiled, query).sites] == [("0", "rewritten")]
+    assert not torch.equal(compiled(query), exact)
+    assert torch.equal(express_compile.restore_attention(compiled)(query), exact)
 
 
 def test_a_plan_of_prefill_and_decoding_has_a_decision_for_each() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,6 +16,26 @@ import torch
 from express_compile.core.call import Call
 from express_compile.core.rows import Rows
 from express_compile.kernels import heads as P
+
+
+@pytest.fixture(scope="session")
+def races() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("kernel_races", Path(__file__).with_name("races.py"))
+    assert spec is not None and spec.loader is not None
+    found = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_races(races: ModuleType) -> Iterator[None]:
+    """What kernels of a test load and store, they load and store in an order that a GPU keeps."""
+    if torch.cuda.is_available():  # where kernels do not run in the interpreter
+        yield
+        return
+    with races.watched() as found:
+        yield
+    assert not found, "\n".join(sorted(found))
 
 
 def _poisoned(x: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import math
 import time
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -151,6 +154,28 @@ def test_nats_are_what_an_error_at_one_site_does_to_the_output(model, ids) -> No
 
 
 @torch.no_grad()
+def test_errors_go_through_the_linear_layer_that_computes_not_through_one_that_has_another_forward(model, ids) -> None:
+    class Adapted(nn.Linear):
+        """Holds a weight that it does not use, as quantized ones do."""
+
+        def __init__(self, base: nn.Linear, keep: bool) -> None:
+            super().__init__(base.in_features, base.out_features, bias=False)
+            self.base = base if keep else (lambda x: base(x))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x)
+
+    expected = profile(model, ids, OPTIONS, block=16)
+    adapted, opaque = deepcopy(model), deepcopy(model)
+    for changed, keep in ((adapted, True), (opaque, False)):
+        for layer in changed.model.layers:
+            layer.self_attn.o_proj = Adapted(layer.self_attn.o_proj, keep)
+    found, through = profile(adapted, ids, OPTIONS, block=16), [f"{path}.o_proj.base" for path in PATHS]
+    assert [site.through for site in found.sites] == through
+    assert [site.errors for site in found.sites] == [site.errors for site in expected.sites]
+    assert [site.through for site in profile(opaque, ids, OPTIONS, block=16).sites] == [None] * 3
+
+
 def test_several_samples_are_averaged(model, ids) -> None:
     both, *each = (profile(model, x, OPTIONS, block=16) for x in ([ids[:1], ids[1:]], ids[:1], ids[1:]))
     for i, site in enumerate(both.sites):
@@ -164,6 +189,41 @@ def test_a_profile_survives_json(model, ids) -> None:
     assert Profile.from_json(found.to_json()) == found
     with pytest.raises(TypeError, match="profile: must be an object of options, rows"):
         Profile.from_json("{}")
+
+
+def test_nothing_in_the_json_of_a_profile_is_trusted() -> None:
+    site = SiteProfile("a", 0, None, ((0.5, 0.0), (1.0, 0.0)), 2.0)
+    whole = Profile((Rows(2, 8), EVERYTHING), 240, 1, (20.0, 150.0), (site,))
+    data = json.loads(whole.to_json())
+    assert Profile.from_json(json.dumps(data)) == whole
+    for words, at, value in (
+        ("profile: sites=None: must be a list", ("sites",), None),
+        ("profile: sites: 0; must be one or more", ("sites",), []),
+        ("profile: sites: 2; must be one or more, and each once", ("sites",), 2 * data["sites"]),
+        (r"profile: sites\[0\]: must be an object of errors, index, module, nats, through", ("sites", 0), "a"),
+        (r"profile: sites\[0\]: errors=None: must be a list", ("sites", 0, "errors"), None),
+        (r"profile: sites\[0\]: errors=nan: must be 0 or more, and finite", ("sites", 0, "errors", 1, 0), math.nan),
+        (r"profile: sites\[0\]: errors=-1: must be 0 or more", ("sites", 0, "errors", 1, 0), -1),
+        (
+            r"profile: sites\[0\]: errors=.*: must list an error of every option for every",
+            ("sites", 0, "errors", 0),
+            [1],
+        ),
+        (r"profile: sites\[0\]: errors=.*: must be of 2 options", ("sites", 0, "errors"), [[1]]),
+        (r"profile: sites\[0\]: nats='1': must be of type int or float", ("sites", 0, "nats"), "1"),
+        (r"profile: sites\[0\]: module=3: must be the path of a module", ("sites", 0, "module"), 3),
+        (r"profile: sites\[0\]: index=-1: must be 0 or more", ("sites", 0, "index"), -1),
+        ("profile: tokens=1: must be 2 or more", ("tokens",), 1),
+        ("profile: samples='1': must be of type int", ("samples",), "1"),
+        (r"profile: rows=\(20.0,\): must be a number for each of the 2 options", ("rows",), [20.0]),
+        ("profile: options=.*: must hold at least one Rows, and each once", ("options",), 2 * data["options"][:1]),
+        ("profile: must be an object of options, rows, samples, sites, tokens", ("other",), 1),
+    ):
+        changed = json.loads(json.dumps(data))
+        place = functools.reduce(lambda x, key: x[key], at[:-1], changed)
+        place[at[-1]] = value
+        with pytest.raises((TypeError, ValueError), match=words):
+            Profile.from_json(json.dumps(changed))
 
 
 def test_a_head_that_needs_a_far_token_gets_it_and_the_other_one_does_not() -> None:
@@ -276,6 +336,53 @@ def test_the_kl_that_is_promised_is_the_kl_of_the_plan(model, ids, tolerance: fl
     assert SavedPlan.load(tmp_path / "plan.json") == found.plan
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_count(model, ids, side: str) -> None:
+    def padded(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        real = torch.arange(240).expand(2, -1) >= torch.tensor([[0], [220]])
+        real = real if side == "left" else real.flip(1)
+        return {"input_ids": torch.where(real, x, 0), "attention_mask": real.long()}
+
+    samples = [padded(x) for x in ids[:, None].expand(-1, 2, -1)]
+    found = fit(model, samples, rows=60, options=OPTIONS, block=16, last=0)
+    batch, real = samples[1], samples[1]["attention_mask"].bool()
+    real[:, :60] = False
+    with torch.no_grad():
+        exact = model(**batch).logits.double().log_softmax(-1)
+        rewrite_attention(model, plan=found.plan)
+        tried = model(**batch).logits.double().log_softmax(-1)
+    restore_attention(model)
+    kl = (exact.exp() * (exact - tried)).sum(-1)[real].mean().item()
+    assert found.kl == pytest.approx(kl, rel=1e-3) and found.kl > 0.01
+
+
+def test_scores_that_cannot_be_judged(model, ids) -> None:
+    class Scores(Decoder):
+        """Classes from 12 on are ruled out, and scores changed."""
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.change(super().forward(ids).index_fill(-1, torch.arange(12, self.SIZE), -math.inf))
+
+        change = staticmethod(lambda scores: scores)
+
+    torch.manual_seed(0)
+    decoder, sample = Scores().eval(), texts(40, 45)
+    how = dict(options=(Rows(4, 16), EVERYTHING), block=16, last=0)
+    found = fit(decoder, sample, tolerance=1e-4, **how)
+    assert found.chosen == ((Rows(4, 16), EVERYTHING),) and 0 <= found.kl <= 1e-4
+    for words, change in (
+        ("scores of 1 positions for 256 tokens; must be those of all", lambda x: x[:, -1:]),
+        ("scores that are NaN, or infinite", lambda x: x * math.nan),
+        ("its output is .256, 16.; must be", lambda x: x[0]),
+    ):
+        decoder.change = change
+        with pytest.raises(ValueError, match=words):
+            fit(decoder, sample, tolerance=1e-4, **how)
+    batch = {"input_ids": ids, "attention_mask": (torch.arange(240) < 60).long().expand(2, -1)}
+    with pytest.raises(ValueError, match="padding only from position 60 on, where its scores count"):
+        fit(model, [batch, batch], rows=100, options=OPTIONS, block=16)
+
+
 def test_a_smaller_tolerance_takes_more_rows(model, ids) -> None:
     found = [fit(model, ids, tolerance=x, options=OPTIONS, block=16) for x in (1.0, 0.3, 0.01)]
     assert found[0].rows <= found[1].rows <= found[2].rows < found[2].exact_rows and found[0].rows < found[2].rows
@@ -348,6 +455,18 @@ def test_one_line_rewrites_a_model_by_a_sample(model, ids, how, heads: int) -> N
     assert {len(x.rows) for x in sites} == {heads}
 
 
+def test_the_tokens_of_an_encoder_and_a_decoder_are_those_of_the_decoder() -> None:
+    class Both(Decoder):
+        def forward(self, input_ids: torch.Tensor, decoder_input_ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(decoder_input_ids) + self.embed(input_ids).mean(1, keepdim=True)
+
+    torch.manual_seed(0)
+    samples = [{"input_ids": x[:, :40], "decoder_input_ids": x} for x in texts(40, 45).split(1)]
+    found = fit(Both().eval(), samples, rows=150, options=(Rows(4, 16), EVERYTHING), block=16)
+    assert found.plan.fitted["tokens"] == found.plan.fitted["held_out"] == (256,)
+    assert found.plan.fitted["length"] == 256 and found.chosen == ((Rows(4, 16), EVERYTHING),)
+
+
 def test_what_is_held_out(model, ids) -> None:
     one = fit(model, ids[:1], rows=100, options=OPTIONS, block=16).plan.fitted
     assert (one["tokens"], one["held_out"]) == ((120,), (120,)), "two halves of one sequence"
@@ -410,6 +529,9 @@ def test_wrong_arguments(model, ids) -> None:
         ("options=Rows.*: must be a sequence of Rows", {"options": Rows(2, 8)}),
         (r"options: rows\[1\]: 8 recent \+ 4 thinned \+ 1 selected", {"options": [EVERYTHING, Rows(0, 8, 4, 0, 1)]}),
         ("length=1: must be 2 tokens or more", {"length": 1}),
+        (r"options: \[5\] must be a Rows", {"options": [[5]]}),
+        ("profile=5: must be None or a Profile", {"profile": 5}),
+        ("query_heads='no': must be True or False", {"query_heads": "no"}),
         ("sample: a str; must be several", {"sample": "text"}),
         (r"sample\[0\]: 1 token; must be 2 or more", {"sample": ids[:, :1]}),
         ("sample: 3 tokens; must be 4 or more", {"sample": ids[:1, :3]}),
@@ -433,6 +555,22 @@ def test_wrong_arguments(model, ids) -> None:
     with pytest.raises(ValueError, match="is rewritten; call restore_attention"):
         fit(model, ids, tolerance=0.1)
     restore_attention(model)
+
+
+def test_what_cannot_be_reached_is_told_before_anything_is_profiled(
+    shipped_rates: None, model, ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, ...]] = []
+    monkeypatch.setattr(model, "forward", lambda x, own=model.forward: calls.append(tuple(x.shape)) or own(x))
+    sample = ids.repeat(1, 4)
+    with pytest.raises(ValueError, match=r"rows=1: the cheapest options take \d+\.\d rows at 960 tokens"):
+        fit(model, sample, rows=1, options=OPTIONS)
+    assert not calls
+    with pytest.raises(
+        ValueError, match=r"speedup=1000: the cheapest options are predicted to be \d+\.\d+ times as fast"
+    ):
+        fit(model, sample, speedup=1000, options=OPTIONS)
+    assert calls == [(1, 512)], "to find the sites"
 
 
 def test_a_model_without_causal_attention_is_told_why() -> None:

@@ -156,9 +156,12 @@ def test_a_plan_is_fitted_to_a_text_and_saved(
     assert asked == [False, True]
 
 
-def test_what_cannot_be_fitted_is_told(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text, broken = tmp_path / "sample.txt", tmp_path / "broken.pt"
+def test_what_cannot_be_fitted_is_told(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, broken, empty = tmp_path / "sample.txt", tmp_path / "broken.pt", tmp_path / "empty.txt"
     text.write_text("It was a dark and stormy night.")
+    empty.write_text("")
     broken.write_text("no tensor")
     for arguments, words in (
         (["--rows", "5"], "the following arguments are required: --sample"),
@@ -173,10 +176,35 @@ def test_what_cannot_be_fitted_is_told(model: str, tmp_path: Path, capsys: pytes
             main(["fit", f"{model}:make", *arguments])
         message = capsys.readouterr().err
         assert error.value.code == 2 and words in message and message.count("\n") == 1, message
+    nothing, zipped, flags = (tmp_path / name for name in ("nothing.pt", "zipped.pt", "flags.pt"))
+    nothing.touch()
+    zipped.write_bytes(b"PK\x03\x04")
+    torch.save(torch.ones(8, dtype=torch.bool), flags)
+    for file, words in (
+        (nothing, "EOFError"),
+        (zipped, "PytorchStreamReader failed"),
+        (flags, "must be token ids, int"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            main(["fit", f"{model}:make", "--sample", str(file), "--rows", "5"])
+        message = capsys.readouterr().err
+        assert error.value.code == 2 and f"--sample='{file}': {words}" in message, message
+    for tokenizer, words in (
+        (5, "is a text, and MODEL returned 5; must be token ids"),
+        (lambda text: None, "must be token ids, integers"),
+        (lambda text: {"ids": [1]}, "must be token ids, integers"),
+    ):
+        monkeypatch.setattr(commands, "_load", lambda _, it=tokenizer: lambda: (torch.nn.Linear(2, 2), it))
+        with pytest.raises(SystemExit) as error:
+            main(["fit", f"{model}:make", "--sample", str(text), "--rows", "5"])
+        message = capsys.readouterr().err
+        assert error.value.code == 2 and f"--sample='{text}': {words}" in message, message
+    monkeypatch.undo()
     for arguments, words in (
         (["--rows", "1"], "rows=1.0: the cheapest options take "),
         (["--tolerance", "-1"], "tolerance=-1.0: must be above 0 and finite"),
         (["--rows", "5", "--tokens", "3"], "--tokens=3: must be 4 or more"),
+        (["--rows", "5", "--sample", str(empty)], f"--sample='{empty}': has no tokens"),
     ):
         with pytest.raises(SystemExit) as error:
             main(["fit", f"{model}:with_tokenizer", "--sample", str(text), *arguments])

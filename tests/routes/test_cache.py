@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +131,59 @@ def test_a_compiled_model_generates_with_a_cache_what_it_generates_as_it_is() ->
     (one, logits_one, rows), (other, logits_other, others) = outs
     assert torch.equal(one, other) and rows == others < 70, "rows were dropped while it generated"
     assert torch.equal(logits_one, logits_other)
+
+
+@pytest.mark.parametrize("backend", ["eager", "express"])
+def test_a_compiled_module_is_the_model_in_it(backend: str) -> None:
+    prompt, outs = ids(120), []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model = llama()
+        given = torch.compile(model, backend=backend) if compiled else model
+        cache = ExpressCache(given, rows=MIXED)
+        outs.append(given.generate(prompt, past_key_values=cache, do_sample=False, max_new_tokens=9))
+        assert [layer.place.path for layer in cache.express_layers] == PATHS and cache.rows_held < 120
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("kind", ["rotary", "learned"])
+def test_under_autocast_rows_are_those_of_the_same_tokens_and_attend_in_float32(kind: str) -> None:
+    """Rotated keys are float32 there, and values bfloat16."""
+    model = llama()
+    if kind == "learned":
+        torch.manual_seed(0)
+        size = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size)).eval()
+    cache, whole = ExpressCache(model, rows=Rows(2, 14, 8)), ExpressCache(model, rows=Rows(2, 200))
+    with torch.autocast("cpu", torch.bfloat16):
+        for one in (cache, whole):
+            logits(model, ids(120), one)
+        exact = logits(model, ids(121), DynamicCache())
+        assert torch.equal(logits(model, ids(121)[:, 120:], whole), exact[:, 120:])
+        held = cache.express_layers[0].held
+        assert held is not None and cache.rows_held < 60
+        key, value = held.parts[0].key, held.parts[0].value
+        assert key.dtype == value.dtype == (torch.float32 if kind == "rotary" else torch.bfloat16)
+        new = torch.randn(3, 1, 4, 1, 8, generator=torch.Generator().manual_seed(0)).to(key.dtype)
+        query, own, own_value = new[0], *new[1:, :, : key.shape[1]]
+        fork = copy.deepcopy(held)
+        fork.settle()
+        out = fork.extend(query, own, own_value)
+    held.settle()
+    assert torch.equal(out, held.extend(query, own, own_value))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_rows_do_not_depend_on_the_default_dtype_of_torch(dtype: torch.dtype) -> None:
+    model, prompt = llama(), ids(300)
+    expected, found = (ExpressCache(model, rows=MIXED) for _ in range(2))
+    wanted = [logits(model, part, expected) for part in prompt.split([290, 9, 1], 1)]
+    torch.set_default_dtype(dtype)
+    try:
+        for part, one in zip(prompt.split([290, 9, 1], 1), wanted, strict=True):
+            assert torch.equal(logits(model, part, found), one)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_model_that_is_not_rewritten_is_by_its_cache_and_computes_what_it_did() -> None:
@@ -513,6 +567,17 @@ def test_rows_of_query_heads_are_refused_with_the_first_tokens() -> None:
     assert logits(model, ids(5), ExpressCache(model, rows=[Rows(2), Rows(3)])).isfinite().all()
 
 
+def test_a_plan_or_a_policy_that_says_nothing_of_rows_is_refused() -> None:
+    elsewhere = SavedPlan(tuple(replace(site, module=f"other.{site.module}") for site in saved_plan().sites))
+    with pytest.raises(ValueError, match=re.escape(f"plan: has no rows for {', '.join(PATHS)}; give budget=")):
+        ExpressCache(llama(), plan=elsewhere)
+    with pytest.raises(ValueError, match="the policy by which the model is rewritten says no rows for"):
+        ExpressCache(rewrite_attention(llama(), methods=["santa"]))
+    model = rewrite_attention(llama(), methods=["santa", "express"], budget=32, protected=0)
+    assert ExpressCache(model).layers[0].own.rows == (Rows(32, 256, 32),)
+    assert ExpressCache(rewrite_attention(llama(), methods=["santa"]), rows=Rows(everything=True)).rows_held == 0
+
+
 def test_a_seed_of_none_is_drawn_once() -> None:
     model = llama()
     seeds = [ExpressCache(model, budget=8, seed=None).seed for _ in range(2)]
@@ -535,6 +600,75 @@ def test_no_other_attention_can_compute_with_weighted_rows() -> None:
         with pytest.raises(RuntimeError, match="the attention that runs would ignore the weights"):
             compute()
     assert weighted.shape == (1, 2, 9, 8) and weighted.dtype == torch.float32 and "Weighted(" in repr(weighted)
+
+
+@pytest.mark.parametrize("n", [30, 200])
+def test_tokens_that_transformers_would_add_once_more_are_refused(n: int) -> None:
+    """generate() does with use_cache=False, and in assisted decoding with a cache that has tokens."""
+    model, prompt = llama(), ids(n)
+    cache = ExpressCache(model, budget=8, sinks=2, recent=14, protected=0)
+    with pytest.raises(ValueError, match=f"position_ids begin at 0 again, and the cache has {n} tokens"):
+        model.generate(prompt, past_key_values=cache, max_new_tokens=5, use_cache=False)
+    cache.reset()
+    logits(model, prompt[:, :-3], cache)
+    with pytest.raises(ValueError, match=f"position_ids begin at 0 again, and the cache has {n - 3} tokens"):
+        model.generate(prompt, past_key_values=cache, max_new_tokens=5, prompt_lookup_num_tokens=3)
+    cache.rollback()
+    out = model.generate(prompt, past_key_values=cache, max_new_tokens=5)
+    assert cache.get_seq_length() == out.shape[1] - 1
+    cache.reset()
+    mask = torch.cat([torch.zeros(1, 5), torch.ones(1, n)], 1)
+    for piece in (slice(0, 5), slice(5, n + 5)):  # behind padding alone
+        positions = (mask[:, : piece.stop].cumsum(1) - 1).clamp(min=0).long()[:, piece]
+        more = {"attention_mask": mask[:, : piece.stop], "position_ids": positions}
+        logits(model, ids(n + 5)[:, piece], cache, **more)
+    assert cache.get_seq_length() == n + 5
+
+
+@pytest.mark.parametrize("n", [40, 50, 80])
+def test_a_model_that_makes_another_cache_goes_on_with_ours(n: int) -> None:
+    """Phi 3 does for prompts of more tokens than RoPE has short factors for, and when a text comes to so many."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_type": "longrope", "rope_theta": 1e4}
+    sizes = {"max_position_embeddings": 512, "original_max_position_embeddings": 48, "rope_parameters": factors}
+    sizes |= {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = transformers.Phi3Config(**sizes, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    torch.manual_seed(0)
+    model = transformers.Phi3ForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    prompt, mask = ids(n, 2), torch.ones(2, n, dtype=torch.long)
+    mask[0, :5] = 0
+    given = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 20}
+    exact = copy.deepcopy(model).generate(prompt, **given)
+    whole, cache = ExpressCache(model, rows=Rows(2, 200)), ExpressCache(model, rows=Rows(2, 14))
+    assert torch.equal(model.generate(prompt, past_key_values=whole, **given), exact)
+    out = model.generate(prompt, past_key_values=cache, return_dict_in_generate=True, **given)
+    assert out.past_key_values is cache and cache.get_seq_length() == n + 19 and cache.rows_held < 20
+    assert torch.equal(model.generate(prompt, **given), exact)
+    embeds = {**given, "inputs_embeds": model.model.embed_tokens(prompt)}
+    assert model.generate(past_key_values=ExpressCache(model, rows=Rows(2, 14)), **embeds).shape == (2, 20)
+
+
+def test_models_that_change_what_a_cache_gives_or_have_cross_attention_say_so() -> None:
+    torch.manual_seed(0)
+    size = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}
+    repeated = transformers.JetMoeForCausalLM(
+        transformers.JetMoeConfig(**size, num_key_value_heads=2, kv_channels=8, num_local_experts=4)
+    ).eval()
+    for n in (10, 100):
+        with pytest.raises(RuntimeError, match=re.escape("compute keys and values anew from what a cache gives")):
+            logits(repeated, ids(n), ExpressCache(repeated, rows=Rows(2, 14)))
+    crossed = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, add_cross_attention=True)
+    )
+    with pytest.raises(ValueError, match="share the layers of a cache, as with cross attention; such models"):
+        ExpressCache(crossed)
+
+
+def test_a_cache_is_copied_deeply_or_saved_but_not_pickled() -> None:
+    cache = ExpressCache(llama(), rows=MIXED)
+    for copied in (pickle.dumps, copy.copy):
+        with pytest.raises(TypeError, match=re.escape("cannot be pickled, for it belongs to a model in memory")):
+            copied(cache)
 
 
 @pytest.mark.parametrize("n", [10, 100])
@@ -661,6 +795,24 @@ def test_layers_of_other_kinds_stay_those_of_transformers(kind: str) -> None:
     assert max(map(len, held_tokens(thinned.layers[1]))) < 6 * 8 + 16 + 1
     with pytest.raises(ValueError, match="cannot be saved"):
         thinned.save("never.safetensors")
+
+
+@pytest.mark.parametrize("n", [30, 70])
+def test_where_another_layer_cannot_take_tokens_back_none_does(n: int) -> None:
+    """Also where it comes behind one that could."""
+    torch.manual_seed(0)
+    config = hybrids()["sliding"].config
+    config.layer_types = config.layer_types[::-1]
+    model, prompt = transformers.Qwen2ForCausalLM(config).eval(), ids(n + 1)
+    cache = ExpressCache(model, rows=Rows(2, 14, 8))
+    logits(model, prompt[:, :n], cache)
+    assert [isinstance(layer, ExpressLayer) for layer in cache.layers] == [True, False]
+    expected = logits(model, prompt[:, n:], copy.deepcopy(cache))
+    with pytest.raises(RuntimeError, match="the current layer does not track past states"):
+        cache.crop(-3)
+    with pytest.raises(ValueError, match=re.escape("crop(3): must be minus the number of tokens")):
+        cache.crop(3)
+    assert torch.equal(logits(model, prompt[:, n:], cache), expected)
 
 
 # ---- steps that do not end -------------------------------------------------------------------------------------------
@@ -809,6 +961,15 @@ def test_a_file_says_what_does_not_fit(tmp_path: Path) -> None:
         ExpressCache.load(path, llama(num_attention_heads=8))
     with pytest.raises(ValueError, match="dtype='float32', the model has 'float64'"):
         ExpressCache.load(path, llama().double())
+    theta = {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}}
+    with pytest.raises(ValueError, match=re.escape("rope_parameters={'rope_theta': 10000.0, 'rope_type': 'default'}")):
+        ExpressCache.load(path, llama(**theta))
+    with pytest.raises(ValueError, match="was saved from another model: its weights of attention were others"):
+        ExpressCache.load(path, llama(1))
+    with pytest.raises(TypeError, match="model=NoneType: must be a PreTrainedModel"):
+        ExpressCache.load(path, None)
+    with pytest.raises(OSError, match=re.escape(f"{str(tmp_path / 'none' / 'x')!r} cannot be written")):
+        cache.save(tmp_path / "none" / "x")
     with pytest.raises(ValueError, match=re.escape(f"'{PATHS[0]}' holds 1 head: 2 sinks + 14 recent, 1 head")):
         ExpressCache.load(path, model, budget=9)
     with pytest.raises(ValueError, match=re.escape("(seed 0), asked is")):

@@ -232,9 +232,9 @@ def test_steps_run_eagerly_unless_graphs_are_asked_for_and_can_be(model, recorde
     plain.steps(model, inputs(*step, plain))
     assert not recorded and plain.get_seq_length() == 121
     with torch.autocast("cpu", dtype=torch.bfloat16):  # weights that it has cast are memory that it frees
-        with pytest.raises(ValueError, match="differ in dtype"):
-            cache.steps(model, inputs(*step, cache))
-    cache.rollback()
+        cache.steps(model, inputs(*step, cache))
+    assert not recorded and cache.get_seq_length() == 121
+    cache.crop(-1)
     with torch.enable_grad(), pytest.raises(ValueError, match="give no gradient"):
         cache.steps(model, inputs(*step, cache))
     cache.rollback()

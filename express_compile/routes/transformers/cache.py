@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import uuid
 import weakref
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch._dynamo import OptimizedModule
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -34,14 +37,15 @@ from ..eager import rewrite_attention, rewritten_sites
 from .layers import ExpressLayer, Place, Step
 from .masks import BY_PLACES
 from .sites import installed
-from .steps import Steps, let_generate_record
+from .steps import Steps, let_generate_keep, let_generate_record
 
 _ROWS = ("budget", "sinks", "recent", "protected")
 _OTHERS = ("halving", "inflation", "flatten", "block", "last")
-_VERSION = 3
+_BY_ROWS = ("heads", "express")  # methods
+_VERSION = 4
 _SHAPE = (
     "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "vocab_size", "rope_theta",
+    "vocab_size", "rope_parameters",
 )  # fmt: skip
 
 
@@ -51,15 +55,15 @@ class ExpressCache(Cache):
     >>> cache = ExpressCache(model, budget=512)
     >>> model.generate(**inputs, past_key_values=cache, max_new_tokens=4096)
 
-    model: a causal language model of transformers. If it is not rewritten yet, it is, by
+    model: a causal language model of transformers, compiled or not. If it is not rewritten yet, it is, by
         ``rewrite_attention(model, methods=["exact"])``: nothing else that it computes changes.
     plan: a :class:`SavedPlan` or the path of a file with one. Layers that are not in it hold everything.
     rows: instead, the :class:`Rows` of every KV head, one for all, or a mapping of module paths to these, as for
         ``PerHead``; layers that a mapping does not name hold everything.
     options: instead, one plan for all heads: ``budget`` (512; s of a coreset of fewer than 6 s rows, rounded down to
         a power of two, or 0 for none), ``sinks`` (32), ``recent`` (256), ``protected`` (256). And beside these or
-        ``rows``, what ``PerHead`` takes: ``halving``, ``inflation``, ``flatten``, ``block``. With none of all these,
-        the rows of the policy by which the model is rewritten.
+        ``rows``, what ``PerHead`` takes: ``halving``, ``inflation``, ``flatten``, ``block``, ``last``. With none of all
+        these, the rows of the policy by which the model is rewritten, ``ValueError`` where it says none.
     seed: of the random numbers that thinning takes; None draws one from torch's default generator.
     graphs: whether ``model.generate()`` on a GPU records a step of one token as a CUDA graph and replays it; in a loop
         of your own, ``cache.steps(model, inputs)`` does. Elsewhere steps run eagerly, as without.
@@ -90,17 +94,22 @@ class ExpressCache(Cache):
         **options: Any,
     ) -> None:
         seed = Policy(seed=seed).seed  # checks it
-        asked = _asked(plan, rows, options)
+        asked, model = _asked(plan, rows, options), _checked(model)
         sites = _sites(model)
         policies = {site.path: site.plans.policy for site in installed(model)}
         if asked is None and all(methods_of(policy, path) == ("exact",) for path, policy in policies.items()):
             asked = Policy(methods=("heads",))
-        own = {path: _rows_at(asked or policies[path], path) for path in sites}
-        self._build(model, sites, own, seed, graphs)
-        if unknown := sorted(_named(plan, rows) - set(own)):
-            name = "rows" if plan is None else "plan"
+        found = {path: _rows_at(asked or policies[path], path) for path in sites}
+        if not any(found.values()):
+            says = "the policy by which the model is rewritten says" if asked is None else "plan: has"
             raise ValueError(
-                f"{name}: no full-attention layer at {', '.join(map(repr, unknown))}; there are {', '.join(own)}"
+                f"{says} no rows for {', '.join(sites)}; give budget=, rows= or plan= (all tokens: "
+                "rows=Rows(everything=True))"
+            )
+        self._build(model, sites, {path: x or PerHead((EVERYTHING,)) for path, x in found.items()}, seed, graphs)
+        if unknown := sorted(set(rows) - set(sites) if isinstance(rows, Mapping) else ()):
+            raise ValueError(
+                f"rows: no full-attention layer at {', '.join(map(repr, unknown))}; there are {', '.join(sites)}"
             )
 
     def _build(
@@ -112,6 +121,7 @@ class ExpressCache(Cache):
         self.seed = int(torch.randint(0, 2**31 - 1, ())) if seed is None else seed
         self._step = Step(len(sites))
         self.steps = Steps(graphs)
+        let_generate_keep(model)
         if graphs:
             let_generate_record(model)
         self._model = _shape_of(model)
@@ -120,6 +130,17 @@ class ExpressCache(Cache):
             place = Place(index, path, layer_key(path), weakref.ref(model.get_submodule(path)))
             layers[index] = ExpressLayer(place, own[path], self.seed, self._step)
         super().__init__(layers=layers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpressCache:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "ExpressCache: cannot be pickled, for it belongs to a model in memory; save() writes it to a file, and "
+            "copy.deepcopy copies it"
+        )
 
     def __repr__(self) -> str:
         kinds: dict[str, int] = {}
@@ -161,7 +182,7 @@ class ExpressCache(Cache):
             raise RuntimeError(f"ExpressCache: has {self.get_seq_length()} tokens; reset() empties it")
         if others := sorted({type(x).__name__ for x in self.layers if not isinstance(x, ExpressLayer)}):
             raise ValueError(f"ExpressCache: {', '.join(others)} cannot take tokens; only layers of full attention can")
-        plain = (x for x in full.layers if type(x) is DynamicLayer)
+        plain = (x for x in getattr(full, "layers", ()) if type(x) is DynamicLayer)
         given = [(x.keys, x.values) for x in plain if x.keys is not None and x.values is not None and x.keys.shape[2]]
         sizes = {key.shape[2] for key, _ in given}
         if len(given) != len(self.layers) or len(sizes) != 1:
@@ -203,11 +224,13 @@ class ExpressCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last ``-tokens_to_remove`` tokens back, of all layers or of none: ``ValueError`` where a head has
-        thinned or dropped one of them."""
+        thinned or dropped one of them, and what layers of transformers raise that cannot go back."""
         self._step.require_whole()
         for layer in self.express_layers:
             layer.require_croppable(-int(tokens_to_remove))
-        super().crop(tokens_to_remove)
+        layers: list[Any] = sorted(self.layers, key=lambda x: isinstance(x, ExpressLayer))  # others can still raise
+        for each in layers:
+            each.crop(tokens_to_remove)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -229,15 +252,17 @@ class ExpressCache(Cache):
             data, own = _saved(layer)
             layers.append(data)
             tensors |= {f"{layer.place.number}.{name}": x.detach().contiguous().cpu() for name, x in own.items()}
-        header = {"version": _VERSION, "model": self._model, "seed": self.seed, "layers": layers}
+        weights = _checksum([layer.place.module() for layer in self.express_layers])
+        header = {"version": _VERSION, "model": self._model, "weights": weights, "seed": self.seed, "layers": layers}
         target = Path(os.path.realpath(path))
         part = target.with_name(f".{uuid.uuid4().hex}.part")
         try:
             save_file(tensors, part, {"express_compile": json.dumps(header)})
             os.replace(part, target)
-        except BaseException:
+        except SafetensorError as error:
+            raise OSError(f"ExpressCache: {str(path)!r} cannot be written: {error}") from None
+        finally:
             part.unlink(missing_ok=True)
-            raise
 
     @classmethod
     def load(
@@ -249,7 +274,7 @@ class ExpressCache(Cache):
         Raises ``ValueError`` that says what does not fit: the model, its dtype or the plan; ``OSError`` if the file
         cannot be read.
         """
-        name = f"ExpressCache: {str(path)!r}"
+        name, model = f"ExpressCache: {str(path)!r}", _checked(model)
         with open(path, "rb"):  # a clear error for a file that cannot be read
             pass
         try:
@@ -265,6 +290,9 @@ class ExpressCache(Cache):
         sites = _sites(model)
         if {path: entry["index"] for path, entry in entries.items()} != sites:
             raise ValueError(f"{name}: has the layers {', '.join(entries)}; the model has {', '.join(sites)}")
+        here = _checksum([model.get_submodule(path) for path in sites])
+        if None not in (here, header["weights"]) and here != header["weights"]:
+            raise ValueError(f"{name}: was saved from another model: its weights of attention were others")
         own = {
             path: PerHead(rows_of_heads(entry["options"]["rows"]), **{k: entry["options"][k] for k in _OTHERS})
             for path, entry in entries.items()
@@ -312,23 +340,18 @@ def _asked(plan: Any, rows: Any, options: Mapping[str, Any]) -> Policy | None:
     return Policy(methods=("heads",), method_options={"heads": own.data()})
 
 
-def _named(plan: Any, rows: Any) -> set[str]:
-    """The module paths that arguments name and that must be there."""
-    return set(rows) if isinstance(rows, Mapping) and plan is None else set()
-
-
-def _rows_at(policy: Policy, path: str) -> PerHead:
-    """What the KV heads of a module see by a policy."""
+def _rows_at(policy: Policy, path: str) -> PerHead | None:
+    """What the KV heads of a module see by a policy; None where it says nothing of rows."""
     choices = []
     if policy.plan is not None:
         entries = [entry for entry in policy.plan.at(path) if entry.rows]
         choices = [(entry.method, policy.of_entry(entry)) for entry in entries]
     else:
-        choices = [(methods_of(policy, path)[0], policy.at(path))]
-    found = [_per_head(own.of(method), path) for method, own in choices if method in ("heads", "express")]
+        choices = [(method, policy.at(path)) for method in methods_of(policy, path) if method in _BY_ROWS][:1]
+    found = [_per_head(own.of(method), path) for method, own in choices if method in _BY_ROWS]
     if any(own != found[0] for own in found):
         raise ValueError(f"plan: {path!r} has entries of different rows; a cache has one for all calls")
-    return found[0] if found else PerHead((EVERYTHING,))
+    return found[0] if found else None
 
 
 def _per_head(own: PerHead | Express, path: str) -> PerHead:
@@ -339,16 +362,22 @@ def _per_head(own: PerHead | Express, path: str) -> PerHead:
     return replace(own, rows=found)
 
 
-def _sites(model: Any) -> dict[str, int]:
-    """Module path -> number of the layer, for the layers whose tokens a plan may thin. The model is rewritten."""
+def _checked(model: Any) -> PreTrainedModel:
+    """The model, without what ``torch.compile`` has put around it; an error for one that no cache can be made for."""
     if BY_PLACES:
         raise RuntimeError(f"an ExpressCache needs transformers 5.17 or newer: this is {transformers.__version__}")
+    model = model._orig_mod if isinstance(model, OptimizedModule) else model
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model={type(model).__name__}: must be a PreTrainedModel of transformers")
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"model={type(model).__name__}: has an encoder and a decoder; only decoders alone are supported"
         )
+    return model
+
+
+def _sites(model: PreTrainedModel) -> dict[str, int]:
+    """Module path -> number of the layer, for the layers whose tokens a plan may thin. The model is rewritten."""
     if not rewritten_sites(model):
         rewrite_attention(model, methods=["exact"])
     found: dict[str, int] = {}
@@ -357,11 +386,16 @@ def _sites(model: Any) -> dict[str, int]:
         index = getattr(model.get_submodule(path), "layer_idx", None)
         if isinstance(index, int) and index < len(plain) and plain[index]:
             found[path] = index
-    if sorted(found.values()) != [index for index, is_plain in enumerate(plain) if is_plain]:
+    numbers = sorted(found.values())
+    if several := [path for path, index in found.items() if numbers.count(index) > 1]:
+        raise ValueError(
+            f"model={type(model).__name__}: {', '.join(several[:2])}, ... share the layers of a cache, as with cross "
+            "attention; such models are not supported"
+        )
+    if numbers != [index for index, is_plain in enumerate(plain) if is_plain]:
         raise ValueError(
             f"model={type(model).__name__}: layers {[i for i, x in enumerate(plain) if x]} have full attention, and "
-            f"transformers lets {sorted(found.values())} of them be told another attention; the others would ignore "
-            "weights"
+            f"transformers lets {numbers} of them be told another attention; the others would ignore weights"
         )
     if not found:
         raise ValueError(f"model={type(model).__name__}: has no layer of full attention; use DynamicCache")
@@ -375,6 +409,18 @@ def _shape_of(model: PreTrainedModel) -> dict[str, Any]:
     config = model.config.get_text_config(decoder=True)
     shape = {name: getattr(config, name, None) for name in _SHAPE}
     return {**shape, "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def _checksum(modules: Iterable[torch.nn.Module | None]) -> int | None:
+    """Of some values of every parameter, by which other weights of the same shapes are told apart; None where they
+    cannot be read."""
+    checksum = 0
+    for module in modules:
+        for x in [] if module is None else module.parameters():
+            if type(x) is torch.nn.Parameter and not x.is_meta:
+                some = x.detach().flatten()[:: max(1, x.numel() // 8)]
+                checksum = zlib.crc32(some.double().cpu().numpy().tobytes(), checksum)
+    return checksum or None
 
 
 def _require_fits(name: str, header: Mapping[str, Any], model: PreTrainedModel) -> None:

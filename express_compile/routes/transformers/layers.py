@@ -26,10 +26,14 @@ from ...kernels.heads import PerHead, exact_up_to, groups
 from ...kernels.held import STEP, Held, Real
 from ...kernels.launch import Random
 from ..tracers import untraced
-from .proof import Given, Proof, prove
+from .proof import Given, Proof, is_proven, prove
 from .sites import Site, site_of
 
 _LAYER = "_express_compile_layer"  # an attribute of keys that a layer returned
+_CHANGED = (
+    ". Of models that compute keys and values anew from what a cache gives (latents of MLA, repeated heads) and of "
+    "those that leave layers out, no tokens can be held"
+)
 _MEMO = "_express_compile_columns"  # an attribute of a mask: what was read of it
 
 
@@ -61,7 +65,7 @@ class Weighted(torch.Tensor):
         raise RuntimeError(
             "ExpressCache: these keys and values are weighted rows, and the attention that runs would ignore the "
             "weights; use the cache with the model it was built for, whose attention is rewritten (restore_attention, "
-            "set_attn_implementation and torch.export undo that)"
+            f"set_attn_implementation and torch.export undo that){_CHANGED}"
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -105,7 +109,7 @@ class Step:
             raise RuntimeError(
                 f"ExpressCache: the last step ended half-way, after {len(self.done)} of {self.layers} layers{at}: it "
                 "was interrupted, or the cache is used with a model that is not the rewritten one it was built for; "
-                "rollback() takes the step back, reset() empties the cache"
+                f"rollback() takes the step back, reset() empties the cache{_CHANGED}"
             )
 
     def begin(self, index: int) -> None:
@@ -213,6 +217,9 @@ class ExpressLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take ``[B, H_kv, n, D]`` and ``[B, H_kv, n, Dv]``: what the attention function gets as keys and values."""
         self._require_usable()
+        # autocast leaves rotated keys in float32, values as a product gives them; DynamicLayer joins both in the former
+        dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+        key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._require_alike(key_states, value_states)
@@ -244,6 +251,7 @@ class ExpressLayer(CacheLayerMixin):
             raise RuntimeError(f"ExpressCache: {self.place.path!r} attends twice to the tokens of one step")
         key, value = self.new
         n = given.query.shape[2]
+        self._require_new(given.mask, given.arguments.get("position_ids"), n)
         self._require_computable(given, site)
         if self.held is None and self.columns + n <= self.limit:
             self.keys, self.values = key, value
@@ -397,7 +405,26 @@ class ExpressLayer(CacheLayerMixin):
         words = ("sequences", "KV heads", "channels of keys", "channels of values", "dtype", "device")
         for what, mine, theirs in zip(words, like, now, strict=True):
             if mine != theirs:
-                raise ValueError(f"ExpressCache: {self.place.path!r} has {what}: {mine}; the new tokens have {theirs}")
+                how = "; batch_repeat_interleave() and batch_select_indices() change that" if what == words[0] else ""
+                raise ValueError(
+                    f"ExpressCache: {self.place.path!r} has {what}: {mine}; the new tokens have {theirs}{how}"
+                )
+
+    def _require_new(self, mask: torch.Tensor | None, positions: Any, n: int) -> None:
+        """Raise ``ValueError`` where every sequence begins at position 0 again behind tokens that the cache has."""
+        known = isinstance(positions, torch.Tensor) and positions.dim() == 2
+        if not known or not self.columns or n == 1 or self.step.done:
+            return
+        again = (positions == 0).any(1)
+        if is_proven(mask) and mask.padding is not None:  # there may have been padding only
+            has_tokens = mask.padding[:, : self.columns].any(1)
+            again = again.expand(len(has_tokens))[has_tokens]
+        if len(again) and bool(again.all()):
+            raise ValueError(
+                f"ExpressCache: position_ids begin at 0 again, and the cache has {self.columns} tokens. generate() adds"
+                " those of a conversation that the cache has not; with use_cache=False, and in assisted decoding with a"
+                " cache that has tokens, transformers adds all of them once more. reset() empties the cache"
+            )
 
     def _require_computable(self, given: Given, site: Site) -> None:
         """Raise ``ValueError`` for attention that weighted rows cannot stand in for, before they have to."""
@@ -474,6 +501,8 @@ class ExpressLayer(CacheLayerMixin):
 
     def require_croppable(self, count: int) -> None:
         """Raise ``ValueError`` where the last ``count`` tokens cannot be taken back."""
+        if count < 0:
+            raise ValueError(f"ExpressCache: crop({-count}): must be minus the number of tokens to take back")
         most = self.croppable
         if count > most:
             why = f"only the last {most} tokens are held as they are"
@@ -483,8 +512,6 @@ class ExpressLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last ``-tokens_to_remove`` tokens back. Raises ``ValueError`` where they are thinned already."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"ExpressCache: crop({tokens_to_remove}): must be minus the number of tokens to take back")
         count = -int(tokens_to_remove)  # some versions give a tensor
         self.step.require_whole()
         self.require_croppable(count)

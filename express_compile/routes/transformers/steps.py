@@ -235,6 +235,31 @@ def let_generate_record(model: PreTrainedModel) -> None:
         setattr(model, method.__name__, MethodType(method, model))  # which copies of the model copy with it
 
 
+def let_generate_keep(model: PreTrainedModel) -> None:
+    """Let ``model.generate()`` go on with an ExpressCache where the model puts another in its place: Phi 3 does so for
+    long prompts, and once in a text, when its RoPE comes to other factors."""
+    if model.can_generate() and hasattr(model.config, "original_max_position_embeddings"):
+        setattr(model, prepare_inputs_for_generation.__name__, MethodType(prepare_inputs_for_generation, model))
+
+
+def prepare_inputs_for_generation(
+    self: PreTrainedModel,
+    input_ids: Any,
+    past_key_values: Any = None,
+    inputs_embeds: Any = None,
+    **kwargs: Any,  # by this name generate() knows that others are taken
+) -> dict[str, Any]:
+    kind: Any = type(self)
+    given = {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, **kwargs}
+    inputs: dict[str, Any] = kind.prepare_inputs_for_generation(self, input_ids, **given)
+    if isinstance(getattr(past_key_values, "steps", None), Steps) and inputs.get("past_key_values") is None:
+        past_key_values.reset()
+        given |= {"past_key_values": None, "next_sequence_length": None}
+        inputs = kind.prepare_inputs_for_generation(self, input_ids, **given)
+        inputs["past_key_values"] = past_key_values
+    return inputs
+
+
 def _steps_of(cache: Any) -> Steps | None:
     steps = getattr(cache, "steps", None)
     return steps if isinstance(steps, Steps) and steps.graphs else None
