@@ -152,7 +152,10 @@ def _proven(
     shown = [evaluator.visible(part.node, part.coords, part.sizes, part.hides, part.factor) for part in parts]
     last_index = _last_index(parts[0]) if as_in_sdpa else None
     asked = _Asked(evaluator, parts[0].node, sizes[0], size_expr(sizes[2]), size_expr(sizes[3]), last_index)
-    return _classify(sympy.And(*shown), asked)
+    proven = _classify(sympy.And(*shown), asked)
+    if any(example_of(part.node).requires_grad for part in parts):
+        raise Unproven("it needs a gradient, and only exact attention has one for masks", "a mask that is detached")
+    return proven
 
 
 _LAST = {_B: slice(None), _H: 0, _Q: -1, _K: slice(None)}
@@ -187,13 +190,14 @@ def prove_key_padding(mask: Node, around: Surroundings, reader: Node) -> tuple[M
 
 def same_for_all_queries(part: MaskPart, sizes: tuple[Any, Any, Any, Any]) -> tuple[Mask, Padding] | None:
     """A boolean mask without a query and a head dimension is a key padding, whatever its values are; else None."""
-    shape = example_of(part.node).shape
-    if example_of(part.node).dtype != torch.bool or not len(shape) <= len(part.sizes) == 4:
+    shape, rank = example_of(part.node).shape, len(part.sizes)
+    if example_of(part.node).dtype != torch.bool or not len(shape) <= rank <= 4 or part.coords[0] != _B:
         return None
-    if not known_equal(shape[-1], sizes[3]) or not all(known_equal(size, 1) for size in shape[-3:-1]):
+    between = shape[1 - rank : -1]
+    if not known_equal(shape[-1], sizes[3]) or not all(known_equal(size, 1) for size in between):
         return None
-    index = (*([slice(None)] if len(shape) == 4 else []), *([0] * len(shape[-3:-1])), slice(None))
-    term = PaddingTerm(part.node, index, len(shape) == 4, "eq", 0 if part.hides else 1)
+    index = (*([slice(None)] if len(shape) == rank else []), *([0] * len(between)), slice(None))
+    term = PaddingTerm(part.node, index, len(shape) == rank, "eq", 0 if part.hides else 1)
     return Mask(padding=True), Padding(terms=(term,))
 
 

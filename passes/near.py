@@ -90,7 +90,7 @@ def unread(node: Node) -> Refused | None:
         space, _, name = str(node.target).partition(".")
         if space not in (_OWN, "prim") and _KERNEL.search(name.partition(".")[0]):
             return Refused(f"it calls the kernel {space}.{name.partition('.')[0]}", "scaled_dot_product_attention")
-    name = called(node) or ""
+    name = (called(node) or "").removesuffix("_")
     if name not in _WEIGHS or any(softmax_of(user) is not None for user in node.users):
         return None
     before = _keys_before(_first(node)) if node.all_input_nodes else None

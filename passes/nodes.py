@@ -75,6 +75,13 @@ def shares_memory(a: Node, b: Node) -> bool:
     return a is b or (_storage(a) is not None and _storage(a) == _storage(b))
 
 
+def may_share_memory(a: Node, b: Node) -> bool:
+    """Whether it is not known that two nodes have nothing in the same memory; numbers have none."""
+    if any(node.meta.get("example_value") is not None and tensor_of(node) is None for node in (a, b)):
+        return False
+    return shares_memory(a, b) or _storage(a) is None or _storage(b) is None
+
+
 def _storage(node: Node) -> int | None:
     example = tensor_of(node)
     if example is None:

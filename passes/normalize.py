@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from .nodes import dynamo_source, reached, sources, tensor_of
+from .nodes import dynamo_source, may_share_memory, reached, sources, tensor_of
 
 # Parameters by position; "*name" takes all that are left, given one by one or as one sequence.
 # Sizes and dtypes are mostly left out: the node's own example_value says those of its result.
@@ -390,7 +390,9 @@ def is_new(node: Node) -> bool:
 
 def _writes_outside(body: GraphModule) -> bool:
     """Whether a graph may write into what it is given."""
-    return not all(is_new(target) for node in body.graph.nodes for target in mutated_inputs(node))
+    given = [node for node in body.graph.nodes if node.op in ("placeholder", "get_attr")]
+    targets = {target for node in body.graph.nodes for target in mutated_inputs(node) if not is_new(target)}
+    return any(may_share_memory(target, node) for target in targets for node in given)
 
 
 def _inplace_flag(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

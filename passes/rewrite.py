@@ -20,11 +20,14 @@ from ..core.policy import Policy
 from ..core.shards import is_dtensor, seed_of, shard_of_dtensor
 from ..core.spec import AttentionSpec, HeadShard, known_equal
 from .mask import Padding, PaddingTerm
-from .nodes import fake_mode_of, local_of, reached, same_sizes, shape_of
-from .normalize import in_place, is_new, operation
+from .nodes import fake_mode_of, local_of, reached, same_sizes, shape_of, shares_memory
+from .normalize import Operation, in_place, is_new, operation, performed
 from .site import AttentionSite, Emit
+from .softmax import VIEWS
 
-_FRESH = frozenset(("matmul", "bmm", "baddbmm", "mul", "div", "add", "sub", "softmax", "masked_fill", "where"))
+_FRESH = frozenset(
+    ("matmul", "bmm", "baddbmm", "einsum", "mul", "div", "add", "sub", "exp", "softmax", "masked_fill", "where")
+)
 _VIEWS = frozenset(("transpose", "permute", "getitem", "unsqueeze", "squeeze", "detach"))
 
 
@@ -307,26 +310,39 @@ def _with_layout_of(graph: Graph, out: Node, like: Node) -> Node:
 
 
 def _sweep(graph: Graph, candidates: list[Node]) -> None:
-    """Erase pure nodes without users, and what only they used; also what only writes into a tensor of its own."""
+    """Erase pure nodes without users, and what only they used; also what is only written, into memory of its own."""
     erased: set[Node] = set()
     while candidates:
         node = candidates.pop()
-        if node in erased or node.users or (operation(node) is None and not _fills_its_own(node)):
-            continue
-        inputs = list(node.all_input_nodes)
-        graph.erase_node(node)
-        erased.add(node)
-        candidates.extend(inputs)
+        for dead in _unread(node) if node not in erased else ():
+            candidates.extend(dead.all_input_nodes)
+            graph.erase_node(dead)
+            erased.add(dead)
 
 
-def _fills_its_own(node: Node) -> bool:
-    """Whether a node writes in place into a new tensor that nobody else knows."""
-    write = in_place(node)
-    target = None if write is None else write.get("input")
-    return isinstance(target, Node) and list(target.users) == [node] and _is_own(target)
+def _unread(node: Node) -> list[Node]:
+    """What nobody needs if nobody reads ``node``, the last first: itself, or the tensor whose memory it is in with all
+    that comes of that, which is at most written back there."""
+    base = node
+    while _is_alias(base):
+        base = cast(Operation, performed(base)).node()
+    aliases = reached(base, lambda x: (user for user in x.users if _is_alias(user) and user.args[0] is x))
+    if _is_fresh(base) and any(in_place(x) for x in aliases):
+        *after, _ = sorted(reached(base, lambda x: x.users), reverse=True)
+        writes = (in_place(x) for x in after if operation(x) is None)
+        if all(write is not None and shares_memory(write.node(), base) for write in writes):
+            return [*after, base]
+    return [] if node.users or operation(node) is None else [node]
 
 
-def _is_own(node: Node) -> bool:
-    """Whether the memory of a node's result is that of no other node, but for those it was written by in place."""
+def _is_alias(node: Node) -> bool:
+    """Whether a node's result is its input: a view of it, or written into it."""
     op = operation(node)
-    return _fills_its_own(node) if op is None else is_new(node) or op.name in _FRESH
+    return in_place(node) is not None if op is None else op.name in VIEWS
+
+
+def _is_fresh(node: Node) -> bool:
+    """Whether the memory of a node's result is that of nothing before it."""
+    op = operation(node)
+    is_view = op is not None and op.name == "einsum" and len(op.get("operands", ())) < 2
+    return op is not None and not is_view and (is_new(node) or op.name in _FRESH)

@@ -14,8 +14,8 @@ from torch.fx import GraphModule, Node
 from ..core.spec import AttentionSpec, Mask, feature_major, known_equal, layer_key
 from .buffers import Buffers
 from .mask import Padding
-from .nodes import fake_mode_of, is_parted, shares_memory, tensor_of
-from .normalize import bodies, mutated_inputs, number
+from .nodes import fake_mode_of, is_parted, reached, shares_memory, tensor_of
+from .normalize import bodies, in_place, mutated_inputs, number
 
 Emit = Callable[..., Node]
 """``emit(function, *args, **kwargs)``: a new call in the graph, its meta filled in."""
@@ -166,6 +166,18 @@ class Scope:
         stop = self.order[reader] + bool(bodies(reader))  # what a graph inside writes, its caller writes
         places = [i for i, target in self.writes if self.order[node] < i < stop and shares_memory(target, node)]
         return self.nodes[max(places)] if places else None
+
+    def latest(self, node: Node, reader: Node) -> Node:
+        """What computed the values that ``reader`` finds in ``node``: it, or the last that wrote its result into it.
+
+        The same tensor may be known by the results of what wrote into it; writes through views are not looked at.
+        """
+        first: Node = node
+        while (op := in_place(first)) is not None and tensor_of(first) is not None:
+            first = op.node()
+        results = reached(first, lambda x: (w for w in x.users if (op := in_place(w)) and op.get("input") is x))
+        before = (x for x in results if tensor_of(x) is not None and self.order[x] < self.order[reader])
+        return max(before, key=self.order.__getitem__)
 
     @cached_property
     def grad_switches(self) -> list[int]:

@@ -12,8 +12,8 @@ attention it stays what it is. Filling with or adding -1e9 or less hides a score
 does the lowest number of a dtype that has none so low, and so scores may be lifted to a number that hides. What is
 filled with the lowest number stays hidden whatever is added later, for that is taken to be far from the largest one.
 
-Reads ``[B, H, L, D]``, ``[B * H, L, D]`` (B and H from a view of the scores, else H = 1), ``[L, D]``, and einsum with
-one or two batch letters. Refuses soft-caps, sinks, scores or weights that are written, and weights that are used again.
+Reads ``[..., H, L, D]``, ``[B * H, L, D]`` (B and H from a view of the scores, else H = 1), ``[L, D]``, and einsum.
+Refuses soft-caps, sinks, scores or weights that are written, and weights that are used again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -76,6 +77,8 @@ class _Scores:
     factor: of everything further back, so far. added: tensors added to scores, with their factor and the tensor of
     scores that they broadcast to. filled: the same for boolean masks, and whether True hides.
     fills: the numbers that hide, as the softmax sees them. late: whether something is added to finite ones.
+    scaled: tensors that are the same for all keys, and numbers that are not known, by which the product is multiplied
+    ("mul") or divided ("div"), and the result.
     """
 
     factor: float = 1.0
@@ -84,6 +87,7 @@ class _Scores:
     steps: list[Node] = field(default_factory=list)
     fills: set[float] = field(default_factory=set)
     late: bool = False
+    scaled: list[tuple[str, Node, Node]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def _own(op: Operation, node: Node) -> Softmax:
 
 def _divided(op: Operation, node: Node) -> Softmax | None:
     before, total = op.get("input"), op.get("other")
-    inner = operation(before)
+    inner = performed(before)
     if inner is None or inner.name != "exp" or op.get("rounding_mode") is not None:
         return None
     return Softmax(inner.get("input"), -1, (before, node), total) if _is_total(total, "sum", before) else None
@@ -150,7 +154,7 @@ def feeds_product(written: Softmax) -> bool:
     factor of a batch of products, as the weights of experts or layers seldom are. Those that are look like one query.
     """
     outside = _from_inputs(written.scores)
-    fixed = (*VIEWS, *_COPIES, "dropout", "detach", "getitem", "expand", "transpose")
+    fixed = (*VIEWS, *_COPIES, "dropout", "detach", "getitem", "expand", "transpose", "permute")
 
     def after(node: Node) -> Iterator[Node]:
         for user in node.users:
@@ -287,23 +291,26 @@ def describe(scope: Scope, written: Softmax) -> dict[str, Any]:
     weights, out, dropout_p = _follow(written)
     scores, product = _peel(scope, written)
     query, key = _factors(product)
-    value = _values(weights[-1] if weights else written.nodes[-1], out)
     chain = [product, *reversed(scores.steps), *written.nodes, *weights]
+    used = chain[-1]
+    value = _values(used, out)
     whole = chain if written.total is None else [*chain, written.total]
     _check_order(scope, whole, out, (query.node, key.node), scores)
     _check_precision(whole, _example(value.node).dtype)
     heads = _heads(chain)
+    _check_leading(product, used, (query, key, value))
     query, key, value = _one_dtype(scope, out, *(_with_heads(x, heads) for x in (query, key, value)))
     repeats = known_equal(key.shape[1], query.shape[1])
     key, value = _before_repeat(scope, out, query, key, value)
     check_heads(query.shape, key.shape, value.shape, repeats)
     (query, of_query), (key, of_key) = (unscaled(scope, x) for x in (query, key))
     scores.factor *= of_query * of_key
+    query = _times(query, scores, product)
     if scores.factor <= 0:
         raise Refused(f"its scale {scores.factor:g} is not positive")
     mask, padding = _prove(scope, scores, sizes_of(query, key), heads, out)
     spec = make_spec(out, query, key, value, scale=scores.factor, mask=mask, dropout_p=dropout_p)
-    expand = partial(_write, _Attention((query, key, value), scores, spec, heads, out, scope.contexts))
+    expand = partial(_write, _Attention((query, key, value), scores, spec, heads, out, used, scope.contexts))
     found = {"node": out, "spec": spec, "padding": padding, "expand": expand}
     if not _averages(scores, spec):
         return {**found, "exact": expand}
@@ -311,6 +318,25 @@ def describe(scope: Scope, written: Softmax) -> dict[str, Any]:
     evaluator = Evaluator(scope, written.nodes[-1])
     is_equal = len(scores.fills) == 1 and not scores.late and not any(_hides(*x, evaluator) for x in scores.added)
     return {**found, "exact": partial(expand, averages=True) if is_equal else None, "averages": True}
+
+
+_BY_TENSOR = (
+    "its scores are scaled by a tensor, whose values are not known when compiling",
+    "a query or a key that is multiplied by it, or a number",
+)
+
+
+def _times(query: Operand, scores: _Scores, product: Node) -> Operand:
+    """``query`` ``[B, H, Lq, D]`` times the tensors by which its product with the keys is multiplied."""
+    dtype = query.example.dtype
+    rank = rank_of(product)
+    for how, by, result in scores.scaled:
+        before = _sizes(by)[:-2] if rank == 3 else () if rank == 4 else _sizes(by)[:-3]
+        if rank != rank_of(result) or (rank > 4 and before) or not all(known_equal(size, 1) for size in before):
+            raise Refused(*_BY_TENSOR)
+        query = query.then(getattr(torch, how), by)
+        query = query if query.example.dtype == dtype else query.then(torch.Tensor.to, dtype)
+    return query
 
 
 def _hides(term: Node, factor: float, like: Node, evaluator: Evaluator) -> bool:
@@ -350,6 +376,11 @@ def _shape(node: Node) -> torch.Size:
     return _example(node).shape
 
 
+def _sizes(node: Node) -> Sequence[Any]:
+    """The shape of a tensor; none for a number."""
+    return () if tensor_of(node) is None else _shape(node)
+
+
 def _follow(written: Softmax) -> tuple[list[Node], Node, float]:
     """The nodes that the weights pass through, the product that uses them, and the probability of dropping one."""
     node = written.nodes[-1]
@@ -363,8 +394,9 @@ def _follow(written: Softmax) -> tuple[list[Node], Node, float]:
             raise Refused("its attention weights are used more than once", _OUTPUT_ALONE)
         user = next(iter(node.users))
         op = operation(user)
-        if _is_product(user):
-            return path, user, dropout_p
+        after = next(iter(user.users), user)
+        if _is_product(user) or (len(user.users) == 1 and _is_reversed(after, node)):
+            return path, user if _is_product(user) else after, dropout_p
         if op is None or op.get("input") is not node or op.name not in (*VIEWS, *_COPIES, "dropout"):
             name = (op or in_place(user) or Operation(label(user))).name
             what = _WEIGHTS.get(name, f"given to '{label(user)}'")
@@ -378,6 +410,14 @@ def _follow(written: Softmax) -> tuple[list[Node], Node, float]:
         dropout_p = dropped or dropout_p
         path.append(user)
         node = user
+
+
+def _turns(op: Operation | None, before: Node) -> bool:
+    """Whether an operation swaps the last two dimensions of ``before``, and does nothing else."""
+    if op is None or op.name not in ("transpose", "permute") or op.get("input") is not before:
+        return False
+    rank = rank_of(before)
+    return order_of(op, rank) == [*range(rank - 2), rank - 1, rank - 2]
 
 
 def _dropped(op: Operation) -> float:
@@ -396,10 +436,10 @@ def _same_scores(before: Node, after: Node) -> None:
 
 def _peel(scope: Scope, written: Softmax) -> tuple[_Scores, Node]:
     """The scores before a softmax, and the product of queries and keys that they begin with."""
-    scores, node = _Scores(written.sign), written.scores
-    evaluator = Evaluator(scope, written.nodes[-1])
+    scores, node, reader = _Scores(written.sign), written.scores, written.nodes[0]
     while True:
         _example(node)
+        node = scope.latest(node, reader)
         op = performed(node)
         if op is None:
             raise Refused(*_OUTSIDE) if _is_input(node) else _foreign(label(node))
@@ -410,11 +450,15 @@ def _peel(scope: Scope, written: Softmax) -> tuple[_Scores, Node]:
                 _read_baddbmm(scores, op, node)
             if any(_depends(term, node, scope) for term, *_ in scores.added if not _is_single(term)):
                 raise Refused("it adds to its scores what was computed from them")
+            if any(_depends(by, node, scope) for _, by, _ in scores.scaled):
+                raise Refused("it scales its scores by what was computed from them")
             return scores, node
         if op.name not in _STEPS:
             raise _foreign(op.name)
+        if scores.scaled and op.name not in (*_COPIES, *VIEWS, "neg", "mul", "div"):
+            raise Refused(*_BY_TENSOR)  # with all that was added or filled in before
         scores.steps.append(node)
-        node = _STEPS[op.name](_Step(scores, op, node, evaluator))
+        reader, node = node, _STEPS[op.name](_Step(scores, op, node, scope))
 
 
 def _depends(term: Node, product: Node, scope: Scope) -> bool:
@@ -437,10 +481,10 @@ class _Step:
     scores: _Scores
     op: Operation
     node: Node
-    evaluator: Evaluator
+    scope: Scope
 
     def scalar(self, arg: Any) -> float | None:
-        return _scalar(arg, self.evaluator)
+        return _scalar(arg, Evaluator(self.scope, self.node))
 
     def is_scores(self, arg: Any) -> bool:
         return _is_scores(arg, self.node)
@@ -477,11 +521,12 @@ def _scaled(step: _Step) -> Node:
     if op.name == "mul" and not step.is_scores(before):
         before, other = other, before
     factor = step.scalar(other)
+    if factor is None and isinstance(other, Node) and step.is_scores(before):
+        if all(known_equal(size, 1) for size in _sizes(other)[-1:]):  # then it may as well be the query
+            step.scores.scaled.append((op.name, other, step.node))
+            return cast(Node, before)
     if factor is None or factor == 0:
-        raise Refused(
-            "its scores are scaled by a tensor, whose values are not known when compiling",
-            "a query that is multiplied by it, or a number",
-        )
+        raise Refused(*_BY_TENSOR)
     step.scores.factor *= factor if op.name == "mul" else 1 / factor
     return cast(Node, before)
 
@@ -600,7 +645,8 @@ def _check_fill(value: Any, step: _Step) -> None:
     scores.late |= bool(scores.added)
     for term, factor, like in scores.added:
         try:
-            step.evaluator.visible(term, _anywhere(rank_of(like)), _shape(like), factor=factor)
+            evaluator = Evaluator(step.scope, like)  # it may be written before it is added, or after that
+            evaluator.visible(term, _anywhere(rank_of(like)), _shape(like), factor=factor)
         except Unproven as error:
             if 2 * fill * scores.factor <= torch.finfo(_example(step.node).dtype).min:
                 continue
@@ -650,72 +696,89 @@ def _factors(product: Node) -> tuple[Operand, Operand]:
     """Query and key, ``[..., L, D]`` each with the same leading dimensions."""
     op = known(product)
     if op.name == "einsum":
-        return _einsum(op, of_values=False)
+        return _einsum(op)
     query, key = _multiplied(op)
     _same_rank(query, key)
-    turned, rank = operation(key), len(_shape(key))
-    if turned is not None and turned.name in ("transpose", "permute"):
-        if order_of(turned, rank) == [*range(rank - 2), rank - 1, rank - 2]:
-            return Operand(query), Operand(turned.node())
+    turned = operation(key)
+    if turned is not None and isinstance(turned.get("input"), Node) and _turns(turned, turned.node()):
+        return Operand(query), Operand(turned.node())
     return Operand(query), Operand(key).then(torch.transpose, -2, -1)
 
 
 def _same_rank(a: Node, b: Node) -> None:
     ranks = len(_shape(a)), len(_shape(b))
-    if ranks[0] != ranks[1] or ranks[0] not in (2, 3, 4):
-        raise Refused(f"it multiplies tensors of {ranks[0]} and {ranks[1]} dimensions; needed are 2, 3 or 4, the same")
+    if ranks[0] != ranks[1] or ranks[0] < 2:
+        raise Refused(f"it multiplies tensors of {ranks[0]} and {ranks[1]} dimensions; needed are 2 or more, the same")
 
 
 def _values(weights: Node, out: Node) -> Operand:
     """The values ``[..., Lk, Dv]`` that ``weights`` are multiplied with."""
     op = known(out)
-    if op.name == "einsum":
-        if op.get("operands", ())[:1] != (weights,):
-            raise Refused("its einsum does not begin with the attention weights")
-        return _einsum(op, of_values=True)[1]
     if op.name == "baddbmm":
         raise Refused("it adds to its product with the values (baddbmm)")
-    first, value = op.get("input"), op.get("other")
-    if first is value:
+    factors = _multiplied(op)
+    if len(set(factors)) < len(factors):
         raise Refused("its attention weights are used more than once")
+    if op.name == "einsum":
+        return _einsum(op, weights)[1]
+    first, value = factors
     if first is not weights:
-        raise Refused("its attention weights are not the first factor of their product")
+        if not _is_reversed(out, weights):
+            raise Refused("its attention weights are not the first factor of their product")
+        _same_rank(weights, first)
+        return Operand(first).then(torch.transpose, -2, -1)
     _same_rank(weights, value)
     return Operand(value)
 
 
-def _einsum(op: Operation, of_values: bool) -> tuple[Operand, Operand]:
-    """Both factors, their dimensions in order: ``[batch, q, D]`` and ``[batch, k, D]`` of scores ``[batch, q, k]``; or
-    of values ``[batch, q, k]`` and ``[batch, k, Dv]``, whose result may have any order."""
-    equation, operands = op.get("equation").replace(" ", ""), op.get("operands", ())
+def _is_reversed(node: Node, weights: Node) -> bool:
+    """Whether a node is the product of the transposed values with the transposed weights, ``v.mT @ weights.mT``."""
+    op = operation(node)
+    if op is None or op.name not in PRODUCTS or op.name == "einsum":
+        return False
+    return _turns(operation(_multiplied(op)[1]), weights)
+
+
+def _spelled_out(op: Operation, weights: Node | None = None) -> tuple[str, str, str]:
+    """The :func:`letters` of an einsum of two factors, with letters for what ``...`` stands for; first those of
+    ``weights``, if they are given.
+
+    Raises :class:`Refused` for another einsum, and for one that takes a diagonal or has no ``->``.
+    """
+    equation, operands = op.get("equation"), op.get("operands", ())
     refusal = Refused(f"its einsum '{equation}' is not a batch of products")
-    if "->" not in equation or "." in equation or len(operands) != 2:
+    if "->" not in equation or equation.count(",") != 1 or len(operands) != 2:
         raise refusal
-    a, b, result = letters(op)
-    if any(len(set(x)) != len(x) for x in (a, b, result)) or len(a) != len(_shape(operands[0])):
+    rest = "".join(x for x in string.ascii_letters if x not in equation)
+    given, ranks = letters(op), [len(_shape(x)) for x in operands]
+    dots = {rank - len(own) + 3 for rank, own in zip(ranks, given, strict=False) if "..." in own}
+    if len(dots) > 1:
         raise refusal
-    batch = [x for x in result if x in a and x in b]
-    rows, columns = ([x for x in result if x in own and x not in other] for own, other in ((a, b), (b, a)))
-    inner = [x for x in a if x in b and x not in result]
-    if (len(rows), len(columns), len(inner)) != (1, 1, 1) or len(batch) > 2:
+    a, b, result = (x.replace("...", rest[: max(0, *dots, 0)]) for x in given)
+    if [len(a), len(b)] != ranks or any(len(set(x)) != len(x) or "." in x for x in (a, b, result)):
         raise refusal
-    if {*a, *b} != {*batch, *rows, *columns, *inner}:
-        raise refusal
-    if not of_values:
-        if list(result) != [*batch, *rows, *columns]:
-            raise refusal
-        orders = ([*batch, *rows, *inner], [*batch, *columns, *inner])
-    else:
-        if list(a) != [*batch, *rows, *inner] and sorted(a[: len(batch)]) == sorted(batch):
-            batch = list(a[: len(batch)])
-        if list(a) != [*batch, *rows, *inner]:
-            raise refusal
-        orders = (list(a), [*batch, *inner, *columns])
-    first, second = (
-        _permuted(Operand(node), [have.index(x) for x in want])
-        for have, want, node in zip((a, b), orders, operands, strict=True)
-    )
-    return first, second
+    return (b, a, result) if weights is not None and operands[0] is not weights else (a, b, result)
+
+
+def _einsum(op: Operation, weights: Node | None = None) -> tuple[Operand, Operand]:
+    """Both factors, their dimensions in order: ``[batch, q, D]`` and ``[batch, k, D]`` of scores ``[batch, q, k]``; or
+    of ``weights`` ``[batch, q, k]`` and values ``[batch, k, Dv]``, whose result may have any order. A dimension of the
+    batch that keys or values do not have is 1 there."""
+    a, b, result = _spelled_out(op, weights)
+    scores = result if weights is None else a
+    batch, row, column = scores[:-2], scores[-2:-1], scores[-1:]
+    summed = [x for x in a if x in b and x not in result]
+    feature = summed if weights is None else [x for x in b if x not in a]
+    shapes = ([*batch, row, *feature], [*batch, row, column])
+    left, made = shapes if weights is None else reversed(shapes)
+    of_rows = len(scores) > 1 and len(summed) == len(feature) == 1 and row not in b and column in b
+    if not of_rows or {*b} - {*batch, column, *feature} or {*a} != {*left} or {*result} != {*made}:
+        raise Refused(f"its einsum '{op.get('equation')}' is not a batch of products")
+    first, second = op.get("operands")[:: 1 if weights is None or op.get("operands")[0] is weights else -1]
+    key = _permuted(Operand(second), [b.index(x) for x in (*batch, column, *feature) if x in b])
+    for i, letter in enumerate(batch):
+        key = key if letter in b else key.then(torch.unsqueeze, i)
+    return _permuted(Operand(first), [a.index(x) for x in left]), key
 
 
 def _permuted(x: Operand, order: list[int]) -> Operand:
@@ -729,9 +792,10 @@ def _check_order(scope: Scope, chain: list[Node], out: Node, factors: Sequence[N
         raise Refused("gradients are switched on or off inside it", "the switch around all of it")
     if any(start < i < end for i in scope.autocast_switches):
         raise Refused("autocast is switched on or off inside it", "the switch around all of it")
-    read = {*factors, *(node for node, *_ in (*scores.added, *scores.filled))}
-    for node in read:
-        if scope.written(node, after=start, before=end):
+    terms = [(node, like) for node, _, like in (*scores.added, *scores.filled)]
+    terms += [(by, like) for _, by, like in scores.scaled] + [(node, chain[0]) for node in factors]
+    for node, reader in terms:
+        if scope.written(node, after=scope.order[reader], before=end):
             raise Refused(f"{spoken(node)} is written between its two products")
     for node in chain:
         if scope.written(node, before=end, but=chain):
@@ -751,10 +815,12 @@ def _check_precision(chain: list[Node], dtype: torch.dtype) -> None:
 
 
 def _heads(chain: Sequence[Node]) -> tuple[Any, Any]:
-    """(B, H) of scores that are ``[B, H, q, k]`` somewhere on their way; else every leading entry is a sequence."""
+    """(B, H) of scores that are ``[B, H, q, k]`` somewhere on their way, or ``[..., H, q, k]`` at first; else every
+    leading entry is a sequence."""
     shapes = [_shape(node) for node in chain]
-    first, four = shapes[0], [shape for shape in shapes if len(shape) == 4]
-    B, H = map(number, four[0][:2] if four else (first[0] if len(first) == 3 else 1, 1))
+    first = shapes[0]
+    four = next((shape[:2] for shape in shapes if len(shape) == 4), (first[0] if len(first) == 3 else 1, 1))
+    B, H = map(number, four if len(first) < 5 else (math.prod(first[:-3]), first[-3]))
     if not isinstance(H, int) and any(len(shape) == 3 for shape in shapes):
         raise Refused(f"its number of heads {H} is not known when compiling")
     for before, node, shape in zip(shapes, chain[1:], shapes[1:], strict=False):
@@ -771,9 +837,27 @@ def _heads(chain: Sequence[Node]) -> tuple[Any, Any]:
     return B, H
 
 
+_FEWER = "sequences in one dimension"
+
+
+def _check_leading(product: Node, weights: Node, factors: Iterable[Operand]) -> None:
+    """That what comes before the heads, where scores have more than four dimensions, can be put together, and back."""
+    before = _shape(product)[:-3]
+    if len(before) < 2 and rank_of(weights) < 5:
+        return
+    known = [size for size in map(number, before) if isinstance(size, int)]
+    if len(known) < len(before) - (0 not in known):  # one can be inferred
+        raise Refused(f"its {len(before)} dimensions before the heads are not known when compiling", _FEWER)
+    if not all(same_sizes(x.shape[:-3], before) for x in factors) or not same_sizes(_shape(weights)[:-3], before):
+        shapes = ", ".join(str(tuple(x.shape)) for x in factors)
+        raise Refused(f"its query, key and value are {shapes}: what comes before the heads is not the same", _FEWER)
+
+
 def _with_heads(x: Operand, heads: tuple[Any, Any]) -> Operand:
     """``x`` as ``[B, H, L, D]``."""
     rank, (B, H) = len(x.shape), heads
+    if rank > 4:
+        return x.then(torch.flatten, 0, rank - 4)
     if rank == 3 and not known_equal(x.shape[0], B * H):
         raise Refused(f"it multiplies {x.shape[0]} matrices for {B} sequences of {H} heads")
     if rank == 2:
@@ -873,7 +957,8 @@ def _shown(scope: Scope, node: Node, factor: float, like: Node, heads: tuple[Any
 class _Attention:
     """What is written anew: query, key and value ``[B, H or H_kv, L, D]``, and all that happens to their scores.
 
-    heads: (B, H). out: the product with the values. autocast: the arguments of every ``torch.autocast`` around it.
+    heads: (B, H). out: the product of ``weights`` with the values. autocast: the arguments of every ``torch.autocast``
+    around it.
     """
 
     inputs: tuple[Operand, Operand, Operand]
@@ -881,6 +966,7 @@ class _Attention:
     spec: AttentionSpec
     heads: tuple[Any, Any]
     out: Node
+    weights: Node
     autocast: Sequence[tuple[Any, ...]]
 
 
@@ -899,7 +985,7 @@ def _write(attention: _Attention, emit: Emit, averages: bool = False) -> tuple[N
             F.scaled_dot_product_attention, q, k, v,
             attn_mask=mask, dropout_p=spec.dropout_p, scale=spec.scale, enable_gqa=not known_equal(spec.H, spec.H_kv),
         )  # fmt: skip
-        return result, _like_product(result, attention.out, emit)
+        return result, _like_product(result, attention.out, attention.weights, emit)
 
 
 def _common(query: Node, spec: AttentionSpec) -> torch.dtype:
@@ -963,19 +1049,24 @@ def broadcast(node: Node, like: Node, heads: tuple[Any, Any], query: Node, emit:
     return node
 
 
-def _like_product(attention: Node, out: Node, emit: Emit) -> Node:
-    """``[B, H, Lq, Dv]`` as the product with the values has it."""
+def _like_product(attention: Node, out: Node, weights: Node, emit: Emit) -> Node:
+    """``[B, H, Lq, Dv]`` as the product of ``weights`` with the values has it."""
     op, rank = known(out), len(_shape(out))
-    if rank == 3:
+    if rank > 4:
+        before = [size if isinstance(size, int) else -1 for size in map(number, _shape(weights)[:-3])]
+        attention = emit(torch.unflatten, attention, 0, before)
+    elif rank == 3:
         attention = emit(torch.flatten, attention, 0, 1)
     elif rank == 2:
         attention = emit(torch.flatten, attention, 0, 2)
     if op.name == "einsum":
-        first, second, result = letters(op)
+        first, second, result = _spelled_out(op, weights)
         have = [x for x in first if x in result] + [x for x in second if x in result and x not in first]
         order = tuple(have.index(x) for x in result)
         if order != tuple(range(rank)):
             attention = emit(torch.permute, attention, order)
+    elif _is_reversed(out, weights):
+        attention = emit(torch.transpose, attention, -2, -1)
     if attention.meta["example_value"].dtype != _example(out).dtype:
         attention = emit(torch.Tensor.to, attention, _example(out).dtype)
     return attention

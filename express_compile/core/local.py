@@ -97,15 +97,16 @@ def check_all(options: Mapping[str, Any]) -> dict[str, Any]:
         if name in GLOBAL:
             raise ValueError(f"{name!r} is not allowed for one module: {GLOBAL[name]}")
     options = written_out(options)
-    known(options)
+    known(options, of_model=False)
     return {name: check(name, value) for name, value in options.items()}
 
 
-def known(options: Mapping[Any, Any]) -> None:
-    """Raise ``TypeError`` that lists the known options for an unknown one."""
-    if set(options) <= {*CHECKS, *GLOBAL}:
+def known(options: Mapping[Any, Any], of_model: bool = True) -> None:
+    """Raise ``TypeError`` that lists the known options, those of a whole model or of one module, for an unknown one."""
+    others = GLOBAL if of_model else ()
+    if set(options) <= {*CHECKS, *others}:
         return  # no need to ask the methods for theirs
-    allowed = (*names(), *GLOBAL)
+    allowed = (*names(), *others)
     if unknown := sorted(set(options) - set(allowed), key=str):
         raise TypeError(f"unknown option {', '.join(map(repr, unknown))}: allowed are {', '.join(allowed)}")
 

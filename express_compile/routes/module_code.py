@@ -6,7 +6,7 @@ import dis
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, TypeVar, cast
 
@@ -26,7 +26,8 @@ _WHOLE = {
     "_native_multi_head_attention",
     "_transformer_encoder_layer_fwd",
 }
-_SOFTMAX = {"softmax", "Softmax"}
+_SOFTMAX = {"softmax", "log_softmax", "softmin", "Softmax", "LogSoftmax", "Softmin", "logsumexp"}
+_SUMS = {"exp", "sum"}  # a softmax that is written out, if both are there
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "__matmul__", "@"}
 
 
@@ -121,15 +122,20 @@ def writes_attention(module: Any) -> bool:
     for child in module.children():  # products may be modules, too
         if not any(True for _ in (*child.parameters(), *child.children())):
             names |= _names(type(child)) & _PRODUCTS
-    softmax = names & _SOFTMAX or _has_softmax(module)
-    return bool(names & _WHOLE or (softmax and names & _PRODUCTS))
+    return _is_attention(names, module)
 
 
 def code_writes_attention(code: CodeType, owner: object = None) -> bool:
     """Whether a piece of code, a method of ``owner`` perhaps, holds attention itself and not in what it calls."""
     names = {name for part in _parts(code) for name in _operations(part)}
-    softmax = names & _SOFTMAX or (is_module(owner) and _has_softmax(owner))
-    return bool(names & _WHOLE or (softmax and names & _PRODUCTS))
+    return _is_attention(names, owner)
+
+
+def _is_attention(names: Iterable[str], owner: object) -> bool:
+    """Whether code with these names holds attention; ``owner`` may have its softmax as a module."""
+    used = frozenset(names)
+    softmax = used & _SOFTMAX or used >= _SUMS or (is_module(owner) and _has_softmax(owner))
+    return bool(used & _WHOLE or (softmax and used & _PRODUCTS))
 
 
 def is_module(value: object) -> bool:
@@ -138,7 +144,7 @@ def is_module(value: object) -> bool:
 
 
 def _has_softmax(module: Any) -> bool:
-    return any(isinstance(child, nn.Softmax) for child in module.children())
+    return any(isinstance(child, nn.Softmax | nn.LogSoftmax | nn.Softmin) for child in module.children())
 
 
 @cache

@@ -22,7 +22,7 @@ from express_compile.report.explain import Report
 L = 24
 Q = torch.randn(2, 4, L, 8, generator=torch.Generator().manual_seed(0))
 SEEN = torch.ones(L, L, dtype=torch.bool).tril()
-GAIN = torch.rand(4, 1, 1, generator=torch.Generator().manual_seed(1)) + 0.5
+GAIN = torch.linspace(0.5, 1.5, L)[:, None]
 BY_METHOD = {
     "express": {"methods": ("express",), "budget": 16},
     "thinformer": {"methods": ("thinformer",), "budget": 32},
@@ -70,9 +70,9 @@ HINTS: dict[str, tuple[Callable, str, Callable, str, bool]] = {
     "clamp": (lambda q: hand(q, lambda s: s.clamp(-1e4, 1e4)), "scores that are not clamped", hand, "express", True),
     "sinks": (sinks, "a softmax over the keys alone", lambda q: (q @ q.mT).softmax(-1) @ q, "thinformer", False),
     "scaled by a tensor": (
-        lambda q: hand(q, lambda s: s * GAIN),
-        "a query that is multiplied by it",
-        lambda q: ((q * GAIN) @ q.mT).masked_fill(torch.ones(L, L).triu(1) == 1, -math.inf).softmax(-1) @ q,
+        lambda q: hand(q, lambda s: s * GAIN.mT),
+        "a query or a key that is multiplied by it",
+        lambda q: (q @ (q * GAIN).mT).masked_fill(torch.ones(L, L).triu(1) == 1, -math.inf).softmax(-1) @ q,
         "express",
         True,
     ),

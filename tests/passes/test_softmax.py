@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from express_compile import explain
+from express_compile import explain, record_sites, rewrite_attention
 from express_compile.core.policy import Policy
 from express_compile.passes.match import find_sites
 from express_compile.passes.pipeline import plan_sites
@@ -77,6 +77,37 @@ def in_place(q, k, v):
     s /= 2.0
     s += torch.where(causal(), 0.0, LOWEST)
     return torch.matmul(F.softmax(s, dim=-1), v)
+
+
+def in_place_by_statements(q, k, v):
+    """What a call returns is dropped; a view of the scores and their maximum are written, too."""
+    s = torch.matmul(q, k.transpose(2, 3))
+    s.mul_(0.5).div_(2.0)
+    s -= s.amax(-1, keepdim=True).detach()
+    s = s.view(B * H, L, L)
+    s.masked_fill_(~causal(), -math.inf)
+    return torch.bmm(F.softmax(s, dim=-1), heads(v)).view(B, H, L, D)
+
+
+def mask_made_late(q, k, v):
+    """In place, between the two products; it is read after that."""
+    s = q @ k.mT
+    m = torch.zeros(L, L)
+    m[torch.ones(L, L, dtype=torch.bool).triu(1)] = -math.inf
+    return (s + m.mul_(2)).softmax(-1) @ v
+
+
+def grouped(q, k, v):
+    """Queries of a group beside each other, ``[B, H_kv, group, L, D]``."""
+    q, k, v = q.unflatten(1, (2, 2)), k[:, :2], v[:, :2]
+    s = torch.einsum("bghqd,bgkd->bghqk", q, k).masked_fill(~causal(), -1e9)
+    return torch.einsum("bghqk,bgkd->bghqd", s.softmax(-1), v).flatten(1, 2)
+
+
+def axial(q, k, v):
+    q, k, v = (x[:, None].expand(-1, 3, -1, -1, -1).transpose(2, 3) for x in (q, k, v))
+    w = torch.einsum("bxihd,bxjhd->bxhij", q, k).softmax(-1)
+    return torch.einsum("bxhij,bxjhd->bxihd", w, v)
 
 
 def opt(q, k, v):
@@ -148,6 +179,34 @@ SPELLINGS: dict[str, tuple[Callable, str, float]] = {
         1.0,
     ),
     "in place": (in_place, "causal", 0.25),
+    "in place, by statements": (in_place_by_statements, "causal", 0.25),
+    "a mask that is written late": (mask_made_late, "causal", 1.0),
+    "grouped queries": (grouped, "causal", 1.0),
+    "of five dimensions": (lambda q, k, v: (q[None] @ k[None].mT).softmax(-1) @ v[None], "none", 1.0),
+    "einsum of five dimensions": (axial, "none", 1.0),
+    "einsum with an ellipsis": (
+        lambda q, k, v: torch.einsum("...ij, ...jd -> ...id", torch.einsum("...id,...jd->...ij", q, k).softmax(-1), v),
+        "none", 1.0,
+    ),
+    "einsum with one head of keys": (
+        lambda q, k, v: torch.einsum(
+            "bhij,bjd->bihd", torch.einsum("bhid,bjd->bhij", q * 0.5, k[:, 0]).softmax(-1), v[:, 0]
+        ),
+        "none", 0.5,
+    ),
+    "einsum with the weights behind": (
+        lambda q, k, v: torch.einsum("bhjd,bhij->bihd", v, (q @ k.mT).softmax(-1)), "none", 1.0,
+    ),
+    "transposed, of transposed weights": (
+        lambda q, k, v: torch.bmm(heads(v).mT, (heads(q) @ heads(k).mT).softmax(2).permute(0, 2, 1)), "none", 1.0,
+    ),
+    "a learned temperature": (
+        lambda q, k, v: (q @ k.mT / v.mean().exp() + torch.where(causal(), 0.0, LOWEST)).softmax(-1) @ v, "causal", 1.0,
+    ),
+    "a scale per head": (lambda q, k, v: (0.5 * (q @ k.mT) * v[0, :, :1, :1]).softmax(-1) @ v, "none", 0.5),
+    "a scale per query": (
+        lambda q, k, v: (heads(q) @ heads(k).mT * v[0, 0, :, :1]).softmax(-1) @ heads(v), "none", 1.0,
+    ),
     "masked_fill": (lambda q, k, v: (q @ k.mT).masked_fill(~causal(), -math.inf).softmax(-1) @ v, "causal", 1.0),
     "where, and a constant for all": (lambda q, k, v: (torch.where(causal(), q @ k.mT, LOWEST) + 3).softmax(-1) @ v,
                                       "causal", 1.0),
@@ -510,6 +569,13 @@ def written_keys(q, k, v):
     return s.softmax(-1) @ v + k
 
 
+def written_mask(q, k, v):
+    m = torch.full((L, L), -math.inf).triu(1)
+    s = q @ k.mT + m
+    m.zero_()
+    return s.softmax(-1) @ v
+
+
 def without_gradients(q, k, v):
     with torch.no_grad():
         s = q @ k.mT
@@ -560,8 +626,19 @@ NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     "no product": (lambda q, k, v: torch.softmax(q.sum(-1, keepdim=True) + k.sum(-1)[:, :, None], -1) @ v,
                    "its scores come from"),
     "a gate": (lambda q, k, v: F.relu(q).softmax(-1) @ k.mT, "its scores come from 'relu'"),
-    "a learned scale": (lambda q, k, v: (q @ k.mT * v.mean()).softmax(-1) @ v, "scaled by a tensor"),
-    "a scale per head": (lambda q, k, v: (q @ k.mT * v[:, :, :1, :1]).softmax(-1) @ v, "scaled by a tensor"),
+    "a scale per key": (lambda q, k, v: (q @ k.mT * v[:, :, :, :1].mT).softmax(-1) @ v, "scaled by a tensor"),
+    "a learned scale of a bias": (
+        lambda q, k, v: ((q @ k.mT + hidden(q)) * v.mean()).softmax(-1) @ v, "scaled by a tensor",
+    ),
+    "a scale per matrix": (
+        lambda q, k, v: (heads(q) @ heads(k).mT * heads(v)[:, :1, :1]).softmax(-1) @ heads(v), "scaled by a tensor",
+    ),
+    "a scale per sequence of windows": (
+        lambda q, k, v: (q[None] @ k[None].mT * v[None, :, :1, :1, :1]).softmax(-1) @ v[None], "scaled by a tensor",
+    ),
+    "scaled by its own norm": (
+        lambda q, k, v: ((s := q @ k.mT) / s.norm(dim=-1, keepdim=True)).softmax(-1) @ v, "computed from them",
+    ),
     "negative scale": (lambda q, k, v: (q @ k.mT * -0.5).softmax(-1) @ v, "its scale -0.5 is not positive"),
     "rounded": (lambda q, k, v: torch.div(q @ k.mT, 2.0, rounding_mode="floor").softmax(-1) @ v, "are rounded"),
     "in half precision": (lambda q, k, v: (q @ k.mT).bfloat16().softmax(-1).float() @ v,
@@ -613,6 +690,7 @@ NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     "weights are written": (written_weights, "used more than once"),
     "scores are written": (written_scores, "written by something else"),
     "keys are written": (written_keys, "is written between its two products"),
+    "a mask is written": (written_mask, "is written between its two products"),
     "no gradients": (without_gradients, "gradients are switched on or off inside it"),
     "transposed weights": (lambda q, k, v: (q @ k.mT).softmax(-1).transpose(-1, -2) @ v, "given to 'transpose'"),
     "added to the result": (
@@ -620,7 +698,16 @@ NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     ),
     "dropped twice": (lambda q, k, v: F.dropout(F.dropout((q @ k.mT).softmax(-1), 0.3), 0.2) @ v,
                       "drops attention weights twice"),
-    "five dimensions": (lambda q, k, v: (q[None] @ k[None].mT).softmax(-1) @ v[None], "of 5 and 5 dimensions"),
+    "keys of one of many windows": (
+        lambda q, k, v: (q[None] @ k[None, :1].mT).softmax(-1) @ v[None, :1], "what comes before the heads",
+    ),
+    "an einsum of vectors": (
+        lambda q, k, v: torch.einsum("j,jd->d", torch.einsum("d,jd->j", q[0, 0, 0], k[0, 0]).softmax(-1), v[0, 0]),
+        "is not a batch of products",
+    ),
+    "an einsum of transposed weights": (
+        lambda q, k, v: torch.einsum("bhji,bhjd->bhid", (q @ k.mT).softmax(-1).mT, v), "given to",
+    ),
     "one query, many biases": (
         lambda q, k, v: (q[:, :, :1] @ k.mT + v.sum(-1, keepdim=True)).softmax(-1) @ v,
         "its scores are (2, 4, 1, 12) and later",
@@ -738,6 +825,121 @@ def test_almost_causal_masks_stay_what_they_are(change: Callable) -> None:
         g, found = compiled(f, policy)
         assert relative(g(q, k, v), f(q, k, v)) < 1e-6
         assert str(found[0][0].spec.mask) != "causal"
+
+
+def test_nothing_of_scores_that_were_written_in_place_is_left() -> None:
+    """Neither their product nor what wrote into it; but all of it where the scores are a result, too."""
+
+    def kept(q, k, v):
+        s = q @ k.mT
+        s.mul_(0.5)
+        s.masked_fill_(~causal(), -math.inf)
+        return s.softmax(-1) @ v, s
+
+    q, k, v = tensors()
+    for f, products in ((in_place_by_statements, 0), (kept, 1)):
+        graphs: list[torch.fx.GraphModule] = []
+
+        def backend(gm: torch.fx.GraphModule, _: list[Any], graphs: list[Any] = graphs) -> Callable:
+            rewrite(gm, plan_sites(find_sites(gm), EXACT), EXACT)
+            graphs.append(gm)
+            return gm
+
+        torch._dynamo.reset()
+        out, truth = torch.compile(f, backend=backend)(q, k, v), f(q, k, v)
+        for ours, theirs in zip(out if products else (out,), truth if products else (truth,), strict=True):
+            hidden = theirs.isinf()
+            assert torch.equal(ours.isinf(), hidden) and relative(ours[~hidden], theirs[~hidden]) < 1e-6
+        names = [node.name for node in graphs[0].graph.nodes]
+        assert sum("matmul" in name or name == "s" for name in names) == products
+        assert sum(name.endswith("_") and not name.startswith("l_") for name in names) == 2 * products
+
+
+def test_a_write_through_a_view_of_an_input_stays() -> None:
+    def f(q, k, v):
+        k = torch.einsum("bhld->bhdl", k)
+        k.mul_(0.5)
+        return (q @ k).softmax(-1) @ v
+
+    (q, k, v), (_, ours, _) = tensors(), tensors()
+    g, _ = compiled(f)
+    assert relative(g(q, ours, v), f(q, k, v)) < 1e-6 and torch.equal(ours, k)
+
+
+def test_leading_dimensions_come_back_if_at_most_one_is_unknown() -> None:
+    def f(q, k, v):
+        return (q @ k.mT).softmax(-1) @ v
+
+    for shape, unknown, verdict in (
+        ((2, 3, H, L, D), (0,), "rewritten"),
+        ((2, 3, H, L, D), (0, 1), "refused"),
+        ((0, 3, H, L, D), (1,), "refused"),
+    ):
+        inputs = tensors(*[shape] * 3)
+        for x in inputs:
+            for dim in unknown:
+                torch._dynamo.mark_dynamic(x, dim)
+        g, found = compiled(f, Policy(methods=("exact",)))
+        out = g(*inputs)
+        assert out.shape == shape and torch.allclose(out, f(*inputs), atol=1e-6)
+        assert [plan.verdict for _, plan in found] == [verdict]
+
+
+def test_numbers_in_tensors_are_those_that_the_scores_met() -> None:
+    """Which may be others at the softmax: a scale, a value that is filled in and a constant that is added."""
+
+    def f(q, k, v):
+        scale, lowest, shift = torch.full((), 0.5), torch.full((), -1e9), torch.full((L,), 2.0)
+        scale.mul_(0.5)
+        s = torch.where(causal(), q @ k.mT * scale, lowest) + shift
+        for x in (scale, lowest, shift):
+            x.fill_(3.0)
+        return s.softmax(-1) @ v
+
+    g, found = compiled(f)
+    assert relative(g(*tensors()), f(*tensors())) < 1e-6
+    assert [(site.spec.scale, str(site.spec.mask), plan.verdict) for site, plan in found] == [
+        (0.25, "causal", "rewritten")
+    ]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_padding_per_matrix_of_three_dimensions_is_one(checkpointed: bool) -> None:
+    """As cross attention of latent diffusion has it: repeated for the heads, and filled in in place."""
+
+    def attend(q, k, v, real):
+        s = torch.einsum("b i d, b j d -> b i j", heads(q), heads(k))
+        s.masked_fill_(~real[:, None].repeat_interleave(H, 0), -torch.finfo(s.dtype).max)
+        return torch.einsum("b i j, b j d -> b i d", s.softmax(dim=-1), heads(v))
+
+    def f(q, k, v, real):
+        return checkpoint(attend, q, k, v, real, use_reentrant=False) if checkpointed else attend(q, k, v, real)
+
+    real = torch.arange(L) < torch.tensor([[L], [L - 3]])
+    for policy in (EXACT, Policy(methods=("thinformer",), budget=64)):
+        site = check(f, [*tensors(), real], "key padding", 1.0, policy)
+        assert (site.spec.B, site.spec.H) == (B * H, 1)
+
+
+def test_a_padding_that_needs_a_gradient_stays_exact() -> None:
+    """Thinformer has none for it. Learned masks are such ones, ``(1 - m) * -1e9`` with an m of 0 and 1."""
+
+    class Masked(nn.Module):
+        def forward(self, q, k, v, m):
+            return (q @ k.mT + (1 - m)[:, None, None] * -1e9).softmax(-1) @ v
+
+    m = torch.ones(B, L).index_fill(1, torch.tensor([L - 1]), 0.0)
+    model, found = rewrite_attention(Masked(), methods=["thinformer"], budget=64), []
+    for leaf in (False, True):
+        inputs = [*(x.requires_grad_() for x in tensors()), m.clone().requires_grad_(leaf)]
+        with record_sites() as sites:
+            out = model(*inputs)
+        found += [site.verdict for site in sites]
+        leaves = inputs if leaf else inputs[:3]
+        weight = torch.arange(float(D))
+        gradients = (torch.autograd.grad((y * weight).sum(), leaves) for y in (out, Masked()(*inputs)))
+        assert all(relative(*pair) < 1e-5 for pair in zip(*gradients, strict=True))
+    assert found == ["rewritten", "refused"] and "it needs a gradient" in sites[0].reason
 
 
 def test_explain_names_form_mask_and_reason(shipped_rates: None) -> None:

@@ -422,6 +422,43 @@ def test_strict_names_the_refused_sites_and_models_without_any() -> None:
         call(rewrite_attention(model, strict=True, **THIN))
 
 
+class WrittenOut(nn.Module):
+    """A softmax in other words."""
+
+    def __init__(self, softmax: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.softmax = softmax
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.softmax(x @ x.mT) @ x
+
+
+class ByHand(WrittenOut):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = x @ x.mT
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        return (weights / weights.sum(-1, keepdim=True)) @ x
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ByHand(torch.abs), WrittenOut(lambda s: F.log_softmax(s, -1).exp()), WrittenOut(lambda s: F.softmin(-s, -1)),
+        WrittenOut(lambda s: (s - s.logsumexp(-1, keepdim=True)).exp()), WrittenOut(nn.Softmin(-1)),
+    ],
+    ids=["exp over sum", "log_softmax", "softmin", "logsumexp", "a module"],
+)  # fmt: skip
+@torch.no_grad()
+def test_softmax_has_many_names(model: nn.Module) -> None:
+    x = torch.randn(2, 12, C, generator=torch.Generator().manual_seed(0)) / 4
+    truth = model(x)
+    with record_sites() as sites:
+        out = rewrite_attention(model, methods=["exact"])(x)
+    # of Softmin the scores have the wrong sign: they are not of attention as SDPA has it
+    assert [site.verdict for site in sites] == ["refused" if isinstance(model.softmax, nn.Softmin) else "rewritten"]
+    assert (out - truth).norm() < 1e-5 * truth.norm()
+
+
 def test_without_attention_nothing_is_rewritten() -> None:
     model = nn.Sequential(nn.Linear(C, C), nn.Softmax(-1))
     with pytest.raises(ValueError, match="Sequential: no attention found.*a softmax and matrix products"):
