@@ -32,7 +32,7 @@ from ..passes.pipeline import plan_graph
 from ..passes.place import Place
 from ..passes.site import AttentionSite
 from ..planning.choose import require_matches
-from .dynamo import Compiled, Failure, cannot_capture, is_converting
+from .dynamo import Compiled, Failure, cannot_capture, close_when_idle, is_converting
 from .module_code import writes_attention
 from .program import is_inside, trace_rewritten
 from .replayed import Replayed, why_not
@@ -396,8 +396,11 @@ _spare: list[FunctionType] = []
 
 
 def _close(compiled: Compiled, call: FunctionType) -> None:
-    compiled.close()
-    _spare.append(call)
+    def close() -> None:
+        compiled.close()
+        _spare.append(call)
+
+    close_when_idle(close)
 
 
 @torch.compiler.assume_constant_result

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -87,6 +88,7 @@ class Compiled:
             self._convert = convert
             context.callback = _Callback(self, convert._torchdynamo_orig_backend)
         self._run = context(function)
+        _close_waiting()
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Failure]]:
         """The result, and what ran as it was on the way."""
@@ -95,10 +97,12 @@ class Compiled:
             self._hooks = hooks
         failures: list[Failure] = []
         token = _failures.set(failures)
+        _close_waiting()
         try:
             result = self._run(*args, **kwargs)
         finally:
             _failures.reset(token)
+            _close_waiting()
         for failure in {id(failure.code): failure for failure in failures}.values():  # it failed in Dynamo only
             tries, _ = self._failed.get(id(failure.code), (0, None))
             self._failed[id(failure.code)] = tries + 1, failure
@@ -146,6 +150,38 @@ class Compiled:
             self._codes.clear()
             self._managers.clear()
             self._failed.clear()
+
+
+_waiting: list[Callable[[], None]] = []
+
+
+def close_when_idle(close: Callable[[], None]) -> None:
+    """Call ``close``, which frees what Dynamo keeps, as soon as Dynamo cannot be looking at it, in no thread.
+
+    For finalizers: garbage is collected inside of Dynamo, too, and to free what it walks through ends the process.
+    """
+    _waiting.append(close)
+    _close_waiting()
+
+
+def _close_waiting() -> None:
+    if _waiting and not any(map(_may_look, sys._current_frames().values())):
+        while _waiting:
+            _waiting.pop()()
+
+
+def _may_look(frame: FrameType | None) -> bool:
+    """Whether Dynamo may be looking at what it keeps: it converts a frame, or looks for code for the next one, as it
+    does in all that it compiles but for what is called with it disabled."""
+    looks: bool | None = None
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == convert_frame.__file__:
+            return True
+        if looks is None and code.co_filename == eval_frame.__file__:
+            looks = "DisableContext" not in code.co_qualname
+        frame = frame.f_back
+    return bool(looks)
 
 
 class _Callback:

@@ -9,7 +9,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, Event
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from express_compile import explain, is_rewritten, record_sites, restore_attention, rewrite_attention
 from express_compile.routes.capture import is_captured
-from express_compile.routes.dynamo import _TRIES
+from express_compile.routes.dynamo import _TRIES, Compiled, is_converting
 
 N, C, H = 80, 16, 2
 THIN: dict[str, Any] = {
@@ -574,6 +574,77 @@ def test_rewriting_and_explaining_again_and_again_leaves_nothing_behind() -> Non
         rewritten(model)
         assert verdicts(lambda: model(states())) == ["rewritten"]
         restore_attention(model)
+
+
+class Meanwhile(Attention):
+    """Calls something between its products, where its graph breaks, or which is called while it is traced."""
+
+    def __init__(self, between: Callable[[], None]) -> None:
+        super().__init__()
+        self.between = between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.between()
+        return super().forward(x)
+
+
+@pytest.fixture
+def dies(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Lets a rewritten model that was called become garbage and be collected: gives how much of it Dynamo has freed."""
+    dead, closed, close = [rewritten(build(Attention))], [], Compiled.close
+    dead[0](states())
+    gc.collect()  # of other tests
+    monkeypatch.setattr(Compiled, "close", lambda self: (closed.append(self), close(self))[1])
+
+    def die() -> int:
+        dead.clear()
+        gc.collect()
+        return len(closed)
+
+    return die
+
+
+@pytest.mark.parametrize("where, freed", [("breaks", 0), ("traces", 0), ("disabled", 1)])
+@torch.no_grad()
+def test_what_dynamo_keeps_of_dead_models_is_not_freed_while_it_may_look_at_it(where, freed, dies) -> None:
+    """That ended the process now and then, as garbage is collected at any moment."""
+    seen: list[int] = []
+
+    def between() -> None:
+        if not seen and (is_converting() or where != "traces"):
+            seen.append(dies())
+
+    marks: dict[str, Callable[..., Any]] = {
+        "breaks": functools.partial(torch.compiler.disable, recursive=False),
+        "traces": torch.compiler.assume_constant_result,
+        "disabled": torch.compiler.disable,
+    }
+    model = rewritten(Meanwhile(marks[where](between)).eval())
+    model(states())
+    assert seen == [freed] and dies() == 1
+
+
+@torch.no_grad()
+def test_it_is_freed_at_once_unless_another_thread_is_in_compiled_code(dies) -> None:
+    inside, go = Event(), Event()
+
+    @functools.partial(torch.compiler.disable, recursive=False)
+    def wait() -> None:
+        inside.set()
+        assert go.wait(60)
+
+    model = rewritten(Meanwhile(wait).eval())
+    with ThreadPoolExecutor(1) as pool:
+        called = pool.submit(torch.no_grad()(model), states())
+        assert inside.wait(60) and dies() == 0
+        go.set()
+        called.result()
+    assert dies() == 1
+
+
+@torch.no_grad()
+def test_it_is_freed_at_once_outside(dies) -> None:
+    assert dies() == 1
 
 
 @torch.no_grad()
