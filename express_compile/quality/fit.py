@@ -308,10 +308,11 @@ def _times(
     """What every option, and behind them exact attention, is predicted to take at every site, in milliseconds.
     ``ValueError`` where that is not known, or where the cheapest options are not as fast as ``speedup``."""
     try:
-        specs = [x.spec for x in reports if x.verdict == "rewritten" and x.spec is not None]
-        times = [_milliseconds(spec, (*options, EVERYTHING), length, base) for spec in specs]
+        specs = [at_length(x.spec, length) for x in reports if x.verdict == "rewritten" and x.spec is not None]
+        of_spec = {spec: _milliseconds(spec, (*options, EVERYTHING), base) for spec in dict.fromkeys(specs)}
     except ValueError as error:
         raise renamed(f"speedup={speedup!r}", error) from None
+    times = [of_spec[spec] for spec in specs]
     exact, cheapest = sum(its[-1] for its in times), sum(min(its[:-1]) for its in times)
     if exact < speedup * cheapest:
         raise ValueError(
@@ -321,9 +322,8 @@ def _times(
     return times
 
 
-def _milliseconds(spec: AttentionSpec, options: Sequence[Rows], length: int, base: PerHead) -> list[float]:
-    """What every option is predicted to take with all heads at a length; ``ValueError`` where that is not known."""
-    spec = at_length(spec, length)
+def _milliseconds(spec: AttentionSpec, options: Sequence[Rows], base: PerHead) -> list[float]:
+    """What every option is predicted to take with all heads; ``ValueError`` where that is not known."""
     device = device_of(spec.device)
     times = [
         None if device is None else predict(METHOD.name, spec, Policy(methods=(replace(base, rows=x),)), device)

@@ -165,9 +165,12 @@ def close_when_idle(close: Callable[[], None]) -> None:
 
 
 def _close_waiting() -> None:
-    if _waiting and not any(map(_may_look, sys._current_frames().values())):
-        while _waiting:
-            _waiting.pop()()
+    while _waiting and not any(map(_may_look, sys._current_frames().values())):
+        try:
+            close = _waiting.pop()
+        except IndexError:  # another thread took the last one
+            return
+        close()
 
 
 def _may_look(frame: FrameType | None) -> bool:

@@ -90,8 +90,7 @@ class Launch:
         self._turns.wait()
 
     def note(self, kind: str, pointers: np.ndarray, mask: np.ndarray, size: int, relaxed: bool = False) -> None:
-        if (mask := np.broadcast_to(mask, pointers.shape)).any():
-            seen = pointers[mask] if pointers.ndim else pointers.reshape(1)
+        if len(seen := pointers[np.broadcast_to(mask, pointers.shape)]):
             self.accesses.append(
                 Access(kind, self.now.number, len(self.accesses), self.now.barriers, self.now.clock, relaxed, _place(),
                        seen.astype(np.int64), size)
@@ -115,9 +114,7 @@ class Launch:
         if all(x.kind == LOAD for x in self.accesses):
             return []
         unit = min(x.size for x in self.accesses)
-        units = [
-            np.unique((x.pointers // unit)[:, None] + np.arange(x.size // unit)) for x in self.accesses
-        ]  # fmt: skip
+        units = [np.unique((x.pointers // unit)[:, None] + np.arange(x.size // unit)) for x in self.accesses]
         written = np.unique(np.concatenate([u for x, u in zip(self.accesses, units, strict=True) if x.kind != LOAD]))
         units = [u[np.isin(u, written, assume_unique=True)] for u in units]
         address = np.concatenate(units)
@@ -129,9 +126,14 @@ class Launch:
         behind = np.r_[np.minimum.accumulate(np.where(stores, at, len(at))[::-1])[::-1][1:], len(at)]
         first = np.searchsorted(address, address)
         end = np.searchsorted(address, address, "right")
-        pairs = [(access[before[m]], access[m]) for m in [before >= first]]
-        pairs += [(access[m], access[behind[m]]) for m in [~stores & (behind < end)]]
-        return np.unique(np.concatenate([np.stack(x, 1) for x in pairs]), axis=0).tolist()
+        stored, loaded = before >= first, ~stores & (behind < end)
+        pairs = np.concatenate(
+            [
+                np.stack([access[before[stored]], access[stored]], 1),
+                np.stack([access[loaded], access[behind[loaded]]], 1),
+            ]
+        )
+        return np.unique(pairs, axis=0).tolist()
 
     def _judge(self, x: Access, y: Access) -> str | None:
         words = f"{self.fn.__name__}: {x.kind} at {x.place}, {y.kind} at {y.place}"

@@ -18,7 +18,6 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch._dynamo import OptimizedModule
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -33,7 +32,7 @@ from ...kernels.heads import EVERYTHING, PerHead
 from ...kernels.held import Held, HeldRows
 from ...kernels.launch import Random
 from ...planning.choose import methods_of
-from ..eager import rewrite_attention, rewritten_sites
+from ..eager import rewrite_attention, rewritten_sites, uncompiled
 from .layers import ExpressLayer, Place, Step
 from .masks import BY_PLACES
 from .sites import installed
@@ -366,7 +365,7 @@ def _checked(model: Any) -> PreTrainedModel:
     """The model, without what ``torch.compile`` has put around it; an error for one that no cache can be made for."""
     if BY_PLACES:
         raise RuntimeError(f"an ExpressCache needs transformers 5.17 or newer: this is {transformers.__version__}")
-    model = model._orig_mod if isinstance(model, OptimizedModule) else model
+    model = uncompiled(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model={type(model).__name__}: must be a PreTrainedModel of transformers")
     if model.config.is_encoder_decoder:
