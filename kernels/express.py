@@ -63,7 +63,7 @@ from .select.contest import CONTEST, compete_into, compete_reference
 from .select.halving import RULE, Decider, HalvingRule, get_rule, halve_reference
 from .select.queries import InBlocks, check_block
 from .select.schedule import Halving, Schedule, admitted, check_budget, make_schedule
-from .select.thinning import describe_launches, thin_into
+from .select.thinning import describe_launches, thin_into, zeros_for
 from .spans import Spans
 
 _Gradients: TypeAlias = tuple[torch.Tensor, ...]
@@ -347,12 +347,14 @@ def select_into(
     random: Random, spans: Spans | None = None,
 ) -> None:  # fmt: skip
     """What :func:`thin_triton` gives, into tensors of such shapes, contiguous."""
-    config, contest = layout.config, (1, 0)
+    config, contest, zeros = layout.config, (1, 0), None
     if config.protected:
-        compete_into(kept[0], key, config.sinks, layout.contests, config.protected, random.heads, spans)
+        count = zeros_for(layout.schedule, config.rule, key, value, kept[0].shape[0] * kept[0].shape[1])
+        places = layout.contests, config.protected
+        zeros = compete_into(kept[0], key, config.sinks, *places, random.heads, spans, count)
         contest = (CONTEST, config.protected)
     decider = Decider(config.rule, scale, random)
-    thin_into(kept, key, value, layout.schedule, config.sinks, decider, spans, contest)
+    thin_into(kept, key, value, layout.schedule, config.sinks, decider, spans, contest, zeros=zeros)
 
 
 def express_reference(
@@ -678,7 +680,7 @@ def _cost(spec: AttentionSpec, params: Mapping[str, Any]) -> c.Cost:
         attention.flops + 2 * width * (0 if coin else entries),
         attention.bytes + c.itemsize * (width * rows + scored + blank),
         sympy.Integer(0) if coin else 3 * s * rounds,  # closing halvings; what else there is takes less time
-        2 + (0 if coin else describe_launches(4 * s)) + 4 * bool(protected) + 12 * bool(spec.mask.padding),
+        2 + (0 if coin else describe_launches(4 * s)) + 3 * bool(protected) + 12 * bool(spec.mask.padding),
         attention.scores,
         sympy.Integer(0) if coin else c.B * c.H_kv * entries,
     )

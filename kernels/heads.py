@@ -70,9 +70,10 @@ from .express import (
 from .launch import Random, constant, jit, launch, load_rows, next_power_of_two, sequence, strided, tl
 from .op import define_attention
 from .select.blocks import KEYS, BlockConfig, Choosers, query_blocks, select_blocks, select_blocks_triton
-from .select.contest import CONTEST
-from .select.halving import RULE
+from .select.contest import CONTEST, compete_into
+from .select.halving import RULE, Decider, get_rule
 from .select.schedule import check_budget
+from .select.thinning import Part, describe_launches, thin_parts_into, zeros_for_parts
 
 _Tensors = tuple[torch.Tensor, ...]
 EVERYTHING = Rows(everything=True)
@@ -451,6 +452,17 @@ class Thinned:
     copies: int
     index: int
 
+    @property
+    def halves(self) -> bool:
+        """Whether there is a coreset, not protected rows alone."""
+        return bool(self.layout.schedule.launches or self.layout.schedule.subsamples)
+
+    @functools.cached_property
+    def part(self) -> Part:
+        """What is thinned beside others."""
+        layout = self.layout
+        return Part(self.heads, layout.schedule, layout.config.sinks, layout.size, (self.index, self.copies))
+
 
 @dataclass(frozen=True, eq=False)
 class Together:
@@ -533,8 +545,8 @@ def together(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torc
         copies = tuple(x.new_empty(what.copied, x.shape[3]) for x in (key, value))
     for group in what.exact:  # the longest ones
         _exact_heads(call, group, outputs)
-    for x in what.thinned:
-        _thin(call, x, index, copies)
+    if what.thinned:
+        _thin(call, what.thinned, index, copies)
     found = [_choose(call, family, start).flatten() for family in what.families]
     chosen = None if not found else found[0] if len(found) == 1 else torch.cat(found)
     read = index if any(x.layout.config.protected for x in what.thinned) else None
@@ -542,19 +554,30 @@ def together(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torc
     return outputs
 
 
-def _thin(call: Call, own: Thinned, index: torch.Tensor | None, copies: _Tensors | None) -> None:
-    """What these heads keep, into their parts of the buffers."""
+def _thin(call: Call, all_of_them: tuple[Thinned, ...], index: torch.Tensor | None, copies: _Tensors | None) -> None:
+    """What these heads keep, into their parts of the buffers; those with a coreset are thinned side by side."""
     assert index is not None
-    (B, H_kv), H, layout = call.key.shape[:2], len(own.heads), own.layout
-    kept = tuple(
-        (x.new_empty(0, x.shape[3]) if copies is None else copies[i][own.copies : own.copies + B * H * layout.copied])
-        .view(B, H, layout.copied, x.shape[3])
-        for i, x in enumerate((call.key, call.value))
-    )  # fmt: skip
-    listed = index[own.index : own.index + B * H * layout.size].view(B, H, layout.size)
-    heads = None if own.heads == tuple(range(H_kv)) else _constant(own.heads, call.key.device)
-    random = Random(call.seed, call.layer, heads)
-    select_into((listed, *kept), call.key, call.value, layout, call.scale, random)
+    key, value = call.key, call.value
+    copies = tuple(x.new_empty(0, x.shape[3]) for x in (key, value)) if copies is None else copies
+    halved = [x for x in all_of_them if x.halves]
+    parts = tuple(x.part for x in halved) if len(halved) > 1 else ()
+    zeros, rule = None, all_of_them[0].layout.config.rule
+    for own in all_of_them:
+        B, H, layout = len(key), len(own.heads), own.layout
+        kept = tuple(
+            x[own.copies : own.copies + B * H * layout.copied].view(B, H, layout.copied, x.shape[1]) for x in copies
+        )
+        listed = index[own.index : own.index + B * H * layout.size].view(B, H, layout.size)
+        heads = None if own.heads == tuple(range(key.shape[1])) else _constant(own.heads, key.device)
+        if not (parts and own.halves):
+            select_into((listed, *kept), key, value, layout, call.scale, Random(call.seed, call.layer, heads))
+        elif protected := layout.config.protected:
+            count = zeros_for_parts(parts, rule, key, value) if zeros is None else 0
+            found = compete_into(listed, key, layout.config.sinks, layout.contests, protected, heads, zeros=count)
+            zeros = zeros if found is None else found
+    if parts:
+        decider = Decider(rule, call.scale, Random(call.seed, call.layer))
+        thin_parts_into((index, *copies), key, value, parts, decider, zeros)
 
 
 def _exact_heads(call: Call, group: Group, outputs: Outputs) -> None:
@@ -741,7 +764,7 @@ def _few_cost(rows: Rows, block: int) -> c.Cost:
     if not rows.protected:
         return attention
     keys = 2 * c.B * c.H_kv * c.D * (c.Lk - rows.sinks - rows.recent)
-    return attention + c.Cost(sympy.Integer(0), c.itemsize * keys, launches=sympy.Integer(4))
+    return attention + c.Cost(sympy.Integer(0), c.itemsize * keys, launches=sympy.Integer(3))
 
 
 def _choice_cost(spec: AttentionSpec, block: int) -> c.Cost:
@@ -800,8 +823,16 @@ def _costs(spec: AttentionSpec, params: Mapping[str, Any]) -> dict[str, c.Cost]:
     costs = {"exact": priced("exact", part(exact_heads), {})} if exact_heads else {}
     if found:
         few = functools.reduce(operator.add, found)
-        costs["express"] = replace(few, launches=few.launches - max(0, len(members) - 1))  # they attend in one launch
+        together = max(0, len(members) - 1) + _thinned_together(own, [rows for rows in members if rows.thinned])
+        costs["express"] = replace(few, launches=few.launches - together)  # they attend in one launch
     return costs
+
+
+def _thinned_together(own: PerHead, thinned: Sequence[Rows]) -> int:
+    """Launches that rows with coresets do without, as all are thinned in the same ones."""
+    coin = math.isinf(get_rule(own.halving, own.flatten).gain(2, 0.5))
+    describe = [0 if coin else int(describe_launches(4 * rows.thinned)) for rows in thinned]
+    return max(0, len(thinned) - 1) + sum(describe) - max(describe, default=0)
 
 
 def _approximates(params: Mapping[str, Any], Lk: int) -> bool:

@@ -419,6 +419,14 @@ def load_queries(q, i_b, i_kv, G, SHAPE: tl.constexpr, i_piece=0):
 
 
 @jit
+def wait_for(p_count, needed):
+    """Until so many programs have come here; what they wrote is visible then."""
+    done = 0
+    while done < needed:
+        done = tl.atomic_add(p_count, 0, sem="acquire").to(tl.int32)
+
+
+@jit
 def is_last(p_done, programs):
     """Whether this is the last of so many programs to come here: what the others stored before is there to be read, by
     loads that do not ask the cache of a multiprocessor (``.cg``). The count begins and ends with 0."""

@@ -14,7 +14,7 @@ from collections import namedtuple
 
 import torch
 
-from ..launch import constexpr, head_of, jit, launch, next_power_of_two, require_triton, sequence, strided, tl
+from ..launch import constexpr, head_of, jit, launch, next_power_of_two, require_triton, sequence, strided, tl, wait_for
 from ..spans import Spans, numbers_of, place_of
 
 CONTEST = 256  # rows that compete for the protected places at a time
@@ -160,13 +160,18 @@ def _load_keys(p_k, first, end, stride_n, o_d, span, BN: tl.constexpr, D: tl.con
     return tl.load(p_k + o_n.to(tl.int64)[:, None] * stride_n + o_d[None, :], mask=mask, other=0.0)  # [BN, BD]
 
 
-@jit(general="sizes")
-def _sum_kernel(p_sums, k, sizes, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+@jit(general="sizes zeros")
+def _sum_kernel(p_sums, p_zeros, zeros, k, sizes, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """Sum of the keys from the start of a group to the end of each contest: a program per (group, BD channels, head).
 
-    The first group starts with the sinks.
+    The first group starts with the sinks. And ``zeros`` of them, for what counts behind.
     """
     i_group, i_d, i_seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_program = (tl.program_id(2) * tl.num_programs(1) + i_d) * tl.num_programs(0) + i_group
+    every = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+    for first in range(i_program * ROWS, zeros, every * ROWS):
+        o_zero = first + tl.arange(0, ROWS)
+        tl.store(p_zeros + o_zero, tl.zeros([ROWS], tl.int64), mask=o_zero < zeros)
     H, sinks, contests, group = sizes
     span, held = k.spans, contests
     if k.spans is not None:
@@ -240,39 +245,58 @@ def _score_kernel(
     tl.store(p_newcomers + o_row, b_x)
 
 
-@jit(general="contests group")
-def _best_kernel(
-    p_best, p_newcomers, contests, group, LOG_ROWS: tl.constexpr, LOG: tl.constexpr,
-):  # fmt: skip
-    """The best ``2**LOG`` rows of a complete group of contests, ascending: one program per (group, head)."""
-    i_group, i_seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    p_newcomers += (i_seq * contests + i_group * group) << LOG_ROWS
-    b_x = _absorb(tl.full([1 << LOG], _FREE, tl.int64), p_newcomers, group, LOG, LOG_ROWS)
-    o_n = (1 << LOG) - 1 - tl.arange(0, 1 << LOG)
-    tl.store(p_best + ((i_seq * tl.num_programs(0) + i_group) << LOG) + o_n, b_x)
+# The index that is written, the best rows of groups and the rows of contests.
+_Rows = namedtuple("_Rows", "index best newcomers")
 
 
 @jit(general="sizes")
 def _contest_kernel(
-    p_index, p_best, p_newcomers, spans, sizes, LOSERS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG: tl.constexpr
+    rows, p_sync, spans, sizes, LOSERS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG: tl.constexpr
 ):  # fmt: skip
-    """``each`` contests of one group: one program per (``each``, head). Places come from ``first`` on among the
-    ``length`` rows of a head, the losers before them, if they are wanted."""
+    """First the best ``2**LOG`` rows of every complete group, a program for each; then ``each`` contests of one group a
+    program, which waits for those of its head. By ticket: no program waits for one that has not begun."""
+    contests, each, groups, sequences = sizes[0], sizes[5], (sizes[0] - 1) // sizes[4], sizes[8]
+    ticket = tl.atomic_add(p_sync, 1)
+    behind = ticket - groups * sequences
+    if behind < 0:
+        _best(rows, p_sync + 1, ticket % groups, ticket // groups, sizes, LOG_ROWS, LOG)
+    else:
+        programs = (contests + each - 1) // each
+        i_seq = behind // programs
+        begin = (behind % programs).to(tl.int32) * each
+        span, held = spans, contests
+        if spans is not None:
+            span = Spans(spans.order, spans.lead, *numbers_of(spans, i_seq // sizes[6]))
+            held = _contests_of(span, sizes[7], contests, 1 << LOG_ROWS)
+        if begin < held:
+            wait_for(p_sync + 1 + i_seq, tl.where(begin < sizes[4], 0, groups))
+            _contest(rows, (begin, held, i_seq), span, sizes, LOSERS, LOG_ROWS, LOG)
+
+
+@jit
+def _best(rows, p_count, i_group, i_seq, sizes, LOG_ROWS: tl.constexpr, LOG: tl.constexpr):
+    """The best ``2**LOG`` rows of a group, ascending."""
+    contests, group = sizes[0], sizes[4]
+    p_newcomers = rows.newcomers + ((i_seq * contests + i_group * group) << LOG_ROWS)
+    b_x = _absorb(tl.full([1 << LOG], _FREE, tl.int64), p_newcomers, group, LOG, LOG_ROWS)
+    o_n = (1 << LOG) - 1 - tl.arange(0, 1 << LOG)
+    tl.store(rows.best + ((i_seq * ((contests - 1) // group) + i_group) << LOG) + o_n, b_x)
+    tl.debug_barrier()
+    tl.atomic_add(p_count + i_seq, 1, sem="release")
+
+
+@jit
+def _contest(rows, which, span, sizes, LOSERS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG: tl.constexpr):
+    """The contests of a group from one on. Places come from ``first`` on among the ``length`` rows of a head, the
+    losers before them, if they are wanted."""
     ROWS: tl.constexpr = 1 << LOG_ROWS
     N: tl.constexpr = 1 << LOG
-    contests, protected, first, length, group, each, H, sinks = sizes
-    i_seq = tl.program_id(1).to(tl.int64)
-    p_places = p_index + i_seq * length + first
-    begin = tl.program_id(0) * each
-    span, held = spans, contests
-    if spans is not None:
-        span = Spans(spans.order, spans.lead, *numbers_of(spans, i_seq // H))
-        held = _contests_of(span, sinks, contests, ROWS)
-    if begin >= held:
-        return
+    contests, protected, first, length, group, each, _, _, _ = sizes
+    begin, held, i_seq = which
+    p_places = rows.index + i_seq * length + first
     i_group = begin // group
-    p_newcomers += (i_seq * contests) << LOG_ROWS
-    p_best += (i_seq * ((contests - 1) // group)) << LOG
+    p_newcomers = rows.newcomers + ((i_seq * contests) << LOG_ROWS)
+    p_best = rows.best + ((i_seq * ((contests - 1) // group)) << LOG)
     o_n, o_row = tl.arange(0, N), tl.arange(0, ROWS)
     b_x = tl.where(o_n < N - protected, _BLOCKED, _FREE)
     b_x = _absorb(b_x, p_best, i_group, LOG, LOG)
@@ -318,14 +342,16 @@ def compete_into(
     protected: int,
     heads: torch.Tensor | None,
     spans: Spans | None = None,
-) -> None:
+    zeros: int = 0,
+) -> torch.Tensor | None:
     """What :func:`compete` gives into the last rows of ``index`` int32 ``[B, H, ..]``, contiguous: the losers, and
     behind them the places; without room for losers the places alone. With ``spans`` tokens are where these say, the
-    index has their places, and what contests a sequence does not have would write stays as it is."""
+    index has their places, and what contests a sequence does not have would write stays as it is. Gives that many
+    ``zeros``, int64, which cost no launch here; None where there is no contest."""
     require_triton()
     (B, H), D = index.shape[:2], key.shape[3]
     if not contests:
-        return
+        return None
     first = index.shape[2] - contests * protected
     empty = key.new_empty
     group = next_power_of_two(max(1, math.isqrt(contests // 2)))
@@ -336,19 +362,21 @@ def compete_into(
     sums = empty(B, H, contests, D, dtype=torch.float32)
     newcomers = empty(B, H, contests, CONTEST, dtype=torch.int64)
     best = empty(B, H, groups, 1 << logs["LOG"], dtype=torch.int64)
+    own = 1 + B * H  # a ticket, and arrivals of groups
+    sync = empty(own + own % 2 + zeros, dtype=torch.int64)
     BD = max(16, next_power_of_two(D))
     BD_sum = min(64, BD)
     rows, sizes = _Keys(strided(key), heads, spans), (H, sinks, contests, group)
     launch(_sum_kernel, (groups + 1, -(-D // BD_sum), B * H),
-        sums, rows, sizes, ROWS=CONTEST, D=D, BD=BD_sum, num_warps=8
+        sums, sync, len(sync), rows, sizes, ROWS=CONTEST, D=D, BD=BD_sum, num_warps=8
     )  # fmt: skip
     launch(_score_kernel, (contests, B * H),
         newcomers, sums, rows, sizes,
         LOG_ROWS=logs["LOG_ROWS"], D=D, BD=BD, BN=max(16, min(CONTEST, 8192 // BD)), num_warps=4,
     )  # fmt: skip
-    if groups:
-        launch(_best_kernel, (groups, B * H), best, newcomers, contests, group, **logs, num_warps=warps)
-    launch(_contest_kernel, (-(-contests // span), B * H),
-        index, best, newcomers, spans, (contests, protected, first, index.shape[2], group, span, H, sinks),
+    numbers = contests, protected, first, index.shape[2], group, span, H, sinks, B * H
+    launch(_contest_kernel, ((groups + -(-contests // span)) * B * H,),
+        _Rows(index, best, newcomers), sync, spans, numbers,
         LOSERS=first >= max(1, contests * CONTEST - protected), **logs, num_warps=warps,
     )  # fmt: skip
+    return sync[own + own % 2 :] if zeros else None

@@ -49,6 +49,7 @@ from ..launch import (
     sequence,
     strided,
     tl,
+    wait_for,
 )
 from ..spans import Spans, numbers_of, place_of
 from .halving import Decider, HalvingRule
@@ -243,8 +244,11 @@ def _ticket_order(table: np.ndarray, units: int, lanes: int) -> np.ndarray:
 _Inputs = namedtuple("_Inputs", "k v heads spans index copied_key copied_value")
 
 
-# Scratch memory and the table; :class:`_Places` says what lies where.
-_Work = namedtuple("_Work", "scratch sync table gains")
+# Scratch memory and the table; :class:`_Places` says what lies where. Of several streams: ``parts`` int64
+# ``[parts, FIELDS]``, what differs between them, and ``tickets`` int32 ``[tickets, 3]``, the part, the row of the table
+# and the sequence of it. ``walks``: of a part, where the scratch memory of the launch begins, which programs have in
+# common for all parts.
+_Work = namedtuple("_Work", "scratch sync table gains parts tickets walks", defaults=(None, None, None))
 
 
 # Of a sequence of n tokens with spans the stream has ``(n - sinks) // step * step - held`` rows. Stages and numbers of
@@ -254,16 +258,13 @@ _Sizes = namedtuple(
 )
 
 
+# Of a part ten of the sizes, from ``tiles`` to ``index_rows``, and where it begins in the heads, the index, the copies,
+# scratch, in 16 floats, and sync.
+FIELDS = constexpr(15)
+
+
 # Widths, pairs of a tile, and what the rule and the stream are like; W times BP lanes walk.
 _Shape = namedtuple("_Shape", "D DV BD BDV BP W CENTRE STREAMED COIN")
-
-
-@jit
-def _await(p_count, needed):
-    """Until ``needed`` arrivals at a unit; what they wrote is visible then."""
-    done = 0
-    while done < needed:
-        done = tl.atomic_add(p_count, 0, sem="acquire").to(tl.int32)
 
 
 @jit
@@ -301,6 +302,32 @@ def _places(work, i_seq, sizes, SHAPE: tl.constexpr):
         p_centre + i_seq * sizes.buckets * D, p_bound + i_seq * sizes.buckets * 2,
         p_count + i_seq * sizes.units, p_count + sequences * sizes.units + i_seq * sizes.tiles,
     )  # fmt: skip
+
+
+# Where a part begins in the memory of a launch.
+_Begin = namedtuple("_Begin", "heads index copied_key copied_value scratch sync")
+
+
+@jit
+def _of_part(i_part, x, work, sizes, SHAPE: tl.constexpr):
+    """Where a part begins, and its sizes."""
+    p, own = work.parts + i_part * FIELDS, ()
+    for i in tl.static_range(10):
+        own += (tl.load(p + i).to(tl.int32),)  # type: ignore[assignment]
+    row, place = tl.load(p + 12), tl.load(p + 13) * 16  # a multiple, so that loads of tiles are wide
+    begin = _Begin(
+        x.heads + tl.load(p + 10), x.index + tl.load(p + 11), x.copied_key + row * SHAPE.D,
+        x.copied_value + row * SHAPE.DV, work.scratch + place, work.sync + tl.load(p + 14),
+    )  # fmt: skip
+    behind = sizes.step, sizes.held, sizes.stage, sizes.first
+    return begin, _Sizes(sizes.programs, *own, *behind)  # type: ignore[call-arg]
+
+
+@jit
+def _ticket(work, ticket):
+    """The part, the row of the table, and the sequence."""
+    p = work.tickets + ticket * 3
+    return tl.load(p), tl.load(p + 1), tl.load(p + 2).to(tl.int64)
 
 
 @jit
@@ -354,8 +381,9 @@ def _hand_over(p_row, at, b_k, b_v, m_p, valid, SHAPE: tl.constexpr):
             tl.atomic_add(at.count + feeds, 1, sem="release")
 
 
-# The memory that a tile reads: stream rows among the tokens, by index if ``raw``, all others among the copies.
-_From = namedtuple("_From", "p_k stride_k p_v stride_v p_index first raw span")
+# The memory that a tile reads: stream rows among the tokens if ``raw``, by index if ``listed``, all others among the
+# copies.
+_From = namedtuple("_From", "p_k stride_k p_v stride_v p_index first raw listed span")
 
 
 @jit
@@ -363,7 +391,7 @@ def _rows_at(source, b_at, m_r, SHAPE: tl.constexpr):
     """Where in that memory the arena rows ``b_at`` are."""
     b_row = source.first + b_at
     if SHAPE.STREAMED:
-        if source.raw:
+        if source.listed:
             b_row = tl.load(source.p_index + b_at, mask=m_r, other=0)
     elif source.span is not None:
         if source.raw:
@@ -388,8 +416,20 @@ def _zero_kernel(p, n, BLOCK: tl.constexpr):
 
 @jit(general="sizes")
 def _describe_kernel(x, work, sizes, SHAPE: tl.constexpr):
+    if work.parts is None:
+        _describe_tile(tl.program_id(0), tl.program_id(1).to(tl.int64), x, work, sizes, SHAPE)
+    else:
+        i_part, i_row, i_seq = _ticket(work, tl.program_id(0))
+        at, own = _of_part(i_part, x, work, sizes, SHAPE)
+        part = _Inputs(x.k, x.v, at.heads, None, at.index, at.copied_key, at.copied_value)
+        places = _Work(at.scratch, at.sync, work.table, None, work.parts, None)
+        _describe_tile(i_row, i_seq, part, places, own, SHAPE)
+
+
+@jit
+def _describe_tile(i_row, i_seq, x, work, sizes, SHAPE: tl.constexpr):
     """Statistics of stream rows that buckets of several tiles read as they are."""
-    p_row, i_seq = work.table + tl.program_id(0) * COLUMNS, tl.program_id(1).to(tl.int64)
+    p_row = work.table + i_row * COLUMNS
     head = head_of(x.heads, i_seq % sizes.H)
     p_k, stride_k = sequence(x.k, i_seq // sizes.H, head)
     p_v, stride_v = sequence(x.v, i_seq // sizes.H, head)
@@ -399,7 +439,8 @@ def _describe_kernel(x, work, sizes, SHAPE: tl.constexpr):
         span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_seq // sizes.H))
         if span.length == 0:
             return
-    source = _From(p_k, stride_k, p_v, stride_v, p_index, sizes.sinks, True, span)
+    listed = True if work.parts is None else sizes.index_rows > sizes.A
+    source = _From(p_k, stride_k, p_v, stride_v, p_index, sizes.sinks, True, listed, span)
     valid, o_p = tl.load(p_row + VALID), tl.arange(0, SHAPE.BP)
     m_p = o_p < valid
     b_k, b_v = _pair(source, _rows_at(source, tl.load(p_row + SOURCE) + o_p, m_p, SHAPE), m_p, SHAPE)
@@ -549,9 +590,9 @@ def _decide(p_slot, p_word, tile, own_top, random, head, SHAPE: tl.constexpr):
 
 
 @jit
-def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
+def _run_tile(i_row, i_seq, x, work, random, scale, sizes, SHAPE: tl.constexpr):
     BP: tl.constexpr = SHAPE.BP
-    i_seq, p_row = ticket % sizes.sequences, work.table + ticket // sizes.sequences * COLUMNS
+    p_row = work.table + i_row * COLUMNS
     rows, block, unit, bucket = (
         tl.load(p_row + ROWS), tl.load(p_row + BLOCK), tl.load(p_row + UNIT), tl.load(p_row + BUCKET)
     )  # fmt: skip
@@ -559,7 +600,7 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
     stage, bucket = tl.load(p_row + STAGE) + sizes.stage, bucket + sizes.first
     tile = _Tile(
         tl.load(p_row + SOURCE), rows, block, valid, bucket, stage, tl.where(unit < sizes.buckets, unit, -1),
-        tl.load(work.gains + ticket // sizes.sequences), scale,
+        tl.load(work.gains + i_row), scale,
     )  # fmt: skip
     head = head_of(x.heads, (i_seq % sizes.H).to(tl.int32))
     number = head_of(random.heads, head).to(tl.int32)
@@ -576,11 +617,12 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
     span = x.spans
     if x.spans is not None:
         span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_seq // sizes.H))
-    source = _From(p_k, stride_k, p_v, stride_v, p_index + sizes.A, first, raw, span)
+    listed = raw if work.parts is None else raw & (sizes.index_rows > sizes.A)
+    source = _From(p_k, stride_k, p_v, stride_v, p_index + sizes.A, first, raw, listed, span)
 
     o_p = tl.arange(0, BP)
     m_p = o_p < valid
-    _await(at.count + unit, tl.load(p_row + NEED))
+    wait_for(at.count + unit, tl.load(p_row + NEED))
     if rows == 0:  # one row of every group
         group = tl.load(p_row + GROUP)
         b_u = draw_uniform(random.seed, random.layer, bucket + o_p, 0, stage, number)
@@ -590,7 +632,8 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
         b_u = draw_uniform(random.seed, random.layer, o_pair % half, bucket + o_pair // half, stage, number)
         b_at = tile.source + 2 * o_p + (b_u < 0.5).to(tl.int32)
     else:
-        p_slot = work.scratch + tl.program_id(0) * (2 * BP * BP + 4 * BP)
+        walks = work.scratch if work.walks is None else work.walks
+        p_slot = walks + tl.program_id(0) * (2 * BP * BP + 4 * BP)
         p_word = at.word + tl.load(p_row + WORD)
         own = _own_block(source, at, p_slot, tile, SHAPE)
         _earlier_tiles(source, p_slot, p_word, tile, own, SHAPE)
@@ -610,6 +653,19 @@ def _run_tile(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
     tl.store(p_k_out, b_k, mask=m_p[:, None] & (o_d < SHAPE.D)[None, :])
     tl.store(p_v_out, b_v, mask=m_p[:, None] & (o_dv < SHAPE.DV)[None, :])
     _hand_over(p_row, at, b_k, b_v, m_p, valid, SHAPE)
+
+
+@jit
+def _run_ticket(ticket, x, work, random, scale, sizes, SHAPE: tl.constexpr):
+    if work.parts is None:
+        i_seq, i_row = ticket % sizes.sequences, ticket // sizes.sequences
+        _run_tile(i_row, i_seq, x, work, random, scale, sizes, SHAPE)
+    else:
+        i_part, i_row, i_seq = _ticket(work, ticket)
+        at, own = _of_part(i_part, x, work, sizes, SHAPE)
+        part = _Inputs(x.k, x.v, at.heads, None, at.index, at.copied_key, at.copied_value)
+        places = _Work(at.scratch, at.sync, work.table, work.gains, work.parts, None, work.scratch)
+        _run_tile(i_row, i_seq, part, places, random, scale, own, SHAPE)
 
 
 @jit
@@ -645,11 +701,11 @@ def _thin_kernel(x, work, random, scale, sizes, SHAPE: tl.constexpr):
     ticket = tl.atomic_add(work.sync, 1)
     while ticket < total:
         if x.spans is None:
-            _run_tile(ticket, x, work, random, scale, sizes, SHAPE)
+            _run_ticket(ticket, x, work, random, scale, sizes, SHAPE)
         elif _is_behind(ticket, x, work, sizes):
             _skip_tile(ticket, x, work, sizes, SHAPE)
         else:
-            _run_tile(ticket, x, work, random, scale, sizes, SHAPE)
+            _run_ticket(ticket, x, work, random, scale, sizes, SHAPE)
         ticket = tl.atomic_add(work.sync, 1)
 
 
@@ -692,46 +748,178 @@ def thin(
 def thin_into(
     kept: tuple[torch.Tensor, ...], key: torch.Tensor, value: torch.Tensor, schedule: Schedule, sinks: int,
     decider: Decider, spans: Spans | None = None, contest: tuple[int, int] = (1, 0), shift: _Shift | None = None,
+    zeros: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """:func:`thin` into ``kept``: its index, keys and values, contiguous.
 
     With ``spans`` tokens are where these say, and the index has their places, or in its entries behind A what was
     written there. ``contest``: stream rows come so many at a time, and that many of them less. What a sequence does not
-    have is left out: its copies are zeros, its entries of the index stay.
+    have is left out: its copies are zeros, its entries of the index stay. ``zeros``: as many as
+    :func:`zeros_for` says, where somebody has written them; they change.
     """
     require_triton()
     (index, kept_key, kept_value), (rule, scale, random) = kept, decider
-    (B, H), D, device, widths = index.shape[:2], key.shape[3], key.device, Widths.of(key, value)
+    (B, H), D = index.shape[:2], key.shape[3]
     A, sequences = schedule.size - schedule.tokens, B * H
     if not schedule.launches and not schedule.subsamples:
         return
-    # two tiles of keys and two of values are in shared memory at once
-    pairs = PAIRS if (widths.BD + widths.BDV) * key.element_size() <= 1024 else PAIRS // 2
-    most = PROGRAMS * (processors(device) if key.is_cuda else 1)
-    lanes = max(1, most // sequences) if shift is None else 1  # one table for any number of sequences
-    tiles, table, gains, described, coin = _tiles_on(schedule, rule, pairs, lanes, device)
+    pairs, most = _pairs_and_programs(key, value)
+    tiles, table, gains, described, coin = _tiles_of(schedule, rule, key, value, sequences, shift is not None)
     count = len(table)
-    programs = min(count * sequences, most)
-    # parts of it are views only inside the kernels (_places): every tensor that is passed costs the host a microsecond
-    per_sequence = (tiles.slots + tiles.buckets) * (D + 2)
-    scratch = key.new_empty(programs * (2 * pairs + 4) * pairs + sequences * per_sequence, dtype=torch.float32)
-    sync = key.new_empty(1 + sequences * (tiles.units + count), dtype=torch.int64)
-    launch(_zero_kernel, (-(-len(sync) // 1024),), sync, len(sync), BLOCK=1024, num_warps=4)
     if spans is not None:  # Triton makes a constant of a lead of 1, which a kernel cannot put into a tuple in a loop
         spans = spans._replace(lead=0)
     inputs = _Inputs(strided(key), strided(value), random.heads, spans, index, kept_key, kept_value)
     stage, first, numbers = shift or _Shift(0, 0, None)
+    programs = min(count * sequences, most)
     sizes = _Sizes(programs, count, tiles.units, tiles.buckets, tiles.slots, sequences, H, schedule.tokens, sinks, A,
                    index.shape[2], *contest, stage, first)  # fmt: skip
-    shape = _Shape(*widths, pairs, 32 * WARPS // pairs, rule.centre, index.shape[2] > A, coin)
-    if len(described) and not coin:
-        launch(_describe_kernel, (len(described), sequences),
-            inputs, _Work(scratch, sync, described, None), sizes, SHAPE=shape, num_warps=4
+    shape = _Shape(*Widths.of(key, value), pairs, 32 * WARPS // pairs, rule.centre, index.shape[2] > A, coin)
+    needed = sequences * (tiles.slots + tiles.buckets) * (D + 2), _zeros_of(tiles, sequences)
+    tables = _Tables(table, gains, described, (len(described), sequences))
+    random = random._replace(heads=numbers)
+    memory = needed[0], needed[1] if zeros is None else zeros
+    _run(inputs, tables, memory, random, scale * rule.flatten, sizes, shape)
+
+
+def _tiles_of(
+    schedule: Schedule, rule: HalvingRule, key: torch.Tensor, value: torch.Tensor, sequences: int, shifted: bool
+) -> tuple:
+    pairs, most = _pairs_and_programs(key, value)
+    lanes = 1 if shifted else max(1, most // sequences)  # one table for any number of sequences
+    return _tiles_on(schedule, rule, pairs, lanes, key.device)
+
+
+def zeros_for(schedule: Schedule, rule: HalvingRule, key: torch.Tensor, value: torch.Tensor, sequences: int) -> int:
+    """How many zeros, int64, :func:`thin_into` begins with for so many sequences."""
+    if not schedule.launches and not schedule.subsamples:
+        return 0
+    return _zeros_of(_tiles_of(schedule, rule, key, value, sequences, False)[0], sequences)
+
+
+def _zeros_of(tiles: Tiles, sequences: int) -> int:
+    return 1 + sequences * (tiles.units + len(tiles.table))
+
+
+def _pairs_and_programs(key: torch.Tensor, value: torch.Tensor) -> tuple[int, int]:
+    """Pairs of a tile, two of which of keys and of values are in shared memory at once; and the most programs."""
+    widths = Widths.of(key, value)
+    pairs = PAIRS if (widths.BD + widths.BDV) * key.element_size() <= 1024 else PAIRS // 2
+    return pairs, PROGRAMS * (processors(key.device) if key.is_cuda else 1)
+
+
+class _Tables(NamedTuple):
+    """What :func:`_run` reads from the device; ``grid``: programs that describe. Of parts what :class:`_Work` says."""
+
+    table: torch.Tensor
+    gains: torch.Tensor
+    described: torch.Tensor
+    grid: tuple[int, ...]
+    parts: torch.Tensor | None = None
+    tickets: torch.Tensor | None = None
+    describing: torch.Tensor | None = None
+
+
+def _run(
+    inputs: _Inputs, tables: _Tables, memory: tuple[int, int | torch.Tensor], random: Random, scale: float,
+    sizes: _Sizes, shape: _Shape,
+) -> None:  # fmt: skip
+    """The launches. ``memory``: float32 of scratch that all sequences take, and zeros, int64, or how many."""
+    # parts of it are views only inside the kernels (_places): every tensor that is passed costs the host a microsecond
+    pairs, (floats, sync) = shape.BP, memory
+    scratch = tables.gains.new_empty(sizes.programs * (2 * pairs + 4) * pairs + floats)
+    if isinstance(sync, int):
+        sync = tables.gains.new_empty(sync, dtype=torch.int64)
+        launch(_zero_kernel, (-(-len(sync) // 1024),), sync, len(sync), BLOCK=1024, num_warps=4)
+    if tables.grid[0] and not shape.COIN:
+        launch(_describe_kernel, tables.grid,
+            inputs, _Work(scratch, sync, tables.described, None, tables.parts, tables.describing), sizes,
+            SHAPE=shape, num_warps=4,
         )  # fmt: skip
-    launch(_thin_kernel, (programs,),
-        inputs, _Work(scratch, sync, table, gains), random._replace(heads=numbers), scale * rule.flatten, sizes,
+    launch(_thin_kernel, (sizes.programs,),
+        inputs, _Work(scratch, sync, tables.table, tables.gains, tables.parts, tables.tickets), random, scale, sizes,
         SHAPE=shape, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
+
+
+class Part(NamedTuple):
+    """Heads that are thinned beside others: their numbers, their schedule, and which token its stream begins with. Or
+    with an ``index`` of more than A rows a head, behind these, the tokens of the stream. ``begin``: where their index
+    and their copies begin."""
+
+    heads: tuple[int, ...]
+    schedule: Schedule
+    sinks: int
+    index_rows: int
+    begin: tuple[int, int]
+
+
+def thin_parts_into(
+    kept: tuple[torch.Tensor, ...], key: torch.Tensor, value: torch.Tensor, parts: tuple[Part, ...], decider: Decider,
+    zeros: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """:func:`thin_into` of some ``parts`` of the heads, each with a schedule of its own, in the same launches.
+
+    ``kept``: an index int32 ``[.]`` and copies ``[., D]`` and ``[., Dv]``, in which those of the parts lie,
+    ``[B, heads, index_rows]`` and ``[B, heads, A]`` each. Heads keep what they would alone. ``zeros``: as many as
+    :func:`zeros_for_parts` says.
+    """
+    require_triton()
+    (index, kept_key, kept_value), (rule, scale, random) = kept, decider
+    pairs, most = _pairs_and_programs(key, value)
+    tables, heads, total, needed, coin = _parts_of(parts, rule, key, value)
+    memory = needed[0], needed[1] if zeros is None else zeros
+    inputs = _Inputs(strided(key), strided(value), heads, None, index, kept_key, kept_value)
+    sizes = _Sizes(min(total, most), total, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0)
+    streamed = any(x.index_rows > x.schedule.size - x.schedule.tokens for x in parts)
+    shape = _Shape(*Widths.of(key, value), pairs, 32 * WARPS // pairs, rule.centre, streamed, coin)
+    _run(inputs, tables, memory, random._replace(heads=None), scale * rule.flatten, sizes, shape)
+
+
+def zeros_for_parts(parts: tuple[Part, ...], rule: HalvingRule, key: torch.Tensor, value: torch.Tensor) -> int:
+    """How many zeros, int64, :func:`thin_parts_into` begins with."""
+    return _parts_of(parts, rule, key, value)[3][1]
+
+
+def _parts_of(
+    parts: tuple[Part, ...], rule: HalvingRule, key: torch.Tensor, value: torch.Tensor
+) -> tuple[_Tables, torch.Tensor, int, tuple[int, int], bool]:
+    return _parts_on(parts, len(key), (rule, *_pairs_and_programs(key, value)), key.shape[3], key.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _parts_on(
+    parts: tuple[Part, ...], B: int, how: tuple[HalvingRule, int, int], D: int, device: torch.device
+) -> tuple[_Tables, torch.Tensor, int, tuple[int, int], bool]:
+    """Tables of all parts, which have something to halve, the heads of all, tickets, memory, and whether coins
+    decide."""
+    rule, pairs, most = how
+    lanes = max(1, most // (B * sum(len(x.heads) for x in parts)))
+    tickets: list[np.ndarray] = []
+    describing: list[np.ndarray] = []
+    numbers, due = [], []
+    heads = rows = lines = scratch = sync = 0
+    tiles = [Tiles(x.schedule, rule, pairs, lanes) for x in parts]
+    for i, (x, own) in enumerate(zip(parts, tiles, strict=True)):
+        sequences, count, A = B * len(x.heads), len(own.table), x.schedule.size - x.schedule.tokens
+        sizes = count, own.units, own.buckets, own.slots, sequences, len(x.heads), x.schedule.tokens, x.sinks, A
+        numbers.append([*sizes, x.index_rows, heads, *x.begin, scratch, sync])
+        for found, first, n in ((tickets, rows, count), (describing, lines, len(own.described))):
+            row, sequence = (y.ravel() for y in np.indices((n, sequences)))
+            found.append(np.stack([np.full_like(row, i), first + row, sequence], 1))
+        due.append((tickets[-1][:, 1] - rows + 0.5) / count)  # all parts go on side by side
+        heads, rows, lines = heads + len(x.heads), rows + count, lines + len(own.described)
+        scratch += -(-sequences * (own.slots + own.buckets) * (D + 2) // 16)
+        sync += sequences * (own.units + count)
+    order = np.argsort(np.concatenate(due), kind="stable")
+    gains = np.concatenate([x.gains for x in tiles])
+    table, described = np.concatenate([x.table for x in tiles]), np.concatenate([x.described for x in tiles])
+    lists = np.concatenate(tickets)[order].astype(np.int32), np.concatenate(describing).astype(np.int32)
+    on_device = [constant(x, device) for x in (table, gains, described)]
+    others = [constant(x, device) for x in (np.array(numbers, np.int64), *lists)]
+    tables = _Tables(on_device[0], on_device[1], on_device[2], (len(lists[1]), 1), *others)
+    coin = bool(np.isinf(gains[table[:, ROWS] > 0]).all())
+    every = constant(np.concatenate([x.heads for x in parts]).astype(np.int32), device)
+    return tables, every, len(order), (16 * scratch, 1 + sync), coin
 
 
 @functools.lru_cache(maxsize=64)

@@ -33,7 +33,7 @@ from express_compile.kernels.attend.segments import (
 )
 from express_compile.kernels.attend.segments_backward import segment_attention_backward_triton
 from express_compile.kernels.launch import Widths
-from express_compile.kernels.select import blocks
+from express_compile.kernels.select import blocks, thinning
 from express_compile.kernels.select.blocks import NONE, rows_visible, select_blocks_reference, select_blocks_triton
 from express_compile.kernels.select.contest import CONTEST, compete_reference
 from express_compile.planning import choose
@@ -339,6 +339,28 @@ def test_one_launch_for_all_heads_gives_each_what_the_reference_gives(tokens, ro
 
     q, k, v = tokens(n, H=2 * len(rows), H_kv=len(rows), D=16, Dv=16, Lq=Lq, dtype=torch.float32)
     judge_together(q, k, v, rows)
+
+
+def test_heads_with_other_coresets_are_thinned_in_the_same_launches_as_they_are_alone(small, monkeypatch):
+    """Bit for bit; streams of tokens and of losers of contests, with buckets of several tiles."""
+    rows, launched, run = [Rows(2, 9, 32, 20), CORE, PLACES, Rows(5, 9, 32)], [], thinning.launch
+    monkeypatch.setattr(thinning, "launch", lambda f, *args, **options: (launched.append(f), run(f, *args, **options)))
+    call, own = small(rows, 320, B=2)
+    what = P._together(own, 2, 1, len(rows), 320, 320)
+
+    def kept(call: Call) -> tuple[torch.Tensor, ...]:
+        launched.clear()
+        index = torch.zeros(what.indexed, dtype=torch.int32)
+        copies = tuple(torch.zeros(what.copied, 16) for _ in range(2))
+        P._thin(call, what.thinned, index, copies)
+        return index, *copies
+
+    found = kept(call)
+    assert launched == [thinning._describe_kernel, thinning._thin_kernel]
+    assert not torch.equal(found[0], kept(replace(call, layer=4))[0])
+    monkeypatch.setattr(P.Thinned, "halves", False)
+    assert all(map(torch.equal, found, kept(call)))
+    assert len(launched) == 2 + 2 + 3  # zeros come with a contest, statistics not for CORE
 
 
 def test_heads_whose_blocks_begin_together_choose_in_two_launches_what_they_choose_alone(small, monkeypatch):

@@ -277,8 +277,8 @@ def test_what_is_done_for_a_kv_head_is_counted_once_however_many_of_its_query_he
 
 
 def test_launches_are_those_that_the_kernels_make(tokens, monkeypatch):
-    """All but fills: one of attention, two for choices that go together, and for every kind of rows that thins or
-    protects."""
+    """All but fills: one of attention, two for choices that go together, and of all rows that thin; and for every kind
+    that protects."""
     calls = Counter[str]()
     for module in (blocks, contest, segments, thinning):
 
