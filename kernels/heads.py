@@ -561,7 +561,7 @@ def _thin(call: Call, all_of_them: tuple[Thinned, ...], index: torch.Tensor | No
     copies = tuple(x.new_empty(0, x.shape[3]) for x in (key, value)) if copies is None else copies
     halved = [x for x in all_of_them if x.halves]
     parts = tuple(x.part for x in halved) if len(halved) > 1 else ()
-    zeros, rule = None, all_of_them[0].layout.config.rule
+    zeros, rule = None, (halved or all_of_them)[0].layout.config.rule  # protected rows alone have none to go by
     for own in all_of_them:
         B, H, layout = len(key), len(own.heads), own.layout
         kept = tuple(
