@@ -160,6 +160,14 @@ def _load_keys(p_k, first, end, stride_n, o_d, span, BN: tl.constexpr, D: tl.con
     return tl.load(p_k + o_n.to(tl.int64)[:, None] * stride_n + o_d[None, :], mask=mask, other=0.0)  # [BN, BD]
 
 
+@jit
+def _clear(p, n, i_program, programs, BLOCK: tl.constexpr):
+    """The part of one program in ``n`` zeros. Behind a loop of its own a kernel has lost what is 1 in nested tuples."""
+    for first in range(i_program * BLOCK, n, programs * BLOCK):
+        o_n = first + tl.arange(0, BLOCK)
+        tl.store(p + o_n, tl.zeros([BLOCK], tl.int64), mask=o_n < n)
+
+
 @jit(general="sizes zeros")
 def _sum_kernel(p_sums, p_zeros, zeros, k, sizes, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """Sum of the keys from the start of a group to the end of each contest: a program per (group, BD channels, head).
@@ -168,10 +176,7 @@ def _sum_kernel(p_sums, p_zeros, zeros, k, sizes, ROWS: tl.constexpr, D: tl.cons
     """
     i_group, i_d, i_seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_program = (tl.program_id(2) * tl.num_programs(1) + i_d) * tl.num_programs(0) + i_group
-    every = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-    for first in range(i_program * ROWS, zeros, every * ROWS):
-        o_zero = first + tl.arange(0, ROWS)
-        tl.store(p_zeros + o_zero, tl.zeros([ROWS], tl.int64), mask=o_zero < zeros)
+    _clear(p_zeros, zeros, i_program, tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2), ROWS)
     H, sinks, contests, group = sizes
     span, held = k.spans, contests
     if k.spans is not None:

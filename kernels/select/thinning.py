@@ -721,9 +721,12 @@ class _Shift(NamedTuple):
     numbers: torch.Tensor | None
 
 
+_tiles = functools.lru_cache(maxsize=256)(Tiles)  # layers in which other heads have such a schedule share them
+
+
 @functools.lru_cache(maxsize=256)
 def _tiles_on(schedule: Schedule, rule: HalvingRule, pairs: int, lanes: int, device: torch.device) -> tuple:
-    tiles = Tiles(schedule, rule, pairs, lanes)
+    tiles = _tiles(schedule, rule, pairs, lanes)
     tensors = (constant(x, device) for x in (tiles.table, tiles.gains, tiles.described))
     return tiles, *tensors, bool(np.isinf(tiles.gains[tiles.table[:, ROWS] > 0]).all())
 
@@ -898,7 +901,7 @@ def _parts_on(
     describing: list[np.ndarray] = []
     numbers, due = [], []
     heads = rows = lines = scratch = sync = 0
-    tiles = [Tiles(x.schedule, rule, pairs, lanes) for x in parts]
+    tiles = [_tiles(x.schedule, rule, pairs, lanes) for x in parts]
     for i, (x, own) in enumerate(zip(parts, tiles, strict=True)):
         sequences, count, A = B * len(x.heads), len(own.table), x.schedule.size - x.schedule.tokens
         sizes = count, own.units, own.buckets, own.slots, sequences, len(x.heads), x.schedule.tokens, x.sinks, A

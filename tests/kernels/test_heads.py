@@ -341,12 +341,13 @@ def test_one_launch_for_all_heads_gives_each_what_the_reference_gives(tokens, ro
     judge_together(q, k, v, rows)
 
 
-def test_heads_with_other_coresets_are_thinned_in_the_same_launches_as_they_are_alone(small, monkeypatch):
+@pytest.mark.parametrize("halving", ["balanced", "kernel", "uniform"])
+def test_heads_with_other_coresets_are_thinned_in_the_same_launches_as_they_are_alone(small, monkeypatch, halving):
     """Bit for bit; streams of tokens and of losers of contests, with buckets of several tiles."""
-    rows, launched, run = [Rows(2, 9, 32, 20), CORE, PLACES, Rows(5, 9, 32)], [], thinning.launch
+    rows, launched, run = [PLACES, Rows(2, 9, 32, 20), CORE, Rows(5, 9, 32)], [], thinning.launch
     monkeypatch.setattr(thinning, "launch", lambda f, *args, **options: (launched.append(f), run(f, *args, **options)))
-    call, own = small(rows, 320, B=2)
-    what = P._together(own, 2, 1, len(rows), 320, 320)
+    call, own = small(rows, 320, B=2, halving=halving)
+    what, statistics = P._together(own, 2, 1, len(rows), 320, 320, mixed=False), halving != "uniform"
 
     def kept(call: Call) -> tuple[torch.Tensor, ...]:
         launched.clear()
@@ -356,11 +357,21 @@ def test_heads_with_other_coresets_are_thinned_in_the_same_launches_as_they_are_
         return index, *copies
 
     found = kept(call)
-    assert launched == [thinning._describe_kernel, thinning._thin_kernel]
+    assert launched == [thinning._describe_kernel, thinning._thin_kernel][1 - statistics :]
     assert not torch.equal(found[0], kept(replace(call, layer=4))[0])
     monkeypatch.setattr(P.Thinned, "halves", False)
     assert all(map(torch.equal, found, kept(call)))
-    assert len(launched) == 2 + 2 + 3  # zeros come with a contest, statistics not for CORE
+    assert len(launched) == 1 + 2 + 2 + 2 * statistics  # zeros come with a contest, statistics not for CORE
+
+
+def test_tiles_are_made_once_for_layers_whose_heads_have_the_same_rows_in_another_order(small):
+    rows = [Rows(2, 9, 32, 20), CORE, Rows(5, 9, 32)]
+    made = []
+    for order in (rows, rows[::-1], rows[1:] + rows[:1]):
+        call, own = small(order, 340)
+        P.together(call, own, None)
+        made.append(thinning._tiles.cache_info().misses)
+    assert made[0] == made[1] == made[2]
 
 
 def test_heads_whose_blocks_begin_together_choose_in_two_launches_what_they_choose_alone(small, monkeypatch):
@@ -435,14 +446,18 @@ def test_one_launch_reads_heads_where_a_projection_of_all_of_them_left_them(smal
     block=st.sampled_from([32, 128]),
     B=st.integers(1, 2),
     hopper=st.booleans(),
+    mixed=st.booleans(),
 )
 def test_every_query_of_every_head_that_is_not_exact_is_in_one_job_and_long_jobs_come_first(
-    rows, n, past, block, B, hopper
+    rows, n, past, block, B, hopper, mixed
 ):
-    """And a job with its table, its part of the buffers, and as many rows as the query sees."""
+    """And a job with its table, its part of the buffers, and as many rows as the query sees; exact heads may be there,
+    too."""
     Lq, group, own = max(1, n - past), 2, P.PerHead(rows, block=block)
-    what = P._together(own, B, group, len(rows), Lq, n)
+    what = P._together(own, B, group, len(rows), Lq, n, mixed)
     exact = [h for h, x in enumerate(rows) if n <= P.exact_up_to(x)]
+    if mixed and what.mixture is not None:
+        exact = []
     assert [h for group in what.exact for h in group.heads] == exact
     if what.mixture is None:
         assert len(exact) == len(rows)
