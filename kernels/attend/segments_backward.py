@@ -363,8 +363,8 @@ def _query_gradient_kernel(x, p_dq, lists, sizes, G, SHAPE: tl.constexpr):
     if x.spans is not None:
         span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_b))
         Lq, begin = span.length, span.begin
-    if (i_part * BM >= Lq + shift) | ((i_part + 1) * BM <= begin + shift):  # no query; its rows need not be there
-        return
+        if (i_part * BM >= Lq + shift) | ((i_part + 1) * BM <= begin + shift):
+            return
     tokens = KeyRows(span, *sequence(x.k, i_b, i_kv), *sequence(x.v, i_b, i_kv))
     copies = KeyRows(None, *sequence(x.ck, i_b, i_kv), *sequence(x.cv, i_b, i_kv))
 
@@ -614,7 +614,9 @@ def segment_attention_backward_triton(
     segments, *rest = table.on(query.device)
     tiles, sizes = query_tiles(*shape), _Sizes(H, Lq, Lk, A, table.shift, table.q_offset, segments.shape[1])
     parts = table.block // tiles.queries
-    launch(_query_gradient_kernel, (len(table.tail) * parts, B * H),
+    # none behind the last query, as its rows need not be there; with spans only a program knows which is the last
+    programs = -(-(Lq + table.shift) // tiles.queries) if spans is None else len(table.tail) * parts
+    launch(_query_gradient_kernel, (programs, B * H),
         inputs, gradients[0], (segments, *rest), sizes, H // H_kv,
         SHAPE=_Shape(*widths, tiles.queries, tiles.rows, PARTS=parts), num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

@@ -12,14 +12,16 @@ same memory and one stores, a GPU must keep their order, too:
 
 What a program loads and then stores has no such rule, as the value that is stored waits for the load.
 
-What no mask hides must be inside of the tensor that the pointer stems from, between its first and its last element, be
-there other tensors around it or not: pointers carry the number of their operand in bits that addresses do not have. Those
-that a kernel reads from memory have none, and must be inside of a storage whose address somebody took. What is outside is
-noted and not touched. Kernels in Gluon do not run in the interpreter.
+What no mask hides must be inside of the tensor that the pointer stems from, between its first and its last element,
+whatever tensors are around it: pointers carry the number of their operand in bits that addresses do not have. Loads may
+go on to the end of 16 bytes that it has a part of, if its storage does. Pointers that a kernel reads from memory have
+no number, and must be inside of some storage whose address was taken. What is outside is noted and not touched. Kernels
+in Gluon do not run in the interpreter.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import contextvars
 import functools
@@ -70,42 +72,50 @@ class Program:
 
 
 class Operands:
-    """The tensors that a launch is given, by number; 0 is memory whose address somebody took, in ``taken``."""
+    """The tensors that a launch is given, by number; 0 is memory whose address somebody took, in ``taken``. end: of
+    what may be accessed, by kind."""
 
     def __init__(self, arguments: dict[str, Any], taken: dict[int, StorageWeakRef]) -> None:
-        self.names, self.begin, self.end = ["an address that it read", *_tensors_of(arguments)], [0], [0]
-        self._taken = taken
+        self.names, self.begin = ["an address that it read", *_tensors_of(arguments)], [0]
+        self.end, self._taken = {LOAD: [0], STORE: [0], ATOMIC: [0]}, taken
 
     def number(self, x: torch.Tensor) -> int:
         """Of the next one, as it is in a pointer."""
-        high, begin = len(self.begin) << 48, x.data_ptr()
+        high, begin, storage = len(self.begin) << 48, x.data_ptr(), x.untyped_storage()
         elements = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+        end = begin + elements * x.element_size()
+        last = min(-(-end // 16) * 16, storage.data_ptr() + storage.nbytes()) if elements else end
         self.begin.append(high + begin)
-        self.end.append(high + begin + elements * x.element_size())
+        for kind, ends in self.end.items():
+            ends.append(high + (last if kind == LOAD else end))
         return high
 
-    def are_inside(self, first: int, last: int, size: int) -> bool:
+    def are_inside(self, kind: str, first: int, last: int, size: int) -> bool:
         """Whether all that is ``size`` bytes at ``first``, ``last`` and between is."""
-        operand = first >> 48
-        return 0 < operand < len(self.end) and self.begin[operand] <= first and last + size <= self.end[operand]
+        if not (operand := first >> 48):
+            begin, end = self._storages[bisect.bisect(self._storages, (first, math.inf)) - 1]
+        elif operand < len(self.begin):
+            begin, end = self.begin[operand], self.end[kind][operand]
+        else:
+            return False
+        return begin <= first and last + size <= end
 
-    def outside(self, pointers: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def outside(self, kind: str, pointers: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Of each the number of its operand, and how many bytes are outside, negative before its begin."""
         pointers, operand = pointers.astype(np.int64), (pointers >> np.uint64(48)).astype(np.int64)
-        operand = np.where(operand < len(self.end), operand, 0)
-        begin, end = np.array(self.begin)[operand], np.array(self.end)[operand]
+        operand = np.where(operand < len(self.begin), operand, 0)
+        begin, end = np.array(self.begin)[operand], np.array(self.end[kind])[operand]
         if (read := operand == 0).any():
-            begin[read], end[read] = self._around(pointers[read])
+            storages = np.array(self._storages)
+            begin[read], end[read] = storages[np.searchsorted(storages[:, 0], pointers[read], "right") - 1].T
         return operand, np.where(pointers < begin, pointers - begin, np.maximum(pointers + size - end, 0))
 
-    def _around(self, pointers: np.ndarray) -> np.ndarray:
-        """Begin and end of the memory that each is in or behind."""
-        alive = [(0, 0)]
-        for begin, (bytes_, storage) in self._taken.items():
-            if not storage.expired():
-                alive.append((begin, begin + bytes_))
-        found = np.array(sorted(alive))
-        return found[np.searchsorted(found[:, 0], pointers, "right") - 1].T
+    @functools.cached_property
+    def _storages(self) -> list[tuple[int, int]]:
+        """Begin and end of each that is still there, in order, and before them 0."""
+        for x in [x for x, (_, storage) in self._taken.items() if storage.expired()]:
+            del self._taken[x]
+        return sorted([(0, 0), *((x, x + size) for x, (size, _) in self._taken.items())])
 
 
 def _tensors_of(x: Any, name: str = "") -> Iterator[str]:
@@ -157,20 +167,20 @@ class Launch:
         self, kind: str, pointers: np.ndarray, mask: np.ndarray, size: int, relaxed: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """Gives the addresses, and which of them are accessed."""
-        mask, addresses = np.broadcast_to(mask, pointers.shape), pointers & ADDRESS
-        if len(seen := pointers[mask]) and not self.operands.are_inside(int(seen.min()), int(seen.max()), size):
-            operands, outside = self.operands.outside(seen, size)
+        mask = np.broadcast_to(mask, pointers.shape)
+        if len(seen := pointers[mask]) and not self.operands.are_inside(kind, int(seen.min()), int(seen.max()), size):
+            operands, outside = self.operands.outside(kind, seen, size)
             for operand, far in zip(operands[outside != 0].tolist(), outside[outside != 0].tolist(), strict=True):
                 at = kind, _place(), operand, far < 0
                 self.outside[at] = max(self.outside.get(at, 0), abs(far))
             mask = mask.copy()
-            mask[mask] = outside == 0
-        if len(seen := addresses[mask]):
+            mask[mask], seen = outside == 0, seen[outside == 0]
+        if len(seen):
             self.accesses.append(
                 Access(kind, self.now.number, len(self.accesses), self.now.barriers, self.now.clock, relaxed, _place(),
-                       seen.astype(np.int64), size)
+                       (seen & ADDRESS).view(np.int64), size)
             )  # fmt: skip
-        return addresses, mask
+        return pointers & ADDRESS, mask
 
     def synchronise(self, pointers: np.ndarray, mask: np.ndarray, acquires: bool, releases: bool) -> None:
         for address in np.unique(pointers[np.broadcast_to(mask, pointers.shape)]).tolist():

@@ -74,6 +74,15 @@ def test_what_no_mask_hides_is_inside_of_its_tensor(found, atomic, volatile, dty
     }
 
 
+def test_loads_may_go_on_to_the_end_of_16_bytes_that_their_tensor_has_a_part_of(found) -> None:
+    base = torch.arange(2 * N, dtype=torch.int32)
+    for x, end in ((base[: N - 3], N), (base[: N - 3].clone(), N - 3), (base[: N - 4], N - 4), (base[: N + 1], N + 4)):
+        for limit in (end, end + 1):
+            args = strided(x[None, None]), _Pair(x, (x, torch.zeros(2 * N, dtype=torch.int32))), limit, 0
+            words = found(_copy, 2, *args, ATOMIC=False, VOLATILE=False, N=N)
+            assert words == ({"load of x.p, up to 4 bytes behind its end"} if limit > end else set())
+
+
 @jit
 def _either(p_x, p_y, p_out, N: tl.constexpr):
     o_n = tl.arange(0, N)
