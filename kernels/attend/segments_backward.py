@@ -363,8 +363,8 @@ def _query_gradient_kernel(x, p_dq, lists, sizes, G, SHAPE: tl.constexpr):
     if x.spans is not None:
         span = Spans(x.spans.order, x.spans.lead, *numbers_of(x.spans, i_b))
         Lq, begin = span.length, span.begin
-        if (i_part * BM >= Lq + shift) | ((i_part + 1) * BM <= begin + shift):
-            return
+    if (i_part * BM >= Lq + shift) | ((i_part + 1) * BM <= begin + shift):  # no query; its rows need not be there
+        return
     tokens = KeyRows(span, *sequence(x.k, i_b, i_kv), *sequence(x.v, i_b, i_kv))
     copies = KeyRows(None, *sequence(x.ck, i_b, i_kv), *sequence(x.cv, i_b, i_kv))
 

@@ -19,8 +19,8 @@ from express_compile.kernels import heads as P
 
 
 @pytest.fixture(scope="session")
-def races() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kernel_races", Path(__file__).with_name("races.py"))
+def accesses() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("kernel_accesses", Path(__file__).with_name("accesses.py"))
     assert spec is not None and spec.loader is not None
     found = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
@@ -28,12 +28,12 @@ def races() -> ModuleType:
 
 
 @pytest.fixture(autouse=True)
-def no_races(races: ModuleType) -> Iterator[None]:
-    """What kernels of a test load and store, they load and store in an order that a GPU keeps."""
+def no_faults(accesses: ModuleType) -> Iterator[None]:
+    """What kernels of a test load and store is theirs, and they load and store it in an order that a GPU keeps."""
     if torch.cuda.is_available():  # where kernels do not run in the interpreter
         yield
         return
-    with races.watched() as found:
+    with accesses.watched() as found:
         yield
     assert not found, "\n".join(sorted(found))
 

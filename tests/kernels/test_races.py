@@ -15,16 +15,16 @@ N = 256
 
 
 @pytest.fixture
-def no_races() -> None:
+def no_faults() -> None:
     """In place of what all tests of kernels have."""
 
 
 @pytest.fixture
-def found(races: ModuleType) -> Any:
+def found(accesses: ModuleType) -> Any:
     """The races of one launch, by the words that follow the kernel's name and the places."""
 
     def of(kernel: Any, programs: int, *args: Any, **options: Any) -> set[str]:
-        with races.watched() as words:
+        with accesses.watched() as words:
             kernel[(programs,)](*args, **options)
         assert all(x.startswith(f"{kernel.fn.__name__}: ") and "test_races.py:" in x for x in words)
         return {x.rpartition("test_races.py:")[2].partition(" ")[2] for x in words}

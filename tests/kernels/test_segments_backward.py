@@ -221,6 +221,14 @@ def test_kernels_with_the_tiles_of_the_gpu(poison, block, D, dtype):
     check_gradients(random_tensors(1, table, 150, 70, 1, 1, 1, D, D, dtype), table, D**-0.5)
 
 
+@pytest.mark.parametrize("Lq, shift", [(5, 3), (20, 0), (20, 40)])
+def test_parts_of_a_block_without_a_query_read_no_rows(poison, small_tiles, Lq, shift):
+    """Those behind the last query would read rows that are not there, in whole tiles."""
+    segments = np.array([[[TOKENS, 0, 32], [COMPACTED, 2, 34]]])
+    table = SegmentTable(128, 40, segments, np.ones((1, 2)), np.array([0 if shift else 40]), shift)
+    check_gradients(random_tensors(2, table, Lq, 40), table, 0.25)
+
+
 @pytest.mark.parametrize("n, Lq, protected", [(250, 180, 0), (600, 100, 20)])
 def test_gradients_of_express(poison, small_tiles, n, Lq, protected):
     """A real layout: long chains, tiles with several chunks, and the way back from copies to tokens."""

@@ -1,4 +1,5 @@
-"""Races of kernels, found in Triton's interpreter, which runs one program after the other and so never meets one.
+"""Races of kernels, and what they access out of bounds: found in Triton's interpreter, which runs one program after the
+other and so never meets a race, and finds some memory behind a tensor.
 
 Inside of :func:`watched` every load, store and atomic of a launch is noted, and programs that use atomics run side by
 side: each waits before it, and before a volatile load, until the others have come as far. Where two accesses touch the
@@ -9,8 +10,12 @@ same memory and one stores, a GPU must keep their order, too:
 * of one program, by a barrier between its threads, where the second loads what the first stored unless each thread
   loads what it stored itself: the same addresses, at least one per thread.
 
-What a program loads and then stores has no such rule, as the value that is stored waits for the load. Kernels in Gluon
-do not run in the interpreter.
+What a program loads and then stores has no such rule, as the value that is stored waits for the load.
+
+What no mask hides must be inside of the tensor that the pointer stems from, between its first and its last element, be
+there other tensors around it or not: pointers carry the number of their operand in bits that addresses do not have. Those
+that a kernel reads from memory have none, and must be inside of a storage whose address somebody took. What is outside is
+noted and not touched. Kernels in Gluon do not run in the interpreter.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import inspect
 import itertools
 import linecache
 import math
@@ -29,10 +35,13 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 LOAD, STORE, ATOMIC = "load", "store", "atomic"
 SIDE_BY_SIDE = 4  # programs
 WARP = 32  # threads
+ADDRESS = np.uint64((1 << 48) - 1)
 Clock = dict[int, int]  # of other programs: the number of their last access that has happened before
 
 
@@ -60,11 +69,66 @@ class Program:
     barriers: int = 0
 
 
-class Launch:
-    """threads: of a program. now: the one that runs. released: by address, what had happened before a release there."""
+class Operands:
+    """The tensors that a launch is given, by number; 0 is memory whose address somebody took, in ``taken``."""
 
-    def __init__(self, executor: Any, threads: int) -> None:
-        self.executor, self.fn, self.threads = executor, executor.fn, threads
+    def __init__(self, arguments: dict[str, Any], taken: dict[int, StorageWeakRef]) -> None:
+        self.names, self.begin, self.end = ["an address that it read", *_tensors_of(arguments)], [0], [0]
+        self._taken = taken
+
+    def number(self, x: torch.Tensor) -> int:
+        """Of the next one, as it is in a pointer."""
+        high, begin = len(self.begin) << 48, x.data_ptr()
+        elements = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+        self.begin.append(high + begin)
+        self.end.append(high + begin + elements * x.element_size())
+        return high
+
+    def are_inside(self, first: int, last: int, size: int) -> bool:
+        """Whether all that is ``size`` bytes at ``first``, ``last`` and between is."""
+        operand = first >> 48
+        return 0 < operand < len(self.end) and self.begin[operand] <= first and last + size <= self.end[operand]
+
+    def outside(self, pointers: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each the number of its operand, and how many bytes are outside, negative before its begin."""
+        pointers, operand = pointers.astype(np.int64), (pointers >> np.uint64(48)).astype(np.int64)
+        operand = np.where(operand < len(self.end), operand, 0)
+        begin, end = np.array(self.begin)[operand], np.array(self.end)[operand]
+        if (read := operand == 0).any():
+            begin[read], end[read] = self._around(pointers[read])
+        return operand, np.where(pointers < begin, pointers - begin, np.maximum(pointers + size - end, 0))
+
+    def _around(self, pointers: np.ndarray) -> np.ndarray:
+        """Begin and end of the memory that each is in or behind."""
+        alive = [(0, 0)]
+        for begin, (bytes_, storage) in self._taken.items():
+            if not storage.expired():
+                alive.append((begin, begin + bytes_))
+        found = np.array(sorted(alive))
+        return found[np.searchsorted(found[:, 0], pointers, "right") - 1].T
+
+
+def _tensors_of(x: Any, name: str = "") -> Iterator[str]:
+    """The names of all tensors in nested arguments."""
+    if hasattr(x, "data_ptr"):
+        yield name
+    elif hasattr(x, "block_shape"):
+        yield from _tensors_of(x.base, name)
+    elif isinstance(x, dict) or hasattr(x, "_asdict"):
+        for key, part in (x if isinstance(x, dict) else x._asdict()).items():
+            yield from _tensors_of(part, f"{name}.{key}".removeprefix("."))
+    elif isinstance(x, tuple):
+        for i, part in enumerate(x):
+            yield from _tensors_of(part, f"{name}[{i}]")
+
+
+class Launch:
+    """threads: of a program. now: the one that runs. released: by address, what had happened before a release there.
+    outside: the most bytes that an access was out of bounds, by kind, place, operand, and whether before its begin."""
+
+    def __init__(self, executor: Any, threads: int, operands: Operands) -> None:
+        self.executor, self.fn, self.threads, self.operands = executor, executor.fn, threads, operands
+        self.outside: dict[tuple[str, str, int, bool], int] = {}
         self.accesses: list[Access] = []
         self.released: dict[int, Clock] = {}
         self.programs: list[Program] = []
@@ -89,12 +153,24 @@ class Launch:
     def wait(self) -> None:
         self._turns.wait()
 
-    def note(self, kind: str, pointers: np.ndarray, mask: np.ndarray, size: int, relaxed: bool = False) -> None:
-        if len(seen := pointers[np.broadcast_to(mask, pointers.shape)]):
+    def note(
+        self, kind: str, pointers: np.ndarray, mask: np.ndarray, size: int, relaxed: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Gives the addresses, and which of them are accessed."""
+        mask, addresses = np.broadcast_to(mask, pointers.shape), pointers & ADDRESS
+        if len(seen := pointers[mask]) and not self.operands.are_inside(int(seen.min()), int(seen.max()), size):
+            operands, outside = self.operands.outside(seen, size)
+            for operand, far in zip(operands[outside != 0].tolist(), outside[outside != 0].tolist(), strict=True):
+                at = kind, _place(), operand, far < 0
+                self.outside[at] = max(self.outside.get(at, 0), abs(far))
+            mask = mask.copy()
+            mask[mask] = outside == 0
+        if len(seen := addresses[mask]):
             self.accesses.append(
                 Access(kind, self.now.number, len(self.accesses), self.now.barriers, self.now.clock, relaxed, _place(),
                        seen.astype(np.int64), size)
             )  # fmt: skip
+        return addresses, mask
 
     def synchronise(self, pointers: np.ndarray, mask: np.ndarray, acquires: bool, releases: bool) -> None:
         for address in np.unique(pointers[np.broadcast_to(mask, pointers.shape)]).tolist():
@@ -104,9 +180,15 @@ class Launch:
                 known = _later(self.now.clock, {self.now.number: len(self.accesses) - 1})
                 self.released[address] = _later(self.released.get(address, {}), known)
 
-    def races(self) -> set[str]:
+    def faults(self) -> set[str]:
         """Each in words."""
-        return set(filter(None, (self._judge(self.accesses[i], self.accesses[j]) for i, j in self._pairs())))
+        races = (self._judge(self.accesses[i], self.accesses[j]) for i, j in self._pairs())
+        outside = (
+            f"{self.fn.__name__}: {kind} at {place} of {self.operands.names[operand]}, up to {far} bytes "
+            f"{'before its begin' if is_before else 'behind its end'}"
+            for (kind, place, operand, is_before), far in self.outside.items()
+        )
+        return {*filter(None, races), *outside}
 
     def _pairs(self) -> list[list[int]]:
         """The accesses that follow each other at some address, with a store between: store and load, load and store,
@@ -215,45 +297,53 @@ class SideBySide:
         raise errors[0]
 
 
+TAKEN: dict[int, tuple[int, StorageWeakRef]] = {}
+"""Memory whose address somebody took: by where it begins, its bytes, and whether it is still there."""
+
+
 @contextlib.contextmanager
 def watched() -> Iterator[set[str]]:
-    """Gives the races of all launches inside, in words, as they end."""
+    """Gives the faults of all launches inside, in words, as they end."""
     from triton.runtime import interpreter
 
     builder, found, launches = interpreter.interpreter_builder, set(), []
-    Builder, Grid = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    Builder, Grid, Handle = interpreter.InterpreterBuilder, interpreter.GridExecutor, interpreter.TensorHandle
     load, store, barrier = Builder.create_masked_load, Builder.create_masked_store, Builder.create_barrier
     exchange, change, set_dim, call = (
         Builder.create_atomic_cas, Builder.create_atomic_rmw, Builder.set_grid_dim, Grid.__call__
     )  # fmt: skip
 
-    def size(pointers: Any) -> int:
-        return np.dtype(interpreter._get_np_dtype(pointers.get_element_ty())).itemsize
+    def note(kind: str, pointers: Any, mask: np.ndarray, relaxed: bool = False) -> tuple[Any, Any]:
+        size = np.dtype(interpreter._get_np_dtype(pointers.get_element_ty())).itemsize
+        addresses, mask = launches[-1].note(kind, pointers.data, mask, size, relaxed)
+        return Handle(addresses, pointers.dtype), Handle(mask, interpreter.tl.int1)
 
     def create_masked_load(self: Any, ptrs: Any, mask: Any, other: Any, cache_policy: Any, is_volatile: Any) -> Any:
         if is_volatile:
             launches[-1].wait()
-        launches[-1].note(LOAD, ptrs.data, mask.data, size(ptrs), bool(is_volatile))
+        ptrs, mask = note(LOAD, ptrs, mask.data, bool(is_volatile))
         return load(self, ptrs, mask, other, cache_policy, is_volatile)
 
     def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, cache_policy: Any) -> Any:
-        launches[-1].note(STORE, ptrs.data, mask.data, size(ptrs))
+        ptrs, mask = note(STORE, ptrs, mask.data)
         return store(self, ptrs, value, mask, cache_policy)
 
-    def atomic(pointers: Any, mask: np.ndarray, sem: Any, run: Callable[[], Any]) -> Any:
+    def atomic(pointers: Any, mask: np.ndarray, sem: Any, run: Callable[[Any, Any], Any]) -> Any:
         launch, kind = launches[-1], sem.name
         launch.wait()
-        launch.note(ATOMIC, pointers.data, mask, size(pointers))
-        launch.synchronise(pointers.data, mask, kind.startswith("ACQUIRE"), kind.endswith("RELEASE"))
+        pointers, mask = note(ATOMIC, pointers, mask)
+        launch.synchronise(pointers.data, mask.data, kind.startswith("ACQUIRE"), kind.endswith("RELEASE"))
         launch.now.barriers += pointers.data.size == 1 and _is_used()
-        return run()
+        return run(pointers, mask)
 
     def create_atomic_rmw(self: Any, rmwOp: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> Any:
-        return atomic(ptr, mask.data, sem, lambda: change(self, rmwOp, ptr, val, mask, sem, scope))
+        return atomic(ptr, mask.data, sem, lambda ptr, mask: change(self, rmwOp, ptr, val, mask, sem, scope))
 
     def create_atomic_cas(self: Any, ptr: Any, cmp: Any, val: Any, sem: Any, scope: Any) -> Any:
         whole = np.ones(ptr.data.shape, bool)
-        return atomic(ptr, whole, sem, lambda: exchange(self, ptr, cmp, val, sem, scope))
+        return atomic(
+            ptr, whole, sem, lambda ptr, mask: exchange(self, ptr, cmp, val, sem, scope) if mask.data.all() else cmp
+        )
 
     def create_barrier(self: Any) -> None:
         launches[-1].now.barriers += 1
@@ -265,13 +355,41 @@ def watched() -> Iterator[set[str]]:
         launches[-1].collect(builder, grid)
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> None:
-        launches.append(Launch(self, WARP * kwargs.get("num_warps", 4)))
+        given = inspect.signature(self.fn).bind_partial(
+            *args, **{x: y for x, y in kwargs.items() if x in self.arg_names}
+        )
+        launches.append(Launch(self, WARP * kwargs.get("num_warps", 4), Operands(given.arguments, TAKEN)))
         try:
             call(self, *args, **kwargs)
-            found.update(launches[-1].races())
+            found.update(launches[-1].faults())
         finally:
             self.fn = launches.pop().fn
 
     mine = {name: value for name, value in locals().items() if name.startswith(("create_", "set_grid"))}
-    with mock.patch.multiple(Builder, **mine), mock.patch.object(Grid, "__call__", __call__):
+    with _marked(launches), mock.patch.multiple(Builder, **mine), mock.patch.object(Grid, "__call__", __call__):
         yield found
+
+
+@contextlib.contextmanager
+def _marked(launches: list[Launch]) -> Iterator[None]:
+    """Pointers have the numbers of their operands, and it is known whose addresses were taken."""
+    from triton.runtime import interpreter
+
+    convert, address_of = interpreter._implicit_cvt, torch.Tensor.data_ptr
+
+    def _implicit_cvt(x: Any) -> Any:
+        converted = convert(x)
+        if hasattr(x, "data_ptr"):
+            converted.handle.data = converted.handle.data + np.uint64(launches[-1].operands.number(x))
+        return converted
+
+    def data_ptr(x: torch.Tensor) -> int:
+        storage = x.untyped_storage()
+        TAKEN[storage.data_ptr()] = storage.nbytes(), StorageWeakRef(storage)
+        return address_of(x)
+
+    with (
+        mock.patch.object(interpreter, "_implicit_cvt", _implicit_cvt),
+        mock.patch.object(torch.Tensor, "data_ptr", data_ptr),
+    ):
+        yield
