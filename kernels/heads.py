@@ -47,6 +47,7 @@ from express_compile.core.rows import Rows, from_numbers, to_numbers
 from express_compile.core.rows import heads as rows_of_heads
 from express_compile.core.spec import AttentionSpec, Site
 
+from .attend import hopper
 from .attend.last import attend_last, last_gradients
 from .attend.mixed import Buffers, Chosen, HeadRows, Mixture, Place, mixed_attention_triton
 from .attend.segments import COMPACTED, TOKENS, Outputs, SegmentTable, Sources, causal_table, segment_attention
@@ -375,7 +376,7 @@ def _backward(call: Call, own: PerHead, results: _Tensors, start: torch.Tensor |
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# On CUDA: one launch for all heads but the exact ones, which reads and writes where the heads lie
+# On CUDA: one launch for all heads, on Hopper exact ones among them, which reads and writes where the heads lie
 
 Choices: TypeAlias = Mapping[Group, torch.Tensor]
 """What the KV heads of a group chose: int32 ``[B, heads, blocks of queries, blocks]``."""
@@ -488,7 +489,8 @@ def _beside_chosen(config: BlockConfig, Lq: int, Lk: int) -> tuple[SegmentTable,
 
 
 @functools.lru_cache(maxsize=256)
-def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int) -> Together:
+def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int, mixed: bool) -> Together:
+    """``mixed``: exact heads are beside the others, if there are others."""
     exact: list[int] = []
     thinned, families, shares = [], [], []
     copied = indexed = chosen = 0
@@ -524,17 +526,27 @@ def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int) -> Toge
             shares.append(HeadRows(len(group.heads or every), queries, table, chosen=beside))
         families.append(family)
         chosen += B * len(family.heads) * each
-    mixture = Mixture(tuple(shares), Lq, Lk) if shares else None
     whole = tuple(Group(EVERYTHING, *x) for x in _alike(sorted(exact), G))
+    if mixed and shares:
+        table = causal_table(Lq, Lk, own.block)
+        shares += [HeadRows(len(heads), queries, table) for heads, queries in _alike(sorted(exact), G)]
+        whole = ()
+    mixture = Mixture(tuple(shares), Lq, Lk) if shares else None
     return Together(whole, tuple(thinned), tuple(families), mixture, copied, indexed)
 
 
+def _mixes_exact(call: Call, own: PerHead) -> bool:
+    """Whether exact heads are beside the others: the kernel for Hopper is as fast as cuDNN's, which needs copies of heads
+    that are no neighbours."""
+    return hopper.takes(call.query, call.key, call.value, own.block)
+
+
 def together(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`heads_reference` with the kernels, all heads of the layer in one launch but the exact ones: same results
-    up to rounding."""
+    """:func:`heads_reference` with the kernels, all heads of the layer in one launch, but for exact ones where another
+    kernel is the faster one for them: same results up to rounding."""
     query, key, value, H_kv = call.query, call.key, call.value, call.key.shape[1]
     B, G, device = len(key), query.shape[1] // H_kv, key.device
-    what = _together(own, B, G, H_kv, call.Lq, call.Lk)
+    what = _together(own, B, G, H_kv, call.Lq, call.Lk, _mixes_exact(call, own))
     if what.mixture is None:
         return exact_attention(query, key, value, call.scale)
     outputs = Outputs.of(query, value.shape[3])

@@ -40,6 +40,7 @@ from express_compile.core.plain import number
 from express_compile.core.policy import Policy
 from express_compile.core.spec import AttentionSpec, floor_power_of_two, known_equal
 
+from .attend import hopper
 from .attend.segments import Sources, dense_table, segment_attention
 from .attend.segments_backward import accumulate_rows, segment_gradients
 from .exact import exact_attention
@@ -244,11 +245,21 @@ def _select(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch
     return select(call.key, call.value, call.padding, rows, decider)
 
 
+COPIED_UP_TO = 1024  # rows
+
+
+def _as_it_lies(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -> bool:
+    """Whether segment attention is faster than cuDNN's, whose output lies as queries do and has to be copied where
+    heads are not apart: on an H200, 32 heads of 128 wide, 4,096 queries and 256 rows 62 us for 86, 32,768 queries 435
+    for 601, with 1,024 rows 1,137 for 1,280; where they are apart 444 for 276."""
+    return k.shape[2] <= COPIED_UP_TO and not query.is_contiguous() and hopper.takes(query, k, v, block)
+
+
 def _body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     query, (_, k, v, lengths) = call.query, _select(call)
-    if lengths is None and query.is_cuda:
-        return exact_attention(query, k, v, call.scale, causal=False)
     table = dense_table(call.Lq, k.shape[2])
+    if lengths is None and query.is_cuda and not _as_it_lies(query, k, v, table.block):
+        return exact_attention(query, k, v, call.scale, causal=False)
     return segment_attention(query, Sources.compacted(k, v, lengths), table, call.scale)
 
 

@@ -68,14 +68,16 @@ def test_equal_rows_for_all_heads_are_express_bit_for_bit_where_it_has_such_rows
     ],
 )
 def test_a_head_gives_beside_others_what_it_gives_among_its_like(dtype: torch.dtype, mixed, Lq: int, B: int) -> None:
-    """Also that it draws the numbers of its own place: its rows are those that it has where all heads are alike."""
+    """Also that it draws the numbers of its own place: its rows are those that it has where all heads are alike. Exact
+    heads are cuDNN's where all are, and otherwise not: a rounding of the output apart."""
     q, k, v = tokens(6000, Lq, dtype=dtype, B=B)
     out, lse = op(q, k, v, mixed)
     for rows in set(mixed):
         every, every_lse = op(q, k, v, [rows])
+        near = dict(rtol=1e-2, atol=4e-3) if rows == WHOLE and dtype == torch.bfloat16 else dict(rtol=1e-3, atol=1e-4)
         for h in (h for h, own in enumerate(mixed) if own == rows):
             heads = slice(h * 16 // len(mixed), (h + 1) * 16 // len(mixed))
-            torch.testing.assert_close(out[:, heads], every[:, heads], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(out[:, heads], every[:, heads], **near)
             torch.testing.assert_close(lse[:, heads], every_lse[:, heads], rtol=1e-4, atol=1e-4)
 
 

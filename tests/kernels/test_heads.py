@@ -347,7 +347,7 @@ def test_heads_with_other_coresets_are_thinned_in_the_same_launches_as_they_are_
     rows, launched, run = [PLACES, Rows(2, 9, 32, 20), CORE, Rows(5, 9, 32)], [], thinning.launch
     monkeypatch.setattr(thinning, "launch", lambda f, *args, **options: (launched.append(f), run(f, *args, **options)))
     call, own = small(rows, 320, B=2, halving=halving)
-    what, statistics = P._together(own, 2, 1, len(rows), 320, 320), halving != "uniform"
+    what, statistics = P._together(own, 2, 1, len(rows), 320, 320, mixed=False), halving != "uniform"
 
     def kept(call: Call) -> tuple[torch.Tensor, ...]:
         launched.clear()
@@ -446,14 +446,18 @@ def test_one_launch_reads_heads_where_a_projection_of_all_of_them_left_them(smal
     block=st.sampled_from([32, 128]),
     B=st.integers(1, 2),
     hopper=st.booleans(),
+    mixed=st.booleans(),
 )
 def test_every_query_of_every_head_that_is_not_exact_is_in_one_job_and_long_jobs_come_first(
-    rows, n, past, block, B, hopper
+    rows, n, past, block, B, hopper, mixed
 ):
-    """And a job with its table, its part of the buffers, and as many rows as the query sees."""
+    """And a job with its table, its part of the buffers, and as many rows as the query sees; exact heads may be there,
+    too."""
     Lq, group, own = max(1, n - past), 2, P.PerHead(rows, block=block)
-    what = P._together(own, B, group, len(rows), Lq, n)
+    what = P._together(own, B, group, len(rows), Lq, n, mixed)
     exact = [h for h, x in enumerate(rows) if n <= P.exact_up_to(x)]
+    if mixed and what.mixture is not None:
+        exact = []
     assert [h for group in what.exact for h in group.heads] == exact
     if what.mixture is None:
         assert len(exact) == len(rows)

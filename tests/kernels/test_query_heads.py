@@ -163,7 +163,7 @@ def test_one_launch_for_all_query_heads_gives_each_what_the_reference_gives(toke
 
 def test_kv_heads_with_equal_rows_thin_together_however_many_query_heads_have_them():
     rows = P.PerHead([KEPT, KEPT, KEPT, WINDOW, KEPT, KEPT, CORE, WHOLE], block=32)
-    what = P._together(rows, 2, 2, 4, 1000, 1000)
+    what = P._together(rows, 2, 2, 4, 1000, 1000, mixed=False)
     assert [x.heads for x in what.thinned] == [(0, 2, 1), (3,)]
     assert [x.queries for x in what.mixture.shares] == [(0, 1, 4, 5), (2,), (3,), (6,)]
 
@@ -188,12 +188,17 @@ def test_keys_are_scored_once_for_all_query_heads_of_a_kv_head(tokens, monkeypat
         assert torch.equal(found, alone) and (beyond == NONE).all()
 
 
-@given(mixture=mixtures, n=st.sampled_from([64, 290, 1000]), past=st.sampled_from([0, 200]), hopper=st.booleans())
-def test_every_query_of_every_head_that_is_not_exact_is_in_one_job(mixture, n, past, hopper):
+@given(
+    mixture=mixtures, n=st.sampled_from([64, 290, 1000]), past=st.sampled_from([0, 200]), hopper=st.booleans(),
+    mixed=st.booleans(),
+)  # fmt: skip
+def test_every_query_of_every_head_that_is_not_exact_is_in_one_job(mixture, n, past, hopper, mixed):
     (H_kv, rows), Lq = mixture, max(1, n - past)
     H = len(rows)
-    what = P._together(P.PerHead(rows, block=32), 2, H // H_kv, H_kv, Lq, n)
+    what = P._together(P.PerHead(rows, block=32), 2, H // H_kv, H_kv, Lq, n, mixed)
     exact = [h for h, x in enumerate(rows) if n <= P.exact_up_to(x)]
+    if mixed and what.mixture is not None:
+        exact = []
     assert sorted(h for group in what.exact for h in group.queries) == exact
     for group in what.exact:
         G = len(group.queries) // len(group.heads)
