@@ -1037,7 +1037,7 @@ def protected_judged_table() -> str:
 
 
 def triton_table() -> str:
-    """What every kernel that spills with some Triton compiles to with each of them."""
+    """What every kernel that spills with some Triton compiles to with each of them, if it is in all of their tables."""
     found: dict[str, dict[str, dict[tuple[str, ...], dict[str, str]]]] = {}
     for path in RESULTS.glob("device-code*.csv"):
         for row in read(path.name):
@@ -1050,7 +1050,8 @@ def triton_table() -> str:
         spilled = [int(row["spilled"]) for row in variants.values() if row["spilled"] != "0"]
         return f"{most}; {sum(spilled):,} in {len(spilled)} of {len(variants)}" if spilled else f"{most}; 0"
 
-    lines = {kernel: [cell(of[triton]) for triton in tritons] for kernel, of in sorted(found.items())}
+    known = {kernel: of for kernel, of in sorted(found.items()) if len(of) == len(tritons)}
+    lines = {kernel: [cell(of[triton]) for triton in tritons] for kernel, of in known.items()}
     spilling = [[f"`{kernel}`", *line] for kernel, line in lines.items() if not all(x.endswith("; 0") for x in line)]
     return f"{markdown(['kernel', *tritons], spilling)}\n\n{len(lines) - len(spilling)} kernels more spill with none."
 
