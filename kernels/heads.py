@@ -536,8 +536,8 @@ def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int, mixed: 
 
 
 def _mixes_exact(call: Call, own: PerHead) -> bool:
-    """Whether exact heads are beside the others: the kernel for Hopper is as fast as cuDNN's, for which heads that are no
-    neighbours are copied."""
+    """Whether exact heads are beside the others: the kernel for Hopper is as fast as cuDNN's, for which heads that are
+    no neighbours are copied."""
     return hopper.takes(call.query, call.key, call.value, own.block)
 
 
