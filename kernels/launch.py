@@ -203,7 +203,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 # ---------------------------------------------------------------------------------------------------------------
 # Launches without Triton's own Python, for :mod:`.prepared`
 
-current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+
+def current_device() -> int:
+    """The current device of CUDA; -1 where CUDA has not begun, as asking fails there without a driver."""
+    return torch._C._cuda_getDevice() if torch.cuda.is_initialized() else -1
+
+
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 
 _watch = threading.local()

@@ -6,6 +6,8 @@ import contextlib
 import copy
 import ctypes
 import itertools
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -615,3 +617,23 @@ def test_only_a_call_that_goes_to_cuda_next_leaves_out_the_dispatcher() -> None:
         assert not ops._is_next((plain | torch._C.DispatchKeySet(key)).raw_repr())
     cpu = torch._C.DispatchKeySet(keys.CPU) | torch._C.DispatchKeySet(keys.AutogradCPU)
     assert not ops._is_next(cpu.raw_repr())
+
+
+def test_a_build_with_cuda_runs_where_there_is_no_driver() -> None:
+    """There PyTorch raises if it is asked for the device, before and behind the import of this package."""
+    program = """
+import torch
+def fails():
+    raise RuntimeError("Found no NVIDIA driver on your system")
+torch._C._cuda_getDevice = fails
+from express_compile import METHODS, Rows
+from express_compile.core.rows import to_numbers
+from express_compile.kernels import exact
+x = torch.randn(1, 2, 40, 8)
+step = exact.OP(x[:, :, -1:], x, x, None, 0.3)
+options = dict(rows=to_numbers([Rows(2, 9)]), halving="balanced", inflation=-1, flatten=0.0, block=16, min_length=0)
+out, _ = METHODS["heads"].op(x, x, x, None, torch.tensor(0), 0.3, 1, **options)
+assert step.shape == (1, 2, 1, 8) and out.shape == x.shape
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
