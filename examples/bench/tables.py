@@ -722,8 +722,8 @@ def foreign_table() -> str:
         ])  # fmt: skip
     header = ["package", "route", "architectures", "cases right", "wrong", "sites found", "proven", "rewritten"]
     names = len({row["architecture"] for row in ran})
-    newest = max(row["date"] for row in ran)
-    note = f"{names} architectures, torch {ran[-1]['torch']}, {newest}; every case: foreign.csv."
+    date = max(row["date"] for row in ran)
+    note = f"{names} architectures, torch {ran[-1]['torch']}, {date}; every case: foreign.csv."
     return markdown([*header, "largest error"], body) + f"\n\n{note}"
 
 
