@@ -526,13 +526,14 @@ def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int, mixed: 
             shares.append(HeadRows(len(group.heads or every), queries, table, chosen=beside))
         families.append(family)
         chosen += B * len(family.heads) * each
-    whole = tuple(Group(EVERYTHING, *x) for x in _alike(sorted(exact), G))
+    apart = _alike(sorted(exact), G)
     if mixed and shares:
-        table = causal_table(Lq, Lk, own.block)
-        shares += [HeadRows(len(heads), queries, table) for heads, queries in _alike(sorted(exact), G)]
-        whole = ()
+        shares += [HeadRows(len(heads), queries, causal_table(Lq, Lk, own.block)) for heads, queries in apart]
+        apart = []
     mixture = Mixture(tuple(shares), Lq, Lk) if shares else None
-    return Together(whole, tuple(thinned), tuple(families), mixture, copied, indexed)
+    return Together(
+        tuple(Group(EVERYTHING, *x) for x in apart), tuple(thinned), tuple(families), mixture, copied, indexed
+    )
 
 
 def _mixes_exact(call: Call, own: PerHead) -> bool:
