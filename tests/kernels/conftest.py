@@ -27,10 +27,25 @@ def accesses() -> ModuleType:
     return found
 
 
+@pytest.fixture
+def faults_of(accesses: ModuleType) -> Callable[..., set[str]]:
+    """The faults of one launch, in words behind the kernel's name; for tests of what finds them, in place of
+    ``no_faults``."""
+
+    def of(kernel: Any, programs: int, *args: Any, **options: Any) -> set[str]:
+        with accesses.watched() as words:
+            kernel[(programs,)](*args, **options)
+        name = f"{kernel.fn.__name__}: "
+        assert all(x.startswith(name) for x in words)
+        return {x.removeprefix(name) for x in words}
+
+    return of
+
+
 @pytest.fixture(autouse=True)
-def no_faults(accesses: ModuleType) -> Iterator[None]:
+def no_faults(accesses: ModuleType, request: pytest.FixtureRequest) -> Iterator[None]:
     """What kernels of a test load and store is theirs, and they load and store it in an order that a GPU keeps."""
-    if torch.cuda.is_available():  # where kernels do not run in the interpreter
+    if torch.cuda.is_available() or "faults_of" in request.fixturenames:  # on CUDA the interpreter runs none
         yield
         return
     with accesses.watched() as found:
@@ -40,6 +55,23 @@ def no_faults(accesses: ModuleType) -> Iterator[None]:
 
 def _poisoned(x: torch.Tensor) -> torch.Tensor:
     return x.fill_(math.nan) if x.is_floating_point() else x.fill_(2**30)
+
+
+@pytest.fixture
+def launches_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], list[tuple[Any, tuple[int, ...]]]]:
+    """The kernels that a module launches from then on, with their grids; they run."""
+
+    def of(module: ModuleType) -> list[tuple[Any, tuple[int, ...]]]:
+        launches, run = [], module.launch
+
+        def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+            launches.append((kernel, grid))
+            run(kernel, grid, *args, **options)
+
+        monkeypatch.setattr(module, "launch", launch)
+        return launches
+
+    return of
 
 
 @pytest.fixture

@@ -264,12 +264,10 @@ def test_the_kernel_chooses_the_best_whatever_the_shape(judge_blocks, config, n,
     judge_blocks(S.select_blocks_triton(q, k, config, scale), q, k, config, scale)
 
 
-def test_a_long_prefill_in_parts_chooses_the_same(monkeypatch):
+def test_a_long_prefill_in_parts_chooses_the_same(monkeypatch, launches_of):
     config = S.BlockConfig(2, sinks=3, recent=20, samples=2, block=32)
     q, k = tokens(400, B=2, H=2, H_kv=1, dtype=torch.float32)
-    whole, launches = S.select_blocks_triton(q, k, config, 0.5), []
-    launch = S.launch
-    monkeypatch.setattr(S, "launch", lambda *args, **options: (launches.append(args[1]), launch(*args, **options)))
+    whole, launches = S.select_blocks_triton(q, k, config, 0.5), launches_of(S)
     for workspace, parts in ((1, 13), (4 * 2 * 8 * 4 * 5, 3)):  # bytes, sequences, columns, rows a block, blocks
         launches.clear()
         monkeypatch.setattr(S, "_WORKSPACE", workspace)

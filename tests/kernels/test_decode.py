@@ -156,14 +156,13 @@ def test_more_heads_than_the_kernels_take_are_an_error():
 
 
 @pytest.mark.parametrize("n, group, own", [(40, 4, 14), (64, 4, 16), (17, 2, 9), (13, 10, 5), (2, 64, 1)])
-def test_more_queries_than_fit_are_calls_of_their_own_with_other_ends(small_tiles, monkeypatch, n, group, own):
+def test_more_queries_than_fit_are_calls_of_their_own_with_other_ends(small_tiles, launches_of, n, group, own):
     """In the same two launches. To see a row less would show."""
-    grids, launch = [], K.launch
-    monkeypatch.setattr(K, "launch", lambda kernel, grid, *x, **o: (grids.append(grid), launch(kernel, grid, *x, **o)))
+    launches = launches_of(K)
     q, k, v = tokens(2, group, 1, n, 100)
     lengths = torch.tensor([100, 83])
     out, _ = K.decode_triton(q, k, v, 0.25, K.Rows(lengths))
-    stops = range(n, 0, -own)
+    stops, grids = range(n, 0, -own), [grid for _, grid in launches]
     assert len(grids) <= 2 and grids[0][0] % len(stops) == 0 and (grids[0][0] > len(stops)) == (len(grids) == 2)
     for stop in stops:
         piece = slice(max(0, stop - own), stop)

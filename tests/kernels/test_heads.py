@@ -342,26 +342,28 @@ def test_one_launch_for_all_heads_gives_each_what_the_reference_gives(tokens, ro
 
 
 @pytest.mark.parametrize("halving", ["balanced", "kernel", "uniform"])
-def test_heads_with_other_coresets_are_thinned_in_the_same_launches_as_they_are_alone(small, monkeypatch, halving):
+def test_heads_with_other_coresets_are_thinned_in_the_same_launches_as_they_are_alone(
+    small, monkeypatch, launches_of, halving
+):
     """Bit for bit; streams of tokens and of losers of contests, with buckets of several tiles."""
-    rows, launched, run = [PLACES, Rows(2, 9, 32, 20), CORE, Rows(5, 9, 32)], [], thinning.launch
-    monkeypatch.setattr(thinning, "launch", lambda f, *args, **options: (launched.append(f), run(f, *args, **options)))
+    rows, launches = [PLACES, Rows(2, 9, 32, 20), CORE, Rows(5, 9, 32)], launches_of(thinning)
     call, own = small(rows, 320, B=2, halving=halving)
     what, statistics = P._together(own, 2, 1, len(rows), 320, 320, mixed=False), halving != "uniform"
 
     def kept(call: Call) -> tuple[torch.Tensor, ...]:
-        launched.clear()
+        launches.clear()
         index = torch.zeros(what.indexed, dtype=torch.int32)
         copies = tuple(torch.zeros(what.copied, 16) for _ in range(2))
         P._thin(call, what.thinned, index, copies)
         return index, *copies
 
     found = kept(call)
-    assert launched == [thinning._describe_kernel, thinning._thin_kernel][1 - statistics :]
+    kernels = [kernel for kernel, _ in launches]
+    assert kernels == [thinning._describe_kernel, thinning._thin_kernel][1 - statistics :]
     assert not torch.equal(found[0], kept(replace(call, layer=4))[0])
     monkeypatch.setattr(P.Thinned, "halves", False)
     assert all(map(torch.equal, found, kept(call)))
-    assert len(launched) == 1 + 2 + 2 + 2 * statistics  # zeros come with a contest, statistics not for CORE
+    assert len(launches) == 1 + 2 + 2 + 2 * statistics  # zeros come with a contest, statistics not for CORE
 
 
 def test_tiles_are_made_once_for_layers_whose_heads_have_the_same_rows_in_another_order(small):
@@ -374,7 +376,7 @@ def test_tiles_are_made_once_for_layers_whose_heads_have_the_same_rows_in_anothe
     assert made[0] == made[1] == made[2]
 
 
-def test_heads_whose_blocks_begin_together_choose_in_two_launches_what_they_choose_alone(small, monkeypatch):
+def test_heads_whose_blocks_begin_together_choose_in_two_launches_what_they_choose_alone(small, launches_of):
     rows = [BLOCKS, Rows(2, 9, selected=2), WINDOW, Rows(2, 41, selected=3), BLOCKS, Rows(2, 20, selected=1)]
     call, own = small(rows, 330, B=2)
     alone = {}
@@ -382,8 +384,7 @@ def test_heads_whose_blocks_begin_together_choose_in_two_launches_what_they_choo
         if group.rows.selected:
             few = group.of(call)
             alone[group] = select_blocks_triton(few.query, few.key, own.config(group.rows), 0.5)
-    launches, run = [], blocks.launch
-    monkeypatch.setattr(blocks, "launch", lambda *args, **options: (launches.append(args[1]), run(*args, **options)))
+    launches = launches_of(blocks)
     found = {}
     for family in P._families(own, len(rows), len(rows), 330):
         chosen = P._choose(call, family, None)
@@ -392,7 +393,7 @@ def test_heads_whose_blocks_begin_together_choose_in_two_launches_what_they_choo
             assert (beyond == NONE).all()
     assert found.keys() == alone.keys() and all(torch.equal(found[x], alone[x]) for x in alone)
     # of two sequences: four heads, and the one whose blocks of queries begin elsewhere
-    assert [grid[-1] for grid in launches] == [8, 8, 2, 2]
+    assert [grid[-1] for _, grid in launches] == [8, 8, 2, 2]
 
 
 @given(

@@ -168,16 +168,15 @@ def test_kv_heads_with_equal_rows_thin_together_however_many_query_heads_have_th
     assert [x.queries for x in what.mixture.shares] == [(0, 1, 4, 5), (2,), (3,), (6,)]
 
 
-def test_keys_are_scored_once_for_all_query_heads_of_a_kv_head(tokens, monkeypatch):
+def test_keys_are_scored_once_for_all_query_heads_of_a_kv_head(tokens, launches_of):
     rows = [ONE, TWO, TWO, WINDOW, WINDOW, WINDOW, TWO, Rows(2, 9 + 32, selected=3), ONE]
     q, k, v = tokens(250, 9, 3, D=16, Dv=16, dtype=torch.float32)
     call, own = Call(q, k, v, None, SEED, 0.5, 3), P.PerHead(rows, block=32)
-    launches, run = [], blocks.launch
-    monkeypatch.setattr(blocks, "launch", lambda *args, **options: (launches.append(args[1]), run(*args, **options)))
+    launches = launches_of(blocks)
     (family,) = P._families(own, 3, 9, 250)
     chosen = P._choose(call, family, None)
     # two KV heads of two sequences; of the first one block and two, of the last one, two and three
-    assert [grid[-1] for grid in launches] == [4, 10]
+    assert [grid[-1] for _, grid in launches] == [4, 10]
     assert sorted(zip(family.heads, (x.selected for x in family.rows), strict=True)) == [
         (0, 1), (0, 2), (2, 1), (2, 2), (2, 3)
     ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,18 +15,12 @@ N = 256
 
 
 @pytest.fixture
-def no_faults() -> None:
-    """In place of what all tests of kernels have."""
-
-
-@pytest.fixture
-def found(accesses: ModuleType) -> Any:
+def found(faults_of: Callable[..., set[str]]) -> Callable[..., set[str]]:
     """The races of one launch, by the words that follow the kernel's name and the places."""
 
     def of(kernel: Any, programs: int, *args: Any, **options: Any) -> set[str]:
-        with accesses.watched() as words:
-            kernel[(programs,)](*args, **options)
-        assert all(x.startswith(f"{kernel.fn.__name__}: ") and "test_races.py:" in x for x in words)
+        words = faults_of(kernel, programs, *args, **options)
+        assert all("test_races.py:" in x for x in words)
         return {x.rpartition("test_races.py:")[2].partition(" ")[2] for x in words}
 
     return of
