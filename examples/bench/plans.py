@@ -142,6 +142,12 @@ def chosen(found: Profile, budget: float, n: int, last: int = LAST, count: Count
     return replace(base(last), rows={site.module: [found.options[o] for o in heads] for site, heads in of_sites})
 
 
+def predicted(found: Profile, plan: PerHead) -> float:
+    """The error that the profile chooses by, of a plan whose rows are options of it."""
+    places = {rows: o for o, rows in enumerate(found.options)}
+    return sum(float(x.weighted[h, places[rows]]) for x in found.sites for h, rows in enumerate(plan.rows[x.module]))
+
+
 def most(make: Callable[[int], Rows], budget: float, n: int, own: PerHead, count: Count = rows_of) -> Rows:
     """``make(x)`` for the largest x from 1 on with which there are at most ``budget`` rows at ``n`` tokens."""
     low, high = 1, n
@@ -322,9 +328,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 class Bench:
     """One run: a model, the arguments, and the rows that were measured. options: what is profiled; more: beside it in
-    long texts."""
+    long texts; block: by so many queries that choose together."""
 
     options: tuple[Rows, ...] = OPTIONS
+    block = BLOCK
     more: tuple[Rows, ...] = MORE
     few = ("per head", "streaming", "streaming, last exact", "express", "selected, last exact", "window or everything")
 
@@ -371,7 +378,7 @@ class Bench:
         for text, content in profiled_texts().items():
             sample = self.tokens(content, n)
             each[text] = profile(
-                self.model, sample, self.options, block=BLOCK, query_heads=self.query_heads, progress=True
+                self.model, sample, self.options, block=self.block, query_heads=self.query_heads, progress=True
             )
             print(f"profile of {text}: {time.perf_counter() - start:.1f} s in all", flush=True)
         seconds = time.perf_counter() - start
