@@ -43,6 +43,7 @@ from needles import NOISE, Case, cases
 from plans import (
     BLOCK,
     MODELS,
+    MORE,
     OPTIONS,
     SINKS,
     Bench,
@@ -341,11 +342,10 @@ class Caching(Bench):
     """One run; see :class:`plans.Bench`."""
 
     options = (
-        *OPTIONS[:-1],
-        Rows(SINKS, 4096), Rows(SINKS, 256, 512, 512), Rows(SINKS, 512, protected=2048), Rows(SINKS, 512, 512),
-        Rows(SINKS, 1024, 1024), Rows(SINKS, 1024, 1024, 1024), Rows(SINKS, 2048, protected=2048), EVERYTHING,
+        *OPTIONS[:-1], *MORE,
+        Rows(SINKS, 256, 512, 512), Rows(SINKS, 512, 512), Rows(SINKS, 1024, 1024), EVERYTHING,
     )  # fmt: skip
-    more = (Rows(SINKS, 8192), Rows(SINKS, 512, protected=4096))
+    more = ()
     block = 16  # the fewest: a step of decoding chooses for itself, and its window ends at itself
 
     def texts(self, n: int) -> torch.Tensor:
