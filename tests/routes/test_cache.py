@@ -623,6 +623,20 @@ def test_tokens_that_transformers_would_add_once_more_are_refused(n: int) -> Non
         more = {"attention_mask": mask[:, : piece.stop], "position_ids": positions}
         logits(model, ids(n + 5)[:, piece], cache, **more)
     assert cache.get_seq_length() == n + 5
+    for read in (n + 5, n + 2):  # of a padded prompt; its mask, which generate() gives, ends where that does
+        cache.reset()
+        logits(model, ids(n + 5)[:, :read], cache, attention_mask=mask[:, :read])
+        with pytest.raises(ValueError, match=f"position_ids begin at 0 again, and the cache has {n + 5} tokens"):
+            given = {"attention_mask": mask.long(), "max_new_tokens": 5, "use_cache": False}
+            model.generate(ids(n + 5), past_key_values=cache, **given)
+    cache.reset()
+    logits(model, prompt[:, :1], cache)
+    mask = torch.tensor([[1] + [0] * 4 + [1] * (n - 1)])  # padding behind one token has position 0
+    more = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1)[:, 1:]}
+    padded = logits(model, torch.cat([prompt[:, :4], prompt[:, 1:]], 1), cache, **more)
+    cache.reset()
+    logits(model, prompt[:, :1], cache)
+    torch.testing.assert_close(padded[:, 4:], logits(model, prompt[:, 1:], cache), **CLOSE)
 
 
 @pytest.mark.parametrize("n", [40, 50, 80])
