@@ -131,7 +131,7 @@ def _is_changed(model: nn.Module) -> bool:
     """Whether there is anything to restore in ``model``."""
     _require_module(model)
     route = _transformers()
-    return bool(capture.installed(model)) or (route is not None and bool(route.installed(model)))
+    return bool(capture.installed(model)) or (route is not None and route.is_changed(model))
 
 
 def _require_module(model: Any) -> None:

@@ -623,6 +623,20 @@ def test_tokens_that_transformers_would_add_once_more_are_refused(n: int) -> Non
         more = {"attention_mask": mask[:, : piece.stop], "position_ids": positions}
         logits(model, ids(n + 5)[:, piece], cache, **more)
     assert cache.get_seq_length() == n + 5
+    for read in (n + 5, n + 2):  # of a padded prompt; its mask, which generate() gives, ends where that does
+        cache.reset()
+        logits(model, ids(n + 5)[:, :read], cache, attention_mask=mask[:, :read])
+        with pytest.raises(ValueError, match=f"position_ids begin at 0 again, and the cache has {n + 5} tokens"):
+            given = {"attention_mask": mask.long(), "max_new_tokens": 5, "use_cache": False}
+            model.generate(ids(n + 5), past_key_values=cache, **given)
+    cache.reset()
+    logits(model, prompt[:, :1], cache)
+    mask = torch.tensor([[1] + [0] * 4 + [1] * (n - 1)])  # padding behind one token has position 0
+    more = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1)[:, 1:]}
+    padded = logits(model, torch.cat([prompt[:, :4], prompt[:, 1:]], 1), cache, **more)
+    cache.reset()
+    logits(model, prompt[:, :1], cache)
+    torch.testing.assert_close(padded[:, 4:], logits(model, prompt[:, 1:], cache), **CLOSE)
 
 
 @pytest.mark.parametrize("n", [40, 50, 80])
@@ -662,6 +676,42 @@ def test_models_that_change_what_a_cache_gives_or_have_cross_attention_say_so() 
     )
     with pytest.raises(ValueError, match="share the layers of a cache, as with cross attention; such models"):
         ExpressCache(crossed)
+    shared = transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(
+        **{**size, "num_hidden_layers": 4}, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        vocab_size_per_layer_input=50, hidden_size_per_layer_input=8, laurel_rank=4, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2, activation_sparsity_pattern=[0.0] * 4,
+    ))  # fmt: skip
+    with pytest.raises(ValueError, match=re.escape("layers [3] attend to the keys and values that earlier ones have")):
+        ExpressCache(shared, budget=16)
+
+
+@pytest.mark.parametrize("policy", [None, {"methods": ["express"], "budget": 16}])
+def test_a_cache_that_is_refused_leaves_the_model_as_it_was(policy: dict[str, Any] | None, tmp_path: Path) -> None:
+    model = llama(seed=1)
+    other = llama()
+    cache = ExpressCache(other, rows=Rows(2, 14))
+    logits(other, ids(40), cache)
+    cache.save(tmp_path / "other")
+    falcon = transformers.FalconForCausalLM(
+        transformers.FalconConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    )
+    for each in (model, falcon):
+        if policy is not None:
+            rewrite_attention(each, **policy)
+        before = {path: dict(module.__dict__) for path, module in each.named_modules()}
+        with pytest.raises(ValueError, match="no full-attention layer at 'lm'|transformers lets"):
+            ExpressCache(each, rows={"lm": Rows(2, 14)})
+        with pytest.raises(ValueError, match="was saved from another model"):
+            ExpressCache.load(tmp_path / "other", each)
+        assert all(module.__dict__ == before[path] for path, module in each.named_modules())
+
+
+def test_a_part_of_a_rewritten_model_holds_the_rows_of_its_policy() -> None:
+    """As the language model in a wrapper with a value head: its paths are others than those of the policy."""
+    whole = torch.nn.ModuleDict({"lm": llama()})
+    modules = {"lm.model.layers.0.*": PerHead(Rows(2, 14)), "*.1.self_attn": PerHead(Rows(1, 9))}
+    rewrite_attention(whole, modules=modules)
+    assert [layer.own.rows for layer in ExpressCache(whole["lm"]).express_layers] == [(Rows(2, 14),), (Rows(1, 9),)]
 
 
 def test_a_cache_is_copied_deeply_or_saved_but_not_pickled() -> None:

@@ -409,6 +409,24 @@ def test_two_models_that_share_one_config_are_independent():
     assert is_rewritten(two) and (logits(two, ids, mask) - before)[mask.bool()].abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("policies", [(HALF, TOY_ONLY), (TOY_ONLY, HALF)], ids=["half first", "toy first"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_models_that_share_layers_can_be_restored_in_any_order(policies, first):
+    """As a language model and a reward model over one trunk: what is rewritten last runs in both."""
+    one, two = models = [build(llama), build(llama)]
+    two.model.layers = one.model.layers
+    ids, mask = padded_batch("left")
+    configs, before = [model.config for model in models], [logits(model, ids, mask) for model in models]
+    for model, policy in zip(models, policies, strict=True):
+        rewrite_attention(model, **policy)
+    for model in (models[first], models[1 - first]):
+        restore_attention(model)
+    for model, config, expected in zip(models, configs, before, strict=True):
+        assert model.config is config and model.model.config is config
+        assert torch.equal(logits(model, ids, mask), expected)
+    assert all(layer.self_attn.config is one.config for layer in one.model.layers)
+
+
 def test_a_model_made_of_models_with_nested_configurations():
     model = build(llava)
     config, parts = model.config, (model.config.text_config, model.config.vision_config)

@@ -20,11 +20,11 @@ import sys
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .attention import attend
-from .configs import install, let_ask_for_weights, remove
+from .configs import install, is_changed, let_ask_for_weights, remove
 from .masks import BY_PLACES, NAMES, make_mask, make_mask_by_places
 from .sites import find_sites, installed, rewritten_sites
 
-__all__ = ["find_sites", "install", "installed", "remove", "rewritten_sites"]
+__all__ = ["find_sites", "install", "installed", "is_changed", "remove", "rewritten_sites"]
 
 # Some presses of NVIDIA's kvpress leave keys in the cache that heads must not see. A patch hides them, of all attention
 # functions that kvpress finds when it is imported; if that was before, ours is not among them.

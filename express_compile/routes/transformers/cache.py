@@ -35,7 +35,7 @@ from ...planning.choose import methods_of
 from ..eager import rewrite_attention, rewritten_sites, uncompiled
 from .layers import ExpressLayer, Place, Step
 from .masks import BY_PLACES
-from .sites import installed
+from .sites import find_sites
 from .steps import Steps, let_generate_keep, let_generate_record
 
 _ROWS = ("budget", "sinks", "recent", "protected")
@@ -94,22 +94,22 @@ class ExpressCache(Cache):
     ) -> None:
         seed = Policy(seed=seed).seed  # checks it
         asked, model = _asked(plan, rows, options), _checked(model)
-        sites = _sites(model)
-        policies = {site.path: site.plans.policy for site in installed(model)}
-        if asked is None and all(methods_of(policy, path) == ("exact",) for path, policy in policies.items()):
+        sites, known = _sites(model), rewritten_sites(model)
+        if asked is None and all(methods_of(site.plans.policy, site.path) == ("exact",) for site in known.values()):
             asked = Policy(methods=("heads",))
-        found = {path: _rows_at(asked or policies[path], path) for path in sites}
+        own = {path: (asked, path) if asked else (known[path].plans.policy, known[path].path) for path in sites}
+        found = {path: _rows_at(*each) for path, each in own.items()}
         if not any(found.values()):
             says = "the policy by which the model is rewritten says" if asked is None else "plan: has"
             raise ValueError(
                 f"{says} no rows for {', '.join(sites)}; give budget=, rows= or plan= (all tokens: "
                 "rows=Rows(everything=True))"
             )
-        self._build(model, sites, {path: x or PerHead((EVERYTHING,)) for path, x in found.items()}, seed, graphs)
         if unknown := sorted(set(rows) - set(sites) if isinstance(rows, Mapping) else ()):
             raise ValueError(
                 f"rows: no full-attention layer at {', '.join(map(repr, unknown))}; there are {', '.join(sites)}"
             )
+        self._build(model, sites, {path: x or PerHead((EVERYTHING,)) for path, x in found.items()}, seed, graphs)
 
     def _build(
         self, model: PreTrainedModel, sites: Mapping[str, int], own: Mapping[str, PerHead], seed: int | None,
@@ -117,6 +117,8 @@ class ExpressCache(Cache):
     ) -> None:  # fmt: skip
         if not isinstance(graphs, bool):
             raise TypeError(f"graphs={graphs!r}: must be True or False")
+        if not rewritten_sites(model):  # last, so that a cache which is refused leaves the model as it was
+            rewrite_attention(model, methods=["exact"])
         self.seed = int(torch.randint(0, 2**31 - 1, ())) if seed is None else seed
         self._step = Step(len(sites))
         self.steps = Steps(graphs)
@@ -376,12 +378,16 @@ def _checked(model: Any) -> PreTrainedModel:
 
 
 def _sites(model: PreTrainedModel) -> dict[str, int]:
-    """Module path -> number of the layer, for the layers whose tokens a plan may thin. The model is rewritten."""
-    if not rewritten_sites(model):
-        rewrite_attention(model, methods=["exact"])
+    """Module path -> number of the layer, for the layers whose tokens a plan may thin."""
     found: dict[str, int] = {}
     plain = [type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers]
-    for path in rewritten_sites(model):
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    if shared := [i for i, kind in enumerate(kinds) if kind == "full_attention" and not any(plain[i : i + 1])]:
+        raise ValueError(
+            f"model={type(model).__name__}: layers {shared} attend to the keys and values that earlier ones have in "
+            "the cache (Gemma 3n); such models are not supported"
+        )
+    for path in rewritten_sites(model) or find_sites(model):
         index = getattr(model.get_submodule(path), "layer_idx", None)
         if isinstance(index, int) and index < len(plain) and plain[index]:
             found[path] = index

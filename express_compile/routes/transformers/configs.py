@@ -48,6 +48,12 @@ def install(model: nn.Module, sites: dict[str, tuple[Any, str]], policy: Policy)
     _point_configs(model, sites)
 
 
+def is_changed(model: nn.Module) -> bool:
+    """Whether there is anything to undo: sites, or, where another model shared them and was restored, configurations
+    alone."""
+    return any(SITE in module.__dict__ or _ORIGINALS in module.__dict__ for module in model.modules())
+
+
 def remove(model: nn.Module) -> None:
     """Undo :func:`install`; changes that were made in the copies since are made in the configurations of before."""
     pointed = {module: module.__dict__.pop(_ORIGINALS) for module in model.modules() if _ORIGINALS in module.__dict__}

@@ -415,11 +415,12 @@ class ExpressLayer(CacheLayerMixin):
         known = isinstance(positions, torch.Tensor) and positions.dim() == 2
         if not known or not self.columns or n == 1 or self.step.done:
             return
-        again = (positions == 0).any(1)
-        if is_proven(mask) and mask.padding is not None:  # there may have been padding only
-            has_tokens = mask.padding[:, : self.columns].any(1)
-            again = again.expand(len(has_tokens))[has_tokens]
-        if len(again) and bool(again.all()):
+        again = positions == 0
+        if is_proven(mask) and mask.padding is not None:  # there may have been padding only, which has position 0, too
+            old, new = mask.padding[:, : self.columns], mask.padding[:, self.columns :]
+            new = new | ~new.any(1, keepdim=True)  # tokens that are added once more may all be beyond the mask
+            again = (again & new)[old.any(1)]
+        if len(again) and bool(again.any(1).all()):
             raise ValueError(
                 f"ExpressCache: position_ids begin at 0 again, and the cache has {self.columns} tokens. generate() adds"
                 " those of a conversation that the cache has not; with use_cache=False, and in assisted decoding with a"
