@@ -39,16 +39,21 @@ from ..routes.eager import is_rewritten, restore_attention, rewrite_attention, u
 from .budgets import Exactly, checked_batches, logits_of, lower_hull, mean_kl, slope
 
 DEFAULT_OPTIONS = (
-    *(Rows(sinks=32, recent=recent) for recent in (64, 256, 512, 1024, 2048, 4096)),
-    *(Rows(sinks=32, recent=256, thinned=thinned) for thinned in (64, 256, 512)),
-    Rows(sinks=32, recent=256, thinned=256, protected=256),
-    *(Rows(sinks=32, recent=recent, protected=protected) for recent, protected in ((256, 256), (512, 2048))),
-    *(Rows(sinks=32, recent=recent, selected=blocks) for recent, blocks in ((256, 32), (1024, 64), (512, 128))),
+    *(Rows(sinks=32, recent=recent) for recent in (64, 256, 512, 1024, 1536)),
+    *(Rows(sinks=32, recent=recent, thinned=thinned) for recent, thinned in ((256, 128), (512, 256))),
+    *(Rows(32, *rows) for rows in ((256, 64, 64), (256, 256, 256), (1024, 512, 256), (1024, 1024, 1024))),
+    *(
+        Rows(sinks=32, recent=recent, protected=protected)
+        for recent, protected in ((128, 128), (512, 256), (1024, 1024))
+    ),
+    *(Rows(sinks=32, recent=recent, protected=protected) for recent, protected in ((2048, 1024), (4096, 2048))),
+    *(Rows(sinks=32, recent=recent, selected=n) for recent, n in ((128, 4), (256, 32), (256, 64), (512, 128))),
     EVERYTHING,
 )
 """What a head may have unless other options are given: windows, thinned, protected and selected rows, and all. Those of
-29 (``examples/bench/plans.py``) without which plans lose least: the error that is chosen by is 5% more than with all,
-mean over SmolLM2 at 8,192 tokens and Qwen2.5-Coder-0.5B at 16,384 and 32,768, from 700 to 3,200 rows."""
+46 (``examples/bench/plans.py``) without which plans lose least: the error that is chosen by is 5% more than with all,
+mean over SmolLM2 at 8,192 tokens and Qwen2.5-Coder-0.5B at 16,384 and 32,768, from 700 to 4,032 rows, by KV head and by
+query head."""
 
 _CHUNK = 512  # queries whose outputs are compared at a time
 
