@@ -11,7 +11,7 @@ import torch
 
 from express_compile.core.cost import Cost, Device, Rates
 from express_compile.core.method import METHODS, Method, Refusal
-from express_compile.core.options import TABLE_AT, WHOLE, Options, option
+from express_compile.core.options import BUDGET, TABLE_AT, WHOLE, Options, option
 from express_compile.core.plan import SavedPlan, SavedSite
 from express_compile.core.policy import Policy
 from express_compile.core.spec import AttentionSpec, Mask, floor_power_of_two
@@ -37,6 +37,7 @@ def refuse(name: str, *, dropout: bool = True) -> Any:
 
 @dataclass(frozen=True)
 class Depth(Options):
+    budget: Any = option(512, "rows", BUDGET, shared="budget")
     depth: int | None = option(1, "how deep", WHOLE)
 
 
