@@ -34,8 +34,9 @@ from ..core.policy import Policy
 from ..core.rows import Rows, heads, to_numbers
 from ..core.sites import SiteReport, record_sites
 from ..kernels.heads import EVERYTHING, PerHead, rows_seen
+from ..passes.place import named_modules
 from ..routes.capture import captures_of
-from ..routes.eager import is_rewritten, restore_attention, rewrite_attention, uncompiled
+from ..routes.eager import is_rewritten, restore_attention, rewrite_attention
 from .budgets import Exactly, checked_batches, logits_of, lower_hull, mean_kl, slope
 
 DEFAULT_OPTIONS = (
@@ -336,7 +337,7 @@ class _Finder(Exactly):
     """Finds the linear layer that takes the output of each site, by what it is given: the same numbers."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.linear = {path: x for path, x in uncompiled(model).named_modules() if isinstance(x, nn.Linear)}
+        self.linear = {path: x for path, x in named_modules(model) if isinstance(x, nn.Linear)}
         captured = {x for capture in captures_of(model).values() for x in capture.module.modules()}
         # graphs tell of theirs by themselves; what a subclass does, as one with quantized weights, is not known
         self.hookable = [x for x in self.linear.values() if x not in captured and type(x).forward is nn.Linear.forward]

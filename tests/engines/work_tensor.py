@@ -180,7 +180,8 @@ def plain_modules(ranks: int) -> dict[str, Any]:
     mesh, found = init_device_mesh("cpu", (ranks,)), {}
     x = torch.randn(2, 300, 32, generator=torch.Generator().manual_seed(1))
     for written, local in ((False, True), (True, True), (True, False)):
-        options = {**FEW, "methods": ["thinformer" if written else "express"], "strict": True}
+        thin = {"methods": ["thinformer"], "budget": 16}
+        options = {**(thin if written else {**FEW, "methods": ["express"]}), "strict": True}
         torch.manual_seed(2)
         one = in_parts(Plain(written), ranks, ("o_proj",))
         torch.manual_seed(2)

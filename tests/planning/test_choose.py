@@ -265,7 +265,6 @@ def test_a_symbolic_length_is_decided_by_the_op_or_not_at_all(monkeypatch: pytes
     function = Policy(methods=("first", "exact"), budget=lambda n: n // 5)
     decision = plan(spec, function)
     assert decision.verdict == "exact" and "give a number of rows, or a fraction of the keys" in decision.reason
-    assert plan(spec, replace(function, methods=("exact",))).verdict == "exact"
     with pytest.raises(ValueError, match="its budget is a table of rows or a function .*, which it does not take"):
         plan(spec, replace(function, methods=("first",), strict=True))
     asked: list[int] = []
@@ -307,7 +306,7 @@ def test_unknown_names_are_told() -> None:
         plan(SPEC, Policy(methods=("frist",)))
     with pytest.raises(ValueError, match="method_options: unknown method 'frist'; allowed are"):
         check_policy(Policy(method_options={"frist": {}}))
-    with pytest.raises(TypeError, match=r"method_options\['first'\]: unknown option 'width'; allowed are depth"):
+    with pytest.raises(TypeError, match=r"method_options\['first'\]: unknown option 'width'; allowed are budget, depth"):
         check_policy(Policy(method_options={"first": {"width": 2}}))
     check_policy(Policy(methods=("first",), method_options={"first": {"depth": 2}}))
 
