@@ -176,7 +176,7 @@ def _override(value: str) -> tuple[str, Any]:
 def _json(value: str) -> Any:
     shown = value if len(value) <= 100 else f"{value[:100]}..."
     try:
-        return from_json(f"{shown!r}: must be JSON, but", value, lambda data: data)
+        return from_json(repr(shown), value, lambda data: data)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

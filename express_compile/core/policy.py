@@ -64,7 +64,7 @@ class Policy:
     shared: the further options that were given.
 
     Numbers may be Python's or numpy's, and become Python's; integers are below 2**63. Raises ``ValueError`` or
-    ``TypeError`` that name the field, its value and what is allowed.
+    ``TypeError`` that name the field, its value and what is allowed; ``OSError`` for a plan that cannot be read.
     """
 
     budget: int | float | Callable[[int], int] | Sequence[int] = 512

@@ -20,7 +20,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import NoneType
 from typing import Any
 
@@ -29,7 +29,7 @@ from rich.progress import Progress
 from torch import nn
 
 from ..core.call import Call, Op, run_by
-from ..core.plain import from_json, number, renamed
+from ..core.plain import entries, from_json, number, renamed
 from ..core.policy import Policy
 from ..core.rows import Rows, heads, to_numbers
 from ..core.sites import SiteReport, record_sites
@@ -137,19 +137,11 @@ class Profile:
     @classmethod
     def _from_data(cls, data: Any) -> Profile:
         try:
-            sites = _listed("sites", _entries(data, cls)["sites"])
+            sites = _listed("sites", entries(cls, data)["sites"])
             given = {**data, "options": heads(data["options"]), "rows": tuple(_listed("rows", data["rows"]))}
             return cls(**{**given, "sites": tuple(_site(f"sites[{i}]", x) for i, x in enumerate(sites))})
         except (TypeError, ValueError) as error:
             raise renamed("profile", error) from None
-
-
-def _entries(data: Any, kind: type) -> dict[str, Any]:
-    """``data``, if it is an object of the fields of a dataclass."""
-    names = {f.name for f in fields(kind)}
-    if not isinstance(data, dict) or set(data) != names:
-        raise TypeError(f"must be an object of {', '.join(sorted(names))}")
-    return data
 
 
 def _listed(name: str, value: Any) -> list[Any]:
@@ -160,9 +152,7 @@ def _listed(name: str, value: Any) -> list[Any]:
 
 def _site(where: str, data: Any) -> SiteProfile:
     try:
-        errors = tuple(
-            tuple(_listed("errors", own)) for own in _listed("errors", _entries(data, SiteProfile)["errors"])
-        )
+        errors = tuple(tuple(_listed("errors", own)) for own in _listed("errors", entries(SiteProfile, data)["errors"]))
         return SiteProfile(**{**data, "errors": errors})
     except (TypeError, ValueError) as error:
         raise renamed(where, error) from None

@@ -78,12 +78,21 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({**SANTA, "budget": 2**17}, r"budget=131072: must be at most 65536 draws"),
     ({"plan": 5}, r"plan=5: must be None, a SavedPlan or the path"),
     # what no method would see
-    ({"methods": ["thinformer"], "sinks": 3}, r"^sinks=3: does nothing beside methods=\['thinformer'\]; .* budget, halving"),
-    ({"methods": ["heads", "exact"], "budget": 64}, r"^budget=64: does nothing .*; allowed are halving, inflation for heads"),
+    (
+        {"methods": ["thinformer"], "sinks": 3},
+        r"^sinks=3: does nothing beside methods=\['thinformer'\]; .* budget, halving",
+    ),
+    (
+        {"methods": ["heads", "exact"], "budget": 64},
+        r"^budget=64: does nothing .*; allowed are halving, inflation for heads",
+    ),
     ({"methods": ["santa", "sparse"], "halving": "kernel"}, r"budget for santa; none for sparse$"),
     ({"methods": ["exact"], "window": 64}, r"^window=64: does nothing beside methods=\['exact'\]; allowed are none"),
     ({"methods": [Express(recent=7)], "sinks": 3}, r"^sinks=3: does nothing .*as the own options of express go before"),
-    ({"method_options": {"santa": {"draws": 8}}}, r"^method_options\['santa'\]=.*: does nothing .*\['express', 'exact'\]"),
+    (
+        {"method_options": {"santa": {"draws": 8}}},
+        r"^method_options\['santa'\]=.*: does nothing .*\['express', 'exact'\]",
+    ),
     ({"methods": ["santa"], "modules": {"a": {"sinks": 3}}}, r"^modules\['a'\]: sinks=3: does nothing beside"),
     ({"modules": {"a": {"methods": ["santa"], "sinks": 3}}}, r"^modules\['a'\]: sinks=3: does nothing beside"),
     ({"modules": {"a": {"methods": ["exact"], "budget": 9}}}, r"^modules\['a'\]: budget=9: does nothing beside"),
@@ -108,7 +117,8 @@ def test_bad_options_are_told_on_both_routes_before_anything_runs(options: dict[
 def test_numbers_of_numpy_are_numbers(module: Any) -> None:
     whole, real = (np.int64, np.float32) if module else (int, float)
     policy = Policy(
-        methods=["express", "santa"], budget=whole(64), sinks=whole(4), seed=whole(7), inflation=whole(2), min_length=whole(3),
+        methods=["express", "santa"], budget=whole(64), sinks=whole(4), seed=whole(7), inflation=whole(2),
+        min_length=whole(3),
         method_options={"express": {"block": whole(32), "flatten": real(0.5)}, "santa": {"draws": [whole(8)]}},
         modules={"a": {"budget": real(0.25)}, "b": {"budget": [whole(8), whole(16)]}},
     )  # fmt: skip

@@ -637,7 +637,11 @@ def test_how_many_last_queries_there_may_be(value, error):
         ([CORE, Rows(thinned=8, selected=2)], ValueError, r"rows\[1\]: 8 thinned \+ 2 selected blocks; .* count twice"),
         ([Rows(protected=8, selected=2)], ValueError, r"rows\[0\]: .* count twice"),
         ([{"sinks": -1}], ValueError, r"rows\[0\]: sinks=-1"),
-        ({"a.b": [{"window": 3}]}, TypeError, r"rows\['a.b'\]: .*rows\[0\]: .*must be an object of sinks, recent"),
+        (
+            {"a.b": [{"window": 3}]},
+            TypeError,
+            r"rows\['a.b'\]: .*rows\[0\]: .*rows: window; must be an object of everything",
+        ),
         ({3: [CORE]}, TypeError, "3: must be a module path"),
     ],
 )

@@ -151,7 +151,10 @@ def test_keys_of_a_number_that_is_not_known() -> None:
 
     inputs = (*tensors(), COUNT)
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        for options in ({"methods": ["exact"]}, *({"methods": [x, "exact"], "budget": 64} for x in ("thinformer", "santa"))):
+        for options in (
+            {"methods": ["exact"]},
+            *({"methods": [x, "exact"], "budget": 64} for x in ("thinformer", "santa")),
+        ):
             (site,) = sites(f, *inputs, **options)
             assert site.verdict == "rewritten" and "Lk=u" in site.shape, site
 
