@@ -33,6 +33,12 @@ def number(name: str, value: Any, *types: type, others: tuple[str, ...] = ()) ->
     return plain
 
 
+def shown(value: Any) -> str:
+    """``repr``, but no more than the first 200 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def renamed(where: str, error: Exception) -> TypeError | ValueError:
     """The same error, which also says where; one without the arguments that subclasses need."""
     return (TypeError if isinstance(error, TypeError) else ValueError)(f"{where}: {error}")

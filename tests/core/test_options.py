@@ -76,7 +76,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
     *((of("santa", bernoulli=x), r"bernoulli=.*: must be an integer") for x in (-1, 257, 1.0, None, "2", True, HUGE)),
     (of("santa", sampler="iid"), r"sampler='iid': needs shared=False"),
     ({**SANTA, "budget": 2**17}, r"budget=131072: must be at most 65536 draws"),
-    ({"plan": 5}, r"plan=5: must be None, a SavedPlan or the path"),
+    ({"plan": 5}, r"plan=5: must be None, a SavedPlan \(as fit\(...\).plan\) or the path"),
+    ({"plan": {"sites": ["a" * 1000]}}, r"^plan=\{'sites': \['a{188}\.\.\.: must be None"),
+    (
+        {"methods": [Express(16), "exact", Express(32)]},
+        r"^methods=\[Express.*, 'exact', Express.*must have options of express once",
+    ),
     # what no method would see
     (
         {"methods": ["thinformer"], "sinks": 3},

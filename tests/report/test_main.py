@@ -296,7 +296,7 @@ def test_every_field_that_matters_is_an_option(
         (["{model}:make", "--sinks", "9223372036854775808"], "sinks=9223372036854775808: must be below 2**63"),
         (["{model}:make", "--budget", "nan"], "budget=nan: a float is a fraction of the keys"),
         (["{model}:make", "--method-options", "[1]"], "method_options=[1]: must map method names"),
-        (["{model}:make", "--method-options", "[" * 100_000], "...': is nested too deeply"),
+        (["{model}:make", "--method-options", "[" * 100_000], "...: is nested too deeply"),
         (["{model}:make", "--method-options", '{"express": {"block": 64.0}}'], "block=64.0: must be of type int"),
         (["{model}:make", "--modules", 'a={"flatten": 1}'], "modules['a']: unknown option 'flatten'"),
         (["{model}:make", "--plan", "{folder}/bad.py"], "plan='{folder}/bad.py': must be JSON, but: Expecting value"),
