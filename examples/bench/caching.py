@@ -43,6 +43,7 @@ from needles import NOISE, Case, cases
 from plans import (
     BLOCK,
     MODELS,
+    MORE,
     OPTIONS,
     SINKS,
     Bench,
@@ -54,6 +55,7 @@ from plans import (
     most,
     only,
     place,
+    predicted,
     recall_rows,
     rows_by_head,
     summary,
@@ -303,7 +305,14 @@ def policies(found: Profile, budget: float, n: int, count: Counted) -> dict[str,
     def by_profile(allowed: Callable[[Rows], bool]) -> PerHead:
         return chosen(only(allowed_here, allowed), budget, n, last=0, count=count)
 
+    def one_window() -> PerHead:
+        """The window that is best where all heads that do not see everything have the same one."""
+        fit = [x for x in windows if count([x], n)[0] <= budget]
+        plans = [by_profile(lambda rows, own=own: rows.everything or rows == own) for own in fit]  # type: ignore[misc]
+        return min(plans, key=lambda plan: predicted(found, plan))
+
     allowed_here = found if count.is_read else only(found, lambda rows: not rows.selected)
+    windows = [x for x in found.options if x == Rows(x.sinks, x.recent)]
 
     sizes = [2**i for i in range(10, 3, -1)]  # of the coreset, as large as the budget allows
     s = next((x for x in sizes if count([Rows(SINKS, WINDOW, x, x)], n)[0] <= budget), 8)
@@ -315,7 +324,8 @@ def policies(found: Profile, budget: float, n: int, count: Counted) -> dict[str,
     }
     plans = {
         "per head": by_profile(lambda rows: True),
-        "window or everything": by_profile(lambda rows: rows.everything or rows == Rows(rows.sinks, rows.recent)),
+        "window or everything": by_profile(lambda rows: rows.everything or rows in windows),
+        "one window or everything": one_window(),
     }
     if count.is_read:
         uniform = {"streaming": uniform["streaming"], "selected": largest(lambda x: Rows(SINKS, WINDOW, selected=x))}
@@ -332,11 +342,11 @@ class Caching(Bench):
     """One run; see :class:`plans.Bench`."""
 
     options = (
-        *OPTIONS[:-1],
-        Rows(SINKS, 4096), Rows(SINKS, 256, 512, 512), Rows(SINKS, 512, protected=2048), Rows(SINKS, 512, 512),
-        EVERYTHING,
+        *OPTIONS[:-1], *MORE,
+        Rows(SINKS, 256, 512, 512), Rows(SINKS, 512, 512), Rows(SINKS, 1024, 1024), EVERYTHING,
     )  # fmt: skip
     more = ()
+    block = 16  # the fewest: a step of decoding chooses for itself, and its window ends at itself
 
     def texts(self, n: int) -> torch.Tensor:
         """Token ids ``[N, n]`` of ``--windows`` parts of each judged text, at even distances."""
