@@ -45,7 +45,7 @@ def ops(rank: int, ranks: int) -> dict[str, Any]:
     finer = [*ROWS, *ROWS[1:], Rows(4, 32, selected=1)]
     variants |= {"heads, each query head its own rows": ("heads", {"rows": finer})}
     for title, (name, more) in variants.items():
-        few = {x: y for x, y in FEW.items() if name in ("express", "thinformer")}
+        few = FEW if name == "express" else {"budget": 16} if name == "thinformer" else {}
         own = options.get(name, {}) | more
         policy = Policy(methods=[name], min_length=0, method_options={name: own}, **few)
         decodes = name == "santa"
