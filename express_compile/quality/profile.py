@@ -20,7 +20,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import NoneType
 from typing import Any
 
@@ -29,13 +29,14 @@ from rich.progress import Progress
 from torch import nn
 
 from ..core.call import Call, Op, run_by
-from ..core.plain import from_json, number, renamed
+from ..core.plain import entries, from_json, number, renamed
 from ..core.policy import Policy
 from ..core.rows import Rows, heads, to_numbers
 from ..core.sites import SiteReport, record_sites
 from ..kernels.heads import EVERYTHING, PerHead, rows_seen
+from ..passes.place import named_modules
 from ..routes.capture import captures_of
-from ..routes.eager import is_rewritten, restore_attention, rewrite_attention, uncompiled
+from ..routes.eager import is_rewritten, restore_attention, rewrite_attention
 from .budgets import Exactly, checked_batches, logits_of, lower_hull, mean_kl, slope
 
 DEFAULT_OPTIONS = (
@@ -141,19 +142,11 @@ class Profile:
     @classmethod
     def _from_data(cls, data: Any) -> Profile:
         try:
-            sites = _listed("sites", _entries(data, cls)["sites"])
+            sites = _listed("sites", entries(cls, data)["sites"])
             given = {**data, "options": heads(data["options"]), "rows": tuple(_listed("rows", data["rows"]))}
             return cls(**{**given, "sites": tuple(_site(f"sites[{i}]", x) for i, x in enumerate(sites))})
         except (TypeError, ValueError) as error:
             raise renamed("profile", error) from None
-
-
-def _entries(data: Any, kind: type) -> dict[str, Any]:
-    """``data``, if it is an object of the fields of a dataclass."""
-    names = {f.name for f in fields(kind)}
-    if not isinstance(data, dict) or set(data) != names:
-        raise TypeError(f"must be an object of {', '.join(sorted(names))}")
-    return data
 
 
 def _listed(name: str, value: Any) -> list[Any]:
@@ -164,9 +157,7 @@ def _listed(name: str, value: Any) -> list[Any]:
 
 def _site(where: str, data: Any) -> SiteProfile:
     try:
-        errors = tuple(
-            tuple(_listed("errors", own)) for own in _listed("errors", _entries(data, SiteProfile)["errors"])
-        )
+        errors = tuple(tuple(_listed("errors", own)) for own in _listed("errors", entries(SiteProfile, data)["errors"]))
         return SiteProfile(**{**data, "errors": errors})
     except (TypeError, ValueError) as error:
         raise renamed(where, error) from None
@@ -341,7 +332,7 @@ class _Finder(Exactly):
     """Finds the linear layer that takes the output of each site, by what it is given: the same numbers."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.linear = {path: x for path, x in uncompiled(model).named_modules() if isinstance(x, nn.Linear)}
+        self.linear = {path: x for path, x in named_modules(model) if isinstance(x, nn.Linear)}
         captured = {x for capture in captures_of(model).values() for x in capture.module.modules()}
         # graphs tell of theirs by themselves; what a subclass does, as one with quantized weights, is not known
         self.hookable = [x for x in self.linear.values() if x not in captured and type(x).forward is nn.Linear.forward]
