@@ -561,7 +561,7 @@ def padded(B: int, n: int, rows: int, columns: int) -> tuple[torch.Tensor, torch
 IN_ORDER: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "both": lambda b, k: (b, k),
     "keys": lambda b, k: (slice(None), None, None, k[0, 0, 0]),
-    "one row": lambda b, k: (1, k),
+    "one row": lambda b, k: (0 * b, k),
 }
 OUT_OF_ORDER: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "another sequence": lambda b, k: (b + 1, k),
