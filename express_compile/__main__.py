@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .core.plain import from_json, try_to_write
+from .core.plain import from_json, shown, try_to_write
 
 DTYPES = ("int64", "int32", "bool", "float32", "bfloat16", "float16", "float64")
 
@@ -174,9 +174,8 @@ def _override(value: str) -> tuple[str, Any]:
 
 
 def _json(value: str) -> Any:
-    shown = value if len(value) <= 100 else f"{value[:100]}..."
     try:
-        return from_json(f"{shown!r}: must be JSON, but", value, lambda data: data)
+        return from_json(shown(value), value, lambda data: data)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

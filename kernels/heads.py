@@ -179,6 +179,11 @@ class PerHead(Options):
         fit."""
         return _config(rows, self.halving, self.inflation, self.flatten, self.block)
 
+    def config_at(self, rows: Rows, Lk: int) -> Express | BlockConfig | None:
+        """The same for ``Lk`` tokens: exact where all blocks would be selected."""
+        config = self.config(rows)
+        return None if isinstance(config, BlockConfig) and Lk <= exact_up_to(rows) else config
+
 
 @functools.lru_cache(maxsize=1024)
 def _config(
@@ -332,7 +337,7 @@ def _places(heads: tuple[tuple[int, ...], ...], device: torch.device) -> torch.T
 
 
 def _forward_group(call: Call, own: PerHead, group: Group, choices: Choices) -> _Tensors:
-    config = own.config(group.rows)
+    config = own.config_at(group.rows, call.Lk)
     if isinstance(config, Express):
         return attend(replace(call, query=group.take_queries(call.query)), config, group.on(call.key.device))
     call = group.of(call)
@@ -343,7 +348,7 @@ def _forward_group(call: Call, own: PerHead, group: Group, choices: Choices) -> 
 
 
 def _backward_group(call: Call, own: PerHead, group: Group, results: _Tensors, choices: Choices) -> _Tensors:
-    config = own.config(group.rows)
+    config = own.config_at(group.rows, call.Lk)
     if isinstance(config, Express):
         call = replace(call, query=group.take_queries(call.query))
         return backward(call, config, results, group.on(call.key.device))
@@ -403,8 +408,8 @@ def _families(own: PerHead, H_kv: int, H: int, Lk: int) -> tuple[Family, ...]:
     """Of the heads with selected rows that are not exact for ``Lk`` tokens."""
     members: dict[BlockConfig, list[Group]] = {}
     for group in groups(own.rows, H_kv, H):
-        config = own.config(group.rows)
-        if isinstance(config, BlockConfig) and Lk > exact_up_to(group.rows):
+        config = own.config_at(group.rows, Lk)
+        if isinstance(config, BlockConfig):
             alike = replace(config, blocks=1, recent=config.recent % config.block)  # whose blocks begin together
             members.setdefault(alike, []).append(group)
     found = []
@@ -437,7 +442,7 @@ def _choices(call: Call, own: PerHead, start: torch.Tensor | None) -> Choices:
             chosen = _choose(call, family, start)
             found |= {x: chosen[:, family.at(x), :, : x.rows.selected] for x in family.groups}
     for group in groups(own.rows, H_kv, H):
-        config = own.config(group.rows)
+        config = own.config_at(group.rows, call.Lk)
         if isinstance(config, BlockConfig) and group not in found:
             query, key = (group.take(x, H_kv) for x in (call.query, call.key))
             found[group] = select_blocks(query, key, config, call.scale, start)

@@ -44,8 +44,18 @@ _TORCH = os.path.dirname(torch.__file__)
 # ---- the modules of a model ----------------------------------------------------------------------------------------
 
 
+def named_modules(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """``root.named_modules()`` with the paths that they had before any was given to ``torch.compile``; what it returned
+    for a module has the path of that module, and comes before it."""
+    return ((_uncompiled(path), module) for path, module in root.named_modules(prefix=prefix))
+
+
+def _uncompiled(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
 def module_paths(root: nn.Module, prefix: str = "") -> dict[str, str]:
-    """The id of every module inside ``root`` -> its path: that of ``named_modules()``.
+    """The id of every module inside ``root`` -> its path: that of :func:`named_modules`.
 
     Modules that are kept as plain attributes, or in lists, tuples and dicts of them, are not among those; they have the
     path of the attribute, ``"layers.0"``.
@@ -54,7 +64,7 @@ def module_paths(root: nn.Module, prefix: str = "") -> dict[str, str]:
     pending = deque([(prefix, root)])
     while pending:
         path, module = pending.popleft()
-        inside = [(p, m) for p, m in module.named_modules(prefix=path) if str(id(m)) not in found]
+        inside = [(p, m) for p, m in named_modules(module, path) if str(id(m)) not in found]
         found.update((str(id(m)), p) for p, m in inside)
         for p, m in inside:
             for name, value in vars(m).items():
@@ -358,7 +368,7 @@ def _in_words(path: str) -> str:
         is_root = root[1] == "self" or root[0] == "L['fn']"
         path = path[root.end() :] if is_root else root[1] + path[root.end() :]
     path = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path)
-    return path.removeprefix(".").removeprefix("_orig_mod").removeprefix(".")
+    return _uncompiled(path.removeprefix("."))
 
 
 def module_path(nodes: Iterable[Node]) -> str | None:

@@ -28,7 +28,8 @@ from .softmax import VIEWS
 _FRESH = frozenset(
     ("matmul", "bmm", "baddbmm", "einsum", "mul", "div", "add", "sub", "exp", "softmax", "masked_fill", "where")
 )
-_VIEWS = frozenset(("transpose", "permute", "getitem", "unsqueeze", "squeeze", "detach"))
+_OF_ANY_LAYOUT = frozenset(("transpose", "permute", "getitem", "unsqueeze", "squeeze", "detach"))
+"""Views that exist whatever the strides are; of ``view`` that is not so, and others copy where there is none."""
 
 
 def rewrite(
@@ -295,7 +296,7 @@ def _layout_matters(node: Node) -> bool:
     def named(node: Node, names: Container[str]) -> Iterator[Node]:
         return (user for user in node.users if (op := operation(user)) is not None and op.name in names)
 
-    for x in reached(node, lambda x: named(x, _VIEWS)):
+    for x in reached(node, lambda x: named(x, _OF_ANY_LAYOUT)):
         if any(named(x, ("view",))) or any(y.target in ("as_strided", "stride", "is_contiguous") for y in x.users):
             return True
     return False

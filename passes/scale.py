@@ -18,7 +18,7 @@ from .nodes import tensor_of
 from .normalize import Operation, number, operation
 from .site import Operand, Scope, Step
 
-_VIEWS = ("flatten", "unflatten", "unsqueeze", "squeeze", "expand", "transpose", "permute", "contiguous")
+_MOVES = ("flatten", "unflatten", "unsqueeze", "squeeze", "expand", "transpose", "permute", "contiguous")
 
 
 def unscaled(scope: Scope, x: Operand) -> tuple[Operand, float]:
@@ -67,7 +67,7 @@ def _view(op: Operation, node: Node) -> Step | None:
         shape = op.get("shape")
         whole = isinstance(shape, tuple | list) and len(shape) == 1 and _is_size(shape[0])
         return torch.reshape, (shape[0] if whole else shape,), {}
-    if op.name not in _VIEWS or node.args[:1] != (op.get("input"),):
+    if op.name not in _MOVES or node.args[:1] != (op.get("input"),):
         return None
     function = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
     return function, tuple(node.args[1:]), dict(node.kwargs)

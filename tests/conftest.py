@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning starve what else runs here
 
@@ -21,6 +21,14 @@ import torch  # noqa: E402
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
+
+    def _fails(*args: Any) -> NoReturn:
+        raise RuntimeError("Found no NVIDIA driver on your system")
+
+    # as in a build of PyTorch with CUDA where there is no driver; without CUDA it has none of them to ask, so that code
+    # which takes that for an answer would work in such a build alone
+    for _asked in ("_cuda_getDevice", "_cuda_getCurrentStream", "_cuda_getCurrentRawStream"):
+        setattr(torch._C, _asked, _fails)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis  # noqa: E402

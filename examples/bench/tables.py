@@ -821,6 +821,7 @@ RECALLED = (BEST, "per head", "without last", "streaming", "streaming, last exac
 
 Run = tuple[str, int, str]
 UNMEASURED = "Not measured yet: no row of `plans.csv` has it."
+PLAN = ("gpu", "model", "n", "method", "budget")  # columns
 
 
 def plan_rows(file: str = "plans.csv") -> dict[Run, list[dict[str, str]]]:
@@ -828,7 +829,9 @@ def plan_rows(file: str = "plans.csv") -> dict[Run, list[dict[str, str]]]:
     found: dict[Run, list[dict[str, str]]] = {}
     rows = read(file) if (RESULTS / file).exists() else []
     rows = [{**row, "budget": params_budget(row["params"])} for row in rows]
-    for row in newest(rows, "gpu", "model", "n", "task", "method", "budget", "metric"):
+    commits = {tuple(row[k] for k in PLAN): row["commit"] for row in rows}  # the last run of a plan, not a mixture
+    rows = [row for row in rows if row["commit"] == commits[tuple(row[k] for k in PLAN)]]
+    for row in newest(rows, *PLAN, "task", "metric"):
         found.setdefault((row["model"], int(row["n"]), row["gpu"]), []).append(row)
     return dict(sorted(found.items(), key=lambda item: (item[0][0] != "SmolLM2-135M-Instruct", -item[0][1])))
 
@@ -937,7 +940,8 @@ def recall_table() -> str:
 CACHES = {
     "per head": "plan per head",
     "without everything": "plan per head, of constant size",
-    "window or everything": "window or everything, per head (DuoAttention-like)",
+    "window or everything": "windows or everything, per head",
+    "one window or everything": "one window or everything, per head (DuoAttention-like)",
     "streaming": "StreamingLLM",
     "protected": "uniform, protected keys (KeyDiff)",
     "express": "uniform Express",

@@ -15,7 +15,7 @@ import sympy
 import torch
 from sympy.printing.pycode import PythonCodePrinter
 
-from .plain import number
+from .plain import entries, number
 from .spec import AttentionSpec, known_equal
 
 # the sizes of AttentionSpec, the budget (rows, or draws for SANTA) and the bytes of one element of query, key and value
@@ -142,9 +142,7 @@ class Device:
 
         Raises ``TypeError`` for data of another form, and ``ValueError`` for rates that no device has.
         """
-        names = {f.name for f in fields(cls)}
-        if not isinstance(data, Mapping) or set(data) != names:
-            raise TypeError(f"must be an object of {', '.join(sorted(names))}")
+        data = entries(cls, data)
         for name in ("name", "source"):
             if not isinstance(data[name], str):
                 raise TypeError(f"{name}={data[name]!r}: must be a string")
@@ -158,10 +156,7 @@ class Device:
 
 
 def _rates(name: str, data: Any) -> Rates:
-    known = [f.name for f in fields(Rates)]
-    if not isinstance(data, Mapping) or not set(data) <= set(known):
-        raise TypeError(f"{name}={data!r}: must be an object of {', '.join(known)}")
-    for key, value in data.items():
+    for key, value in entries(Rates, data, f"{name}: ", some=True).items():
         most, unit = (2**40, "bytes") if key == "cache" else (1.0, "seconds")
         if not 0 <= number(f"{name}[{key!r}]", value, int, float) <= most:
             raise ValueError(f"{name}[{key!r}]={value!r}: must be from 0 to {most:g} {unit}")

@@ -79,7 +79,13 @@ def written_out(options: Mapping[str, Any]) -> dict[str, Any]:
         methods = [methods]
     if not isinstance(methods, Sequence) or not any(isinstance(x, Options) for x in methods):
         return dict(options)
-    given = {METHODS.name_of(x): x.data() for x in methods if isinstance(x, Options)}
+    given: dict[str, Any] = {}
+    for x in methods:
+        if isinstance(x, Options):
+            name = METHODS.name_of(x)
+            if name in given:
+                raise ValueError(f"methods={list(methods)!r}: must have options of {name} once")
+            given[name] = x.data()
     others = options.get("method_options", {})
     if twice := sorted(set(given) & set(others)):
         raise ValueError(

@@ -7,6 +7,7 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,12 @@ def number(name: str, value: Any, *types: type, others: tuple[str, ...] = ()) ->
     if isinstance(plain, int) and plain.bit_length() > INT_BITS:
         raise ValueError(f"{name}={plain}: must be below 2**{INT_BITS}")
     return plain
+
+
+def shown(value: Any) -> str:
+    """``repr``, but no more than the first 200 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def renamed(where: str, error: Exception) -> TypeError | ValueError:
@@ -68,10 +75,22 @@ def from_json(name: str, text: Any, make: Callable[[Any], T]) -> T:
         try:
             data = json.loads(text)
         except ValueError as error:  # bad JSON, bad bytes, or a number of too many digits
-            raise ValueError(f"{name}: {error}") from None
+            raise ValueError(f"{name}: must be JSON, but: {error}") from None
         return make(data)
     except RecursionError:
         raise ValueError(f"{name}: is nested too deeply") from None
+
+
+def entries(kind: type, data: Any, where: str = "", some: bool = False, but: tuple[str, ...] = ()) -> dict[str, Any]:
+    """``data``, if it is an object of the fields of a dataclass, ``but`` these, or of ``some`` of them.
+
+    Raises ``TypeError``, which begins with ``where``, says what it is, and what is allowed.
+    """
+    names = sorted({f.name for f in fields(kind)} - set(but))
+    if isinstance(data, Mapping) and (set(data) <= set(names) if some else set(data) == set(names)):
+        return dict(data)
+    found = (", ".join(map(str, data)) or "{}") if isinstance(data, Mapping) else repr(data)
+    raise TypeError(f"{where}{found}; must be an object of {', '.join(names)}")
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:

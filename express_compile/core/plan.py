@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from . import local
 from .method import Refusal
-from .plain import canonical, check_plain, from_json, number, renamed, write_whole
+from .plain import canonical, check_plain, entries, from_json, number, renamed, write_whole
 from .rows import Rows, heads
 from .spec import AttentionSpec
 
@@ -194,20 +194,20 @@ class SavedPlan:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> SavedPlan:
-        """The plan in a file. Raises ``OSError`` if it cannot be read, else as :meth:`from_json`, with its name."""
+        """The plan in a file. Raises ``OSError`` if it cannot be read, else as :meth:`from_json`; both name it."""
         name = f"plan={str(path)!r}"
         try:
             text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            words = f"{name}: {error.strerror}; must be the path of a file that save() wrote"
+            raise OSError(error.errno, words) from None
         except ValueError as error:
             raise renamed(name, error) from None
         return from_json(name, text, lambda data: cls.from_data(data, name))
 
 
 def _site(i: int, entry: Any, version: int) -> SavedSite:
-    names = {f.name for f in fields(SavedSite)} - ({"rows"} if version == 1 else set())
-    if not isinstance(entry, dict) or set(entry) != names:
-        found = ", ".join(sorted(entry)) if isinstance(entry, dict) else repr(entry)
-        raise ValueError(f"sites[{i}]: {found}; must be an object of {', '.join(sorted(names))}")
+    entry = entries(SavedSite, entry, f"sites[{i}]: ", but=("rows",) if version == 1 else ())
     try:
         site = SavedSite(**entry)
     except (TypeError, ValueError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 from . import local
 from .method import METHODS
 from .options import Options, flag, table_of, whole
-from .plain import check_plain, from_json, renamed
+from .plain import check_plain, from_json, renamed, shown
 from .plan import SavedPlan, SavedSite
 
 BESIDE_A_PLAN = ("seed", "strict", "cuda_graphs")
@@ -64,7 +64,7 @@ class Policy:
     shared: the further options that were given.
 
     Numbers may be Python's or numpy's, and become Python's; integers are below 2**63. Raises ``ValueError`` or
-    ``TypeError`` that name the field, its value and what is allowed.
+    ``TypeError`` that name the field, its value and what is allowed; ``OSError`` for a plan that cannot be read.
     """
 
     budget: int | float | Callable[[int], int] | Sequence[int] = 512
@@ -102,7 +102,9 @@ class Policy:
     def _check_plan(self, plan: Any) -> None:
         plan = SavedPlan.load(plan) if isinstance(plan, (str, PathLike)) else plan
         if not isinstance(plan, SavedPlan):
-            raise TypeError(f"plan={plan!r}: must be None, a SavedPlan or the path of a file with one")
+            raise TypeError(
+                f"plan={shown(plan)}: must be None, a SavedPlan (as fit(...).plan) or the path of a file with one"
+            )
         object.__setattr__(self, "plan", plan)
         given = {**self.local(), "modules": self.modules}
         others = [name for name, value in given.items() if value != (getattr(Policy, name, {}))]
@@ -245,7 +247,7 @@ class Policy:
             raise TypeError(f"policy={options!r}: must be a JSON object of the fields {', '.join(cls.option_names())}")
         plan = options.get("plan")
         if plan is not None and not isinstance(plan, dict):
-            raise TypeError(f"plan={plan!r}: must be null or an object, as SavedPlan.to_json writes it")
+            raise TypeError(f"plan={shown(plan)}: must be null or an object, as SavedPlan.to_json writes it")
         return cls.from_options(options if plan is None else {**options, "plan": SavedPlan.from_data(plan, "plan")})
 
     @classmethod

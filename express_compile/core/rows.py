@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from typing import Any
 
-from .plain import number, renamed
+from .plain import entries, number, renamed
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,7 @@ class Rows:
     @classmethod
     def from_data(cls, data: Any) -> Rows:
         """The inverse of :meth:`to_data`."""
-        names = [f.name for f in fields(cls)]
-        if not isinstance(data, Mapping) or not set(data) <= set(names):
-            raise TypeError(f"rows={data!r}: must be an object of {', '.join(names)}")
-        return cls(**data)
+        return cls(**entries(cls, data, "rows: ", some=True))
 
 
 def to_numbers(rows: Iterable[Rows]) -> list[int]:

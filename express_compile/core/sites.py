@@ -136,7 +136,7 @@ def recording() -> list[SiteReport] | None:
 def record_sites() -> Iterator[list[SiteReport]]:
     """While active, each attention call of a rewritten model in this thread appends one ``SiteReport`` to the list.
 
-    A captured graph appends those of all its sites when it is run.
+    A captured graph appends those of all its sites when it is run. Of several in force the innermost one has them.
 
     >>> with record_sites() as sites:
     ...     model(input_ids)

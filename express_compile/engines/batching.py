@@ -18,6 +18,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
+from ..passes.place import named_modules
 from ..routes.module_code import calls_interface
 from ..routes.tracers import untraced
 from ..routes.transformers.attention import Result, attend
@@ -42,7 +43,7 @@ def continuous_batching(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """
     if not rewritten_sites(model):
         raise ValueError(f"{type(model).__name__} is not rewritten: call rewrite_attention(model, ...) before")
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if calls_interface(type(module)) is None:
             continue
         site = site_of(module) if is_in_force(module) else None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from ..core.local import shared_names
 from ..core.method import METHODS, Refusal
 from ..core.plain import canonical, renamed
 from ..core.plan import Plan, SavedSite, Verdict, facts_of
@@ -63,8 +64,47 @@ _PROBES = tuple(
 
 
 def check_policy(policy: Policy) -> None:
-    """Raise ``ValueError`` or ``TypeError`` for methods that do not exist, and for values that one of those named does
-    not take."""
+    """Raise ``ValueError`` or ``TypeError`` for methods that do not exist, for values that one of those named does not
+    take, and for options that none of them would see."""
+    _check_values(policy)
+    layers: list[tuple[str, Mapping[str, Any]]] = [("", policy.local())]
+    layers += [(f"modules[{glob!r}]: ", given) for glob, given in policy.modules.items()]
+    for i, (where, given) in enumerate(layers):
+        named = [x or DEFAULT_METHODS for x in _in_force("methods", i, layers)]
+        _check_effects(where, given, named, _in_force("method_options", i, layers))
+
+
+def _in_force(name: str, i: int, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Any]:
+    """What option ``name`` may be where layer ``i`` is in force: later layers go over earlier ones."""
+    return [given[name] for _, given in layers[i if name in layers[i][1] else 0 :] if name in given]
+
+
+def _check_effects(
+    where: str, given: Mapping[str, Any], named: list[tuple[str, ...]], own: list[Mapping[str, Mapping[str, Any]]]
+) -> None:
+    """Raise ``ValueError`` for an option of methods that no method sees: ``named`` are the methods that may run, and
+    ``own`` the options of their own that they may have, which go before."""
+    names = dict.fromkeys(name for methods in named if methods[0] != "exact" for name in methods if name != "exact")
+    if not names:  # all exact, for which what others take may stand by
+        return
+    shown = " or ".join(dict.fromkeys(f"methods={list(methods)!r}" for methods in named))
+    for name, options in given.get("method_options", {}).items():
+        if options and name not in names:
+            raise ValueError(f"{where}method_options[{name!r}]={options!r}: does nothing beside {shown}")
+    shared = {name: value for name, value in given.items() if name in shared_names()}
+    if given.get("budget", Policy.budget) != Policy.budget:
+        shared["budget"] = given["budget"]
+    flat = {name: METHODS[name].options.for_all() for name in names}
+    left = {name: [x for x in flat[name] if any(flat[name][x] not in o.get(name, ()) for o in own)] for name in names}
+    for option, value in shared.items():
+        if not any(option in of_method for of_method in left.values()):
+            before = [name for name in names if option in flat[name]]
+            why = f", as the own options of {' and '.join(before)} go before" if before else ""
+            allowed = "; ".join(f"{', '.join(x) or 'none'} for {name}" for name, x in left.items()) or "none"
+            raise ValueError(f"{where}{option}={value!r}: does nothing beside {shown}{why}; allowed are {allowed}")
+
+
+def _check_values(policy: Policy) -> None:
     known = tuple(METHODS)
     for name in policy.methods or ():
         if name not in known:
@@ -90,7 +130,7 @@ def check_policy(policy: Policy) -> None:
         parts[f"plan[{site.module!r}]"] = policy.of_entry(site)
     for name, part in parts.items():
         try:
-            check_policy(part)
+            _check_values(part)
         except (TypeError, ValueError) as error:
             raise renamed(name, error) from None
 

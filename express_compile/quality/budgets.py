@@ -171,6 +171,9 @@ def calibrate_error(
     """
     policy = Policy(methods=("express",)) if policy is None else policy
     budgets = _check(model, tolerance, budgets, policy, first)
+    # options of a method have a budget, given or not, which would go before those that are tried
+    own = {name: {x: value for x, value in of.items() if x != "budget"} for name, of in policy.method_options.items()}
+    policy = replace(policy, method_options=own)
     batches = checked_batches(batches, "batches", first)
     methods = [name for name in policy.methods or () if name != "exact"]
     options = {

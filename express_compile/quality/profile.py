@@ -20,7 +20,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import NoneType
 from typing import Any
 
@@ -29,26 +29,32 @@ from rich.progress import Progress
 from torch import nn
 
 from ..core.call import Call, Op, run_by
-from ..core.plain import from_json, number, renamed
+from ..core.plain import entries, from_json, number, renamed
 from ..core.policy import Policy
 from ..core.rows import Rows, heads, to_numbers
 from ..core.sites import SiteReport, record_sites
 from ..kernels.heads import EVERYTHING, PerHead, rows_seen
+from ..passes.place import named_modules
 from ..routes.capture import captures_of
-from ..routes.eager import is_rewritten, restore_attention, rewrite_attention, uncompiled
+from ..routes.eager import is_rewritten, restore_attention, rewrite_attention
 from .budgets import Exactly, checked_batches, logits_of, lower_hull, mean_kl, slope
 
 DEFAULT_OPTIONS = (
-    *(Rows(sinks=32, recent=recent) for recent in (64, 256, 512, 1024, 2048, 4096)),
-    *(Rows(sinks=32, recent=256, thinned=thinned) for thinned in (64, 256, 512)),
-    Rows(sinks=32, recent=256, thinned=256, protected=256),
-    *(Rows(sinks=32, recent=recent, protected=protected) for recent, protected in ((256, 256), (512, 2048))),
-    *(Rows(sinks=32, recent=recent, selected=blocks) for recent, blocks in ((256, 32), (1024, 64), (512, 128))),
+    *(Rows(sinks=32, recent=recent) for recent in (64, 256, 512, 1024, 1536)),
+    *(Rows(sinks=32, recent=recent, thinned=thinned) for recent, thinned in ((256, 128), (512, 256))),
+    *(Rows(32, *rows) for rows in ((256, 64, 64), (256, 256, 256), (1024, 512, 256), (1024, 1024, 1024))),
+    *(
+        Rows(sinks=32, recent=recent, protected=protected)
+        for recent, protected in ((128, 128), (512, 256), (1024, 1024))
+    ),
+    *(Rows(sinks=32, recent=recent, protected=protected) for recent, protected in ((2048, 1024), (4096, 2048))),
+    *(Rows(sinks=32, recent=recent, selected=n) for recent, n in ((128, 4), (256, 32), (256, 64), (512, 128))),
     EVERYTHING,
 )
 """What a head may have unless other options are given: windows, thinned, protected and selected rows, and all. Those of
-29 (``examples/bench/plans.py``) without which plans lose least: the error that is chosen by is 5% more than with all,
-mean over SmolLM2 at 8,192 tokens and Qwen2.5-Coder-0.5B at 16,384 and 32,768, from 700 to 3,200 rows."""
+46 (``examples/bench/plans.py``) without which plans lose least: the error that is chosen by is 5% more than with all,
+mean over SmolLM2 at 8,192 tokens and Qwen2.5-Coder-0.5B at 16,384 and 32,768, from 700 to 4,032 rows, by KV head and by
+query head."""
 
 _CHUNK = 512  # queries whose outputs are compared at a time
 
@@ -136,19 +142,11 @@ class Profile:
     @classmethod
     def _from_data(cls, data: Any) -> Profile:
         try:
-            sites = _listed("sites", _entries(data, cls)["sites"])
+            sites = _listed("sites", entries(cls, data)["sites"])
             given = {**data, "options": heads(data["options"]), "rows": tuple(_listed("rows", data["rows"]))}
             return cls(**{**given, "sites": tuple(_site(f"sites[{i}]", x) for i, x in enumerate(sites))})
         except (TypeError, ValueError) as error:
             raise renamed("profile", error) from None
-
-
-def _entries(data: Any, kind: type) -> dict[str, Any]:
-    """``data``, if it is an object of the fields of a dataclass."""
-    names = {f.name for f in fields(kind)}
-    if not isinstance(data, dict) or set(data) != names:
-        raise TypeError(f"must be an object of {', '.join(sorted(names))}")
-    return data
 
 
 def _listed(name: str, value: Any) -> list[Any]:
@@ -159,9 +157,7 @@ def _listed(name: str, value: Any) -> list[Any]:
 
 def _site(where: str, data: Any) -> SiteProfile:
     try:
-        errors = tuple(
-            tuple(_listed("errors", own)) for own in _listed("errors", _entries(data, SiteProfile)["errors"])
-        )
+        errors = tuple(tuple(_listed("errors", own)) for own in _listed("errors", entries(SiteProfile, data)["errors"]))
         return SiteProfile(**{**data, "errors": errors})
     except (TypeError, ValueError) as error:
         raise renamed(where, error) from None
@@ -247,16 +243,18 @@ def _ratios(
     rows: Sequence[float],
     advance: Callable[[], None],
 ) -> dict[int, float]:
-    """For every site: the KL of the model where this site alone has the middle one of the options that are not exact,
-    by their rows, over the error of that; 0 where there is none."""
-    few = sorted((x, o) for o, x in enumerate(rows) if not options[o].everything)
+    """For every site: the KL of the model where this site alone has the option with the fewest rows, over the error of
+    that; 0 where all are exact. It is much the same with any option, and of this one KL is the largest: with a mild
+    one it may be what other sums of a half precision make of a model, at sites that hardly matter many times as much.
+    """
+    few = [(x, o) for o, x in enumerate(rows) if not options[o].everything]
     found = dict.fromkeys(errors, 0.0)
     if not few:
         return found
-    middle = few[len(few) // 2][1]
+    fewest = min(few)[1]
     for layer, of_heads in errors.items():
-        if error := float(of_heads[:, middle].sum()):
-            with run_by(Chosen({layer: [options[middle]]})):
+        if error := float(of_heads[:, fewest].sum()):
+            with run_by(Chosen({layer: [options[fewest]]})):
                 found[layer] = max(kl_of(exact, model, batch), 0.0) / error
         advance()
     return found
@@ -336,7 +334,7 @@ class _Finder(Exactly):
     """Finds the linear layer that takes the output of each site, by what it is given: the same numbers."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.linear = {path: x for path, x in uncompiled(model).named_modules() if isinstance(x, nn.Linear)}
+        self.linear = {path: x for path, x in named_modules(model) if isinstance(x, nn.Linear)}
         captured = {x for capture in captures_of(model).values() for x in capture.module.modules()}
         # graphs tell of theirs by themselves; what a subclass does, as one with quantized weights, is not known
         self.hookable = [x for x in self.linear.values() if x not in captured and type(x).forward is nn.Linear.forward]

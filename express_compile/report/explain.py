@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 
 from ..core.call import plainly, run_by, wrap_ops
 from ..core.method import METHODS
+from ..core.plain import shown
 from ..core.plan import SavedPlan
 from ..core.policy import Policy
 from ..core.sites import NOT_CAPTURED, NOT_MATCHED, SiteReport, record_sites
@@ -232,7 +233,7 @@ def explain(
     random by design, it is the error of one draw, far above that of the mean.
     """
     if not callable(model):
-        raise TypeError(f"model={model!r}: must be a torch.nn.Module or a function")
+        raise TypeError(f"model={shown(model)}: must be a torch.nn.Module or a function")
     if example_kwargs is not None and not isinstance(example_kwargs, Mapping):
         raise TypeError(f"example_kwargs={example_kwargs!r}: must be None or a mapping of named inputs")
     if not isinstance(error, bool):

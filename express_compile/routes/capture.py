@@ -29,7 +29,7 @@ from ..core.plan import Plan
 from ..core.policy import Policy, Unmet
 from ..core.sites import NOT_CAPTURED, SiteReport, recording
 from ..passes.pipeline import plan_graph
-from ..passes.place import Place
+from ..passes.place import Place, named_modules
 from ..passes.site import AttentionSite
 from ..planning.choose import require_matches
 from .dynamo import Compiled, Failure, cannot_capture, close_when_idle, is_converting
@@ -72,7 +72,7 @@ def find_modules(model: nn.Module, sites: Iterable[nn.Module] = ()) -> dict[str,
     others = set(sites)
     found: dict[str, nn.Module] = {}
     holders = {module for module in model.modules() if writes_attention(module)}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         inside = set(module.modules())
         is_called = type(module).forward is not nn.Module.forward
         if is_called and inside & holders and not inside & others:
@@ -151,7 +151,7 @@ def release(module: nn.Module) -> None:
 
 def captures_of(model: nn.Module) -> dict[str, Capture]:
     """Module path -> what its calls run, for each module of ``model`` that is captured."""
-    return {path: module.__dict__[_CAPTURE] for path, module in model.named_modules() if is_captured(module)}
+    return {path: module.__dict__[_CAPTURE] for path, module in named_modules(model) if is_captured(module)}
 
 
 # ------------------------------------------------------------------------------------------------- the capture
@@ -368,7 +368,7 @@ class Capture:
 
     def _watch(self, gm: GraphModule, sites: Iterable[tuple[AttentionSite, Plan]]) -> dict[int, GraphSite]:
         """Let the ops of a graph be sampled while the model is watched; gives how each site is, by layer key."""
-        owner, inside = weakref.ref(self), dict(self.module.named_modules(prefix=self.path))
+        owner, inside = weakref.ref(self), dict(named_modules(self.module, self.path))
         of = {site.layer: (site, plan) for site, plan in sites}
         found: dict[int, GraphSite] = {}
 

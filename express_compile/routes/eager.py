@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch._dynamo import OptimizedModule
 
+from ..core.plain import shown
 from ..core.policy import Policy
 from ..planning.choose import check_policy, require_matches
 from ..planning.choose import unmatched as unmatched_in
@@ -136,7 +137,7 @@ def _is_changed(model: nn.Module) -> bool:
 
 def _require_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: must be a torch.nn.Module")
+        raise TypeError(f"model={shown(model)}: must be a torch.nn.Module")
 
 
 def _checked_policy(policy: Policy | None, options: dict[str, Any]) -> Policy:

@@ -97,13 +97,13 @@ def test_flat_options_mean_those_of_every_method_that_has_them() -> None:
 
 
 def test_options_of_methods_may_stand_among_their_names() -> None:
-    policy = Policy(methods=[OWN, "exact"], budget=64, window=100)
-    assert policy.methods == ("express", "exact") and policy.of("express") == OWN
+    policy = Policy(methods=[OWN, "thinformer", "exact"], budget=64)
+    assert policy.methods == ("express", "thinformer", "exact") and policy.of("express") == OWN
     assert policy.of("thinformer").budget == 64  # which was given for all others
     assert Policy.from_json(policy.to_json()) == policy
     assert json.loads(policy.to_json())["method_options"]["express"]["recent"] == 5
     check_policy(policy)
-    assert split_options({"methods": [OWN, "exact"], "budget": 64, "window": 100})[0] == policy
+    assert split_options({"methods": [OWN, "thinformer", "exact"], "budget": 64})[0] == policy
     local = Policy(modules={"a.*": OWN, "a.b": {"methods": [Thinformer(g=1)]}, "c": "exact"})
     assert local.at("a.x").methods == ("express",) and local.at("a.x").of("express") == OWN
     assert local.at("a.b").methods == ("thinformer",) and local.at("a.b").of("thinformer").g == 1

@@ -17,6 +17,7 @@ from express_compile.core.plain import canonical
 from express_compile.core.plan import SavedPlan, SavedSite
 from express_compile.core.policy import Policy
 from express_compile.core.spec import default_scale
+from express_compile.kernels.express import Express
 from express_compile.planning.choose import check_policy, unmatched
 from express_compile.routes.compile import split_options
 
@@ -75,7 +76,29 @@ BAD: list[tuple[dict[str, Any], str]] = [
     *((of("santa", bernoulli=x), r"bernoulli=.*: must be an integer") for x in (-1, 257, 1.0, None, "2", True, HUGE)),
     (of("santa", sampler="iid"), r"sampler='iid': needs shared=False"),
     ({**SANTA, "budget": 2**17}, r"budget=131072: must be at most 65536 draws"),
-    ({"plan": 5}, r"plan=5: must be None, a SavedPlan or the path"),
+    ({"plan": 5}, r"plan=5: must be None, a SavedPlan \(as fit\(...\).plan\) or the path"),
+    ({"plan": {"sites": ["a" * 1000]}}, r"^plan=\{'sites': \['a{188}\.\.\.: must be None"),
+    (
+        {"methods": [Express(16), "exact", Express(32)]},
+        r"^methods=\[Express.*, 'exact', Express.*must have options of express once",
+    ),
+    # what no method would see
+    (
+        {"methods": ["thinformer"], "sinks": 3},
+        r"^sinks=3: does nothing beside methods=\['thinformer'\]; .* budget, halving",
+    ),
+    (
+        {"methods": ["heads", "exact"], "budget": 64},
+        r"^budget=64: does nothing .*; allowed are halving, inflation for heads",
+    ),
+    ({"methods": ["santa", "sparse"], "halving": "kernel"}, r"budget for santa; none for sparse$"),
+    ({"methods": [Express(recent=7)], "sinks": 3}, r"^sinks=3: does nothing .*as the own options of express go before"),
+    (
+        {"method_options": {"santa": {"draws": 8}}},
+        r"^method_options\['santa'\]=.*: does nothing .*\['express', 'exact'\]",
+    ),
+    ({"methods": ["santa"], "modules": {"a": {"sinks": 3}}}, r"^modules\['a'\]: sinks=3: does nothing beside"),
+    ({"modules": {"a": {"methods": ["santa"], "sinks": 3}}}, r"^modules\['a'\]: sinks=3: does nothing beside"),
 ]
 
 
@@ -97,13 +120,14 @@ def test_bad_options_are_told_on_both_routes_before_anything_runs(options: dict[
 def test_numbers_of_numpy_are_numbers(module: Any) -> None:
     whole, real = (np.int64, np.float32) if module else (int, float)
     policy = Policy(
-        budget=whole(64), sinks=whole(4), seed=whole(7), inflation=whole(2), min_length=whole(3),
+        methods=["express", "santa"], budget=whole(64), sinks=whole(4), seed=whole(7), inflation=whole(2),
+        min_length=whole(3),
         method_options={"express": {"block": whole(32), "flatten": real(0.5)}, "santa": {"draws": [whole(8)]}},
         modules={"a": {"budget": real(0.25)}, "b": {"budget": [whole(8), whole(16)]}},
     )  # fmt: skip
     check_policy(policy)
     assert policy == Policy(
-        budget=64, sinks=4, seed=7, inflation=2, min_length=3,
+        methods=["express", "santa"], budget=64, sinks=4, seed=7, inflation=2, min_length=3,
         method_options={"express": {"block": 32, "flatten": 0.5}, "santa": {"draws": [8]}},
         modules={"a": {"budget": 0.25}, "b": {"budget": [8, 16]}},
     )  # fmt: skip
@@ -116,6 +140,14 @@ def test_good_values_of_method_options_are_taken() -> None:
         of("express", block=16, flatten=1), of("express", flatten=0), of("thinformer", g=-1), of("thinformer", g=30),
         of("santa", draws=(8, 16), sampler="sys-16", bernoulli=256), of("santa", draws={"a": 8, "b": [4, 8]}),
         of("santa", draws=2**16, sampler="iid", shared=False), {"budget": 2**62, "sinks": HUGE - 1},
+        # what some module's method sees
+        {"methods": ["santa"], "sinks": 3, "modules": {"a": "express"}}, {"sinks": 3, "modules": {"a": "exact"}},
+        {"methods": ["santa"], "modules": {"*": "express", "a": {"sinks": 3}}},
+        {"methods": [Express(), "thinformer"], "budget": 64, "halving": "kernel"},
+        {"methods": ["thinformer"], "modules": {"a": {"methods": ["santa"], "sinks": 3}, "a.b": "express"}},
+        # all exact, for comparison
+        {"methods": ["exact"], "budget": 64, "sinks": 3}, {"modules": {"a": {"methods": ["exact"], "budget": 9}}},
+        {"methods": ["exact"], "method_options": {"santa": {"draws": 8}}},
     ):  # fmt: skip
         check_policy(Policy(**options))
 

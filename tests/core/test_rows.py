@@ -39,7 +39,11 @@ def test_plans_keep_the_rows_of_every_head(rows: list[Rows]) -> None:
         ({"thinned": 12}, ValueError, "thinned=12: must be 0 or a power of two"),
         ({"everything": 1}, TypeError, "everything=1: must be True or False"),
         ({"everything": True, "recent": 3}, ValueError, "recent=3: must be 0 beside everything=True"),
-        ({"windows": 3}, TypeError, "rows={'windows': 3}: must be an object of sinks, recent, thinned, protected, sel"),
+        (
+            {"windows": 3},
+            TypeError,
+            "rows: windows; must be an object of everything, protected, recent, selected, sinks",
+        ),
     ],
 )
 def test_bad_rows_name_the_source_its_value_and_what_is_allowed(given: Any, error: type, words: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from express_compile.core.rows import Rows
 from express_compile.core.spec import AttentionSpec, Mask
 from express_compile.passes.pipeline import rewrite_graph
 from express_compile.planning.choose import Question, answer, check_policy
+from express_compile.routes.compile import split_options
 
 # ---------------------------------------------------------------------------------------------- round trips
 
@@ -140,11 +142,14 @@ def test_bad_plans_name_the_file_and_the_entry(sites: Any, words: str, tmp_path:
 
 def test_bad_files_and_policies_are_told(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no JSON")
-    with pytest.raises(ValueError, match="text': Expecting value"):
+    with pytest.raises(ValueError, match="text': must be JSON, but: Expecting value"):
         Policy(plan=str(tmp_path / "text"))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        Policy(plan=tmp_path / "nowhere")
-    with pytest.raises(TypeError, match="plan=5: must be None, a SavedPlan or the path"):
+    words = "must be the path of a file that save\\(\\) wrote$"
+    for path, kind in ((tmp_path / "nowhere", FileNotFoundError), (tmp_path, IsADirectoryError), ("", OSError)):
+        for give in (partial(express_compile.rewrite_attention, Net()), lambda **options: split_options(options)):
+            with pytest.raises(kind, match=f"plan={str(path)!r}: .*; {words}"):
+                give(plan=path)
+    with pytest.raises(TypeError, match="plan=5: must be None, a SavedPlan .* or the path"):
         Policy(plan=5)
     with pytest.raises(ValueError, match=r"budget=8, modules=\{.*\}: not allowed beside a saved plan.*cuda_graphs"):
         Policy(plan=SavedPlan(), budget=8, modules={"a": "exact"})
@@ -419,5 +424,5 @@ def test_a_plan_of_version_1_does_what_it_did() -> None:
     today = explain(Old(), Q, plan=plan).plan  # and is one of version 2 from then on
     assert all(site.params for site in today.sites) and len(today.sites[0].rows) == 2
     assert SavedPlan.from_json(today.to_json()) == today == explain(Old(), Q, plan=today).plan
-    with pytest.raises(ValueError, match=r"plan: sites\[0\]: facts, .*; must be an object of facts, .*params, rows"):
+    with pytest.raises(TypeError, match=r"plan: sites\[0\]: module, .*; must be an object of facts, .*params, rows"):
         SavedPlan.from_json(json.dumps({**json.loads(path.read_text()), "version": 2}))

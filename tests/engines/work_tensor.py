@@ -45,7 +45,7 @@ def ops(rank: int, ranks: int) -> dict[str, Any]:
     finer = [*ROWS, *ROWS[1:], Rows(4, 32, selected=1)]
     variants |= {"heads, each query head its own rows": ("heads", {"rows": finer})}
     for title, (name, more) in variants.items():
-        few = {x: y for x, y in FEW.items() if name in ("express", "thinformer")}
+        few = FEW if name == "express" else {"budget": 16} if name == "thinformer" else {}
         own = options.get(name, {}) | more
         policy = Policy(methods=[name], min_length=0, method_options={name: own}, **few)
         decodes = name == "santa"
@@ -180,7 +180,8 @@ def plain_modules(ranks: int) -> dict[str, Any]:
     mesh, found = init_device_mesh("cpu", (ranks,)), {}
     x = torch.randn(2, 300, 32, generator=torch.Generator().manual_seed(1))
     for written, local in ((False, True), (True, True), (True, False)):
-        options = {**FEW, "methods": ["thinformer" if written else "express"], "strict": True}
+        thin = {"methods": ["thinformer"], "budget": 16}
+        options = {**(thin if written else {**FEW, "methods": ["express"]}), "strict": True}
         torch.manual_seed(2)
         one = in_parts(Plain(written), ranks, ("o_proj",))
         torch.manual_seed(2)

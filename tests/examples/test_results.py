@@ -93,18 +93,18 @@ def test_a_plan_per_head_answers_as_well_as_the_readme_says(tables):
             own[model.split("-")[0], n, its[0]["method"], its[0]["budget"]] = line
     assert len(runs) == 3, "pages say that two models were measured, one at two lengths"
     small, large = ("SmolLM2", 8192), ("Qwen2.5", 16384)
-    assert own[*small, "per head", "1350"][1::2] == ["1,335", "0.19", "0.11", "37 of 38"]
+    assert own[*small, "per head", "1350"][1::2] == ["1,350", "0.21", "0.12", "37 of 38"]
     assert own[*small, "without last", "1350"][-1] == "22 of 38"
-    assert own[*small, "streaming, last exact", "1350"][-1] == "8 of 38"
-    assert own[*small, "per head", "700"][1] == "699" and own[*small, "per head", "700"][-1] == "27 of 38"
-    assert own[*large, "per head", "1600"][1::2] == ["1,599", "0.28", "0.79", "38 of 43"]
-    assert own["Qwen2.5", 32768, "per head", "1600"][1::2] == ["1,599", "0.43", "1.58", "28 of 35"]
+    assert own[*small, "streaming, last exact", "1350"][-1] == "28 of 38"
+    assert own[*small, "per head", "700"][1] == "700" and own[*small, "per head", "700"][-1] == "30 of 38"
+    assert own[*large, "per head", "1600"][1::2] == ["1,600", "0.26", "0.67", "61 of 67"]
+    assert own["Qwen2.5", 32768, "per head", "1600"][1::2] == ["1,599", "0.40", "1.50", "28 of 35"]
     assert {own[*small, "streaming", b][-1] for b in ("700", "1350")} == {"0 of 38"}
     finer = "per head, query heads"
-    assert own[*small, finer, "1350"][1::2] == ["1,350", "0.12", "0.07", "29 of 29"]
-    assert own[*small, finer, "700"][1::2] == ["700", "0.16", "0.36", "26 of 29"]
-    assert own[*large, finer, "1600"][1::2] == ["1,600", "0.12", "0.29", "59 of 67"]
-    assert own["Qwen2.5", 32768, finer, "1600"][1::2] == ["1,600", "0.24", "0.77", "29 of 35"]
+    assert own[*small, finer, "1350"][1::2] == ["1,350", "0.11", "0.06", "36 of 38"]
+    assert own[*small, finer, "700"][1::2] == ["700", "0.15", "0.36", "38 of 38"]
+    assert own[*large, finer, "1600"][1::2] == ["1,600", "0.11", "0.27", "64 of 67"]
+    assert own["Qwen2.5", 32768, finer, "1600"][1::2] == ["1,600", "0.24", "0.76", "29 of 35"]
     assert own[*large, "per head, heads repeated", "1600"][1::2] == ["1,600", "0.11", "0.28", "39 of 43"]
     assert own[*large, "window or everything, heads repeated", "1600"][-1] == "41 of 43"
     for model, n, method, budget in own:  # no other choice of rows is better, but for parts of the plan's own
@@ -172,9 +172,8 @@ def test_express_is_faster_than_a_window_of_as_many_rows(s, n):
     assert float(express["ms_p50"]) < float(window["ms_p50"])
 
 
-@pytest.mark.parametrize("n, bar, over", [("32768", 3.0, 1.26), ("131072", 10.0, 1.37)])
-def test_plans_as_found_on_qwen_are_as_fast_as_they_had_to_be_and_not_as_near_to_express(n, bar, over):
-    """1.15 times the time of Express was asked."""
+@pytest.mark.parametrize("n, bar, over", [("32768", 3.0, 1.15), ("131072", 10.0, 1.15)])
+def test_plans_as_found_on_qwen_are_as_fast_and_as_near_to_express_as_they_had_to_be(n, bar, over):
     with (ROOT / "examples/bench/results/speed.csv").open(newline="") as file:
         rows = {
             row["params"].split()[0]: row for row in csv.DictReader(file) if (row["job"], row["Lk"]) == ("mixed", n)

@@ -105,6 +105,14 @@ def test_exact_up_to_4s(config, data):
             break
 
 
+def test_protected_rows_that_a_text_does_not_have_take_no_memory():
+    q, k, v = tokens(700)
+    few, many = (E.Express(4, sinks=1, recent=1, block=16, protected=rows) for rows in (700, 2**40))
+    for x, y in zip(*(E.express_reference(q, k, v, config, 0.5, SEED) for config in (few, many)), strict=True):
+        assert torch.equal(x, y)
+    assert E.make_layout(many, 700, 700).size == E.make_layout(few, 700, 700).size < 700 * 4
+
+
 def test_not_exact_beyond_4s():
     config = E.Express(8, inflation=1, sinks=0, recent=0, block=16, protected=0)
     q, k, v = tokens(200)

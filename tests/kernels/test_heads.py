@@ -181,6 +181,22 @@ def test_a_head_is_exact_while_there_are_no_more_tokens_than_its_rows(tokens, ro
         assert METHODS["heads"].approximates(params, n + 400) != rows.everything
 
 
+@pytest.mark.parametrize("source", ["sinks", "recent", "thinned", "protected", "selected"])
+def test_rows_that_a_text_does_not_have_take_no_memory(tokens, source):
+    q, k, v = (x.requires_grad_() for x in tokens(700))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5, enable_gqa=True)
+    seed = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0), dtype=expected.dtype)
+    of_head = torch.autograd.grad((expected * seed)[:, :2].sum(), (q, k, v))
+    for rows in ([Rows(**{source: 2**40})], [Rows(**{source: 2**40}), Rows(recent=16)]):
+        out = op(q, k, v, rows)[0]
+        torch.testing.assert_close(out[:, :2], expected[:, :2])
+        grads = torch.autograd.grad((out * seed)[:, :2].sum(), (q, k, v))
+        for x, y in zip(grads, of_head, strict=True):
+            torch.testing.assert_close(x, y)
+        seen = P.rows_seen(P.PerHead(rows, last=0), 700)
+        assert np.array_equal(seen[0], np.arange(1, 701)) and (len(rows) == 1 or seen[1].max() < 700)
+
+
 @pytest.mark.parametrize("rows", SOURCES, ids=str)
 def test_the_rows_that_a_query_sees_are_counted(tokens, rows):
     q, k, _ = tokens(900, B=1, H=1, H_kv=1)
@@ -637,7 +653,11 @@ def test_how_many_last_queries_there_may_be(value, error):
         ([CORE, Rows(thinned=8, selected=2)], ValueError, r"rows\[1\]: 8 thinned \+ 2 selected blocks; .* count twice"),
         ([Rows(protected=8, selected=2)], ValueError, r"rows\[0\]: .* count twice"),
         ([{"sinks": -1}], ValueError, r"rows\[0\]: sinks=-1"),
-        ({"a.b": [{"window": 3}]}, TypeError, r"rows\['a.b'\]: .*rows\[0\]: .*must be an object of sinks, recent"),
+        (
+            {"a.b": [{"window": 3}]},
+            TypeError,
+            r"rows\['a.b'\]: .*rows\[0\]: .*rows: window; must be an object of everything",
+        ),
         ({3: [CORE]}, TypeError, "3: must be a module path"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 
 from express_compile.core.cost import Cost, Device, Rates
 from express_compile.core.method import METHODS, Method, Refusal
-from express_compile.core.options import TABLE_AT, WHOLE, Options, option
+from express_compile.core.options import BUDGET, TABLE_AT, WHOLE, Options, option
 from express_compile.core.plan import SavedPlan, SavedSite
 from express_compile.core.policy import Policy
 from express_compile.core.spec import AttentionSpec, Mask, floor_power_of_two
@@ -37,6 +37,7 @@ def refuse(name: str, *, dropout: bool = True) -> Any:
 
 @dataclass(frozen=True)
 class Depth(Options):
+    budget: Any = option(512, "rows", BUDGET, shared="budget")
     depth: int | None = option(1, "how deep", WHOLE)
 
 
@@ -264,7 +265,6 @@ def test_a_symbolic_length_is_decided_by_the_op_or_not_at_all(monkeypatch: pytes
     function = Policy(methods=("first", "exact"), budget=lambda n: n // 5)
     decision = plan(spec, function)
     assert decision.verdict == "exact" and "give a number of rows, or a fraction of the keys" in decision.reason
-    assert plan(spec, replace(function, methods=("exact",))).verdict == "exact"
     with pytest.raises(ValueError, match="its budget is a table of rows or a function .*, which it does not take"):
         plan(spec, replace(function, methods=("first",), strict=True))
     asked: list[int] = []
@@ -293,11 +293,9 @@ def test_a_symbolic_length_is_decided_by_the_op_or_not_at_all(monkeypatch: pytes
     assert decision.params["min_length"] == 46
     budgets = [("express", spec, 64), ("thinformer", both, 64), ("thinformer", both, lambda n: 64)]
     for name, site, budget in budgets:  # a table is predicted as its rows are
-        decision = plan(replace(site, B=m), Policy(methods=(name, "exact"), budget=budget, protected=0))
+        decision = plan(replace(site, B=m), Policy(methods=(name, "exact"), budget=budget))
         shortest = decision.params["min_length"]
-        assert shortest == crossover(
-            name, "exact", replace(site, B=m), Policy(budget=64, protected=0), device, margin=MARGIN
-        )
+        assert shortest == crossover(name, "exact", replace(site, B=m), Policy(budget=64), device, margin=MARGIN)
     assert len(shapes.guards) == guards  # a decision adds no guard
 
 
@@ -306,7 +304,9 @@ def test_unknown_names_are_told() -> None:
         plan(SPEC, Policy(methods=("frist",)))
     with pytest.raises(ValueError, match="method_options: unknown method 'frist'; allowed are"):
         check_policy(Policy(method_options={"frist": {}}))
-    with pytest.raises(TypeError, match=r"method_options\['first'\]: unknown option 'width'; allowed are depth"):
+    with pytest.raises(
+        TypeError, match=r"method_options\['first'\]: unknown option 'width'; allowed are budget, depth"
+    ):
         check_policy(Policy(method_options={"first": {"width": 2}}))
     check_policy(Policy(methods=("first",), method_options={"first": {"depth": 2}}))
 

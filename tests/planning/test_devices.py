@@ -66,9 +66,12 @@ def test_what_was_saved_is_found() -> None:
         ('{"name": "", "source": "", "rates": {"half": 3}}', "must map dtypes to methods"),
         (
             '{"name": "", "source": "", "rates": {"half": {"exact": 3}}}',
-            r"rates\['half'\]\['exact'\]=3: must be an object",
+            r"rates\['half'\]\['exact'\]: 3; must be an object",
         ),
-        ('{"name": "", "source": "", "rates": {"half": {"exact": {"flop": 1}}}}', "must be an object of flops, bytes"),
+        (
+            '{"name": "", "source": "", "rates": {"half": {"exact": {"flop": 1}}}}',
+            "flop; must be an object of bytes, cache",
+        ),
         ('{"name": "another", "source": "", "rates": {}}', "it is of 'another', not 'CPU"),
         (lambda: changed("flops", -1e-12), r"\['exact'\]\['flops'\]=-1e-12: must be from 0 to 1 seconds"),
         (lambda: changed("bytes", float("nan")), r"\['bytes'\]=nan: must be from 0"),

@@ -97,6 +97,15 @@ def test_what_is_measured(model, batches) -> None:
     assert site.errors[8] == pytest.approx(sum(errors) / 2, rel=1e-4)
 
 
+def test_a_budget_among_the_options_of_the_method_is_looked_for_as_well(model, batches) -> None:
+    asked = dict(batches=batches[:1], tolerance=0.02, budgets=BUDGETS)
+    expected = calibrate_error(model, **asked, policy=BASE)
+    found = calibrate_error(model, **asked, policy=Policy(methods=[BASE.of("express")]))
+    assert [x.errors for x in found.sites] == [x.errors for x in expected.sites]
+    assert len(set(found.sites[1].errors.values())) == len(BUDGETS)
+    assert measured(model, batches[:1], found.policy) == pytest.approx(expected.kl, rel=1e-3)
+
+
 def test_positions_before_the_first_do_not_count(model, batches) -> None:
     found = calibrate_error(model, batches, tolerance=0.02, budgets=BUDGETS, policy=BASE, first=150)
     assert measured(model, batches, found.policy, 150) == pytest.approx(found.kl, rel=1e-3)

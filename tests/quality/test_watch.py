@@ -39,12 +39,17 @@ def sizes(layers: int) -> dict:
     return {"vocab_size": VOCAB, "max_position_embeddings": 256, **dict(zip(names, (32, 48, layers, 4), strict=True))}
 
 
+def over(options: dict, policy: dict) -> dict:
+    """``policy`` over ``options``, or alone where it names methods that do not take them."""
+    return {**options, **policy} if "express" in policy.get("methods", ["express"]) else policy
+
+
 def llama(layers: int = 2, dtype: torch.dtype = torch.float32, **policy) -> nn.Module:
     """Two queries per key; scores far from 0, so that attention is not an average of all values."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**sizes(layers), num_key_value_heads=2, initializer_range=0.3)
     model = transformers.LlamaForCausalLM(config).eval().to(dtype)
-    return rewrite_attention(model, **{**EXPRESS, **policy})
+    return rewrite_attention(model, **over(EXPRESS, policy))
 
 
 def bert(layers: int = 2, dtype: torch.dtype = torch.float32, **policy) -> nn.Module:
@@ -547,7 +552,7 @@ BOTH = {**EXPRESS, "methods": ["express", "thinformer"]}
 
 
 def captured(**policy) -> nn.Module:
-    return rewrite_attention(Captured().eval(), **{**BOTH, **policy})
+    return rewrite_attention(Captured().eval(), **over(BOTH, policy))
 
 
 def tokens(n: int = 64, seed: int = 1) -> torch.Tensor:

@@ -270,7 +270,10 @@ def test_every_field_that_matters_is_an_option(
         (["{model}:make", "--methods", "fast"], "methods=['fast']: unknown method 'fast'; allowed are "),
         (["{model}:make", "--modules", "b"], "argument --modules: 'b': must be GLOB=METHOD or GLOB="),
         (["{model}:make", "--modules", "b={}}"], "argument --modules: '{}}': must be JSON, but: Extra data"),
-        (["{model}:make", "--plan", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
+        (
+            ["{model}:make", "--plan", "nowhere.json"],
+            "plan='nowhere.json': No such file or directory; must be the path",
+        ),
         (["{model}:make", "--device", "abacus"], "--device='abacus': "),
         (["{model}:make", "--device", "cuda:99"], "--device='cuda:99': "),
         (["{model}:make", "--device", "xla"], "--device='xla': "),
@@ -293,11 +296,16 @@ def test_every_field_that_matters_is_an_option(
         (["{model}:make", "--sinks", "9223372036854775808"], "sinks=9223372036854775808: must be below 2**63"),
         (["{model}:make", "--budget", "nan"], "budget=nan: a float is a fraction of the keys"),
         (["{model}:make", "--method-options", "[1]"], "method_options=[1]: must map method names"),
-        (["{model}:make", "--method-options", "[" * 100_000], "must be JSON, but: is nested too deeply"),
+        (["{model}:make", "--method-options", "[" * 100_000], "...: is nested too deeply"),
         (["{model}:make", "--method-options", '{"express": {"block": 64.0}}'], "block=64.0: must be of type int"),
         (["{model}:make", "--modules", 'a={"flatten": 1}'], "modules['a']: unknown option 'flatten'"),
-        (["{model}:make", "--plan", "{folder}/bad.py"], "plan='{folder}/bad.py': Expecting value"),
-        (["{model}:make", "--plan", "{folder}"], "Is a directory: '{folder}'"),
+        (["{model}:make", "--plan", "{folder}/bad.py"], "plan='{folder}/bad.py': must be JSON, but: Expecting value"),
+        (
+            ["{model}:make", "--plan", "{folder}"],
+            "plan='{folder}': Is a directory; must be the path of a file that save()",
+        ),
+        (["{model}:make", "--plan", ""], "plan='': Is a directory; must be the path of a file that save() wrote"),
+        (["{model}:make", "--methods", "thinformer", "--sinks", "3"], "sinks=3: does nothing beside methods=['thinfor"),
     ],
 )
 def test_bad_arguments_are_named(

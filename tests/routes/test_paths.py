@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.attention.flex_attention import flex_attention
 
-from express_compile import explain, record_sites, rewrite_attention
+from express_compile import explain, record_sites, restore_attention, rewrite_attention
 from express_compile.core.policy import Policy
 from express_compile.passes.pipeline import rewrite_graph
 from express_compile.report.explain import Report
@@ -278,7 +278,7 @@ def test_the_module_around_both_products_and_the_softmax_holds_the_attention() -
             q = x[:, None]
             return self.mix(self.softmax(self.scores(q, q.mT) * 0.25), q)[:, 0]
 
-    options = {**THIN, "methods": ("thinformer",)}
+    options = {"methods": ("thinformer",), "budget": 8}
     explained, compiled, rewritten, a, b = routes(Net(Parts, 2), **options)
     assert explained == compiled == rewritten == [(f"layers.{i}", 0, "thinformer") for i in range(2)]
     assert torch.equal(a, b)
@@ -441,3 +441,45 @@ def test_explaining_says_nothing_of_its_own() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert explain(Net(Whole, 1), X, **THIN).graphs == 1
+
+
+# --------------------------------------------------------------------------------------- parts that are compiled alone
+
+
+def compile_parts(parts: nn.ModuleList) -> None:
+    for i, part in enumerate(parts):
+        parts[i] = torch.compile(part, backend="eager")
+
+
+def test_layers_that_are_compiled_one_by_one_keep_their_paths_and_random_numbers() -> None:
+    model = Net(Whole, 2)
+    plan = explain(model, X, **THIN).plan
+    expected = rewrite_attention(model, **THIN)(X)
+    restore_attention(model)
+    compile_parts(model.layers)
+    explained, compiled, rewritten, a, b = routes(model, **THIN)
+    assert explained == compiled == rewritten == [(f"layers.{i}", 0, "express") for i in range(2)]
+    torch.testing.assert_close(a, expected)
+    torch.testing.assert_close(b, expected)
+    restore_attention(model)
+    for following in (Backend(plan=plan, strict=True), "eager"):
+        if following == "eager":
+            rewrite_attention(model, plan=plan, strict=True)
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(model, backend=following)(X), expected)
+
+
+def test_layers_of_transformers_that_are_compiled_one_by_one_keep_their_paths(listening_model) -> None:
+    ids = torch.arange(60)[None]
+    plan = explain(listening_model, ids, **THIN).plan
+    expected = rewrite_attention(listening_model, **THIN)(ids).logits
+    restore_attention(listening_model)
+    layers = list(listening_model.model.layers)
+    compile_parts(listening_model.model.layers)
+    try:
+        assert explain(listening_model, ids, **THIN).plan == plan
+        rewrite_attention(listening_model, plan=plan, strict=True)
+        torch.testing.assert_close(listening_model(ids).logits, expected)
+    finally:
+        restore_attention(listening_model)
+        listening_model.model.layers = nn.ModuleList(layers)

@@ -31,6 +31,7 @@ from ...kernels.express import Express
 from ...kernels.heads import EVERYTHING, PerHead
 from ...kernels.held import Held, HeldRows
 from ...kernels.launch import Random
+from ...passes.place import named_modules
 from ...planning.choose import methods_of
 from ..eager import rewrite_attention, rewritten_sites, uncompiled
 from .layers import ExpressLayer, Place, Step
@@ -126,9 +127,9 @@ class ExpressCache(Cache):
         if graphs:
             let_generate_record(model)
         self._model = _shape_of(model)
-        layers = DynamicCache(config=model.config).layers
+        layers, modules = DynamicCache(config=model.config).layers, dict(named_modules(model))
         for path, index in sites.items():
-            place = Place(index, path, layer_key(path), weakref.ref(model.get_submodule(path)))
+            place = Place(index, path, layer_key(path), weakref.ref(modules[path]))
             layers[index] = ExpressLayer(place, own[path], self.seed, self._step)
         super().__init__(layers=layers)
 
@@ -291,7 +292,8 @@ class ExpressCache(Cache):
         sites = _sites(model)
         if {path: entry["index"] for path, entry in entries.items()} != sites:
             raise ValueError(f"{name}: has the layers {', '.join(entries)}; the model has {', '.join(sites)}")
-        here = _checksum([model.get_submodule(path) for path in sites])
+        modules = dict(named_modules(model))
+        here = _checksum([modules[path] for path in sites])
         if None not in (here, header["weights"]) and here != header["weights"]:
             raise ValueError(f"{name}: was saved from another model: its weights of attention were others")
         own = {
@@ -387,8 +389,9 @@ def _sites(model: PreTrainedModel) -> dict[str, int]:
             f"model={type(model).__name__}: layers {shared} attend to the keys and values that earlier ones have in "
             "the cache (Gemma 3n); such models are not supported"
         )
+    modules = dict(named_modules(model))
     for path in rewritten_sites(model) or find_sites(model):
-        index = getattr(model.get_submodule(path), "layer_idx", None)
+        index = getattr(modules[path], "layer_idx", None)
         if isinstance(index, int) and index < len(plain) and plain[index]:
             found[path] = index
     numbers = sorted(found.values())

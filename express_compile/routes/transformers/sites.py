@@ -21,6 +21,7 @@ from ...core.plan import Plan
 from ...core.policy import Policy
 from ...core.sites import SiteReport, recording
 from ...core.spec import AttentionSpec, HeadShard
+from ...passes.place import named_modules
 from ...planning.choose import Question, answer, methods_of
 from ..module_code import calls_interface, depends_on_name, passes
 from ..watched import Shadow
@@ -62,7 +63,7 @@ def find_sites(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 def with_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     """Every module with its path and the innermost transformers model around it (or None)."""
     owners: dict[str, Any] = {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         around = owners.get(path.rpartition(".")[0]) if path else None
         owners[path] = module if isinstance(module, PreTrainedModel) else around
         yield path, module, owners[path]
@@ -184,4 +185,4 @@ def name_before(config: Any) -> str:
 
 def rewritten_sites(model: nn.Module) -> dict[str, Site]:
     """Module path -> site, for each that is in force in ``model``."""
-    return {path: module.__dict__[SITE] for path, module in model.named_modules() if is_in_force(module)}
+    return {path: module.__dict__[SITE] for path, module in named_modules(model) if is_in_force(module)}
