@@ -53,6 +53,8 @@ class PaddingTerm:
     index: one entry per dimension of ``node``, an int or ``slice(None)``.
     has_batch: whether the batch dimension is among the kept ones (the key dimension always is).
     relation: one of ``"eq ne lt le gt ge"``.
+    gathered: whether the model reads the places ``arange(B)`` and ``arange(Lk)`` of the kept dimensions, which may be
+        longer; where they are shorter that read raises ``IndexError``, and so has this one to.
     """
 
     node: Node
@@ -60,6 +62,7 @@ class PaddingTerm:
     has_batch: bool
     relation: str
     constant: int | float
+    gathered: bool = False
 
 
 @dataclass(frozen=True)
@@ -491,8 +494,9 @@ def _padding_term(literal: Boolean, asked: _Asked) -> PaddingTerm | None:
         return None
     lengths = {_B: size_expr(asked.B), _K: asked.k_len}
     places = list(zip(leaf.args, example_of(node).shape, strict=True))
-    if not all(known_equal(size_expr(n), lengths[x]) if x in lengths else x.is_Integer for x, n in places):
+    if not all(x in lengths or x.is_Integer for x, _ in places):
         return None
+    gathered = not all(known_equal(size_expr(n), lengths[x]) for x, n in places if x in lengths)
     index = tuple(slice(None) if x in lengths else int(x) for x, _ in places)
     number = int(constant) if constant.is_Integer else float(constant)
-    return PaddingTerm(node, index, _B in kept, _NAMES[type(literal)], number)
+    return PaddingTerm(node, index, _B in kept, _NAMES[type(literal)], number, gathered)

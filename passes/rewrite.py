@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -165,7 +165,7 @@ def _replace(site: AttentionSite, decision: Plan, policy: Policy, seeds: dict[st
     with graph.inserting_before(node):
         # under autocast SDPA casts its inputs; an op of ours is not known to autocast
         query, key, value = (_cast(graph, x, spec.dtype, node) for x in inputs)
-        padding = None if site.padding is None else _padding(graph, site, site.padding, spec.B)
+        padding = None if site.padding is None else _padding(graph, site, site.padding, spec)
         if step is not None:
             out = _emit(graph, step, (query, key, value, padding, spec.scale), like=node)
         else:
@@ -249,17 +249,18 @@ def _cast(graph: Graph, x: Node, dtype: torch.dtype, like: Node) -> Node:
     return x if x.meta["example_value"].dtype == dtype else _emit(graph, torch.Tensor.to, (x, dtype), like=like)
 
 
-def _padding(graph: Graph, site: AttentionSite, padding: Padding, B: Any) -> Node:
+def _padding(graph: Graph, site: AttentionSite, padding: Padding, spec: AttentionSpec) -> Node:
     """Nodes that compute the bool ``[B, Lk]`` key padding."""
 
-    def emit(target: Callable[..., Any], *args: Any) -> Node:
-        return _emit(graph, target, args, like=site.node)
+    def emit(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        return _emit(graph, target, args, kwargs, like=site.node)
 
-    conditions = [_condition(emit, term) for term in padding.terms]
+    lengths = [(spec.B, site.query, 0), (spec.Lk, site.key, 2)]
+    conditions = [_condition(emit, term, lengths[not term.has_batch :]) for term in padding.terms]
     if padding.last_row is not None:
         conditions.append(_last_row(emit, padding.last_row, padding.last_index))
     result = functools.reduce(lambda a, b: emit(torch.logical_and, a, b), conditions)
-    if known_equal(shape_of(result)[0], B):
+    if known_equal(shape_of(result)[0], spec.B):
         return result
     return emit(torch.Tensor.expand, result, emit(torch.Tensor.size, site.query, 0), -1)
 
@@ -271,10 +272,17 @@ def _last_row(emit: Emit, mask: Node, index: tuple[Any, ...]) -> Node:
     return row if index.count(slice(None)) == 2 else emit(torch.unsqueeze, row, 0)
 
 
-def _condition(emit: Emit, term: PaddingTerm) -> Node:
+def _condition(emit: Emit, term: PaddingTerm, lengths: Sequence[tuple[Any, Node | None, int]]) -> Node:
+    """``lengths``: of each dimension that is kept, and the node and dimension that have it when running."""
     result = term.node
     if any(item != slice(None) for item in term.index):
         result = emit(operator.getitem, result, term.index)
+    if term.gathered:  # not sliced: where the model's own read raises, a slice would take what there is
+        for dim, (length, x, along) in enumerate(lengths):
+            if not known_equal(shape_of(result)[dim], length):
+                device = term.node.meta["example_value"].device
+                places = emit(torch.arange, emit(torch.Tensor.size, x, along), device=device)
+                result = emit(operator.getitem, result, (*[slice(None)] * dim, places))
     if term.node.meta["example_value"].dtype != torch.bool:
         result = emit(getattr(torch, term.relation), result, term.constant)
     elif (term.relation == "eq") != bool(term.constant):

@@ -531,3 +531,88 @@ def test_a_foreign_site_is_refused() -> None:
     with pytest.raises(ValueError, match="is not in the graph module given"):
         rewrite(graphs[1], planned, POLICY)
     assert METHODS["toy_rewrite"] is TOY
+
+
+# ------------------------------------------------------------------------------------- key paddings that are gathered
+
+
+def gathering(place: Callable[[torch.Tensor, torch.Tensor], Any], additive: bool) -> Callable[..., torch.Tensor]:
+    """Causal attention that looks up its key padding at ``place`` of sequences and keys, as transformers does."""
+
+    def attend(q: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        n = q.shape[2]
+        places = place(torch.arange(q.shape[0])[:, None, None, None], torch.arange(n)[None, None, None, :])
+        mask = (torch.arange(n) <= torch.arange(n)[:, None]) & real[places].to(torch.bool)
+        if additive:
+            hidden = torch.where(mask, 0.0, torch.finfo(q.dtype).min)
+            return (q @ q.mT * 0.3 + hidden).softmax(-1) @ q
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=mask, scale=0.3)
+
+    return attend
+
+
+def padded(B: int, n: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries ``[B, 4, n, 8]`` and flags ``[rows, columns]``, each row with other zeros behind a first one."""
+    real = (torch.arange(columns) + torch.arange(rows)[:, None]) % 3 != 1
+    real[:, 0] = True
+    return torch.randn(B, 4, n, 8, generator=torch.Generator().manual_seed(n)), real.long()
+
+
+IN_ORDER: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "both": lambda b, k: (b, k),
+    "keys": lambda b, k: (slice(None), None, None, k[0, 0, 0]),
+    "one row": lambda b, k: (0 * b, k),
+}
+OUT_OF_ORDER: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "another sequence": lambda b, k: (b + 1, k),
+    "the next key": lambda b, k: (b, k + 1),
+    "every second key": lambda b, k: (b, 2 * k),
+    "of the transposed": lambda b, k: (k, b),
+}
+
+
+NOT_UNDERSTOOD: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "backwards": lambda b, k: (b, torch.cat([k[..., :1], k[..., 1:].flip(-1)], -1)),
+    "turned": lambda b, k: (b, torch.cat([k[..., :1], k[..., 1:].roll(1, -1)], -1)),
+    "looked up": lambda b, k: (b, torch.tensor([0, 2, 1]).repeat(k.shape[-1])[k]),
+    "limited": lambda b, k: (b, k.clamp(max=3)),
+}
+
+
+@pytest.mark.parametrize("additive", [True, False], ids=["written out", "SDPA"])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("place", IN_ORDER)
+def test_a_padding_that_is_gathered_may_be_longer(place: str, dynamic: bool, additive: bool) -> None:
+    attend = gathering(IN_ORDER[place], additive)
+    run = Run(attend, dynamic=dynamic)
+    for B, n, rows, columns in ((3, 7, 5, 11), (2, 9, 2, 9), (3, 9, 3, 13), (5, 6, 7, 6)):
+        q, real = padded(B, n, B if place == "keys" else rows, columns)
+        assert_same(run.model(q, real), attend(q, real))
+    assert set(run.verdicts()) == {"rewritten"} and len(run.graphs) == (1 if dynamic else 4), "no size is guarded"
+    assert [x["padding"].shape for x in SEEN] == [(3, 7), (2, 9), (3, 9), (5, 6)]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("place", [*OUT_OF_ORDER, *NOT_UNDERSTOOD])
+def test_a_padding_that_is_gathered_elsewhere_is_not_read_in_order(place: str, dynamic: bool) -> None:
+    """Where the places are not understood, what was gathered is the padding."""
+    attend = gathering({**OUT_OF_ORDER, **NOT_UNDERSTOOD}[place], additive=True)
+    run = Run(attend, dynamic=dynamic)
+    for B, n, rows, columns in ((2, 9, 24, 24), (3, 7, 25, 24)):
+        q, real = padded(B, n, rows, columns)
+        assert_same(run.model(q, real), attend(q, real))
+    assert set(run.verdicts()) == {"refused" if place in OUT_OF_ORDER else "rewritten"}
+
+
+@pytest.mark.parametrize("shape", [(2, 7), (3, 6), (1, 7), (3, 1)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_gathered_padding_that_is_too_short_raises_what_the_model_raises(dynamic: bool, shape: tuple) -> None:
+    attend = gathering(IN_ORDER["both"], additive=True)
+    run = Run(attend, dynamic=dynamic)
+    if dynamic:
+        run.model(*padded(3, 7, 4, 8))
+    q, real = padded(3, 7, *shape)
+    for model in (attend, run.model):
+        with pytest.raises(IndexError, match="out of bounds"):
+            model(q, real)
+    assert set(run.verdicts()) == {"rewritten"}

@@ -337,6 +337,36 @@ def test_lengths_do_not_recapture(captures) -> None:
     assert captures == ["", ""], "static, then dynamic"
 
 
+def xglm() -> nn.Module:
+    sizes = {"d_model": C, "ffn_dim": 48, "num_layers": 2, "attention_heads": H, "max_position_embeddings": 256}
+    return transformers.XGLMForCausalLM(transformers.XGLMConfig(vocab_size=VOCAB, **sizes))
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("make", [gptj, xglm])
+@torch.no_grad()
+def test_a_padded_batch_is_thinned_whatever_shapes_came_before(make, use_cache, captures) -> None:
+    """Dynamo gives the batch of ``attention_mask``, which is gathered, a symbol of its own."""
+    model = build(make)
+    exact, after = copy.deepcopy(model), rewrite_attention(copy.deepcopy(model), **THIN)
+
+    def run(model: nn.Module, B: int, n: int) -> tuple[torch.Tensor, list[str]]:
+        ids = tokens(n).repeat(2, 1)[:B]
+        real = (torch.arange(n) >= 5 * torch.arange(B)[:, None]).long()
+        with record_sites() as sites:
+            logits = model(ids, attention_mask=real, use_cache=use_cache).logits[real.bool()]
+        return logits, [site.verdict for site in sites]
+
+    for B, n in ((3, 110), (2, 110), (2, 96), (4, 103)):
+        logits, verdicts = run(after, B, n)
+        fresh, _ = run(rewrite_attention(copy.deepcopy(model), **THIN), B, n)
+        assert verdicts == ["rewritten"] * 2 and relative(logits, fresh) <= 1e-5, (B, n)
+        assert relative(logits, run(exact, B, n)[0]) > 1e-3
+    for model in (exact, after):
+        with pytest.raises(IndexError, match="index 3 is out of bounds for dimension 0 with size 3"):
+            model(tokens(96).repeat(2, 1), attention_mask=torch.ones(3, 96, dtype=torch.long), use_cache=use_cache)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generate_gives_the_same_tokens(cache, captures) -> None:
     model = build(gptj)
