@@ -180,9 +180,11 @@ class PerHead(Options):
         return _config(rows, self.halving, self.inflation, self.flatten, self.block)
 
     def config_at(self, rows: Rows, Lk: int) -> Express | BlockConfig | None:
-        """The same for ``Lk`` tokens: exact where all blocks would be selected."""
+        """The same for ``Lk`` tokens, which have no more blocks than these to select."""
         config = self.config(rows)
-        return None if isinstance(config, BlockConfig) and Lk <= exact_up_to(rows) else config
+        if isinstance(config, BlockConfig):
+            config = replace(config, blocks=min(config.blocks, -(-Lk // KEYS)))
+        return config
 
 
 @functools.lru_cache(maxsize=1024)
@@ -408,8 +410,8 @@ def _families(own: PerHead, H_kv: int, H: int, Lk: int) -> tuple[Family, ...]:
     """Of the heads with selected rows that are not exact for ``Lk`` tokens."""
     members: dict[BlockConfig, list[Group]] = {}
     for group in groups(own.rows, H_kv, H):
-        config = own.config_at(group.rows, Lk)
-        if isinstance(config, BlockConfig):
+        config = own.config(group.rows)
+        if isinstance(config, BlockConfig) and Lk > exact_up_to(group.rows):
             alike = replace(config, blocks=1, recent=config.recent % config.block)  # whose blocks begin together
             members.setdefault(alike, []).append(group)
     found = []

@@ -173,7 +173,7 @@ def test_every_policy_has_at_most_the_rows_of_the_budget_and_hardly_fewer(bench,
 
 def test_a_source_that_is_left_out_is_in_no_head(bench, found) -> None:
     plans = bench["plans"]
-    made = plans.policies(found, found, 900, 4096)
+    made = plans.policies(found, found, 1400, 4096)
     for source in ("thinned", "protected", "selected", "everything"):
         assert not any(getattr(x, source) for x in plans.rows_by_head(made[f"without {source}"])), source
         assert any(getattr(x, source) for x in plans.rows_by_head(made["per head"])) or source == "thinned"

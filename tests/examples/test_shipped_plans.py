@@ -44,7 +44,7 @@ def test_it_names_every_layer_and_head_of_its_model(path) -> None:
     }
     assert all(site.facts == facts for site in plan.sites)
     assert len({site.rows for site in plan.sites}) > 2 * layers / 3, "heads differ"
-    assert {site.params["last"] for site in plan.sites} == {16 if path == PATH else 64}
+    assert {site.params["last"] for site in plan.sites} == {64}
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_it_comes_back_from_a_file_as_it_was(tmp_path) -> None:
 @torch.no_grad()
 def test_it_is_followed_at_another_length(bench) -> None:
     model, tokenizer = bench["models"].load_smollm2("cpu", torch.float32)
-    ids = tokenizer(bench["models"].judged_texts()["acts"][:4000], return_tensors="pt").input_ids[:, :400]
+    ids = tokenizer(bench["models"].judged_texts()["acts"][:8000], return_tensors="pt").input_ids[:, :900]
     exact, found = model(ids).logits, []
     for options in ({"plan": str(PATH), "strict": True}, {"policy": Policy(plan=PATH, strict=True)}):
         rewrite_attention(model, **options)
