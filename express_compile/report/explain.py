@@ -73,7 +73,7 @@ class Report:
     def to_html(self, figures: Mapping[str, str] = MappingProxyType({})) -> str:
         """The report as one self-contained HTML page; ``figures`` maps titles to SVG documents to show below it.
 
-        Raises ``ValueError`` for a figure that is no SVG.
+        Raises ``TypeError`` for figures that are no mapping of strings, ``ValueError`` for one that is no SVG.
         """
 
         return render(self, figures)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from ..core.plain import shown
 from ..core.sites import SiteReport
 from .groups import grouped, name_of
 from .picture import picture, rows_in_table
@@ -108,8 +109,11 @@ _TEMPLATE = """\
 def render(report: Report, figures: Mapping[str, str]) -> str:
     """The page of a report, with ``figures`` below it: title -> an SVG document.
 
-    Raises ``ValueError`` for a figure that is no SVG. Figures are put in as they are, so they must be yours.
+    Raises ``TypeError`` for figures that are no mapping of strings, ``ValueError`` for one that is no SVG. Figures are
+    put in as they are, so they must be yours.
     """
+    if not isinstance(figures, Mapping) or not all(isinstance(x, str) for x in figures.values()):
+        raise TypeError(f"figures={shown(figures)}: must map titles to SVG documents")
     groups = grouped(report.sites, _decided)
     inline = {title: Markup(_svg(title, text)) for title, text in figures.items()}
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)

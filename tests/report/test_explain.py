@@ -166,6 +166,9 @@ def test_the_page_escapes_what_it_is_given_and_takes_figures() -> None:
     for wrong in ("plot.svg", "<svg>", "<svgs></svg>"):
         with pytest.raises(ValueError, match=r"figures\['speed'\]: '.*'; must be an SVG document"):
             report.to_html({"speed": wrong})
+    for wrong in ("<svg></svg>", None, {"speed": 5}):
+        with pytest.raises(TypeError, match=r"^figures=.*: must map titles to SVG documents$"):
+            report.to_html(wrong)
 
 
 def test_crossovers_are_drawn_where_something_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

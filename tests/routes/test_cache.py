@@ -999,6 +999,16 @@ def test_a_saved_cache_goes_on_as_it_was(n: int, dtype: torch.dtype, tmp_path: P
         )
 
 
+@pytest.mark.parametrize("source", ["sinks", "recent", "thinned", "protected", "selected"])
+def test_rows_that_no_text_has_reserve_no_memory(source: str) -> None:
+    model, prompt = llama(), ids(60)
+    expected = logits(model, prompt, DynamicCache(config=model.config))
+    cache = ExpressCache(model, rows=[Rows(**{source: 2**40}), Rows(2, 14)], block=16)
+    assert [x.everything for x in cache.express_layers[0].own.rows] == [True, False]
+    found = logits(model, prompt[:, :12], cache)
+    torch.testing.assert_close(found, expected[:, :12])
+
+
 def test_a_file_says_what_does_not_fit(tmp_path: Path) -> None:
     path, model = tmp_path / "cache.safetensors", llama()
     cache = ExpressCache(model, rows=MIXED, block=16)
@@ -1020,8 +1030,11 @@ def test_a_file_says_what_does_not_fit(tmp_path: Path) -> None:
         ExpressCache.load(path, None)
     with pytest.raises(OSError, match=re.escape(f"{str(tmp_path / 'none' / 'x')!r} cannot be written")):
         cache.save(tmp_path / "none" / "x")
-    with pytest.raises(ValueError, match=re.escape(f"'{PATHS[0]}' holds 1 head: 2 sinks + 14 recent, 1 head")):
-        ExpressCache.load(path, model, budget=9)
+    untouched = llama()
+    for each in (model, untouched):
+        with pytest.raises(ValueError, match=re.escape(f"'{PATHS[0]}' holds 1 head: 2 sinks + 14 recent, 1 head")):
+            ExpressCache.load(path, each, budget=9)
+    assert not is_rewritten(untouched)
     with pytest.raises(ValueError, match=re.escape("(seed 0), asked is")):
         ExpressCache.load(path, model, rows=MIXED, block=16, seed=4)
     with pytest.raises(FileNotFoundError):

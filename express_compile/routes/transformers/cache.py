@@ -28,7 +28,7 @@ from ...core.rows import heads as rows_of_heads
 from ...core.spec import Site as Where
 from ...core.spec import floor_power_of_two, layer_key
 from ...kernels.express import Express
-from ...kernels.heads import EVERYTHING, PerHead
+from ...kernels.heads import EVERYTHING, PerHead, exact_up_to
 from ...kernels.held import Held, HeldRows
 from ...kernels.launch import Random
 from ...passes.place import named_modules
@@ -39,6 +39,7 @@ from .masks import BY_PLACES
 from .sites import find_sites
 from .steps import Steps, let_generate_keep, let_generate_record
 
+_TOKENS = 2**31  # more than positions can count: such a head grows with its text, and places are not reserved
 _ROWS = ("budget", "sinks", "recent", "protected")
 _OTHERS = ("halving", "inflation", "flatten", "block", "last")
 _BY_ROWS = ("heads", "express")  # methods
@@ -94,23 +95,9 @@ class ExpressCache(Cache):
         **options: Any,
     ) -> None:
         seed = Policy(seed=seed).seed  # checks it
-        asked, model = _asked(plan, rows, options), _checked(model)
-        sites, known = _sites(model), rewritten_sites(model)
-        if asked is None and all(methods_of(site.plans.policy, site.path) == ("exact",) for site in known.values()):
-            asked = Policy(methods=("heads",))
-        own = {path: (asked, path) if asked else (known[path].plans.policy, known[path].path) for path in sites}
-        found = {path: _rows_at(*each) for path, each in own.items()}
-        if not any(found.values()):
-            says = "the policy by which the model is rewritten says" if asked is None else "plan: has"
-            raise ValueError(
-                f"{says} no rows for {', '.join(sites)}; give budget=, rows= or plan= (all tokens: "
-                "rows=Rows(everything=True))"
-            )
-        if unknown := sorted(set(rows) - set(sites) if isinstance(rows, Mapping) else ()):
-            raise ValueError(
-                f"rows: no full-attention layer at {', '.join(map(repr, unknown))}; there are {', '.join(sites)}"
-            )
-        self._build(model, sites, {path: x or PerHead((EVERYTHING,)) for path, x in found.items()}, seed, graphs)
+        model = _checked(model)
+        sites = _sites(model)
+        self._build(model, sites, _planned(model, sites, plan, rows, options), seed, graphs)
 
     def _build(
         self, model: PreTrainedModel, sites: Mapping[str, int], own: Mapping[str, PerHead], seed: int | None,
@@ -301,12 +288,13 @@ class ExpressCache(Cache):
             for path, entry in entries.items()
         }
         if options:
-            asked = cls(model, **{"seed": header["seed"], **options})
-            for layer in asked.express_layers:
-                if layer.own != own[layer.place.path] or asked.seed != header["seed"]:
+            seed = Policy(seed=options.pop("seed", header["seed"])).seed
+            given = options.pop("plan", None), options.pop("rows", None), options
+            for path, asked in _planned(model, sites, *given).items():
+                if asked != own[path] or seed != header["seed"]:
                     raise ValueError(
-                        f"{name}: {layer.place.path!r} holds {describe(own[layer.place.path].rows)} (seed "
-                        f"{header['seed']}), asked is {describe(layer.own.rows)} (seed {asked.seed})"
+                        f"{name}: {path!r} holds {describe(own[path].rows)} (seed {header['seed']}), asked is "
+                        f"{describe(asked.rows)} (seed {seed})"
                     )
         cache = cls.__new__(cls)
         cache._build(model, sites, own, header["seed"], graphs)
@@ -318,6 +306,28 @@ class ExpressCache(Cache):
 
 
 # ---- what was asked for ---------------------------------------------------------------------------------------------
+
+
+def _planned(
+    model: PreTrainedModel, sites: Iterable[str], plan: Any, rows: Any, options: Mapping[str, Any]
+) -> dict[str, PerHead]:
+    """What the arguments of a cache say of every site, or the policy by which the model is rewritten."""
+    asked, known = _asked(plan, rows, options), rewritten_sites(model)
+    if asked is None and all(methods_of(site.plans.policy, site.path) == ("exact",) for site in known.values()):
+        asked = Policy(methods=("heads",))
+    own = {path: (asked, path) if asked else (known[path].plans.policy, known[path].path) for path in sites}
+    found = {path: _rows_at(*each) for path, each in own.items()}
+    if not any(found.values()):
+        says = "the policy by which the model is rewritten says" if asked is None else "plan: has"
+        raise ValueError(
+            f"{says} no rows for {', '.join(sites)}; give budget=, rows= or plan= (all tokens: "
+            "rows=Rows(everything=True))"
+        )
+    if unknown := sorted(set(rows) - set(sites) if isinstance(rows, Mapping) else ()):
+        raise ValueError(
+            f"rows: no full-attention layer at {', '.join(map(repr, unknown))}; there are {', '.join(sites)}"
+        )
+    return {path: x or PerHead((EVERYTHING,)) for path, x in found.items()}
 
 
 def _asked(plan: Any, rows: Any, options: Mapping[str, Any]) -> Policy | None:
@@ -362,7 +372,7 @@ def _per_head(own: PerHead | Express, path: str) -> PerHead:
         rows = Rows(own.sinks, own.recent, own.s, own.protected)
         return PerHead((rows,), own.halving, own.M, own.flatten, own.block)
     found = own.at(Where(path=path)) or (EVERYTHING,)
-    return replace(own, rows=found)
+    return replace(own, rows=tuple(EVERYTHING if exact_up_to(rows) >= _TOKENS else rows for rows in found))
 
 
 def _checked(model: Any) -> PreTrainedModel:
