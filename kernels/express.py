@@ -189,8 +189,7 @@ class Layout:
 @functools.lru_cache(maxsize=64)
 def make_layout(config: Express, Lq: int, Lk: int) -> Layout:
     """The layout of the last ``Lq`` of ``Lk`` tokens as queries. Raises ``ValueError`` for ``Lq > Lk``."""
-    if Lk <= config.exact_up_to:  # memory has a place for each of them
-        config = replace(config, protected=min(config.protected, Lk))
+    config = replace(config, protected=min(config.protected, Lk))  # memory has a place for each of them
     shift, begin = config.blocks_of(Lq, Lk)
     left = np.maximum(0, begin - config.sinks - config.recent)
     streamed = np.array([config.streamed(int(t)) for t in left], dtype=np.int64)

@@ -181,10 +181,8 @@ class PerHead(Options):
 
     def config_at(self, rows: Rows, Lk: int) -> Express | BlockConfig | None:
         """The same for ``Lk`` tokens, which have no more blocks than these to select."""
-        config = self.config(rows)
-        if isinstance(config, BlockConfig):
-            config = replace(config, blocks=min(config.blocks, -(-Lk // KEYS)))
-        return config
+        config, most = self.config(rows), -(-Lk // KEYS)
+        return replace(config, blocks=most) if isinstance(config, BlockConfig) and config.blocks > most else config
 
 
 @functools.lru_cache(maxsize=1024)

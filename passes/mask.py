@@ -53,8 +53,9 @@ class PaddingTerm:
     index: one entry per dimension of ``node``, an int or ``slice(None)``.
     has_batch: whether the batch dimension is among the kept ones (the key dimension always is).
     relation: one of ``"eq ne lt le gt ge"``.
-    gathered: whether the model reads the places ``arange(B)`` and ``arange(Lk)`` of the kept dimensions, which may be
-        longer; where they are shorter that read raises ``IndexError``, and so has this one to.
+
+    The model reads the places ``arange(B)`` and ``arange(Lk)`` of the kept dimensions, which may be longer; where they
+    are shorter that read raises ``IndexError``, and so has this one to.
     """
 
     node: Node
@@ -62,7 +63,6 @@ class PaddingTerm:
     has_batch: bool
     relation: str
     constant: int | float
-    gathered: bool = False
 
 
 @dataclass(frozen=True)
@@ -492,11 +492,8 @@ def _padding_term(literal: Boolean, asked: _Asked) -> PaddingTerm | None:
     kept = [coord for coord in leaf.args if coord in (_B, _K)]
     if node.graph is not asked.mask.graph or kept not in ([_K], [_B, _K]):
         return None
-    lengths = {_B: size_expr(asked.B), _K: asked.k_len}
-    places = list(zip(leaf.args, example_of(node).shape, strict=True))
-    if not all(x in lengths or x.is_Integer for x, _ in places):
+    if not all(x in kept or x.is_Integer for x in leaf.args):
         return None
-    gathered = not all(known_equal(size_expr(n), lengths[x]) for x, n in places if x in lengths)
-    index = tuple(slice(None) if x in lengths else int(x) for x, _ in places)
+    index = tuple(slice(None) if x in kept else int(x) for x in leaf.args)
     number = int(constant) if constant.is_Integer else float(constant)
-    return PaddingTerm(node, index, _B in kept, _NAMES[type(literal)], number, gathered)
+    return PaddingTerm(node, index, _B in kept, _NAMES[type(literal)], number)

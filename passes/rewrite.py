@@ -277,12 +277,12 @@ def _condition(emit: Emit, term: PaddingTerm, lengths: Sequence[tuple[Any, Node 
     result = term.node
     if any(item != slice(None) for item in term.index):
         result = emit(operator.getitem, result, term.index)
-    if term.gathered:  # not sliced: where the model's own read raises, a slice would take what there is
-        for dim, (length, x, along) in enumerate(lengths):
-            if not known_equal(shape_of(result)[dim], length):
-                device = term.node.meta["example_value"].device
-                places = emit(torch.arange, emit(torch.Tensor.size, x, along), device=device)
-                result = emit(operator.getitem, result, (*[slice(None)] * dim, places))
+    for dim, (length, x, along) in enumerate(lengths):
+        if not known_equal(shape_of(result)[dim], length):
+            # gathered, not sliced: where the model's own read raises, a slice would take what there is
+            device = term.node.meta["example_value"].device
+            places = emit(torch.arange, emit(torch.Tensor.size, x, along), device=device)
+            result = emit(operator.getitem, result, (*[slice(None)] * dim, places))
     if term.node.meta["example_value"].dtype != torch.bool:
         result = emit(getattr(torch, term.relation), result, term.constant)
     elif (term.relation == "eq") != bool(term.constant):

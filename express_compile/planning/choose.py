@@ -100,7 +100,7 @@ def _check_effects(
         if not any(option in of_method for of_method in left.values()):
             before = [name for name in names if option in flat[name]]
             why = f", as the own options of {' and '.join(before)} go before" if before else ""
-            allowed = "; ".join(f"{', '.join(x) or 'none'} for {name}" for name, x in left.items()) or "none"
+            allowed = "; ".join(f"{', '.join(x) or 'none'} for {name}" for name, x in left.items())
             raise ValueError(f"{where}{option}={value!r}: does nothing beside {shown}{why}; allowed are {allowed}")
 
 

@@ -43,11 +43,7 @@ DEFAULT_OPTIONS = (
     *(Rows(sinks=32, recent=recent) for recent in (64, 256, 512, 1024, 1536)),
     *(Rows(sinks=32, recent=recent, thinned=thinned) for recent, thinned in ((256, 128), (512, 256))),
     *(Rows(32, *rows) for rows in ((256, 64, 64), (256, 256, 256), (1024, 512, 256), (1024, 1024, 1024))),
-    *(
-        Rows(sinks=32, recent=recent, protected=protected)
-        for recent, protected in ((128, 128), (512, 256), (1024, 1024))
-    ),
-    *(Rows(sinks=32, recent=recent, protected=protected) for recent, protected in ((2048, 1024), (4096, 2048))),
+    *(Rows(32, x, protected=n) for x, n in ((128, 128), (512, 256), (1024, 1024), (2048, 1024), (4096, 2048))),
     *(Rows(sinks=32, recent=recent, selected=n) for recent, n in ((128, 4), (256, 32), (256, 64), (512, 128))),
     EVERYTHING,
 )
