@@ -66,15 +66,14 @@ from .express import (
     packed_backward,
     packing_cost,
     prefill_only,
-    select_into,
 )
 from .launch import Random, constant, jit, launch, load_rows, next_power_of_two, sequence, strided, tl
 from .op import define_attention
 from .select.blocks import KEYS, BlockConfig, Choosers, query_blocks, select_blocks, select_blocks_triton
-from .select.contest import CONTEST, compete_into
+from .select.contest import CONTEST, Contestants, compete_kinds_into, contest_launches
 from .select.halving import RULE, Decider, get_rule
 from .select.schedule import check_budget
-from .select.thinning import Part, describe_launches, thin_parts_into, zeros_for_parts
+from .select.thinning import Part, describe_launches, thin_into, thin_parts_into, zeros_for, zeros_for_parts
 
 _Tensors = tuple[torch.Tensor, ...]
 EVERYTHING = Rows(everything=True)
@@ -469,6 +468,13 @@ class Thinned:
         layout = self.layout
         return Part(self.heads, layout.schedule, layout.config.sinks, layout.size, (self.index, self.copies))
 
+    @functools.cached_property
+    def kind(self) -> Contestants:
+        """What competes beside others; without protected rows there is no contest."""
+        layout = self.layout
+        sinks, protected = layout.config.sinks, layout.config.protected
+        return Contestants(self.heads, sinks, layout.contests, protected, layout.size, self.index)
+
 
 @dataclass(frozen=True, eq=False)
 class Together:
@@ -573,29 +579,30 @@ def together(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torc
 
 
 def _thin(call: Call, all_of_them: tuple[Thinned, ...], index: torch.Tensor | None, copies: _Tensors | None) -> None:
-    """What these heads keep, into their parts of the buffers; those with a coreset are thinned side by side."""
+    """What these heads keep, into their parts of the buffers: their rows compete, and those with a coreset are thinned,
+    side by side."""
     assert index is not None
-    key, value = call.key, call.value
+    key, value, random = call.key, call.value, Random(call.seed, call.layer)
     copies = tuple(x.new_empty(0, x.shape[3]) for x in (key, value)) if copies is None else copies
-    halved = [x for x in all_of_them if x.halves]
-    parts = tuple(x.part for x in halved) if len(halved) > 1 else ()
-    zeros, rule = None, (halved or all_of_them)[0].layout.config.rule  # protected rows alone have none to go by
-    for own in all_of_them:
-        B, H, layout = len(key), len(own.heads), own.layout
-        kept = tuple(
-            x[own.copies : own.copies + B * H * layout.copied].view(B, H, layout.copied, x.shape[1]) for x in copies
-        )
-        listed = index[own.index : own.index + B * H * layout.size].view(B, H, layout.size)
-        heads = None if own.heads == tuple(range(key.shape[1])) else _constant(own.heads, key.device)
-        if not (parts and own.halves):
-            select_into((listed, *kept), key, value, layout, call.scale, Random(call.seed, call.layer, heads))
-        elif protected := layout.config.protected:
-            count = zeros_for_parts(parts, rule, key, value) if zeros is None else 0
-            found = compete_into(listed, key, layout.config.sinks, layout.contests, protected, heads, zeros=count)
-            zeros = zeros if found is None else found
-    if parts:
-        decider = Decider(rule, call.scale, Random(call.seed, call.layer))
-        thin_parts_into((index, *copies), key, value, parts, decider, zeros)
+    halved, kinds = [x for x in all_of_them if x.halves], tuple(x.kind for x in all_of_them)
+    if not halved:
+        compete_kinds_into(index, key, kinds)
+        return
+    own, rule = halved[0], halved[0].layout.config.rule
+    if len(halved) > 1:
+        parts = tuple(x.part for x in halved)
+        zeros = compete_kinds_into(index, key, kinds, zeros_for_parts(parts, rule, key, value))
+        thin_parts_into((index, *copies), key, value, parts, Decider(rule, call.scale, random), zeros)
+        return
+    B, H, layout = len(key), len(own.heads), own.layout
+    zeros = compete_kinds_into(index, key, kinds, zeros_for(layout.schedule, rule, key, value, B * H))
+    kept = tuple(
+        x[own.copies : own.copies + B * H * layout.copied].view(B, H, layout.copied, x.shape[1]) for x in copies
+    )
+    listed = index[own.index : own.index + B * H * layout.size].view(B, H, layout.size)
+    heads = None if own.heads == tuple(range(key.shape[1])) else _constant(own.heads, key.device)
+    decider = Decider(rule, call.scale, random._replace(heads=heads))
+    thin_into((listed, *kept), key, value, layout.schedule, layout.config.sinks, decider, zeros=zeros)
 
 
 def _exact_heads(call: Call, group: Group, outputs: Outputs) -> None:

@@ -9,15 +9,32 @@ keys this way.)
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import namedtuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from ..launch import constexpr, head_of, jit, launch, next_power_of_two, require_triton, sequence, strided, tl, wait_for
+from ..launch import (
+    constant,
+    constexpr,
+    head_of,
+    jit,
+    launch,
+    next_power_of_two,
+    require_triton,
+    sequence,
+    strided,
+    tl,
+    wait_for,
+)
 from ..spans import Spans, numbers_of, place_of
 
 CONTEST = 256  # rows that compete for the protected places at a time
+_LOG_ROWS = CONTEST.bit_length() - 1
 
 
 def distinctiveness(key: torch.Tensor, key_sum: torch.Tensor, count: int) -> torch.Tensor:
@@ -250,82 +267,158 @@ def _score_kernel(
     tl.store(p_newcomers + o_row, b_x)
 
 
-# The index that is written, the best rows of groups and the rows of contests.
-_Rows = namedtuple("_Rows", "index best newcomers")
+# The index that is written, the best rows of groups, the rows of contests of H heads, which of these the heads of every
+# kind are, None for all in order, and tickets and arrivals.
+_Rows = namedtuple("_Rows", "index best newcomers places sync")
+# Of a launch: of how many contests and heads there are rows, and which ticket is drawn.
+_Sizes = namedtuple("_Sizes", "contests group each H sinks ticket kinds")
+# Of a kind: complete groups that others come after; places come from ``first`` on among the ``length`` rows of a head;
+# and where its index begins, its best rows, in contests, its arrivals and its ``places``.
+_Kind = namedtuple("_Kind", "contests groups protected first length H sequences index best arrivals places")
 
 
 @jit(general="sizes")
-def _contest_kernel(
-    rows, p_sync, spans, sizes, LOSERS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG: tl.constexpr
-):  # fmt: skip
+def _contest_kernel(rows, spans, sizes, LOSERS: tl.constexpr, LOGS: tl.constexpr, LOG_ROWS: tl.constexpr):
     """First the best ``2**LOG`` rows of every complete group, a program for each; then ``each`` contests of one group a
-    program, which waits for those of its head. By ticket: no program waits for one that has not begun."""
-    contests, each, groups, sequences = sizes[0], sizes[5], (sizes[0] - 1) // sizes[4], sizes[8]
-    ticket = tl.atomic_add(p_sync, 1)
-    behind = ticket - groups * sequences
-    if behind < 0:
-        _best(rows, p_sync + 1, ticket % groups, ticket // groups, sizes, LOG_ROWS, LOG)
-    else:
-        programs = (contests + each - 1) // each
-        i_seq = behind // programs
-        begin = (behind % programs).to(tl.int32) * each
-        span, held = spans, contests
-        if spans is not None:
-            span = Spans(spans.order, spans.lead, *numbers_of(spans, i_seq // sizes[6]))
-            held = _contests_of(span, sizes[7], contests, 1 << LOG_ROWS)
-        if begin < held:
-            wait_for(p_sync + 1 + i_seq, tl.where(begin < sizes[4], 0, groups))
-            _contest(rows, (begin, held, i_seq), span, sizes, LOSERS, LOG_ROWS, LOG)
+    program, which waits for those of its head; of all kinds. By ticket: no program waits for one that has not begun."""
+    ticket = tl.atomic_add(rows.sync + sizes.ticket, 1)
+    for i in tl.static_range(len(LOGS)):
+        kind = sizes.kinds[i]
+        if (ticket >= 0) & (ticket < kind.groups * kind.sequences):
+            _best(rows, ticket % kind.groups, ticket // kind.groups, kind, sizes, LOG_ROWS, LOGS[i])
+        ticket -= kind.groups * kind.sequences
+    for i in tl.static_range(len(LOGS)):
+        kind = sizes.kinds[i]
+        programs = (kind.contests + sizes.each - 1) // sizes.each
+        if (ticket >= 0) & (ticket < programs * kind.sequences):
+            begin, i_seq = (ticket % programs).to(tl.int32) * sizes.each, ticket // programs
+            _contest(rows, (begin, i_seq), spans, kind, sizes, LOSERS[i], LOG_ROWS, LOGS[i])
+        ticket -= programs * kind.sequences
 
 
 @jit
-def _best(rows, p_count, i_group, i_seq, sizes, LOG_ROWS: tl.constexpr, LOG: tl.constexpr):
+def _newcomers_of(rows, i_seq, kind, sizes, LOG_ROWS: tl.constexpr):
+    """Where those of a head of a kind begin."""
+    if rows.places is not None:
+        i_seq = i_seq // kind.H * sizes.H + tl.load(rows.places + kind.places + i_seq % kind.H)
+    return rows.newcomers + ((i_seq * sizes.contests) << LOG_ROWS)
+
+
+@jit
+def _best(rows, i_group, i_seq, kind, sizes, LOG_ROWS: tl.constexpr, LOG: tl.constexpr):
     """The best ``2**LOG`` rows of a group, ascending."""
-    contests, group = sizes[0], sizes[4]
-    p_newcomers = rows.newcomers + ((i_seq * contests + i_group * group) << LOG_ROWS)
-    b_x = _absorb(tl.full([1 << LOG], _FREE, tl.int64), p_newcomers, group, LOG, LOG_ROWS)
+    p_newcomers = _newcomers_of(rows, i_seq, kind, sizes, LOG_ROWS) + ((i_group * sizes.group) << LOG_ROWS)
+    b_x = _absorb(tl.full([1 << LOG], _FREE, tl.int64), p_newcomers, sizes.group, LOG, LOG_ROWS)
     o_n = (1 << LOG) - 1 - tl.arange(0, 1 << LOG)
-    tl.store(rows.best + ((i_seq * ((contests - 1) // group) + i_group) << LOG) + o_n, b_x)
+    tl.store(rows.best + (kind.best << LOG_ROWS) + ((i_seq * kind.groups + i_group) << LOG) + o_n, b_x)
     tl.debug_barrier()
-    tl.atomic_add(p_count + i_seq, 1, sem="release")
+    tl.atomic_add(rows.sync + kind.arrivals + i_seq, 1, sem="release")
 
 
 @jit
-def _contest(rows, which, span, sizes, LOSERS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG: tl.constexpr):
-    """The contests of a group from one on. Places come from ``first`` on among the ``length`` rows of a head, the
-    losers before them, if they are wanted."""
+def _contest(rows, which, spans, kind, sizes, LOSERS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG: tl.constexpr):
+    """The contests of a group from one on. The losers come before the places, if they are wanted."""
     ROWS: tl.constexpr = 1 << LOG_ROWS
     N: tl.constexpr = 1 << LOG
-    contests, protected, first, length, group, each, _, _, _ = sizes
-    begin, held, i_seq = which
-    p_places = rows.index + i_seq * length + first
-    i_group = begin // group
-    p_newcomers = rows.newcomers + ((i_seq * contests) << LOG_ROWS)
-    p_best = rows.best + ((i_seq * ((contests - 1) // group)) << LOG)
-    o_n, o_row = tl.arange(0, N), tl.arange(0, ROWS)
-    b_x = tl.where(o_n < N - protected, _BLOCKED, _FREE)
-    b_x = _absorb(b_x, p_best, i_group, LOG, LOG)
-    b_x = _absorb(b_x, p_newcomers + (i_group * group << LOG_ROWS), begin - i_group * group, LOG, LOG_ROWS)
-    for i in range(begin, tl.minimum(begin + each, held)):
-        b_new = _load_list(p_newcomers, i, contests, LOG, LOG_ROWS)
-        b_worse = tl.max(tl.reshape(tl.minimum(b_x, b_new), [N // ROWS, ROWS]), 0)  # only the last ROWS can lose
-        b_x = _merge(tl.maximum(b_x, b_new), LOG, LOG, 1)
-        b_row = _rows_of(b_x)
-        if span is not None:
-            b_row = place_of(span, b_row, o_n >= N - protected)
-        tl.store(p_places + i * protected + o_n - (N - protected), b_row, mask=o_n >= N - protected)
-        if LOSERS:
-            # the losers in position order; places that were never filled sort behind them
-            b_loser = _sort(tl.where(b_worse == _FREE, 0x7FFFFFFF, _rows_of(b_worse)), LOG_ROWS)
-            before = tl.maximum(i * ROWS - protected, 0)
-            leaving = tl.maximum((i + 1) * ROWS - protected, 0) - before
-            p_losers = p_places - tl.maximum(contests * ROWS - protected, 0) + before
+    begin, i_seq = which
+    contests, protected, group = kind.contests, kind.protected, sizes.group
+    span, held = spans, contests
+    if spans is not None:
+        span = Spans(spans.order, spans.lead, *numbers_of(spans, i_seq // kind.H))
+        held = _contests_of(span, sizes.sinks, contests, ROWS)
+    if begin < held:
+        wait_for(rows.sync + kind.arrivals + i_seq, tl.where(begin < group, 0, kind.groups))
+        p_places = rows.index + kind.index + i_seq * kind.length + kind.first
+        i_group = begin // group
+        p_newcomers = _newcomers_of(rows, i_seq, kind, sizes, LOG_ROWS)
+        p_best = rows.best + (kind.best << LOG_ROWS) + ((i_seq * kind.groups) << LOG)
+        o_n, o_row = tl.arange(0, N), tl.arange(0, ROWS)
+        b_x = tl.where(o_n < N - protected, _BLOCKED, _FREE)
+        b_x = _absorb(b_x, p_best, i_group, LOG, LOG)
+        b_x = _absorb(b_x, p_newcomers + (i_group * group << LOG_ROWS), begin - i_group * group, LOG, LOG_ROWS)
+        for i in range(begin, tl.minimum(begin + sizes.each, held)):
+            b_new = _load_list(p_newcomers, i, contests, LOG, LOG_ROWS)
+            b_worse = tl.max(tl.reshape(tl.minimum(b_x, b_new), [N // ROWS, ROWS]), 0)  # only the last ROWS can lose
+            b_x = _merge(tl.maximum(b_x, b_new), LOG, LOG, 1)
+            b_row = _rows_of(b_x)
             if span is not None:
-                b_loser = place_of(span, b_loser, o_row < leaving)
-            tl.store(p_losers + o_row, b_loser, mask=o_row < leaving)
+                b_row = place_of(span, b_row, o_n >= N - protected)
+            tl.store(p_places + i * protected + o_n - (N - protected), b_row, mask=o_n >= N - protected)
+            if LOSERS:
+                # the losers in position order; places that were never filled sort behind them
+                b_loser = _sort(tl.where(b_worse == _FREE, 0x7FFFFFFF, _rows_of(b_worse)), LOG_ROWS)
+                before = tl.maximum(i * ROWS - protected, 0)
+                leaving = tl.maximum((i + 1) * ROWS - protected, 0) - before
+                p_losers = p_places - tl.maximum(contests * ROWS - protected, 0) + before
+                if span is not None:
+                    b_loser = place_of(span, b_loser, o_row < leaving)
+                tl.store(p_losers + o_row, b_loser, mask=o_row < leaving)
 
 
 _PROGRAMS = 2048  # of one warp: more of them than this only repeat each other's work
+
+
+class Contestants(NamedTuple):
+    """A kind of heads: KV heads with equally many ``contests``, of the rows behind ``sinks`` tokens, for equally many
+    ``protected`` places. ``begin``: where in a flat index theirs is, ``[B, heads, index_rows]``."""
+
+    heads: tuple[int, ...]
+    sinks: int
+    contests: int
+    protected: int
+    index_rows: int
+    begin: int
+
+    @property
+    def group(self) -> int:
+        """Contests of a group; sums and so scores begin with it."""
+        return next_power_of_two(max(1, math.isqrt(self.contests // 2)))
+
+    @property
+    def log(self) -> int:
+        """Of the entries that a program sorts."""
+        return (max(CONTEST, self.protected) - 1).bit_length()
+
+    @property
+    def warps(self) -> int:
+        """Of a program."""
+        return 1 << max(0, min(4, self.log - 9))
+
+
+class _Scored(NamedTuple):
+    """Kinds whose rows have the same scores; int32 ``heads``, of all of them, None for all of the layer, and which of
+    these the heads of each kind are, one kind behind the other, None for all in order."""
+
+    kinds: tuple[Contestants, ...]
+    heads: torch.Tensor | None
+    places: torch.Tensor | None = None
+
+
+def _alike(kinds: Iterable[Contestants]) -> list[tuple[Contestants, ...]]:
+    """Those with contests, by what their scores follow from."""
+    members: dict[tuple[int, int], list[Contestants]] = {}
+    for kind in kinds:
+        if kind.contests:
+            members.setdefault((kind.sinks, kind.group), []).append(kind)
+    return [tuple(own) for own in members.values()]
+
+
+@functools.lru_cache(maxsize=1024)
+def _scored(kinds: tuple[Contestants, ...], H_kv: int, device: torch.device) -> tuple[_Scored, ...]:
+    found = []
+    for own in _alike(kinds):
+        listed = [head for kind in own for head in kind.heads]
+        heads = sorted(set(listed))
+        places = [heads.index(head) for head in listed]
+        lists = (heads, list(range(H_kv))), (places, list(range(len(heads))))
+        tensors = (None if x == every else constant(np.array(x, np.int32), device) for x, every in lists)
+        found.append(_Scored(own, *tensors))
+    return tuple(found)
+
+
+def contest_launches(kinds: Iterable[Contestants]) -> int:
+    """Launches of :func:`compete_kinds_into`."""
+    return sum(2 + len({kind.warps for kind in own}) for own in _alike(kinds))
 
 
 def compete(
@@ -353,35 +446,57 @@ def compete_into(
     behind them the places; without room for losers the places alone. With ``spans`` tokens are where these say, the
     index has their places, and what contests a sequence does not have would write stays as it is. Gives that many
     ``zeros``, int64, which cost no launch here; None where there is no contest."""
+    kind = Contestants(tuple(range(index.shape[1])), sinks, contests, protected, index.shape[2], 0)
+    return _launch(index, key, _Scored((kind,), heads), spans, zeros) if contests else None
+
+
+def compete_kinds_into(
+    index: torch.Tensor, key: torch.Tensor, kinds: tuple[Contestants, ...], zeros: int = 0
+) -> torch.Tensor | None:
+    """:func:`compete_into` of all ``kinds``, into a flat index: what each would get alone, bit for bit. Rows whose
+    scores are the same are scored once, and kinds compete side by side if their programs have equally many warps."""
+    found = None
+    for scored in _scored(kinds, key.shape[1], key.device):
+        made = _launch(index, key, scored, None, zeros if found is None else 0)
+        found = made if found is None else found
+    return found
+
+
+def _launch(
+    index: torch.Tensor, key: torch.Tensor, scored: _Scored, spans: Spans | None, zeros: int
+) -> torch.Tensor | None:
     require_triton()
-    (B, H), D = index.shape[:2], key.shape[3]
-    if not contests:
-        return None
-    first = index.shape[2] - contests * protected
-    empty = key.new_empty
-    group = next_power_of_two(max(1, math.isqrt(contests // 2)))
-    groups = (contests - 1) // group  # that others come after
-    span = min(group, next_power_of_two(-(-contests * B * H // _PROGRAMS)))
-    logs = dict(LOG_ROWS=CONTEST.bit_length() - 1, LOG=(max(CONTEST, protected) - 1).bit_length())
-    warps = 1 << max(0, min(4, logs["LOG"] - 9))
+    kinds, heads, places = scored
+    B, H, D, empty = len(key), key.shape[1] if heads is None else len(heads), key.shape[3], key.new_empty
+    contests, sinks, group = max(x.contests for x in kinds), kinds[0].sinks, kinds[0].group
+    numbers: dict[int, list[tuple[Contestants, _Kind]]] = {}  # by warps
+    best = listed = 0
+    sync = len({x.warps for x in kinds})  # tickets, and arrivals of groups
+    for x in kinds:
+        n, groups, first = len(x.heads), (x.contests - 1) // group, x.index_rows - x.contests * x.protected
+        own = _Kind(x.contests, groups, x.protected, first, x.index_rows, n, B * n, x.begin, best, sync, listed)
+        numbers.setdefault(x.warps, []).append((x, own))
+        best, sync, listed = best + (B * n * groups << x.log - _LOG_ROWS), sync + B * n, listed + n
     sums = empty(B, H, contests, D, dtype=torch.float32)
     newcomers = empty(B, H, contests, CONTEST, dtype=torch.int64)
-    best = empty(B, H, groups, 1 << logs["LOG"], dtype=torch.int64)
-    own = 1 + B * H  # a ticket, and arrivals of groups
-    sync = empty(own + own % 2 + zeros, dtype=torch.int64)
+    counts = empty(sync + sync % 2 + zeros, dtype=torch.int64)
+    rows = _Rows(index, empty(best, CONTEST, dtype=torch.int64), newcomers, places, counts)
     BD = max(16, next_power_of_two(D))
     BD_sum = min(64, BD)
-    rows, sizes = _Keys(strided(key), heads, spans), (H, sinks, contests, group)
-    launch(_sum_kernel, (groups + 1, -(-D // BD_sum), B * H),
-        sums, sync, len(sync), rows, sizes, ROWS=CONTEST, D=D, BD=BD_sum, num_warps=8
+    keys, sizes = _Keys(strided(key), heads, spans), (H, sinks, contests, group)
+    launch(_sum_kernel, ((contests - 1) // group + 1, -(-D // BD_sum), B * H),
+        sums, counts, len(counts), keys, sizes, ROWS=CONTEST, D=D, BD=BD_sum, num_warps=8
     )  # fmt: skip
     launch(_score_kernel, (contests, B * H),
-        newcomers, sums, rows, sizes,
-        LOG_ROWS=logs["LOG_ROWS"], D=D, BD=BD, BN=max(16, min(CONTEST, 8192 // BD)), num_warps=4,
+        newcomers, sums, keys, sizes,
+        LOG_ROWS=_LOG_ROWS, D=D, BD=BD, BN=max(16, min(CONTEST, 8192 // BD)), num_warps=4,
     )  # fmt: skip
-    numbers = contests, protected, first, index.shape[2], group, span, H, sinks, B * H
-    launch(_contest_kernel, ((groups + -(-contests // span)) * B * H,),
-        _Rows(index, best, newcomers), sync, spans, numbers,
-        LOSERS=first >= max(1, contests * CONTEST - protected), **logs, num_warps=warps,
-    )  # fmt: skip
-    return sync[own + own % 2 :] if zeros else None
+    for ticket, (warps, beside) in enumerate(numbers.items()):
+        each = min(group, next_power_of_two(-(-sum(x.contests * x.sequences for _, x in beside) // _PROGRAMS)))
+        programs = sum((x.groups + -(-x.contests // each)) * x.sequences for _, x in beside)
+        launch(_contest_kernel, (programs,),
+            rows, spans, _Sizes(contests, group, each, H, sinks, ticket, tuple(x for _, x in beside)),
+            LOSERS=tuple(x.first >= max(1, x.contests * CONTEST - x.protected) for _, x in beside),
+            LOGS=tuple(x.log for x, _ in beside), LOG_ROWS=_LOG_ROWS, num_warps=warps,
+        )  # fmt: skip
+    return counts[sync + sync % 2 :] if zeros else None
