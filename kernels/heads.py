@@ -70,7 +70,7 @@ from .express import (
 from .launch import Random, constant, jit, launch, load_rows, next_power_of_two, sequence, strided, tl
 from .op import define_attention
 from .select.blocks import KEYS, BlockConfig, Choosers, query_blocks, select_blocks, select_blocks_triton
-from .select.contest import CONTEST, Contestants, compete_kinds_into, contest_launches
+from .select.contest import CONTEST, Contestants, compete_kinds_into, saved_together
 from .select.halving import RULE, Decider, get_rule
 from .select.schedule import check_budget
 from .select.thinning import Part, describe_launches, thin_into, thin_parts_into, zeros_for, zeros_for_parts
@@ -849,8 +849,18 @@ def _costs(spec: AttentionSpec, params: Mapping[str, Any]) -> dict[str, c.Cost]:
     if found:
         few = functools.reduce(operator.add, found)
         together = max(0, len(members) - 1) + _thinned_together(own, [rows for rows in members if rows.thinned])
-        costs["express"] = replace(few, launches=few.launches - together)  # they attend in one launch
+        kinds = [_contestants(own, x, {i // each for i in its}, n) for x, its in members.items() if x.protected]
+        competing, contests = saved_together(kinds)
+        read = 2 * spec.dtype.itemsize * spec.B * spec.D * CONTEST * contests
+        # they attend in one launch
+        costs["express"] = replace(few, bytes=few.bytes - read, launches=few.launches - together - competing)
     return costs
+
+
+def _contestants(own: PerHead, rows: Rows, heads: Iterable[int], n: int) -> Contestants:
+    """Heads with protected rows in a prefill of ``n`` tokens."""
+    left = max(0, n - 1 - rows.sinks - rows.recent) // own.block * own.block
+    return Contestants(tuple(heads), rows.sinks, left // CONTEST, min(rows.protected, n), 0, 0)
 
 
 def _thinned_together(own: PerHead, thinned: Sequence[Rows]) -> int:

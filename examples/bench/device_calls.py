@@ -31,6 +31,7 @@ H200 = SimpleNamespace(multi_processor_count=132, shared_memory_per_multiprocess
 
 BLOCKS, WHOLE, CORE = Rows(32, 256, selected=16), Rows(everything=True), Rows(32, 256, 128)
 PLACES, KEPT, WINDOW = Rows(32, 256, protected=256), Rows(32, 256, 128, 256), Rows(32, 256)
+MORE, MOST = Rows(32, 512, protected=512), Rows(32, 512, protected=1024)
 
 
 class Launch(NamedTuple):
@@ -181,7 +182,9 @@ CALLS: dict[str, Callable[[torch.dtype, int], Any]] = {
     "express, packed": packed,
     "express, uniform": lambda *kind: attend("express", tokens(*kind), **EXPRESS, halving="uniform"),
     "heads": lambda *kind: trained("heads", tokens(*kind), call=run, **MIXED),
-    "heads, no coreset": lambda *kind: run("heads", tokens(*kind), **mixed(BLOCKS, BLOCKS, PLACES, WINDOW)),
+    "heads, no coreset": lambda *kind: run(
+        "heads", tokens(*kind), **mixed(BLOCKS, BLOCKS, PLACES, MORE, MORE, MOST, WINDOW, WINDOW)
+    ),
     "heads, selected": lambda *kind: trained("heads", tokens(*kind), call=run, **mixed(BLOCKS)),
     "heads, padded": lambda *kind: trained("heads", tokens(*kind), padded(), call=run, **MIXED),
     "thinformer": lambda *kind: trained("thinformer", tokens(*kind), budget=ROWS),

@@ -5,6 +5,9 @@ score once and for all, minus the cosine similarity of its key to the running me
 contests of ``CONTEST`` rows, the best ``protected`` of the places and the newcomers stay, and the losers go on to
 be thinned, in position order. Query-blind and causal. (Not in the Express paper; KeyDiff, arXiv 2504.15364, scores
 keys this way.)
+
+Scores follow from keys and sinks alone, so heads with other numbers of places or of contests share them
+(:func:`compete_kinds_into`), among them query heads of one KV head.
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ from __future__ import annotations
 import functools
 import math
 from collections import namedtuple
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -268,7 +271,7 @@ def _score_kernel(
 
 
 # The index that is written, the best rows of groups, the rows of contests of H heads, which of these the heads of every
-# kind are, None for all in order, and tickets and arrivals.
+# kind are, None for one kind alone, and tickets and arrivals.
 _Rows = namedtuple("_Rows", "index best newcomers places sync")
 # Of a launch: of how many contests and heads there are rows, and which ticket is drawn.
 _Sizes = namedtuple("_Sizes", "contests group each H sinks ticket kinds")
@@ -371,7 +374,7 @@ class Contestants(NamedTuple):
 
     @property
     def group(self) -> int:
-        """Contests of a group; sums and so scores begin with it."""
+        """Contests of a group, whose keys are added up by themselves: what the bits of scores follow from."""
         return next_power_of_two(max(1, math.isqrt(self.contests // 2)))
 
     @property
@@ -387,7 +390,7 @@ class Contestants(NamedTuple):
 
 class _Scored(NamedTuple):
     """Kinds whose rows have the same scores; int32 ``heads``, of all of them, None for all of the layer, and which of
-    these the heads of each kind are, one kind behind the other, None for all in order."""
+    these the heads of each kind are, one kind behind the other, None for one kind alone."""
 
     kinds: tuple[Contestants, ...]
     heads: torch.Tensor | None
@@ -408,17 +411,21 @@ def _scored(kinds: tuple[Contestants, ...], H_kv: int, device: torch.device) -> 
     found = []
     for own in _alike(kinds):
         listed = [head for kind in own for head in kind.heads]
-        heads = sorted(set(listed))
-        places = [heads.index(head) for head in listed]
-        lists = (heads, list(range(H_kv))), (places, list(range(len(heads))))
-        tensors = (None if x == every else constant(np.array(x, np.int32), device) for x, every in lists)
-        found.append(_Scored(own, *tensors))
+        heads = list(dict.fromkeys(listed))
+        lists = None if heads == list(range(H_kv)) else heads, None if len(own) == 1 else list(map(heads.index, listed))
+        found.append(_Scored(own, *(None if x is None else constant(np.array(x, np.int32), device) for x in lists)))
     return tuple(found)
 
 
-def contest_launches(kinds: Iterable[Contestants]) -> int:
-    """Launches of :func:`compete_kinds_into`."""
-    return sum(2 + len({kind.warps for kind in own}) for own in _alike(kinds))
+def saved_together(kinds: Sequence[Contestants]) -> tuple[int, int]:
+    """What :func:`compete_kinds_into` does without that each of ``kinds`` would do alone: launches, and of all heads
+    contests whose keys are read."""
+    launches, contests = 3 * len(kinds), 0
+    for own in _alike(kinds):
+        launches -= 2 + len({kind.warps for kind in own})
+        contests += sum(len(kind.heads) * kind.contests for kind in own)
+        contests -= len({head for kind in own for head in kind.heads}) * max(kind.contests for kind in own)
+    return launches, contests
 
 
 def compete(
@@ -447,7 +454,7 @@ def compete_into(
     index has their places, and what contests a sequence does not have would write stays as it is. Gives that many
     ``zeros``, int64, which cost no launch here; None where there is no contest."""
     kind = Contestants(tuple(range(index.shape[1])), sinks, contests, protected, index.shape[2], 0)
-    return _launch(index, key, _Scored((kind,), heads), spans, zeros) if contests else None
+    return _run(index, key, _Scored((kind,), heads), spans, zeros) if contests else None
 
 
 def compete_kinds_into(
@@ -457,46 +464,68 @@ def compete_kinds_into(
     scores are the same are scored once, and kinds compete side by side if their programs have equally many warps."""
     found = None
     for scored in _scored(kinds, key.shape[1], key.device):
-        made = _launch(index, key, scored, None, zeros if found is None else 0)
+        made = _run(index, key, scored, None, zeros if found is None else 0)
         found = made if found is None else found
     return found
 
 
-def _launch(
+class _Series(NamedTuple):
+    """A launch of contests: its programs, its kinds, how many contests a program has, and constants."""
+
+    programs: int
+    kinds: tuple[_Kind, ...]
+    each: int
+    constants: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=1024)
+def _series(kinds: tuple[Contestants, ...], B: int, most: int) -> tuple[list[_Series], int, int]:
+    """One for every number of warps, of up to ``most`` programs unless groups are smaller; how many lists of the best
+    rows there are, in contests, and tickets and arrivals."""
+    by_warps: dict[int, list[tuple[Contestants, _Kind]]] = {}
+    best, listed, sync = 0, 0, len({x.warps for x in kinds})
+    for x in kinds:
+        n, groups, first = len(x.heads), (x.contests - 1) // x.group, x.index_rows - x.contests * x.protected
+        own = _Kind(x.contests, groups, x.protected, first, x.index_rows, n, B * n, x.begin, best, sync, listed)
+        by_warps.setdefault(x.warps, []).append((x, own))
+        best, sync, listed = best + (B * n * groups << x.log - _LOG_ROWS), sync + B * n, listed + n
+    found = []
+    for warps, beside in by_warps.items():
+        each = next_power_of_two(-(-sum(x.contests * x.sequences for _, x in beside) // most))
+        each = min(kinds[0].group, each)
+        constants = dict(
+            LOSERS=tuple(x.first >= max(1, x.contests * CONTEST - x.protected) for _, x in beside),
+            LOGS=tuple(x.log for x, _ in beside), LOG_ROWS=_LOG_ROWS, num_warps=warps,
+        )  # fmt: skip
+        programs = sum((x.groups + -(-x.contests // each)) * x.sequences for _, x in beside)
+        found.append(_Series(programs, tuple(x for _, x in beside), each, constants))
+    return found, best, sync
+
+
+def _run(
     index: torch.Tensor, key: torch.Tensor, scored: _Scored, spans: Spans | None, zeros: int
 ) -> torch.Tensor | None:
     require_triton()
     kinds, heads, places = scored
     B, H, D, empty = len(key), key.shape[1] if heads is None else len(heads), key.shape[3], key.new_empty
     contests, sinks, group = max(x.contests for x in kinds), kinds[0].sinks, kinds[0].group
-    numbers: dict[int, list[tuple[Contestants, _Kind]]] = {}  # by warps
-    best = listed = 0
-    sync = len({x.warps for x in kinds})  # tickets, and arrivals of groups
-    for x in kinds:
-        n, groups, first = len(x.heads), (x.contests - 1) // group, x.index_rows - x.contests * x.protected
-        own = _Kind(x.contests, groups, x.protected, first, x.index_rows, n, B * n, x.begin, best, sync, listed)
-        numbers.setdefault(x.warps, []).append((x, own))
-        best, sync, listed = best + (B * n * groups << x.log - _LOG_ROWS), sync + B * n, listed + n
+    series, best, own = _series(kinds, B, _PROGRAMS)
     sums = empty(B, H, contests, D, dtype=torch.float32)
     newcomers = empty(B, H, contests, CONTEST, dtype=torch.int64)
-    counts = empty(sync + sync % 2 + zeros, dtype=torch.int64)
-    rows = _Rows(index, empty(best, CONTEST, dtype=torch.int64), newcomers, places, counts)
+    sync = empty(own + own % 2 + zeros, dtype=torch.int64)
+    rows = _Rows(index, empty(best, CONTEST, dtype=torch.int64), newcomers, places, sync)
     BD = max(16, next_power_of_two(D))
     BD_sum = min(64, BD)
     keys, sizes = _Keys(strided(key), heads, spans), (H, sinks, contests, group)
     launch(_sum_kernel, ((contests - 1) // group + 1, -(-D // BD_sum), B * H),
-        sums, counts, len(counts), keys, sizes, ROWS=CONTEST, D=D, BD=BD_sum, num_warps=8
+        sums, sync, len(sync), keys, sizes, ROWS=CONTEST, D=D, BD=BD_sum, num_warps=8
     )  # fmt: skip
     launch(_score_kernel, (contests, B * H),
         newcomers, sums, keys, sizes,
         LOG_ROWS=_LOG_ROWS, D=D, BD=BD, BN=max(16, min(CONTEST, 8192 // BD)), num_warps=4,
     )  # fmt: skip
-    for ticket, (warps, beside) in enumerate(numbers.items()):
-        each = min(group, next_power_of_two(-(-sum(x.contests * x.sequences for _, x in beside) // _PROGRAMS)))
-        programs = sum((x.groups + -(-x.contests // each)) * x.sequences for _, x in beside)
-        launch(_contest_kernel, (programs,),
-            rows, spans, _Sizes(contests, group, each, H, sinks, ticket, tuple(x for _, x in beside)),
-            LOSERS=tuple(x.first >= max(1, x.contests * CONTEST - x.protected) for _, x in beside),
-            LOGS=tuple(x.log for x, _ in beside), LOG_ROWS=_LOG_ROWS, num_warps=warps,
+    for ticket, one in enumerate(series):
+        launch(_contest_kernel, (one.programs,),
+            rows, spans, _Sizes(contests, group, one.each, H, sinks, ticket, one.kinds), **one.constants,
         )  # fmt: skip
-    return counts[sync + sync % 2 :] if zeros else None
+    return sync[own + own % 2 :] if zeros else None

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from express_compile.kernels.select.contest import CONTEST, compete, compete_reference
+from express_compile.kernels.select.contest import (
+    CONTEST,
+    Contestants,
+    compete,
+    compete_into,
+    compete_kinds_into,
+    compete_reference,
+)
 
 SINKS = 32
 
@@ -54,6 +61,28 @@ def test_ties_and_keys_that_are_not_numbers(poison):
     expected_stream, expected_places = compete_reference(k, 0, 12, 200)
     assert torch.equal(stream, expected_stream)
     assert torch.equal(places.sort().values, expected_places.sort().values)
+
+
+@pytest.mark.parametrize("n", [8192, 32768, 131072])
+def test_kinds_of_heads_beside_each_other(poison, n):
+    """Bit for bit what each gets alone, every time; of all numbers of warps, and behind two numbers of sinks."""
+    k, kinds, begin = keys(n, 2), [], 0
+    for i, (window, protected, sinks) in enumerate(
+        [(256, 256, 32), (2048, 1024, 32), (256, 64, 32), (512, 512, 32), (4096, 4096, 32), (1024, 2048, 32), (0, 9, 4)]
+    ):
+        contests, heads = (n - sinks - window) // CONTEST, tuple(range(i, 8, 2))
+        rows = contests * protected + (i % 2) * max(0, contests * CONTEST - protected)
+        kinds.append(Contestants(heads, sinks, contests, protected, rows, begin))
+        begin += -(-2 * len(heads) * rows // 4) * 4
+    for _ in range(5):
+        index = torch.full((begin,), -1, dtype=torch.int32, device="cuda")
+        zeros = compete_kinds_into(index, k, tuple(kinds), 1000)
+        assert zeros.shape == (1000,) and not zeros.any()
+        for kind in kinds:
+            heads = torch.tensor(kind.heads, dtype=torch.int32, device="cuda")
+            alone = torch.full((2, len(heads), kind.index_rows), -1, dtype=torch.int32, device="cuda")
+            compete_into(alone, k, kind.sinks, kind.contests, kind.protected, heads)
+            assert torch.equal(index[kind.begin : kind.begin + alone.numel()].view_as(alone), alone)
 
 
 def test_graph_capture():

@@ -10,7 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from express_compile.kernels.select import contest as C
-from express_compile.kernels.select.contest import CONTEST, compete, compete_reference
+from express_compile.kernels.select.contest import (
+    CONTEST,
+    Contestants,
+    compete,
+    compete_into,
+    compete_kinds_into,
+    compete_reference,
+    saved_together,
+)
 
 PROTECTED = [1, 7, 100, 256, 300, 700]
 
@@ -110,3 +118,96 @@ def test_zeros_for_what_comes_next_cost_no_launch(poison, launches_of, zeros):
     assert [kernel for kernel, _ in launches] == [C._sum_kernel, C._score_kernel, C._contest_kernel]
     assert C.compete_into(index, k, 0, 3, 100, None) is None
     assert C.compete_into(index[:, :, :0], k, 0, 0, 100, None, zeros=zeros) is None
+
+
+# -- several kinds of heads ------------------------------------------------------------------------------------------
+
+H_KV, IN_FRONT = 4, 5  # KV heads; entries of an index in front of what competes
+
+
+def laid_out(*kinds):
+    """Kinds of (heads, sinks, contests, protected, with losers), one behind the other, and how long their index is."""
+    found, begin = [], 0
+    for heads, sinks, contests, protected, losers in kinds:
+        rows = IN_FRONT + contests * protected + losers * max(0, contests * CONTEST - protected)
+        found.append(Contestants(tuple(heads), sinks, contests, protected, rows, begin))
+        begin += -(-2 * len(heads) * rows // 4) * 4
+    return tuple(found), begin
+
+
+def assert_as_alone(k, kinds, size, judge=None):
+    """Bit for bit, of two sequences; nothing else is written. ``judge``: of losers and places."""
+    index = torch.full((size,), -1, dtype=torch.int32)
+    compete_kinds_into(index, k, kinds)
+    for kind in kinds:
+        own = index[kind.begin : kind.begin + 2 * len(kind.heads) * kind.index_rows].view(2, len(kind.heads), -1)
+        heads, alone = torch.tensor(kind.heads, dtype=torch.int32), torch.full_like(own, -1)
+        compete_into(alone, k, kind.sinks, kind.contests, kind.protected, heads)
+        assert torch.equal(own, alone)
+        stream, places = compete_reference(k[:, heads], kind.sinks, kind.contests, kind.protected)
+        found = own[:, :, IN_FRONT:].split([own.shape[2] - IN_FRONT - places[0, 0].numel(), places[0, 0].numel()], 2)
+        found = found[0], found[1].unflatten(2, places.shape[2:])
+        if judge is None:
+            assert_same(found, (stream[:, :, : found[0].shape[2]], places))
+        elif found[0].shape[2] == stream.shape[2]:
+            judge(k[:, heads], kind.sinks, *found, 1e-5)
+        index[kind.begin : kind.begin + own.numel()] = -1
+    assert (index == -1).all()
+
+
+@given(
+    kinds=st.lists(
+        st.tuples(
+            st.lists(st.integers(0, H_KV - 1), min_size=1, max_size=H_KV, unique=True),
+            st.sampled_from([0, 0, 3]),
+            st.integers(0, 3),
+            st.sampled_from(PROTECTED),
+            st.booleans(),
+        ),
+        min_size=2,
+        max_size=4,
+    ),
+    ties=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_kinds_of_heads_get_beside_each_other_what_each_gets_alone(poison, judge_contests, kinds, ties, seed):
+    """With one channel of few values, whose scores are exact, that is what the reference says."""
+    k, (kinds, size) = keys(3 * CONTEST + 9, 2, H_KV, 1 if ties else 20, seed=seed), laid_out(*kinds)
+    assert_as_alone(k.round() if ties else k, kinds, size, None if ties else judge_contests)
+
+
+@pytest.mark.parametrize("programs", [2048, 1])
+def test_kinds_with_other_numbers_of_contests_and_groups(poison, launches_of, programs):
+    """Nine and eight contests in groups of two have the same sums; seven, each a group of its own, have others."""
+    launches, k = launches_of(C), keys(9 * CONTEST, 2, H_KV)
+    kinds, size = laid_out(((3, 0), 0, 8, 100, True), ((0, 1), 0, 9, 300, False), ((1,), 0, 7, 200, True))
+    with mock.patch.object(C, "_PROGRAMS", programs):
+        assert_as_alone(k, kinds, size)
+    grids = [grid for _, grid in launches][:6]
+    each = 2 if programs == 1 else 1
+    both, alone = 4 * (3 + 8 // each) + 4 * (4 + -(-9 // each)), 2 * (6 + 7)
+    assert grids == [(5, 1, 6), (9, 6), (both,), (7, 1, 2), (7, 2), (alone,)]
+    assert saved_together(kinds) == (3, 2 * 8 + 2 * 9 - 3 * 9)
+
+
+def test_keys_are_scored_once_and_kinds_compete_in_as_many_launches_as_programs_have_sizes(poison, launches_of):
+    launches, k = launches_of(C), keys(3 * CONTEST, 2, H_KV)
+    of_key, of_kinds = [C._sum_kernel, C._score_kernel], C._contest_kernel
+    one, two, three = ((0, 2), 0, 3, 100, True), ((2, 0), 0, 2, 100, False), ((2, 3), 0, 3, 512, False)
+    many, other = ((0,), 0, 3, 700, True), ((0, 1), 2, 2, 100, True)
+    for kinds, kernels in (
+        ([one], [*of_key, of_kinds]),
+        ([one, two, three], [*of_key, of_kinds]),
+        ([one, many, two], [*of_key, of_kinds, of_kinds]),
+        ([other, one, three], 2 * [*of_key, of_kinds]),
+        ([((0,), 0, 0, 100, False), one], [*of_key, of_kinds]),
+    ):
+        kinds, size = laid_out(*kinds)
+        launches.clear()
+        found = compete_kinds_into(torch.empty(size, dtype=torch.int32), k, kinds, 9)
+        assert torch.equal(found, torch.zeros(9, dtype=torch.int64)) and found.data_ptr() % 16 == 0
+        assert [kernel for kernel, _ in launches] == kernels
+        assert saved_together(kinds)[0] == 3 * len(kinds) - len(kernels)
+    assert [grid for _, grid in launches][:2] == [(3, 1, 4), (3, 4)], "of two sequences of two heads"
+    assert compete_kinds_into(torch.empty(0, dtype=torch.int32), k, laid_out(((0,), 0, 0, 9, True))[0], 9) is None

@@ -33,6 +33,7 @@ SEED = torch.tensor(7)
 WINDOW, CORE, PLACES = Rows(2, 9), Rows(2, 9, 8), Rows(3, 5, protected=20)
 KEPT, ONE, TWO, WHOLE = Rows(2, 9, 8, 20), Rows(2, 9, selected=1), Rows(2, 9, selected=2), Rows(everything=True)
 LATE = Rows(2, 40, selected=1)  # another tail
+FEWER, MORE = Rows(3, 300, protected=20), Rows(3, 9, 8, 300)  # contests than PLACES, and places
 SOURCES = [WINDOW, CORE, PLACES, KEPT, ONE, TWO, LATE, WHOLE]
 
 mixtures = st.sampled_from([(1, 2), (1, 3), (2, 2), (2, 3), (3, 3)]).flatmap(
@@ -152,6 +153,7 @@ def test_opcheck(tokens):
         (1, [LATE, Rows(2, 9, selected=3), TWO], 350, 100),
         (3, [TWO, TWO, ONE, TWO, WINDOW, LATE], 250, None),
         (3, [KEPT, KEPT, KEPT, WINDOW, KEPT, KEPT], 310, 60),
+        (2, [PLACES, MORE, FEWER, FEWER, KEPT, PLACES], 620, 60),
     ],
     ids=str,
 )
@@ -166,6 +168,20 @@ def test_kv_heads_with_equal_rows_thin_together_however_many_query_heads_have_th
     what = P._together(rows, 2, 2, 4, 1000, 1000, mixed=False)
     assert [x.heads for x in what.thinned] == [(0, 2, 1), (3,)]
     assert [x.queries for x in what.mixture.shares] == [(0, 1, 4, 5), (2,), (3,), (6,)]
+
+
+def test_rows_of_three_kinds_compete_in_three_launches_and_those_behind_other_sinks_in_three_more(tokens, launches_of):
+    """And a coreset of one kind begins with zeros that a contest of another one has written."""
+    launches, thinned = launches_of(contest), launches_of(thinning)
+    q, k, v = tokens(620, 8, 2, D=16, Dv=16, dtype=torch.float32, Lq=60)
+    kernels = [contest._sum_kernel, contest._score_kernel, contest._contest_kernel]
+    for rows, sets in (([PLACES, MORE, FEWER, WINDOW], 1), ([PLACES, MORE, FEWER, Rows(2, 9, protected=20)], 2)):
+        launches.clear()
+        thinned.clear()
+        P.together(Call(q, k, v, None, SEED, 0.5, 3), P.PerHead(rows * 2, block=32), None)
+        assert [kernel for kernel, _ in launches] == sets * kernels
+        assert launches[0][1][-1] == launches[1][1][-1] == 4, "two sequences of two KV heads"
+        assert [kernel for kernel, _ in thinned] == [thinning._thin_kernel]
 
 
 def test_keys_are_scored_once_for_all_query_heads_of_a_kv_head(tokens, launches_of):
@@ -271,7 +287,12 @@ def test_what_is_done_for_a_kv_head_is_counted_once_however_many_of_its_query_he
         if name == "entries":
             assert one == three == whole / 2 > 0 == none and apart == whole
         if name == "bytes":  # of its keys what it attends to, and contests
-            assert of(HELD, *[NEAR] * 5) - of(Rows(32, 320), *[NEAR] * 5) == 4 * 2 * 8 * (8192 - 32 - 256)
+            read, again = 4 * 2 * 8 * (8192 - 32 - 256), 4 * 2 * 8 * 30 * contest.CONTEST
+            assert of(HELD, *[NEAR] * 5) - of(Rows(32, 320), *[NEAR] * 5) == read
+            other, long, longer = Rows(32, 256, protected=128), Rows(32, 320), Rows(32, 384)
+            one = of(HELD, other, *[NEAR] * 4) - of(long, longer, *[NEAR] * 4)
+            two = of(HELD, NEAR, NEAR, other, NEAR, NEAR) - of(long, NEAR, NEAR, longer, NEAR, NEAR)
+            assert one == 2 * read - again and two == 2 * read, "kinds of one KV head, and of two"
     alone = {x: cost_of([x] * 6).scores / 6 for x in (FEW, MANY, NEAR)}
     choice = 8192 / 128 * 8192 / 2
     of_one, of_both = ([FEW] + [NEAR] * 5, [FEW, MANY] + [NEAR] * 4), [FEW, NEAR, NEAR, MANY, FEW, FEW]
@@ -281,8 +302,8 @@ def test_what_is_done_for_a_kv_head_is_counted_once_however_many_of_its_query_he
 
 
 def test_launches_are_those_that_the_kernels_make(tokens, monkeypatch):
-    """All but fills: one of attention, two for choices that go together, and of all rows that thin; and for every kind
-    that protects."""
+    """All but fills: one of attention, two for choices that go together, and of all rows that thin; three of all that
+    protect, and one more for places that take more warps."""
     calls = Counter[str]()
     for module in (blocks, contest, segments, thinning):
 
@@ -292,7 +313,10 @@ def test_launches_are_those_that_the_kernels_make(tokens, monkeypatch):
 
         monkeypatch.setattr(module, "launch", counted)
     late = Rows(2, 9 + 32, selected=3)
-    for rows in ([KEPT, WINDOW, KEPT, ONE, TWO, CORE], [ONE, late, LATE, WINDOW, CORE, CORE], [PLACES, WINDOW] * 3):
+    held = [PLACES, FEWER, MORE, Rows(3, 5, protected=600), KEPT, PLACES]
+    for rows in (
+        [KEPT, WINDOW, KEPT, ONE, TWO, CORE], [ONE, late, LATE, WINDOW, CORE, CORE], [PLACES, WINDOW] * 3, held
+    ):  # fmt: skip
         own = P.PerHead(rows, block=32)
         q, k, v = tokens(700, 6, 2, B=1, D=16, Dv=16, dtype=torch.float32, Lq=40)
         calls.clear()
