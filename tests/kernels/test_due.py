@@ -14,7 +14,6 @@ from express_compile.core.rows import Rows
 from express_compile.kernels import due as D
 from express_compile.kernels import held as K
 from express_compile.kernels.attend.places import PAGE
-from express_compile.kernels.due import do_what_is_due
 from express_compile.kernels.heads import EVERYTHING, PerHead
 from express_compile.kernels.held import Held
 from express_compile.kernels.launch import Random
@@ -34,8 +33,9 @@ class Launching:
         self.late += sum(x.end == 0 for part in cache.parts for x in part.ahead.values())
         cache.settle(single=True)
         cache.prepare_step()
-        for _ in range(1 + again):
-            do_what_is_due(key, value, cache._table[1], cache._table[3], cache._end)
+        cache.launch_due()
+        if again:
+            cache._do_what_is_due(cache._end)
         out = cache._step_reference(query, key, value)
         cache.look_ahead(1)
         cache.end_step()
@@ -109,8 +109,7 @@ def test_steps_do_what_is_due_whatever_comes_between_them(by_kernels, rows, n, B
         if event == "fail":  # a step that was launched and did not end
             one.cache.settle(single=True)
             one.cache.prepare_step()
-            new = [x[:, :, n : n + 1] for x in (k, v)]
-            do_what_is_due(*new, one.cache._table[1], one.cache._table[3], one.cache._end)
+            one.cache.launch_due()
             one.cache.drop(0, 1)
         elif event == "copy":
             one.cache = copy.deepcopy(one.cache)
@@ -142,8 +141,10 @@ def test_after_the_first_steps_the_host_has_nothing_to_do_before_one(by_kernels)
         if length >= due:
             busy.append(i)
         new = [x[:, :, i : i + 1] for x in (q, k, v)]
-        if length < due:  # as replays: nothing before, and behind only what idle() says
-            do_what_is_due(*new[1:], cache._table[1], cache._table[3], cache._end.fill_(length + 1))
+        if length < due:  # as replays: before and behind them only what idle() says
+            cache._end.fill_(length + 1)
+            if length >= behind:
+                cache.launch_due()
             cache._step_reference(*new)
             if length >= behind:
                 cache.look_ahead(1)
