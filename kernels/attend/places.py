@@ -1,5 +1,5 @@
-"""A step of decoding over the places of a cache whose KV heads hold different rows: one launch attends and holds the new
-token of every head, whatever the plans of the heads are.
+"""A step of decoding over the places of a cache whose KV heads hold different rows: one launch, in which every head
+attends and holds the new token, whatever the plans are.
 
     out_i = sum_j w_j exp(scale <q_i, k_j>) v_j / sum_j w_j exp(scale <q_i, k_j>)
 
@@ -227,10 +227,10 @@ def attend_places(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: Table, end: torch.Tensor, scale: float,
     holds: bool = True,
 ) -> torch.Tensor:  # fmt: skip
-    """Attention of ``query`` ``[B, H, 1, D]`` to what the heads hold, with the last token of every sequence, which is
-    held then: ``[B, H, 1, Dv]``. ``key`` ``[B, H_kv, 1, D]`` and ``value`` ``[B, H_kv, 1, Dv]`` are those of that token;
-    ``end`` int32 ``[B]`` counts the tokens, this one included. ``holds`` False: it is held already, and nothing is
-    written; of ``key`` and ``value`` only the shape and the dtype count."""
+    """Attention of ``query`` ``[B, H, 1, D]`` to what the heads hold and to the last token of every sequence, which is
+    held then: ``[B, H, 1, Dv]``. ``key`` ``[B, H_kv, 1, D]`` and ``value`` ``[B, H_kv, 1, Dv]`` are those of the token,
+    which ``end`` int32 ``[B]`` counts as well. ``holds`` False: it is held already, nothing is written, and of ``key``
+    and ``value`` only the shape and the dtype count."""
     require_triton()
     B, H = query.shape[:2]
     shape, programs = _shape(H, key, value, table.align), table.programs.shape[1]
