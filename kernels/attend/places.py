@@ -171,8 +171,8 @@ def _split_kernel(q, k, v, table, end, parts, scale, SHAPE: tl.constexpr):
             b_sum = b_sum * b_old + b_own
             b_acc = b_acc * b_old[:, None] + b_own[:, None] * b_own_v.to(tl.float32)[None, :]
             b_top = b_new
-            tl.store(p_k + place.to(tl.int64) * SHAPE.D + o_d, b_own_k, mask=m_d)
-            tl.store(p_v + place.to(tl.int64) * SHAPE.DV + o_dv, b_own_v, mask=m_dv)
+            tl.store(p_k + tl.cast(place, tl.int64) * SHAPE.D + o_d, b_own_k, mask=m_d)
+            tl.store(p_v + tl.cast(place, tl.int64) * SHAPE.DV + o_dv, b_own_v, mask=m_dv)
             tl.store(tl.load(p_line + TOKEN).to(tl.pointer_type(tl.int32)) + place, tokens - 1)
             tl.store(p_weight + place, 0.0)
             tl.store(p_weight + free, float("-inf"), mask=free >= 0)
