@@ -48,7 +48,7 @@ from express_compile.quality.profile import (
     Profile,
     choose,
     filled,
-    geometric_mean,
+    joined,
     late,
     least,
     prices,
@@ -90,20 +90,6 @@ Count = Callable[[Sequence[Rows], int, PerHead], list[float]]
 
 
 # --------------------------------------------------------------------------------------------------- the policies
-
-
-def mean_of(profiles: Sequence[Profile]) -> Profile:
-    """The profile of several samples of which each was profiled alone."""
-    first = profiles[0]
-    sites = tuple(
-        replace(
-            sites[0],
-            errors=tuple(map(tuple, np.mean([site.errors for site in sites], 0).tolist())),
-            nats=geometric_mean([site.nats for site in sites]),
-        )
-        for sites in zip(*(x.sites for x in profiles), strict=True)
-    )
-    return replace(first, tokens=max(x.tokens for x in profiles), samples=len(profiles), sites=sites)
 
 
 def only(found: Profile, allowed: Callable[[Rows], bool]) -> Profile:
@@ -387,10 +373,10 @@ class Bench:
         seconds = time.perf_counter() - start
         self.write([dict(task=f"profile: {', '.join(each)}", metric="seconds", value=seconds)], n,
                    "profile" + self.suffix)  # fmt: skip
-        found = mean_of(list(each.values()))
+        found = joined(list(each.values()))
         if path:
             path.write_text(found.to_json(), encoding="utf-8")
-        return found, mean_of([x for name, x in each.items() if name != "records"])
+        return found, joined([x for name, x in each.items() if name != "records"])
 
     def judge(self, n: int) -> Judge:
         """Texts and cases of ``n`` tokens, with as many at a time as there is memory for."""

@@ -8,9 +8,9 @@ side by side, on the activations of the exact model:
 over the *late* queries i, from a quarter of the sample on; ``(..)_head`` are the outputs of the query heads of one KV
 head, or of one query head alone, and W is the linear layer that takes the output of the site, the identity where none
 was found to. What an error does to the model differs between sites: ``nats[site]`` is the KL of the output where this
-site alone has one of the options, over the error of that. Of the options of a head that one is chosen that minimises
-``nats * error + price * cost`` (:func:`choose`), so one number, the price of a row, moves the choice of all heads from
-the best options to the cheapest.
+site alone has one of the options, over the error of that; several samples count alike (:func:`joined`). Of the options
+of a head that one is chosen that minimises ``nats * error + price * cost`` (:func:`choose`), so one number, the price
+of a row, moves the choice of all heads from the best options to the cheapest.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from types import NoneType
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import Progress
 from torch import nn
@@ -65,8 +66,8 @@ class SiteProfile:
     module, index: which one it is: its module path, and its place among the sites of that module.
     through: path of the linear layer through which errors were measured; None: of the output of the site itself.
     errors: relative squared error of its output by KV head, or by query head, and option, ``[heads][options]``.
-    nats: KL(exact || with an option at this site alone), nats per token, over the error of all its heads; of several
-        samples the geometric mean, and 0 where no option had an error.
+    nats: KL(exact || with an option at this site alone), nats per token, over the error of all its heads; 0 where no
+        option had an error. Both of several samples: as :func:`joined` says.
 
     Raises ``TypeError`` or ``ValueError`` that name the field, its value and what is allowed.
     """
@@ -209,25 +210,44 @@ def measured(
     of = {x.layer: x for x in reports if x.saved is not None and x.verdict == "rewritten"}
     tokens = max(map(tokens_of, samples))
     rows = tuple(rows_of(options, tokens, PerHead(EVERYTHING, block=block)))
-    sums, ratios = [], []
+    each = []
     with Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task("profile", total=len(samples) * len(finder.sites) * (len(options) + 1))
         for batch in samples:
             meter = _Meter(options, finder.projections, query_heads, lambda: bar.advance(task))
             with run_by(meter):
                 exact = scores_of(model, batch)
-            sums.append(meter.errors())
-            ratios.append(_ratios(model, batch, exact, sums[-1], options, rows, lambda: bar.advance(task)))
-    sites = tuple(
-        SiteProfile(
-            report.saved.module, report.saved.index, finder.paths.get(layer), _mean([x[layer] for x in sums]),
-            geometric_mean([x[layer] for x in ratios]),
-        )
-        for layer in sums[0]
-        if (report := of[layer]).saved is not None
-    )  # fmt: skip
-    found = Profile(options, tokens, len(samples), rows, sites)
+            errors = meter.errors()
+            ratios = _ratios(model, batch, exact, errors, options, rows, lambda: bar.advance(task))
+            sites = tuple(
+                SiteProfile(
+                    saved.module, saved.index, finder.paths.get(layer), tuple(map(tuple, own.tolist())), ratios[layer]
+                )
+                for layer, own in errors.items()
+                if (saved := of[layer].saved) is not None
+            )
+            each.append(Profile(options, tokens, 1, rows, sites))
+    found = joined(each)
     return found, _in_order(found, reports)
+
+
+def joined(profiles: Sequence[Profile]) -> Profile:
+    """The profile of several samples of which each was profiled alone, with the same options.
+
+    ``nats * errors`` is the mean of theirs, each in units of what its sites lose with all options on average, and the
+    result in the mean of these units: samples count alike, however sure the model is of what they say. ``errors`` of a
+    site are their mean, in proportion to its weights ``nats`` in these units.
+    """
+    first, each = profiles[0], np.array([[site.nats for site in x.sites] for x in profiles])  # [samples, sites]
+    errors = [np.array([x.sites[i].errors for x in profiles]) for i in range(len(first.sites))]
+    lost = sum(each[:, i] * own.sum(1).mean(1) for i, own in enumerate(errors))  # by sample
+    weights = each * np.divide(lost.mean(), lost, out=np.zeros_like(lost), where=lost > 0)[:, None]
+    sites = []
+    for site, own, of_site in zip(first.sites, errors, weights.T, strict=True):
+        mean = np.average(own, 0, weights=of_site if of_site.any() else None)
+        sites.append(replace(site, errors=tuple(map(tuple, mean.tolist())), nats=float(of_site.mean())))
+    tokens, samples = max(x.tokens for x in profiles), sum(x.samples for x in profiles)
+    return replace(first, tokens=tokens, samples=samples, sites=tuple(sites))
 
 
 def _ratios(
@@ -254,12 +274,6 @@ def _ratios(
                 found[layer] = max(kl_of(exact, model, batch), 0.0) / error
         advance()
     return found
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """That of the values above 0; 0 if there are none."""
-    above = [math.log(x) for x in values if x > 0]
-    return math.exp(math.fsum(above) / len(above)) if above else 0.0
 
 
 def profiled_before(model: nn.Module, sample: Any, found: Profile) -> list[SiteReport]:
@@ -292,10 +306,6 @@ def _in_order(found: Profile, reports: Sequence[SiteReport]) -> list[SiteReport]
         *(of[site.module, site.index] for site in found.sites),
         *(x for x in reports if x.verdict != "rewritten"),
     ]
-
-
-def _mean(errors: Sequence[torch.Tensor]) -> tuple[tuple[float, ...], ...]:
-    return tuple(map(tuple, torch.stack(tuple(errors)).mean(0).tolist()))
 
 
 @contextmanager

@@ -183,17 +183,6 @@ def test_a_source_that_is_left_out_is_in_no_head(bench, found) -> None:
     assert made["streaming"].rows == (Rows(32, made["streaming"].rows[0].recent),)
 
 
-def test_the_profile_of_several_samples_is_the_mean_of_each(bench, found) -> None:
-    plans = bench["plans"]
-    double = Profile(
-        found.options, 4096, 1, found.rows,
-        tuple(SiteProfile(x.module, 0, None, tuple(tuple(3 * e for e in h) for h in x.errors)) for x in found.sites),
-    )  # fmt: skip
-    mean = plans.mean_of([found, double])
-    assert mean.samples == 2
-    assert mean.sites[1].errors[2][3] == pytest.approx(2 * found.sites[1].errors[2][3])
-
-
 def test_the_tables_say_what_was_measured_and_beside_streamingllm(bench, tmp_path, monkeypatch) -> None:
     tables = importlib.import_module("tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)

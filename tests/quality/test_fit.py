@@ -25,7 +25,7 @@ from express_compile.core.sites import record_sites
 from express_compile.core.spec import layer_key
 from express_compile.kernels.heads import PerHead, heads_reference
 from express_compile.quality.fit import fit, rewrite_attention
-from express_compile.quality.profile import Profile, SiteProfile, choose, filled, prices, profile
+from express_compile.quality.profile import Profile, SiteProfile, choose, filled, joined, prices, profile
 from express_compile.routes.eager import is_rewritten, restore_attention
 
 EVERYTHING = Rows(everything=True)
@@ -138,7 +138,7 @@ def test_errors_are_those_of_a_loop_over_heads_queries_and_options(model, ids, q
 
 @torch.no_grad()
 def test_nats_are_what_an_error_at_one_site_does_to_the_output(model, ids) -> None:
-    """By the option with the fewest rows, that of several samples as a geometric mean."""
+    """By the option with the fewest rows; several samples count alike."""
     parts = ids[:1], ids[1:]
     found, *each = (profile(model, x, OPTIONS, block=16) for x in (parts, *parts))
     fewest = min((x for x in OPTIONS if not x.everything), key=lambda x: found.rows[OPTIONS.index(x)])
@@ -147,9 +147,38 @@ def test_nats_are_what_an_error_at_one_site_does_to_the_output(model, ids) -> No
             kl = kl_of(model, part, 60, methods=[PerHead({site.module: [fewest]}, block=16)])
             error = sum(errors[OPTIONS.index(fewest)] for errors in alone.sites[i].errors)
             assert alone.sites[i].nats == pytest.approx(kl / error if error else 0.0, rel=2e-2, abs=1e-9), site.module
-        assert site.nats == pytest.approx((each[0].sites[i].nats * each[1].sites[i].nats) ** 0.5)
+    lost = [float(sum(site.weighted.sum(0).mean() for site in alone.sites)) for alone in each]
+    assert max(lost) > 1.05 * min(lost), "samples differ"
+    assert found.samples == 2
+    for i, site in enumerate(found.sites):
+        alike = [alone.sites[i].weighted / its for alone, its in zip(each, lost, strict=True)]
+        expected = sum(alike) / 2 * (sum(lost) / 2)
+        torch.testing.assert_close(site.weighted, expected, rtol=1e-6, atol=1e-12)
     assert found.sites[2].nats == 0 and found.sites[0].nats != pytest.approx(found.sites[1].nats, rel=0.1)
     assert all(site.nats == 0 for site in profile(model, ids, [EVERYTHING]).sites)
+
+
+def test_samples_count_alike_however_certain_the_model_is() -> None:
+    """A sample of three times the nats says as much as the other; what one says of a site that the other is silent
+    about counts half; where nothing is lost errors are plain means."""
+    rows, errors = tuple(map(float, range(2))), (((0.2, 0.0),), ((0.1, 0.3), (0.4, 0.0)))
+
+    def of(*nats: float) -> Profile:
+        sites = (SiteProfile(str(i), 0, None, own, x) for i, (own, x) in enumerate(zip(errors, nats, strict=True)))
+        return Profile(OPTIONS[:2], 100, 1, rows, tuple(sites))
+
+    def shares(found: Profile) -> list[float]:
+        return [float(x.weighted.sum() / sum(y.weighted.sum() for y in found.sites)) for x in found.sites]
+
+    assert shares(of(2.0, 1.0)) == pytest.approx([1 / 3, 2 / 3])
+    assert shares(joined([of(2.0, 1.0), of(6.0, 3.0)])) == pytest.approx([1 / 3, 2 / 3])
+    both = joined([of(2.0, 1.0), of(0.0, 10.0), replace(of(2.0, 1.0), tokens=200)])
+    assert shares(both) == pytest.approx([2 / 9, 7 / 9]) and (both.samples, both.tokens) == (3, 200)
+    assert joined([of(2.0, 1.0)] * 2) == replace(of(2.0, 1.0), samples=2)
+    first, second = of(0.0, 0.0).sites
+    silent = replace(of(0.0, 0.0), sites=(first, replace(second, errors=((0.3, 0.1),) * 2)))
+    found = joined([of(0.0, 0.0), silent]).sites[1]
+    torch.testing.assert_close(torch.tensor(found.errors), torch.tensor(((0.2, 0.2), (0.35, 0.05))))
 
 
 @torch.no_grad()
@@ -173,14 +202,6 @@ def test_errors_go_through_the_linear_layer_that_computes_not_through_one_that_h
     assert [site.through for site in found.sites] == through
     assert [site.errors for site in found.sites] == [site.errors for site in expected.sites]
     assert [site.through for site in profile(opaque, ids, OPTIONS, block=16).sites] == [None] * 3
-
-
-def test_several_samples_are_averaged(model, ids) -> None:
-    both, *each = (profile(model, x, OPTIONS, block=16) for x in ([ids[:1], ids[1:]], ids[:1], ids[1:]))
-    for i, site in enumerate(both.sites):
-        mean = (torch.tensor(each[0].sites[i].errors) + torch.tensor(each[1].sites[i].errors)) / 2
-        torch.testing.assert_close(torch.tensor(site.errors), mean)
-    assert both.samples == 2
 
 
 def test_a_profile_survives_json(model, ids) -> None:
