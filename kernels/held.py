@@ -252,7 +252,7 @@ class HeldRows:
         return self._until(left) + self.config.sinks + self.config.recent - length
 
     def idle(self, b: slice, length: int) -> int:
-        """For how many steps of one token there is nothing to do behind them: to count what they did, to decide."""
+        """For how many steps of one token nothing is due in them, and nothing is to be decided behind them."""
         if self.config is None or self.drops:
             return _LATER
         if (ahead := self.ahead.get((b.start, b.stop))) is not None:
@@ -750,7 +750,8 @@ class Held:
         return min(part.rest(b, length) for b, length, _, _ in self._spans(0, None) for part in self.parts)
 
     def idle(self) -> int:
-        """For how many steps of one token :meth:`look_ahead` behind them has nothing to do."""
+        """For how many steps of one token :meth:`launch_due` before them and :meth:`look_ahead` behind them have nothing to
+        do."""
         return min(part.idle(b, length) for b, length, _, _ in self._spans(0, None) for part in self.parts)
 
     @_in_place
