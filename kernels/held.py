@@ -750,7 +750,7 @@ class Held:
         return min(part.rest(b, length) for b, length, _, _ in self._spans(0, None) for part in self.parts)
 
     def idle(self) -> int:
-        """For how many steps of one token :meth:`launch_due` and, behind them, :meth:`look_ahead` have nothing to do."""
+        """For how many steps of one token :meth:`launch_due` and :meth:`look_ahead` behind them do nothing."""
         return min(part.idle(b, length) for b, length, _, _ in self._spans(0, None) for part in self.parts)
 
     @_in_place
