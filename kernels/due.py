@@ -1,9 +1,9 @@
-"""What is due in a cache, done by a step itself: rows that were decided before its time change places, in a launch that
-a CUDA graph can hold.
+"""What is due in a cache with a new token: rows that were decided before its time change places, all in one launch.
 
 Every part of a layer has a line for each sequence, in memory that does not move: how many tokens there are with the new
-one when it is due, which places change, and where what they will hold is. The launch is the same at every step. Where
-nothing is due it ends at once; repeated at the same length, it writes the same again.
+one when it is due, which places change, and where what they will hold is. The launch comes before that of a step in
+which anything of the layer is due, and only then: to find that nothing is took a tenth of the time of the attention.
+Sequences for which nothing is due it leaves as they are; repeated at the same length, it writes the same again.
 
 The reference is :meth:`.held.HeldRows.catch_up`.
 """
@@ -88,10 +88,10 @@ def do_what_is_due(
     key: torch.Tensor, value: torch.Tensor, table: Table, heads: torch.Tensor, end: torch.Tensor
 ) -> None:
     """``heads``: those in which something can be due, as in the kernel. ``end`` int32 ``[B]`` counts the tokens with
-    the new one. Of ``key`` and ``value``, those of the new token, only shape and dtype count."""
+    the new one. Of ``key`` and ``value``, which are like those that are held, only the width and the dtype count."""
     require_triton()
     if not len(heads):
         return
-    launch(_due_kernel, (_CHUNKS, len(heads), len(key)),
-        key, table.lines, heads, end, SHAPE=_Shape(key.shape[1], *Widths.of(key, value), 32), num_warps=4,
+    launch(_due_kernel, (_CHUNKS, len(heads), len(end)),
+        key, table.lines, heads, end, SHAPE=_Shape(table.done.shape[1], *Widths.of(key, value), 32), num_warps=4,
     )  # fmt: skip

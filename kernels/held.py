@@ -16,9 +16,9 @@ What has to be thinned at some length is known ``recent`` tokens before: :meth:`
 part of a layer in a step of its own (``turn``) and behind what that step launches, so that the host works while the
 device does, and when it is due the rows only change places. So no step is late, and the rows are the same at every
 length. Rows move in plain PyTorch, on any device; the halvings of a level are one launch on CUDA. There a single token
-of every sequence is added and attends by :mod:`.attend.places`, which a CUDA graph can hold (:meth:`Held.launch_step`),
-and what is due then is done by the same step (:mod:`.due`), so that the host has nothing to do before it; other short
-steps attend by :mod:`.attend.decode`.
+of every sequence attends and is held by :mod:`.attend.places`, in one launch, which a CUDA graph can hold
+(:meth:`Held.launch_step`), and what is due then is one launch before it (:mod:`.due`), so that the host has hardly
+anything to do; other short steps attend by :mod:`.attend.decode`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from .attend.decode import decode_attention, device_of, fits, queries_at_once
-from .attend.places import Table, append_places, attend_places, make_table, shares
+from .attend.places import Table, attend_places, make_table, shares
 from .attend.segments import COMPACTED
 from .due import COLUMNS, do_what_is_due, line
 from .express import Express, gather_rows, make_layout, select_rows
@@ -252,7 +252,7 @@ class HeldRows:
         return self._until(left) + self.config.sinks + self.config.recent - length
 
     def idle(self, b: slice, length: int) -> int:
-        """For how many steps of one token there is nothing to do behind them: to count what they did, to decide."""
+        """For how many steps of one token nothing is due in them, and nothing is to be decided behind them."""
         if self.config is None or self.drops:
             return _LATER
         if (ahead := self.ahead.get((b.start, b.stop))) is not None:
@@ -357,14 +357,16 @@ class HeldRows:
         ahead = self.ahead.get((b.start, b.stop))
         return ahead is not None and ahead.end == length + 1 and self._has_lines
 
-    def count_done(self, lengths: list[int]) -> None:
-        """Know that a step behind so many tokens does what is due."""
+    def count_done(self, lengths: list[int]) -> bool:
+        """Know that a step behind so many tokens does what is due, and say whether anything is."""
+        before = len(self.ahead)
         for (first, stop), ahead in list(self.ahead.items()):
             if ahead.end == lengths[first] + 1 and self._has_lines:
                 self.left[first:stop] = [ahead.until] * (stop - first)
                 if self.config is not None and self.config.protected:
                     self.scores[first:stop], self.key_sum[first:stop] = ahead.others["scores"], ahead.others["key_sum"]
                 self.done[first, stop] = self.ahead.pop((first, stop))
+        return len(self.ahead) < before
 
     def withdraw(self, lengths: list[int] | None = None) -> None:
         """Let steps do nothing of what is decided. ``lengths``: what one behind so many tokens may have done is."""
@@ -748,7 +750,7 @@ class Held:
         return min(part.rest(b, length) for b, length, _, _ in self._spans(0, None) for part in self.parts)
 
     def idle(self) -> int:
-        """For how many steps of one token :meth:`look_ahead` behind them has nothing to do."""
+        """For how many steps of one token :meth:`launch_due` and :meth:`look_ahead` behind them do nothing."""
         return min(part.idle(b, length) for b, length, _, _ in self._spans(0, None) for part in self.parts)
 
     @_in_place
@@ -824,6 +826,8 @@ class Held:
         known = tuple((x.data_ptr(), x.shape) for x in tensors)
         if self._table is None or self._table[0] != known:
             self._table = known, self._make_table(), object(), self._heads_with_lines()
+            if _by_kernels(self.parts[0].key):
+                self._do_what_is_due(torch.zeros_like(self._end))  # nothing; later nothing is to be compiled
         return self._table[2]
 
     def count_into(self, end: torch.Tensor) -> None:
@@ -871,18 +875,31 @@ class Held:
     def launch_step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention ``[B, H, 1, Dv]`` of a new token of every sequence to what is held and itself, which is held then.
         Launches alone, and elsewhere than on a GPU the same in plain PyTorch: to repeat it changes nothing until
-        :meth:`end_step`."""
-        self._count_done()
+        :meth:`end_step`. :meth:`launch_due` comes with it, and before a replay."""
+        self.launch_due()
         return (self.step_triton if _by_kernels(query) else self._step_reference)(query, key, value)
 
-    def _count_done(self) -> None:
+    def launch_due(self) -> None:
+        """Let rows change places that are due with one more token, which :meth:`prepare_step` was told of: one launch,
+        or none where nothing is due or that has been launched."""
+        if self._count_done():
+            assert self._end is not None, "prepare_step comes first"
+            self._do_what_is_due(self._end)
+
+    def _do_what_is_due(self, end: torch.Tensor) -> None:
+        assert self._table is not None
+        do_what_is_due(self.parts[0].key, self.parts[0].value, self._table[1], self._table[3], end)
+
+    def _count_done(self) -> bool:
         """What a step does by itself, once there is one more token: how many are gone of heads that drop them, and what
-        was decided before."""
+        was decided before, if anything is due then."""
+        is_due = False
         for part in self.parts:
             if part.drops:
                 part.left = [part.leaves(n, left) for n, left in zip(self.length, part.left, strict=True)]
             elif part.ahead:
-                part.count_done(self.length)
+                is_due |= part.count_done(self.length)
+        return is_due
 
     def _step_reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         for part in self.parts:
@@ -897,15 +914,13 @@ class Held:
         """:meth:`launch_step` by the kernels."""
         assert self._table is not None and self._end is not None, "prepare_step comes first"
         table = self._table[1]
-        do_what_is_due(key, value, table, self._table[3], self._end)
-        if any(not part.group.rows.selected for part in self.parts):
-            append_places(key, value, table, self._end)
         for part in self.parts:
             if (rows := part.group.rows).selected:
                 held, heads = Tokens(*(getattr(part, name) for name in Tokens._fields)), part.group.on(key.device)
                 listing = Listing(rows.selected, rows.sinks, max(1, rows.recent), part.pages, table.done)
                 step_pages(query, key, value, held, self._end, part.scale, listing, heads)
-        return attend_places(query, key, value, table, self._end, self.parts[0].scale)
+        holds = any(not part.group.rows.selected for part in self.parts)  # those that select hold it by then
+        return attend_places(query, key, value, table, self._end, self.parts[0].scale, holds)
 
     def end_step(self) -> None:
         """Count the token that :meth:`launch_step` added to every sequence."""

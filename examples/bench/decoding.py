@@ -19,7 +19,8 @@ SANTA.
 ``generate()`` sees them (one step after the other, each waited for; median, 99th percentile and maximum), and peak
 memory beyond the weights. transformers and the methods that read a full cache replay CUDA graphs over a static
 cache of random keys; an ExpressCache decodes behind its own prompt by the graphs that ``generate()`` uses, updates,
-thinning and everything else included. *Cache*: what a layer of it costs alone, its update and its attention.
+thinning and everything else included. *Cache*: what a layer of it costs alone, in CUDA graphs: its attention, and the
+step, in which a token is held as well; beside them what the device takes to thin, in the mean of all steps.
 """
 
 from __future__ import annotations
@@ -43,8 +44,7 @@ from express_compile import ExpressCache, restore_attention, rewrite_attention
 from express_compile.core.plan import SavedPlan
 from express_compile.core.rows import Rows as HeadRows
 from express_compile.kernels.attend.decode import Rows, decode_attention, decode_reference
-from express_compile.kernels.attend.places import append_places, attend_places
-from express_compile.kernels.due import do_what_is_due
+from express_compile.kernels.attend.places import attend_places
 from express_compile.kernels.heads import PerHead
 from express_compile.kernels.held import Held
 from express_compile.kernels.launch import Random
@@ -59,6 +59,7 @@ PAGES = dict(pages=16, sinks=64, recent=256)
 WEIGHTED = 2048  # rows of an ExpressCache of s=1024
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 STEPS = 12  # timed, after as many that compile and record graphs
+BUSY = 40_000_000  # cycles of the device, some 20 ms: longer than the host takes to launch what is thinned at once
 WHOLE_STEPS = 300  # of whole steps; protected places compete every 256 tokens
 UNIFORM = HeadRows(32, 256, 1024, 256)
 SELECTED = HeadRows(64, 256, selected=16)
@@ -300,9 +301,46 @@ def rows_of(model: torch.nn.Module, B: int, n: int, S: int, clock: Clock, mode: 
 # ---- an ExpressCache, and whole steps ------------------------------------------------------------------------------
 
 
+def thinning(layers: list[Held], new: Sequence[torch.Tensor], end: torch.Tensor, tokens: int) -> float:
+    """Microseconds per token and layer, over so many steps with the query, key and value ``new``, to decide what is
+    thinned and to move rows when that is due. The device is kept busy until the host has launched all of it."""
+    spent = 0.0
+
+    def timed(call: Callable[[], Any]) -> None:
+        nonlocal spent
+        if not end.is_cuda:
+            started = time.perf_counter()
+            call()
+            spent += 1e6 * (time.perf_counter() - started)
+            return
+        before, behind = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(BUSY)
+        before.record()
+        call()
+        behind.record()
+        torch.cuda.synchronize()
+        spent += 1e3 * before.elapsed_time(behind)
+
+    for _ in range(tokens):
+        layers[0].count_into(end)
+        for layer in layers:
+            if layer.rest() <= 0:
+                timed(lambda layer=layer: layer.settle(single=True))
+                layer.prepare_step(end)
+            has_more = layer.idle() <= 0
+            if has_more:
+                timed(layer.launch_due)
+            layer.step_triton(*new)
+            if has_more:
+                timed(lambda layer=layer: layer.look_ahead(1))
+            layer.end_step()
+    return spent / tokens / len(layers)
+
+
 def cache_rows(B: int, n: int, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """One layer of an ExpressCache of s=1024 behind ``n`` tokens: its attention, and its update by a token with what
-    that thins, both per layer and token. The output is checked against the reference over the same rows."""
+    """One layer of an ExpressCache of s=1024 behind ``n`` tokens, per layer and token: its attention alone, where
+    nothing is updated, and the step that it is in a graph of ``generate()``. The output is checked against the
+    reference over the same rows."""
     torch.manual_seed(0)
     count = 2 if B > 1 or device == "cpu" else 12
     q, k, v = (torch.randn(B, heads, 1, D, device=device, dtype=dtype) for heads in (H, H_KV, H_KV))
@@ -322,34 +360,20 @@ def cache_rows(B: int, n: int, device: str, dtype: torch.dtype) -> list[dict[str
     if not error <= TOLERANCE[dtype]:
         raise SystemExit(f"ExpressCache at B={B}, n={n}: off by {error:.1e}, so it has no speed")
     live = int((part.log_weight > -torch.inf).sum())
-    attend = microseconds([lambda x=x: attend_places(q, k, v, x._table[1], end, SCALE) for x in layers])
-    append = microseconds([lambda x=x: append_places(k, v, x._table[1], end) for x in layers])
-    tokens = 512 if device == "cuda" else 4
-    for timed in (False, True):  # the first time finds tables and kernels
-        started = time.perf_counter()
-        for _ in range(tokens):
-            layers[0].count_into(end)
-            for x in layers:
-                if x.rest() <= 0 or not timed:
-                    x.settle(single=True)
-                    x.prepare_step(end)
-                do_what_is_due(k, v, x._table[1], x._table[3], end)
-                append_places(k, v, x._table[1], end)
-                if x.idle() <= 0:
-                    x.look_ahead(1)
-                x.end_step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-    update = 1e6 * (time.perf_counter() - started) / tokens / count
+    step = microseconds([lambda x=x: x.step_triton(q, k, v) for x in layers])
+    attend = microseconds([lambda x=x: attend_places(q, k, v, x._table[1], end, SCALE, False) for x in layers])
+    for _ in range(2):  # the first time finds tables and kernels
+        thinned = thinning(layers, (q, k, v), end, 512 if device == "cuda" else 4)
     p20, p50, p80 = (quantile(attend, x) / 1e3 for x in (0.2, 0.5, 0.8))
     bandwidth = 2 * live * D * q.element_size() / COPY_BANDWIDTH / p50 * 1e3
     shape = dict(B=B, H=H, H_kv=H_KV, Lq=1, Lk=n, D=D, Dv=D, dtype=str(dtype).removeprefix("torch."), s=UNIFORM.thinned)
     params = f"rows={live / B / H_KV:.0f} bandwidth={bandwidth:.2f}"
     attended = dict(job="decode_cache", method="heads", params=params, ms_p20=p20, ms_p50=p50, ms_p80=p80, error=error)
-    median = statistics.median(append) / 1e3
+    p20, whole, p80 = (quantile(step, x) / 1e3 for x in (0.2, 0.5, 0.8))
+    params = f"append_us={1e3 * (whole - p50):.2f} share={(whole - p50) / p50:.3f} thinning_us={thinned:.2f}"
     updated = dict(
-        job="cache_update", method="heads", params=f"append_us={1e3 * median:.2f} share={update / 1e3 / p50:.3f}",
-        ms_p50=update / 1e3, opponent="attention", opponent_ms_p50=p50,
+        job="cache_update", method="heads", params=params, ms_p20=p20, ms_p50=whole, ms_p80=p80, opponent="attention",
+        opponent_ms_p50=p50, speedup=p50 / whole,
     )  # fmt: skip
     return [{**shape, **attended}, {**shape, **updated}]
 

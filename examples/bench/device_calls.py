@@ -158,15 +158,18 @@ def cache(dtype: torch.dtype, D: int) -> None:
 
 
 def steps(dtype: torch.dtype, D: int) -> None:
-    """A step of one token from an ExpressCache, and what is launched until rows of every kind had to move."""
+    """A step of one token from an ExpressCache, also one that selects in all heads, and what is launched until rows of
+    every kind had to move."""
     q, k, v = tokens(dtype, D)
     own = PerHead((Rows(4, 60, 64), Rows(0, 60, 64, 128), WHOLE, Rows(4, 60, selected=2)))
-    held, n = Held(own, k, v, Random(torch.tensor(5), LAYER), SCALE), 4000
-    held.fill(k[:, :, :n], v[:, :, :n])
-    held.settle(single=True)
-    held.prepare_step()
-    held.launch_step(*(x[:, :, n : n + 1] for x in (q, k, v)))
-    held.fill(*(x[:, :, n : n + 140] for x in (k, v)))
+    n, selecting = 4000, PerHead(own.rows[3:])
+    for rows in (own, selecting):
+        held = Held(rows, k, v, Random(torch.tensor(5), LAYER), SCALE)
+        held.fill(k[:, :, :n], v[:, :, :n])
+        held.settle(single=True)
+        held.prepare_step()
+        held.launch_step(*(x[:, :, n : n + 1] for x in (q, k, v)))
+        held.fill(*(x[:, :, n : n + 140] for x in (k, v)))
 
 
 MIXED = mixed(BLOCKS, WHOLE, KEPT, CORE)

@@ -1,5 +1,5 @@
-"""A step of decoding over the places of a cache whose KV heads hold different rows: one launch adds the new token of
-every head, one attends, whatever the plans of the heads are.
+"""A step of decoding over the places of a cache whose KV heads hold different rows: one launch, in which every head
+attends and holds the new token, whatever the plans are.
 
     out_i = sum_j w_j exp(scale <q_i, k_j>) v_j / sum_j w_j exp(scale <q_i, k_j>)
 
@@ -7,7 +7,8 @@ over the places j that hold a row (``log_weight`` finite). Where the rows of a h
 where, says a line of a table of addresses in memory that does not move, and how many tokens a sequence has stands on
 the device as well: one CUDA graph serves a cache at every length. A head is read by pages of 64 places: by those on its
 list, or all up to its last token. The programs of a head read its blocks in turn, and whichever is done last adds up in
-order what they leave, which gives the same bits every time.
+order what they leave, which gives the same bits every time. The new token is not read from its place, as nothing orders
+programs of a launch: one of them takes it from the inputs and stores it, and all leave the place out.
 
 The reference is :meth:`..held.HeldRows.append` and :func:`.decode.decode_reference` over the same places.
 """
@@ -94,32 +95,19 @@ def _place_of(token, sinks, ring):
 
 
 @jit
-def _append_kernel(k, v, table, end, SHAPE: tl.constexpr):
-    """The last token of a sequence gets its place in every head, and heads that drop tokens free that of another."""
-    i_h, i_b = tl.program_id(0), tl.program_id(1)
-    o_d, o_dv = tl.arange(0, SHAPE.BD), tl.arange(0, SHAPE.BDV)
-    p_line = _line(table, i_b, i_h, SHAPE)
-    token = tl.load(end + i_b) - 1
+def _places(p_line, token):
+    """Where a head holds the last token, and the place of the one that it drops then, or -1."""
     sinks, ring = tl.load(p_line + SINKS).to(tl.int32), tl.load(p_line + RING).to(tl.int32)
     recent = tl.load(p_line + RECENT).to(tl.int32)
-    place = _place_of(token, sinks, ring).to(tl.int64)
-    p_k = tl.load(p_line + KEY).to(tl.pointer_type(k.p.dtype.element_ty))
-    p_v = tl.load(p_line + VALUE).to(tl.pointer_type(v.p.dtype.element_ty))
-    p_weight = tl.load(p_line + WEIGHT).to(tl.pointer_type(tl.float32))
-    p_token = tl.load(p_line + TOKEN).to(tl.pointer_type(tl.int32))
-    b_k = tl.load(k.p + i_b.to(tl.int64) * k.b + i_h * k.h + o_d, mask=o_d < SHAPE.D)
-    b_v = tl.load(v.p + i_b.to(tl.int64) * v.b + i_h * v.h + o_dv, mask=o_dv < SHAPE.DV)
-    tl.store(p_k + place * SHAPE.D + o_d, b_k, mask=o_d < SHAPE.D)
-    tl.store(p_v + place * SHAPE.DV + o_dv, b_v, mask=o_dv < SHAPE.DV)
-    tl.store(p_token + place, token)
-    tl.store(p_weight + place, 0.0)
     old = token - recent - 1
-    free = _place_of(old, sinks, ring)
-    tl.store(p_weight + free, float("-inf"), mask=(recent >= 0) & (old >= sinks))
+    free = tl.where((recent >= 0) & (old >= sinks), _place_of(old, sinks, ring), -1)
+    return _place_of(token, sinks, ring), free
 
 
 @jit
-def _split_kernel(q, table, end, parts, scale, SHAPE: tl.constexpr):
+def _split_kernel(q, k, v, table, end, parts, scale, SHAPE: tl.constexpr):
+    """The last program of a head, which has the fewest blocks, adds the new token, if one is given, and stores it; no
+    program reads its place, nor the one that is freed."""
     BM: tl.constexpr = SHAPE.BM
     BN: tl.constexpr = SHAPE.BN
     PAGE: tl.constexpr = SHAPE.PAGE
@@ -138,13 +126,20 @@ def _split_kernel(q, table, end, parts, scale, SHAPE: tl.constexpr):
     pages, listed = tl.load(p_line + PAGES), tl.load(p_line + LISTED)
     is_listed, is_weighted = pages != 0, listed >= 0
     p_pages = pages.to(tl.pointer_type(tl.int32))
-    last = tl.minimum(tl.load(end + i_b), tl.load(p_line + PLACES).to(tl.int32))
+    tokens = tl.load(end + i_b)
+    last = tl.minimum(tokens, tl.load(p_line + PLACES).to(tl.int32))
     p_listed, is_counted = listed.to(tl.pointer_type(tl.int32)), is_weighted & is_listed
     listed = tl.where(is_counted, tl.load(p_listed, mask=is_counted, other=0), -listed.to(tl.int32))
     listed = tl.where(is_listed, listed * PAGE, 0)
     rows = tl.where(is_listed, listed, last)
     weighted = tl.where(is_weighted, rows, 0)
     places = tl.where(is_counted, tl.load(p_line + PLACES).to(tl.int32), last)
+    place, free = -1, -1
+    if k.p is not None:
+        place, free = _places(p_line, tokens - 1)
+        m_d, m_dv = o_d < SHAPE.D, o_dv < SHAPE.DV
+        b_own_k = tl.load(k.p + i_b.to(tl.int64) * k.b + i_h.to(tl.int64) * k.h + o_d, mask=m_d, other=0.0)
+        b_own_v = tl.load(v.p + i_b.to(tl.int64) * v.b + i_h.to(tl.int64) * v.h + o_dv, mask=m_dv, other=0.0)
     m_m = o_m < SHAPE.G
     p_q = q.p + i_b.to(tl.int64) * q.b + (i_h * SHAPE.G + o_m).to(tl.int64)[:, None] * q.h + o_d[None, :]
     b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < SHAPE.D)[None, :], other=0.0)  # [BM, BD]
@@ -154,7 +149,7 @@ def _split_kernel(q, table, end, parts, scale, SHAPE: tl.constexpr):
         o_row = j * BN + o_n
         b_page = tl.load(p_pages + o_row // PAGE, mask=o_row < listed, other=-1)
         o_place = tl.where(is_listed, tl.where(b_page < 0, places, b_page * PAGE + o_row % PAGE), o_row)
-        m_n = (o_row < rows) & (o_place < places)
+        m_n = (o_row < rows) & (o_place < places) & (o_place != place) & (o_place != free)
         b_weight = tl.load(p_weight + o_place, mask=m_n & (o_row < weighted), other=0.0)
         m_n = m_n & (b_weight > float("-inf"))
         b_k = load_rows(p_k, SHAPE.D, o_place, m_n, SHAPE.D, SHAPE.BD)  # [BN, BD]
@@ -168,6 +163,19 @@ def _split_kernel(q, table, end, parts, scale, SHAPE: tl.constexpr):
         b_sum = b_sum * b_old + tl.sum(b_p, 1)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision=FLOAT32_DOT)
         b_top = b_new
+    if k.p is not None:
+        if i_split == splits - 1:
+            b_s = tl.sum(b_q.to(tl.float32) * b_own_k.to(tl.float32)[None, :], 1) * scale
+            b_new = tl.maximum(b_top, b_s)
+            b_old, b_own = tl.exp2(b_top - b_new), tl.exp2(b_s - b_new)
+            b_sum = b_sum * b_old + b_own
+            b_acc = b_acc * b_old[:, None] + b_own[:, None] * b_own_v.to(tl.float32)[None, :]
+            b_top = b_new
+            tl.store(p_k + tl.cast(place, tl.int64) * SHAPE.D + o_d, b_own_k, mask=m_d)
+            tl.store(p_v + tl.cast(place, tl.int64) * SHAPE.DV + o_dv, b_own_v, mask=m_dv)
+            tl.store(tl.load(p_line + TOKEN).to(tl.pointer_type(tl.int32)) + place, tokens - 1)
+            tl.store(p_weight + place, 0.0)
+            tl.store(p_weight + free, float("-inf"), mask=free >= 0)
     o_part = i_part * SHAPE.G
     tl.store(parts.most + o_part + o_m, b_top, mask=m_m)
     tl.store(parts.sum + o_part + o_m, b_sum, mask=m_m)
@@ -215,21 +223,14 @@ def _shape(query_heads: int, key: torch.Tensor, value: torch.Tensor, align: int)
     return _Shape(H, G, *widths, max(16, BG), rows, PAGE, align, BG, max(1, min(16, _COMBINED // (BG * widths.BDV))))
 
 
-def append_places(key: torch.Tensor, value: torch.Tensor, table: Table, end: torch.Tensor) -> None:
-    """Hold the last token of every sequence: ``key`` ``[B, H_kv, 1, D]``, ``value`` ``[B, H_kv, 1, Dv]``; ``end`` int32
-    ``[B]`` counts the tokens, this one included."""
-    require_triton()
-    shape = _shape(key.shape[1], key, value, table.align)
-    launch(_append_kernel, (shape.H, key.shape[0]),
-        strided(key), strided(value), table.lines, end, SHAPE=shape, num_warps=1,
-    )  # fmt: skip
-
-
 def attend_places(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: Table, end: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Attention of ``query`` ``[B, H, 1, D]`` to what the heads hold: ``[B, H, 1, Dv]``, 0 where that is nothing. Of
-    ``key`` and ``value``, those of the new token, only the shape and the dtype count."""
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: Table, end: torch.Tensor, scale: float,
+    holds: bool = True,
+) -> torch.Tensor:  # fmt: skip
+    """Attention of ``query`` ``[B, H, 1, D]`` to what the heads hold and to the last token of every sequence, which is
+    held then: ``[B, H, 1, Dv]``. ``key`` ``[B, H_kv, 1, D]`` and ``value`` ``[B, H_kv, 1, Dv]`` are those of the token,
+    which ``end`` int32 ``[B]`` counts as well. ``holds`` False: it is held already, nothing is written, and of ``key``
+    and ``value`` only the shape and the dtype count."""
     require_triton()
     B, H = query.shape[:2]
     shape, programs = _shape(H, key, value, table.align), table.programs.shape[1]
@@ -239,8 +240,9 @@ def attend_places(
     memory = torch.empty(count * (2 + shape.DV), dtype=torch.float32, device=query.device)
     most, total, weighted = memory.split([count, count, count * shape.DV])
     parts = _Parts(most, total, weighted, out, table.done)
+    new = [strided(x if holds else None) for x in (key, value)]
     launch(_split_kernel, (programs, B),
-        strided(query), table.programs, end, parts, scale * 1.4426950408889634, SHAPE=shape,
+        strided(query), *new, table.programs, end, parts, scale * 1.4426950408889634, SHAPE=shape,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out

@@ -60,6 +60,27 @@ def test_attention_alone_is_checked_before_it_has_a_speed(monkeypatch: pytest.Mo
         decoding.attention_rows(1, 64, "cpu", torch.float32)
 
 
+def test_what_is_timed_of_thinning_is_what_a_text_thins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that thin on the way hold what a longer prompt does."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import decoding
+
+    draw = torch.Generator().manual_seed(0)
+    q, *kv = (torch.randn(1, 1, 1, 16, generator=draw) for _ in range(3))
+    own, random = decoding.PerHead((decoding.HeadRows(2, 40, 16),)), decoding.Random(torch.tensor(0), 3)
+    one, other = (decoding.Held(own, *kv, random, 0.25, 5) for _ in range(2))
+    past = [torch.randn(1, 1, 600, 16, generator=draw) for _ in range(2)]
+    one.fill(*past)
+    other.fill(*(torch.cat([x, new.expand(-1, -1, 80, -1)], 2) for x, new in zip(past, kv, strict=True)))
+    one.settle(single=True)
+    one.prepare_step(end := torch.empty(1, dtype=torch.int32))
+    assert decoding.thinning([one], (q, *kv), end, 80) > 0
+    one.settle()
+    assert one.length == other.length == [680] and torch.equal(one.rows(), other.rows())
+    masses = [x.parts[0].log_weight.exp().sum() for x in (one, other)]
+    torch.testing.assert_close(*masses)
+
+
 def test_whole_steps_and_a_cache_alone_have_a_row_for_each_method(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -73,6 +94,10 @@ def test_whole_steps_and_a_cache_alone_have_a_row_for_each_method(
     attended, updated = decoding.cache_rows(1, 400, "cpu", torch.float32)
     assert attended["job"] == "decode_cache" and attended["error"] <= 1e-5
     assert updated["job"] == "cache_update" and updated["ms_p50"] > 0
+    append, share, thinned = (float(params_of(updated)[name]) for name in ("append_us", "share", "thinning_us"))
+    assert updated["opponent_ms_p50"] == attended["ms_p50"] and thinned >= 0
+    assert append == pytest.approx(1e3 * (updated["ms_p50"] - attended["ms_p50"]), abs=0.01)
+    assert share == pytest.approx(updated["ms_p50"] / attended["ms_p50"] - 1, abs=1e-3)
     with torch.no_grad():
         model = decoding.random_llama("cpu", torch.float32, decoding.TINY)
     plans = decoding.planned_rows(model)

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from express_compile.core.rows import Rows
 from express_compile.kernels import due as D
 from express_compile.kernels import held as K
+from express_compile.kernels.attend import places
 from express_compile.kernels.attend.places import PAGE
-from express_compile.kernels.due import do_what_is_due
 from express_compile.kernels.heads import EVERYTHING, PerHead
 from express_compile.kernels.held import Held
 from express_compile.kernels.launch import Random
+from express_compile.kernels.select import pages
 
 KINDS = (Rows(2, 20), Rows(2, 9, 8, 10), EVERYTHING, Rows(3, 40, 16), Rows(1, 70, 4), Rows(2, 64, protected=40))
 
@@ -34,8 +35,9 @@ class Launching:
         self.late += sum(x.end == 0 for part in cache.parts for x in part.ahead.values())
         cache.settle(single=True)
         cache.prepare_step()
-        for _ in range(1 + again):
-            do_what_is_due(key, value, cache._table[1], cache._table[3], cache._end)
+        cache.launch_due()
+        if again:
+            cache._do_what_is_due(cache._end)
         out = cache._step_reference(query, key, value)
         cache.look_ahead(1)
         cache.end_step()
@@ -48,9 +50,12 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(D, "_CHUNKS", 2)
 
 
-def made(rows: tuple[Rows, ...], n: int, B: int, pad: int, turn: int, total: int) -> tuple[list[torch.Tensor], Held]:
-    draw = torch.Generator().manual_seed(n)
-    shapes = (2 * len(rows), 4), (len(rows), 4), (len(rows), 3)
+def made(
+    rows: tuple[Rows, ...], n: int, B: int, pad: int, turn: int, total: int,
+    widths: tuple[int, int] = (4, 3), G: int = 2,
+) -> tuple[list[torch.Tensor], Held]:  # fmt: skip
+    draw, (D, Dv) = torch.Generator().manual_seed(n), widths
+    shapes = (G * len(rows), D), (len(rows), D), (len(rows), Dv)
     qkv = [torch.randn(B, h, total, d, generator=draw) for h, d in shapes]
     cache = Held(PerHead(rows), *qkv[1:], Random(torch.tensor(7), 3), 0.5, turn)
     real = [(True,) * n] * (B - 1) + [tuple(i >= pad for i in range(n))]
@@ -109,8 +114,7 @@ def test_steps_do_what_is_due_whatever_comes_between_them(by_kernels, rows, n, B
         if event == "fail":  # a step that was launched and did not end
             one.cache.settle(single=True)
             one.cache.prepare_step()
-            new = [x[:, :, n : n + 1] for x in (k, v)]
-            do_what_is_due(*new, one.cache._table[1], one.cache._table[3], one.cache._end)
+            one.cache.launch_due()
             one.cache.drop(0, 1)
         elif event == "copy":
             one.cache = copy.deepcopy(one.cache)
@@ -142,8 +146,10 @@ def test_after_the_first_steps_the_host_has_nothing_to_do_before_one(by_kernels)
         if length >= due:
             busy.append(i)
         new = [x[:, :, i : i + 1] for x in (q, k, v)]
-        if length < due:  # as replays: nothing before, and behind only what idle() says
-            do_what_is_due(*new[1:], cache._table[1], cache._table[3], cache._end.fill_(length + 1))
+        if length < due:  # as replays: before and behind them only what idle() says
+            cache._end.fill_(length + 1)
+            if length >= behind:
+                cache.launch_due()
             cache._step_reference(*new)
             if length >= behind:
                 cache.look_ahead(1)
@@ -182,3 +188,97 @@ def test_a_step_that_is_launched_twice_does_the_same_again(by_kernels) -> None:
             one.step(*new)
     assert due == 3
     assert_same(cache, other)
+
+
+def is_due(cache: Held) -> bool:
+    return any(x.end == cache.length[b] + 1 for part in cache.parts for (b, _), x in part.ahead.items())
+
+
+@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.sampled_from((*KINDS, Rows(2, 5, selected=1))), min_size=1, max_size=2), st.integers(200, 400),
+    st.integers(0, 80), st.sampled_from([(4, 3), (20, 16), (16, 24)]), st.integers(1, 3),
+)  # fmt: skip
+def test_a_step_in_which_rows_are_due_holds_what_the_reference_does(by_kernels, rows, n, pad, widths, G) -> None:
+    """Its attention holds the new token in the launch behind the one that moves rows; launched again, as a graph is
+    recorded, interrupted, and dropped."""
+    (q, k, v), cache = made((*rows, Rows(3, 40, 16)), n, 2, pad, 5, n + 80, widths, G)
+    one, other, due, i = Launching(cache), copy.deepcopy(cache), 0, n
+    while due < 3 and i < n + 80:
+        new = [x[:, :, i : i + 1] for x in (q, k, v)]
+        i += 1
+        other.settle()
+        if not is_due(cache):
+            one.step(*new)
+            other.extend(*new)
+            continue
+        due += 1
+        cache.settle(single=True)
+        cache.prepare_step()
+        first = cache.launch_step(*new)
+        before = [getattr(part, name).clone() for part in cache.parts for name in part.TENSORS]
+        assert torch.equal(cache.launch_step(*new), first)
+        after = [getattr(part, name) for part in cache.parts for name in part.TENSORS]
+        assert all(map(torch.equal, before, after))
+        if due == 1:  # it did not end, and comes again
+            cache.drop(0, 1)
+            cache.settle(single=True)
+            cache.prepare_step()
+            torch.testing.assert_close(cache.launch_step(*new), first, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(first, other.extend(*new), rtol=1e-5, atol=1e-5)
+        cache.look_ahead(1)
+        cache.end_step()
+        if due == 2 and min(cache.exact_tail, other.exact_tail):  # it ended, and comes again
+            for held in (cache, other):
+                held.drop(1)
+                held.settle(single=held is cache)
+            torch.testing.assert_close(cache.step(*new), other.extend(*new), rtol=1e-5, atol=1e-5)
+    assert due == 3
+    assert_same(cache, other)
+    for part, its in zip(cache.parts, other.parts, strict=True):
+        eights = [x.means[:, :, : -(-min(cache.length) // 8)] for x in (part, its)]
+        torch.testing.assert_close(*eights, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("selects", [False, True])
+def test_a_step_is_one_launch_beside_the_choice_of_pages_and_one_more_where_rows_are_due(
+    by_kernels, launches_of, selects: bool
+) -> None:
+    rows = (Rows(2, 9), Rows(2, 9, 8, 10), Rows(3, 40, 16), *[Rows(2, 5, selected=1)] * selects)
+    (q, k, v), cache = made(rows, 300, 2, 30, 5, 400)
+    launches, found, one = [launches_of(module) for module in (D, pages, places)], [], Launching(cache)
+
+    def launched(new: list[torch.Tensor]) -> list[str]:
+        for own in launches:
+            own.clear()
+        cache.launch_step(*new)
+        return [kernel.fn.__name__ for own in launches for kernel, _ in own]
+
+    always = ["_step_kernel"] * selects + ["_split_kernel"]
+    for i in range(300, 360):
+        new = [x[:, :, i : i + 1] for x in (q, k, v)]
+        if found.count(is_due(cache)) == 1:
+            one.step(*new)
+            continue
+        found.append(is_due(cache))
+        cache.settle(single=True)
+        cache.prepare_step()
+        assert launched(new) == ["_due_kernel"] * found[-1] + always
+        assert launched(new) == always  # as a replay does
+        cache.look_ahead(1)
+        cache.end_step()
+    assert sorted(found) == [False, True]
+
+
+def test_rows_that_are_due_never_have_the_place_of_the_new_token(by_kernels) -> None:
+    """So the launch that moves them and the one that holds it write to different places."""
+    (q, k, v), cache = made(tuple(x for x in KINDS if not x.everything), 700, 1, 0, 5, 1300)
+    one, seen = Launching(cache), 0
+    for i in range(700, 1000):
+        for part in cache.parts:
+            for ahead in (x for x in part.ahead.values() if x.end):
+                ((place, _, _),) = part._in_ring(ahead.end - 1, ahead.end)
+                assert place not in ahead.at.tolist()
+                seen += 1
+        one.step(*(x[:, :, i : i + 1] for x in (q, k, v)))
+    assert seen > 20

@@ -109,6 +109,24 @@ def test_steps_of_any_shape_repeat_without_a_trace(sizes, rows, n: int, data) ->
     assert_same(one, other)
 
 
+@pytest.mark.parametrize("rows", [MIXED, MIXED[4:5]], ids=["mixed", "selected"])
+def test_attention_to_what_is_held_writes_nothing(rows: tuple[Rows, ...]) -> None:
+    """The new token is held already, as it is by heads that select: attention reads it where it is."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h * len(rows), 140, d, generator=draw) for h, d in ((3, 20), (1, 20), (1, 12)))
+    cache = Held(PerHead(rows), k, v, Random(torch.tensor(7), 3), 0.5)
+    cache.fill(k[:, :, :139], v[:, :, :139], [(True,) * 139, tuple(i >= 70 for i in range(139))])
+    cache.settle(single=True)
+    cache.prepare_step()
+    new = [x[:, :, 139:] for x in (q, k, v)]
+    out = cache.step_triton(*new)
+    before = [getattr(part, name).clone() for part in cache.parts for name in part.TENSORS]
+    blank = [torch.full_like(x, math.nan) for x in new[1:]]
+    again = P.attend_places(new[0], *blank, cache._table[1], cache._end, 0.5, holds=False)
+    torch.testing.assert_close(again, out, rtol=1e-5, atol=1e-6)
+    assert all(map(torch.equal, before, [getattr(part, name) for part in cache.parts for name in part.TENSORS]))
+
+
 def test_where_memory_has_moved_or_sequences_are_others_there_is_another_table() -> None:
     k = torch.randn(2, 2, 300, 4, generator=torch.Generator().manual_seed(0))
     cache = Held(PerHead((Rows(2, 9), EVERYTHING)), k, k, Random(torch.tensor(7), 3), 0.5)

@@ -139,6 +139,44 @@ def test_what_is_due_is_decided_while_a_replay_runs_and_not_before_one(model, re
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("pads", [(0, 0), (0, 33)])
+def test_rows_move_before_the_replay_in_which_that_is_due(model, recorded, monkeypatch, pads: tuple[int, ...]) -> None:
+    """By the kernel; a replay finds nothing due, as a graph holds no launch for it. What stops the step then loses
+    nothing, before the replay and in it."""
+    ids, mask = prompt(model, 200, pads)
+    monkeypatch.setattr(held, "_by_kernels", lambda x: True)
+    move, moved, failed = held.do_what_is_due, list[int](), 0
+
+    def counted(*args: Any) -> None:
+        moved.append(int(args[4].max()))
+        move(*args)
+
+    def is_due(x: held.Held) -> bool:
+        return any(part.does(slice(*b), x.length[b[0]]) for part in x.parts for b in part.ahead)
+
+    def settled(self: held.Held, *args: torch.Tensor) -> torch.Tensor:
+        assert not is_due(self)
+        return held.Held._step_reference(self, *args)
+
+    monkeypatch.setattr(held, "do_what_is_due", counted)
+    monkeypatch.setattr(held.Held, "launch_step", settled)
+    cache = ExpressCache(model, rows=Rows(2, 9, 8), graphs=True)
+    model(**inputs(ids[:, :120], mask[:, :120], cache))
+    other = copy.deepcopy(cache)
+    for i in range(120, 200):
+        step = ids[:, i : i + 1], mask[:, : i + 1]
+        if i > 122 and failed < 2 and is_due(cache.express_layers[failed].held):
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+                patch.setattr(*((cache.steps, "replay", stop) if failed else (model.lm_head, "forward", stop)))
+                cache.steps(model, inputs(*step, cache))
+            failed += 1
+        out = cache.steps(model, inputs(*step, cache))
+        torch.testing.assert_close(out.logits, model(**inputs(*step, other)).logits, rtol=1e-4, atol=1e-5)
+    assert failed == 2 and len(set(moved)) > 4
+    assert_same(cache, other)
+
+
+@torch.no_grad()
 def test_a_step_that_was_replayed_can_be_cropped_and_the_next_one_counts_on(model, recorded: list[int]) -> None:
     ids, mask = prompt(model, 140)
     cache = ExpressCache(model, rows=Rows(2, 9, 2, 4), graphs=True)
@@ -182,6 +220,10 @@ class Stop(BaseException):
     pass
 
 
+def stop(*_: Any, **__: Any) -> None:
+    raise Stop
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("replays", [0, 3])
 @pytest.mark.parametrize("layer", [0, 1])
@@ -195,10 +237,6 @@ def test_a_step_that_raises_or_is_interrupted_has_not_been(model, recorded, repl
     for i in range(120, 120 + replays):
         cache.steps(model, inputs(ids[:, i : i + 1], mask[:, : i + 1], cache))
     n, other = 120 + replays, copy.deepcopy(cache)
-
-    def stop(*_: Any) -> None:
-        raise Stop
-
     with pytest.MonkeyPatch.context() as patch:
         if counted:
             patch.setattr(cache.express_layers[layer], "end_recorded", stop)

@@ -369,6 +369,11 @@ class ExpressLayer(CacheLayerMixin):
         self.keys = self.values = None
         return self.held.prepare_step(end)
 
+    def launch_due_recorded(self) -> None:
+        """Let rows change places before the replay in which that is due."""
+        assert self.held is not None
+        self.held.launch_due()
+
     def look_ahead_recorded(self) -> None:
         """Decide what is due soon after a token that a replay adds and that is not counted yet."""
         assert self.held is not None

@@ -5,7 +5,7 @@ generate() asks a model for the compiled form of its call wherever a cache allow
 recorded as one CUDA graph of the model as it runs eagerly, or as it was compiled by ``model.compile()``, and replayed
 for the tokens that follow. Where rows are and how many tokens there are stands in memory that does not move, so a graph
 serves until memory has to grow, which only heads that hold all tokens need. What has to be thinned is decided behind a
-replay, and rows move in the one in which they are due (:mod:`..kernels.due`).
+replay, and rows move by one launch of their layer before the replay in which they are due (:mod:`..kernels.due`).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Steps:
         self.weights: tuple[int, ...] = ()  # where the model has them
         self.places: list[Any] = []  # of every layer, where its memory is
         self.due: list[int] = []  # of every layer, how many columns there are when next something comes before a replay
-        self.behind: list[int] = []  # the same for what comes behind one
+        self.behind: list[int] = []  # the same for what is due in one, or decided behind it
         self.changes = -1  # of the cache, the last time that its state was looked at
         self.end = torch.empty(0, dtype=torch.int32)  # of every sequence, its tokens with the new one
 
@@ -106,13 +106,15 @@ class Steps:
         given = {name: x for name, x in inputs.items() if name not in _TOKENS}
         known = [self.weights, given, *self.places]
         try:
+            behind = [(i, layer) for i, layer in enumerate(layers) if layer.columns >= self.behind[i]]
+            for _, layer in behind:
+                layer.launch_due_recorded()
             if known != self.known or self.replay is None:
                 self.replay = self.out = None
                 self.replay, out = record(lambda: self._run(model, cache, given), ids.device)
                 self.out = _mapped(out, lambda x: _CACHE if x is cache else x)  # or it would hold itself
                 self.known = known
             self.replay()
-            behind = [(i, layer) for i, layer in enumerate(layers) if layer.columns >= self.behind[i]]
             for _, layer in behind:  # the host decides what is next while the device is at this step
                 layer.look_ahead_recorded()
             for layer in layers:
