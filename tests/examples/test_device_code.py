@@ -62,7 +62,8 @@ def test_what_express_and_its_gradient_launch(calls: ModuleType) -> None:
 
 def test_what_the_layers_of_a_shipped_plan_launch(calls: ModuleType) -> None:
     """Eight of its heads in each: halvings of all kinds of rows in one launch, choices in two launches, or in four
-    where blocks of queries begin in two ways, and contests in three, or four where some places take more warps."""
+    where blocks of queries begin in two ways, and contests in three, or four where some places take more warps;
+    and in six where windows leave 47 and 62 contests."""
     layers = import_module("benchmark").layers_of(SavedPlan.load(PLANS / "qwen2.5-coder-0.5b.json"), 32, 8)
     found = []
     for own in layers:
@@ -72,12 +73,12 @@ def test_what_the_layers_of_a_shipped_plan_launch(calls: ModuleType) -> None:
         count = Counter(names(launches))
         assert count.pop("segment_kernel") == 1
         assert count.pop("_zero_kernel", 0) + count["_sum_kernel"] >= count["_thin_kernel"]
-        assert count["_describe_kernel"] == count["_thin_kernel"] and count["_sum_kernel"] == bool(
-            count["_contest_kernel"]
-        )
+        assert count["_describe_kernel"] == count["_thin_kernel"]
         assert count["_score_kernel"] == count["_choose_kernel"] + count["_sum_kernel"]
-        found.append((count.total(), count["_thin_kernel"], count["_choose_kernel"], count["_contest_kernel"]))
-    assert found == [(6, 1, 2, 0), (9, 1, 2, 1), (9, 1, 1, 2), (7, 1, 1, 1), (7, 1, 1, 1), (6, 0, 1, 2)]
+        kernels = "_thin_kernel", "_choose_kernel", "_sum_kernel", "_contest_kernel"
+        found.append((count.total(), *map(count.__getitem__, kernels)))
+    without, contests = [(6, 1, 2, 0, 0), (4, 1, 1, 0, 0)], [(9, 1, 1, 1, 2), (9, 1, 2, 1, 1)]
+    assert found == [*without, *contests, (8, 0, 1, 2, 2), (6, 0, 1, 1, 2)]
 
 
 @pytest.mark.parametrize("table", sorted(TABLE.parent.glob("device-code*.csv")), ids=lambda path: path.stem)
