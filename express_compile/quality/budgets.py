@@ -302,8 +302,11 @@ def mean_kl(exact: torch.Tensor, approximate: torch.Tensor, first: int, batch: A
 
 
 def _real(batch: Any, scores: torch.Tensor) -> torch.Tensor:
-    """Which of the positions of ``scores`` no padding mask of the batch hides: bool ``[batch, positions]``."""
-    masks = [batch.get(f"{whose}attention_mask") for whose in ("decoder_", "")] if isinstance(batch, Mapping) else []
+    """Which of the positions of ``scores`` no padding mask of the batch hides: bool ``[batch, positions]``; beside
+    inputs of a decoder ``attention_mask`` is that of an encoder."""
+    given = batch if isinstance(batch, Mapping) else {}
+    names = ["decoder_attention_mask", "attention_mask"]
+    masks = [given.get(x) for x in (names[:1] if {"decoder_input_ids", "decoder_inputs_embeds"} & {*given} else names)]
     fit = (x for x in masks if isinstance(x, torch.Tensor) and x.shape == scores.shape[:2])
     return next((x.to(scores.device) != 0 for x in fit), scores.new_ones(scores.shape[:2], dtype=torch.bool))
 

@@ -156,11 +156,11 @@ def fit(
     budget = None
     with rewritten(model, base):
         if speedup is not None:
-            _times(speedup, found_in(model, judged[0])[1], options, length, base)  # known early whether it is reached
+            _times(speedup, found_in(model, judged)[1], options, length, base)  # known early whether it is reached
         if profile is None:
             profile, reports = measured(model, profiled, options, block, progress, query_heads)
         else:
-            reports = profiled_before(model, judged[0], profile)
+            reports = profiled_before(model, judged, profile)
         search = _Search(model, judged, profile, reports, length, base)
         if tolerance is not None:
             price = search.by_tolerance(tolerance)

@@ -15,6 +15,7 @@ of a row, moves the choice of all heads from the best options to the cheapest.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -203,11 +204,8 @@ def measured(
     query_heads: bool = False,
 ) -> tuple[Profile, list[SiteReport]]:  # fmt: skip
     """:func:`profile` of a model that is :func:`rewritten`; the reports of its sites, in order, and then of others."""
-    finder, reports = found_in(model, samples[0])
-    if not finder.sites:
-        reasons = "; ".join(sorted({x.reason for x in reports})) or "it has none"
-        raise ValueError(f"model: no site can have rows for each head: {reasons}")
-    of = {x.layer: x for x in reports if x.saved is not None and x.verdict == "rewritten"}
+    finder, _ = found_in(model, samples)
+    ran: list[SiteReport] = []
     tokens = max(map(tokens_of, samples))
     rows = tuple(rows_of(options, tokens, PerHead(EVERYTHING, block=block)))
     each = []
@@ -215,8 +213,10 @@ def measured(
         task = bar.add_task("profile", total=len(samples) * len(finder.sites) * (len(options) + 1))
         for batch in samples:
             meter = _Meter(options, finder.projections, query_heads, lambda: bar.advance(task))
-            with run_by(meter):
+            with record_sites() as reports, run_by(meter):
                 exact = scores_of(model, batch)
+            ran += reports
+            of = {x.layer: x for x in _by_place(reports, True).values()}
             errors = meter.errors()
             ratios = _ratios(model, batch, exact, errors, options, rows, lambda: bar.advance(task))
             sites = tuple(
@@ -226,28 +226,41 @@ def measured(
                 for layer, own in errors.items()
                 if (saved := of[layer].saved) is not None
             )
-            each.append(Profile(options, tokens, 1, rows, sites))
-    found = joined(each)
-    return found, _in_order(found, reports)
+            if sites:
+                each.append(Profile(options, tokens, 1, rows, sites))
+    if not each:
+        reasons = "; ".join(sorted({x.reason for x in ran})) or "it has none"
+        raise ValueError(f"model: no site can have rows for each head: {reasons}")
+    found = replace(joined(each), samples=len(samples))
+    return found, _in_order(found, ran)
 
 
 def joined(profiles: Sequence[Profile]) -> Profile:
     """The profile of several samples of which each was profiled alone, with the same options.
 
     ``nats * errors`` is the mean of theirs, each in units of what its sites lose with all options on average, and the
-    result in the mean of these units: samples count alike, however sure the model is of what they say. ``errors`` of a
-    site are their mean, in proportion to its weights ``nats`` in these units.
+    result in the mean of these units over samples that lose something: samples count alike, however sure the model is
+    of what they say. ``errors`` of a site are their mean, in proportion to its weights ``nats`` in these units. Where a
+    sample does not run a site it loses nothing there. Sites are in the order in which they are first met.
     """
-    first, each = profiles[0], np.array([[site.nats for site in x.sites] for x in profiles])  # [samples, sites]
-    errors = [np.array([x.sites[i].errors for x in profiles]) for i in range(len(first.sites))]
+    by_place = [{(site.module, site.index): site for site in x.sites} for x in profiles]
+    first = {place: site for own in reversed(by_place) for place, site in own.items()}
+    order = dict.fromkeys(place for own in by_place for place in own)
+    silent = {
+        place: replace(x, errors=((0.0,) * len(x.errors[0]),) * len(x.errors), nats=0.0) for place, x in first.items()
+    }
+    all_of = [[own.get(place, silent[place]) for place in order] for own in by_place]  # [samples][sites]
+    each = np.array([[site.nats for site in own] for own in all_of])
+    errors = [np.array([own[i].errors for own in all_of]) for i in range(len(order))]
     lost = sum(each[:, i] * own.sum(1).mean(1) for i, own in enumerate(errors))  # by sample
-    weights = each * np.divide(lost.mean(), lost, out=np.zeros_like(lost), where=lost > 0)[:, None]
+    unit = lost.sum() / max(np.count_nonzero(lost), 1)
+    weights = each * np.divide(unit, lost, out=np.zeros_like(lost), where=lost > 0)[:, None]
     sites = []
-    for site, own, of_site in zip(first.sites, errors, weights.T, strict=True):
+    for place, own, of_site in zip(order, errors, weights.T, strict=True):
         mean = np.average(own, 0, weights=of_site if of_site.any() else None)
-        sites.append(replace(site, errors=tuple(map(tuple, mean.tolist())), nats=float(of_site.mean())))
+        sites.append(replace(first[place], errors=tuple(map(tuple, mean.tolist())), nats=float(of_site.mean())))
     tokens, samples = max(x.tokens for x in profiles), sum(x.samples for x in profiles)
-    return replace(first, tokens=tokens, samples=samples, sites=tuple(sites))
+    return replace(profiles[0], tokens=tokens, samples=samples, sites=tuple(sites))
 
 
 def _ratios(
@@ -276,23 +289,34 @@ def _ratios(
     return found
 
 
-def profiled_before(model: nn.Module, sample: Any, found: Profile) -> list[SiteReport]:
+def profiled_before(model: nn.Module, samples: Sequence[Any], found: Profile) -> list[SiteReport]:
     """The reports of a model that is :func:`rewritten` and has a profile, as :func:`measured` gives them. Raises
     ``ValueError`` for a profile of another model."""
-    return _in_order(found, found_in(model, sample)[1])
+    return _in_order(found, found_in(model, samples)[1])
 
 
-def found_in(model: nn.Module, sample: Any) -> tuple[_Finder, list[SiteReport]]:
-    """The sites of a model and the linear layers that take their outputs, by a short pass."""
+def found_in(model: nn.Module, samples: Sequence[Any]) -> tuple[_Finder, list[SiteReport]]:
+    """The sites of a model, each once, and the linear layers that take their outputs, by a short pass for each sample,
+    as what runs may depend on the input."""
     finder = _Finder(model)
     with record_sites() as reports, run_by(finder), finder.hooked():
-        model(sample[:, :_CHUNK]) if isinstance(sample, torch.Tensor) else model(**sample)
-    return finder, reports
+        for sample in samples:
+            model(sample[:, :_CHUNK]) if isinstance(sample, torch.Tensor) else model(**sample)
+    return finder, [*_by_place(reports, True).values(), *_by_place(reports, False).values()]
+
+
+def _by_place(reports: Iterable[SiteReport], rewritten: bool) -> dict[tuple[str, int], SiteReport]:
+    """The reports of the sites that are rewritten, or of those that are not, each once."""
+    return {
+        (x.saved.module, x.saved.index): x
+        for x in reports
+        if x.saved is not None and (x.verdict == "rewritten") == rewritten
+    }
 
 
 def _in_order(found: Profile, reports: Sequence[SiteReport]) -> list[SiteReport]:
     """The reports of the sites of a profile, in its order, and then those of sites that are left exact."""
-    of = {(x.saved.module, x.saved.index): x for x in reports if x.saved is not None and x.verdict == "rewritten"}
+    of = _by_place(reports, True)
     for site in found.sites:
         report = of.get((site.module, site.index))
         spec = None if report is None else report.spec
@@ -304,7 +328,7 @@ def _in_order(found: Profile, reports: Sequence[SiteReport]) -> list[SiteReport]
             )
     return [
         *(of[site.module, site.index] for site in found.sites),
-        *(x for x in reports if x.verdict != "rewritten"),
+        *_by_place(reports, False).values(),
     ]
 
 
@@ -388,7 +412,7 @@ class _Meter(Exactly):
     """Runs everything exactly, and adds up what each option would be off by, on the device."""
 
     def __init__(
-        self, options: Sequence[Rows], projections: Mapping[int, torch.Tensor], query_heads: bool,
+        self, options: tuple[Rows, ...], projections: Mapping[int, torch.Tensor], query_heads: bool,
         advance: Callable[[], None],
     ) -> None:  # fmt: skip
         self.options, self.projections, self.query_heads, self.advance = options, projections, query_heads, advance
@@ -399,9 +423,11 @@ class _Meter(Exactly):
         heads = (call.query if self.query_heads else call.key).shape[1]
         weight = self.projections.get(call.layer)
         first = max(0, late(call.Lk) - (call.Lk - call.Lq))
+        tokens = call.Lk if call.padding is None else max(int(call.padding.sum(1).max()), 1)
         off = []
-        for option in self.options:
-            tried = with_rows(call, [option]).run(op)[0]
+        for option, is_exact in zip(self.options, _see_all(self.options, tokens, call.options["block"]), strict=True):
+            # what it is off by is rounding, which would weigh as much as what a longer sample loses
+            tried = exact if is_exact else with_rows(call, [option]).run(op)[0]
             off.append(_squares(tried, exact, first, heads, weight))
             self.advance()
         self.off[call.layer] = self.off.get(call.layer, 0) + torch.stack(off, 1)
@@ -440,6 +466,14 @@ def rows_of(options: Sequence[Rows], tokens: int, base: PerHead) -> list[float]:
     all of them."""
     seen = (rows_seen(replace(base, rows=(option,)), tokens)[0, late(tokens) :] for option in options)  # one at a time
     return [float(x.mean()) for x in seen]
+
+
+@functools.lru_cache
+def _see_all(options: tuple[Rows, ...], tokens: int, block: int) -> list[bool]:
+    """Whether all late queries of so many tokens see all of them, by option."""
+    base = PerHead(EVERYTHING, block=block)
+    (every,) = rows_of([EVERYTHING], tokens, base)
+    return [rows == every for rows in rows_of(options, tokens, base)]
 
 
 # -------------------------------------------------------------------------------------------------------- choice

@@ -181,6 +181,75 @@ def test_samples_count_alike_however_certain_the_model_is() -> None:
     torch.testing.assert_close(torch.tensor(found.errors), torch.tensor(((0.2, 0.2), (0.35, 0.05))))
 
 
+class Branches(nn.Module):
+    """A decoder of which the first token of a text says which layers run, and in which order."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.o = nn.Linear(32, 96), nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+            y = F.scaled_dot_product_attention(3 * q, k, v, is_causal=True)
+            return x + self.o(y.transpose(1, 2).flatten(2))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(50, 32), nn.Linear(32, 50)
+        self.layers = nn.ModuleList(self.Layer() for _ in range(3))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for i in ((0, 1, 2), (2, 1, 0), (1, 2), ())[int(ids[0, 0])]:
+            x = self.layers[i](x)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("branches", [(0, 1), (0, 2), (2, 0), (3, 0), (2, 1, 3)])
+def test_samples_that_run_other_layers_or_in_another_order_count_where_they_run(branches: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = Branches().eval()
+    samples = [torch.randint(50, (1, 200)).index_fill(1, torch.tensor(0), branch) for branch in branches]
+    found = profile(model, samples, OPTIONS, block=16)
+    alone = {x: profile(model, sample, OPTIONS, block=16) for x, sample in zip(branches, samples, strict=True) if x < 3}
+    lost = {x: sum(float(site.weighted.sum()) for site in own.sites) for x, own in alone.items()}
+    expected: dict[str, torch.Tensor] = {}
+    for x, own in alone.items():
+        for site in own.sites:
+            share = site.weighted / lost[x] * (sum(lost.values()) / len(lost)) / len(lost)
+            expected[site.module] = expected.get(site.module, 0) + share
+    assert [site.module for site in found.sites] == list(expected) and found.samples == len(samples)
+    for site in found.sites:
+        torch.testing.assert_close(site.weighted, expected[site.module], rtol=1e-6, atol=1e-12)
+        assert site.through == f"{site.module}.o"
+    fitted = fit(model, samples, rows=60, options=OPTIONS, block=16, held_out=samples[::-1], last=0)
+    again = fit(model, samples[::-1], rows=60, block=16, last=0, profile=fitted.profile)
+    assert again.plan.sites == fitted.plan.sites and {x.module for x in fitted.plan.sites} == set(expected)
+    kls = [kl_of(model, sample, 50, plan=fitted.plan) for sample in samples]
+    assert fitted.kl == again.kl == pytest.approx(sum(kls) / len(kls), rel=1e-3, abs=1e-7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_sample_that_is_shorter_than_the_options_says_nothing(model, ids, dtype: torch.dtype, padded: bool) -> None:
+    """What rounding leaves there is not made as large as what the other sample loses."""
+    model, ids = deepcopy(model).to(dtype), ids[:1]
+    options = (Rows(2, 40), Rows(2, 80), Rows(2, 40, thinned=4), Rows(2, 40, selected=1), EVERYTHING)
+    short: torch.Tensor | dict[str, torch.Tensor] = ids[:, :30]
+    if padded:
+        real = torch.arange(240).expand_as(ids) >= 210
+        short = {"input_ids": torch.where(real, ids, 0), "attention_mask": real.long()}
+    long = profile(model, ids, options, block=16)
+    silent = profile(model, [short], options, block=16)
+    assert all(not site.weighted.any() for site in silent.sites)
+    both = profile(model, [short, ids], options, block=16)
+    for site, own in zip(both.sites, long.sites, strict=True):
+        torch.testing.assert_close(site.weighted, own.weighted / 2)
+        torch.testing.assert_close(torch.tensor(site.errors), torch.tensor(own.errors) / (1 if own.nats else 2))
+
+
 @torch.no_grad()
 def test_errors_go_through_the_linear_layer_that_computes_not_through_one_that_has_another_forward(model, ids) -> None:
     class Adapted(nn.Linear):
@@ -477,14 +546,24 @@ def test_one_line_rewrites_a_model_by_a_sample(model, ids, how, heads: int) -> N
 
 def test_the_tokens_of_an_encoder_and_a_decoder_are_those_of_the_decoder() -> None:
     class Both(Decoder):
-        def forward(self, input_ids: torch.Tensor, decoder_input_ids: torch.Tensor) -> torch.Tensor:
+        def forward(
+            self, input_ids: torch.Tensor, decoder_input_ids: torch.Tensor, attention_mask=None
+        ) -> torch.Tensor:
             return super().forward(decoder_input_ids) + self.embed(input_ids).mean(1, keepdim=True)
 
     torch.manual_seed(0)
     samples = [{"input_ids": x[:, :40], "decoder_input_ids": x} for x in texts(40, 45).split(1)]
-    found = fit(Both().eval(), samples, rows=150, options=(Rows(4, 16), EVERYTHING), block=16)
+    model = Both().eval()
+    found = fit(model, samples, rows=150, options=(Rows(4, 16), EVERYTHING), block=16)
     assert found.plan.fitted["tokens"] == found.plan.fitted["held_out"] == (256,)
     assert found.plan.fitted["length"] == 256 and found.chosen == ((Rows(4, 16), EVERYTHING),)
+
+    def kl(**mask: torch.Tensor) -> float:
+        samples = [{"input_ids": x, "decoder_input_ids": x, **mask} for x in texts(40, 45).split(1)]
+        return fit(model, samples, rows=150, options=(Rows(4, 16),), block=16).kl
+
+    # the mask of an encoder hides none of the decoder, also where it has as many positions
+    assert kl() == kl(attention_mask=(torch.arange(256) < 200)[None].long()) > 0
 
 
 def test_what_is_held_out(model, ids) -> None:
