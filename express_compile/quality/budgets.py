@@ -288,7 +288,7 @@ def mean_kl(exact: torch.Tensor, approximate: torch.Tensor, first: int, batch: A
     """Mean KL(exact || approximate) of the scores of a batch over positions from ``first`` on that are no padding, in
     nats. Classes that both rule out, by a score of minus infinity, count nothing. ``ValueError`` where nothing counts,
     and for scores that are no numbers."""
-    total, real = 0.0, _real(batch, exact)
+    total, real = 0.0, real_positions(batch, exact)
     real[:, :first] = False
     if not (positions := int(real.sum())):
         raise ValueError(f"a batch has padding only from position {first} on, where its scores count; give longer ones")
@@ -298,10 +298,10 @@ def mean_kl(exact: torch.Tensor, approximate: torch.Tensor, first: int, batch: A
             total += (p.exp() * (p - q)).masked_fill(p == -math.inf, 0).sum().item()
     if math.isnan(total):
         raise ValueError("model: it gives scores that are NaN, or infinite; must be numbers, or minus infinity")
-    return total / positions
+    return max(total, 0.0) / positions  # rounding makes less than nothing of it
 
 
-def _real(batch: Any, scores: torch.Tensor) -> torch.Tensor:
+def real_positions(batch: Any, scores: torch.Tensor) -> torch.Tensor:
     """Which of the positions of ``scores`` no padding mask of the batch hides: bool ``[batch, positions]``; beside
     inputs of a decoder ``attention_mask`` is that of an encoder."""
     given = batch if isinstance(batch, Mapping) else {}
@@ -320,7 +320,7 @@ def _sensitivities(
         errors = {s: fmean(float(x) for x in by_budget[s]) for s in budgets}
         # where the error is largest its effect is least hidden by rounding, but no longer of second order
         reference = min(budgets, key=lambda s: abs(math.log(max(errors[s], 1e-9) / 0.3)))
-        alone = max(0.0, measure({layer: reference})) if errors[reference] else 0.0
+        alone = measure({layer: reference}) if errors[reference] else 0.0
         kl = {s: alone * (errors[s] / errors[reference]) ** 2 if alone else 0.0 for s in budgets}
         rows = {int(s) if s != "exact" else None: fmean(x) for s, x in seen.rows[layer].items()}
         found[layer] = {"errors": errors, "kl": kl, "rows": rows}

@@ -39,7 +39,7 @@ from ..kernels.heads import EVERYTHING, PerHead, rows_seen
 from ..passes.place import named_modules
 from ..routes.capture import captures_of
 from ..routes.eager import is_rewritten, restore_attention, rewrite_attention
-from .budgets import Exactly, checked_batches, logits_of, lower_hull, mean_kl, slope
+from .budgets import Exactly, checked_batches, logits_of, lower_hull, mean_kl, real_positions, slope
 
 DEFAULT_OPTIONS = (
     *(Rows(sinks=32, recent=recent) for recent in (64, 256, 512, 1024, 1536)),
@@ -284,7 +284,7 @@ def _ratios(
     for layer, of_heads in errors.items():
         if error := float(of_heads[:, fewest].sum()):
             with run_by(Chosen({layer: [options[fewest]]})):
-                found[layer] = max(kl_of(exact, model, batch), 0.0) / error
+                found[layer] = kl_of(exact, model, batch) / error
         advance()
     return found
 
@@ -555,16 +555,25 @@ def samples_of(name: str, sample: Any) -> list[torch.Tensor | Mapping[str, Any]]
     for i, batch in enumerate(samples):
         if tokens_of(batch) < 2:
             raise ValueError(f"{name}[{i}]: {tokens_of(batch)} token; must be 2 or more")
+        first = late(tokens_of(batch))
+        if not real_positions(batch, _tokens(batch))[:, first:].any():
+            words = f"has padding only from position {first} on, where its scores count"
+            raise ValueError(f"{name}[{i}]: {words}; must have tokens there")
     return samples
 
 
 def tokens_of(batch: torch.Tensor | Mapping[str, Any]) -> int:
     """How many tokens the sequences of a sample have, of an encoder and a decoder those of the decoder."""
+    return int(_tokens(batch).shape[1])
+
+
+def _tokens(batch: torch.Tensor | Mapping[str, Any]) -> torch.Tensor:
+    """What the tokens of a sample are given as, ``[batch, tokens, ...]``."""
     found = [batch] if isinstance(batch, torch.Tensor) else [batch.get(name) for name in INPUTS]
-    tokens = next((x.shape[1] for x in found if isinstance(x, torch.Tensor) and x.dim() > 1), None)
+    tokens = next((x for x in found if isinstance(x, torch.Tensor) and x.dim() > 1), None)
     if tokens is None:
         raise ValueError(f"sample: a mapping must hold a tensor {', '.join(INPUTS[:-1])} or {INPUTS[-1]}")
-    return int(tokens)
+    return tokens
 
 
 INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "labels", "input_ids", "inputs_embeds")

@@ -15,7 +15,7 @@ from torch import nn
 from express_compile.core.policy import Policy
 from express_compile.core.sites import record_sites
 from express_compile.kernels.express import rows_seen
-from express_compile.quality.budgets import _cheapest, _hull, calibrate_error
+from express_compile.quality.budgets import _cheapest, _hull, calibrate_error, mean_kl
 from express_compile.routes.eager import is_rewritten, restore_attention, rewrite_attention
 
 PATHS = [f"model.layers.{i}.self_attn" for i in range(3)]
@@ -245,3 +245,11 @@ def test_hulls_are_convex(found) -> None:
         slopes = [(a[1] - b[1]) / (b[0] - a[0]) for a, b in zip(hull, hull[1:], strict=False)]
         assert slopes == sorted(slopes, reverse=True) and all(x > 0 for x in slopes)
         assert hull[-1][1] == 0.0
+
+
+def test_rounding_makes_no_kl_negative() -> None:
+    random = torch.Generator().manual_seed(0)
+    exact = torch.randn(16, 64, 97, generator=random)
+    close = exact + 1e-6 * torch.randn(exact.shape, generator=random)
+    found = [mean_kl(p[None], q[None], 0, None) for p, q in zip(exact, close, strict=True)]
+    assert all(0 <= x < 1e-7 for x in found) and any(found)

@@ -468,8 +468,18 @@ def test_scores_that_cannot_be_judged(model, ids) -> None:
         with pytest.raises(ValueError, match=words):
             fit(decoder, sample, tolerance=1e-4, **how)
     batch = {"input_ids": ids, "attention_mask": (torch.arange(240) < 60).long().expand(2, -1)}
-    with pytest.raises(ValueError, match="padding only from position 60 on, where its scores count"):
-        fit(model, [batch, batch], rows=100, options=OPTIONS, block=16)
+    for name, samples in (
+        ("sample", {"sample": [ids, batch]}),
+        ("held_out", {"sample": ids, "held_out": [ids, batch]}),
+    ):
+        with (
+            pytest.raises(
+                ValueError, match=rf"{name}\[1\]: has padding only from position 60 on, where its scores count"
+            ),
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            patch.setattr(model, "forward", lambda *_, **__: pytest.fail("told before anything is measured"))
+            fit(model, rows=100, options=OPTIONS, block=16, **samples)
 
 
 def test_a_smaller_tolerance_takes_more_rows(model, ids) -> None:
