@@ -130,7 +130,8 @@ def fit(
     held_out: samples to measure the KL on; then all of ``sample`` is profiled. length: tokens that rows and times are
         for; those of the longest sample unless given. progress: show a bar.
     profile: what :func:`.profile.profile` or an earlier fit (``found.profile``) measured on this model, with the same
-        ``block``; then nothing is profiled, all of ``sample`` is held out, and ``options`` and heads are the profile's.
+        ``block``; then nothing is profiled, all of ``sample`` is held out, and ``options`` and heads are the profile's:
+        other ``options``, and ``query_heads`` beside one by KV head, raise.
 
     Takes the passes of :func:`.profile.profile`, and for a tolerance about ten more over what is held out, whose exact
     logits are kept. Raises ``ValueError`` or ``TypeError`` for arguments that do not fit, for what no choice of options
@@ -141,7 +142,7 @@ def fit(
         raise TypeError(f"profile={profile!r}: must be None or a Profile")
     flag("query_heads", query_heads)
     flag("progress", progress)
-    options = checked_options(options if profile is None else profile.options, block)
+    options = _options_of(profile, options, block)
     base = PerHead(EVERYTHING, block=block, last=last)
     samples = samples_of("sample", sample)
     if profile is not None and held_out is not None:
@@ -161,6 +162,7 @@ def fit(
             profile, reports = measured(model, profiled, options, block, progress, query_heads)
         else:
             reports = profiled_before(model, judged, profile)
+            _check_query_heads(query_heads, profile, reports)
         search = _Search(model, judged, profile, reports, length, base)
         if tolerance is not None:
             price = search.by_tolerance(tolerance)
@@ -291,6 +293,24 @@ class _Search:
                 )
             )
         return (*found, *(report.saved for report in self.others if report.saved is not None))
+
+
+def _check_query_heads(query_heads: bool, profile: Profile, reports: Sequence[SiteReport]) -> None:
+    """Raise ``ValueError`` where plans by query head are asked of a profile by KV head."""
+    for site, report in zip(profile.sites, reports, strict=False):
+        if query_heads and report.spec is not None and len(site.errors) != report.spec.H:
+            words = f"query_heads=True: the profile is by KV head, {len(site.errors)} of them at {site.module}"
+            raise ValueError(f"{words}; must be False, or the profile made with query_heads=True")
+
+
+def _options_of(profile: Profile | None, options: Any, block: int) -> tuple[Rows, ...]:
+    """What a head may have: that of a profile, beside which no other may be given."""
+    listed = checked_options(options, block)
+    if profile is None:
+        return listed
+    if listed not in (DEFAULT_OPTIONS, profile.options):
+        raise ValueError(f"options={listed!r}: beside profile, which has those that it measured; must be left out")
+    return checked_options(profile.options, block)
 
 
 def _check_rows(rows: float, options: Sequence[Rows], length: int, base: PerHead) -> None:

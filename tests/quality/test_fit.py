@@ -615,6 +615,14 @@ def test_a_fit_from_a_profile_is_the_fit_that_would_have_measured_it(model, ids)
     )
     with pytest.raises(TypeError, match="profile and held_out were both given"):
         fit(model, ids, rows=100, profile=first.profile, held_out=ids)
+    with pytest.raises(ValueError, match=r"options=\(Rows.*: beside profile, which has those that it measured"):
+        fit(model, ids, rows=100, block=16, profile=first.profile, options=OPTIONS[1:])
+    with pytest.raises(ValueError, match=r"query_heads=True: the profile is by KV head, 2 of them at model.layers.0"):
+        fit(model, ids, rows=100, block=16, profile=first.profile, query_heads=True)
+    own = profile(model, ids[:1], OPTIONS, block=16, query_heads=True)
+    for asked in ({}, {"options": iter(OPTIONS)}, {"query_heads": True}):
+        plan = fit(model, ids[1:], rows=100, block=16, profile=own, **asked).plan
+        assert all(site.per == "query head" for site in plan.sites)
     for changes, what in (
         ({"module": "other"}, "at other, and the model has no such site"),
         ({"errors": ((0.0,) * 5,)}, "1 heads at .* has 2 KV heads and 4 query heads there"),
