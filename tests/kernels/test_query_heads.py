@@ -171,7 +171,7 @@ def test_kv_heads_with_equal_rows_thin_together_however_many_query_heads_have_th
 
 
 def test_rows_of_three_kinds_compete_in_four_launches_and_those_behind_other_sinks_in_three_more(tokens, launches_of):
-    """Two of the kinds in one. And a coreset of one kind begins with zeros that a contest of another one has written."""
+    """Two of them in one. And a coreset of one kind begins with zeros that a contest of another one has written."""
     launches, thinned = launches_of(contest), launches_of(thinning)
     q, k, v = tokens(620, 8, 2, D=16, Dv=16, dtype=torch.float32, Lq=60)
     kernels = [contest._sum_kernel, contest._score_kernel, contest._contest_kernel]
