@@ -552,6 +552,8 @@ def _run(
         LOG_ROWS=_LOG_ROWS, D=D, BD=BD, BN=max(16, min(CONTEST, 8192 // BD)), num_warps=4,
     )  # fmt: skip
     for ticket, (programs, table, constants) in enumerate(series):
-        rows, sizes = _Rows(index, best_rows, newcomers, table, sync), _Sizes(contests, group, H, sinks, ticket)
-        launch(_contest_kernel, (programs,), rows, spans, sizes, **constants)
+        launch(_contest_kernel, (programs,),
+            _Rows(index, best_rows, newcomers, table, sync), spans, _Sizes(contests, group, H, sinks, ticket),
+            **constants,
+        )  # fmt: skip
     return sync[own + own % 2 :] if zeros else None
