@@ -35,6 +35,8 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "clamp_min": ("input", "min"),
     "fill": ("input", "value"),
     "cat": ("tensors", "dim"),
+    "pad": ("input", "pad", "mode", "value"),
+    "nan_to_num": ("input", "nan"),
     "where": ("condition", "input", "other"),
     "masked_fill": ("input", "mask", "value"),
     **dict.fromkeys(("tril", "triu"), ("input", "diagonal")),
@@ -270,7 +272,7 @@ _VARIANTS: dict[str, Callable[[Node, str], _Parameters]] = {
     "view": _shaped,
     "where": _chosen,
 }
-_DEFAULTS = {"arange": {"start": 0, "step": 1}}
+_DEFAULTS = {"arange": {"start": 0, "step": 1}, "pad": {"mode": "constant"}}
 _WHOLE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "where": lambda bound: "other" in bound,  # where(condition) lists indices
     "einsum": lambda bound: isinstance(bound.get("equation"), str),
