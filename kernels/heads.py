@@ -859,8 +859,10 @@ def _costs(spec: AttentionSpec, params: Mapping[str, Any]) -> dict[str, c.Cost]:
 
 def _contestants(own: PerHead, rows: Rows, heads: Iterable[int], n: int) -> Contestants:
     """Heads with protected rows in a prefill of ``n`` tokens."""
-    left = max(0, n - 1 - rows.sinks - rows.recent) // own.block * own.block
-    return Contestants(tuple(heads), rows.sinks, left // CONTEST, min(rows.protected, n), 0, 0)
+    contests = max(0, n - 1 - rows.sinks - rows.recent) // own.block * own.block // CONTEST
+    protected = min(rows.protected, n)
+    losers = max(0, contests * CONTEST - protected) if rows.thinned else 0
+    return Contestants(tuple(heads), rows.sinks, contests, protected, losers + contests * protected, 0)
 
 
 def _thinned_together(own: PerHead, thinned: Sequence[Rows]) -> int:

@@ -270,77 +270,93 @@ def _score_kernel(
     tl.store(p_newcomers + o_row, b_x)
 
 
-# The index that is written, the best rows of groups, the rows of contests of H heads, which of these the heads of every
-# kind are, None for one kind alone, and tickets and arrivals.
-_Rows = namedtuple("_Rows", "index best newcomers places sync")
+# The index that is written, the best rows of groups, the rows of contests of H heads, lines of kinds, and tickets and
+# arrivals.
+_Rows = namedtuple("_Rows", "index best newcomers table sync")
 # Of a launch: of how many contests and heads there are rows, and which ticket is drawn.
-_Sizes = namedtuple("_Sizes", "contests group each H sinks ticket kinds")
-# Of a kind: complete groups that others come after; places come from ``first`` on among the ``length`` rows of a head;
-# and where its index begins, its best rows, in contests, its arrivals and its ``places``.
-_Kind = namedtuple("_Kind", "contests groups protected first length H sequences index best arrivals places")
-
-
-@jit(general="sizes")
-def _contest_kernel(rows, spans, sizes, LOSERS: tl.constexpr, LOGS: tl.constexpr, LOG_ROWS: tl.constexpr):
-    """First the best ``2**LOG`` rows of every complete group, a program for each; then ``each`` contests of one group a
-    program, which waits for those of its head; of all kinds. By ticket: no program waits for one that has not begun."""
-    ticket = tl.atomic_add(rows.sync + sizes.ticket, 1)
-    for i in tl.static_range(len(LOGS)):
-        kind = sizes.kinds[i]
-        if (ticket >= 0) & (ticket < kind.groups * kind.sequences):
-            _best(rows, ticket % kind.groups, ticket // kind.groups, kind, sizes, LOG_ROWS, LOGS[i])
-        ticket -= kind.groups * kind.sequences
-    for i in tl.static_range(len(LOGS)):
-        kind = sizes.kinds[i]
-        programs = (kind.contests + sizes.each - 1) // sizes.each
-        if (ticket >= 0) & (ticket < programs * kind.sequences):
-            begin, i_seq = (ticket % programs).to(tl.int32) * sizes.each, ticket // programs
-            _contest(rows, (begin, i_seq), spans, kind, sizes, LOSERS[i], LOG_ROWS, LOGS[i])
-        ticket -= programs * kind.sequences
+_Sizes = namedtuple("_Sizes", "contests group H sinks ticket")
+# columns of a line, of a kind: programs, in all and of a head; contests of a program, 0: it finds the best rows of a
+# group; contests, complete groups that others come after, and protected rows; heads, and where in the table is which of
+# those with rows they are; rows of a head in the index, and where its first places are; its best rows, in contests, and
+# its arrivals
+(
+    PROGRAMS, OF_HEAD, EACH, CONTESTS, GROUPS, PROTECTED, HEADS, NUMBERS, LENGTH, PLACES, BEST, ARRIVALS, COLUMNS
+) = map(constexpr, range(13))  # fmt: skip
 
 
 @jit
-def _newcomers_of(rows, i_seq, kind, sizes, LOG_ROWS: tl.constexpr):
+def _line_of(p_line, ticket):
+    """The line that has a ticket, from the first line on, and which of its programs that is."""
+    while ticket >= tl.load(p_line + PROGRAMS):
+        ticket -= tl.load(p_line + PROGRAMS)
+        p_line += COLUMNS
+    return p_line, ticket
+
+
+@jit(general="sizes")
+def _contest_kernel(rows, spans, sizes, LOSERS: tl.constexpr, LOG: tl.constexpr, LOG_ROWS: tl.constexpr):
+    """First the best ``2**LOG`` rows of every complete group, a program for each; then ``EACH`` contests of one group a
+    program, which waits for those of its head; of all kinds. By ticket: no program waits for one that has not begun."""
+    p_line, i_program = _line_of(rows.table, tl.atomic_add(rows.sync + sizes.ticket, 1))
+    programs = tl.load(p_line + OF_HEAD)
+    which = (i_program % programs).to(tl.int32), i_program // programs
+    if tl.load(p_line + EACH) == 0:
+        _best(rows, which, p_line, sizes, LOG_ROWS, LOG)
+    else:
+        _contest(rows, which, spans, p_line, sizes, LOSERS, LOG_ROWS, LOG)
+
+
+@jit
+def _newcomers_of(rows, i_seq, p_line, sizes, LOG_ROWS: tl.constexpr):
     """Where those of a head of a kind begin."""
-    if rows.places is not None:
-        i_seq = i_seq // kind.H * sizes.H + tl.load(rows.places + kind.places + i_seq % kind.H)
+    H = tl.load(p_line + HEADS)
+    i_seq = i_seq // H * sizes.H + tl.load(rows.table + tl.load(p_line + NUMBERS) + i_seq % H)
     return rows.newcomers + ((i_seq * sizes.contests) << LOG_ROWS)
 
 
 @jit
-def _best(rows, i_group, i_seq, kind, sizes, LOG_ROWS: tl.constexpr, LOG: tl.constexpr):
-    """The best ``2**LOG`` rows of a group, ascending."""
-    p_newcomers = _newcomers_of(rows, i_seq, kind, sizes, LOG_ROWS) + ((i_group * sizes.group) << LOG_ROWS)
-    b_x = _absorb(tl.full([1 << LOG], _FREE, tl.int64), p_newcomers, sizes.group, LOG, LOG_ROWS)
-    o_n = (1 << LOG) - 1 - tl.arange(0, 1 << LOG)
-    tl.store(rows.best + (kind.best << LOG_ROWS) + ((i_seq * kind.groups + i_group) << LOG) + o_n, b_x)
-    tl.debug_barrier()
-    tl.atomic_add(rows.sync + kind.arrivals + i_seq, 1, sem="release")
+def _best_of(rows, i_seq, p_line, LOG_ROWS: tl.constexpr, LOG: tl.constexpr):
+    """Where those of the groups of a head of a kind begin."""
+    return rows.best + (tl.load(p_line + BEST) << LOG_ROWS) + ((i_seq * tl.load(p_line + GROUPS)) << LOG)
 
 
 @jit
-def _contest(rows, which, spans, kind, sizes, LOSERS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG: tl.constexpr):
+def _best(rows, which, p_line, sizes, LOG_ROWS: tl.constexpr, LOG: tl.constexpr):
+    """The best ``2**LOG`` rows of a group, ascending."""
+    i_group, i_seq = which
+    p_newcomers = _newcomers_of(rows, i_seq, p_line, sizes, LOG_ROWS) + ((i_group * sizes.group) << LOG_ROWS)
+    b_x = _absorb(tl.full([1 << LOG], _FREE, tl.int64), p_newcomers, sizes.group, LOG, LOG_ROWS)
+    o_n = (1 << LOG) - 1 - tl.arange(0, 1 << LOG)
+    tl.store(_best_of(rows, i_seq, p_line, LOG_ROWS, LOG) + (i_group << LOG) + o_n, b_x)
+    tl.debug_barrier()
+    tl.atomic_add(rows.sync + tl.load(p_line + ARRIVALS) + i_seq, 1, sem="release")
+
+
+@jit
+def _contest(rows, which, spans, p_line, sizes, LOSERS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG: tl.constexpr):
     """The contests of a group from one on. The losers come before the places, if they are wanted."""
     ROWS: tl.constexpr = 1 << LOG_ROWS
     N: tl.constexpr = 1 << LOG
-    begin, i_seq = which
-    contests, protected, group = kind.contests, kind.protected, sizes.group
+    i_program, i_seq = which
+    each, group = tl.load(p_line + EACH).to(tl.int32), sizes.group
+    contests, protected = tl.load(p_line + CONTESTS).to(tl.int32), tl.load(p_line + PROTECTED).to(tl.int32)
+    begin = i_program * each
     span, held = spans, contests
     if spans is not None:
-        span = Spans(spans.order, spans.lead, *numbers_of(spans, i_seq // kind.H))
+        span = Spans(spans.order, spans.lead, *numbers_of(spans, i_seq // tl.load(p_line + HEADS)))
         held = _contests_of(span, sizes.sinks, contests, ROWS)
     if begin < held:
-        wait_for(rows.sync + kind.arrivals + i_seq, tl.where(begin < group, 0, kind.groups))
-        p_places = rows.index + kind.index + i_seq * kind.length + kind.first
+        wait_for(rows.sync + tl.load(p_line + ARRIVALS) + i_seq, tl.where(begin < group, 0, tl.load(p_line + GROUPS)))
+        p_places = rows.index + tl.load(p_line + PLACES) + i_seq * tl.load(p_line + LENGTH)
         i_group = begin // group
-        p_newcomers = _newcomers_of(rows, i_seq, kind, sizes, LOG_ROWS)
-        p_best = rows.best + (kind.best << LOG_ROWS) + ((i_seq * kind.groups) << LOG)
+        p_newcomers = _newcomers_of(rows, i_seq, p_line, sizes, LOG_ROWS)
+        p_best = _best_of(rows, i_seq, p_line, LOG_ROWS, LOG)
         o_n, o_row = tl.arange(0, N), tl.arange(0, ROWS)
         b_x = tl.where(o_n < N - protected, _BLOCKED, _FREE)
         b_x = _absorb(b_x, p_best, i_group, LOG, LOG)
         b_x = _absorb(b_x, p_newcomers + (i_group * group << LOG_ROWS), begin - i_group * group, LOG, LOG_ROWS)
-        for i in range(begin, tl.minimum(begin + sizes.each, held)):
-            b_new = _load_list(p_newcomers, i, contests, LOG, LOG_ROWS)
+        for i in range(begin, tl.minimum(begin + each, held)):
+            b_new = _load_list(p_newcomers, i, i + 1, LOG, LOG_ROWS)
             b_worse = tl.max(tl.reshape(tl.minimum(b_x, b_new), [N // ROWS, ROWS]), 0)  # only the last ROWS can lose
             b_x = _merge(tl.maximum(b_x, b_new), LOG, LOG, 1)
             b_row = _rows_of(b_x)
@@ -383,18 +399,21 @@ class Contestants(NamedTuple):
         return (max(CONTEST, self.protected) - 1).bit_length()
 
     @property
-    def warps(self) -> int:
-        """Of a program."""
-        return 1 << max(0, min(4, self.log - 9))
+    def first_places(self) -> int:
+        """Where places begin among the ``index_rows`` of a head."""
+        return self.index_rows - self.contests * self.protected
+
+    @property
+    def constants(self) -> tuple[bool, int]:
+        """Whether losers are wanted, and ``log``: kinds for which they are the same compete in one launch."""
+        return self.first_places >= max(1, self.contests * CONTEST - self.protected), self.log
 
 
 class _Scored(NamedTuple):
-    """Kinds whose rows have the same scores; int32 ``heads``, of all of them, None for all of the layer, and which of
-    these the heads of each kind are, one kind behind the other, None for one kind alone."""
+    """Kinds whose rows have the same scores; int32 ``heads``, of all of them, None for all of the layer."""
 
     kinds: tuple[Contestants, ...]
     heads: torch.Tensor | None
-    places: torch.Tensor | None = None
 
 
 def _alike(kinds: Iterable[Contestants]) -> list[tuple[Contestants, ...]]:
@@ -406,14 +425,18 @@ def _alike(kinds: Iterable[Contestants]) -> list[tuple[Contestants, ...]]:
     return [tuple(own) for own in members.values()]
 
 
+def _heads(kinds: Iterable[Contestants]) -> list[int]:
+    """Those of all ``kinds``, each once."""
+    return list(dict.fromkeys(head for kind in kinds for head in kind.heads))
+
+
 @functools.lru_cache(maxsize=1024)
 def _scored(kinds: tuple[Contestants, ...], H_kv: int, device: torch.device) -> tuple[_Scored, ...]:
     found = []
     for own in _alike(kinds):
-        listed = [head for kind in own for head in kind.heads]
-        heads = list(dict.fromkeys(listed))
-        lists = None if heads == list(range(H_kv)) else heads, None if len(own) == 1 else list(map(heads.index, listed))
-        found.append(_Scored(own, *(None if x is None else constant(np.array(x, np.int32), device) for x in lists)))
+        heads = _heads(own)
+        every = heads == list(range(H_kv))
+        found.append(_Scored(own, None if every else constant(np.array(heads, np.int32), device)))
     return tuple(found)
 
 
@@ -422,9 +445,9 @@ def saved_together(kinds: Sequence[Contestants]) -> tuple[int, int]:
     contests whose keys are read."""
     launches, contests = 3 * len(kinds), 0
     for own in _alike(kinds):
-        launches -= 2 + len({kind.warps for kind in own})
+        launches -= 2 + len({kind.constants for kind in own})
         contests += sum(len(kind.heads) * kind.contests for kind in own)
-        contests -= len({head for kind in own for head in kind.heads}) * max(kind.contests for kind in own)
+        contests -= len(_heads(own)) * max(kind.contests for kind in own)
     return launches, contests
 
 
@@ -461,7 +484,7 @@ def compete_kinds_into(
     index: torch.Tensor, key: torch.Tensor, kinds: tuple[Contestants, ...], zeros: int = 0
 ) -> torch.Tensor | None:
     """:func:`compete_into` of all ``kinds``, into a flat index: what each would get alone, bit for bit. Rows whose
-    scores are the same are scored once, and kinds compete side by side if their programs have equally many warps."""
+    scores are the same are scored once, and kinds with the same constants compete side by side."""
     found = None
     for scored in _scored(kinds, key.shape[1], key.device):
         made = _run(index, key, scored, None, zeros if found is None else 0)
@@ -470,35 +493,39 @@ def compete_kinds_into(
 
 
 class _Series(NamedTuple):
-    """A launch of contests: its programs, its kinds, how many contests a program has, and constants."""
+    """A launch of contests: its programs, int64 lines and numbers of heads, and constants."""
 
     programs: int
-    kinds: tuple[_Kind, ...]
-    each: int
+    table: torch.Tensor
     constants: dict[str, Any]
 
 
 @functools.lru_cache(maxsize=1024)
-def _series(kinds: tuple[Contestants, ...], B: int, most: int) -> tuple[list[_Series], int, int]:
-    """One for every number of warps, of up to ``most`` programs unless groups are smaller; how many lists of the best
-    rows there are, in contests, and tickets and arrivals."""
-    by_warps: dict[int, list[tuple[Contestants, _Kind]]] = {}
-    best, listed, sync = 0, 0, len({x.warps for x in kinds})
+def _series(kinds: tuple[Contestants, ...], B: int, most: int, device: torch.device) -> tuple[list[_Series], int, int]:
+    """One for all kinds with the same constants, of up to ``most`` programs unless groups are smaller; how many lists
+    of the best rows there are, in contests, and tickets and arrivals."""
+    heads, by_constants = _heads(kinds), dict[tuple[bool, int], list[Contestants]]()
     for x in kinds:
-        n, groups, first = len(x.heads), (x.contests - 1) // x.group, x.index_rows - x.contests * x.protected
-        own = _Kind(x.contests, groups, x.protected, first, x.index_rows, n, B * n, x.begin, best, sync, listed)
-        by_warps.setdefault(x.warps, []).append((x, own))
-        best, sync, listed = best + (B * n * groups << x.log - _LOG_ROWS), sync + B * n, listed + n
-    found = []
-    for warps, beside in by_warps.items():
-        each = next_power_of_two(-(-sum(x.contests * x.sequences for _, x in beside) // most))
+        by_constants.setdefault(x.constants, []).append(x)
+    found, best, sync = [], 0, len(by_constants)
+    for (losers, log), beside in by_constants.items():
+        each = next_power_of_two(-(-sum(x.contests * B * len(x.heads) for x in beside) // most))
         each = min(kinds[0].group, each)
-        constants = dict(
-            LOSERS=tuple(x.first >= max(1, x.contests * CONTEST - x.protected) for _, x in beside),
-            LOGS=tuple(x.log for x, _ in beside), LOG_ROWS=_LOG_ROWS, num_warps=warps,
-        )  # fmt: skip
-        programs = sum((x.groups + -(-x.contests // each)) * x.sequences for _, x in beside)
-        found.append(_Series(programs, tuple(x for _, x in beside), each, constants))
+        of_groups, of_contests, numbers = [], [], list[int]()
+        for x in beside:
+            H, groups, programs = len(x.heads), (x.contests - 1) // x.group, -(-x.contests // each)
+            own = (
+                x.contests, groups, x.protected, H, 2 * len(beside) * int(COLUMNS) + len(numbers),
+                x.index_rows, x.begin + x.first_places, best, sync,
+            )  # fmt: skip
+            of_groups.append((B * H * groups, groups, 0, *own))
+            of_contests.append((B * H * programs, programs, each, *own))
+            numbers += map(heads.index, x.heads)
+            best, sync = best + (B * H * groups << log - _LOG_ROWS), sync + B * H
+        lines = np.array(of_groups + of_contests, np.int64)
+        table = constant(np.append(lines, np.array(numbers, np.int64)), device)
+        constants = dict(LOSERS=losers, LOG=log, LOG_ROWS=_LOG_ROWS, num_warps=1 << max(0, min(4, log - 9)))
+        found.append(_Series(int(lines[:, 0].sum()), table, constants))
     return found, best, sync
 
 
@@ -506,14 +533,14 @@ def _run(
     index: torch.Tensor, key: torch.Tensor, scored: _Scored, spans: Spans | None, zeros: int
 ) -> torch.Tensor | None:
     require_triton()
-    kinds, heads, places = scored
+    kinds, heads = scored
     B, H, D, empty = len(key), key.shape[1] if heads is None else len(heads), key.shape[3], key.new_empty
     contests, sinks, group = max(x.contests for x in kinds), kinds[0].sinks, kinds[0].group
-    series, best, own = _series(kinds, B, _PROGRAMS)
+    series, best, own = _series(kinds, B, _PROGRAMS, key.device)
     sums = empty(B, H, contests, D, dtype=torch.float32)
     newcomers = empty(B, H, contests, CONTEST, dtype=torch.int64)
     sync = empty(own + own % 2 + zeros, dtype=torch.int64)
-    rows = _Rows(index, empty(best, CONTEST, dtype=torch.int64), newcomers, places, sync)
+    best_rows = empty(best, CONTEST, dtype=torch.int64)
     BD = max(16, next_power_of_two(D))
     BD_sum = min(64, BD)
     keys, sizes = _Keys(strided(key), heads, spans), (H, sinks, contests, group)
@@ -524,8 +551,9 @@ def _run(
         newcomers, sums, keys, sizes,
         LOG_ROWS=_LOG_ROWS, D=D, BD=BD, BN=max(16, min(CONTEST, 8192 // BD)), num_warps=4,
     )  # fmt: skip
-    for ticket, one in enumerate(series):
-        launch(_contest_kernel, (one.programs,),
-            rows, spans, _Sizes(contests, group, one.each, H, sinks, ticket, one.kinds), **one.constants,
+    for ticket, (programs, table, constants) in enumerate(series):
+        launch(_contest_kernel, (programs,),
+            _Rows(index, best_rows, newcomers, table, sync), spans, _Sizes(contests, group, H, sinks, ticket),
+            **constants,
         )  # fmt: skip
     return sync[own + own % 2 :] if zeros else None

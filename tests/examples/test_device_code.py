@@ -62,7 +62,7 @@ def test_what_express_and_its_gradient_launch(calls: ModuleType) -> None:
 
 def test_what_the_layers_of_a_shipped_plan_launch(calls: ModuleType) -> None:
     """Eight of its heads in each: halvings of all kinds of rows in one launch, choices in two launches, or in four
-    where blocks of queries begin in two ways, and contests in three, or four where some places take more warps;
+    where blocks of queries begin in two ways, and contests in three, or four where places have two sizes;
     and in six where windows leave 47 and 62 contests."""
     layers = import_module("benchmark").layers_of(SavedPlan.load(PLANS / "qwen2.5-coder-0.5b.json"), 32, 8)
     found = []

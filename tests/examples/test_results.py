@@ -93,18 +93,18 @@ def test_a_plan_per_head_answers_as_well_as_the_readme_says(tables):
             own[model.split("-")[0], n, its[0]["method"], its[0]["budget"]] = line
     assert len(runs) == 3, "pages say that two models were measured, one at two lengths"
     small, large = ("SmolLM2", 8192), ("Qwen2.5", 16384)
-    assert own[*small, "per head", "1350"][1::2] == ["1,350", "0.21", "0.12", "37 of 38"]
+    assert own[*small, "per head", "1350"][1::2] == ["1,350", "0.14", "0.08", "37 of 38"]
     assert own[*small, "without last", "1350"][-1] == "22 of 38"
     assert own[*small, "streaming, last exact", "1350"][-1] == "28 of 38"
-    assert own[*small, "per head", "700"][1] == "700" and own[*small, "per head", "700"][-1] == "30 of 38"
-    assert own[*large, "per head", "1600"][1::2] == ["1,600", "0.26", "0.67", "61 of 67"]
-    assert own["Qwen2.5", 32768, "per head", "1600"][1::2] == ["1,599", "0.40", "1.50", "28 of 35"]
+    assert own[*small, "per head", "700"][1::2] == ["699", "0.18", "0.44", "36 of 38"]
+    assert own[*large, "per head", "1600"][1::2] == ["1,599", "0.24", "0.64", "61 of 67"]
+    assert own["Qwen2.5", 32768, "per head", "1600"][1::2] == ["1,600", "0.37", "1.36", "41 of 49"]
     assert {own[*small, "streaming", b][-1] for b in ("700", "1350")} == {"0 of 38"}
     finer = "per head, query heads"
-    assert own[*small, finer, "1350"][1::2] == ["1,350", "0.11", "0.06", "36 of 38"]
-    assert own[*small, finer, "700"][1::2] == ["700", "0.15", "0.36", "38 of 38"]
-    assert own[*large, finer, "1600"][1::2] == ["1,600", "0.11", "0.27", "64 of 67"]
-    assert own["Qwen2.5", 32768, finer, "1600"][1::2] == ["1,600", "0.24", "0.76", "29 of 35"]
+    assert own[*small, finer, "1350"][1::2] == ["1,350", "0.09", "0.04", "35 of 38"]
+    assert own[*small, finer, "700"][1::2] == ["700", "0.13", "0.27", "35 of 38"]
+    assert own[*large, finer, "1600"][1::2] == ["1,600", "0.10", "0.27", "63 of 67"]
+    assert own["Qwen2.5", 32768, finer, "1600"][1::2] == ["1,600", "0.23", "0.74", "45 of 49"]
     assert own[*large, "per head, heads repeated", "1600"][1::2] == ["1,600", "0.11", "0.28", "39 of 43"]
     assert own[*large, "window or everything, heads repeated", "1600"][-1] == "41 of 43"
     for model, n, method, budget in own:  # no other choice of rows is better, but for parts of the plan's own
@@ -142,20 +142,21 @@ def speed(**wanted: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     "s, window, n, bar",
     [
-        (512, 32, 32768, 3.0),
-        (512, 32, 131072, 15.0),
+        (512, 32, 32768, 4.5),
+        (512, 32, 131072, 24.0),
         (512, 32, 524288, 75.0),
-        (1024, 32, 32768, 1.8),
-        (1024, 32, 131072, 8.0),
+        (1024, 32, 32768, 2.9),
+        (1024, 32, 131072, 15.0),
         (1024, 32, 524288, 40.0),
-        (256, 512, 8192, 1.1),
-        (256, 512, 32768, 5.0),
-        (256, 512, 131072, 20.0),
+        (256, 512, 8192, 1.3),
+        (256, 512, 16384, 2.2),
+        (256, 512, 32768, 5.8),
+        (256, 512, 131072, 34.0),
     ],
 )
 def test_express_is_as_fast_as_it_had_to_be(s, window, n, bar):
-    """Against the best exact backend; at 8k, where launching takes the host longer, both as CUDA graphs."""
-    params = f"sinks=32 window={window} protected=0" + (" graph=1" if n == 8192 else "")
+    """Against the best exact backend; up to 16k, where launching takes the host longer, both as CUDA graphs."""
+    params = f"sinks=32 window={window} protected=0" + (" graph=1" if n <= 16384 else "")
     row = speed(job="prefill", s=str(s), Lq=str(n), Lk=str(n), H="32", D="128", B="1", params=params)
     assert float(row["speedup"]) >= bar
     keys_and_values = 2 * n * int(row["H_kv"]) * int(row["D"]) * 2 / 2**20
@@ -166,13 +167,13 @@ def test_express_is_as_fast_as_it_had_to_be(s, window, n, bar):
 @pytest.mark.parametrize("s", ["256", "512"])
 @pytest.mark.parametrize("n", ["32768", "131072"])
 def test_express_is_faster_than_a_window_of_as_many_rows(s, n):
-    express = speed(job="prefill", s=s, Lq=n, Lk=n, H="32", D="128", params="sinks=32 window=256 protected=256")
     seen = {"256": ("1374", "1408"), "512": ("2329", "2400")}[s][n == "131072"]  # on average from a quarter on
-    window = speed(job="window", Lk=n, s=seen, commit=express["commit"])
+    window, of_express = speed(job="window", Lk=n, s=seen), dict(s=s, Lq=n, Lk=n, H="32", D="128")
+    express = speed(job="prefill", params="sinks=32 window=256 protected=256", commit=window["commit"], **of_express)
     assert float(express["ms_p50"]) < float(window["ms_p50"])
 
 
-@pytest.mark.parametrize("n, bar, over", [("32768", 3.0, 1.15), ("131072", 10.0, 1.15)])
+@pytest.mark.parametrize("n, bar, over", [("32768", 5.0, 1.03), ("131072", 10.0, 1.15)])
 def test_plans_as_found_on_qwen_are_as_fast_and_as_near_to_express_as_they_had_to_be(n, bar, over):
     with (ROOT / "examples/bench/results/speed.csv").open(newline="") as file:
         rows = {

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from express_compile.kernels.launch import _kind
 from express_compile.kernels.select import contest as C
 from express_compile.kernels.select.contest import (
     CONTEST,
@@ -181,7 +182,7 @@ def test_kinds_of_heads_get_beside_each_other_what_each_gets_alone(poison, judge
 def test_kinds_with_other_numbers_of_contests_and_groups(poison, launches_of, programs):
     """Nine and eight contests in groups of two have the same sums; seven, each a group of its own, have others."""
     launches, k = launches_of(C), keys(9 * CONTEST, 2, H_KV)
-    kinds, size = laid_out(((3, 0), 0, 8, 100, True), ((0, 1), 0, 9, 300, False), ((1,), 0, 7, 200, True))
+    kinds, size = laid_out(((3, 0), 0, 8, 100, True), ((0, 1), 0, 9, 256, True), ((1,), 0, 7, 200, True))
     with mock.patch.object(C, "_PROGRAMS", programs):
         assert_as_alone(k, kinds, size)
     grids = [grid for _, grid in launches][:6]
@@ -191,16 +192,17 @@ def test_kinds_with_other_numbers_of_contests_and_groups(poison, launches_of, pr
     assert saved_together(kinds) == (3, 2 * 8 + 2 * 9 - 3 * 9)
 
 
-def test_keys_are_scored_once_and_kinds_compete_in_as_many_launches_as_programs_have_sizes(poison, launches_of):
+def test_keys_are_scored_once_and_kinds_with_the_same_constants_compete_in_one_launch(poison, launches_of):
     launches, k = launches_of(C), keys(3 * CONTEST, 2, H_KV)
     of_key, of_kinds = [C._sum_kernel, C._score_kernel], C._contest_kernel
-    one, two, three = ((0, 2), 0, 3, 100, True), ((2, 0), 0, 2, 100, False), ((2, 3), 0, 3, 512, False)
-    many, other = ((0,), 0, 3, 700, True), ((0, 1), 2, 2, 100, True)
+    one, two, three = ((0, 2), 0, 3, 100, True), ((2, 0), 0, 2, 256, True), ((2, 3), 0, 3, 100, False)
+    many, more, other = ((0,), 0, 3, 257, True), ((3, 1), 0, 2, 512, True), ((0, 1), 2, 2, 100, True)
     for kinds, kernels in (
         ([one], [*of_key, of_kinds]),
-        ([one, two, three], [*of_key, of_kinds]),
-        ([one, many, two], [*of_key, of_kinds, of_kinds]),
-        ([other, one, three], 2 * [*of_key, of_kinds]),
+        ([one, two], [*of_key, of_kinds]),
+        ([one, three, two], [*of_key, of_kinds, of_kinds]),
+        ([many, one, more, three], [*of_key, of_kinds, of_kinds, of_kinds]),
+        ([other, one, two], 2 * [*of_key, of_kinds]),
         ([((0,), 0, 0, 100, False), one], [*of_key, of_kinds]),
     ):
         kinds, size = laid_out(*kinds)
@@ -211,3 +213,26 @@ def test_keys_are_scored_once_and_kinds_compete_in_as_many_launches_as_programs_
         assert saved_together(kinds)[0] == 3 * len(kinds) - len(kernels)
     assert [grid for _, grid in launches][:2] == [(3, 1, 4), (3, 4)], "of two sequences of two heads"
     assert compete_kinds_into(torch.empty(0, dtype=torch.int32), k, laid_out(((0,), 0, 0, 9, True))[0], 9) is None
+
+
+def test_a_mixture_compiles_what_its_kinds_alone_do(monkeypatch):
+    """However many they are, and whatever heads, contests and places they have: a kernel takes seconds to compile."""
+    compiled = set()
+
+    def launch(kernel, grid, *args, **constants):
+        compiled.add((kernel, *constants.items(), _kind(args, general=True)))
+
+    def compiled_for(*kinds):
+        compiled.clear()
+        kinds, size = laid_out(*kinds)
+        compete_kinds_into(torch.empty(size, dtype=torch.int32), k, kinds)
+        return set(compiled)
+
+    monkeypatch.setattr(C, "launch", launch)
+    k = keys(9 * CONTEST, 2, H_KV)
+    one, two, three = ((2, 0), 0, 8, 100, True), ((1,), 0, 9, 200, True), ((0, 3), 0, 9, 256, False)
+    many, more = ((0,), 0, 8, 300, False), ((3, 1), 0, 9, 512, False)
+    for kinds, constants in (([one, two], 1), ([three, two, one], 2), ([two, many, three, one, more], 3)):
+        found = compiled_for(*kinds)
+        assert found == set().union(*map(compiled_for, kinds))
+        assert len(found) == 2 + constants, "and sums and scores"

@@ -170,16 +170,16 @@ def test_kv_heads_with_equal_rows_thin_together_however_many_query_heads_have_th
     assert [x.queries for x in what.mixture.shares] == [(0, 1, 4, 5), (2,), (3,), (6,)]
 
 
-def test_rows_of_three_kinds_compete_in_three_launches_and_those_behind_other_sinks_in_three_more(tokens, launches_of):
-    """And a coreset of one kind begins with zeros that a contest of another one has written."""
+def test_rows_of_three_kinds_compete_in_four_launches_and_those_behind_other_sinks_in_three_more(tokens, launches_of):
+    """Two of them in one. And a coreset of one kind begins with zeros that a contest of another one has written."""
     launches, thinned = launches_of(contest), launches_of(thinning)
     q, k, v = tokens(620, 8, 2, D=16, Dv=16, dtype=torch.float32, Lq=60)
     kernels = [contest._sum_kernel, contest._score_kernel, contest._contest_kernel]
-    for rows, sets in (([PLACES, MORE, FEWER, WINDOW], 1), ([PLACES, MORE, FEWER, Rows(2, 9, protected=20)], 2)):
+    for other, more in ((WINDOW, []), (Rows(2, 9, protected=20), kernels)):
         launches.clear()
         thinned.clear()
-        P.together(Call(q, k, v, None, SEED, 0.5, 3), P.PerHead(rows * 2, block=32), None)
-        assert [kernel for kernel, _ in launches] == sets * kernels
+        P.together(Call(q, k, v, None, SEED, 0.5, 3), P.PerHead([PLACES, MORE, FEWER, other] * 2, block=32), None)
+        assert [kernel for kernel, _ in launches] == [*kernels, kernels[-1], *more]
         assert launches[0][1][-1] == launches[1][1][-1] == 4, "two sequences of two KV heads"
         assert [kernel for kernel, _ in thinned] == [thinning._thin_kernel]
 
@@ -303,7 +303,7 @@ def test_what_is_done_for_a_kv_head_is_counted_once_however_many_of_its_query_he
 
 def test_launches_are_those_that_the_kernels_make(tokens, monkeypatch):
     """All but fills: one of attention, two for choices that go together, and of all rows that thin; three of all that
-    protect, and one more for places that take more warps."""
+    protect, and one more for each other kind of contests."""
     calls = Counter[str]()
     for module in (blocks, contest, segments, thinning):
 
