@@ -29,6 +29,7 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
 from ..core.spec import Mask, known_equal
+from .nodes import tensor_of
 from .normalize import number, operation
 from .symbolic import (
     COORDINATES,
@@ -202,6 +203,59 @@ def same_for_all_queries(part: MaskPart, sizes: tuple[Any, Any, Any, Any]) -> tu
     index = (*([slice(None)] if len(shape) == rank else []), *([0] * len(between)), slice(None))
     term = PaddingTerm(part.node, index, len(shape) == rank, "eq", 0 if part.hides else 1)
     return Mask(padding=True), Padding(terms=(term,))
+
+
+def apart(
+    parts: Sequence[MaskPart], sizes: tuple[Any, Any, Any, Any], around: Surroundings, reader: Node
+) -> tuple[Mask, Padding | None] | None:
+    """What all ``parts`` allow together if one of them is a boolean mask that names no query, or if such ones among
+    them compare keys with the length of their sequence, and the others are proven; else None."""
+    if len(parts) == 1 and (whole := same_for_all_queries(parts[0], sizes)) is not None:
+        return whole
+    single = [x for part in parts for x in _conjuncts(part, around)]
+    found = [(part, _of_length(part, sizes, around, reader)) for part in single]
+    others = [part for part, keys in found if keys is None]
+    if not others or len(others) == len(single):
+        return None
+    proven, padding = prove_all(others, sizes, around, reader)
+    if proven.unknown is not None:
+        return None
+    terms = tuple(term for _, keys in found if keys is not None for term in keys.terms)
+    rest = padding or Padding()
+    return replace(proven, padding=True), replace(rest, terms=rest.terms + terms)
+
+
+def _of_length(part: MaskPart, sizes: tuple[Any, Any, Any, Any], around: Surroundings, reader: Node) -> Padding | None:
+    """The key padding that a mask is which shows the keys before a place, or from one on, of each sequence."""
+    found = same_for_all_queries(part, sizes)
+    if found is None or part.node.graph is not reader.graph or around.overwritten(part.node):
+        return None
+    try:
+        shown = Evaluator(around, reader).visible(part.node, part.coords, part.sizes, part.hides)
+    except Unproven:
+        return None
+    excess, leaves = _at_most_zero(shown), shown.atoms(AppliedUndef)
+    if excess is None or len(leaves) != 1 or not {*leaves.pop().free_symbols} == {_B}:
+        return None
+    return found[1] if excess.coeff(_K) in (1, -1) else None
+
+
+_JOINS = {False: ("bitwise_and", "logical_and"), True: ("bitwise_or", "logical_or")}
+
+
+def _conjuncts(part: MaskPart, around: Surroundings) -> list[MaskPart]:
+    """The masks that a boolean mask is made from, all of which have to show a key for it to do so."""
+    op, example = operation(part.node), example_of(part.node)
+    if op is None or example.dtype != torch.bool or part.factor is not None or around.overwritten(part.node):
+        return [part]
+    inner = [op.get(name) for name in ("input", "other") if name in op.args]
+    if not all((x := tensor_of(node)) is not None and x.dtype == torch.bool for node in inner):
+        return [part]
+    if op.name in ("bitwise_not", "logical_not"):
+        return _conjuncts(replace(part, node=inner[0], hides=not part.hides), around)
+    if op.name not in _JOINS[part.hides]:
+        return [part]
+    return [x for node in inner for x in _conjuncts(replace(part, node=node), around)]
 
 
 # ---- from a condition to a mask ------------------------------------------------------------------------------------

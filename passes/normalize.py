@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._dynamo.source import GlobalSource
 from torch.fx import GraphModule, Node
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
@@ -35,6 +36,8 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "clamp_min": ("input", "min"),
     "fill": ("input", "value"),
     "cat": ("tensors", "dim"),
+    "pad": ("input", "pad", "mode", "value"),
+    "nan_to_num": ("input", "nan"),
     "where": ("condition", "input", "other"),
     "masked_fill": ("input", "mask", "value"),
     **dict.fromkeys(("tril", "triu"), ("input", "diagonal")),
@@ -194,8 +197,9 @@ def _assigned(x: Any, index: Any, value: Any) -> Operation | None:
 def number(arg: Any) -> Any:
     """An argument as a number, where it is one for every input: Dynamo may hand over a node or a symbol for it.
 
-    The attribute of a module that has had another value before, in another model of its class say, becomes a symbol.
-    Its value now is taken, and Dynamo guards it. What a caller passes may change often, and stays a symbol.
+    The attribute of a module that has had another value before, in another model of its class say, becomes a symbol,
+    and a global one may where sizes are dynamic. Its value now is taken, and Dynamo guards it. What a caller passes may
+    change often, and stays a symbol.
     """
     node, arg = arg, arg.meta.get("example_value") if isinstance(arg, Node) else arg
     if isinstance(arg, torch.SymFloat) and isinstance(node, Node) and _is_attribute(node, arg):
@@ -211,7 +215,8 @@ def _is_attribute(node: Node, value: torch.SymFloat) -> bool:
     if not symbols or not value.node.has_hint() or not all(symbol_is_type(x, SymT.FLOAT) for x in symbols):
         return False
     inputs = (x for x in reached(node, sources) if x.op == "placeholder")
-    return all(getattr(dynamo_source(x), "base", None) is not None for x in inputs)
+    found = (dynamo_source(x) for x in inputs)
+    return all(isinstance(x, GlobalSource) or getattr(x, "base", None) is not None for x in found)
 
 
 def _bound(node: Node, name: str | None) -> Operation | None:
@@ -270,7 +275,7 @@ _VARIANTS: dict[str, Callable[[Node, str], _Parameters]] = {
     "view": _shaped,
     "where": _chosen,
 }
-_DEFAULTS = {"arange": {"start": 0, "step": 1}}
+_DEFAULTS: dict[str, dict[str, Any]] = {"arange": {"start": 0, "step": 1}, "pad": {"mode": "constant"}}
 _WHOLE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "where": lambda bound: "other" in bound,  # where(condition) lists indices
     "einsum": lambda bound: isinstance(bound.get("equation"), str),

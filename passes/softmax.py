@@ -34,7 +34,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..core.spec import AttentionSpec, Mask, known_equal
-from .mask import MaskPart, Padding, prove_all, same_for_all_queries, unknown
+from .mask import MaskPart, Padding, apart, prove_all, unknown
 from .nodes import is_parted, reached, same_sizes, sources, tensor_of
 from .normalize import Operation, in_place, known, number, operation, order_of, performed
 from .repeat import unrepeated
@@ -288,7 +288,7 @@ def describe(scope: Scope, written: Softmax) -> dict[str, Any]:
 
     Raises :class:`Refused` with the first condition that is not met.
     """
-    weights, out, dropout_p = _follow(written)
+    weights, zeroed, out, dropout_p = _follow(written)
     scores, product = _peel(scope, written)
     query, key = _factors(product)
     chain = [product, *reversed(scores.steps), *written.nodes, *weights]
@@ -312,7 +312,7 @@ def describe(scope: Scope, written: Softmax) -> dict[str, Any]:
     spec = make_spec(out, query, key, value, scale=scores.factor, mask=mask, dropout_p=dropout_p)
     expand = partial(_write, _Attention((query, key, value), scores, spec, heads, out, used, scope.contexts))
     found = {"node": out, "spec": spec, "padding": padding, "expand": expand}
-    if not _averages(scores, spec):
+    if _zeroes(zeroed, scores, scope, heads) or not _averages(scores, spec):
         return {**found, "exact": expand}
     # one mask that is added and one that is filled in may hide all keys of a row together, each some of them
     evaluator = Evaluator(scope, written.nodes[-1])
@@ -381,13 +381,19 @@ def _sizes(node: Node) -> Sequence[Any]:
     return () if tensor_of(node) is None else _shape(node)
 
 
-def _follow(written: Softmax) -> tuple[list[Node], Node, float]:
-    """The nodes that the weights pass through, the product that uses them, and the probability of dropping one."""
+_Zeroed = tuple[Node, bool, Node]
+"""A mask, whether True sets attention weights to 0, and the node that does so."""
+
+
+def _follow(written: Softmax) -> tuple[list[Node], list[_Zeroed], Node, float]:
+    """The nodes that the weights pass through, what sets some of them to 0, the product that uses them, and the
+    probability of dropping one."""
     node = written.nodes[-1]
     dim, rank = written.dim, len(_shape(node))
     if dim not in (-1, rank - 1):
         raise Refused(f"its softmax is over dimension {dim} of {rank}, not over the last")
     path: list[Node] = []
+    zeroed: list[_Zeroed] = []
     dropout_p = 0.0
     while True:
         if len(node.users) != 1:
@@ -396,20 +402,59 @@ def _follow(written: Softmax) -> tuple[list[Node], Node, float]:
         op = operation(user)
         after = next(iter(user.users), user)
         if _is_product(user) or (len(user.users) == 1 and _is_reversed(after, node)):
-            return path, user if _is_product(user) else after, dropout_p
-        if op is None or op.get("input") is not node or op.name not in (*VIEWS, *_COPIES, "dropout"):
+            return path, zeroed, user if _is_product(user) else after, dropout_p
+        masked = _zeroing(op, node)
+        zeroed += [] if masked is None else [(*masked, user)]
+        passes = op is not None and op.get("input") is node and op.name in (*VIEWS, *_COPIES, "dropout", "nan_to_num")
+        if op is None or not (passes or masked):
             name = (op or in_place(user) or Operation(label(user))).name
             what = _WEIGHTS.get(name, f"given to '{label(user)}'")
             nearest = _NO_SINKS if name == "getitem" else None
             raise Refused(f"its attention weights are {what} before they meet the values", nearest)
         if op.name in VIEWS:
             _same_scores(node, user)
+        if op.name == "nan_to_num" and number(op.get("nan")) not in (None, 0):
+            raise Refused("it puts another number than 0 in the place of attention weights that are NaN")
         dropped = _dropped(op) if op.name == "dropout" else 0.0
         if dropped and dropout_p:
             raise Refused("it drops attention weights twice")
         dropout_p = dropped or dropout_p
         path.append(user)
         node = user
+
+
+def _zeroing(op: Operation | None, weights: Node) -> tuple[Node, bool] | None:
+    """The mask by which an operation puts 0 in the place of some of ``weights``, and whether True does; else None."""
+    if op is None or op.name not in ("masked_fill", "where"):
+        return None
+    hides = op.name == "masked_fill" or op.get("other") is weights
+    names = ("mask", "input", "value") if op.name == "masked_fill" else ("condition", "input", "other")
+    mask, kept, zero = (op.get(name) for name in names)
+    if op.name == "where" and hides:
+        kept, zero = zero, kept
+    is_mask = tensor_of(mask) is not None and _example(mask).dtype == torch.bool
+    return (mask, hides) if is_mask and kept is weights and number(zero) in (0, 0.0) else None
+
+
+def _zeroes(zeroed: Sequence[_Zeroed], scores: _Scores, scope: Scope, heads: tuple[Any, Any]) -> bool:
+    """Whether weights are zeroed wherever scores are hidden, so that rows whose keys are all hidden give 0.
+
+    Raises :class:`Refused` where weights are zeroed that would not be 0 otherwise, but for such rows.
+    """
+    never = all(fill == -math.inf for fill in scores.fills)  # such rows are NaN
+    for mask, hides, node in zeroed:
+        evaluator = Evaluator(scope, node)
+        try:
+            shown = [evaluator.visible(x, *_coordinates(like, heads), by) for x, by, like in scores.filled]
+            kept = evaluator.visible(mask, *_coordinates(node, heads), hides)
+        except Unproven as error:
+            raise Refused(f"it sets attention weights to 0 by a mask, and {error}") from None
+        terms = [{*sympy.And.make_args(sympy.to_nnf(x, simplify=False))} for x in (kept, sympy.And(*shown))]
+        if not terms[0] <= terms[1]:
+            raise Refused("it sets attention weights to 0 whose scores are not hidden", _HIDES)
+        if not never and (terms[0] != terms[1] or any(_hides(*x, evaluator) for x in scores.added)):
+            raise Refused("it sets some of the attention weights to 0 whose scores are hidden", _HIDES)
+    return bool(zeroed) and not never
 
 
 def _turns(op: Operation | None, before: Node) -> bool:
@@ -933,9 +978,7 @@ def _prove(
     if not parts:
         return Mask(), None
     proven, padding = prove_all(parts, sizes, scope, out)
-    if proven.unknown is None or len(parts) > 1:
-        return proven, padding
-    return same_for_all_queries(parts[0], sizes) or (proven, padding)
+    return (proven, padding) if proven.unknown is None else apart(parts, sizes, scope, out) or (proven, padding)
 
 
 def _shown(scope: Scope, node: Node, factor: float, like: Node, heads: tuple[Any, Any]) -> MaskPart | None:

@@ -621,7 +621,7 @@ def _repeat(at: _Element) -> Any:
     inner, shape = at.source.shape, example_of(at.node).shape
     own = len(at.coords) - len(inner)
     places = [
-        sympy.S.Zero if n == 1 else at.evaluator.divided(x, n)[1]
+        sympy.S.Zero if n == 1 else at.evaluator.divided(x, n)[1] if n.is_Integer else sympy.Mod(x, n)
         for x, n in zip(at.coords[own:], map(size_expr, inner), strict=True)
     ]
     once = map(known_equal, inner, shape[own:])
@@ -655,6 +655,22 @@ def _cat(at: _Element) -> Any:
     for before, end in zip(reversed(values[:-1]), reversed(starts[1:]), strict=True):
         value = _select(sympy.Lt(at.coords[dim], end), before, value)
     return value
+
+
+def _padded(at: _Element) -> Any:
+    """A tensor between constants; a negative number takes away from it."""
+    pads, filler = at.op.get("pad"), at.op.get("value")
+    if at.op.get("mode") != "constant" or not isinstance(pads, list | tuple) or len(pads) % 2:
+        raise _NoRule
+    shape, places, outside = at.source.shape, list(at.coords), []
+    for dim, before, after in zip(range(len(places) - 1, -1, -1), pads[::2], pads[1::2], strict=False):
+        first, last = size_expr(before), size_expr(after)
+        places[dim] = at.coords[dim] - first
+        outside += [] if first.is_nonpositive else [sympy.Lt(at.coords[dim], first)]
+        outside += [] if last.is_nonpositive else [sympy.Ge(places[dim], size_expr(shape[dim]))]
+        places[dim] = sympy.S.Zero if is_one(shape[dim]) else places[dim]
+    filled = _settle(at.evaluator.operand(0 if filler is None else filler, at.node, at.coords), at.dtype)
+    return _select(sympy.Or(*outside), filled, at.moved(places))
 
 
 def _permuted(at: _Element) -> Any:
@@ -810,4 +826,5 @@ _RULES: dict[str, _Rule] = {
     "fill": _fill("value"),
     "to": _cast,
     "cat": _cat,
+    "pad": _padded,
 }

@@ -194,6 +194,9 @@ CAUSAL |= {
     "interleaved": lambda n: (K(n) <= Q(n))[None].repeat_interleave(B, 0)[:, None],
     "tiled": lambda n: (K(n) <= Q(n)).tile(B, H, 1, 1),
     "put together": lambda n: torch.cat([K(n)[:, :3] <= Q(n), torch.arange(3, n) <= Q(n)], -1),
+    "a first key for all": lambda n: F.pad(torch.ones(n, n - 1).tril(-1), (1, 0), value=1.0) == 1,
+    "shown around": lambda n: F.pad(torch.full((n - 1, n - 1), -math.inf).triu(), (1, 0, 0, 1)),
+    "cut out": lambda n: F.pad(torch.arange(2 * n) <= torch.arange(2 * n)[:, None], (-2, 2 - n, -2, 2 - n)),
 }
 # spellings of a causal mask that are true but beyond the rules: they may be unknown, never wrong
 TOO_HARD = {"triu transposed", "bool sum", "logical", "put together"}
@@ -243,6 +246,9 @@ NEAR_MISSES: dict[str, Callable[[int], torch.Tensor]] = {
     "each key twice": lambda n: (torch.arange(n // 2) <= Q(n)).repeat_interleave(2, 1),
     "each query twice": lambda n: (K(n) <= torch.arange(n // 2)[:, None]).repeat_interleave(2, 0),
     "rows and columns in another order": lambda n: (K(n) <= Q(n)).reshape(n // 2, 2, n).transpose(0, 1).reshape(n, n),
+    "a last key for all": lambda n: F.pad((K(n) <= Q(n))[:, :-1], (0, 1), value=True),
+    "a last query that sees nothing": lambda n: F.pad((K(n) <= Q(n))[:-1], (0, 0, 0, 1)),
+    "put around": lambda n: F.pad((K(n) <= Q(n))[:, :-1].float(), (1, 0), mode="circular") == 1,
     "written after it was read": lambda n: (m := torch.ones(n, n).tril(), m == 1, m.triu_())[0] == 1,
     "written through a view": lambda n: (m := torch.ones(n, n).tril(), m.T.triu_(1))[0] == 1,
 }

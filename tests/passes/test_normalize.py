@@ -59,6 +59,8 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "clamp": [{"input": T, "min": 0.0}, {"input": T, "min": -0.5, "max": 0.5}],
     "clamp_min": [{"input": T, "min": 0.0}],
     "fill": [{"input": T, "value": 0.5}],
+    "nan_to_num": [{"input": T}, {"input": T, "nan": 0.5}],
+    "pad": [{"input": T, "pad": (1, 2)}, {"input": T, "pad": (1, 0, 0, 1), "mode": "constant", "value": 0.5}],
     **dict.fromkeys(("exp", "log"), _UNARY),
     **dict.fromkeys(("neg", "abs", "clone", "detach", "ones_like", "zeros_like"), _UNARY),
     "contiguous": [{"input": N}],

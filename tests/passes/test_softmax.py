@@ -22,6 +22,7 @@ from express_compile.passes.rewrite import rewrite
 B, H, L, D = 2, 4, 12, 8
 EXACT = Policy(methods=("exact",), strict=True)
 LOWEST = torch.finfo(torch.float32).min
+TEMPERATURE = 0.5
 
 
 def tensors(*shapes: tuple[int, ...], seed: int = 0) -> list[torch.Tensor]:
@@ -252,6 +253,16 @@ SPELLINGS: dict[str, tuple[Callable, str, float]] = {
         lambda q, k, v: (q @ k.mT + (m := causal()).masked_fill(~m, -math.inf)).softmax(-1) @ v, "none", 1.0,
     ),
     "two masks": (two_masks, "causal, window 5", 1.0),
+    "weights that are 0 are set to 0": (
+        lambda q, k, v: (q @ k.mT).masked_fill(m := ~causal(), -math.inf).softmax(-1).masked_fill(m, 0.0) @ v,
+        "causal", 1.0,
+    ),
+    "weights that are 0 are set to 0 by where": (
+        lambda q, k, v: torch.where(~causal(), 0, torch.where(causal(), q @ k.mT, -1e9).softmax(-1)) @ v, "causal", 1.0,
+    ),
+    "weights that are no NaN": (
+        lambda q, k, v: (q @ k.mT).masked_fill(~causal(), -math.inf).softmax(-1).nan_to_num(0.0) @ v, "causal", 1.0,
+    ),
     "baddbmm without a bias": (
         lambda q, k, v: torch.bmm(
             torch.baddbmm(q.new_empty(1, L, L), heads(q), heads(k).mT, beta=0, alpha=0.7).softmax(-1), heads(v)
@@ -393,6 +404,85 @@ def test_an_added_mask_that_names_no_query_is_a_padding_whatever_it_holds() -> N
     check(f, [q, k, v, visible], f"causal, offset {L - 1}, key padding", 1.0)
 
 
+@pytest.mark.parametrize("fill", [-math.inf, -1e9])
+@pytest.mark.parametrize("how", ["both", "some", "none", "nan_to_num"])
+def test_rows_whose_weights_are_all_set_to_0_give_0(how: str, fill: float) -> None:
+    """As ESPnet has it: what is hidden is set to 0 behind the softmax, where all keys of a row may be hidden."""
+    hidden = torch.arange(L) < torch.tensor([[0], [5]])  # on the left of the second sequence
+
+    def f(q, k, v, hidden):
+        m = hidden[:, None, None] | ~causal()
+        w = (q @ k.mT).masked_fill(m, fill).softmax(-1)
+        if how != "none":
+            w = w.nan_to_num() if how == "nan_to_num" else w.masked_fill(m if how == "both" else ~causal(), 0.0)
+        return w @ v
+
+    inputs = tensors()
+    g, found = compiled(f, Policy(methods=("exact",)))
+    out, truth = g(*inputs, hidden), f(*inputs, hidden)
+    ((_, plan),) = found
+    rows = torch.ones(B, L, dtype=torch.bool)
+    if fill == -math.inf and how in ("some", "none"):
+        rows[1, :5] = False  # NaN, and 0 once it is rewritten
+    refused = how == "some" and fill != -math.inf
+    assert plan.verdict == ("refused" if refused else "rewritten"), plan.reason
+    assert relative(out.transpose(1, 2)[rows], truth.transpose(1, 2)[rows]) < 1e-6
+
+
+def test_a_mask_that_is_repeated_for_the_heads_is_proven_of_every_batch_size() -> None:
+    """Heads first, ``[H * B, L, L]``, as in implementations of "Attention is all you need"."""
+
+    def f(q, k, v):
+        q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
+        m = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)[None]
+        m = m.expand(q.shape[0] // H, -1, -1).repeat(H, 1, 1)
+        return torch.bmm((q @ k.mT).masked_fill(m, -math.inf).softmax(-1), v)
+
+    check(f, tensors(), "causal", 1.0, Policy(methods=("express",), budget=64), dynamic=True)
+
+
+def test_what_hides_others_than_the_end_beside_a_causal_mask_is_not_taken_for_a_padding() -> None:
+    """Queries whose own keys it hides are not padding: Express would give 0 there."""
+
+    def f(q, k, v, n):
+        place = torch.arange(L)
+        return (q @ k.mT).masked_fill((place == n[:, None])[:, None, None] | ~causal(), -1e9).softmax(-1) @ v
+
+    g, found = compiled(f, Policy(methods=("express",), budget=64))
+    inputs = [*tensors(), torch.tensor([1, 5])]
+    assert relative(g(*inputs), f(*inputs)) < 1e-6
+    ((site, plan),) = found
+    assert plan.verdict == "refused" and site.spec.mask.unknown is not None
+
+
+LENGTHS: dict[str, Callable] = {
+    "filled twice": lambda s, real, seen: s.masked_fill(~real, -math.inf).masked_fill(~seen, -math.inf),
+    "both at once": lambda s, real, seen: torch.where(real & seen, s, -math.inf),
+    "either hides": lambda s, real, seen: s.masked_fill(torch.logical_or(~real, ~seen), -1e9),
+    "not both": lambda s, real, seen: s.masked_fill(~(real & seen), LOWEST),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_lengths_beside_a_causal_mask_are_a_key_padding(name: str, dynamic: bool) -> None:
+    """A mask that names no query is one, whatever it is computed from; by itself it has always been one."""
+
+    def f(q, k, v, n):
+        place = torch.arange(q.shape[2])
+        real = (place < n[:, None])[:, None, None]
+        return LENGTHS[name](q @ k.mT, real, place <= place[:, None]).softmax(-1) @ v
+
+    lengths = torch.tensor([L, L - 3])
+    g, found = compiled(f, Policy(methods=("express",), budget=64), dynamic=dynamic)
+    inputs = tensors()
+    out, truth = g(*inputs, lengths), f(*inputs, lengths)
+    ((site, plan),) = found
+    assert (str(site.spec.mask), plan.verdict) == ("causal, key padding", "rewritten"), plan.reason
+    real = torch.arange(L) < lengths[:, None]
+    assert relative(out.transpose(1, 2)[real], truth.transpose(1, 2)[real]) < 1e-6
+
+
 def test_a_bias_stays_exact() -> None:
     """ALiBi by baddbmm, before the scale, or in four dimensions: exact attention takes it as its mask."""
     q, k, v = tensors()
@@ -442,6 +532,22 @@ def test_dynamic_sizes() -> None:
         q, k, v = tensors(*[(3, H, n, D)] * 3)
         assert relative(g(q, k, v), f(q, k, v)) < 1e-6
     assert len(found) == 1 and found[0][1].verdict == "rewritten"
+
+
+def test_a_global_number_is_known_where_sizes_are_dynamic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo makes a symbol of it; another value compiles anew."""
+
+    def f(q, k, v):
+        place = torch.arange(q.shape[2])
+        s = (q @ k.mT).masked_fill(place > place[:, None], LOWEST)
+        return (s * TEMPERATURE).softmax(-1) @ v
+
+    g, found = compiled(f, dynamic=True)
+    for scale in (0.5, 0.25):
+        monkeypatch.setitem(globals(), "TEMPERATURE", scale)
+        assert relative(g(*tensors()), f(*tensors())) < 1e-6
+        site, plan = found[-1]
+        assert (plan.verdict, str(site.spec.mask), site.spec.scale) == ("rewritten", "causal", scale)
 
 
 def test_attention_whose_scores_are_a_result_of_attention() -> None:
@@ -691,6 +797,24 @@ NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     "scores are written": (written_scores, "written by something else"),
     "keys are written": (written_keys, "is written between its two products"),
     "a mask is written": (written_mask, "is written between its two products"),
+    "weights that are not 0 are set to 0": (
+        lambda q, k, v: (q @ k.mT).softmax(-1).masked_fill(~causal(), 0.0) @ v, "whose scores are not hidden",
+    ),
+    "more weights than are 0 are set to 0": (
+        lambda q, k, v: (q @ k.mT).masked_fill(~causal(), -1e9).softmax(-1).masked_fill(~causal().tril(-1), 0.0) @ v,
+        "whose scores are not hidden",
+    ),
+    "weights are set to 0 the other way round": (
+        lambda q, k, v: (q @ k.mT).masked_fill(~causal(), -1e9).softmax(-1).masked_fill(causal(), 0.0) @ v,
+        "whose scores are not hidden",
+    ),
+    "weights are set to 1": (
+        lambda q, k, v: (q @ k.mT).masked_fill(~causal(), -1e9).softmax(-1).masked_fill(~causal(), 1.0) @ v,
+        "given to 'masked_fill'",
+    ),
+    "NaN becomes another number": (
+        lambda q, k, v: (q @ k.mT).softmax(-1).nan_to_num(nan=0.5) @ v, "another number than 0",
+    ),
     "no gradients": (without_gradients, "gradients are switched on or off inside it"),
     "transposed weights": (lambda q, k, v: (q @ k.mT).softmax(-1).transpose(-1, -2) @ v, "given to 'transpose'"),
     "added to the result": (
