@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import fmean
@@ -39,6 +39,7 @@ from needles import NOISE, Case, cases
 from plans import MODELS, SINKS, Bench, Judge, base, in_words, recalled, summary
 from records import add_arguments, show
 
+from express_compile.core.call import Call
 from express_compile.core.rows import Rows
 from express_compile.kernels import express, heads
 from express_compile.kernels.launch import Random
@@ -262,10 +263,14 @@ def protecting(name: str) -> Iterator[None]:
         own = slice(None) if random.heads is None else random.heads.long()
         kept[0].copy_(select(key[:, own], value[:, own], layout))
 
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(express, "thin_reference", select))
-        for module in (express, heads):
-            stack.enter_context(mock.patch.object(module, "select_into", select_into))
+    def thin(call: Call, all_of_them: tuple[heads.Thinned, ...], index: torch.Tensor, copies: Any) -> None:
+        for own in all_of_them:
+            of_heads = list(own.heads)
+            places = select(call.key[:, of_heads], call.value[:, of_heads], own.layout).flatten()
+            index[own.index : own.index + len(places)] = places
+
+    of_express = mock.patch.multiple(express, thin_reference=select, select_into=select_into)
+    with of_express, mock.patch.object(heads, "_thin", thin):
         yield
 
 

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from express_compile.core.call import Call
 from express_compile.core.rows import Rows
 from express_compile.kernels import express as E
 from express_compile.kernels import heads
@@ -70,13 +71,16 @@ def test_a_policy_follows_the_score(bench) -> None:
 
 def test_on_a_gpu_places_follow_the_score_too(bench) -> None:
     """What the kernels of a mixture call to choose rows gives the places of the score, of the heads that they name."""
-    _, key, value, _ = given = tokens()
+    query, key, value, _ = given = tokens()
     layout, own = E.make_layout(Unthinned(2, SINKS, 16, 40, block=16), 1, N), torch.tensor([1], dtype=torch.int32)
-    kept = torch.zeros(1, 1, layout.size, dtype=torch.int32)
+    kept, alone = torch.zeros(1, 1, layout.size, dtype=torch.int32), torch.zeros(3 + layout.size, dtype=torch.int32)
+    call = Call(query, key, value, None, torch.tensor(0), 0.5, 0)
     with bench.protecting("value"):
-        heads.select_into((kept,), key, value, layout, 0.5, Random(torch.tensor(0), 0, own))
+        E.select_into((kept,), key, value, layout, 0.5, Random(torch.tensor(0), 0, own))
+        heads._thin(call, (heads.Thinned((1,), layout, 0, 3),), alone, None)
     expected = bench.compete_by(bench.SCORES["value"](left_of(bench, given)), SINKS, 40)
     assert layout.contests == CONTESTS and torch.equal(kept, expected[:, 1:].flatten(2))
+    assert torch.equal(alone[3:], expected[0, 1].flatten()) and not alone[:3].any()
 
 
 def test_what_comes_later_changes_no_score(bench) -> None:

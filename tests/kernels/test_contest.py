@@ -171,7 +171,7 @@ def assert_as_alone(k, kinds, size, judge=None):
     ties=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_kinds_of_heads_get_beside_each_other_what_each_gets_alone(poison, judge_contests, kinds, ties, seed):
     """With one channel of few values, whose scores are exact, that is what the reference says."""
     k, (kinds, size) = keys(3 * CONTEST + 9, 2, H_KV, 1 if ties else 20, seed=seed), laid_out(*kinds)
