@@ -182,14 +182,14 @@ def test_kinds_of_heads_get_beside_each_other_what_each_gets_alone(poison, judge
 def test_kinds_with_other_numbers_of_contests_and_groups(poison, launches_of, programs):
     """Nine and eight contests in groups of two have the same sums; seven, each a group of its own, have others."""
     launches, k = launches_of(C), keys(9 * CONTEST, 2, H_KV)
-    kinds, size = laid_out(((3, 0), 0, 8, 100, True), ((0, 1), 0, 9, 256, True), ((1,), 0, 7, 200, True))
+    kinds, size = laid_out(((0,), 0, 8, 100, True), ((0, 1), 0, 9, 256, True), ((1,), 0, 7, 200, True))
     with mock.patch.object(C, "_PROGRAMS", programs):
         assert_as_alone(k, kinds, size)
     grids = [grid for _, grid in launches][:6]
     each = 2 if programs == 1 else 1
-    both, alone = 4 * (3 + 8 // each) + 4 * (4 + -(-9 // each)), 2 * (6 + 7)
-    assert grids == [(5, 1, 6), (9, 6), (both,), (7, 1, 2), (7, 2), (alone,)]
-    assert saved_together(kinds) == (3, 2 * 8 + 2 * 9 - 3 * 9)
+    both, alone = 2 * (3 + 8 // each) + 4 * (4 + -(-9 // each)), 2 * (6 + 7)
+    assert grids == [(5, 1, 4), (9, 4), (both,), (7, 1, 2), (7, 2), (alone,)]
+    assert saved_together(kinds) == (3, 8 + 2 * 9 - 2 * 9)
 
 
 def test_keys_are_scored_once_and_kinds_with_the_same_constants_compete_in_one_launch(poison, launches_of):
