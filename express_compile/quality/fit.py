@@ -27,7 +27,7 @@ from ..core.policy import BESIDE_A_PLAN, Policy
 from ..core.rows import Rows, to_numbers
 from ..core.sites import SiteReport
 from ..core.spec import AttentionSpec
-from ..kernels.heads import EVERYTHING, METHOD, PerHead
+from ..kernels.heads import EVERYTHING, METHOD, MOST_LAST, PerHead
 from ..planning.devices import device_of
 from ..planning.predict import at_length, predict
 from ..routes.eager import restore_attention
@@ -159,7 +159,9 @@ def fit(
         if speedup is not None:
             _times(speedup, found_in(model, judged)[1], options, length, base)  # known early whether it is reached
         if profile is None:
-            profile, reports = measured(model, profiled, options, block, progress, query_heads)
+            profile, reports = measured(
+                model, profiled, options, block, progress, query_heads, MOST_LAST if last else 0
+            )
         else:
             reports = profiled_before(model, judged, profile)
             _check_query_heads(query_heads, profile, reports)
