@@ -740,7 +740,7 @@ def _attended(call: Call, own: PerHead) -> tuple[torch.Tensor, torch.Tensor]:
     last = _last_of(own, call.Lk)
     beside = last if last and _last_beside(call, own, last) else 0
     if last >= call.Lq:
-        outputs = spanned_outputs(call.query, call.value)
+        outputs: tuple[torch.Tensor, torch.Tensor] = spanned_outputs(call.query, call.value)
     else:
         outputs = packed(call, _exact_up_to(own), lambda real, start: _forward(real, own, start, beside))
     if last > beside:
