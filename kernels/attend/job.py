@@ -4,7 +4,7 @@ from ..launch import constexpr
 
 (
     SEQUENCE, HEAD, PART,  # its sequence, query head and part of the queries
-    SHIFT,  # how far the first query lies behind the start of its block; below 0: before
+    SHIFT,  # how far the first query lies behind the start of part 0; below 0: before it
     STOP,  # the first query behind those whose results it stores
     TABLE,  # the first block of its table, among those of all tables
     COPIES, COPIES_B,  # where its compacted rows begin, and how far it is from those of one sequence to the next
