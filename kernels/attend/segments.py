@@ -611,9 +611,10 @@ def _load_tokens(d_k, d_v, x, span, i_b, i_kv, row, SHAPE: tl.constexpr):
 
 @jit
 def _store(state, x, span, head, o_query, m_m, v_inverse, SHAPE: tl.constexpr):
-    i_b, i_h, i_bh, Lq = head
+    i_b, i_h, i_bh, Lq, end = head
     o_dv = tl.arange(0, SHAPE.BDV)
     if span is None:
+        m_m = m_m & (o_query < end)
         o_row = i_bh.to(tl.int64) * Lq + o_query
         p_out, p_lse = x.out + (o_row[:, None] * SHAPE.DV + o_dv[None, :]), x.lse + o_row
     else:
@@ -718,7 +719,7 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
             state, b_q, b_k, b_v, scales, log2_weight, Seen(shown, tl.where(in_list, 0, 1), skip)
         )  # fmt: skip
 
-    _store(state, x, span, (i_b, i_h, i_bh, Lq), o_query, m_m & (o_m < end), v_inverse, SHAPE)
+    _store(state, x, span, (i_b, i_h, i_bh, Lq, end), o_query, m_m, v_inverse, SHAPE)
 
 
 # ---------------------------------------------------------------------------------------------------------------
