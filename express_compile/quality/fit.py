@@ -125,7 +125,7 @@ def fit(
         sees, mean over heads. speedup: attention at least so many times as fast as exact attention, as predicted at
         ``length``. Exactly one of the three; where it is not the tolerance, the KL is only measured.
     options: what a head may have (:data:`.profile.DEFAULT_OPTIONS`). block: queries that see the same rows of the past,
-        16, 32, 64 or 128. last: queries at the end of a call that see everything, 0 to 64; counted among the rows.
+        16, 32, 64 or 128. last: queries at the end of a call that see everything, 0 to 256; counted among the rows.
     query_heads: each query head has rows of its own, for prefill alone: an ``ExpressCache`` holds rows by KV head.
     held_out: samples to measure the KL on; then all of ``sample`` is profiled. length: tokens that rows and times are
         for; those of the longest sample unless given. progress: show a bar.

@@ -683,7 +683,7 @@ def test_wrong_arguments(model, ids) -> None:
         ("sample: 3 tokens; must be 4 or more", {"sample": ids[:1, :3]}),
         ("held_out=None: of one mapping nothing can be held out", {"sample": [{"input_ids": ids}]}),
         ("block=24: must be 16, 32, 64 or 128", {"block": 24}),
-        ("last=65: must be 0 to 64 queries", {"last": 65}),
+        ("last=257: must be 0 to 256 queries", {"last": 257}),
     ):
         with pytest.raises((TypeError, ValueError), match=words):
             given = {"sample": ids, "tolerance": 0.1, "options": OPTIONS, "block": 16, "last": 16, **changes}
