@@ -3,7 +3,8 @@
     python examples/bench/plans.py --model smollm2 --length 8192 --rows 700 1350 --out results.csv   # a GPU, minutes
     python examples/bench/plans.py --length 1024 --rows 300 --texts 1 --each 1 --batch 1             # a taste on a CPU
 
-One profile of three texts (``models.profiled_texts``), by which every policy that differs between heads is chosen:
+One profile of three texts (``models.profiled_texts``), and of what their last 256 queries lose, by which every policy
+that differs between heads is chosen:
 
 * ``per head``: every source of rows, and the last 64 queries exact; ``without ...``: all but one of them; ``last 16``:
   fewer such queries; ``per layer``: the errors of a layer's heads summed, so that all of them have the same;
@@ -43,7 +44,7 @@ from rich.progress import track
 from express_compile import Policy, fit, restore_attention, rewrite_attention
 from express_compile.core.plan import SavedPlan
 from express_compile.core.rows import Rows
-from express_compile.kernels.heads import EVERYTHING, PerHead
+from express_compile.kernels.heads import EVERYTHING, MOST_LAST, PerHead
 from express_compile.quality.profile import (
     Profile,
     choose,
@@ -317,10 +318,12 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 class Bench:
     """One run: a model, the arguments, and the rows that were measured. options: what is profiled; more: beside it in
-    long texts; block: by so many queries that choose together."""
+    long texts; block: by so many queries that choose together; last: queries at the end of a profiled text that see
+    everything."""
 
     options: tuple[Rows, ...] = OPTIONS
     block = BLOCK
+    last = MOST_LAST
     more: tuple[Rows, ...] = MORE
     few = ("per head", "streaming", "streaming, last exact", "express", "selected, last exact", "window or everything")
 
@@ -367,8 +370,9 @@ class Bench:
         for text, content in profiled_texts().items():
             sample = self.tokens(content, n)
             each[text] = profile(
-                self.model, sample, self.options, block=self.block, query_heads=self.query_heads, progress=True
-            )
+                self.model, sample, self.options, block=self.block, query_heads=self.query_heads, last=self.last,
+                progress=True,
+            )  # fmt: skip
             print(f"profile of {text}: {time.perf_counter() - start:.1f} s in all", flush=True)
         seconds = time.perf_counter() - start
         self.write([dict(task=f"profile: {', '.join(each)}", metric="seconds", value=seconds)], n,

@@ -458,7 +458,7 @@ class _Meter(Exactly):
         off = []
         for option, is_exact in zip(self.options, _see_all(self.options, tokens, call.options["block"]), strict=True):
             # what it is off by is rounding, which would weigh as much as what a longer sample loses
-            tried = exact if is_exact else with_rows(call, [option]).run(op)[0]
+            tried = exact if is_exact else with_rows(call, [option], last=0).run(op)[0]
             off.append(_squares(tried, exact, first, heads, weight))
             self.advance()
         self.off[call.layer] = self.off.get(call.layer, 0) + torch.stack(off, 1)

@@ -174,7 +174,8 @@ def test_what_last_queries_lose_by_keys_and_values_counts_as_much_as_what_others
     for part in parts:
         policies = [[PerHead({site.module: [fewest]}, block=16, last=30)] for site in plain.sites]
         kls = torch.tensor([kl_of(model, sample, *part, methods=own) for own in policies]).double()
-        lost = [kl / sum(e[0] for e in x.errors) * torch.tensor(x.errors) for kl, x in zip(kls, plain.sites, strict=True)]
+        errors = [torch.tensor(site.errors, dtype=torch.float64) for site in plain.sites]
+        lost = [kl / x[:, 0].sum() * x for kl, x in zip(kls, errors, strict=True)]
         whole = sum(x.sum(0).mean() for x in lost)
         units.append(([x / whole for x in lost], whole))
     assert max(kls) > 1e-4 and kls[1] < 1e-9, "those at the end lose by the first layer alone"
