@@ -272,26 +272,27 @@ def speed_rows(name: str, n: int, s: int, device: str, tiny: bool, clock: Clock,
     backends = {"flash": SDPBackend.FLASH_ATTENTION} | (
         {"cudnn": SDPBackend.CUDNN_ATTENTION} if device == "cuda" else {}
     )
-    opponents = {}
-    for backend, value in backends.items():
-        with sdpa_kernel(value):
-            opponents[backend] = quantile(clock(call, repeats), 0.5)
-    exact, best, config = call(), min(opponents, key=opponents.get), model.config
+    exact, config = call(), model.config
     H, D = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    for methods in (["thinformer"], None):
+    for methods in (["thinformer"], ["thinformer", "exact"]):
+        opponents = {}  # anew: where the host is what takes time, it may take twice as much a second later
+        for backend, value in backends.items():
+            with sdpa_kernel(value):
+                opponents[backend] = quantile(clock(call, repeats), 0.5)
+        best = min(opponents, key=opponents.get)
         rewrite_attention(model, methods=methods, budget=s)
         with record_sites() as sites:
             out = call()
         rewritten = sum(site.verdict == "rewritten" for site in sites)
         times, tokens = clock(call, repeats), out.shape[1]
-        p50, counts = quantile(times, 0.5), methods is None or rewritten == config.num_hidden_layers
+        p50, free = quantile(times, 0.5), "exact" in methods
         yield dict(
             job="encode_model", method="thinformer",
-            params=f"model={name}{'-tiny' * tiny} rewritten={rewritten}{' planner=1' * (methods is None)}",
+            params=f"model={name}{'-tiny' * tiny} rewritten={rewritten}{' planner=1' * free}",
             B=1, H=H, H_kv=H, Lq=tokens, Lk=tokens, D=D, Dv=D, dtype=str(dtype).removeprefix("torch."), s=s,
             ms_p20=quantile(times, 0.2), ms_p50=p50, ms_p80=quantile(times, 0.8), opponent=best,
             opponent_ms_p50=opponents[best], error=((out - exact).norm() / exact.norm()).item(),
-            speedup=opponents[best] / p50 if counts else "failed its check",
+            speedup=opponents[best] / p50 if free or rewritten == config.num_hidden_layers else "failed its check",
             peak_mb=peak_of(call, lambda x: x.numel() * x.element_size())[1],
         )  # fmt: skip
         restore_attention(model)
