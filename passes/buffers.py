@@ -87,6 +87,11 @@ class Buffers:
             self.flags[node] = node in self.others and _are_flags(self.others[node])
         return self.flags[node]
 
+    def hides(self, node: Node, lowest: float) -> bool:
+        """Whether a placeholder holds ``lowest``, less or NaN now; True also where its values cannot be looked at."""
+        tensor = self.tensors.get(node, self.others.get(node))
+        return tensor is None or tensor.numel() > _COMPARED or not bool((tensor > lowest).all())
+
     def guard(
         self, compiled: Callable[..., Any], unchanged: Callable[..., Any], flags: Iterable[Node] = ()
     ) -> Callable[..., Any]:

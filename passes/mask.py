@@ -157,7 +157,8 @@ def _proven(
     last_index = _last_index(parts[0]) if as_in_sdpa else None
     asked = _Asked(evaluator, parts[0].node, sizes[0], size_expr(sizes[2]), size_expr(sizes[3]), last_index)
     proven = _classify(sympy.And(*shown), asked)
-    if any(example_of(part.node).requires_grad for part in parts):
+    out = tensor_of(reader)  # without gradients nobody asks for one of a parameter
+    if (out is None or out.requires_grad) and any(example_of(part.node).requires_grad for part in parts):
         raise Unproven("it needs a gradient, and only exact attention has one for masks", "a mask that is detached")
     return proven
 
@@ -309,7 +310,8 @@ def _simplified(condition: Boolean, asked: _Asked) -> tuple[Boolean, bool]:
     segments = [leaf for literal in sympy.And.make_args(condition) if (leaf := _segment(literal)) is not None]
     for segment in segments:
         condition = _by_places(condition, segment, asked.evaluator)
-    condition = condition.xreplace({literal: _without_abs(literal) for literal in condition.atoms(Relational)})
+    condition = _adjoined(condition)
+    condition = condition.xreplace({literal: _bounded(literal) for literal in condition.atoms(Relational)})
     everywhere = {literal: _everywhere(literal, asked) for literal in condition.atoms(Relational)}
     decided = {literal: truth for literal, truth in everywhere.items() if truth is not None}
     return _absorbed(condition.xreplace(decided), asked), bool(segments)
@@ -410,8 +412,41 @@ def _at_most_zero(literal: Boolean) -> sympy.Expr | None:
     return sympy.expand(_EXCESS[type(literal)](literal.lhs, literal.rhs))
 
 
-def _without_abs(literal: Relational) -> Boolean:
-    """``|x| <= c`` as ``x <= c and -x <= c``; other relations as they are."""
+def _adjoined(condition: Boolean) -> Boolean:
+    """``x <= -1 or x == 0`` as ``x <= 0``, ``x <= 0 and x != 0`` as ``x <= -1``, and neither where one implies the
+    other."""
+    if not isinstance(condition, sympy.And | sympy.Or):
+        return condition
+    parts, any_of = [_adjoined(part) for part in condition.args], isinstance(condition, sympy.Or)
+    for point in [part for part in parts if isinstance(part, sympy.Eq | sympy.Ne)]:
+        for part in parts:
+            start = _at_point(part, point)
+            if start is None or point not in parts:
+                continue
+            holds = start <= 0  # at the point
+            if isinstance(point, sympy.Eq) != any_of:  # elsewhere the point decides
+                both = [sympy.S(any_of)] if holds == any_of else [point]
+            elif start == (1 if any_of else 0):  # beside it, or with it as its end
+                both = [sympy.Le(_at_most_zero(part) + (-1 if any_of else 1), 0)]
+            else:
+                both = [part] if holds == any_of else [part, point]
+            parts = [*(x for x in parts if x not in (part, point)), *both]
+    return condition.func(*parts)
+
+
+def _at_point(part: Boolean, point: Relational) -> int | None:
+    """``c`` of a relation ``x + c <= 0`` or ``-x + c <= 0`` for the ``x`` that ``point`` compares with 0; None for
+    others."""
+    excess, x = _at_most_zero(part), point.lhs - point.rhs
+    rests = [] if excess is None else [sympy.expand(excess + sign * x) for sign in (1, -1)]
+    return next((int(rest) for rest in rests if rest.is_Integer), None)
+
+
+def _bounded(literal: Relational) -> Boolean:
+    """``|x| <= c`` as ``x <= c and -x <= c``, and so is ``x == c`` read where it ties keys to queries; other relations
+    as they are."""
+    if isinstance(literal, sympy.Eq) and literal.has(_Q) and literal.has(_K) and not literal.has(*_STEPPED):
+        return sympy.And(sympy.Le(*literal.args), sympy.Ge(*literal.args))
     if isinstance(literal.rhs, sympy.Abs):
         literal = literal.reversed
     if isinstance(literal.lhs, sympy.Abs) and isinstance(literal, sympy.Le | sympy.Lt):

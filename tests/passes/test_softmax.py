@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from express_compile import explain, record_sites, rewrite_attention
 from express_compile.core.policy import Policy
+from express_compile.passes.buffers import Buffers
 from express_compile.passes.match import find_sites
 from express_compile.passes.pipeline import plan_sites
 from express_compile.passes.rewrite import rewrite
@@ -34,8 +35,8 @@ def compiled(f: Callable, policy: Policy = EXACT, **options: Any) -> tuple[Calla
     """``f`` as Dynamo captures it, rewritten, and the sites with their plans (filled in by the first call)."""
     found: list = []
 
-    def backend(gm: torch.fx.GraphModule, _: list[Any]) -> Callable:
-        planned = plan_sites(find_sites(gm), policy)
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
+        planned = plan_sites(find_sites(gm, Buffers(gm, inputs)), policy)
         rewrite(gm, planned, policy)
         found.extend(planned)
         return gm
@@ -292,7 +293,7 @@ def test_windows_of_images_take_a_mask_and_a_bias_in_five_dimensions() -> None:
     x, mask, bias = tensors((3, 8, H, L, D), (4, L, L), (H, L, 1))
     assert relative(g(x, mask, bias), f(x, mask, bias)) < 1e-6
     assert [plan.verdict for _, plan in found] == ["rewritten"]
-    assert "adds the values of 'bias'" in found[0][0].spec.mask.unknown
+    assert "adds the values of 'mask'" in found[0][0].spec.mask.unknown
 
 
 @torch.no_grad()
@@ -499,6 +500,55 @@ def test_a_bias_stays_exact() -> None:
         check(f, [q, k, v, extra], words, scale)
         g, found = compiled(f, Policy(methods=("express", "thinformer")))
         assert torch.equal(g(q, k, v, extra), f(q, k, v, extra)) and found[0][1].verdict == "refused"
+
+
+SHIFTS: dict[str, tuple[Callable, str]] = {
+    "of each query": (lambda s, x: s + x[..., :1], "none"),
+    "of each sequence, twice": (lambda s, x: (s - x[:, :1, :1, :1]) * 0.5 + x.mean(), "none"),
+    "before a mask": (lambda s, x: (s + x[..., :1]).masked_fill(~causal(), LOWEST), "causal"),
+    "after a mask": (lambda s, x: s.masked_fill(~causal(), -1e9) + x[..., :1], "causal"),
+    "with a mask": (lambda s, x: s + (x[..., :1] + torch.full((L, L), -math.inf).triu(1)), "causal"),
+    "in a mask": (lambda s, x: s + torch.where(causal(), x[..., :1].expand(-1, -1, -1, L), -math.inf), "causal"),
+    "where queries are chosen": (lambda s, x: s + torch.where(causal()[:, 5:6], x[..., :1], 1.0), "none"),
+    # and of some keys alone
+    "of each key": (lambda s, x: s + x[..., :1].mT, "unknown"),
+    "of each query and key": (lambda s, x: s + (x @ x.mT), "unknown"),
+    "of the first keys": (lambda s, x: s + torch.where(torch.arange(L) < 3, x[..., :1], 0.0), "unknown"),
+    "of hidden keys": (lambda s, x: s + torch.where(causal(), 0.0, x[..., :1]), "unknown"),
+    # and what hides all keys of a query
+    "queries are hidden": (lambda s, x: s + (x[..., :1] > 0) * -1e9, "unknown"),
+    "queries are hidden by a product": (lambda s, x: s + x[..., :1].relu() * -1e12, "unknown"),
+    "queries are hidden by a logarithm": (lambda s, x: s + (x[..., :1].relu() + 0.1).log(), "unknown"),
+}
+
+
+@pytest.mark.parametrize("name", SHIFTS)
+@torch.no_grad()
+def test_what_is_added_to_all_keys_alike_is_not_seen_by_a_softmax(name: str) -> None:
+    """Of values that are not known; exact attention adds them all the same."""
+    shift, mask = SHIFTS[name]
+    inputs = [*tensors(), tensors((B, H, L, D), seed=1)[0]]
+    for policy in (EXACT, Policy(methods=("express", "thinformer"), budget=64)):
+        g, found = compiled(lambda q, k, v, x: shift(q @ k.mT, x).softmax(-1) @ v, policy)
+        out, truth = g(*inputs), shift(inputs[0] @ inputs[1].mT, inputs[3]).softmax(-1) @ inputs[2]
+        assert relative(out, truth) < 1e-6
+        ((site, plan),) = found
+        assert str(site.spec.mask).partition(" ")[0] == mask
+        assert (plan.verdict == "rewritten") == (mask != "unknown" or policy is EXACT), plan.reason
+
+
+def test_a_shift_that_hides_or_needs_a_gradient_stays_exact() -> None:
+    """A bias that a user gives may hide queries: its values are looked at. A parameter asks for its gradient."""
+
+    def f(q, k, v, shift):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=shift + torch.full((L, L), -math.inf).triu(1))
+
+    for low, needs_gradient, verdict in ((-5.0, False, "rewritten"), (-math.inf, False, "refused"), (-5.0, True, "refused")):
+        shift = torch.zeros(B, 1, L, 1).index_fill(2, torch.tensor([L - 1]), low).requires_grad_(needs_gradient)
+        g, found = compiled(f, Policy(methods=("express",), budget=64))
+        out, truth = g(*tensors(), shift), f(*tensors(), shift)
+        assert torch.allclose(out, truth, atol=1e-6, equal_nan=True) and found[0][1].verdict == verdict
+        assert verdict == "rewritten" or ("a gradient" if needs_gradient else "'shift'") in found[0][1].reason
 
 
 @pytest.mark.parametrize("how", ["written in place", "given"])
