@@ -163,6 +163,20 @@ def _proven(
     return proven
 
 
+def lengths_in(
+    parts: Sequence[MaskPart], sizes: tuple[Any, Any, Any, Any], around: Surroundings, reader: Node
+) -> set[Any]:
+    """The numbers that the places of queries are divided by in what ``parts`` allow."""
+    evaluator = Evaluator(around, reader, sizes)
+    try:
+        shown = [evaluator.visible(part.node, part.coords, part.sizes, part.hides, part.factor) for part in parts]
+    except Unproven:
+        return set()
+    steps = {x.args for condition in shown for x in condition.atoms(sympy.Mod) if x.has(_Q)}
+    steps |= {sympy.fraction(x.args[0]) for condition in shown for x in condition.atoms(sympy.floor) if x.has(_Q)}
+    return {step for _, step in steps if not step.has(*COORDINATES)}
+
+
 _LAST = {_B: slice(None), _H: 0, _Q: -1, _K: slice(None)}
 
 
@@ -196,7 +210,7 @@ def prove_key_padding(mask: Node, around: Surroundings, reader: Node) -> tuple[M
 def same_for_all_queries(part: MaskPart, sizes: tuple[Any, Any, Any, Any]) -> tuple[Mask, Padding] | None:
     """A boolean mask without a query and a head dimension is a key padding, whatever its values are; else None."""
     shape, rank = example_of(part.node).shape, len(part.sizes)
-    if example_of(part.node).dtype != torch.bool or not len(shape) <= rank <= 4 or part.coords[0] != _B:
+    if example_of(part.node).dtype != torch.bool or len(shape) > rank or part.coords[0] != _B:
         return None
     between = shape[1 - rank : -1]
     if not known_equal(shape[-1], sizes[3]) or not all(known_equal(size, 1) for size in between):

@@ -483,7 +483,7 @@ def test_branches_of_control_flow_are_refused() -> None:
 @pytest.mark.parametrize(
     ("shapes", "options", "words"),
     [
-        ([(3, 2, 4, 6, 8), *[(1, 2, 4, 6, 8)] * 2], {}, "(3, 2), (1, 2), (1, 2) first"),
+        ([(3, 2, 4, 6, 8), *[(1, 2, 4, 6, 8)] * 2], {}, "of (3, 2, 4) and its keys or values of (1, 2, 4)"),
         ([SHAPE, (4, 6, 8), (4, 6, 8)], {}, "4, 3 and 3 dimensions"),
         ([(2, 4, 6, 0)] * 3, {}, "its head size is 0"),
         ([SHAPE, (1, 4, 6, 8), (1, 4, 6, 8)], {}, "batch size 1"),

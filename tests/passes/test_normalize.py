@@ -118,7 +118,8 @@ OF_ALIASES: dict[str, list[dict[str, Any]]] = {
     "type_as": [{"input": T, "other": J}],
     **dict.fromkeys(("_softmax", "_log_softmax"), [{"input": T, "dim": -1, "half_to_float": False}]),
 }
-# of which no one aten call is left: slices become several, a constant is none, as a cast to where a tensor is; or no pure one
+# of which no one aten call is left: slices become several, a constant is none, and so is a cast to where a tensor is;
+# or which are written in place alone
 WITHOUT_ATEN = {"getitem", "tensor", "einsum", "cpu", "cuda"} | {
     *("cat", "concat", "concatenate", "tile", "softmin", "zero", "special_softmax", "special_log_softmax"),
     *("special_logsumexp", "_safe_softmax", "mod", "floordiv", "clip", "fill_diagonal"),

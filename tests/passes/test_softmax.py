@@ -209,6 +209,15 @@ SPELLINGS: dict[str, tuple[Callable, str, float]] = {
     "a scale per query": (
         lambda q, k, v: (heads(q) @ heads(k).mT * v[0, 0, :, :1]).softmax(-1) @ heads(v), "none", 1.0,
     ),
+    "a scale per matrix": (
+        lambda q, k, v: (heads(q) @ heads(k).mT * heads(v)[:, :1, :1]).softmax(-1) @ heads(v), "none", 1.0,
+    ),
+    "a scale per sequence of windows": (
+        lambda q, k, v: (q[None] @ k[None].mT / v[None, :, :1, :1, :1].exp()).softmax(-1) @ v[None], "none", 1.0,
+    ),
+    "a scale per window": (
+        lambda q, k, v: ((q @ k.mT).view(1, B, H, L, L) * v[:, :1, :, :1]).flatten(0, 1).softmax(-1) @ v, "none", 1.0,
+    ),
     "masked_fill": (lambda q, k, v: (q @ k.mT).masked_fill(~causal(), -math.inf).softmax(-1) @ v, "causal", 1.0),
     "where, and a constant for all": (lambda q, k, v: (torch.where(causal(), q @ k.mT, LOWEST) + 3).softmax(-1) @ v,
                                       "causal", 1.0),
@@ -543,7 +552,11 @@ def test_a_shift_that_hides_or_needs_a_gradient_stays_exact() -> None:
     def f(q, k, v, shift):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=shift + torch.full((L, L), -math.inf).triu(1))
 
-    for low, needs_gradient, verdict in ((-5.0, False, "rewritten"), (-math.inf, False, "refused"), (-5.0, True, "refused")):
+    for low, needs_gradient, verdict in (
+        (-5.0, False, "rewritten"),
+        (-math.inf, False, "refused"),
+        (-5.0, True, "refused"),
+    ):
         shift = torch.zeros(B, 1, L, 1).index_fill(2, torch.tensor([L - 1]), low).requires_grad_(needs_gradient)
         g, found = compiled(f, Policy(methods=("express",), budget=64))
         out, truth = g(*tensors(), shift), f(*tensors(), shift)
@@ -786,12 +799,6 @@ NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     "a learned scale of a bias": (
         lambda q, k, v: ((q @ k.mT + hidden(q)) * v.mean()).softmax(-1) @ v, "scaled by a tensor",
     ),
-    "a scale per matrix": (
-        lambda q, k, v: (heads(q) @ heads(k).mT * heads(v)[:, :1, :1]).softmax(-1) @ heads(v), "scaled by a tensor",
-    ),
-    "a scale per sequence of windows": (
-        lambda q, k, v: (q[None] @ k[None].mT * v[None, :, :1, :1, :1]).softmax(-1) @ v[None], "scaled by a tensor",
-    ),
     "scaled by its own norm": (
         lambda q, k, v: ((s := q @ k.mT) / s.norm(dim=-1, keepdim=True)).softmax(-1) @ v, "computed from them",
     ),
@@ -872,8 +879,14 @@ NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     ),
     "dropped twice": (lambda q, k, v: F.dropout(F.dropout((q @ k.mT).softmax(-1), 0.3), 0.2) @ v,
                       "drops attention weights twice"),
-    "keys of one of many windows": (
-        lambda q, k, v: (q[None] @ k[None, :1].mT).softmax(-1) @ v[None, :1], "what comes before the heads",
+    "keys of one sequence of windows": (
+        lambda q, k, v: (q[:, None] @ k[:1, None].mT).softmax(-1) @ v[:1, None], "what comes before the heads",
+    ),
+    "keys of one of many windows, values of all": (
+        lambda q, k, v: (q[None] @ k[None, :1].mT).softmax(-1) @ v[None], "what comes before the heads",
+    ),
+    "one query for many heads of keys": (
+        lambda q, k, v: (q[:, :1] @ k.mT).softmax(-1) @ v, "its query is of (2, 1, 12), and its scores have 4 heads",
     ),
     "an einsum of vectors": (
         lambda q, k, v: torch.einsum("j,jd->d", torch.einsum("d,jd->j", q[0, 0, 0], k[0, 0]).softmax(-1), v[0, 0]),
@@ -890,7 +903,7 @@ NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     "autocast inside": (without_autocast, "autocast is switched on or off inside it"),
     "one matrix of keys": (
         lambda q, k, v: torch.matmul(torch.matmul(heads(q), heads(k)[:1].mT).softmax(-1), heads(v)),
-        "it multiplies 1 matrices for 8 sequences of 1 heads",
+        "its scores are of (8,) and its keys or values of (1,)",
     ),
     "keys for all": (lambda q, k, v: (q @ k[0, 0].mT).softmax(-1) @ v, "of 4 and 2 dimensions"),
     "keys of one sequence": (lambda q, k, v: (q @ k[:1].mT).softmax(-1) @ v[:1], "has batch size 1, its query 2"),
