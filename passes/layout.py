@@ -54,6 +54,11 @@ class Layout:
         """Whether heads are known to share keys."""
         return any(what == "g" for what, _ in self.parts)
 
+    @property
+    def known(self) -> Layout:
+        """This layout, or one that says the same without masks and whose number of heads is known when compiling."""
+        return self if isinstance(self.four[1], int) else next(self.others(()), self)
+
     def places(self, rows: Sequence[Any]) -> tuple[Any, ...]:
         """Where the dimensions ``rows`` of scores are, as expressions in b, h and q."""
         B, H, Lq = self.four
@@ -189,21 +194,17 @@ class Layout:
 
 
 def layout_of(shapes: Sequence[torch.Size], key: torch.Size) -> Layout:
-    """What the rows of scores are that have these ``shapes`` on their way, of queries and a ``key`` ``[..., Lk, D]``."""
+    """What the rows of scores are that have these ``shapes`` on their way, of queries and a ``key`` ``[.., Lk, D]``."""
     *lead, length = (number(size) for size in shapes[0][:-1])
-    own = key[:-2]
-    shared = [i for i, (ours, theirs) in enumerate(zip(lead, own, strict=True)) if is_one(theirs) and not is_one(ours)]
-    what = ["g" if i in shared else "h" for i in range(len(lead))]
     if len(lead) < 2:
-        whole = next(
-            (x[:2] for x in shapes if len(x) == 4 and known_equal(x[2], length)), (*lead, *(1, 1)[len(lead) :])
-        )
-        B, H = map(number, whole)
+        whole = (x[:2] for x in shapes if len(x) == 4 and known_equal(x[2], length))
+        B, H = map(number, next(whole, (*lead, 1, 1)[:2]))
         return Layout((("b", B), ("h", H), ("q", length)))
+    shared = [i for i, (ours, its) in enumerate(zip(lead, key[:-2], strict=True)) if is_one(its) and not is_one(ours)]
+    what = ["g" if i in shared else "h" for i in range(len(lead))]
     first = shared[0] if shared and shared[0] > 0 else len(lead) - 1
     heads = zip(what[first:], lead[first:], strict=True)
-    found = Layout((("b", math.prod(lead[:first])), *heads, ("q", length)))
-    return found if isinstance(found.four[1], int) else next(found.others(()), found)
+    return Layout((("b", math.prod(lead[:first])), *heads, ("q", length)))
 
 
 def prove_rows(
@@ -227,6 +228,7 @@ def prove_rows(
         mask, padding = prove_all(made, sizes, scope, reader, as_in_sdpa=as_in_sdpa)
         return (mask, padding) if mask.unknown is None else apart(made, sizes, scope, reader) or (mask, padding)
 
+    layout = layout.known
     first = proven(layout)
     if first[0].unknown is None:
         return layout, *first

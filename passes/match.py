@@ -193,14 +193,13 @@ def _describe(scope: Scope, node: Node, form: str) -> dict[str, Any]:
 def _describe_sdpa(scope: Scope, node: Node, args: Mapping[str, Any]) -> dict[str, Any]:
     query, key, value = (tensor_argument(args, name) for name in ("query", "key", "value"))
     rows = _rows(node, (query, key, value))
-    if len(rows) == 3:
-        key, value = unrepeated(scope, node, query, key, value)
+    key, value = unrepeated(scope, node, query, key, value)
     layout = layout_of([torch.Size((*rows, shape_of(key)[-2]))], shape_of(key))
     layout, mask, padding = _mask(scope, node, args, layout, rows)
     q, k, v = layout.queries(Operand(query)), *(layout.keys(Operand(x), rows) for x in (key, value))
     (plain_q, of_query), (plain_k, of_key) = (unscaled(scope, x) for x in (q, k))
-    repeated = known_equal(layout.keys(Operand(args["key"]), rows).shape[1], q.shape[1])
-    check_heads(q.shape, k.shape, v.shape, repeats=args.get("enable_gqa", False) or layout.grouped or repeated)
+    repeats = args.get("enable_gqa", False) or layout.grouped or key is not args["key"]
+    check_heads(q.shape, k.shape, v.shape, repeats)
     scale = _scale(args, number(q.shape[3])) * of_query * of_key
     dropout_p = _constant(args.get("dropout_p", 0.0), "dropout_p") or 0.0
     spec = make_spec(node, q, k, v, scale=scale, mask=mask, dropout_p=dropout_p)
@@ -277,7 +276,7 @@ def _mask(
     if is_causal and mask is not None:
         return layout, *unknown("it has a mask and is_causal=True")
     if mask is None:
-        return layout, Mask(causal=is_causal), None
+        return layout if is_causal else layout.known, Mask(causal=is_causal), None
     if tensor_of(mask) is None:
         return layout, *unknown("it is not a tensor of the graph")
     if len(shape_of(mask)) > len(rows) + 1:

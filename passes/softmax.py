@@ -300,12 +300,12 @@ def describe(scope: Scope, written: Softmax) -> dict[str, Any]:
     shapes = [_shape(node) for node in chain]
     _check_views(chain, shapes)
     query, key, value = _one_dtype(scope, out, query, key, value)
+    whole_key = key.node
+    key, value = _before_repeat(scope, out, query, key, value)
     layout, mask, padding = _prove(scope, scores, layout_of(shapes, key.shape), shapes, out)
     query, key, value = layout.queries(query), layout.keys(key, shapes[0][:-1]), layout.keys(value, shapes[-1][:-1])
     layout.places(shapes[-1][:-1])  # where the result is put back
-    repeats = layout.grouped or known_equal(key.shape[1], query.shape[1])
-    key, value = _before_repeat(scope, out, query, key, value)
-    check_heads(query.shape, key.shape, value.shape, repeats)
+    check_heads(query.shape, key.shape, value.shape, repeats=layout.grouped or key.node is not whole_key)
     (query, of_query), (key, of_key) = (unscaled(scope, x) for x in (query, key))
     scores.factor *= of_query * of_key
     query = _times(query, scores, layout)
@@ -892,7 +892,7 @@ def _prove(
     if not all(_example(node).dtype == torch.bool for node, _, _ in scores.filled):
         return layout, *unknown("it fills scores where something is that is not a boolean tensor", "a boolean mask")
     if not scores.added and not scores.filled:
-        return layout, Mask(), None
+        return layout.known, Mask(), None
 
     def parts(layout: Layout) -> list[MaskPart]:
         added = [

@@ -260,8 +260,6 @@ class Evaluator:
         rest = sympy.Add(*(term for term, ratio in terms if not ratio.is_integer))
         if rest == 0 or (rest in self.bounds and known_equal(size_expr(self.bounds[rest]), n)):
             return whole, rest
-        if not n.is_Integer:
-            raise _NoRule
         return whole + sympy.floor(rest / n), sympy.Mod(rest, n)
 
     def index(self, arg: Any) -> sympy.Expr:
@@ -577,7 +575,7 @@ def _division(at: _Element) -> Any:
         return _map(_known(lambda x: x / b), a)
     if isinstance(a, _Select) or not a.is_integer or not b.is_Integer or not b.is_positive:
         raise _NoRule
-    return _known(lambda x: sympy.Mod(x, b) if at.op.name == "remainder" else sympy.floor(x / b))(a)
+    return _known(lambda x: at.evaluator.divided(x, b)[at.op.name == "remainder"])(a)
 
 
 def _numbers(function: Callable[..., Any], *names: str) -> _Rule:
@@ -703,7 +701,7 @@ def _repeat(at: _Element) -> Any:
     inner, shape = at.source.shape, example_of(at.node).shape
     own = len(at.coords) - len(inner)
     places = [
-        sympy.S.Zero if n == 1 else at.evaluator.divided(x, n)[1] if n.is_Integer else sympy.Mod(x, n)
+        sympy.S.Zero if n == 1 else at.evaluator.divided(x, n)[1]
         for x, n in zip(at.coords[own:], map(size_expr, inner), strict=True)
     ]
     once = map(known_equal, inner, shape[own:])

@@ -289,6 +289,136 @@ def test_spellings(name: str) -> None:
     check(f, tensors(), mask, scale)
 
 
+def groups_first(q, k, v):
+    """Query head ``g * H_kv + h`` has KV head ``h``, and scores are masked as those of so many heads."""
+    s = (q.unflatten(1, (2, 2)) @ k[:, None, :2].mT).flatten(1, 2).masked_fill(~causal(), -math.inf)
+    return (s.softmax(-1).unflatten(1, (2, 2)) @ v[:, None, :2]).flatten(1, 2)
+
+
+def groups_masked_apart(q, k, v):
+    s = q.unflatten(1, (2, 2)) @ k[:, None, :2].mT
+    s = s.masked_fill(torch.stack([~causal(), ~causal().mT])[:, None], -math.inf)
+    return s.softmax(-1) @ v[:, None, :2]
+
+
+def big_code(q, k, v, mask=lambda m: m[:, None]):
+    """GPTBigCode: one head of keys, and the heads of a query beside each other, ``[B, Lq * H, D]``."""
+    s = torch.baddbmm(q.new_empty(B, L * H, L), q.transpose(1, 2).reshape(B, L * H, D), k[:, 0].mT, beta=0, alpha=0.5)
+    s = torch.where(mask(causal()), s.view(B, L, H, L), LOWEST)
+    return torch.bmm(s.softmax(-1).view(B, L * H, L), v[:, 0]).view(B, L, H, D).transpose(1, 2)
+
+
+def stacked(mask):
+    """One head of keys, and the queries of all heads one after the other, ``[B, H * Lq, D]``."""
+
+    def f(q, k, v):
+        s = (q.flatten(1, 2) @ k[:, 0].mT * 0.5).masked_fill(~mask(causal()), -1e9)
+        return (s.softmax(-1) @ v[:, 0]).unflatten(1, (H, L))
+
+    return f
+
+
+def stacked_groups(q, k, v):
+    """The same of two KV heads, taken apart for the mask."""
+    s = (q.reshape(B, 2, 2 * L, D) @ k[:, ::2].mT * 0.5).view(B, H, L, L) + torch.full((L, L), LOWEST).triu(1)
+    return (s.softmax(-1).view(B, 2, 2 * L, L) @ v[:, ::2]).reshape(B, H, L, D)
+
+
+def both_sides(q, k, v):
+    """Groups before the KV heads and behind them."""
+    q = torch.cat([q, -q], 1).view(B, 2, 2, 2, L, D)
+    return (q @ k[:, None, :2, None].mT).softmax(-1) @ v[:, None, :2, None]
+
+
+def shifted_groups(q, k, v):
+    """A scale and a shift for each query head."""
+    of_head = q[:, :, :1, :1].detach().view(B, 2, 2, 1, 1)
+    s = (q.unflatten(1, (2, 2)) @ k[:, None, :2].mT) * of_head[:1] + of_head
+    return s.softmax(-1) @ v[:, None, :2]
+
+
+def expanded_groups(q, k, v):
+    k, v = (x[:, None, :2].expand(-1, 2, -1, -1, -1) for x in (k, v))
+    return (q.unflatten(1, (2, 2)) @ k.mT).softmax(-1) @ v
+
+
+ROWS: dict[str, tuple[Callable, tuple[int, int], str, float]] = {
+    "groups first": (groups_first, (4, 2), "causal", 1.0),
+    "groups first, by einsum": (
+        lambda q, k, v: torch.einsum(
+            "bghqk,bhkd->bqghd",
+            torch.einsum("bqghd,bhkd->bghqk", q.unflatten(1, (2, 2)).permute(0, 3, 1, 2, 4), k[:, :2]).softmax(-1),
+            v[:, :2],
+        ),
+        (4, 2), "none", 1.0,
+    ),
+    "groups first, scaled and shifted": (shifted_groups, (4, 2), "none", 1.0),
+    "groups first, expanded": (expanded_groups, (4, 2), "none", 1.0),
+    "groups on both sides": (both_sides, (8, 2), "none", 1.0),
+    "heads beside each other": (big_code, (4, 1), "causal", 0.5),
+    "heads beside each other, by einsum": (
+        lambda q, k, v: torch.einsum(
+            "bqhk,bkd->bhqd",
+            (torch.einsum("bhqd,bkd->bqhk", q, k[:, 1]) + torch.full((L, L), LOWEST).triu(1)[:, None]).softmax(-1),
+            v[:, 1],
+        ),
+        (4, 1), "causal", 1.0,
+    ),
+    "queries one after the other": (stacked(lambda m: m.repeat(H, 1)), (4, 1), "causal", 0.5),
+    "queries expanded": (stacked(lambda m: m.expand(H, L, L).reshape(H * L, L)), (4, 1), "causal", 0.5),
+    "queries of groups one after the other": (stacked_groups, (4, 2), "causal", 0.5),
+    # masks that are not the same for all heads, or for others
+    "groups first, each with a mask": (groups_masked_apart, (4, 2), "unknown", 1.0),
+    "heads masked beside queries": (
+        lambda q, k, v: big_code(q, k, v, lambda m: m[:, None] & m[6 : 6 + H]), (1, 1), "unknown", 0.5,
+    ),
+    "one query later": (stacked(lambda m: m.repeat(H, 1).roll(1, 0)), (1, 1), "unknown", 0.5),
+    "one head sees all": (stacked(lambda m: torch.cat([m.repeat(H - 1, 1), m | True])), (1, 1), "unknown", 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_scores_are_heads_and_queries_in_any_order(name: str) -> None:
+    f, heads, mask, scale = ROWS[name]
+    for policy in (EXACT, Policy(methods=("express", "thinformer"), budget=64)):
+        if mask != "unknown":
+            site = check(f, tensors(), mask, scale, policy)
+        else:
+            g, found = compiled(f, policy)
+            assert relative(g(*tensors()), f(*tensors())) < 1e-6
+            ((site, plan),) = found
+            assert plan.verdict == ("rewritten" if policy is EXACT else "refused") and site.spec.mask.unknown
+        assert (site.spec.H, site.spec.H_kv) == heads
+
+
+@pytest.mark.parametrize("name", ["groups first", "heads beside each other", "queries one after the other"])
+def test_rows_of_dynamic_sizes(name: str) -> None:
+    """With a padding for each sequence, and a shift for each query."""
+
+    def f(q, k, v, real):
+        n, b = q.shape[2], q.shape[0]
+        seen = (torch.arange(n) <= torch.arange(n)[:, None]) & real[:, None]
+        if name == "groups first":
+            s = q.unflatten(1, (2, 2)) @ k[:, None, :2].mT
+            return (s.masked_fill(~seen[:, None, None], -math.inf).softmax(-1) @ v[:, None, :2]).flatten(1, 2)
+        if name == "heads beside each other":
+            s = (q.transpose(1, 2).flatten(1, 2) @ k[:, 0].mT).view(b, n, H, n).masked_fill(~seen[:, :, None], -1e9)
+            return (s.softmax(-1).flatten(1, 2) @ v[:, 0]).view(b, n, H, D).transpose(1, 2)
+        s = (q.flatten(1, 2) @ k[:, 0].mT).masked_fill(~seen.repeat(1, H, 1), -1e9)
+        return (s.softmax(-1) @ v[:, 0]).view(b, H, n, D)
+
+    g, found = compiled(f, Policy(methods=("express",), budget=64), dynamic=True)
+    for b, n in ((3, 12), (2, 17)):
+        real = torch.arange(n) < torch.arange(n - b + 1, n + 1)[:, None]
+        inputs = [*tensors(*[(b, H, n, D)] * 3), real]
+        out, truth = g(*inputs), f(*inputs)
+        rows = real[:, None].expand(-1, H, -1)
+        assert relative(out[rows], truth[rows]) < 1e-6
+    ((site, plan),) = found
+    assert (str(site.spec.mask), plan.verdict) == ("causal, key padding", "rewritten"), plan.reason
+    assert (site.spec.H, site.spec.H_kv) == ((4, 2) if name == "groups first" else (4, 1))
+
+
 def test_windows_of_images_take_a_mask_and_a_bias_in_five_dimensions() -> None:
     """``[images, windows, heads, n, n]``: what broadcasts over images, windows or heads stays in its place."""
 
