@@ -246,7 +246,7 @@ def _runs(a: Sequence[Any], b: Sequence[Any]) -> list[tuple[list[int], list[int]
     """The dimensions of ``a`` and of ``b`` that hold the same in row-major order, in the smallest runs; those of size
     one in none."""
     left, right = ([i for i, size in enumerate(sizes) if not is_one(size)] for sizes in (a, b))
-    found = []
+    found: list[tuple[list[int], list[int]]] = []
     while left and right:
         counts = sorted(itertools.product(range(1, len(left) + 1), range(1, len(right) + 1)), key=sum)
         same = (

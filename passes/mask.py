@@ -33,7 +33,6 @@ from .nodes import tensor_of
 from .normalize import number, operation
 from .symbolic import (
     COORDINATES,
-    PROVABLE,
     RELATIONS,
     Evaluator,
     Surroundings,
@@ -41,6 +40,7 @@ from .symbolic import (
     example_of,
     formula,
     is_one,
+    provable,
     size_expr,
 )
 
@@ -313,7 +313,7 @@ def _classify(condition: Boolean, asked: _Asked) -> tuple[Mask, Padding | None]:
     plain = proven.window is None and not segments
     if asked.last_index is not None and plain and (not proven.causal or known_equal(proven.offset, asked.bottom_right)):
         return proven, Padding(last_row=asked.mask, last_index=asked.last_index)
-    raise _unproven(sympy.And(*found["padding"]), asked)
+    raise _unproven(sympy.And(*found["padding"]), asked, condition)
 
 
 def _simplified(condition: Boolean, asked: _Asked) -> tuple[Boolean, bool]:
@@ -351,7 +351,7 @@ def _by_kind(condition: Boolean, asked: _Asked) -> dict[str, list[Any]]:
         elif literal.free_symbols <= of_key:
             found["padding"].append(literal)
         else:
-            raise _unproven(literal, asked)
+            raise _unproven(literal, asked, condition)
     return found
 
 
@@ -389,10 +389,12 @@ def _plain(offset: Any) -> Any:
     return int(offset) if offset.is_Integer else offset
 
 
-def _unproven(literal: Any, asked: _Asked) -> Unproven:
+def _unproven(literal: Any, asked: _Asked, condition: Boolean) -> Unproven:
     text = formula(literal, asked.evaluator)
     if literal.atoms(AppliedUndef):
-        return Unproven(f"it depends on values that are not known when compiling: {text}", PROVABLE)
+        return Unproven(
+            f"it depends on values that are not known when compiling: {text}", provable(condition, asked.evaluator)
+        )
     return Unproven(f"a query sees a key only where {text}, which is no causal mask, window, key padding or segment")
 
 
@@ -434,14 +436,14 @@ def _adjoined(condition: Boolean) -> Boolean:
     parts, any_of = [_adjoined(part) for part in condition.args], isinstance(condition, sympy.Or)
     for point in [part for part in parts if isinstance(part, sympy.Eq | sympy.Ne)]:
         for part in parts:
-            start = _at_point(part, point)
-            if start is None or point not in parts:
+            excess, start = _at_most_zero(part), _at_point(part, point)
+            if excess is None or start is None or point not in parts:
                 continue
             holds = start <= 0  # at the point
             if isinstance(point, sympy.Eq) != any_of:  # elsewhere the point decides
                 both = [sympy.S(any_of)] if holds == any_of else [point]
             elif start == (1 if any_of else 0):  # beside it, or with it as its end
-                both = [sympy.Le(_at_most_zero(part) + (-1 if any_of else 1), 0)]
+                both = [sympy.Le(excess + (-1 if any_of else 1), 0)]
             else:
                 both = [part] if holds == any_of else [part, point]
             parts = [*(x for x in parts if x not in (part, point)), *both]

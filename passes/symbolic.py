@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..core.spec import known_equal
 from .buffers import Buffers
-from .nodes import reached, same_sizes, shares_memory, tensor_of
+from .nodes import reached, same_sizes, shares_memory, sources, tensor_of
 from .normalize import Operation, in_place, number, operation, order_of
 from .words import is_parameter, label, spoken
 
@@ -40,7 +41,10 @@ class Unproven(Exception):
         self.nearest = nearest
 
 
-PROVABLE = "is_causal=True, a mask that the model makes of torch.arange or tril, or a boolean key padding [B, 1, 1, Lk]"
+PROVABLE = (
+    "is_causal=True, a mask that the model makes of torch.arange or tril, a triangle or band that it keeps by "
+    "register_buffer, or a boolean key padding [B, 1, 1, Lk]"
+)
 
 
 class _NoRule(Exception):
@@ -473,8 +477,21 @@ def _adds(value: Any, factor: float, hidden: float, evaluator: Evaluator) -> Unp
     names = sorted(leaf_names(value, evaluator))
     return Unproven(
         f"it adds the values of {', '.join(names) or formula(value, evaluator)}, which are not known when compiling",
-        PROVABLE,
+        provable(value, evaluator),
     )
+
+
+def provable(expression: Any, evaluator: Evaluator) -> str:
+    """What would be proven in the place of ``expression``, whose values are not known: the same in a buffer, if it is
+    made of what holds a triangle or a band now."""
+    around = evaluator.around
+    leaves = (evaluator.leaves[leaf.func] for leaf in expression.atoms(AppliedUndef))
+    made_of = {around.outer.get(x, x) for leaf in leaves for x in reached(leaf, sources) if x.op == "placeholder"}
+    given = sorted(map(spoken, filter(around.buffers.is_given_band, made_of)))
+    if len(given) != 1 or any(tensor_of(x) is not None and around.buffers.band(x) is None for x in made_of):
+        return PROVABLE
+    (name,) = re.findall(r"\w+", given[0])[-1:]
+    return f"{given[0]} as a buffer, whose values are read when compiling: self.register_buffer('{name}', ...)"
 
 
 def leaf_names(expression: Any, evaluator: Evaluator) -> set[str]:
