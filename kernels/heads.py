@@ -16,8 +16,8 @@ which all its query heads put in one order, each takes as many of the first as i
 A head is exact while the sequence has no more tokens than its rows: ``sinks + recent``, and with it ``protected``, and
 ``4 thinned``, and ``64 selected``. The error of thinned rows is that of ``express``; a query with selected rows loses
 the mass of the blocks that it did not choose. The choice is held fixed in gradients. The ``last`` queries of a call can
-be exact in all heads (:mod:`.attend.last`), for the price of a step of decoding: what a question at the end asks for is
-seldom among few rows.
+be exact in all heads: what a question at the end asks for is seldom among few rows. On CUDA they are among what attends
+in the one launch, and with padding, or where there is little else to do, steps of decoding (:mod:`.attend.last`).
 
 Supports causal self-attention (also continuing a cache), grouped queries, Dv != D, any length, key padding on any
 side, float16, bfloat16, float32 (float64 on a CPU). Refuses what ``express`` refuses.
@@ -50,7 +50,16 @@ from express_compile.core.spec import AttentionSpec, Site
 from .attend import hopper
 from .attend.last import attend_last, last_gradients
 from .attend.mixed import Buffers, Chosen, HeadRows, Mixture, Place, mixed_attention_triton
-from .attend.segments import COMPACTED, TOKENS, Outputs, SegmentTable, Sources, causal_table, segment_attention
+from .attend.segments import (
+    COMPACTED,
+    TOKENS,
+    Outputs,
+    SegmentTable,
+    Sources,
+    causal_table,
+    segment_attention,
+    spanned_outputs,
+)
 from .exact import exact_attention
 from .express import (
     BLOCK,
@@ -67,7 +76,7 @@ from .express import (
     packing_cost,
     prefill_only,
 )
-from .launch import Random, constant, jit, launch, load_rows, next_power_of_two, sequence, strided, tl
+from .launch import Random, constant, jit, launch, load_rows, next_power_of_two, processors, sequence, strided, tl
 from .op import define_attention
 from .select.blocks import KEYS, BlockConfig, Choosers, query_blocks, select_blocks, select_blocks_triton
 from .select.contest import CONTEST, Contestants, compete_kinds_into, saved_together
@@ -113,7 +122,7 @@ def _last(name: str, value: Any) -> int:
     return int(value)
 
 
-MOST_LAST = 64
+MOST_LAST = 256
 LAST = Kind(f"0 to {MOST_LAST}", "int", _last)
 
 
@@ -359,10 +368,11 @@ def _backward_group(call: Call, own: PerHead, group: Group, results: _Tensors, c
     return gradients(call.query, sources, index, table, call.scale, results)
 
 
-def _forward(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(call: Call, own: PerHead, start: torch.Tensor | None, last: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """``last``: queries at the end that see everything, on CUDA only."""
     of_layer = groups(own.rows, call.key.shape[1], call.query.shape[1])
-    if call.key.is_cuda and (len(of_layer) > 1 or of_layer[0].rows.selected):
-        return together(call, own, start)
+    if call.key.is_cuda and (len(of_layer) > 1 or of_layer[0].rows.selected or last):
+        return together(call, own, start, last)
     choices = _choices(call, own, start)
     parts = [(group, _forward_group(call, own, group, choices)) for group in of_layer]
     out, lse = (_joined([(group, x[i]) for group, x in parts]) for i in range(2))
@@ -500,8 +510,9 @@ def _beside_chosen(config: BlockConfig, Lq: int, Lk: int) -> tuple[SegmentTable,
 
 
 @functools.lru_cache(maxsize=256)
-def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int, mixed: bool) -> Together:
-    """``mixed``: exact heads are beside the others, if there are others."""
+def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int, mixed: bool, last: int = 0) -> Together:
+    """``mixed``: exact heads are beside the others, if there are others. ``last``: of these so many queries at the end
+    see everything."""
     exact: list[int] = []
     thinned, families, shares = [], [], []
     copied = indexed = chosen = 0
@@ -520,7 +531,7 @@ def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int, mixed: 
             for few, its in parts:
                 begin = (copied, A), (indexed, layout.size)
                 copies, listed = (Place(x + first * each, each, each * len(heads)) for x, each in begin)
-                shares.append(HeadRows(len(few), its, layout.table, A, I, copies, listed))
+                shares.append(HeadRows(len(few), its, layout.table, A, I, copies, listed, left=last))
                 first += len(few)
             copied += B * len(heads) * A  # no gaps: what lies in them would be read
             # multiples of 16 bytes: kernels are compiled once more for memory that begins elsewhere
@@ -534,9 +545,13 @@ def _together(own: PerHead, B: int, G: int, H_kv: int, Lq: int, Lk: int, mixed: 
             place = Place(chosen + family.at(group).start * each, each, each * len(family.heads))
             beside = Chosen(group.rows.sinks, count, place, family.config.blocks)
             queries = group.queries or every_query
-            shares.append(HeadRows(len(group.heads or every), queries, table, chosen=beside))
+            shares.append(HeadRows(len(group.heads or every), queries, table, chosen=beside, left=last))
         families.append(family)
         chosen += B * len(family.heads) * each
+    if last and shares:
+        late = causal_table(last, Lk, own.block)
+        others = _alike(sorted(itertools.chain(*(share.queries for share in shares))), G)
+        shares += [HeadRows(len(heads), queries, late, first=Lq - last) for heads, queries in others]
     apart = _alike(sorted(exact), G)
     if mixed and shares:
         shares += [HeadRows(len(heads), queries, causal_table(Lq, Lk, own.block)) for heads, queries in apart]
@@ -553,12 +568,24 @@ def _mixes_exact(call: Call, own: PerHead) -> bool:
     return hopper.takes(call.query, call.key, call.value, own.block)
 
 
-def together(call: Call, own: PerHead, start: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _last_beside(call: Call, own: PerHead, last: int) -> bool:
+    """Whether the ``last`` queries are jobs of the launch for all others. Each reads all tokens one after the other, so
+    that the others have to take half as long at least; else steps of decoding are faster, of which many programs share
+    one."""
+    if not call.key.is_cuda or call.padding is not None or last >= call.Lq:
+        return False
+    rows = sum(min(exact_up_to(x), call.Lk) for x in own.rows) / len(own.rows)
+    scores = call.query.shape[0] * call.query.shape[1] * (call.Lq - last) * rows
+    return 2 * scores >= processors(call.key.device) * hopper.QUERIES * call.Lk
+
+
+def together(call: Call, own: PerHead, start: torch.Tensor | None, last: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`heads_reference` with the kernels, all heads of the layer in one launch, but for exact ones where another
-    kernel is the faster one for them: same results up to rounding."""
+    kernel is the faster one for them: same results up to rounding. ``last``: queries at the end that see everything,
+    fewer than there are."""
     query, key, value, H_kv = call.query, call.key, call.value, call.key.shape[1]
     B, G, device = len(key), query.shape[1] // H_kv, key.device
-    what = _together(own, B, G, H_kv, call.Lq, call.Lk, _mixes_exact(call, own))
+    what = _together(own, B, G, H_kv, call.Lq, call.Lk, _mixes_exact(call, own), last)
     if what.mixture is None:
         return exact_attention(query, key, value, call.scale)
     outputs = Outputs.of(query, value.shape[3])
@@ -680,9 +707,8 @@ def heads_reference(
     or ``TypeError`` for rows that do not fit.
     """
     own = rows if isinstance(rows, PerHead) else PerHead(rows, block=block)
-    call = Call(query, key, value, None, seed, scale, layer)
     with torch.no_grad():
-        return _with_last(call, own, _forward(call, own, None))
+        return _attended(Call(query, key, value, None, seed, scale, layer), own)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -709,18 +735,21 @@ def _last_of(own: PerHead, Lk: int) -> int:
     return own.last if Lk > _exact_up_to(own) else 0
 
 
-def _with_last(
-    call: Call, own: PerHead, outputs: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``outputs``, in which the last queries see everything."""
-    if n := _last_of(own, call.Lk):
-        attend_last(call, n, outputs)
+def _attended(call: Call, own: PerHead) -> tuple[torch.Tensor, torch.Tensor]:
+    """What all queries give, the last ones among the others or after them."""
+    last = _last_of(own, call.Lk)
+    beside = last if last and _last_beside(call, own, last) else 0
+    if last >= call.Lq:
+        outputs: tuple[torch.Tensor, torch.Tensor] = spanned_outputs(call.query, call.value)
+    else:
+        outputs = packed(call, _exact_up_to(own), lambda real, start: _forward(real, own, start, beside))
+    if last > beside:
+        attend_last(call, last, outputs)
     return outputs
 
 
 def _body(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    own = options_at(call.Lk, **call.options)
-    return _with_last(call, own, packed(call, _exact_up_to(own), lambda real, start: _forward(real, own, start)))
+    return _attended(call, options_at(call.Lk, **call.options))
 
 
 def _backward_body(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> _Tensors:
@@ -798,9 +827,12 @@ def _choice_cost(spec: AttentionSpec, block: int) -> c.Cost:
     return c.Cost(2 * pairs * spec.D, 0, 0, 2, pairs, 0)
 
 
-def _last_cost(spec: AttentionSpec, last: int) -> c.Cost:
-    pairs, width = spec.B * spec.H * min(last, spec.Lq) * spec.Lk, spec.D + spec.Dv
-    return c.Cost(2 * pairs * width, spec.dtype.itemsize * spec.B * spec.H_kv * spec.Lk * width, 0, 2, pairs, 0)
+def _last_cost(spec: AttentionSpec, last: int, H: int) -> c.Cost:
+    """Of ``H`` heads that are not exact, beside the queries before them, or of all heads in launches of their own."""
+    apart = spec.mask.padding or last >= spec.Lq
+    pairs, width = spec.B * (spec.H if apart else H) * min(last, spec.Lq) * spec.Lk, spec.D + spec.Dv
+    read = spec.dtype.itemsize * spec.B * spec.H_kv * spec.Lk * width
+    return c.Cost(2 * pairs * width, read * apart, 0, 2 * apart, pairs, 0)
 
 
 def _costs(spec: AttentionSpec, params: Mapping[str, Any]) -> dict[str, c.Cost]:
@@ -842,7 +874,7 @@ def _costs(spec: AttentionSpec, params: Mapping[str, Any]) -> dict[str, c.Cost]:
             found.append(_few_cost(rows, own.block).at(part(entries), 1))
     found += [_choice_cost(part(entries, all_queries=True), own.block) for entries in families.values()]
     if own.last and members:
-        found.append(_last_cost(spec, own.last))
+        found.append(_last_cost(spec, own.last, part([*itertools.chain(*members.values())]).H))
     if spec.mask.padding:
         found.append(c.Cost(0, c.itemsize * packing_cost(), launches=0).at(spec, 1))
     costs = {"exact": priced("exact", part(exact_heads), {})} if exact_heads else {}

@@ -350,6 +350,7 @@ class Caching(Bench):
     )  # fmt: skip
     more = ()
     block = 16  # the fewest: a step of decoding chooses for itself, and its window ends at itself
+    last = 0  # steps see what the cache holds
 
     def texts(self, n: int) -> torch.Tensor:
         """Token ids ``[N, n]`` of ``--windows`` parts of each judged text, at even distances."""

@@ -242,6 +242,11 @@ def profiled_texts() -> dict[str, str]:
             "records": records(3000)}  # fmt: skip
 
 
+def profiled_haystacks() -> dict[str, str]:
+    """Prose and code to hide facts in that plans are fitted to; of the same translation as one that is judged."""
+    return {"prose": _bible("The proverbs of Solomon the son", 110_000), "code": _code("difflib", "pickletools")}
+
+
 def judged_texts() -> dict[str, str]:
     """The texts that plans are judged on, of 32,768 tokens and more, none of them profiled: narrative (of the same
     translation as what is profiled), prose, code, and docstrings that repeat whole paragraphs from far back."""

@@ -33,6 +33,14 @@ WORDS = (
     "barley copper falcon glacier harbor ivory juniper kettle lantern meadow nettle orchard pebble quarry raven "
     "sparrow thistle umbrella velvet walnut yarrow acorn beacon cinder"
 ).split()
+PROFILED_WORDS = (
+    "anchor bramble candle dagger ember feather granite hammock inkwell jasmine kestrel lagoon marble napkin oyster "
+    "parsley quiver ribbon saddle trellis urchin violin wicker zephyr"
+).split()
+PROFILED_NOISE = (
+    "The train leaves the valley at dawn. Nobody looks out of the window. A dog barks once, and the gate is shut. "
+    "Above the town the mill turns slowly.\nSnow lies on the fields. The smith lights his fire.\n"
+)
 _SYLLABLES = "ba ce di fo gu ha ji ke lo mu na pe ri so tu va we xi yo za".split()
 
 
@@ -79,16 +87,16 @@ class Hay:
         return ids[:n]
 
 
-def _key(kind: str, random_: random.Random) -> str:
+def _key(kind: str, random_: random.Random, words: Sequence[str]) -> str:
     if kind == "word":
-        return random_.choice(WORDS)
+        return random_.choice(words)
     return str(random_.randrange(10**4, 10**5)) if kind == "number" else str(uuid.UUID(int=random_.getrandbits(128)))
 
 
-def _keys(kind: str, count: int, random_: random.Random) -> list[str]:
+def _keys(kind: str, count: int, random_: random.Random, words: Sequence[str] = WORDS) -> list[str]:
     found: list[str] = []
     while len(found) < count:
-        found += [key for key in [_key(kind, random_)] if key not in found]
+        found += [key for key in [_key(kind, random_, words)] if key not in found]
     return found
 
 
@@ -177,6 +185,28 @@ def asked_at_once(tokenizer: Any, n: int, text: str, count: int, seed: int = 0) 
         raise ValueError(f"n={n!r}: must be {len(tail) + 128} tokens or more for {count} codes")
     ids = Hay(tokenizer, text).with_facts(length, facts, 0) + tail
     return ids, [slice(length + a, length + b) for a, b in answers], length
+
+
+def profiled_questions(
+    tokenizer: Any, n: int, texts: Mapping[str, str], most: int = 256, seed: int = 0
+) -> dict[str, list[int]]:
+    """By haystack, ``n`` tokens that end with questions and their answers, in ``most`` tokens as many as fit, to fit a
+    plan to. Six lockers have numbers, with keys of one kind in each haystack; words, sentences and haystacks are others
+    than those of :func:`cases`."""
+    random_, found = random.Random(seed), {}
+    for (name, text), kind in zip(texts.items(), KINDS, strict=True):
+        numbers = [(key, _code(random_)) for key in _keys(kind, 6, random_, PROFILED_WORDS)]
+        facts = [(random_.uniform(0.02, 0.95), f"The locker number of {key} is {code}.") for key, code in numbers]
+        tail: list[int] = []
+        for key, code in random_.sample(numbers, len(numbers)):
+            question = f"\n\nWhich locker number has {key}? The locker number of {key} is {code}"
+            ids = tokenizer(question, add_special_tokens=False).input_ids
+            tail += ids if len(tail) + len(ids) <= most else []
+        if n - len(tail) < 128:
+            raise ValueError(f"n={n!r}: must be {len(tail) + 128} tokens or more: the questions have {len(tail)}")
+        hay = Hay(tokenizer, text, name == "code")
+        found[name] = hay.with_facts(n - len(tail), facts, random_.randrange(len(hay.lines))) + tail
+    return found
 
 
 def cases(tokenizer: Any, n: int, texts: Mapping[str, str], each: int = 3, seed: int = 0) -> list[Case]:

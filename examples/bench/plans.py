@@ -3,7 +3,9 @@
     python examples/bench/plans.py --model smollm2 --length 8192 --rows 700 1350 --out results.csv   # a GPU, minutes
     python examples/bench/plans.py --length 1024 --rows 300 --texts 1 --each 1 --batch 1             # a taste on a CPU
 
-One profile of three texts (``models.profiled_texts``), by which every policy that differs between heads is chosen:
+One profile of three texts (``models.profiled_texts``) and of three haystacks that end with questions
+(``needles.profiled_questions``), and of what their last 256 queries lose, which see everything. By it every policy that
+differs between heads is chosen:
 
 * ``per head``: every source of rows, and the last 64 queries exact; ``without ...``: all but one of them; ``last 16``:
   fewer such queries; ``per layer``: the errors of a layer's heads summed, so that all of them have the same;
@@ -35,15 +37,23 @@ from typing import Any
 import numpy as np
 import torch
 from measures import TokenStats, chunk_bootstrap, token_statistics
-from models import haystacks, judged_texts, load_qwen, load_smollm2, profiled_texts, repeat_heads
-from needles import NOISE, TASKS, Case, cases
+from models import (
+    haystacks,
+    judged_texts,
+    load_qwen,
+    load_smollm2,
+    profiled_haystacks,
+    profiled_texts,
+    repeat_heads,
+)
+from needles import NOISE, PROFILED_NOISE, TASKS, Case, cases, profiled_questions
 from records import QUALITY_COLUMNS, add_arguments, append, run_of, show
 from rich.progress import track
 
 from express_compile import Policy, fit, restore_attention, rewrite_attention
 from express_compile.core.plan import SavedPlan
 from express_compile.core.rows import Rows
-from express_compile.kernels.heads import EVERYTHING, PerHead
+from express_compile.kernels.heads import EVERYTHING, MOST_LAST, PerHead
 from express_compile.quality.profile import (
     Profile,
     choose,
@@ -83,6 +93,8 @@ MORE = (
 )
 """What a head may have beside it in longer texts. On Qwen at 16,384 tokens predicted errors of plans with these, of
 1,024 to 4,032 rows, are 5% above those of all 175 that were tried; with the 29 of before they were 31% above."""
+
+NATURAL = ("genesis", "pydecimal")
 
 Plan = PerHead | SavedPlan
 Count = Callable[[Sequence[Rows], int, PerHead], list[float]]
@@ -317,10 +329,12 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 class Bench:
     """One run: a model, the arguments, and the rows that were measured. options: what is profiled; more: beside it in
-    long texts; block: by so many queries that choose together."""
+    long texts; block: by so many queries that choose together; last: queries at the end of a profiled text that see
+    everything."""
 
     options: tuple[Rows, ...] = OPTIONS
     block = BLOCK
+    last = MOST_LAST
     more: tuple[Rows, ...] = MORE
     few = ("per head", "streaming", "streaming, last exact", "express", "selected, last exact", "window or everything")
 
@@ -358,7 +372,7 @@ class Bench:
         return ids
 
     def profiles(self) -> tuple[Profile, Profile]:
-        """The profile of all texts, and that of the natural ones; from the file if there is one, with both the same."""
+        """The profile of all samples, and that of natural texts; from the file if there is one, with both the same."""
         path, n, each = self.args.profile, self.args.length, {}
         if path and path.exists():
             found = Profile.from_json(path.read_text(encoding="utf-8"))
@@ -366,11 +380,11 @@ class Bench:
                 raise ValueError(f"--profile={path}: it was measured with block={found.block}; must be {self.block}")
             return found, found
         start = time.perf_counter()
-        for text, content in profiled_texts().items():
-            sample = self.tokens(content, n)
+        for text, sample in self.samples(n).items():
             each[text] = profile(
-                self.model, sample, self.options, block=self.block, query_heads=self.query_heads, progress=True
-            )
+                self.model, sample, self.options, block=self.block, query_heads=self.query_heads, last=self.last,
+                progress=True,
+            )  # fmt: skip
             print(f"profile of {text}: {time.perf_counter() - start:.1f} s in all", flush=True)
         seconds = time.perf_counter() - start
         self.write([dict(task=f"profile: {', '.join(each)}", metric="seconds", value=seconds)], n,
@@ -378,7 +392,16 @@ class Bench:
         found = joined(list(each.values()))
         if path:
             path.write_text(found.to_json(), encoding="utf-8")
-        return found, joined([x for name, x in each.items() if name != "records"])
+        return found, joined([x for name, x in each.items() if name in NATURAL])
+
+    def samples(self, n: int) -> dict[str, torch.Tensor]:
+        """What is profiled, ``[1, n]`` each: texts, and if questions at their end are to be exact texts with these."""
+        found = {name: self.tokens(text, n) for name, text in profiled_texts().items()}
+        if self.last:
+            hay = {"noise": PROFILED_NOISE, **profiled_haystacks()}
+            asked = profiled_questions(self.tokenizer, n, hay, min(self.last, n // 8))
+            found |= {f"questions, {name}": torch.tensor([ids], device=self.device) for name, ids in asked.items()}
+        return found
 
     def judge(self, n: int) -> Judge:
         """Texts and cases of ``n`` tokens, with as many at a time as there is memory for."""

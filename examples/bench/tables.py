@@ -457,16 +457,17 @@ def rounding_speed_table() -> str:
 
 
 def encoders_table() -> str:
-    """Whole models with random weights."""
-    body = []
-    for row in gpu_rows(job="encode_model"):
-        values = params_of(row)
+    """Whole models with random weights: every site rewritten, and those that the planner rewrites."""
+    body, rows = [], [(params_of(row), row) for row in gpu_rows(job="encode_model")]
+    planned = {(x["model"], row["Lq"]): (x, row) for x, row in rows if "planner" in x}
+    for values, row in rows:
+        if "planner" in values:
+            continue
         opponent = f"{float(row['opponent_ms_p50']):.1f} ms ({row['opponent']})"
-        sites = (
-            f"{values['rewritten']} of {values['rewritten']}" if row["speedup"][0].isdigit() else values["rewritten"]
-        )
-        body.append([values["model"], f"{int(row['Lq']):,}", row["s"], sites, opponent, cell(row)])
-    return markdown(["model", "tokens", "s", "sites rewritten", "best exact", "Thinformer"], body)
+        x, its = planned.get((values["model"], row["Lq"]), ({}, None))
+        chosen = f"{cell(its)} ({x['rewritten']} sites)" if its else "–"
+        body.append([values["model"], f"{int(row['Lq']):,}", row["s"], opponent, cell(row), chosen])
+    return markdown(["model", "tokens", "s", "best exact", "Thinformer", "what the planner chooses"], body)
 
 
 def decode_models_table() -> str:

@@ -200,7 +200,7 @@ def calibrate_error(
 
         def kl_of(i: int, batch: Any) -> float:
             with about(f"batches[{i}]"):
-                return mean_kl(exact[i], logits_of(model, batch), first, batch)
+                return mean_kl(exact[i], logits_of(model, batch), counted_from(batch, exact[i], first))
 
         def measure(chosen: Mapping[int, int | None]) -> float:
             with run_by(_Budgets(options, chosen)):
@@ -287,21 +287,28 @@ def logits_of(model: nn.Module, batch: Any) -> torch.Tensor:
     return logits
 
 
-def mean_kl(exact: torch.Tensor, approximate: torch.Tensor, first: int, batch: Any) -> float:
-    """Mean KL(exact || approximate) of the scores of a batch over positions from ``first`` on that are no padding, in
-    nats. Classes that both rule out, by a score of minus infinity, count nothing. ``ValueError`` where nothing counts,
-    and for scores that are no numbers."""
-    total, real = 0.0, real_positions(batch, exact)
-    real[:, :first] = False
-    if not (positions := int(real.sum())):
-        raise ValueError(f"a batch has padding only from position {first} on, where its scores count; give longer ones")
-    for p, q, counts in zip(*(x.split(_CHUNK, 1) for x in (exact, approximate, real)), strict=True):
-        if counts.any():
-            p, q = p[counts].float().log_softmax(-1), q[counts].float().log_softmax(-1)
+def mean_kl(exact: torch.Tensor, approximate: torch.Tensor, counted: torch.Tensor) -> float:
+    """Mean KL(exact || approximate) of scores over the positions that are ``counted``, bool ``[batch, positions]``, in
+    nats. Classes that both rule out, by a score of minus infinity, count nothing. ``ValueError`` for scores that are
+    no numbers."""
+    total = 0.0
+    for p, q, its in zip(*(x.split(_CHUNK, 1) for x in (exact, approximate, counted)), strict=True):
+        if its.any():
+            p, q = p[its].float().log_softmax(-1), q[its].float().log_softmax(-1)
             total += (p.exp() * (p - q)).masked_fill(p == -math.inf, 0).sum().item()
     if math.isnan(total):
         raise ValueError("model: it gives scores that are NaN, or infinite; must be numbers, or minus infinity")
-    return max(total, 0.0) / positions  # rounding makes less than nothing of it
+    return max(total, 0.0) / int(counted.sum())  # rounding makes less than nothing of it
+
+
+def counted_from(batch: Any, scores: torch.Tensor, first: int) -> torch.Tensor:
+    """Which positions of ``scores`` from ``first`` on are no padding: bool ``[batch, positions]``. ``ValueError`` where
+    none is."""
+    counted = real_positions(batch, scores)
+    counted[:, :first] = False
+    if not counted.any():
+        raise ValueError(f"a batch has padding only from position {first} on, where its scores count; give longer ones")
+    return counted
 
 
 def real_positions(batch: Any, scores: torch.Tensor) -> torch.Tensor:

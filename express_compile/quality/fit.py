@@ -27,7 +27,7 @@ from ..core.policy import BESIDE_A_PLAN, Policy
 from ..core.rows import Rows, to_numbers
 from ..core.sites import SiteReport
 from ..core.spec import AttentionSpec
-from ..kernels.heads import EVERYTHING, METHOD, PerHead
+from ..kernels.heads import EVERYTHING, METHOD, MOST_LAST, PerHead
 from ..planning.devices import device_of
 from ..planning.predict import at_length, predict
 from ..routes.eager import restore_attention
@@ -127,7 +127,7 @@ def fit(
         ``length``. Exactly one of the three; where it is not the tolerance, the KL is only measured.
     options: what a head may have (:data:`.profile.DEFAULT_OPTIONS`). block: queries that see the same rows of the past,
         16, 32, 64 or 128; 128, or that of ``profile``, unless given. last: queries at the end of a call that see
-        everything, 0 to 64; counted among the rows.
+        everything, 0 to 256; counted among the rows.
     query_heads: each query head has rows of its own, for prefill alone: an ``ExpressCache`` holds rows by KV head.
     held_out: samples to measure the KL on; then all of ``sample`` is profiled. length: tokens that rows and times are
         for; those of the longest sample unless given. progress: show a bar.
@@ -160,11 +160,12 @@ def fit(
     budget = None
     with rewritten(model, base):
         if speedup is not None:
-            _times(
-                speedup, found_in(model, judged.values())[1], options, length, base
-            )  # known early whether it is reached
+            reports = found_in(model, judged.values())[1]
+            _times(speedup, reports, options, length, base)  # known early whether it is reached
         if profile is None:
-            profile, reports = measured(model, profiled, options, block, progress, query_heads)
+            profile, reports = measured(
+                model, profiled, options, block, progress, query_heads, MOST_LAST if last else 0
+            )
         else:
             reports = profiled_before(model, judged.values(), profile)
             _check_query_heads(query_heads, profile, reports)
@@ -438,8 +439,8 @@ def _halves(samples: list[Any], held_out: Any) -> tuple[dict[str, Any], dict[str
     if not isinstance(sample, torch.Tensor):
         raise ValueError("held_out=None: of one mapping nothing can be held out; give several samples, or held_out")
     if sample.shape[0] > 1:
-        return {"sample[::2]": sample[::2]}, {"sample[1::2]": sample[1::2]}
+        return {"sample, sequences [::2]": sample[::2]}, {"sample, sequences [1::2]": sample[1::2]}
     half = sample.shape[1] // 2
     if half < 2:
         raise ValueError(f"sample: {sample.shape[1]} tokens; must be 4 or more, of which the second half is held out")
-    return {f"sample[:, :{half}]": sample[:, :half]}, {f"sample[:, {half}:]": sample[:, half:]}
+    return {f"sample, tokens [:{half}]": sample[:, :half]}, {f"sample, tokens [{half}:]": sample[:, half:]}

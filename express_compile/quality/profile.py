@@ -8,9 +8,11 @@ side by side, on the activations of the exact model:
 over the *late* queries i, from a quarter of the sample on; ``(..)_head`` are the outputs of the query heads of one KV
 head, or of one query head alone, and W is the linear layer that takes the output of the site, the identity where none
 was found to. What an error does to the model differs between sites: ``nats[site]`` is the KL of the output where this
-site alone has one of the options, over the error of that; several samples count alike (:func:`joined`). Of the options
-of a head that one is chosen that minimises ``nats * error + price * cost`` (:func:`choose`), so one number, the price
-of a row, moves the choice of all heads from the best options to the cheapest.
+site alone has one of the options, over the error of that; several samples count alike (:func:`joined`). With ``last``
+queries at the end of a sample that see everything, their KL counts like that of the late ones before them: they lose
+what the keys and values of later layers have lost, which depends on other sites, and on the last one not at all. Of the
+options of a head that one is chosen that minimises ``nats * error + price * cost`` (:func:`choose`), so one number, the
+price of a row, moves the choice of all heads from the best options to the cheapest.
 """
 
 from __future__ import annotations
@@ -39,7 +41,16 @@ from ..kernels.heads import EVERYTHING, PerHead, rows_seen
 from ..passes.place import named_modules
 from ..routes.capture import captures_of
 from ..routes.eager import is_rewritten, restore_attention, rewrite_attention
-from .budgets import Exactly, checked_batches, logits_of, lower_hull, mean_kl, real_positions, slope
+from .budgets import (
+    Exactly,
+    checked_batches,
+    counted_from,
+    logits_of,
+    lower_hull,
+    mean_kl,
+    real_positions,
+    slope,
+)
 
 DEFAULT_OPTIONS = (
     *(Rows(sinks=32, recent=recent) for recent in (64, 256, 512, 1024, 1536)),
@@ -68,7 +79,7 @@ class SiteProfile:
     through: path of the linear layer through which errors were measured; None: of the output of the site itself.
     errors: relative squared error of its output by KV head, or by query head, and option, ``[heads][options]``.
     nats: KL(exact || with an option at this site alone), nats per token, over the error of all its heads; 0 where no
-        option had an error. Both of several samples: as :func:`joined` says.
+        option had an error. Both of several samples, and of late queries and the last ones: as :func:`joined` says.
 
     Raises ``TypeError`` or ``ValueError`` that name the field, its value and what is allowed.
     """
@@ -181,6 +192,7 @@ def profile(
     *,
     block: int = 128,
     query_heads: bool = False,
+    last: int = 0,
     progress: bool = False,
 ) -> Profile:
     """What every KV head of a model, or every query head, loses with every option of rows, on sample inputs.
@@ -190,7 +202,9 @@ def profile(
     sample: token ids ``[batch, tokens]``, or several such tensors or mappings of keyword arguments, of which the errors
         are averaged; as long as what the rows are for, if that can be.
     options: what a head may have. block: queries that see the same rows of the past, 16, 32, 64 or 128. query_heads:
-        each query head has rows of its own, not each KV head with all of its query heads. progress: show a bar.
+        each query head has rows of its own, not each KV head with all of its query heads. last: queries at the end of a
+        sample that see everything, 0 to 256, and an eighth of the sample at most: what they lose by the keys and values
+        of others counts as much as what those lose. progress: show a bar.
 
     Takes one exact pass per sample, with ``options`` calls more at each site, a pass for each site, and a short one
     that finds the linear layers. Memory: that of the pass, two outputs of one site, 512 positions of one linear layer's
@@ -199,13 +213,13 @@ def profile(
     """
     options = checked_options(options, block)
     samples = named("sample", samples_of("sample", sample))
-    with rewritten(model, PerHead(EVERYTHING, block=block)):
-        return measured(model, samples, options, block, progress, query_heads)[0]
+    with rewritten(model, PerHead(EVERYTHING, block=block, last=last)):
+        return measured(model, samples, options, block, progress, query_heads, last)[0]
 
 
 def measured(
     model: nn.Module, samples: Mapping[str, Any], options: tuple[Rows, ...], block: int, progress: bool = False,
-    query_heads: bool = False,
+    query_heads: bool = False, last: int = 0,
 ) -> tuple[Profile, list[SiteReport]]:  # fmt: skip
     """:func:`profile` of a model that is :func:`rewritten`, on samples by their names; the reports of its sites, in
     order, and then of others."""
@@ -224,20 +238,21 @@ def measured(
             of = {x.layer: x for x in _by_place(reports, True).values()}
             errors = meter.errors()
             with about(name):
-                ratios = _ratios(model, batch, exact, errors, options, rows, lambda: bar.advance(task))
-                sites = tuple(
-                    SiteProfile(
-                        saved.module,
-                        saved.index,
-                        finder.paths.get(layer),
-                        tuple(map(tuple, own.tolist())),
-                        ratios[layer],
+                ratios = _ratios(model, batch, exact, errors, options, rows, last, lambda: bar.advance(task))
+                for nats in ratios:
+                    sites = tuple(
+                        SiteProfile(
+                            saved.module,
+                            saved.index,
+                            finder.paths.get(layer),
+                            tuple(map(tuple, own.tolist())),
+                            nats[layer],
+                        )
+                        for layer, own in errors.items()
+                        if (saved := of[layer].saved) is not None
                     )
-                    for layer, own in errors.items()
-                    if (saved := of[layer].saved) is not None
-                )
-            if sites:
-                each.append(Profile(options, tokens, 1, rows, sites, block))
+                    if sites:
+                        each.append(Profile(options, tokens, 1, rows, sites, block))
     if not each:
         reasons = "; ".join(sorted({x.reason for x in ran})) or "it has none"
         raise ValueError(f"model: no site can have rows for each head: {reasons}")
@@ -280,23 +295,37 @@ def _ratios(
     errors: Mapping[int, torch.Tensor],
     options: Sequence[Rows],
     rows: Sequence[float],
+    last: int,
     advance: Callable[[], None],
-) -> dict[int, float]:
+) -> list[dict[int, float]]:
     """For every site: the KL of the model where this site alone has the option with the fewest rows, over the error of
     that; 0 where all are exact. It is much the same with any option, and of this one KL is the largest: with a mild
     one it may be what other sums of a half precision make of a model, at sites that hardly matter many times as much.
+    That of late positions, and of the ``last`` ones apart, whose queries see everything.
     """
     few = [(x, o) for o, x in enumerate(rows) if not options[o].everything]
-    found = dict.fromkeys(errors, 0.0)
+    last = min(last, exact.shape[1] // 8)
+    counted = _late_and_last(batch, exact, last)
+    found = [dict.fromkeys(errors, 0.0) for _ in counted]
     if not few:
         return found
     fewest = min(few)[1]
     for layer, of_heads in errors.items():
         if error := float(of_heads[:, fewest].sum()):
-            with run_by(Chosen({layer: [options[fewest]]})):
-                found[layer] = kl_of(exact, model, batch) / error
+            with run_by(Chosen({layer: [options[fewest]]}, last)):
+                scores = scores_of(model, batch)
+            for nats, positions in zip(found, counted, strict=True):
+                nats[layer] = mean_kl(exact, scores, positions) / error
         advance()
     return found
+
+
+def _late_and_last(batch: Any, scores: torch.Tensor, last: int) -> list[torch.Tensor]:
+    """Of the positions of ``scores`` that are no padding the late ones, and with ``last`` those less that many of every
+    sequence at its end, and these: bool ``[batch, positions]``."""
+    counted = counted_from(batch, scores, late(scores.shape[1]))
+    at_end = counted & (counted.flip(1).cumsum(1).flip(1) <= last)
+    return [x for x in (counted & ~at_end, at_end) if x.any()]
 
 
 def profiled_before(model: nn.Module, samples: Iterable[Any], found: Profile) -> list[SiteReport]:
@@ -354,20 +383,22 @@ def rewritten(model: nn.Module, own: PerHead) -> Iterator[None]:
         restore_attention(model)
 
 
-def with_rows(call: Call, rows: Sequence[Rows]) -> Call:
-    """The call of an op of :data:`METHOD` with other rows, one for each KV head, for each query head or for all."""
-    return replace(call, options={**call.options, "rows": to_numbers(rows)})
+def with_rows(call: Call, rows: Sequence[Rows], **others: Any) -> Call:
+    """The call of an op of :data:`METHOD` with other rows, one for each KV head, for each query head or for all, and
+    other options."""
+    return replace(call, options={**call.options, "rows": to_numbers(rows), **others})
 
 
 class Chosen(Exactly):
-    """A runner that gives every head what was chosen for it, by layer key; everything where there is no choice."""
+    """A runner that gives every head what was chosen for it, by layer key; everything where there is no choice.
+    ``last``: queries at the end that see everything, where that is not what the call says."""
 
-    def __init__(self, rows: Mapping[int, Sequence[Rows]]) -> None:
-        self.rows = rows
+    def __init__(self, rows: Mapping[int, Sequence[Rows]], last: int | None = None) -> None:
+        self.rows, self.others = rows, {} if last is None else {"last": last}
 
     def __call__(self, op: Op, call: Call) -> Any:
         chosen = self.rows.get(call.layer)
-        return super().__call__(op, call) if chosen is None else with_rows(call, chosen).run(op)
+        return super().__call__(op, call) if chosen is None else with_rows(call, chosen, **self.others).run(op)
 
 
 class _Finder(Exactly):
@@ -437,7 +468,7 @@ class _Meter(Exactly):
         off = []
         for option, is_exact in zip(self.options, _see_all(self.options, tokens, call.options["block"]), strict=True):
             # what it is off by is rounding, which would weigh as much as what a longer sample loses
-            tried = exact if is_exact else with_rows(call, [option]).run(op)[0]
+            tried = exact if is_exact else with_rows(call, [option], last=0).run(op)[0]
             off.append(_squares(tried, exact, first, heads, weight))
             self.advance()
         self.off[call.layer] = self.off.get(call.layer, 0) + torch.stack(off, 1)
@@ -609,7 +640,7 @@ def scores_of(model: nn.Module, batch: Any) -> torch.Tensor:
 
 def kl_of(exact: torch.Tensor, model: nn.Module, batch: Any) -> float:
     """KL(exact || the model as it runs now) on a sample, mean over its late positions, of which padding is none."""
-    return mean_kl(exact, scores_of(model, batch), late(exact.shape[1]), batch)
+    return mean_kl(exact, scores_of(model, batch), counted_from(batch, exact, late(exact.shape[1])))
 
 
 def checked_options(options: Any, block: int) -> tuple[Rows, ...]:

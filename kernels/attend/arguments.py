@@ -14,8 +14,8 @@ KernelTensors = namedtuple(
 )
 
 
-# What :func:`.segments.tile_lists` gives, or ``merged_lists``.
-Lists = namedtuple("Lists", "start tiles log2_weight tail slots", defaults=(None,))
+# What :func:`.segments.tile_lists` gives, or ``merged_lists``; and where in a table the jobs of each program begin.
+Lists = namedtuple("Lists", "start tiles log2_weight tail slots begin", defaults=(None, None))
 
 
 KernelSizes = namedtuple("KernelSizes", "H Lq q_offset shift")

@@ -67,13 +67,12 @@ Shared = namedtuple("Shared", "q k v q_full q_empty k_full k_empty v_full v_empt
 # Where kinds of tiles end, one after the other: copied rows, rows by index, chosen blocks, listed tokens, the tail
 Work = namedtuple("Work", "first copied indexed chosen listed total tail keys")
 # Which program it is: sequence and heads, the row of its first query (below 0: none), the first query that is one and
-# where it stands among the tokens, and where the rows that are no tokens begin
-Place = namedtuple("Place", "i_b i_h i_kv i_bh q_row skip position c_b c_h c_row p_index p_chosen first_key")
+# where it stands among the tokens, the end of those that it stores results of, where rows that are no tokens begin
+Place = namedtuple("Place", "i_b i_h i_kv i_bh q_row skip position end c_b c_h c_row p_index p_chosen first_key")
 Descriptors = namedtuple("Descriptors", "q k v copied_key copied_value slots")
 # Tiles of keys or of values: the tensor, descriptors of tokens and of copies, of slots of both, and where tiles go
 Stream = namedtuple("Stream", "x tokens copied slots_tokens slots_copied tiles full empty")
-# Of all jobs: ``parts`` of the queries of ``groups`` heads in all sequences (or jobs of a table, and sequences), of
-# which ``heads`` take turns
+# Of all jobs that are in no table: ``parts`` of the queries of ``groups`` heads in all sequences, ``heads`` take turns
 Sizes = namedtuple("Sizes", "H Lq q_offset shift parts groups heads")
 
 
@@ -86,11 +85,16 @@ def _number(n):
 
 
 @gluon_jit
-def _rounds(sizes):
+def _rounds(lists, sizes):
     """How many jobs this program has."""
-    jobs = sizes.parts * sizes.groups
-    full = jobs // gl.num_programs(0)
-    return full + (_number(full) < jobs).to(gl.int32)
+    if lists.begin is not None:
+        p_begin = lists.begin + gl.program_id(0)
+        rounds = gl.load(p_begin + 1) - gl.load(p_begin)
+    else:
+        jobs = sizes.parts * sizes.groups
+        full = jobs // gl.num_programs(0)
+        rounds = full + (_number(full) < jobs).to(gl.int32)
+    return rounds
 
 
 @gluon_jit
@@ -98,10 +102,10 @@ def _job(n, x, lists, sizes, SHAPE: gl.constexpr):
     """The n-th job of this program."""
     BN: gl.constexpr = SHAPE.BN
     BM: gl.constexpr = SHAPE.BM
-    shift = sizes.shift
-    number = _number(n)
+    shift, end = sizes.shift, sizes.Lq
     blocks, first_key = 0, 0
     if x.jobs is None:
+        number = _number(n)
         section = number // (sizes.parts * sizes.heads)
         number -= section * (sizes.parts * sizes.heads)
         heads = gl.minimum(sizes.heads, sizes.groups - section * sizes.heads)
@@ -117,13 +121,13 @@ def _job(n, x, lists, sizes, SHAPE: gl.constexpr):
             p_index = x.index.p + (i_b.to(gl.int64) * x.index.b + i_kv.to(gl.int64) * x.index.h)
         p_chosen = p_index
     else:
-        p_job = x.jobs + number // sizes.groups * job.COLUMNS
-        i_b = number % sizes.groups
+        p_job = x.jobs + (gl.load(lists.begin + gl.program_id(0)) + n) * job.COLUMNS
+        i_b = gl.load(p_job + job.SEQUENCE)
         i_h = gl.load(p_job + job.HEAD)
         i_part = gl.load(p_job + job.PART)
         i_bh = i_b * sizes.H + i_h
         i_kv = i_h // x.G
-        shift = gl.load(p_job + job.SHIFT)
+        shift, end = gl.load(p_job + job.SHIFT), gl.load(p_job + job.STOP)
         i_block = gl.load(p_job + job.TABLE) + i_part // SHAPE.PARTS
         c_b, c_h, c_row = 0, 0, gl.load(p_job + job.COPIES) + i_b * gl.load(p_job + job.COPIES_B)
         p_chosen = x.chosen + (gl.load(p_job + job.CHOSEN) + i_b * gl.load(p_job + job.CHOSEN_B))
@@ -141,10 +145,10 @@ def _job(n, x, lists, sizes, SHAPE: gl.constexpr):
     q_row = i_part * BM - shift
     skip = gl.maximum(-q_row, 0)
     position = sizes.q_offset + q_row + skip
-    stop = sizes.q_offset + gl.minimum(q_row + BM, sizes.Lq)
+    stop = sizes.q_offset + gl.minimum(q_row + BM, end)
     total = gl.maximum(listed + (gl.maximum(stop - tail, 0) + BN - 1) // BN, 1)
     work = Work(first, copied, indexed, chosen, listed, total, tail, blocks * 64)
-    return work, Place(i_b, i_h, i_kv, i_bh, q_row, skip, position, c_b, c_h, c_row, p_index, p_chosen, first_key)
+    return work, Place(i_b, i_h, i_kv, i_bh, q_row, skip, position, end, c_b, c_h, c_row, p_index, p_chosen, first_key)
 
 
 @gluon_jit
@@ -268,7 +272,7 @@ def _produce(d, x, lists, shared, sizes, SHAPE: gl.constexpr):
     keys = Stream(x_k, d.k, d.copied_key, k_slots, ck_slots, shared.k, shared.k_full, shared.k_empty)
     values = Stream(x_v, d.v, d.copied_value, v_slots, cv_slots, shared.v, shared.v_full, shared.v_empty)
     stage, phase, q_phase = 0, 0, 0
-    for n in range(_rounds(sizes)):
+    for n in range(_rounds(lists, sizes)):
         work, place = _job(n, x, lists, sizes, SHAPE)
         row, shown, weight, more = _tile(0, work, lists, BN)
         for j in range(work.total):
@@ -316,12 +320,12 @@ def _finish(b_acc, b_max, b_sum, done, x, sizes, half: gl.constexpr):
     waits for barriers by lane and with uniform ones."""
     DV: gl.constexpr = b_acc.shape[1]
     ROW: gl.constexpr = gl.SliceLayout(1, b_acc.type.layout)
-    i_bh, q_row = done
+    i_bh, q_row, end = done
     b_sum = gl.convert_layout(b_sum, ROW)
     b_out = b_acc / b_sum[:, None]
     b_lse = (gl.convert_layout(b_max, ROW) + gl.log2(b_sum)) * 0.6931471805599453
     o_m = q_row + ROWS * half + gl.arange(0, ROWS, ROW)
-    m_m = (o_m >= 0) & (o_m < sizes.Lq)
+    m_m = (o_m >= 0) & (o_m < end)
     o_row = i_bh.to(gl.int64) * sizes.Lq + o_m
     o_d = gl.arange(0, DV, gl.SliceLayout(0, b_acc.type.layout))
     gl.store(x.out + o_row[:, None] * DV + o_d[None, :], b_out.to(x.out.dtype.element_ty), mask=m_m[:, None])
@@ -343,7 +347,7 @@ def _consume(x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.constexpr):
     scale_log2 = x.scale_log2
     b_zero = gl.zeros([ROWS, BN], gl.float32, S_L)
     stage, phase, q_phase = 0, 0, 0
-    rounds = _rounds(sizes)
+    rounds = _rounds(lists, sizes)
     work, place = _job(0, x, lists, sizes, SHAPE)
     row, shown, weight, more = _tile(0, work, lists, BN)
     for n in range(rounds):
@@ -392,7 +396,7 @@ def _consume(x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.constexpr):
             b_p = gl.convert_layout(b_w.to(dtype), P_L)
             row, shown, weight, more = next_row, next_shown, next_weight, next_more
             stage, phase = next_stage(stage, phase, STAGES)
-        done = (place.i_bh, place.q_row)
+        done = (place.i_bh, place.q_row, place.end)
         work, place = _job(gl.minimum(n + 1, rounds - 1), x, lists, sizes, SHAPE)
         row, shown, weight, more = _tile(0, work, lists, BN)
         before, before_phase = _before(stage, phase, STAGES)
@@ -444,11 +448,12 @@ def launch_jobs(
     grid: tuple[int, ...], described: tuple[Any, ...], tensors: Any, lists: Any, sizes: Any, shape: KernelShape
 ) -> None:
     """Run the kernel for the programs that the one of :mod:`.segments` would have in ``grid``; ``described``: queries,
-    keys, values, and copies of these. Heads whose keys and values the L2 cache holds together take turns."""
+    keys, values, and copies of these. Heads whose keys and values the L2 cache holds together take turns, unless there
+    is a table of jobs, in which each program has its own."""
     group = 2 * sum(x.shape[2] * x.shape[3] for x in described[1:3])  # bytes of a KV head
     parts, groups = grid
     every = Sizes(*sizes, *grid, min(max(CACHED // group, 1) * tensors.G, groups))  # type: ignore[call-arg]
-    programs = min(processors(tensors.out.device), parts * groups)
+    programs = min(processors(tensors.out.device), parts * groups) if lists.begin is None else len(lists.begin) - 1
     block = [1, 1, shape.BN // SLOTS.value, 64]
     slots = [TensorDescriptor(x.base, x.shape, x.strides, block, _layout()) for x in described[1:]]
     launch(segment_kernel, (programs,), *described, *slots, tensors, lists, every, SHAPE=shape, num_warps=4)

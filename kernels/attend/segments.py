@@ -611,9 +611,10 @@ def _load_tokens(d_k, d_v, x, span, i_b, i_kv, row, SHAPE: tl.constexpr):
 
 @jit
 def _store(state, x, span, head, o_query, m_m, v_inverse, SHAPE: tl.constexpr):
-    i_b, i_h, i_bh, Lq = head
+    i_b, i_h, i_bh, Lq, end = head
     o_dv = tl.arange(0, SHAPE.BDV)
     if span is None:
+        m_m = m_m & (o_query < end)
         o_row = i_bh.to(tl.int64) * Lq + o_query
         p_out, p_lse = x.out + (o_row[:, None] * SHAPE.DV + o_dv[None, :]), x.lse + o_row
     else:
@@ -637,7 +638,7 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
     BD: tl.constexpr = SHAPE.BD
     BDV: tl.constexpr = SHAPE.BDV
     H, Lq, q_offset, shift = sizes
-    span = x.spans
+    span, end = x.spans, Lq
     if x.jobs is None:
         i_part, i_bh = tl.program_id(0) + shift // BM, tl.program_id(1)  # no program for parts before the first query
         i_b, i_h = i_bh // H, i_bh % H
@@ -646,12 +647,13 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
             i_part = tl.program_id(0) + (span.begin + shift) // BM
             if tl.maximum(i_part * BM - shift, 0) >= span.length:
                 return
-            Lq = span.length
+            Lq, end = span.length, span.length
         i_kv, i_block = i_h // x.G, i_part // SHAPE.PARTS
         c_b, c_h, c_row = i_b, i_kv, 0  # where the compacted rows begin
     else:
         p_job = x.jobs + tl.program_id(0) * job.COLUMNS
-        i_b, i_h, i_part = tl.program_id(1), tl.load(p_job + job.HEAD), tl.load(p_job + job.PART)
+        i_b, i_h = tl.load(p_job + job.SEQUENCE), tl.load(p_job + job.HEAD)
+        i_part, end = tl.load(p_job + job.PART), tl.load(p_job + job.STOP)
         i_bh, i_kv, shift = i_b * H + i_h, i_h // x.G, tl.load(p_job + job.SHIFT)
         i_block = tl.load(p_job + job.TABLE) + i_part // SHAPE.PARTS
         c_b, c_h, c_row = 0, 0, tl.load(p_job + job.COPIES) + i_b * tl.load(p_job + job.COPIES_B)
@@ -703,7 +705,7 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
     last = tl.load(p_start + 3)
     tail -= last * BN
     position = q_offset + i_part * BM - shift + skip  # of the first query
-    stop = q_offset + tl.minimum((i_part + 1) * BM - shift, Lq)  # no token lies behind the last query
+    stop = q_offset + tl.minimum((i_part + 1) * BM - shift, end)  # no token lies behind the last query
     for t in range(tile, tl.cdiv(stop - tail, BN)):
         in_list = t < last
         tail_row = tail + t * BN
@@ -717,7 +719,7 @@ def segment_kernel(d_k, d_v, d_ck, d_cv, x, lists, sizes, SHAPE: tl.constexpr):
             state, b_q, b_k, b_v, scales, log2_weight, Seen(shown, tl.where(in_list, 0, 1), skip)
         )  # fmt: skip
 
-    _store(state, x, span, (i_b, i_h, i_bh, Lq), o_query, m_m, v_inverse, SHAPE)
+    _store(state, x, span, (i_b, i_h, i_bh, Lq, end), o_query, m_m, v_inverse, SHAPE)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -81,6 +81,20 @@ def test_what_the_layers_of_a_shipped_plan_launch(calls: ModuleType) -> None:
     assert found == [*without, *contests, (8, 0, 1, 2, 2), (6, 0, 1, 1, 2)]
 
 
+def test_the_last_queries_are_launched_with_the_others_unless_these_are_few_or_padded(calls: ModuleType) -> None:
+    for Lq, padding, with_others, apart in (
+        (1024, None, 1, 0),
+        (300, None, 1, 1),
+        (1024, calls.padded(), 1, 1),
+        (64, None, 0, 1),
+    ):
+        with calls.recorded() as found:
+            calls.run("heads", calls.tokens(torch.float32, 64, Lq), padding, **calls.MIXED, last=64)
+        count = Counter(names(found))
+        assert (bool(count["segment_kernel"]), count["_split_kernel"]) == (with_others, apart)
+        assert with_others or count.keys() <= {"_split_kernel", "_combine_kernel"}
+
+
 @pytest.mark.parametrize("table", sorted(TABLE.parent.glob("device-code*.csv")), ids=lambda path: path.stem)
 def test_every_call_of_the_committed_tables_launches_kernels(calls: ModuleType, table: Path) -> None:
     with table.open(newline="") as file:

@@ -115,6 +115,26 @@ def test_codes_are_asked_for_at_once_at_the_end_of_a_text(bench, tokenizer) -> N
     assert bench["needles"].asked_at_once(tokenizer, 1500, text, 0)[1:] == ([], 1500)
 
 
+def test_what_is_profiled_ends_with_questions_that_are_not_judged(bench, tokenizer) -> None:
+    needles, models = bench["needles"], bench["models"]
+    texts = {"noise": needles.PROFILED_NOISE, **models.profiled_haystacks()}
+    made = needles.profiled_questions(tokenizer, 1500, texts, most=150)
+    assert [*made] == ["noise", "prose", "code"]
+    for ids in made.values():
+        assert len(ids) == 1500
+        body, *asked = tokenizer.decode(ids).split("\n\nWhich locker number has ")
+        end = len(tokenizer("".join(f"\n\nWhich locker number has {x}" for x in asked)).input_ids)
+        assert asked and 75 < end <= 151, "as many as fit"
+        for question in asked:
+            key, code = re.fullmatch(r"(\S+)\? The locker number of (\S+ is \d{7})", question).groups()
+            assert code.startswith(key) and body.count(f"The locker number of {code}.") == 1
+    assert not {*needles.PROFILED_WORDS} & {*needles.WORDS}
+    sentences = [{*re.split(r"[.\n] *", x)} - {""} for x in (needles.PROFILED_NOISE, needles.NOISE)]
+    assert not sentences[0] & sentences[1]
+    with pytest.raises(ValueError, match="n=200: must be ... tokens or more: the questions have"):
+        needles.profiled_questions(tokenizer, 200, texts)
+
+
 def test_what_cannot_be_asked_is_an_error(bench, tokenizer) -> None:
     texts = {"noise": bench["needles"].NOISE}
     with pytest.raises(ValueError, match=r"count=25: must be in \[0, 24\]"):
@@ -129,8 +149,9 @@ def test_what_cannot_be_asked_is_an_error(bench, tokenizer) -> None:
 
 def test_no_text_is_profiled_and_judged_or_hides_needles(bench) -> None:
     models = bench["models"]
-    texts = {**models.profiled_texts(), **models.judged_texts(), **models.haystacks()}
-    assert len(texts) == 3 + 4 + 2
+    profiled = {f"profiled {name}": text for name, text in models.profiled_haystacks().items()}
+    texts = {**models.profiled_texts(), **profiled, **models.judged_texts(), **models.haystacks()}
+    assert len(texts) == 3 + 2 + 4 + 2
     for name, text in texts.items():
         assert len(text) >= 90_000, name
         others = [other for key, other in texts.items() if key != name]

@@ -50,6 +50,7 @@ import express_compile.kernels
 from express_compile.core.method import METHODS
 from express_compile.core.rows import Rows, to_numbers
 from express_compile.kernels import express as E
+from express_compile.kernels import heads as heads_kernels
 from express_compile.kernels import launch as launching
 from express_compile.kernels import prepared
 from express_compile.kernels.attend import hopper
@@ -277,6 +278,16 @@ def on_hopper(case: Case) -> Case:
     return run
 
 
+def beside(case: Case) -> Case:
+    """``case`` with the last queries in the launch of the others, however few these are."""
+
+    def run(seed: int) -> None:
+        with mock.patch.object(heads_kernels, "_last_beside", lambda call, own, last: call.key.is_cuda):
+            case(seed)
+
+    return run
+
+
 TAKES = hopper.takes
 # in a group of their own: if the tool cannot follow warps that are specialised, the other kernels are checked still
 ON_HOPPER: dict[str, Case] = {
@@ -287,6 +298,7 @@ ON_HOPPER: dict[str, Case] = {
     "express, protected": express(64),
     "heads": heads(*MIXED),
     "heads, rows per query head": heads(BLOCKS, WINDOW, WHOLE, KEPT, *MIXED),
+    "heads, last 200": beside(heads(*MIXED, last=200)),
     "blocks, D=64": always(choose, 64, N, B.BlockConfig(16, block=64)),
     "blocks, D=128": always(choose, 128, N, B.BlockConfig(4)),
     "blocks, uneven": always(choose, 128, 700, UNEVEN),
@@ -317,6 +329,7 @@ GROUPS: dict[str, dict[str, Case]] = {
         "op, no coreset": heads(BLOCKS, BLOCKS, PLACES, WINDOW, D=64),
         "op, rows per query head": heads(BLOCKS, WINDOW, WHOLE, KEPT, *MIXED),
         "op, last 64": heads(*MIXED, last=64),
+        "op, last 64 in one launch": beside(heads(*MIXED, last=64)),
         "op, last 64, padded": heads(*MIXED, last=64, padding=True, D=64),
     },
     "select": {

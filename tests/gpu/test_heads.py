@@ -98,7 +98,7 @@ def test_gradients_of_query_heads_add_up() -> None:
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @pytest.mark.parametrize(("n", "Lq"), [(6000, 6000), (6000, 700), (6000, 9)])
-@pytest.mark.parametrize(("last", "H"), [(16, 16), (64, 32), (40, 32)])
+@pytest.mark.parametrize(("last", "H"), [(16, 16), (64, 32), (40, 32), (256, 32)])
 def test_the_last_queries_see_everything(n: int, Lq: int, padding: str | None, last: int, H: int) -> None:
     """In one piece and in several, and the others do what they do without; gradients are those of both parts."""
     q, k, v = tokens(n, Lq, H=H, B=2)
@@ -124,6 +124,38 @@ def test_the_last_queries_see_everything(n: int, Lq: int, padding: str | None, l
     for x, a, b in zip(found, *parts, strict=True):
         expected = a.float() + b.float()
         assert (x.float() - expected).norm() <= 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize(("dtype", "block"), [(torch.bfloat16, 128), (torch.bfloat16, 64), (torch.float32, 128)])
+@pytest.mark.parametrize(
+    ("rows", "n", "Lq", "last", "B", "Dv"),
+    [
+        (MIXED, 6000, 6000, 256, 1, 128),
+        (MIXED, 6000, 2300, 130, 2, 64),
+        (QUERY, 5003, 5003, 77, 2, 128),
+        (FEW, 6000, 5900, 64, 1, 128),
+        ([KEPT], 6000, 6000, 200, 2, 128),
+        ([WINDOW], 9000, 9000, 1, 2, 128),
+    ],
+)
+def test_the_last_queries_are_in_the_launch_of_the_others(
+    rows, n: int, Lq: int, last: int, B: int, Dv: int, dtype: torch.dtype, block: int, monkeypatch
+) -> None:
+    """The kernel for Hopper, which has blocks of 128 queries in bfloat16, and the other one."""
+    q, k, v = tokens(n, Lq, H=32, dtype=dtype, B=B)
+    v = v[..., :Dv]
+    rows = [x for x in rows for _ in range(2)] if rows is QUERY else rows
+    monkeypatch.setattr(P, "attend_last", None)
+    (out, lse), (plain, plain_lse), (exact, exact_lse) = (
+        op(q, k, v, own, last=x, block=block) for own, x in ((rows, last), (rows, 0), ([WHOLE], 0))
+    )
+    near = dict(rtol=1e-3, atol=1e-4) if dtype == torch.float32 else dict(rtol=1e-2, atol=4e-3)
+    torch.testing.assert_close(out[:, :, -last:], exact[:, :, -last:], **near)
+    torch.testing.assert_close(lse[:, :, -last:], exact_lse[:, :, -last:], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(plain_lse[:, :, -last:], exact_lse[:, :, -last:], rtol=1e-3, atol=1e-3)
+    same = dict(rtol=0, atol=0) if len(rows) > 1 else dict(rtol=1e-2, atol=1e-3)  # without last in another kernel
+    torch.testing.assert_close(out[:, :, :-last], plain[:, :, :-last], **same)
+    torch.testing.assert_close(lse[:, :, :-last], plain_lse[:, :, :-last], **same)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -20,7 +20,9 @@ CASES: dict[str, tuple[str, int, int, bool, dict[str, Any]]] = {
     "express, protected": ("express", 700, 1500, False, dict(budget=32, sinks=4, recent=64, protected=64)),
     "express, padded": ("express", 1500, 1500, True, dict(budget=32, sinks=4, recent=64, protected=64)),
     "heads": ("heads", 1500, 1500, False, dict(rows=MIXED)),
-    "heads, last": ("heads", 1500, 1500, False, dict(rows=MIXED, last=5)),
+    "heads, last": ("heads", 1500, 1500, False, dict(rows=(*MIXED[:2], *MIXED[1:3]), last=5)),
+    "heads, last, few others": ("heads", 100, 1500, False, dict(rows=MIXED, last=5)),
+    "heads, last, no others": ("heads", 9, 1500, False, dict(rows=MIXED, last=17)),
     "thinformer": ("thinformer", 1024, 1024, False, dict(budget=64)),
     "sparse": ("sparse", 1024, 1024, False, dict(pattern="strided")),
     "santa": ("santa", 1, 2048, False, dict(budget=64)),
@@ -94,7 +96,7 @@ def test_code_of_gradients_gives_their_bits(case: str) -> None:
     assert made.call_count == 4
 
 
-@pytest.mark.parametrize("case", ["express, protected", "heads"])
+@pytest.mark.parametrize("case", ["express, protected", "heads", "heads, last"])
 def test_code_runs_in_cuda_graphs_and_on_other_streams(case: str) -> None:
     made, patched = counted()
     with patched, torch.inference_mode():

@@ -77,18 +77,21 @@ def launches_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], list[
 @pytest.fixture
 def judge_together(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Heads with ``rows`` in one launch give what the reference gives, whatever was in the memory that it takes; exact
-    ones beside the others or by a kernel of their own."""
+    ones beside the others or by a kernel of their own. The ``last`` queries, which see everything, change no other."""
 
-    def judge(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Sequence[Rows]) -> None:
-        seed, own = torch.tensor(7), P.PerHead(rows, block=32)
+    def judge(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Sequence[Rows], last: int = 0) -> None:
+        seed, own = torch.tensor(7), P.PerHead(rows, block=32, last=last)
+        call = Call(q, k, v, None, seed, 0.5, 3)
         expected, expected_lse = P.heads_reference(q, k, v, own, 0.5, seed, 3)
         for mixed in (False, True):
             monkeypatch.setattr(P, "_mixes_exact", lambda *_, mixed=mixed: mixed)
             for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty")):
                 empty = getattr(owner, name)
                 monkeypatch.setattr(owner, name, lambda *a, empty=empty, **o: _poisoned(empty(*a, **o)))
-            out, lse = P.together(Call(q, k, v, None, seed, 0.5, 3), own, None)
+            out, lse = P.together(call, own, None, last)
+            plain = P.together(call, own, None) if last and mixed else (out, lse)
             monkeypatch.undo()
+            assert all(torch.equal(x[:, :, :-last], y[:, :, :-last]) for x, y in zip((out, lse), plain, strict=True))
             torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-5)
 

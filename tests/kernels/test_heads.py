@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ from express_compile.kernels import express as E
 from express_compile.kernels import heads as P
 from express_compile.kernels.attend import decode
 from express_compile.kernels.attend import last as last_module
+from express_compile.kernels.attend import mixed as mixed_module
 from express_compile.kernels.attend.job import BLOCKS as CHOSEN_BLOCKS
-from express_compile.kernels.attend.job import HEAD, KEYS, PART, SHIFT, TABLE
+from express_compile.kernels.attend.job import HEAD, KEYS, PART, SEQUENCE, SHIFT, STOP, TABLE
 from express_compile.kernels.attend.last import attend_last, last_gradients
 from express_compile.kernels.attend.segments import (
     SegmentTiles,
@@ -340,21 +342,46 @@ def small(tokens: Callable[..., list[torch.Tensor]]) -> Callable[..., tuple[Call
 
 
 @pytest.mark.parametrize(
-    ("rows", "n", "Lq"),
+    ("rows", "n", "Lq", "last"),
     [
-        ([WINDOW, BLOCKS, WHOLE, KEPT], 310, None),
-        ([BLOCKS, Rows(40, 9, selected=2), Rows(2, 9, selected=3), WHOLE, WHOLE], 250, None),
-        ([CORE, PLACES, CORE, KEPT, Rows(2, 9, 16), Rows(0, 0, selected=1)], 350, 60),
-        ([BLOCKS], 300, 100),
-        ([Rows(2, 9, selected=1), Rows(2, 9, selected=2)], 210, None),
+        ([WINDOW, BLOCKS, WHOLE, KEPT], 310, None, 45),
+        ([BLOCKS, Rows(40, 9, selected=2), Rows(2, 9, selected=3), WHOLE, WHOLE], 250, None, 0),
+        ([CORE, PLACES, CORE, KEPT, Rows(2, 9, 16), Rows(0, 0, selected=1)], 350, 60, 59),
+        ([BLOCKS], 300, 100, 32),
+        ([KEPT], 150, None, 40),
+        ([Rows(2, 9, selected=1), Rows(2, 9, selected=2)], 210, None, 1),
     ],
     ids=str,
 )
-def test_one_launch_for_all_heads_gives_each_what_the_reference_gives(tokens, rows, n, Lq, judge_together):
+def test_one_launch_for_all_heads_gives_each_what_the_reference_gives(tokens, rows, n, Lq, last, judge_together):
     """Two sequences, two query heads for each KV head; whatever was in the memory that it takes."""
 
-    q, k, v = tokens(n, H=2 * len(rows), H_kv=len(rows), D=16, Dv=16, Lq=Lq, dtype=torch.float32)
-    judge_together(q, k, v, rows)
+    q, k, v = tokens(n, H=2 * len(rows), H_kv=len(rows), D=16, Dv=12, Lq=Lq, dtype=torch.float32)
+    judge_together(q, k, v, rows, last)
+
+
+def test_other_jobs_would_overwrite_the_last_queries_if_they_had_no_end(small, accesses, faults_of, monkeypatch):
+    call, own = small([WINDOW], 210, last=9)
+    expected = P.heads_reference(call.query, call.key, call.value, own, 0.5, SEED, 3)[0]
+
+    def judged() -> tuple[bool, int]:
+        with accesses.watched() as faults:
+            out, _ = P.together(call, own, None, 9)
+        return torch.allclose(out[:, :, -9:], expected[:, :, -9:], rtol=1e-4, atol=1e-5), len(faults)
+
+    assert judged() == (True, 0)
+    P._together.cache_clear()
+    lists = mixed_module.Mixture.lists
+
+    def endless(self: mixed_module.Mixture, *given: Any) -> tuple[np.ndarray, ...]:
+        jobs, *others = lists(self, *given)
+        jobs[:, STOP] = 210
+        return jobs, *others
+
+    monkeypatch.setattr(mixed_module.Mixture, "lists", endless)
+    right, faults = judged()
+    P._together.cache_clear()
+    assert not right and faults
 
 
 @pytest.mark.parametrize("halving", ["balanced", "kernel", "uniform"])
@@ -465,14 +492,17 @@ def test_one_launch_reads_heads_where_a_projection_of_all_of_them_left_them(smal
     B=st.integers(1, 2),
     hopper=st.booleans(),
     mixed=st.booleans(),
+    last=st.sampled_from([0, 0, 1, 16, 45, 200]),
 )
 def test_every_query_of_every_head_that_is_not_exact_is_in_one_job_and_long_jobs_come_first(
-    rows, n, past, block, B, hopper, mixed
+    rows, n, past, block, B, hopper, mixed, last
 ):
     """And a job with its table, its part of the buffers, and as many rows as the query sees; exact heads may be there,
     too."""
-    Lq, group, own = max(1, n - past), 2, P.PerHead(rows, block=block)
-    what = P._together(own, B, group, len(rows), Lq, n, mixed)
+    Lq, group = max(1, n - past), 2
+    last = min(last, Lq - 1)
+    own = P.PerHead(rows, block=block, last=last)
+    what = P._together(own, B, group, len(rows), Lq, n, mixed, last)
     exact = [h for h, x in enumerate(rows) if n <= P.exact_up_to(x)]
     if mixed and what.mixture is not None:
         exact = []
@@ -481,29 +511,48 @@ def test_every_query_of_every_head_that_is_not_exact_is_in_one_job_and_long_jobs
         assert len(exact) == len(rows)
         return
     of_tiles = SegmentTiles(Widths(8, 8, 16, 16), 16, 16, 4, 1, hopper)
-    jobs, start, tiles, _, tail, *_ = what.mixture.lists(of_tiles)
-    covered = np.zeros((group * len(rows), Lq), int)
+    jobs, start, tiles, _, tail, *_ = what.mixture.lists(of_tiles, B)
+    covered = np.zeros((B, group * len(rows), Lq), int)
     rows_of = P.rows_seen(own, n)[:, n - Lq :]
     loads = []
     for job in jobs.tolist():
         first = job[PART] * 16 - job[SHIFT]
-        own_queries = slice(max(0, first), min(first + 16, Lq))
-        covered[job[HEAD], own_queries] += 1
+        own_queries = slice(max(0, first), min(first + 16, job[STOP]))
+        covered[job[SEQUENCE], job[HEAD], own_queries] += 1
         block_of = job[TABLE] + job[PART] // (block // 16)
         listed = tiles[start[3 * block_of] : start[3 * block_of + 3], 1].sum()
-        last = own_queries.stop - 1
-        seen = listed + KEYS * job[CHOSEN_BLOCKS] + n - Lq + last + 1 - tail[block_of]
+        end = own_queries.stop
+        seen = listed + KEYS * job[CHOSEN_BLOCKS] + n - Lq + end - tail[block_of]
         if n == Lq:  # rows_seen is of a prefill of all tokens
-            assert seen == rows_of[job[HEAD] // group, last]
+            assert seen == rows_of[job[HEAD] // group, end - 1]
         loads.append(len(tiles[start[3 * block_of] : start[3 * block_of + 3]]) + 4 * job[CHOSEN_BLOCKS]
-                     + -(-(n - Lq + last + 1 - tail[block_of]) // 16))  # fmt: skip
+                     + -(-(n - Lq + end - tail[block_of]) // 16))  # fmt: skip
     seen_by = [h for h in range(group * len(rows)) if h // group not in exact]
-    assert (covered[seen_by] == 1).all() and covered.sum() == len(seen_by) * Lq
-    loads = np.array(loads)
-    assert (loads[1:] <= loads[:-1] + loads.max() / 8).all()
+    assert (covered[:, seen_by] == 1).all() and covered.sum() == B * len(seen_by) * Lq
+    loads = np.array(loads) + mixed_module.STARTING
+    assert (loads[1:] <= loads[:-1] * 2**0.5).all()
+    dealt, *_, begin = what.mixture.lists(of_tiles, B, 7)
+    assert sorted(dealt.tolist()) == sorted(jobs.tolist()) and begin[[0, -1]].tolist() == [0, len(jobs)]
     together = jobs[:, [int(HEAD), int(PART)]].reshape(-1, group, 2)
     assert (together[:, :, 0] // group == together[:, :1, 0] // group).all(), "heads that read the same are neighbours"
     assert (together[:, :, 1] == together[:, :1, 1]).all()
+
+
+def test_jobs_are_dealt_out_so_that_no_program_waits_long_for_another():
+    """Where the next job is always that of the program which is done first; in turns some had both long jobs and as
+    many others as all."""
+    load = np.array([256] * 32 + [70] * 9 + [12, 10] * 2000 + [2] * 500)
+    length = np.ceil(2 * np.log2(load))
+    for programs in (132, 7, 5000):
+        order, begin = mixed_module.dealt(load, length, programs)
+        assert sorted(order) == list(range(len(load))) and len(begin) == programs + 1
+        own = [order[a:b] for a, b in pairwise(begin)]
+        assert all((np.diff(x) > 0).all() for x in own), "the longest first"
+        busy = np.array([load[x].sum() for x in own])
+        assert busy.max() <= max(load.max(), 1.01 * busy.mean() + 2)
+        turns = np.append(load, np.zeros(-len(load) % programs)).reshape(-1, programs)
+        turns[1::2] = turns[1::2, ::-1]
+        assert programs != 132 or turns.sum(0).max() > 1.3 * busy.max()
 
 
 # -- the last queries of a call ------------------------------------------------------------------------------------
@@ -629,9 +678,12 @@ def test_rows_seen_and_cost_count_the_last_queries():
     assert seen[0, -4:].tolist() == [47, 48, 49, 50] and (seen[:, :-4] == plain[:, :-4]).all()
     spec = AttentionSpec(1, 4, 2, 1000, 1000, 8, 8, torch.bfloat16, "cuda", 0.5, Mask(causal=True))
     params = {"rows": to_numbers([WINDOW]), **replace(own, rows=(WINDOW,)).pack(), "min_length": 0}
-    with_last, without = (cost_at("heads", spec, {**params, "last": x}) for x in (4, 0))
-    assert with_last.scores - without.scores == 4 * 4 * 1000
-    assert with_last.bytes - without.bytes == 2 * 2 * 1000 * 16
+    padded = replace(spec, mask=Mask(causal=True, padding=True))
+    with_exact, read = {"rows": to_numbers([WINDOW, WHOLE])}, 2 * 2 * 1000 * 16
+    for at, rows, more in ((spec, {}, (4, 0, 0)), (spec, with_exact, (2, 0, 0)), (padded, {}, (4, read, 2))):
+        with_last, without = (cost_at("heads", at, {**params, **rows, "last": x}) for x in (4, 0))
+        assert with_last.scores - without.scores == more[0] * 4 * 1000
+        assert (with_last.bytes - without.bytes, with_last.launches - without.launches) == more[1:]
     short = replace(spec, Lq=11, Lk=11)
     assert cost_at("heads", short, params) == cost_at("heads", short, {**params, "last": 0})
 
@@ -639,7 +691,7 @@ def test_rows_seen_and_cost_count_the_last_queries():
 # -- errors and refusals -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (65, ValueError), (1.5, TypeError), (True, TypeError)])
+@pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (257, ValueError), (1.5, TypeError), (True, TypeError)])
 def test_how_many_last_queries_there_may_be(value, error):
     with pytest.raises(error, match=f"last={value!r}"):
         P.PerHead([CORE], last=value)

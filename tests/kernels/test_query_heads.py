@@ -20,7 +20,7 @@ from express_compile.core.rows import Rows, to_numbers
 from express_compile.core.spec import AttentionSpec, HeadShard, Mask, Site
 from express_compile.kernels import heads as P
 from express_compile.kernels.attend import segments
-from express_compile.kernels.attend.job import HEAD, PART, SHIFT
+from express_compile.kernels.attend.job import HEAD, PART, SHIFT, STOP
 from express_compile.kernels.attend.segments import SegmentTiles
 from express_compile.kernels.launch import Widths
 from express_compile.kernels.select import blocks, contest, thinning
@@ -145,22 +145,24 @@ def test_opcheck(tokens):
 
 
 @pytest.mark.parametrize(
-    ("H_kv", "rows", "n", "Lq"),
+    ("H_kv", "rows", "n", "Lq", "last"),
     [
-        (2, [WINDOW, ONE, WHOLE, TWO, ONE, CORE], 250, None),
-        (2, [CORE, CORE, KEPT, CORE, WHOLE, WHOLE], 310, 60),
-        (3, [WHOLE, WINDOW, PLACES, WHOLE, WHOLE, WHOLE], 310, None),
-        (1, [LATE, Rows(2, 9, selected=3), TWO], 350, 100),
-        (3, [TWO, TWO, ONE, TWO, WINDOW, LATE], 250, None),
-        (3, [KEPT, KEPT, KEPT, WINDOW, KEPT, KEPT], 310, 60),
-        (2, [PLACES, MORE, FEWER, FEWER, KEPT, PLACES], 620, 60),
+        (2, [WINDOW, ONE, WHOLE, TWO, ONE, CORE], 250, None, 33),
+        (2, [CORE, CORE, KEPT, CORE, WHOLE, WHOLE], 310, 60, 0),
+        (3, [WHOLE, WINDOW, PLACES, WHOLE, WHOLE, WHOLE], 310, None, 0),
+        (1, [LATE, Rows(2, 9, selected=3), TWO], 350, 100, 70),
+        (3, [TWO, TWO, ONE, TWO, WINDOW, LATE], 250, None, 0),
+        (3, [KEPT, KEPT, KEPT, WINDOW, KEPT, KEPT], 310, 60, 5),
+        (2, [PLACES, MORE, FEWER, FEWER, KEPT, PLACES], 620, 60, 0),
     ],
     ids=str,
 )
-def test_one_launch_for_all_query_heads_gives_each_what_the_reference_gives(tokens, H_kv, rows, n, Lq, judge_together):
+def test_one_launch_for_all_query_heads_gives_each_what_the_reference_gives(
+    tokens, H_kv, rows, n, Lq, last, judge_together
+):
     """Two sequences; whatever was in the memory that it takes."""
     q, k, v = tokens(n, len(rows), H_kv, D=16, Dv=16, Lq=Lq, dtype=torch.float32)
-    judge_together(q, k, v, rows)
+    judge_together(q, k, v, rows, last)
 
 
 def test_kv_heads_with_equal_rows_thin_together_however_many_query_heads_have_them():
@@ -205,12 +207,12 @@ def test_keys_are_scored_once_for_all_query_heads_of_a_kv_head(tokens, launches_
 
 @given(
     mixture=mixtures, n=st.sampled_from([64, 290, 1000]), past=st.sampled_from([0, 200]), hopper=st.booleans(),
-    mixed=st.booleans(),
+    mixed=st.booleans(), last=st.sampled_from([0, 17]),
 )  # fmt: skip
-def test_every_query_of_every_head_that_is_not_exact_is_in_one_job(mixture, n, past, hopper, mixed):
+def test_every_query_of_every_head_that_is_not_exact_is_in_one_job(mixture, n, past, hopper, mixed, last):
     (H_kv, rows), Lq = mixture, max(1, n - past)
-    H = len(rows)
-    what = P._together(P.PerHead(rows, block=32), 2, H // H_kv, H_kv, Lq, n, mixed)
+    H, last = len(rows), min(last, Lq - 1)
+    what = P._together(P.PerHead(rows, block=32), 2, H // H_kv, H_kv, Lq, n, mixed, last)
     exact = [h for h, x in enumerate(rows) if n <= P.exact_up_to(x)]
     if mixed and what.mixture is not None:
         exact = []
@@ -221,11 +223,11 @@ def test_every_query_of_every_head_that_is_not_exact_is_in_one_job(mixture, n, p
     if what.mixture is None:
         assert len(exact) == H
         return
-    jobs = what.mixture.lists(SegmentTiles(Widths(8, 8, 16, 16), 16, 16, 4, 1, hopper))[0]
+    jobs = what.mixture.lists(SegmentTiles(Widths(8, 8, 16, 16), 16, 16, 4, 1, hopper), 1)[0]
     covered = np.zeros((H, Lq), int)
     for job in jobs.tolist():
         first = job[PART] * 16 - job[SHIFT]
-        covered[job[HEAD], max(0, first) : min(first + 16, Lq)] += 1
+        covered[job[HEAD], max(0, first) : min(first + 16, job[STOP])] += 1
     assert (covered == np.isin(np.arange(H), exact, invert=True)[:, None]).all()
 
 
@@ -317,10 +319,10 @@ def test_launches_are_those_that_the_kernels_make(tokens, monkeypatch):
     for rows in (
         [KEPT, WINDOW, KEPT, ONE, TWO, CORE], [ONE, late, LATE, WINDOW, CORE, CORE], [PLACES, WINDOW] * 3, held
     ):  # fmt: skip
-        own = P.PerHead(rows, block=32)
+        own = P.PerHead(rows, block=32, last=7)
         q, k, v = tokens(700, 6, 2, B=1, D=16, Dv=16, dtype=torch.float32, Lq=40)
         calls.clear()
-        P.together(Call(q, k, v, None, SEED, 0.5, 3), own, None)
+        P.together(Call(q, k, v, None, SEED, 0.5, 3), own, None, own.last)
         params = METHODS["heads"].params(Site(), Policy(methods=[own]))
         at = spec(Lq=40, Lk=700, D=16, Dv=16, mask=Mask(causal=True, offset=660))
         assert cost_at("heads", at, params).launches == calls.total() - calls["_zero_kernel"], (rows, calls)

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -77,12 +78,12 @@ def texts(*markers: int, tokens: int = 256) -> torch.Tensor:
 
 
 @torch.no_grad()
-def kl_of(model, ids, first: int, **options) -> float:
+def kl_of(model, ids, first: int, stop: int | None = None, **options) -> float:
     """Mean KL(exact || rewritten) from a position on, computed apart from the code under test."""
 
     def scores() -> torch.Tensor:
         output = model(ids)
-        return getattr(output, "logits", output)[:, first:].double().log_softmax(-1)
+        return getattr(output, "logits", output)[:, first:stop].double().log_softmax(-1)
 
     exact = scores()
     rewrite_attention(model, **options)
@@ -156,6 +157,35 @@ def test_nats_are_what_an_error_at_one_site_does_to_the_output(model, ids) -> No
         torch.testing.assert_close(site.weighted, expected, rtol=1e-6, atol=1e-12)
     assert found.sites[2].nats == 0 and found.sites[0].nats != pytest.approx(found.sites[1].nats, rel=0.1)
     assert all(site.nats == 0 for site in profile(model, ids, [EVERYTHING]).sites)
+
+
+@torch.no_grad()
+def test_what_last_queries_lose_by_keys_and_values_counts_as_much_as_what_others_do(ids) -> None:
+    """Queries at the end, here an eighth of the sample, see everything: what the last layer does is nothing to them."""
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    sample, fewest, parts = ids[:1], OPTIONS[0], ((60, 210), (210, None))
+    found, plain = (profile(model, sample, OPTIONS, block=16, last=n) for n in (256, 0))
+    units = []
+    for part in parts:
+        policies = [[PerHead({site.module: [fewest]}, block=16, last=30)] for site in plain.sites]
+        kls = torch.tensor([kl_of(model, sample, *part, methods=own) for own in policies]).double()
+        errors = [torch.tensor(site.errors, dtype=torch.float64) for site in plain.sites]
+        lost = [kl / x[:, 0].sum() * x for kl, x in zip(kls, errors, strict=True)]
+        whole = sum(x.sum(0).mean() for x in lost)
+        units.append(([x / whole for x in lost], whole))
+    assert max(kls) > 1e-4 and kls[1] < 1e-9, "those at the end lose by the first layer alone"
+    (late, its), (last, whole) = units
+    for site, x, y in zip(found.sites, late, last, strict=True):
+        torch.testing.assert_close(site.weighted, (x + y) / 2 * (its + whole) / 2, rtol=2e-2, atol=1e-9)
+    first = [x.sites[0].nats / x.sites[1].nats for x in (found, plain)]
+    assert first[0] > 1.5 * first[1], "and so it counts for more"
+    with pytest.raises(ValueError, match="last=257: must be 0 to 256"):
+        profile(model, sample, OPTIONS, block=16, last=257)
 
 
 def test_samples_count_alike_however_certain_the_model_is() -> None:
@@ -475,7 +505,7 @@ def test_scores_that_cannot_be_judged(model, ids) -> None:
     short = sample[:, :200]
     words = "model: it gives scores that are NaN"
     for name, samples in (
-        (r"sample\[::2\]", {"sample": short}),
+        (r"sample, sequences \[::2\]", {"sample": short}),
         (r"sample\[2\]", {"sample": [sample, sample, short]}),
         (r"held_out\[1\]", {"sample": sample, "held_out": [sample, short]}),
         (r"sample\[1\]", {"sample": [sample, short], "profile": found.profile}),
@@ -672,7 +702,7 @@ def test_wrong_arguments(model, ids) -> None:
         ("sample: 3 tokens; must be 4 or more", {"sample": ids[:1, :3]}),
         ("held_out=None: of one mapping nothing can be held out", {"sample": [{"input_ids": ids}]}),
         ("block=24: must be 16, 32, 64 or 128", {"block": 24}),
-        ("last=65: must be 0 to 64 queries", {"last": 65}),
+        ("last=257: must be 0 to 256 queries", {"last": 257}),
     ):
         with pytest.raises((TypeError, ValueError), match=words):
             given = {"sample": ids, "tolerance": 0.1, "options": OPTIONS, "block": 16, "last": 16, **changes}
