@@ -215,8 +215,9 @@ def same_for_all_queries(part: MaskPart, sizes: tuple[Any, Any, Any, Any]) -> tu
     between = shape[1 - rank : -1]
     if not known_equal(shape[-1], sizes[3]) or not all(known_equal(size, 1) for size in between):
         return None
-    index = (*([slice(None)] if len(shape) == rank else []), *([0] * len(between)), slice(None))
-    term = PaddingTerm(part.node, index, len(shape) == rank, "eq", 0 if part.hides else 1)
+    first = [] if len(shape) < rank else [0 if is_one(shape[0]) else slice(None)]
+    index = (*first, *([0] * len(between)), slice(None))
+    term = PaddingTerm(part.node, index, slice(None) in first, "eq", 0 if part.hides else 1)
     return Mask(padding=True), Padding(terms=(term,))
 
 

@@ -533,6 +533,19 @@ def test_cross_attention_with_a_padding() -> None:
         check(f, [q, k, v, hidden], "key padding", 1.0, policy)
 
 
+@pytest.mark.parametrize("shape", [(B, 1, 1, L), (1, 1, 1, L), (1, L), (L,)])
+def test_a_mask_of_two_that_names_no_query_is_a_padding(shape: tuple[int, ...]) -> None:
+    """Of each sequence, or one for all."""
+    q, k, v = tensors()
+    real, more = (torch.rand(shape, generator=torch.Generator().manual_seed(i)) > 0.4 for i in (1, 2))
+
+    def f(q, k, v, real, more):
+        return (q @ k.mT).masked_fill(~(real | more), -math.inf).softmax(-1) @ v
+
+    for policy in (EXACT, Policy(methods=("thinformer",), budget=64)):
+        check(f, [q, k, v, real, more], "key padding", 1.0, policy)
+
+
 def test_an_added_mask_that_names_no_query_is_a_padding_whatever_it_holds() -> None:
     """As in a decoding step over a static cache: ``where(visible, 0, lowest)`` of a mask made from what is written."""
     q, k, v = tensors((B, H, 1, D), (B, H, L, D), (B, H, L, D))
