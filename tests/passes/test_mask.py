@@ -171,8 +171,17 @@ def read_before(n: int) -> torch.Tensor:
     return kept == 1
 
 
+def a_term_of_before(n: int) -> torch.Tensor:
+    """A sum of what is written later."""
+    hidden = torch.full((n, n), -math.inf).triu(1)
+    mask = hidden + torch.arange(n).sin()[:, None]
+    hidden.zero_()
+    return mask
+
+
 CAUSAL |= {
     "written by steps": steps,
+    "a term that is written later": a_term_of_before,
     "written as in old transformers": old_transformers,
     "assigned": assigned,
     "read before it is written": read_before,
