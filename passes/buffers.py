@@ -63,15 +63,13 @@ class Buffers:
         """
         if node not in self.tensors or self.tensors[node].is_inference():  # which do not count what is written
             return None
-        if node not in self.bands:
-            self.bands[node] = _band(self.tensors[node])
-        if self.bands[node] is not None and node not in self.seen:
+        band = self.band(node)
+        if band is not None and node not in self.seen:
             tensor = self.tensors[node]
-            pattern = (self.bands[node], tensor.dtype, tensor.shape, tensor.device)
+            pattern = (band, tensor.dtype, tensor.shape, tensor.device)
             if tensor.device.type == "cpu" and pattern not in self.copies:
                 self.copies[pattern] = _sample(tensor).clone()
             self.seen[node] = _Seen(tensor, tensor._version, tensor.data_ptr(), self.copies.get(pattern))
-        band = self.bands[node]
         if band is None:
             return None
         self.used.add(node)
@@ -81,11 +79,27 @@ class Buffers:
         conditions += [] if low is None else [sympy.Ge(column, row + low)]
         return sympy.And(*conditions), inside, outside
 
+    def band(self, node: Node) -> tuple[Any, ...] | None:
+        """What :func:`_band` says of a placeholder, a buffer or not; None where its values cannot be looked at."""
+        if node not in self.bands:
+            tensor = self.tensors.get(node, self.others.get(node))
+            self.bands[node] = None if tensor is None else _band(tensor)
+        return self.bands[node]
+
+    def is_given_band(self, node: Node) -> bool:
+        """Whether a placeholder that is no buffer holds a triangle or a band now."""
+        return node in self.others and (self.band(node) or (None, None))[:2] != (None, None)
+
     def is_flag(self, node: Node) -> bool:
         """Whether a placeholder that is no buffer holds 0 and 1 only."""
         if node not in self.flags:
             self.flags[node] = node in self.others and _are_flags(self.others[node])
         return self.flags[node]
+
+    def hides(self, node: Node, lowest: float) -> bool:
+        """Whether a placeholder holds ``lowest``, less or NaN now; True also where its values cannot be looked at."""
+        tensor = self.tensors.get(node, self.others.get(node))
+        return tensor is None or tensor.numel() > _COMPARED or not bool((tensor > lowest).all())
 
     def guard(
         self, compiled: Callable[..., Any], unchanged: Callable[..., Any], flags: Iterable[Node] = ()

@@ -33,7 +33,6 @@ from .nodes import tensor_of
 from .normalize import number, operation
 from .symbolic import (
     COORDINATES,
-    PROVABLE,
     RELATIONS,
     Evaluator,
     Surroundings,
@@ -41,6 +40,7 @@ from .symbolic import (
     example_of,
     formula,
     is_one,
+    provable,
     size_expr,
 )
 
@@ -157,9 +157,24 @@ def _proven(
     last_index = _last_index(parts[0]) if as_in_sdpa else None
     asked = _Asked(evaluator, parts[0].node, sizes[0], size_expr(sizes[2]), size_expr(sizes[3]), last_index)
     proven = _classify(sympy.And(*shown), asked)
-    if any(example_of(part.node).requires_grad for part in parts):
+    out = tensor_of(reader)  # without gradients nobody asks for one of a parameter
+    if (out is None or out.requires_grad) and any(example_of(part.node).requires_grad for part in parts):
         raise Unproven("it needs a gradient, and only exact attention has one for masks", "a mask that is detached")
     return proven
+
+
+def lengths_in(
+    parts: Sequence[MaskPart], sizes: tuple[Any, Any, Any, Any], around: Surroundings, reader: Node
+) -> set[Any]:
+    """The numbers that the places of queries are divided by in what ``parts`` allow."""
+    evaluator = Evaluator(around, reader, sizes)
+    try:
+        shown = [evaluator.visible(part.node, part.coords, part.sizes, part.hides, part.factor) for part in parts]
+    except Unproven:
+        return set()
+    steps = {x.args for condition in shown for x in condition.atoms(sympy.Mod) if x.has(_Q)}
+    steps |= {sympy.fraction(x.args[0]) for condition in shown for x in condition.atoms(sympy.floor) if x.has(_Q)}
+    return {step for _, step in steps if not step.has(*COORDINATES)}
 
 
 _LAST = {_B: slice(None), _H: 0, _Q: -1, _K: slice(None)}
@@ -195,13 +210,14 @@ def prove_key_padding(mask: Node, around: Surroundings, reader: Node) -> tuple[M
 def same_for_all_queries(part: MaskPart, sizes: tuple[Any, Any, Any, Any]) -> tuple[Mask, Padding] | None:
     """A boolean mask without a query and a head dimension is a key padding, whatever its values are; else None."""
     shape, rank = example_of(part.node).shape, len(part.sizes)
-    if example_of(part.node).dtype != torch.bool or not len(shape) <= rank <= 4 or part.coords[0] != _B:
+    if example_of(part.node).dtype != torch.bool or len(shape) > rank or part.coords[0] != _B:
         return None
     between = shape[1 - rank : -1]
     if not known_equal(shape[-1], sizes[3]) or not all(known_equal(size, 1) for size in between):
         return None
-    index = (*([slice(None)] if len(shape) == rank else []), *([0] * len(between)), slice(None))
-    term = PaddingTerm(part.node, index, len(shape) == rank, "eq", 0 if part.hides else 1)
+    first = [] if len(shape) < rank else [0 if is_one(shape[0]) else slice(None)]
+    index = (*first, *([0] * len(between)), slice(None))
+    term = PaddingTerm(part.node, index, slice(None) in first, "eq", 0 if part.hides else 1)
     return Mask(padding=True), Padding(terms=(term,))
 
 
@@ -298,7 +314,7 @@ def _classify(condition: Boolean, asked: _Asked) -> tuple[Mask, Padding | None]:
     plain = proven.window is None and not segments
     if asked.last_index is not None and plain and (not proven.causal or known_equal(proven.offset, asked.bottom_right)):
         return proven, Padding(last_row=asked.mask, last_index=asked.last_index)
-    raise _unproven(sympy.And(*found["padding"]), asked)
+    raise _unproven(sympy.And(*found["padding"]), asked, condition)
 
 
 def _simplified(condition: Boolean, asked: _Asked) -> tuple[Boolean, bool]:
@@ -309,7 +325,8 @@ def _simplified(condition: Boolean, asked: _Asked) -> tuple[Boolean, bool]:
     segments = [leaf for literal in sympy.And.make_args(condition) if (leaf := _segment(literal)) is not None]
     for segment in segments:
         condition = _by_places(condition, segment, asked.evaluator)
-    condition = condition.xreplace({literal: _without_abs(literal) for literal in condition.atoms(Relational)})
+    condition = _adjoined(condition)
+    condition = condition.xreplace({literal: _bounded(literal) for literal in condition.atoms(Relational)})
     everywhere = {literal: _everywhere(literal, asked) for literal in condition.atoms(Relational)}
     decided = {literal: truth for literal, truth in everywhere.items() if truth is not None}
     return _absorbed(condition.xreplace(decided), asked), bool(segments)
@@ -335,7 +352,7 @@ def _by_kind(condition: Boolean, asked: _Asked) -> dict[str, list[Any]]:
         elif literal.free_symbols <= of_key:
             found["padding"].append(literal)
         else:
-            raise _unproven(literal, asked)
+            raise _unproven(literal, asked, condition)
     return found
 
 
@@ -373,10 +390,12 @@ def _plain(offset: Any) -> Any:
     return int(offset) if offset.is_Integer else offset
 
 
-def _unproven(literal: Any, asked: _Asked) -> Unproven:
+def _unproven(literal: Any, asked: _Asked, condition: Boolean) -> Unproven:
     text = formula(literal, asked.evaluator)
     if literal.atoms(AppliedUndef):
-        return Unproven(f"it depends on values that are not known when compiling: {text}", PROVABLE)
+        return Unproven(
+            f"it depends on values that are not known when compiling: {text}", provable(condition, asked.evaluator)
+        )
     return Unproven(f"a query sees a key only where {text}, which is no causal mask, window, key padding or segment")
 
 
@@ -410,8 +429,41 @@ def _at_most_zero(literal: Boolean) -> sympy.Expr | None:
     return sympy.expand(_EXCESS[type(literal)](literal.lhs, literal.rhs))
 
 
-def _without_abs(literal: Relational) -> Boolean:
-    """``|x| <= c`` as ``x <= c and -x <= c``; other relations as they are."""
+def _adjoined(condition: Boolean) -> Boolean:
+    """``x <= -1 or x == 0`` as ``x <= 0``, ``x <= 0 and x != 0`` as ``x <= -1``, and neither where one implies the
+    other."""
+    if not isinstance(condition, sympy.And | sympy.Or):
+        return condition
+    parts, any_of = [_adjoined(part) for part in condition.args], isinstance(condition, sympy.Or)
+    for point in [part for part in parts if isinstance(part, sympy.Eq | sympy.Ne)]:
+        for part in parts:
+            excess, start = _at_most_zero(part), _at_point(part, point)
+            if excess is None or start is None or point not in parts:
+                continue
+            holds = start <= 0  # at the point
+            if isinstance(point, sympy.Eq) != any_of:  # elsewhere the point decides
+                both = [sympy.S(any_of)] if holds == any_of else [point]
+            elif start == (1 if any_of else 0):  # beside it, or with it as its end
+                both = [sympy.Le(excess + (-1 if any_of else 1), 0)]
+            else:
+                both = [part] if holds == any_of else [part, point]
+            parts = [*(x for x in parts if x not in (part, point)), *both]
+    return condition.func(*parts)
+
+
+def _at_point(part: Boolean, point: Relational) -> int | None:
+    """``c`` of a relation ``x + c <= 0`` or ``-x + c <= 0`` for the ``x`` that ``point`` compares with 0; None for
+    others."""
+    excess, x = _at_most_zero(part), point.lhs - point.rhs
+    rests = [] if excess is None else [sympy.expand(excess + sign * x) for sign in (1, -1)]
+    return next((int(rest) for rest in rests if rest.is_Integer), None)
+
+
+def _bounded(literal: Relational) -> Boolean:
+    """``|x| <= c`` as ``x <= c and -x <= c``, and so is ``x == c`` read where it ties keys to queries; other relations
+    as they are."""
+    if isinstance(literal, sympy.Eq) and literal.has(_Q) and literal.has(_K) and not literal.has(*_STEPPED):
+        return sympy.And(sympy.Le(*literal.args), sympy.Ge(*literal.args))
     if isinstance(literal.rhs, sympy.Abs):
         literal = literal.reversed
     if isinstance(literal.lhs, sympy.Abs) and isinstance(literal, sympy.Le | sympy.Lt):

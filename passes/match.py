@@ -24,9 +24,10 @@ from ..core.spec import AttentionSpec, Mask, default_scale, known_equal
 from . import near, softmax
 from .buffers import Buffers
 from .cut import cut_products, cut_weights
-from .mask import MaskPart, Padding, prove, prove_all, same_for_all_queries, unknown
+from .layout import Layout, layout_of, prove_rows
+from .mask import MaskPart, Padding, unknown
 from .multihead import OPAQUE, describe
-from .nodes import shape_of, tensor_of
+from .nodes import same_sizes, shape_of, tensor_of
 from .normalize import bodies, computes_gradients, graph_module, known, number, operation
 from .place import Place, module_path
 from .repeat import unrepeated
@@ -40,10 +41,9 @@ from .site import (
     check_heads,
     entered,
     make_spec,
-    sizes_of,
     tensor_argument,
 )
-from .symbolic import COORDINATES, digits
+from .symbolic import COORDINATES
 from .words import source_line
 
 
@@ -192,73 +192,61 @@ def _describe(scope: Scope, node: Node, form: str) -> dict[str, Any]:
 
 def _describe_sdpa(scope: Scope, node: Node, args: Mapping[str, Any]) -> dict[str, Any]:
     query, key, value = (tensor_argument(args, name) for name in ("query", "key", "value"))
-    rank = _same_leading(node, (query, key, value))
-    if rank == 4:
-        key, value = unrepeated(scope, node, query, key, value)
-    q, k, v = (_of_four(Operand(x)) for x in (query, key, value))
+    rows = _rows(node, (query, key, value))
+    key, value = unrepeated(scope, node, query, key, value)
+    layout = layout_of([torch.Size((*rows, shape_of(key)[-2]))], shape_of(key))
+    layout, mask, padding = _mask(scope, node, args, layout, rows)
+    q, k, v = layout.queries(Operand(query)), *(layout.keys(Operand(x), rows) for x in (key, value))
     (plain_q, of_query), (plain_k, of_key) = (unscaled(scope, x) for x in (q, k))
-    repeats = args.get("enable_gqa", False) or known_equal(_of_four(Operand(args["key"])).shape[1], q.shape[1])
-    check_heads(q.shape, k.shape, v.shape, repeats=repeats)
+    repeats = args.get("enable_gqa", False) or layout.grouped or key is not args["key"]
+    check_heads(q.shape, k.shape, v.shape, repeats)
     scale = _scale(args, number(q.shape[3])) * of_query * of_key
     dropout_p = _constant(args.get("dropout_p", 0.0), "dropout_p") or 0.0
-    mask, padding = _mask(scope, node, args, sizes_of(q, k))
     spec = make_spec(node, q, k, v, scale=scale, mask=mask, dropout_p=dropout_p)
     facts: dict[str, Any] = {"padding": padding, "spec": spec}
-    if rank == 4:
+    moved = bool(q.steps or k.steps or v.steps)
+    if not moved:
         facts |= {"query": query, "key": key, "value": value}
-    if rank != 4 or (plain_q, plain_k) != (q, k):
-        facts["expand"] = partial(_write, (plain_q, plain_k, v), node, spec, scope.contexts)
+    if moved or (plain_q, plain_k) != (q, k):
+        facts["expand"] = partial(_write, (plain_q, plain_k, v), node, rows, layout, spec, scope.contexts)
     return facts
 
 
 def _write(
-    inputs: Sequence[Operand], node: Node, spec: AttentionSpec, autocast: Sequence[tuple[Any, ...]], emit: Emit
+    inputs: Sequence[Operand],
+    node: Node,
+    rows: Sequence[Any],
+    layout: Layout,
+    spec: AttentionSpec,
+    autocast: Sequence[tuple[Any, ...]],
+    emit: Emit,
 ) -> tuple[Node, Node]:
     """The same call of a query and a key that are not scaled before, and of four dimensions."""
-    args, shape = known(node).args, shape_of(node)
+    args = known(node).args
     kept = {name: args[name] for name in ("attn_mask", "dropout_p", "is_causal") if name in args}
     gqa = not known_equal(spec.H, spec.H_kv)
     with entered(autocast):
         tensors = [x.emit(emit) for x in inputs]
         if isinstance(kept.get("attn_mask"), Node):
-            kept["attn_mask"] = softmax.broadcast(kept["attn_mask"], node, (spec.B, spec.H), tensors[0], emit)
+            kept["attn_mask"] = layout.mask(kept["attn_mask"], rows, tensors[0], emit)
         attention = emit(F.scaled_dot_product_attention, *tensors, **kept, scale=spec.scale, enable_gqa=gqa)
-        out = attention
-        if len(shape) > 4:
-            out = emit(torch.unflatten, out, 0, tuple(shape[: len(shape) - 3]))
-        for _ in range(4 - len(shape)):
-            out = emit(torch.squeeze, out, len(shape) - 2)
-    return attention, out
+        return attention, layout.back(Operand(attention), rows).emit(emit)
 
 
 FOUR = "query, key and value of four dimensions"
 
 
-def _of_four(x: Operand) -> Operand:
-    """``[..., L, D]`` as ``[B, H, L, D]``: what is before the heads is one batch; three dimensions have one head."""
-    rank = len(x.shape)
-    if rank > 4:
-        return x.then(torch.flatten, 0, rank - 4)
-    for _ in range(4 - rank):
-        x = x.then(torch.unsqueeze, rank - 2)
-    return x
-
-
-def _same_leading(node: Node, inputs: Sequence[Node]) -> int:
-    """The number of dimensions of query, key, value and result; what comes before the heads is the same in all."""
+def _rows(node: Node, inputs: Sequence[Node]) -> Sequence[Any]:
+    """What scores have before their keys. Query, key, value and result have the same number of dimensions."""
     shapes = [shape_of(x) for x in (node, *inputs)]
     ranks = [len(shape) for shape in shapes]
     if len(set(ranks)) > 1:
         given = f"{ranks[1]}, {ranks[2]} and {ranks[3]}"
         raise Refused(f"its query, key and value have {given} dimensions, not the same", FOUR)
-    before = ranks[0] - 3
-    if before > 1:
-        leading = [shape[:before] for shape in shapes]
-        if not all(isinstance(size, int) for shape in leading for size in shape):
-            raise Refused(f"its {before} dimensions before the heads are not known when compiling", FOUR)
-        if len(set(leading)) > 1:
-            raise Refused(f"its query, key and value have {', '.join(map(str, map(tuple, leading[1:])))} first", FOUR)
-    return ranks[0]
+    rows = shapes[1][:-1]
+    if ranks[0] != 4 and not same_sizes(rows, shapes[0][:-1]):
+        raise Refused(f"its query is of {tuple(rows)}, its result of {tuple(shapes[0][:-1])}", FOUR)
+    return rows
 
 
 def _scale(args: Mapping[str, Any], D: Any) -> float:
@@ -279,33 +267,23 @@ def _constant(arg: Any, name: str) -> float | None:
 
 
 def _mask(
-    scope: Scope, node: Node, args: Mapping[str, Any], sizes: tuple[Any, Any, Any, Any]
-) -> tuple[Mask, Padding | None]:
+    scope: Scope, node: Node, args: Mapping[str, Any], layout: Layout, rows: Sequence[Any]
+) -> tuple[Layout, Mask, Padding | None]:
+    """What a call of SDPA lets its queries see, and where they are in ``rows``."""
     mask, is_causal = args.get("attn_mask"), args.get("is_causal", False)
     if not isinstance(is_causal, bool):
-        return unknown("its is_causal is not known when compiling")
+        return layout, *unknown("its is_causal is not known when compiling")
     if is_causal and mask is not None:
-        return unknown("it has a mask and is_causal=True")
+        return layout, *unknown("it has a mask and is_causal=True")
     if mask is None:
-        return Mask(causal=is_causal), None
+        return layout if is_causal else layout.known, Mask(causal=is_causal), None
     if tensor_of(mask) is None:
-        return unknown("it is not a tensor of the graph")
-    shape = shape_of(node)
-    if len(shape) != 4:
-        return _of_other_rank(mask, shape, sizes, scope, node)
-    proven, padding = prove(mask, sizes, scope, node)
-    if proven.unknown is None:
-        return proven, padding
-    return same_for_all_queries(MaskPart(mask, COORDINATES, sizes), sizes) or (proven, padding)
+        return layout, *unknown("it is not a tensor of the graph")
+    if len(shape_of(mask)) > len(rows) + 1:
+        raise Refused(f"its mask has {len(shape_of(mask))} dimensions, its query {len(rows) + 1}", FOUR)
+    Lk = number(shape_of(args["key"])[-2])
 
+    def parts(layout: Layout) -> list[MaskPart]:
+        return [MaskPart(mask, (*layout.places(rows), COORDINATES[-1]), (*rows, Lk))]
 
-def _of_other_rank(
-    mask: Node, shape: torch.Size, sizes: tuple[Any, Any, Any, Any], scope: Scope, node: Node
-) -> tuple[Mask, Padding | None]:
-    """As :func:`_mask` where the result has another number of dimensions than four."""
-    b, h, q, k = COORDINATES
-    coords = {2: (q, k), 3: (b, q, k)}.get(len(shape), (*digits(b, shape[:-3]), h, q, k))
-    if len(shape_of(mask)) > len(coords):
-        raise Refused(f"its mask has {len(shape_of(mask))} dimensions, its query {len(shape)}", FOUR)
-    part = MaskPart(mask, coords, (*shape[:-2], *sizes[2:]))
-    return prove_all([part], sizes, scope, node, as_in_sdpa=True)
+    return prove_rows(parts, layout, Lk, scope, node, as_in_sdpa=True)

@@ -35,6 +35,9 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "clamp": ("input", "min", "max"),
     "clamp_min": ("input", "min"),
     "fill": ("input", "value"),
+    "fill_diagonal": ("input", "fill_value", "wrap"),
+    "eye": ("n", "m"),
+    "diag": ("input", "diagonal"),
     "cat": ("tensors", "dim"),
     "pad": ("input", "pad", "mode", "value"),
     "nan_to_num": ("input", "nan"),
@@ -167,7 +170,7 @@ def order_of(op: Operation, rank: int) -> list[int]:
 _WRITES = frozenset(
     ("add", "sub", "mul", "div", "floor_divide", "remainder", "neg", "abs", "exp", "log", "clamp", "clamp_min")
     + ("eq", "ne", "lt", "le", "gt", "ge", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not", "logical_and")
-    + ("logical_or", "logical_xor", "logical_not", "masked_fill", "tril", "triu", "fill", "zero")
+    + ("logical_or", "logical_xor", "logical_not", "masked_fill", "tril", "triu", "fill", "fill_diagonal", "zero")
 )
 """The operations that have a spelling which writes their result into their first argument."""
 
@@ -384,7 +387,7 @@ _IN_PLACE = frozenset(
     ("iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub")
     + ("itruediv", "ixor")
 )
-_FACTORIES = frozenset(("zeros", "ones", "full", "zeros_like", "ones_like", "full_like"))
+_FACTORIES = frozenset(("zeros", "ones", "full", "eye", "zeros_like", "ones_like", "full_like"))
 
 
 def is_new(node: Node) -> bool:

@@ -16,13 +16,14 @@ from .site import Scope
 def unrepeated(scope: Scope, node: Node, query: Node, key: Node, value: Node) -> tuple[Node, Node]:
     """Key and value before their heads are repeated, if both are repeated alike and that is proven."""
     keys, values = (_base(scope, node, repeated) for repeated in (key, value))
-    if keys is None or values is None or not known_equal(shape_of(keys)[1], shape_of(values)[1]):
+    if keys is None or values is None or not same_sizes(shape_of(keys)[1:-2], shape_of(values)[1:-2]):
         return key, value
-    return (keys, values) if known_equal(shape_of(key)[1], shape_of(query)[1]) else (key, value)
+    return (keys, values) if same_sizes(shape_of(key)[1:-2], shape_of(query)[1:-2]) else (key, value)
 
 
 def _base(scope: Scope, node: Node, repeated: Node) -> Node | None:
-    """The ``[B, H_kv, L, D]`` node whose head ``h // n`` is head ``h`` of ``repeated``; None if not proven."""
+    """The ``[B, H_kv, L, D]`` node whose head ``h // n`` is head ``h`` of ``repeated``, or one of more dimensions that
+    was expanded; None if not proven."""
     chain = [repeated]
     while (op := operation(chain[-1])) is not None and op.name in ("contiguous", "clone", "detach"):
         chain.append(op.node())
@@ -52,16 +53,19 @@ def _fits(base: Node, repeated: Node) -> bool:
     x, y = base.meta["example_value"], repeated.meta["example_value"]
     if x.dtype != y.dtype or x.requires_grad != y.requires_grad:
         return False
-    return x.dim() == y.dim() == 4 and same_sizes((x.shape[0], *x.shape[2:]), (y.shape[0], *y.shape[2:]))
+    return x.dim() == y.dim() >= 4 and same_sizes((x.shape[0], *x.shape[-2:]), (y.shape[0], *y.shape[-2:]))
 
 
 # ---- how heads are repeated: (the result, its operation) -> what is repeated, None if it is not read so ----
 
 
 def _broadcast_head(repeated: Node, op: Operation) -> Node | None:
-    """One head, repeated to all of them."""
+    """One head, repeated to all of them, or to those of a group."""
     base = op.node()
-    return base if _rank(base) == 4 and known_equal(shape_of(base)[1], 1) and _fits(base, repeated) else None
+    if _rank(base) != _rank(repeated):
+        return None
+    heads = zip(shape_of(base)[1:-2], shape_of(repeated)[1:-2], strict=True)
+    return base if all(known_equal(one, 1) or known_equal(one, many) for one, many in heads) else None
 
 
 def _interleaved(repeated: Node, op: Operation) -> Node | None:

@@ -23,7 +23,7 @@ Expand = Callable[[Emit], tuple[Node, Node]]
 """Emits what a site computes; returns its SDPA node and the node of its output."""
 
 Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-"""A call ``(function, args, kwargs)`` of a tensor, which comes before ``args``."""
+"""A call ``(function, args, kwargs)`` of a tensor, which comes before ``args``; those may be operands themselves."""
 
 PADDED = "a padded batch with a key padding"
 
@@ -100,7 +100,7 @@ class Operand:
         """The node of the result, which ``emit`` writes."""
         x = self.node
         for function, args, kwargs in self.steps:
-            x = emit(function, x, *args, **kwargs)
+            x = emit(function, x, *(arg.emit(emit) if isinstance(arg, Operand) else arg for arg in args), **kwargs)
         return x
 
     @property
@@ -115,7 +115,7 @@ class Operand:
         with fake_mode_of(x):
             for function, args, kwargs in self.steps:
                 args, kwargs = torch.fx.node.map_arg((args, kwargs), lambda node: node.meta["example_value"])
-                x = function(x, *args, **kwargs)
+                x = function(x, *(arg.example if isinstance(arg, Operand) else arg for arg in args), **kwargs)
         return x
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,13 +33,14 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..core.spec import AttentionSpec, Mask, known_equal
-from .mask import MaskPart, Padding, apart, prove_all, unknown
+from .layout import Layout, layout_of, prove_rows
+from .mask import MaskPart, Padding, unknown
 from .nodes import is_parted, reached, same_sizes, sources, tensor_of
 from .normalize import Operation, in_place, known, number, operation, order_of, performed
 from .repeat import unrepeated
 from .scale import unscaled
-from .site import PADDED, Emit, Operand, Refused, Scope, check_heads, entered, make_spec, sizes_of
-from .symbolic import COORDINATES, Evaluator, Unproven, digits, hidden_by
+from .site import PADDED, Emit, Operand, Refused, Scope, check_heads, entered, make_spec
+from .symbolic import COORDINATES, Evaluator, Unproven, hidden_by
 from .words import label, spoken
 
 _B, _H, _Q, _K = COORDINATES
@@ -297,22 +297,24 @@ def describe(scope: Scope, written: Softmax) -> dict[str, Any]:
     whole = chain if written.total is None else [*chain, written.total]
     _check_order(scope, whole, out, (query.node, key.node), scores)
     _check_precision(whole, _example(value.node).dtype)
-    heads = _heads(chain)
-    _check_leading(product, used, (query, key, value))
-    query, key, value = _one_dtype(scope, out, *(_with_heads(x, heads) for x in (query, key, value)))
-    repeats = known_equal(key.shape[1], query.shape[1])
+    shapes = [_shape(node) for node in chain]
+    _check_views(chain, shapes)
+    query, key, value = _one_dtype(scope, out, query, key, value)
+    whole_key = key.node
     key, value = _before_repeat(scope, out, query, key, value)
-    check_heads(query.shape, key.shape, value.shape, repeats)
+    layout, mask, padding = _prove(scope, scores, layout_of(shapes, key.shape), shapes, out)
+    query, key, value = layout.queries(query), layout.keys(key, shapes[0][:-1]), layout.keys(value, shapes[-1][:-1])
+    layout.places(shapes[-1][:-1])  # where the result is put back
+    check_heads(query.shape, key.shape, value.shape, repeats=layout.grouped or key.node is not whole_key)
     (query, of_query), (key, of_key) = (unscaled(scope, x) for x in (query, key))
     scores.factor *= of_query * of_key
-    query = _times(query, scores, product)
+    query = _times(query, scores, layout)
     if scores.factor <= 0:
         raise Refused(f"its scale {scores.factor:g} is not positive")
-    mask, padding = _prove(scope, scores, sizes_of(query, key), heads, out)
     spec = make_spec(out, query, key, value, scale=scores.factor, mask=mask, dropout_p=dropout_p)
-    expand = partial(_write, _Attention((query, key, value), scores, spec, heads, out, used, scope.contexts))
+    expand = partial(_write, _Attention((query, key, value), scores, spec, layout, out, used, scope.contexts))
     found = {"node": out, "spec": spec, "padding": padding, "expand": expand}
-    if _zeroes(zeroed, scores, scope, heads) or not _averages(scores, spec):
+    if _zeroes(zeroed, scores, scope, layout) or not _averages(scores, spec):
         return {**found, "exact": expand}
     # one mask that is added and one that is filled in may hide all keys of a row together, each some of them
     evaluator = Evaluator(scope, written.nodes[-1])
@@ -326,15 +328,12 @@ _BY_TENSOR = (
 )
 
 
-def _times(query: Operand, scores: _Scores, product: Node) -> Operand:
+def _times(query: Operand, scores: _Scores, layout: Layout) -> Operand:
     """``query`` ``[B, H, Lq, D]`` times the tensors by which its product with the keys is multiplied."""
     dtype = query.example.dtype
-    rank = rank_of(product)
     for how, by, result in scores.scaled:
-        before = _sizes(by)[:-2] if rank == 3 else () if rank == 4 else _sizes(by)[:-3]
-        if rank != rank_of(result) or (rank > 4 and before) or not all(known_equal(size, 1) for size in before):
-            raise Refused(*_BY_TENSOR)
-        query = query.then(getattr(torch, how), by)
+        term = by if tensor_of(by) is None else layout.term(Operand(by), _shape(result)[:-1])
+        query = query.then(getattr(torch, how), term)
         query = query if query.example.dtype == dtype else query.then(torch.Tensor.to, dtype)
     return query
 
@@ -411,8 +410,6 @@ def _follow(written: Softmax) -> tuple[list[Node], list[_Zeroed], Node, float]:
             what = _WEIGHTS.get(name, f"given to '{label(user)}'")
             nearest = _NO_SINKS if name == "getitem" else None
             raise Refused(f"its attention weights are {what} before they meet the values", nearest)
-        if op.name in VIEWS:
-            _same_scores(node, user)
         if op.name == "nan_to_num" and number(op.get("nan")) not in (None, 0):
             raise Refused("it puts another number than 0 in the place of attention weights that are NaN")
         dropped = _dropped(op) if op.name == "dropout" else 0.0
@@ -436,7 +433,7 @@ def _zeroing(op: Operation | None, weights: Node) -> tuple[Node, bool] | None:
     return (mask, hides) if is_mask and kept is weights and number(zero) in (0, 0.0) else None
 
 
-def _zeroes(zeroed: Sequence[_Zeroed], scores: _Scores, scope: Scope, heads: tuple[Any, Any]) -> bool:
+def _zeroes(zeroed: Sequence[_Zeroed], scores: _Scores, scope: Scope, layout: Layout) -> bool:
     """Whether weights are zeroed wherever scores are hidden, so that rows whose keys are all hidden give 0.
 
     Raises :class:`Refused` where weights are zeroed that would not be 0 otherwise, but for such rows.
@@ -445,8 +442,8 @@ def _zeroes(zeroed: Sequence[_Zeroed], scores: _Scores, scope: Scope, heads: tup
     for mask, hides, node in zeroed:
         evaluator = Evaluator(scope, node)
         try:
-            shown = [evaluator.visible(x, *_coordinates(like, heads), by) for x, by, like in scores.filled]
-            kept = evaluator.visible(mask, *_coordinates(node, heads), hides)
+            shown = [evaluator.visible(x, *_coordinates(like, layout), by) for x, by, like in scores.filled]
+            kept = evaluator.visible(mask, *_coordinates(node, layout), hides)
         except Unproven as error:
             raise Refused(f"it sets attention weights to 0 by a mask, and {error}") from None
         terms = [{*sympy.And.make_args(sympy.to_nnf(x, simplify=False))} for x in (kept, sympy.And(*shown))]
@@ -471,12 +468,6 @@ def _dropped(op: Operation) -> float:
     if not isinstance(p, int | float) or not isinstance(training, bool) or op.get("inplace"):
         raise Refused("its dropout is not known when compiling")
     return float(p) if training and p > 0 else 0.0
-
-
-def _same_scores(before: Node, after: Node) -> None:
-    """A view that leaves queries and keys alone."""
-    if not _stays_scores(before, after):
-        raise Refused(f"its scores are reshaped from {tuple(_shape(before))} to {tuple(_shape(after))}")
 
 
 def _peel(scope: Scope, written: Softmax) -> tuple[_Scores, Node]:
@@ -549,11 +540,6 @@ def _copied(step: _Step) -> Node:
     return step.op.node()
 
 
-def _viewed(step: _Step) -> Node:
-    _same_scores(step.op.node(), step.node)
-    return step.op.node()
-
-
 def _negated(step: _Step) -> Node:
     step.scores.factor = -step.scores.factor
     return step.op.node()
@@ -623,8 +609,7 @@ def _floored(step: _Step) -> Node:
 
 
 _STEPS: dict[str, Callable[[_Step], Node]] = {
-    **dict.fromkeys(_COPIES, _copied),
-    **dict.fromkeys(VIEWS, _viewed),
+    **dict.fromkeys((*_COPIES, *VIEWS), _copied),
     "neg": _negated,
     **dict.fromkeys(("mul", "div"), _scaled),
     **dict.fromkeys(("add", "sub"), _added),
@@ -859,57 +844,16 @@ def _check_precision(chain: list[Node], dtype: torch.dtype) -> None:
 # ---- shapes --------------------------------------------------------------------------------------------------------
 
 
-def _heads(chain: Sequence[Node]) -> tuple[Any, Any]:
-    """(B, H) of scores that are ``[B, H, q, k]`` somewhere on their way, or ``[..., H, q, k]`` at first; else every
-    leading entry is a sequence."""
-    shapes = [_shape(node) for node in chain]
-    first = shapes[0]
-    four = next((shape[:2] for shape in shapes if len(shape) == 4), (first[0] if len(first) == 3 else 1, 1))
-    B, H = map(number, four if len(first) < 5 else (math.prod(first[:-3]), first[-3]))
-    if not isinstance(H, int) and any(len(shape) == 3 for shape in shapes):
-        raise Refused(f"its number of heads {H} is not known when compiling")
-    for before, node, shape in zip(shapes, chain[1:], shapes[1:], strict=False):
+def _check_views(chain: Sequence[Node], shapes: Sequence[torch.Size]) -> None:
+    """That scores and weights keep their sizes, but for views, and all of these their keys."""
+    for node, before, shape in zip(chain[1:], shapes, shapes[1:], strict=False):
         op = operation(node)
         viewed = op is not None and op.name in VIEWS  # as many elements as before
         same = len(before) == len(shape) and all(
             statically_known_true(x == y) for x, y in zip(before, shape, strict=True)
         )
-        if not (same or viewed) or not same_sizes(before[-2:], shape[-2:]):
+        if not (same or viewed) or not same_sizes(before[-1:], shape[-1:]):
             raise Refused(f"its scores are {tuple(before)} and later {tuple(shape)}")
-    for shape in shapes:
-        if _leading(shape[:-2], (B, H)) is None:
-            raise Refused(f"its scores are {tuple(first)} and {tuple(shape)}, not both {B} sequences of {H} heads")
-    return B, H
-
-
-_FEWER = "sequences in one dimension"
-
-
-def _check_leading(product: Node, weights: Node, factors: Iterable[Operand]) -> None:
-    """That what comes before the heads, where scores have more than four dimensions, can be put together, and back."""
-    before = _shape(product)[:-3]
-    if len(before) < 2 and rank_of(weights) < 5:
-        return
-    known = [size for size in map(number, before) if isinstance(size, int)]
-    if len(known) < len(before) - (0 not in known):  # one can be inferred
-        raise Refused(f"its {len(before)} dimensions before the heads are not known when compiling", _FEWER)
-    if not all(same_sizes(x.shape[:-3], before) for x in factors) or not same_sizes(_shape(weights)[:-3], before):
-        shapes = ", ".join(str(tuple(x.shape)) for x in factors)
-        raise Refused(f"its query, key and value are {shapes}: what comes before the heads is not the same", _FEWER)
-
-
-def _with_heads(x: Operand, heads: tuple[Any, Any]) -> Operand:
-    """``x`` as ``[B, H, L, D]``."""
-    rank, (B, H) = len(x.shape), heads
-    if rank > 4:
-        return x.then(torch.flatten, 0, rank - 4)
-    if rank == 3 and not known_equal(x.shape[0], B * H):
-        raise Refused(f"it multiplies {x.shape[0]} matrices for {B} sequences of {H} heads")
-    if rank == 2:
-        x, rank = x.then(torch.unsqueeze, 0), 3
-    if rank == 3:
-        x = x.then(torch.unsqueeze, 1) if H == 1 else x.then(torch.unflatten, 0, (-1, H))
-    return x
 
 
 def _one_dtype(scope: Scope, out: Node, *operands: Operand) -> Iterator[Operand]:
@@ -935,53 +879,33 @@ def _before_repeat(scope: Scope, out: Node, query: Operand, key: Operand, value:
     return Operand(base[0]), Operand(base[1])
 
 
-def _leading(sizes: Sequence[Any], heads: tuple[Any, Any]) -> tuple[int, tuple[Any, ...]] | None:
-    """How many of the leading ``sizes`` of B * H matrices of scores are those of sequences, and where each of them is
-    at ``(b, h)``; None if heads are not apart in them, nor together with sequences in one."""
-    B, H = heads
-    if not sizes:
-        return (0, ()) if known_equal(B * H, 1) else None
-    if len(sizes) == 1:
-        return 1, (_B if H == 1 else _B * H + _H,)
-    split = next((i for i in range(len(sizes), 0, -1) if known_equal(math.prod(sizes[i:]), H)), None)
-    return None if split is None else (split, (*digits(_B, sizes[:split]), *digits(_H, sizes[split:])))
-
-
-def _parted(sizes: Sequence[Any], heads: tuple[Any, Any]) -> tuple[int, tuple[Any, ...]]:
-    """The same of sizes that :func:`_heads` has let pass."""
-    found = _leading(sizes, heads)
-    if found is None:
-        raise Refused(f"its scores are {tuple(sizes)}, not {heads[0]} sequences of {heads[1]} heads")
-    return found
-
-
-def _coordinates(like: Node, heads: tuple[Any, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _coordinates(like: Node, layout: Layout) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Where the dimensions of a tensor of scores are, and their sizes."""
     shape = _shape(like)
-    split, places = _parted(shape[:-2], heads)
-    if not all(isinstance(number(size), int) for size in (*shape[1:split], *shape[split + 1 : -2])):
-        raise Refused("its scores are taken apart into a number of parts that is not known when compiling")
-    return (*places, _Q, _K), tuple(shape)
+    return (*layout.places(shape[:-1]), _K), tuple(shape)
 
 
 def _prove(
-    scope: Scope, scores: _Scores, sizes: tuple[Any, Any, Any, Any], heads: tuple[Any, Any], out: Node
-) -> tuple[Mask, Padding | None]:
-    parts = [
-        _shown(scope, node, factor, like, heads) or MaskPart(node, *_coordinates(like, heads), factor=factor)
-        for node, factor, like in scores.added
-    ]
-    for node, hides, like in scores.filled:
-        if _example(node).dtype != torch.bool:
-            return unknown("it fills scores where something is that is not a boolean tensor", "a boolean mask")
-        parts.append(MaskPart(node, *_coordinates(like, heads), hides))
-    if not parts:
-        return Mask(), None
-    proven, padding = prove_all(parts, sizes, scope, out)
-    return (proven, padding) if proven.unknown is None else apart(parts, sizes, scope, out) or (proven, padding)
+    scope: Scope, scores: _Scores, layout: Layout, shapes: Sequence[torch.Size], out: Node
+) -> tuple[Layout, Mask, Padding | None]:
+    """What the masks allow, and where heads and queries are that it is proven for."""
+    if not all(_example(node).dtype == torch.bool for node, _, _ in scores.filled):
+        return layout, *unknown("it fills scores where something is that is not a boolean tensor", "a boolean mask")
+    if not scores.added and not scores.filled:
+        return layout.known, Mask(), None
+
+    def parts(layout: Layout) -> list[MaskPart]:
+        added = [
+            _shown(scope, node, factor, like, layout) or MaskPart(node, *_coordinates(like, layout), factor=factor)
+            for node, factor, like in scores.added
+        ]
+        return added + [MaskPart(node, *_coordinates(like, layout), hides) for node, hides, like in scores.filled]
+
+    lengths = [shape[-2] for shape in shapes[1:]]
+    return prove_rows(parts, layout, number(shapes[0][-1]), scope, out, lengths)
 
 
-def _shown(scope: Scope, node: Node, factor: float, like: Node, heads: tuple[Any, Any]) -> MaskPart | None:
+def _shown(scope: Scope, node: Node, factor: float, like: Node, layout: Layout) -> MaskPart | None:
     """The boolean mask that a mask which is added is made from: ``where(shown, 0, lowest)``; None for another."""
     op = operation(node)
     if op is None or op.name != "where" or _example(op.get("condition")).dtype != torch.bool:
@@ -990,7 +914,7 @@ def _shown(scope: Scope, node: Node, factor: float, like: Node, heads: tuple[Any
     hides = other is not None and other * factor <= hidden_by(_example(node).dtype)
     if then != 0 or not hides or scope.overwritten(node):
         return None
-    return MaskPart(op.get("condition"), *_coordinates(like, heads))
+    return MaskPart(op.get("condition"), *_coordinates(like, layout))
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -1000,14 +924,14 @@ def _shown(scope: Scope, node: Node, factor: float, like: Node, heads: tuple[Any
 class _Attention:
     """What is written anew: query, key and value ``[B, H or H_kv, L, D]``, and all that happens to their scores.
 
-    heads: (B, H). out: the product of ``weights`` with the values. autocast: the arguments of every ``torch.autocast``
-    around it.
+    layout: where they are in the scores. out: the product of ``weights`` with the values. autocast: the arguments of
+    every ``torch.autocast`` around it.
     """
 
     inputs: tuple[Operand, Operand, Operand]
     scores: _Scores
     spec: AttentionSpec
-    heads: tuple[Any, Any]
+    layout: Layout
     out: Node
     weights: Node
     autocast: Sequence[tuple[Any, ...]]
@@ -1028,7 +952,7 @@ def _write(attention: _Attention, emit: Emit, averages: bool = False) -> tuple[N
             F.scaled_dot_product_attention, q, k, v,
             attn_mask=mask, dropout_p=spec.dropout_p, scale=spec.scale, enable_gqa=not known_equal(spec.H, spec.H_kv),
         )  # fmt: skip
-        return result, _like_product(result, attention.out, attention.weights, emit)
+        return result, _like_product(result, attention, emit)
 
 
 def _common(query: Node, spec: AttentionSpec) -> torch.dtype:
@@ -1038,18 +962,18 @@ def _common(query: Node, spec: AttentionSpec) -> torch.dtype:
 
 def _emit_mask(attention: _Attention, query: Node, emit: Emit) -> tuple[Node | None, Node | None]:
     """Which scores no filling hides, and the mask for SDPA."""
-    scores, heads, dtype = attention.scores, attention.heads, _common(query, attention.spec)
+    scores, layout, dtype = attention.scores, attention.layout, _common(query, attention.spec)
     bias: Node | None = None
     visible: Node | None = None
     for node, factor, like in scores.added:
-        term = broadcast(node, like, heads, query, emit)
+        term = layout.mask(node, _shape(like)[:-1], query, emit)
         if not term.meta["example_value"].dtype.is_floating_point:
             term = emit(torch.Tensor.to, term, dtype)  # the sum of two booleans is another one
         if factor != 1:
             term = emit(torch.mul, term, factor)
         bias = term if bias is None else emit(torch.add, bias, term)
     for node, hides, like in scores.filled:
-        shown = broadcast(node, like, heads, query, emit)
+        shown = layout.mask(node, _shape(like)[:-1], query, emit)
         shown = emit(torch.logical_not, shown) if hides else shown
         visible = shown if visible is None else emit(torch.logical_and, visible, shown)
     if bias is None:
@@ -1059,57 +983,19 @@ def _emit_mask(attention: _Attention, query: Node, emit: Emit) -> tuple[Node | N
     return visible, bias if visible is None else emit(torch.where, visible, bias, float("-inf"))
 
 
-def broadcast(node: Node, like: Node, heads: tuple[Any, Any], query: Node, emit: Emit) -> Node:
-    """A tensor that broadcasts to scores like ``like``, so that it broadcasts to those of 4 dimensions, and has 2 at
-    least. ``query`` is ``[B, H, Lq, D]``."""
-    shape, sizes = _shape(node), _shape(like)[:-2]
-    if len(shape) < 2:
-        return emit(torch.reshape, node, (1, -1))  # no SDPA takes it as it is
-    if len(sizes) == 2 or len(shape) == 2:
-        return node
-    if len(sizes) == 1:
-        one = known_equal(shape[0], 1) or heads[1] == 1
-        return emit(torch.unsqueeze, node, 1) if one else emit(torch.unflatten, node, 0, (-1, heads[1]))
-    for _ in range(len(sizes) + 2 - len(shape)):
-        node = emit(torch.unsqueeze, node, 0)
-    split, _ = _parted(sizes, heads)
-    for dim, (start, stop) in ((1, (split, len(sizes))), (0, (0, split))):  # heads first: the other places stay
-        own = [known_equal(size, 1) for size in _shape(node)[start:stop]]
-        if any(own) and not all(own):
-            wanted: list[Any] = [-1] * len(_shape(node))
-            missing = [start + i for i, one in enumerate(own) if one and not known_equal(sizes[start + i], 1)]
-            for i in missing:
-                wanted[i] = number(sizes[i])
-                if not isinstance(wanted[i], int):  # the first
-                    rest = math.prod(number(sizes[j]) for j in range(start, stop) if j != i)
-                    whole = emit(torch.Tensor.size, query, dim)
-                    wanted[i] = emit(operator.floordiv, whole, rest) if rest != 1 else whole
-            node = emit(torch.Tensor.expand, node, *wanted)
-        if stop - start > 1:
-            node = emit(torch.flatten, node, start, stop - 1)
-        elif stop == start:
-            node = emit(torch.unsqueeze, node, start)
-    return node
-
-
-def _like_product(attention: Node, out: Node, weights: Node, emit: Emit) -> Node:
-    """``[B, H, Lq, Dv]`` as the product of ``weights`` with the values has it."""
-    op, rank = known(out), len(_shape(out))
-    if rank > 4:
-        before = [size if isinstance(size, int) else -1 for size in map(number, _shape(weights)[:-3])]
-        attention = emit(torch.unflatten, attention, 0, before)
-    elif rank == 3:
-        attention = emit(torch.flatten, attention, 0, 1)
-    elif rank == 2:
-        attention = emit(torch.flatten, attention, 0, 2)
+def _like_product(result: Node, attention: _Attention, emit: Emit) -> Node:
+    """``[B, H, Lq, Dv]`` as the product of the weights with the values has it."""
+    out, weights = attention.out, attention.weights
+    op, rank = known(out), rank_of(out)
+    result = attention.layout.back(Operand(result), _shape(weights)[:-1]).emit(emit)
     if op.name == "einsum":
-        first, second, result = _spelled_out(op, weights)
-        have = [x for x in first if x in result] + [x for x in second if x in result and x not in first]
-        order = tuple(have.index(x) for x in result)
+        first, second, made = _spelled_out(op, weights)
+        have = [x for x in first if x in made] + [x for x in second if x in made and x not in first]
+        order = tuple(have.index(x) for x in made)
         if order != tuple(range(rank)):
-            attention = emit(torch.permute, attention, order)
+            result = emit(torch.permute, result, order)
     elif _is_reversed(out, weights):
-        attention = emit(torch.transpose, attention, -2, -1)
-    if attention.meta["example_value"].dtype != _example(out).dtype:
-        attention = emit(torch.Tensor.to, attention, _example(out).dtype)
-    return attention
+        result = emit(torch.transpose, result, -2, -1)
+    if result.meta["example_value"].dtype != _example(out).dtype:
+        result = emit(torch.Tensor.to, result, _example(out).dtype)
+    return result

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,11 +25,12 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..core.spec import known_equal
 from .buffers import Buffers
-from .nodes import same_sizes, shares_memory, tensor_of
+from .nodes import reached, same_sizes, shares_memory, sources, tensor_of
 from .normalize import Operation, in_place, number, operation, order_of
-from .words import label, spoken
+from .words import is_parameter, label, spoken
 
 COORDINATES = sympy.symbols("b h q k", integer=True, nonnegative=True)
+_K = COORDINATES[-1]
 
 
 class Unproven(Exception):
@@ -39,7 +41,10 @@ class Unproven(Exception):
         self.nearest = nearest
 
 
-PROVABLE = "is_causal=True, a mask that the model makes of torch.arange or tril, or a boolean key padding [B, 1, 1, Lk]"
+PROVABLE = (
+    "is_causal=True, a mask that the model makes of torch.arange or tril, a triangle or band that it keeps by "
+    "register_buffer, or a boolean key padding [B, 1, 1, Lk]"
+)
 
 
 class _NoRule(Exception):
@@ -133,10 +138,39 @@ class Evaluator:
         example = example_of(mask)
         if example.dim() > len(coords):
             raise Unproven(f"it has {example.dim()} dimensions")
-        value = self.value(mask, self.broadcast(example.shape, coords, sizes))
         if example.dtype == torch.bool and factor is None:
+            value = self.value(mask, self.broadcast(example.shape, coords, sizes))
             return sympy.Not(_boolean(value)) if hides else _boolean(value)
-        return _additive(_number(value), 1.0 if factor is None else factor, hidden_by(example.dtype), self)
+        return self.shown(mask, coords, sizes, 1.0 if factor is None else factor, hidden_by(example.dtype))
+
+    def shown(self, mask: Node, coords: Sequence[Any], sizes: Sequence[Any], factor: float, hidden: float) -> Boolean:
+        """The same of a tensor that is added to scores, and hides them by ``hidden`` or less; a sum that is not known
+        as a whole is taken term by term."""
+        value = self.value(mask, self.broadcast(example_of(mask).shape, coords, sizes))
+        try:
+            return _additive(_number(value), factor, hidden, self)[0]
+        except Unproven:
+            mask, reader = self.around.outer.get(mask, mask), self.reader
+            terms = [] if self.around.last_write(mask, reader) is not None else _terms(mask)
+            if not terms:
+                raise
+        self.reader = mask  # where its terms are read
+        try:
+            return sympy.And(*(self.shown(term, coords, sizes, factor * sign, hidden) for term, sign in terms))
+        finally:
+            self.reader = reader
+
+    def may_hide(self, leaf: Any) -> bool:
+        """Whether the values of a leaf may be what hides a score: they are made by a large number or a logarithm, or
+        are those of an input that holds such ones now."""
+        return any(map(self._hides, reached(self.leaves[leaf.func], _elements)))
+
+    def _hides(self, node: Node) -> bool:
+        op = operation(node)
+        if op is None or op.name not in _RULES:
+            return node.op == "placeholder" and not is_parameter(node) and self.around.buffers.hides(node, HIDDEN)
+        numbers = [abs(x) for x in map(number, (*node.args, *node.kwargs.values())) if isinstance(x, int | float)]
+        return op.name == "log" or any(x >= -HIDDEN or 0 < x <= -1 / HIDDEN for x in numbers)
 
     def broadcast(self, shape: Sequence[Any], coords: Sequence[Any], sizes: Sequence[Any]) -> tuple[Any, ...]:
         """Coordinates in a tensor of ``shape`` of the element that broadcasts to ``coords`` of ``sizes``."""
@@ -172,7 +206,7 @@ class Evaluator:
         try:
             if op is not None and op.name in _RULES:
                 value = _RULES[op.name](_Element(self, node, op, coords))
-                return value if op.name in _MOVES else _settle(value, example_of(node).dtype)
+                return value if op.name in _SETTLED else _settle(value, example_of(node).dtype)
         except _NoRule:
             pass
         finally:
@@ -230,8 +264,6 @@ class Evaluator:
         rest = sympy.Add(*(term for term, ratio in terms if not ratio.is_integer))
         if rest == 0 or (rest in self.bounds and known_equal(size_expr(self.bounds[rest]), n)):
             return whole, rest
-        if not n.is_Integer:
-            raise _NoRule
         return whole + sympy.floor(rest / n), sympy.Mod(rest, n)
 
     def index(self, arg: Any) -> sympy.Expr:
@@ -242,6 +274,26 @@ class Evaluator:
         if example.dim() != 0:
             raise _NoRule
         return _integer(self.value(arg, ()))
+
+
+def _terms(node: Node) -> list[tuple[Node, float]]:
+    """The tensors that a floating one is the sum of, each with its sign; none where that is not known."""
+    op = operation(node)
+    if op is None or not example_of(node).dtype.is_floating_point:
+        return []
+    if op.name in (*_SAME, "to"):
+        return [(op.node(), 1.0)]
+    parts = [op.get("input"), op.get("other")]
+    plain = op.name in ("add", "sub") and number(op.get("alpha", 1)) == 1
+    if not plain or any(tensor_of(part) is None for part in parts):
+        return []
+    return [(parts[0], 1.0), (parts[1], 1.0 if op.name == "add" else -1.0)]
+
+
+def _elements(node: Node) -> Sequence[Node]:
+    """What the elements of a tensor are made from, one from one."""
+    op = operation(node)
+    return node.all_input_nodes if op is not None and op.name in _RULES else ()
 
 
 def example_of(node: Node) -> torch.Tensor:
@@ -394,24 +446,52 @@ def hidden_by(dtype: torch.dtype) -> float:
     return max(HIDDEN, torch.finfo(dtype).min) if dtype.is_floating_point else HIDDEN
 
 
-def _additive(value: Any, factor: float, hidden: float, evaluator: Evaluator) -> Boolean:
+def _additive(value: Any, factor: float, hidden: float, evaluator: Evaluator) -> tuple[Boolean, Any]:
+    """Where a score is shown to which ``value`` is added ``factor`` times, and what is added there, None if nothing is
+    shown. That has to be the same for all keys of a query: then no softmax sees it."""
     if isinstance(value, _Select):
-        then, other = (_additive(case, factor, hidden, evaluator) for case in (value.then, value.other))
-        return _select(value.condition, then, other)
+        cases = [_additive(case, factor, hidden, evaluator) for case in (value.then, value.other)]
+        (then, added), (other, rest) = cases
+        if added is None or rest is None or added == rest:
+            return _select(value.condition, then, other), rest if added is None else added
+        if value.condition.has(_K):
+            raise _adds(rest if added == 0 else added, factor, hidden, evaluator)
+        return _select(value.condition, then, other), _Select(value.condition, added, rest)
+    if value.is_number and float(value) * factor <= hidden:
+        return sympy.false, None
+    lifts = value.is_number and float(value) * factor >= -hidden  # no score is left of that
+    if lifts or value.has(_K) or any(map(evaluator.may_hide, value.atoms(AppliedUndef))):
+        raise _adds(value, factor, hidden, evaluator)
+    return sympy.true, value
+
+
+def _adds(value: Any, factor: float, hidden: float, evaluator: Evaluator) -> Unproven:
+    """The refusal of what is added to the scores of some keys alone."""
+    while isinstance(value, _Select):
+        value = value.then
     if value.is_number:
-        if value == 0:
-            return sympy.true
-        if float(value) * factor <= hidden:
-            return sympy.false
-        raise Unproven(
+        return Unproven(
             f"it adds {float(value) * factor:g} to scores: neither 0 nor {hidden:g} or less, which hides them",
             "float('-inf') for hidden keys",
         )
     names = sorted(leaf_names(value, evaluator))
-    raise Unproven(
+    return Unproven(
         f"it adds the values of {', '.join(names) or formula(value, evaluator)}, which are not known when compiling",
-        PROVABLE,
+        provable(value, evaluator),
     )
+
+
+def provable(expression: Any, evaluator: Evaluator) -> str:
+    """What would be proven in the place of ``expression``, whose values are not known: the same in a buffer, if it is
+    made of what holds a triangle or a band now."""
+    around = evaluator.around
+    leaves = (evaluator.leaves[leaf.func] for leaf in expression.atoms(AppliedUndef))
+    made_of = {around.outer.get(x, x) for leaf in leaves for x in reached(leaf, sources) if x.op == "placeholder"}
+    given = sorted(map(spoken, filter(around.buffers.is_given_band, made_of)))
+    if len(given) != 1 or any(tensor_of(x) is not None and around.buffers.band(x) is None for x in made_of):
+        return PROVABLE
+    (name,) = re.findall(r"\w+", given[0])[-1:]
+    return f"{given[0]} as a buffer, whose values are read when compiling: self.register_buffer('{name}', ...)"
 
 
 def leaf_names(expression: Any, evaluator: Evaluator) -> set[str]:
@@ -468,6 +548,11 @@ class _Element:
     def boolean(self, name: str) -> Boolean:
         return _boolean(self.operand(name))
 
+    def settled(self, name: str) -> Any:
+        """An operand as the result holds it."""
+        example, value = tensor_of(self.op.get(name)), self.operand(name)
+        return value if example is not None and example.dtype == self.dtype else _settle(value, self.dtype)
+
     def moved(self, coords: Sequence[Any]) -> Any:
         """The element of the first operand at other coordinates."""
         return self.evaluator.value(self.op.get("input"), tuple(coords))
@@ -507,7 +592,7 @@ def _division(at: _Element) -> Any:
         return _map(_known(lambda x: x / b), a)
     if isinstance(a, _Select) or not a.is_integer or not b.is_Integer or not b.is_positive:
         raise _NoRule
-    return _known(lambda x: sympy.Mod(x, b) if at.op.name == "remainder" else sympy.floor(x / b))(a)
+    return _known(lambda x: at.evaluator.divided(x, b)[at.op.name == "remainder"])(a)
 
 
 def _numbers(function: Callable[..., Any], *names: str) -> _Rule:
@@ -553,9 +638,7 @@ def _logic(function: Callable[..., Boolean], bitwise: bool) -> _Rule:
 
 
 def _either(condition: str, then: str, other: str) -> _Rule:
-    return lambda at: _select(
-        at.boolean(condition), _settle(at.operand(then), at.dtype), _settle(at.operand(other), at.dtype)
-    )
+    return lambda at: _select(at.boolean(condition), at.settled(then), at.settled(other))
 
 
 def _triangle(relation: type[Relational]) -> _Rule:
@@ -565,6 +648,20 @@ def _triangle(relation: type[Relational]) -> _Rule:
         return _select(kept, value, sympy.false if _is_condition(value) else sympy.S.Zero)
 
     return rule
+
+
+def _on_diagonal(at: _Element, value: Any, other: Any) -> Any:
+    """``value`` where a row and a column of a matrix have the same number, and ``other`` elsewhere."""
+    if len(at.coords) != 2 or at.op.get("wrap"):
+        raise _NoRule
+    return _select(sympy.Eq(*at.coords), value, other)
+
+
+def _diagonal(at: _Element) -> Any:
+    """A vector as the diagonal of a matrix."""
+    if at.source.dim() != 1 or at.op.get("diagonal", 0) != 0:
+        raise _NoRule
+    return _on_diagonal(at, at.moved([at.coords[0]]), sympy.S.Zero)
 
 
 def _fill(name: str) -> _Rule:
@@ -621,7 +718,7 @@ def _repeat(at: _Element) -> Any:
     inner, shape = at.source.shape, example_of(at.node).shape
     own = len(at.coords) - len(inner)
     places = [
-        sympy.S.Zero if n == 1 else at.evaluator.divided(x, n)[1] if n.is_Integer else sympy.Mod(x, n)
+        sympy.S.Zero if n == 1 else at.evaluator.divided(x, n)[1]
         for x, n in zip(at.coords[own:], map(size_expr, inner), strict=True)
     ]
     once = map(known_equal, inner, shape[own:])
@@ -787,16 +884,18 @@ def _not_negative(place: sympy.Expr) -> sympy.Expr:
 
 RELATIONS = {"eq": sympy.Eq, "ne": sympy.Ne, "lt": sympy.Lt, "le": sympy.Le, "gt": sympy.Gt, "ge": sympy.Ge}
 _LOGIC: dict[str, Callable[..., Boolean]] = {"and": sympy.And, "or": sympy.Or, "xor": sympy.Xor, "not": sympy.Not}
+_SAME = ("expand", "broadcast_to", "expand_as", "contiguous", "clone", "detach")
+"""The operations whose result broadcasts as their operand does, and holds the same."""
 _MOVES: dict[str, _Rule] = {
     "getitem": _getitem,
     **dict.fromkeys(("unsqueeze", "squeeze", "flatten", "unflatten", "view", "reshape"), _reshape),
-    **dict.fromkeys(
-        ("expand", "broadcast_to", "expand_as", "contiguous", "clone", "detach"), lambda at: at.operand("input")
-    ),
+    **dict.fromkeys(_SAME, lambda at: at.operand("input")),
     **dict.fromkeys(("repeat", "tile"), _repeat),
     "repeat_interleave": _repeat_interleave,
     **dict.fromkeys(("transpose", "permute"), _permuted),
 }
+_SETTLED = frozenset((*_MOVES, "where", "masked_fill", "tril", "triu", "fill_diagonal"))
+"""The operations whose rules give values as tensors of the result's dtype hold them."""
 _RULES: dict[str, _Rule] = {
     **_MOVES,
     "add": _arithmetic(operator.add),
@@ -824,6 +923,9 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("ones", "new_ones", "ones_like"), lambda at: sympy.S.One),
     **dict.fromkeys(("zeros", "new_zeros", "zeros_like", "zero"), lambda at: sympy.S.Zero),
     "fill": _fill("value"),
+    "eye": lambda at: _on_diagonal(at, sympy.S.One, sympy.S.Zero),
+    "fill_diagonal": lambda at: _on_diagonal(at, at.settled("fill_value"), at.operand("input")),
+    "diag": _diagonal,
     "to": _cast,
     "cat": _cat,
     "pad": _padded,

@@ -34,6 +34,7 @@ from hypothesis import strategies as st
 from express_compile.core.method import Method, Refusal, register
 from express_compile.core.policy import Policy
 from express_compile.core.spec import AttentionSpec, Mask, Site, known_equal
+from express_compile.passes.buffers import Buffers
 from express_compile.passes.match import find_sites
 from express_compile.passes.pipeline import plan_sites
 from express_compile.passes.rewrite import rewrite
@@ -140,6 +141,31 @@ LAYOUTS = {
         ("q = q.reshape(B, Hk, H // Hk, Lq, D)", "k, v = k[:, :, None], v.unsqueeze(2)"),
         ("o = o.reshape(B, H, Lq, Dv)",),
     ),
+    "groups": (
+        ("q = q.unflatten(1, (Hk, -1)).transpose(1, 2)", "k, v = k[:, None], v[:, None]"),
+        ("o = o.transpose(1, 2).reshape(B, H, Lq, Dv)",),
+    ),
+    "stacked": (
+        ("q, k, v = q.reshape(B * Hk, H // Hk * Lq, D), k.flatten(0, 1), v.flatten(0, 1)",),
+        ("o = o.reshape(B, H, Lq, Dv)",),
+    ),
+    "beside": (
+        (
+            "q = q.unflatten(1, (Hk, -1)).transpose(2, 3).flatten(2, 3).flatten(0, 1)",
+            "k, v = k.flatten(0, 1), v.flatten(0, 1)",
+        ),
+        ("o = o.view(B, Hk, Lq, H // Hk, Dv).transpose(2, 3).reshape(B, H, Lq, Dv)",),
+    ),
+}
+SHARED = ("grouped", "groups", "stacked", "beside")
+"""Layouts of grouped queries, whose keys are not repeated."""
+# how what has four dimensions comes into the others
+MOVED = {
+    "3d": "reshape(B * H, Lq, Lk)",
+    "grouped": "reshape(B, Hk, H // Hk, Lq, Lk)",
+    "groups": "unflatten(1, (Hk, -1)).transpose(1, 2)",
+    "stacked": "reshape(B * Hk, H // Hk * Lq, Lk)",
+    "beside": "unflatten(1, (Hk, -1)).transpose(2, 3).reshape(B * Hk, Lq * (H // Hk), Lk)",
 }
 
 TRANSPOSED = {
@@ -176,6 +202,8 @@ PRODUCTS = {
         "permute": "q.permute(0, 2, 1, 3) @ k.permute(0, 2, 3, 1)",
     },
     "grouped": {**_MATMUL, "einsum bhgqd,bhokd": "torch.einsum('bhgqd,bhokd->bhgqk', q, k)"},
+    "groups": {**_MATMUL, "einsum bghqd,bhkd": "torch.einsum('bghqd,bhkd->bghqk', q, k[:, 0])"},
+    **dict.fromkeys(("stacked", "beside"), {**_MATMUL, **_BMM}),
 }
 VALUE_PRODUCTS = {
     "4d": {
@@ -191,6 +219,8 @@ VALUE_PRODUCTS = {
         "transpose": "(p @ v.transpose(1, 2)).transpose(1, 2)",
     },
     "grouped": dict(_MATMUL),
+    "groups": {**_MATMUL, "einsum bghqk,bhkd": "torch.einsum('bghqk,bhkd->bghqd', p, v[:, 0])"},
+    **dict.fromkeys(("stacked", "beside"), {**_MATMUL, **_BMM}),
 }
 
 SCALES = {
@@ -266,6 +296,10 @@ CAUSAL = {
     "in place": ("m = torch.ones(Lq, Lk, dtype=torch.bool)", "m.tril_({off})"),
     "sliced": ("m = torch.ones(64, 64, dtype=torch.bool).tril({off})[:Lq, :Lk]",),
     "expanded": ("m = torch.ones(Lq, Lk, dtype=torch.bool).tril({off}).expand(B, 1, Lq, Lk)",),
+    "below or itself": (
+        "d = torch.arange(Lq)[:, None] + ({off}) - torch.arange(Lk)",
+        "m = torch.logical_or(d > 0, d == 0)",
+    ),
 }
 ALMOST = {
     "one too many": ("m = torch.ones(Lq, Lk, dtype=torch.bool).tril({off} + 1)",),
@@ -286,6 +320,7 @@ ALMOST = {
     "one row through a view": ("m = torch.ones(Lq, Lk, dtype=torch.bool).tril({off})", "m[0].fill_(True)"),
     "one key hidden": ("m = torch.ones(Lq, Lk, dtype=torch.bool).tril({off})", "m[:, Lk // 2] = False"),
     "diagonal hidden": ("m = torch.ones(Lq, Lk, dtype=torch.bool).tril({off})", "m.fill_diagonal_(False)"),
+    "all but itself": ("m = ~torch.eye(Lq, Lk, dtype=torch.bool)",),
     "anticausal": ("m = torch.ones(Lq, Lk, dtype=torch.bool).triu({off})",),
     "flipped": ("m = torch.ones(Lq, Lk, dtype=torch.bool).tril({off}).flip(-1)",),
     "rolled": ("m = torch.ones(Lq, Lk, dtype=torch.bool).tril({off}).roll(1, 0)",),
@@ -305,6 +340,7 @@ WINDOWS = {
     "window from one": ("m = torch.arange(Lk) > torch.arange(Lq)[:, None] + ({off}) - 2",),
     "triu window": ("m = torch.ones(Lq, Lk, dtype=torch.bool).triu({off} - 1)",),
     "causal window": ("d = torch.arange(Lq)[:, None] + ({off}) - torch.arange(Lk)", "m = (d >= 0) & (d < 3)"),
+    "itself": ("m = torch.eye(Lq, Lk) == 1",),
     "band": ("m = (torch.arange(Lq)[:, None] + ({off}) - torch.arange(Lk)).abs() <= 2",),
     "band of both bounds": (
         "d = torch.arange(Lq)[:, None] + (Lk - Lq) - torch.arange(Lk)",
@@ -631,12 +667,15 @@ def _family(layout: str) -> str:
 def _shaped(name: str, rank: int, block: Block) -> str:
     """The mask or bias ``name`` as it broadcasts to the scores of a layout; 2-D ones need nothing."""
     family = _family(block.layout)
-    if rank == 2 or family in ("4d", "blhd") or (family == "3d" and block.viewed):
+    if family in ("4d", "blhd") or (family == "3d" and block.viewed):
         return name
-    if family == "single":
-        return f"{name}[:, 0]"
-    shape = "B * H, Lq, Lk" if family == "3d" else "B, Hk, H // Hk, Lq, Lk"
-    return f"{name}.expand(B, H, Lq, Lk).reshape({shape})"
+    if rank == 2 and family not in ("stacked", "beside"):
+        return name
+    return f"{name}[:, 0]" if family == "single" else f"{name}.expand(B, H, Lq, Lk).{MOVED[family]}"
+
+
+def _bias(block: Block) -> str:
+    return "bias[..., :1]" if block.bias == "of queries" else "bias"
 
 
 def _rank(mask: str) -> int:
@@ -677,7 +716,7 @@ def _by_hand(block: Block) -> tuple[list[str], str]:
         return [line.replace("{qk}", qk).replace("{pv}", pv) for line in twist.get(place, ())]
 
     scaling = [scale["scores"].format(c=block.constant)] if "scores" in scale else []
-    bias = {"of keys": "bias[0, 0, 0]", "a number": "bias[0, 0, 0, 0]"}.get(block.bias, _shaped("bias", 4, block))
+    bias = {"of keys": "bias[0, 0, 0]", "a number": "bias[0, 0, 0, 0]"}.get(block.bias, _shaped(_bias(block), 4, block))
     biased = [f"s = s + {bias}"] if block.bias != "none" else []
     views = [], []
     if block.viewed and family == "3d":
@@ -701,11 +740,11 @@ def _sdpa(block: Block) -> list[str]:
     if block.masks and "is_causal=True" not in arguments:
         rank, mask = max(_rank(term.mask) for term in block.masks), _joined(block)
         if block.bias != "none" or block.masks[0].applied not in ("masked_fill", "masked_fill_"):
-            mask = f"torch.where({mask}, {'bias' if block.bias != 'none' else '0.0'}, {block.masks[0].fill})"
+            mask = f"torch.where({mask}, {_bias(block) if block.bias != 'none' else '0.0'}, {block.masks[0].fill})"
             rank = 4 if block.bias != "none" else rank
         arguments.append(f"attn_mask={_shaped(mask, rank, block)}")
     elif block.bias != "none" and "is_causal=True" not in arguments:
-        arguments.append(f"attn_mask={_shaped('bias', 4, block)}")
+        arguments.append(f"attn_mask={_shaped(_bias(block), 4, block)}")
     if block.repeats[0] == "gqa":
         arguments.append("enable_gqa=True")
     if family == "blhd":
@@ -720,7 +759,7 @@ _ARGUMENTS = "q, k, v, real, bias, given, gain"
 def _block_lines(block: Block, name: str) -> list[str]:
     twist = TWISTS[block.twist]
     lines = ["(B, H, Lq, D), (Hk, Lk, Dv) = q.shape, (k.shape[1], k.shape[2], v.shape[3])", *twist.get("start", ())]
-    if block.repeats[0] not in ("gqa", "broadcast") and _family(block.layout) != "grouped":
+    if block.repeats[0] not in ("gqa", "broadcast") and _family(block.layout) not in SHARED:
         lines += [REPEATS[how].format(x=x) for how, x in zip(block.repeats, "kv", strict=True)]
     lines += twist.get("repeated", ())
     returned = ""
@@ -895,7 +934,8 @@ def blocks(draw: st.DrawFn, sizes: dict[str, int], dynamic: bool) -> Block:
     families = ["4d", "4d", "4d", "3d", "3d view", "3d flatten", "blhd"]
     families += ["single"] * 2 if H == 1 else []
     families = ["4d"] * 6 + ["blhd", "3d flatten"] if form == "sdpa" else families
-    families += ["grouped"] * 2 if H != Hk and form == "softmax" else []
+    families += [*SHARED, "grouped"] if H != Hk and form == "softmax" else []
+    families += ["groups", "stacked"] if H != Hk and form == "sdpa" else []
     layout = _pick(draw, families)
     family = _family(layout)
     same = _pick(draw, [name for name in REPEATS if name != "tile"] + ["tile"])
@@ -909,7 +949,7 @@ def blocks(draw: st.DrawFn, sizes: dict[str, int], dynamic: bool) -> Block:
         layout=layout,
         repeats=repeats,
         masks=masks,
-        bias=_pick(draw, ["none"] * 15 + ["before", "after", "of keys", "a number"]),
+        bias=_pick(draw, ["none"] * 15 + ["before", "after", "of keys", "a number", "of queries"]),
         constant=_pick(draw, CONSTANTS),
     )
     if form == "sdpa":
@@ -926,7 +966,8 @@ def blocks(draw: st.DrawFn, sizes: dict[str, int], dynamic: bool) -> Block:
         if block.bias in ("of keys", "a number"):
             block = replace(block, bias="before")  # SDPA takes no mask of less than two dimensions
         arguments = _pick(draw, options)
-        if len(masks) == 1 and masks[0].mask.startswith("causal") and masks[0].offset == "0" and _one_in(draw, 2):
+        plain = len(masks) == 1 and masks[0].mask.startswith("causal") and masks[0].offset == "0"
+        if plain and layout != "stacked" and _one_in(draw, 2):
             block, arguments = replace(block, bias="none"), (*arguments, "is_causal=True")
         block = replace(block, sdpa=arguments)
     else:
@@ -1012,11 +1053,11 @@ class Captured:
     planned: dict[str, list[Any]] = field(default_factory=dict)
     changed: dict[str, bool] = field(default_factory=dict)
 
-    def __call__(self, gm: torch.fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+    def __call__(self, gm: torch.fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
         variants = {}
         for name, policy in {**POLICIES, **THINNED}.items():
             variants[name] = copied = copy.deepcopy(gm)
-            planned = plan_sites(self.find(copied), policy)
+            planned = plan_sites(self.find(copied, Buffers(copied, given)), policy)
             count = rewrite(copied, planned, policy, written_out=name == WRITTEN_OUT)
             self.planned.setdefault(name, []).extend(planned)
             self.changed[name] = self.changed.get(name, False) or copied.code != gm.code
@@ -1327,10 +1368,10 @@ def test_what_is_rewritten_is_equal(capsys: pytest.CaptureFixture[str]) -> None:
     assert rewritten >= {("thinning", "form=sdpa"), ("proven", "form=sdpa")}
 
 
-def _claims_causal(gm: torch.fx.GraphModule) -> list[Any]:
+def _claims_causal(gm: torch.fx.GraphModule, buffers: Buffers) -> list[Any]:
     """A matcher that takes every mask for a causal one."""
     found = []
-    for site in find_sites(gm):
+    for site in find_sites(gm, buffers):
         offset = 0 if site.spec is None else site.spec.Lk - site.spec.Lq
         mask = Mask(causal=True, offset=offset)
         found.append(site if site.spec is None else replace(site, padding=None, spec=replace(site.spec, mask=mask)))

@@ -376,6 +376,8 @@ class Bench:
         path, n, each = self.args.profile, self.args.length, {}
         if path and path.exists():
             found = Profile.from_json(path.read_text(encoding="utf-8"))
+            if found.block != self.block:
+                raise ValueError(f"--profile={path}: it was measured with block={found.block}; must be {self.block}")
             return found, found
         start = time.perf_counter()
         for text, sample in self.samples(n).items():

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +43,15 @@ def shown(value: Any) -> str:
 def renamed(where: str, error: Exception) -> TypeError | ValueError:
     """The same error, which also says where; one without the arguments that subclasses need."""
     return (TypeError if isinstance(error, TypeError) else ValueError)(f"{where}: {error}")
+
+
+@contextmanager
+def about(where: str) -> Iterator[None]:
+    """What is raised inside for a bad value also says where it is."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise renamed(where, error) from None
 
 
 def canonical(value: Any) -> Any:

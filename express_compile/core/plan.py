@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from . import local
 from .method import Refusal
-from .plain import canonical, check_plain, entries, from_json, number, renamed, write_whole
+from .plain import about, canonical, check_plain, entries, from_json, number, renamed, write_whole
 from .rows import Rows, heads
 from .spec import AttentionSpec
 
@@ -84,10 +84,8 @@ class SavedSite:
         for name in ("params", "facts", "options"):
             if not isinstance(getattr(self, name), Mapping):
                 raise TypeError(f"{name}={getattr(self, name)!r}: must be a mapping")
-            try:
+            with about(name):
                 object.__setattr__(self, name, canonical(getattr(self, name)))
-            except ValueError as error:
-                raise renamed(name, error) from None
         object.__setattr__(self, "rows", heads(self.rows))
         local.check_all(self.options)
 
@@ -176,16 +174,16 @@ class SavedPlan:
     @classmethod
     def from_data(cls, data: Any, name: str) -> SavedPlan:
         """The plan in what :meth:`to_json` wrote, as ``json`` reads it; errors begin with ``name``."""
-        try:
+        with about(name):
             return cls._from_data(data)
-        except (TypeError, ValueError) as error:
-            raise renamed(name, error) from None
 
     @classmethod
     def _from_data(cls, data: Any) -> SavedPlan:
         version, sites = (data.get("version"), data.get("sites")) if isinstance(data, dict) else (None, None)
         if type(version) is not int or not 1 <= version <= _VERSION or not isinstance(sites, list):
             raise ValueError(f"must be an object with version={_VERSION} and a list of sites, as save() writes it")
+        if unknown := sorted({*data} - {"version", "sites", "fitted"}):
+            raise ValueError(f"{', '.join(unknown)}: not allowed; allowed are version, sites and fitted")
         return cls(tuple(_site(i, entry, version) for i, entry in enumerate(sites)), data.get("fitted", {}))
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -208,8 +206,6 @@ class SavedPlan:
 
 def _site(i: int, entry: Any, version: int) -> SavedSite:
     entry = entries(SavedSite, entry, f"sites[{i}]: ", but=("rows",) if version == 1 else ())
-    try:
+    with about(f"sites[{i}] ({entry['module']!r})"):
         site = SavedSite(**entry)
-    except (TypeError, ValueError) as error:
-        raise renamed(f"sites[{i}] ({entry['module']!r})", error) from None
     return replace(site, params={}) if version == 1 else site

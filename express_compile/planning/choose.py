@@ -227,7 +227,8 @@ def require(planned: Iterable[tuple[str, Plan | SiteReport]], policy: Policy) ->
     if not policy.strict or not refused:
         return
     width = max(len(name) for name, _ in refused)
-    lines = [f"  {name:<{width}}  {decision.reason}" for name, decision in refused]
+    hints = [f"; nearest supported form: {decision.nearest}" if decision.nearest else "" for _, decision in refused]
+    lines = [f"  {name:<{width}}  {x.reason}{hint}" for (name, x), hint in zip(refused, hints, strict=True)]
     raise Unmet(
         f"strict=True: {len(refused)} attention site{'s were' if len(refused) > 1 else ' was'} refused "
         "(allowed is strict=False, which leaves them exact)\n" + "\n".join(lines)

@@ -24,7 +24,7 @@ from torch import nn
 
 from ..core.call import Call, Op, name_of, run_by
 from ..core.method import METHODS, cost_at
-from ..core.plain import number
+from ..core.plain import about, number
 from ..core.policy import Policy
 from ..core.sites import record_sites
 from ..core.spec import Mask, Site, layer_key
@@ -198,13 +198,13 @@ def calibrate_error(
                 "model: one of its modules has more than one site, and a policy has one budget for a module"
             )
 
+        def kl_of(i: int, batch: Any) -> float:
+            with about(f"batches[{i}]"):
+                return mean_kl(exact[i], logits_of(model, batch), counted_from(batch, exact[i], first))
+
         def measure(chosen: Mapping[int, int | None]) -> float:
             with run_by(_Budgets(options, chosen)):
-                found = [
-                    mean_kl(x, logits_of(model, b), counted_from(b, x, first))
-                    for x, b in zip(exact, batches, strict=True)
-                ]
-            return fmean(found)
+                return fmean(kl_of(i, batch) for i, batch in enumerate(batches))
 
         found = _sensitivities(seen, budgets, measure)
         chosen, kl = _within(found, tolerance, measure)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from statistics import fmean
@@ -21,7 +21,7 @@ from torch import nn
 
 from ..core.call import run_by
 from ..core.options import flag
-from ..core.plain import number, renamed
+from ..core.plain import about, number, renamed
 from ..core.plan import SavedPlan, SavedSite
 from ..core.policy import BESIDE_A_PLAN, Policy
 from ..core.rows import Rows, to_numbers
@@ -45,6 +45,7 @@ from .profile import (
     kl_of,
     least,
     measured,
+    named,
     prices,
     profiled_before,
     rewritten,
@@ -106,7 +107,7 @@ def fit(
     options: Iterable[Rows] = DEFAULT_OPTIONS,
     held_out: torch.Tensor | Iterable[torch.Tensor | Mapping[str, Any]] | None = None,
     length: int | None = None,
-    block: int = 128,
+    block: int | None = None,
     last: int = 64,
     query_heads: bool = False,
     progress: bool = False,
@@ -125,13 +126,14 @@ def fit(
         sees, mean over heads. speedup: attention at least so many times as fast as exact attention, as predicted at
         ``length``. Exactly one of the three; where it is not the tolerance, the KL is only measured.
     options: what a head may have (:data:`.profile.DEFAULT_OPTIONS`). block: queries that see the same rows of the past,
-        16, 32, 64 or 128. last: queries at the end of a call that see everything, 0 to 256; counted among the rows.
+        16, 32, 64 or 128; 128, or that of ``profile``, unless given. last: queries at the end of a call that see
+        everything, 0 to 256; counted among the rows.
     query_heads: each query head has rows of its own, for prefill alone: an ``ExpressCache`` holds rows by KV head.
     held_out: samples to measure the KL on; then all of ``sample`` is profiled. length: tokens that rows and times are
         for; those of the longest sample unless given. progress: show a bar.
-    profile: what :func:`.profile.profile` or an earlier fit (``found.profile``) measured on this model, with the same
-        ``block``; then nothing is profiled, all of ``sample`` is held out, and ``options`` and heads are the profile's:
-        other ``options``, and ``query_heads`` beside one by KV head, raise.
+    profile: what :func:`.profile.profile` or an earlier fit (``found.profile``) measured on this model; then nothing is
+        profiled, all of ``sample`` is held out, and ``options``, ``block`` and heads are the profile's: others, and
+        ``query_heads`` beside one by KV head, raise.
 
     Takes the passes of :func:`.profile.profile`, and for a tolerance about ten more over what is held out, whose exact
     logits are kept. Raises ``ValueError`` or ``TypeError`` for arguments that do not fit, for what no choice of options
@@ -142,14 +144,15 @@ def fit(
         raise TypeError(f"profile={profile!r}: must be None or a Profile")
     flag("query_heads", query_heads)
     flag("progress", progress)
+    block = _block_of(profile, block)
     options = _options_of(profile, options, block)
     base = PerHead(EVERYTHING, block=block, last=last)
     samples = samples_of("sample", sample)
     if profile is not None and held_out is not None:
         raise TypeError("profile and held_out were both given: beside a profile all of sample is held out")
-    profiled, judged = _halves(samples, held_out) if profile is None else ([], samples)
+    profiled, judged = _halves(samples, held_out) if profile is None else ({}, named("sample", samples))
     if length is None:
-        length = profile.tokens if profile is not None else max(map(tokens_of, profiled))
+        length = profile.tokens if profile is not None else max(map(tokens_of, profiled.values()))
     elif number("length", length, int) < 2:
         raise ValueError(f"length={length!r}: must be 2 tokens or more")
     if rows is not None:
@@ -157,13 +160,14 @@ def fit(
     budget = None
     with rewritten(model, base):
         if speedup is not None:
-            _times(speedup, found_in(model, judged)[1], options, length, base)  # known early whether it is reached
+            reports = found_in(model, judged.values())[1]
+            _times(speedup, reports, options, length, base)  # known early whether it is reached
         if profile is None:
             profile, reports = measured(
                 model, profiled, options, block, progress, query_heads, MOST_LAST if last else 0
             )
         else:
-            reports = profiled_before(model, judged, profile)
+            reports = profiled_before(model, judged.values(), profile)
             _check_query_heads(query_heads, profile, reports)
         search = _Search(model, judged, profile, reports, length, base)
         if tolerance is not None:
@@ -182,8 +186,8 @@ def fit(
         "rows": average,
         "length": length,
         "price": price,
-        "tokens": [tokens_of(x) for x in profiled] or [profile.tokens] * profile.samples,
-        "held_out": [tokens_of(x) for x in judged],
+        "tokens": [tokens_of(x) for x in profiled.values()] or [profile.tokens] * profile.samples,
+        "held_out": [tokens_of(x) for x in judged.values()],
         "options": [x.to_data() for x in options],
     }
     plan = SavedPlan(search.entries(choice), fitted)
@@ -199,14 +203,14 @@ def fit(
 class _Search:
     """Choices by the price of a row, or of a millisecond.
 
-    reports: of the sites of the profile, and of others. length: tokens that costs are for. base: all options but the
-    rows.
+    judged: what is held out, by name. reports: of the sites of the profile, and of others. length: tokens that costs
+    are for. base: all options but the rows.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        judged: Sequence[Any],
+        judged: Mapping[str, Any],
         profile: Profile,
         reports: Sequence[SiteReport],
         length: int,
@@ -218,7 +222,7 @@ class _Search:
         (self.exact_rows,) = rows_of([EVERYTHING], length, base)
         self.cost: Any = self.rows
         with run_by(Exactly()):
-            self.exact = [scores_of(model, batch) for batch in judged]
+            self.exact = {name: self._of(name, scores_of, model) for name in judged}
         self._seen: dict[Choice, float] = {}
 
     def choice(self, price: float) -> Choice:
@@ -234,7 +238,12 @@ class _Search:
 
     def kl(self) -> float:
         """KL of the model as it runs now, on what is held out."""
-        return fmean(kl_of(exact, self.model, batch) for exact, batch in zip(self.exact, self.judged, strict=True))
+        return fmean(self._of(name, kl_of, exact, self.model) for name, exact in self.exact.items())
+
+    def _of(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        """The result of a function of a sample, whose errors name that."""
+        with about(name):
+            return function(*args, self.judged[name])
 
     def kl_of(self, choice: Choice) -> float:
         """KL of a choice, measured once."""
@@ -303,6 +312,15 @@ def _check_query_heads(query_heads: bool, profile: Profile, reports: Sequence[Si
         if query_heads and report.spec is not None and len(site.errors) != report.spec.H:
             words = f"query_heads=True: the profile is by KV head, {len(site.errors)} of them at {site.module}"
             raise ValueError(f"{words}; must be False, or the profile made with query_heads=True")
+
+
+def _block_of(profile: Profile | None, block: int | None) -> int:
+    """Queries that see the same rows: those of a profile, beside which no others may be given."""
+    if profile is None:
+        return 128 if block is None else block
+    if block not in (None, profile.block):
+        raise ValueError(f"block={block!r}: the profile was measured with {profile.block}; must be that, or left out")
+    return profile.block
 
 
 def _options_of(profile: Profile | None, options: Any, block: int) -> tuple[Rows, ...]:
@@ -409,18 +427,20 @@ def _asked(**targets: float | None) -> dict[str, float]:
     return given
 
 
-def _halves(samples: list[Any], held_out: Any) -> tuple[list[Any], list[Any]]:
-    """What is profiled and what is held out."""
+def _halves(samples: list[Any], held_out: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is profiled and what is held out, by name."""
+    whole = named("sample", samples)
     if held_out is not None:
-        return samples, samples_of("held_out", held_out)
+        return whole, named("held_out", samples_of("held_out", held_out))
     if len(samples) > 1:
-        return samples[::2], samples[1::2]
+        names = list(whole)
+        return {name: whole[name] for name in names[::2]}, {name: whole[name] for name in names[1::2]}
     (sample,) = samples
     if not isinstance(sample, torch.Tensor):
         raise ValueError("held_out=None: of one mapping nothing can be held out; give several samples, or held_out")
     if sample.shape[0] > 1:
-        return [sample[::2]], [sample[1::2]]
+        return {"sample, sequences [::2]": sample[::2]}, {"sample, sequences [1::2]": sample[1::2]}
     half = sample.shape[1] // 2
     if half < 2:
         raise ValueError(f"sample: {sample.shape[1]} tokens; must be 4 or more, of which the second half is held out")
-    return [sample[:, :half]], [sample[:, half:]]
+    return {f"sample, tokens [:{half}]": sample[:, :half]}, {f"sample, tokens [{half}:]": sample[:, half:]}

@@ -33,7 +33,7 @@ from rich.progress import Progress
 from torch import nn
 
 from ..core.call import Call, Op, run_by
-from ..core.plain import entries, from_json, number, renamed
+from ..core.plain import about, entries, from_json, number
 from ..core.policy import Policy
 from ..core.rows import Rows, heads, to_numbers
 from ..core.sites import SiteReport, record_sites
@@ -113,6 +113,7 @@ class Profile:
 
     options: what each head may have. tokens: how long the longest sample was; samples: how many there were.
     rows: rows that a late query sees on average, by option, for that many tokens. sites: in order of execution.
+    block: queries that saw the same rows of the past.
 
     Raises ``TypeError`` or ``ValueError`` that name the field, its value and what is allowed.
     """
@@ -122,6 +123,7 @@ class Profile:
     samples: int
     rows: tuple[float, ...]
     sites: tuple[SiteProfile, ...] = field(repr=False)
+    block: int
 
     def __post_init__(self) -> None:
         n = len(self.options)
@@ -129,6 +131,7 @@ class Profile:
             raise ValueError(f"options={self.options!r}: must hold at least one Rows, and each once")
         _check_from("tokens", self.tokens, 2, int)
         _check_from("samples", self.samples, 1, int)
+        PerHead(EVERYTHING, block=self.block)
         for rows in self.rows:
             _check_from("rows", rows, 0, int, float)
         if len(self.rows) != n:
@@ -150,12 +153,15 @@ class Profile:
 
     @classmethod
     def _from_data(cls, data: Any) -> Profile:
-        try:
+        with about("profile"):
+            if isinstance(data, Mapping) and "sites" in data and "block" not in data:
+                raise ValueError(
+                    "block: missing, as in files of versions that did not write it; must be the block that was given "
+                    'when it was measured: "block": 128 if none was'
+                )
             sites = _listed("sites", entries(cls, data)["sites"])
             given = {**data, "options": heads(data["options"]), "rows": tuple(_listed("rows", data["rows"]))}
             return cls(**{**given, "sites": tuple(_site(f"sites[{i}]", x) for i, x in enumerate(sites))})
-        except (TypeError, ValueError) as error:
-            raise renamed("profile", error) from None
 
 
 def _listed(name: str, value: Any) -> list[Any]:
@@ -165,11 +171,9 @@ def _listed(name: str, value: Any) -> list[Any]:
 
 
 def _site(where: str, data: Any) -> SiteProfile:
-    try:
+    with about(where):
         errors = tuple(tuple(_listed("errors", own)) for own in _listed("errors", entries(SiteProfile, data)["errors"]))
         return SiteProfile(**{**data, "errors": errors})
-    except (TypeError, ValueError) as error:
-        raise renamed(where, error) from None
 
 
 def _check_from(name: str, value: Any, least: int, *types: type) -> None:
@@ -208,41 +212,47 @@ def profile(
     that do not fit, and where no site can be rewritten.
     """
     options = checked_options(options, block)
-    samples = samples_of("sample", sample)
+    samples = named("sample", samples_of("sample", sample))
     with rewritten(model, PerHead(EVERYTHING, block=block, last=last)):
         return measured(model, samples, options, block, progress, query_heads, last)[0]
 
 
 def measured(
-    model: nn.Module, samples: Sequence[Any], options: tuple[Rows, ...], block: int, progress: bool = False,
+    model: nn.Module, samples: Mapping[str, Any], options: tuple[Rows, ...], block: int, progress: bool = False,
     query_heads: bool = False, last: int = 0,
 ) -> tuple[Profile, list[SiteReport]]:  # fmt: skip
-    """:func:`profile` of a model that is :func:`rewritten`; the reports of its sites, in order, and then of others."""
-    finder, _ = found_in(model, samples)
+    """:func:`profile` of a model that is :func:`rewritten`, on samples by their names; the reports of its sites, in
+    order, and then of others."""
+    finder, _ = found_in(model, samples.values())
     ran: list[SiteReport] = []
-    tokens = max(map(tokens_of, samples))
+    tokens = max(map(tokens_of, samples.values()))
     rows = tuple(rows_of(options, tokens, PerHead(EVERYTHING, block=block)))
     each = []
     with Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task("profile", total=len(samples) * len(finder.sites) * (len(options) + 1))
-        for batch in samples:
+        for name, batch in samples.items():
             meter = _Meter(options, finder.projections, query_heads, lambda: bar.advance(task))
-            with record_sites() as reports, run_by(meter):
+            with about(name), record_sites() as reports, run_by(meter):
                 exact = scores_of(model, batch)
             ran += reports
             of = {x.layer: x for x in _by_place(reports, True).values()}
             errors = meter.errors()
-            ratios = _ratios(model, batch, exact, errors, options, rows, last, lambda: bar.advance(task))
-            for nats in ratios:
-                sites = tuple(
-                    SiteProfile(
-                        saved.module, saved.index, finder.paths.get(layer), tuple(map(tuple, own.tolist())), nats[layer]
+            with about(name):
+                ratios = _ratios(model, batch, exact, errors, options, rows, last, lambda: bar.advance(task))
+                for nats in ratios:
+                    sites = tuple(
+                        SiteProfile(
+                            saved.module,
+                            saved.index,
+                            finder.paths.get(layer),
+                            tuple(map(tuple, own.tolist())),
+                            nats[layer],
+                        )
+                        for layer, own in errors.items()
+                        if (saved := of[layer].saved) is not None
                     )
-                    for layer, own in errors.items()
-                    if (saved := of[layer].saved) is not None
-                )
-                if sites:
-                    each.append(Profile(options, tokens, 1, rows, sites))
+                    if sites:
+                        each.append(Profile(options, tokens, 1, rows, sites, block))
     if not each:
         reasons = "; ".join(sorted({x.reason for x in ran})) or "it has none"
         raise ValueError(f"model: no site can have rows for each head: {reasons}")
@@ -318,13 +328,13 @@ def _late_and_last(batch: Any, scores: torch.Tensor, last: int) -> list[torch.Te
     return [x for x in (counted & ~at_end, at_end) if x.any()]
 
 
-def profiled_before(model: nn.Module, samples: Sequence[Any], found: Profile) -> list[SiteReport]:
+def profiled_before(model: nn.Module, samples: Iterable[Any], found: Profile) -> list[SiteReport]:
     """The reports of a model that is :func:`rewritten` and has a profile, as :func:`measured` gives them. Raises
     ``ValueError`` for a profile of another model."""
     return _in_order(found, found_in(model, samples)[1])
 
 
-def found_in(model: nn.Module, samples: Sequence[Any]) -> tuple[_Finder, list[SiteReport]]:
+def found_in(model: nn.Module, samples: Iterable[Any]) -> tuple[_Finder, list[SiteReport]]:
     """The sites of a model, each once, and the linear layers that take their outputs, by a short pass for each sample,
     as what runs may depend on the input."""
     finder = _Finder(model)
@@ -593,6 +603,11 @@ def samples_of(name: str, sample: Any) -> list[torch.Tensor | Mapping[str, Any]]
     return samples
 
 
+def named(name: str, samples: Sequence[Any]) -> dict[str, Any]:
+    """Samples by the names that errors have for them."""
+    return {f"{name}[{i}]": sample for i, sample in enumerate(samples)}
+
+
 def tokens_of(batch: torch.Tensor | Mapping[str, Any]) -> int:
     """How many tokens the sequences of a sample have, of an encoder and a decoder those of the decoder."""
     return int(_tokens(batch).shape[1])
@@ -640,8 +655,6 @@ def checked_options(options: Any, block: int) -> tuple[Rows, ...]:
     if not found:
         raise ValueError("options=(): must hold at least one Rows")
     PerHead(EVERYTHING, block=block)
-    try:
+    with about("options"):
         PerHead(found, block=block)
-    except ValueError as error:
-        raise renamed("options", error) from None
     return found

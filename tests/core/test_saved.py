@@ -140,6 +140,23 @@ def test_bad_plans_name_the_file_and_the_entry(sites: Any, words: str, tmp_path:
     assert str(error.value).startswith(f"plan={str(path)!r}: ")
 
 
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"fited": {}}, "fited: not allowed; allowed are version, sites and fitted"),
+        ({"verdict": "exact", "fitted": {}, "budget": 64}, "budget, verdict: not allowed; allowed are version"),
+        ({"fitted": []}, r"fitted=\[\]: must be a mapping"),
+    ],
+)
+def test_keys_that_no_plan_has_are_named(keys: dict[str, Any], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    for version in (1, 2):
+        path.write_text(json.dumps({"version": version, "sites": [], **keys}))
+        with pytest.raises((TypeError, ValueError), match=words) as error:
+            SavedPlan.load(path)
+        assert str(error.value).startswith(f"plan={str(path)!r}: ")
+
+
 def test_bad_files_and_policies_are_told(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no JSON")
     with pytest.raises(ValueError, match="text': must be JSON, but: Expecting value"):

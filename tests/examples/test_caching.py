@@ -133,7 +133,7 @@ def test_policies_have_the_rows_that_they_may_hold(caching) -> None:
     rows = tuple(rows_of(options, n, caching.base()))
     errors = random.exponential(size=(4, 3, 1)) ** 3 / np.array(rows)
     sites = [SiteProfile(f"layers.{i}", 0, None, tuple(map(tuple, x))) for i, x in enumerate(errors.tolist())]
-    found = Profile(options, n, 1, rows, tuple(sites))
+    found = Profile(options, n, 1, rows, tuple(sites), 16)
     for is_read in (False, True):
         count = caching.Counted(128, 16, is_read)
         plans = caching.policies(found, 1000, n, count)

@@ -175,7 +175,7 @@ def found(bench) -> Profile:
         errors = scale * noise / torch.tensor(rows)
         errors[:, -1] = 0
         sites.append(SiteProfile(f"layers.{i}", 0, None, tuple(map(tuple, errors.tolist()))))
-    return Profile(options, 4096, 1, tuple(rows), tuple(sites))
+    return Profile(options, 4096, 1, tuple(rows), tuple(sites), 128)
 
 
 @pytest.mark.parametrize(("budget", "n"), [(500, 4096), (900, 4096), (900, 8192)])

@@ -71,13 +71,14 @@ def test_it_says_what_it_was_fitted_to_and_keeps_its_budget(bench, path, asked, 
     assert options == list(allowed) and set(plans.rows_by_head(plan)) <= set(options)
 
 
-def test_it_comes_back_from_a_file_as_it_was(tmp_path) -> None:
-    plan = SavedPlan.load(PATH)
+@pytest.mark.parametrize("path", SHAPES, ids=lambda path: path.stem)
+def test_it_comes_back_from_a_file_as_it_was(path, tmp_path) -> None:
+    plan = SavedPlan.load(path)
     plan.save(tmp_path / "plan.json")
-    assert (tmp_path / "plan.json").read_bytes() == PATH.read_bytes()
+    assert (tmp_path / "plan.json").read_bytes() == path.read_bytes()
     again = SavedPlan.load(tmp_path / "plan.json")
     assert again == plan and again.fitted == plan.fitted
-    assert Policy.from_json(Policy(plan=PATH).to_json()).plan == plan
+    assert Policy.from_json(Policy(plan=path).to_json()).plan == plan
 
 
 @torch.no_grad()

@@ -94,9 +94,10 @@ def prove(
     if mask.unknown is None:
         assert (site.padding is not None) == mask.padding
         padding = padding_of(site.padding, values) if site.padding is not None else None
-        seen = actual if actual.dtype == torch.bool else actual == 0
-        if actual.dtype != torch.bool:
-            assert (actual[~seen] <= HIDDEN).all()
+        seen = actual if actual.dtype == torch.bool else actual > HIDDEN
+        if actual.dtype != torch.bool:  # whatever is added where it shows, a query adds it to all keys
+            added = [actual.masked_fill(~seen, fill) for fill in (-math.inf, math.inf)]
+            assert torch.equal(added[0].amax(-1)[seen.any(-1)], added[1].amin(-1)[seen.any(-1)])
         seen = seen[(None,) * (4 - seen.dim())].expand(B, H, Lq, Lk)
         claimed = dense(mask, padding, Lq, Lk, segments)
         for h in range(H):
@@ -170,8 +171,17 @@ def read_before(n: int) -> torch.Tensor:
     return kept == 1
 
 
+def a_term_of_before(n: int) -> torch.Tensor:
+    """A sum of what is written later."""
+    hidden = torch.full((n, n), -math.inf).triu(1)
+    mask = hidden + torch.arange(n).sin()[:, None]
+    hidden.zero_()
+    return mask
+
+
 CAUSAL |= {
     "written by steps": steps,
+    "a term that is written later": a_term_of_before,
     "written as in old transformers": old_transformers,
     "assigned": assigned,
     "read before it is written": read_before,
@@ -196,10 +206,18 @@ CAUSAL |= {
     "put together": lambda n: torch.cat([K(n)[:, :3] <= Q(n), torch.arange(3, n) <= Q(n)], -1),
     "a first key for all": lambda n: F.pad(torch.ones(n, n - 1).tril(-1), (1, 0), value=1.0) == 1,
     "shown around": lambda n: F.pad(torch.full((n - 1, n - 1), -math.inf).triu(), (1, 0, 0, 1)),
+    "eye below": lambda n: torch.ones(n, n, dtype=torch.bool).tril(-1) | torch.eye(n, dtype=torch.bool),
+    "eye and tril": lambda n: (torch.eye(n) + torch.ones(n, n).tril(-1)) == 1,
+    "its diagonal filled": lambda n: torch.full((n, n), -math.inf).triu().fill_diagonal_(0),
+    "diag below": lambda n: torch.ones(n, n).tril(-1).bool().logical_or(torch.diag(torch.ones(n)) > 0),
+    "what is shown is lifted": lambda n: torch.where(K(n) <= Q(n), 0.5, LOWEST),
+    "what is shown is lifted by query": lambda n: torch.where(K(n) <= Q(n), Q(n) * 0.5, -math.inf),
+    "lifted later": lambda n: torch.full((n, n), -math.inf).triu(1) + torch.arange(n).sin()[:, None],
+    "taken away later": lambda n: (torch.full((n, n), LOWEST).triu(1)[None] - torch.arange(n).sqrt()[:, None]).clone(),
     "cut out": lambda n: F.pad(torch.arange(2 * n) <= torch.arange(2 * n)[:, None], (-2, 2 - n, -2, 2 - n)),
 }
 # spellings of a causal mask that are true but beyond the rules: they may be unknown, never wrong
-TOO_HARD = {"triu transposed", "bool sum", "logical", "put together"}
+TOO_HARD = {"triu transposed", "put together"}
 
 
 @pytest.mark.parametrize("spelling", CAUSAL)
@@ -220,7 +238,21 @@ NEAR_MISSES: dict[str, Callable[[int], torch.Tensor]] = {
     "2 k <= q": lambda n: 2 * K(n) <= Q(n),
     "queries too": lambda n: (K(n) <= Q(n)) & (Q(n) > 2),
     "a block": lambda n: K(n) // 2 <= Q(n) // 2,
-    "a bias": lambda n: torch.where(K(n) <= Q(n), 0.5, LOWEST),
+    "a bias": lambda n: torch.where(K(n) < 2, 0.5, torch.where(K(n) <= Q(n), 0.0, LOWEST)),
+    "a bias by key": lambda n: torch.where(K(n) <= Q(n), K(n).sin(), -math.inf),
+    "lifted later by key": lambda n: torch.full((n, n), -math.inf).triu(1) + torch.arange(n).sin(),
+    "lifted beyond all scores": lambda n: torch.where(K(n) <= Q(n), 1e10, -math.inf),
+    "some lifted by query": lambda n: torch.where(K(n) < 3, torch.arange(n).sin()[:, None], 0.0),
+    "a large number for some queries": lambda n: torch.full((n, n), -math.inf).triu(1) - 1e9 * (Q(n).sin() > 0.5),
+    "a logarithm": lambda n: torch.full((n, n), -math.inf).triu(1) + (Q(n).sin() - 0.5).relu().log(),
+    "all but itself": lambda n: (1 - torch.eye(n)).bool(),
+    "all but itself, filled": lambda n: torch.zeros(n, n).fill_diagonal_(-math.inf),
+    "all but itself, minus": lambda n: torch.eye(n) * LOWEST,
+    "itself and those before the last": lambda n: torch.eye(n, dtype=torch.bool) | (K(n) < Q(n) - 1),
+    "itself or one other": lambda n: torch.eye(n, dtype=torch.bool) | torch.eye(n, dtype=torch.bool).roll(1, 0),
+    "a diagonal of values": lambda n: torch.diag(torch.arange(n)) > 1,
+    "one key ahead": lambda n: torch.eye(n, n + 1)[:, 1:] == 1,
+    "the diagonal taken": lambda n: torch.diag(K(n) <= Q(n)).expand(n, n),
     "only -10000": lambda n: torch.where(K(n) <= Q(n), 0.0, -1e4),
     "alibi": lambda n: torch.where(K(n) <= Q(n), (K(n) - Q(n)).float(), LOWEST),
     "all hidden": lambda n: torch.zeros(n, n, dtype=torch.bool),
@@ -254,6 +286,8 @@ NEAR_MISSES: dict[str, Callable[[int], torch.Tensor]] = {
 }
 PROVEN_AS_WHAT_THEY_ARE = {
     *("one too many", "from one", "k < q hides the diagonal", "tril one up", "tril one down", "negative slice", "half"),
+    "one key ahead",
+    "the diagonal taken",  # a key padding
     "every second key",  # causal with a key padding
     "written after it was read",  # the diagonal
 }
@@ -320,7 +354,14 @@ def test_two_sided_windows(spelling: str, Lq: int, Lk: int) -> None:
 def test_two_sided_windows_that_hide_nothing_or_all_but_the_diagonal() -> None:
     assert prove(lambda: (Q(6) - K(6)).abs() <= 5) == Mask()
     assert prove(lambda: (Q(6) - K(6)).abs() <= 4) == Mask(window=5)
-    assert prove(lambda: (Q(6) - K(6)).abs() <= 0) == Mask(causal=True, window=1)
+    itself = (
+        lambda: (Q(6) - K(6)).abs() <= 0,
+        lambda: K(6) == Q(6),
+        lambda: torch.eye(6) > 0,
+        lambda: (torch.eye(6) - 1) * 1e9,
+        lambda: torch.zeros(6, 6, dtype=torch.bool).fill_diagonal_(True),
+    )
+    assert [prove(make) for make in itself] == [Mask(causal=True, window=1)] * 5
     # a single query may have the keys that it sees as a padding
     assert prove(lambda: (Q(1) + 5 - K(6)).abs() <= 2, Lq=1) == Mask(padding=True)
     assert prove(lambda: (Q(6) - K(6)).abs() >= 2).unknown

@@ -410,6 +410,71 @@ def test_grouped_queries_of_five_dimensions() -> None:
     assert (site.spec.B, site.spec.H, site.spec.H_kv) == (6, 4, 2)
 
 
+GROUPS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Callable[..., Any], tuple[int, ...], str]] = {
+    "groups first": ((2, 3, 2, 12, 8), (2, 1, 2, 12, 8), lambda q: {"is_causal": True}, (2, 6, 2), "causal"),
+    "groups first, masked": (
+        (2, 3, 2, 12, 8), (2, 1, 2, 12, 8), lambda q: {"attn_mask": _below(12).expand(2, 1, 2, 12, 12)},
+        (2, 6, 2), "causal",
+    ),
+    "groups of groups": ((2, 3, 2, 2, 12, 8), (2, 1, 2, 1, 12, 8), lambda q: {}, (2, 12, 2), "none"),
+    "queries one after the other": (
+        (2, 36, 8), (2, 12, 8), lambda q: {"attn_mask": _below(12).repeat(3, 1)}, (2, 3, 1), "causal",
+    ),
+    "those of a KV head one after the other": (
+        (2, 2, 36, 8), (2, 2, 12, 8), lambda q: {"attn_mask": _below(12).repeat(3, 1)}, (2, 6, 2), "causal",
+    ),
+    "heads beside each other": (
+        (2, 1, 36, 8), (2, 1, 12, 8), lambda q: {"attn_mask": _below(12).repeat_interleave(3, 0)}, (2, 3, 1), "causal",
+    ),
+    "heads behind their queries": (
+        (2, 12, 3, 8), (2, 1, 12, 8), lambda q: {"attn_mask": _below(12)[:, None]}, (2, 3, 1), "causal",
+    ),
+    # whose masks are those of their places, or of none
+    "places that go on": ((2, 36, 8), (2, 12, 8), lambda q: {"is_causal": True}, (2, 1, 1), "causal"),
+    "a mask by the group": (
+        (2, 3, 2, 12, 8), (2, 1, 2, 12, 8), lambda q: {"attn_mask": q[:, :, :, :, :1].sum(2, True) > 0},
+        (2, 6, 2), "unknown",
+    ),
+    "one place later": (
+        (2, 36, 8), (2, 12, 8), lambda q: {"attn_mask": (torch.arange(36)[:, None] + 1) % 12 >= torch.arange(12)},
+        (2, 1, 1), "unknown",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_sdpa_whose_keys_are_those_of_many_heads(name: str) -> None:
+    """Whatever is proven is computed as ``[B, H, L, D]``; few keys, of which Express and Thinformer are exact."""
+    of_query, of_key, options, sizes, mask = GROUPS[name]
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(shape, generator=generator) for shape in (of_query, of_key, of_key))
+
+    def f(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, **options(q))
+
+    (gm,) = capture(f, q, k, v)
+    ((site, decision),) = rewrite_graph(gm, Policy(methods=("express", "thinformer"), budget=64))
+    assert (site.spec.B, site.spec.H, site.spec.H_kv) == sizes and str(site.spec.mask).split(" ")[0] == mask
+    assert (decision.verdict == "rewritten") == (mask != "unknown" and site.spec.Lq <= site.spec.Lk), decision.reason
+    (out,), truth = gm(q, k, v), f(q, k, v)
+    assert out.shape == truth.shape and (out - truth).abs().max() < 2e-6
+
+
+def test_a_causal_call_says_which_dimension_its_queries_are() -> None:
+    """Also where the number of its heads is not known, and with one head of keys they might be queries as well."""
+
+    def f(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, k, is_causal=causal)
+
+    q, k = torch.randn(2, 5, 6, 8), torch.randn(2, 1, 6, 8)
+    torch._dynamo.mark_dynamic(q, 1)
+    for causal, verdict, heads in ((True, "refused", None), (False, "rewritten", 6)):
+        torch._dynamo.reset()
+        (gm,) = capture(lambda q, k, causal=causal: f(q, k, causal), q, k)
+        ((site, decision),) = rewrite_graph(gm, Policy(methods=("express", "thinformer"), budget=64))
+        assert decision.verdict == verdict and (site.spec and site.spec.H) == heads, decision.reason
+
+
 # ---- floats that differ between two models of a class ------------------------------------------------------
 
 
@@ -483,7 +548,7 @@ def test_branches_of_control_flow_are_refused() -> None:
 @pytest.mark.parametrize(
     ("shapes", "options", "words"),
     [
-        ([(3, 2, 4, 6, 8), *[(1, 2, 4, 6, 8)] * 2], {}, "(3, 2), (1, 2), (1, 2) first"),
+        ([(3, 2, 4, 6, 8), *[(1, 2, 4, 6, 8)] * 2], {}, "of (3, 2, 4) and its keys or values of (1, 2, 4)"),
         ([SHAPE, (4, 6, 8), (4, 6, 8)], {}, "4, 3 and 3 dimensions"),
         ([(2, 4, 6, 0)] * 3, {}, "its head size is 0"),
         ([SHAPE, (1, 4, 6, 8), (1, 4, 6, 8)], {}, "batch size 1"),

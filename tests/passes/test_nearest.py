@@ -57,6 +57,15 @@ def made_mask(q: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
 
 
+class Kept(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("SEEN", SEEN.clone())
+
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=self.SEEN.float().log())
+
+
 def packed(q: torch.Tensor) -> torch.Tensor:
     segments = (q[0, 0, :, 0] > 99).cumsum(0)
     mask = (segments[:, None] == segments) & (torch.arange(L) <= torch.arange(L)[:, None])
@@ -90,6 +99,20 @@ HINTS: dict[str, tuple[Callable, str, Callable, str, bool]] = {
         lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True),
         "express",
         True,
+    ),
+    "a mask that is kept": (
+        lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=SEEN.float().log()),
+        "'SEEN' as a buffer, whose values are read when compiling: self.register_buffer('SEEN', ...)",
+        Kept(),
+        "express",
+        True,
+    ),
+    "a bias that is kept": (
+        lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=SEEN.float().log() + GAIN.mT),
+        PROVABLE,
+        Kept(),
+        "express",
+        False,
     ),
     "another method": (
         lambda q: F.scaled_dot_product_attention(q, q, q),

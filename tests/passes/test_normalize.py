@@ -59,6 +59,9 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "clamp": [{"input": T, "min": 0.0}, {"input": T, "min": -0.5, "max": 0.5}],
     "clamp_min": [{"input": T, "min": 0.0}],
     "fill": [{"input": T, "value": 0.5}],
+    "fill_diagonal": [{"input": T, "fill_value": 0.5}, {"input": N, "fill_value": 0.5, "wrap": True}],
+    "eye": [{"n": 3}, {"n": 2, "m": 3}],
+    "diag": [{"input": T}, {"input": T, "diagonal": 1}],
     "nan_to_num": [{"input": T}, {"input": T, "nan": 0.5}],
     "pad": [{"input": T, "pad": (1, 2)}, {"input": T, "pad": (1, 0, 0, 1), "mode": "constant", "value": 0.5}],
     **dict.fromkeys(("exp", "log"), _UNARY),
@@ -115,10 +118,11 @@ OF_ALIASES: dict[str, list[dict[str, Any]]] = {
     "type_as": [{"input": T, "other": J}],
     **dict.fromkeys(("_softmax", "_log_softmax"), [{"input": T, "dim": -1, "half_to_float": False}]),
 }
-# of which no one aten call is left: slices become several, a constant is none, and so is a cast to where a tensor is
+# of which no one aten call is left: slices become several, a constant is none, and so is a cast to where a tensor is;
+# or which are written in place alone
 WITHOUT_ATEN = {"getitem", "tensor", "einsum", "cpu", "cuda"} | {
     *("cat", "concat", "concatenate", "tile", "softmin", "zero", "special_softmax", "special_log_softmax"),
-    *("special_logsumexp", "_safe_softmax", "mod", "floordiv", "clip"),
+    *("special_logsumexp", "_safe_softmax", "mod", "floordiv", "clip", "fill_diagonal"),
 }
 
 # what torch calls an argument elsewhere: of the methods, of aten, and of aliases

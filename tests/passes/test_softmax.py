@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from express_compile import explain, record_sites, rewrite_attention
 from express_compile.core.policy import Policy
+from express_compile.passes.buffers import Buffers
 from express_compile.passes.match import find_sites
 from express_compile.passes.pipeline import plan_sites
 from express_compile.passes.rewrite import rewrite
@@ -34,8 +35,8 @@ def compiled(f: Callable, policy: Policy = EXACT, **options: Any) -> tuple[Calla
     """``f`` as Dynamo captures it, rewritten, and the sites with their plans (filled in by the first call)."""
     found: list = []
 
-    def backend(gm: torch.fx.GraphModule, _: list[Any]) -> Callable:
-        planned = plan_sites(find_sites(gm), policy)
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
+        planned = plan_sites(find_sites(gm, Buffers(gm, inputs)), policy)
         rewrite(gm, planned, policy)
         found.extend(planned)
         return gm
@@ -208,6 +209,15 @@ SPELLINGS: dict[str, tuple[Callable, str, float]] = {
     "a scale per query": (
         lambda q, k, v: (heads(q) @ heads(k).mT * v[0, 0, :, :1]).softmax(-1) @ heads(v), "none", 1.0,
     ),
+    "a scale per matrix": (
+        lambda q, k, v: (heads(q) @ heads(k).mT * heads(v)[:, :1, :1]).softmax(-1) @ heads(v), "none", 1.0,
+    ),
+    "a scale per sequence of windows": (
+        lambda q, k, v: (q[None] @ k[None].mT / v[None, :, :1, :1, :1].exp()).softmax(-1) @ v[None], "none", 1.0,
+    ),
+    "a scale per window": (
+        lambda q, k, v: ((q @ k.mT).view(1, B, H, L, L) * v[:, :1, :, :1]).flatten(0, 1).softmax(-1) @ v, "none", 1.0,
+    ),
     "masked_fill": (lambda q, k, v: (q @ k.mT).masked_fill(~causal(), -math.inf).softmax(-1) @ v, "causal", 1.0),
     "where, and a constant for all": (lambda q, k, v: (torch.where(causal(), q @ k.mT, LOWEST) + 3).softmax(-1) @ v,
                                       "causal", 1.0),
@@ -279,6 +289,136 @@ def test_spellings(name: str) -> None:
     check(f, tensors(), mask, scale)
 
 
+def groups_first(q, k, v):
+    """Query head ``g * H_kv + h`` has KV head ``h``, and scores are masked as those of so many heads."""
+    s = (q.unflatten(1, (2, 2)) @ k[:, None, :2].mT).flatten(1, 2).masked_fill(~causal(), -math.inf)
+    return (s.softmax(-1).unflatten(1, (2, 2)) @ v[:, None, :2]).flatten(1, 2)
+
+
+def groups_masked_apart(q, k, v):
+    s = q.unflatten(1, (2, 2)) @ k[:, None, :2].mT
+    s = s.masked_fill(torch.stack([~causal(), ~causal().mT])[:, None], -math.inf)
+    return s.softmax(-1) @ v[:, None, :2]
+
+
+def big_code(q, k, v, mask=lambda m: m[:, None]):
+    """GPTBigCode: one head of keys, and the heads of a query beside each other, ``[B, Lq * H, D]``."""
+    s = torch.baddbmm(q.new_empty(B, L * H, L), q.transpose(1, 2).reshape(B, L * H, D), k[:, 0].mT, beta=0, alpha=0.5)
+    s = torch.where(mask(causal()), s.view(B, L, H, L), LOWEST)
+    return torch.bmm(s.softmax(-1).view(B, L * H, L), v[:, 0]).view(B, L, H, D).transpose(1, 2)
+
+
+def stacked(mask):
+    """One head of keys, and the queries of all heads one after the other, ``[B, H * Lq, D]``."""
+
+    def f(q, k, v):
+        s = (q.flatten(1, 2) @ k[:, 0].mT * 0.5).masked_fill(~mask(causal()), -1e9)
+        return (s.softmax(-1) @ v[:, 0]).unflatten(1, (H, L))
+
+    return f
+
+
+def stacked_groups(q, k, v):
+    """The same of two KV heads, taken apart for the mask."""
+    s = (q.reshape(B, 2, 2 * L, D) @ k[:, ::2].mT * 0.5).view(B, H, L, L) + torch.full((L, L), LOWEST).triu(1)
+    return (s.softmax(-1).view(B, 2, 2 * L, L) @ v[:, ::2]).reshape(B, H, L, D)
+
+
+def both_sides(q, k, v):
+    """Groups before the KV heads and behind them."""
+    q = torch.cat([q, -q], 1).view(B, 2, 2, 2, L, D)
+    return (q @ k[:, None, :2, None].mT).softmax(-1) @ v[:, None, :2, None]
+
+
+def shifted_groups(q, k, v):
+    """A scale and a shift for each query head."""
+    of_head = q[:, :, :1, :1].detach().view(B, 2, 2, 1, 1)
+    s = (q.unflatten(1, (2, 2)) @ k[:, None, :2].mT) * of_head[:1] + of_head
+    return s.softmax(-1) @ v[:, None, :2]
+
+
+def expanded_groups(q, k, v):
+    k, v = (x[:, None, :2].expand(-1, 2, -1, -1, -1) for x in (k, v))
+    return (q.unflatten(1, (2, 2)) @ k.mT).softmax(-1) @ v
+
+
+ROWS: dict[str, tuple[Callable, tuple[int, int], str, float]] = {
+    "groups first": (groups_first, (4, 2), "causal", 1.0),
+    "groups first, by einsum": (
+        lambda q, k, v: torch.einsum(
+            "bghqk,bhkd->bqghd",
+            torch.einsum("bqghd,bhkd->bghqk", q.unflatten(1, (2, 2)).permute(0, 3, 1, 2, 4), k[:, :2]).softmax(-1),
+            v[:, :2],
+        ),
+        (4, 2), "none", 1.0,
+    ),
+    "groups first, scaled and shifted": (shifted_groups, (4, 2), "none", 1.0),
+    "groups first, expanded": (expanded_groups, (4, 2), "none", 1.0),
+    "groups on both sides": (both_sides, (8, 2), "none", 1.0),
+    "heads beside each other": (big_code, (4, 1), "causal", 0.5),
+    "heads beside each other, by einsum": (
+        lambda q, k, v: torch.einsum(
+            "bqhk,bkd->bhqd",
+            (torch.einsum("bhqd,bkd->bqhk", q, k[:, 1]) + torch.full((L, L), LOWEST).triu(1)[:, None]).softmax(-1),
+            v[:, 1],
+        ),
+        (4, 1), "causal", 1.0,
+    ),
+    "queries one after the other": (stacked(lambda m: m.repeat(H, 1)), (4, 1), "causal", 0.5),
+    "queries expanded": (stacked(lambda m: m.expand(H, L, L).reshape(H * L, L)), (4, 1), "causal", 0.5),
+    "queries of groups one after the other": (stacked_groups, (4, 2), "causal", 0.5),
+    # masks that are not the same for all heads, or for others
+    "groups first, each with a mask": (groups_masked_apart, (4, 2), "unknown", 1.0),
+    "heads masked beside queries": (
+        lambda q, k, v: big_code(q, k, v, lambda m: m[:, None] & m[6 : 6 + H]), (1, 1), "unknown", 0.5,
+    ),
+    "one query later": (stacked(lambda m: m.repeat(H, 1).roll(1, 0)), (1, 1), "unknown", 0.5),
+    "one head sees all": (stacked(lambda m: torch.cat([m.repeat(H - 1, 1), m | True])), (1, 1), "unknown", 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_scores_are_heads_and_queries_in_any_order(name: str) -> None:
+    f, heads, mask, scale = ROWS[name]
+    for policy in (EXACT, Policy(methods=("express", "thinformer"), budget=64)):
+        if mask != "unknown":
+            site = check(f, tensors(), mask, scale, policy)
+        else:
+            g, found = compiled(f, policy)
+            assert relative(g(*tensors()), f(*tensors())) < 1e-6
+            ((site, plan),) = found
+            assert plan.verdict == ("rewritten" if policy is EXACT else "refused") and site.spec.mask.unknown
+        assert (site.spec.H, site.spec.H_kv) == heads
+
+
+@pytest.mark.parametrize("name", ["groups first", "heads beside each other", "queries one after the other"])
+def test_rows_of_dynamic_sizes(name: str) -> None:
+    """With a padding for each sequence, and a shift for each query."""
+
+    def f(q, k, v, real):
+        n, b = q.shape[2], q.shape[0]
+        seen = (torch.arange(n) <= torch.arange(n)[:, None]) & real[:, None]
+        if name == "groups first":
+            s = q.unflatten(1, (2, 2)) @ k[:, None, :2].mT
+            return (s.masked_fill(~seen[:, None, None], -math.inf).softmax(-1) @ v[:, None, :2]).flatten(1, 2)
+        if name == "heads beside each other":
+            s = (q.transpose(1, 2).flatten(1, 2) @ k[:, 0].mT).view(b, n, H, n).masked_fill(~seen[:, :, None], -1e9)
+            return (s.softmax(-1).flatten(1, 2) @ v[:, 0]).view(b, n, H, D).transpose(1, 2)
+        s = (q.flatten(1, 2) @ k[:, 0].mT).masked_fill(~seen.repeat(1, H, 1), -1e9)
+        return (s.softmax(-1) @ v[:, 0]).view(b, H, n, D)
+
+    g, found = compiled(f, Policy(methods=("express",), budget=64), dynamic=True)
+    for b, n in ((3, 12), (2, 17)):
+        real = torch.arange(n) < torch.arange(n - b + 1, n + 1)[:, None]
+        inputs = [*tensors(*[(b, H, n, D)] * 3), real]
+        out, truth = g(*inputs), f(*inputs)
+        rows = real[:, None].expand(-1, H, -1)
+        assert relative(out[rows], truth[rows]) < 1e-6
+    ((site, plan),) = found
+    assert (str(site.spec.mask), plan.verdict) == ("causal, key padding", "rewritten"), plan.reason
+    assert (site.spec.H, site.spec.H_kv) == ((4, 2) if name == "groups first" else (4, 1))
+
+
 def test_windows_of_images_take_a_mask_and_a_bias_in_five_dimensions() -> None:
     """``[images, windows, heads, n, n]``: what broadcasts over images, windows or heads stays in its place."""
 
@@ -292,7 +432,7 @@ def test_windows_of_images_take_a_mask_and_a_bias_in_five_dimensions() -> None:
     x, mask, bias = tensors((3, 8, H, L, D), (4, L, L), (H, L, 1))
     assert relative(g(x, mask, bias), f(x, mask, bias)) < 1e-6
     assert [plan.verdict for _, plan in found] == ["rewritten"]
-    assert "adds the values of 'bias'" in found[0][0].spec.mask.unknown
+    assert "adds the values of 'mask'" in found[0][0].spec.mask.unknown
 
 
 @torch.no_grad()
@@ -391,6 +531,19 @@ def test_cross_attention_with_a_padding() -> None:
 
     for policy in (EXACT, Policy(methods=("thinformer",), budget=64)):
         check(f, [q, k, v, hidden], "key padding", 1.0, policy)
+
+
+@pytest.mark.parametrize("shape", [(B, 1, 1, L), (1, 1, 1, L), (1, L), (L,)])
+def test_a_mask_of_two_that_names_no_query_is_a_padding(shape: tuple[int, ...]) -> None:
+    """Of each sequence, or one for all."""
+    q, k, v = tensors()
+    real, more = (torch.rand(shape, generator=torch.Generator().manual_seed(i)) > 0.4 for i in (1, 2))
+
+    def f(q, k, v, real, more):
+        return (q @ k.mT).masked_fill(~(real | more), -math.inf).softmax(-1) @ v
+
+    for policy in (EXACT, Policy(methods=("thinformer",), budget=64)):
+        check(f, [q, k, v, real, more], "key padding", 1.0, policy)
 
 
 def test_an_added_mask_that_names_no_query_is_a_padding_whatever_it_holds() -> None:
@@ -499,6 +652,59 @@ def test_a_bias_stays_exact() -> None:
         check(f, [q, k, v, extra], words, scale)
         g, found = compiled(f, Policy(methods=("express", "thinformer")))
         assert torch.equal(g(q, k, v, extra), f(q, k, v, extra)) and found[0][1].verdict == "refused"
+
+
+SHIFTS: dict[str, tuple[Callable, str]] = {
+    "of each query": (lambda s, x: s + x[..., :1], "none"),
+    "of each sequence, twice": (lambda s, x: (s - x[:, :1, :1, :1]) * 0.5 + x.mean(), "none"),
+    "before a mask": (lambda s, x: (s + x[..., :1]).masked_fill(~causal(), LOWEST), "causal"),
+    "after a mask": (lambda s, x: s.masked_fill(~causal(), -1e9) + x[..., :1], "causal"),
+    "with a mask": (lambda s, x: s + (x[..., :1] + torch.full((L, L), -math.inf).triu(1)), "causal"),
+    "in a mask": (lambda s, x: s + torch.where(causal(), x[..., :1].expand(-1, -1, -1, L), -math.inf), "causal"),
+    "where queries are chosen": (lambda s, x: s + torch.where(causal()[:, 5:6], x[..., :1], 1.0), "none"),
+    # and of some keys alone
+    "of each key": (lambda s, x: s + x[..., :1].mT, "unknown"),
+    "of each query and key": (lambda s, x: s + (x @ x.mT), "unknown"),
+    "of the first keys": (lambda s, x: s + torch.where(torch.arange(L) < 3, x[..., :1], 0.0), "unknown"),
+    "of hidden keys": (lambda s, x: s + torch.where(causal(), 0.0, x[..., :1]), "unknown"),
+    # and what hides all keys of a query
+    "queries are hidden": (lambda s, x: s + (x[..., :1] > 0) * -1e9, "unknown"),
+    "queries are hidden by a product": (lambda s, x: s + x[..., :1].relu() * -1e12, "unknown"),
+    "queries are hidden by a logarithm": (lambda s, x: s + (x[..., :1].relu() + 0.1).log(), "unknown"),
+}
+
+
+@pytest.mark.parametrize("name", SHIFTS)
+@torch.no_grad()
+def test_what_is_added_to_all_keys_alike_is_not_seen_by_a_softmax(name: str) -> None:
+    """Of values that are not known; exact attention adds them all the same."""
+    shift, mask = SHIFTS[name]
+    inputs = [*tensors(), tensors((B, H, L, D), seed=1)[0]]
+    for policy in (EXACT, Policy(methods=("express", "thinformer"), budget=64)):
+        g, found = compiled(lambda q, k, v, x: shift(q @ k.mT, x).softmax(-1) @ v, policy)
+        out, truth = g(*inputs), shift(inputs[0] @ inputs[1].mT, inputs[3]).softmax(-1) @ inputs[2]
+        assert relative(out, truth) < 1e-6
+        ((site, plan),) = found
+        assert str(site.spec.mask).partition(" ")[0] == mask
+        assert (plan.verdict == "rewritten") == (mask != "unknown" or policy is EXACT), plan.reason
+
+
+def test_a_shift_that_hides_or_needs_a_gradient_stays_exact() -> None:
+    """A bias that a user gives may hide queries: its values are looked at. A parameter asks for its gradient."""
+
+    def f(q, k, v, shift):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=shift + torch.full((L, L), -math.inf).triu(1))
+
+    for low, needs_gradient, verdict in (
+        (-5.0, False, "rewritten"),
+        (-math.inf, False, "refused"),
+        (-5.0, True, "refused"),
+    ):
+        shift = torch.zeros(B, 1, L, 1).index_fill(2, torch.tensor([L - 1]), low).requires_grad_(needs_gradient)
+        g, found = compiled(f, Policy(methods=("express",), budget=64))
+        out, truth = g(*tensors(), shift), f(*tensors(), shift)
+        assert torch.allclose(out, truth, atol=1e-6, equal_nan=True) and found[0][1].verdict == verdict
+        assert verdict == "rewritten" or ("a gradient" if needs_gradient else "'shift'") in found[0][1].reason
 
 
 @pytest.mark.parametrize("how", ["written in place", "given"])
@@ -736,12 +942,6 @@ NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     "a learned scale of a bias": (
         lambda q, k, v: ((q @ k.mT + hidden(q)) * v.mean()).softmax(-1) @ v, "scaled by a tensor",
     ),
-    "a scale per matrix": (
-        lambda q, k, v: (heads(q) @ heads(k).mT * heads(v)[:, :1, :1]).softmax(-1) @ heads(v), "scaled by a tensor",
-    ),
-    "a scale per sequence of windows": (
-        lambda q, k, v: (q[None] @ k[None].mT * v[None, :, :1, :1, :1]).softmax(-1) @ v[None], "scaled by a tensor",
-    ),
     "scaled by its own norm": (
         lambda q, k, v: ((s := q @ k.mT) / s.norm(dim=-1, keepdim=True)).softmax(-1) @ v, "computed from them",
     ),
@@ -822,8 +1022,14 @@ NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     ),
     "dropped twice": (lambda q, k, v: F.dropout(F.dropout((q @ k.mT).softmax(-1), 0.3), 0.2) @ v,
                       "drops attention weights twice"),
-    "keys of one of many windows": (
-        lambda q, k, v: (q[None] @ k[None, :1].mT).softmax(-1) @ v[None, :1], "what comes before the heads",
+    "keys of one sequence of windows": (
+        lambda q, k, v: (q[:, None] @ k[:1, None].mT).softmax(-1) @ v[:1, None], "what comes before the heads",
+    ),
+    "keys of one of many windows, values of all": (
+        lambda q, k, v: (q[None] @ k[None, :1].mT).softmax(-1) @ v[None], "what comes before the heads",
+    ),
+    "one query for many heads of keys": (
+        lambda q, k, v: (q[:, :1] @ k.mT).softmax(-1) @ v, "its query is of (2, 1, 12), and its scores have 4 heads",
     ),
     "an einsum of vectors": (
         lambda q, k, v: torch.einsum("j,jd->d", torch.einsum("d,jd->j", q[0, 0, 0], k[0, 0]).softmax(-1), v[0, 0]),
@@ -840,7 +1046,7 @@ NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     "autocast inside": (without_autocast, "autocast is switched on or off inside it"),
     "one matrix of keys": (
         lambda q, k, v: torch.matmul(torch.matmul(heads(q), heads(k)[:1].mT).softmax(-1), heads(v)),
-        "it multiplies 1 matrices for 8 sequences of 1 heads",
+        "its scores are of (8,) and its keys or values of (1,)",
     ),
     "keys for all": (lambda q, k, v: (q @ k[0, 0].mT).softmax(-1) @ v, "of 4 and 2 dimensions"),
     "keys of one sequence": (lambda q, k, v: (q @ k[:1].mT).softmax(-1) @ v[:1], "has batch size 1, its query 2"),

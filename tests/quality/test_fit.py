@@ -195,7 +195,7 @@ def test_samples_count_alike_however_certain_the_model_is() -> None:
 
     def of(*nats: float) -> Profile:
         sites = (SiteProfile(str(i), 0, None, own, x) for i, (own, x) in enumerate(zip(errors, nats, strict=True)))
-        return Profile(OPTIONS[:2], 100, 1, rows, tuple(sites))
+        return Profile(OPTIONS[:2], 100, 1, rows, tuple(sites), 16)
 
     def shares(found: Profile) -> list[float]:
         return [float(x.weighted.sum() / sum(y.weighted.sum() for y in found.sites)) for x in found.sites]
@@ -306,13 +306,13 @@ def test_errors_go_through_the_linear_layer_that_computes_not_through_one_that_h
 def test_a_profile_survives_json(model, ids) -> None:
     found = profile(model, ids, OPTIONS, block=16)
     assert Profile.from_json(found.to_json()) == found
-    with pytest.raises(TypeError, match="profile: {}; must be an object of options, rows"):
+    with pytest.raises(TypeError, match="profile: {}; must be an object of block, options, rows"):
         Profile.from_json("{}")
 
 
 def test_nothing_in_the_json_of_a_profile_is_trusted() -> None:
     site = SiteProfile("a", 0, None, ((0.5, 0.0), (1.0, 0.0)), 2.0)
-    whole = Profile((Rows(2, 8), EVERYTHING), 240, 1, (20.0, 150.0), (site,))
+    whole = Profile((Rows(2, 8), EVERYTHING), 240, 1, (20.0, 150.0), (site,), 16)
     data = json.loads(whole.to_json())
     assert Profile.from_json(json.dumps(data)) == whole
     for words, at, value in (
@@ -336,13 +336,17 @@ def test_nothing_in_the_json_of_a_profile_is_trusted() -> None:
         ("profile: samples='1': must be of type int", ("samples",), "1"),
         (r"profile: rows=\(20.0,\): must be a number for each of the 2 options", ("rows",), [20.0]),
         ("profile: options=.*: must hold at least one Rows, and each once", ("options",), 2 * data["options"][:1]),
-        ("profile: .*, other; must be an object of options, rows, samples, sites, tokens", ("other",), 1),
+        ("profile: .*, other; must be an object of block, options, rows, samples, sites, tokens", ("other",), 1),
+        ("profile: block=17: must be 16, 32, 64 or 128 queries", ("block",), 17),
     ):
         changed = json.loads(json.dumps(data))
         place = functools.reduce(lambda x, key: x[key], at[:-1], changed)
         place[at[-1]] = value
         with pytest.raises((TypeError, ValueError), match=words):
             Profile.from_json(json.dumps(changed))
+    del data["block"]  # files of the time before it was written
+    with pytest.raises(ValueError, match='profile: block: missing, .*: "block": 128 if none was'):
+        Profile.from_json(json.dumps(data))
 
 
 def test_a_head_that_needs_a_far_token_gets_it_and_the_other_one_does_not() -> None:
@@ -373,7 +377,7 @@ def tables(draw, most: int = 3) -> Profile:
         SiteProfile(str(i), 0, None, tuple(tuple(draw(error) for _ in options) for _ in range(heads)), draw(nats))
         for i, heads in enumerate(shape)
     )
-    return Profile(options, 64, 1, rows, sites)
+    return Profile(options, 64, 1, rows, sites, 16)
 
 
 def totals(table: Profile, choice) -> tuple[float, float]:
@@ -426,7 +430,7 @@ def test_what_a_price_leaves_of_a_budget_is_spent_until_nothing_fits(table: Prof
 
 
 def test_a_price_is_a_number_from_0_on() -> None:
-    table = Profile((EVERYTHING,), 4, 1, (3.0,), (SiteProfile("", 0, None, ((0.0,),)),))
+    table = Profile((EVERYTHING,), 4, 1, (3.0,), (SiteProfile("", 0, None, ((0.0,),)),), 16)
     for price in (-1, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="price=.*: must be 0 or more and finite"):
             choose(table, price)
@@ -497,6 +501,17 @@ def test_scores_that_cannot_be_judged(model, ids) -> None:
         decoder.change = change
         with pytest.raises(ValueError, match=words):
             fit(decoder, sample, tolerance=1e-4, **how)
+    decoder.change = lambda x: x * math.nan if x.shape[1] == 200 else x
+    short = sample[:, :200]
+    words = "model: it gives scores that are NaN"
+    for name, samples in (
+        (r"sample, sequences \[::2\]", {"sample": short}),
+        (r"sample\[2\]", {"sample": [sample, sample, short]}),
+        (r"held_out\[1\]", {"sample": sample, "held_out": [sample, short]}),
+        (r"sample\[1\]", {"sample": [sample, short], "profile": found.profile}),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: {words}"):
+            fit(decoder, tolerance=1.0, **samples, **how)
     batch = {"input_ids": ids, "attention_mask": (torch.arange(240) < 60).long().expand(2, -1)}
     for name, samples in (
         ("sample", {"sample": [ids, batch]}),
@@ -643,6 +658,9 @@ def test_a_fit_from_a_profile_is_the_fit_that_would_have_measured_it(model, ids)
     assert (
         fit(model, ids[1:], rows=100, block=16, last=16, profile=first.profile, length=400).plan.fitted["length"] == 400
     )
+    assert first.profile.block == 16 and fit(model, ids[1:], rows=100, last=16, profile=first.profile) == first
+    with pytest.raises(ValueError, match="block=32: the profile was measured with 16; must be that, or left out"):
+        fit(model, ids, rows=100, block=32, profile=first.profile)
     with pytest.raises(TypeError, match="profile and held_out were both given"):
         fit(model, ids, rows=100, profile=first.profile, held_out=ids)
     with pytest.raises(ValueError, match=r"options=\(Rows.*: beside profile, which has those that it measured"):
