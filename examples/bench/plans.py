@@ -4,8 +4,8 @@
     python examples/bench/plans.py --length 1024 --rows 300 --texts 1 --each 1 --batch 1             # a taste on a CPU
 
 One profile of three texts (``models.profiled_texts``) and of three haystacks that end with questions
-(``needles.profiled_questions``), and of what their last 256 queries lose, which see everything. By it every policy that
-differs between heads is chosen:
+(``needles.profiled_questions``): of these counts what the last 256 queries lose, which see everything. By it every
+policy that differs between heads is chosen:
 
 * ``per head``: every source of rows, and the last 64 queries exact; ``without ...``: all but one of them; ``last 16``:
   fewer such queries; ``per layer``: the errors of a layer's heads summed, so that all of them have the same;
@@ -95,6 +95,7 @@ MORE = (
 1,024 to 4,032 rows, are 5% above those of all 175 that were tried; with the 29 of before they were 31% above."""
 
 NATURAL = ("genesis", "pydecimal")
+QUESTIONS = "questions,"
 
 Plan = PerHead | SavedPlan
 Count = Callable[[Sequence[Rows], int, PerHead], list[float]]
@@ -381,9 +382,10 @@ class Bench:
             return found, found
         start = time.perf_counter()
         for text, sample in self.samples(n).items():
+            asked = text.startswith(QUESTIONS)
             each[text] = profile(
-                self.model, sample, self.options, block=self.block, query_heads=self.query_heads, last=self.last,
-                progress=True,
+                self.model, sample, self.options, block=self.block, query_heads=self.query_heads,
+                last=self.last * asked, only_last=asked, progress=True,
             )  # fmt: skip
             print(f"profile of {text}: {time.perf_counter() - start:.1f} s in all", flush=True)
         seconds = time.perf_counter() - start
@@ -395,12 +397,13 @@ class Bench:
         return found, joined([x for name, x in each.items() if name in NATURAL])
 
     def samples(self, n: int) -> dict[str, torch.Tensor]:
-        """What is profiled, ``[1, n]`` each: texts, and if questions at their end are to be exact texts with these."""
+        """What is profiled, ``[1, n]`` each: texts, and if last queries see everything haystacks with questions there,
+        of which only these count."""
         found = {name: self.tokens(text, n) for name, text in profiled_texts().items()}
         if self.last:
             hay = {"noise": PROFILED_NOISE, **profiled_haystacks()}
             asked = profiled_questions(self.tokenizer, n, hay, min(self.last, n // 8))
-            found |= {f"questions, {name}": torch.tensor([ids], device=self.device) for name, ids in asked.items()}
+            found |= {f"{QUESTIONS} {name}": torch.tensor([ids], device=self.device) for name, ids in asked.items()}
         return found
 
     def judge(self, n: int) -> Judge:

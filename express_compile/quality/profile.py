@@ -33,6 +33,7 @@ from rich.progress import Progress
 from torch import nn
 
 from ..core.call import Call, Op, run_by
+from ..core.options import flag
 from ..core.plain import about, entries, from_json, number
 from ..core.policy import Policy
 from ..core.rows import Rows, heads, to_numbers
@@ -193,6 +194,7 @@ def profile(
     block: int = 128,
     query_heads: bool = False,
     last: int = 0,
+    only_last: bool = False,
     progress: bool = False,
 ) -> Profile:
     """What every KV head of a model, or every query head, loses with every option of rows, on sample inputs.
@@ -204,7 +206,8 @@ def profile(
     options: what a head may have. block: queries that see the same rows of the past, 16, 32, 64 or 128. query_heads:
         each query head has rows of its own, not each KV head with all of its query heads. last: queries at the end of a
         sample that see everything, 0 to 256, and an eighth of the sample at most: what they lose by the keys and values
-        of others counts as much as what those lose. progress: show a bar.
+        of others counts as much as what those lose. only_last: what those lose does not count, as where the samples end
+        with questions that are all they are there for. progress: show a bar.
 
     Takes one exact pass per sample, with ``options`` calls more at each site, a pass for each site, and a short one
     that finds the linear layers. Memory: that of the pass, two outputs of one site, 512 positions of one linear layer's
@@ -213,13 +216,15 @@ def profile(
     """
     options = checked_options(options, block)
     samples = named("sample", samples_of("sample", sample))
+    if flag("only_last", only_last) and last == 0:
+        raise ValueError("only_last=True, last=0: no query counts; must be False, or last=1 and more")
     with rewritten(model, PerHead(EVERYTHING, block=block, last=last)):
-        return measured(model, samples, options, block, progress, query_heads, last)[0]
+        return measured(model, samples, options, block, progress, query_heads, last, only_last)[0]
 
 
 def measured(
     model: nn.Module, samples: Mapping[str, Any], options: tuple[Rows, ...], block: int, progress: bool = False,
-    query_heads: bool = False, last: int = 0,
+    query_heads: bool = False, last: int = 0, only_last: bool = False,
 ) -> tuple[Profile, list[SiteReport]]:  # fmt: skip
     """:func:`profile` of a model that is :func:`rewritten`, on samples by their names; the reports of its sites, in
     order, and then of others."""
@@ -227,6 +232,8 @@ def measured(
     ran: list[SiteReport] = []
     tokens = max(map(tokens_of, samples.values()))
     rows = tuple(rows_of(options, tokens, PerHead(EVERYTHING, block=block)))
+    few = [(x, o) for o, x in enumerate(rows) if not options[o].everything]
+    fewest = (min(few)[1], options[min(few)[1]]) if few else None
     each = []
     with Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task("profile", total=len(samples) * len(finder.sites) * (len(options) + 1))
@@ -238,7 +245,7 @@ def measured(
             of = {x.layer: x for x in _by_place(reports, True).values()}
             errors = meter.errors()
             with about(name):
-                ratios = _ratios(model, batch, exact, errors, options, rows, last, lambda: bar.advance(task))
+                ratios = _ratios(model, batch, exact, errors, fewest, last, only_last, lambda: bar.advance(task))
                 for nats in ratios:
                     sites = tuple(
                         SiteProfile(
@@ -293,26 +300,26 @@ def _ratios(
     batch: Any,
     exact: torch.Tensor,
     errors: Mapping[int, torch.Tensor],
-    options: Sequence[Rows],
-    rows: Sequence[float],
+    fewest: tuple[int, Rows] | None,
     last: int,
+    only_last: bool,
     advance: Callable[[], None],
 ) -> list[dict[int, float]]:
     """For every site: the KL of the model where this site alone has the option with the fewest rows, over the error of
     that; 0 where all are exact. It is much the same with any option, and of this one KL is the largest: with a mild
     one it may be what other sums of a half precision make of a model, at sites that hardly matter many times as much.
-    That of late positions, and of the ``last`` ones apart, whose queries see everything.
+    That of late positions, and apart from it, or only, of the ``last`` ones, whose queries see everything.
     """
-    few = [(x, o) for o, x in enumerate(rows) if not options[o].everything]
     last = min(last, exact.shape[1] // 8)
     counted = _late_and_last(batch, exact, last)
+    counted = counted[-1:] if only_last else counted
     found = [dict.fromkeys(errors, 0.0) for _ in counted]
-    if not few:
+    if fewest is None:
         return found
-    fewest = min(few)[1]
+    place, option = fewest
     for layer, of_heads in errors.items():
-        if error := float(of_heads[:, fewest].sum()):
-            with run_by(Chosen({layer: [options[fewest]]}, last)):
+        if error := float(of_heads[:, place].sum()):
+            with run_by(Chosen({layer: [option]}, last)):
                 scores = scores_of(model, batch)
             for nats, positions in zip(found, counted, strict=True):
                 nats[layer] = mean_kl(exact, scores, positions) / error

@@ -170,6 +170,7 @@ def test_what_last_queries_lose_by_keys_and_values_counts_as_much_as_what_others
     model = transformers.LlamaForCausalLM(config).eval()
     sample, fewest, parts = ids[:1], OPTIONS[0], ((60, 210), (210, None))
     found, plain = (profile(model, sample, OPTIONS, block=16, last=n) for n in (256, 0))
+    alone = profile(model, sample, OPTIONS, block=16, last=256, only_last=True)
     units = []
     for part in parts:
         policies = [[PerHead({site.module: [fewest]}, block=16, last=30)] for site in plain.sites]
@@ -182,8 +183,12 @@ def test_what_last_queries_lose_by_keys_and_values_counts_as_much_as_what_others
     (late, its), (last, whole) = units
     for site, x, y in zip(found.sites, late, last, strict=True):
         torch.testing.assert_close(site.weighted, (x + y) / 2 * (its + whole) / 2, rtol=2e-2, atol=1e-9)
+    for site, y in zip(alone.sites, last, strict=True):
+        torch.testing.assert_close(site.weighted, y * whole, rtol=2e-2, atol=1e-9)
     first = [x.sites[0].nats / x.sites[1].nats for x in (found, plain)]
     assert first[0] > 1.5 * first[1], "and so it counts for more"
+    with pytest.raises(ValueError, match="only_last=True, last=0: no query counts; must be False, or last=1"):
+        profile(model, sample, OPTIONS, block=16, only_last=True)
     with pytest.raises(ValueError, match="last=257: must be 0 to 256"):
         profile(model, sample, OPTIONS, block=16, last=257)
 
