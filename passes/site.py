@@ -238,12 +238,6 @@ def check_heads(query: torch.Size, key: torch.Size, value: torch.Size, repeats: 
         raise Refused(f"its {H_kv} key heads do not fit its {H} query heads")
 
 
-def sizes_of(query: Operand, key: Operand) -> tuple[Any, Any, Any, Any]:
-    """``(B, H, Lq, Lk)``."""
-    B, H, Lq, _ = map(number, query.shape)
-    return B, H, Lq, number(key.shape[2])
-
-
 def make_spec(
     out: Node, query: Operand, key: Operand, value: Operand, *, scale: float, mask: Mask, dropout_p: float
 ) -> AttentionSpec:
