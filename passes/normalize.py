@@ -212,6 +212,13 @@ def number(arg: Any) -> Any:
     return arg
 
 
+def is_number(arg: Any, *values: float) -> bool:
+    """Whether an argument is one of these numbers for every input. Asks nothing of a symbol: of one that an entry of a
+    tensor became, that would be an error."""
+    arg = number(arg)
+    return isinstance(arg, bool | int | float) and arg in values
+
+
 def _is_attribute(node: Node, value: torch.SymFloat) -> bool:
     """Whether a symbolic number is made of floats that are no arguments of the compiled function, and nothing else."""
     symbols = value.node.expr.free_symbols

@@ -36,7 +36,7 @@ from ..core.spec import AttentionSpec, Mask, known_equal
 from .layout import Layout, layout_of, prove_rows
 from .mask import MaskPart, Padding, unknown
 from .nodes import is_parted, reached, same_sizes, sources, tensor_of
-from .normalize import Operation, in_place, known, number, operation, order_of, performed
+from .normalize import Operation, in_place, is_number, known, number, operation, order_of, performed
 from .repeat import unrepeated
 from .scale import unscaled
 from .site import PADDED, Emit, Operand, Refused, Scope, check_heads, entered, make_spec
@@ -126,7 +126,7 @@ def _divided(op: Operation, node: Node) -> Softmax | None:
 def _exponential(op: Operation, node: Node) -> Softmax | None:
     before = op.get("input")
     inner = operation(before)
-    if inner is None or inner.name not in ("log_softmax", "sub") or number(inner.get("alpha", 1)) != 1:
+    if inner is None or inner.name not in ("log_softmax", "sub") or not is_number(inner.get("alpha", 1), 1):
         return None
     scores, total = inner.get("input"), inner.get("other")
     if inner.name == "log_softmax":
@@ -288,7 +288,7 @@ def describe(scope: Scope, written: Softmax) -> dict[str, Any]:
 
     Raises :class:`Refused` with the first condition that is not met.
     """
-    weights, zeroed, out, dropout_p = _follow(written)
+    weights, zeroed, out, dropout_p = _follow(written, scope)
     scores, product = _peel(scope, written)
     query, key = _factors(product)
     chain = [product, *reversed(scores.steps), *written.nodes, *weights]
@@ -384,7 +384,7 @@ _Zeroed = tuple[Node, bool, Node]
 """A mask, whether True sets attention weights to 0, and the node that does so."""
 
 
-def _follow(written: Softmax) -> tuple[list[Node], list[_Zeroed], Node, float]:
+def _follow(written: Softmax, scope: Scope) -> tuple[list[Node], list[_Zeroed], Node, float]:
     """The nodes that the weights pass through, what sets some of them to 0, the product that uses them, and the
     probability of dropping one."""
     node = written.nodes[-1]
@@ -402,7 +402,7 @@ def _follow(written: Softmax) -> tuple[list[Node], list[_Zeroed], Node, float]:
         after = next(iter(user.users), user)
         if _is_product(user) or (len(user.users) == 1 and _is_reversed(after, node)):
             return path, zeroed, user if _is_product(user) else after, dropout_p
-        masked = _zeroing(op, node)
+        masked = _zeroing(op, node, scope)
         zeroed += [] if masked is None else [(*masked, user)]
         passes = op is not None and op.get("input") is node and op.name in (*VIEWS, *_COPIES, "dropout", "nan_to_num")
         if op is None or not (passes or masked):
@@ -410,7 +410,7 @@ def _follow(written: Softmax) -> tuple[list[Node], list[_Zeroed], Node, float]:
             what = _WEIGHTS.get(name, f"given to '{label(user)}'")
             nearest = _NO_SINKS if name == "getitem" else None
             raise Refused(f"its attention weights are {what} before they meet the values", nearest)
-        if op.name == "nan_to_num" and number(op.get("nan")) not in (None, 0):
+        if op.name == "nan_to_num" and op.get("nan") is not None and not is_number(op.get("nan"), 0):
             raise Refused("it puts another number than 0 in the place of attention weights that are NaN")
         dropped = _dropped(op) if op.name == "dropout" else 0.0
         if dropped and dropout_p:
@@ -420,7 +420,7 @@ def _follow(written: Softmax) -> tuple[list[Node], list[_Zeroed], Node, float]:
         node = user
 
 
-def _zeroing(op: Operation | None, weights: Node) -> tuple[Node, bool] | None:
+def _zeroing(op: Operation | None, weights: Node, scope: Scope) -> tuple[Node, bool] | None:
     """The mask by which an operation puts 0 in the place of some of ``weights``, and whether True does; else None."""
     if op is None or op.name not in ("masked_fill", "where"):
         return None
@@ -430,7 +430,7 @@ def _zeroing(op: Operation | None, weights: Node) -> tuple[Node, bool] | None:
     if op.name == "where" and hides:
         kept, zero = zero, kept
     is_mask = tensor_of(mask) is not None and _example(mask).dtype == torch.bool
-    return (mask, hides) if is_mask and kept is weights and number(zero) in (0, 0.0) else None
+    return (mask, hides) if is_mask and kept is weights and _scalar(zero, Evaluator(scope, weights)) == 0 else None
 
 
 def _zeroes(zeroed: Sequence[_Zeroed], scores: _Scores, scope: Scope, layout: Layout) -> bool:

@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from ..core.spec import known_equal
 from .buffers import Buffers
 from .nodes import reached, same_sizes, shares_memory, sources, tensor_of
-from .normalize import Operation, in_place, number, operation, order_of
+from .normalize import Operation, in_place, is_number, number, operation, order_of
 from .words import is_parameter, label, spoken
 
 COORDINATES = sympy.symbols("b h q k", integer=True, nonnegative=True)
@@ -284,7 +284,7 @@ def _terms(node: Node) -> list[tuple[Node, float]]:
     if op.name in (*_SAME, "to"):
         return [(op.node(), 1.0)]
     parts = [op.get("input"), op.get("other")]
-    plain = op.name in ("add", "sub") and number(op.get("alpha", 1)) == 1
+    plain = op.name in ("add", "sub") and is_number(op.get("alpha", 1), 1)
     if not plain or any(tensor_of(part) is None for part in parts):
         return []
     return [(parts[0], 1.0), (parts[1], 1.0 if op.name == "add" else -1.0)]

@@ -267,6 +267,12 @@ SPELLINGS: dict[str, tuple[Callable, str, float]] = {
         lambda q, k, v: (q @ k.mT).masked_fill(m := ~causal(), -math.inf).softmax(-1).masked_fill(m, 0.0) @ v,
         "causal", 1.0,
     ),
+    "weights set to 0 by tensors of one number": (
+        lambda q, k, v: torch.masked_fill(
+            torch.masked_fill(q @ k.mT, m := ~causal(), torch.scalar_tensor(-math.inf)).softmax(-1),
+            m, torch.scalar_tensor(0, dtype=q.dtype),
+        ) @ v, "causal", 1.0,
+    ),
     "weights that are 0 are set to 0 by where": (
         lambda q, k, v: torch.where(~causal(), 0, torch.where(causal(), q @ k.mT, -1e9).softmax(-1)) @ v, "causal", 1.0,
     ),
