@@ -94,6 +94,10 @@ def _add_fit(commands: Any) -> None:
     )  # fmt: skip
     add("--sample", type=Path, required=True, metavar="FILE", help="a text, or token ids that torch.save wrote (.pt)")
     add("--tokens", type=int, metavar="N", help="of the sample that are used (default: all)")
+    add(
+        "--questions", type=Path, nargs="+", default=[], metavar="FILE",
+        help="like the sample, and end with questions about what is before them and their answers",
+    )  # fmt: skip
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--tolerance", type=float, metavar="NATS", help="KL per token that is allowed, measured")
     asked.add_argument("--rows", type=float, metavar="N", help="rows per query that are allowed, mean over heads")

@@ -42,6 +42,7 @@ from .profile import (
     choose,
     filled,
     found_in,
+    joined,
     kl_of,
     least,
     measured,
@@ -105,6 +106,7 @@ def fit(
     rows: float | None = None,
     speedup: float | None = None,
     options: Iterable[Rows] = DEFAULT_OPTIONS,
+    questions: torch.Tensor | Iterable[torch.Tensor | Mapping[str, Any]] | None = None,
     held_out: torch.Tensor | Iterable[torch.Tensor | Mapping[str, Any]] | None = None,
     length: int | None = None,
     block: int | None = None,
@@ -129,6 +131,9 @@ def fit(
         16, 32, 64 or 128; 128, or that of ``profile``, unless given. last: queries at the end of a call that see
         everything, 0 to 256; counted among the rows.
     query_heads: each query head has rows of its own, for prefill alone: an ``ExpressCache`` holds rows by KV head.
+    questions: samples that end with questions and answers about them, in 256 tokens and an eighth of each at most. What
+        these last queries lose, which see everything, counts as much as what late queries of ``sample`` lose; without,
+        the last ones of ``sample`` take their place.
     held_out: samples to measure the KL on; then all of ``sample`` is profiled. length: tokens that rows and times are
         for; those of the longest sample unless given. progress: show a bar.
     profile: what :func:`.profile.profile` or an earlier fit (``found.profile``) measured on this model; then nothing is
@@ -150,6 +155,7 @@ def fit(
     samples = samples_of("sample", sample)
     if profile is not None and held_out is not None:
         raise TypeError("profile and held_out were both given: beside a profile all of sample is held out")
+    asking = _questions_of(questions, profile, last)
     profiled, judged = _halves(samples, held_out) if profile is None else ({}, named("sample", samples))
     if length is None:
         length = profile.tokens if profile is not None else max(map(tokens_of, profiled.values()))
@@ -163,9 +169,11 @@ def fit(
             reports = found_in(model, judged.values())[1]
             _times(speedup, reports, options, length, base)  # known early whether it is reached
         if profile is None:
-            profile, reports = measured(
-                model, profiled, options, block, progress, query_heads, MOST_LAST if last else 0
-            )
+            how = (options, block, progress, query_heads)
+            profile, reports = measured(model, profiled, *how, 0 if asking or not last else MOST_LAST)
+            if asking:
+                profile = joined([profile, measured(model, asking, *how, MOST_LAST, True)[0]])
+                reports = profiled_before(model, judged.values(), profile)
         else:
             reports = profiled_before(model, judged.values(), profile)
             _check_query_heads(query_heads, profile, reports)
@@ -189,6 +197,7 @@ def fit(
         "tokens": [tokens_of(x) for x in profiled.values()] or [profile.tokens] * profile.samples,
         "held_out": [tokens_of(x) for x in judged.values()],
         "options": [x.to_data() for x in options],
+        **({"questions": [tokens_of(x) for x in asking.values()]} if asking else {}),
     }
     plan = SavedPlan(search.entries(choice), fitted)
     routed(model, plan=plan)
@@ -312,6 +321,18 @@ def _check_query_heads(query_heads: bool, profile: Profile, reports: Sequence[Si
         if query_heads and report.spec is not None and len(site.errors) != report.spec.H:
             words = f"query_heads=True: the profile is by KV head, {len(site.errors)} of them at {site.module}"
             raise ValueError(f"{words}; must be False, or the profile made with query_heads=True")
+
+
+def _questions_of(questions: Any, profile: Profile | None, last: int) -> dict[str, Any]:
+    """The samples that end with questions, by name."""
+    if questions is None:
+        return {}
+    if profile is not None or last == 0:
+        beside = "last=0" if profile is None else "profile"
+        raise TypeError(
+            f"questions and {beside} were both given: they are profiled, by last queries that see everything"
+        )
+    return named("questions", samples_of("questions", questions))
 
 
 def _block_of(profile: Profile | None, block: int | None) -> int:

@@ -291,8 +291,8 @@ def joined(profiles: Sequence[Profile]) -> Profile:
     for place, own, of_site in zip(order, errors, weights.T, strict=True):
         mean = np.average(own, 0, weights=of_site if of_site.any() else None)
         sites.append(replace(first[place], errors=tuple(map(tuple, mean.tolist())), nats=float(of_site.mean())))
-    tokens, samples = max(x.tokens for x in profiles), sum(x.samples for x in profiles)
-    return replace(profiles[0], tokens=tokens, samples=samples, sites=tuple(sites))
+    longest = max(profiles, key=lambda x: x.tokens)
+    return replace(longest, samples=sum(x.samples for x in profiles), sites=tuple(sites))
 
 
 def _ratios(

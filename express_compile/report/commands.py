@@ -99,10 +99,13 @@ def fit(options: argparse.Namespace) -> int:
     if not isinstance(model, torch.nn.Module):
         home = ":".join(options.model)
         options.parser.error(f"MODEL={home}: returned {made!r}; must return a torch.nn.Module, or it and its tokenizer")
-    sample = _sample(options, tokenizer)
+    if options.tokens is not None and options.tokens < 4:
+        options.parser.error(f"--tokens={options.tokens}: must be 4 or more")
+    sample = _token_ids("sample", options.sample, options, tokenizer)[:, : options.tokens]
+    questions = [_token_ids("questions", path, options, tokenizer) for path in options.questions] or None
     try:
         asked = dict(tolerance=options.tolerance, rows=options.rows, speedup=options.speedup)
-        how = dict(length=options.length, query_heads=options.query_heads, progress=True)
+        how = dict(length=options.length, query_heads=options.query_heads, questions=questions, progress=True)
         found = fit_plan(model.to(options.device).eval(), sample, **asked, **how)
     except (TypeError, ValueError) as error:
         options.parser.error(str(error))
@@ -112,9 +115,9 @@ def fit(options: argparse.Namespace) -> int:
     return 0
 
 
-def _sample(options: argparse.Namespace, tokenizer: Any) -> torch.Tensor:
-    """The token ids ``[batch, tokens]`` of the sample."""
-    path, where = options.sample, f"--sample={str(options.sample)!r}"
+def _token_ids(name: str, path: Path, options: argparse.Namespace, tokenizer: Any) -> torch.Tensor:
+    """The token ids ``[batch, tokens]`` in a file, which is that of the argument ``name``."""
+    where = f"--{name}={str(path)!r}"
     if path.suffix != ".pt" and not callable(tokenizer):
         options.parser.error(
             f"{where}: is a text, and MODEL returned {'no tokenizer' if tokenizer is None else repr(tokenizer)}; must "
@@ -124,14 +127,12 @@ def _sample(options: argparse.Namespace, tokenizer: Any) -> torch.Tensor:
         read = path.read_text(encoding="utf-8") if path.suffix != ".pt" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # of a file that is none of its own torch.load raises EOFError, RuntimeError, ..
         options.parser.error(f"{where}: {_first_line(error)}")
-    ids = read if path.suffix == ".pt" else _ids(tokenizer(read))
+    ids: Any = read if path.suffix == ".pt" else _ids(tokenizer(read))
     if isinstance(ids, torch.Tensor) and not ids.numel():
         options.parser.error(f"{where}: has no tokens; must have 4 or more")
     if not isinstance(ids, torch.Tensor) or ids.dtype not in INTEGERS or ids.dim() not in (1, 2):
         options.parser.error(f"{where}: must be token ids, integers [tokens] or [batch, tokens]")
-    if options.tokens is not None and options.tokens < 4:
-        options.parser.error(f"--tokens={options.tokens}: must be 4 or more")
-    return ids.long().reshape(-1, ids.shape[-1])[:, : options.tokens].to(options.device)
+    return ids.long().reshape(-1, ids.shape[-1]).to(options.device)
 
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

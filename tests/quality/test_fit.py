@@ -160,6 +160,28 @@ def test_nats_are_what_an_error_at_one_site_does_to_the_output(model, ids) -> No
 
 
 @torch.no_grad()
+def test_questions_count_as_much_as_the_text_and_by_their_last_queries_alone(model, ids) -> None:
+    text, asked, late = ids[:1, :160], ids[1:], ids[:1, 80:]
+    how = dict(rows=34, options=OPTIONS, block=16, last=16)
+    fitted = fit(model, text, questions=asked, **how)
+    parts = (
+        profile(model, text[:, :80], OPTIONS, block=16),
+        profile(model, asked, OPTIONS, block=16, last=256, only_last=True),
+    )
+    assert fitted.profile == replace(joined(parts), samples=2)
+    assert fitted.profile.tokens == 240 and fitted.profile.rows == parts[1].rows, "those of the longer one"
+    assert (fitted.plan.fitted["tokens"], fitted.plan.fitted["questions"]) == ((80,), (240,))
+    assert "questions" not in fit(model, text, **how).plan.fitted
+    assert fitted.kl == pytest.approx(kl_of(model, late[:, :80], 20, plan=fitted.plan), rel=1e-3) and fitted.kl > 1e-6
+    with pytest.raises(TypeError, match="questions and profile were both given: they are profiled"):
+        fit(model, text, questions=asked, profile=fitted.profile, **how)
+    with pytest.raises(TypeError, match="questions and last=0 were both given"):
+        fit(model, text, questions=asked, **{**how, "last": 0})
+    with pytest.raises(ValueError, match=r"questions\[0\]: 1 token; must be 2 or more"):
+        fit(model, text, questions=asked[:, :1], **how)
+
+
+@torch.no_grad()
 def test_what_last_queries_lose_by_keys_and_values_counts_as_much_as_what_others_do(ids) -> None:
     """Queries at the end, here an eighth of the sample, see everything: what the last layer does is nothing to them."""
     torch.manual_seed(3)

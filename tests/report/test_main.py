@@ -153,7 +153,10 @@ def test_a_plan_is_fitted_to_a_text_and_saved(
     monkeypatch.setattr(commands, "fit_plan", lambda *a, **own: asked.append(own["query_heads"]) or run(*a, **own))
     for flags in ([], ["--query-heads"]):
         assert main(["fit", f"{model}:make", "--sample", str(ids), "--tolerance", "0.01", *flags, *written]) == 0
-    assert asked == [False, True]
+    assert asked == [False, True] and "questions" not in SavedPlan.load(plan).fitted
+    both = [str(ids), str(ids)]
+    assert main(["fit", f"{model}:make", "--sample", str(ids), "--rows", "700", *written, "--questions", *both]) == 0
+    assert SavedPlan.load(plan).fitted["questions"] == (len(text.read_text()),) * 2
 
 
 def test_what_cannot_be_fitted_is_told(
@@ -205,6 +208,7 @@ def test_what_cannot_be_fitted_is_told(
         (["--tolerance", "-1"], "tolerance=-1.0: must be above 0 and finite"),
         (["--rows", "5", "--tokens", "3"], "--tokens=3: must be 4 or more"),
         (["--rows", "5", "--sample", str(empty)], f"--sample='{empty}': has no tokens"),
+        (["--rows", "5", "--questions", str(text), str(empty)], f"--questions='{empty}': has no tokens"),
     ):
         with pytest.raises(SystemExit) as error:
             main(["fit", f"{model}:with_tokenizer", "--sample", str(text), *arguments])
