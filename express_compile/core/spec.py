@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import sympy
 import torch
+from torch.utils._sympy.functions import FloorDiv
 
 
 def floor_power_of_two(x: int) -> int:
@@ -155,7 +157,15 @@ def known_equal(a: Any, b: Any) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     difference = _expression(a) - _expression(b)
-    return bool(difference == 0 or getattr(difference, "expand", lambda: 1)() == 0)
+    if isinstance(difference, sympy.Expr):
+        difference = difference.replace(FloorDiv, _quotient).expand()
+    return bool(difference == 0)
+
+
+def _quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    """``a // b``, as what is left where ``b`` is a factor of ``a``: torch leaves ``s * s // s`` as it is."""
+    exact = sympy.cancel(a / b)
+    return exact if sympy.denom(exact) == 1 else FloorDiv(a, b)
 
 
 def feature_major(key: torch.Tensor) -> bool:

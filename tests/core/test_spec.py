@@ -207,6 +207,8 @@ def test_known_equal_proves_and_never_guards() -> None:
     assert known_equal(a, a) and known_equal(a + 1 - 1, a) and known_equal(2 * (a + 3), 2 * a + 6)
     assert not known_equal(a, b)  # equal today, by chance
     assert not known_equal(a, 8) and not known_equal(8, a)
+    assert known_equal(a * a // a, a) and known_equal(a * b * 3 // b, 3 * a), "as torch has sizes of a product"
+    assert not known_equal((a * a + 1) // a, a) and not known_equal(a * a // 2, a) and not known_equal(a * b // a, a)
     assert len(a.node.shape_env.guards) == guards
 
 

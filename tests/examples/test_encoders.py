@@ -115,9 +115,14 @@ def test_speed_rows_and_their_check(
     monkeypatch.setattr(sys, "argv", ["encoders.py", "speed", "--budget", "128", *arguments])
     encoders.main()
     monkeypatch.setattr(encoders, "rewrite_attention", lambda model, **options: model)
+    monkeypatch.setattr(encoders, "restore_attention", lambda model: model)
     encoders.main()
     with (tmp_path / "speed.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
+    planned = [row for row in rows if row["params"].endswith(" planner=1")]
+    assert [row["Lq"] for row in planned] == ["65", "64"] * 3 and all("rewritten=0" in row["params"] for row in planned)
+    assert all(float(row["error"]) == 0 and float(row["speedup"]) > 0 for row in planned), "so short ones stay exact"
+    rows = [row for row in rows if row not in planned]
     assert list(rows[0]) == encoders.SPEED_COLUMNS and [row["Lq"] for row in rows] == ["65", "64"] * 3
     thinned, whole, untouched = rows[:2], rows[2:4], rows[4:]
     for row in thinned:

@@ -746,6 +746,19 @@ def test_dynamic_sizes() -> None:
     assert len(found) == 1 and found[0][1].verdict == "rewritten"
 
 
+def test_as_many_sequences_as_heads_where_sizes_are_dynamic() -> None:
+    """Dynamo takes both for one symbol s, of which a product of queries and keys has s * s // s heads."""
+
+    def f(q, k, v):
+        return (q @ k.mT).masked_fill(~torch.ones(q.shape[2], k.shape[2]).tril().bool(), -1e9).softmax(-1) @ v
+
+    g, found = compiled(f, Policy(methods=("express",), budget=64), dynamic=True)
+    for size, n in ((2, 12), (3, 17)):
+        inputs = tensors(*[(size, size, n, D)] * 3)
+        assert relative(g(*inputs), f(*inputs)) < 1e-6
+    assert [(str(site.spec.mask), plan.verdict) for site, plan in found] == [("causal", "rewritten")]
+
+
 def test_a_global_number_is_known_where_sizes_are_dynamic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo makes a symbol of it; another value compiles anew."""
 
