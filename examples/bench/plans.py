@@ -1,7 +1,7 @@
 """Plans per KV head against every other way to choose rows, at equal rows: KL on texts and needles in haystacks.
 
     python examples/bench/plans.py --model smollm2 --length 8192 --rows 700 1350 --out results.csv   # a GPU, minutes
-    python examples/bench/plans.py --length 1024 --rows 300 --texts 1 --each 1 --batch 1             # a taste on a CPU
+    python examples/bench/plans.py --length 1024 --rows 300 --texts 1 --each 1 --batch 1  # on a CPU, 15 minutes
 
 One profile of three texts (``models.profiled_texts``) and of three haystacks that end with questions
 (``needles.profiled_questions``): of these counts what the last 256 queries lose, which see everything. By it every
