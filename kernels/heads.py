@@ -41,7 +41,7 @@ from express_compile.core import cost as c
 from express_compile.core.call import Call
 from express_compile.core.method import Method, Refusal, cost_at, register
 from express_compile.core.options import NUMBER, WHOLE, Kind, Options, option
-from express_compile.core.plain import number, renamed
+from express_compile.core.plain import about, number
 from express_compile.core.policy import Policy
 from express_compile.core.rows import Rows, from_numbers, to_numbers
 from express_compile.core.rows import heads as rows_of_heads
@@ -99,10 +99,8 @@ def _rows(name: str, value: Any) -> Any:
 
 
 def _of_site(name: str, value: Any) -> tuple[Rows, ...]:
-    try:
+    with about(name):
         rows = (value,) if isinstance(value, Rows) else rows_of_heads(value)
-    except (TypeError, ValueError) as error:
-        raise renamed(name, error) from None
     if not rows:
         raise ValueError(f"{name}=(): must have an entry for every KV head or query head, or one for all")
     for i, x in enumerate(rows):

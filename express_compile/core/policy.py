@@ -13,7 +13,7 @@ from typing import Any
 from . import local
 from .method import METHODS
 from .options import Options, flag, table_of, whole
-from .plain import check_plain, from_json, renamed, shown
+from .plain import about, check_plain, from_json, shown
 from .plan import SavedPlan, SavedSite
 
 BESIDE_A_PLAN = ("seed", "strict", "cuda_graphs")
@@ -276,7 +276,6 @@ def _overrides(modules: Any) -> Iterator[tuple[str, dict[str, Any]]]:
                 f"modules: {glob!r}: {given!r}; must map a glob on module paths to the name of one method or to a "
                 "mapping of fields"
             )
-        try:
-            yield glob, local.check_all(dict(given) if isinstance(given, Mapping) else {"methods": (given,)})
-        except (TypeError, ValueError) as error:
-            raise renamed(f"modules[{glob!r}]", error) from None
+        with about(f"modules[{glob!r}]"):
+            fields = local.check_all(dict(given) if isinstance(given, Mapping) else {"methods": (given,)})
+        yield glob, fields

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from typing import Any
 
-from .plain import entries, number, renamed
+from .plain import about, entries, number
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,8 @@ def heads(given: Any) -> tuple[Rows, ...]:
         raise TypeError(f"rows={given!r}: must be a list with an entry for every KV head or query head")
     found = []
     for i, x in enumerate(given):
-        try:
+        with about(f"rows[{i}]"):
             found.append(x if isinstance(x, Rows) else Rows.from_data(x))
-        except (TypeError, ValueError) as error:
-            raise renamed(f"rows[{i}]", error) from None
     return tuple(found)
 
 

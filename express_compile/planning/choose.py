@@ -10,7 +10,7 @@ import torch
 
 from ..core.local import shared_names
 from ..core.method import METHODS, Refusal
-from ..core.plain import canonical, renamed
+from ..core.plain import about, canonical
 from ..core.plan import Plan, SavedSite, Verdict, facts_of
 from ..core.policy import Policy, Unmet
 from ..core.rows import describe
@@ -129,10 +129,8 @@ def _check_values(policy: Policy) -> None:
             raise ValueError(f"plan[{site.module!r}]: unknown method {site.method!r}; allowed are {', '.join(known)}")
         parts[f"plan[{site.module!r}]"] = policy.of_entry(site)
     for name, part in parts.items():
-        try:
+        with about(name):
             _check_values(part)
-        except (TypeError, ValueError) as error:
-            raise renamed(name, error) from None
 
 
 def methods_of(policy: Policy, path: str | None = None) -> tuple[str, ...]:

@@ -232,8 +232,8 @@ def measured(
     ran: list[SiteReport] = []
     tokens = max(map(tokens_of, samples.values()))
     rows = tuple(rows_of(options, tokens, PerHead(EVERYTHING, block=block)))
-    few = [(x, o) for o, x in enumerate(rows) if not options[o].everything]
-    fewest = (min(few)[1], options[min(few)[1]]) if few else None
+    few = [(x, o) for o, x in enumerate(options) if not x.everything]
+    fewest = min(few, key=lambda option: rows[option[1]], default=None)
     each = []
     with Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task("profile", total=len(samples) * len(finder.sites) * (len(options) + 1))
@@ -246,20 +246,16 @@ def measured(
             errors = meter.errors()
             with about(name):
                 ratios = _ratios(model, batch, exact, errors, fewest, last, only_last, lambda: bar.advance(task))
-                for nats in ratios:
-                    sites = tuple(
-                        SiteProfile(
-                            saved.module,
-                            saved.index,
-                            finder.paths.get(layer),
-                            tuple(map(tuple, own.tolist())),
-                            nats[layer],
-                        )
-                        for layer, own in errors.items()
-                        if (saved := of[layer].saved) is not None
+                sites = {
+                    layer: SiteProfile(
+                        saved.module, saved.index, finder.paths.get(layer), tuple(map(tuple, own.tolist()))
                     )
-                    if sites:
-                        each.append(Profile(options, tokens, 1, rows, sites, block))
+                    for layer, own in errors.items()
+                    if (saved := of[layer].saved) is not None
+                }
+                for nats in ratios if sites else ():
+                    own_nats = tuple(replace(site, nats=nats[layer]) for layer, site in sites.items())
+                    each.append(Profile(options, tokens, 1, rows, own_nats, block))
     if not each:
         reasons = "; ".join(sorted({x.reason for x in ran})) or "it has none"
         raise ValueError(f"model: no site can have rows for each head: {reasons}")
@@ -300,7 +296,7 @@ def _ratios(
     batch: Any,
     exact: torch.Tensor,
     errors: Mapping[int, torch.Tensor],
-    fewest: tuple[int, Rows] | None,
+    fewest: tuple[Rows, int] | None,
     last: int,
     only_last: bool,
     advance: Callable[[], None],
@@ -316,7 +312,7 @@ def _ratios(
     found = [dict.fromkeys(errors, 0.0) for _ in counted]
     if fewest is None:
         return found
-    place, option = fewest
+    option, place = fewest
     for layer, of_heads in errors.items():
         if error := float(of_heads[:, place].sum()):
             with run_by(Chosen({layer: [option]}, last)):
