@@ -8,7 +8,7 @@ import torch
 
 # What the kernel reads but by descriptor, and writes; ``largest``: of keys and values of a head, for float32. ``jobs``
 # (:mod:`.job`) and ``chosen``: of a launch for heads that see rows of different tables (:mod:`.mixed`). ``spans``
-# (:mod:`..spans`): of a batch whose tokens are not read by descriptor, into ``out`` and ``lse`` with strides.
+# (:mod:`..spans`): of a batch whose tokens the kernel finds by place, into ``out`` and ``lse`` with strides.
 KernelTensors = namedtuple(
     "KernelTensors", "q k v index lengths largest scale_log2 G out lse jobs chosen spans", defaults=(None, None, None)
 )

@@ -2,9 +2,12 @@
 
 As many programs as the device has multiprocessors stay and take *job* after job, each 128 queries of one head, those
 with most rows first. One warp group reads tiles of keys and values into shared memory ahead of the others, those of the
-next job as well: by the tensor memory accelerator what lies side by side, rows by index asynchronously one by one. Two
+next job as well: by the tensor memory accelerator what lies side by side, other rows asynchronously one by one. Two
 warp groups of 64 queries each multiply: the product with the keys of a tile runs beside the one with the values of the
 tile before it, and exponentials of one group overlap with products of the other.
+
+Of :class:`..spans.Spans` the device sees which sequences lie side by side. Their tiles are read as all others are, but
+at the end: padding may be NaN, of which a hidden product is NaN, too. Sequences with holes are read row by row.
 
 On an H200 (Triton 3.6, bfloat16, D = 128, n = 32,768) it reaches 607 TFLOP/s of causal attention, where the kernel of
 :mod:`.segments` has 427 and cuDNN 587, and over the 512 rows of Express 513, where that one has 371: queries see 89% of
@@ -21,6 +24,7 @@ from typing import Any
 import torch
 
 from ..launch import constexpr, launch, processors
+from ..spans import Spans
 from . import job
 from .arguments import describable
 
@@ -67,12 +71,17 @@ Shared = namedtuple("Shared", "q k v q_full q_empty k_full k_empty v_full v_empt
 # Where kinds of tiles end, one after the other: copied rows, rows by index, chosen blocks, listed tokens, the tail
 Work = namedtuple("Work", "first copied indexed chosen listed total tail keys")
 # Which program it is: sequence and heads, the row of its first query (below 0: none), the first query that is one and
-# where it stands among the tokens, the end of those that it stores results of, where rows that are no tokens begin
-Place = namedtuple("Place", "i_b i_h i_kv i_bh q_row skip position end c_b c_h c_row p_index p_chosen first_key")
+# where it stands among the tokens, the end of those that it stores results of, where rows that are no tokens begin, and
+# of spans where the tokens are
+Place = namedtuple("Place", "i_b i_h i_kv i_bh q_row skip position end c_b c_h c_row p_index p_chosen first_key span")
+# The places of the tokens of a sequence, from which one on they are queries; the first place, and how many tokens lie
+# side by side from there on, all or none
+Span = namedtuple("Span", "order begin first whole")
 Descriptors = namedtuple("Descriptors", "q k v copied_key copied_value slots")
 # Tiles of keys or of values: the tensor, descriptors of tokens and of copies, of slots of both, and where tiles go
-Stream = namedtuple("Stream", "x tokens copied slots_tokens slots_copied tiles full empty")
-# Of all jobs that are in no table: ``parts`` of the queries of ``groups`` heads in all sequences, ``heads`` take turns
+Stream = namedtuple("Stream", "x spans tokens copied slots_tokens slots_copied tiles full empty")
+# Of all jobs that are in no table: ``parts`` of the queries of ``groups`` heads in all sequences, ``heads`` take turns.
+# ``Lq`` of spans is their lead, as Triton makes constants of 1 in other tuples
 Sizes = namedtuple("Sizes", "H Lq q_offset shift parts groups heads")
 
 
@@ -85,38 +94,76 @@ def _number(n):
 
 
 @gluon_jit
-def _rounds(lists, sizes):
+def _parts_of(i_b, x, sizes, BM: gl.constexpr):
+    """How many parts with queries a sequence of spans has, and its first query."""
+    begin, length = gl.load(x.spans.begin + i_b), gl.load(x.spans.length + i_b)
+    parts = gl.minimum((length + sizes.shift + BM - 1) // BM - (begin + sizes.shift) // BM, sizes.parts)
+    return gl.where(begin < length, parts, 0), gl.where(begin < length, begin, 0)
+
+
+@gluon_jit
+def _rounds(x, lists, sizes, BM: gl.constexpr):
     """How many jobs this program has."""
     if lists.begin is not None:
         p_begin = lists.begin + gl.program_id(0)
         rounds = gl.load(p_begin + 1) - gl.load(p_begin)
     else:
         jobs = sizes.parts * sizes.groups
+        if x.spans is not None:
+            jobs = 0
+            for i_b in range(sizes.groups // sizes.H):
+                parts, begin = _parts_of(i_b, x, sizes, BM)
+                jobs += parts * sizes.H
         full = jobs // gl.num_programs(0)
         rounds = full + (_number(full) < jobs).to(gl.int32)
     return rounds
 
 
 @gluon_jit
-def _job(n, x, lists, sizes, SHAPE: gl.constexpr):
-    """The n-th job of this program."""
+def _span_of(i_b, x):
+    """Where the tokens of a sequence are, and how many."""
+    order, length = x.spans.order + gl.load(x.spans.start + i_b), gl.load(x.spans.length + i_b)
+    first = gl.load(order)
+    last = gl.load(order + gl.maximum(length - 1, 0))
+    whole = gl.where(last - first == length - 1, length, 0)
+    return Span(order, gl.load(x.spans.begin + i_b), first, whole), length
+
+
+@gluon_jit
+def _job(n, at, x, lists, sizes, SHAPE: gl.constexpr):
+    """The n-th job of this program; ``at``: the sequence of an earlier one, and how many jobs come before that, of
+    spans."""
     BN: gl.constexpr = SHAPE.BN
     BM: gl.constexpr = SHAPE.BM
     shift, end = sizes.shift, sizes.Lq
-    blocks, first_key = 0, 0
+    blocks, first_key, span = 0, 0, ()
     if x.jobs is None:
         number = _number(n)
-        section = number // (sizes.parts * sizes.heads)
-        number -= section * (sizes.parts * sizes.heads)
-        heads = gl.minimum(sizes.heads, sizes.groups - section * sizes.heads)
+        parts, groups, begin = sizes.parts, sizes.groups, 0
+        if x.spans is not None:
+            i_b, before = at
+            parts, begin = _parts_of(i_b, x, sizes, BM)
+            while (number >= before + parts * sizes.H) & (i_b < groups // sizes.H - 1):
+                before += parts * sizes.H
+                i_b += 1
+                parts, begin = _parts_of(i_b, x, sizes, BM)
+            at = i_b, before
+            parts, groups = gl.maximum(parts, 1), sizes.H  # a program without jobs asks as well
+            number = gl.minimum(number - before, parts * groups - 1)
+        section = number // (parts * sizes.heads)
+        number -= section * (parts * sizes.heads)
+        heads = gl.minimum(sizes.heads, groups - section * sizes.heads)
         i_bh = section * sizes.heads + number % heads
-        i_part = sizes.parts - 1 - number // heads + shift // BM  # no job for parts before the first query
-        i_b = i_bh // sizes.H
+        i_part = parts - 1 - number // heads + (begin + shift) // BM  # no job for parts before the first query
+        if x.spans is None:
+            i_b = i_bh // sizes.H
+        else:
+            span, end = _span_of(i_b, x)
         i_h = i_bh % sizes.H
         i_kv = i_h // x.G
         i_block = i_part // SHAPE.PARTS
         c_b, c_h, c_row = i_b, i_kv, 0
-        p_index = x.lse  # of no kind that is read
+        p_index = x.lse if x.spans is None else x.spans.order  # of no kind that is read
         if x.index.p is not None:
             p_index = x.index.p + (i_b.to(gl.int64) * x.index.b + i_kv.to(gl.int64) * x.index.h)
         p_chosen = p_index
@@ -148,7 +195,8 @@ def _job(n, x, lists, sizes, SHAPE: gl.constexpr):
     stop = sizes.q_offset + gl.minimum(q_row + BM, end)
     total = gl.maximum(listed + (gl.maximum(stop - tail, 0) + BN - 1) // BN, 1)
     work = Work(first, copied, indexed, chosen, listed, total, tail, blocks * 64)
-    return work, Place(i_b, i_h, i_kv, i_bh, q_row, skip, position, end, c_b, c_h, c_row, p_index, p_chosen, first_key)
+    own = i_b, i_h, i_kv, i_bh, q_row, skip, position, end, c_b, c_h, c_row, p_index, p_chosen, first_key, span
+    return work, Place(*own), at
 
 
 @gluon_jit
@@ -171,22 +219,25 @@ def _tile(j, work, lists, BN: gl.constexpr):
 
 
 @gluon_jit
-def _gather(target, x, place, row, shown):
-    """Rows by index into shared memory, some at a time; behind ``shown`` of them come copies of the last one."""
+def _gather(target, p, n, p_from, ends):
+    """Rows into shared memory, some at a time: those that ``p_from`` lists from the first of ``ends`` on, of the memory
+    at ``p``, ``n`` elements each. In place of what is listed before the second or from the third on come copies of the
+    nearest row that is not."""
     BN: gl.constexpr = target.shape[0]
     D: gl.constexpr = target.shape[1]
     STEP: gl.constexpr = GATHERED // D
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    p = x.p + (place.i_b.to(gl.int64) * x.b + place.i_kv.to(gl.int64) * x.h)
-    p_from = place.p_index + row
+    begin, least, stop = ends
     o_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
     o_n = gl.arange(0, STEP, gl.SliceLayout(1, LAYOUT))
     rows = ()  # all at once: loads between copies would wait for one another
     for i in gl.static_range(BN // STEP):
-        o_row = gl.minimum(o_n + i * STEP, shown - 1)
+        o_row = gl.minimum(o_n + (begin + i * STEP), stop - 1)
+        if least is not None:
+            o_row = gl.maximum(o_row, least)
         rows = rows + (gl.load(p_from + o_row),)  # type: ignore[assignment]
     for i in gl.static_range(BN // STEP):
-        pointers = p + rows[i].to(gl.int64)[:, None] * x.n + o_d[None, :]
+        pointers = p + rows[i].to(gl.int64)[:, None] * n + o_d[None, :]
         load_rows(target.slice(i * STEP, STEP, 0), pointers)
 
 
@@ -215,50 +266,118 @@ def _pieces(stream):
 
 
 @gluon_jit
+def _head(x, i_b, i_h):
+    """The first row of a head."""
+    return x.p + (i_b.to(gl.int64) * x.b + i_h.to(gl.int64) * x.h)
+
+
+@gluon_jit
+def _gather_tile(stream, stage, j, row, shown, work, place):
+    """A tile of rows by index, or of spans one of tokens."""
+    target = stream.tiles.index(stage).reshape([stream.tiles.shape[3], stream.tiles.shape[4]])
+    p, p_from, ends = _head(stream.x, place.i_b, place.i_kv), place.p_index + row, (0, None, shown)
+    if stream.spans is not None:
+        of_index = j < work.indexed
+        p_from = gl.where(of_index, place.p_index, place.span.order)
+        ends = row, None, gl.where(of_index, row + shown, place.end)
+    _gather(target, p, stream.x.n, p_from, ends)
+
+
+@gluon_jit
+def _gather_slots(stream, stage, place, p_slots):
+    """The slots of a merged tile that are tokens of spans and not to be read side by side; how many others it has."""
+    SIZE: gl.constexpr = stream.tiles.shape[3] // SLOTS
+    COLUMNS: gl.constexpr = stream.tiles.shape[4] // 64
+    p, pieces = _head(stream.x, place.i_b, place.i_kv), _pieces(stream)
+    others = SLOTS
+    for i in range(SLOTS):
+        token = -1 - gl.load(p_slots + i)
+        if (token >= 0) & (token + SIZE > place.span.whole):
+            for c in gl.static_range(COLUMNS):
+                target = pieces.index((stage * COLUMNS + c) * SLOTS + i).reshape([SIZE, 64])
+                _gather(target, p + 64 * c, stream.x.n, place.span.order, (token, None, place.end))
+            others -= 1
+    return others
+
+
+@gluon_jit
+def _load_blocks(stream, stage, row, shown, place):
+    """A tile of chosen blocks."""
+    COLUMNS: gl.constexpr = stream.tiles.shape[4] // 64
+    SIZE: gl.constexpr = stream.tiles.shape[3] // SLOTS
+    pieces, full = _pieces(stream), stream.full.index(stage)
+    p_block = place.p_chosen + row // 64
+    first = gl.load(p_block), gl.load(p_block + gl.where(shown > 64, 1, 0))  # or the last one twice
+    for i in gl.static_range(SLOTS):
+        own = place.first_key + first[i * SIZE // 64] * 64 + i * SIZE % 64
+        for c in gl.static_range(COLUMNS):
+            piece = pieces.index((stage * COLUMNS + c) * SLOTS + i)
+            load_tile(stream.slots_tokens, [place.i_b, place.i_kv, own, 64 * c], full, piece)
+
+
+@gluon_jit
+def _load_slots(stream, stage, p_slots, place, i_b, i_first):
+    """The slots of a merged tile that lie side by side; tokens from place ``i_first`` on."""
+    COLUMNS: gl.constexpr = stream.tiles.shape[4] // 64
+    SIZE: gl.constexpr = stream.tiles.shape[3] // SLOTS
+    pieces, full = _pieces(stream), stream.full.index(stage)
+    slots = (gl.load(p_slots), gl.load(p_slots + 1), gl.load(p_slots + 2), gl.load(p_slots + 3))
+    for i in gl.static_range(SLOTS):
+        slot = slots[i]
+        for c in gl.static_range(COLUMNS):
+            piece = pieces.index((stage * COLUMNS + c) * SLOTS + i)
+            if slot >= 0:
+                at = [place.c_b, place.c_h, place.c_row + slot, 64 * c]
+                load_tile(stream.slots_copied, at, full, piece)
+            elif (stream.spans is None) or (SIZE - 1 - slot <= place.span.whole):
+                load_tile(stream.slots_tokens, [i_b, place.i_kv, i_first + (-1 - slot), 64 * c], full, piece)
+
+
+@gluon_jit
 def _fill(stream, stage, phase, j, row, shown, work, place, lists, CHOSEN: gl.constexpr):
     """Tile j of a job, as soon as there is room for it; ``CHOSEN``: it may be one of chosen blocks."""
-    BN: gl.constexpr = stream.tiles.shape[3]
-    D: gl.constexpr = stream.tiles.shape[4]
-    COLUMNS: gl.constexpr = D // 64
-    SIZE: gl.constexpr = BN // SLOTS
     full = stream.full.index(stage)
     mbarrier.wait(stream.empty.index(stage), phase ^ 1)
-    if (stream.x is not None) and ((j >= work.copied) & (j < work.indexed)):
-        _gather(stream.tiles.index(stage).reshape([BN, D]), stream.x, place, row, shown)
+    i_b, i_first, by_row = place.i_b, 0, (j >= work.copied) & (j < work.indexed)
+    if stream.spans is not None:
+        i_b, i_first = gl.where(stream.x.b == 0, 0, i_b), place.span.first  # the batch may be one tensor, expanded
+        by_row = by_row | ((j >= work.indexed) & (row + stream.tiles.shape[3] > place.span.whole))
+    if (stream.x is not None) and by_row:
+        _gather_tile(stream, stage, j, row, shown, work, place)
         async_copy.mbarrier_arrive(full)
         mbarrier.arrive(full)
     else:
-        mbarrier.expect(full, stream.tokens.block_type.nbytes)
+        nbytes: gl.constexpr = stream.tokens.block_type.nbytes
+        if (stream.spans is not None) and ((j < work.copied) & (row < 0)):
+            others = _gather_slots(stream, stage, place, lists.slots + SLOTS * (work.first + j))
+            async_copy.mbarrier_arrive(full)
+            for i in gl.static_range(SLOTS + 1):  # a number of bytes is a constant
+                mbarrier.expect(full, i * (nbytes // SLOTS), pred=others == i)
+        else:
+            mbarrier.expect(full, nbytes)
         tile = stream.tiles.index(stage)
         if CHOSEN and ((j >= work.indexed) & (j < work.chosen)):
-            pieces = _pieces(stream)
-            p_block = place.p_chosen + row // 64
-            first = gl.load(p_block), gl.load(p_block + gl.where(shown > 64, 1, 0))  # or the last one twice
-            for i in gl.static_range(SLOTS):
-                own = place.first_key + first[i * SIZE // 64] * 64 + i * SIZE % 64
-                for c in gl.static_range(COLUMNS):
-                    at = [place.i_b, place.i_kv, own, 64 * c]
-                    piece = pieces.index((stage * COLUMNS + c) * SLOTS + i)
-                    load_tile(stream.slots_tokens, at, full, piece)
+            _load_blocks(stream, stage, row, shown, place)
         elif j >= work.copied:
-            load_tile(stream.tokens, [place.i_b, place.i_kv, row, 0], full, tile)
+            load_tile(stream.tokens, [i_b, place.i_kv, i_first + row, 0], full, tile)
         elif row >= 0:
-            at = [place.c_b, place.c_h, place.c_row + row, 0]
-            load_tile(stream.copied, at, full, tile)
+            load_tile(stream.copied, [place.c_b, place.c_h, place.c_row + row, 0], full, tile)
         else:
-            pieces = _pieces(stream)
-            p_slots = lists.slots + SLOTS * (work.first + j)
-            slots = (gl.load(p_slots), gl.load(p_slots + 1), gl.load(p_slots + 2), gl.load(p_slots + 3))
-            for i in gl.static_range(SLOTS):
-                slot = slots[i]
-                for c in gl.static_range(COLUMNS):
-                    piece = pieces.index((stage * COLUMNS + c) * SLOTS + i)
-                    if slot >= 0:
-                        at = [place.c_b, place.c_h, place.c_row + slot, 64 * c]
-                        load_tile(stream.slots_copied, at, full, piece)
-                    else:
-                        at = [place.i_b, place.i_kv, -1 - slot, 64 * c]
-                        load_tile(stream.slots_tokens, at, full, piece)
+            _load_slots(stream, stage, lists.slots + SLOTS * (work.first + j), place, i_b, i_first)
+
+
+@gluon_jit
+def _gather_queries(x, place, shared, sizes, q_phase):
+    """Of a sequence of spans whose tokens do not lie side by side."""
+    D: gl.constexpr = shared.q.shape[4]
+    p = _head(x.q, place.i_b, place.i_h) - sizes.Lq.to(gl.int64) * x.q.n
+    for half in range(2):
+        full = shared.q_full.index(half)
+        mbarrier.wait(shared.q_empty.index(half), q_phase ^ 1)
+        ends = place.q_row + ROWS * half, place.span.begin, place.end
+        _gather(shared.q.index(half).reshape([ROWS, D]), p, x.q.n, place.span.order, ends)
+        async_copy.mbarrier_arrive(full)
+        mbarrier.arrive(full)
 
 
 @gluon_jit
@@ -266,25 +385,30 @@ def _produce(d, x, lists, shared, sizes, SHAPE: gl.constexpr):
     BN: gl.constexpr = SHAPE.BN
     CHOSEN: gl.constexpr = x.jobs is not None
     x_k, x_v = None, None
-    if x.index.p is not None:
+    if (x.index.p is not None) or (x.spans is not None):
         x_k, x_v = x.k, x.v
     k_slots, v_slots, ck_slots, cv_slots = d.slots
-    keys = Stream(x_k, d.k, d.copied_key, k_slots, ck_slots, shared.k, shared.k_full, shared.k_empty)
-    values = Stream(x_v, d.v, d.copied_value, v_slots, cv_slots, shared.v, shared.v_full, shared.v_empty)
-    stage, phase, q_phase = 0, 0, 0
-    for n in range(_rounds(lists, sizes)):
-        work, place = _job(n, x, lists, sizes, SHAPE)
+    keys = Stream(x_k, x.spans, d.k, d.copied_key, k_slots, ck_slots, shared.k, shared.k_full, shared.k_empty)
+    values = Stream(x_v, x.spans, d.v, d.copied_value, v_slots, cv_slots, shared.v, shared.v_full, shared.v_empty)
+    stage, phase, q_phase, at = 0, 0, 0, (0, 0)
+    for n in range(_rounds(x, lists, sizes, SHAPE.BM)):
+        work, place, at = _job(n, at, x, lists, sizes, SHAPE)
         row, shown, weight, more = _tile(0, work, lists, BN)
+        q_b, q_row, side_by_side = place.i_b, place.q_row, True
+        if x.spans is not None:
+            q_b, q_row = gl.where(x.q.b == 0, 0, q_b), q_row + (place.span.first - sizes.Lq)
+            side_by_side = place.span.whole > 0
+            if place.span.whole == 0:
+                _gather_queries(x, place, shared, sizes, q_phase)
         for j in range(work.total):
             next_row, next_shown, next_weight, next_more = _tile(j + 1, work, lists, BN)
             _fill(keys, stage, phase, j, row, shown, work, place, lists, CHOSEN)
-            if j == 0:  # behind its first keys: there is room for queries a tile later than for these
+            if (j == 0) & side_by_side:  # behind its first keys: there is room for queries a tile later than for these
                 for half in gl.static_range(2):
                     full = shared.q_full.index(half)
                     mbarrier.wait(shared.q_empty.index(half), q_phase ^ 1)
                     mbarrier.expect(full, d.q.block_type.nbytes)
-                    at = [place.i_b, place.i_h, place.q_row + ROWS * half, 0]
-                    load_tile(d.q, at, full, shared.q.index(half))
+                    load_tile(d.q, [q_b, place.i_h, q_row + ROWS * half, 0], full, shared.q.index(half))
             _fill(values, stage, phase, j, row, shown, work, place, lists, CHOSEN)
             stage, phase = next_stage(stage, phase, SHAPE.STAGES)
             row, shown = next_row, next_shown
@@ -320,16 +444,23 @@ def _finish(b_acc, b_max, b_sum, done, x, sizes, half: gl.constexpr):
     waits for barriers by lane and with uniform ones."""
     DV: gl.constexpr = b_acc.shape[1]
     ROW: gl.constexpr = gl.SliceLayout(1, b_acc.type.layout)
-    i_bh, q_row, end = done
     b_sum = gl.convert_layout(b_sum, ROW)
     b_out = b_acc / b_sum[:, None]
     b_lse = (gl.convert_layout(b_max, ROW) + gl.log2(b_sum)) * 0.6931471805599453
-    o_m = q_row + ROWS * half + gl.arange(0, ROWS, ROW)
-    m_m = (o_m >= 0) & (o_m < end)
-    o_row = i_bh.to(gl.int64) * sizes.Lq + o_m
+    o_m = done.q_row + ROWS * half + gl.arange(0, ROWS, ROW)
+    if x.spans is None:
+        m_m = (o_m >= 0) & (o_m < done.end)
+        o_row = done.i_bh.to(gl.int64) * sizes.Lq + o_m
+        p_out, stride_o, p_lse, o_lse = x.out, DV, x.lse, o_row
+    else:
+        m_m = (o_m >= done.span.begin) & (o_m < done.end)
+        o_row = (gl.load(done.span.order + o_m, mask=m_m, other=0) - sizes.Lq).to(gl.int64)
+        p_out, stride_o = _head(x.out, done.i_b, done.i_h), x.out.n
+        p_lse, o_lse = _head(x.lse, done.i_b, done.i_h), o_row * x.lse.n
     o_d = gl.arange(0, DV, gl.SliceLayout(0, b_acc.type.layout))
-    gl.store(x.out + o_row[:, None] * DV + o_d[None, :], b_out.to(x.out.dtype.element_ty), mask=m_m[:, None])
-    gl.store(x.lse + o_row, b_lse, mask=m_m)
+    dtype: gl.constexpr = p_out.dtype.element_ty
+    gl.store(p_out + o_row[:, None] * stride_o + o_d[None, :], b_out.to(dtype), mask=m_m[:, None])
+    gl.store(p_lse + o_lse, b_lse, mask=m_m)
 
 
 @gluon_jit
@@ -343,19 +474,20 @@ def _consume(x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.constexpr):
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     P_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, O_L)
+    BY_ROW: gl.constexpr = (x.index.p is not None) or (x.spans is not None)
     dtype: gl.constexpr = shared.q.dtype
     scale_log2 = x.scale_log2
     b_zero = gl.zeros([ROWS, BN], gl.float32, S_L)
     stage, phase, q_phase = 0, 0, 0
-    rounds = _rounds(lists, sizes)
-    work, place = _job(0, x, lists, sizes, SHAPE)
+    rounds = _rounds(x, lists, sizes, SHAPE.BM)
+    work, place, at = _job(0, (0, 0), x, lists, sizes, SHAPE)
     row, shown, weight, more = _tile(0, work, lists, BN)
     for n in range(rounds):
         b_acc = gl.zeros([ROWS, DV], gl.float32, O_L)
         q = shared.q.index(half).reshape([ROWS, D])
         mbarrier.wait(shared.q_full.index(half), q_phase)
         mbarrier.wait(shared.k_full.index(stage), phase)
-        if x.index.p is not None:
+        if BY_ROW:  # products see such tiles behind a fence
             fence_async_shared()
         k = shared.k.index(stage).reshape([BN, D]).permute((1, 0))
         b_s = warpgroup_mma(q, k, b_zero, use_acc=False)
@@ -371,12 +503,12 @@ def _consume(x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.constexpr):
         for j in range(1, work.total):
             before, before_phase = _before(stage, phase, STAGES)
             mbarrier.wait(shared.k_full.index(stage), phase)
-            if x.index.p is not None:
+            if BY_ROW:
                 fence_async_shared()
             k = shared.k.index(stage).reshape([BN, D]).permute((1, 0))
             s_token = warpgroup_mma(q, k, b_zero, use_acc=False, is_async=True)
             mbarrier.wait(shared.v_full.index(before), before_phase)
-            if x.index.p is not None:
+            if BY_ROW:
                 fence_async_shared()
             v = shared.v.index(before).reshape([BN, DV])
             o_token = warpgroup_mma(b_p, v, b_acc, is_async=True)
@@ -396,12 +528,12 @@ def _consume(x, lists, shared, sizes, half: gl.constexpr, SHAPE: gl.constexpr):
             b_p = gl.convert_layout(b_w.to(dtype), P_L)
             row, shown, weight, more = next_row, next_shown, next_weight, next_more
             stage, phase = next_stage(stage, phase, STAGES)
-        done = (place.i_bh, place.q_row, place.end)
-        work, place = _job(gl.minimum(n + 1, rounds - 1), x, lists, sizes, SHAPE)
+        done = place
+        work, place, at = _job(gl.minimum(n + 1, rounds - 1), at, x, lists, sizes, SHAPE)
         row, shown, weight, more = _tile(0, work, lists, BN)
         before, before_phase = _before(stage, phase, STAGES)
         mbarrier.wait(shared.v_full.index(before), before_phase)
-        if x.index.p is not None:
+        if BY_ROW:
             fence_async_shared()
         b_acc = warpgroup_mma(b_p, shared.v.index(before).reshape([BN, DV]), b_acc)
         mbarrier.arrive(shared.v_empty.index(before))
@@ -440,7 +572,7 @@ def segment_kernel(d_q, d_k, d_v, d_ck, d_cv, d_sk, d_sv, d_sck, d_scv, x, lists
             (_produce, (d, x, lists, shared, sizes, SHAPE)),
         ],
         [4, 4],
-        [224, 56],
+        [224, 56] if x.spans is None else [216, 72],
     )
 
 
@@ -452,8 +584,13 @@ def launch_jobs(
     is a table of jobs, in which each program has its own."""
     group = 2 * sum(x.shape[2] * x.shape[3] for x in described[1:3])  # bytes of a KV head
     parts, groups = grid
-    every = Sizes(*sizes, *grid, min(max(CACHED // group, 1) * tensors.G, groups))  # type: ignore[call-arg]
-    programs = min(processors(tensors.out.device), parts * groups) if lists.begin is None else len(lists.begin) - 1
+    turns = groups
+    if tensors.spans is not None:
+        turns, sizes = sizes.H, sizes._replace(Lq=tensors.spans.lead)
+        tensors = tensors._replace(spans=tensors.spans._replace(lead=0))
+    every = Sizes(*sizes, *grid, min(max(CACHED // group, 1) * tensors.G, turns))  # type: ignore[call-arg]
+    most = min(processors(described[0].base.device), parts * groups)
+    programs = most if lists.begin is None else len(lists.begin) - 1
     block = [1, 1, shape.BN // SLOTS.value, 64]
     slots = [TensorDescriptor(x.base, x.shape, x.strides, block, _layout()) for x in described[1:]]
     launch(segment_kernel, (programs,), *described, *slots, tensors, lists, every, SHAPE=shape, num_warps=4)
@@ -464,11 +601,14 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: int) -> bool:
+def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: int, spans: Spans | None = None) -> bool:
     """Whether this kernel runs these tensors, for blocks of ``block`` queries: float16 and bfloat16, head sizes 64 and
     128, not both 64 (where it was no faster on an H200), on Hopper, with strides that let a row by index be copied 16
-    bytes at a time."""
-    return block == QUERIES and {query.shape[3], value.shape[3]} in ({128}, {64, 128}) and runs(query, key, value)
+    bytes at a time; with ``spans`` also rows of queries, and a memory that descriptors take as it is."""
+    own = (key, value) if spans is None else (query, key, value)
+    sizes = {query.shape[3], value.shape[3]} in ({128}, {64, 128})
+    placed = spans is None or not any(x.data_ptr() % 16 for x in own)
+    return block == QUERIES and sizes and placed and runs(query, *own)
 
 
 def runs(query: torch.Tensor, *copied: torch.Tensor) -> bool:

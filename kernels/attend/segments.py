@@ -749,7 +749,7 @@ class SegmentTiles(NamedTuple):
         """What suits the tensors, blocks of ``block`` queries, and ``lengths`` and ``spans`` of :class:`Sources`. The
         best of four or more for D = 64, 128 and 256 on an H200, in bf16 at n = 32,768."""
         widths = Widths.alike(query, value)
-        if lengths is None and spans is None and hopper.takes(query, key, value, block):
+        if lengths is None and hopper.takes(query, key, value, block, spans):
             return cls(widths, hopper.QUERIES, 128, 4, 2, True)
         width = widths.BD + widths.BDV
         if query.element_size() == 4:
@@ -772,7 +772,7 @@ class SegmentTiles(NamedTuple):
         """Run the kernel; ``descriptors`` are those of keys, values and copies."""
         widths, parts = self.widths, block // self.queries
         if self.hopper:
-            queries = hopper.describe(query, hopper.QUERIES // 2)
+            queries = hopper.describe(query if tensors.spans is None else of_all(query), hopper.QUERIES // 2)
             own = hopper.KernelShape(widths.D, widths.DV, self.queries, self.rows, parts, self.stages)
             hopper.launch_jobs(grid, (queries, *descriptors), tensors, lists, sizes, own)
         else:
@@ -794,6 +794,11 @@ def describe(x: torch.Tensor, rows: int, width: int) -> Any:
     """
     x, shape, strides = describable(x)
     return TensorDescriptor(x, shape, strides, [1, 1, rows, width])
+
+
+def of_all(x: torch.Tensor) -> torch.Tensor:
+    """``x``, or one sequence of it where all are the same memory."""
+    return x if x.stride(0) else x[:1]
 
 
 def check_dtype(query: torch.Tensor) -> None:
@@ -832,8 +837,9 @@ def segment_attention_triton(
     (B, H, Lq, _), (H_kv, Lk), A = query.shape, key.shape[1:3], compacted_key.shape[2]
     tiles = SegmentTiles.of(query, key, value, table.block, lengths, spans)
     BM, places = tiles.queries, [(key, value)]
-    if spans is not None:  # read by place, and a descriptor would copy what is expanded
-        Lq, Lk, places = table.queries, table.queries, [(key[:1], value[:1])]
+    if spans is not None:  # a descriptor would copy what is expanded; the plain kernel reads by place alone
+        Lq, Lk = table.queries, table.queries
+        places = [(of_all(key), of_all(value)) if tiles.hopper else (key[:1], value[:1])]
     lists = Lists(*table.tiles_on(query.device, tiles, Lq, Lk, A, sources.indexed))
     described = [tiles.describe(*pair) for pair in (*places, (compacted_key, compacted_value)) if pair[0].shape[2]]
     # of a source without rows nothing is read, but a descriptor has to describe something

@@ -14,7 +14,7 @@ import torch
 from express_compile.core.call import Call
 from express_compile.core.plan import SavedPlan
 from express_compile.kernels import launch as launching
-from express_compile.kernels.attend import segments
+from express_compile.kernels.attend import hopper, segments
 from express_compile.kernels.heads import together
 
 BENCH = Path(__file__).parents[2] / "examples" / "bench"
@@ -58,6 +58,28 @@ def test_what_express_and_its_gradient_launch(calls: ModuleType) -> None:
     with calls.recorded() as found:
         calls.CALLS["express, uniform"](torch.float32, 64)
     assert names(found) == [*contest, "_thin_kernel", "segment_kernel"]
+
+
+@pytest.mark.skipif(hopper.gluon is None, reason="no Triton with Gluon on this platform")
+def test_the_kernel_for_hopper_reads_batches_where_they_lie_unless_rows_are_not_aligned(
+    calls: ModuleType,
+) -> None:
+    qkv = [x.clone() for x in calls.tokens(torch.bfloat16, 128)]
+    packed = [x[0].transpose(0, 1) for x in qkv]
+    odd = torch.zeros(qkv[0].numel() + 1, dtype=torch.bfloat16)[1:].view_as(qkv[0])
+    starts = torch.tensor([0, 300, 1024], dtype=torch.int32)
+    rows = dict(budget=64, sinks=32, window=256, protected=256, scale=0.1, min_length=0, seed=5)
+    for given, call in [
+        (qkv, lambda: calls.attend("express", qkv, calls.padded(), **calls.EXPRESS)),
+        (packed, lambda: calls.express_varlen(*packed, starts, 724, **rows)),
+        (None, lambda: calls.attend("express", [odd, *qkv[1:]], calls.padded(), **calls.EXPRESS)),
+    ]:
+        with calls.recorded() as found:
+            call()
+        kernel, args, _ = found[-1]
+        assert (kernel is hopper.segment_kernel) == (given is not None)
+        if given is not None:
+            assert [x.base.data_ptr() for x in args[:3]] == [x.data_ptr() for x in given]
 
 
 def test_what_the_layers_of_a_shipped_plan_launch(calls: ModuleType) -> None:

@@ -7,6 +7,14 @@ import torch
 
 from express_compile.core.method import METHODS
 from express_compile.kernels import express as E
+from express_compile.kernels.attend import hopper
+from express_compile.kernels.attend.segments import (
+    SegmentTable,
+    Sources,
+    causal_table,
+    segment_attention_reference,
+    segment_attention_triton,
+)
 from express_compile.kernels.spans import Spans
 
 OPTIONS = dict(
@@ -19,19 +27,22 @@ def seed() -> torch.Tensor:
     return torch.tensor(7, device="cuda")
 
 
-def places_of(n: int, side: str) -> torch.Tensor:
+def places_of(n: int, side: str, total: int = TOTAL) -> torch.Tensor:
     if side == "holes":
-        return torch.randperm(TOTAL, generator=torch.Generator().manual_seed(n))[:n].sort().values.cuda()
-    first = {"left": TOTAL - n, "right": 0, "both": (TOTAL - n) // 2}[side]
+        return torch.randperm(total, generator=torch.Generator().manual_seed(n))[:n].sort().values.cuda()
+    first = {"left": total - n, "right": 0, "both": (total - n) // 2}[side]
     return torch.arange(first, first + n, device="cuda")
 
 
-def batch(side: str, D: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]:
+def batch(
+    side: str, D: int, dtype: torch.dtype, Dv: int | None = None, lengths: tuple[int, ...] = LENGTHS
+) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]:
     """Query, key and value of 8 and 2 heads, NaN where no token is, the padding, and the places of the tokens."""
-    generator, places = torch.Generator("cuda").manual_seed(0), [places_of(n, side) for n in LENGTHS]
-    shapes = ((len(LENGTHS), h, TOTAL, D) for h in (8, 2, 2))
+    generator, total = torch.Generator("cuda").manual_seed(0), max(lengths)
+    places = [places_of(n, side, total) for n in lengths]
+    shapes = ((len(lengths), h, total, d) for h, d in ((8, D), (2, D), (2, Dv or D)))
     tensors = [torch.randn(shape, generator=generator, device="cuda").to(dtype) for shape in shapes]
-    padding = torch.zeros(len(LENGTHS), TOTAL, dtype=torch.bool, device="cuda")
+    padding = torch.zeros(len(lengths), total, dtype=torch.bool, device="cuda")
     for b, at in enumerate(places):
         padding[b, at] = True
     return [x.masked_fill(~padding[:, None, :, None], float("nan")) for x in tensors], padding, places
@@ -68,6 +79,62 @@ def test_every_sequence_gets_what_it_has_alone_and_its_gradients(side, dtype, D,
             assert relative(x[b][:, at], e[0]) < 2 * close
         assert (out[b][:, ~padding[b]] == 0).all() and (lse[b][:, ~padding[b]] == -float("inf")).all()
         assert all((x[b][:, ~padding[b]] == 0).all() for x in grads)
+
+
+def judge_both(
+    monkeypatch: pytest.MonkeyPatch, query: torch.Tensor, sources: Sources, table: SegmentTable, given: Spans
+) -> None:
+    """The kernel for Hopper and the other one, over the spans ``given``, by the tolerance rule: at most twice the error
+    of the reference in the same precision, both against float64. And nothing where no query is."""
+    if not hopper.takes(query, *sources[:2], 128, given):
+        pytest.skip("this machine or its Triton is none that the kernel for Hopper is for")
+    scale = query.shape[3] ** -0.5
+    exact = sources._replace(**{name: getattr(sources, name).double() for name in sources._fields[:4]})
+    truth, truth_lse = segment_attention_reference(query.double(), exact, table, scale)
+    allowed = 2 * (segment_attention_reference(query, sources, table, scale)[0] - truth).norm()
+    here = truth_lse.isfinite()
+    for takes in (hopper.takes, lambda *_: False):
+        monkeypatch.setattr(hopper, "takes", takes)
+        (out, lse), again = (
+            segment_attention_triton(query, sources._replace(spans=given), table, scale) for _ in range(2)
+        )
+        assert (out - truth).norm() <= allowed and (lse - truth_lse)[here].abs().max() < 1e-4
+        assert (out[~here] == 0).all() and (lse[~here] == -float("inf")).all()
+        assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
+
+
+def packed(tensors: list[torch.Tensor], places: list[torch.Tensor]) -> tuple[list[torch.Tensor], Spans]:
+    """The tokens of a padded batch one behind the other, as one tensor that all sequences share."""
+    starts = torch.tensor([0, *map(len, places)], device="cuda").cumsum(0).to(torch.int32)
+    each = [torch.cat([x[b][:, at] for b, at in enumerate(places)], 1) for x in tensors]
+    return [x.expand(len(places), *x.shape) for x in each], Spans.of_packed(starts, int(starts[-1]))
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both", "holes", "packed"])
+@pytest.mark.parametrize(
+    "dtype, D, Dv, protected, Lq",
+    [(torch.bfloat16, 128, 128, 0, 1500), (torch.float16, 64, 128, 100, 1500), (torch.bfloat16, 128, 64, 100, 701)],
+)
+def test_both_kernels_attend_to_spans_as_the_reference_does(monkeypatch, poison, side, dtype, D, Dv, protected, Lq):
+    """Sequences that end within a tile, shorter than one, without tokens, and without queries."""
+    given, padding, places = batch("left" if side == "packed" else side, D, dtype, Dv, (1500, 0, 1, 70, 900, 1472))
+    (q, k, v), spans = packed(given, places) if side == "packed" else (given, Spans.of_padding(padding, Lq))
+    q = q if side == "packed" else q[:, :, 1500 - Lq :]
+    layout = E.make_layout(E.Express(16, sinks=32, recent=77, protected=protected), 1500, 1500)
+    index, *copies = E.thin_triton(k, v, layout, D**-0.5, seed(), 3, None, spans)
+    sources = Sources(k, v, *copies, index if protected else None, spans=spans)
+    judge_both(monkeypatch, q, sources, layout.table, spans)
+
+
+def test_programs_of_the_kernel_for_hopper_find_their_jobs_among_many_sequences(monkeypatch, poison):
+    lengths = tuple(37 * i % 150 for i in range(200))
+    given, _, places = batch("right", 128, torch.bfloat16, lengths=lengths)
+    (q, k, v), spans = packed(given, places)
+    sources, table = Sources.tokens(k, v, spans), causal_table(149, 149)
+    judge_both(monkeypatch, q, sources, table, spans)
+    monkeypatch.undo()
+    with pytest.raises(AssertionError):
+        judge_both(monkeypatch, q, sources, table, spans._replace(begin=spans.begin + 1))
 
 
 @pytest.mark.parametrize("protected", [0, 256])
