@@ -38,6 +38,11 @@ def declare(model: nn.Module, rank: int, ranks: int) -> None:
         module.__dict__[_DECLARED] = (rank, ranks)
 
 
+def may_share_heads(module: nn.Module) -> bool:
+    """Whether :func:`shard_of` has to look at a module."""
+    return _DECLARED in module.__dict__ or (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
 def shard_of(module: Any, H: Any, H_kv: Any, D: Any) -> HeadShard | None:
     """The KV heads that a call of attention in ``module`` has, by its weights or as :func:`declare` was told; None for
     all of them. H, H_kv, D: query heads and KV heads of the call, and features of a head.
@@ -90,7 +95,7 @@ _SAY = "which heads these are is not known: say it with express_compile.engines.
 def _columns(module: nn.Module) -> list[tuple[tuple[int, int], int]]:
     """Of every weight ``[out, in]`` whose output features are sharded: place and number of the parts, and features."""
     found: list[tuple[tuple[int, int], int]] = []
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not may_share_heads(module):
         return found
     for parameter in module.parameters():
         if is_dtensor(parameter) and parameter.dim() == 2:

@@ -22,7 +22,7 @@ import express_compile
 from express_compile import is_rewritten, record_sites, restore_attention, rewrite_attention
 from express_compile.core.spec import Mask
 from express_compile.routes.module_code import calls_interface, depends_on_name, passes
-from express_compile.routes.transformers import cache, masks
+from express_compile.routes.transformers import attention, cache, masks
 from express_compile.routes.transformers.attention import attend
 from express_compile.routes.transformers.masks import NAME, NAMES, ProvenMask, make_mask, make_mask_by_places
 from express_compile.routes.transformers.sites import find_sites
@@ -350,6 +350,41 @@ def test_a_model_that_ran_eager_attention_decodes_as_it_did():
         assert torch.equal(got.sequences, want.sequences)
         for a, b in zip(got.logits, want.logits, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [bert, llama], ids=lambda make: make.__name__)
+def test_a_call_like_one_that_was_left_exact_is_not_proven_again(make, monkeypatch):
+    model, proofs, layers = make("sdpa"), [], SIZES["num_hidden_layers"]
+    untouched = copy.deepcopy(model)
+    prove = attention.prove
+    monkeypatch.setattr(attention, "prove", lambda *args: (proofs.append(args), prove(*args))[1])
+    rewrite_attention(model, methods=["exact"])
+
+    def proven(ids: torch.Tensor, grad: bool = False, **more: Any) -> int:
+        proofs.clear()
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(
+                model(ids, use_cache=False, **more).logits, untouched(ids, use_cache=False, **more).logits
+            )
+        return len(proofs)
+
+    assert [proven(IDS), proven(IDS), proven(IDS[:1]), proven(IDS[:1]), proven(IDS)] == [layers, 0, layers, 0, 0]
+    assert proven(IDS[:, :1]) == proven(IDS[:, :1]) == layers  # a step of decoding has another length the next time
+    assert proven(IDS, attention_mask=PADDING) == proven(IDS, attention_mask=PADDING) == layers
+    assert proven(IDS, grad=True) == layers
+    with record_sites() as sites:
+        assert proven(IDS) == layers == len(sites)
+    model.set_attn_implementation(NAMES["eager"])
+    with torch.no_grad():
+        model(IDS, use_cache=False)
+    assert len(proofs) == 2 * layers  # sdpa goes by other things than eager attention
+    model.set_attn_implementation(NAMES["sdpa"])
+    model = copy.deepcopy(model)
+    assert [proven(IDS), proven(IDS)] == [layers, 0]  # a copy finds out by itself
+    rewrite_attention(model, methods=["thinformer", "express"], budget=4, min_length=0)
+    with record_sites() as sites, pytest.raises(AssertionError):
+        proven(IDS)
+    assert {site.verdict for site in sites} == {"rewritten"}
 
 
 def test_the_two_names_bring_each_their_own_back():

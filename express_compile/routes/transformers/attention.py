@@ -22,7 +22,8 @@ from transformers.utils.output_capturing import _active_collector
 from ...core.call import Call, Op
 from ...core.method import METHODS
 from ...core.plan import Plan
-from ...core.shards import SEEDS, seed_of, shard_of
+from ...core.shards import SEEDS, may_share_heads, seed_of, shard_of
+from ...core.sites import recording
 from ...core.spec import AttentionSpec, HeadShard, Mask
 from ...kernels.launch import constant
 from ...planning.choose import Question, answer, require
@@ -31,7 +32,7 @@ from ..watched import sampled
 from .layers import layer_of
 from .masks import NAME, ProvenMask, make_mask
 from .proof import EXTRAS, Given, Proof, is_proven, prove
-from .sites import NEEDS_EAGER, Site, site_of, traced
+from .sites import NEEDS_EAGER, SITE, Site, held, site_of, traced
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 Run = Callable[[Op, Call], Any]
@@ -58,6 +59,8 @@ def attend(
     if dropout:  # kvpress' patch hands it on by place
         (arguments["dropout"],) = dropout
     given = Given(module, query, key, value, attention_mask, arguments)
+    if (form := _form(given)) is not None and form in module.__dict__[SITE].left_exact:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, **arguments)
     if is_exporting():
         return _traced(given) if torch.compiler.is_dynamo_compiling() else _exported(given)
     if torch.compiler.is_compiling() and query.shape[2] == 1 and layer_of(key) is None and not _has_parts(module):
@@ -106,8 +109,9 @@ def _run_eagerly(given: Given) -> Result:
             return out.transpose(1, 2).contiguous(), None
     site, module = _site(given), given.module
     H, (_, H_kv, _, D) = given.query.shape[1], given.key.shape
-    given = given._replace(shard=shard_of(module, H, H_kv, D))
-    site.shard = given.shard
+    site.shard = shard_of(module, H, H_kv, D)
+    if site.shard is not None:
+        given = given._replace(shard=site.shard)
     return _run_planned(site, given) if site.spread is None else site.spread(Part(site, given))
 
 
@@ -203,7 +207,7 @@ def _step_in_graph(
     """
     site, (causal, groups, training) = traced(token), facts
     arguments = {name: x for name, x in zip(_OF_STEP, named, strict=True) if x is not None}
-    config = SimpleNamespace(_attn_implementation=NAME)  # to one query, eager attention and sdpa are the same
+    config = SimpleNamespace(_attn_implementation_internal=NAME)  # to one query, eager attention and sdpa are the same
     module = SimpleNamespace(num_key_value_groups=groups, is_causal=causal, training=training, config=config)
     given = Given(module, query, key, value, mask, {"is_causal": causal, **arguments}, site.shard)
 
@@ -261,8 +265,7 @@ def _exact_step(given: Given, proof: Proof, spec: AttentionSpec) -> Result | Non
         or (given.eager and spec.Lq > 1 and spec.mask.padding)  # eager attention gives padded queries a mean
         or given.gradient is not None
         or wants_weights(given)
-        or torch._C._functorch.maybe_current_level() is not None
-        or forward_ad._current_level >= 0
+        or _is_transformed()
         or any(is_traceable_wrapper_subclass(x) for x in tensors)
     ):
         return None
@@ -283,6 +286,8 @@ def _exact(site: Site, given: Given) -> Result:
         if given.eager:  # sdpa has faster kernels where no mask but a flag says what is hidden
             mask = None if flag else _additive(query, key, mask, False)
             arguments = {**arguments, "is_causal": flag}
+        if (form := _form(given)) is not None:
+            site.leave_exact(form)
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **arguments)
     # sdpa has no soft-cap and no sinks: some versions raise, others silently leave them out
     if site.eager is None:
@@ -292,10 +297,51 @@ def _exact(site: Site, given: Given) -> Result:
     return site.eager(module, query, key, value, mask, **arguments)
 
 
+def _is_transformed() -> bool:
+    """Whether a transformation of torch.func, or forward-mode differentiation, is at work."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def _form(given: Given) -> tuple[Any, ...] | None:
+    """All that decides about a call without a mask, gradients and tensors among its arguments: where such calls were
+    left exact by sdpa, nothing is proven again. None for other calls, for steps of decoding, which have another length
+    each time, and where somebody looks.
+
+    Short calls of a model, which are mostly left exact, wait for the host.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    module, (query, key, value), arguments = given.module, given[1:4], given.arguments
+    site = module.__dict__.get(SITE)
+    if (
+        given.mask is not None
+        or site is None
+        or site.shadow is not None
+        or site.spread is not None
+        or site.shard is not None
+        or query.shape[2] == 1
+        or not type(query) is type(key) is type(value) is torch.Tensor
+        or module.training
+        or torch.is_grad_enabled()
+        or tracer() is not None
+        or recording() is not None
+        or layer_of(key) is not None
+        or given.eager
+        or wants_weights(given)
+        or may_share_heads(module)
+        or _is_transformed()
+    ):
+        return None
+    others = tuple([item for item in arguments.items() if item[0] != "position_ids"])
+    if any(isinstance(x, torch.Tensor) for _, x in others):
+        return None
+    return query.shape, key.shape, value.shape, key.stride(), query.dtype, query.device, given.causal, others
+
+
 def wants_weights(given: Given) -> bool:
     """Whether somebody wants the attention weights of a call: by argument, by configuration, or by collecting what
     modules return."""
-    if given.arguments.get("output_attentions") or getattr(given.module.config, "output_attentions", False):
+    if given.arguments.get("output_attentions") or held(given.module.config, "_output_attentions"):
         return True
     collected = _active_collector.get()
     return collected is not None and any("attentions" in name for name in collected)

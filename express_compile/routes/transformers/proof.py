@@ -12,7 +12,7 @@ from ...core.spec import AttentionSpec, HeadShard, Mask, default_scale, feature_
 from ..program import proven_in_program
 from ..tracers import is_exporting
 from .masks import NAMES, ProvenMask, reason_of
-from .sites import Site
+from .sites import Site, held
 
 # Arguments that change what attention computes and that the ops do not take. transformers' sdpa function ignores
 # some of them, which is one more reason not to rewrite such a site.
@@ -41,7 +41,7 @@ class Given(NamedTuple):
     @property
     def eager(self) -> bool:
         """Whether the module has to compute what eager attention does, for which all is in the mask."""
-        return self.module.config._attn_implementation == NAMES["eager"]
+        return bool(held(self.module.config, "_attn_implementation_internal") == NAMES["eager"])
 
     @property
     def causal(self) -> bool:
@@ -114,10 +114,11 @@ def _unreadable(given: Given, unlike: str | None) -> str | None:
     """Why nothing can be proven, whatever the values of the mask are; None where its kind decides."""
     query, key, value, mask = given.query, given.key, given.value, given.mask
     (B, H, Lq, D), (H_kv, Lk) = query.shape, key.shape[1:3]
-    extras = [f"{what} ({name})" for name, what in EXTRAS.items() if given.arguments.get(name) is not None]
     window = given.arguments.get("sliding_window")
-    if extras:
-        return f"the attention takes {', '.join(extras)}, which no method computes"
+    if not EXTRAS.keys().isdisjoint(given.arguments):
+        extras = [f"{what} ({name})" for name, what in EXTRAS.items() if given.arguments.get(name) is not None]
+        if extras:
+            return f"the attention takes {', '.join(extras)}, which no method computes"
     if unlike is not None:
         return unlike
     if is_dtensor(key):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -29,6 +30,7 @@ from .masks import NAMES, PAGED
 
 NEEDS_EAGER = ("softcap", "s_aux", "sinks")  # arguments that only eager attention knows
 SITE = "_express_compile_site"
+_OURS = (*NAMES.values(), PAGED)
 _MAX_PLANS = 1024
 
 
@@ -122,6 +124,7 @@ class Site:
     spread: what takes its calls where a process has a part of the tokens; see engines/distributed.py.
     shard: which heads of the layer it had at its last eager call, if not all; decoding steps in graphs go by it.
     token: what a compiled graph knows it by; copies have their own.
+    left_exact: the forms of calls that were.
     """
 
     path: str
@@ -136,17 +139,24 @@ class Site:
     spread: Callable[[Any], Any] | None = field(default=None, repr=False)
     shard: HeadShard | None = field(default=None, repr=False)
     token: str = field(default="", repr=False)
+    left_exact: set[tuple[Any, ...]] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
         self.token = uuid.uuid4().hex
         _TRACED[self.token] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "shadow": None}
+        return {**self.__dict__, "shadow": None, "left_exact": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.__post_init__()
+
+    def leave_exact(self, form: tuple[Any, ...]) -> None:
+        """Remember a form of calls that are left exact."""
+        if len(self.left_exact) >= _MAX_PLANS:
+            self.left_exact.clear()
+        self.left_exact.add(form)
 
     def report(self, plan: Plan, spec: AttentionSpec | None = None) -> None:
         """Put what becomes of a call where this thread records it."""
@@ -174,7 +184,15 @@ def installed(model: nn.Module) -> list[Site]:
 
 def is_in_force(module: Any) -> bool:
     """Whether a module has a site, and its configuration still names our attention."""
-    return SITE in module.__dict__ and module.config._attn_implementation in (*NAMES.values(), PAGED)
+    return SITE in module.__dict__ and held(module.config, "_attn_implementation_internal") in _OURS
+
+
+def held(config: Any, name: str) -> Any:
+    """What a configuration holds under a name, None if nothing: every call asks, and transformers answers for each
+    attribute in Python."""
+    if torch.compiler.is_compiling():
+        return getattr(config, name, None)
+    return object.__getattribute__(config, "__dict__").get(name)
 
 
 def name_before(config: Any) -> str:
