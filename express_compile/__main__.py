@@ -98,6 +98,10 @@ def _add_fit(commands: Any) -> None:
         "--questions", type=Path, nargs="+", default=[], metavar="FILE",
         help="like the sample, and end with questions about what is before them and their answers",
     )  # fmt: skip
+    add(
+        "--questions-weight", type=float, default=1.0, metavar="FACTOR",
+        help="how much more than the text they count (default: %(default)g)",
+    )  # fmt: skip
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--tolerance", type=float, metavar="NATS", help="KL per token that is allowed, measured")
     asked.add_argument("--rows", type=float, metavar="N", help="rows per query that are allowed, mean over heads")

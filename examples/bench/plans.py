@@ -4,8 +4,8 @@
     python examples/bench/plans.py --length 1024 --rows 300 --texts 1 --each 1 --batch 1  # on a CPU, 15 minutes
 
 One profile of three texts (``models.profiled_texts``) and of three haystacks that end with questions
-(``needles.profiled_questions``): of these counts what the last 256 queries lose, which see everything. By it every
-policy that differs between heads is chosen:
+(``needles.profiled_questions``): of these counts what the last 256 queries lose, which see everything, as much as what
+the texts lose (``--questions``). By it every policy that differs between heads is chosen:
 
 * ``per head``: every source of rows, and the last 64 queries exact; ``without ...``: all but one of them; ``last 16``:
   fewer such queries; ``per layer``: the errors of a layer's heads summed, so that all of them have the same;
@@ -25,6 +25,7 @@ Needles are those of ``needles.py``; those that exact attention does not find ar
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -373,14 +374,25 @@ class Bench:
         return ids
 
     def profiles(self) -> tuple[Profile, Profile]:
-        """The profile of all samples, and that of natural texts; from the file if there is one, with both the same."""
-        path, n, each = self.args.profile, self.args.length, {}
+        """The profile of all samples, and that of natural texts; from the file if there is one."""
+        path, n = self.args.profile, self.args.length
         if path and path.exists():
-            found = Profile.from_json(path.read_text(encoding="utf-8"))
-            if found.block != self.block:
-                raise ValueError(f"--profile={path}: it was measured with block={found.block}; must be {self.block}")
-            return found, found
-        start = time.perf_counter()
+            held = json.loads(path.read_text(encoding="utf-8"))
+            each = {name: Profile.from_json(text) for name, text in held.items()}
+            if (blocks := {found.block for found in each.values()}) != {self.block}:
+                raise ValueError(f"--profile={path}: measured with block={sorted(blocks)}; must be {self.block}")
+        else:
+            each = self.measured(n)
+            if path:
+                path.write_text(json.dumps({name: found.to_json() for name, found in each.items()}), encoding="utf-8")
+        counts = {name: self.args.questions if name.startswith(QUESTIONS) else 1.0 for name in each}
+        kept = [name for name, count in counts.items() if count]
+        natural = [found for name, found in each.items() if name in NATURAL]
+        return joined([each[name] for name in kept], [counts[name] for name in kept]), joined(natural)
+
+    def measured(self, n: int) -> dict[str, Profile]:
+        """The profile of every sample of ``n`` tokens, by its name."""
+        start, each = time.perf_counter(), {}
         for text, sample in self.samples(n).items():
             asked = text.startswith(QUESTIONS)
             each[text] = profile(
@@ -391,20 +403,17 @@ class Bench:
         seconds = time.perf_counter() - start
         self.write([dict(task=f"profile: {', '.join(each)}", metric="seconds", value=seconds)], n,
                    "profile" + self.suffix)  # fmt: skip
-        found = joined(list(each.values()))
-        if path:
-            path.write_text(found.to_json(), encoding="utf-8")
-        return found, joined([x for name, x in each.items() if name in NATURAL])
+        return each
 
     def samples(self, n: int) -> dict[str, torch.Tensor]:
-        """What is profiled, ``[1, n]`` each: texts, and if last queries see everything haystacks with questions there,
-        of which only these count."""
+        """What is profiled, ``[1, n]`` each: texts, and haystacks that end with questions, of which only these count,
+        unless they count for nothing."""
         found = {name: self.tokens(text, n) for name, text in profiled_texts().items()}
-        if self.last:
-            hay = {"noise": PROFILED_NOISE, **profiled_haystacks()}
-            asked = profiled_questions(self.tokenizer, n, hay, min(self.last, n // 8))
-            found |= {f"{QUESTIONS} {name}": torch.tensor([ids], device=self.device) for name, ids in asked.items()}
-        return found
+        if not self.args.questions:
+            return found
+        hay = {"noise": PROFILED_NOISE, **profiled_haystacks()}
+        asked = profiled_questions(self.tokenizer, n, hay, min(MOST_LAST, n // 8))
+        return found | {f"{QUESTIONS} {name}": torch.tensor([ids], device=self.device) for name, ids in asked.items()}
 
     def judge(self, n: int) -> Judge:
         """Texts and cases of ``n`` tokens, with as many at a time as there is memory for."""
@@ -456,6 +465,8 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--each", type=int, default=3, help="needles of each kind; 0 for none")
     parser.add_argument("--batch", type=int, default=8, help="needles that are asked at a time, at that length")
     parser.add_argument("--profile", type=Path, help="file for the profile; one that is there is taken instead")
+    parser.add_argument("--questions", type=float, default=1.0, metavar="FACTOR", help="how much more than texts the "
+                        "profiled haystacks with questions count; 0: they are not profiled")  # fmt: skip
     add_arguments(parser)
 
 

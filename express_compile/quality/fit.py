@@ -107,6 +107,7 @@ def fit(
     speedup: float | None = None,
     options: Iterable[Rows] = DEFAULT_OPTIONS,
     questions: torch.Tensor | Iterable[torch.Tensor | Mapping[str, Any]] | None = None,
+    questions_weight: float = 1.0,
     held_out: torch.Tensor | Iterable[torch.Tensor | Mapping[str, Any]] | None = None,
     length: int | None = None,
     block: int | None = None,
@@ -132,8 +133,9 @@ def fit(
         everything, 0 to 256; counted among the rows.
     query_heads: each query head has rows of its own, for prefill alone: an ``ExpressCache`` holds rows by KV head.
     questions: samples that end with questions and answers about them, in 256 tokens and an eighth of each at most. What
-        these last queries lose, which see everything, counts as much as what late queries of ``sample`` lose; without,
-        the last ones of ``sample`` take their place.
+        these last queries lose counts as much as what late queries of ``sample`` lose. They see everything, and without
+        questions the last ones of ``sample`` take their place; with ``last=0`` they see what others see, as steps of
+        decoding do behind an ``ExpressCache``. questions_weight: they count so many times as much as that.
     held_out: samples to measure the KL on; then all of ``sample`` is profiled. length: tokens that rows and times are
         for; those of the longest sample unless given. progress: show a bar.
     profile: what :func:`.profile.profile` or an earlier fit (``found.profile``) measured on this model; then nothing is
@@ -155,7 +157,7 @@ def fit(
     samples = samples_of("sample", sample)
     if profile is not None and held_out is not None:
         raise TypeError("profile and held_out were both given: beside a profile all of sample is held out")
-    asking = _questions_of(questions, profile, last)
+    asking = _questions_of(questions, questions_weight, profile)
     profiled, judged = _halves(samples, held_out) if profile is None else ({}, named("sample", samples))
     if length is None:
         length = profile.tokens if profile is not None else max(map(tokens_of, profiled.values()))
@@ -172,7 +174,8 @@ def fit(
             how = (options, block, progress, query_heads)
             profile, reports = measured(model, profiled, *how, 0 if asking or not last else MOST_LAST)
             if asking:
-                profile = joined([profile, measured(model, asking, *how, MOST_LAST, True)[0]])
+                found = measured(model, asking, *how, MOST_LAST if last else 0, True)[0]
+                profile = joined([profile, found], (1.0, questions_weight))
                 reports = profiled_before(model, judged.values(), profile)
         else:
             reports = profiled_before(model, judged.values(), profile)
@@ -197,7 +200,7 @@ def fit(
         "tokens": [tokens_of(x) for x in profiled.values()] or [profile.tokens] * profile.samples,
         "held_out": [tokens_of(x) for x in judged.values()],
         "options": [x.to_data() for x in options],
-        **({"questions": [tokens_of(x) for x in asking.values()]} if asking else {}),
+        **(_asked_of(asking, questions_weight) if asking else {}),
     }
     plan = SavedPlan(search.entries(choice), fitted)
     routed(model, plan=plan)
@@ -323,16 +326,20 @@ def _check_query_heads(query_heads: bool, profile: Profile, reports: Sequence[Si
             raise ValueError(f"{words}; must be False, or the profile made with query_heads=True")
 
 
-def _questions_of(questions: Any, profile: Profile | None, last: int) -> dict[str, Any]:
+def _questions_of(questions: Any, weight: float, profile: Profile | None) -> dict[str, Any]:
     """The samples that end with questions, by name."""
+    if not 0 < number("questions_weight", weight, int, float) < math.inf:
+        raise ValueError(f"questions_weight={weight!r}: must be above 0 and finite")
     if questions is None:
         return {}
-    if profile is not None or last == 0:
-        beside = "last=0" if profile is None else "profile"
-        raise TypeError(
-            f"questions and {beside} were both given: they are profiled, by last queries that see everything"
-        )
+    if profile is not None:
+        raise TypeError("questions and profile were both given: questions are profiled beside the sample")
     return named("questions", samples_of("questions", questions))
+
+
+def _asked_of(asking: Mapping[str, Any], weight: float) -> dict[str, Any]:
+    """What a plan says of its questions."""
+    return {"questions": [tokens_of(x) for x in asking.values()], "questions_weight": weight}
 
 
 def _block_of(profile: Profile | None, block: int | None) -> int:

@@ -38,7 +38,7 @@ from ..core.plain import about, entries, from_json, number
 from ..core.policy import Policy
 from ..core.rows import Rows, heads, to_numbers
 from ..core.sites import SiteReport, record_sites
-from ..kernels.heads import EVERYTHING, PerHead, rows_seen
+from ..kernels.heads import EVERYTHING, MOST_LAST, PerHead, rows_seen
 from ..passes.place import named_modules
 from ..routes.capture import captures_of
 from ..routes.eager import is_rewritten, restore_attention, rewrite_attention
@@ -207,7 +207,9 @@ def profile(
         each query head has rows of its own, not each KV head with all of its query heads. last: queries at the end of a
         sample that see everything, 0 to 256, and an eighth of the sample at most: what they lose by the keys and values
         of others counts as much as what those lose. only_last: what those lose does not count, as where the samples end
-        with questions that are all they are there for. progress: show a bar.
+        with questions that are all they are there for; with ``last=0`` these are the last 256 queries, an eighth of the
+        sample at most, and see what others see, as steps of decoding do behind an ``ExpressCache``; they are no
+        padding. progress: show a bar.
 
     Takes one exact pass per sample, with ``options`` calls more at each site, a pass for each site, and a short one
     that finds the linear layers. Memory: that of the pass, two outputs of one site, 512 positions of one linear layer's
@@ -216,8 +218,7 @@ def profile(
     """
     options = checked_options(options, block)
     samples = named("sample", samples_of("sample", sample))
-    if flag("only_last", only_last) and last == 0:
-        raise ValueError("only_last=True, last=0: no query counts; must be False, or last=1 and more")
+    flag("only_last", only_last)
     with rewritten(model, PerHead(EVERYTHING, block=block, last=last)):
         return measured(model, samples, options, block, progress, query_heads, last, only_last)[0]
 
@@ -238,7 +239,8 @@ def measured(
     with Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task("profile", total=len(samples) * len(finder.sites) * (len(options) + 1))
         for name, batch in samples.items():
-            meter = _Meter(options, finder.projections, query_heads, lambda: bar.advance(task))
+            first = _first_of_last if only_last and not last else late
+            meter = _Meter(options, finder.projections, query_heads, first, lambda: bar.advance(task))
             with about(name), record_sites() as reports, run_by(meter):
                 exact = scores_of(model, batch)
             ran += reports
@@ -263,13 +265,14 @@ def measured(
     return found, _in_order(found, ran)
 
 
-def joined(profiles: Sequence[Profile]) -> Profile:
-    """The profile of several samples of which each was profiled alone, with the same options.
+def joined(profiles: Sequence[Profile], counts: Sequence[float] | None = None) -> Profile:
+    """The profile of several samples of which each was profiled alone, with the same options. counts: for how much each
+    of them counts, above 0; as much as another unless given.
 
     ``nats * errors`` is the mean of theirs, each in units of what its sites lose with all options on average, and the
-    result in the mean of these units over samples that lose something: samples count alike, however sure the model is
-    of what they say. ``errors`` of a site are their mean, in proportion to its weights ``nats`` in these units. Where a
-    sample does not run a site it loses nothing there. Sites are in the order in which they are first met.
+    result in the mean of these units over samples that lose something: samples count as they are told to, however sure
+    the model is of what they say. ``errors`` of a site are their mean, in proportion to its weights ``nats`` in these
+    units. Where a sample does not run a site it loses nothing there. Sites are in the order in which they are met.
     """
     by_place = [{(site.module, site.index): site for site in x.sites} for x in profiles]
     first = {place: site for own in reversed(by_place) for place, site in own.items()}
@@ -281,12 +284,13 @@ def joined(profiles: Sequence[Profile]) -> Profile:
     each = np.array([[site.nats for site in own] for own in all_of])
     errors = [np.array([own[i].errors for own in all_of]) for i in range(len(order))]
     lost = sum(each[:, i] * own.sum(1).mean(1) for i, own in enumerate(errors))  # by sample
-    unit = lost.sum() / max(np.count_nonzero(lost), 1)
+    times, sites = np.array([1.0] * len(profiles) if counts is None else counts), []
+    unit = np.average(lost, weights=times * (lost > 0)) if lost.any() else 0.0
     weights = each * np.divide(unit, lost, out=np.zeros_like(lost), where=lost > 0)[:, None]
-    sites = []
     for place, own, of_site in zip(order, errors, weights.T, strict=True):
-        mean = np.average(own, 0, weights=of_site if of_site.any() else None)
-        sites.append(replace(first[place], errors=tuple(map(tuple, mean.tolist())), nats=float(of_site.mean())))
+        mean = np.average(own, 0, weights=of_site * times if of_site.any() else times)
+        nats = float(np.average(of_site, weights=times))
+        sites.append(replace(first[place], errors=tuple(map(tuple, mean.tolist())), nats=nats))
     longest = max(profiles, key=lambda x: x.tokens)
     return replace(longest, samples=sum(x.samples for x in profiles), sites=tuple(sites))
 
@@ -306,8 +310,9 @@ def _ratios(
     one it may be what other sums of a half precision make of a model, at sites that hardly matter many times as much.
     That of late positions, and apart from it, or only, of the ``last`` ones, whose queries see everything.
     """
-    last = min(last, exact.shape[1] // 8)
-    counted = _late_and_last(batch, exact, last)
+    n = exact.shape[1]
+    last = min(last, n // 8)
+    counted = _late_and_last(batch, exact, n - _first_of_last(n) if only_last and not last else last)
     counted = counted[-1:] if only_last else counted
     found = [dict.fromkeys(errors, 0.0) for _ in counted]
     if fewest is None:
@@ -453,20 +458,26 @@ def _is_plain(weight: torch.Tensor, x: torch.Tensor) -> bool:
 
 
 class _Meter(Exactly):
-    """Runs everything exactly, and adds up what each option would be off by, on the device."""
+    """Runs everything exactly, and adds up what each option would be off by, on the device; ``first`` gives the first
+    query that counts, of so many tokens."""
 
     def __init__(
         self, options: tuple[Rows, ...], projections: Mapping[int, torch.Tensor], query_heads: bool,
-        advance: Callable[[], None],
+        first: Callable[[int], int], advance: Callable[[], None],
     ) -> None:  # fmt: skip
         self.options, self.projections, self.query_heads, self.advance = options, projections, query_heads, advance
+        self.first = first
         self.off: dict[int, torch.Tensor] = {}
         self.whole: dict[int, torch.Tensor] = {}
 
     def see(self, op: Op, call: Call, exact: torch.Tensor) -> None:
         heads = (call.query if self.query_heads else call.key).shape[1]
         weight = self.projections.get(call.layer)
-        first = max(0, late(call.Lk) - (call.Lk - call.Lq))
+        first = max(0, self.first(call.Lk) - (call.Lk - call.Lq))
+        if self.first is _first_of_last and call.padding is not None and not bool(call.padding[:, -1].all()):
+            raise ValueError(
+                "the last tokens are padding, and only they count; must be tokens, with padding before them"
+            )
         tokens = call.Lk if call.padding is None else max(int(call.padding.sum(1).max()), 1)
         off = []
         for option, is_exact in zip(self.options, _see_all(self.options, tokens, call.options["block"]), strict=True):
@@ -503,6 +514,11 @@ def _squares(
 def late(tokens: int) -> int:
     """The first of the queries that count: a quarter of the tokens, at least 1."""
     return min(max(1, tokens // 4), tokens - 1)
+
+
+def _first_of_last(tokens: int) -> int:
+    """The first of the queries at the end that alone count where none of them sees everything."""
+    return tokens - max(1, min(MOST_LAST, tokens // 8))
 
 
 def rows_of(options: Sequence[Rows], tokens: int, base: PerHead) -> list[float]:

@@ -105,7 +105,8 @@ def fit(options: argparse.Namespace) -> int:
     questions = [_token_ids("questions", path, options, tokenizer) for path in options.questions] or None
     try:
         asked = dict(tolerance=options.tolerance, rows=options.rows, speedup=options.speedup)
-        how = dict(length=options.length, query_heads=options.query_heads, questions=questions, progress=True)
+        how = dict(length=options.length, query_heads=options.query_heads, progress=True)
+        how |= dict(questions=questions, questions_weight=options.questions_weight)
         found = fit_plan(model.to(options.device).eval(), sample, **asked, **how)
     except (TypeError, ValueError) as error:
         options.parser.error(str(error))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from express_compile.core.rows import Rows
-from express_compile.quality.profile import Profile, SiteProfile, rows_of
+from express_compile.quality.profile import Profile, SiteProfile, joined, rows_of
 
 BENCH = Path(__file__).resolve().parents[2] / "examples" / "bench"
 N = 700
@@ -176,6 +179,22 @@ def found(bench) -> Profile:
         errors[:, -1] = 0
         sites.append(SiteProfile(f"layers.{i}", 0, None, tuple(map(tuple, errors.tolist()))))
     return Profile(options, 4096, 1, tuple(rows), tuple(sites), 128)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0, 3.0])
+def test_profiles_of_a_file_count_as_questions_says(bench, found, factor, tmp_path) -> None:
+    plans, path = bench["plans"], tmp_path / "profile.json"
+    asked = replace(found, sites=tuple(replace(site, nats=2.0 * i) for i, site in enumerate(found.sites)))
+    each = {"genesis": found, "records": found, "questions, noise": asked}
+    path.write_text(json.dumps({name: x.to_json() for name, x in each.items()}))
+    run = object.__new__(plans.Bench)
+    run.args = SimpleNamespace(profile=path, length=4096, questions=factor)
+    whole, natural = run.profiles()
+    assert natural == found
+    assert whole == (joined([found] * 2) if not factor else joined([found, found, asked], [1, 1, factor]))
+    run.block = 64
+    with pytest.raises(ValueError, match=r"measured with block=\[128\]; must be 64"):
+        run.profiles()
 
 
 @pytest.mark.parametrize(("budget", "n"), [(500, 4096), (900, 4096), (900, 8192)])

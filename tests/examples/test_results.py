@@ -101,8 +101,8 @@ def test_a_plan_per_head_answers_as_well_as_the_readme_says(tables):
     assert own["Qwen2.5", 32768, "per head", "1600"][1::2] == ["1,600", "0.37", "1.36", "41 of 49"]
     assert {own[*small, "streaming", b][-1] for b in ("700", "1350")} == {"0 of 38"}
     finer = "per head, query heads"
-    assert own[*small, finer, "1350"][1::2] == ["1,350", "0.09", "0.04", "35 of 38"]
-    assert own[*small, finer, "700"][1::2] == ["700", "0.13", "0.27", "35 of 38"]
+    assert own[*small, finer, "1350"][1::2] == ["1,350", "0.09", "0.04", "37 of 38"]
+    assert own[*small, finer, "700"][1::2] == ["700", "0.13", "0.30", "38 of 38"]
     assert own[*large, finer, "1600"][1::2] == ["1,600", "0.10", "0.27", "63 of 67"]
     assert own["Qwen2.5", 32768, finer, "1600"][1::2] == ["1,600", "0.23", "0.74", "45 of 49"]
     assert own[*large, "per head, heads repeated", "1600"][1::2] == ["1,600", "0.11", "0.28", "39 of 43"]

@@ -98,9 +98,9 @@ def kl_of(model, ids, first: int, stop: int | None = None, **options) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("query_heads", [False, True])
-def test_errors_are_those_of_a_loop_over_heads_queries_and_options(model, ids, query_heads: bool) -> None:
-    found = profile(model, ids, OPTIONS, block=16, query_heads=query_heads)
+@pytest.mark.parametrize("query_heads, only_last, first", [(False, False, 60), (True, False, 60), (True, True, 210)])
+def test_errors_are_those_of_a_loop_over_heads_queries_and_options(model, ids, query_heads, only_last, first) -> None:
+    found = profile(model, ids, OPTIONS, block=16, query_heads=query_heads, only_last=only_last)
     heads, few = (4, 1) if query_heads else (2, 2)
     assert [site.module for site in found.sites] == PATHS and not is_rewritten(model)
     assert [site.through for site in found.sites] == [f"{path}.o_proj" for path in PATHS]
@@ -120,7 +120,7 @@ def test_errors_are_those_of_a_loop_over_heads_queries_and_options(model, ids, q
         k, v = (x[:, :: x.shape[1] // 2] for x in (k, v))  # transformers repeats the two KV heads
 
         def through(out: torch.Tensor, layer: nn.Module = layer) -> torch.Tensor:
-            return layer.self_attn.o_proj(out.transpose(1, 2).flatten(2))[:, 60:].double()
+            return layer.self_attn.o_proj(out.transpose(1, 2).flatten(2))[:, first:].double()
 
         scale = q.shape[-1] ** -0.5
         exact = heads_reference(q, k, v, [EVERYTHING], scale, SEED)[0]
@@ -168,15 +168,21 @@ def test_questions_count_as_much_as_the_text_and_by_their_last_queries_alone(mod
         profile(model, text[:, :80], OPTIONS, block=16),
         profile(model, asked, OPTIONS, block=16, last=256, only_last=True),
     )
-    assert fitted.profile == replace(joined(parts), samples=2)
+    assert fitted.profile == replace(joined(parts), samples=2) == joined(parts, (1.0, 1.0))
     assert fitted.profile.tokens == 240 and fitted.profile.rows == parts[1].rows, "those of the longer one"
     assert (fitted.plan.fitted["tokens"], fitted.plan.fitted["questions"]) == ((80,), (240,))
+    thrice = fit(model, text, questions=asked, questions_weight=3.0, **how)
+    assert thrice.profile != fitted.profile
+    for site, expected in zip(thrice.profile.sites, joined([parts[0], *[parts[1]] * 3]).sites, strict=True):
+        torch.testing.assert_close(site.weighted, expected.weighted)
+    assert [x.plan.fitted["questions_weight"] for x in (fitted, thrice)] == [1.0, 3.0]
     assert "questions" not in fit(model, text, **how).plan.fitted
     assert fitted.kl == pytest.approx(kl_of(model, late[:, :80], 20, plan=fitted.plan), rel=1e-3) and fitted.kl > 1e-6
-    with pytest.raises(TypeError, match="questions and profile were both given: they are profiled"):
+    with pytest.raises(TypeError, match="questions and profile were both given: questions are profiled"):
         fit(model, text, questions=asked, profile=fitted.profile, **how)
-    with pytest.raises(TypeError, match="questions and last=0 were both given"):
-        fit(model, text, questions=asked, **{**how, "last": 0})
+    for weight in (0.0, float("inf")):
+        with pytest.raises(ValueError, match=f"questions_weight={weight}: must be above 0 and finite"):
+            fit(model, text, questions=asked, questions_weight=weight, **how)
     with pytest.raises(ValueError, match=r"questions\[0\]: 1 token; must be 2 or more"):
         fit(model, text, questions=asked[:, :1], **how)
 
@@ -209,10 +215,21 @@ def test_what_last_queries_lose_by_keys_and_values_counts_as_much_as_what_others
         torch.testing.assert_close(site.weighted, y * whole, rtol=2e-2, atol=1e-9)
     first = [x.sites[0].nats / x.sites[1].nats for x in (found, plain)]
     assert first[0] > 1.5 * first[1], "and so it counts for more"
-    with pytest.raises(ValueError, match="only_last=True, last=0: no query counts; must be False, or last=1"):
-        profile(model, sample, OPTIONS, block=16, only_last=True)
     with pytest.raises(ValueError, match="last=257: must be 0 to 256"):
         profile(model, sample, OPTIONS, block=16, last=257)
+
+
+@torch.no_grad()
+def test_questions_to_a_cache_see_what_others_see_and_count_alone(model, ids) -> None:
+    found = profile(model, ids[1:], OPTIONS, block=16, only_last=True)
+    for site in found.sites:
+        kl = kl_of(model, ids[1:], 210, methods=[PerHead({site.module: [OPTIONS[0]]}, block=16, last=0)])
+        assert site.nats * sum(own[0] for own in site.errors) == pytest.approx(kl, rel=2e-2, abs=1e-9)
+    asked = fit(model, ids[:1], rows=34, questions=ids[1:], options=OPTIONS, block=16, last=0)
+    assert asked.profile == joined([profile(model, ids[:1, :120], OPTIONS, block=16), found])
+    mask = torch.ones_like(ids).index_fill_(1, torch.arange(237, 240), 0)
+    with pytest.raises(ValueError, match=r"sample\[0\]: the last tokens are padding, and only they count"):
+        profile(model, [{"input_ids": ids, "attention_mask": mask}], OPTIONS, block=16, only_last=True)
 
 
 def test_samples_count_alike_however_certain_the_model_is() -> None:
