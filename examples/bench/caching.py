@@ -13,8 +13,8 @@ approximate model would say. Needles are those of ``needles.py``: what is compre
 
 Budgets are rows *held* by a KV head, mean over heads and over the tokens that follow; a head that sees everything holds
 all tokens. With ``--part selected`` they are rows *read*: heads that select pages hold all tokens, too. Policies are
-those of ``plans.py``, by one profile of texts that are not judged (by blocks of 16 queries), and four more that only
-live here:
+those of ``plans.py``, by one profile of texts that are not judged, and of haystacks whose questions see the rows that
+others see (``--questions``; by blocks of 16 queries), and four more that only live here:
 
 * ``one window or everything``: as in DuoAttention (arXiv 2410.10819) all heads that stream have the same window, here
   the best one by that profile; in ``window or everything`` each has its own;

@@ -311,9 +311,9 @@ def _ratios(
     That of late positions, and apart from it, or only, of the ``last`` ones, whose queries see everything.
     """
     n = exact.shape[1]
-    last = min(last, n // 8)
-    counted = _late_and_last(batch, exact, n - _first_of_last(n) if only_last and not last else last)
-    counted = counted[-1:] if only_last else counted
+    at_end = n - _first_of_last(n)
+    last = min(last, at_end if only_last else n // 8)
+    counted = _late_and_last(batch, exact, last or at_end)[-1:] if only_last else _late_and_last(batch, exact, last)
     found = [dict.fromkeys(errors, 0.0) for _ in counted]
     if fewest is None:
         return found

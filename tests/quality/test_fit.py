@@ -215,6 +215,8 @@ def test_what_last_queries_lose_by_keys_and_values_counts_as_much_as_what_others
         torch.testing.assert_close(site.weighted, y * whole, rtol=2e-2, atol=1e-9)
     first = [x.sites[0].nats / x.sites[1].nats for x in (found, plain)]
     assert first[0] > 1.5 * first[1], "and so it counts for more"
+    few = profile(model, sample[:, :6], (Rows(0, 1), EVERYTHING), block=16, last=256, only_last=True)
+    assert few.sites[1].nats < 1e-9, "of six tokens the last one counts alone, and it sees everything"
     with pytest.raises(ValueError, match="last=257: must be 0 to 256"):
         profile(model, sample, OPTIONS, block=16, last=257)
 
