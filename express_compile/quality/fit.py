@@ -192,6 +192,7 @@ def fit(
         if budget is not None:
             choice = filled(profile, choice, budget, search.cost)
     average = search.rows_of(choice)
+    about_questions = {"questions": [tokens_of(x) for x in asking.values()], "questions_weight": questions_weight}
     fitted = {
         "asked": asked,
         "rows": average,
@@ -200,7 +201,7 @@ def fit(
         "tokens": [tokens_of(x) for x in profiled.values()] or [profile.tokens] * profile.samples,
         "held_out": [tokens_of(x) for x in judged.values()],
         "options": [x.to_data() for x in options],
-        **(_asked_of(asking, questions_weight) if asking else {}),
+        **(about_questions if asking else {}),
     }
     plan = SavedPlan(search.entries(choice), fitted)
     routed(model, plan=plan)
@@ -331,15 +332,12 @@ def _questions_of(questions: Any, weight: float, profile: Profile | None) -> dic
     if not 0 < number("questions_weight", weight, int, float) < math.inf:
         raise ValueError(f"questions_weight={weight!r}: must be above 0 and finite")
     if questions is None:
+        if weight != 1:
+            raise TypeError(f"questions_weight={weight!r}: needs questions, samples that end with them")
         return {}
     if profile is not None:
         raise TypeError("questions and profile were both given: questions are profiled beside the sample")
     return named("questions", samples_of("questions", questions))
-
-
-def _asked_of(asking: Mapping[str, Any], weight: float) -> dict[str, Any]:
-    """What a plan says of its questions."""
-    return {"questions": [tokens_of(x) for x in asking.values()], "questions_weight": weight}
 
 
 def _block_of(profile: Profile | None, block: int | None) -> int:

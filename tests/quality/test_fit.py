@@ -183,6 +183,8 @@ def test_questions_count_as_much_as_the_text_and_by_their_last_queries_alone(mod
     for weight in (0.0, float("inf")):
         with pytest.raises(ValueError, match=f"questions_weight={weight}: must be above 0 and finite"):
             fit(model, text, questions=asked, questions_weight=weight, **how)
+    with pytest.raises(TypeError, match="questions_weight=2.0: needs questions"):
+        fit(model, text, questions_weight=2.0, **how)
     with pytest.raises(ValueError, match=r"questions\[0\]: 1 token; must be 2 or more"):
         fit(model, text, questions=asked[:, :1], **how)
 

@@ -372,6 +372,8 @@ def test_a_call_like_one_that_was_left_exact_is_not_proven_again(make, monkeypat
     assert proven(IDS[:, :1]) == proven(IDS[:, :1]) == layers  # a step of decoding has another length the next time
     assert proven(IDS, attention_mask=PADDING) == proven(IDS, attention_mask=PADDING) == layers
     assert proven(IDS, grad=True) == layers
+    assert proven(IDS, note=[1]) == proven(IDS, note=[1]) == layers and proven(IDS, note="a") == layers
+    assert proven(IDS, note="a") == 0
     with record_sites() as sites:
         assert proven(IDS) == layers == len(sites)
     model.set_attn_implementation(NAMES["eager"])

@@ -303,7 +303,7 @@ def _is_transformed() -> bool:
 
 
 def _form(given: Given) -> tuple[Any, ...] | None:
-    """All that decides about a call without a mask, gradients and tensors among its arguments: where such calls were
+    """All that decides about a call without a mask, without gradients and with plain arguments: where such calls were
     left exact by sdpa, nothing is proven again. None for other calls, for steps of decoding, which have another length
     each time, and where somebody looks.
 
@@ -333,7 +333,7 @@ def _form(given: Given) -> tuple[Any, ...] | None:
     ):
         return None
     others = tuple([item for item in arguments.items() if item[0] != "position_ids"])
-    if any(isinstance(x, torch.Tensor) for _, x in others):
+    if not all(x is None or type(x) in (bool, int, float, str) for _, x in others):
         return None
     return query.shape, key.shape, value.shape, key.stride(), query.dtype, query.device, given.causal, others
 
