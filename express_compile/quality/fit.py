@@ -21,7 +21,7 @@ from torch import nn
 
 from ..core.call import run_by
 from ..core.options import flag
-from ..core.plain import about, number, renamed
+from ..core.plain import about, number, renamed, shown
 from ..core.plan import SavedPlan, SavedSite
 from ..core.policy import BESIDE_A_PLAN, Policy
 from ..core.rows import Rows, to_numbers
@@ -413,13 +413,15 @@ def rewrite_attention(
     rows: float | None = None,
     speedup: float | None = None,
     query_heads: bool = False,
+    questions: torch.Tensor | Iterable[torch.Tensor | Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> Model:
     how: dict[str, Any] = dict(tolerance=tolerance, rows=rows, speedup=speedup, query_heads=query_heads)
+    how |= {"questions": questions}
     if sample is None:
         for name, value in how.items():
-            if value not in (None, False):
-                raise TypeError(f"{name}={value!r}: needs sample=input_ids, tokens to fit a plan on")
+            if value is not None and value is not False:
+                raise TypeError(f"{name}={shown(value)}: needs sample=input_ids, tokens to fit a plan on")
         return routed(model, policy, **options)
     if policy is not None:
         raise TypeError("policy and sample were both given: a plan that is fitted to a sample decides for every site")
@@ -434,7 +436,8 @@ rewrite_attention.__doc__ = f"""{routed.__doc__}
     sample: token ids ``[batch, tokens]``, or several such tensors or mappings of keyword arguments: a plan for every KV
         head is fitted to them by :func:`fit`, and followed. tolerance, rows, speedup: what the plan is to keep,
         exactly one of them. query_heads: the plan has rows for every query head, as that of :func:`fit`, for prefill
-        alone. Beside a sample only ``seed``, ``strict`` and ``cuda_graphs`` may be given.
+        alone. questions: samples that end with questions, to which it is fitted, too. Beside a sample only ``seed``,
+        ``strict`` and ``cuda_graphs`` may be given.
     """
 
 

@@ -637,6 +637,7 @@ def test_a_speedup_is_that_of_the_predicted_times(shipped_rates: None, model, id
 
 @pytest.mark.parametrize(("how", "heads"), [({}, 2), ({"query_heads": True}, 4)])
 def test_one_line_rewrites_a_model_by_a_sample(model, ids, how, heads: int) -> None:
+    how = {**how, "questions": [ids[1:, :99]]} if how else how
     with torch.no_grad():
         exact = model(ids).logits
         assert express_compile.rewrite_attention(model, sample=ids, tolerance=0.05, strict=True, **how) is model
@@ -645,6 +646,7 @@ def test_one_line_rewrites_a_model_by_a_sample(model, ids, how, heads: int) -> N
     restore_attention(model)
     assert [x.method for x in sites] == ["heads"] * 3 and torch.isfinite(found).all() and found.shape == exact.shape
     assert {len(x.rows) for x in sites} == {heads}
+    assert tuple(x.rows for x in sites) == fit(model, ids, tolerance=0.05, **how).chosen
 
 
 def test_the_tokens_of_an_encoder_and_a_decoder_are_those_of_the_decoder() -> None:
@@ -758,8 +760,9 @@ def test_wrong_arguments(model, ids) -> None:
         assert not is_rewritten(model)
     with pytest.raises(TypeError, match="tolerance=0.1: needs sample=input_ids"):
         rewrite_attention(model, tolerance=0.1)
-    with pytest.raises(TypeError, match="query_heads=True: needs sample=input_ids"):
-        rewrite_attention(model, query_heads=True)
+    for name, value in (("query_heads", True), ("questions", ids)):
+        with pytest.raises(TypeError, match=rf"(?s){name}=[Tt].*: needs sample="):
+            rewrite_attention(model, **{name: value})
     with pytest.raises(TypeError, match="budget: not allowed beside sample"):
         rewrite_attention(model, sample=ids, tolerance=0.1, budget=64)
     with pytest.raises(TypeError, match="policy and sample were both given"):
