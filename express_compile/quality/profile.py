@@ -235,11 +235,15 @@ def measured(
     rows = tuple(rows_of(options, tokens, PerHead(EVERYTHING, block=block)))
     few = [(x, o) for o, x in enumerate(options) if not x.everything]
     fewest = min(few, key=lambda option: rows[option[1]], default=None)
-    each = []
+    first, each = _first_of_last if only_last and not last else late, []
+    if first is _first_of_last:
+        for name, batch in samples.items():
+            if not real_positions(batch, _tokens(batch))[:, -1].all():
+                words = "the last tokens are padding, and only they count; must be tokens, with padding before them"
+                raise ValueError(f"{name}: {words}")
     with Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task("profile", total=len(samples) * len(finder.sites) * (len(options) + 1))
         for name, batch in samples.items():
-            first = _first_of_last if only_last and not last else late
             meter = _Meter(options, finder.projections, query_heads, first, lambda: bar.advance(task))
             with about(name), record_sites() as reports, run_by(meter):
                 exact = scores_of(model, batch)
@@ -474,10 +478,6 @@ class _Meter(Exactly):
         heads = (call.query if self.query_heads else call.key).shape[1]
         weight = self.projections.get(call.layer)
         first = max(0, self.first(call.Lk) - (call.Lk - call.Lq))
-        if self.first is _first_of_last and call.padding is not None and not bool(call.padding[:, -1].all()):
-            raise ValueError(
-                "the last tokens are padding, and only they count; must be tokens, with padding before them"
-            )
         tokens = call.Lk if call.padding is None else max(int(call.padding.sum(1).max()), 1)
         off = []
         for option, is_exact in zip(self.options, _see_all(self.options, tokens, call.options["block"]), strict=True):

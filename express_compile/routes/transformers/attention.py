@@ -32,7 +32,7 @@ from ..watched import sampled
 from .layers import layer_of
 from .masks import NAME, ProvenMask, make_mask
 from .proof import EXTRAS, Given, Proof, is_proven, prove
-from .sites import NEEDS_EAGER, SITE, Site, held, site_of, traced
+from .sites import NEEDS_EAGER, Site, held, site_of, traced
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 Run = Callable[[Op, Call], Any]
@@ -59,8 +59,10 @@ def attend(
     if dropout:  # kvpress' patch hands it on by place
         (arguments["dropout"],) = dropout
     given = Given(module, query, key, value, attention_mask, arguments)
-    if (form := _form(given)) is not None and form in module.__dict__[SITE].left_exact:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, **arguments)
+    if not torch.compiler.is_compiling():
+        known = site_of(module)
+        if known is not None and known.left_exact and _form(known, given) in known.left_exact:
+            return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, **arguments)
     if is_exporting():
         return _traced(given) if torch.compiler.is_dynamo_compiling() else _exported(given)
     if torch.compiler.is_compiling() and query.shape[2] == 1 and layer_of(key) is None and not _has_parts(module):
@@ -286,7 +288,7 @@ def _exact(site: Site, given: Given) -> Result:
         if given.eager:  # sdpa has faster kernels where no mask but a flag says what is hidden
             mask = None if flag else _additive(query, key, mask, False)
             arguments = {**arguments, "is_causal": flag}
-        if (form := _form(given)) is not None:
+        if not torch.compiler.is_compiling() and (form := _form(site, given)) is not None:
             site.leave_exact(form)
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **arguments)
     # sdpa has no soft-cap and no sinks: some versions raise, others silently leave them out
@@ -302,20 +304,16 @@ def _is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
-def _form(given: Given) -> tuple[Any, ...] | None:
+def _form(site: Site, given: Given) -> tuple[Any, ...] | None:
     """All that decides about a call without a mask, without gradients and with plain arguments: where such calls were
     left exact by sdpa, nothing is proven again. None for other calls, for steps of decoding, which have another length
     each time, and where somebody looks.
 
     Short calls of a model, which are mostly left exact, wait for the host.
     """
-    if torch.compiler.is_compiling():
-        return None
     module, (query, key, value), arguments = given.module, given[1:4], given.arguments
-    site = module.__dict__.get(SITE)
     if (
         given.mask is not None
-        or site is None
         or site.shadow is not None
         or site.spread is not None
         or site.shard is not None
