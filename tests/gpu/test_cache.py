@@ -117,6 +117,20 @@ def test_a_step_by_the_kernels_of_places_is_that_of_the_kernels_of_rows_for_head
         assert one.left == other.left and rows_of(one) == rows_of(other)
 
 
+def test_a_step_of_so_many_sequences_that_programs_wait_is_that_of_few() -> None:
+    """By tiles of half the rows, and by whole ones."""
+    q, k, v = (x[:1].expand(32, -1, -1, -1) for x in tokens(3000, torch.bfloat16))
+    many, few = (Held(PerHead(ROWS), x, x, Random(torch.tensor(7, device="cuda"), 3), 0.125, 9) for x in (k, k[:1]))
+    for cache, x, y in ((many, k, v), (few, k[:1], v[:1])):
+        cache.fill(x[:, :, :2999], y[:, :, :2999])
+        cache.settle(single=True)
+    step = [x[:, :, 2999:] for x in (q, k, v)]
+    out, expected = many.step(*(x.contiguous() for x in step)), few.step(*(x[:1].contiguous() for x in step))
+    counts = [cache._table[1].programs.shape[:2].numel() for cache in (many, few)]
+    assert counts[0] > torch.cuda.get_device_properties(0).multi_processor_count >= counts[1]
+    torch.testing.assert_close(out, expected.expand_as(out), rtol=2e-2, atol=2e-3)
+
+
 @pytest.mark.parametrize("rows", [16, 64, 1024])
 def test_one_halving_is_what_the_same_halving_of_a_prefill_decides(rows: int) -> None:
     _, k, v = tokens(rows, torch.bfloat16)

@@ -43,8 +43,12 @@ def assert_same(one: Held, other: Held) -> None:
             assert torch.equal(getattr(mine, name)[:, :, : there.shape[2]][there], getattr(its, name)[there])
 
 
+@pytest.mark.parametrize("multiprocessors", [132, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_kernels_hold_and_attend_to_what_the_reference_does(poison, dtype: torch.dtype) -> None:
+def test_the_kernels_hold_and_attend_to_what_the_reference_does(
+    poison, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, multiprocessors: int
+) -> None:
+    monkeypatch.setattr(P, "device_of", lambda device: (multiprocessors, 228 << 10))  # one: by tiles of half the rows
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 270, d, generator=draw).to(dtype) for h, d in ((18, 16), (6, 16), (6, 8)))
     real = [(True,) * 254, tuple(i >= 90 for i in range(254))]
@@ -62,6 +66,16 @@ def test_the_kernels_hold_and_attend_to_what_the_reference_does(poison, dtype: t
         for cache in (one, other):
             cache.end_step()
     assert_same(one, other)
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "programs", "rows", "at_once"),
+    [(256, 132, 128, 1), (256, 133, 64, 2), (128, 4000, 64, 2), (512, 4000, 32, 2), (1024, 4000, 32, 1)],
+)
+def test_tiles_are_halved_where_programs_wait_for_one_another(row_bytes, programs, rows, at_once) -> None:
+    tiles = P._tiling(row_bytes, programs, torch.device("cpu"))
+    assert (tiles.rows, tiles.programs) == (rows, at_once)
+    assert at_once * tiles.stages * rows * 2 * row_bytes <= 228 << 10, "keys and values of all stages fit"
 
 
 SIZES = st.fixed_dictionaries(
