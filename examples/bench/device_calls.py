@@ -17,7 +17,7 @@ from express_compile.core.rows import to_numbers
 from express_compile.engines.varlen import express_varlen
 from express_compile.kernels import launch as launching
 from express_compile.kernels import prepared
-from express_compile.kernels.attend import hopper
+from express_compile.kernels.attend import hopper, places
 from express_compile.kernels.attend.decode import decode_attention
 from express_compile.kernels.attend.last import attend_last
 from express_compile.kernels.heads import PerHead
@@ -158,8 +158,8 @@ def cache(dtype: torch.dtype, D: int) -> None:
 
 
 def steps(dtype: torch.dtype, D: int) -> None:
-    """A step of one token from an ExpressCache, also one that selects in all heads, and what is launched until rows of
-    every kind had to move."""
+    """A step of one token from an ExpressCache, also one that selects in all heads, what is launched until rows of
+    every kind had to move, and steps of so many sequences that programs wait for one another."""
     q, k, v = tokens(dtype, D)
     own = PerHead((Rows(4, 60, 64), Rows(0, 60, 64, 128), WHOLE, Rows(4, 60, selected=2)))
     n, selecting = 4000, PerHead(own.rows[3:])
@@ -168,7 +168,10 @@ def steps(dtype: torch.dtype, D: int) -> None:
         held.fill(k[:, :, :n], v[:, :, :n])
         held.settle(single=True)
         held.prepare_step()
-        held.launch_step(*(x[:, :, n : n + 1] for x in (q, k, v)))
+        new = [x[:, :, n : n + 1] for x in (q, k, v)]
+        held.launch_step(*new)
+        with mock.patch.object(places, "device_of", lambda device: (1, H200.shared_memory_per_multiprocessor)):
+            held.launch_step(*new)
         held.fill(*(x[:, :, n : n + 140] for x in (k, v)))
 
 
