@@ -410,20 +410,21 @@ class Caching(Bench):
         count = Counted(new, args.piece, args.part == "selected")
         for budget in args.rows:
             for method, (make, plan) in self.methods(found, budget, n, count).items():
-                if not args.methods or method in args.methods:
+                if not args.methods or method.replace(self.weighed, "") in args.methods:
                     with self.timed(f"{budget:g} rows, {method}"):
                         self.judged(method, budget, make, plan, texts, asked, count)
 
     def methods(self, found: Profile, budget: float, n: int, count: Counted) -> dict[str, tuple[Make, PerHead | None]]:
         """What is judged at a budget, and how a cache of it is made; some of it at the first budget alone."""
         plans, model = policies(found, budget, n, count), self.model
+        plans = {name + self.weighed * isinstance(x.rows, dict): x for name, x in plans.items()}
         made: dict[str, tuple[Make, PerHead | None]] = {name: (by_plan(model, x), x) for name, x in plans.items()}
         if self.args.part == "cache":
             others = Kept(model, budget, self.args.piece)
             made |= {name: (getattr(others, name), None) for name in ("random", "keydiff", "snapkv")}
         if self.args.part == "cache" and budget == self.args.rows[0]:
             made["everything"] = by_plan(model, PerHead(EVERYTHING)), PerHead(EVERYTHING)
-            read_too = {name: plans[name] for name in ("per head", "streaming")}
+            read_too = {name: plans[name] for name in ("per head" + self.weighed, "streaming")}
             made |= {f"{name}, prompt": (read_by_plan(model, x), x) for name, x in read_too.items()}
         return made
 

@@ -346,7 +346,8 @@ class Bench:
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         self.model, self.tokenizer = load(self.device, dtype)
         self.query_heads, self.repeated = (getattr(args, name, False) for name in ("query_heads", "repeat_heads"))
-        self.suffix = ", query heads" * self.query_heads + ", heads repeated" * self.repeated
+        self.weighed = "" if args.questions in (0, 1) else f", questions {args.questions:g}"
+        self.suffix = self.weighed + ", query heads" * self.query_heads + ", heads repeated" * self.repeated
         if self.repeated:
             repeat_heads(self.model)
         self.results: list[dict[str, Any]] = []
@@ -361,7 +362,7 @@ class Bench:
         if plan is not None:
             own |= dict(params=f"budget={budget:g}; {in_words(plan)}", rows=round(average_rows(plan, n), 1))
             uniform_rows = isinstance(plan, PerHead) and not isinstance(plan.rows, dict)
-            own["method"] += self.suffix * (self.repeated or not uniform_rows)
+            own["method"] += self.suffix if not uniform_rows else ", heads repeated" * self.repeated
         new = [{**self.common, **own, **row} for row in rows]
         self.results += new
         if self.args.out:

@@ -194,8 +194,10 @@ def mixed_table() -> str:
 
 
 def first_token_table() -> str:
-    """Seconds from a prompt to its first token by a whole model."""
-    rows = newest(gpu_rows(job="first_token"), "method", "Lk", "s", "opponent")
+    """Seconds from a prompt to its first token by a whole model, of the last run at each length."""
+    rows = gpu_rows(job="first_token")
+    last = {row["Lk"]: row["commit"] for row in rows}
+    rows = newest([row for row in rows if row["commit"] == last[row["Lk"]]], "method", "Lk", "s", "opponent")
     body = []
     for row in sorted(rows, key=lambda x: int(x["Lk"])):
         told, seconds = params_of(row), float(row["ms_p50"]) / 1e3
@@ -208,7 +210,8 @@ def first_token_table() -> str:
         body.append([f"{int(row['Lk']):,}", name, f"{int(row['s']):,}", f"{seconds:.2f} s",
                      f"{float(row['speedup']):.2f}×", f"{float(told['none_ms']) / 1e3:.2f} s"])  # fmt: skip
     header = ["tokens", "attention", "rows", "first token after", "over best exact", "without attention"]
-    return markdown(header, body) + f"\n\n{rows[-1]['gpu']}, {rows[-1]['date']}." if body else UNTIMED
+    runs = sorted({f"{row['gpu']}, {row['date']}" for row in rows})
+    return markdown(header, body) + f"\n\n{'; '.join(runs)}." if body else UNTIMED
 
 
 def window_table() -> str:
@@ -804,8 +807,21 @@ CHOSEN = {
     "last 16": "plan per {}, last 16 queries exact",
     "layers alike": "plan per {}, errors of all layers weighed alike",
 }
-QUERY_HEADS = {f"{name}, query heads": words.format("query head") for name, words in CHOSEN.items()}
-KV_HEADS = {name: words.format("KV head") for name, words in CHOSEN.items()}
+WEIGHED = {f", questions {factor}": f", questions {factor} times" for factor in (3, 9, 27)}
+"""Of plans that were chosen with ``--questions`` above 1: how much more than texts haystacks with questions count."""
+
+
+def weighed(names: Mapping[str, str], behind: str = "") -> dict[str, str]:
+    """What methods are called that a profile chooses, with all weights; their names end with ``behind``."""
+    return {
+        name + more + behind: words + said
+        for name, words in names.items()
+        for more, said in {"": "", **WEIGHED}.items()
+    }
+
+
+QUERY_HEADS = weighed({name: words.format("query head") for name, words in CHOSEN.items()}, ", query heads")
+KV_HEADS = weighed({name: words.format("KV head") for name, words in CHOSEN.items()})
 REPEATED = "{}, keys and values repeated for every query head"
 PLANS = {
     **QUERY_HEADS,
@@ -817,7 +833,10 @@ PLANS = {
 }
 SUMMARY = ("per head", "streaming", "streaming, last exact")
 BEST = "per head, query heads"
-RECALLED = (BEST, "per head", "without last", "streaming", "streaming, last exact", "express", "express, last exact")
+RECALLED = (
+    *(BEST, "per head, questions 3, query heads", "per head", "without last"),
+    *("streaming", "streaming, last exact", "express", "express, last exact"),
+)
 """What the methods of plans.csv are called, in the order of the tables."""
 
 Run = tuple[str, int, str]
@@ -939,10 +958,14 @@ def recall_table() -> str:
 
 
 CACHES = {
-    "per head": "plan per head",
-    "without everything": "plan per head, of constant size",
-    "window or everything": "windows or everything, per head",
-    "one window or everything": "one window or everything, per head (DuoAttention-like)",
+    **weighed(
+        {
+            "per head": "plan per head",
+            "without everything": "plan per head, of constant size",
+            "window or everything": "windows or everything, per head",
+            "one window or everything": "one window or everything, per head (DuoAttention-like)",
+        }
+    ),
     "streaming": "StreamingLLM",
     "protected": "uniform, protected keys (KeyDiff)",
     "express": "uniform Express",
@@ -950,7 +973,7 @@ CACHES = {
     "random": "uniform, evicted by chance",
     "selected": "uniform, pages",
     "snapkv": "SnapKV (query-aware)",
-    "per head, prompt": "plan per head, the prompt too",
+    **weighed({"per head": "plan per head, the prompt too"}, ", prompt"),
     "streaming, prompt": "StreamingLLM, the prompt too",
     "everything": "all tokens, through the same cache",
 }

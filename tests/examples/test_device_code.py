@@ -148,3 +148,14 @@ def test_tables_differ_in_kernels_that_are_changed_missing_or_new(code: ModuleTy
     again = [row(x["kernel"], x["variant"], x["ptx"], x["registers"], call="sparse") for x in old + new]
     assert [x["calls"] for x in code.differences(old + again[:4], new + again[4:])] == [2, 2, 2]
     assert code.compare(old[:1], [{**old[0], "call": "sparse"}])[0][0] == "missing"
+
+
+def test_programs_of_a_crowded_step_share_a_multiprocessor_by_four() -> None:
+    """As ``places._tiling`` says: 64 K registers and 228 KB of memory, 128 threads a program."""
+    with TABLE.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["kernel"] == "attend.places._split_kernel"]
+    wide = [row for row in rows if (row["dtype"], row["D"]) == ("bfloat16", "128")]
+    halved = [row for row in wide if int(row["shared"]) < 64 << 10]
+    assert len(halved) == 2 and len(wide) == 4, "with the token of the step, and where it is held already"
+    for row in halved:
+        assert 4 * 128 * int(row["registers"]) <= 64 << 10 and 4 * int(row["shared"]) <= 228 << 10

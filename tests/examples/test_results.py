@@ -105,11 +105,50 @@ def test_a_plan_per_head_answers_as_well_as_the_readme_says(tables):
     assert own[*small, finer, "700"][1::2] == ["700", "0.13", "0.30", "38 of 38"]
     assert own[*large, finer, "1600"][1::2] == ["1,600", "0.10", "0.27", "63 of 67"]
     assert own["Qwen2.5", 32768, finer, "1600"][1::2] == ["1,600", "0.23", "0.74", "45 of 49"]
+    asked = "per head, questions 3, query heads"
+    assert own[*large, asked, "1600"][1::2] == ["1,600", "0.13", "0.36", "66 of 67"]
+    assert own["Qwen2.5", 32768, asked, "1600"][1::2] == ["1,600", "0.27", "0.88", "45 of 49"]
+    windows = own["Qwen2.5", 32768, f"window or everything{asked[8:]}", "1600"]
+    assert (windows[3], windows[-1]) == ("0.33", "47 of 49")
     assert own[*large, "per head, heads repeated", "1600"][1::2] == ["1,600", "0.11", "0.28", "39 of 43"]
     assert own[*large, "window or everything, heads repeated", "1600"][-1] == "41 of 43"
     for model, n, method, budget in own:  # no other choice of rows is better, but for parts of the plan's own
         if not method.startswith(("without", "layers", "last")) and not method.endswith(("query heads", "repeated")):
             assert float(own[model, n, method, budget][3]) >= float(own[model, n, "per head", budget][3])
+
+
+def test_caches_find_what_the_pages_say(tables):
+    own: dict[tuple[str, str, str], list[str]] = {}
+    for (model, n, _), rows in tables.plan_rows("caching.csv").items():
+        for part in ("cache", "selected"):
+            names = tables.caches_of(part)
+            stream = next(name for name in names if name.startswith("streaming"))
+            plans = tables.of_plans([row for row in rows if row["budget"]], names)
+            for its in plans if n > 7000 else ():
+                line = tables.plan_line(its, tables.stream_of(plans, its[0]["budget"], stream), names)
+                own[model.split("-")[0], its[0]["method"], its[0]["budget"]] = line
+    for place, kl, found in (
+        (("SmolLM2", "per head", "1024"), "0.20", "26 of 50"),
+        (("SmolLM2", "per head, questions 27", "1024"), "0.27", "45 of 50"),
+        (("SmolLM2", "one window or everything", "1024"), "1.49", "29 of 50"),
+        (("SmolLM2", "snapkv", "1024"), "2.27", "6 of 50"),
+        (("SmolLM2", "per head", "1984"), "0.05", "44 of 50"),
+        (("SmolLM2", "per head, questions 27", "1984"), "0.07", "47 of 50"),
+        (("SmolLM2", "everything", "1984"), "0.02", "49 of 50"),
+        (("SmolLM2", "per head, questions 27, selected", "1024"), "0.20", "28 of 29"),
+        (("Qwen2.5", "per head, questions 9", "1024"), "0.72", "43 of 65"),
+        (("Qwen2.5", "per head", "1024"), "0.44", "26 of 65"),
+        (("Qwen2.5", "protected", "1024"), "1.29", "24 of 65"),
+        (("Qwen2.5", "per head", "4032"), "0.11", "63 of 65"),
+        (("Qwen2.5", "per head, questions 9", "4032"), "0.16", "61 of 65"),
+        (("Qwen2.5", "per head, questions 27, selected", "1024"), "0.26", "60 of 65"),
+    ):
+        assert (own[place][3], own[place][-1]) == (kl, found), place
+    for model, best in (("SmolLM2", "per head, questions 27"), ("Qwen2.5", "per head, questions 9")):
+        peers = [own[model, name, "1024"] for name in ("streaming", "protected", "express", "thinned", "random")]
+        peers.append(own[model, "one window or everything", "1024"])
+        mine = own[model, best, "1024"]
+        assert all(float(mine[3]) < float(x[3]) and int(mine[-1][:2]) > int(x[-1][:2]) for x in peers)
 
 
 def test_kl_on_natural_texts():
