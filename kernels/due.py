@@ -1,6 +1,6 @@
 """What is due in a cache with a new token: rows that were decided before its time change places, all in one launch.
 
-Every part of a layer has a line for each sequence, in memory that does not move: how many tokens there are with the new
+Every part of a layer has lines for each sequence, in memory that does not move: how many tokens there are with the new
 one when it is due, which places change, and where what they will hold is. The launch comes before that of a step in
 which anything of the layer is due, and only then: to find that nothing is took a tenth of the time of the attention.
 Sequences for which nothing is due it leaves as they are; repeated at the same length, it writes the same again.
@@ -28,9 +28,10 @@ from .launch import Widths, constexpr, jit, launch, load_rows, require_triton, t
 # and addresses of their numbers; of what the first head holds there then: tokens, keys, values, log-weights; how many
 # pages there are, and addresses of the list of the first head and of its length
 END, ROWS, AT, TOKEN, KEY, VALUE, WEIGHT, PAGES, LIST, LISTED, COLUMNS = (constexpr(i) for i in range(11))
+LINES = 16  # of a sequence, a power of two
 _CHUNKS = 8  # programs of a head
 
-_Shape = namedtuple("_Shape", "H D DV BD BDV BN")
+_Shape = namedtuple("_Shape", "H D DV BD BDV BN LINES")
 
 
 def line(
@@ -48,8 +49,11 @@ def _due_kernel(like, table, heads, end, SHAPE: tl.constexpr):
     BN: tl.constexpr = SHAPE.BN
     i_chunk, i_b = tl.program_id(0), tl.program_id(2)
     p_head = heads + tl.program_id(1) * 3
-    p_due = tl.load(p_head + 2).to(tl.pointer_type(tl.int64)) + i_b * COLUMNS
-    if tl.load(p_due + END) == tl.load(end + i_b):
+    p_due = tl.load(p_head + 2).to(tl.pointer_type(tl.int64)) + i_b * (SHAPE.LINES * COLUMNS)
+    o_line = tl.arange(0, SHAPE.LINES)
+    own = tl.max(tl.where(tl.load(p_due + o_line * COLUMNS + END) == tl.load(end + i_b), o_line, -1), 0)
+    if own >= 0:
+        p_due += own * COLUMNS
         g, p_line = tl.load(p_head + 1), _line(table, i_b, tl.load(p_head), SHAPE)
         rows = tl.load(p_due + ROWS)
         p_at = tl.load(p_due + AT).to(tl.pointer_type(tl.int32))
@@ -93,5 +97,6 @@ def do_what_is_due(
     if not len(heads):
         return
     launch(_due_kernel, (_CHUNKS, len(heads), len(end)),
-        key, table.lines, heads, end, SHAPE=_Shape(table.done.shape[1], *Widths.of(key, value), 32), num_warps=4,
+        key, table.lines, heads, end, SHAPE=_Shape(table.done.shape[1], *Widths.of(key, value), 32, LINES),
+        num_warps=4,
     )  # fmt: skip

@@ -14,7 +14,8 @@ in the ring as well, up to ``CONTEST - 1`` of them, so that most steps move noth
 
 What has to be thinned at some length is known ``recent`` tokens before: :meth:`Held.look_ahead` decides it early, each
 part of a layer in a step of its own (``turn``) and behind what that step launches, so that the host works while the
-device does, and when it is due the rows only change places. So no step is late, and the rows are the same at every
+device does, and when it is due the rows only change places. Where groups of few tokens leave a row each, many of them
+are decided at once, up to :data:`.due.LINES`. So no step is late, and the rows are the same at every
 length. Rows move in plain PyTorch, on any device; the halvings of a level are one launch on CUDA. There a single token
 of every sequence attends and is held by :mod:`.attend.places`, in one launch, which a CUDA graph can hold
 (:meth:`Held.launch_step`), and what is due then is one launch before it (:mod:`.due`), so that the host has hardly
@@ -25,10 +26,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ import torch
 from .attend.decode import decode_attention, device_of, fits, queries_at_once
 from .attend.places import Table, attend_places, make_table, shares
 from .attend.segments import COMPACTED
-from .due import COLUMNS, do_what_is_due, line
+from .due import COLUMNS, LINES, do_what_is_due, line
 from .express import Express, gather_rows, make_layout, select_rows
 from .express_state import Kept, join
 from .heads import Group, PerHead, groups
@@ -105,7 +106,7 @@ class HeldRows:
         scale: float, turn: int = 0,
     ) -> None:  # fmt: skip
         self.group, self.config, self.scale = group, config, scale
-        self.ahead: dict[tuple[int, int], Ahead] = {}  # by the sequences, side by side
+        self.ahead: dict[tuple[int, int], list[Ahead]] = {}  # by the sequences, side by side; the next one first
         self.done: dict[tuple[int, int], Ahead] = {}  # the last ones that steps did: these may be repeated
         self.due, self._due_at = torch.empty(0, 0, dtype=torch.int64), 0  # the lines of :mod:`.due`, and their address
         self.touched: list[tuple[int, int]] | None = None  # (first, count) of places that were written, if anyone asks
@@ -247,16 +248,16 @@ class HeldRows:
             return self.key.shape[2] - length - 1
         if self.drops:
             return _LATER
-        ahead = self.ahead.get((b.start, b.stop))
-        left = ahead.until if ahead is not None and self._is_handed(ahead) else self.left[b.start]
+        queue = self.ahead.get((b.start, b.stop))
+        left = queue[-1].until if queue and self._is_handed(queue[-1]) else self.left[b.start]
         return self._until(left) + self.config.sinks + self.config.recent - length
 
     def idle(self, b: slice, length: int) -> int:
         """For how many steps of one token nothing is due in them, and nothing is to be decided behind them."""
         if self.config is None or self.drops:
             return _LATER
-        if (ahead := self.ahead.get((b.start, b.stop))) is not None:
-            return ahead.end - 1 - length if self._is_handed(ahead) else _LATER
+        if queue := self.ahead.get((b.start, b.stop)):
+            return queue[0].end - 1 - length if self._is_handed(queue[0]) else _LATER
         left, until = self.left[b.start], self._until(self.left[b.start])
         if not self._is_worth_it(until):
             return _LATER
@@ -274,24 +275,77 @@ class HeldRows:
         fork = copy.copy(self)
         for name in self.TENSORS:
             setattr(fork, name, getattr(self, name)[b].clone())
-        fork.left, fork.touched, every = self.left[b], [], slice(0, b.stop - b.start)
-        fork.pages = fork.listed = self.pages.new_empty(0)
+        fork.left, every = self.left[b], slice(0, b.stop - b.start)
+        queue: list[Ahead] = []
+        for stop, several in self._runs(left, until, length):
+            queue += self._decided(fork, every, left, stop, several)
+            left = stop
+        self.ahead[key] = queue
+        fits = max(x.most for x in queue) < self.key.shape[2] and self.pages.shape[1:] == fork.pages.shape[1:]
+        if self._has_lines and fits:
+            lines = torch.full((every.stop, LINES, int(COLUMNS)), -1, dtype=torch.int64)
+            for n, x in enumerate(queue):
+                x.end = x.until + config.sinks + config.recent + 1
+                parts = (*x.rows.parts(), x.log_weight), (x.others["pages"], x.others["listed"])
+                lines[:, n] = torch.tensor([line(x.end, x.at, i, *parts) for i in range(every.stop)])
+            self.due[b].copy_(lines, non_blocking=True)
+
+    def _runs(self, left: int, until: int, length: int) -> Iterator[tuple[int, int]]:
+        """What is decided at once after ``left`` tokens have left, next when ``until`` have: how many have behind each
+        run of events, and how many events it has, of one subsampling group each where there are several.
+
+        One group of few tokens after another would take the host more time than the device. So as many are decided as
+        there are lines, up to one that is another in each layer and part: they take turns.
+        """
+        config = self.config
+        assert config is not None
+        round_ = Round(round_of(left, config.s), config.s, config.M)
+        group = round_.group
+        if config.protected or group == 1 or until % group or not self._has_lines:
+            yield until, 1
+            return
+        turn = (self.turn + self.turn // _PART) % LINES
+        fills = round_.capacity(0) * group if round_.q else 4 * round_.block  # tokens that fill a bucket
+        stop = min(length - config.sinks, 4 * round_.block)  # what is held by now, of this round
+        several, waits = 0, left % group > 0  # a part of the first group waits elsewhere
+        while True:  # one of so many as there are lines has its turn
+            if waits or until % fills == 0:
+                if several:
+                    yield until - group, several
+                several, waits = 0, False
+                yield until, 1
+            else:
+                several += 1
+            if until // group % LINES == turn or until + group > stop:
+                break
+            until += group
+        if several:
+            yield until, several
+
+    def _decided(self, fork: HeldRows, every: slice, left: int, until: int, several: int) -> list[Ahead]:
+        """What changes in a run of ``several`` events, until so many tokens have left, which ``fork`` does."""
+        fork.touched, fork.pages = [], self.pages.new_empty(0)  # each has a list of its own
         ring = list(self._in_ring(self.ring + left, self.ring + until))
         fork._leave(every, left, join(*(fork._read(every, at, n) for at, _, n in ring)))
+        written, size = list(fork.touched), (until - left) // several
         for place, _, count in ring:
             fork._free(every, place, count)
-        places = sorted({place for first, count in fork.touched for place in range(first, first + count)})
-        at = torch.tensor(places, dtype=torch.int32).to(self.key.device, non_blocking=True)  # waits for no step
-        rows = Kept(*(x.index_select(2, at) for x in (fork.token, fork.key, fork.value)))
-        fork.list_pages()
+        freed = [place + i for place, _, count in ring for i in range(count)]
+        if several == 1:
+            each = [sorted({*freed, *(first + i for first, count in written for i in range(count))})]
+        else:  # every group leaves one row
+            ((to, _),) = written
+            each = [[*freed[i * size : (i + 1) * size], to + i] for i in range(several)]
+        at = torch.tensor(each, dtype=torch.int32).to(self.key.device, non_blocking=True)  # waits for no step
+        names = ("token", "key", "value", "log_weight")
+        rows = (getattr(fork, name).index_select(2, at.flatten()).unflatten(2, at.shape) for name in names)
+        token, key, value, log_weight = (x.movedim(2, 0).contiguous() for x in rows)
+        fork.list_pages()  # of a run also those that hold a row only behind a later event
         others = {name: getattr(fork, name) for name in ("scores", "key_sum", "pages", "listed")}
-        ahead = Ahead(until, at, places[-1], rows, fork.log_weight.index_select(2, at), others)
-        self.ahead[key] = ahead
-        if self._has_lines and ahead.most < self.key.shape[2] and self.pages.shape[1:] == fork.pages.shape[1:]:
-            ahead.end = until + config.sinks + config.recent + 1
-            parts = (*rows.parts(), ahead.log_weight), (fork.pages, fork.listed)
-            lines = [line(ahead.end, at, i, *parts) for i in range(every.stop)]
-            self.due[b].copy_(torch.tensor(lines), non_blocking=True)
+        return [
+            Ahead(left + (i + 1) * size, at[i], max(each[i]), Kept(token[i], key[i], value[i]), log_weight[i], others)
+            for i in range(several)
+        ]
 
     def catch_up(self, b: slice, ahead: Ahead) -> None:
         """Hold what was decided ahead."""
@@ -314,10 +368,12 @@ class HeldRows:
         if until == left:
             return
         self.withdraw()
-        ahead = self.ahead.pop((b.start, b.stop), None)
+        queue = self.ahead.pop((b.start, b.stop), [])
         self.ahead = {key: x for key, x in self.ahead.items() if key[1] <= b.start or key[0] >= b.stop}
-        if ahead is not None and ahead.until <= until:
-            self.catch_up(b, ahead)
+        if queue and queue[0].until <= until:
+            for ahead in queue:
+                if ahead.until <= until:
+                    self.catch_up(b, ahead)
             self.advance(b, length, new)
             return
         first, stop = self.ring + left, self.ring + until
@@ -346,27 +402,33 @@ class HeldRows:
         is_apart = self.config is None or self.drops or not _by_kernels(self.key)
         if is_apart or (self._has_lines and self.due.device == self.key.device):
             return
-        self.due = torch.full((len(self.left), int(COLUMNS)), -1, dtype=torch.int64, device=self.key.device)
+        self.due = torch.full((len(self.left), LINES, int(COLUMNS)), -1, dtype=torch.int64, device=self.key.device)
         self._due_at = self.due.data_ptr()
+        self._take_back()
+
+    def _take_back(self) -> None:
+        """Know that no step does what is decided."""
         self.done.clear()
-        for x in self.ahead.values():
+        for x in itertools.chain(*self.ahead.values()):
             x.end = 0
 
     def does(self, b: slice, length: int) -> bool:
         """Whether the step behind ``length`` tokens does what is due by itself."""
-        ahead = self.ahead.get((b.start, b.stop))
-        return ahead is not None and ahead.end == length + 1 and self._has_lines
+        queue = self.ahead.get((b.start, b.stop), [])
+        return any(x.end == length + 1 for x in queue[:1]) and self._has_lines
 
     def count_done(self, lengths: list[int]) -> bool:
         """Know that a step behind so many tokens does what is due, and say whether anything is."""
-        before = len(self.ahead)
-        for (first, stop), ahead in list(self.ahead.items()):
-            if ahead.end == lengths[first] + 1 and self._has_lines:
+        is_done = False
+        for (first, stop), queue in list(self.ahead.items()):
+            if (ahead := queue[0]).end == lengths[first] + 1 and self._has_lines:
                 self.left[first:stop] = [ahead.until] * (stop - first)
                 if self.config is not None and self.config.protected:
                     self.scores[first:stop], self.key_sum[first:stop] = ahead.others["scores"], ahead.others["key_sum"]
-                self.done[first, stop] = self.ahead.pop((first, stop))
-        return len(self.ahead) < before
+                self.done[first, stop], is_done = queue.pop(0), True
+                if not queue:
+                    del self.ahead[first, stop]
+        return is_done
 
     def withdraw(self, lengths: list[int] | None = None) -> None:
         """Let steps do nothing of what is decided. ``lengths``: what one behind so many tokens may have done is."""
@@ -375,11 +437,9 @@ class HeldRows:
             for (first, stop), ahead in self.done.items():
                 if ahead.end == lengths[first] + 1 and self._has_lines:
                     self.catch_up(slice(first, stop), ahead)
-        if self.done or any(x.end for x in self.ahead.values()):
+        if self.done or any(x.end for x in itertools.chain(*self.ahead.values())):
             self.due.fill_(-1)
-            self.done.clear()
-            for x in self.ahead.values():
-                x.end = 0
+            self._take_back()
 
     # -- adding tokens as they are --------------------------------------------------------------------------------
 
@@ -700,7 +760,7 @@ class Held:
         none = [None] * len(self.length)
         alike: list[Any] = list(zip(self.length, lefts, none if real is None else real, strict=True))
         first = 0
-        for (length, _, own), members in groupby(alike):
+        for (length, _, own), members in itertools.groupby(alike):
             b = slice(first, first + len(list(members)))
             first = b.stop
             if own is None or all(own):

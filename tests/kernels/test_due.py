@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -20,7 +21,10 @@ from express_compile.kernels.held import Held
 from express_compile.kernels.launch import Random
 from express_compile.kernels.select import pages
 
-KINDS = (Rows(2, 20), Rows(2, 9, 8, 10), EVERYTHING, Rows(3, 40, 16), Rows(1, 70, 4), Rows(2, 64, protected=40))
+KINDS = (
+    *(Rows(2, 20), Rows(2, 9, 8, 10), EVERYTHING, Rows(3, 40, 16), Rows(1, 70, 4), Rows(2, 64, protected=40)),
+    *(Rows(2, 90, 8), Rows(0, 60, 16)),
+)
 
 
 class Launching:
@@ -31,8 +35,8 @@ class Launching:
 
     def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, again: bool = False) -> torch.Tensor:
         cache, ends = self.cache, {n + 1 for n in self.cache.length}
-        self.did += sum(x.end in ends for part in cache.parts for x in part.ahead.values())
-        self.late += sum(x.end == 0 for part in cache.parts for x in part.ahead.values())
+        self.did += sum(x.end in ends for part in cache.parts for x in itertools.chain(*part.ahead.values()))
+        self.late += sum(x.end == 0 for part in cache.parts for x in itertools.chain(*part.ahead.values()))
         cache.settle(single=True)
         cache.prepare_step()
         cache.launch_due()
@@ -166,6 +170,56 @@ def test_after_the_first_steps_the_host_has_nothing_to_do_before_one(by_kernels)
         assert live(mine) == live(its)
 
 
+@pytest.fixture
+def decisions(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Of every time that a cache with lines decides what is due, of how many events each run is."""
+    found: list[list[int]] = []
+    look = K.HeldRows._runs
+
+    def runs(part: K.HeldRows, *given: int) -> list[tuple[int, int]]:
+        own = list(look(part, *given))
+        if part._has_lines:
+            found.append([several for _, several in own])
+        return own
+
+    monkeypatch.setattr(K.HeldRows, "_runs", runs)
+    return found
+
+
+@pytest.mark.parametrize(("rows", "n"), [(Rows(3, 90, 16), 700), (Rows(0, 200, 8), 300), (Rows(2, 200, 4), 330)])
+def test_many_subsampling_groups_are_decided_at_once(by_kernels, monkeypatch, decisions, rows: Rows, n: int) -> None:
+    """One after the other they would take the host as many times as long; each is due when it was."""
+    counts = {}
+    for lines in (1, D.LINES):
+        for module in (D, K):
+            monkeypatch.setattr(module, "LINES", lines)
+        (q, k, v), cache = made((rows,), n, 1, 0, 5, n + 250)
+        one, other = Launching(cache), copy.deepcopy(cache)
+        decisions.clear()
+        for i in range(n, n + 240):
+            new = [x[:, :, i : i + 1] for x in (q, k, v)]
+            other.settle()
+            torch.testing.assert_close(one.step(*new), other.extend(*new))
+        assert_same(cache, other)
+        counts[lines] = len(decisions), sum(map(sum, decisions)), max(map(max, decisions))
+    (each, alone, _), (fewer, events, most) = counts.values()
+    assert each == alone and abs(alone - events) <= D.LINES and most > 1
+    assert fewer <= each / 2
+
+
+def test_layers_take_turns_to_decide_many_groups(by_kernels, decisions) -> None:
+    often = [0] * 160
+    for turn in range(8):
+        (q, k, v), cache = made((Rows(0, 200, 16),), 700, 1, 0, turn, 1000)
+        one = Launching(cache)
+        for i in range(700, 990):
+            before = len(decisions)
+            one.step(*(x[:, :, i : i + 1] for x in (q, k, v)))
+            if i >= 830:  # from the second time on
+                often[i - 830] += len(decisions) - before
+    assert sum(often) >= 8 * 2 and max(often) == 1
+
+
 def test_a_step_that_is_launched_twice_does_the_same_again(by_kernels) -> None:
     """Launches come before the token counts, and once more where a graph is recorded."""
     rows = (Rows(2, 9, 8, 10), Rows(3, 40, 16))
@@ -191,7 +245,7 @@ def test_a_step_that_is_launched_twice_does_the_same_again(by_kernels) -> None:
 
 
 def is_due(cache: Held) -> bool:
-    return any(x.end == cache.length[b] + 1 for part in cache.parts for (b, _), x in part.ahead.items())
+    return any(x.end == cache.length[b] + 1 for part in cache.parts for (b, _), (x, *_) in part.ahead.items())
 
 
 @settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -276,7 +330,7 @@ def test_rows_that_are_due_never_have_the_place_of_the_new_token(by_kernels) -> 
     one, seen = Launching(cache), 0
     for i in range(700, 1000):
         for part in cache.parts:
-            for ahead in (x for x in part.ahead.values() if x.end):
+            for ahead in (x for x in itertools.chain(*part.ahead.values()) if x.end):
                 ((place, _, _),) = part._in_ring(ahead.end - 1, ahead.end)
                 assert place not in ahead.at.tolist()
                 seen += 1
