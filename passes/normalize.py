@@ -380,6 +380,7 @@ def _function_writes(node: Node, target: Any) -> Iterable[Any]:
     if getattr(operator, name, None) is target:
         return node.args[:1] if name == "setitem" or name in _IN_PLACE else ()
     writes = name.endswith("_") and not name.endswith("__") or _inplace_flag(target, node.args, node.kwargs)
+    writes = writes and not (name == "dropout" and (op := operation(node)) is not None and dropped(op) == 0)
     return (node.args[0] if node.args else node.kwargs.get("input"),) if writes else ()
 
 
@@ -408,6 +409,14 @@ def _writes_outside(body: GraphModule) -> bool:
     given = [node for node in body.graph.nodes if node.op in ("placeholder", "get_attr")]
     targets = {target for node in body.graph.nodes for target in mutated_inputs(node) if not is_new(target)}
     return any(may_share_memory(target, node) for target in targets for node in given)
+
+
+def dropped(op: Operation) -> float | None:
+    """The probability of a dropout, 0 where it does nothing, not even in place; None where it is not known."""
+    p, training = (number(op.get(name, default)) for name, default in (("p", 0.5), ("training", True)))
+    if not isinstance(p, int | float) or not isinstance(training, bool):
+        return None
+    return float(p) if training else 0.0
 
 
 def _inplace_flag(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -24,11 +24,12 @@ import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import sympy
 import torch
 import torch.nn.functional as F
+from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -36,7 +37,7 @@ from ..core.spec import AttentionSpec, Mask, known_equal
 from .layout import Layout, layout_of, prove_rows
 from .mask import MaskPart, Padding, unknown
 from .nodes import is_parted, reached, same_sizes, sources, tensor_of
-from .normalize import Operation, in_place, is_number, known, number, operation, order_of, performed
+from .normalize import Operation, dropped, in_place, is_number, known, number, operation, order_of, performed
 from .repeat import unrepeated
 from .scale import unscaled
 from .site import PADDED, Emit, Operand, Refused, Scope, check_heads, entered, make_spec
@@ -70,6 +71,9 @@ _NAMES = {
 }
 
 
+_Later: TypeAlias = tuple[Node, Any, Node]
+
+
 @dataclass
 class _Scores:
     """What happens between the product of queries and keys and the softmax, from the softmax back.
@@ -78,7 +82,8 @@ class _Scores:
     scores that they broadcast to. filled: the same for boolean masks, and whether True hides.
     fills: the numbers that hide, as the softmax sees them. late: whether something is added to finite ones.
     scaled: tensors that are the same for all keys, and numbers that are not known, by which the product is multiplied
-    ("mul") or divided ("div"), and the result.
+    ("mul") or divided ("div"), and the result. kept: masks of 1 and 0 that multiply scores which something hides later
+    where they are 0, the result, and what is added and filled in later.
     """
 
     factor: float = 1.0
@@ -88,6 +93,7 @@ class _Scores:
     fills: set[float] = field(default_factory=set)
     late: bool = False
     scaled: list[tuple[str, Node, Node]] = field(default_factory=list)
+    kept: list[tuple[Node, Node, list[_Later], list[_Later]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -303,6 +309,9 @@ def describe(scope: Scope, written: Softmax) -> dict[str, Any]:
     whole_key = key.node
     key, value = _before_repeat(scope, out, query, key, value)
     layout, mask, padding = _prove(scope, scores, layout_of(shapes, key.shape), shapes, out)
+    if scores.kept and mask.unknown is not None:
+        raise Refused(f"its mask is not proven: {mask.unknown}")
+    _check_kept(scores, scope, layout)
     query, key, value = layout.queries(query), layout.keys(key, shapes[0][:-1]), layout.keys(value, shapes[-1][:-1])
     layout.places(shapes[-1][:-1])  # where the result is put back
     check_heads(query.shape, key.shape, value.shape, repeats=layout.grouped or key.node is not whole_key)
@@ -446,12 +455,40 @@ def _zeroes(zeroed: Sequence[_Zeroed], scores: _Scores, scope: Scope, layout: La
             kept = evaluator.visible(mask, *_coordinates(node, layout), hides)
         except Unproven as error:
             raise Refused(f"it sets attention weights to 0 by a mask, and {error}") from None
-        terms = [{*sympy.And.make_args(sympy.to_nnf(x, simplify=False))} for x in (kept, sympy.And(*shown))]
+        terms = [_terms(x) for x in (kept, sympy.And(*shown))]
         if not terms[0] <= terms[1]:
             raise Refused("it sets attention weights to 0 whose scores are not hidden", _HIDES)
         if not never and (terms[0] != terms[1] or any(_hides(*x, evaluator) for x in scores.added)):
             raise Refused("it sets some of the attention weights to 0 whose scores are hidden", _HIDES)
     return bool(zeroed) and not never
+
+
+def _check_kept(scores: _Scores, scope: Scope, layout: Layout) -> None:
+    """That tensors which multiply scores are 1 wherever something does not hide these later, and 0 elsewhere."""
+    for mask, node, added, filled in scores.kept:
+        evaluator = Evaluator(scope, node)
+        try:
+            at = evaluator.broadcast(_shape(mask), *_coordinates(node, layout))
+            kept = evaluator.is_one(mask, at)
+            shown = [evaluator.visible(x, *_coordinates(like, layout), factor=by) for x, by, like in added]
+            shown += [evaluator.visible(x, *_coordinates(like, layout), by) for x, by, like in filled]
+        except Unproven:
+            raise Refused(*_BY_TENSOR) from None
+        if not _terms(kept) <= _terms(sympy.And(*shown)):
+            raise Refused(*_BY_TENSOR)
+
+
+_INEQUALITIES = sympy.StrictLessThan, sympy.LessThan, sympy.StrictGreaterThan, sympy.GreaterThan
+
+
+def _terms(condition: Boolean) -> set[Any]:
+    """What has to hold so that a condition does; of inequalities of integers ``x`` for ``x <= 0``."""
+    found: set[Any] = set()
+    for term in sympy.And.make_args(sympy.to_nnf(condition, simplify=False)):
+        if isinstance(term, _INEQUALITIES) and term.lts.is_integer and term.gts.is_integer:
+            term = sympy.expand(term.lts - term.gts + int(term.rel_op in ("<", ">")))
+        found.add(term)
+    return found
 
 
 def _turns(op: Operation | None, before: Node) -> bool:
@@ -463,11 +500,13 @@ def _turns(op: Operation | None, before: Node) -> bool:
 
 
 def _dropped(op: Operation) -> float:
-    """The probability of a dropout; 0 where it does nothing."""
-    p, training = (number(op.get(name, default)) for name, default in (("p", 0.5), ("training", True)))
-    if not isinstance(p, int | float) or not isinstance(training, bool) or op.get("inplace"):
+    """The probability of a dropout of attention weights; 0 where it does nothing."""
+    p = dropped(op)
+    if p is None:
         raise Refused("its dropout is not known when compiling")
-    return float(p) if training and p > 0 else 0.0
+    if p and op.get("inplace"):
+        raise Refused("it drops attention weights in place", "a dropout with inplace=False")
+    return p
 
 
 def _peel(scope: Scope, written: Softmax) -> tuple[_Scores, Node]:
@@ -555,6 +594,9 @@ def _scaled(step: _Step) -> Node:
     if factor is None and isinstance(other, Node) and step.is_scores(before):
         if all(known_equal(size, 1) for size in _sizes(other)[-1:]):  # then it may as well be the query
             step.scores.scaled.append((op.name, other, step.node))
+            return cast(Node, before)
+        if op.name == "mul" and (step.scores.added or step.scores.filled):  # 0 where they are hidden in a moment
+            step.scores.kept.append((other, step.node, [*step.scores.added], [*step.scores.filled]))
             return cast(Node, before)
     if factor is None or factor == 0:
         raise Refused(*_BY_TENSOR)

@@ -160,6 +160,16 @@ class Evaluator:
         finally:
             self.reader = reader
 
+    def is_one(self, node: Node, coords: tuple[Any, ...]) -> Boolean:
+        """Where the element of ``node`` at ``coords`` is 1; ``Unproven`` if it may be anything but 0 elsewhere."""
+        value = self.value(node, coords)
+        value = _Select(value, sympy.S.One, sympy.S.Zero) if _is_condition(value) else value
+        if isinstance(value, _Select) and (value.then, value.other) in ((1, 0), (0, 1)):
+            return value.condition if value.then == 1 else sympy.Not(value.condition)
+        if value == 1:
+            return sympy.true
+        raise Unproven("it holds other numbers than 0 and 1")
+
     def may_hide(self, leaf: Any) -> bool:
         """Whether the values of a leaf may be what hides a score: they are made by a large number or a logarithm, or
         are those of an input that holds such ones now."""

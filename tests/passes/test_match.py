@@ -181,6 +181,8 @@ def test_writes_are_found() -> None:
         graph.call_function(operator.invert, (x,)),
         graph.call_function(F.relu, (x,)),
         graph.call_function(F.dropout, (x, 0.5, True, False)),
+        graph.call_function(F.dropout, (x, 0.5, False, True)),
+        graph.call_function(F.dropout, (x, 0.0), {"inplace": True}),
         graph.call_function(torch.ops.aten.add.Tensor, (x, y)),
         graph.call_function(torch.ops.aten.copy, (x, y)),
     ]

@@ -137,6 +137,11 @@ def two_masks(q, k, v):
     return torch.where(keep, s, -1e9).softmax(-1) @ v
 
 
+def two_masks_multiplied(q, k, v, keep):
+    s = (q @ k.mT * keep).masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -math.inf)
+    return torch.where(torch.arange(L)[:, None] - torch.arange(L) < 5, s, -1e9).softmax(-1) @ v
+
+
 def exp_over_sum(q, k, v):
     s = q @ k.mT + torch.full((L, L), -math.inf).triu(1)
     w = torch.exp(s - s.amax(-1, True).detach())
@@ -263,6 +268,21 @@ SPELLINGS: dict[str, tuple[Callable, str, float]] = {
         lambda q, k, v: (q @ k.mT + (m := causal()).masked_fill(~m, -math.inf)).softmax(-1) @ v, "none", 1.0,
     ),
     "two masks": (two_masks, "causal, window 5", 1.0),
+    "multiplied by its mask, hidden by what is added": (
+        lambda q, k, v: (q @ k.mT * 0.5 * (m := causal().float()) - 1e10 * (1 - m)).softmax(-1) @ v, "causal", 0.5,
+    ),
+    "multiplied by a boolean mask, and filled": (
+        lambda q, k, v: ((q @ k.mT) * causal()).masked_fill(~causal(), -math.inf).softmax(-1) @ v, "causal", 1.0,
+    ),
+    "multiplied by one of two masks": (
+        lambda q, k, v: two_masks_multiplied(q, k, v, torch.ones(L, L).tril()), "causal, window 5", 1.0,
+    ),
+    "multiplied by ones, and filled": (
+        lambda q, k, v: ((q @ k.mT) * torch.ones(L, L)).masked_fill(~causal(), -1e9).softmax(-1) @ v, "causal", 1.0,
+    ),
+    "dropped in place, which does nothing": (
+        lambda q, k, v: F.dropout(F.dropout((q @ k.mT).softmax(-1), 0.3, False, True), 0, True, True) @ v, "none", 1.0,
+    ),
     "weights that are 0 are set to 0": (
         lambda q, k, v: (q @ k.mT).masked_fill(m := ~causal(), -math.inf).softmax(-1).masked_fill(m, 0.0) @ v,
         "causal", 1.0,
@@ -1039,6 +1059,23 @@ NEAR_MISSES: dict[str, tuple[Callable, str]] = {
     "added to the result": (
         lambda q, k, v: torch.baddbmm(heads(q), (heads(q) @ heads(k).mT).softmax(-1), heads(v)), "baddbmm",
     ),
+    "multiplied by a mask of more": (
+        lambda q, k, v: two_masks_multiplied(q, k, v, torch.ones(L, L).tril(-1)), "scaled by a tensor",
+    ),
+    "multiplied by its mask alone": (lambda q, k, v: (q @ k.mT * causal()).softmax(-1) @ v, "scaled by a tensor"),
+    "multiplied by its mask behind it": (
+        lambda q, k, v: ((q @ k.mT).masked_fill(~causal(), -1e9) * causal()).softmax(-1) @ v, "scaled by a tensor",
+    ),
+    "multiplied by twice its mask": (
+        lambda q, k, v: ((q @ k.mT) * (causal() * 2.0) - 1e10 * (~causal()).float()).softmax(-1) @ v, "scaled by a",
+    ),
+    "multiplied by its mask, hidden by too little": (
+        lambda q, k, v: ((q @ k.mT) * causal() - 1e4 * (~causal()).float()).softmax(-1) @ v, "it adds -10000",
+    ),
+    "multiplied by an input": (
+        lambda q, k, v: ((q @ k.mT) * v[..., :1].mT).masked_fill(~causal(), -1e9).softmax(-1) @ v, "scaled by a tensor",
+    ),
+    "dropped in place": (lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.3, True, True) @ v, "in place"),
     "dropped twice": (lambda q, k, v: F.dropout(F.dropout((q @ k.mT).softmax(-1), 0.3), 0.2) @ v,
                       "drops attention weights twice"),
     "keys of one sequence of windows": (
