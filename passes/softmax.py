@@ -311,7 +311,7 @@ def describe(scope: Scope, written: Softmax) -> dict[str, Any]:
     layout, mask, padding = _prove(scope, scores, layout_of(shapes, key.shape), shapes, out)
     if scores.kept and mask.unknown is not None:
         raise Refused(f"its mask is not proven: {mask.unknown}")
-    _check_kept(scores, scope, layout)
+    _check_kept(scores, scope, layout, padding)
     query, key, value = layout.queries(query), layout.keys(key, shapes[0][:-1]), layout.keys(value, shapes[-1][:-1])
     layout.places(shapes[-1][:-1])  # where the result is put back
     check_heads(query.shape, key.shape, value.shape, repeats=layout.grouped or key.node is not whole_key)
@@ -463,10 +463,11 @@ def _zeroes(zeroed: Sequence[_Zeroed], scores: _Scores, scope: Scope, layout: La
     return bool(zeroed) and not never
 
 
-def _check_kept(scores: _Scores, scope: Scope, layout: Layout) -> None:
+def _check_kept(scores: _Scores, scope: Scope, layout: Layout, padding: Padding | None) -> None:
     """That tensors which multiply scores are 1 wherever something does not hide these later, and 0 elsewhere."""
+    checked = frozenset[Node]() if padding is None else padding.flags
     for mask, node, added, filled in scores.kept:
-        evaluator = Evaluator(scope, node)
+        evaluator = Evaluator(scope, node, flags=(flags := set[Node]()))
         try:
             at = evaluator.broadcast(_shape(mask), *_coordinates(node, layout))
             kept = evaluator.is_one(mask, at)
@@ -474,7 +475,7 @@ def _check_kept(scores: _Scores, scope: Scope, layout: Layout) -> None:
             shown += [evaluator.visible(x, *_coordinates(like, layout), by) for x, by, like in filled]
         except Unproven:
             raise Refused(*_BY_TENSOR) from None
-        if not _terms(kept) <= _terms(sympy.And(*shown)):
+        if not (flags <= checked and _terms(kept) <= _terms(sympy.And(*shown))):
             raise Refused(*_BY_TENSOR)
 
 

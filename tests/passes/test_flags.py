@@ -47,6 +47,7 @@ FORMS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "- 1e9 * (1 - m)": lambda scores, m: scores - 1e9 * (1 - m.view(m.shape[0], 1, 1, -1)),
     "log(m)": lambda scores, m: scores + m[:, None, None].float().log(),
     "inverted": inverted,
+    "s * m - 1e10 * (1 - m)": lambda scores, m: scores * (own := m[:, None, None]) - 1e10 * (1 - own),
 }
 X = torch.randn(3, L, C, generator=torch.Generator().manual_seed(1))
 PADDING = torch.ones(3, L, dtype=torch.int64)
