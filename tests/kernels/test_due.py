@@ -193,10 +193,10 @@ def test_many_subsampling_groups_are_decided_at_once(by_kernels, monkeypatch, de
     for lines in (1, D.LINES):
         for module in (D, K):
             monkeypatch.setattr(module, "LINES", lines)
-        (q, k, v), cache = made((rows,), n, 1, 0, 5, n + 250)
+        (q, k, v), cache = made((rows,), n, 1, 0, 5, n + 170)
         one, other = Launching(cache), copy.deepcopy(cache)
         decisions.clear()
-        for i in range(n, n + 240):
+        for i in range(n, n + 160):
             new = [x[:, :, i : i + 1] for x in (q, k, v)]
             other.settle()
             torch.testing.assert_close(one.step(*new), other.extend(*new))
