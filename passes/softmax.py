@@ -538,9 +538,15 @@ def _peel(scope: Scope, written: Softmax) -> tuple[_Scores, Node]:
 
 
 def _depends(term: Node, product: Node, scope: Scope) -> bool:
-    """Whether a tensor was computed from the scores. It may hold what hides some of them, and cancel it."""
+    """Whether a tensor was computed from the scores, not from their sizes alone. It may hold what hides some of them,
+    and cancel it."""
     first = scope.order[product]
-    return product in reached(term, lambda node: (x for x in node.all_input_nodes if scope.order[x] >= first))
+
+    def further(node: Node) -> Iterator[Node]:
+        is_size = node.op == "call_method" and node.target in ("size", "dim") and tensor_of(node) is None
+        return (x for x in node.all_input_nodes if scope.order[x] >= first and not is_size)
+
+    return product in reached(term, further)
 
 
 def _foreign(name: str) -> Refused:

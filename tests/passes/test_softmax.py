@@ -779,6 +779,32 @@ def test_as_many_sequences_as_heads_where_sizes_are_dynamic() -> None:
     assert [(str(site.spec.mask), plan.verdict) for site, plan in found] == [("causal", "rewritten")]
 
 
+class OfItsSize(nn.Module):
+    """A mask in a buffer that is cut to the size of the scores, as ports of GPT-2 cut it."""
+
+    def __init__(self, multiplied: bool) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.ones(16, 16).tril()[None, None])
+        self.multiplied = multiplied
+
+    def forward(self, qkv: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv.unbind(0)
+        w = q @ k.mT
+        b = self.bias[:, :, : w.size(-2), : w.size(-1)]
+        return ((w * b if self.multiplied else w) - 1e10 * (1 - b)).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_sizes_that_are_read_off_the_scores_are_no_values_of_them(multiplied: bool) -> None:
+    """With the third length, all of the buffer, Dynamo keeps the calls of ``size`` in the graph."""
+    model = OfItsSize(multiplied)
+    options = {"methods": ["express"], "budget": 64, "min_length": 0, "strict": True}  # which takes causal masks alone
+    f = torch.compile(model, backend="express", options=options)
+    for n in (12, 9, 16):
+        qkv = torch.randn(3, B, H, n, D)
+        torch.testing.assert_close(f(qkv), model(qkv), rtol=1e-5, atol=1e-5)
+
+
 def test_a_global_number_is_known_where_sizes_are_dynamic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo makes a symbol of it; another value compiles anew."""
 
