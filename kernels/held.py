@@ -106,7 +106,7 @@ class HeldRows:
         scale: float, turn: int = 0,
     ) -> None:  # fmt: skip
         self.group, self.config, self.scale = group, config, scale
-        self.ahead: dict[tuple[int, int], list[Ahead]] = {}  # by the sequences, side by side; the next one first
+        self.ahead: dict[tuple[int, int], list[Ahead]] = {}  # by sequences side by side; one or more, the next first
         self.done: dict[tuple[int, int], Ahead] = {}  # the last ones that steps did: these may be repeated
         self.due, self._due_at = torch.empty(0, 0, dtype=torch.int64), 0  # the lines of :mod:`.due`, and their address
         self.touched: list[tuple[int, int]] | None = None  # (first, count) of places that were written, if anyone asks
@@ -204,6 +204,12 @@ class HeldRows:
         stays = not self.drops and out - left < self._most_waiting and out < self._next(left)
         return max(left, left if stays else out)
 
+    def _round(self, streamed: int) -> Round:
+        """The round that a stream of so many tokens is in."""
+        assert self.config is not None
+        s = self.config.s
+        return Round(round_of(streamed, s), s, self.config.M)
+
     def _next(self, left: int) -> int:
         """How many tokens have left when, after ``left`` of them, something else than a row by itself is held next."""
         config = self.config
@@ -211,7 +217,7 @@ class HeldRows:
             return _LATER
         if config.protected:
             return left + CONTEST
-        round_ = Round(round_of(left, config.s), config.s, config.M)
+        round_ = self._round(left)
         every = round_.group if round_.group > 1 else round_.capacity(0) if round_.r else 4 * config.s
         return left - left % every + every
 
@@ -238,7 +244,7 @@ class HeldRows:
         assert config is not None
         if config.protected or self.key.nbytes + self.value.nbytes <= _COPIED:
             return True
-        round_ = Round(round_of(until - 1, config.s), config.s, config.M)
+        round_ = self._round(until - 1)
         return until % (round_.capacity(0) * round_.group) == 0
 
     def rest(self, b: slice, length: int) -> int:
@@ -299,7 +305,7 @@ class HeldRows:
         """
         config = self.config
         assert config is not None
-        round_ = Round(round_of(left, config.s), config.s, config.M)
+        round_ = self._round(left)
         group = round_.group
         if config.protected or group == 1 or until % group or not self._has_lines:
             yield until, 1
@@ -370,10 +376,9 @@ class HeldRows:
         self.withdraw()
         queue = self.ahead.pop((b.start, b.stop), [])
         self.ahead = {key: x for key, x in self.ahead.items() if key[1] <= b.start or key[0] >= b.stop}
-        if queue and queue[0].until <= until:
-            for ahead in queue:
-                if ahead.until <= until:
-                    self.catch_up(b, ahead)
+        if now := [x for x in queue if x.until <= until]:
+            for ahead in now:
+                self.catch_up(b, ahead)
             self.advance(b, length, new)
             return
         first, stop = self.ring + left, self.ring + until
@@ -414,8 +419,8 @@ class HeldRows:
 
     def does(self, b: slice, length: int) -> bool:
         """Whether the step behind ``length`` tokens does what is due by itself."""
-        queue = self.ahead.get((b.start, b.stop), [])
-        return any(x.end == length + 1 for x in queue[:1]) and self._has_lines
+        queue = self.ahead.get((b.start, b.stop))
+        return queue is not None and queue[0].end == length + 1 and self._has_lines
 
     def count_done(self, lengths: list[int]) -> bool:
         """Know that a step behind so many tokens does what is due, and say whether anything is."""
@@ -515,7 +520,7 @@ class HeldRows:
         random = self.random._replace(heads=self.group.on(key.device))
         index = select_rows(key[:, :, :begin], value[:, :, :begin], layout, self.scale, random)[1]
         segments, log_weight = layout.table.segments[0], layout.table.log_weight[0]
-        round_ = Round(round_of(config.streamed(left), config.s), config.s, config.M)
+        round_ = self._round(config.streamed(left))
         places = [self.places, self.waiting] if config.protected else []
         places += [self.coreset, *(self._bucket(round_, level) for level in range(round_.q))]
         for to, (source, first, count), weight in zip(places, segments[1:], log_weight[1:], strict=False):
@@ -565,7 +570,7 @@ class HeldRows:
         if config.forgets:
             return
         while rows.count:
-            round_ = Round(round_of(streamed, config.s), config.s, config.M)
+            round_ = self._round(streamed)
             room = round_.block - streamed % round_.block if round_.q else 4 * round_.block - streamed
             take = min(rows.count, room)
             self._admit(b, round_, streamed, rows[:take])
@@ -616,7 +621,7 @@ class HeldRows:
         config, (_, G, _, D), Dv = self.config, self.key.shape, self.value.shape[3]
         if config is None or self.drops or not _by_kernels(self.key):
             return
-        round_ = Round(round_of(config.streamed(self.left[0]), config.s), config.s, config.M)
+        round_ = self._round(config.streamed(self.left[0]))
         kind = config, round_, self.key.dtype, self.key.device, D, Dv
         if kind in _WARM:
             return

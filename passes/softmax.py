@@ -24,7 +24,7 @@ import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import sympy
 import torch
@@ -71,9 +71,6 @@ _NAMES = {
 }
 
 
-_Later: TypeAlias = tuple[Node, Any, Node]
-
-
 @dataclass
 class _Scores:
     """What happens between the product of queries and keys and the softmax, from the softmax back.
@@ -83,7 +80,7 @@ class _Scores:
     fills: the numbers that hide, as the softmax sees them. late: whether something is added to finite ones.
     scaled: tensors that are the same for all keys, and numbers that are not known, by which the product is multiplied
     ("mul") or divided ("div"), and the result. kept: masks of 1 and 0 that multiply scores which something hides later
-    where they are 0, the result, and what is added and filled in later.
+    where they are 0, the result, and how many of ``added`` and ``filled`` come later.
     """
 
     factor: float = 1.0
@@ -93,7 +90,7 @@ class _Scores:
     fills: set[float] = field(default_factory=set)
     late: bool = False
     scaled: list[tuple[str, Node, Node]] = field(default_factory=list)
-    kept: list[tuple[Node, Node, list[_Later], list[_Later]]] = field(default_factory=list)
+    kept: list[tuple[Node, Node, int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -451,11 +448,11 @@ def _zeroes(zeroed: Sequence[_Zeroed], scores: _Scores, scope: Scope, layout: La
     for mask, hides, node in zeroed:
         evaluator = Evaluator(scope, node)
         try:
-            shown = [evaluator.visible(x, *_coordinates(like, layout), by) for x, by, like in scores.filled]
+            shown = _shows(evaluator, layout, scores.filled)
             kept = evaluator.visible(mask, *_coordinates(node, layout), hides)
         except Unproven as error:
             raise Refused(f"it sets attention weights to 0 by a mask, and {error}") from None
-        terms = [_terms(x) for x in (kept, sympy.And(*shown))]
+        terms = [_terms(x) for x in (kept, shown)]
         if not terms[0] <= terms[1]:
             raise Refused("it sets attention weights to 0 whose scores are not hidden", _HIDES)
         if not never and (terms[0] != terms[1] or any(_hides(*x, evaluator) for x in scores.added)):
@@ -471,12 +468,22 @@ def _check_kept(scores: _Scores, scope: Scope, layout: Layout, padding: Padding 
         try:
             at = evaluator.broadcast(_shape(mask), *_coordinates(node, layout))
             kept = evaluator.is_one(mask, at)
-            shown = [evaluator.visible(x, *_coordinates(like, layout), factor=by) for x, by, like in added]
-            shown += [evaluator.visible(x, *_coordinates(like, layout), by) for x, by, like in filled]
+            shown = _shows(evaluator, layout, scores.filled[:filled], scores.added[:added])
         except Unproven:
             raise Refused(*_BY_TENSOR) from None
-        if not (flags <= checked and _terms(kept) <= _terms(sympy.And(*shown))):
+        if not (flags <= checked and _terms(kept) <= _terms(shown)):
             raise Refused(*_BY_TENSOR)
+
+
+def _shows(
+    evaluator: Evaluator,
+    layout: Layout,
+    filled: Iterable[tuple[Node, bool, Node]],
+    added: Iterable[tuple[Node, float, Node]] = (),
+) -> Boolean:
+    """Where all of some masks show a score."""
+    found = [evaluator.visible(x, *_coordinates(like, layout), hides) for x, hides, like in filled]
+    return sympy.And(*found, *(evaluator.visible(x, *_coordinates(like, layout), factor=by) for x, by, like in added))
 
 
 _INEQUALITIES = sympy.StrictLessThan, sympy.LessThan, sympy.StrictGreaterThan, sympy.GreaterThan
@@ -603,7 +610,7 @@ def _scaled(step: _Step) -> Node:
             step.scores.scaled.append((op.name, other, step.node))
             return cast(Node, before)
         if op.name == "mul" and (step.scores.added or step.scores.filled):  # 0 where they are hidden in a moment
-            step.scores.kept.append((other, step.node, [*step.scores.added], [*step.scores.filled]))
+            step.scores.kept.append((other, step.node, len(step.scores.added), len(step.scores.filled)))
             return cast(Node, before)
     if factor is None or factor == 0:
         raise Refused(*_BY_TENSOR)

@@ -162,8 +162,7 @@ class Evaluator:
 
     def is_one(self, node: Node, coords: tuple[Any, ...]) -> Boolean:
         """Where the element of ``node`` at ``coords`` is 1; ``Unproven`` if it may be anything but 0 elsewhere."""
-        value = self.value(node, coords)
-        value = _Select(value, sympy.S.One, sympy.S.Zero) if _is_condition(value) else value
+        value = _number(self.value(node, coords))
         if isinstance(value, _Select) and (value.then, value.other) in ((1, 0), (0, 1)):
             return value.condition if value.then == 1 else sympy.Not(value.condition)
         if value == 1:

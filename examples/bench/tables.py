@@ -39,6 +39,12 @@ def newest(rows: list[dict[str, str]], *key: str) -> list[dict[str, str]]:
     return list({tuple(row[k] for k in key): row for row in rows}.values())
 
 
+def of_last_run(rows: list[dict[str, str]], *key: str) -> list[dict[str, str]]:
+    """Of every value of the columns ``key`` the rows of one commit, that of the last of them: no mixture of runs."""
+    commits = {tuple(row[k] for k in key): row["commit"] for row in rows}
+    return [row for row in rows if row["commit"] == commits[tuple(row[k] for k in key)]]
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -195,9 +201,7 @@ def mixed_table() -> str:
 
 def first_token_table() -> str:
     """Seconds from a prompt to its first token by a whole model, of the last run at each length."""
-    rows = gpu_rows(job="first_token")
-    last = {row["Lk"]: row["commit"] for row in rows}
-    rows = newest([row for row in rows if row["commit"] == last[row["Lk"]]], "method", "Lk", "s", "opponent")
+    rows = newest(of_last_run(gpu_rows(job="first_token"), "Lk"), "method", "Lk", "s", "opponent")
     body = []
     for row in sorted(rows, key=lambda x: int(x["Lk"])):
         told, seconds = params_of(row), float(row["ms_p50"]) / 1e3
@@ -849,9 +853,7 @@ def plan_rows(file: str = "plans.csv") -> dict[Run, list[dict[str, str]]]:
     found: dict[Run, list[dict[str, str]]] = {}
     rows = read(file) if (RESULTS / file).exists() else []
     rows = [{**row, "budget": params_budget(row["params"])} for row in rows]
-    commits = {tuple(row[k] for k in PLAN): row["commit"] for row in rows}  # the last run of a plan, not a mixture
-    rows = [row for row in rows if row["commit"] == commits[tuple(row[k] for k in PLAN)]]
-    for row in newest(rows, *PLAN, "task", "metric"):
+    for row in newest(of_last_run(rows, *PLAN), *PLAN, "task", "metric"):
         found.setdefault((row["model"], int(row["n"]), row["gpu"]), []).append(row)
     return dict(sorted(found.items(), key=lambda item: (item[0][0] != "SmolLM2-135M-Instruct", -item[0][1])))
 

@@ -225,8 +225,7 @@ def _tiling(row_bytes: int, programs: int, device: torch.device) -> Tiling:
     return Tiling(PAGE, 4, 2, 4) if is_crowded else tiles
 
 
-def _shape(query_heads: int, key: torch.Tensor, value: torch.Tensor, align: int, rows: int) -> _Shape:
-    H, widths = key.shape[1], Widths.alike(key, value)
+def _shape(query_heads: int, H: int, widths: Widths, align: int, rows: int) -> _Shape:
     G = query_heads // H
     BG = next_power_of_two(G)
     return _Shape(H, G, *widths, max(16, BG), rows, PAGE, align, BG, max(1, min(16, _COMBINED // (BG * widths.BDV))))
@@ -243,7 +242,7 @@ def attend_places(
     require_triton()
     (B, H), programs, widths = query.shape[:2], table.programs.shape[1], Widths.alike(key, value)
     tiles = _tiling(max(widths.BD, widths.BDV) * key.element_size(), B * programs, key.device)
-    shape = _shape(H, key, value, table.align, tiles.rows)
+    shape = _shape(H, key.shape[1], widths, table.align, tiles.rows)
     out = query.new_empty(B, H, 1, shape.DV)
     count = B * programs * shape.G
     memory = torch.empty(count * (2 + shape.DV), dtype=torch.float32, device=query.device)
